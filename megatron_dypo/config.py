@@ -1,0 +1,408 @@
+"""The configuration tree: frozen dataclasses, one default in one place, a ValueError for each broken rule.
+
+A field's docstring is its documentation. Reading YAML and overrides is in :mod:`megatron_dypo.config_io`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+_frozen = dataclass(frozen=True, kw_only=True)
+
+
+def _require(condition: bool, value: str, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{value}: {rule}")
+
+
+def _require_positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value > 0, f"{name}={value}", "must be positive")
+
+
+def _require_not_negative(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value >= 0, f"{name}={value}", "must not be negative")
+
+
+@_frozen
+class RunConfig:
+    """Where a run lives and how long it lasts."""
+
+    dir: str = "runs/default"
+    """Run folder; an existing one is resumed from its last checkpoint."""
+    steps: int = 100
+    """Optimizer steps in the whole run, resumed parts included."""
+    seed: int = 1
+    """Seeds shuffling, the teacher draw and the model-parallel RNGs."""
+    resume: bool = True
+    """False: refuse a run folder that already holds a checkpoint."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "steps")
+
+
+@_frozen
+class ModelConfig:
+    """The policy."""
+
+    hf_path: str = ""
+    """HF model folder: ``config.json``, safetensors and tokenizer files."""
+    mcore_path: str | None = None
+    """Megatron dist_checkpointing folder with initial weights; ``hf_path`` then gives architecture and tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation, as Megatron's ``recompute_granularity``."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
+
+
+@_frozen
+class ParallelConfig:
+    """Sizes of the axes of the training mesh; data parallelism is what is left of the world."""
+
+    num_processes: int | None = None
+    """Ranks to start when not under torchrun; default: tensor × pipeline × context."""
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    """Model chunks on each pipeline rank (interleaved schedule); None: one."""
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+    """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "tensor", "pipeline", "context", "expert")
+        _require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
+        if self.virtual_pipeline is not None:
+            _require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
+            _require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
+        _require(self.context == 1, f"context={self.context}", "context parallelism is not supported yet")
+        _require(self.expert == 1, f"expert={self.expert}", "expert parallelism is not supported yet")
+        if self.num_processes is not None:
+            model_size = self.tensor * self.pipeline * self.context
+            _require(
+                self.num_processes > 0 and self.num_processes % model_size == 0,
+                f"num_processes={self.num_processes}",
+                f"must be a multiple of tensor × pipeline × context = {model_size}",
+            )
+
+
+@_frozen
+class DataFieldsConfig:
+    """Names of the columns of a prompt file."""
+
+    prompt: str = "prompt"
+    """A string, or a list of chat messages ``{"role", "content"}``."""
+    answer: str = "answer"
+    source: str = "source"
+    """Optional column."""
+    traces: str = "traces"
+    """Optional column: an object, teacher name → trace text."""
+    id: str = "id"
+    """Optional column."""
+
+
+@_frozen
+class DataConfig:
+    """Prompts, answers and teacher traces."""
+
+    prompts: tuple[str, ...] = ()
+    """JSONL or Parquet files."""
+    fields: DataFieldsConfig = field(default_factory=DataFieldsConfig)
+    teachers: tuple[str, ...] | None = None
+    """Teachers to use, by name; None: every teacher that a row has."""
+    chat_template: bool = True
+    """Render prompts with the tokenizer's chat template; False: as they are. Needs a template when messages are given."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are counted and dropped."""
+    max_trace_tokens: int = 8192
+    """Longer traces are counted and dropped."""
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_prompt_tokens", "max_trace_tokens")
+
+
+@_frozen
+class ServersConfig:
+    """The SGLang servers: given by URL, or started and stopped by the run."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already; empty: start ``count`` of them."""
+    count: int = 1
+    tensor_parallel: int = 1
+    """SGLang's ``--tp-size`` of each server."""
+    python: str | None = None
+    """Interpreter that has SGLang; None: the trainer's own."""
+    port: int = 30000
+    """First port to try, below the ephemeral range."""
+    mem_fraction: float | None = None
+    """SGLang's ``--mem-fraction-static``."""
+    max_total_tokens: int | None = None
+    """SGLang's ``--max-total-tokens`` (size of the KV cache); on a CPU it is needed and defaults to 20,000."""
+    extra_args: tuple[str, ...] = ()
+    """More arguments for ``sglang.launch_server``."""
+    api_key_env: str = "DYPO_SGLANG_API_KEY"
+    """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
+    start_deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+
+
+@_frozen
+class RolloutConfig:
+    """How groups are sampled."""
+
+    group_size: int = 8
+    """k (paper: 8)."""
+    prompts_per_step: int = 128
+    """Prompts drawn for one round of collection, over all data-parallel ranks."""
+    max_new_tokens: int = 8192
+    """Response limit (paper: 8,192)."""
+    temperature: float = 1.0
+    """Sampling temperature of training rollouts. Log-probs in the objective are those of temperature 1."""
+    top_p: float = 1.0
+    top_k: int = -1
+    max_in_flight: int = 256
+    """Requests that one data-parallel rank keeps open at once."""
+    request_deadline_s: float = 1800.0
+    retries: int = 3
+    """Attempts after the first for a request, and for a group that stays incomplete."""
+    servers: ServersConfig = field(default_factory=ServersConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
+        _require_positive(
+            self, "prompts_per_step", "max_new_tokens", "max_in_flight", "request_deadline_s", "temperature"
+        )
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p}", "must be in (0, 1]")
+        _require_not_negative(self, "retries")
+
+
+@_frozen
+class GradingConfig:
+    """How answers are verified."""
+
+    verifier: str = "math"
+    """``math``, ``exact``, ``choice``, or an import path ``pkg.module:function`` of ``(response, answer) -> bool | float | dict``."""
+    workers: int = 2
+    """Verifier processes on each data-parallel rank."""
+    deadline_s: float = 10.0
+    """A verification that takes longer is stopped and counted as an error."""
+    truncated_is_wrong: bool = True
+    """A rollout that hit the length limit is incorrect whatever it says."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "workers", "deadline_s")
+        known = ("math", "exact", "choice")
+        _require(
+            self.verifier in known or ":" in self.verifier,
+            f"verifier={self.verifier!r}",
+            f"must be one of {', '.join(known)} or an import path pkg.module:function",
+        )
+
+
+@_frozen
+class ReferenceConfig:
+    """π_ref of GAL and of the KL term."""
+
+    mode: Literal["frozen", "refreshed", "old"] = "frozen"
+    """``frozen``: the initial policy. ``refreshed``: the policy of every ``refresh_every`` steps. ``old``: π_old."""
+    refresh_every: int = 100
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "refresh_every")
+
+
+@_frozen
+class ObjectiveConfig:
+    """The objective; defaults are the paper's."""
+
+    name: str = "dypo"
+    """A row of the registry in ``megatron_dypo.objective.recipes``."""
+    alpha: float = 0.5
+    """α: weight of GRPO against GAL in the Mid regime (eq. 4)."""
+    gamma: float = 1.0
+    """γ: scale of the distillation loss in the Hard regime (eq. 4)."""
+    beta_gal: float = 1.0
+    """β: inverse temperature of GAL (eq. 14)."""
+    gal_coefficients: Literal["exact", "stale"] = "exact"
+    """When a batch is older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
+    length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
+    constant_length: int = 8192
+    """The divisor of ``constant``."""
+    clip_low: float = 0.2
+    """ε_low: the ratio is clipped below 1 − ε_low."""
+    clip_high: float = 0.2
+    """ε_high: and above 1 + ε_high."""
+    dual_clip: float | None = None
+    """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
+    kl_coef: float = 0.0
+    """β_KL of the k3 penalty against π_ref."""
+    normalize_std: bool = True
+    """Divide the advantage by the group's standard deviation."""
+    advantage_epsilon: float = 1e-6
+    """ξ in (R − mean)/(std + ξ)."""
+    switch_gate: int = 0
+    """Before this step every prompt goes to RL, whatever its tier."""
+    sft_steps: int = 0
+    """``sft_then_rl``: steps of the first phase."""
+    importance_cap: float | None = None
+    """Truncated importance sampling: weight GRPO tokens by min(π_old/π_rollout, cap); None: off."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
+        _require_not_negative(self, "gamma", "kl_coef", "switch_gate", "sft_steps", "clip_low", "clip_high")
+        _require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
+        _require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
+        if self.dual_clip is not None:
+            _require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
+        if self.importance_cap is not None:
+            _require(self.importance_cap > 0, f"importance_cap={self.importance_cap}", "must be positive")
+
+
+@_frozen
+class BatchingConfig:
+    """How samples become microbatches and when an update is made."""
+
+    prompts_per_update: int = 128
+    """Hard and Mid prompts in one optimizer step; collection goes on until the queues hold as many."""
+    max_collect_rounds: int = 8
+    """Rounds of collection after which an update is made with what the queues hold."""
+    tokens_per_microbatch: int = 16384
+    """Packing budget of one microbatch; a longer sequence gets a microbatch of its own."""
+    max_staleness: int = 4
+    """Queued groups made by weights more than this many versions ago are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "prompts_per_update", "max_collect_rounds", "tokens_per_microbatch")
+        _require_not_negative(self, "max_staleness")
+
+
+@_frozen
+class OptimizerConfig:
+    """Adam and its schedule."""
+
+    lr: float = 1e-6
+    """Peak learning rate (paper: 1e-6)."""
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    distributed: bool = False
+    """Shard the optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    overlap_grad_reduce: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "eps")
+        _require_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        _require(self.min_lr <= self.lr, f"min_lr={self.min_lr}", f"must not exceed lr={self.lr}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name}={value}", "must be in [0, 1)")
+
+
+@_frozen
+class WeightsConfig:
+    """How new weights reach the servers."""
+
+    transport: Literal["broadcast", "disk"] = "broadcast"
+    """``broadcast``: SGLang's distributed update over gloo or NCCL. ``disk``: a shared folder."""
+    bucket_mb: int = 512
+    """Size of one broadcast bucket."""
+    in_flight: Literal["pause", "abort"] = "pause"
+    """What a push does to running requests."""
+    deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "bucket_mb", "deadline_s")
+
+
+@_frozen
+class CheckpointConfig:
+    """Megatron dist_checkpointing."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step always saves. 0: only the last."""
+    keep: int = 2
+    """Checkpoints to keep; 0: all."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "every", "keep")
+
+
+@_frozen
+class EvalConfig:
+    """Held-out accuracy through the same servers."""
+
+    prompts: tuple[str, ...] = ()
+    every: int = 0
+    """Steps between evaluations; 0: before the first and after the last step only."""
+    samples: int = 1
+    """Responses for each prompt."""
+    temperature: float = 0.6
+    max_prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "samples")
+        _require_not_negative(self, "every", "temperature")
+
+
+@_frozen
+class LoggingConfig:
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "megatron_dypo"
+    samples_per_step: int = 0
+    """Groups a step whose rollouts are written to ``samples/``; 0: all."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "samples_per_step")
+
+
+@_frozen
+class ExportConfig:
+    """What is written after the last step."""
+
+    hf: bool = True
+    """An HF model folder ``<run.dir>/hf``."""
+
+
+@_frozen
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.data.prompts), "data.prompts=()", "name at least one JSONL or Parquet file")

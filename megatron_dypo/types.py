@@ -1,0 +1,194 @@
+"""The nouns of the pipeline: data → rollout → grading → objective → batching → mcore → weights.
+
+Shape suffixes, used in the whole package:
+
+    B  sequences or prompts in a batch      G  members of one group (k rollouts of one prompt)
+    T  tokens of one packed microbatch      L  tokens of one sequence: prompt then response
+    R  response tokens of one sequence      V  vocabulary entries (V/tp on one tensor-parallel rank)
+    H  hidden size                          S  sequences packed into one microbatch
+
+Token ids are ``int32``, log-probs and weights ``float32``. Log-probs are natural logarithms and belong to the
+token at the same index (not to its successor).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+class Tier(enum.Enum):
+    """Difficulty of a prompt for the current policy (paper, section 3.1)."""
+
+    EASY = "easy"
+    """Every rollout of the group is correct."""
+    MID = "mid"
+    """Some are."""
+    HARD = "hard"
+    """None is."""
+
+
+class Treatment(enum.Enum):
+    """What an objective does with a graded group."""
+
+    DROP = "drop"
+    DISTIL = "distil"
+    """Learn from a teacher's trace."""
+    REINFORCE = "reinforce"
+    """Learn from the group's own rollouts."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """One row of the training data, tokenised."""
+
+    prompt_id: str
+    """Stable across runs: the row's own ``id`` field, else ``<file name>:<line>``."""
+    visit: int
+    """How many times this prompt had been drawn before (its epoch)."""
+    order: int
+    """Position of this draw in the run's whole sequence of draws; the first-in-first-out key of the queues."""
+    tokens: Tokens
+    """[L] The prompt, chat template and generation header included."""
+    text: str
+    """What ``tokens`` decode to."""
+    answer: str
+    source: str
+    traces: Mapping[str, Tokens] = field(default_factory=dict)
+    """Teacher name → [R] target tokens, end-of-sequence included. Any subset of the teachers."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """One sampled response."""
+
+    tokens: Tokens
+    """[R] Response tokens; the matched stop token, if any, is the last."""
+    logp: Floats
+    """[R] The server's log-probs of ``tokens`` under its untempered distribution."""
+    text: str
+    finish: Literal["stop", "length"]
+    """``length`` marks a truncated rollout."""
+    policy_version: int
+    """Version of the weights that sampled the first token (the oldest, if a push happened meanwhile)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the verifier says of one rollout."""
+
+    is_correct: bool
+    reward: float
+    """Shaped reward, for the advantage only; the gate reads ``is_correct``."""
+    error: str | None = None
+    """Why the verifier could not answer (exception or deadline); ``is_correct`` is then False."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutGroup:
+    """The k rollouts of one prompt; none when the objective learns from traces alone."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradedGroup:
+    """A group with its verdicts and its tier (None where there was nothing to grade)."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...]
+    tier: Tier | None
+
+
+@dataclass(kw_only=True, eq=False)
+class Sample:
+    """One sequence that waits for, or enters, an update."""
+
+    order: int
+    """``Prompt.order`` of its prompt: samples with the same ``order`` are one group."""
+    member: int
+    """Index in its group."""
+    treatment: Treatment
+    tokens: Tokens
+    """[L] Prompt then response."""
+    num_prompt_tokens: int
+    policy_version: int
+    """Version that sampled the group; for a trace, the version that found the prompt Hard."""
+    is_correct: bool = False
+    reward: float = 0.0
+    rollout_logp: Floats | None = None
+    """[R] The server's log-probs; None for a trace."""
+    old_logp: Floats | None = None
+    """[R] log π_old from the trainer's own forward pass."""
+    current_logp_sum: float | None = None
+    """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
+    ref_logp: Floats | None = None
+    """[R] log π_ref."""
+    weights: TokenWeights | None = None
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWeights:
+    """Everything that the loss needs of the objective, the same for each response token of one sequence.
+
+    Global normalisers, regime shares and length divisors are folded in, so that the loss is a plain sum:
+    Σ_t surrogate·clip(ρ_t, advantage) + kl·k3_t − nll·log π_t.
+    """
+
+    advantage: float = 0.0
+    surrogate: float = 0.0
+    """Weight of the clipped policy-gradient surrogate."""
+    kl: float = 0.0
+    """Weight of the k3 estimate of KL(π_θ‖π_ref)."""
+    nll: float = 0.0
+    """Coefficient of −log π: positive for a teacher's trace, −(1−α)·c_i/n for GAL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Counts over the global batch, the only global quantities that the objective reads."""
+
+    num_prompts: int
+    """n = n_hard + n_mid."""
+    num_sequences: Mapping[Treatment, int]
+    num_response_tokens: Mapping[Treatment, int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Microbatch:
+    """Sequences packed into one row (``thd``), padded to ``T`` tokens; the last sequence may be padding."""
+
+    tokens_T: Tokens
+    positions_T: Tokens
+    """Position within the sequence; restarts at 0."""
+    cu_seqlens_S: Tokens
+    """[S+1] Boundaries of the sequences, padding included: ``cu_seqlens_S[-1] == T``."""
+    targets_T: Tokens
+    """The next token of the same sequence; 0 where there is none."""
+    response_T: npt.NDArray[np.bool_]
+    """True where ``targets_T`` is a response token: the positions that enter the loss."""
+    sample_T: Tokens
+    """Index into the samples that were packed, −1 on padding."""
+    advantage_T: Floats
+    surrogate_T: Floats
+    kl_T: Floats
+    nll_T: Floats
+    old_logp_T: Floats
+    """Log-probs of ``targets_T``; 0 outside the response."""
+    ref_logp_T: Floats
+    rollout_logp_T: Floats
+    is_trace_T: npt.NDArray[np.bool_]
