@@ -1,0 +1,139 @@
+"""What an HF ``config.json`` says of a decoder-only model, as plain data: no torch, no Megatron, no transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROPE_SCALINGS = ("llama3",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """Frequency scaling of Llama 3.1 (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes and switches of a Llama-like decoder."""
+
+    family: str
+    """``model_type`` of the HF config: a row of ``megatron_dypo.weights.families``."""
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | None
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """The smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
+        return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+
+def load_architecture(hf_path: str | Path) -> Architecture:
+    """Read ``<hf_path>/config.json``.
+
+    Raises:
+        ValueError: an unknown family, a missing or unsupported field; names file, field, value and rule.
+    """
+    path = Path(hf_path) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; model.hf_path must be an HF model folder")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    return architecture_from_hf(raw, where=str(path))
+
+
+def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
+    """The architecture of an HF config given as a mapping; ``where`` names it in errors."""
+    family = raw.get("model_type")
+    if family not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"{where}: model_type={family!r}: must be one of llama, qwen2, qwen3")
+    _refuse_unsupported(raw, where)
+    hidden, heads = _integer(raw, "hidden_size", where), _integer(raw, "num_attention_heads", where)
+    kv_heads = int(raw.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ValueError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    rope = _rope_parameters(raw)
+    return Architecture(
+        family=family,
+        num_layers=_integer(raw, "num_hidden_layers", where),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=int(raw.get("head_dim") or hidden // heads),
+        ffn_hidden_size=_integer(raw, "intermediate_size", where),
+        vocab_size=_integer(raw, "vocab_size", where),
+        max_position_embeddings=_integer(raw, "max_position_embeddings", where),
+        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        rope_scaling=_rope_scaling(rope, where),
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def _integer(raw: Mapping[str, Any], name: str, where: str) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{where}: {name}={value!r}: must be a positive integer")
+    return value
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
+    rules = {
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "use_sliding_window": (False, None),
+    }
+    for name, allowed in rules.items():
+        if raw.get(name) not in allowed:
+            raise ValueError(f"{where}: {name}={raw[name]!r}: only {allowed[0]!r} is supported")
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5), in one mapping."""
+    rope: dict[str, Any] = {}
+    if "rope_theta" in raw:
+        rope["rope_theta"] = raw["rope_theta"]
+    rope.update(raw.get("rope_scaling") or {})
+    rope.update(raw.get("rope_parameters") or {})
+    return rope
+
+
+def _rope_scaling(rope: Mapping[str, Any], where: str) -> Llama3RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ROPE_SCALINGS:
+        raise ValueError(f"{where}: rope_type={kind!r}: must be 'default' or one of {', '.join(ROPE_SCALINGS)}")
+    missing = [n for n in Llama3RopeScaling.__dataclass_fields__ if n not in rope]
+    if missing:
+        raise ValueError(f"{where}: rope_type='llama3' needs {', '.join(missing)}")
+    return Llama3RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
