@@ -1,0 +1,86 @@
+"""Progress of long verbs: a bar on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+_LOG_EVERY_S = 10.0
+
+
+class Progress(Protocol):
+    """What ``with progress(...) as bar`` gives; also satisfied by a ``tqdm`` bar."""
+
+    def update(self, n: float | None = 1) -> object:
+        """Count ``n`` more units as done."""
+
+
+class _Lines:
+    """``desc: 12/64 prompts, 3.1/s`` to a stream that is not a terminal, at most once in ``every_s`` seconds."""
+
+    def __init__(self, total: int, desc: str, unit: str, stream: TextIO, every_s: float) -> None:
+        self._total, self._desc, self._unit = total, desc, unit
+        self._stream, self._every_s = stream, every_s
+        self._done = 0.0
+        self._start = self._last = time.monotonic()
+
+    def update(self, n: float | None = 1) -> None:
+        self._done += n or 0
+        if time.monotonic() - self._last >= self._every_s:
+            self._print()
+
+    def close(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        self._last = time.monotonic()
+        rate = self._done / max(self._last - self._start, 1e-9)
+        print(
+            f"{self._desc}: {self._done:g}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s",
+            file=self._stream,
+            flush=True,
+        )
+
+
+class _Silent:
+    def update(self, n: float | None = 1) -> None:
+        pass
+
+
+@contextmanager
+def progress(
+    total: int,
+    desc: str,
+    unit: str,
+    *,
+    enabled: bool = True,
+    stream: TextIO | None = None,
+    every_s: float = _LOG_EVERY_S,
+) -> Iterator[Progress]:
+    """Show how much of ``total`` ``unit`` (plural, such as ``prompts``) is done and at what rate.
+
+    On a terminal a bar, removed at the end; elsewhere a line at most every ``every_s`` seconds and one at the end.
+    ``enabled=False`` (ranks other than the first) shows nothing. The default stream is stderr.
+
+        with progress(len(prompts), "rollouts", "prompts") as bar:
+            for prompt in prompts:
+                ...
+                bar.update(1)
+    """
+    stream = stream if stream is not None else sys.stderr
+    if not enabled:
+        yield _Silent()
+    elif stream.isatty():
+        with tqdm(total=total, desc=desc, unit=f" {unit}", file=stream, leave=False, dynamic_ncols=True) as bar:
+            yield bar
+    else:
+        lines = _Lines(total, desc, unit, stream, every_s)
+        try:
+            yield lines
+        finally:
+            lines.close()
