@@ -1,0 +1,63 @@
+"""The command line: ``megatron-dypo train | report``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _about() -> None:
+    """Dynamic Policy Optimization for Megatron-Core and SGLang."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with the sections of megatron_dypo.config.Config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, print, stop.")] = False,
+) -> None:
+    """Train a model; an existing run folder is resumed.
+
+    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for.
+    """
+    from megatron_dypo.config_io import dump_config, load_config
+    from megatron_dypo.launch import check_inputs, launch
+
+    resolved = load_config(config, overrides or [])
+    notes = check_inputs(resolved)
+    if dry_run:
+        typer.echo(dump_config(resolved), nl=False)
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+        return
+    if notes:
+        raise ValueError("\n".join(notes))
+    raise SystemExit(launch(resolved, config, overrides or []))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of `megatron-dypo train`.")],
+) -> None:
+    """Write RUN_DIR/report.html: one self-contained page of plots and samples."""
+    from megatron_dypo.report.page import render_report
+
+    typer.echo(render_report(run_dir))
+
+
+def main() -> None:
+    """Entry point: errors of the user are one line, without a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        sys.exit(f"megatron-dypo: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""YAML and ``dotted.key=value`` overrides → :class:`megatron_dypo.config.Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_dypo.config import Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides, check everything.
+
+    Args:
+        path: a YAML mapping with the sections of :class:`Config`; may be partial.
+        overrides: ``section.key=value``; the value is YAML (``[a, b]``, ``null``, ``1e-6``).
+
+    Raises:
+        ValueError: one line for each problem: file or override, field, value, rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: must be a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
+    """The config of a nested mapping; ``where`` names it in errors."""
+    problems = _unknown_keys(tree, Config, ())
+    if problems:
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
+    try:
+        return TypeAdapter(Config).validate_python(dict(tree))
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{where}: {line}" for line in _explain(error))) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every default included, in the order of the dataclasses."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r}: must have the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
+    *sections, name = key.split(".")
+    node = tree
+    for depth, section in enumerate(sections):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section")
+    node[name] = value
+
+
+def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...]) -> list[str]:
+    """One message for each key of ``tree`` that ``section`` lacks, with the nearest known one."""
+    hints, problems = get_type_hints(section), []
+    for key, value in tree.items():
+        dotted = ".".join((*path, str(key)))
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known keys: {', '.join(hints)}"
+            problems.append(f"{dotted}: unknown key; {hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                problems += _unknown_keys(value, hints[key], (*path, key))
+            else:
+                problems.append(f"{dotted}={value!r}: must be a mapping")
+    return problems
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "value_error":  # a rule of ours: it names field and value itself
+            yield f"{where}.{message}" if where else message
+        elif item["type"] == "missing":
+            yield f"{where}: is required"
+        else:
+            yield f"{where}={item['input']!r}: {message}"
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,63 @@
+"""From one command to the ranks of a run: check the inputs, then be a rank or start the local ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dypo.architecture import load_architecture
+from megatron_dypo.config import Config
+
+
+def check_inputs(config: Config) -> list[str]:
+    """What a dry run notes and a real run refuses: files that are not there.
+
+    Raises:
+        ValueError: a model that is there and does not fit the parallel layout.
+    """
+    notes = [
+        f"{field}={path!r}: no such file"
+        for field, paths in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts))
+        for path in paths
+        if not Path(path).is_file()
+    ]
+    if not (Path(config.model.hf_path) / "config.json").is_file():
+        return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
+    architecture, parallel = load_architecture(config.model.hf_path), config.parallel
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    for axis, size, name, value in (
+        ("parallel.tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
+        ("parallel.tensor", parallel.tensor, "num_key_value_heads", architecture.num_key_value_heads),
+        ("parallel.tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size),
+        ("parallel.pipeline × virtual_pipeline", stages, "num_hidden_layers", architecture.num_layers),
+    ):
+        if value % size:
+            raise ValueError(f"{axis}={size} does not divide {name}={value} of {config.model.hf_path}")
+    return notes
+
+
+def num_processes(config: Config) -> int:
+    """Ranks that the config asks for on this machine."""
+    parallel = config.parallel
+    return parallel.num_processes or parallel.tensor * parallel.pipeline * parallel.context
+
+
+def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> int:
+    """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if "RANK" not in os.environ and num_processes(config) > 1:
+        return _start_local_ranks(num_processes(config), config_path, overrides)
+    from megatron_dypo.train import train
+
+    train(config)
+    return 0
+
+
+def _start_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> int:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
+    return subprocess.run(command, check=False).returncode
