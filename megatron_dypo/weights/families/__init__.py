@@ -1,0 +1,1 @@
+"""Name tables, one for each model family."""

@@ -1,0 +1,19 @@
+"""Qwen3: Llama with a norm of each query and key head."""
+
+from __future__ import annotations
+
+from megatron_dypo.weights.families import llama
+from megatron_dypo.weights.families.table import Row, head
+from megatron_dypo.weights.rules import Copy
+
+ROWS = (
+    *llama.ROWS,
+    *(
+        Row(
+            f"decoder.layers.{{layer}}.self_attention.{name}_layernorm.weight",
+            (f"model.layers.{{layer}}.self_attn.{name}_norm.weight",),
+            Copy(head),
+        )
+        for name in "qk"
+    ),
+)

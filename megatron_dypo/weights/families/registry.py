@@ -1,0 +1,61 @@
+"""The name tables by family, and the two ways to ask them: all rows of a model, or the row of one parameter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.weights.families import llama, qwen2, qwen3
+from megatron_dypo.weights.families.table import LAYER, Row
+
+FAMILIES = {"llama": llama.ROWS, "qwen2": qwen2.ROWS, "qwen3": qwen3.ROWS}
+
+# Transformer Engine fuses a norm into the linear layer that follows it: its name → the local spec's name.
+ALIASES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def table(arch: Architecture) -> tuple[Row, ...]:
+    """The rows of an architecture, ``{layer}`` still in them."""
+    return (*FAMILIES[arch.family], llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
+
+
+def family_rows(arch: Architecture) -> Iterator[Row]:
+    """Every row of a model, concrete: embedding, layer after layer, final norm, output layer."""
+    rows = table(arch)
+    inside = [row for row in rows if LAYER in row.mcore]
+    first = rows.index(inside[0])
+    yield from rows[:first]
+    for layer in range(arch.num_layers):
+        yield from (row.at(layer) for row in inside)
+    yield from (row for row in rows[first:] if LAYER not in row.mcore)
+
+
+def match(mcore_name: str, arch: Architecture) -> Row:
+    """The concrete row of one parameter, named with its global layer index, by the local spec's name or TE's.
+
+    Raises:
+        ValueError: no row of the family matches, or the layer does not exist.
+    """
+    pattern, layer = mcore_name, None
+    if found := _LAYER_NAME.fullmatch(mcore_name):
+        layer = int(found[1])
+        pattern = f"decoder.layers.{LAYER}.{ALIASES.get(found[2], found[2])}"
+        if layer >= arch.num_layers:
+            raise ValueError(f"{mcore_name}: layer {layer} of a model with num_layers={arch.num_layers}")
+    for row in table(arch):
+        if row.mcore == pattern:
+            return row.at(layer)
+    raise ValueError(f"{mcore_name}: no rule of family {arch.family!r} matches this Megatron-Core parameter")
+
+
+def is_redundant_hf_name(name: str, arch: Architecture) -> bool:
+    """Whether an HF tensor may be there and is not read: a rotary buffer, or the output layer of a tied model."""
+    is_tied_copy = arch.tied_embeddings and (name,) == llama.OUTPUT.hf
+    return is_tied_copy or _ROTARY_BUFFER.fullmatch(name) is not None

@@ -1,0 +1,49 @@
+"""From the sharded parameters of one pipeline stage to whole HF tensors, one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.weights.families.registry import match
+
+
+@torch.no_grad()
+def iter_hf_tensors(
+    named_params: Iterable[tuple[str, Tensor]],
+    arch: Architecture,
+    tp_rank: int,
+    tp_size: int,
+    tp_group: dist.ProcessGroup | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """HF names and tensors of the given parameters, on tensor-parallel rank 0; other ranks get an empty iterator.
+
+    Collective over ``tp_group`` (unused when ``tp_size`` is 1): each rank must exhaust it, with the same parameters in
+    the same order. At most one parameter is whole at a time. A replicated parameter is yielded as it is, not copied.
+    Copies of tied embeddings are left out.
+
+    Raises:
+        ValueError: a parameter that no rule matches.
+    """
+    for name, param in named_params:
+        row = match(name, arch)
+        if row.is_copy:
+            continue
+        if row.rule.tp_dim is None or tp_size == 1:
+            shards = [param.detach()]
+        else:
+            shards = _gather_to_first(param.detach(), tp_rank, tp_size, tp_group)
+        if tp_rank == 0:
+            yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
+
+
+def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+    # gloo sends the storage as it lies and ignores strides without a word
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in range(tp_size)] if tp_rank == 0 else None
+    dist.gather(shard, shards, group=group, group_dst=0)
+    return shards or []

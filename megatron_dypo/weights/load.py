@@ -1,0 +1,35 @@
+"""Filling the parameters of a model with HF weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.weights.families.registry import match
+from megatron_dypo.weights.hf_io import HFReader
+
+
+@torch.no_grad()
+def load_hf_weights(
+    named_params: Iterable[tuple[str, Tensor]], reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int
+) -> None:
+    """Copy into each parameter of this rank its shard, converted to the parameter's dtype and device.
+
+    Names carry the global layer index. Everything is checked before the first parameter is written.
+
+    Raises:
+        ValueError: a parameter that no rule matches or whose shape differs; an HF tensor missing, unknown or misshapen.
+    """
+    reader.check_complete(arch)
+    matched = [(param, match(name, arch)) for name, param in named_params]
+    for param, row in matched:
+        shape = row.rule.mcore_shape(arch, tp_size)
+        if tuple(param.shape) != shape:
+            raise ValueError(
+                f"{row.mcore}: the model holds {tuple(param.shape)}, tensor_parallel={tp_size} asks for {shape}"
+            )
+    for param, row in matched:
+        param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, tp_rank, tp_size))

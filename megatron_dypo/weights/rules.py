@@ -1,0 +1,198 @@
+"""How one Megatron-Core parameter is laid out in terms of HF tensors: pure, no I/O, no process group.
+
+A rule answers one question, :meth:`Rule.pieces`: which runs of rows (or columns) of which HF tensors follow each other
+in the local shard of a tensor-parallel rank. Splitting and merging are both read off that list, so they cannot disagree.
+Shapes here are those of the ``local`` layer spec; TE's modules hold the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.architecture import Architecture
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[Architecture], Shape]
+
+
+class Sliceable(Protocol):
+    """A tensor, or a lazy safetensors slice: reads what is indexed and nothing else."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``length`` consecutive entries of HF tensor number ``source``, from ``start``, along the rule's split dim."""
+
+    source: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of layout; subclasses say only shapes and pieces."""
+
+    @property
+    def tp_dim(self) -> int | None:
+        """Dim that tensor parallelism splits; None: every rank holds the whole tensor."""
+        return 0
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        """Shapes of the HF tensors of one row."""
+        raise NotImplementedError
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        """The local shard of ``tp_rank``, from its first entry along ``tp_dim`` to its last one before padding."""
+        raise NotImplementedError
+
+    def mcore_shape(self, arch: Architecture, tp_size: int) -> Shape:
+        """Shape of the parameter on each of ``tp_size`` ranks."""
+        shapes = self.hf_shapes(arch)
+        if self.tp_dim is None:
+            return shapes[0]
+        total = sum(shape[self.tp_dim] for shape in shapes)
+        return _resized(shapes[0], self.tp_dim, _divide(total, tp_size, "size of the split dim"))
+
+    def shard(self, hf_tensors: Sequence[Sliceable | Tensor], arch: Architecture, tp_rank: int, tp_size: int) -> Tensor:
+        """The parameter of ``tp_rank``: contiguous, HF dtype, padding filled with zeros.
+
+        Raises:
+            ValueError: ``tp_size`` does not divide the architecture.
+        """
+        dim = self.tp_dim or 0
+        before = (slice(None),) * dim
+        parts = [
+            hf_tensors[piece.source][(*before, slice(piece.start, piece.start + piece.length))]
+            for piece in self.pieces(arch, tp_rank, tp_size)
+        ]
+        shape = self.mcore_shape(arch, tp_size)
+        padding = shape[dim] - sum(part.shape[dim] for part in parts)
+        if padding:
+            like = parts[0] if parts else hf_tensors[0][(slice(0, 0),)]
+            parts.append(like.new_zeros(_resized(shape, dim, padding)))
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
+
+    def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
+        """The HF tensors of a row from the shards of all ranks, in rank order; padding is cut off."""
+        if self.tp_dim is None:
+            return (shards[0],)
+        outputs = tuple(shards[0].new_empty(shape) for shape in self.hf_shapes(arch))
+        for tp_rank, shard in enumerate(shards):
+            offset = 0
+            for piece in self.pieces(arch, tp_rank, len(shards)):
+                target = outputs[piece.source].narrow(self.tp_dim, piece.start, piece.length)
+                target.copy_(shard.narrow(self.tp_dim, offset, piece.length))
+                offset += piece.length
+        return outputs
+
+
+@dataclass(frozen=True)
+class Copy(Rule):
+    """Replicated on every tensor-parallel rank: norms."""
+
+    shape: ShapeOf
+
+    @property
+    def tp_dim(self) -> int | None:
+        return None
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        return (self.shape(arch),)
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        return [Piece(0, 0, self.shape(arch)[0])]
+
+
+@dataclass(frozen=True)
+class RowParallel(Rule):
+    """A linear layer whose input features are split: attention and MLP outputs."""
+
+    shape: ShapeOf
+
+    @property
+    def tp_dim(self) -> int | None:
+        return 1
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        return (self.shape(arch),)
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        check_tensor_parallel(arch, tp_size)
+        local = _divide(self.shape(arch)[1], tp_size, "input features")
+        return [Piece(0, tp_rank * local, local)]
+
+
+@dataclass(frozen=True)
+class Vocab(Rule):
+    """[V, H] split by vocabulary entry, padded with zero rows to a multiple of ``tp_size``."""
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        return ((arch.vocab_size, arch.hidden_size),)
+
+    def mcore_shape(self, arch: Architecture, tp_size: int) -> Shape:
+        return (arch.padded_vocab_size(tp_size) // tp_size, arch.hidden_size)
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        local = arch.padded_vocab_size(tp_size) // tp_size
+        start = min(tp_rank * local, arch.vocab_size)
+        length = min(local, arch.vocab_size - start)
+        return [Piece(0, start, length)] if length else []
+
+
+@dataclass(frozen=True)
+class QKV(Rule):
+    """Query, key and value projections in one: for each group in turn its query heads, its key head, its value head."""
+
+    bias: bool = False
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        rows = (arch.num_attention_heads, arch.num_key_value_heads, arch.num_key_value_heads)
+        tail = () if self.bias else (arch.hidden_size,)
+        return tuple((heads * arch.head_dim, *tail) for heads in rows)
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        check_tensor_parallel(arch, tp_size)
+        groups = arch.num_key_value_heads // tp_size
+        query = arch.num_attention_heads // arch.num_key_value_heads * arch.head_dim
+        pieces = []
+        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
+            pieces.append(Piece(0, group * query, query))
+            pieces.append(Piece(1, group * arch.head_dim, arch.head_dim))
+            pieces.append(Piece(2, group * arch.head_dim, arch.head_dim))
+        return pieces
+
+
+@dataclass(frozen=True)
+class GateUp(Rule):
+    """Both input projections of a gated MLP: on each rank its rows of the gate, then its rows of the other."""
+
+    def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
+        return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+
+    def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
+        check_tensor_parallel(arch, tp_size)
+        local = arch.ffn_hidden_size // tp_size
+        return [Piece(0, tp_rank * local, local), Piece(1, tp_rank * local, local)]
+
+
+def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
+    """Raise ValueError unless ``tp_size`` splits heads, groups and MLP evenly, which Megatron-Core asks for."""
+    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
+        _divide(getattr(arch, name), tp_size, name)
+
+
+def _divide(value: int, tp_size: int, name: str) -> int:
+    if tp_size < 1 or value % tp_size:
+        raise ValueError(f"tensor_parallel={tp_size} does not divide {name}={value}")
+    return value // tp_size
+
+
+def _resized(shape: Shape, dim: int, size: int) -> Shape:
+    return (*shape[:dim], size, *shape[dim + 1 :])
