@@ -1,0 +1,76 @@
+"""Samples move: between replicas, so that each has the same work, and from a replica's leader to its other ranks.
+
+All traffic is on CPU control groups, in safetensors bytes. Nothing is gathered that only one reader needs: what every
+rank learns of every sample is its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.batching.pack import bins_balanced
+from megatron_dypo.batching.queues import dump_samples, load_samples
+from megatron_dypo.types import Sample
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """``value`` of every rank of ``group``, in rank order; for a few numbers a rank, not for tensors."""
+    if group.size() == 1:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def balance(samples: Sequence[Sample], leaders: dist.ProcessGroup) -> list[Sample]:
+    """Give each replica an equal share of the tokens; called on every leader with the samples that it holds.
+
+    The assignment is computed the same everywhere from the lengths alone. The result is ordered by
+    (order, member), so it does not depend on who held what.
+    """
+    if leaders.size() == 1:
+        return sorted(samples, key=_key)
+    lengths = gather_objects([(*_key(s), len(s.tokens)) for s in samples], leaders)
+    listing = sorted(row for rows in lengths for row in rows)
+    bins = bins_balanced([float(length) for *_, length in listing], leaders.size())
+    owner = {tuple(listing[i][:2]): replica for replica, members in enumerate(bins) for i in members}
+    outgoing: list[list[Sample]] = [[] for _ in range(leaders.size())]
+    for sample in samples:
+        outgoing[owner[_key(sample)]].append(sample)
+    received = _all_to_all([dump_samples(part) for part in outgoing], leaders)
+    return sorted((s for part in received for s in load_samples(part)), key=_key)
+
+
+def broadcast_samples(samples: Sequence[Sample] | None, replica: dist.ProcessGroup) -> list[Sample]:
+    """The leader's samples on every rank of its replica; the others pass None. The leader is the group's rank 0."""
+    if replica.size() == 1:
+        assert samples is not None, "a replica of one rank is its own leader"
+        return list(samples)
+    payload = dump_samples(samples) if samples is not None else b""
+    size = torch.tensor([len(payload)])
+    dist.broadcast(size, group_src=0, group=replica)
+    buffer = _as_tensor(payload) if samples is not None else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(buffer, group_src=0, group=replica)
+    return list(samples) if samples is not None else load_samples(buffer.numpy().tobytes())
+
+
+def _key(sample: Sample) -> tuple[int, int]:
+    return sample.order, sample.member
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def _all_to_all(outgoing: Sequence[bytes], group: dist.ProcessGroup) -> list[bytes]:
+    sent = torch.tensor([len(part) for part in outgoing])
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    buffer = torch.empty(int(received.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(buffer, _as_tensor(b"".join(outgoing)), received.tolist(), sent.tolist(), group=group)
+    return [part.numpy().tobytes() for part in buffer.split(received.tolist())]

@@ -1,0 +1,82 @@
+"""Group Alignment Loss, a pairwise contrast of successes and failures in one group (paper, eq. 14, 15, 23). Pure.
+
+Shape legend: G members of a group, S its successes, F its failures. The loss splits exactly over trajectories:
+∇L_GAL = Σ_i c_i·∇ℓ_i with c_i = ∂L_GAL/∂ℓ_i, and the c_i need only the group's log-ratios, without gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SATURATED = 0.01
+"""A pair counts as saturated when its weight σ(−β·d) is within this distance of 0 or 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalStatistics:
+    """Diagnostics of one group, means over its pairs."""
+
+    loss: float
+    eta: float
+    """η = E[w²], which the variance bound of eq. 17 needs to vanish; ¼ where d = 0."""
+    saturation: float
+    """Share of pairs whose weight has no slope left."""
+    margin: float
+    """Mean d = ℓ_success − ℓ_failure."""
+
+
+def gal_coefficients(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Tensor:
+    """c_i = ∂L_GAL/∂ℓ_i, the mean over the group's pairs.
+
+    Args:
+        log_ratio_G: [G] ℓ_i = Σ_t log π_θ − log π_ref, already divided by the length divisor.
+        is_success_G: [G] bool.
+        beta: inverse temperature β > 0.
+
+    Returns:
+        [G] of ``log_ratio_G``'s type, without gradient: −(β/M)·Σ_f w_sf for a success, +(β/M)·Σ_s w_sf for a
+        failure, w_sf = σ(−β(ℓ_s − ℓ_f)). They sum to 0; all zero without a pair.
+
+    Raises:
+        ValueError: shapes differ or are not [G]; β is not positive.
+    """
+    margin_SF = _margins(log_ratio_G, is_success_G, beta)
+    coef_G = torch.zeros_like(log_ratio_G, requires_grad=False)
+    if margin_SF.numel() == 0:
+        return coef_G
+    weight_SF = torch.sigmoid(-beta * margin_SF)
+    scale = beta / margin_SF.numel()
+    success_G = is_success_G.bool()
+    coef_G[success_G] = -scale * weight_SF.sum(dim=1)
+    coef_G[~success_G] = scale * weight_SF.sum(dim=0)
+    return coef_G
+
+
+def gal_statistics(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> GalStatistics | None:
+    """Loss, η, saturation and margin of one group; None without a pair. Arguments as in :func:`gal_coefficients`."""
+    margin_SF = _margins(log_ratio_G, is_success_G, beta)
+    if margin_SF.numel() == 0:
+        return None
+    weight_SF = torch.sigmoid(-beta * margin_SF)
+    saturated_SF = (weight_SF < SATURATED) | (weight_SF > 1 - SATURATED)
+    return GalStatistics(
+        loss=float(-torch.nn.functional.logsigmoid(beta * margin_SF).mean()),
+        eta=float(weight_SF.square().mean()),
+        saturation=float(saturated_SF.double().mean()),
+        margin=float(margin_SF.mean()),
+    )
+
+
+def _margins(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Tensor:
+    """[S, F] d_sf = ℓ_s − ℓ_f."""
+    if log_ratio_G.dim() != 1 or log_ratio_G.shape != is_success_G.shape:
+        raise ValueError(
+            f"log_ratio_G {tuple(log_ratio_G.shape)} and is_success_G {tuple(is_success_G.shape)}: must both be [G]"
+        )
+    if beta <= 0:
+        raise ValueError(f"beta={beta}: must be positive")
+    log_ratio_G, success_G = log_ratio_G.detach(), is_success_G.bool()
+    return log_ratio_G[success_G][:, None] - log_ratio_G[~success_G][None, :]

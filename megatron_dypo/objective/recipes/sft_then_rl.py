@@ -1,0 +1,34 @@
+"""The classic two phases in one run: ``sft_steps`` of SFT, then GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.objective.recipes.base import Objective, WeighedGroup
+from megatron_dypo.objective.recipes.grpo import Grpo
+from megatron_dypo.objective.recipes.sft import Sft
+from megatron_dypo.types import Sample, Tier, Totals, Treatment
+
+
+class SftThenRl:
+    def __init__(self, cfg: ObjectiveConfig) -> None:
+        if cfg.sft_steps == 0:
+            raise ValueError("objective.sft_steps=0: sft_then_rl needs the length of its first phase")
+        self.cfg, self.sft, self.grpo = cfg, Sft(cfg), Grpo(cfg)
+
+    def _phase(self, step: int) -> Objective:
+        return self.sft if step < self.cfg.sft_steps else self.grpo
+
+    def needs_rollouts(self, step: int) -> bool:
+        return self._phase(step).needs_rollouts(step)
+
+    def needs_reference(self) -> bool:
+        return self.grpo.needs_reference()
+
+    def treat(self, tier: Tier | None, step: int) -> Treatment:
+        return self._phase(step).treat(tier, step)
+
+    def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
+        # By what the group is, not by the phase: traces queued at the end of the first phase stay traces.
+        return (self.sft if group[0].treatment is Treatment.DISTIL else self.grpo).weigh(group, totals, step)

@@ -1,0 +1,85 @@
+"""From log-probs of a group to the per-token weights of the loss (dypo.md, sections 3 to 5). Pure.
+
+An objective composes these: each function gives one term's share for each member of one group, with the global
+normaliser 1/n, the group's 1/k and the length divisor folded in. Legend: G members of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.objective.advantage import group_advantages
+from megatron_dypo.objective.gal import GalStatistics, gal_coefficients, gal_statistics
+from megatron_dypo.types import Sample, TokenWeights, Totals
+
+
+def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig) -> float:
+    """What the token sum of ``sample`` is divided by, the same in GRPO, SFT and ℓ_i (section 4, "one knob")."""
+    match cfg.length_normalization:
+        case "sum":
+            return 1.0
+        case "sequence_mean":
+            return float(max(sample.num_response_tokens, 1))
+        case "token_mean":
+            sequences = totals.num_sequences[sample.treatment]
+            return max(totals.num_response_tokens[sample.treatment] / sequences, 1.0)
+        case "constant":
+            return float(cfg.constant_length)
+
+
+def sft_weights(trace: Sample, totals: Totals, cfg: ObjectiveConfig, *, scale: float) -> TokenWeights:
+    """``scale``·L_SFT of one prompt (eq. 5, 20), its share of the mean over prompts included."""
+    return TokenWeights(nll=scale / (totals.num_prompts * length_divisor(trace, totals, cfg)))
+
+
+def grpo_weights(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float) -> list[TokenWeights]:
+    """``scale``·L_GRPO of one prompt (eq. 3, 21, 22), the KL term included."""
+    reward_G = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
+    advantage_G = group_advantages(reward_G, normalize_std=cfg.normalize_std, epsilon=cfg.advantage_epsilon)
+    weights = []
+    for sample, advantage in zip(group, advantage_G.tolist(), strict=True):
+        share = scale / (totals.num_prompts * len(group) * length_divisor(sample, totals, cfg))
+        weights.append(TokenWeights(advantage=advantage, surrogate=share, kl=share * cfg.kl_coef))
+    return weights
+
+
+def gal_weights(
+    group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float
+) -> tuple[list[TokenWeights], GalStatistics | None]:
+    """``scale``·L_GAL of one prompt (eq. 14, 15): −``scale``·c_i/(n·divisor) on −log π, and the group's diagnostics."""
+    log_ratio_G = group_log_ratios(group, totals, cfg)
+    is_success_G = torch.tensor([sample.is_correct for sample in group])
+    coef_G = gal_coefficients(log_ratio_G, is_success_G, cfg.beta_gal)
+    weights = [
+        TokenWeights(nll=-scale * coef / (totals.num_prompts * length_divisor(sample, totals, cfg)))
+        for sample, coef in zip(group, coef_G.tolist(), strict=True)
+    ]
+    return weights, gal_statistics(log_ratio_G, is_success_G, cfg.beta_gal)
+
+
+def group_log_ratios(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig) -> Tensor:
+    """[G] float64 ℓ_i / divisor: under the update's own weights where they were scored again, else under π_old."""
+    return torch.tensor([_log_ratio(s) / length_divisor(s, totals, cfg) for s in group], dtype=torch.float64)
+
+
+def _log_ratio(sample: Sample) -> float:
+    assert sample.old_logp is not None, "score() comes before weigh()"
+    assert sample.ref_logp is not None, "score() comes before weigh()"
+    ref_sum = float(sample.ref_logp.sum(dtype="float64"))
+    if sample.current_logp_sum is not None:
+        return sample.current_logp_sum - ref_sum
+    return float(sample.old_logp.sum(dtype="float64")) - ref_sum
+
+
+def add(first: TokenWeights, second: TokenWeights) -> TokenWeights:
+    """Both terms on one trajectory; at most one of them carries an advantage."""
+    return TokenWeights(
+        advantage=first.advantage or second.advantage,
+        surrogate=first.surrogate + second.surrogate,
+        kl=first.kl + second.kl,
+        nll=first.nll + second.nll,
+    )
