@@ -1,0 +1,29 @@
+"""What a run ran on: ``versions.json`` in its folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import megatron_dypo
+
+VERSIONS_FILE = "versions.json"
+_DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "sglang", "transformers", "math-verify", "numpy")
+
+
+def collect_versions() -> dict[str, str]:
+    """Distribution → installed version, for those that are installed; imports none of them."""
+    versions = {"megatron-dypo": megatron_dypo.__version__, "python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_versions(run_dir: Path) -> None:
+    """Write ``versions.json`` into the run folder."""
+    (run_dir / VERSIONS_FILE).write_text(json.dumps(collect_versions(), indent=2) + "\n", encoding="utf-8")
