@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SATURATED = 0.01
-"""A pair counts as saturated when its weight σ(−β·d) is within this distance of 0 or 1."""
+SATURATED_AT = 5.0
+"""A pair counts as saturated above this |β·d|: its weight σ(−β·d) is then within 0.007 of 0 or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class GalStatistics:
     eta: float
     """η = E[w²], which the variance bound of eq. 17 needs to vanish; ¼ where d = 0."""
     saturation: float
-    """Share of pairs whose weight has no slope left."""
+    """Share of pairs with |β·d| above SATURATED_AT."""
     margin: float
     """Mean d = ℓ_success − ℓ_failure."""
 
@@ -61,7 +61,7 @@ def gal_statistics(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Ga
     if margin_SF.numel() == 0:
         return None
     weight_SF = torch.sigmoid(-beta * margin_SF)
-    saturated_SF = (weight_SF < SATURATED) | (weight_SF > 1 - SATURATED)
+    saturated_SF = (beta * margin_SF).abs() > SATURATED_AT
     return GalStatistics(
         loss=float(-torch.nn.functional.logsigmoid(beta * margin_SF).mean()),
         eta=float(weight_SF.square().mean()),

@@ -1,0 +1,154 @@
+"""Sums that become a step's metrics: counted on every replica's leader, added over leaders, divided once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from megatron_dypo.objective.gal import GalStatistics
+from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
+
+
+class Tally(dict[str, float]):
+    """Named sums; ``max:`` and ``min:`` keys keep an extreme instead. Missing ones are 0."""
+
+    def __missing__(self, key: str) -> float:
+        return 0.0
+
+    def merge(self, other: Tally) -> None:
+        """Add what another leader counted."""
+        for key, value in other.items():
+            if key.startswith(("max:", "min:")):
+                self.extreme(key, value)
+            else:
+                self.add(key, value)
+
+    def extreme(self, key: str, value: float) -> None:
+        """Keep the largest (``max:``) or smallest (``min:``) value seen under ``key``."""
+        choose = max if key.startswith("max:") else min
+        self[key] = choose(self[key], value) if key in self else value
+
+    def add(self, key: str, value: float = 1.0) -> None:
+        self[key] += value
+
+    def ratio(self, numerator: str, denominator: str) -> float:
+        """One sum over another; 0 where there is nothing to divide by."""
+        return self[numerator] / self[denominator] if self[denominator] else 0.0
+
+
+def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
+    """Count tiers, verdicts and lengths of freshly graded groups."""
+    for group in groups:
+        tally.add("groups")
+        tally.add("prompt_tokens", len(group.prompt.tokens))
+        if group.tier is not None:
+            tally.add(f"tier/{group.tier.value}")
+            tally.add("graded")
+        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
+            tally.add("rollouts")
+            tally.add("reward", verdict.reward)
+            tally.add("correct", verdict.is_correct)
+            tally.add("truncated", rollout.finish == "length")
+            tally.add("verifier_errors", verdict.error is not None)
+            tally.add("sampled_tokens", len(rollout.tokens))
+            tally.extreme("max:response_len", len(rollout.tokens))
+            tally.extreme("min:response_len", len(rollout.tokens))
+            tally.add("rollout_version", rollout.policy_version)
+
+
+def tally_gal(tally: Tally, statistics: GalStatistics, log_ratio_sum: float, num_members: int) -> None:
+    """Count the diagnostics of one Mid group."""
+    tally.add("gal_groups")
+    for name in ("loss", "eta", "saturation", "margin"):
+        tally.add(f"gal/{name}", getattr(statistics, name))
+    tally.add("gal_log_ratio", log_ratio_sum)
+    tally.add("gal_members", num_members)
+
+
+def tally_update(tally: Tally, samples: Sequence[Sample], version: int) -> None:
+    """Count the sequences of an update where they are scored."""
+    for sample in samples:
+        tally.add("sequences")
+        tally.add("tokens", len(sample.tokens))
+        tally.add("response_tokens", sample.num_response_tokens)
+        tally.add("staleness", version - sample.policy_version)
+        if sample.old_logp is not None and sample.rollout_logp is not None and len(sample.old_logp):
+            tally.extreme("max:mismatch", float(abs(sample.old_logp - sample.rollout_logp).max()))
+
+
+def rollout_metrics(tally: Tally) -> dict[str, float]:
+    """What collection and grading counted; nothing for a step without rollouts."""
+    metrics = {
+        "data/dropped_prompts": tally["dropped_prompts"],
+        "data/dropped_traces": tally["dropped_traces"],
+        "gate/hard_without_teacher": tally["hard_without_teacher"],
+        "queue/stale": tally["stale"],
+    }
+    if tally["graded"]:
+        metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
+    if tally["rollouts"]:
+        metrics |= {
+            "rollout/reward": tally.ratio("reward", "rollouts"),
+            "rollout/accuracy": tally.ratio("correct", "rollouts"),
+            "rollout/truncated_ratio": tally.ratio("truncated", "rollouts"),
+            "rollout/response_len/mean": tally.ratio("sampled_tokens", "rollouts"),
+            "rollout/response_len/max": tally["max:response_len"],
+            "rollout/response_len/min": tally["min:response_len"],
+            "rollout/prompt_len/mean": tally.ratio("prompt_tokens", "groups"),
+            "rollout/num_prompts": tally["groups"],
+            "rollout/num_rollouts": tally["rollouts"],
+            "rollout/num_tokens": tally["sampled_tokens"],
+            "rollout/num_rounds": tally["max:rounds"],
+            "rollout/retries": tally["retries"],
+            "rollout/incomplete_groups": tally["incomplete_groups"],
+            "rollout/verifier_errors": tally["verifier_errors"],
+            "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),
+        }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def update_metrics(tally: Tally, totals: Totals, sums: Tensor, gal_scale: float) -> dict[str, float]:
+    """What the update counted.
+
+    Args:
+        sums: [len(STATISTICS)] of :func:`token_loss`, over all ranks.
+        gal_scale: Σ over Mid groups of their share of L_GAL in the loss, for one unit of mean L_GAL.
+    """
+    total = dict(zip(STATISTICS, sums.tolist(), strict=True))
+    gal_loss = tally.ratio("gal/loss", "gal_groups")
+    distil, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTIL, Treatment.REINFORCE))
+    tokens = totals.num_response_tokens
+    all_tokens = max(sum(tokens.values()), 1)
+    metrics = {
+        "train/loss": total["surrogate"] + total["kl"] + total["sft"] + gal_scale * gal_loss,
+        "train/pg_loss": total["surrogate"],
+        "train/sft_loss": total["sft"],
+        "train/kl_loss": total["kl"],
+        "train/sft_nll": _ratio(total["trace_nll"], total["tokens"] - total["rollout_tokens"]),
+        "train/entropy": _ratio(total["entropy"], total["rollout_tokens"]),
+        "train/pg_clipfrac": _ratio(total["clipped"], total["rollout_tokens"]),
+        "train/ppo_kl": _ratio(total["ppo_kl"], total["rollout_tokens"]),
+        "train/train_rollout_logprob_abs_diff": _ratio(total["mismatch_abs"], total["rollout_tokens"]),
+        "train/train_rollout_logprob_abs_diff_max": tally["max:mismatch"],
+        "train/importance_capped_ratio": _ratio(total["importance_capped"], total["rollout_tokens"]),
+        "train/num_prompts": totals.num_prompts,
+        "train/num_sequences": tally["sequences"],
+        "train/num_tokens": tally["tokens"],
+        "train/num_response_tokens": tally["response_tokens"],
+        "train/staleness": tally.ratio("staleness", "sequences"),
+        "gate/offline_share_prompts": distil / totals.num_prompts,
+        "gate/offline_share_sequences": distil / (distil + reinforce),
+        "gate/offline_share_tokens": tokens[Treatment.DISTIL] / all_tokens,
+    }
+    if tally["gal_groups"]:
+        metrics |= {f"gal/{n}": tally.ratio(f"gal/{n}", "gal_groups") for n in ("loss", "eta", "saturation", "margin")}
+        metrics["gal/anchor_drift"] = tally.ratio("gal_log_ratio", "gal_members")
+    for key in [key for key in tally if key.startswith("teacher/")]:
+        metrics[f"{key}/share"] = tally.ratio(key, "teachers")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0

@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+
+from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
+
+
+def run(logp, cfg=None, **streams):
+    """Loss, gradient and named sums of single-stream tokens; what is not given is zero."""
+    logp_N = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
+    zeros = dict.fromkeys(LossInputs.__dataclass_fields__, [0.0] * len(logp))
+    tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in {**zeros, **streams}.items()}
+    tensors["is_trace"] = tensors["is_trace"].bool()
+    loss, sums = token_loss(logp_N, torch.zeros_like(logp_N), LossInputs(**tensors), cfg or ObjectiveConfig())
+    loss.backward()
+    return loss.item(), logp_N.grad, dict(zip(STATISTICS, sums.tolist(), strict=True))
+
+
+def test_on_policy_surrogate_has_the_policy_gradient():
+    _, grad, _ = run([-1.0, -2.0], old_logp=[-1.0, -2.0], advantage=[2.0, -3.0], surrogate=[0.5, 0.25])
+    assert grad.tolist() == pytest.approx([-0.5 * 2.0, 0.25 * 3.0])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "has_gradient"),
+    [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False), (1.25, 1.0, True)],
+)
+def test_asymmetric_clip_stops_the_gradient_only_where_the_ratio_went_too_far(ratio, advantage, has_gradient):
+    cfg = ObjectiveConfig(clip_low=0.2, clip_high=0.3)
+    _, grad, sums = run([math.log(ratio)], cfg, advantage=[advantage], surrogate=[1.0])
+    assert bool(grad[0] != 0) == has_gradient
+    assert sums["clipped"] == (0 if has_gradient else 1)
+
+
+def test_dual_clip_bounds_a_negative_advantage():
+    cfg = ObjectiveConfig(dual_clip=3.0)
+    loss, grad, sums = run([math.log(10.0)], cfg, advantage=[-1.0], surrogate=[1.0])
+    assert (loss, grad.item(), sums["clipped"]) == (3.0, 0.0, 1.0)
+    loss, grad, _ = run([math.log(2.0)], cfg, advantage=[-1.0], surrogate=[1.0])
+    assert loss == pytest.approx(2.0)
+    assert grad.item() != 0
+
+
+def test_k3_is_zero_at_the_reference_and_positive_elsewhere():
+    loss, grad, _ = run([-1.0], ref_logp=[-1.0], kl=[1.0])
+    assert (loss, grad.item()) == (0.0, 0.0)
+    loss, grad, _ = run([-1.0], ref_logp=[-0.5], kl=[2.0])
+    assert loss == pytest.approx(2 * (math.exp(0.5) - 0.5 - 1))
+    assert grad.item() == pytest.approx(2 * (1 - math.exp(0.5)))
+
+
+def test_traces_enter_by_their_likelihood_alone():
+    loss, grad, sums = run([-1.0, -3.0], nll=[0.5, 0.5], is_trace=[1.0, 1.0], old_logp=[9.0, 9.0])
+    assert loss == 2.0
+    assert grad.tolist() == [-0.5, -0.5]
+    assert (sums["sft"], sums["trace_nll"], sums["rollout_tokens"], sums["ppo_kl"]) == (2.0, 4.0, 0.0, 0.0)
+
+
+def test_importance_weight_is_truncated_at_the_cap():
+    streams = {"old_logp": [-1.0, -1.0], "rollout_logp": [-3.0, -1.5], "advantage": [1.0, 1.0], "surrogate": [1.0, 1.0]}
+    _, grad, sums = run([-1.0, -1.0], ObjectiveConfig(importance_cap=2.0), **streams)
+    assert grad.tolist() == pytest.approx([-2.0, -math.exp(0.5)])
+    assert sums["importance_capped"] == 1
+    _, grad, _ = run([-1.0, -1.0], ObjectiveConfig(), **streams)
+    assert grad.tolist() == pytest.approx([-1.0, -1.0])
+    assert sums["mismatch_abs"] == pytest.approx(2.5)

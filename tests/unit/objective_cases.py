@@ -1,0 +1,49 @@
+"""Random groups and batches for the tests of the objective."""
+
+import numpy as np
+
+from megatron_dypo.types import Sample, Totals, Treatment
+
+
+def totals_of(groups) -> Totals:
+    """Counts over whole groups, as the trainer makes them."""
+    kinds = (Treatment.DISTIL, Treatment.REINFORCE)
+    by_kind = {kind: [s for g in groups for s in g if s.treatment is kind] for kind in kinds}
+    return Totals(
+        num_prompts=len(groups),
+        num_sequences={kind: len(samples) for kind, samples in by_kind.items()},
+        num_response_tokens={kind: sum(s.num_response_tokens for s in samples) for kind, samples in by_kind.items()},
+    )
+
+
+def random_groups(seed, *, num_hard=2, num_mid=3, group_size=4, vocab=50, max_response=9):
+    """``num_hard`` traces and ``num_mid`` groups with at least one success and one failure each."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for order in range(num_hard + num_mid):
+        prompt = rng.integers(3, vocab, rng.integers(2, 6)).astype(np.int32)
+        is_mid = order >= num_hard
+        correct = rng.permutation(group_size) % 2 == 0
+        members = []
+        for member in range(group_size if is_mid else 1):
+            length = int(rng.integers(1, max_response))
+            logps = (rng.normal(-2, 0.5, length).astype(np.float32) for _ in range(3))
+            rollout_logp, old_logp, ref_logp = logps if is_mid else (None, None, None)
+            response = rng.integers(3, vocab, length).astype(np.int32)
+            members.append(
+                Sample(
+                    order=order,
+                    member=member,
+                    treatment=Treatment.REINFORCE if is_mid else Treatment.DISTIL,
+                    tokens=np.concatenate([prompt, response]),
+                    num_prompt_tokens=len(prompt),
+                    policy_version=0,
+                    is_correct=bool(is_mid and correct[member]),
+                    reward=float(is_mid and correct[member]) + (0.1 * member if is_mid else 0.0),
+                    rollout_logp=rollout_logp,
+                    old_logp=old_logp,
+                    ref_logp=ref_logp,
+                )
+            )
+        groups.append(members)
+    return groups
