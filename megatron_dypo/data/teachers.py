@@ -1,0 +1,25 @@
+"""Which teacher a Hard prompt learns from (paper, eq. 5 and 20)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from megatron_dypo.types import Prompt, Tokens
+
+
+def draw_trace(prompt: Prompt, seed: int) -> tuple[str, Tokens] | None:
+    """Draw one teacher uniformly from those that have a trace for ``prompt``: its name and its [R] target tokens.
+
+    A pure function of (seed, ``prompt_id``, ``visit``) and of the names present: the same in every process, on every
+    rank and after a resume. None if no teacher is present.
+    """
+    names = sorted(prompt.traces)
+    if not names:
+        return None
+    # JSON keeps the parts apart: ("a", 11) and ("a1", 1) differ.
+    key = json.dumps([seed, prompt.prompt_id, prompt.visit]).encode()
+    draw = int.from_bytes(hashlib.sha256(key).digest(), "big")
+    # 256 bits: the remainder's deviation from uniform is below m / 2^256.
+    name = names[draw % len(names)]
+    return name, prompt.traces[name]
