@@ -1,0 +1,150 @@
+"""Core attention over packed sequences with torch alone; and the description of a packed row for Megatron.
+
+Shapes: T tokens of the row, h query heads and g key-value heads of this tensor-parallel rank, d channels of a head,
+B sequences of a bucket padded to S tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+
+SHORT = 32
+"""Sequences up to this length share a bucket whatever their lengths: a call costs more than the padding."""
+FILL = 0.75
+"""A longer sequence joins a bucket only if it fills at least this part of its padded length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Sequences of like length, attended to in one call."""
+
+    gather_N: torch.Tensor
+    """[B·S] token of each padded slot; slots beyond a sequence's end repeat its last token."""
+    num_sequences: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a packed row is cut into padded buckets and put together again."""
+
+    buckets: tuple[Bucket, ...]
+    slot_T: torch.Tensor
+    """Where token t stands in the concatenation of the padded buckets."""
+
+
+def packed_seq_params(cu_seqlens_S: torch.Tensor) -> PackedSeqParams:
+    """Megatron's description of a packed (``thd``) row.
+
+    Args:
+        cu_seqlens_S: [S+1] int boundaries of its sequences, from 0 to T, on any device; made int32 as kernels need it.
+    """
+    cu_seqlens = cu_seqlens_S.to(torch.int32)
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def plan(cu_seqlens: tuple[int, ...], device: torch.device) -> Plan:
+    """Bucket the sequences of a row by length. The same for all layers of a microbatch, hence the cache."""
+    starts = cu_seqlens[:-1]
+    lengths = [end - start for start, end in zip(starts, cu_seqlens[1:], strict=True)]
+    slot_T = torch.empty(cu_seqlens[-1], dtype=torch.long)
+    buckets, offset = [], 0
+    for members in _group_by_length(lengths):
+        S = lengths[members[0]]
+        start_B = torch.tensor([starts[i] for i in members])
+        length_B = torch.tensor([lengths[i] for i in members])
+        inside = torch.arange(S).expand(len(members), S)
+        gather = start_B[:, None] + torch.minimum(inside, length_B[:, None] - 1)
+        real = inside < length_B[:, None]
+        slot_T[gather[real]] = offset + torch.arange(len(members) * S).view(len(members), S)[real]
+        buckets.append(Bucket(gather.flatten().to(device), len(members), S))
+        offset += len(members) * S
+    return Plan(tuple(buckets), slot_T.to(device))
+
+
+def _group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of the non-empty sequences in groups, longest first within a group and over the groups."""
+    groups: list[list[int]] = []
+    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else None
+        if longest is not None and (longest <= SHORT or lengths[index] >= FILL * longest):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale: float | None = None) -> torch.Tensor:
+    """Causal attention within each sequence of a packed row; exact, gradients included.
+
+    Padding stands behind each sequence, so that under a causal mask no real token sees it, and its outputs are dropped.
+
+    Args:
+        q: [T, h, d]; k, v: [T, g, d] with g dividing h.
+        where: the row's plan.
+        scale: factor on the scores; None: 1/√d.
+
+    Returns:
+        [T, h·d]
+    """
+    outputs = []
+    for bucket in where.buckets:
+        shape = (bucket.num_sequences, bucket.length)
+        q_BhSd, k_BgSd, v_BgSd = (
+            x.index_select(0, bucket.gather_N).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
+        )
+        out_BhSd = F.scaled_dot_product_attention(
+            q_BhSd, k_BgSd, v_BgSd, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out_BhSd.transpose(1, 2).flatten(0, 1).flatten(1))
+    padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return padded.index_select(0, where.slot_T)
+
+
+class PackedAttention(MegatronModule):
+    """``core_attention`` of a layer spec for packed rows; Megatron's own refuses them."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """[T, h, d] × [T, g, d] × [T, g, d] → [T, h·d]; the mask is always causal within a sequence."""
+        assert packed_seq_params is not None, "rows are always packed here"
+        cu_seqlens = tuple(packed_seq_params.cu_seqlens_q.tolist())
+        return attend(query, key, value, plan(cu_seqlens, query.device), self.scale)

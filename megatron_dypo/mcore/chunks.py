@@ -1,0 +1,33 @@
+"""What is inside the wrapped model chunks of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside the data-parallel and half-precision wrappers."""
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+        chunk = chunk.module
+    return chunk
+
+
+def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters under names that carry the global layer index, wrappers stripped.
+
+    With tied embeddings and more than one pipeline stage the last stage has its copy as ``output_layer.weight``.
+    """
+    for chunk in chunks:
+        model = unwrap(chunk)
+        global_index = {str(i): layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+        for name, parameter in model.named_parameters():
+            head, separator, tail = name.partition("decoder.layers.")
+            if separator:
+                local, _, rest = tail.partition(".")
+                name = f"{head}{separator}{global_index[local]}.{rest}"
+            yield name, parameter

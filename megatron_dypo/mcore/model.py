@@ -1,0 +1,193 @@
+"""The policy: Megatron's GPTModel for an HF architecture, one wrapped chunk for each virtual pipeline stage.
+
+Order of building: :func:`build_model`, :func:`load_initial_weights`, and only then the optimizer, which copies the
+parameters into its fp32 main parameters.
+
+Forward of a chunk on one packed row of T tokens::
+
+    output = chunk(tokens_1T, positions_1T, None, packed_seq_params=packed_seq_params(cu_seqlens_S))
+
+On the last stage ``output`` is the logits [1, T, V/tp], fp32, this rank's slice of the padded vocabulary; on other
+stages the hidden states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, where tp must divide T). Rows of
+one batch may differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.config import ModelConfig, ParallelConfig
+from megatron_dypo.mcore import checkpoint
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.features import Features, layer_spec, probe
+from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.parallel import device
+from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.weights.hf_io import HFReader
+from megatron_dypo.weights.load import load_hf_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_model(
+    arch: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    layout: Layout,
+    *,
+    distributed_optimizer: bool = False,
+    overlap_grad_reduce: bool = False,
+) -> list[DistributedDataParallel]:
+    """The chunks of this pipeline rank, in the order of their virtual stages; parameters are uninitialised memory.
+
+    Gradients are *summed* over microbatches and data-parallel ranks, never divided: the loss function returns
+    ``(loss, num_tokens, metrics)`` with a loss that is already normalised over the global batch (``num_tokens``, an int
+    tensor, is then ignored; a 2-tuple would be divided by the number of microbatches).
+
+    Raises:
+        ValueError: an axis that does not divide what it splits.
+    """
+    check_divisibility(arch, parallel)
+    features = probe()
+    config = transformer_config(arch, model, parallel, features)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap_grad_reduce,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    chunks = []
+    for stage in range(layout.virtual_pipeline):
+        module = _build_chunk(arch, config, features, layout, stage)
+        wrapped = Float16Module(config, module) if config.bf16 else module
+        # Only the first chunk's gradients are reduced while others still compute, so only it is cut into buckets.
+        chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    config.finalize_model_grads_func = _finalize
+    return chunks
+
+
+def check_divisibility(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Whether the axes divide what they split.
+
+    Raises:
+        ValueError: e.g. ``tensor_parallel=3 does not divide num_attention_heads=28``.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
+        if getattr(arch, name) % parallel.tensor:
+            raise ValueError(f"tensor_parallel={parallel.tensor} does not divide {name}={getattr(arch, name)}")
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if arch.num_layers % stages:
+        raise ValueError(
+            f"pipeline_parallel={parallel.pipeline} × virtual_pipeline={parallel.virtual_pipeline or 1} = {stages} "
+            f"does not divide num_layers={arch.num_layers}"
+        )
+
+
+def transformer_config(
+    arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features
+) -> TransformerConfig:
+    """Megatron's configuration of the architecture under these axes."""
+    dtype = DTYPES[model.dtype]
+    interleaved = parallel.virtual_pipeline is not None
+    fused = device.on_gpu()
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=parallel.pipeline > 1,
+        # There are no experts here, but the default dispatcher forbids variable lengths.
+        moe_token_dispatcher_type="alltoall",
+        # Interleaving with batched p2p gives wrong gradients without an error; 1F1B knows no overlap.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=features.transformer_engine,
+        gradient_accumulation_fusion=features.grad_accumulation_fusion,
+        attention_softmax_in_fp32=True,
+        **_recompute(model),
+    )
+
+
+def load_initial_weights(
+    chunks: Sequence[torch.nn.Module], model: ModelConfig, arch: Architecture, layout: Layout
+) -> None:
+    """Fill the parameters from ``model.mcore_path`` if set, else from the safetensors of ``model.hf_path``.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of the wrong shape.
+    """
+    if model.mcore_path is not None:
+        checkpoint.load_weights(model.mcore_path, chunks)
+    else:
+        reader = HFReader(model.hf_path)
+        load_hf_weights(named_global_parameters(chunks), reader, arch, layout.tp_rank, layout.tensor)
+
+
+def _build_chunk(
+    arch: Architecture, config: TransformerConfig, features: Features, layout: Layout, stage: int
+) -> GPTModel:
+    chunk = GPTModel(
+        config,
+        layer_spec(arch, features),
+        vocab_size=arch.padded_vocab_size(layout.tensor),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=layout.is_first_stage and stage == 0,
+        post_process=layout.is_last_stage and stage == layout.virtual_pipeline - 1,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        parallel_output=True,
+        vp_stage=stage if layout.virtual_pipeline > 1 else None,
+    ).to(device.device())
+    chunk.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(device.device())
+    return chunk
+
+
+def _recompute(model: ModelConfig) -> dict[str, Any]:
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:
+    """Reduce gradients over all axes without the division by ``num_tokens``: the loss is normalised already."""
+    finalize_model_grads(chunks, None, **groups)

@@ -1,0 +1,59 @@
+"""The choice between GPUs and CPUs, made in one place: the words cuda and nccl appear in no other file."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+
+import torch
+import torch.distributed as dist
+
+
+@functools.cache
+def device_kind() -> str:
+    """``"cuda"`` where torch sees a GPU, else ``"cpu"``; ``CUDA_VISIBLE_DEVICES=""`` forces the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_gpu() -> bool:
+    """True where the policy trains on a GPU."""
+    return device_kind() == "cuda"
+
+
+def device() -> torch.device:
+    """This rank's device: its current GPU (see :func:`bind`), or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of device tensors: ``nccl`` or ``gloo``."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def bind() -> None:
+    """Give this rank its GPU, by ``LOCAL_RANK``; on a CPU there is nothing to give.
+
+    Raises:
+        ValueError: more ranks than GPUs on this host.
+    """
+    if not on_gpu():
+        return
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ValueError(f"LOCAL_RANK={local_rank}: this host has {num_gpus} GPUs; start one rank for each GPU")
+    torch.cuda.set_device(local_rank)
+
+
+def init_process_group(timeout: datetime.timedelta) -> None:
+    """Join the default process group: torchrun's, or a group of one when ``RANK`` is not in the environment."""
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall clock measures what ran; the CPU has nothing to wait for."""
+    if on_gpu():
+        torch.cuda.synchronize()
