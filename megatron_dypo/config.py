@@ -141,8 +141,12 @@ class ServersConfig:
     """SGLang's ``--tp-size`` of each server."""
     python: str | None = None
     """Interpreter that has SGLang; None: the trainer's own."""
+    host: str = "127.0.0.1"
+    """Address that servers of the run bind to and are reached at; on several nodes, this node's address."""
     port: int = 30000
     """First port to try, below the ephemeral range."""
+    base_gpu: int = 0
+    """First GPU of the servers of the run; each takes the next ``tensor_parallel`` ones."""
     mem_fraction: float | None = None
     """SGLang's ``--mem-fraction-static``."""
     max_total_tokens: int | None = None
@@ -155,6 +159,7 @@ class ServersConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        _require_not_negative(self, "base_gpu")
 
 
 @_frozen
