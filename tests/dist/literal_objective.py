@@ -1,0 +1,73 @@
+"""DYPO as the paper writes it: one process, float64, a transformers model, a loop over every pair of every group."""
+
+import torch
+
+from megatron_dypo.types import Treatment
+from tests.hf_models import import_transformers
+
+
+def literal_gradients(path, groups, cfg):
+    """Loss and HF-named gradients of the whole objective; ``Sample`` gives tokens, rewards, old and reference log-probs."""
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    loss = literal_loss(model, groups, cfg)
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def literal_loss(model, groups, cfg):
+    """Eq. 4 and 24: the mean over the prompts of the batch."""
+    lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.treatment is kind] for kind in Treatment}
+    total = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        logps = [response_logp(model, sample) for sample in group]
+        divisors = [divisor(sample, lengths, cfg) for sample in group]
+        if group[0].treatment is Treatment.DISTIL:
+            total = total - cfg.gamma * logps[0].sum() / divisors[0]
+        else:
+            total = total + cfg.alpha * grpo(group, logps, divisors, cfg)
+            total = total + (1 - cfg.alpha) * gal(group, logps, divisors, cfg)
+    return total / len(groups)
+
+
+def response_logp(model, sample):
+    tokens = torch.tensor(sample.tokens.astype("int64"))
+    logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
+    logp_L = logp_LV[:-1].gather(1, tokens[1:, None])[:, 0]
+    return logp_L[sample.num_prompt_tokens - 1 :]
+
+
+def divisor(sample, lengths, cfg):
+    of_kind = lengths[sample.treatment]
+    return {
+        "sum": 1.0,
+        "sequence_mean": float(sample.num_response_tokens),
+        "token_mean": sum(of_kind) / len(of_kind),
+        "constant": float(cfg.constant_length),
+    }[cfg.length_normalization]
+
+
+def grpo(group, logps, divisors, cfg):
+    rewards = torch.tensor([s.reward for s in group], dtype=torch.float64)
+    advantages = (rewards - rewards.mean()) / (rewards.std() + cfg.advantage_epsilon)
+    total = 0.0
+    for sample, logp, advantage, size in zip(group, logps, advantages, divisors, strict=True):
+        for t in range(len(logp)):
+            ratio = torch.exp(logp[t] - float(sample.old_logp[t]))
+            clipped = torch.clamp(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
+            token = -torch.minimum(ratio * advantage, clipped * advantage)
+            delta = float(sample.ref_logp[t]) - logp[t]
+            total = total + (token + cfg.kl_coef * (torch.exp(delta) - delta - 1)) / size
+    return total / len(group)
+
+
+def gal(group, logps, divisors, cfg):
+    ratios = [
+        (logp.sum() - float(s.ref_logp.sum(dtype="float64"))) / size
+        for s, logp, size in zip(group, logps, divisors, strict=True)
+    ]
+    pairs = []
+    for s, success in enumerate(group):
+        for f, failure in enumerate(group):
+            if success.is_correct and not failure.is_correct:
+                pairs.append(-torch.nn.functional.logsigmoid(cfg.beta_gal * (ratios[s] - ratios[f])))
+    return sum(pairs) / len(pairs)
