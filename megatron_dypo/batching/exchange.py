@@ -27,6 +27,15 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return values
 
 
+def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
+    """The value of the group's rank 0 on every rank; for a few numbers or words."""
+    if group.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    return box[0]
+
+
 def balance(samples: Sequence[Sample], leaders: dist.ProcessGroup) -> list[Sample]:
     """Give each replica an equal share of the tokens; called on every leader with the samples that it holds.
 

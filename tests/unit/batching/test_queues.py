@@ -1,0 +1,59 @@
+import dataclasses
+
+import numpy as np
+
+from megatron_dypo.batching.queues import Queues, dump_samples, load_samples, oldest
+from megatron_dypo.types import TokenWeights, Treatment
+from tests.unit.objective_cases import random_groups
+
+
+def filled(versions):
+    queues = Queues()
+    for group, version in zip(random_groups(1, num_hard=2, num_mid=3), versions, strict=True):
+        queues.put([dataclasses.replace(s, policy_version=version) for s in group])
+    return queues
+
+
+def test_groups_leave_oldest_first_whatever_their_treatment():
+    queues = Queues()
+    groups = random_groups(3, num_hard=2, num_mid=3)
+    for position in (4, 0, 3, 1, 2):
+        queues.put(groups[position])
+    orders = [g[0].order for g in queues.groups()]
+    assert orders == [0, 1, 2, 3, 4]
+    assert [g[0].order for g in queues.take(oldest([orders], 3))] == [0, 1, 2]
+    assert len(queues) == 2
+
+
+def test_the_oldest_are_chosen_over_all_replicas():
+    assert oldest([[5, 1], [], [0, 9, 2]], 3) == [0, 1, 2]
+    assert oldest([[5], [4]], 10) == [4, 5]
+
+
+def test_groups_older_than_the_limit_are_dropped_and_counted():
+    queues = filled([0, 1, 2, 3, 4])
+    assert queues.drop_stale(version=5, max_staleness=2) == 3
+    assert sorted(g[0].policy_version for g in queues.groups()) == [3, 4]
+
+
+def test_unscored_are_the_rollouts_without_old_log_probs():
+    queues = filled([0] * 5)
+    assert queues.unscored() == []
+    group = next(g for g in queues.groups() if g[0].treatment is Treatment.REINFORCE)
+    group[1].old_logp = None
+    assert queues.unscored() == [group[1]]
+
+
+def test_samples_survive_the_wire_bit_for_bit():
+    samples = [s for g in random_groups(7) for s in g]
+    samples[0] = dataclasses.replace(samples[0], weights=TokenWeights(advantage=0.1, nll=-1 / 3), current_logp_sum=-3.7)
+    restored = load_samples(dump_samples(samples))
+    assert len(restored) == len(samples)
+    for before, after in zip(samples, restored, strict=True):
+        for field in dataclasses.fields(before):
+            one, other = getattr(before, field.name), getattr(after, field.name)
+            if isinstance(one, np.ndarray):
+                np.testing.assert_array_equal(one, other, strict=True)
+            else:
+                assert one == other, field.name
+    assert load_samples(dump_samples([])) == []
