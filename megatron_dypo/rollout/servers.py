@@ -1,0 +1,138 @@
+"""SGLang servers: started, health-checked and stopped by the run, or given by URL."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import os
+import secrets
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from megatron_dypo.config import ServersConfig
+from megatron_dypo.rollout.launch import available_cores, lease_port, server_command, server_environment
+from megatron_dypo.rollout.process import ServerProcess
+
+_POLL_S = 0.2
+_ATTEMPT_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class ServerPool:
+    """The servers of a run; leaving the context stops those that the run started.
+
+    They also stop when this process dies in any way.
+    """
+
+    def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self.api_key = api_key
+        self._on_stop = contextlib.ExitStack()
+        self._processes: list[ServerProcess] = []
+
+    def check(self) -> None:
+        """Look whether every started server still runs (cheap; nothing is sent).
+
+        Raises:
+            ServerDiedError: one does not; the message quotes its log.
+        """
+        for process in self._processes:
+            process.check()
+
+    def stop(self) -> None:
+        """Stop started servers: SIGTERM, then SIGKILL to the process group after a grace period. Idempotent."""
+        stopping, self._processes = self._processes, []
+        for process in stopping:
+            process.stop()
+        for process in stopping:
+            process.join()
+        self._on_stop.close()
+
+    def __enter__(self) -> ServerPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self, cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, seed: int, device: str) -> None:
+        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores())
+        for index in range(cfg.count):
+            lease = lease_port(cfg.host, cfg.port)
+            self._on_stop.callback(lease.release)
+            url = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{lease.port}"
+            process = ServerProcess(f"SGLang server {index}", url, log_dir / f"sglang_{index}.log")
+            command = server_command(
+                cfg,
+                index=index,
+                port=lease.port,
+                model_path=model_path,
+                dtype=dtype,
+                seed=seed,
+                device=device,
+                key_file=process.key_file,
+            )
+            assert self.api_key is not None
+            process.start(command, env, self.api_key)
+            self._processes.append(process)
+            self.urls += (url,)
+            _log.info("starting %s at %s, log %s", process.name, url, process.log_path)
+
+    def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
+        deadline = time.monotonic() + deadline_s
+        for url in self.urls:
+            while _status(f"{url}/health", self.api_key) != 200:
+                self.check()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"SGLang server {url} is not healthy after {deadline_s:g} s")
+                time.sleep(_POLL_S)
+            if _status(f"{url}/model_info", self.api_key) in (401, 403):
+                raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
+        for process in self._processes:
+            assert self.api_key is not None
+            process.forget_key(self.api_key)
+
+
+def start_servers(
+    cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, *, seed: int, device: str
+) -> ServerPool:
+    """Start ``cfg.count`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
+
+    Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
+    ``device``: ``cpu``, or the accelerator, which SGLang finds by itself.
+
+    Raises:
+        ServerDiedError: a server ended while it started.
+        TimeoutError: a server is not healthy after ``cfg.start_deadline_s``.
+        ValueError: a server of ``cfg.urls`` refuses the API key; ``dtype`` or ``cfg.port`` breaks a rule.
+    """
+    given_key = os.environ.get(cfg.api_key_env)
+    pool = ServerPool(cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16))
+    with contextlib.ExitStack() as undo:
+        undo.callback(pool.stop)
+        if not cfg.urls:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
+        pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
+        undo.pop_all()
+    return pool
+
+
+def _status(url: str, api_key: str | None) -> int | None:
+    """HTTP status of a GET, without any proxy of the environment; None when nothing answers."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=_ATTEMPT_S) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, http.client.HTTPException):  # refused, reset, timed out, cut short: not up yet
+        return None
