@@ -1,0 +1,41 @@
+"""Which server gets the next request: the least loaded one that has not failed just now."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+
+class LeastLoaded:
+    """Own outstanding requests of each server; a server that failed rests for ``rest_s`` seconds.
+
+    Without the rest a dead server, which answers every request at once, would look idle and get them all.
+    """
+
+    def __init__(self, urls: Sequence[str], *, rest_s: float, clock: Callable[[], float]) -> None:
+        if not urls:
+            raise ValueError("urls=(): name at least one SGLang server or router")
+        self._outstanding = dict.fromkeys(urls, 0)
+        self._rests_until = dict.fromkeys(urls, 0.0)
+        self._turn = 0
+        self._rest_s, self._clock = rest_s, clock
+
+    @contextlib.contextmanager
+    def server(self) -> Iterator[str]:
+        """Borrow the URL for one request."""
+        url = self._choose()
+        self._outstanding[url] += 1
+        try:
+            yield url
+        finally:
+            self._outstanding[url] -= 1
+
+    def failed(self, url: str) -> None:
+        self._rests_until[url] = self._clock() + self._rest_s
+
+    def _choose(self) -> str:
+        now = self._clock()
+        urls = list(self._outstanding)
+        awake = [url for url in urls if self._rests_until[url] <= now] or urls
+        self._turn += 1  # ties go round
+        return min(awake, key=lambda url: (self._outstanding[url], (urls.index(url) - self._turn) % len(urls)))

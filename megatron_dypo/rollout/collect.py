@@ -1,0 +1,110 @@
+"""Prompts → groups of rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dypo.progress import Progress
+from megatron_dypo.progress import progress as progress_bar
+from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.responses import Sampling
+from megatron_dypo.types import Prompt, RolloutGroup
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectStats:
+    """Counts of one :func:`collect`."""
+
+    prompts: int
+    """Prompts that were asked for."""
+    rollouts: int
+    """In complete groups."""
+    tokens: int
+    """Response tokens of these."""
+    truncated: int
+    """Rollouts that hit the length limit."""
+    dropped_groups: int
+    """Prompts without a complete group after all retries, or at their deadline."""
+    retries: int
+    """Requests beyond the first of each prompt."""
+    seconds: float
+
+
+def collect(
+    prompts: Sequence[Prompt],
+    client: SGLangClient,
+    *,
+    group_size: int,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+    progress: bool = True,
+    desc: str = "rollouts",
+) -> tuple[list[RolloutGroup], CollectStats]:
+    """Sample ``group_size`` rollouts of each prompt, many prompts at once, in the order of ``prompts``.
+
+    A group is complete or absent: an incomplete one is retried, then dropped and counted. ``temperature`` and
+    ``max_new_tokens`` override the client's configuration (evaluation). Interrupted, it aborts what it had asked for.
+
+    Raises:
+        ServerDiedError: a server of the run died meanwhile (from the client's ``check``).
+        ConnectionError: no server could be reached for any of the prompts.
+        ValueError: a server refuses a request for good.
+    """
+    sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
+    start = time.monotonic()
+    with progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
+        outcomes = asyncio.run(_collect(prompts, client, sampling, bar))
+    groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
+    dropped = [outcome for outcome in outcomes if isinstance(outcome, GroupDroppedError)]
+    if dropped and not groups and all(error.unreachable for error in dropped):
+        raise ConnectionError(f"no SGLang server can be reached: {dropped[0]}")
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    stats = CollectStats(
+        prompts=len(prompts),
+        rollouts=len(rollouts),
+        tokens=sum(len(rollout.tokens) for rollout in rollouts),
+        truncated=sum(rollout.finish == "length" for rollout in rollouts),
+        dropped_groups=len(dropped),
+        retries=client.retries,
+        seconds=time.monotonic() - start,
+    )
+    return groups, stats
+
+
+async def _collect(
+    prompts: Sequence[Prompt], client: SGLangClient, sampling: Sampling, bar: Progress
+) -> list[RolloutGroup | GroupDroppedError]:
+    async with client:
+        tasks = [asyncio.ensure_future(_group(prompt, client, sampling, bar)) for prompt in prompts]
+        watch = asyncio.ensure_future(client.watch())
+        groups = asyncio.gather(*tasks)
+        try:
+            either: set[asyncio.Future[Any]] = {groups, watch}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()  # raises what the check raised
+            return groups.result()
+        finally:
+            for task in (*tasks, watch):
+                task.cancel()
+            await asyncio.gather(*tasks, watch, groups, return_exceptions=True)
+
+
+async def _group(
+    prompt: Prompt, client: SGLangClient, sampling: Sampling, bar: Progress
+) -> RolloutGroup | GroupDroppedError:
+    outcome: RolloutGroup | GroupDroppedError
+    try:
+        outcome = RolloutGroup(prompt=prompt, rollouts=await client.generate(prompt.tokens, sampling))
+    except GroupDroppedError as error:
+        _log.warning("dropped the group of prompt %s: %s", prompt.prompt_id, error)
+        outcome = error
+    bar.update(sampling.n)
+    return outcome

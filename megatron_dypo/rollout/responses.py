@@ -1,0 +1,95 @@
+"""SGLang's ``/generate`` wire format: request bodies out, rollouts in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_dypo.types import Rollout, Tokens
+
+
+class IncompleteGroupError(Exception):
+    """A response with fewer rollouts than asked for, or with one that did not end by itself or at the limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one group is sampled."""
+
+    n: int
+    temperature: float
+    max_new_tokens: int
+    top_p: float
+    top_k: int
+    stop_token_ids: tuple[int, ...]
+
+
+def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
+    """One request for a whole group: SGLang computes the prompt once and shares it among the ``n`` samples."""
+    return {
+        "input_ids": prompt_tokens.tolist(),
+        "sampling_params": {
+            "n": sampling.n,
+            "temperature": sampling.temperature,
+            "max_new_tokens": sampling.max_new_tokens,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop_token_ids": list(sampling.stop_token_ids),
+        },
+        "return_logprob": True,
+        "logprob_start_len": -1,  # none for the prompt
+    }
+
+
+def parse_group(payload: Any, n: int, decode: Callable[[Tokens], str]) -> tuple[Rollout, ...]:
+    """The ``n`` rollouts of a response.
+
+    Raises:
+        IncompleteGroupError: one is missing or was aborted, or its log-probs do not match its tokens.
+    """
+    outputs: Sequence[Any] = payload if isinstance(payload, list) else [payload]  # an object when n = 1
+    if len(outputs) != n:
+        raise IncompleteGroupError(f"{len(outputs)} of {n} responses")
+    return tuple(_parse_rollout(output, decode) for output in outputs)
+
+
+def _parse_rollout(output: dict[str, Any], decode: Callable[[Tokens], str]) -> Rollout:
+    meta = output["meta_info"]
+    finish = (meta["finish_reason"] or {}).get("type")
+    if finish not in ("stop", "length"):
+        raise IncompleteGroupError(f"a response ended with finish_reason {meta['finish_reason']}")
+    tokens = np.asarray(output["output_ids"], dtype=np.int32)
+    rows = meta["output_token_logprobs"]  # (log-prob, token id, text)
+    if [row[1] for row in rows] != tokens.tolist():
+        raise IncompleteGroupError(f"{len(rows)} log-probs for {len(tokens)} tokens, or of other tokens")
+    if not len(tokens):
+        raise IncompleteGroupError("a response without tokens")
+    return Rollout(
+        tokens=tokens,
+        logp=np.asarray([row[0] for row in rows], dtype=np.float32),
+        text=decode(tokens),
+        finish=finish,
+        policy_version=_oldest_version(meta),
+    )
+
+
+def _oldest_version(meta: dict[str, Any]) -> int:
+    """Version that sampled the first token; ``weight_version`` alone is that of the last one."""
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
+    return min(_version_number(span["version"]) for span in spans)
+
+
+def _version_number(version: str) -> int:
+    """``default``, the weights that a server started with, is version 0.
+
+    Raises:
+        ValueError: neither ``default`` nor an integer.
+    """
+    if version == "default":
+        return 0
+    if not version.isdecimal():
+        raise ValueError(f"weight_version={version!r}: must be an integer, or 'default' before the first push")
+    return int(version)
