@@ -36,6 +36,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """A run of a local shard along the split dim, and where it lies in the stored tensor."""
+
+    local_start: int
+    stored_start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Rule:
     """One kind of layout; subclasses say only shapes and pieces."""
 
@@ -91,6 +100,31 @@ class Rule:
                 target.copy_(shard.narrow(self.tp_dim, offset, piece.length))
                 offset += piece.length
         return outputs
+
+    def stored_shape(self, arch: Architecture, tp_size: int) -> Shape:
+        """Shape of one layer's whole tensor in a distributed checkpoint, which ``tp_size`` changes only by padding."""
+        shape = self.mcore_shape(arch, tp_size)
+        return shape if self.tp_dim is None else _resized(shape, self.tp_dim, shape[self.tp_dim] * tp_size)
+
+    def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
+        """What ``tp_rank`` writes of the stored tensor; a replicated one is the first rank's to write."""
+        shape = self.mcore_shape(arch, tp_size)
+        if self.tp_dim is None:
+            return [Chunk(0, 0, shape[0])] if tp_rank == 0 else []
+        return [Chunk(0, tp_rank * shape[self.tp_dim], shape[self.tp_dim])]
+
+    def scatter(self, part: Tensor, start: Shape, outputs: Sequence[Tensor], arch: Architecture) -> None:
+        """Copy ``part``, which begins at index ``start`` of the stored tensor, to where it belongs in the HF tensors."""
+        dim = self.tp_dim or 0
+        where = [slice(at, at + size) for at, size in zip(start, part.shape, strict=True)]
+        end, offset = start[dim] + part.shape[dim], 0
+        for piece in self.pieces(arch, 0, 1):
+            low, high = max(start[dim], offset), min(end, offset + piece.length)
+            if low < high:
+                first = piece.start + low - offset
+                where[dim] = slice(first, first + high - low)
+                outputs[piece.source][tuple(where)].copy_(part.narrow(dim, low - start[dim], high - low))
+            offset += piece.length
 
 
 @dataclass(frozen=True)
@@ -180,6 +214,11 @@ class GateUp(Rule):
         check_tensor_parallel(arch, tp_size)
         local = arch.ffn_hidden_size // tp_size
         return [Piece(0, tp_rank * local, local), Piece(1, tp_rank * local, local)]
+
+    def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
+        local = _divide(arch.ffn_hidden_size, tp_size, "ffn_hidden_size")
+        gate = Chunk(0, tp_rank * local, local)
+        return [gate, Chunk(local, arch.ffn_hidden_size + tp_rank * local, local)]
 
 
 def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:

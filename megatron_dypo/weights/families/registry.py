@@ -17,6 +17,17 @@ ALIASES = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
+# Modules of a layer for which a distributed checkpoint also holds a state beside the weights. It is empty except under
+# FP8, but Megatron-Core does not load a checkpoint without it. Names under the decoder's layers.
+STATEFUL_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+_FUSED = {plain: fused for fused, plain in ALIASES.items()}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -53,6 +64,20 @@ def match(mcore_name: str, arch: Architecture) -> Row:
         if row.mcore == pattern:
             return row.at(layer)
     raise ValueError(f"{mcore_name}: no rule of family {arch.family!r} matches this Megatron-Core parameter")
+
+
+def stored_key(mcore_name: str) -> tuple[str, int | None]:
+    """Key of a parameter in a distributed checkpoint, and its index on the first axis if layers are stacked there.
+
+    Megatron-Core stores the layers of a decoder as one tensor, and norms under TE's fused names whatever the spec.
+
+        stored_key("decoder.layers.3.input_layernorm.weight")
+        → ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", 3)
+    """
+    found = _LAYER_NAME.fullmatch(mcore_name)
+    if found is None:
+        return mcore_name, None
+    return f"decoder.layers.{_FUSED.get(found[2], found[2])}", int(found[1])
 
 
 def is_redundant_hf_name(name: str, arch: Architecture) -> bool:

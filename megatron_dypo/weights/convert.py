@@ -1,0 +1,154 @@
+"""HF folder ↔ Megatron checkpoint, one tensor at a time, on the CPU, in one process."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.progress import progress
+from megatron_dypo.weights.families.registry import family_rows, stored_key
+from megatron_dypo.weights.families.table import Row
+from megatron_dypo.weights.folders import new_folder
+from megatron_dypo.weights.hf_io import HFReader
+from megatron_dypo.weights.hf_write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
+from megatron_dypo.weights.mcore_io import HF_FOLDER, MCoreReader, MCoreWriter, StoredChunk, state_keys
+from megatron_dypo.weights.rules import Chunk, check_tensor_parallel
+
+
+def hf_to_mcore(
+    hf_path: Path, mcore_path: Path, *, tensor_parallel: int, pipeline_parallel: int, show_progress: bool = True
+) -> None:
+    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that so many ranks would write.
+
+    The checkpoint loads at any parallel sizes; a run at these sizes reads each file on one rank only. Types are kept.
+    ``<mcore_path>/hf`` keeps configuration and tokenizer for the way back.
+
+    Raises:
+        ValueError: an HF tensor missing, unknown or misshapen, a size that does not divide the model, ``mcore_path``
+            not vacant. Nothing is written then.
+    """
+    arch = load_architecture(hf_path)
+    check_sizes(arch, tensor_parallel, pipeline_parallel)
+    reader = HFReader(hf_path)
+    reader.check_complete(arch)
+    rows = [row for row in family_rows(arch) if not row.is_copy]
+    _check_types(rows, reader)
+    total = sum(
+        math.prod(row.rule.stored_shape(arch, tensor_parallel)) * reader.dtype(row.hf[0]).itemsize for row in rows
+    )
+    with new_folder(mcore_path) as folder, progress(total, "HF → Megatron", "bytes", enabled=show_progress) as bar:
+        writer = MCoreWriter(folder)
+        for pp_rank in range(pipeline_parallel):
+            stage = [row for row in rows if _stage(row, arch, pipeline_parallel) == pp_rank]
+            layers = sorted({layer for row in stage if (layer := stored_key(row.mcore)[1]) is not None})
+            for tp_rank in range(tensor_parallel):
+                states = [key for layer in layers for key in state_keys(layer, arch.num_layers)] if tp_rank == 0 else []
+                chunks = (c for row in stage for c in _chunks(row, reader, arch, tp_rank, tensor_parallel))
+                for num_bytes in writer.write_rank(pp_rank * tensor_parallel + tp_rank, states, chunks):
+                    bar.update(num_bytes)
+        writer.finish()
+        (folder / HF_FOLDER).mkdir()
+        copy_beside(hf_path, folder / HF_FOLDER)
+
+
+def mcore_to_hf(
+    mcore_path: Path,
+    hf_path: Path,
+    *,
+    hf_reference: Path | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    show_progress: bool = True,
+) -> None:
+    """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
+
+    Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` left in
+    the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, and ``config.json`` says so.
+    The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more.
+
+    Raises:
+        ValueError: a tensor missing, unknown or misshapen, no reference, ``hf_path`` not vacant. Nothing is written.
+    """
+    reader = MCoreReader(mcore_path)
+    reference = hf_reference if hf_reference is not None else mcore_path / HF_FOLDER
+    if not (reference / "config.json").is_file():
+        raise ValueError(
+            f"{reference}: no config.json; --hf-reference must name an HF folder with configuration and tokenizer"
+        )
+    arch = load_architecture(reference)
+    check_sizes(arch, tensor_parallel, pipeline_parallel)
+    reader.check_complete(arch)
+    rows = [row for row in family_rows(arch) if not row.is_copy]
+    specs = [
+        TensorSpec(name, reader.dtype(row), shape)
+        for row in rows
+        for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
+    ]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for row in rows:
+            yield from zip(row.hf, reader.read_hf(row, arch), strict=True)
+
+    total = sum(spec.num_bytes for spec in specs)
+    with new_folder(hf_path) as folder, progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar:
+        write_parts(folder, "weights", specs, tensors(), bar, max_file_bytes)
+        finish_hf_folder(folder, reference)
+
+
+def check_sizes(arch: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raise ValueError unless both sizes divide what they split."""
+    check_tensor_parallel(arch, tensor_parallel)
+    if pipeline_parallel < 1 or arch.num_layers % pipeline_parallel:
+        raise ValueError(f"pipeline_parallel={pipeline_parallel} does not divide num_layers={arch.num_layers}")
+
+
+def _check_types(rows: list[Row], reader: HFReader) -> None:
+    """A checkpoint stacks all layers of a parameter in one tensor, so they must be of one type."""
+    type_of: dict[str, torch.dtype] = {}
+    for row in rows:
+        key = stored_key(row.mcore)[0]
+        for name in row.hf:
+            dtype = reader.dtype(name)
+            if type_of.setdefault(key, dtype) != dtype:
+                raise ValueError(f"{reader.path}: tensor {name} is {dtype}, others of {key} are {type_of[key]}")
+
+
+def _stage(row: Row, arch: Architecture, pipeline_parallel: int) -> int:
+    layer = stored_key(row.mcore)[1]
+    if layer is not None:
+        return layer * pipeline_parallel // arch.num_layers
+    return 0 if row.mcore.startswith("embedding.") else pipeline_parallel - 1
+
+
+def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
+    """What one rank writes of one parameter; it is read once, when the first of its chunks is."""
+    key, layer = stored_key(row.mcore)
+    lead = () if layer is None else (layer,)
+    whole, dim = row.rule.stored_shape(arch, tp_size), row.rule.tp_dim or 0
+
+    @functools.cache
+    def shard() -> Tensor:
+        return row.rule.shard([reader.slice(name) for name in row.hf], arch, tp_rank, tp_size)
+
+    for chunk in row.rule.chunks(arch, tp_rank, tp_size):
+        sizes, offsets = list(whole), [0] * len(whole)
+        sizes[dim], offsets[dim] = chunk.length, chunk.stored_start
+        yield StoredChunk(
+            key=key,
+            shape=whole if layer is None else (arch.num_layers, *whole),
+            offsets=(*lead, *offsets),
+            sizes=(*(1 for _ in lead), *sizes),
+            dtype=reader.dtype(row.hf[0]),
+            read=functools.partial(_part, shard, dim, chunk),
+        )
+
+
+def _part(shard: Callable[[], Tensor], dim: int, chunk: Chunk) -> Tensor:
+    return shard().narrow(dim, chunk.local_start, chunk.length)

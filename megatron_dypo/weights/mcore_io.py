@@ -1,0 +1,200 @@
+"""Megatron's ``torch_dist`` checkpoints, chunk by chunk, without Megatron and without a process group.
+
+The format is that of torch.distributed.checkpoint: ``.metadata`` says which chunk of which whole tensor lies where in
+which ``*.distcp`` file. Megatron adds ``common.pt`` and ``metadata.json``. Whole tensors do not depend on tensor or
+pipeline parallelism, except for the padding of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.weights.families.registry import STATEFUL_MODULES, family_rows, stored_key
+from megatron_dypo.weights.families.table import Row
+from megatron_dypo.weights.folders import durable_file
+
+HF_FOLDER = "hf"
+"""Folder inside a converted checkpoint that keeps configuration and tokenizer."""
+
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state")
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A part of a whole tensor, to be written."""
+
+    key: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    """Gives the part when its turn comes; any shape with the right number of elements."""
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.sizes).numel() * self.dtype.itemsize
+
+
+class MCoreWriter:
+    """Writes a checkpoint into ``folder``: :meth:`write_rank` for each rank's file, then :meth:`finish`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metadata = Metadata({})
+        self._results: list[WriteResult] = []
+
+    def write_rank(self, rank: int, states: Iterable[str], chunks: Iterable[StoredChunk]) -> Iterator[int]:
+        """Write the file of one rank: empty states under the given keys, and chunks; yields the bytes of each chunk."""
+        name = f"__{rank}_0.distcp"
+        with durable_file(self._folder / name) as stream:
+
+            def put(index: MetadataIndex, value: object) -> None:
+                start = stream.tell()
+                torch.save(value, stream)
+                info = _StorageInfo(name, start, stream.tell() - start)
+                self._results.append(WriteResult(index, info.length, info))
+
+            for key in states:
+                self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
+                put(MetadataIndex(key), [None])
+            for chunk in chunks:
+                put(self._declare(chunk), _alone(chunk))
+                yield chunk.num_bytes
+
+    def _declare(self, chunk: StoredChunk) -> MetadataIndex:
+        whole = self._metadata.state_dict_metadata.setdefault(
+            chunk.key,
+            TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), []),
+        )
+        assert isinstance(whole, TensorStorageMetadata)
+        whole.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+        return MetadataIndex(chunk.key, chunk.offsets, len(whole.chunks) - 1)
+
+    def finish(self) -> None:
+        """Write what belongs to no rank; without it the folder is no checkpoint."""
+        FileSystemWriter(self._folder).finish(self._metadata, [self._results])
+        with durable_file(self._folder / "common.pt") as stream:
+            torch.save({}, stream)
+        with durable_file(self._folder / "metadata.json") as stream:
+            stream.write(json.dumps(_FORMAT).encode())
+
+
+def state_keys(layer: int, num_layers: int) -> list[str]:
+    """Keys of the empty states that Megatron-Core expects for a layer."""
+    return [f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}" for module in STATEFUL_MODULES]
+
+
+class MCoreReader:
+    """The weights of a checkpoint, whoever wrote it and at whatever parallel sizes.
+
+    Raises:
+        ValueError: ``path`` is no ``torch_dist`` checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / ".metadata").is_file():
+            raise ValueError(f"{self.path}: no .metadata file; a folder of a torch_dist checkpoint is needed")
+        try:
+            metadata = FileSystemReader(self.path).read_metadata()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{self.path / '.metadata'}: damaged: {error}") from error
+        self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._wholes = {
+            key: whole
+            for key, whole in metadata.state_dict_metadata.items()
+            if isinstance(whole, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
+        }
+
+    def dtype(self, row: Row) -> torch.dtype:
+        """Type of a parameter."""
+        return self._wholes[stored_key(row.mcore)[0]].properties.dtype
+
+    def check_complete(self, arch: Architecture) -> None:
+        """Hold the checkpoint against the family's table: no tensor missing, unknown or misshapen, no chunk missing.
+
+        Raises:
+            ValueError: names every offending tensor.
+        """
+        expected = {}
+        for row in family_rows(arch):
+            if not row.is_copy:
+                key, layer = stored_key(row.mcore)
+                shape = row.rule.stored_shape(arch, 1)
+                expected[key] = shape if layer is None else (arch.num_layers, *shape)
+        problems = [f"tensor {key} is missing" for key in expected if key not in self._wholes]
+        for key, whole in self._wholes.items():
+            if key not in expected:
+                problems.append(f"tensor {key}: no rule of family {arch.family!r} matches it")
+            elif not _same_but_for_padding(tuple(whole.size), expected[key], arch):
+                problems.append(f"tensor {key} has shape {tuple(whole.size)}, config.json asks for {expected[key]}")
+            elif sum(chunk.sizes.numel() for chunk in whole.chunks) != whole.size.numel():
+                problems.append(f"tensor {key}: some of its chunks are missing")
+            problems += self._missing_files(key, whole)
+        if problems:
+            raise ValueError(f"{self.path}: " + "; ".join(problems))
+
+    def _missing_files(self, key: str, whole: TensorStorageMetadata) -> list[str]:
+        files = {self._where[MetadataIndex(key, chunk.offsets)].relative_path for chunk in whole.chunks}
+        return [f"file {file}, which holds {key}, is missing" for file in files if not (self.path / file).is_file()]
+
+    def read_hf(self, row: Row, arch: Architecture) -> tuple[Tensor, ...]:
+        """The HF tensors of a row; one stored chunk is in memory beside them."""
+        key, layer = stored_key(row.mcore)
+        dtype = self.dtype(row)
+        outputs = tuple(torch.empty(shape, dtype=dtype) for shape in row.rule.hf_shapes(arch))
+        for chunk in self._wholes[key].chunks:
+            if layer is None:
+                row.rule.scatter(self._load(key, chunk), tuple(chunk.offsets), outputs, arch)
+            elif chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                part = self._load(key, chunk)[layer - chunk.offsets[0]]
+                row.rule.scatter(part, tuple(chunk.offsets[1:]), outputs, arch)
+        return outputs
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._where[MetadataIndex(key, chunk.offsets)]
+        with (self.path / info.relative_path).open("rb") as stream:
+            view = _create_file_view(stream, info.offset, info.length)
+            return torch.load(cast("BinaryIO", view), map_location="cpu", weights_only=True)
+
+
+def _alone(chunk: StoredChunk) -> Tensor:
+    """The tensor of a chunk in a storage of its own: torch.save writes the whole storage of a view."""
+    tensor = chunk.read().reshape(chunk.sizes).contiguous()
+    assert tensor.dtype == chunk.dtype, chunk
+    return tensor if tensor.untyped_storage().nbytes() == chunk.num_bytes else tensor.clone()
+
+
+def _same_but_for_padding(shape: tuple[int, ...], expected: tuple[int, ...], arch: Architecture) -> bool:
+    if expected == (arch.vocab_size, arch.hidden_size):
+        return len(shape) == 2 and shape[0] >= expected[0] and shape[1] == expected[1]
+    return shape == expected

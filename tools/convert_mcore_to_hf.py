@@ -1,0 +1,48 @@
+"""Convert a Megatron-Core checkpoint (``torch_dist``), converted or trained, to an HF model folder.
+
+python tools/convert_mcore_to_hf.py --mcore-path runs/math/checkpoints/step_200/ --hf-path exports/math \
+    --hf-reference models/Qwen2.5-7B
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def main(
+    mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder: the one that holds .metadata.")],
+    hf_path: Annotated[Path, typer.Option(help="HF folder to create.")],
+    hf_reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="HF folder that gives configuration and tokenizer; default: hf/ in the checkpoint, which "
+            "convert_hf_to_mcore.py leaves there.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Size that wrote the checkpoint. Not needed: a checkpoint says itself how it is cut.")
+    ] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="As above.")] = 1,
+) -> None:
+    """Convert a Megatron-Core checkpoint to an HF model folder."""
+    from megatron_dypo.weights.convert import mcore_to_hf
+
+    mcore_to_hf(
+        mcore_path,
+        hf_path,
+        hf_reference=hf_reference,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ValueError as error:
+        sys.exit(f"convert_mcore_to_hf: ValueError: {error}")
