@@ -1,0 +1,157 @@
+"""The quickstart: data, model, warm start, DYPO, report, summary. Run again after an interruption, it goes on.
+
+    python examples/quickstart/run.py
+
+Every stage but the first is a command of ``megatron-dypo``, printed before it runs, and so can be run by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from model import write_model
+from summary import Summary, summarize
+from task import draw_problems, write_problems
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent.relative_to(ROOT)
+DEFAULT_OUT = Path("runs/quickstart")
+
+SEED = 1
+HELDOUT = {2: 40, 3: 80, 4: 140, 5: 140}
+WARMUP = {1: 60, 2: 4000, 3: 6000, 4: 500}
+TRAIN = {2: 400, 3: 800, 4: 1400, 5: 1400}
+"""Number of digits → number of problems. The warm start sees hardly any of the longer ones."""
+
+
+class Stages:
+    """Which stages are complete and how long each took, kept in a file, so that a second call goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._record: dict[str, dict[str, float | bool]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages, those of earlier calls and broken-off ones included."""
+        return sum(float(stage["seconds"]) for stage in self._record.values())
+
+    def run(self, name: str, action: Callable[[], None]) -> None:
+        """Run a stage unless it is complete."""
+        stage = self._record.setdefault(name, {"seconds": 0.0, "complete": False})
+        if stage["complete"]:
+            print(f"\n== {name}: done before ({stage['seconds']:.0f} s)", flush=True)
+            return
+        print(f"\n== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            action()
+            stage["complete"] = True
+        finally:
+            stage["seconds"] = float(stage["seconds"]) + time.monotonic() - start
+            write_json(self._path, self._record)
+
+
+def make_inputs(out: Path) -> None:
+    """Problems for the warm start, for DYPO and held-out ones, all different; and a random model."""
+    rng = random.Random(SEED)
+    heldout = draw_problems(HELDOUT, rng)
+    train = draw_problems(TRAIN, rng, exclude=heldout)
+    warmup = draw_problems(WARMUP, rng, exclude=[*heldout, *train])
+    for name, problems in (("heldout", heldout), ("train", train), ("warmup", warmup)):
+        path = out / "data" / f"{name}.jsonl"
+        write_problems(path, problems)
+        print(f"{path}: {len(problems)} problems, the first is {problems[0].prompt}")
+    count = write_model(out / "model", SEED)
+    print(f"{out / 'model'}: a random Qwen3 of {count:,} parameters and its tokenizer")
+
+
+def overrides(out: Path, stage: str) -> list[str]:
+    """What a config of this folder must be told when the results go to another place."""
+    if out == DEFAULT_OUT:
+        return []
+    paths = {
+        "warmup": [f"model.hf_path={out}/model", f"data.prompts=[{out}/data/warmup.jsonl]"],
+        "dypo": [
+            f"model.hf_path={out}/warmup/hf",
+            f"data.prompts=[{out}/data/train.jsonl]",
+            f"eval.prompts=[{out}/data/heldout.jsonl]",
+        ],
+    }
+    return [f"run.dir={out}/{stage}", *paths[stage]]
+
+
+def command(*arguments: str) -> None:
+    """Print and run ``megatron-dypo …``; end this program if it fails."""
+    print("$ megatron-dypo " + shlex.join(arguments), flush=True)
+    finished = subprocess.run([sys.executable, "-m", "megatron_dypo.cli", *arguments], cwd=ROOT, check=False)
+    if finished.returncode:
+        sys.exit(
+            f"megatron-dypo {arguments[0]} ended with status {finished.returncode}; run the quickstart again to go on"
+        )
+
+
+def train(out: Path, stage: str, extra: Sequence[str]) -> None:
+    command("train", str(HERE / f"{stage}.yaml"), *overrides(out, stage), *extra)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def closing_words(summary: Summary, out: Path) -> str:
+    """What the reader should see at the end."""
+
+    def accuracy(value: float, interval: tuple[float, float]) -> str:
+        return f"{value:6.1%}   (95% interval {interval[0]:.1%} to {interval[1]:.1%})"
+
+    def tiers(shares: dict[str, float]) -> str:
+        return "   ".join(f"{tier} {share:4.0%}" for tier, share in shares.items())
+
+    return f"""
+held-out accuracy   before {accuracy(summary.accuracy_before, summary.accuracy_before_interval)}
+                    after  {accuracy(summary.accuracy_after, summary.accuracy_after_interval)}
+prompts drawn       at the start   {tiers(summary.tiers_first)}
+                    at the end     {tiers(summary.tiers_last)}
+a step              {summary.step_seconds:.1f} s, of which {summary.overhead:.1%} outside rollouts, grading, training and sync
+whole quickstart    {summary.seconds:.0f} s
+report              {out / "dypo" / "report.html"}
+HF model            {out / "dypo" / "hf"}
+summary             {out / "summary.json"}"""
+
+
+def main(
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything that is made, from the repository root.")
+    ] = DEFAULT_OUT,
+    extra: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value … for the DYPO run.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a tiny model with DYPO from start to end."""
+    folder = ROOT / out
+    stages = Stages(folder / "stages.json")
+    stages.run("data and model", lambda: make_inputs(folder))
+    stages.run("warm start: supervised training on short numbers", lambda: train(out, "warmup", ()))
+    stages.run("DYPO on numbers of all lengths", lambda: train(out, "dypo", extra or ()))
+    stages.run("report", lambda: command("report", str(out / "dypo")))
+    summary = summarize(folder / "dypo" / "metrics.jsonl", eval_set="heldout", seconds=stages.seconds)
+    write_json(folder / "summary.json", summary.as_json())
+    print(closing_words(summary, out))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,87 @@
+"""What the metrics of a run say in a few numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from scipy.stats import binomtest
+
+from megatron_dypo.metrics import read_metrics
+
+TIERS = ("easy", "mid", "hard")
+NUM_EDGE_STEPS = 5
+"""Steps at the start, and at the end, over which the tiers are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Content of ``summary.json``."""
+
+    accuracy_before: float
+    accuracy_before_interval: tuple[float, float]
+    """Wilson's, 95%."""
+    accuracy_after: float
+    accuracy_after_interval: tuple[float, float]
+    tiers_first: dict[str, float]
+    """Tier → share of the graded prompts, over the first steps."""
+    tiers_last: dict[str, float]
+    num_heldout: int
+    steps: int
+    step_seconds: float
+    """Mean time of a step."""
+    overhead: float
+    """Share of the steps' time outside rollouts, grading, training and sync."""
+    seconds: float
+    """Wall time of the whole quickstart."""
+
+    def as_json(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def summarize(metrics: Path, *, eval_set: str, seconds: float) -> Summary:
+    """The summary of a run's ``metrics.jsonl``.
+
+    Raises:
+        ValueError: the file does not have two evaluations and at least one step; names the file and what is missing.
+    """
+    rows = read_metrics(metrics)
+    evaluations = [row for row in rows if f"eval/{eval_set}/accuracy" in row]
+    steps = [row for row in rows if "gate/easy" in row]
+    if len(evaluations) < 2 or not steps:
+        raise ValueError(
+            f"{metrics}: {len(evaluations)} evaluations of {eval_set!r} and {len(steps)} graded steps: "
+            "needs an evaluation before and one after, and a step"
+        )
+    before, after = (_accuracy(row, eval_set) for row in (evaluations[0], evaluations[-1]))
+    step_seconds = fmean(row["timing_s/step"] for row in steps)
+    return Summary(
+        accuracy_before=before[0],
+        accuracy_before_interval=wilson_interval(*before),
+        accuracy_after=after[0],
+        accuracy_after_interval=wilson_interval(*after),
+        tiers_first=_mean_tiers(steps[:NUM_EDGE_STEPS]),
+        tiers_last=_mean_tiers(steps[-NUM_EDGE_STEPS:]),
+        num_heldout=after[1],
+        steps=len(steps),
+        step_seconds=step_seconds,
+        overhead=fmean(row["timing_s/other"] for row in steps) / step_seconds,
+        seconds=seconds,
+    )
+
+
+def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
+    """95% interval of a share of ``num_samples`` independent answers."""
+    interval = binomtest(round(accuracy * num_samples), num_samples).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _accuracy(row: Mapping[str, float], eval_set: str) -> tuple[float, int]:
+    return row[f"eval/{eval_set}/accuracy"], int(row[f"eval/{eval_set}/num_samples"])
+
+
+def _mean_tiers(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {tier: fmean(row[f"gate/{tier}"] for row in steps) for tier in TIERS}
