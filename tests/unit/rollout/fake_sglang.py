@@ -1,0 +1,114 @@
+"""A hand-written upstream that speaks as much of SGLang's ``/generate`` as the client needs, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+Plan = Callable[[int, dict[str, Any]], str]
+"""(index of the request on this server, its body) → a name of ``_REPLIES``."""
+
+
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 10.0) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
+        time.sleep(0.005)
+
+
+def sample(body: dict[str, Any], index: int, **meta: Any) -> dict[str, Any]:
+    """One response: tokens (last prompt token, index, 2) with log-probs −1, −2, −3."""
+    tokens = [body["input_ids"][-1], index, 2]
+    return {
+        "output_ids": tokens,
+        "meta_info": {
+            "finish_reason": {"type": "stop", "matched": 2},
+            "weight_version": "default",
+            "output_token_logprobs": [[-1.0 - i, token, None] for i, token in enumerate(tokens)],
+            **meta,
+        },
+    }
+
+
+class FakeSGLang:
+    """``with FakeSGLang(plan) as fake``: a server at ``fake.url`` that treats each request as ``plan`` says.
+
+    ``hang`` answers when ``fake.release`` is called. ``fake.requests`` are the bodies in the order of arrival,
+    ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose connection the client closed.
+    """
+
+    def __init__(self, plan: Plan = lambda index, body: "ok") -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.arrivals: list[float] = []
+        self.authorization: list[str | None] = []
+        self.open = self.max_open = self.cancelled = 0
+        self._plan = plan
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._released = asyncio.Event()
+        self.url = ""
+
+    def __enter__(self) -> FakeSGLang:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    def release(self) -> None:
+        self._loop.call_soon_threadsafe(self._released.set)
+
+    async def _start(self) -> None:
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        index = len(self.requests)
+        self.requests.append(body)
+        self.arrivals.append(time.monotonic())
+        self.authorization.append(request.headers.get("Authorization"))
+        self.open += 1
+        self.max_open = max(self.max_open, self.open)
+        try:
+            return await self._reply(self._plan(index, body), request, body)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.open -= 1
+
+    async def _reply(self, how: str, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if how == "500":
+            return web.Response(status=500, text="out of luck")
+        if how == "400":
+            return web.json_response({"error": {"message": "the prompt is too long"}}, status=400)
+        if how == "reset":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        if how == "hang":
+            await self._released.wait()
+        n = body["sampling_params"]["n"]
+        samples = [sample(body, index) for index in range(n)]
+        if how == "partial":
+            samples.pop()
+        if how == "aborted":
+            samples[-1] = sample(body, n - 1, finish_reason={"type": "abort", "message": "paused"})
+        if how == "length":
+            samples[0] = sample(body, 0, finish_reason={"type": "length", "length": 3})
+        return web.json_response(samples if n > 1 else samples[0])

@@ -1,0 +1,214 @@
+"""Collecting groups from an upstream that fails in every way it can."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dypo.config import RolloutConfig
+from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.collect import collect
+from megatron_dypo.rollout.process import ServerDiedError
+from megatron_dypo.types import Prompt, Tokens
+from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    return [
+        Prompt(
+            prompt_id=f"p{i}",
+            visit=0,
+            order=i,
+            tokens=np.array([7, 100 + i], dtype=np.int32),
+            text=f"prompt {i}",
+            answer="",
+            source="test",
+        )
+        for i in range(count)
+    ]
+
+
+def make_client(urls: Sequence[str], check: Callable[[], None] | None = None, **fields: Any) -> SGLangClient:
+    def decode(tokens: Tokens) -> str:
+        return " ".join(map(str, tokens))
+
+    cfg = RolloutConfig(**{"max_new_tokens": 16, "request_deadline_s": 20.0, **fields})
+    return SGLangClient(urls, "key", cfg=cfg, decode=decode, stop_token_ids=(2, 5), check=check, backoff_s=0.02)
+
+
+def closed_url() -> str:
+    """A URL on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_groups_come_in_the_order_of_prompts_whatever_the_order_of_answers() -> None:
+    def plan(index: int, body: dict[str, Any]) -> str:
+        if len(fake.requests) == 6:
+            fake.release()
+        return "hang" if body["input_ids"][-1] < 103 else "ok"
+
+    with FakeSGLang(plan) as fake:
+        groups, stats = collect(make_prompts(6), make_client([fake.url]), group_size=3, progress=False)
+    assert [group.prompt.order for group in groups] == list(range(6))
+    for i, group in enumerate(groups):
+        assert [rollout.tokens.tolist() for rollout in group.rollouts] == [[100 + i, k, 2] for k in range(3)]
+        assert group.rollouts[0].text == f"{100 + i} 0 2"
+        np.testing.assert_array_equal(group.rollouts[0].logp, np.array([-1, -2, -3], dtype=np.float32))
+    assert (stats.prompts, stats.rollouts, stats.tokens) == (6, 18, 54)
+    assert (stats.dropped_groups, stats.retries, stats.truncated) == (0, 0, 0)
+
+
+def test_a_request_carries_tokens_sampling_and_key() -> None:
+    with FakeSGLang() as fake:
+        client = make_client([fake.url], temperature=0.7, top_p=0.9, top_k=40)
+        collect(make_prompts(1), client, group_size=4, progress=False)
+        collect(make_prompts(1), client, group_size=1, temperature=0.0, max_new_tokens=9, progress=False)
+    training, evaluation = fake.requests
+    assert training["input_ids"] == [7, 100]
+    assert training["return_logprob"] is True
+    expected = {"n": 4, "temperature": 0.7, "max_new_tokens": 16, "top_p": 0.9, "top_k": 40, "stop_token_ids": [2, 5]}
+    assert training["sampling_params"] == expected
+    assert evaluation["sampling_params"] == {**expected, "n": 1, "temperature": 0.0, "max_new_tokens": 9}
+    assert fake.authorization == ["Bearer key"] * 2
+
+
+@pytest.mark.parametrize("failure", ["500", "reset", "partial", "aborted"])
+def test_a_failed_attempt_is_retried_and_the_group_is_whole(failure: str) -> None:
+    with FakeSGLang(lambda index, body: failure if index < 2 else "ok") as fake:
+        groups, stats = collect(make_prompts(1), make_client([fake.url]), group_size=4, progress=False)
+    assert [len(group.rollouts) for group in groups] == [4]
+    assert (stats.retries, stats.dropped_groups) == (2, 0)
+    assert len(fake.requests) == 3
+
+
+@pytest.mark.parametrize("failure", ["500", "reset", "partial", "aborted"])
+def test_a_group_that_stays_incomplete_is_dropped_whole_and_counted(failure: str) -> None:
+    def plan(index: int, body: dict[str, Any]) -> str:
+        return failure if body["input_ids"][-1] == 101 else "ok"
+
+    with FakeSGLang(plan) as fake:
+        groups, stats = collect(make_prompts(3), make_client([fake.url], retries=2), group_size=4, progress=False)
+    assert [group.prompt.order for group in groups] == [0, 2]
+    assert all(len(group.rollouts) == 4 for group in groups)
+    assert (stats.prompts, stats.rollouts, stats.dropped_groups, stats.retries) == (3, 8, 1, 2)
+
+
+def test_the_wait_before_a_retry_doubles() -> None:
+    with FakeSGLang(lambda index, body: "500" if index < 4 else "ok") as fake:
+        collect(make_prompts(1), make_client([fake.url], retries=4), group_size=2, progress=False)
+    gaps = np.diff(fake.arrivals)
+    assert (gaps >= 0.5 * 0.02 * 2.0 ** np.arange(4)).all()
+
+
+def test_a_group_past_its_deadline_is_dropped_and_its_request_aborted() -> None:
+    def plan(index: int, body: dict[str, Any]) -> str:
+        return "hang" if body["input_ids"][-1] == 100 else "ok"
+
+    with FakeSGLang(plan) as fake:
+        client = make_client([fake.url], request_deadline_s=0.3)
+        groups, stats = collect(make_prompts(2), client, group_size=2, progress=False)
+        wait_until(lambda: fake.cancelled == 1, "the connection is closed")
+    assert [group.prompt.order for group in groups] == [1]
+    assert stats.dropped_groups == 1
+
+
+def test_a_refused_request_is_an_error_with_the_servers_words() -> None:
+    with FakeSGLang(lambda index, body: "400") as fake:
+        with pytest.raises(ValueError, match=r"HTTP 400: .*the prompt is too long"):
+            collect(make_prompts(2), make_client([fake.url]), group_size=2, progress=False)
+
+
+def test_two_servers_share_the_load_evenly() -> None:
+    def plan(index: int, body: dict[str, Any]) -> str:
+        if len(one.requests) + len(two.requests) == 8:
+            one.release()
+            two.release()
+        return "hang"
+
+    with FakeSGLang(plan) as one, FakeSGLang(plan) as two:
+        groups, _ = collect(make_prompts(8), make_client([one.url, two.url]), group_size=2, progress=False)
+    assert len(groups) == 8
+    assert (len(one.requests), len(two.requests)) == (4, 4)
+
+
+def test_a_dead_server_does_not_swallow_the_requests_of_a_live_one() -> None:
+    with FakeSGLang() as fake:
+        client = make_client([closed_url(), fake.url], retries=1, max_in_flight=4)
+        groups, stats = collect(make_prompts(40), client, group_size=2, progress=False)
+    assert len(groups) == 40
+    assert 1 <= stats.retries < 20
+
+
+def test_no_reachable_server_at_all_is_an_error() -> None:
+    client = make_client([closed_url()], retries=1)
+    with pytest.raises(ConnectionError, match="no SGLang server can be reached: 2 attempts failed"):
+        collect(make_prompts(3), client, group_size=2, progress=False)
+
+
+def test_no_more_requests_are_open_than_allowed() -> None:
+    with FakeSGLang(lambda index, body: "hang") as fake:
+        client = make_client([fake.url], max_in_flight=4)
+        worker = threading.Thread(
+            target=collect, args=(make_prompts(12), client), kwargs={"group_size": 2, "progress": False}
+        )
+        worker.start()
+        wait_until(lambda: fake.open == 4, "4 requests are open")
+        fake.release()
+        worker.join(10)
+    assert len(fake.requests) == 12
+    assert fake.max_open == 4
+
+
+def test_a_server_that_dies_ends_the_collection_at_once_and_aborts_the_rest() -> None:
+    def check() -> None:
+        if fake.open == 3:
+            raise ServerDiedError("SGLang server 0 (http://…) ended with status 137")
+
+    with FakeSGLang(lambda index, body: "hang") as fake:
+        start = time.monotonic()
+        with pytest.raises(ServerDiedError, match="server 0 .* status 137"):
+            collect(make_prompts(3), make_client([fake.url], check), group_size=2, progress=False)
+        assert time.monotonic() - start < 5  # not request_deadline_s = 20
+        wait_until(lambda: fake.cancelled == 3, "all connections are closed")
+
+
+def test_a_cancelled_group_closes_its_connection() -> None:
+    async def cancel_midway(client: SGLangClient) -> None:
+        async with client:
+            task = asyncio.ensure_future(client.generate(make_prompts(1)[0].tokens, client.sampling(2)))
+            await asyncio.to_thread(wait_until, lambda: fake.open == 1, "the request is open")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.to_thread(wait_until, lambda: fake.cancelled == 1, "its connection is closed")
+
+    with FakeSGLang(lambda index, body: "hang") as fake:
+        asyncio.run(cancel_midway(make_client([fake.url])))
+
+
+def test_truncated_rollouts_are_marked_and_counted() -> None:
+    with FakeSGLang(lambda index, body: "length") as fake:
+        groups, stats = collect(make_prompts(2), make_client([fake.url]), group_size=3, progress=False)
+    assert [rollout.finish for rollout in groups[0].rollouts] == ["length", "stop", "stop"]
+    assert stats.truncated == 2
+
+
+def test_no_prompts_no_requests() -> None:
+    with FakeSGLang() as fake:
+        groups, stats = collect([], make_client([fake.url]), group_size=3, progress=False)
+    assert (groups, stats.prompts, fake.requests) == ([], 0, [])
+
+
+def test_progress_counts_responses(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeSGLang() as fake:
+        collect(make_prompts(2), make_client([fake.url]), group_size=3, desc="evaluation")
+    assert "evaluation: 6/6 responses" in capsys.readouterr().err
