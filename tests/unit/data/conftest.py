@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def train_sentencepiece(folder: Path, **config: object) -> Path:
     if config:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def variant(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a tokenizer folder with keys of tokenizer_config.json changed; None removes one."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    path = target / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return target
 
 
 @pytest.fixture(scope="session")

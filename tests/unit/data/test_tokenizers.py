@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import transformers
 
 from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizers import load_tokenizer
-from tests.unit.data.conftest import TEMPLATE, train_sentencepiece
+from tests.unit.data.conftest import TEMPLATE, train_sentencepiece, variant
 
 CHATS = [
     [{"role": "user", "content": "What is 1 + 2?"}],
@@ -24,15 +23,6 @@ CHATS = [
     ],
 ]
 TEXTS = ["What is 12 + 7?", "  leading space", "十 naïve\n", "x<|im_start|>y<|endoftext|>"]
-
-
-def _variant(source: Path, target: Path, **changes: object) -> Path:
-    """A copy of a tokenizer folder with keys of tokenizer_config.json changed; None removes one."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    path = target / "tokenizer_config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    return target
 
 
 def test_bpe_encodes_and_renders_as_transformers_does(bpe_folder: Path) -> None:
@@ -50,12 +40,14 @@ def test_bpe_encodes_and_renders_as_transformers_does(bpe_folder: Path) -> None:
 
 def test_sentencepiece_encodes_as_transformers_does(sentencepiece_folder: Path, tmp_path: Path) -> None:
     changes = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
-    folder = _variant(sentencepiece_folder, tmp_path / "llama", **changes)
+    folder = variant(sentencepiece_folder, tmp_path / "llama", **changes)
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("What is 12 + 7?", "The answer is 十", "naïve thinking"):
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    for text in ("<s>What is", "<s> What is 3?</s>", "What</s> is", "a</s><s> b"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert ours.render("What is 1?", False) == theirs.encode("What is 1?", add_special_tokens=True)
 
 
@@ -83,7 +75,7 @@ def test_a_string_is_one_user_message_only_under_a_template(bpe_folder: Path, tm
     tokenizer = load_tokenizer(bpe_folder)
     assert tokenizer.render("hi", True) == tokenizer.render([{"role": "user", "content": "hi"}], True)
     assert tokenizer.render("hi", False) == tokenizer.encode("hi")
-    plain = load_tokenizer(_variant(bpe_folder, tmp_path / "plain", chat_template=None))
+    plain = load_tokenizer(variant(bpe_folder, tmp_path / "plain", chat_template=None))
     assert plain.render("hi", True) == plain.encode("hi")
 
 
@@ -93,7 +85,7 @@ def test_messages_that_cannot_be_rendered_are_refused(bpe_folder: Path, tmp_path
         tokenizer.render(CHATS[0], False)
     with pytest.raises(ValueError, match=r"\['tool'\].*unknown role tool"):
         tokenizer.render([{"role": "tool", "content": "x"}], True)
-    plain = load_tokenizer(_variant(bpe_folder, tmp_path / "plain", chat_template=None))
+    plain = load_tokenizer(variant(bpe_folder, tmp_path / "plain", chat_template=None))
     with pytest.raises(ValueError, match="has no chat template"):
         plain.render(CHATS[0], True)
 
@@ -101,7 +93,7 @@ def test_messages_that_cannot_be_rendered_are_refused(bpe_folder: Path, tmp_path
 @pytest.mark.parametrize("form", ["file", "list"])
 def test_the_template_may_be_a_file_or_a_list(bpe_folder: Path, tmp_path: Path, form: str) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATE}]
-    folder = _variant(bpe_folder, tmp_path / form, chat_template=named if form == "list" else "overruled by the file")
+    folder = variant(bpe_folder, tmp_path / form, chat_template=named if form == "list" else "overruled by the file")
     if form == "file":
         (folder / "chat_template.jinja").write_text(TEMPLATE)
     assert load_tokenizer(folder).render("hi", True) == load_tokenizer(bpe_folder).render("hi", True)
@@ -112,7 +104,7 @@ def test_a_template_may_use_what_transformers_offers(bpe_folder: Path, tmp_path:
         "{{ strftime_now('%Y') | length }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ eos_token }}"
     )
-    folder = _variant(bpe_folder, tmp_path / "t", chat_template=template)
+    folder = variant(bpe_folder, tmp_path / "t", chat_template=template)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "<é> & 'x'"}, {"role": "user", "content": "no"}]
     ids = load_tokenizer(folder).render(chat, True)
@@ -121,20 +113,20 @@ def test_a_template_may_use_what_transformers_offers(bpe_folder: Path, tmp_path:
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(bpe_folder: Path, tmp_path: Path) -> None:
-    folder = _variant(bpe_folder, tmp_path / "t", chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    folder = variant(bpe_folder, tmp_path / "t", chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="refuses"):
         load_tokenizer(folder).render("hi", True)
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_plain_prompts_get_bos_as_configured(bpe_folder: Path, tmp_path: Path, add_bos: bool) -> None:
-    tokenizer = load_tokenizer(_variant(bpe_folder, tmp_path / "t", add_bos_token=add_bos))
+    tokenizer = load_tokenizer(variant(bpe_folder, tmp_path / "t", add_bos_token=add_bos))
     assert tokenizer.render("hi", False) == [0] * add_bos + tokenizer.encode("hi")
     assert 0 not in tokenizer.encode("hi")
 
 
 def test_bos_of_the_post_processor_is_kept(bpe_folder: Path, tmp_path: Path) -> None:
-    folder = _variant(bpe_folder, tmp_path / "t")
+    folder = variant(bpe_folder, tmp_path / "t")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["post_processor"] = {
         "type": "TemplateProcessing",
@@ -148,7 +140,7 @@ def test_bos_of_the_post_processor_is_kept(bpe_folder: Path, tmp_path: Path) -> 
 
 
 def test_truncation_and_padding_of_the_file_are_not_obeyed(bpe_folder: Path, tmp_path: Path) -> None:
-    folder = _variant(bpe_folder, tmp_path / "t")
+    folder = variant(bpe_folder, tmp_path / "t")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -156,7 +148,7 @@ def test_truncation_and_padding_of_the_file_are_not_obeyed(bpe_folder: Path, tmp
 
 
 def test_stop_ids_come_from_all_three_files(bpe_folder: Path, tmp_path: Path) -> None:
-    folder = _variant(bpe_folder, tmp_path / "t")
+    folder = variant(bpe_folder, tmp_path / "t")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     (folder / "config.json").write_text('{"eos_token_id": 1}')
     tokenizer = load_tokenizer(folder)
@@ -177,7 +169,7 @@ def test_a_trace_ends_with_eos_exactly_once(bpe_folder: Path, text: str) -> None
 
 
 def test_a_trace_that_ends_with_another_stop_token_gets_eos_instead(bpe_folder: Path, tmp_path: Path) -> None:
-    folder = _variant(bpe_folder, tmp_path / "t")
+    folder = variant(bpe_folder, tmp_path / "t")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     tokenizer = load_tokenizer(folder)
     assert end_trace("3<|endoftext|>", tokenizer).tolist() == [*tokenizer.encode("3"), 2]
@@ -196,7 +188,7 @@ def test_sentencepiece_trace_ends_with_eos_exactly_once(sentencepiece_folder: Pa
 
 
 def test_decoding_skips_specials_and_ids_past_the_vocabulary(sentencepiece_folder: Path, tmp_path: Path) -> None:
-    folder = _variant(sentencepiece_folder, tmp_path / "t", eos_token="<turn>")
+    folder = variant(sentencepiece_folder, tmp_path / "t", eos_token="<turn>")
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode([*tokenizer.encode("12<turn>"), 10_000]) == "12"
 
@@ -220,39 +212,3 @@ def test_a_bare_sentencepiece_file_needs_no_configuration(tmp_path: Path) -> Non
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert tokenizer.render("What is 1?", True) == [processor.bos_id(), *processor.encode("What is 1?")]
     assert tokenizer.eos_ids == (processor.eos_id(),)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"eos_token": "<|nope|>"}, r"eos_token='<\|nope\|>': is not in the vocabulary"),
-        ({"eos_token": None}, "neither eos_token"),
-        ({"eos_token": 3}, "eos_token=3: must be a string"),
-        ({"add_bos_token": "yes"}, "add_bos_token='yes': must be true or false"),
-        ({"add_bos_token": True, "bos_token": None}, "needs a bos_token"),
-        ({"chat_template": "{% if %}"}, "not valid jinja2"),
-        ({"chat_template": [{"name": "rag", "template": ""}]}, "must be named `default`"),
-    ],
-)
-def test_bad_configuration_is_named(bpe_folder: Path, tmp_path: Path, changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer(_variant(bpe_folder, tmp_path / "t", **changes))
-
-
-def test_bad_files_are_named(bpe_folder: Path, sentencepiece_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file or folder"):
-        load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path)
-    for name, rule in (("tokenizer.json", "is not JSON"), ("tokenizer.model", "is not a sentencepiece model")):
-        (tmp_path / name).write_text("rubbish")
-        with pytest.raises(ValueError, match=f"{name}: {rule}"):
-            load_tokenizer(tmp_path / name)
-    folder = _variant(bpe_folder, tmp_path / "t")
-    (folder / "generation_config.json").write_text('{"eos_token_id": 4000}')
-    with pytest.raises(ValueError, match="4000"):
-        load_tokenizer(folder)
-    folder = _variant(sentencepiece_folder, tmp_path / "s")
-    (folder / "added_tokens.json").write_text('{"<|im_start|>": 300}')
-    with pytest.raises(ValueError, match=r"im_start.*only 300 pieces"):
-        load_tokenizer(folder)
