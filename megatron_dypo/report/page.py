@@ -1,0 +1,144 @@
+"""``report.html``: one self-contained page of a run's plots and samples, that works without a network."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from megatron_dypo.metrics import METRICS_FILE, read_metrics
+from megatron_dypo.report.plots import Plot, build_plots
+from megatron_dypo.report.sample_table import select_samples
+from megatron_dypo.versions import VERSIONS_FILE
+
+REPORT_FILE = "report.html"
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+def render_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html``, all of it or nothing, and return its path.
+
+    Reads ``metrics.jsonl`` and, where there are any, ``samples/``, ``summary.json``, ``config.yaml`` and
+    ``versions.json``. ValueError if the folder is not a run's, or one of these files is damaged.
+    """
+    metrics_path = run_dir / METRICS_FILE
+    if not metrics_path.is_file():
+        raise ValueError(f"run_dir={run_dir}: not a run folder: it has no {METRICS_FILE}")
+    records = read_metrics(metrics_path)
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=run_dir.resolve().name,
+            facts=_facts(records),
+            tiles=_tiles(run_dir, records),
+            versions=_read_json(run_dir / VERSIONS_FILE),
+            config=_read_text(run_dir / CONFIG_FILE),
+            plots=build_plots(records),
+            samples=select_samples(run_dir),
+            nonce=secrets.token_urlsafe(12),
+            plotly_js=Markup(get_plotlyjs()),
+        )
+    )
+    path = run_dir / REPORT_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_dypo.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["script_json"] = script_json
+    environment.filters["figures"] = _figures
+    return environment
+
+
+def script_json(value: Any) -> Markup:
+    """JSON for the inside of a ``<script>`` element: no text in it, however hostile, can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _figures(plots: list[Plot]) -> list[Any]:
+    return [json.loads(plot.figure.to_json()) for plot in plots]
+
+
+def _facts(records: list[dict[str, Any]]) -> list[str]:
+    if not records:
+        return ["no step written yet"]
+    facts = [f"{len(records):,} steps ({records[0]['step']}–{records[-1]['step']})"]
+    times = [record["time"] for record in records if record.get("time") is not None]
+    if times:
+        facts.append(f"{_duration(times[-1] - times[0])} from the first record to the last")
+        facts.append(f"last record {datetime.fromtimestamp(times[-1], tz=timezone.utc):%Y-%m-%d %H:%M} UTC")
+    return facts
+
+
+def _tiles(run_dir: Path, records: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Label, text and interval of each number at the head of the page: the summary's, or else the last step's."""
+    summary = _read_json(run_dir / SUMMARY_FILE)
+    if summary:
+        intervals = {key for key in summary if key.endswith("_interval") and key.removesuffix("_interval") in summary}
+        return [
+            (key.replace("_", " "), _tile_text(key, value), _tile_text(key, summary.get(f"{key}_interval", "")))
+            for key, value in summary.items()
+            if key not in intervals
+        ]
+    wanted = ("rollout/reward", "gate/easy", "gate/mid", "gate/hard", "train/loss", "train/entropy", "timing_s/step")
+    last: dict[str, float] = {}
+    for record in records:
+        last |= {name: record[name] for name in wanted if record.get(name) is not None}
+    return [(f"last {name}", f"{last[name]:.4g}", "") for name in wanted if name in last]
+
+
+def _tile_text(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return " · ".join(f"{name} {_tile_text(key, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return " – ".join(_tile_text(key, item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if key.endswith("seconds"):
+        return _duration(value)
+    if isinstance(value, float) and key.startswith(("accuracy", "tiers", "interval")):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,147 @@
+"""The panels of a report as a table: which metrics, under which title, unit and colour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TIER_COLORS = {"easy": "#3f9b74", "mid": "#e3a32f", "hard": "#c9504f"}
+"""The page's style sheet uses the same three."""
+_BLUE, _ORANGE, _PURPLE, _TEAL, _GRAY, _BROWN = "#2f6db5", "#d9772b", "#7b5ea7", "#2a9d9d", "#98a1ab", "#8c6a4f"
+CYCLE = (_BLUE, _ORANGE, _PURPLE, _TEAL, _BROWN, "#c2528b", "#6b8e23", _GRAY)
+"""Colours of series whose names a run chooses."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a panel."""
+
+    metric: str
+    label: str
+    color: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot."""
+
+    title: str
+    lines: tuple[Line, ...]
+    unit: str = ""
+    """Title of the vertical axis."""
+    note: str = ""
+    stacked: bool = False
+    percent: bool = False
+    log: bool = False
+    level: float | None = None
+    """A dashed horizontal line."""
+
+
+PANELS = (
+    Panel(
+        title="Reward",
+        unit="mean over rollouts",
+        lines=(Line("rollout/reward", "reward", _BLUE), Line("rollout/accuracy", "correct", _TEAL)),
+    ),
+    Panel(
+        title="Difficulty tiers",
+        unit="share of graded prompts",
+        note="Easy: every rollout correct. Mid: some. Hard: none.",
+        stacked=True,
+        percent=True,
+        lines=tuple(Line(f"gate/{tier}", tier.capitalize(), color) for tier, color in TIER_COLORS.items()),
+    ),
+    Panel(
+        title="Offline share",
+        unit="share of the update",
+        note="What the update learns from teachers' traces rather than from its own rollouts.",
+        percent=True,
+        lines=(
+            Line("gate/offline_share_prompts", "prompts", _BLUE),
+            Line("gate/offline_share_sequences", "sequences", _ORANGE),
+            Line("gate/offline_share_tokens", "tokens", _PURPLE),
+        ),
+    ),
+    Panel(
+        title="Loss terms",
+        unit="loss",
+        note="GAL is the mean over pairs; the other terms carry their weights in the objective.",
+        lines=(
+            Line("train/loss", "total", _GRAY),
+            Line("train/pg_loss", "GRPO", _BLUE),
+            Line("gal/loss", "GAL", _ORANGE),
+            Line("train/sft_loss", "SFT", _PURPLE),
+            Line("train/kl_loss", "KL", _TEAL),
+        ),
+    ),
+    Panel(
+        title="GAL: η and saturation",
+        unit="mean over pairs",
+        note="η = E[σ(−β·d)²] is ¼ at the reference and falls as pairs are settled.",
+        level=0.25,
+        lines=(Line("gal/eta", "η", _BLUE), Line("gal/saturation", "saturated pairs", _ORANGE)),
+    ),
+    Panel(
+        title="GAL: margin and drift",
+        unit="nats",
+        note="Margin: success over failure. Drift: mean log-ratio of a trajectory to the reference policy.",
+        lines=(Line("gal/margin", "margin", _BLUE), Line("gal/anchor_drift", "anchor drift", _ORANGE)),
+    ),
+    Panel(title="Policy entropy", unit="nats per token", lines=(Line("train/entropy", "entropy", _BLUE),)),
+    Panel(
+        title="Gradient norm",
+        unit="before clipping",
+        log=True,
+        lines=(Line("train/grad_norm", "gradient norm", _BLUE),),
+    ),
+    Panel(
+        title="Log-prob gap",
+        unit="nats per token",
+        note="Between the servers that sampled and the trainer, on the same tokens and weights.",
+        log=True,
+        lines=(
+            Line("train/train_rollout_logprob_abs_diff", "mean", _BLUE),
+            Line("train/train_rollout_logprob_abs_diff_max", "max", _GRAY),
+        ),
+    ),
+    Panel(
+        title="Time of a step",
+        unit="seconds",
+        stacked=True,
+        lines=(
+            Line("timing_s/gen", "rollouts", _BLUE),
+            Line("timing_s/reward", "grading", _TEAL),
+            Line("timing_s/old_log_prob", "old log-probs", _ORANGE),
+            Line("timing_s/ref_log_prob", "reference log-probs", "#eab587"),
+            Line("timing_s/update_actor", "update", _PURPLE),
+            Line("timing_s/update_weights", "weight push", "#c2528b"),
+            Line("timing_s/save_checkpoint", "checkpoint", _BROWN),
+            Line("timing_s/eval", "evaluation", "#9fc5e8"),
+            Line("timing_s/other", "other", _GRAY),
+        ),
+    ),
+    Panel(
+        title="Throughput",
+        unit="tokens per second",
+        lines=(
+            Line("perf/tokens_per_sec", "whole step", _BLUE),
+            Line("perf/rollout_tokens_per_sec", "rollouts", _ORANGE),
+            Line("perf/update_tokens_per_sec", "update", _PURPLE),
+        ),
+    ),
+    Panel(
+        title="Response length",
+        unit="tokens",
+        lines=(
+            Line("rollout/response_len/mean", "mean", _BLUE),
+            Line("rollout/response_len/max", "max", _GRAY),
+        ),
+    ),
+    Panel(
+        title="Truncated and failed",
+        unit="share of rollouts, count",
+        lines=(
+            Line("rollout/truncated_ratio", "truncated (share)", _BLUE),
+            Line("rollout/verifier_errors", "verifier errors (count)", _ORANGE),
+        ),
+    ),
+)
