@@ -122,9 +122,11 @@ def test_a_group_past_its_deadline_is_dropped_and_its_request_aborted() -> None:
 
 
 def test_a_refused_request_is_an_error_with_the_servers_words() -> None:
-    with FakeSGLang(lambda index, body: "400") as fake:
-        with pytest.raises(ValueError, match=r"HTTP 400: .*the prompt is too long"):
-            collect(make_prompts(2), make_client([fake.url]), group_size=2, progress=False)
+    with (
+        FakeSGLang(lambda index, body: "400") as fake,
+        pytest.raises(ValueError, match=r"HTTP 400: .*the prompt is too long"),
+    ):
+        collect(make_prompts(2), make_client([fake.url]), group_size=2, progress=False)
 
 
 def test_two_servers_share_the_load_evenly() -> None:
@@ -175,7 +177,7 @@ def test_a_server_that_dies_ends_the_collection_at_once_and_aborts_the_rest() ->
 
     with FakeSGLang(lambda index, body: "hang") as fake:
         start = time.monotonic()
-        with pytest.raises(ServerDiedError, match="server 0 .* status 137"):
+        with pytest.raises(ServerDiedError, match=r"server 0 .* status 137"):
             collect(make_prompts(3), make_client([fake.url], check), group_size=2, progress=False)
         assert time.monotonic() - start < 5  # not request_deadline_s = 20
         wait_until(lambda: fake.cancelled == 3, "all connections are closed")

@@ -1,0 +1,33 @@
+"""A program that takes a server's command line and serves its health endpoints; run under the guard by tests.
+
+How it behaves comes from the environment: FAKE_SERVER=ok, =dies (right after a line to its log), =stubborn (ignores
+SIGTERM and has a child that does too).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+KEY_LINE = Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+KEY = KEY_LINE.removeprefix('api-key: "').removesuffix('"\n')
+HOW = os.environ.get("FAKE_SERVER", "ok")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        allowed = self.path == "/health" or self.headers["Authorization"] == f"Bearer {KEY}"
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+
+
+print(f"server_args={{'api_key': '{KEY}'}}", flush=True)
+if HOW == "dies":
+    print("CUDA out of luck", flush=True)
+    sys.exit(3)
+if HOW == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # SIG_IGN is inherited
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()

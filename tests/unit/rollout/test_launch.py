@@ -1,0 +1,124 @@
+"""Command line, environment and port of a server."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dypo.config import ServersConfig
+from megatron_dypo.rollout import launch
+from megatron_dypo.rollout.launch import lease_port, server_command, server_environment
+
+
+def command(device: str, index: int = 0, dtype: str = "float32", **fields: Any) -> list[str]:
+    return server_command(
+        ServersConfig(**fields),
+        index=index,
+        port=31234,
+        model_path=Path("/models/m"),
+        dtype=dtype,
+        seed=10,
+        device=device,
+        key_file=Path("/run/key.yaml"),
+    )
+
+
+def value(arguments: list[str], flag: str) -> str:
+    assert arguments.count(flag) == 1
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_on_a_cpu_the_launcher_runs_by_path_under_the_servers_interpreter() -> None:
+    arguments = command("cpu", python="/other/bin/python")
+    assert arguments[0] == "/other/bin/python"
+    assert Path(arguments[1]).name == "sglang_cpu.py"
+    assert value(arguments, "--max-total-tokens") == "20000"
+    assert {"--sleep-on-idle", "--skip-server-warmup"} <= set(arguments)
+
+
+def test_on_an_accelerator_stock_sglang_runs_and_servers_share_out_the_gpus() -> None:
+    arguments = command("gpu", index=2, tensor_parallel=4, base_gpu=8, mem_fraction=0.7, dtype="bfloat16")
+    assert arguments[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    assert value(arguments, "--base-gpu-id") == "16"
+    assert value(arguments, "--tp-size") == "4"
+    assert value(arguments, "--mem-fraction-static") == "0.7"
+    assert value(arguments, "--dtype") == "bfloat16"
+    assert "--max-total-tokens" not in arguments
+
+
+def test_each_server_has_a_seed_of_its_own() -> None:
+    assert [value(command("cpu", index=i), "--random-seed") for i in range(3)] == ["10", "11", "12"]
+
+
+def test_extra_arguments_come_last() -> None:
+    assert command("cpu", extra_args=("--max-total-tokens", "9"))[-2:] == ["--max-total-tokens", "9"]
+
+
+def test_a_type_that_the_trainer_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype='float16': must be one of float32, bfloat16"):
+        command("cpu", dtype="float16")
+
+
+def test_a_server_does_not_see_torchruns_variables() -> None:
+    ranks = {f"{group}{name}" for group in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")}
+    torchrun = {*ranks, "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "TORCHELASTIC_RUN_ID"}
+    inherited = dict.fromkeys([*torchrun, "LOCAL_SCRATCH", "HOME"], "x")
+    env = server_environment(inherited, 1, "cpu", [0])
+    assert not env.keys() & torchrun
+    assert {"LOCAL_SCRATCH", "HOME"} <= env.keys()
+
+
+def test_log_probs_are_untempered_whatever_the_trainers_environment_says() -> None:
+    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0])
+    assert env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
+
+
+def test_the_users_thread_count_stays() -> None:
+    assert server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0])["OMP_NUM_THREADS"] == "4"
+    assert server_environment({}, 1, "cpu", [0])["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "binding"), [([0, 1], 2, "0|1"), ([2, 3, 8, 9], 2, "2,3|8,9"), ([5], 2, "5|5")]
+)
+def test_tensor_parallel_ranks_on_a_cpu_get_cores_of_their_own(cores: list[int], ranks: int, binding: str) -> None:
+    assert server_environment({}, ranks, "cpu", cores)["SGLANG_CPU_OMP_THREADS_BIND"] == binding
+
+
+def test_a_port_that_is_listened_on_is_passed_over() -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        taken = busy.getsockname()[1]
+        lease = lease_port("127.0.0.1", taken)
+        lease.release()
+    assert lease.port > taken
+
+
+def test_a_leased_port_is_leased_once_until_it_is_released() -> None:
+    first = lease_port("127.0.0.1", 32100)
+    second = lease_port("127.0.0.1", 32100)
+    assert second.port > first.port
+    first.release()
+    third = lease_port("127.0.0.1", 32100)
+    assert third.port == first.port
+    second.release()
+    third.release()
+
+
+def test_an_unknown_host_is_named() -> None:
+    with pytest.raises(ValueError, match=r"host='no\.such\.host\.invalid'"):
+        lease_port("no.such.host.invalid", 32100)
+
+
+def test_the_launcher_imports_nothing_of_this_package() -> None:
+    """Its interpreter may be one that has SGLang but not us."""
+    launcher = Path(launch.__file__).with_name("sglang_cpu.py")
+    code = f"import runpy, sys; runpy.run_path({str(launcher)!r}); print('megatron_dypo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "False"

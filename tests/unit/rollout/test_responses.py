@@ -1,0 +1,80 @@
+"""SGLang's wire format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_dypo.rollout.responses import IncompleteGroupError, parse_group
+from megatron_dypo.types import Tokens
+from tests.unit.rollout.fake_sglang import sample
+
+BODY: dict[str, Any] = {"input_ids": [9]}
+
+
+def decode(tokens: Tokens) -> str:
+    return str(tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    ("meta", "version"),
+    [
+        ({"weight_version": "default"}, 0),
+        ({"weight_version": "7"}, 7),
+        ({"weight_version": "8", "weight_versions": [{"version": "8", "start": 0, "end": 3}]}, 8),
+        (
+            {
+                "weight_version": "8",
+                "weight_versions": [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 3}],
+            },
+            7,
+        ),
+        (
+            {
+                "weight_version": "1",
+                "weight_versions": [
+                    {"version": "default", "start": 0, "end": 2},
+                    {"version": "1", "start": 2, "end": 3},
+                ],
+            },
+            0,
+        ),
+    ],
+)
+def test_the_version_of_a_rollout_is_that_of_its_first_token(meta: dict[str, Any], version: int) -> None:
+    (rollout,) = parse_group([sample(BODY, 0, **meta)], 1, decode)
+    assert rollout.policy_version == version
+
+
+def test_a_version_that_no_push_of_ours_made_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"weight_version='v1\.2'"):
+        parse_group([sample(BODY, 0, weight_version="v1.2")], 1, decode)
+
+
+def test_a_single_response_is_an_object() -> None:
+    (rollout,) = parse_group(sample(BODY, 0), 1, decode)
+    assert rollout.text == "[9, 0, 2]"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[-1.0, 9, None]], "1 log-probs for 3 tokens"),
+        ([[-1.0, 9, None], [-2.0, 0, None], [-3.0, 3, None]], "of other tokens"),
+    ],
+)
+def test_log_probs_that_do_not_match_the_tokens_make_a_group_incomplete(rows: list[Any], message: str) -> None:
+    with pytest.raises(IncompleteGroupError, match=message):
+        parse_group([sample(BODY, 0), sample(BODY, 1, output_token_logprobs=rows)], 2, decode)
+
+
+def test_an_unfinished_response_makes_a_group_incomplete() -> None:
+    with pytest.raises(IncompleteGroupError, match="finish_reason None"):
+        parse_group([sample(BODY, 0, finish_reason=None)], 1, decode)
+
+
+def test_a_response_without_tokens_makes_a_group_incomplete() -> None:
+    empty = sample(BODY, 0, output_token_logprobs=[])
+    with pytest.raises(IncompleteGroupError, match="without tokens"):
+        parse_group([{**empty, "output_ids": []}], 1, decode)

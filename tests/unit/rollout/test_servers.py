@@ -1,0 +1,167 @@
+"""Servers stop with the run, however it ends; shown with real processes that take a server's place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_dypo.config import ServersConfig
+from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
+from megatron_dypo.rollout.servers import ServerPool, start_servers
+from tests.unit.rollout.fake_sglang import wait_until
+
+PROGRAM = Path(__file__).with_name("fake_server_program.py")
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """An interpreter that runs the fake program in place of any script or module; its path marks its processes."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@" --mark {tmp_path}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def start(python: str, tmp_path: Path, **fields: Any) -> ServerPool:
+    cfg = ServersConfig(**{"python": python, "port": 32200, "start_deadline_s": 30.0, **fields})
+    return start_servers(cfg, tmp_path, "float32", tmp_path / "logs", seed=1, device="cpu")
+
+
+def alive(tmp_path: Path) -> list[psutil.Process]:
+    """Processes of servers started by a test (zombies that init has yet to reap are not alive)."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        arguments = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and str(tmp_path) in arguments:
+            found.append(process)
+    return found
+
+
+def test_servers_start_at_ports_of_their_own_and_stop_at_the_end(python: str, tmp_path: Path) -> None:
+    with start(python, tmp_path, count=2) as pool:
+        assert len(set(pool.urls)) == 2
+        assert pool.api_key is not None
+        assert len(pool.api_key) == 32
+        assert len(alive(tmp_path)) >= 2
+        pool.check()
+    assert alive(tmp_path) == []
+
+
+def test_the_key_is_neither_in_arguments_nor_readable_in_files(python: str, tmp_path: Path) -> None:
+    with start(python, tmp_path) as pool:
+        assert pool.api_key is not None
+        assert not any(pool.api_key in " ".join(process.cmdline()) for process in alive(tmp_path))
+        log = tmp_path / "logs/sglang_0.log"
+        assert log.read_text().startswith(f"server_args={{'api_key': '{'*' * 32}'}}")
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        assert [path.name for path in log.parent.iterdir()] == ["sglang_0.log"]
+
+
+def test_a_key_of_the_environment_is_used(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYPO_SGLANG_API_KEY", "mine")
+    with start(python, tmp_path) as pool:
+        assert pool.api_key == "mine"
+
+
+def test_a_server_that_dies_while_it_starts_is_named_with_its_last_words(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", "dies")
+    with pytest.raises(ServerDiedError, match=r"(?s)SGLang server 0 .*ended with status 3.*sglang_0\.log.*out of luck"):
+        start(python, tmp_path)
+    assert alive(tmp_path) == []
+    assert not list((tmp_path / "logs").glob("*.yaml"))
+
+
+def test_a_server_that_is_killed_is_noticed_and_named(python: str, tmp_path: Path) -> None:
+    with start(python, tmp_path, count=2) as pool:
+        port = pool.urls[1].rpartition(":")[2]
+        for process in alive(tmp_path):
+            arguments = process.cmdline()
+            if str(PROGRAM) in arguments and arguments[arguments.index("--port") + 1] == port:
+                process.kill()
+
+        def dead() -> bool:
+            try:
+                pool.check()
+            except ServerDiedError as error:
+                message.append(str(error))
+            return bool(message)
+
+        message: list[str] = []
+        wait_until(dead, "the check raises")
+        assert f"SGLang server 1 ({pool.urls[1]}) ended with status 137" in message[0]
+
+
+def test_a_server_that_ignores_sigterm_is_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ServerProcess("server", "http://127.0.0.1:32300", tmp_path / "server.log", grace_s=0.5)
+    command = [sys.executable, str(PROGRAM), "--config", str(server.key_file), "--port", "32300", str(tmp_path)]
+    monkeypatch.setenv("FAKE_SERVER", "stubborn")
+    server.start(command, os.environ, "k")
+
+    def members() -> list[psutil.Process]:
+        mine = [process for process in alive(tmp_path) if process.cmdline()[1] == str(PROGRAM)]
+        return mine + [child for process in mine for child in process.children()]
+
+    wait_until(lambda: len(members()) == 2, "the server has a child")
+    family = members()
+    server.stop()
+    server.join()
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+def test_a_trainer_that_is_killed_leaves_no_server_behind(python: str, tmp_path: Path, death: signal.Signals) -> None:
+    code = f"""
+import signal
+from pathlib import Path
+from tests.unit.rollout.test_servers import start
+start({python!r}, Path({str(tmp_path)!r}))
+print("started", flush=True)
+signal.pause()
+"""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+    )
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "started\n"
+    assert alive(tmp_path)
+    trainer.send_signal(death)
+    trainer.wait(10)
+    trainer.stdout.close()
+    wait_until(lambda: not alive(tmp_path), "no process of the server is left")
+
+
+def test_given_servers_are_reached_and_left_alone(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(python, tmp_path) as owner:
+        monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
+        with start(python, tmp_path, urls=(owner.urls[0] + "/",)) as guest:
+            assert guest.urls == owner.urls
+            assert guest.api_key == owner.api_key
+        owner.check()
+        assert alive(tmp_path)
+
+
+def test_a_wrong_key_for_given_servers_is_an_error_that_names_the_variable(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start(python, tmp_path) as owner:
+        monkeypatch.setenv("DYPO_SGLANG_API_KEY", "wrong")
+        with pytest.raises(ValueError, match="refuses the API key: set DYPO_SGLANG_API_KEY"):
+            start(python, tmp_path, urls=owner.urls)
+
+
+def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str, tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9 is not healthy after 0\.3 s"):
+        start(python, tmp_path, urls=("http://127.0.0.1:9",), start_deadline_s=0.3)
