@@ -1,0 +1,240 @@
+"""Control calls to SGLang: the same call to every server at once, each with a deadline and a checked answer.
+
+Used from ordinary (not async) code: a daemon thread runs the event loop, so that a collective and the calls that
+announce it can be under way together. Every error names the server, the call and the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import aiohttp
+
+T = TypeVar("T")
+Answer = dict[str, Any]
+
+PauseMode = Literal["retract", "abort"]
+
+# When one server of a collective call fails, the others fail as a consequence; this long we listen for who was first.
+_GRACE_S = 2.0
+
+
+class ServerError(RuntimeError):
+    """A server refused a call, answered nonsense, or did not answer."""
+
+
+class Deadline:
+    """A moment by which a whole push has to be over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds that are left, above 0.
+
+        Raises:
+            TimeoutError: none are.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"deadline_s={self.seconds:g} passed")
+        return left
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    url: str
+    model_path: str
+    model_type: str
+    weight_version: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+
+
+class SGLangControl:
+    """The control routes of some servers; one instance may be used from one thread at a time."""
+
+    def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
+        if not urls:
+            raise ValueError("urls=(): a push needs at least one SGLang server")
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread. Calls under way are dropped."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # One method for each route.
+
+    def describe(self, deadline: Deadline) -> list[ServerInfo]:
+        """Model, version and parallel sizes of each server, in the order of ``urls``."""
+        models = self._all("GET", "/model_info", None, deadline)
+        servers = self._all("GET", "/server_info", None, deadline)
+        return [
+            ServerInfo(
+                url=url,
+                model_path=str(model.get("model_path")),
+                model_type=str(model.get("model_type")),
+                weight_version=str(model.get("weight_version")),
+                tensor_parallel=int(server.get("tp_size", 1)),
+                pipeline_parallel=int(server.get("pp_size", 1)),
+                data_parallel=int(server.get("dp_size", 1)),
+            )
+            for url, model, server in zip(self.urls, models, servers, strict=True)
+        ]
+
+    def weight_versions(self, deadline: Deadline) -> list[str]:
+        """The version that each server says it serves."""
+        return [str(model.get("weight_version")) for model in self._all("GET", "/model_info", None, deadline)]
+
+    def pause(self, mode: PauseMode, deadline: Deadline) -> None:
+        """Stop generating. ``retract``: running requests go back to the queue, without their KV cache. ``abort``: they end."""
+        self._all("POST", "/pause_generation", {"mode": mode}, deadline)
+
+    def resume(self, deadline: Deadline) -> None:
+        """Generate again."""
+        self._all("POST", "/continue_generation", {}, deadline)
+
+    def begin_update(self, deadline: Deadline) -> None:
+        """Open a weight-update session; one that a dead trainer left open is closed first."""
+        try:
+            self._all("POST", "/begin_weight_update", {}, deadline)
+        except ServerError as error:
+            if "already open" not in str(error):
+                raise
+            self.attempt([("/end_weight_update", {})], deadline.remaining())
+            self._all("POST", "/begin_weight_update", {}, deadline)
+
+    def end_update(self, deadline: Deadline) -> None:
+        """Close the weight-update session."""
+        self._all("POST", "/end_weight_update", {}, deadline)
+
+    def set_version(self, version: str, deadline: Deadline) -> None:
+        """Name the weights served; running requests record which of their tokens came before."""
+        self._all("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False}, deadline)
+
+    def start_init_group(self, bodies: Sequence[Answer], deadline: Deadline) -> Future[list[Answer]]:
+        """Ask every server to join an update group; it answers when the group is whole."""
+        return self._start("POST", "/init_weights_update_group", bodies, deadline, fail_fast=True)
+
+    def start_update(self, body: Answer, deadline: Deadline) -> Future[list[Answer]]:
+        """Announce a broadcast to every server; each answers when it has received and loaded the tensors."""
+        return self._start("POST", "/update_weights_from_distributed", body, deadline, fail_fast=True)
+
+    def update_from_disk(self, path: str, deadline: Deadline) -> None:
+        """Load an HF folder that every server can read, and forget cached prefixes."""
+        self._all("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": True}, deadline)
+
+    def attempt(self, steps: Sequence[tuple[str, Answer]], timeout_s: float) -> list[str]:
+        """POST ``(path, body)`` after ``(path, body)`` to each server, whatever is refused; returns what went wrong.
+
+        A server that spends all of ``timeout_s`` is asked no more.
+        """
+
+        async def one_server(session: aiohttp.ClientSession, url: str) -> list[str]:
+            errors, deadline = [], Deadline(timeout_s)
+            for path, body in steps:
+                try:
+                    await self._call(session, "POST", url, path, body, deadline.remaining())
+                except ServerError as error:
+                    errors.append(str(error))
+                except TimeoutError:
+                    break
+            return errors
+
+        async def every_server() -> list[str]:
+            async with self._session() as session:
+                outcomes = await asyncio.gather(*(one_server(session, url) for url in self.urls))
+            return [error for errors in outcomes for error in errors]
+
+        return self._submit(every_server()).result()
+
+    # The calls themselves.
+
+    def _all(self, method: str, path: str, body: Answer | None, deadline: Deadline) -> list[Answer]:
+        return self._start(method, path, body, deadline, fail_fast=False).result()
+
+    def _start(
+        self,
+        method: str,
+        path: str,
+        body: Answer | Sequence[Answer] | None,
+        deadline: Deadline,
+        *,
+        fail_fast: bool,
+    ) -> Future[list[Answer]]:
+        bodies = [body] * len(self.urls) if body is None or isinstance(body, Mapping) else list(body)
+        try:
+            timeout_s = deadline.remaining()
+        except TimeoutError as error:
+            raise ServerError(f"{method} {path} was not sent to {', '.join(self.urls)}: {error}") from error
+        return self._submit(self._fan_out(method, path, bodies, timeout_s, fail_fast))
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _session(self) -> aiohttp.ClientSession:
+        # A connection for each call: a kept one may be closed by the server just as a POST goes out.
+        return aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0))
+
+    async def _fan_out(
+        self, method: str, path: str, bodies: Sequence[Answer | None], timeout_s: float, fail_fast: bool
+    ) -> list[Answer]:
+        async with self._session() as session:
+            calls = zip(self.urls, bodies, strict=True)
+            tasks = [asyncio.create_task(self._call(session, method, url, path, b, timeout_s)) for url, b in calls]
+            try:
+                when = asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED
+                _, pending = await asyncio.wait(tasks, return_when=when)
+                if pending:
+                    await asyncio.wait(pending, timeout=_GRACE_S)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        errors = [str(outcome) for outcome in outcomes if isinstance(outcome, ServerError)]
+        if errors:
+            raise ServerError("; ".join(errors))
+        return [task.result() for task in tasks]
+
+    async def _call(
+        self, session: aiohttp.ClientSession, method: str, url: str, path: str, body: Answer | None, timeout_s: float
+    ) -> Answer:
+        where = f"{method} {url}{path}"
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with session.request(method, url + path, json=body, timeout=timeout) as response:
+                status, text = response.status, await response.text()
+        except asyncio.TimeoutError as error:
+            raise ServerError(f"{where}: no answer in {timeout_s:.1f} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}") from error
+        return _checked(where, status, text)
+
+
+def _checked(where: str, status: int, text: str) -> Answer:
+    """The JSON object of an answer ({} for plain text). A refusal may come with status 200 and ``success: false``."""
+    try:
+        answer = json.loads(text)
+    except json.JSONDecodeError:
+        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
+    if status != 200 or answer.get("success", True) is not True:
+        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:500]}")
+    return answer

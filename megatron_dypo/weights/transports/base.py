@@ -1,0 +1,113 @@
+"""What every way of moving weights shares: the source of tensors, steps taken by all ranks together, the interface."""
+
+from __future__ import annotations
+
+import datetime
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.weights.gather import iter_hf_tensors
+from megatron_dypo.weights.sglang_control import Deadline
+
+T = TypeVar("T")
+
+
+class PushError(RuntimeError):
+    """A push failed; raised on every rank with the reasons of all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The policy as this rank holds it."""
+
+    layout: Layout
+    arch: Architecture
+    named_params: Callable[[], Iterable[tuple[str, Tensor]]]
+    """Megatron-Core names with global layer indices, this rank's shards."""
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this rank's shards are sent: those of the first replica are."""
+        return self.layout.dp_rank == 0 and self.layout.cp_rank == 0
+
+    @property
+    def is_stage_leader(self) -> bool:
+        """Whether this rank holds its pipeline stage's whole tensors while they are sent."""
+        return self.is_sender and self.layout.tp_rank == 0
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors of this rank's stage, one at a time; empty but on the stage leader. Collective over ``tp_group``."""
+        layout = self.layout
+        return iter_hf_tensors(self.named_params(), self.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+
+
+class Lockstep:
+    """Steps that all ranks take together: what fails on one is raised on all, and none waits for ever."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """Collective over the world. A lost rank is a RuntimeError on the others after at most ``timeout_s``."""
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+    def run(self, action: Callable[[], T] | None = None) -> T | None:
+        """Run ``action`` here (None: only wait for the others).
+
+        Raises:
+            PushError: it failed here or elsewhere.
+        """
+        result, error = None, None
+        if action is not None:
+            try:
+                result = action()
+            except (RuntimeError, ValueError, OSError) as caught:
+                error = caught
+        if self.total(int(error is not None)):
+            reasons = [f"rank {rank}: {why}" for rank, why in enumerate(self.gather(error and _reason(error))) if why]
+            raise PushError("; ".join(reasons)) from error
+        return result
+
+    def total(self, value: int) -> int:
+        """The sum over all ranks."""
+        value_1 = torch.tensor([value])
+        dist.all_reduce(value_1, group=self._group)
+        return int(value_1)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+class Transport(ABC):
+    """A way from the trainer's shards into the servers' parameters; servers are paused when it is used."""
+
+    in_session = True
+    """Whether SGLang wants the update between ``begin_weight_update`` and ``end_weight_update``."""
+
+    @abstractmethod
+    def send(self, version: int, deadline: Deadline) -> int:
+        """Bring every tensor to every server; returns the bytes that this rank sent or wrote. Collective.
+
+        Raises:
+            PushError: on every rank, with some servers changed and some not.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all connections after a failed push, so that the next one makes new ones. Not collective."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the servers at the end of a run. Not collective."""
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,63 @@
+"""HF tensors, flattened into the byte buckets that SGLang's ``flattened_bucket`` format receives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that travel as one."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    """As torch spells them, without ``torch.``."""
+    shapes: tuple[tuple[int, ...], ...]
+    payload: Tensor
+    """[bytes] uint8; the tensors one after the other. Valid until the next bucket is asked for."""
+
+
+def fill_buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
+    """Flatten tensors into buckets of at most ``limit`` bytes, in one buffer that is used again and again.
+
+    A tensor of ``limit`` bytes or more is a bucket by itself, and is not copied. Within a bucket each tensor starts at a
+    multiple of its element size, as the receiver requires.
+    """
+    buffer: Tensor | None = None
+    held: list[tuple[str, Tensor]] = []
+    used = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and (used + size > limit or used % tensor.element_size()):
+            assert buffer is not None
+            yield _bucket(held, buffer[:used])
+            held, used = [], 0
+        if size >= limit:
+            yield _bucket([(name, tensor)], _bytes(tensor))
+            continue
+        if buffer is None:
+            buffer = torch.empty(limit, dtype=torch.uint8, device=tensor.device)
+        buffer[used : used + size].copy_(_bytes(tensor))
+        # Only the description is kept: a reference would keep the whole tensor alive until the bucket is full.
+        held.append((name, tensor.to("meta")))
+        used += size
+    if held:
+        assert buffer is not None
+        yield _bucket(held, buffer[:used])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _bucket(tensors: Sequence[tuple[str, Tensor]], payload: Tensor) -> Bucket:
+    return Bucket(
+        names=tuple(name for name, _ in tensors),
+        dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
+        shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
+        payload=payload,
+    )

@@ -1,0 +1,96 @@
+"""Servers that answer SGLang's control routes over real HTTP and write down what they were asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "secret"
+
+
+@dataclass
+class FakeServer:
+    """One server: its state, its record, and answers that a test sets in place of the usual ones."""
+
+    model_path: str = "elsewhere"
+    model_type: str = "qwen3"
+    tp_size: int = 1
+    version: str = "default"
+    url: str = ""
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    """Path → status and JSON (or text) to answer with."""
+    on_call: Callable[[str], None] = lambda path: None
+
+    @property
+    def posts(self) -> list[str]:
+        """Paths of all POSTs, in order."""
+        return [path for path, _ in self.calls if path not in ("/model_info", "/server_info")]
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        self.calls.append((path, body))
+        self.on_call(path)
+        if path in self.answers:
+            return self.answers[path]
+        if path == "/model_info":
+            info = {"model_path": self.model_path, "model_type": self.model_type, "weight_version": self.version}
+            return 200, info
+        if path == "/server_info":
+            return 200, {"tp_size": self.tp_size, "pp_size": 1, "dp_size": 1}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        return 200, {"success": True, "message": "Success"}
+
+
+@contextmanager
+def fake_servers(count: int, **state: Any) -> Iterator[list[FakeServer]]:
+    """``count`` servers that ask for ``KEY``; stopped at the end."""
+    running, servers = [], []
+    for _ in range(count):
+        server = FakeServer(**state)
+        http = _Server(("127.0.0.1", 0), _handler(server))
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+        server.url = f"http://127.0.0.1:{http.server_address[1]}"
+        running.append(http)
+        servers.append(server)
+    try:
+        yield servers
+    finally:
+        for http in running:
+            http.shutdown()
+            http.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that gave up is what some tests are about; the client's side reports it."""
+
+
+def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._respond({})
+
+        def do_POST(self) -> None:
+            self._respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _respond(self, body: dict[str, Any]) -> None:
+            if self.headers.get("Authorization") != f"Bearer {KEY}":
+                status, answer = 401, {"error": "Unauthorized"}
+            else:
+                status, answer = server.answer(self.path, body)
+            data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """The record is in ``server.calls``."""
+
+    return Handler

@@ -1,0 +1,201 @@
+"""The order of a push's calls and what a failure of each leaves behind: one rank, fake servers, the disk transport."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_dypo.architecture import load_architecture
+from megatron_dypo.config import WeightsConfig
+from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.weights.bridge import Bridge, check_names
+from megatron_dypo.weights.families.registry import family_rows
+from megatron_dypo.weights.random_model import write_random_model
+from megatron_dypo.weights.transports.base import PushError
+from tests.unit.weights.fake_sglang import KEY, fake_servers
+
+HF_CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 24,
+    "vocab_size": 31,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+GOOD_PUSH = [
+    "/pause_generation",
+    "/update_weights_from_disk",
+    "/update_weight_version",
+    "/continue_generation",
+]
+
+
+@pytest.fixture(scope="module")
+def layout():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    sizes = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context", "data"), 1)
+    ranks = dict.fromkeys(("rank", "tp_rank", "pp_rank", "cp_rank", "dp_rank", "last_stage_rank"), 0)
+    groups = dict.fromkeys(("tp_group", "pp_group", "dp_group", "replica_group", "leaders_group"), dist.group.WORLD)
+    yield Layout(**sizes, **ranks, **groups, replica_ranks=(0,))
+    dist.destroy_process_group()
+
+
+@dataclasses.dataclass
+class Setting:
+    servers: list
+    params: dict
+    bridge: Bridge
+    refit: object
+    reference: object
+
+    def weights_on_disk(self, version):
+        return load_file(self.refit / f"version_{version}" / "model.safetensors")
+
+
+@pytest.fixture
+def setting(layout, tmp_path, request):
+    reference = tmp_path / "hf"
+    write_random_model(reference, HF_CONFIG, seed=0)
+    arch = load_architecture(reference)
+    params = {row.mcore: torch.randn(row.rule.mcore_shape(arch, 1)) for row in family_rows(arch) if not row.is_copy}
+    config = WeightsConfig(transport="disk", deadline_s=5.0, **getattr(request, "param", {}))
+    with fake_servers(2, model_path=str(reference)) as servers:
+        bridge = Bridge(
+            layout,
+            arch,
+            lambda: params.items(),
+            urls=[server.url for server in servers],
+            api_key=KEY,
+            config=config,
+            run_dir=tmp_path / "run",
+            hf_reference=reference,
+        )
+        yield Setting(servers, params, bridge, tmp_path / "run" / "refit", reference)
+        bridge.close()
+
+
+def test_push_pauses_loads_names_the_version_and_goes_on(setting):
+    report = setting.bridge.push(3)
+    assert all(server.posts == GOOD_PUSH for server in setting.servers)
+    assert all(server.version == "3" for server in setting.servers)
+    assert report.version == 3
+    assert report.bytes == sum(4 * param.numel() for param in setting.params.values())
+    assert 0 < report.seconds < 60
+
+
+def test_servers_are_told_to_load_what_the_trainer_holds(setting):
+    setting.bridge.push(1)
+    body = dict(setting.servers[0].calls)["/update_weights_from_disk"]
+    assert body == {"model_path": str(setting.refit / "version_1"), "flush_cache": True}
+    weights = setting.weights_on_disk(1)
+    assert torch.equal(weights["model.embed_tokens.weight"], setting.params["embedding.word_embeddings.weight"])
+    assert json.loads((setting.refit / "version_1" / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def test_a_later_push_sends_the_later_weights_and_removes_the_older_folder(setting):
+    setting.bridge.push(1)
+    setting.params["decoder.final_layernorm.weight"].add_(1.0)
+    setting.bridge.push(2)
+    assert [path.name for path in setting.refit.iterdir()] == ["version_2"]
+    assert torch.equal(
+        setting.weights_on_disk(2)["model.norm.weight"], setting.params["decoder.final_layernorm.weight"]
+    )
+
+
+@pytest.mark.parametrize("setting", [{"in_flight": "abort"}], indirect=True)
+def test_abort_ends_requests_before_the_scheduler_is_drained(setting):
+    setting.bridge.push(1)
+    pauses = [body["mode"] for path, body in setting.servers[0].calls if path == "/pause_generation"]
+    assert pauses == ["abort", "retract"]
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/pause_generation", (500, "boom")),
+        ("/update_weights_from_disk", (400, {"success": False, "message": "cannot read"})),
+        ("/update_weights_from_disk", (200, {"success": False, "message": "partly loaded"})),
+        ("/update_weight_version", (400, {"success": False, "message": "no"})),
+    ],
+)
+def test_a_failed_call_names_server_call_and_answer_and_generation_goes_on(setting, path, answer):
+    setting.servers[1].answers[path] = answer
+    with pytest.raises(PushError, match=f"rank 0: POST {setting.servers[1].url}{path}: status {answer[0]}"):
+        setting.bridge.push(1)
+    assert all(server.posts[-1] == "/continue_generation" for server in setting.servers)
+
+
+def test_servers_that_may_hold_a_mixture_are_marked_by_no_number(setting):
+    setting.servers[1].answers["/update_weights_from_disk"] = (400, {"success": False, "message": "cannot read"})
+    with pytest.raises(PushError):
+        setting.bridge.push(4)
+    assert [server.version for server in setting.servers] == ["failed-4", "failed-4"]
+
+
+def test_servers_that_were_not_touched_keep_their_version(setting):
+    setting.servers[1].answers["/pause_generation"] = (500, "boom")
+    with pytest.raises(PushError):
+        setting.bridge.push(4)
+    assert [server.version for server in setting.servers] == ["default", "default"]
+
+
+def test_a_push_after_a_failed_one_succeeds(setting):
+    setting.servers[1].answers["/update_weights_from_disk"] = (400, {"success": False, "message": "cannot read"})
+    with pytest.raises(PushError):
+        setting.bridge.push(4)
+    setting.servers[1].answers.clear()
+    setting.bridge.push(4)
+    assert [server.version for server in setting.servers] == ["4", "4"]
+    assert [path.name for path in setting.refit.iterdir()] == ["version_4"]
+
+
+def test_a_server_that_keeps_its_old_version_fails_the_push(setting):
+    setting.servers[0].answers["/update_weight_version"] = (200, {"success": True})
+    with pytest.raises(PushError, match=f"{setting.servers[0].url}: weight_version='default' after .* version 2"):
+        setting.bridge.push(2)
+
+
+def test_another_family_is_refused_before_anything_is_sent(setting):
+    setting.servers[1].model_type = "llama"
+    with pytest.raises(PushError, match=f"{setting.servers[1].url}: serves model_type='llama'"):
+        setting.bridge.push(1)
+    assert not setting.refit.exists()
+    assert "/pause_generation" not in setting.servers[0].posts
+
+
+def test_another_size_is_refused_before_anything_is_sent(setting, tmp_path):
+    write_random_model(tmp_path / "other", {**HF_CONFIG, "intermediate_size": 32}, seed=0)
+    setting.servers[0].model_path = str(tmp_path / "other")
+    with pytest.raises(PushError, match="ffn_hidden_size=32, the policy has 24"):
+        setting.bridge.push(1)
+
+
+def test_a_parameter_of_the_wrong_shape_is_refused(setting):
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    setting.params[name] = setting.params[name][:-1]
+    with pytest.raises(PushError, match=r"linear_fc2.weight: shape \(15, 24\), the architecture asks for \(16, 24\)"):
+        setting.bridge.push(1)
+
+
+def test_a_missing_parameter_is_refused(setting):
+    del setting.params["decoder.final_layernorm.weight"]
+    with pytest.raises(PushError, match="model.norm.weight is held by no stage"):
+        setting.bridge.push(1)
+
+
+def test_names_sent_twice_or_unknown_are_refused(setting):
+    arch = load_architecture(setting.reference)
+    names = [name for row in family_rows(arch) if not row.is_copy for name in row.hf]
+    check_names([names[:3], names[3:]], arch)
+    with pytest.raises(ValueError, match="model.norm.weight is sent 2 times"):
+        check_names([names, ["model.norm.weight"]], arch)
+    with pytest.raises(ValueError, match="lm_head.weight is not of this architecture"):
+        check_names([names, ["lm_head.weight"]], arch)
