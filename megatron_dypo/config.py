@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-_frozen = dataclass(frozen=True, kw_only=True)
-
 
 def _require(condition: bool, value: str, rule: str) -> None:
     if not condition:
@@ -28,7 +26,7 @@ def _require_not_negative(section: object, *names: str) -> None:
         _require(value >= 0, f"{name}={value}", "must not be negative")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run lives and how long it lasts."""
 
@@ -45,7 +43,7 @@ class RunConfig:
         _require_positive(self, "steps")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy."""
 
@@ -62,7 +60,7 @@ class ModelConfig:
         _require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the axes of the training mesh; data parallelism is what is left of the world."""
 
@@ -94,7 +92,7 @@ class ParallelConfig:
             )
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class DataFieldsConfig:
     """Names of the columns of a prompt file."""
 
@@ -109,7 +107,7 @@ class DataFieldsConfig:
     """Optional column."""
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Prompts, answers and teacher traces."""
 
@@ -130,7 +128,7 @@ class DataConfig:
         _require_positive(self, "max_prompt_tokens", "max_trace_tokens")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class ServersConfig:
     """The SGLang servers: given by URL, or started and stopped by the run."""
 
@@ -162,7 +160,7 @@ class ServersConfig:
         _require_not_negative(self, "base_gpu")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How groups are sampled."""
 
@@ -192,7 +190,7 @@ class RolloutConfig:
         _require_not_negative(self, "retries")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class GradingConfig:
     """How answers are verified."""
 
@@ -215,7 +213,7 @@ class GradingConfig:
         )
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """π_ref of GAL and of the KL term."""
 
@@ -227,7 +225,7 @@ class ReferenceConfig:
         _require_positive(self, "refresh_every")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The objective; defaults are the paper's."""
 
@@ -276,7 +274,7 @@ class ObjectiveConfig:
             _require(self.importance_cap > 0, f"importance_cap={self.importance_cap}", "must be positive")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
     """How samples become microbatches and when an update is made."""
 
@@ -294,7 +292,7 @@ class BatchingConfig:
         _require_not_negative(self, "max_staleness")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Adam and its schedule."""
 
@@ -322,7 +320,7 @@ class OptimizerConfig:
             _require(0 <= value < 1, f"{name}={value}", "must be in [0, 1)")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
     """How new weights reach the servers."""
 
@@ -338,7 +336,7 @@ class WeightsConfig:
         _require_positive(self, "bucket_mb", "deadline_s")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Megatron dist_checkpointing."""
 
@@ -351,7 +349,7 @@ class CheckpointConfig:
         _require_not_negative(self, "every", "keep")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Held-out accuracy through the same servers."""
 
@@ -368,7 +366,7 @@ class EvalConfig:
         _require_not_negative(self, "every", "temperature")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Where metrics go besides ``metrics.jsonl``."""
 
@@ -382,7 +380,7 @@ class LoggingConfig:
         _require_not_negative(self, "samples_per_step")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """What is written after the last step."""
 
@@ -390,7 +388,7 @@ class ExportConfig:
     """An HF model folder ``<run.dir>/hf``."""
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 

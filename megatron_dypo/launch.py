@@ -51,6 +51,9 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if "RANK" not in os.environ and num_processes(config) > 1:
         return _start_local_ranks(num_processes(config), config_path, overrides)
+    from megatron_dypo.logs import set_up_logging
+
+    set_up_logging(config.run.dir)
     from megatron_dypo.train import train
 
     train(config)

@@ -109,20 +109,14 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def update_metrics(tally: Tally, totals: Totals, sums: Tensor, gal_scale: float) -> dict[str, float]:
-    """What the update counted.
-
-    Args:
-        sums: [len(STATISTICS)] of :func:`token_loss`, over all ranks.
-        gal_scale: Σ over Mid groups of their share of L_GAL in the loss, for one unit of mean L_GAL.
-    """
+def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, float]:
+    """What the update counted; ``sums`` are those of :func:`token_loss` ([len(STATISTICS)]) over all ranks."""
     total = dict(zip(STATISTICS, sums.tolist(), strict=True))
-    gal_loss = tally.ratio("gal/loss", "gal_groups")
     distil, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTIL, Treatment.REINFORCE))
     tokens = totals.num_response_tokens
     all_tokens = max(sum(tokens.values()), 1)
     metrics = {
-        "train/loss": total["surrogate"] + total["kl"] + total["sft"] + gal_scale * gal_loss,
+        "train/loss": total["surrogate"] + total["kl"] + total["sft"] + tally["gal_loss_share"],
         "train/pg_loss": total["surrogate"],
         "train/sft_loss": total["sft"],
         "train/kl_loss": total["kl"],
@@ -148,6 +142,19 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor, gal_scale: float)
     for key in [key for key in tally if key.startswith("teacher/")]:
         metrics[f"{key}/share"] = tally.ratio(key, "teachers")
     return {name: float(value) for name, value in metrics.items()}
+
+
+def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
+    """Rates of one step; ``timings`` are those of ``Timings.take``."""
+    step = timings["timing_s/step"]
+    rate = _ratio(tally["tokens"], step)
+    return {
+        "perf/tokens_per_sec": rate,
+        "perf/tokens_per_gpu_per_sec": rate / world_size,
+        "perf/rollout_tokens_per_sec": _ratio(tally["sampled_tokens"], timings.get("timing_s/gen", 0.0)),
+        "perf/update_tokens_per_sec": _ratio(tally["tokens"], timings.get("timing_s/update_actor", 0.0)),
+        "perf/wait_time_ratio": _ratio(timings.get("timing_s/gen", 0.0), step),
+    }
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -19,6 +19,7 @@ from megatron_dypo.objective.logprobs import vocab_parallel_logprobs
 from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.progress import Progress
 from megatron_dypo.types import Microbatch
 
 
@@ -71,6 +72,7 @@ def loss_pass(
     cfg: ObjectiveConfig,
     layout: Layout,
     vocab_size: int,
+    bar: Progress | None = None,
 ) -> Tensor:
     """Forward and backward over all microbatches; gradients end in the DDP buffers, summed over replicas.
 
@@ -85,7 +87,7 @@ def loss_pass(
         value, sums = token_loss(logp_N, entropy_N, batch.inputs, cfg)
         return value, torch.tensor(1, dtype=torch.int), sums
 
-    reports = _run(chunks, microbatches, loss, layout, forward_only=False)
+    reports = _run(chunks, microbatches, loss, forward_only=False, bar=bar)
     return sum(reports, start=torch.zeros(len(STATISTICS), dtype=torch.float64, device=device())).cpu()
 
 
@@ -98,7 +100,7 @@ def logprob_pass(
         return _response_logprobs(batch, logits, layout, vocab_size)[0].float().cpu()
 
     with torch.no_grad():
-        return _run(chunks, microbatches, collect, layout, forward_only=True)
+        return _run(chunks, microbatches, collect, forward_only=True)
 
 
 def _response_logprobs(
@@ -114,9 +116,9 @@ def _run(
     chunks: Sequence[Any],
     microbatches: Sequence[Microbatch],
     finish: Callable[..., Any],
-    layout: Layout,
     *,
     forward_only: bool,
+    bar: Progress | None = None,
 ) -> list[Any]:
     """Megatron's schedule for this layout; ``finish(batch, logits)`` runs on the last stage."""
 
@@ -126,10 +128,13 @@ def _run(
         return output, partial(finish, batch)
 
     batches = [to_device(batch) for batch in microbatches]
+    iterators = [iter(batches) for _ in chunks]
+    if bar is not None:
+        iterators[0] = _counted(batches, bar)
     schedule = get_forward_backward_func()
     return schedule(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks],
+        data_iterator=iterators,
         model=list(chunks),
         num_microbatches=len(batches),
         seq_length=len(microbatches[0].tokens_T),
@@ -137,3 +142,9 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+
+
+def _counted(batches: Sequence[DeviceMicrobatch], bar: Progress) -> Iterator[DeviceMicrobatch]:
+    for batch in batches:
+        bar.update(1)
+        yield batch

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_dypo.config import ObjectiveConfig
 
 STATISTICS = (
-    "surrogate", "kl", "sft", "trace_nll", "tokens", "rollout_tokens", "entropy", "clipped", "ppo_kl", "kl_to_reference",
+    "surrogate", "kl", "sft", "trace_nll", "tokens", "rollout_tokens", "entropy", "clipped", "ppo_kl",
     "mismatch_abs", "importance_capped",
 )  # fmt: skip
 """Names of the sums that :func:`token_loss` returns, in its order."""
@@ -64,7 +64,7 @@ def token_loss(logp_N: Tensor, entropy_N: Tensor, x: LossInputs, cfg: ObjectiveC
         loss_surrogate_N, loss_kl_N, torch.where(x.is_trace, loss_nll_N, 0.0),
         torch.where(x.is_trace, -logp_N, 0.0), torch.ones_like(logp_N), is_rollout_N,
         torch.where(is_rollout_N, entropy_N, 0.0), is_clipped_N & (x.surrogate != 0), -log_ratio_N,
-        k3_N, torch.where(is_rollout_N, (x.old_logp - x.rollout_logp).abs(), 0.0), capped_N,
+        torch.where(is_rollout_N, (x.old_logp - x.rollout_logp).abs(), 0.0), capped_N,
     )  # fmt: skip
     return loss, torch.stack([s.detach().double().sum() for s in sums])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import resource
 
 import torch
 import torch.distributed as dist
@@ -57,3 +58,20 @@ def synchronize() -> None:
     """Wait for the device, so that a wall clock measures what ran; the CPU has nothing to wait for."""
     if on_gpu():
         torch.cuda.synchronize()
+
+
+def get_rng_state() -> torch.Tensor:
+    """The GPU's RNG state, as a CPU tensor of bytes."""
+    return torch.cuda.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    """Restore what :func:`get_rng_state` gave."""
+    torch.cuda.set_rng_state(state)
+
+
+def peak_memory_gib() -> float:
+    """The largest memory of this process so far: of its GPU, or resident on a CPU machine."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

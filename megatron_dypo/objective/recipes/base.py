@@ -13,10 +13,13 @@ from megatron_dypo.types import Sample, Tier, TokenWeights, Totals, Treatment
 
 @dataclass(frozen=True, kw_only=True)
 class WeighedGroup:
-    """Weights for each member of a group, in its order, and GAL's diagnostics where it has any."""
+    """Weights for each member of a group, in its order."""
 
     weights: Sequence[TokenWeights]
     gal: GalStatistics | None = None
+    """GAL's diagnostics, where the group has a pair."""
+    gal_loss: float = 0.0
+    """The group's share of GAL in the objective's value: the loss itself holds only GAL's gradient."""
 
 
 class Objective(Protocol):

@@ -34,4 +34,6 @@ class Dypo:
         if cfg.alpha == 1:
             return WeighedGroup(weights=grpo)
         gal, statistics = gal_weights(group, totals, cfg, scale=1 - cfg.alpha)
-        return WeighedGroup(weights=[add(a, b) for a, b in zip(grpo, gal, strict=True)], gal=statistics)
+        gal_loss = (1 - cfg.alpha) * statistics.loss / totals.num_prompts if statistics else 0.0
+        weights = [add(a, b) for a, b in zip(grpo, gal, strict=True)]
+        return WeighedGroup(weights=weights, gal=statistics, gal_loss=gal_loss)

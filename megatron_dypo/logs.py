@@ -1,0 +1,39 @@
+"""Log lines: the global leader's on the terminal, every rank's in the run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+def set_up_logging(run_dir: str | Path) -> None:
+    """``<run_dir>/logs/rank_00000.log`` for this rank (appended to); the first rank also writes to stderr.
+
+    Progress bars share that stream, so lines go through tqdm, which redraws the bar below them.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    folder = Path(run_dir) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")]
+    if rank == 0:
+        handlers.append(_TerminalHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+    logger = logging.getLogger("megatron_dypo")
+    logger.handlers[:] = handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    # Each rank would say the same of every optional part; mcore.features says once which parts are in use.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+
+
+class _TerminalHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)

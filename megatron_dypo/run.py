@@ -1,0 +1,284 @@
+"""Everything that a run holds while it lasts: built by :func:`open_run`, closed in reverse order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.batching.exchange import broadcast_object
+from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
+from megatron_dypo.config import Config
+from megatron_dypo.config_io import dump_config
+from megatron_dypo.data.prompts import PromptDataset, PromptStream
+from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.mcore import checkpoint
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.model import build_model, load_initial_weights
+from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
+from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.metrics import MetricsWriter, Timings
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.servers import ServerPool, start_servers
+from megatron_dypo.samples import SampleLog, discard_samples
+from megatron_dypo.tally import Tally
+from megatron_dypo.weights.bridge import Bridge
+
+log = logging.getLogger("megatron_dypo")
+
+
+@dataclass(kw_only=True)
+class Leader:
+    """What only the first rank of a replica holds."""
+
+    group: dist.ProcessGroup
+    """CPU group of all leaders."""
+    tokenizer: Tokenizer
+    stream: PromptStream
+    held_out: dict[str, PromptStream]
+    """Name of an evaluation set → its prompts."""
+    client: SGLangClient | None
+    """None when the run never asks a server."""
+    verifier: Verifier | None
+    sample_log: SampleLog
+    queues: Queues = field(default_factory=Queues)
+    cursor: int = 0
+    """Draws made from ``stream`` so far, over all replicas."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One rank's view of a run."""
+
+    config: Config
+    layout: Layout
+    arch: Architecture
+    chunks: Sequence[Any]
+    optimizer: PolicyOptimizer
+    objective: Objective
+    reference: ReferencePolicy | None
+    """None when the objective reads no reference, or takes π_old for it."""
+    leader: Leader | None
+    bridge: Bridge | None
+    writer: MetricsWriter | None
+    """On the global leader."""
+    step: int = 0
+    """Optimizer steps done; also the version of the weights."""
+    timings: Timings = field(default_factory=Timings)
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+def uses_servers(config: Config, objective: Objective) -> bool:
+    """Whether any step, or any evaluation, asks a server."""
+    return bool(config.eval.prompts) or any(objective.needs_rollouts(step) for step in range(config.run.steps))
+
+
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Build a run: layout, servers, model, optimizer, last checkpoint, data, bridge. Collective over the world.
+
+    Raises:
+        ValueError: the run folder holds a checkpoint and ``run.resume`` is false; or any input breaks a rule.
+    """
+    objective = build_objective(config.objective)
+    with contextlib.ExitStack() as stack:
+        # A rank may wait in a collective for as long as the rollouts take; a dead peer is noticed by its socket.
+        patience = config.rollout.request_deadline_s * (config.rollout.retries + 2) * config.batching.max_collect_rounds
+        layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
+        stack.callback(close, layout)
+        _prepare_folder(config, layout)
+        starting = _start_servers(config, layout, objective, stack)
+        run = _build_policy(config, layout, objective)
+        latest = _restore(run)
+        run.leader = _build_leader(run, latest, stack)
+        pool = starting.result() if starting else None
+        urls, api_key = _share_servers(layout, pool)
+        if urls:
+            _connect(run, urls, api_key, pool, stack)
+        if layout.is_global_leader:
+            run.writer = stack.enter_context(MetricsWriter(run.dir, config.logging, resume_step=run.step))
+        yield run
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write everything that resuming needs. Collective over the world."""
+    leader, refreshed = run.leader, run.config.objective.reference.mode == "refreshed"
+    waiting = [sample for group in leader.queues.groups() for sample in group] if leader else []
+    return checkpoint.save(
+        run.dir / "checkpoints",
+        run.step,
+        chunks=run.chunks,
+        optimizer=run.optimizer,
+        layout=run.layout,
+        trainer_state={"cursor": leader.cursor if leader else 0},
+        leader_state=dump_samples(waiting),
+        reference=run.reference if refreshed else None,
+        keep=run.config.checkpoint.keep,
+    )
+
+
+def _prepare_folder(config: Config, layout: Layout) -> None:
+    folder = Path(config.run.dir)
+    found = checkpoint.find_latest(folder / "checkpoints")
+    if found and not config.run.resume:
+        raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
+    if layout.is_global_leader:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        temporary = folder / "config.yaml.tmp"
+        temporary.write_text(dump_config(config))
+        temporary.replace(folder / "config.yaml")
+    dist.barrier(group=layout.replica_group)
+
+
+def _start_servers(config: Config, layout: Layout, objective: Objective, stack: contextlib.ExitStack) -> Any:
+    """Servers start on the global leader while the model is built; a future of the pool, None elsewhere."""
+    if not layout.is_global_leader or not uses_servers(config, objective):
+        return None
+    executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+    log.info("starting or reaching SGLang servers")
+    future = executor.submit(
+        start_servers,
+        config.rollout.servers,
+        Path(config.model.hf_path),
+        config.model.dtype,
+        Path(config.run.dir) / "logs",
+        seed=config.run.seed,
+        device=device_kind(),
+    )
+    stack.callback(lambda: future.result().stop() if future.exception() is None else None)
+    return future
+
+
+def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
+    arch = load_architecture(config.model.hf_path)
+    chunks = build_model(
+        arch,
+        config.model,
+        config.parallel,
+        layout,
+        distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+    )
+    load_initial_weights(chunks, config.model, arch, layout)
+    reads_reference = objective.needs_reference() and config.objective.reference.mode != "old"
+    return Run(
+        config=config,
+        layout=layout,
+        arch=arch,
+        chunks=chunks,
+        optimizer=build_optimizer(chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps),
+        objective=objective,
+        reference=ReferencePolicy(chunks) if reads_reference else None,
+        leader=None,
+        bridge=None,
+        writer=None,
+    )
+
+
+def _restore(run: Run) -> checkpoint.Restored | None:
+    latest = checkpoint.find_latest(run.dir / "checkpoints")
+    if latest is None:
+        return None
+    restored = checkpoint.load(
+        latest, chunks=run.chunks, optimizer=run.optimizer, layout=run.layout, reference=run.reference
+    )
+    run.step = restored.step
+    if run.layout.is_global_leader:
+        discard_samples(run.dir, restored.step)
+        log.info("resuming from %s: %d of %d steps are done", latest, restored.step, run.config.run.steps)
+    return restored
+
+
+def _build_leader(run: Run, restored: checkpoint.Restored | None, stack: contextlib.ExitStack) -> Leader | None:
+    config, layout = run.config, run.layout
+    if layout.leaders_group is None:
+        return None
+    tokenizer = load_tokenizer(Path(config.model.hf_path))
+    dataset = PromptDataset(config.data.prompts, config.data.fields)
+    leader = Leader(
+        group=layout.leaders_group,
+        tokenizer=tokenizer,
+        stream=PromptStream(dataset, tokenizer, config.data, config.run.seed),
+        held_out=_held_out(config, tokenizer),
+        client=None,
+        verifier=stack.enter_context(Verifier(config.grading)) if uses_servers(config, run.objective) else None,
+        sample_log=SampleLog(
+            run.dir,
+            shard=layout.dp_rank if layout.data > 1 else None,
+            max_rows=config.logging.samples_per_step,
+        ),
+    )
+    if restored is not None:
+        leader.cursor = int(restored.trainer_state["cursor"])
+        _share_queues(leader.queues, restored.leader_states, layout)
+    return leader
+
+
+def _held_out(config: Config, tokenizer: Tokenizer) -> dict[str, PromptStream]:
+    data = replace(config.data, teachers=None)
+    return {
+        Path(path).stem: PromptStream(PromptDataset([path], data.fields), tokenizer, data, config.run.seed)
+        for path in config.eval.prompts
+    }
+
+
+def _share_queues(queues: Queues, states: Sequence[bytes], layout: Layout) -> None:
+    """What waited goes to the replicas of this run in turn, whole groups, however many wrote it."""
+    samples = sorted((s for state in states for s in load_samples(state)), key=lambda s: (s.order, s.member))
+    groups: dict[int, list] = {}
+    for sample in samples:
+        groups.setdefault(sample.order, []).append(sample)
+    for index, group in enumerate(groups.values()):
+        if index % layout.data == layout.dp_rank:
+            queues.put(group)
+
+
+def _share_servers(layout: Layout, pool: ServerPool | None) -> tuple[tuple[str, ...], str | None]:
+    """Addresses and key of the servers, from the global leader to every rank."""
+    known = (pool.urls, pool.api_key) if pool else ((), None)
+    if layout.leaders_group is not None:
+        known = broadcast_object(known, layout.leaders_group)
+    return broadcast_object(known, layout.replica_group)
+
+
+def _connect(
+    run: Run, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None, stack: contextlib.ExitStack
+) -> None:
+    config = run.config
+    if run.leader:
+        tokenizer = run.leader.tokenizer
+        run.leader.client = SGLangClient(
+            urls,
+            api_key,
+            cfg=config.rollout,
+            decode=lambda tokens: tokenizer.decode(tokens.tolist()),
+            stop_token_ids=tokenizer.eos_ids,
+            check=pool.check if pool else None,
+        )
+    bridge = Bridge(
+        run.layout,
+        run.arch,
+        lambda: named_global_parameters(run.chunks),
+        urls=urls,
+        api_key=api_key,
+        config=config.weights,
+        run_dir=run.dir,
+        hf_reference=Path(config.model.hf_path),
+    )
+    run.bridge = stack.enter_context(contextlib.closing(bridge))

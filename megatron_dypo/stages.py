@@ -1,0 +1,239 @@
+"""The verbs of a training step, in the order in which :func:`megatron_dypo.train.train_step` calls them.
+
+A replica's leader talks to servers, verifiers and queues; its other ranks join for forward and backward passes. Every
+function here is called by all ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
+from megatron_dypo.batching.pack import bins_first_fit, pack, plan_microbatches, row_length
+from megatron_dypo.batching.queues import oldest, without_arrays
+from megatron_dypo.grading.verify import grade
+from megatron_dypo.mcore.forward_step import loss_pass
+from megatron_dypo.mcore.score import round_up_microbatches, row_alignment, sequence_logprobs
+from megatron_dypo.objective.route import Routed, route
+from megatron_dypo.objective.weigh import group_log_ratios
+from megatron_dypo.parallel.device import device
+from megatron_dypo.progress import progress
+from megatron_dypo.rollout.collect import collect
+from megatron_dypo.run import Leader, Run
+from megatron_dypo.samples import SampleRow, sample_row
+from megatron_dypo.tally import tally_gal, tally_groups, tally_update
+from megatron_dypo.types import Floats, GradedGroup, Microbatch, Prompt, Sample, Totals, Treatment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What enters one update: whole groups on the leader that holds them, counts everywhere."""
+
+    groups: list[list[Sample]]
+    """Empty off the leaders."""
+    totals: Totals
+
+
+def fill_queues(run: Run) -> None:
+    """Collect, grade and route rounds of prompts until the queues hold a full batch."""
+    leader = run.leader
+    if leader is None:
+        return
+    batching, rows = run.config.batching, list[SampleRow]()
+    run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_staleness))
+    rounds = 0
+    while _waiting(leader) < batching.prompts_per_update and rounds < batching.max_collect_rounds:
+        graded = _collect_and_grade(run, leader, _next_prompts(run, leader))
+        tally_groups(run.tally, graded)
+        routed = route(graded, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
+        for samples in filter(None, routed.samples):
+            leader.queues.put(samples)
+        run.tally.add("hard_without_teacher", routed.without_teacher)
+        for teacher, count in routed.teacher_counts().items():
+            run.tally.add(f"teacher/{teacher}", count)
+            run.tally.add("teachers", count)
+        rows += _sample_rows(run.step, graded, routed, leader)
+        rounds += 1
+    run.tally.extreme("max:rounds", rounds)
+    leader.sample_log.write(run.step, rows)
+
+
+def score(run: Run) -> None:
+    """log π_old and log π_ref of the rollouts that came in since the last update, by forward-only passes.
+
+    The weights have not changed since those rollouts were sampled, so the policy *is* π_old.
+    """
+    unscored = run.leader.queues.unscored() if run.leader else None
+    with run.timings.measure("old_log_prob"):
+        old = _logprobs(run, unscored)
+    reference = old
+    if run.objective.needs_reference() and run.reference is not None:
+        with run.timings.measure("ref_log_prob"), run.reference.swapped_in():
+            reference = _logprobs(run, unscored)
+    if unscored is not None and old is not None and reference is not None:
+        for sample, old_logp, ref_logp in zip(unscored, old, reference, strict=True):
+            sample.old_logp, sample.ref_logp = old_logp, ref_logp
+
+
+def take_batch(run: Run) -> Batch | None:
+    """The oldest full batch of the queues; None, on every rank, when nothing waits anywhere."""
+    groups, totals = [], None
+    if run.leader:
+        leaders = run.leader.group
+        orders = gather_objects([g[0].order for g in run.leader.queues.groups()], leaders)
+        groups = run.leader.queues.take(oldest(orders, run.config.batching.prompts_per_update))
+        totals = _totals(gather_objects(_counts(groups), leaders))
+    totals = broadcast_object(totals, run.layout.replica_group)
+    return Batch(groups=groups, totals=totals) if totals.num_prompts else None
+
+
+def rescore_stale(run: Run, batch: Batch) -> None:
+    """GAL's coefficients belong to the weights of this update: score again what older weights made (``exact``)."""
+    if not run.objective.needs_reference() or run.config.objective.gal_coefficients == "stale":
+        return
+    stale = None
+    if run.leader:
+        members = itertools.chain.from_iterable(batch.groups)
+        stale = [s for s in members if s.treatment is Treatment.REINFORCE and s.policy_version < run.step]
+    with run.timings.measure("old_log_prob"):
+        current = _logprobs(run, stale)
+    if stale is not None and current is not None:
+        for sample, logp in zip(stale, current, strict=True):
+            sample.current_logp_sum = float(logp.sum(dtype="float64"))
+
+
+def weigh(run: Run, batch: Batch) -> list[Sample]:
+    """Give every sample of the batch its token weights; on the leaders, [] elsewhere."""
+    cfg, weighed = run.config.objective, []
+    for group in batch.groups:
+        result = run.objective.weigh(group, batch.totals, run.step)
+        weighed += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
+        run.tally.add("gal_loss_share", result.gal_loss)
+        if result.gal is not None:
+            tally_gal(run.tally, result.gal, float(group_log_ratios(group, batch.totals, cfg).sum()), len(group))
+    tally_update(run.tally, weighed, run.step)
+    return weighed
+
+
+def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step.
+
+    Returns:
+        The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``), and optimizer metrics.
+    """
+    samples = balance(weighed, run.leader.group) if run.leader else None
+    samples = broadcast_samples(samples, run.layout.replica_group)
+    rows = _pack(run, samples)
+    with run.timings.measure("update_actor"):
+        run.optimizer.zero_grad()
+        with progress(len(rows), "update", "microbatches", enabled=run.layout.is_global_leader) as bar:
+            sums = loss_pass(
+                run.chunks, rows, cfg=run.config.objective, layout=run.layout, vocab_size=run.arch.vocab_size, bar=bar
+            )
+        applied = run.optimizer.step()
+    sums = sums.to(device()) * (run.layout.tp_rank == 0)
+    dist.all_reduce(sums)
+    padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)
+    return sums.cpu(), {
+        "train/grad_norm": applied.grad_norm,
+        "train/lr": applied.lr,
+        "train/num_microbatches": len(rows),
+        "train/padding_ratio": padding,
+    }
+
+
+def push(run: Run) -> dict[str, float]:
+    """Bring the servers to the weights of ``run.step``; nothing to do without servers."""
+    if run.bridge is None:
+        return {}
+    with run.timings.measure("update_weights"):
+        pushed = run.bridge.push(run.step)
+    return {"perf/weight_bytes": float(pushed.bytes)}
+
+
+def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
+    count = run.config.rollout.prompts_per_step
+    prompts, drops = leader.stream.take(leader.cursor, count, run.layout.dp_rank, run.layout.data)
+    leader.cursor += count
+    run.tally.add("dropped_prompts", drops.prompts)
+    run.tally.add("dropped_traces", drops.traces)
+    return prompts
+
+
+def _collect_and_grade(run: Run, leader: Leader, prompts: list[Prompt]) -> list[GradedGroup]:
+    if not run.objective.needs_rollouts(run.step):
+        return [GradedGroup(prompt=p, rollouts=(), verdicts=(), tier=None) for p in prompts]
+    with run.timings.measure("gen"):
+        assert leader.client is not None
+        groups, stats = collect(
+            prompts,
+            leader.client,
+            group_size=run.config.rollout.group_size,
+            progress=run.layout.is_global_leader,
+        )
+    run.tally.add("retries", stats.retries)
+    run.tally.add("incomplete_groups", stats.dropped_groups)
+    with run.timings.measure("reward"):
+        assert leader.verifier is not None
+        return grade(
+            groups,
+            leader.verifier,
+            run.config.grading.truncated_is_wrong,
+            show_progress=run.layout.is_global_leader,
+        )
+
+
+def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leader: Leader) -> Iterator[SampleRow]:
+    for group, treatment, teacher in zip(graded, routed.treatments, routed.teachers, strict=True):
+        trace = None if teacher is None else leader.tokenizer.decode(group.prompt.traces[teacher].tolist())
+        yield sample_row(step, group, treatment, teacher=teacher, trace=trace)
+
+
+def _waiting(leader: Leader) -> int:
+    return sum(gather_objects(len(leader.queues), leader.group))
+
+
+def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None:
+    """Log-probs under the weights that the chunks hold now; answered on the leader that gave the samples."""
+    bare = None if samples is None else [without_arrays(sample) for sample in samples]
+    return sequence_logprobs(
+        run.chunks,
+        broadcast_samples(bare, run.layout.replica_group),
+        layout=run.layout,
+        budget=run.config.batching.tokens_per_microbatch,
+        vocab_size=run.arch.vocab_size,
+    )
+
+
+def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:
+    """Treatment → (prompts, sequences, response tokens)."""
+    counts = {}
+    for treatment in (Treatment.DISTIL, Treatment.REINFORCE):
+        of_kind = [g for g in groups if g[0].treatment is treatment]
+        samples = [s for g in of_kind for s in g]
+        counts[treatment.value] = (len(of_kind), len(samples), sum(s.num_response_tokens for s in samples))
+    return counts
+
+
+def _totals(counts: Sequence[dict[str, tuple[int, int, int]]]) -> Totals:
+    kinds = (Treatment.DISTIL, Treatment.REINFORCE)
+    return Totals(
+        num_prompts=sum(c[kind.value][0] for c in counts for kind in kinds),
+        num_sequences={kind: sum(c[kind.value][1] for c in counts) for kind in kinds},
+        num_response_tokens={kind: sum(c[kind.value][2] for c in counts) for kind in kinds},
+    )
+
+
+def _pack(run: Run, samples: Sequence[Sample]) -> list[Microbatch]:
+    """Rows of one length, as many on every replica."""
+    lengths, budget = [len(s.tokens) for s in samples], run.config.batching.tokens_per_microbatch
+    count = torch.tensor([len(bins_first_fit(lengths, budget))], device=device())
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(int(count), run.layout))
+    length = row_length(lengths, bins, row_alignment(run.layout))
+    return [pack(samples, members, length) for members in bins]

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from megatron_dypo.metric_names import lookup
+from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, tally_groups, update_metrics
+from megatron_dypo.types import Totals, Treatment
+from tests.unit.objective.test_route import graded
+
+
+def test_merging_adds_sums_and_keeps_extremes():
+    one, other = Tally(), Tally()
+    for tally, values in ((one, (3, 5)), (other, (4, 9))):
+        for value in values:
+            tally.add("n", value)
+            tally.extreme("max:n", value)
+            tally.extreme("min:n", value)
+    one.merge(other)
+    assert one == {"n": 21, "max:n": 9, "min:n": 3}
+    assert one.ratio("n", "absent") == 0
+
+
+def test_tiers_are_fractions_of_the_graded_prompts():
+    tally = Tally()
+    tally_groups(
+        tally, [graded(0, [True, True]), graded(1, [True, False]), graded(2, [False, False]), graded(3, [False, True])]
+    )
+    metrics = rollout_metrics(tally)
+    assert [metrics[f"gate/{tier}"] for tier in ("easy", "mid", "hard")] == [0.25, 0.5, 0.25]
+    assert metrics["rollout/accuracy"] == 0.5
+    assert metrics["rollout/reward"] == pytest.approx(0.4)
+    assert metrics["rollout/response_len/mean"] == 2
+
+
+def test_a_step_without_rollouts_reports_no_gate():
+    assert not any(name.startswith(("rollout/", "gate/easy")) for name in rollout_metrics(Tally()))
+
+
+def test_every_metric_name_is_in_the_table():
+    tally = Tally()
+    tally_groups(tally, [graded(0, [True, False])])
+    for key in ("gal_groups", "gal_members", "teachers", "teacher/verbose", "sequences", "tokens"):
+        tally.add(key)
+    kinds = {Treatment.DISTIL: 1, Treatment.REINFORCE: 2}
+    totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
+    sums = torch.ones(len(STATISTICS), dtype=torch.float64)
+    metrics = rollout_metrics(tally) | update_metrics(tally, totals, sums)
+    metrics |= performance_metrics(tally, {"timing_s/step": 2.0}, 4)
+    for name in metrics:
+        lookup(name)
+    assert metrics["gate/offline_share_sequences"] == pytest.approx(1 / 3)
+    assert metrics["teacher/verbose/share"] == 1
