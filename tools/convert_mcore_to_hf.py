@@ -1,6 +1,6 @@
 """Convert a Megatron-Core checkpoint (``torch_dist``), converted or trained, to an HF model folder.
 
-python tools/convert_mcore_to_hf.py --mcore-path runs/math/checkpoints/step_200/ --hf-path exports/math \
+python tools/convert_mcore_to_hf.py --mcore-path runs/math/checkpoints/step_000200 --hf-path exports/math \
     --hf-reference models/Qwen2.5-7B
 """
 
@@ -14,7 +14,7 @@ import typer
 
 
 def main(
-    mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder: the one that holds .metadata.")],
+    mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder: of a converter, or a run's checkpoints/step_N.")],
     hf_path: Annotated[Path, typer.Option(help="HF folder to create.")],
     hf_reference: Annotated[
         Path | None,

@@ -116,14 +116,17 @@ def state_keys(layer: int, num_layers: int) -> list[str]:
 class MCoreReader:
     """The weights of a checkpoint, whoever wrote it and at whatever parallel sizes.
 
+    ``path`` may also be a step folder of a run, in which the checkpoint is the folder ``mcore``.
+
     Raises:
         ValueError: ``path`` is no ``torch_dist`` checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not (self.path / ".metadata").is_file():
-            raise ValueError(f"{self.path}: no .metadata file; a folder of a torch_dist checkpoint is needed")
+        folders = [folder for folder in (Path(path), Path(path) / "mcore") if (folder / ".metadata").is_file()]
+        if not folders:
+            raise ValueError(f"{path}: no .metadata file; a folder of a torch_dist checkpoint is needed")
+        self.path = folders[0]
         try:
             metadata = FileSystemReader(self.path).read_metadata()
         except (pickle.UnpicklingError, EOFError) as error:
@@ -182,9 +185,13 @@ class MCoreReader:
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._where[MetadataIndex(key, chunk.offsets)]
-        with (self.path / info.relative_path).open("rb") as stream:
+        file = self.path / info.relative_path
+        with file.open("rb") as stream:
             view = _create_file_view(stream, info.offset, info.length)
-            return torch.load(cast("BinaryIO", view), map_location="cpu", weights_only=True)
+            try:
+                return torch.load(cast("BinaryIO", view), map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{file}: damaged at {key}: {error}") from error
 
 
 def _alone(chunk: StoredChunk) -> Tensor:

@@ -1,0 +1,41 @@
+"""The two converters as commands."""
+
+from __future__ import annotations
+
+import filecmp
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.hf_models import make_hf_model
+
+TOOLS = Path(__file__).parents[3] / "tools"
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, TOOLS / name, *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+
+
+def test_hf_to_mcore_and_back(tmp_path):
+    source = make_hf_model("llama_tied", tmp_path / "source")
+    sizes = ("--tensor-parallel", 2, "--pipeline-parallel", 2)
+    there = run_tool("convert_hf_to_mcore.py", "--hf-path", source, "--mcore-path", tmp_path / "mcore", *sizes)
+    assert there.returncode == 0, there.stderr
+    assert "HF → Megatron" in there.stderr
+    back = run_tool("convert_mcore_to_hf.py", "--hf-path", tmp_path / "hf", "--mcore-path", tmp_path / "mcore", *sizes)
+    assert back.returncode == 0, back.stderr
+    names = [file.name for file in source.iterdir()]
+    assert filecmp.cmpfiles(source, tmp_path / "hf", names, shallow=False) == (names, [], [])
+
+
+def test_bad_input_ends_with_one_line_and_writes_nothing(tmp_path):
+    source = make_hf_model("llama", tmp_path / "source")
+    result = run_tool(
+        "convert_hf_to_mcore.py", "--hf-path", source, "--mcore-path", tmp_path / "mcore", "--tensor-parallel", 3
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        "convert_hf_to_mcore: ValueError: tensor_parallel=3 does not divide num_attention_heads=8"
+    )
+    assert not (tmp_path / "mcore").exists()

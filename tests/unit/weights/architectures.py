@@ -1,0 +1,48 @@
+"""Architectures to test layouts with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from megatron_dypo.architecture import Architecture
+
+
+def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
+    """A small architecture of which every size is different."""
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 20,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 3,
+        "ffn_hidden_size": 28,
+        "vocab_size": 31,
+        "max_position_embeddings": 64,
+        "norm_epsilon": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_scaling": None,
+        "tied_embeddings": False,
+    }
+    switches = {"qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+    return Architecture(**{"family": family, **sizes, **switches, **overrides})
+
+
+@st.composite
+def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
+    """An architecture and a tensor-parallel size that divides it."""
+    tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    kv_heads = tp_size * draw(st.integers(1, 3))
+    arch = make_arch(
+        draw(st.sampled_from(["llama", "qwen2", "qwen3"])),
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=draw(st.integers(1, 9)),
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+        head_dim=draw(st.integers(1, 4)),
+        ffn_hidden_size=tp_size * draw(st.integers(1, 5)),
+        vocab_size=draw(st.integers(1, 40)),
+        tied_embeddings=draw(st.booleans()),
+    )
+    return arch, tp_size
