@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from megatron_dypo.metrics import METRICS_FILE, read_metrics
 from megatron_dypo.report.plots import Plot, build_plots
 from megatron_dypo.report.sample_table import select_samples
+from megatron_dypo.report.tiles import build_tiles, duration
 from megatron_dypo.versions import VERSIONS_FILE
 
 REPORT_FILE = "report.html"
@@ -38,7 +39,7 @@ def render_report(run_dir: Path) -> Path:
         .render(
             title=run_dir.resolve().name,
             facts=_facts(records),
-            tiles=_tiles(run_dir, records),
+            tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
             versions=_read_json(run_dir / VERSIONS_FILE),
             config=_read_text(run_dir / CONFIG_FILE),
             plots=build_plots(records),
@@ -83,48 +84,9 @@ def _facts(records: list[dict[str, Any]]) -> list[str]:
     facts = [f"{len(records):,} steps ({records[0]['step']}–{records[-1]['step']})"]
     times = [record["time"] for record in records if record.get("time") is not None]
     if times:
-        facts.append(f"{_duration(times[-1] - times[0])} from the first record to the last")
+        facts.append(f"{duration(times[-1] - times[0])} from the first record to the last")
         facts.append(f"last record {datetime.fromtimestamp(times[-1], tz=timezone.utc):%Y-%m-%d %H:%M} UTC")
     return facts
-
-
-def _tiles(run_dir: Path, records: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Label, text and interval of each number at the head of the page: the summary's, or else the last step's."""
-    summary = _read_json(run_dir / SUMMARY_FILE)
-    if summary:
-        intervals = {key for key in summary if key.endswith("_interval") and key.removesuffix("_interval") in summary}
-        return [
-            (key.replace("_", " "), _tile_text(key, value), _tile_text(key, summary.get(f"{key}_interval", "")))
-            for key, value in summary.items()
-            if key not in intervals
-        ]
-    wanted = ("rollout/reward", "gate/easy", "gate/mid", "gate/hard", "train/loss", "train/entropy", "timing_s/step")
-    last: dict[str, float] = {}
-    for record in records:
-        last |= {name: record[name] for name in wanted if record.get(name) is not None}
-    return [(f"last {name}", f"{last[name]:.4g}", "") for name in wanted if name in last]
-
-
-def _tile_text(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return " · ".join(f"{name} {_tile_text(key, item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return " – ".join(_tile_text(key, item) for item in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if key.endswith("seconds"):
-        return _duration(value)
-    if isinstance(value, float) and key.startswith(("accuracy", "tiers", "interval")):
-        return f"{value:.1%}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _read_text(path: Path) -> str:

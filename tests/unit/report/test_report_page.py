@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from megatron_dypo.report.page import render_report, script_json
+from megatron_dypo.report.tiles import duration
 from tests.unit.report.run_folder import HOSTILE, make_run
 
 
@@ -110,8 +111,16 @@ def test_the_summary_heads_the_page(tmp_path):
     assert "seconds10 min 05 s" in text
 
 
-def test_without_a_summary_the_last_step_heads_the_page(tmp_path):
-    assert "last rollout/reward0.2" in _render(make_run(tmp_path, 3)).text
+def test_without_a_summary_the_records_head_the_page(tmp_path):
+    text = " ".join(_render(make_run(tmp_path, 3)).text.split())
+    assert "accuracy on held_out, step 050.0% 40.4% – 59.6%" in text
+    assert "accuracy on held_out, step 250.0% 40.4% – 59.6%" in text
+    assert "tiers, last 3 stepseasy 25% · mid 50% · hard 25%" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.21 s"), (125, "2 min 05 s"), (3720, "1 h 02 min")])
+def test_durations_are_readable(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_run_without_samples_or_steps_still_has_a_page(tmp_path):
