@@ -1,27 +1,241 @@
-"""Checkpoints."""
+"""Checkpoints that load at another tensor, pipeline or data parallelism.
+
+One checkpoint is a folder that appears whole or not at all::
+
+    checkpoints/
+      latest_checkpointed_iteration.txt     10
+      step_000010/
+        mcore/                              Megatron dist_checkpointing: weights, optimizer, RNG states
+        reference/                          the same of π_ref, if it is refreshed in the run
+        trainer_state.json                  what the loop needs
+        leader_00000.bin, …                 what each replica's leader needs (its queues)
+
+It is written as ``step_000010.tmp``, synced and renamed. All ranks share the file system.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # noqa: F401, Megatron's writer needs it without saying so, and hangs where it is missing
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megatron_dypo.mcore import rng
 from megatron_dypo.mcore.chunks import unwrap
+from megatron_dypo.mcore.optimizer import PolicyOptimizer
+from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.parallel.layout import Layout
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_STEP = re.compile(r"step_(\d{6,})")
+_WEIGHTS, _REFERENCE, _STATE = "mcore", "reference", "trainer_state.json"
 
 
-def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages."""
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
-    }
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a checkpoint holds besides weights, optimizer and RNG, which are in place already."""
+
+    step: int
+    trainer_state: dict[str, Any]
+    leader_states: list[bytes]
+    """By the ``dp_rank`` of the run that wrote them, however many replicas this run has."""
+
+
+def save(
+    root: str | Path,
+    step: int,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    trainer_state: dict[str, Any],
+    leader_state: bytes = b"",
+    reference: ReferencePolicy | None = None,
+    keep: int = 0,
+) -> Path:
+    """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
+
+    Args:
+        trainer_state: JSON values; the global leader's counts.
+        leader_state: a replica leader's own bytes; other ranks' are ignored.
+        reference: π_ref, where resuming cannot rebuild it from the initial weights.
+        keep: checkpoints to keep, this one included; 0: all.
+    """
+    final = Path(root) / f"step_{step:06d}"
+    partial = final.with_suffix(".tmp")
+    _on_leader(layout, lambda: _make_empty(partial))
+    state = _whole_state(chunks, optimizer, layout, is_loading=False)
+    dist_checkpointing.save(state, str(partial / _WEIGHTS))
+    if reference is not None:
+        with reference.swapped_in():
+            dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
+    if layout.is_replica_leader:
+        (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
+    header = {"step": step, "num_updates": optimizer.num_updates, "axes": _axes(layout), "trainer": trainer_state}
+    if layout.is_global_leader:
+        (partial / _STATE).write_text(json.dumps(header, indent=1))
+    dist.barrier()
+    _on_leader(layout, lambda: _publish(partial, final, step, keep))
+    return final
+
+
+def load(
+    path: str | Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    reference: ReferencePolicy | None = None,
+) -> Restored:
+    """Restore a checkpoint folder into this run's layout, whatever layout wrote it. Collective over the world.
+
+    RNG states come back only under the same tensor and pipeline sizes; under others they stay as seeded.
+
+    Args:
+        reference: filled from the checkpoint if that has one, else left as it is.
+
+    Raises:
+        ValueError: not a whole checkpoint, or one without what this run needs.
+    """
+    path = Path(path)
+    header = _read_header(path)
+    if reference is not None and (path / _REFERENCE).is_dir():
+        load_weights(path / _REFERENCE, chunks)
+        reference.capture()
+    same_axes = header["axes"] == _axes(layout)
+    state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
+    loaded = dist_checkpointing.load(state, str(path / _WEIGHTS))
+    _fill(chunks, loaded)
+    optimizer.megatron.load_state_dict(loaded["optimizer"])
+    optimizer.num_updates = int(header["num_updates"])
+    if same_axes:
+        rng.restore(loaded["rng"])
+    leaders = [file.read_bytes() for file in sorted(path.glob("leader_*.bin"))]
+    return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """The newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost."""
+    root = Path(root)
+    if (root / TRACKER).is_file():
+        tracked = root / f"step_{int((root / TRACKER).read_text()):06d}"
+        if tracked.is_dir():
+            return tracked
+    steps = _steps(root)
+    return steps[-1] if steps else None
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Load weights."""
-    state = dist_checkpointing.load(model_state(chunks), str(path))
-    for chunk, weights in zip(chunks, state.values(), strict=True):
-        unwrap(chunk).load_state_dict(weights)
+    """Fill the chunks from a dist_checkpointing folder, or from one of our checkpoints. Collective over the world.
+
+    Build the optimizer after this, or call its ``reload_weights``.
+
+    Raises:
+        ValueError: no such folder inside ``path``.
+    """
+    folders = [folder for folder in (Path(path), Path(path) / _WEIGHTS) if (folder / "metadata.json").is_file()]
+    if not folders:
+        raise ValueError(f"{path}: not a Megatron dist_checkpointing folder: metadata.json is missing")
+    _fill(chunks, dist_checkpointing.load(model_state(chunks), str(folders[0])))
+
+
+def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages.
+
+    Tensors in the files are named without that prefix and with all layers stacked, the same for every layout.
+    """
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
+    }
+
+
+def _chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{stage}" for stage in range(len(chunks))]
+
+
+def _fill(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        unwrap(chunk).load_state_dict(state[name])
+
+
+def _whole_state(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    *,
+    is_loading: bool,
+    with_rng: bool = True,
+) -> dict[str, Any]:
+    # Of the optimizer formats only this one can change every axis.
+    metadata = {"dp_cp_group": layout.dp_group, "distrib_optim_sharding_type": "fully_reshardable"}
+    state = model_state(chunks, metadata)
+    state["optimizer"] = optimizer.megatron.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if with_rng:
+        state["rng"] = rng.sharded_state(layout)
+    return state
+
+
+def _axes(layout: Layout) -> list[int]:
+    return [layout.tensor, layout.pipeline]
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not (path / _STATE).is_file():
+        raise ValueError(f"{path}: not a checkpoint: {_STATE} is missing")
+    header: dict[str, Any] = json.loads((path / _STATE).read_text())
+    return header
+
+
+def _on_leader(layout: Layout, action: Callable[[], None]) -> None:
+    if layout.is_global_leader:
+        action()
+    dist.barrier()
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in (_WEIGHTS, _REFERENCE):
+        (folder / part).mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path, step: int, keep: int) -> None:
+    """Sync the partial folder to disk, give it its name, move the tracker, prune."""
+    if not any((partial / _REFERENCE).iterdir()):
+        (partial / _REFERENCE).rmdir()
+    for file in [*partial.rglob("*"), partial]:
+        _sync(file)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    tracker = final.parent / TRACKER
+    new_tracker = tracker.with_suffix(".tmp")
+    new_tracker.write_text(str(step))
+    _sync(new_tracker)
+    new_tracker.replace(tracker)
+    _sync(final.parent)
+    others = [folder for folder in _steps(final.parent) if folder != final]
+    for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
+        shutil.rmtree(old)
+
+
+def _steps(root: Path) -> list[Path]:
+    """Whole checkpoints, by step."""
+    found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

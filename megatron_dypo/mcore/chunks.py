@@ -9,6 +9,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""``ModelConfig.dtype`` → type of the parameters."""
+
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel inside the data-parallel and half-precision wrappers."""

@@ -42,6 +42,8 @@ def shield_imports() -> None:
     """
     # A dozen of Megatron's modules each say that they found neither; Features says once what is in use.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # Its checkpoints go through parts of torch that are deprecated, as each tensor then says.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed\.checkpoint")
     for name in _GPU_ONLY:
         found = importlib.util.find_spec(name) is not None
         if found and not (device.on_gpu() and _is_nvidias(name)):

@@ -31,15 +31,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import checkpoint
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.chunks import DTYPES, named_global_parameters
 from megatron_dypo.mcore.features import Features, layer_spec, probe
 from megatron_dypo.mcore.rope import inverse_frequencies
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.load import load_hf_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_model(
@@ -119,7 +117,11 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,
+        # Weights are loaded, so nothing is drawn. perform_initialization=False would do that too, but leaves parameters
+        # without their tensor-parallel marks, and gradient norms are then wrong.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -186,6 +188,10 @@ def _recompute(model: ModelConfig) -> dict[str, Any]:
     if model.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
+
+
+def _leave_as_is(weight: torch.Tensor) -> None:
+    """An initialisation that keeps whatever the memory held."""
 
 
 def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing as mp
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch.distributed as dist
+
+from megatron_dypo.mcore import features
 
 
 class RankError(AssertionError):
@@ -36,7 +39,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
     processes, pipes = [], []
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(sending, function, args), daemon=True)
+        # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+        process = context.Process(target=_run, args=(sending, function, args))
         with _environment(rank, world_size, store.port):
             process.start()
         sending.close()
@@ -47,13 +51,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
     finally:
         for process in processes:
             process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            # Whatever is left of the rank's session: the rank itself, or processes that it started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
 
 
 def _run(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.setsid()
     try:
+        features.shield_imports()
         pipe.send((True, function(*args)))
     except BaseException:  # noqa: BLE001, whatever stopped a rank is for the parent to raise
         pipe.send((False, traceback.format_exc()))

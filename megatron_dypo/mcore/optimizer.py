@@ -1,0 +1,115 @@
+"""Adam over the chunks of this rank, with gradient clipping and a learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dypo.config import OptimizerConfig
+from megatron_dypo.mcore.chunks import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one update did, the same on every rank."""
+
+    ok: bool
+    """False: some gradient was not finite, and the weights are as they were."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+    """Learning rate of this update."""
+
+
+class PolicyOptimizer:
+    """Megatron's optimizer and its schedule, stepped together. Update k, from 1, takes the schedule's k-th rate."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        megatron: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        self.megatron = megatron
+        self.num_updates = 0
+        """Updates tried so far; a checkpoint carries it."""
+        self._chunks = chunks
+        self._scheduler = scheduler
+
+    def zero_grad(self) -> None:
+        """Clear the gradients, before the forward-backward passes of an update."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self) -> StepResult:
+        """Clip and apply the gradients that the schedule of microbatches left. Collective over the world."""
+        self.num_updates += 1
+        self._scheduler.num_steps = self.num_updates
+        self._scheduler.step(0)
+        lr = float(self._scheduler.get_lr({}))
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        # Without a loss scaler Megatron would multiply a NaN norm into every weight.
+        if not math.isfinite(grad_norm):
+            return StepResult(ok=False, grad_norm=grad_norm, lr=lr)
+        ok, _, _ = self.megatron.step()
+        return StepResult(ok=bool(ok), grad_norm=grad_norm, lr=lr)
+
+    def reload_weights(self) -> None:
+        """Copy the model's parameters into the fp32 main parameters, after they were changed from outside."""
+        self.megatron.reload_model_params()
+
+
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, dtype: str, total_steps: int
+) -> PolicyOptimizer:
+    """The optimizer of chunks whose weights are loaded already.
+
+    Decoupled weight decay on matrices only, not on norms and biases. The rate rises linearly over ``warmup_steps``,
+    and a decaying schedule would reach ``min_lr`` one update after ``total_steps``, so that no update is made at 0.
+
+    Args:
+        dtype: ``ModelConfig.dtype``; main parameters, gradients and moments are fp32 in any case.
+        total_steps: updates of the whole run.
+
+    Raises:
+        ValueError: warm-up longer than the run.
+    """
+    if config.warmup_steps > total_steps:
+        raise ValueError(f"warmup_steps={config.warmup_steps}: must not exceed the run's steps={total_steps}")
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=DTYPES[dtype] is torch.bfloat16,
+        params_dtype=DTYPES[dtype],
+        use_distributed_optimizer=config.distributed,
+    )
+    megatron = get_megatron_optimizer(settings, list(chunks))
+    scheduler = OptimizerParamScheduler(
+        megatron,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=total_steps + 1,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return PolicyOptimizer(chunks, megatron, scheduler)

@@ -1,0 +1,62 @@
+"""π_ref as a CPU copy of this rank's weights, swapped into the model for a forward pass and out again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.parallel import device
+
+
+class ReferencePolicy:
+    """A second set of weights without a second model.
+
+    Costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size. Weights
+    move in place, so that the buffers of DDP and of the distributed optimizer stay what they are, and return bit by bit.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Capture the weights that the chunks hold now."""
+        self._parameters = [parameter for _, parameter in named_global_parameters(chunks)]
+        self._stored = [
+            torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=device.on_gpu())
+            for parameter in self._parameters
+        ]
+        self._is_in = False
+        self.capture()
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Make the current policy the reference."""
+        assert not self._is_in, "the reference itself is in the model"
+        for stored, parameter in zip(self._stored, self._parameters, strict=True):
+            stored.copy_(parameter)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model is π_ref inside the block and the policy again after it, whatever happens inside.
+
+        Forward passes only: an optimizer step inside would be lost.
+        """
+        assert not self._is_in, "the reference is in the model already"
+        exchanged = 0
+        self._is_in = True
+        try:
+            for index in range(len(self._parameters)):
+                self._exchange(index)
+                exchanged += 1
+            yield
+        finally:
+            for index in range(exchanged):
+                self._exchange(index)
+            self._is_in = False
+
+    @torch.no_grad()
+    def _exchange(self, index: int) -> None:
+        stored, parameter = self._stored[index], self._parameters[index]
+        policy = parameter.to("cpu", copy=True)
+        parameter.copy_(stored)
+        stored.copy_(policy)

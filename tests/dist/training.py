@@ -1,0 +1,98 @@
+"""A few steps of plain language-model training on fixed rows, for tests of optimizer, checkpoints and reference."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCAB = 131
+NUM_ROWS, LENGTHS = 4, (7, 18, 1, 14)
+
+
+@dataclass
+class Session:
+    """A model with its optimizer on this rank."""
+
+    layout: Any
+    arch: Any
+    chunks: list[Any]
+    optimizer: Any
+
+    def train(self, first: int, last: int) -> list[tuple[float, float]]:
+        """Updates ``first`` to ``last``, each on rows of its own; (gradient norm, rate) of each."""
+        results = []
+        for update in range(first, last + 1):
+            self.optimizer.zero_grad()
+            self.run(update)
+            result = self.optimizer.step()
+            assert result.ok
+            results.append((result.grad_norm, result.lr))
+        return results
+
+    def run(self, update: int, *, forward_only: bool = False) -> list[torch.Tensor]:
+        """Forward and backward of the rows of one update; the summed losses, on the last stage."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        mine = rows(update)[self.layout.dp_rank :: self.layout.data]
+        return get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward, self),
+            data_iterator=[iter(mine) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(mine),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Whole HF tensors of this stage, on its first rank."""
+        from megatron_dypo.mcore.model import named_global_parameters
+        from megatron_dypo.weights.gather import iter_hf_tensors
+
+        layout = self.layout
+        tensors = iter_hf_tensors(
+            named_global_parameters(self.chunks), self.arch, layout.tp_rank, layout.tensor, layout.tp_group
+        )
+        return {name: tensor.float().numpy().copy() for name, tensor in tensors if layout.dp_rank == 0}
+
+
+def rows(update: int) -> list[np.ndarray]:
+    """[NUM_ROWS][T] tokens of packed rows, a pure function of the update's number."""
+    generator = np.random.default_rng(update)
+    return [generator.integers(3, VOCAB, size=sum(LENGTHS)) for _ in range(NUM_ROWS)]
+
+
+def start(path: str, layout: Any, parallel: Any, dtype: str = "float32", **optimizer: Any) -> Session:
+    """A model with its initial weights and a fresh optimizer."""
+    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.config import ModelConfig, OptimizerConfig
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.mcore.optimizer import build_optimizer
+
+    config = OptimizerConfig(**{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, **optimizer})
+    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype)
+    chunks = build_model(arch, model, parallel, layout, distributed_optimizer=config.distributed)
+    load_initial_weights(chunks, model, arch, layout)
+    return Session(layout, arch, chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=8))
+
+
+def _forward(session: Session, iterator: Any, chunk: Any) -> Any:
+    from megatron_dypo.mcore.attention import packed_seq_params
+    from megatron_dypo.objective.logprobs import vocab_parallel_logprobs
+
+    tokens = torch.tensor(next(iterator))[None]
+    boundaries = torch.tensor(np.cumsum([0, *LENGTHS]))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    output = chunk(tokens, positions, None, packed_seq_params=packed_seq_params(boundaries))
+
+    def loss(logits_1TV: torch.Tensor) -> Any:
+        targets, group = tokens[0].roll(-1), session.layout.tp_group
+        logp_T, _ = vocab_parallel_logprobs(logits_1TV[0], targets, vocab_size=VOCAB, group=group)
+        total = -logp_T.sum() / (NUM_ROWS * len(targets))
+        return total, torch.tensor(1, dtype=torch.int), total.detach().clone()
+
+    return output, loss
