@@ -1,0 +1,70 @@
+"""What the README says of the package is so."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_dypo.config_io import parse_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_config_example_is_valid():
+    (text,) = _blocks("yaml")
+    config = parse_config(yaml.safe_load(text), where="README.md")
+    assert config.parallel.tensor == 4
+
+
+def test_the_line_of_data_has_the_fields_that_prompt_files_have():
+    (text,) = _blocks("json")
+    assert set(json.loads(text)) == {"prompt", "answer", "source", "traces"}
+
+
+def test_every_make_target_that_is_named_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    pages = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", pages, flags=re.MULTILINE))
+    assert {first or second for first, second in named} <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_file_that_is_named_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = "megatron_dypo|examples|tests|tools|requirements|docs"
+    named = set(re.findall(rf"`((?:{folders})/[\w./]*)`", text)) | set(re.findall(r"\]\((?!http)([^)]+)\)", text))
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert named
+    assert missing == []
+
+
+def test_ranges_are_those_of_the_metadata():
+    metadata = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    for requirement in ("torch>=2.6", "megatron-core>=0.16,<0.17", "sglang>=0.5.22", "python_requires = >=3.10"):
+        assert requirement in metadata
+    for stated in ("2.6 or newer", "| 0.16 |", "0.5.22 or newer", "3.10 to 3.12"):
+        assert stated in README
+
+
+def test_pins_are_exact_and_cover_what_the_package_asks_for():
+    lines = (ROOT / "requirements" / "cpu.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", pin) for pin in pins)
+    pinned = {_canonical(pin.split("==")[0]) for pin in pins}
+    assert len(pinned) == len(pins)
+    metadata = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    required = re.search(r"install_requires =\n((?:    .*\n)+)", metadata)
+    assert required is not None
+    names = [re.split(r"[<>=\[]", line.strip())[0] for line in required[1].splitlines()]
+    assert [name for name in names if _canonical(name) not in pinned] == []
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
