@@ -18,6 +18,8 @@ def check_inputs(config: Config) -> list[str]:
     Raises:
         ValueError: a model that is there and does not fit the parallel layout.
     """
+    from megatron_dypo.objective.recipes.registry import build_objective  # brings torch, which --help need not wait for
+
     notes = [
         f"{field}={path!r}: no such file"
         for field, paths in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts))
@@ -26,6 +28,7 @@ def check_inputs(config: Config) -> list[str]:
     ]
     if not (Path(config.model.hf_path) / "config.json").is_file():
         return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
+    build_objective(config.objective)
     architecture, parallel = load_architecture(config.model.hf_path), config.parallel
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
     for axis, size, name, value in (

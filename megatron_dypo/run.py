@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,10 @@ class Run:
         return Path(self.config.run.dir)
 
 
-def uses_servers(config: Config, objective: Objective) -> bool:
-    """Whether any step, or any evaluation, asks a server."""
-    return bool(config.eval.prompts) or any(objective.needs_rollouts(step) for step in range(config.run.steps))
+def uses_servers(config: Config, objective: Objective, first_step: int) -> bool:
+    """Whether any step that is left, or any evaluation, asks a server."""
+    steps_left = range(first_step, config.run.steps)
+    return bool(steps_left) and (bool(config.eval.prompts) or any(map(objective.needs_rollouts, steps_left)))
 
 
 @contextlib.contextmanager
@@ -102,17 +103,22 @@ def open_run(config: Config) -> Iterator[Run]:
         patience = config.rollout.request_deadline_s * (config.rollout.retries + 2) * config.batching.max_collect_rounds
         layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
-        _prepare_folder(config, layout)
-        starting = _start_servers(config, layout, objective, stack)
+        latest = _prepare_folder(config, layout)
+        with_servers = uses_servers(config, objective, checkpoint.step_of(latest) if latest else 0)
+        starting = _start_servers(config, stack) if with_servers and layout.is_global_leader else None
         run = _build_policy(config, layout, objective)
-        latest = _restore(run)
-        run.leader = _build_leader(run, latest, stack)
+        restored = _restore(run, latest) if latest else None
+        run.leader = _build_leader(run, restored)
+        if run.leader and with_servers:
+            run.leader.verifier = stack.enter_context(Verifier(config.grading))
         pool = starting.result() if starting else None
         urls, api_key = _share_servers(layout, pool)
         if urls:
             _connect(run, urls, api_key, pool, stack)
         if layout.is_global_leader:
-            run.writer = stack.enter_context(MetricsWriter(run.dir, config.logging, resume_step=run.step))
+            run.writer = stack.enter_context(
+                MetricsWriter(run.dir, config.logging, resume_step=run.step + bool(latest))
+            )
         yield run
 
 
@@ -133,7 +139,8 @@ def save_checkpoint(run: Run) -> Path:
     )
 
 
-def _prepare_folder(config: Config, layout: Layout) -> None:
+def _prepare_folder(config: Config, layout: Layout) -> Path | None:
+    """Make the run folder; the checkpoint to resume from, if it holds one."""
     folder = Path(config.run.dir)
     found = checkpoint.find_latest(folder / "checkpoints")
     if found and not config.run.resume:
@@ -143,13 +150,11 @@ def _prepare_folder(config: Config, layout: Layout) -> None:
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(dump_config(config))
         temporary.replace(folder / "config.yaml")
-    dist.barrier(group=layout.replica_group)
+    return found
 
 
-def _start_servers(config: Config, layout: Layout, objective: Objective, stack: contextlib.ExitStack) -> Any:
-    """Servers start on the global leader while the model is built; a future of the pool, None elsewhere."""
-    if not layout.is_global_leader or not uses_servers(config, objective):
-        return None
+def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
+    """Servers start while the model is built."""
     executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
     log.info("starting or reaching SGLang servers")
     future = executor.submit(
@@ -191,10 +196,7 @@ def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
     )
 
 
-def _restore(run: Run) -> checkpoint.Restored | None:
-    latest = checkpoint.find_latest(run.dir / "checkpoints")
-    if latest is None:
-        return None
+def _restore(run: Run, latest: Path) -> checkpoint.Restored:
     restored = checkpoint.load(
         latest, chunks=run.chunks, optimizer=run.optimizer, layout=run.layout, reference=run.reference
     )
@@ -205,7 +207,7 @@ def _restore(run: Run) -> checkpoint.Restored | None:
     return restored
 
 
-def _build_leader(run: Run, restored: checkpoint.Restored | None, stack: contextlib.ExitStack) -> Leader | None:
+def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | None:
     config, layout = run.config, run.layout
     if layout.leaders_group is None:
         return None
@@ -217,7 +219,7 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None, stack: context
         stream=PromptStream(dataset, tokenizer, config.data, config.run.seed),
         held_out=_held_out(config, tokenizer),
         client=None,
-        verifier=stack.enter_context(Verifier(config.grading)) if uses_servers(config, run.objective) else None,
+        verifier=None,
         sample_log=SampleLog(
             run.dir,
             shard=layout.dp_rank if layout.data > 1 else None,

@@ -54,7 +54,10 @@ def train_step(run: Run) -> bool:
 
 
 def after_step(run: Run, metrics: dict[str, float]) -> None:
-    """Refresh the reference, evaluate and save where the config says so; then write the step's metrics."""
+    """Refresh the reference and evaluate where the config says so, write the step's metrics, save.
+
+    The time of a checkpoint stands in the metrics of the step after it.
+    """
     config = run.config
     is_last = run.step == config.run.steps
     reference = config.objective.reference
@@ -64,11 +67,11 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
         log.info(summary_line(run.step, metrics))
     if is_last or (config.eval.every and run.step % config.eval.every == 0):
         metrics |= evaluate(run)
+    # Before the checkpoint: a run that resumes from it finds the step's metrics written.
+    _write(run, metrics | run.timings.take())
     if is_last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
         with run.timings.measure("save_checkpoint"):
             save_checkpoint(run)
-    # Last, so that a step in metrics.jsonl is one that a resumed run need not repeat, or will write again.
-    _write(run, metrics | run.timings.take())
 
 
 def finish(run: Run) -> None:

@@ -134,6 +134,11 @@ def find_latest(root: str | Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a folder that :func:`find_latest` found."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Fill the chunks from a dist_checkpointing folder, or from one of our checkpoints. Collective over the world.
 
