@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import logging
 import os
 import secrets
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from megatron_dypo.config import ServersConfig
 from megatron_dypo.rollout.launch import available_cores, lease_port, server_command, server_environment
+from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerProcess
 
 _POLL_S = 0.2
-_ATTEMPT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -88,12 +85,12 @@ class ServerPool:
     def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
         deadline = time.monotonic() + deadline_s
         for url in self.urls:
-            while _status(f"{url}/health", self.api_key) != 200:
+            while http_status(f"{url}/health", self.api_key) != 200:
                 self.check()
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"SGLang server {url} is not healthy after {deadline_s:g} s")
                 time.sleep(_POLL_S)
-            if _status(f"{url}/model_info", self.api_key) in (401, 403):
+            if http_status(f"{url}/model_info", self.api_key) in (401, 403):
                 raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
         for process in self._processes:
             assert self.api_key is not None
@@ -101,17 +98,25 @@ class ServerPool:
 
 
 def start_servers(
-    cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, *, seed: int, device: str
+    cfg: ServersConfig,
+    model_path: Path,
+    dtype: str,
+    log_dir: Path,
+    *,
+    seed: int,
+    device: str,
+    temperature: float = 1.0,
 ) -> ServerPool:
     """Start ``cfg.count`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
     Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
-    ``device``: ``cpu``, or the accelerator, which SGLang finds by itself.
+    ``device``: ``cpu``, or the accelerator, which SGLang finds by itself. ``temperature``: of training rollouts; unless
+    it is 1, given servers are asked whether their log-probs are those of temperature 1.
 
     Raises:
         ServerDiedError: a server ended while it started.
         TimeoutError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` refuses the API key; ``dtype`` or ``cfg.port`` breaks a rule.
+        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype`` or ``cfg.port`` breaks a rule.
     """
     given_key = os.environ.get(cfg.api_key_env)
     pool = ServerPool(cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16))
@@ -121,18 +126,11 @@ def start_servers(
             log_dir.mkdir(parents=True, exist_ok=True)
             pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
         pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
+        for url in pool.urls if cfg.urls and temperature != 1.0 else ():
+            if not log_probs_are_untempered(url, pool.api_key):
+                raise ValueError(
+                    f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
+                    "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+                )
         undo.pop_all()
     return pool
-
-
-def _status(url: str, api_key: str | None) -> int | None:
-    """HTTP status of a GET, without any proxy of the environment; None when nothing answers."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=_ATTEMPT_S) as response:
-            return response.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except (OSError, http.client.HTTPException):  # refused, reset, timed out, cut short: not up yet
-        return None

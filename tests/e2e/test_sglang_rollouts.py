@@ -20,6 +20,7 @@ import torch
 from megatron_dypo.config import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
+from megatron_dypo.rollout.probe import log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerDiedError
 from megatron_dypo.rollout.servers import ServerPool, start_servers
 from megatron_dypo.types import Prompt, RolloutGroup
@@ -96,6 +97,10 @@ def test_log_probs_are_those_of_transformers_at_temperature_1(
     for group in groups:
         for rollout, expected in zip(group.rollouts, logp_of_transformers(model_path, group), strict=True):
             np.testing.assert_allclose(rollout.logp, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_server_of_the_run_passes_the_check_for_untempered_log_probs(pool: ServerPool) -> None:
+    assert log_probs_are_untempered(pool.urls[0], pool.api_key)
 
 
 def test_the_samples_of_a_group_are_distinct(pool: ServerPool) -> None:

@@ -1,9 +1,10 @@
 """A program that takes a server's command line and serves its health endpoints; run under the guard by tests.
 
 How it behaves comes from the environment: FAKE_SERVER=ok, =dies (right after a line to its log), =stubborn (ignores
-SIGTERM and has a child that does too).
+SIGTERM and has a child that does too), =tempered (its log-probs depend on the temperature).
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,13 @@ class Handler(BaseHTTPRequestHandler):
         allowed = self.path == "/health" or self.headers["Authorization"] == f"Bearer {KEY}"
         self.send_response(200 if allowed else 401)
         self.end_headers()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        scale = body["sampling_params"]["temperature"] if HOW == "tempered" else 1.0
+        rows = [[-token / scale, token, None] for token in body["token_ids_logprob"]]
+        self.do_GET()
+        self.wfile.write(json.dumps({"meta_info": {"output_token_ids_logprobs": [rows]}}).encode())
 
 
 print(f"server_args={{'api_key': '{KEY}'}}", flush=True)

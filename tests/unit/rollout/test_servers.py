@@ -30,9 +30,9 @@ def python(tmp_path: Path) -> str:
     return str(path)
 
 
-def start(python: str, tmp_path: Path, **fields: Any) -> ServerPool:
+def start(python: str, tmp_path: Path, *, temperature: float = 1.0, **fields: Any) -> ServerPool:
     cfg = ServersConfig(**{"python": python, "port": 32200, "start_deadline_s": 30.0, **fields})
-    return start_servers(cfg, tmp_path, "float32", tmp_path / "logs", seed=1, device="cpu")
+    return start_servers(cfg, tmp_path, "float32", tmp_path / "logs", seed=1, device="cpu", temperature=temperature)
 
 
 def alive(tmp_path: Path) -> list[psutil.Process]:
@@ -160,6 +160,26 @@ def test_a_wrong_key_for_given_servers_is_an_error_that_names_the_variable(
         monkeypatch.setenv("DYPO_SGLANG_API_KEY", "wrong")
         with pytest.raises(ValueError, match="refuses the API key: set DYPO_SGLANG_API_KEY"):
             start(python, tmp_path, urls=owner.urls)
+
+
+@pytest.mark.parametrize(("how", "temperature"), [("ok", 0.7), ("tempered", 1.0)])
+def test_given_servers_with_the_right_log_probs_are_accepted(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, temperature: float
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", how)
+    with start(python, tmp_path) as owner:
+        monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
+        assert start(python, tmp_path, urls=owner.urls, temperature=temperature).urls == owner.urls
+
+
+def test_given_servers_with_tempered_log_probs_are_refused(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_SERVER", "tempered")
+    with start(python, tmp_path) as owner:
+        monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
+        with pytest.raises(ValueError, match=r"temperature=0\.7: .*SGLANG_RETURN_ORIGINAL_LOGPROB=1"):
+            start(python, tmp_path, urls=owner.urls, temperature=0.7)
 
 
 def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str, tmp_path: Path) -> None:
