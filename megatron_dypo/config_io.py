@@ -54,6 +54,20 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+def changed_lines(before: str, after: str) -> list[str]:
+    """``section.key: old → new`` for each value that differs between two dumped configs."""
+    old, new = (dict(_leaves(yaml.safe_load(text), "")) for text in (before, after))
+    return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(node, Mapping):
+        yield path, node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

@@ -16,7 +16,7 @@ from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.batching.exchange import broadcast_object
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config import Config
-from megatron_dypo.config_io import dump_config
+from megatron_dypo.config_io import changed_lines, dump_config
 from megatron_dypo.data.prompts import PromptDataset, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier
@@ -146,10 +146,14 @@ def _prepare_folder(config: Config, layout: Layout) -> Path | None:
     if found and not config.run.resume:
         raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
     if layout.is_global_leader:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / "config.yaml"
+        if found and written.is_file():
+            for line in changed_lines(written.read_text(), dump_config(config)):
+                log.warning("resuming with another configuration: %s", line)
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(dump_config(config))
-        temporary.replace(folder / "config.yaml")
+        temporary.replace(written)
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_dypo.config import Config
-from megatron_dypo.config_io import dump_config, load_config
+from megatron_dypo.config_io import changed_lines, dump_config, load_config
 
 MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 
@@ -39,6 +39,13 @@ def test_overrides_win_over_the_file_and_are_yaml(write):
 def test_resolved_config_reads_back_to_itself(write):
     config = load_config(write(MINIMAL), ["parallel.tensor=2", "objective.dual_clip=3"])
     assert load_config(write(dump_config(config))) == config
+
+
+def test_changed_lines_name_old_and_new_value(write):
+    before = dump_config(load_config(write(MINIMAL)))
+    after = dump_config(load_config(write(MINIMAL), ["optimizer.lr=1e-5", "data.prompts=[a, b]"]))
+    assert changed_lines(before, after) == ["data.prompts: ['p.jsonl'] → ['a', 'b']", "optimizer.lr: 1e-06 → 1e-05"]
+    assert changed_lines(before, before) == []
 
 
 @pytest.mark.parametrize(

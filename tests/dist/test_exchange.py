@@ -1,0 +1,64 @@
+"""Samples between replicas and inside one, over real gloo groups."""
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from tests.dist.spawn import run_ranks
+from tests.unit.objective_cases import random_groups
+
+
+def rank_exchange(seed):
+    """Three leaders, holding very different shares, balance; then ranks 0 and 1 are one replica of two."""
+    from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
+
+    dist.init_process_group("gloo")
+    groups = random_groups(seed, num_hard=4, num_mid=6)
+    rank = dist.get_rank()
+    owner = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # rank 2 holds nothing
+    mine = [s for g, who in zip(groups, owner, strict=True) if who == rank for s in g]
+    balanced = balance(mine, dist.group.WORLD)
+    pair = dist.new_group([0, 1], backend="gloo")
+    shared = broadcast_samples(balanced if rank == 0 else None, pair) if rank < 2 else []
+    word = broadcast_object(f"from {rank}", dist.group.WORLD)
+    ranks = gather_objects(rank, dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
+    return balanced, shared, word, ranks
+
+
+@pytest.fixture(scope="module")
+def exchanged():
+    return run_ranks(3, rank_exchange, 11), [s for g in random_groups(11, num_hard=4, num_mid=6) for s in g]
+
+
+def key(sample):
+    return sample.order, sample.member
+
+
+def test_every_sample_arrives_once_and_unchanged(exchanged):
+    results, originals = exchanged
+    arrived = {key(s): s for balanced, *_ in results for s in balanced}
+    assert sum(len(balanced) for balanced, *_ in results) == len(originals) == len(arrived)
+    for sample in originals:
+        np.testing.assert_array_equal(arrived[key(sample)].tokens, sample.tokens)
+        assert arrived[key(sample)].reward == sample.reward
+
+
+def test_replicas_get_equal_work_in_a_fixed_order(exchanged):
+    results, originals = exchanged
+    loads = [sum(len(s.tokens) for s in balanced) for balanced, *_ in results]
+    assert max(loads) - min(loads) <= max(len(s.tokens) for s in originals)
+    for balanced, *_ in results:
+        assert [key(s) for s in balanced] == sorted(key(s) for s in balanced)
+
+
+def test_a_leaders_samples_reach_its_replica_and_nobody_else(exchanged):
+    results, _ = exchanged
+    assert [key(s) for s in results[1][1]] == [key(s) for s in results[0][0]]
+    assert results[2][1] == []
+
+
+def test_words_and_numbers_are_shared(exchanged):
+    results, _ = exchanged
+    assert [(word, ranks) for *_, word, ranks in results] == [("from 0", [0, 1, 2])] * 3
