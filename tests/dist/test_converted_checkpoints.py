@@ -1,0 +1,158 @@
+"""Converted checkpoints in the trainer, trained checkpoints in the converter, exports from running ranks."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
+from tests.dist.spawn import run_ranks
+from tests.hf_models import KINDS, make_hf_model
+
+LAYOUTS = {
+    "one": (1, {}, (2, 2)),
+    "tp2": (2, {"tensor": 2}, (1, 1)),
+    "vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, (4, 1)),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}, (1, 2)),
+    "dp2": (2, {}, (4, 4)),
+}
+"""Ranks, the axes that they run, and the TP × PP that the converted checkpoint was written for."""
+
+
+def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
+    """For every model: load it from HF and from the converted checkpoint, then save it and export it.
+
+    Returns:
+        By model, the parameters that differ between the two, or that loading left untouched.
+    """
+    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    parallel = ParallelConfig(**axes)
+    layout = init_layout(parallel)
+    wrong = {kind: _one_model(Path(root), kind, parallel, layout) for kind in KINDS}
+    torch.distributed.barrier()
+    close(layout)
+    return wrong
+
+
+def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
+    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.mcore.chunks import named_global_parameters
+
+    hf = root / "hf" / kind
+    arch = load_architecture(hf)
+    chunks = _load(hf, None, arch, parallel, layout)
+    converted = dict(named_global_parameters(_load(hf, root / "mcore" / kind, arch, parallel, layout)))
+    named = dict(named_global_parameters(chunks))
+    assert named.keys() == converted.keys()
+    _save(chunks, root / "trained" / kind / "mcore", layout)
+    for _ in range(2):  # the second replaces the first
+        _export(named, arch, layout, root / "exports" / kind, hf)
+    return [name for name in named if not torch.equal(named[name], converted[name]) or (named[name] == -1).any()]
+
+
+def _load(hf: Path, mcore: Path | None, arch, parallel, layout) -> list:
+    from megatron_dypo.config import ModelConfig
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
+
+    model = ModelConfig(hf_path=str(hf), mcore_path=None if mcore is None else str(mcore), dtype="float32")
+    chunks = build_model(arch, model, parallel, layout)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(-1.0)
+    load_initial_weights(chunks, model, arch, layout)
+    return chunks
+
+
+def _save(chunks: list, folder: Path, layout) -> None:
+    """As a run does, with something of an optimizer beside the weights."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_dypo.mcore.checkpoint import model_state
+
+    state = model_state(chunks)
+    key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+    replica_id = (0, 0, torch.distributed.get_rank())
+    state["moment"] = dist_checkpointing.ShardedTensor.from_rank_offsets(key, torch.ones(3), replica_id=replica_id)
+    dist_checkpointing.save(state, str(folder))
+
+
+def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
+    from megatron_dypo.weights.export import export_hf
+
+    export_hf(
+        named.items(),
+        arch,
+        tp_rank=layout.tp_rank,
+        tp_size=layout.tensor,
+        tp_group=layout.tp_group,
+        pp_rank=layout.pp_rank,
+        pp_size=layout.pipeline,
+        control_group=layout.replica_group,
+        write=layout.dp_rank == 0,
+        out_dir=out_dir,
+        reference_hf_path=hf,
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        make_hf_model(kind, root / "hf" / kind)
+    return root / "hf"
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ran(
+    request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict, list[dict[str, list[str]]]]:
+    """Folder with what the ranks of one layout read and wrote, the axes, and what each rank found wrong."""
+    world_size, axes, (tp, pp) = LAYOUTS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    (root / "hf").symlink_to(models)
+    for kind in KINDS:
+        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, pipeline_parallel=pp)
+        (root / "trained" / kind / "mcore").mkdir(parents=True)
+    return root, axes, run_ranks(world_size, rank_task, str(root), axes)
+
+
+def test_a_converted_checkpoint_loads_as_the_hf_folder_does(ran) -> None:
+    _, _, wrong_by_rank = ran
+    assert wrong_by_rank == [{kind: [] for kind in KINDS}] * len(wrong_by_rank)
+
+
+def test_a_trained_checkpoint_converts_to_what_it_was_loaded_from(ran, tmp_path) -> None:
+    root, _, _ = ran
+    for kind in KINDS:
+        hf = root / "hf" / kind
+        mcore_to_hf(root / "trained" / kind, tmp_path / kind, hf_reference=hf, show_progress=False)
+        assert_same_folder(hf, tmp_path / kind)
+
+
+def test_an_export_holds_the_weights_that_were_loaded(ran) -> None:
+    from safetensors.torch import load_file
+
+    root, axes, _ = ran
+    assert sorted(entry.name for entry in (root / "exports").iterdir()) == sorted(KINDS)
+    for kind in KINDS:
+        out = root / "exports" / kind
+        files = sorted(file.name for file in out.glob("*.safetensors"))
+        assert len(files) == axes.get("pipeline", 1)
+        loaded = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
+        expected = load_file(root / "hf" / kind / "model.safetensors")
+        assert loaded.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(loaded[name], tensor), name
+        if len(files) == 1:
+            assert_same_folder(root / "hf" / kind, out)
+
+
+def assert_same_folder(expected: Path, actual: Path) -> None:
+    names = sorted(file.name for file in expected.iterdir())
+    assert sorted(file.name for file in actual.iterdir()) == names
+    assert filecmp.cmpfiles(expected, actual, names, shallow=False) == (names, [], [])
