@@ -86,7 +86,7 @@ def test_a_server_that_hangs_is_named_when_the_deadline_passes(servers, control)
 
 
 def test_after_the_deadline_nothing_is_sent(servers, control):
-    with pytest.raises(ServerError, match="was not sent .* deadline_s=0 passed"):
+    with pytest.raises(ServerError, match=r"was not sent .* deadline_s=0 passed"):
         control.resume(Deadline(0))
     assert servers[0].calls == []
 

@@ -187,7 +187,7 @@ def test_a_parameter_of_the_wrong_shape_is_refused(setting):
 
 def test_a_missing_parameter_is_refused(setting):
     del setting.params["decoder.final_layernorm.weight"]
-    with pytest.raises(PushError, match="model.norm.weight is held by no stage"):
+    with pytest.raises(PushError, match=r"model\.norm\.weight is held by no stage"):
         setting.bridge.push(1)
 
 
@@ -195,7 +195,7 @@ def test_names_sent_twice_or_unknown_are_refused(setting):
     arch = load_architecture(setting.reference)
     names = [name for row in family_rows(arch) if not row.is_copy for name in row.hf]
     check_names([names[:3], names[3:]], arch)
-    with pytest.raises(ValueError, match="model.norm.weight is sent 2 times"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is sent 2 times"):
         check_names([names, ["model.norm.weight"]], arch)
-    with pytest.raises(ValueError, match="lm_head.weight is not of this architecture"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not of this architecture"):
         check_names([names, ["lm_head.weight"]], arch)

@@ -1,0 +1,126 @@
+"""Pushes from TP2 × PP2 gloo ranks into two real SGLang servers of a tied Qwen3."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dist.spawn import run_ranks
+from tests.e2e.pushing_ranks import (
+    IN_FLIGHT_TOKENS,
+    PROMPT,
+    VERSIONS,
+    Target,
+    ask,
+    checksums,
+    rank_push,
+    rank_push_while_a_server_dies,
+)
+from tests.hf_models import import_transformers, make_hf_model
+
+# About 1.7 MiB for each stage, so that each sends several buckets of 1 MiB.
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "vocab_size": 1031,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [make_hf_model("qwen3", folder / name, seed=seed, **SIZES) for seed, name in enumerate("abc")]
+
+
+@pytest.fixture(scope="module")
+def target(models, sglang_servers, tmp_path_factory):
+    pool = sglang_servers(models[0], count=2)
+    run_dir = tmp_path_factory.mktemp("run")
+    return Target(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
+
+
+@pytest.fixture(scope="module")
+def loaded(models, target):
+    """The checksums of a server that loaded each model itself."""
+    sums = []
+    for model in (*models[1:], models[0]):
+        ask(target, target.urls[0], "/update_weights_from_disk", {"model_path": str(model)})
+        sums.append(checksums(target, target.urls[0]))
+    return dict(zip(("b", "c", "a"), sums, strict=True))
+
+
+@pytest.fixture(scope="module")
+def seen(models, target, loaded):
+    return run_ranks(4, rank_push, target, str(models[1]), str(models[2]))[0]
+
+
+@pytest.fixture(scope="module")
+def rollouts(seen, target):
+    """Fresh rollouts of each server after the last push of model b."""
+    sampling = {"temperature": 1.0, "max_new_tokens": 32, "ignore_eos": True}
+    body = {"input_ids": [PROMPT, PROMPT[:5]], "sampling_params": sampling, "return_logprob": True}
+    return [rollout for url in target.urls for rollout in ask(target, url, "/generate", body)]
+
+
+@pytest.mark.parametrize(("transport", "model"), [("broadcast", "b"), ("disk", "c")])
+def test_every_parameter_of_every_server_is_that_of_a_fresh_load(seen, loaded, transport, model):
+    assert loaded[model] != loaded["a"]
+    assert seen[f"{transport} checksums"] == [loaded[model], loaded[model]]
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_the_version_moves_on_every_server(seen, transport):
+    assert [info["weight_version"] for info in seen[f"{transport} info"]] == [str(VERSIONS[transport])] * 2
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_the_report_counts_each_tensor_once(seen, models, transport):
+    transformers = import_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(models[1])
+    assert seen[transport].bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert seen[transport].version == VERSIONS[transport]
+
+
+def test_fresh_rollouts_are_of_the_new_weights_and_say_so(rollouts, models):
+    transformers = import_transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(models[1], attn_implementation="eager").eval()
+    for prompt, rollout in zip([PROMPT, PROMPT[:5]] * 2, rollouts, strict=True):
+        assert rollout["meta_info"]["weight_version"] == str(VERSIONS["abort"])
+        tokens = prompt + rollout["output_ids"]
+        with torch.no_grad():
+            logp = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1)
+        ours = [float(logp[len(prompt) + i - 1, token]) for i, token in enumerate(rollout["output_ids"])]
+        theirs = [entry[0] for entry in rollout["meta_info"]["output_token_logprobs"]]
+        np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+def test_paused_requests_end_whole_and_tell_both_versions(seen):
+    assert len(seen["pause"]) == 2
+    for meta in seen["pause"]:
+        assert meta["finish_reason"]["type"] == "length"
+        assert meta["completion_tokens"] == IN_FLIGHT_TOKENS
+        versions = [span["version"] for span in meta["weight_versions"]]
+        assert versions == [str(VERSIONS["disk"]), str(VERSIONS["pause"])]
+
+
+def test_aborted_requests_end_at_once(seen):
+    assert len(seen["abort"]) == 2
+    for meta in seen["abort"]:
+        assert meta["finish_reason"]["type"] == "abort"
+        assert meta["completion_tokens"] < IN_FLIGHT_TOKENS
+
+
+def test_a_server_killed_in_a_push_is_an_error_on_all_ranks_that_names_it(seen, rollouts, models, target, loaded):
+    """Last: it costs a server."""
+    outcomes = run_ranks(4, rank_push_while_a_server_dies, target, str(models[2]))
+    for outcome in outcomes:
+        assert target.urls[1] in outcome["error"]
+        assert "/update_weights_from_distributed" in outcome["error"]
+        assert outcome["seconds"] < 40
+    first = outcomes[0]
+    assert first["marked"] == f"failed-{VERSIONS['resumed'] + 1}"
+    assert first["version"] == str(VERSIONS["resumed"] + 2)
+    assert first["checksums"] == loaded["c"]
