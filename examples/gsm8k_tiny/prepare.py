@@ -97,7 +97,7 @@ def prepare(data: Path, tokenizer: str, out: Path, seed: int = 1) -> None:
         rows = [prompt_row(row, f"{split}-{index}") for index, row in enumerate(read_gsm8k(source))]
         write_rows(out / "data" / f"{split}.jsonl", rows)
         if split == "train":
-            texts = [text for row in rows for text in (row["prompt"], *row["traces"].values())]  # type: ignore[attr-defined,misc]
+            texts = [text for row in rows for text in (row["prompt"], *row["traces"].values())]  # type: ignore[attr-defined]
     model = out / "model"
     model.mkdir(parents=True, exist_ok=True)
     TRAINERS[tokenizer](texts, model, VOCABULARY_SIZE)

@@ -1,4 +1,4 @@
-"""The quickstart's task: additions of several digits, and two procedural teachers that write out how they add.
+"""The quickstart's task: additions of three digits, and two procedural teachers that write out how they add.
 
 A problem is a string such as ``478+964=``. Both teachers end with ``####`` and the sum; before it each writes its own
 kind of reasoning, and each has a bias, a mistake that it makes whenever the occasion arises:
@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ANSWER_MARK = "####"
+LOW, HIGH = 100, 1000
+"""Range of the numbers: three digits."""
+MAX_DRAWS = 1000
+"""Random problems to look at for each one wanted; the rarest kind, no carry, is one in seven."""
 
 
 @dataclass(frozen=True)
 class Addition:
-    """Two numbers of the same length to be added."""
+    """Two numbers to be added."""
 
     first: int
     second: int
@@ -36,8 +40,13 @@ class Addition:
         return self.first + self.second
 
     @property
-    def num_digits(self) -> int:
-        return len(str(self.first))
+    def num_carries(self) -> int:
+        """What makes a problem difficult: the columns that pass on a carry."""
+        carry = count = 0
+        for upper, lower in self.columns():
+            carry = (upper + lower + carry) // 10
+            count += carry
+        return count
 
     def columns(self) -> list[tuple[int, int]]:
         """Pairs of digits, the ones first."""
@@ -73,23 +82,25 @@ def _trace(steps: Iterable[str], digits: list[int], carry: int) -> str:
 TEACHERS: Mapping[str, Callable[[Addition], str]] = {"columns": add_by_columns, "glance": add_at_a_glance}
 
 
-def draw_problems(digits: Mapping[int, int], rng: random.Random, exclude: Iterable[Addition] = ()) -> list[Addition]:
-    """Different problems, ``digits[n]`` of them with numbers of n digits, shuffled; none is in ``exclude``.
+def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterable[Addition] = ()) -> list[Addition]:
+    """Different problems, ``counts[c]`` of them with c carries, shuffled; none is in ``exclude``.
 
-    Raises ValueError when there are not so many.
+    Raises ValueError when so many are not to be found.
     """
-    taken, drawn = set(exclude), []
-    for num_digits, count in digits.items():
-        low, high = 10 ** (num_digits - 1), 10**num_digits
-        free = (high - low) ** 2 - sum(problem.num_digits == num_digits for problem in taken)
-        if count > free:
-            raise ValueError(f"digits={dict(digits)}: only {free} additions of {num_digits} digits are left to draw")
-        wanted = len(taken) + count
-        while len(taken) < wanted:
-            problem = Addition(rng.randrange(low, high), rng.randrange(low, high))
-            if problem not in taken:
+    taken = set(exclude)
+    drawn: list[Addition] = []
+    for carries, count in counts.items():
+        found = 0
+        for _ in range(MAX_DRAWS * count):
+            if found == count:
+                break
+            problem = Addition(rng.randrange(LOW, HIGH), rng.randrange(LOW, HIGH))
+            if problem.num_carries == carries and problem not in taken:
                 taken.add(problem)
                 drawn.append(problem)
+                found += 1
+        if found < count:
+            raise ValueError(f"counts={dict(counts)}: found only {found} additions with {carries} carries")
     rng.shuffle(drawn)
     return drawn
 
@@ -110,6 +121,6 @@ def prompt_row(problem: Addition) -> dict[str, object]:
         "id": problem.prompt.rstrip("="),
         "prompt": problem.prompt,
         "answer": str(problem.answer),
-        "source": f"{problem.num_digits}-digit addition",
+        "source": f"{problem.num_carries} carries",
         "traces": {name: teacher(problem) for name, teacher in TEACHERS.items()},
     }

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+import run
 from model import HF_CONFIG, VOCABULARY, write_model
 from task import TEACHERS, Addition, draw_problems, write_problems
 
@@ -40,31 +41,34 @@ def test_glance_errs_only_where_a_carry_passes_through_a_nine() -> None:
         assert is_right("glance", Addition(first, second)) is not occasion
 
 
-@pytest.mark.parametrize("num_digits", [2, 3, 4, 5])
-def test_teachers_are_mostly_right_and_columns_is_the_longer(num_digits: int) -> None:
-    problems = draw_problems({num_digits: 1000}, random.Random(3))
+def test_teachers_are_mostly_right_and_columns_is_the_longer() -> None:
+    problems = draw_problems(run.HELDOUT, random.Random(3))
     for teacher in TEACHERS:
         assert 0.8 < sum(is_right(teacher, problem) for problem in problems) / len(problems) < 1
     assert all(len(TEACHERS["columns"](problem)) > len(TEACHERS["glance"](problem)) for problem in problems)
 
 
-def test_problems_are_all_different_and_of_the_lengths_asked_for() -> None:
-    heldout = draw_problems({1: 30, 3: 20}, random.Random(1))
-    train = draw_problems({1: 51, 3: 100}, random.Random(2), exclude=heldout)
-    assert len({*heldout, *train}) == 201
-    assert sorted(problem.num_digits for problem in heldout) == [1] * 30 + [3] * 20
+@pytest.mark.parametrize(("first", "second", "carries"), [(123, 456, 0), (478, 964, 3), (199, 801, 3), (190, 130, 1)])
+def test_carries_are_counted_also_those_that_pass_through_a_nine(first: int, second: int, carries: int) -> None:
+    assert Addition(first, second).num_carries == carries
 
 
-def test_more_problems_than_there_are_is_an_error() -> None:
-    taken = draw_problems({1: 30}, random.Random(1))
-    with pytest.raises(ValueError, match="only 51 additions of 1 digits are left"):
-        draw_problems({1: 52}, random.Random(1), exclude=taken)
+def test_problems_are_all_different_and_have_the_carries_asked_for() -> None:
+    heldout = draw_problems({0: 30, 3: 20}, random.Random(1))
+    train = draw_problems({0: 50, 3: 100}, random.Random(1), exclude=heldout)
+    assert len({*heldout, *train}) == 200
+    assert sorted(problem.num_carries for problem in heldout) == [0] * 30 + [3] * 20
+
+
+def test_carries_that_no_problem_has_are_an_error() -> None:
+    with pytest.raises(ValueError, match="found only 0 additions with 4 carries"):
+        draw_problems({4: 2}, random.Random(1))
 
 
 def test_rows_have_an_answer_and_both_traces(tmp_path: Path) -> None:
-    write_problems(tmp_path / "data" / "p.jsonl", [Addition(12, 34)])
+    write_problems(tmp_path / "data" / "p.jsonl", [Addition(112, 134)])
     (row,) = map(json.loads, (tmp_path / "data" / "p.jsonl").read_text().splitlines())
-    assert (row["prompt"], row["answer"], row["source"]) == ("12+34=", "46", "2-digit addition")
+    assert (row["prompt"], row["answer"], row["source"]) == ("112+134=", "246", "0 carries")
     assert set(row["traces"]) == {"columns", "glance"}
 
 
@@ -72,7 +76,7 @@ def test_tokenizer_gives_back_every_prompt_and_trace_character_by_character(tmp_
     write_model(tmp_path, seed=1)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.vocab_size == len(VOCABULARY)
-    for problem in draw_problems({3: 50}, random.Random(1)):
+    for problem in draw_problems({2: 50}, random.Random(1)):
         for text in (problem.prompt, *(teacher(problem) for teacher in TEACHERS.values())):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
