@@ -77,11 +77,7 @@ def mcore_to_hf(
         ValueError: a tensor missing, unknown or misshapen, no reference, ``hf_path`` not vacant. Nothing is written.
     """
     reader = MCoreReader(mcore_path)
-    reference = hf_reference if hf_reference is not None else mcore_path / HF_FOLDER
-    if not (reference / "config.json").is_file():
-        raise ValueError(
-            f"{reference}: no config.json; --hf-reference must name an HF folder with configuration and tokenizer"
-        )
+    reference = _reference(mcore_path, hf_reference)
     arch = load_architecture(reference)
     check_sizes(arch, tensor_parallel, pipeline_parallel)
     reader.check_complete(arch)
@@ -100,6 +96,15 @@ def mcore_to_hf(
     with new_folder(hf_path) as folder, progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar:
         write_parts(folder, "weights", specs, tensors(), bar, max_file_bytes)
         finish_hf_folder(folder, reference)
+
+
+def _reference(mcore_path: Path, hf_reference: Path | None) -> Path:
+    reference = hf_reference if hf_reference is not None else mcore_path / HF_FOLDER
+    if not (reference / "config.json").is_file():
+        raise ValueError(
+            f"{reference}: no config.json; --hf-reference must name an HF folder with configuration and tokenizer"
+        )
+    return reference
 
 
 def check_sizes(arch: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:

@@ -44,12 +44,7 @@ def export_hf(
     if not write:
         return
     params = list(named_params)
-    specs = [
-        TensorSpec(hf_name, param.dtype, shape)
-        for name, param in params
-        if not (row := match(name, arch)).is_copy
-        for hf_name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
-    ]
+    specs = _specs(params, arch)
     out_dir, is_leader = Path(out_dir), tp_rank == 0 and pp_rank == 0
     if is_leader:
         start_folder(out_dir)
@@ -64,6 +59,16 @@ def export_hf(
         finish_hf_folder(partial_path(out_dir), Path(reference_hf_path))
         commit_folder(partial_path(out_dir), out_dir)
     _barrier(control_group, tp_size * pp_size)
+
+
+def _specs(params: list[tuple[str, Tensor]], arch: Architecture) -> list[TensorSpec]:
+    """What :func:`iter_hf_tensors` yields for these parameters."""
+    return [
+        TensorSpec(hf_name, param.dtype, shape)
+        for name, param in params
+        if not (row := match(name, arch)).is_copy
+        for hf_name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
+    ]
 
 
 def _barrier(group: dist.ProcessGroup | None, num_ranks: int) -> None:
