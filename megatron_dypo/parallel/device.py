@@ -43,6 +43,8 @@ def bind() -> None:
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise ValueError(f"LOCAL_RANK={local_rank}: this host has {num_gpus} GPUs; start one rank for each GPU")
+    # Before the first kernel: tensor parallelism overlaps communication with GEMMs in the order of launch.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
 
 

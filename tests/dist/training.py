@@ -66,15 +66,19 @@ def rows(update: int) -> list[np.ndarray]:
     return [generator.integers(3, VOCAB, size=sum(LENGTHS)) for _ in range(NUM_ROWS)]
 
 
-def start(path: str, layout: Any, parallel: Any, dtype: str = "float32", **optimizer: Any) -> Session:
+def start(
+    path: str, layout: Any, parallel: Any, dtype: str = "float32", recompute: Any = "none", **optimizer: Any
+) -> Session:
     """A model with its initial weights and a fresh optimizer."""
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
 
-    config = OptimizerConfig(**{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, **optimizer})
-    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype)
+    config = OptimizerConfig(
+        **{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, **optimizer}
+    )
+    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, recompute=recompute)
     chunks = build_model(arch, model, parallel, layout, distributed_optimizer=config.distributed)
     load_initial_weights(chunks, model, arch, layout)
     return Session(layout, arch, chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=8))

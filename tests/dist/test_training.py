@@ -1,0 +1,156 @@
+"""The reference swap, steps that are refused, recomputation and half precision, seen in one job of two replicas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.dist.spawn import run_ranks
+from tests.dist.training import Session, start
+from tests.hf_models import make_hf_model
+
+OPTIMIZERS = ("plain", "distributed")
+
+
+def rank_observe(path: str, root: str) -> dict[str, Any]:
+    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    parallel = ParallelConfig()
+    layout = init_layout(parallel)
+
+    def new(**options: Any) -> Session:
+        return start(path, layout, parallel, **options)
+
+    seen: dict[str, Any] = {"recompute": {mode: _train(new(recompute=mode)) for mode in ("none", "selective", "full")}}
+    for name in OPTIMIZERS:
+        distributed = name == "distributed"
+        seen[name] = {
+            "swap": _swap(new(distributed=distributed)),
+            "uninterrupted": _train(new(distributed=distributed)),
+            "nan": _train_on_nan(new(distributed=distributed)),
+            "bfloat16": _resume(lambda d=distributed: new(distributed=d, dtype="bfloat16"), f"{root}/{name}", layout),
+        }
+    close(layout)
+    return seen
+
+
+def _train(session: Session) -> Any:
+    return session.train(1, 3), session.weights()
+
+
+def _swap(session: Session) -> dict[str, Any]:
+    from megatron_dypo.mcore.reference import ReferencePolicy
+
+    seen = {"initial": session.weights()}
+    reference = ReferencePolicy(session.chunks)
+    session.train(1, 2)
+    seen["trained"] = session.weights()
+    with reference.swapped_in():
+        seen["inside"] = session.weights()
+        session.run(7, forward_only=True)
+    seen["after"] = session.weights()
+    with pytest.raises(KeyError), reference.swapped_in():
+        raise KeyError
+    seen["after exception"] = session.weights()
+    seen["went on"] = session.train(3, 3), session.weights()
+    reference.capture()
+    session.train(4, 4)
+    with reference.swapped_in():
+        seen["captured again"] = session.weights()
+    return seen
+
+
+def _train_on_nan(session: Session) -> dict[str, Any]:
+    before = session.weights()
+    session.optimizer.zero_grad()
+    session.run(1)
+    next(session.chunks[0].parameters()).main_grad.fill_(math.nan)
+    result = session.optimizer.step()
+    refused = session.weights()
+    return {"ok": result.ok, "norm": result.grad_norm, "before": before, "after": refused, "next": session.train(2, 2)}
+
+
+def _resume(new: Any, root: str, layout: Any) -> Any:
+    from megatron_dypo.mcore import checkpoint
+
+    session = new()
+    session.train(1, 1)
+    kept = {"chunks": session.chunks, "optimizer": session.optimizer, "layout": layout}
+    folder = checkpoint.save(root, 1, **kept, trainer_state={})
+    uninterrupted = session.train(2, 3), session.weights()
+    session = new()
+    checkpoint.load(folder, chunks=session.chunks, optimizer=session.optimizer, layout=layout)
+    return uninterrupted, (session.train(2, 3), session.weights())
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the first replica saw; the ranks of the other hold the same weights."""
+    folder = tmp_path_factory.mktemp("training")
+    path = make_hf_model("qwen3", folder / "hf", num_hidden_layers=2)
+    return run_ranks(2, rank_observe, str(path), str(folder / "checkpoints"))[0]
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def assert_moved(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert all((ours[name] != theirs[name]).any() for name in ours)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_reference_comes_in_and_the_policy_returns_bit_by_bit(seen, optimizer) -> None:
+    swap = seen[optimizer]["swap"]
+    assert_moved(swap["trained"], swap["initial"])
+    assert_same(swap["inside"], swap["initial"])
+    assert_same(swap["after"], swap["trained"])
+    assert_same(swap["after exception"], swap["trained"])
+    assert_same(swap["captured again"], swap["went on"][1])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_swap_leaves_no_trace_in_training(seen, optimizer) -> None:
+    steps, weights = seen[optimizer]["uninterrupted"]
+    assert seen[optimizer]["swap"]["went on"][0] == steps[2:]
+    assert_same(seen[optimizer]["swap"]["went on"][1], weights)
+
+
+def test_the_distributed_optimizer_makes_the_same_updates(seen) -> None:
+    (steps, weights), (sharded_steps, sharded) = (seen[name]["uninterrupted"] for name in OPTIMIZERS)
+    np.testing.assert_allclose(sharded_steps, steps, rtol=1e-6)
+    for name, tensor in weights.items():
+        np.testing.assert_allclose(sharded[name], tensor, atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_changes_nothing(seen, optimizer) -> None:
+    nan = seen[optimizer]["nan"]
+    assert not nan["ok"]
+    assert math.isnan(nan["norm"])
+    assert_same(nan["after"], nan["before"])
+    assert math.isfinite(nan["next"][0][0])
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_changes_no_update(seen, mode) -> None:
+    assert seen["recompute"][mode][0] == seen["recompute"]["none"][0]
+    assert_same(seen["recompute"][mode][1], seen["recompute"]["none"][1])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_bfloat16_run_equals_the_uninterrupted_one(seen, optimizer) -> None:
+    uninterrupted, resumed = seen[optimizer]["bfloat16"]
+    assert resumed[0] == uninterrupted[0]
+    assert_same(resumed[1], uninterrupted[1])
+
+
+def test_rates_rise_and_fall_without_a_step_at_zero(seen) -> None:
+    rates = [rate for _, rate in seen["plain"]["uninterrupted"][0]]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 0.5e-3 * (1 + math.cos(math.pi / 7))])

@@ -1,0 +1,74 @@
+"""Packed attention against a literal one that knows no packing."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dypo.mcore.attention import FILL, SHORT, attend, packed_seq_params, plan
+
+CPU = torch.device("cpu")
+
+
+def literal_attention(q, k, v, cu_seqlens):
+    """[T, h, d] → [T, h·d], one query, one head and one sequence at a time."""
+    rows = []
+    for start, end in itertools.pairwise(cu_seqlens):
+        for t in range(start, end):
+            heads = []
+            for head in range(q.shape[1]):
+                group = head * k.shape[1] // q.shape[1]
+                scores = k[start : t + 1, group] @ q[t, head] / math.sqrt(q.shape[2])
+                heads.append(scores.softmax(0) @ v[start : t + 1, group])
+            rows.append(torch.cat(heads))
+    return torch.stack(rows)
+
+
+def boundaries(lengths):
+    return tuple(itertools.accumulate(lengths, initial=0))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (5, 1, 3), (40, 2, 33, 2, 37), (3, 0, 4)])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+def test_output_and_gradients_equal_literal_attention(lengths, heads, groups):
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = boundaries(lengths)
+
+    def draw(h):
+        return torch.randn(cu_seqlens[-1], h, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    q, k, v, weight = draw(heads), draw(groups), draw(groups), draw(heads).detach().flatten(1)
+    results = []
+    for output in (attend(q, k, v, plan(cu_seqlens, CPU)), literal_attention(q, k, v, cu_seqlens)):
+        results.append((output, *torch.autograd.grad((output * weight).sum(), (q, k, v))))
+    for ours, literal in zip(*results, strict=True):
+        torch.testing.assert_close(ours, literal, atol=1e-12, rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=30).filter(any))
+def test_plan_holds_each_token_once_and_wastes_little(lengths):
+    cu_seqlens = boundaries(lengths)
+    where = plan(cu_seqlens, CPU)
+    padded = torch.cat([bucket.gather_N for bucket in where.buckets])
+    assert padded[where.slot_T].tolist() == list(range(cu_seqlens[-1]))
+    for bucket in where.buckets:
+        assert bucket.length <= SHORT or FILL * bucket.length * bucket.num_sequences <= len(
+            set(bucket.gather_N.tolist())
+        )
+
+
+def test_one_long_sequence_does_not_pad_the_short_ones():
+    where = plan(boundaries([1000, *[20] * 30]), CPU)
+    assert [(bucket.num_sequences, bucket.length) for bucket in where.buckets] == [(1, 1000), (30, 20)]
+
+
+def test_packed_seq_params_describe_the_row():
+    params = packed_seq_params(torch.tensor([0, 3, 10, 12]))
+    assert params.qkv_format == "thd"
+    assert params.cu_seqlens_q.dtype == torch.int32
+    assert params.cu_seqlens_q.tolist() == [0, 3, 10, 12]
+    assert params.max_seqlen_q == 7

@@ -1,0 +1,75 @@
+"""The life of a checkpoint folder, without a model in it."""
+
+import pytest
+
+from megatron_dypo.mcore import checkpoint
+
+
+def publish(root, step, keep=0):
+    partial = root / f"step_{step:06d}.tmp"
+    checkpoint._make_empty(partial)
+    (partial / "trainer_state.json").write_text("{}")
+    checkpoint._publish(partial, root / f"step_{step:06d}", step, keep)
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
+    assert checkpoint.find_latest(tmp_path) is None
+    assert checkpoint.find_latest(tmp_path / "missing") is None
+
+
+def test_a_partial_checkpoint_is_never_the_latest(tmp_path):
+    publish(tmp_path, 10)
+    checkpoint._make_empty(tmp_path / "step_000020.tmp")
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "step_000010"
+
+
+def test_a_published_folder_is_whole_and_tracked(tmp_path):
+    publish(tmp_path, 10)
+    assert names(tmp_path) == ["step_000010"]
+    assert sorted(p.name for p in (tmp_path / "step_000010").iterdir()) == ["mcore", "trainer_state.json"]
+    assert (tmp_path / checkpoint.TRACKER).read_text() == "10"
+
+
+def test_the_tracker_outranks_the_highest_step(tmp_path):
+    publish(tmp_path, 10)
+    publish(tmp_path, 20)
+    (tmp_path / checkpoint.TRACKER).write_text("10")
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "step_000010"
+
+
+def test_without_a_tracker_the_highest_step_counts(tmp_path):
+    for step in (9, 10, 1_000_000):
+        publish(tmp_path, step)
+    (tmp_path / checkpoint.TRACKER).unlink()
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "step_1000000"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [10, 20, 30]), (1, [30]), (2, [20, 30]), (5, [10, 20, 30])])
+def test_the_last_ones_are_kept(tmp_path, keep, left):
+    for step in (10, 20, 30):
+        publish(tmp_path, step, keep)
+    assert names(tmp_path) == [f"step_{step:06d}" for step in left]
+
+
+def test_pruning_never_takes_the_one_just_written(tmp_path):
+    publish(tmp_path, 30)
+    publish(tmp_path, 20, keep=1)
+    assert names(tmp_path) == ["step_000020"]
+
+
+def test_writing_a_step_again_replaces_it(tmp_path):
+    publish(tmp_path, 10)
+    (tmp_path / "step_000010" / "stale").write_text("")
+    publish(tmp_path, 10)
+    assert not (tmp_path / "step_000010" / "stale").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"metadata\.json is missing"):
+        checkpoint.load_weights(tmp_path, [])
+    with pytest.raises(ValueError, match=r"trainer_state\.json is missing"):
+        checkpoint.load(tmp_path, chunks=[], optimizer=None, layout=None)
