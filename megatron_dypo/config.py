@@ -331,6 +331,7 @@ class WeightsConfig:
     in_flight: Literal["pause", "abort"] = "pause"
     """What a push does to running requests."""
     deadline_s: float = 600.0
+    """A push that takes longer fails on all ranks."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "bucket_mb", "deadline_s")

@@ -100,7 +100,7 @@ def open_run(config: Config) -> Iterator[Run]:
     objective = build_objective(config.objective)
     with contextlib.ExitStack() as stack:
         # A rank may wait in a collective for as long as the rollouts take; a dead peer is noticed by its socket.
-        patience = config.rollout.request_deadline_s * (config.rollout.retries + 2) * config.batching.max_collect_rounds
+        patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
         layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
         latest = _prepare_folder(config, layout)
@@ -169,6 +169,7 @@ def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[Server
         Path(config.run.dir) / "logs",
         seed=config.run.seed,
         device=device_kind(),
+        temperature=config.rollout.temperature,
     )
     stack.callback(lambda: future.result().stop() if future.exception() is None else None)
     return future
