@@ -90,7 +90,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/tokens_per_gpu_per_sec", "tokens/s", "the same for each training process"),
     Metric("perf/rollout_tokens_per_sec", "tokens/s", "sampled tokens over the time of the rollouts"),
     Metric("perf/update_tokens_per_sec", "tokens/s", "tokens of the update over the time of forward and backward"),
-    Metric("perf/mfu", "fraction", "model FLOPs utilisation of the update"),
     Metric("perf/wait_time_ratio", "fraction", "share of the step in which the trainer waits for rollouts"),
     Metric("perf/overhead_ratio", "fraction", "timing_s/other over timing_s/step"),
     Metric("perf/weight_bytes", "bytes", "weights pushed to one server"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.batching.exchange import broadcast_object
@@ -34,6 +35,7 @@ from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.servers import ServerPool, start_servers
 from megatron_dypo.samples import SampleLog, discard_samples
 from megatron_dypo.tally import Tally
+from megatron_dypo.versions import write_versions
 from megatron_dypo.weights.bridge import Bridge
 
 log = logging.getLogger("megatron_dypo")
@@ -117,7 +119,12 @@ def open_run(config: Config) -> Iterator[Run]:
             _connect(run, urls, api_key, pool, stack)
         if layout.is_global_leader:
             run.writer = stack.enter_context(
-                MetricsWriter(run.dir, config.logging, resume_step=run.step + bool(latest))
+                MetricsWriter(
+                    run.dir,
+                    config.logging,
+                    resume_step=run.step + bool(latest),
+                    config=yaml.safe_load(dump_config(config)),
+                )
             )
         yield run
 
@@ -135,6 +142,7 @@ def save_checkpoint(run: Run) -> Path:
         trainer_state={"cursor": leader.cursor if leader else 0},
         leader_state=dump_samples(waiting),
         reference=run.reference if refreshed else None,
+        hf_path=run.config.model.hf_path,
         keep=run.config.checkpoint.keep,
     )
 
@@ -154,6 +162,7 @@ def _prepare_folder(config: Config, layout: Layout) -> Path | None:
         temporary = folder / "config.yaml.tmp"
         temporary.write_text(dump_config(config))
         temporary.replace(written)
+        write_versions(folder)
     return found
 
 
@@ -207,7 +216,7 @@ def _restore(run: Run, latest: Path) -> checkpoint.Restored:
     )
     run.step = restored.step
     if run.layout.is_global_leader:
-        discard_samples(run.dir, restored.step)
+        discard_samples(run.dir, restored.step + 1)
         log.info("resuming from %s: %d of %d steps are done", latest, restored.step, run.config.run.steps)
     return restored
 

@@ -57,10 +57,10 @@ def fill_queues(run: Run) -> None:
         for teacher, count in routed.teacher_counts().items():
             run.tally.add(f"teacher/{teacher}", count)
             run.tally.add("teachers", count)
-        rows += _sample_rows(run.step, graded, routed, leader)
+        rows += _sample_rows(run.step + 1, graded, routed, leader)
         rounds += 1
     run.tally.extreme("max:rounds", rounds)
-    leader.sample_log.write(run.step, rows)
+    leader.sample_log.write(run.step + 1, rows)
 
 
 def score(run: Run) -> None:
@@ -88,6 +88,8 @@ def take_batch(run: Run) -> Batch | None:
         orders = gather_objects([g[0].order for g in run.leader.queues.groups()], leaders)
         groups = run.leader.queues.take(oldest(orders, run.config.batching.prompts_per_update))
         totals = _totals(gather_objects(_counts(groups), leaders))
+        for treatment, queue in run.leader.queues.waiting.items():
+            run.tally.add(f"queue/{treatment.value}", len(queue))
     totals = broadcast_object(totals, run.layout.replica_group)
     return Batch(groups=groups, totals=totals) if totals.num_prompts else None
 
@@ -160,6 +162,7 @@ def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
     count = run.config.rollout.prompts_per_step
     prompts, drops = leader.stream.take(leader.cursor, count, run.layout.dp_rank, run.layout.data)
     leader.cursor += count
+    run.tally.extreme("max:epoch", max((prompt.visit for prompt in prompts), default=0))
     run.tally.add("dropped_prompts", drops.prompts)
     run.tally.add("dropped_traces", drops.traces)
     return prompts

@@ -84,7 +84,10 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "data/dropped_prompts": tally["dropped_prompts"],
         "data/dropped_traces": tally["dropped_traces"],
         "gate/hard_without_teacher": tally["hard_without_teacher"],
+        "data/epoch": tally["max:epoch"],
         "queue/stale": tally["stale"],
+        "queue/distil": tally["queue/distil"],
+        "queue/reinforce": tally["queue/reinforce"],
     }
     if tally["graded"]:
         metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}

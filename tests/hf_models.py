@@ -47,7 +47,7 @@ def import_transformers() -> Any:
 
     torchvision's compiled operators link against CUDA and do not load there; its import needs two of them declared.
     """
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None:
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

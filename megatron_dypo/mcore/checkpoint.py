@@ -34,6 +34,8 @@ from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.weights.hf_write import copy_beside
+from megatron_dypo.weights.mcore_io import HF_FOLDER
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _STEP = re.compile(r"step_(\d{6,})")
@@ -60,6 +62,7 @@ def save(
     trainer_state: dict[str, Any],
     leader_state: bytes = b"",
     reference: ReferencePolicy | None = None,
+    hf_path: str | Path | None = None,
     keep: int = 0,
 ) -> Path:
     """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
@@ -68,6 +71,7 @@ def save(
         trainer_state: JSON values; the global leader's counts.
         leader_state: a replica leader's own bytes; other ranks' are ignored.
         reference: π_ref, where resuming cannot rebuild it from the initial weights.
+        hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts alone.
         keep: checkpoints to keep, this one included; 0: all.
     """
     final = Path(root) / f"step_{step:06d}"
@@ -83,6 +87,9 @@ def save(
     header = {"step": step, "num_updates": optimizer.num_updates, "axes": _axes(layout), "trainer": trainer_state}
     if layout.is_global_leader:
         (partial / _STATE).write_text(json.dumps(header, indent=1))
+        if hf_path is not None:
+            (partial / _WEIGHTS / HF_FOLDER).mkdir()
+            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
     dist.barrier()
     _on_leader(layout, lambda: _publish(partial, final, step, keep))
     return final
@@ -221,6 +228,8 @@ def _publish(partial: Path, final: Path, step: int, keep: int) -> None:
         _sync(file)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    for abandoned in final.parent.glob("step_*.tmp"):
+        shutil.rmtree(abandoned)
     tracker = final.parent / TRACKER
     new_tracker = tracker.with_suffix(".tmp")
     new_tracker.write_text(str(step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -95,9 +96,15 @@ def init_layout(config: ParallelConfig, *, timeout_s: float = 1800.0, seed: int 
 
 
 def close(layout: Layout) -> None:
-    """Leave all groups. Collective: every rank calls it, after its last collective."""
+    """Leave all groups. Collective: every rank calls it, after its last collective.
+
+    Called while an exception unwinds, it does nothing: peers may be in any collective, so that waiting for them would
+    hide the error for as long as the timeout; they are freed when this process ends and its sockets close.
+    """
     from megatron.core import parallel_state
 
+    if sys.exc_info()[0] is not None:
+        return
     dist.barrier(group=layout.replica_group)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -53,7 +53,8 @@ def _stub_kernels() -> None:
     sys.modules.setdefault("sgl_kernel", stub)
 
 
-_torchvision_library = _declare_torchvision_operators()
+# A CUDA build of torch on a machine without a GPU loads torchvision's own operators.
+_torchvision_library = _declare_torchvision_operators() if torch.version.cuda is None else None
 _stub_kernels()
 
 

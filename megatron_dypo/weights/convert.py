@@ -69,15 +69,15 @@ def mcore_to_hf(
 ) -> None:
     """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
 
-    Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` left in
-    the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, and ``config.json`` says so.
+    Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` or a
+    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, and ``config.json`` says so.
     The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more.
 
     Raises:
         ValueError: a tensor missing, unknown or misshapen, no reference, ``hf_path`` not vacant. Nothing is written.
     """
     reader = MCoreReader(mcore_path)
-    reference = _reference(mcore_path, hf_reference)
+    reference = _reference(reader, hf_reference)
     arch = load_architecture(reference)
     check_sizes(arch, tensor_parallel, pipeline_parallel)
     reader.check_complete(arch)
@@ -98,8 +98,8 @@ def mcore_to_hf(
         finish_hf_folder(folder, reference)
 
 
-def _reference(mcore_path: Path, hf_reference: Path | None) -> Path:
-    reference = hf_reference if hf_reference is not None else mcore_path / HF_FOLDER
+def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
+    reference = hf_reference if hf_reference is not None else reader.path / HF_FOLDER
     if not (reference / "config.json").is_file():
         raise ValueError(
             f"{reference}: no config.json; --hf-reference must name an HF folder with configuration and tokenizer"

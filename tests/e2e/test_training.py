@@ -90,12 +90,12 @@ def test_each_rollout_batch_comes_from_the_weights_just_pushed(finished):
 def test_samples_show_verdicts_tier_and_version(finished):
     run_dir, _ = finished
     rows = list(read_samples(run_dir))
-    assert {row["step"] for row in rows} == {0, 1, 2}
+    assert {row["step"] for row in rows} == {1, 2, 3}
     for row in rows:
         correct = sum(rollout["is_correct"] for rollout in row["rollouts"])
         assert row["tier"] == {0: "hard", 4: "easy"}.get(correct, "mid")
         assert (row["teacher"] in ("short", "long")) == (row["tier"] == "hard")
-        assert row["policy_version"] == row["step"]
+        assert row["policy_version"] == row["step"] - 1
 
 
 def test_exported_model_is_the_trained_one_and_loads_in_transformers(finished):
@@ -143,7 +143,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint_and_says_so(tmp_path):
     records = read_metrics(run_dir / "metrics.jsonl")
     assert [record["step"] for record in records if record["step"] > 0] == [1, 2, 3, 4]
     assert all(r["train/train_rollout_logprob_abs_diff"] <= MAX_GAP for r in records if r["step"] > saved)
-    assert {row["step"] for row in read_samples(run_dir)} == {0, 1, 2, 3}
+    assert {row["step"] for row in read_samples(run_dir)} == {1, 2, 3, 4}
 
 
 def test_resumed_supervised_training_equals_an_undisturbed_run_bit_for_bit(tmp_path):
@@ -187,7 +187,7 @@ def test_two_replicas_share_prompts_and_work(tmp_path):
     assert metrics[2]["train/train_rollout_logprob_abs_diff"] <= MAX_GAP
     shards = {path.name.split(".")[1] for path in (run_dir / "samples").iterdir()}
     assert shards == {"00000", "00001"}
-    rows = list(read_samples(run_dir, [0]))
+    rows = list(read_samples(run_dir, [1]))
     assert len({row["prompt_id"] for row in rows}) == len(rows)
 
 
