@@ -21,7 +21,10 @@ class Progress(Protocol):
 
 
 class _Lines:
-    """``desc: 12/64 prompts, 3.1/s`` to a stream that is not a terminal, at most once in ``every_s`` seconds."""
+    """``desc: 12/64 prompts, 3.1/s`` to a stream that is not a terminal, at most once in ``every_s`` seconds.
+
+    A task that ends within that time leaves no line, unless it broke off: a log is not to fill with what went well.
+    """
 
     def __init__(self, total: int, desc: str, unit: str, stream: TextIO, every_s: float) -> None:
         self._total, self._desc, self._unit = total, desc, unit
@@ -35,7 +38,9 @@ class _Lines:
             self._print()
 
     def close(self) -> None:
-        self._print()
+        is_short = time.monotonic() - self._start < self._every_s
+        if not is_short or self._done < self._total:
+            self._print()
 
     def _print(self) -> None:
         self._last = time.monotonic()
@@ -64,7 +69,8 @@ def progress(
 ) -> Iterator[Progress]:
     """Show how much of ``total`` ``unit`` (plural, such as ``prompts``) is done and at what rate.
 
-    On a terminal a bar, removed at the end; elsewhere a line at most every ``every_s`` seconds and one at the end.
+    On a terminal a bar, removed at the end; elsewhere a line at most every ``every_s`` seconds and,
+    for a task that took longer than that or broke off, one at the end.
     ``enabled=False`` (ranks other than the first) shows nothing. The default stream is stderr.
 
         with progress(len(prompts), "rollouts", "prompts") as bar:
