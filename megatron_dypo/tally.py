@@ -120,16 +120,6 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, floa
     all_tokens = max(sum(tokens.values()), 1)
     metrics = {
         "train/loss": total["surrogate"] + total["kl"] + total["sft"] + tally["gal_loss_share"],
-        "train/pg_loss": total["surrogate"],
-        "train/sft_loss": total["sft"],
-        "train/kl_loss": total["kl"],
-        "train/sft_nll": _ratio(total["trace_nll"], total["tokens"] - total["rollout_tokens"]),
-        "train/entropy": _ratio(total["entropy"], total["rollout_tokens"]),
-        "train/pg_clipfrac": _ratio(total["clipped"], total["rollout_tokens"]),
-        "train/ppo_kl": _ratio(total["ppo_kl"], total["rollout_tokens"]),
-        "train/train_rollout_logprob_abs_diff": _ratio(total["mismatch_abs"], total["rollout_tokens"]),
-        "train/train_rollout_logprob_abs_diff_max": tally["max:mismatch"],
-        "train/importance_capped_ratio": _ratio(total["importance_capped"], total["rollout_tokens"]),
         "train/num_prompts": totals.num_prompts,
         "train/num_sequences": tally["sequences"],
         "train/num_tokens": tally["tokens"],
@@ -139,12 +129,31 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, floa
         "gate/offline_share_sequences": distil / (distil + reinforce),
         "gate/offline_share_tokens": tokens[Treatment.DISTIL] / all_tokens,
     }
+    if total["rollout_tokens"]:
+        metrics |= _rollout_token_metrics(total)
+        metrics["train/train_rollout_logprob_abs_diff_max"] = tally["max:mismatch"]
+    if total["tokens"] > total["rollout_tokens"]:
+        metrics["train/sft_loss"] = total["sft"]
+        metrics["train/sft_nll"] = total["trace_nll"] / (total["tokens"] - total["rollout_tokens"])
     if tally["gal_groups"]:
         metrics |= {f"gal/{n}": tally.ratio(f"gal/{n}", "gal_groups") for n in ("loss", "eta", "saturation", "margin")}
         metrics["gal/anchor_drift"] = tally.ratio("gal_log_ratio", "gal_members")
     for key in [key for key in tally if key.startswith("teacher/")]:
         metrics[f"{key}/share"] = tally.ratio(key, "teachers")
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _rollout_token_metrics(total: dict[str, float]) -> dict[str, float]:
+    tokens = total["rollout_tokens"]
+    return {
+        "train/pg_loss": total["surrogate"],
+        "train/kl_loss": total["kl"],
+        "train/entropy": total["entropy"] / tokens,
+        "train/pg_clipfrac": total["clipped"] / tokens,
+        "train/ppo_kl": total["ppo_kl"] / tokens,
+        "train/train_rollout_logprob_abs_diff": total["mismatch_abs"] / tokens,
+        "train/importance_capped_ratio": total["importance_capped"] / tokens,
+    }
 
 
 def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
