@@ -8,22 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-def _require(condition: bool, value: str, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{value}: {rule}")
-
-
-def _require_positive(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value > 0, f"{name}={value}", "must be positive")
-
-
-def _require_not_negative(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value >= 0, f"{name}={value}", "must not be negative")
+from megatron_dypo.rules import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +25,7 @@ class RunConfig:
     """False: refuse a run folder that already holds a checkpoint."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "steps")
+        require_positive(self, "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +42,7 @@ class ModelConfig:
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
+        require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +61,16 @@ class ParallelConfig:
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tensor", "pipeline", "context", "expert")
-        _require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
+        require_positive(self, "tensor", "pipeline", "context", "expert")
+        require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
         if self.virtual_pipeline is not None:
-            _require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
-            _require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
-        _require(self.context == 1, f"context={self.context}", "context parallelism is not supported yet")
-        _require(self.expert == 1, f"expert={self.expert}", "expert parallelism is not supported yet")
+            require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
+            require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
+        require(self.context == 1, f"context={self.context}", "context parallelism is not supported yet")
+        require(self.expert == 1, f"expert={self.expert}", "expert parallelism is not supported yet")
         if self.num_processes is not None:
             model_size = self.tensor * self.pipeline * self.context
-            _require(
+            require(
                 self.num_processes > 0 and self.num_processes % model_size == 0,
                 f"num_processes={self.num_processes}",
                 f"must be a multiple of tensor × pipeline × context = {model_size}",
@@ -125,7 +110,7 @@ class DataConfig:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive(self, "max_prompt_tokens", "max_trace_tokens")
+        require_positive(self, "max_prompt_tokens", "max_trace_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +141,8 @@ class ServersConfig:
     start_deadline_s: float = 600.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
-        _require_not_negative(self, "base_gpu")
+        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        require_not_negative(self, "base_gpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,12 +167,12 @@ class RolloutConfig:
     servers: ServersConfig = field(default_factory=ServersConfig)
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
-        _require_positive(
+        require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
+        require_positive(
             self, "prompts_per_step", "max_new_tokens", "max_in_flight", "request_deadline_s", "temperature"
         )
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p}", "must be in (0, 1]")
-        _require_not_negative(self, "retries")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}", "must be in (0, 1]")
+        require_not_negative(self, "retries")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +189,9 @@ class GradingConfig:
     """A rollout that hit the length limit is incorrect whatever it says."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "workers", "deadline_s")
+        require_positive(self, "workers", "deadline_s")
         known = ("math", "exact", "choice")
-        _require(
+        require(
             self.verifier in known or ":" in self.verifier,
             f"verifier={self.verifier!r}",
             f"must be one of {', '.join(known)} or an import path pkg.module:function",
@@ -222,7 +207,7 @@ class ReferenceConfig:
     refresh_every: int = 100
 
     def __post_init__(self) -> None:
-        _require_positive(self, "refresh_every")
+        require_positive(self, "refresh_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,14 +249,14 @@ class ObjectiveConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
-        _require_not_negative(self, "gamma", "kl_coef", "switch_gate", "sft_steps", "clip_low", "clip_high")
-        _require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
-        _require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
+        require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
+        require_not_negative(self, "gamma", "kl_coef", "switch_gate", "sft_steps", "clip_low", "clip_high")
+        require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
+        require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
         if self.dual_clip is not None:
-            _require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
+            require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
         if self.importance_cap is not None:
-            _require(self.importance_cap > 0, f"importance_cap={self.importance_cap}", "must be positive")
+            require(self.importance_cap > 0, f"importance_cap={self.importance_cap}", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +273,8 @@ class BatchingConfig:
     """Queued groups made by weights more than this many versions ago are dropped and counted."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "prompts_per_update", "max_collect_rounds", "tokens_per_microbatch")
-        _require_not_negative(self, "max_staleness")
+        require_positive(self, "prompts_per_update", "max_collect_rounds", "tokens_per_microbatch")
+        require_not_negative(self, "max_staleness")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,12 +297,12 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "lr", "eps")
-        _require_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
-        _require(self.min_lr <= self.lr, f"min_lr={self.min_lr}", f"must not exceed lr={self.lr}")
+        require_positive(self, "lr", "eps")
+        require_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        require(self.min_lr <= self.lr, f"min_lr={self.min_lr}", f"must not exceed lr={self.lr}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name}={value}", "must be in [0, 1)")
+            require(0 <= value < 1, f"{name}={value}", "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +319,7 @@ class WeightsConfig:
     """A push that takes longer fails on all ranks."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "bucket_mb", "deadline_s")
+        require_positive(self, "bucket_mb", "deadline_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +332,7 @@ class CheckpointConfig:
     """Checkpoints to keep; 0: all."""
 
     def __post_init__(self) -> None:
-        _require_not_negative(self, "every", "keep")
+        require_not_negative(self, "every", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,8 +348,8 @@ class EvalConfig:
     max_prompts: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "samples")
-        _require_not_negative(self, "every", "temperature")
+        require_positive(self, "samples")
+        require_not_negative(self, "every", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,7 +363,7 @@ class LoggingConfig:
     """Groups a step whose rollouts are written to ``samples/``; 0: all."""
 
     def __post_init__(self) -> None:
-        _require_not_negative(self, "samples_per_step")
+        require_not_negative(self, "samples_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,4 +394,4 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        _require(bool(self.data.prompts), "data.prompts=()", "name at least one JSONL or Parquet file")
+        require(bool(self.data.prompts), "data.prompts=()", "name at least one JSONL or Parquet file")
