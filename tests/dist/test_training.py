@@ -31,6 +31,7 @@ def rank_observe(path: str, root: str) -> dict[str, Any]:
         seen[name] = {
             "swap": _swap(new(distributed=distributed)),
             "uninterrupted": _train(new(distributed=distributed)),
+            "overlapped": _train(new(distributed=distributed, overlap_grad_reduce=True)),
             "nan": _train_on_nan(new(distributed=distributed)),
             "bfloat16": _resume(lambda d=distributed: new(distributed=d, dtype="bfloat16"), f"{root}/{name}", layout),
         }
@@ -120,6 +121,12 @@ def test_a_swap_leaves_no_trace_in_training(seen, optimizer) -> None:
     steps, weights = seen[optimizer]["uninterrupted"]
     assert seen[optimizer]["swap"]["went on"][0] == steps[2:]
     assert_same(seen[optimizer]["swap"]["went on"][1], weights)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_overlapped_reduction_changes_no_update(seen, optimizer) -> None:
+    assert seen[optimizer]["overlapped"][0] == seen[optimizer]["uninterrupted"][0]
+    assert_same(seen[optimizer]["overlapped"][1], seen[optimizer]["uninterrupted"][1])
 
 
 def test_the_distributed_optimizer_makes_the_same_updates(seen) -> None:

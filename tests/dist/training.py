@@ -79,7 +79,14 @@ def start(
         **{"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "eps": 1e-5, **optimizer}
     )
     arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, recompute=recompute)
-    chunks = build_model(arch, model, parallel, layout, distributed_optimizer=config.distributed)
+    chunks = build_model(
+        arch,
+        model,
+        parallel,
+        layout,
+        distributed_optimizer=config.distributed,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+    )
     load_initial_weights(chunks, model, arch, layout)
     return Session(layout, arch, chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=8))
 

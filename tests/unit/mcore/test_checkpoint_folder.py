@@ -27,6 +27,12 @@ def test_a_partial_checkpoint_is_never_the_latest(tmp_path):
     assert checkpoint.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
+def test_publishing_clears_what_a_crash_left(tmp_path):
+    checkpoint._make_empty(tmp_path / "step_000007.tmp")
+    publish(tmp_path, 10)
+    assert names(tmp_path) == ["step_000010"]
+
+
 def test_a_published_folder_is_whole_and_tracked(tmp_path):
     publish(tmp_path, 10)
     assert names(tmp_path) == ["step_000010"]

@@ -1,0 +1,85 @@
+"""Groups of a real world, and how a rank leaves it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import pytest
+
+from tests.dist.spawn import RankError, run_ranks
+
+
+def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    layout = init_layout(ParallelConfig(**axes))
+    replica = torch.tensor([layout.rank])
+    dist.broadcast(replica, src=layout.leader_rank, group=layout.replica_group)
+    leaders = None
+    if layout.leaders_group is not None:
+        parts = [torch.zeros(1, dtype=torch.int64) for _ in range(layout.data)]
+        dist.all_gather(parts, torch.tensor([layout.rank]), group=layout.leaders_group)
+        leaders = torch.cat(parts).tolist()
+    close(layout)
+    return {
+        "leader": replica.item(),
+        "leaders": leaders,
+        "ranks": layout.replica_ranks,
+        "dp_rank": layout.dp_rank,
+        "last_stage": layout.is_last_stage,
+        "last_stage_rank": layout.last_stage_rank,
+        "is_leader": (layout.is_replica_leader, layout.is_global_leader),
+    }
+
+
+def rank_with_a_fault() -> None:
+    import torch.distributed as dist
+
+    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    with contextlib.ExitStack() as stack:
+        layout = init_layout(ParallelConfig(tensor=2))
+        stack.callback(close, layout)
+        if layout.rank == 1:
+            raise ValueError("the answer column is missing")
+        dist.barrier(group=layout.tp_group)
+
+
+def rank_too_few() -> str:
+    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.parallel.layout import init_layout
+
+    with pytest.raises(ValueError, match="world_size") as error:
+        init_layout(ParallelConfig(tensor=2))
+    return str(error.value)
+
+
+def test_pp2_dp2_has_two_replicas_with_a_leader_each() -> None:
+    seen = run_ranks(4, rank_layout, {"pipeline": 2})
+    assert [s["ranks"] for s in seen] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert [s["dp_rank"] for s in seen] == [0, 1, 0, 1]
+    assert [s["leader"] for s in seen] == [0, 1, 0, 1]
+    assert [s["leaders"] for s in seen] == [[0, 1], [0, 1], None, None]
+    assert [s["is_leader"] for s in seen] == [(True, True), (True, False), (False, False), (False, False)]
+    assert [s["last_stage"] for s in seen] == [False, False, True, True]
+    assert [s["last_stage_rank"] for s in seen] == [2, 3, 2, 3]
+
+
+def test_a_fault_on_one_rank_ends_the_job_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(RankError, match="ValueError: the answer column is missing"):
+        run_ranks(2, rank_with_a_fault, deadline_s=200)
+    assert time.monotonic() - started < 150
+
+
+def test_a_world_that_the_axes_do_not_divide_is_refused() -> None:
+    assert run_ranks(1, rank_too_few) == [
+        "world_size=1: must be a multiple of tensor × pipeline × context = 2 × 1 × 1 = 2"
+    ]
