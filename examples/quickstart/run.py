@@ -13,9 +13,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from model import write_model
@@ -25,8 +25,8 @@ from task import draw_problems, write_problems
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 DEFAULT_OUT = Path("runs/quickstart")
+DEFAULT_SEED = 1
 
-SEED = 1
 HELDOUT = {0: 40, 1: 80, 2: 140, 3: 140}
 WARMUP = {0: 8000, 1: 8000}
 TRAIN = {0: 400, 1: 800, 2: 1400, 3: 1400}
@@ -36,18 +36,23 @@ TRAIN = {0: 400, 1: 800, 2: 1400, 3: 1400}
 class Stages:
     """Which stages are complete and how long each took, kept in a file, so that a second call goes on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seed: int) -> None:
+        """Raises ValueError when the folder holds a quickstart of another seed."""
         self._path = path
-        self._record: dict[str, dict[str, float | bool]] = json.loads(path.read_text()) if path.is_file() else {}
+        self._state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "stages": {}}
+        if self._state["seed"] != seed:
+            raise ValueError(
+                f"--seed {seed}: {path} is of seed {self._state['seed']}; choose another --out or remove it"
+            )
 
     @property
     def seconds(self) -> float:
         """Time of all stages, those of earlier calls and broken-off ones included."""
-        return sum(float(stage["seconds"]) for stage in self._record.values())
+        return sum(float(stage["seconds"]) for stage in self._state["stages"].values())
 
     def run(self, name: str, action: Callable[[], None]) -> None:
         """Run a stage unless it is complete."""
-        stage = self._record.setdefault(name, {"seconds": 0.0, "complete": False})
+        stage = self._state["stages"].setdefault(name, {"seconds": 0.0, "complete": False})
         if stage["complete"]:
             print(f"\n== {name}: done before ({stage['seconds']:.0f} s)", flush=True)
             return
@@ -58,12 +63,12 @@ class Stages:
             stage["complete"] = True
         finally:
             stage["seconds"] = float(stage["seconds"]) + time.monotonic() - start
-            write_json(self._path, self._record)
+            write_json(self._path, self._state)
 
 
-def make_inputs(out: Path) -> None:
+def make_inputs(out: Path, seed: int) -> None:
     """Problems for the warm start, for DYPO and held-out ones, all different; and a random model."""
-    rng = random.Random(SEED)
+    rng = random.Random(seed)
     heldout = draw_problems(HELDOUT, rng)
     train = draw_problems(TRAIN, rng, exclude=heldout)
     warmup = draw_problems(WARMUP, rng, exclude=[*heldout, *train])
@@ -71,14 +76,15 @@ def make_inputs(out: Path) -> None:
         path = out / "data" / f"{name}.jsonl"
         write_problems(path, problems)
         print(f"{path}: {len(problems)} problems, the first is {problems[0].prompt}")
-    count = write_model(out / "model", SEED)
+    count = write_model(out / "model", seed)
     print(f"{out / 'model'}: a random Qwen3 of {count:,} parameters and its tokenizer")
 
 
-def overrides(out: Path, stage: str) -> list[str]:
-    """What a config of this folder must be told when the results go to another place."""
+def overrides(out: Path, seed: int, stage: str) -> list[str]:
+    """What a config of this folder must be told when the place of the results, or the seed, is not the usual one."""
+    seeds = [f"run.seed={seed}"] if seed != DEFAULT_SEED else []
     if out == DEFAULT_OUT:
-        return []
+        return seeds
     paths = {
         "warmup": [f"model.hf_path={out}/model", f"data.prompts=[{out}/data/warmup.jsonl]"],
         "dypo": [
@@ -87,7 +93,7 @@ def overrides(out: Path, stage: str) -> list[str]:
             f"eval.prompts=[{out}/data/heldout.jsonl]",
         ],
     }
-    return [f"run.dir={out}/{stage}", *paths[stage]]
+    return [f"run.dir={out}/{stage}", *paths[stage], *seeds]
 
 
 def command(*arguments: str) -> None:
@@ -98,10 +104,6 @@ def command(*arguments: str) -> None:
         sys.exit(
             f"megatron-dypo {arguments[0]} ended with status {finished.returncode}; run the quickstart again to go on"
         )
-
-
-def train(out: Path, stage: str, extra: Sequence[str]) -> None:
-    command("train", str(HERE / f"{stage}.yaml"), *overrides(out, stage), *extra)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -137,16 +139,21 @@ def main(
     out: Annotated[
         Path, typer.Option(help="Folder for everything that is made, from the repository root.")
     ] = DEFAULT_OUT,
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and runs.")] = DEFAULT_SEED,
     extra: Annotated[
         list[str] | None, typer.Argument(help="section.key=value … for the DYPO run.", show_default=False)
     ] = None,
 ) -> None:
     """Train a tiny model with DYPO from start to end."""
     folder = ROOT / out
-    stages = Stages(folder / "stages.json")
-    stages.run("data and model", lambda: make_inputs(folder))
-    stages.run("warm start: supervised training on additions with no or one carry", lambda: train(out, "warmup", ()))
-    stages.run("DYPO on additions with up to three carries", lambda: train(out, "dypo", extra or ()))
+    stages = Stages(folder / "stages.json", seed)
+
+    def train(stage: str, *more: str) -> None:
+        command("train", str(HERE / f"{stage}.yaml"), *overrides(out, seed, stage), *more)
+
+    stages.run("data and model", lambda: make_inputs(folder, seed))
+    stages.run("warm start: supervised training on additions with no or one carry", lambda: train("warmup"))
+    stages.run("DYPO on additions with up to three carries", lambda: train("dypo", *(extra or ())))
     stages.run("report", lambda: command("report", str(out / "dypo")))
     summary = summarize(folder / "dypo" / "metrics.jsonl", eval_set="heldout", seconds=stages.seconds)
     write_json(folder / "summary.json", summary.as_json())
@@ -154,4 +161,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -63,7 +63,7 @@ def test_wilson_interval_is_where_the_normal_test_is_just_not_significant(succes
 
 def test_a_complete_stage_is_not_repeated_and_its_time_still_counts(tmp_path: Path) -> None:
     calls: list[str] = []
-    first = run.Stages(tmp_path / "stages.json")
+    first = run.Stages(tmp_path / "stages.json", seed=1)
     first.run("one", lambda: calls.append("one"))
 
     def broken_off() -> None:
@@ -73,7 +73,7 @@ def test_a_complete_stage_is_not_repeated_and_its_time_still_counts(tmp_path: Pa
     with pytest.raises(SystemExit):
         first.run("two", broken_off)
 
-    second = run.Stages(tmp_path / "stages.json")
+    second = run.Stages(tmp_path / "stages.json", seed=1)
     assert second.seconds == first.seconds
     second.run("one", lambda: calls.append("one again"))
     second.run("two", lambda: calls.append("two"))
@@ -81,9 +81,15 @@ def test_a_complete_stage_is_not_repeated_and_its_time_still_counts(tmp_path: Pa
     assert second.seconds > first.seconds
 
 
+def test_a_folder_of_another_seed_is_refused(tmp_path: Path) -> None:
+    run.Stages(tmp_path / "stages.json", seed=1).run("one", lambda: None)
+    with pytest.raises(ValueError, match=r"--seed 2: .* is of seed 1"):
+        run.Stages(tmp_path / "stages.json", seed=2)
+
+
 def test_inputs_are_disjoint_and_the_same_each_time(tmp_path: Path) -> None:
-    run.make_inputs(tmp_path / "a")
-    run.make_inputs(tmp_path / "b")
+    run.make_inputs(tmp_path / "a", seed=1)
+    run.make_inputs(tmp_path / "b", seed=1)
     prompts = {}
     for name in ("warmup", "train", "heldout"):
         text = (tmp_path / "a" / "data" / f"{name}.jsonl").read_text()
@@ -97,9 +103,10 @@ def test_inputs_are_disjoint_and_the_same_each_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["warmup", "dypo"])
 def test_configs_are_valid_and_fit_the_folder_that_the_script_fills(stage: str, tmp_path: Path) -> None:
     path = run.ROOT / run.HERE / f"{stage}.yaml"
-    assert run.overrides(run.DEFAULT_OUT, stage) == []
+    assert run.overrides(run.DEFAULT_OUT, run.DEFAULT_SEED, stage) == []
     config = load_config(path)
-    moved = load_config(path, run.overrides(tmp_path, stage))
+    moved = load_config(path, run.overrides(tmp_path, 7, stage))
+    assert moved.run.seed == 7
     for name in ("run.dir", "model.hf_path", "data.prompts", "eval.prompts"):
         section, field = name.split(".")
         here, there = (getattr(getattr(tree, section), field) for tree in (config, moved))
