@@ -16,9 +16,6 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +27,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_dypo.mcore import rng
+from megatron_dypo.mcore.checkpoint_folder import find_latest as find_latest
+from megatron_dypo.mcore.checkpoint_folder import folder_of, make_partial, partial_of, publish
+from megatron_dypo.mcore.checkpoint_folder import step_of as step_of
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
@@ -37,8 +37,6 @@ from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_STEP = re.compile(r"step_(\d{6,})")
 _WEIGHTS, _REFERENCE, _STATE = "mcore", "reference", "trainer_state.json"
 
 
@@ -74,9 +72,10 @@ def save(
         hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts alone.
         keep: checkpoints to keep, this one included; 0: all.
     """
-    final = Path(root) / f"step_{step:06d}"
-    partial = final.with_suffix(".tmp")
-    _on_leader(layout, lambda: _make_empty(partial))
+    final = folder_of(root, step)
+    partial = partial_of(final)
+    parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
+    _on_leader(layout, lambda: make_partial(final, parts))
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
     dist_checkpointing.save(state, str(partial / _WEIGHTS))
     if reference is not None:
@@ -84,14 +83,14 @@ def save(
             dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
     if layout.is_replica_leader:
         (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
-    header = {"step": step, "num_updates": optimizer.num_updates, "axes": _axes(layout), "trainer": trainer_state}
     if layout.is_global_leader:
+        header = _header(step, optimizer, layout) | {"trainer": trainer_state}
         (partial / _STATE).write_text(json.dumps(header, indent=1))
         if hf_path is not None:
             (partial / _WEIGHTS / HF_FOLDER).mkdir()
             copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
     dist.barrier()
-    _on_leader(layout, lambda: _publish(partial, final, step, keep))
+    _on_leader(layout, lambda: publish(final, keep=keep))
     return final
 
 
@@ -111,14 +110,19 @@ def load(
         reference: filled from the checkpoint if that has one, else left as it is.
 
     Raises:
-        ValueError: not a whole checkpoint, or one without what this run needs.
+        ValueError: not a whole checkpoint, or one of another kind of optimizer.
     """
     path = Path(path)
     header = _read_header(path)
+    if header["optimizer"] != optimizer.kind:
+        raise ValueError(
+            f"{path}: holds the state of a {header['optimizer']}, this run has a {optimizer.kind}: "
+            "keep model.dtype and optimizer.distributed as they were"
+        )
     if reference is not None and (path / _REFERENCE).is_dir():
         load_weights(path / _REFERENCE, chunks)
         reference.capture()
-    same_axes = header["axes"] == _axes(layout)
+    same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
     loaded = dist_checkpointing.load(state, str(path / _WEIGHTS))
     _fill(chunks, loaded)
@@ -128,22 +132,6 @@ def load(
         rng.restore(loaded["rng"])
     leaders = [file.read_bytes() for file in sorted(path.glob("leader_*.bin"))]
     return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
-
-
-def find_latest(root: str | Path) -> Path | None:
-    """The newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost."""
-    root = Path(root)
-    if (root / TRACKER).is_file():
-        tracked = root / f"step_{int((root / TRACKER).read_text()):06d}"
-        if tracked.is_dir():
-            return tracked
-    steps = _steps(root)
-    return steps[-1] if steps else None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a folder that :func:`find_latest` found."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
@@ -197,8 +185,14 @@ def _whole_state(
     return state
 
 
-def _axes(layout: Layout) -> list[int]:
-    return [layout.tensor, layout.pipeline]
+def _header(step: int, optimizer: PolicyOptimizer, layout: Layout) -> dict[str, Any]:
+    return {
+        "step": step,
+        "num_updates": optimizer.num_updates,
+        "optimizer": optimizer.kind,
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+    }
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -208,48 +202,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _on_leader(layout: Layout, action: Callable[[], None]) -> None:
+def _on_leader(layout: Layout, action: Callable[[], object]) -> None:
     if layout.is_global_leader:
         action()
     dist.barrier()
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for part in (_WEIGHTS, _REFERENCE):
-        (folder / part).mkdir(parents=True)
-
-
-def _publish(partial: Path, final: Path, step: int, keep: int) -> None:
-    """Sync the partial folder to disk, give it its name, move the tracker, prune."""
-    if not any((partial / _REFERENCE).iterdir()):
-        (partial / _REFERENCE).rmdir()
-    for file in [*partial.rglob("*"), partial]:
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for abandoned in final.parent.glob("step_*.tmp"):
-        shutil.rmtree(abandoned)
-    tracker = final.parent / TRACKER
-    new_tracker = tracker.with_suffix(".tmp")
-    new_tracker.write_text(str(step))
-    _sync(new_tracker)
-    new_tracker.replace(tracker)
-    _sync(final.parent)
-    others = [folder for folder in _steps(final.parent) if folder != final]
-    for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
-        shutil.rmtree(old)
-
-
-def _steps(root: Path) -> list[Path]:
-    """Whole checkpoints, by step."""
-    found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,6 +43,11 @@ class PolicyOptimizer:
         self._chunks = chunks
         self._scheduler = scheduler
 
+    @property
+    def kind(self) -> str:
+        """Class of Megatron's optimizer, which decides what a checkpoint holds."""
+        return type(self.megatron.chained_optimizers[0]).__name__
+
     def zero_grad(self) -> None:
         """Clear the gradients, before the forward-backward passes of an update."""
         for chunk in self._chunks:
@@ -99,7 +104,11 @@ def build_optimizer(
         use_distributed_optimizer=config.distributed,
     )
     megatron = get_megatron_optimizer(settings, list(chunks))
-    scheduler = OptimizerParamScheduler(
+    return PolicyOptimizer(chunks, megatron, _scheduler(megatron, config, total_steps))
+
+
+def _scheduler(megatron: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
         megatron,
         init_lr=0.0,
         max_lr=config.lr,
@@ -112,4 +121,3 @@ def build_optimizer(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return PolicyOptimizer(chunks, megatron, scheduler)

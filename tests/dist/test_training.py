@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,7 +34,12 @@ def rank_observe(path: str, root: str) -> dict[str, Any]:
             "uninterrupted": _train(new(distributed=distributed)),
             "overlapped": _train(new(distributed=distributed, overlap_grad_reduce=True)),
             "nan": _train_on_nan(new(distributed=distributed)),
-            "bfloat16": _resume(lambda d=distributed: new(distributed=d, dtype="bfloat16"), f"{root}/{name}", layout),
+            "bfloat16": _resume(
+                functools.partial(new, distributed=distributed, dtype="bfloat16"),
+                functools.partial(new, distributed=not distributed, dtype="bfloat16"),
+                f"{root}/{name}",
+                layout,
+            ),
         }
     close(layout)
     return seen
@@ -75,7 +81,7 @@ def _train_on_nan(session: Session) -> dict[str, Any]:
     return {"ok": result.ok, "norm": result.grad_norm, "before": before, "after": refused, "next": session.train(2, 2)}
 
 
-def _resume(new: Any, root: str, layout: Any) -> Any:
+def _resume(new: Any, other: Any, root: str, layout: Any) -> Any:
     from megatron_dypo.mcore import checkpoint
 
     session = new()
@@ -85,7 +91,10 @@ def _resume(new: Any, root: str, layout: Any) -> Any:
     uninterrupted = session.train(2, 3), session.weights()
     session = new()
     checkpoint.load(folder, chunks=session.chunks, optimizer=session.optimizer, layout=layout)
-    return uninterrupted, (session.train(2, 3), session.weights())
+    resumed = session.train(2, 3), session.weights()
+    with pytest.raises(ValueError, match=r"keep model\.dtype and optimizer\.distributed as they were"):
+        checkpoint.load(folder, chunks=session.chunks, optimizer=other().optimizer, layout=layout)
+    return uninterrupted, resumed
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,19 @@
 
 import pytest
 
-from megatron_dypo.mcore import checkpoint
+from megatron_dypo.mcore import checkpoint, checkpoint_folder
 
 
 def publish(root, step, keep=0):
-    partial = root / f"step_{step:06d}.tmp"
-    checkpoint._make_empty(partial)
+    final = checkpoint_folder.folder_of(root, step)
+    partial = checkpoint_folder.make_partial(final, ("mcore",))
     (partial / "trainer_state.json").write_text("{}")
-    checkpoint._publish(partial, root / f"step_{step:06d}", step, keep)
+    checkpoint_folder.publish(final, keep=keep)
+
+
+def crash(root, step):
+    """A save that never came to its end."""
+    checkpoint_folder.make_partial(checkpoint_folder.folder_of(root, step), ("mcore",))
 
 
 def names(root):
@@ -17,18 +22,18 @@ def names(root):
 
 
 def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
-    assert checkpoint.find_latest(tmp_path) is None
-    assert checkpoint.find_latest(tmp_path / "missing") is None
+    assert checkpoint_folder.find_latest(tmp_path) is None
+    assert checkpoint_folder.find_latest(tmp_path / "missing") is None
 
 
 def test_a_partial_checkpoint_is_never_the_latest(tmp_path):
     publish(tmp_path, 10)
-    checkpoint._make_empty(tmp_path / "step_000020.tmp")
-    assert checkpoint.find_latest(tmp_path) == tmp_path / "step_000010"
+    crash(tmp_path, 20)
+    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
 def test_publishing_clears_what_a_crash_left(tmp_path):
-    checkpoint._make_empty(tmp_path / "step_000007.tmp")
+    crash(tmp_path, 7)
     publish(tmp_path, 10)
     assert names(tmp_path) == ["step_000010"]
 
@@ -37,21 +42,21 @@ def test_a_published_folder_is_whole_and_tracked(tmp_path):
     publish(tmp_path, 10)
     assert names(tmp_path) == ["step_000010"]
     assert sorted(p.name for p in (tmp_path / "step_000010").iterdir()) == ["mcore", "trainer_state.json"]
-    assert (tmp_path / checkpoint.TRACKER).read_text() == "10"
+    assert (tmp_path / checkpoint_folder.TRACKER).read_text() == "10"
 
 
 def test_the_tracker_outranks_the_highest_step(tmp_path):
     publish(tmp_path, 10)
     publish(tmp_path, 20)
-    (tmp_path / checkpoint.TRACKER).write_text("10")
-    assert checkpoint.find_latest(tmp_path) == tmp_path / "step_000010"
+    (tmp_path / checkpoint_folder.TRACKER).write_text("10")
+    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
 def test_without_a_tracker_the_highest_step_counts(tmp_path):
     for step in (9, 10, 1_000_000):
         publish(tmp_path, step)
-    (tmp_path / checkpoint.TRACKER).unlink()
-    assert checkpoint.find_latest(tmp_path) == tmp_path / "step_1000000"
+    (tmp_path / checkpoint_folder.TRACKER).unlink()
+    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_1000000"
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [10, 20, 30]), (1, [30]), (2, [20, 30]), (5, [10, 20, 30])])
