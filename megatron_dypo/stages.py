@@ -134,9 +134,7 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
     with run.timings.measure("update_actor"):
         run.optimizer.zero_grad()
         with progress(len(rows), "update", "microbatches", enabled=run.layout.is_global_leader) as bar:
-            sums = loss_pass(
-                run.chunks, rows, cfg=run.config.objective, layout=run.layout, vocab_size=run.arch.vocab_size, bar=bar
-            )
+            sums = loss_pass(run.chunks, rows, cfg=run.config.objective, bar=bar)
         applied = run.optimizer.step()
     sums = sums.to(device()) * (run.layout.tp_rank == 0)
     dist.all_reduce(sums)
@@ -209,7 +207,6 @@ def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None
         broadcast_samples(bare, run.layout.replica_group),
         layout=run.layout,
         budget=run.config.batching.tokens_per_microbatch,
-        vocab_size=run.arch.vocab_size,
     )
 
 

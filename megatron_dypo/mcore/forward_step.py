@@ -15,10 +15,8 @@ from torch import Tensor
 
 from megatron_dypo.config import ObjectiveConfig
 from megatron_dypo.mcore.attention import packed_seq_params
-from megatron_dypo.objective.logprobs import vocab_parallel_logprobs
 from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
 from megatron_dypo.parallel.device import device
-from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.progress import Progress
 from megatron_dypo.types import Microbatch
 
@@ -70,8 +68,6 @@ def loss_pass(
     microbatches: Sequence[Microbatch],
     *,
     cfg: ObjectiveConfig,
-    layout: Layout,
-    vocab_size: int,
     bar: Progress | None = None,
 ) -> Tensor:
     """Forward and backward over all microbatches; gradients end in the DDP buffers, summed over replicas.
@@ -82,8 +78,8 @@ def loss_pass(
         [len(STATISTICS)] float64 sums over this replica's tokens on the last pipeline stage, zeros elsewhere.
     """
 
-    def loss(batch: DeviceMicrobatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logp_N, entropy_N = _response_logprobs(batch, logits, layout, vocab_size)
+    def loss(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logp_N, entropy_N = output
         value, sums = token_loss(logp_N, entropy_N, batch.inputs, cfg)
         return value, torch.tensor(1, dtype=torch.int), sums
 
@@ -91,25 +87,14 @@ def loss_pass(
     return sum(reports, start=torch.zeros(len(STATISTICS), dtype=torch.float64, device=device())).cpu()
 
 
-def logprob_pass(
-    chunks: Sequence[Any], microbatches: Sequence[Microbatch], *, layout: Layout, vocab_size: int
-) -> list[Tensor]:
+def logprob_pass(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> list[Tensor]:
     """Forward only: [N] fp32 log-probs of each microbatch's response tokens; [] off the last pipeline stage."""
 
-    def collect(batch: DeviceMicrobatch, logits: Tensor, non_loss_data: bool) -> Tensor:
-        return _response_logprobs(batch, logits, layout, vocab_size)[0].float().cpu()
+    def collect(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> Tensor:
+        return output[0].cpu()
 
     with torch.no_grad():
         return _run(chunks, microbatches, collect, forward_only=True)
-
-
-def _response_logprobs(
-    batch: DeviceMicrobatch, logits: Tensor, layout: Layout, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Logits [1, T, V/tp] of the whole row → log-prob and entropy of its response tokens."""
-    return vocab_parallel_logprobs(
-        logits[0].index_select(0, batch.response_N), batch.targets_N, vocab_size=vocab_size, group=layout.tp_group
-    )
 
 
 def _run(
@@ -120,11 +105,18 @@ def _run(
     forward_only: bool,
     bar: Progress | None = None,
 ) -> list[Any]:
-    """Megatron's schedule for this layout; ``finish(batch, logits)`` runs on the last stage."""
+    """Megatron's schedule for this layout; ``finish(batch, (logp_N, entropy_N))`` runs on the last stage."""
 
-    def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
-        output = model(batch.tokens_1T, batch.positions_1T, None, packed_seq_params=batch.packed)
+        output = model(
+            batch.tokens_1T,
+            batch.positions_1T,
+            None,
+            packed_seq_params=batch.packed,
+            labels=batch.targets_N,
+            loss_mask=batch.response_N,
+        )
         return output, partial(finish, batch)
 
     batches = [to_device(batch) for batch in microbatches]

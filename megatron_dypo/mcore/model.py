@@ -1,4 +1,4 @@
-"""The policy: Megatron's GPTModel for an HF architecture, one wrapped chunk for each virtual pipeline stage.
+"""The policy: a GPTModel of Megatron's for an HF architecture, one wrapped chunk for each virtual pipeline stage.
 
 Order of building: :func:`build_model`, :func:`load_initial_weights`, and only then the optimizer, which copies the
 parameters into its fp32 main parameters.
@@ -7,9 +7,10 @@ Forward of a chunk on one packed row of T tokens::
 
     output = chunk(tokens_1T, positions_1T, None, packed_seq_params=packed_seq_params(cu_seqlens_S))
 
-On the last stage ``output`` is the logits [1, T, V/tp], fp32, this rank's slice of the padded vocabulary; on other
-stages the hidden states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, where tp must divide T). Rows of
-one batch may differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
+On the last stage ``output`` is the logits [1, T, V/tp], fp32, this rank's slice of the padded vocabulary, or with labels
+the log-probs of response tokens (:class:`~megatron_dypo.mcore.policy_model.PolicyModel`); on other stages the hidden
+states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, where tp must divide T). Rows of one batch may
+differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -33,6 +33,7 @@ from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import checkpoint
 from megatron_dypo.mcore.chunks import DTYPES, named_global_parameters
 from megatron_dypo.mcore.features import Features, layer_spec, probe
+from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
@@ -100,28 +101,8 @@ def transformer_config(
     """Megatron's configuration of the architecture under these axes."""
     dtype = DTYPES[model.dtype]
     interleaved = parallel.virtual_pipeline is not None
-    fused = device.on_gpu()
     return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_key_value_heads,
-        kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        # Weights are loaded, so nothing is drawn. perform_initialization=False would do that too, but leaves parameters
-        # without their tensor-parallel marks, and gradient norms are then wrong.
-        init_method=_leave_as_is,
-        output_layer_init_method=_leave_as_is,
-        embedding_init_method=_leave_as_is,
+        **_sizes(arch),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -137,8 +118,8 @@ def transformer_config(
         # Interleaving with batched p2p gives wrong gradients without an error; 1F1B knows no overlap.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
+        bias_activation_fusion=device.on_gpu(),
+        bias_dropout_fusion=device.on_gpu(),
         masked_softmax_fusion=False,
         apply_rope_fusion=features.transformer_engine,
         gradient_accumulation_fusion=features.grad_accumulation_fusion,
@@ -164,11 +145,12 @@ def load_initial_weights(
 
 def _build_chunk(
     arch: Architecture, config: TransformerConfig, features: Features, layout: Layout, stage: int
-) -> GPTModel:
-    chunk = GPTModel(
+) -> PolicyModel:
+    chunk = PolicyModel(
         config,
         layer_spec(arch, features),
         vocab_size=arch.padded_vocab_size(layout.tensor),
+        num_tokens=arch.vocab_size,
         max_sequence_length=arch.max_position_embeddings,
         pre_process=layout.is_first_stage and stage == 0,
         post_process=layout.is_last_stage and stage == layout.virtual_pipeline - 1,
@@ -180,6 +162,31 @@ def _build_chunk(
     ).to(device.device())
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(device.device())
     return chunk
+
+
+def _sizes(arch: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights are loaded, so nothing is drawn. perform_initialization=False would do that too, but leaves parameters
+        # without their tensor-parallel marks, and gradient norms are then wrong.
+        "init_method": _leave_as_is,
+        "output_layer_init_method": _leave_as_is,
+        "embedding_init_method": _leave_as_is,
+    }
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:

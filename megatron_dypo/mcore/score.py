@@ -27,7 +27,7 @@ def round_up_microbatches(count: int, layout: Layout) -> int:
 
 
 def sequence_logprobs(
-    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int, vocab_size: int
+    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int
 ) -> list[Floats] | None:
     """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
 
@@ -45,7 +45,7 @@ def sequence_logprobs(
     length = row_length(lengths, bins, row_alignment(layout))
     rows = [pack(samples, members, length) for members in bins]
     set_training(chunks, False)
-    parts = logprob_pass(chunks, rows, layout=layout, vocab_size=vocab_size)
+    parts = logprob_pass(chunks, rows)
     set_training(chunks, True)
     flat = _to_leader(torch.cat(parts) if parts else None, sum(s.num_response_tokens for s in samples), layout)
     if flat is None:

@@ -49,7 +49,7 @@ def _scored(chunks, groups, layout, arch):
 
     mine = [g for g in groups if g[0].order % layout.data == layout.dp_rank]
     flat = [s for g in mine for s in g]
-    logps = sequence_logprobs(chunks, flat, layout=layout, budget=48, vocab_size=arch.vocab_size)
+    logps = sequence_logprobs(chunks, flat, layout=layout, budget=48)
     if logps is None:
         return None
     scored = iter(
@@ -84,7 +84,7 @@ def _gradients(chunks, scored, cfg, count, layout, arch):
     rows = [pack(samples, members, row_length(lengths, bins, layout.tensor)) for members in bins]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    loss_pass(chunks, rows, cfg=cfg, layout=layout, vocab_size=arch.vocab_size)
+    loss_pass(chunks, rows, cfg=cfg)
     grads = [(name, p.main_grad) for name, p in named_global_parameters(chunks)]
     tensors = iter_hf_tensors(grads, arch, layout.tp_rank, layout.tensor, layout.tp_group)
     return {name: tensor.numpy().copy() for name, tensor in tensors}

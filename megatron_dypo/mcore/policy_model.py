@@ -1,0 +1,87 @@
+"""GPTModel whose last stage can answer with log-probs of response tokens, and never makes the logits of a whole row.
+
+Shape legend: T tokens of a packed row, N its response tokens, H hidden size, V vocabulary entries on this rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_dypo.objective.fused_logprobs import GradientSink, fused_logprobs
+
+# The one method that PolicyModel overrides (models/gpt/gpt_model.py:559 of 0.16.1), and what it takes from its caller.
+_TAKEN = {"hidden_states", "labels", "loss_mask"}
+_missing = _TAKEN - inspect.signature(GPTModel._postprocess).parameters.keys()
+if _missing:
+    raise ImportError(
+        f"megatron-core=={megatron.core.__version__}: GPTModel._postprocess has no {sorted(_missing)}, which PolicyModel "
+        "takes from it; it is written for 0.16"
+    )
+
+
+class PolicyModel(GPTModel):
+    """Hidden states → log-probs of the response tokens; prompts and padding cost nothing after the last layer.
+
+    ``model(tokens_1T, positions_1T, None, labels=targets_N, loss_mask=response_N, ...)``, where ``response_N`` are
+    positions in the row and ``targets_N`` the token ids to be scored there, answers on the last stage with
+    ``(logp_N, entropy_N)``, fp32 (``entropy_N`` is None in eval mode). Without labels, and on other stages, it is
+    GPTModel. Under Megatron's DDP the gradient of the output weight is accumulated in its ``main_grad``.
+    """
+
+    def __init__(self, *args: Any, num_tokens: int, **kwargs: Any) -> None:
+        """
+        Args:
+            num_tokens: entries of the real vocabulary; GPTModel's ``vocab_size`` is the padded one.
+        """
+        super().__init__(*args, **kwargs)
+        self._num_tokens = num_tokens
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        hidden_NH = hidden_states[:, 0].index_select(0, loss_mask)
+        if not self.config.sequence_parallel:
+            hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)
+        is_tied = self.share_embeddings_and_output_weights
+        weight_VH = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+        return fused_logprobs(
+            hidden_NH,
+            weight_VH,
+            labels,
+            vocab_size=self._num_tokens,
+            group=group,
+            with_entropy=self.training,
+            sink=_main_grad_sink(weight_VH, is_embedding=is_tied and self.pre_process),
+        )
+
+
+def _main_grad_sink(weight_VH: Tensor, *, is_embedding: bool) -> GradientSink | None:
+    """Into DDP's fp32 buffer, under the convention of Megatron's own fused weight gradients.
+
+    DDP's hook (distributed_data_parallel.py:427-448) adds ``param.grad`` unless ``grad_added_to_main_grad``, and with
+    overlap wants some ``param.grad`` to be there. A parameter that is the embedding too has the embedding's, which the
+    hook must add (``zero_out_wgrad``); any other gets memory that nobody reads.
+    """
+    main_grad = getattr(weight_VH, "main_grad", None)
+    if main_grad is None or main_grad.dtype != torch.float32:
+        return None
+
+    def done() -> Tensor | None:
+        if is_embedding:
+            return None
+        weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(weight_VH)
+
+    return GradientSink(total_VH=main_grad, done=done)

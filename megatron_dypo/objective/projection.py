@@ -1,0 +1,65 @@
+"""Matmuls with the rows of an output weight, accumulated in fp32 or fp64 whatever the weight's type. Pure.
+
+Shape legend: R rows of a chunk, V vocabulary entries on this rank, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Projection:
+    """An output weight as the operand of three matmuls: logits, gradient of the hidden states, its own gradient.
+
+    A weight in bf16 or fp16 is multiplied as it is on an accelerator (its matmuls accumulate and answer in fp32) and
+    block by block as fp32 on a CPU, where a matmul of bf16 answers in bf16.
+    """
+
+    def __init__(self, weight_VH: Tensor, dtype: torch.dtype, scratch_bytes: int) -> None:
+        """
+        Args:
+            weight_VH: [V, H].
+            dtype: of logits and gradients, fp32 or fp64.
+            scratch_bytes: bound on the converted copy of a block; at least one row of the weight is converted.
+        """
+        self.dtype = dtype
+        self._weight_VH = weight_VH
+        is_narrow = weight_VH.dtype in (torch.bfloat16, torch.float16)
+        self._operand = weight_VH.dtype if is_narrow and weight_VH.device.type != "cpu" else dtype
+        self._width = len(weight_VH)
+        if weight_VH.dtype != dtype:
+            self._width = max(1, scratch_bytes // (weight_VH.shape[1] * dtype.itemsize))
+
+    def logits(self, hidden_RH: Tensor, scale: float, out_RV: Tensor) -> None:
+        """out = scale · hidden @ weightᵀ."""
+        hidden_RH = hidden_RH.to(self._operand)
+        for columns, block_BH in self._blocks():
+            _addmm(out_RV[:, columns], hidden_RH, block_BH.t(), beta=0, alpha=scale)
+
+    def backward(self, grad_RV: Tensor, hidden_RH: Tensor, weight_grad_VH: Tensor | None) -> Tensor:
+        """grad @ weight [R, H]; and weight_grad += gradᵀ @ hidden, where one is wanted."""
+        hidden_RH = hidden_RH.to(self._operand)
+        total_RH = torch.zeros(hidden_RH.shape, dtype=self.dtype, device=hidden_RH.device)
+        for columns, block_BH in self._blocks():
+            block_RB = grad_RV[:, columns].to(self._operand)
+            _addmm(total_RH, block_RB, block_BH)
+            if weight_grad_VH is not None:
+                _addmm(weight_grad_VH[columns], block_RB.t(), hidden_RH)
+        return total_RH
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self._weight_VH), self._width):
+            # Not beyond the last row: the gradient may have further rows, of padding.
+            columns = slice(start, min(start + self._width, len(self._weight_VH)))
+            yield columns, self._weight_VH[columns].to(self._operand)
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> None:
+    """total = beta·total + alpha·(a @ b) in place; the operands may be narrower than the total."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
+    else:
+        torch.addmm(total, a, b, total.dtype, beta=beta, alpha=alpha, out=total)

@@ -1,0 +1,212 @@
+"""Fused log-probs against float64 ``log_softmax`` of whole logits, in one process."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dypo.objective.fused_logprobs import GradientSink, fused_logprobs
+
+HIDDEN = 24
+ONE_ROW = 1
+"""A memory budget that holds less than one row."""
+THREE_ROWS = int(3 * 16 * 4 / 0.75)
+EVERYTHING = 2**20
+
+
+def logits_as_hidden(logits_NV):
+    """Hidden states and a weight whose product is exactly these logits."""
+    return logits_NV.clone(), torch.eye(logits_NV.shape[1])
+
+
+def projected(g, num_rows=7, size=1.0):
+    return size * torch.randn(num_rows, HIDDEN, generator=g), torch.randn(16, HIDDEN, generator=g)
+
+
+CASES = {
+    "random": projected,
+    "peaked": lambda g: projected(g, size=20.0),
+    "one row": lambda g: projected(g, num_rows=1),
+    "huge": lambda g: logits_as_hidden((torch.rand(7, 16, generator=g) - 0.5) * 2e4),
+    "one-hot": lambda g: logits_as_hidden(torch.eye(16)[:7] * 1e4),
+    "near one-hot": lambda g: logits_as_hidden(torch.eye(16)[:7] * 8 - 1e4),
+    "ties": lambda g: logits_as_hidden(torch.full((7, 16), 1e4)),
+}
+
+
+def reference(hidden_NH, weight_VH, targets_N, coef_N, vocab_size, temperature=1.0):
+    """float64: log-probs, entropy, gradients of Σ coef·logp by hidden and weight; padding masked with −inf."""
+    hidden, weight = (t.detach().double().requires_grad_() for t in (hidden_NH, weight_VH))
+    logits = hidden @ weight.t() / temperature
+    is_padding = torch.arange(len(weight)) >= vocab_size
+    logp_NV = logits.masked_fill(is_padding, float("-inf")).log_softmax(dim=-1)
+    entropy_N = -(logp_NV.exp() * logp_NV.masked_fill(is_padding, 0.0)).sum(-1)
+    logp_N = logp_NV.gather(1, targets_N[:, None])[:, 0]
+    (logp_N * coef_N.double()).sum().backward()
+    return logp_N.detach(), entropy_N.detach(), hidden.grad, weight.grad
+
+
+def run(hidden_NH, weight_VH, targets_N, coef_N, **options):
+    hidden, weight = hidden_NH.detach().requires_grad_(), weight_VH.detach().requires_grad_()
+    logp_N, entropy_N = fused_logprobs(hidden, weight, targets_N, **options)
+    (logp_N * coef_N).sum().backward()
+    return logp_N.detach(), entropy_N, hidden.grad, weight.grad
+
+
+def relative_error(ours, expected):
+    """Of the largest entry; absolute where all entries are below one."""
+    if not expected.numel():
+        return 0.0
+    return float((ours.double() - expected).abs().max() / max(float(expected.abs().max()), 1.0))
+
+
+def gradient_error(ours, expected):
+    """Of the largest entry, however small; where float64 has exact zeros (saturated softmax) so must we."""
+    largest = float(expected.abs().max())
+    error = float((ours.double() - expected).abs().max())
+    return error / largest if largest > 1e-300 else error
+
+
+@pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
+@pytest.mark.parametrize("vocab_size", [16, 13])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_float64_log_softmax(name, vocab_size, budget):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = CASES[name](g)
+    targets = torch.randint(0, vocab_size, (len(hidden),), generator=g)
+    coef = torch.randn(len(hidden), generator=g)
+    expected = reference(hidden, weight, targets, coef, vocab_size)
+    logp, entropy, hidden_grad, weight_grad = run(
+        hidden, weight, targets, coef, vocab_size=vocab_size, memory_budget=budget
+    )
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert relative_error(logp, expected[0]) <= 1e-6
+    assert relative_error(entropy, expected[1]) <= 1e-6
+    assert gradient_error(hidden_grad, expected[2]) <= 1e-5
+    assert gradient_error(weight_grad, expected[3]) <= 1e-5
+    assert (weight_grad[vocab_size:] == 0).all()
+
+
+def test_log_prob_of_a_sure_token_keeps_its_digits_beside_large_logits():
+    logits = torch.full((1, 16), -1e4)
+    logits[0, 3] += 12.0  # exactly representable; log π = −log(1 + 15·e⁻¹²)
+    logp, _ = fused_logprobs(*logits_as_hidden(logits), torch.tensor([3]), vocab_size=16)
+    assert float(logp[0]) == pytest.approx(-np.log1p(15 * np.exp(-12.0)), rel=1e-2)
+
+
+@pytest.mark.parametrize("budget", [ONE_ROW, EVERYTHING])
+def test_no_response_tokens_still_reach_the_graph(budget):
+    hidden, weight = torch.zeros(0, HIDDEN), torch.randn(16, HIDDEN)
+    nothing = torch.zeros(0, dtype=torch.long)
+    logp, entropy, hidden_grad, weight_grad = run(
+        hidden, weight, nothing, torch.zeros(0), vocab_size=16, memory_budget=budget
+    )
+    assert logp.shape == entropy.shape == (0,)
+    assert hidden_grad.shape == (0, HIDDEN)
+    assert (weight_grad == 0).all()
+
+
+def test_temperature_divides_the_logits():
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = projected(g)
+    targets, coef = torch.arange(7), torch.randn(7, generator=g)
+    expected = reference(hidden, weight, targets, coef, 16, temperature=0.7)
+    results = run(hidden, weight, targets, coef, vocab_size=16, temperature=0.7, memory_budget=THREE_ROWS)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert gradient_error(ours, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
+@pytest.mark.parametrize("hidden_type", [torch.bfloat16, torch.float32])
+def test_bf16_weights_are_multiplied_and_accumulated_in_fp32(hidden_type, budget):
+    g = torch.Generator().manual_seed(2)
+    hidden, weight = projected(g)
+    hidden, weight = hidden.to(hidden_type), weight.bfloat16()
+    targets, coef = torch.arange(7), torch.randn(7, generator=g)
+    expected = reference(hidden, weight, targets, coef, 13)
+    logp, entropy, hidden_grad, weight_grad = run(hidden, weight, targets, coef, vocab_size=13, memory_budget=budget)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert relative_error(logp, expected[0]) <= 1e-6
+    assert relative_error(entropy, expected[1]) <= 1e-6
+    # Only the final rounding of each gradient to its own type.
+    assert (hidden_grad.dtype, weight_grad.dtype) == (hidden_type, torch.bfloat16)
+    assert gradient_error(hidden_grad, expected[2]) <= (2**-8 if hidden_type is torch.bfloat16 else 1e-5)
+    assert gradient_error(weight_grad, expected[3]) <= 2**-8
+
+
+def test_float64_stays_float64():
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = (t.double() for t in projected(g))
+    targets, coef = torch.arange(7), torch.randn(7, generator=g)
+    expected = reference(hidden, weight, targets, coef, 16)
+    for ours, theirs in zip(run(hidden, weight, targets, coef, vocab_size=16), expected, strict=True):
+        assert ours.dtype == torch.float64
+        assert gradient_error(ours, theirs) <= 1e-13
+
+
+@pytest.mark.parametrize("weight_type", [torch.float32, torch.bfloat16])
+def test_a_sink_takes_the_sum_of_all_microbatches_in_fp32(weight_type):
+    g = torch.Generator().manual_seed(4)
+    hidden, weight = projected(g)
+    weight = weight.to(weight_type).requires_grad_()
+    targets, coef = torch.arange(7), torch.randn(7, generator=g)
+    expected = reference(hidden, weight, targets, coef, 13)[3]
+    main_grad, calls = torch.zeros(16, HIDDEN), []
+    sink = GradientSink(total_VH=main_grad, done=lambda: calls.append("done"))
+    for rows in (slice(0, 4), slice(4, 7)):
+        logp, _ = fused_logprobs(
+            hidden[rows], weight, targets[rows], vocab_size=13, memory_budget=THREE_ROWS, sink=sink
+        )
+        (logp * coef[rows]).sum().backward()
+    assert weight.grad is None
+    assert calls == ["done", "done"]
+    assert gradient_error(main_grad, expected) <= 1e-5
+
+
+def test_frozen_weights_get_no_gradient():
+    hidden, weight = projected(torch.Generator().manual_seed(5))
+    hidden.requires_grad_()
+    fused_logprobs(hidden, weight, torch.arange(7), vocab_size=16)[0].sum().backward()
+    assert weight.grad is None
+    assert hidden.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("budget", [ONE_ROW, EVERYTHING])
+def test_a_second_backward_pass_gives_the_same_gradient(budget):
+    hidden, weight = projected(torch.Generator().manual_seed(6))
+    weight.requires_grad_()
+    logp, _ = fused_logprobs(hidden, weight, torch.arange(7), vocab_size=16, memory_budget=budget)
+    first, second = (torch.autograd.grad(logp.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7)
+
+
+def test_without_entropy_there_is_none_and_the_rest_is_the_same():
+    hidden, weight = projected(torch.Generator().manual_seed(7))
+    targets, coef = torch.arange(7), torch.ones(7)
+    logp, entropy, *grads = run(hidden, weight, targets, coef, vocab_size=16, with_entropy=False)
+    expected_logp, _, *expected_grads = run(hidden, weight, targets, coef, vocab_size=16)
+    assert entropy is None
+    assert torch.equal(logp, expected_logp)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected_grads, strict=True))
+
+
+def test_a_target_outside_the_real_vocabulary_has_no_probability():
+    hidden, weight = projected(torch.Generator().manual_seed(8))
+    logp, _ = fused_logprobs(hidden, weight, torch.tensor([0, 12, 13, 15, 16, -1, 1]), vocab_size=13)
+    assert torch.isneginf(logp).tolist() == [False, False, True, True, True, True, False]
+
+
+def test_logits_of_all_rows_never_exist():
+    """Peak of what torch allocates, over a budget that holds an eighth of the logits."""
+    num_rows, width = 512, 4096
+    hidden, weight = torch.randn(num_rows, 8), torch.randn(width, 8, requires_grad=True)
+    targets, budget = torch.arange(num_rows), num_rows * width * 4 // 8
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        logp, _ = fused_logprobs(hidden, weight, targets, vocab_size=width, memory_budget=budget)
+        logp.sum().backward()
+    allocated = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    small = 3 * width * 8 * 4 + 32 * num_rows * 4
+    assert budget // 2 < peak <= budget + small
