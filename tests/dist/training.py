@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ class Session:
 
         mine = rows(update)[self.layout.dp_rank :: self.layout.data]
         return get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward, self),
+            forward_step_func=_forward,
             data_iterator=[iter(mine) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(mine),
@@ -91,19 +90,24 @@ def start(
     return Session(layout, arch, chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=8))
 
 
-def _forward(session: Session, iterator: Any, chunk: Any) -> Any:
+def _forward(iterator: Any, chunk: Any) -> Any:
     from megatron_dypo.mcore.attention import packed_seq_params
-    from megatron_dypo.objective.logprobs import vocab_parallel_logprobs
 
     tokens = torch.tensor(next(iterator))[None]
     boundaries = torch.tensor(np.cumsum([0, *LENGTHS]))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    output = chunk(tokens, positions, None, packed_seq_params=packed_seq_params(boundaries))
+    everywhere = torch.arange(tokens.shape[1])
+    output = chunk(
+        tokens,
+        positions,
+        None,
+        packed_seq_params=packed_seq_params(boundaries),
+        labels=tokens[0].roll(-1),
+        loss_mask=everywhere,
+    )
 
-    def loss(logits_1TV: torch.Tensor) -> Any:
-        targets, group = tokens[0].roll(-1), session.layout.tp_group
-        logp_T, _ = vocab_parallel_logprobs(logits_1TV[0], targets, vocab_size=VOCAB, group=group)
-        total = -logp_T.sum() / (NUM_ROWS * len(targets))
+    def loss(scored: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        total = -scored[0].sum() / (NUM_ROWS * len(everywhere))
         return total, torch.tensor(1, dtype=torch.int), total.detach().clone()
 
     return output, loss
