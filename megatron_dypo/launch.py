@@ -57,6 +57,9 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> int:
     from megatron_dypo.logs import set_up_logging
 
     set_up_logging(config.run.dir)
+    from megatron_dypo.mcore.features import shield_imports
+
+    shield_imports()  # before anything imports Megatron
     from megatron_dypo.train import train
 
     train(config)

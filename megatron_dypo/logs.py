@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
@@ -28,8 +27,6 @@ def set_up_logging(run_dir: str | Path) -> None:
     logger.handlers[:] = handlers
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # Each rank would say the same of every optional part; mcore.features says once which parts are in use.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
 
 
 class _TerminalHandler(logging.Handler):

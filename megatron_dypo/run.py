@@ -21,7 +21,7 @@ from megatron_dypo.config_io import changed_lines, dump_config
 from megatron_dypo.data.prompts import PromptDataset, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.mcore import checkpoint
+from megatron_dypo.mcore import checkpoint, features
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
@@ -186,6 +186,8 @@ def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[Server
 
 def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
     arch = load_architecture(config.model.hf_path)
+    if layout.is_global_leader:
+        log.info("%s", features.probe())
     chunks = build_model(
         arch,
         config.model,
