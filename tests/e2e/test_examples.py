@@ -1,0 +1,74 @@
+"""The examples as their READMEs say to run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_dypo.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(*command, deadline_s):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=deadline_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path):
+    example = REPOSITORY / "examples" / "gsm8k_tiny"
+    run(example / "prepare.py", "--tokenizer", "sentencepiece", "--out", tmp_path / "input", deadline_s=120)
+    overrides = [
+        f"run.dir={tmp_path}/run",
+        f"model.hf_path={tmp_path}/input/model",
+        f"data.prompts=[{tmp_path}/input/data/train.jsonl]",
+        f"eval.prompts=[{tmp_path}/input/data/test.jsonl]",
+        "run.steps=3",
+        "eval.max_prompts=8",
+    ]
+    run("-m", "megatron_dypo.cli", "train", example / "dypo.yaml", *overrides, deadline_s=420)
+    steps = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"]]
+    assert len(steps) == 3
+    assert steps[-1]["train/sft_nll"] < steps[0]["train/sft_nll"]
+    assert {name for record in steps for name in record if name.startswith("teacher/")} == {
+        "teacher/solutions/share",
+        "teacher/calculations/share",
+    }
+    assert (tmp_path / "run" / "hf" / "tokenizer.model").is_file()
+
+
+def test_the_papers_setting_passes_a_dry_run():
+    config = REPOSITORY / "examples" / "qwen2_5_math_7b" / "dypo.yaml"
+    resolved = yaml.safe_load(run("-m", "megatron_dypo.cli", "train", config, "--dry-run", deadline_s=60))
+    assert resolved["rollout"]["group_size"] == 8
+    assert resolved["objective"]["alpha"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path):
+    out = tmp_path / "quickstart"
+    printed = run(REPOSITORY / "examples" / "quickstart" / "run.py", "--out", out, deadline_s=1700)
+    summary = json.loads((out / "summary.json").read_text())
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    assert after >= 2 * before > 0
+    assert summary["accuracy_after_interval"][0] > before
+    assert summary["tiers_last"]["hard"] < summary["tiers_first"]["hard"]
+    assert all(summary["tiers_first"][tier] > 0 for tier in ("easy", "mid", "hard"))
+    assert summary["overhead"] <= 0.05
+    assert summary["seconds"] <= 12 * 60
+    assert "held-out accuracy" in printed
