@@ -119,6 +119,8 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Servers that run already; empty: start ``count`` of them."""
+    router: str | None = None
+    """A router in front of ``urls``: requests go to it, pushes of weights still to each server."""
     count: int = 1
     tensor_parallel: int = 1
     """SGLang's ``--tp-size`` of each server."""
@@ -142,6 +144,7 @@ class ServersConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         require_not_negative(self, "base_gpu")
 
 

@@ -281,8 +281,9 @@ def _connect(
     config = run.config
     if run.leader:
         tokenizer = run.leader.tokenizer
+        router = config.rollout.servers.router
         run.leader.client = SGLangClient(
-            urls,
+            (router,) if router else urls,
             api_key,
             cfg=config.rollout,
             decode=lambda tokens: tokenizer.decode(tokens.tolist()),

@@ -60,6 +60,7 @@ def test_changed_lines_name_old_and_new_value(write):
         ("objective.length_normalization=mean", "objective.length_normalization='mean'"),
         ("rollout.servers.prot=1", "rollout.servers.prot: unknown key; did you mean rollout.servers.port?"),
         ("model.hf_path=", "model.hf_path=None"),
+        ("rollout.servers.router=http://r:1", "router='http://r:1': needs urls"),
         ("alpha", "must have the form section.key=value"),
     ],
 )
