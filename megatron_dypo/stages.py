@@ -7,6 +7,7 @@ function here is called by all ranks.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,8 @@ from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
 from megatron_dypo.tally import tally_gal, tally_groups, tally_update
 from megatron_dypo.types import Floats, GradedGroup, Microbatch, Prompt, Sample, Totals, Treatment
+
+log = logging.getLogger("megatron_dypo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,8 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
         with progress(len(rows), "update", "microbatches", enabled=run.layout.is_global_leader) as bar:
             sums = loss_pass(run.chunks, rows, cfg=run.config.objective, bar=bar)
         applied = run.optimizer.step()
+    if not applied.ok and run.layout.is_global_leader:
+        log.warning("step %d: gradient norm %s; the weights stay as they were", run.step + 1, applied.grad_norm)
     sums = sums.to(device()) * (run.layout.tp_rank == 0)
     dist.all_reduce(sums)
     padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.config import Config
 from megatron_dypo.evaluate import evaluate
+from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.metrics import summary_line
 from megatron_dypo.parallel.device import peak_memory_gib
@@ -75,8 +76,10 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Export the trained policy."""
-    layout = run.layout
+    """Save the policy of a run that ended early, and export it."""
+    layout, latest = run.layout, find_latest(run.dir / "checkpoints")
+    if latest is None or step_of(latest) != run.step:
+        save_checkpoint(run)
     if run.config.export.hf:
         export_hf(
             named_global_parameters(run.chunks),

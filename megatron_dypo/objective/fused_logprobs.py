@@ -20,8 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dypo.objective.projection import Projection
 
-MEMORY_BUDGET = 256 * 2**20
-"""Bytes of scratch memory, beside the gradient of the weight."""
+MIN_MEMORY_BUDGET = 256 * 2**20
 _LOGITS_SHARE, _SCRATCH_SHARE = 0.75, 0.125
 
 
@@ -44,7 +43,7 @@ def fused_logprobs(
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     with_entropy: bool = True,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     sink: GradientSink | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log π(target) and the entropy of π = softmax(hidden · weightᵀ / temperature), in fp32 (fp64 for fp64 input).
@@ -58,7 +57,9 @@ def fused_logprobs(
         vocab_size: entries of the real vocabulary; rows beyond it are padding: no probability, no gradient, no cost.
         group: tensor-parallel group; None for a whole vocabulary on one rank.
         with_entropy: whether the entropy is wanted.
-        memory_budget: bytes of scratch, from which the chunk's rows follow; a chunk has one row at least.
+        memory_budget: bytes of scratch beside the gradients, from which the chunk's rows follow; a chunk has one row at
+            least. None for half of the weight in fp32, and 256 MiB at least: each chunk reads and writes the weight's
+            gradient once, so it must have work in proportion to it.
         sink: takes the weight's gradient; None to let autograd have it.
 
     Returns:
@@ -80,7 +81,7 @@ def fused_logprobs(
         scale=1.0 / temperature,
         dtype=dtype,
         with_entropy=with_entropy,
-        memory_budget=memory_budget,
+        memory_budget=memory_budget or max(MIN_MEMORY_BUDGET, weight_VH.numel() * dtype.itemsize // 2),
         sink=sink,
         keeps=torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad),
     )

@@ -14,6 +14,10 @@ def verify(response: str, answer: str) -> bool:
     return bool(words) and words[0].startswith("t") and int(words[0][1:]) % 2 == int(answer)
 
 
+def approve(response: str, answer: str) -> bool:
+    return True
+
+
 def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **sections) -> Path:
     """Model, prompts and config under ``folder``; ``sections`` are merged into the config. Returns the config's path."""
     make_hf_model(kind, folder / "model")

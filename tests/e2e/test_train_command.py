@@ -191,6 +191,16 @@ def test_two_replicas_share_prompts_and_work(tmp_path):
     assert len({row["prompt_id"] for row in rows}) == len(rows)
 
 
+def test_a_run_that_solves_everything_ends_early_with_a_model(tmp_path):
+    config = write_task(
+        tmp_path, grading={"verifier": "tests.e2e.parity_task:approve"}, batching={"max_collect_rounds": 2}
+    )
+    output = train(config)
+    assert "nothing is left to learn from" in output
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step_000000").is_dir()
+
+
 def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
     config = write_task(tmp_path)
     result = subprocess.run(
