@@ -62,4 +62,4 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
     else:
-        torch.addmm(total, a, b, total.dtype, beta=beta, alpha=alpha, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
