@@ -38,7 +38,7 @@ def train(
         return
     if notes:
         raise ValueError("\n".join(notes))
-    raise SystemExit(launch(resolved, config, overrides or []))
+    launch(resolved, config, overrides or [])
 
 
 @app.command()

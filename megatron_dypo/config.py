@@ -362,10 +362,13 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "megatron_dypo"
+    summary_every: int = 1
+    """Steps between summary lines in the log."""
     samples_per_step: int = 0
     """Groups a step whose rollouts are written to ``samples/``; 0: all."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "summary_every")
         require_not_negative(self, "samples_per_step")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
@@ -48,12 +50,14 @@ def num_processes(config: Config) -> int:
     return parallel.num_processes or parallel.tensor * parallel.pipeline * parallel.context
 
 
-def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> int:
+def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
     """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if "RANK" not in os.environ and num_processes(config) > 1:
-        return _start_local_ranks(num_processes(config), config_path, overrides)
+        _become_local_ranks(num_processes(config), config_path, overrides)
+    if "RANK" in os.environ:
+        _end_with_parent()
     from megatron_dypo.logs import set_up_logging
 
     set_up_logging(config.run.dir)
@@ -63,10 +67,18 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> int:
     from megatron_dypo.train import train
 
     train(config)
-    return 0
 
 
-def _start_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> int:
+def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> NoReturn:
+    """Turn this process into torchrun, so that a signal to it reaches the ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
-    return subprocess.run(command, check=False).returncode
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def _end_with_parent() -> None:
+    """A rank whose torchrun was killed ends too, instead of training on unseen (Linux, ``prctl(2)``)."""
+    set_parent_death_signal = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -64,7 +64,7 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
     reference = config.objective.reference
     if run.reference and reference.mode == "refreshed" and run.step % reference.refresh_every == 0:
         run.reference.capture()
-    if run.layout.is_global_leader:
+    if run.layout.is_global_leader and (is_last or run.step % config.logging.summary_every == 0):
         log.info(summary_line(run.step, metrics))
     if is_last or (config.eval.every and run.step % config.eval.every == 0):
         metrics |= evaluate(run)

@@ -134,8 +134,8 @@ def test_a_killed_run_continues_from_its_last_checkpoint_and_says_so(tmp_path):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.communicate(timeout=240)  # until ranks and servers have closed their ends of the pipe: none outlives it
     saved = int(tracker.read_text())
 
     output = train(config)
