@@ -272,11 +272,13 @@ class BatchingConfig:
     """Rounds of collection after which an update is made with what the queues hold."""
     tokens_per_microbatch: int = 16384
     """Packing budget of one microbatch; a longer sequence gets a microbatch of its own."""
+    row_multiple: int = 1
+    """Tokens that a rank holds of a packed row come in multiples of this: 16 for FP8 matmuls, 32 for MXFP8."""
     max_staleness: int = 4
     """Queued groups made by weights more than this many versions ago are dropped and counted."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "prompts_per_update", "max_collect_rounds", "tokens_per_microbatch")
+        require_positive(self, "prompts_per_update", "max_collect_rounds", "tokens_per_microbatch", "row_multiple")
         require_not_negative(self, "max_staleness")
 
 

@@ -41,6 +41,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/num_response_tokens", "tokens", "tokens in this update that enter the loss"),
     Metric("train/num_microbatches", "microbatches", "microbatches of this update on one data-parallel rank"),
     Metric("train/padding_ratio", "fraction", "positions of the microbatches that are padding"),
+    Metric(
+        "train/flops_imbalance",
+        "fraction",
+        "largest share of the update's FLOPs on a replica over the mean one, less 1",
+    ),
     Metric("train/staleness", "versions", "mean age of the weights that made this update's samples"),
     Metric("rollout/reward", "", "mean shaped reward of the rollouts"),
     Metric("rollout/accuracy", "fraction", "rollouts that the verifier found correct"),

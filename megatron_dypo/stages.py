@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
-from megatron_dypo.batching.pack import bins_first_fit, pack, plan_microbatches, row_length
+from megatron_dypo.batching.flops import sequence_cost
+from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
 from megatron_dypo.batching.queues import oldest, without_arrays
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.score import round_up_microbatches, row_alignment, sequence_logprobs
+from megatron_dypo.mcore.score import round_up_microbatches, sequence_logprobs
 from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
@@ -27,7 +28,7 @@ from megatron_dypo.progress import progress
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
-from megatron_dypo.tally import tally_gal, tally_groups, tally_update
+from megatron_dypo.tally import tally_gal, tally_groups, tally_update, tally_work
 from megatron_dypo.types import Floats, GradedGroup, Microbatch, Prompt, Sample, Totals, Treatment
 
 log = logging.getLogger("megatron_dypo")
@@ -131,9 +132,12 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
     Returns:
         The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``), and optimizer metrics.
     """
-    samples = balance(weighed, run.leader.group) if run.leader else None
+    cost = sequence_cost(run.arch, run.config.model.recompute)
+    samples = balance(weighed, run.leader.group, cost.of) if run.leader else None
     samples = broadcast_samples(samples, run.layout.replica_group)
-    rows = _pack(run, samples)
+    costs = [cost.of(sample) for sample in samples]
+    tally_work(run.tally, sum(costs))
+    rows = _pack(run, samples, costs)
     with run.timings.measure("update_actor"):
         run.optimizer.zero_grad()
         with progress(len(rows), "update", "microbatches", enabled=run.layout.is_global_leader) as bar:
@@ -212,6 +216,7 @@ def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None
         broadcast_samples(bare, run.layout.replica_group),
         layout=run.layout,
         budget=run.config.batching.tokens_per_microbatch,
+        row_multiple=run.config.batching.row_multiple,
     )
 
 
@@ -234,11 +239,13 @@ def _totals(counts: Sequence[dict[str, tuple[int, int, int]]]) -> Totals:
     )
 
 
-def _pack(run: Run, samples: Sequence[Sample]) -> list[Microbatch]:
-    """Rows of one length, as many on every replica."""
-    lengths, budget = [len(s.tokens) for s in samples], run.config.batching.tokens_per_microbatch
-    count = torch.tensor([len(bins_first_fit(lengths, budget))], device=device())
+def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
+    """Rows of about equal work, as many on every replica; each as long as what it holds, but for the alignment."""
+    lengths, batching = [len(s.tokens) for s in samples], run.config.batching
+    budget = batching.tokens_per_microbatch
+    count = torch.tensor([num_microbatches(lengths, budget=budget, costs=costs)], device=device())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(int(count), run.layout))
-    length = row_length(lengths, bins, row_alignment(run.layout))
-    return [pack(samples, members, length) for members in bins]
+    equal = round_up_microbatches(int(count), run.layout)
+    bins = plan_microbatches(lengths, budget=budget, count=equal, costs=costs)
+    multiple = alignment(run.layout.tensor, run.layout.context, batching.row_multiple)
+    return [pack(samples, members, row_length(lengths, [members], multiple)) for members in bins]

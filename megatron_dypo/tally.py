@@ -78,6 +78,13 @@ def tally_update(tally: Tally, samples: Sequence[Sample], version: int) -> None:
             tally.extreme("max:mismatch", float(abs(sample.old_logp - sample.rollout_logp).max()))
 
 
+def tally_work(tally: Tally, flops: float) -> None:
+    """Count the work of one replica's update (see ``batching.flops``)."""
+    tally.add("replicas")
+    tally.add("flops", flops)
+    tally.extreme("max:flops", flops)
+
+
 def rollout_metrics(tally: Tally) -> dict[str, float]:
     """What collection and grading counted; nothing for a step without rollouts."""
     metrics = {
@@ -129,6 +136,8 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, floa
         "gate/offline_share_sequences": distil / (distil + reinforce),
         "gate/offline_share_tokens": tokens[Treatment.DISTIL] / all_tokens,
     }
+    if tally["flops"]:
+        metrics["train/flops_imbalance"] = tally["max:flops"] * tally["replicas"] / tally["flops"] - 1
     if total["rollout_tokens"]:
         metrics |= _rollout_token_metrics(total)
         metrics["train/train_rollout_logprob_abs_diff_max"] = tally["max:mismatch"]

@@ -1,19 +1,19 @@
 """Samples move: between replicas, so that each has the same work, and from a replica's leader to its other ranks.
 
 All traffic is on CPU control groups, in safetensors bytes. Nothing is gathered that only one reader needs: what every
-rank learns of every sample is its length.
+rank learns of every sample is its cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.pack import bins_balanced
+from megatron_dypo.batching.bins import bins_balanced
 from megatron_dypo.batching.queues import dump_samples, load_samples
 from megatron_dypo.types import Sample
 
@@ -36,17 +36,24 @@ def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
     return box[0]
 
 
-def balance(samples: Sequence[Sample], leaders: dist.ProcessGroup) -> list[Sample]:
-    """Give each replica an equal share of the tokens; called on every leader with the samples that it holds.
+def num_tokens(sample: Sample) -> float:
+    """The work that a sample is, where that of its attention does not matter."""
+    return float(len(sample.tokens))
 
-    The assignment is computed the same everywhere from the lengths alone. The result is ordered by
+
+def balance(
+    samples: Sequence[Sample], leaders: dist.ProcessGroup, cost: Callable[[Sample], float] = num_tokens
+) -> list[Sample]:
+    """Give each replica an equal share of the work; called on every leader with the samples that it holds.
+
+    The assignment is computed the same everywhere from the costs alone. The result is ordered by
     (order, member), so it does not depend on who held what.
     """
     if leaders.size() == 1:
         return sorted(samples, key=_key)
-    lengths = gather_objects([(*_key(s), len(s.tokens)) for s in samples], leaders)
-    listing = sorted(row for rows in lengths for row in rows)
-    bins = bins_balanced([float(length) for *_, length in listing], leaders.size())
+    costs = gather_objects([(*_key(s), cost(s)) for s in samples], leaders)
+    listing = sorted(row for rows in costs for row in rows)
+    bins = bins_balanced([work for *_, work in listing], leaders.size())
     owner = {tuple(listing[i][:2]): replica for replica, members in enumerate(bins) for i in members}
     outgoing: list[list[Sample]] = [[] for _ in range(leaders.size())]
     for sample in samples:

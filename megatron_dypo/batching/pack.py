@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_dypo.batching.bins import bins_best_fit, bins_within
 from megatron_dypo.types import Floats, Microbatch, Sample, TokenWeights, Treatment
 
 
-def bins_first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices into ``lengths``, each bin at most ``budget`` (a longer one is alone)."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        slot = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
-        if slot is None:
-            bins.append([])
-            room.append(budget)
-            slot = len(bins) - 1
-        bins[slot].append(index)
-        room[slot] -= lengths[index]
-    return bins
+def alignment(tensor: int, context: int, granule: int = 1) -> int:
+    """What the length of a packed row must be a multiple of.
+
+    Each rank holds ``T / context`` tokens in attention and matmuls, and ``T / (context · tensor)`` in between under
+    sequence parallelism; a sequence is cut into ``2 · context`` pieces (zig-zag), of which a rank takes two.
+
+    Args:
+        granule: tokens of one rank come in multiples of this: 1, or what low-precision matmuls need (16 for FP8, 32 for
+            MXFP8, 128 for blockwise FP8).
+    """
+    return math.lcm(tensor * context * granule, 2 * context if context > 1 else 1)
 
 
-def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Exactly ``count`` bins of about equal cost: largest first into the lightest bin."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    load = [0.0] * count
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        slot = min(range(count), key=lambda b: (load[b], b))
-        bins[slot].append(index)
-        load[slot] += costs[index]
-    return bins
+def plan_microbatches(
+    lengths: Sequence[int], *, budget: int, count: int, costs: Sequence[float] | None = None
+) -> list[list[int]]:
+    """``count`` bins of at most ``budget`` tokens, the costliest first; a longer sequence is alone.
+
+    Balanced by cost where that fits the budget, else as full as they get, the last ones empty. Replicas run their i-th
+    microbatches at the same time: because of the order those are of like cost.
+
+    Args:
+        count: at least ``num_microbatches`` of the same arguments.
+        costs: work of each sequence; None: its length.
+    """
+    work = [float(length) for length in lengths] if costs is None else costs
+    bins = bins_within(work, lengths, count=count, capacity=budget)
+    if bins is None:
+        bins = bins_best_fit(lengths, budget)
+        bins += [[] for _ in range(count - len(bins))]
+    return sorted(bins, key=lambda members: -sum(work[i] for i in members))
 
 
-def plan_microbatches(lengths: Sequence[int], *, budget: int, count: int) -> list[list[int]]:
-    """``count`` bins within ``budget``, balanced where that fits, else first-fit with empty bins at the end."""
-    balanced = bins_balanced([float(length) for length in lengths], count)
-    if all(sum(lengths[i] for i in b) <= budget or len(b) == 1 for b in balanced):
-        return balanced
-    bins = bins_first_fit(lengths, budget)
-    return bins + [[] for _ in range(count - len(bins))]
+def num_microbatches(lengths: Sequence[int], *, budget: int, costs: Sequence[float] | None = None) -> int:
+    """The fewest microbatches, or nearly, that keep the budget and are balanced by cost; 0 without sequences.
+
+    Up to a quarter more than the fewest (two, where those are few) are spent on balance.
+    """
+    work = [float(length) for length in lengths] if costs is None else costs
+    count = fewest = len(bins_best_fit(lengths, budget))
+    step = max(1, fewest // 128)
+    while bins_within(work, lengths, count=count, capacity=budget) is None:
+        count, step = count + step, 2 * step
+        if count > fewest + max(2, fewest // 4):
+            return fewest
+    return count
 
 
 def row_length(lengths: Sequence[int], bins: Sequence[Sequence[int]], alignment: int) -> int:
-    """T: the fullest row, rounded up to ``alignment`` (tensor-parallel size under sequence parallelism)."""
+    """T of rows of one length: the fullest of ``bins``, rounded up to ``alignment``, which an empty row has too."""
     fullest = max((sum(lengths[i] for i in b) for b in bins), default=0)
     return max(-(-fullest // alignment), 1) * alignment
 

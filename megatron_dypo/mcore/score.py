@@ -9,15 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.pack import bins_first_fit, pack, row_length
+from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
 from megatron_dypo.mcore.forward_step import logprob_pass
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.types import Floats, Sample
-
-
-def row_alignment(layout: Layout) -> int:
-    """A packed row's length must split evenly over the tensor-parallel ranks (sequence parallelism)."""
-    return layout.tensor
 
 
 def round_up_microbatches(count: int, layout: Layout) -> int:
@@ -27,12 +22,13 @@ def round_up_microbatches(count: int, layout: Layout) -> int:
 
 
 def sequence_logprobs(
-    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int
+    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int, row_multiple: int = 1
 ) -> list[Floats] | None:
     """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
 
     Args:
         budget: tokens in one packed row.
+        row_multiple: ``BatchingConfig.row_multiple``.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
@@ -40,10 +36,10 @@ def sequence_logprobs(
     if not samples:
         return [] if layout.is_replica_leader else None
     lengths = [len(sample.tokens) for sample in samples]
-    bins = bins_first_fit(lengths, budget)
-    bins += [[] for _ in range(round_up_microbatches(len(bins), layout) - len(bins))]
-    length = row_length(lengths, bins, row_alignment(layout))
-    rows = [pack(samples, members, length) for members in bins]
+    count = round_up_microbatches(num_microbatches(lengths, budget=budget), layout)
+    bins = plan_microbatches(lengths, budget=budget, count=count)
+    multiple = alignment(layout.tensor, layout.context, row_multiple)
+    rows = [pack(samples, members, row_length(lengths, [members], multiple)) for members in bins]
     set_training(chunks, False)
     parts = logprob_pass(chunks, rows)
     set_training(chunks, True)

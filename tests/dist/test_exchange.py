@@ -8,6 +8,11 @@ from tests.dist.spawn import run_ranks
 from tests.unit.objective_cases import random_groups
 
 
+def work(sample):
+    """Long sequences weigh more than their length."""
+    return float(len(sample.tokens) ** 2)
+
+
 def rank_exchange(seed):
     """Three leaders, holding very different shares, balance; then ranks 0 and 1 are one replica of two."""
     from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
@@ -17,7 +22,7 @@ def rank_exchange(seed):
     rank = dist.get_rank()
     owner = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # rank 2 holds nothing
     mine = [s for g, who in zip(groups, owner, strict=True) if who == rank for s in g]
-    balanced = balance(mine, dist.group.WORLD)
+    balanced = balance(mine, dist.group.WORLD, work)
     pair = dist.new_group([0, 1], backend="gloo")
     shared = broadcast_samples(balanced if rank == 0 else None, pair) if rank < 2 else []
     word = broadcast_object(f"from {rank}", dist.group.WORLD)
@@ -47,8 +52,8 @@ def test_every_sample_arrives_once_and_unchanged(exchanged):
 
 def test_replicas_get_equal_work_in_a_fixed_order(exchanged):
     results, originals = exchanged
-    loads = [sum(len(s.tokens) for s in balanced) for balanced, *_ in results]
-    assert max(loads) - min(loads) <= max(len(s.tokens) for s in originals)
+    loads = [sum(work(s) for s in balanced) for balanced, *_ in results]
+    assert max(loads) - min(loads) <= max(work(s) for s in originals)
     for balanced, *_ in results:
         assert [key(s) for s in balanced] == sorted(key(s) for s in balanced)
 

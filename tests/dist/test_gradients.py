@@ -81,7 +81,7 @@ def _gradients(chunks, scored, cfg, count, layout, arch):
     samples = broadcast_samples(samples, layout.replica_group)
     lengths = [len(s.tokens) for s in samples]
     bins = plan_microbatches(lengths, budget=10_000, count=count)
-    rows = [pack(samples, members, row_length(lengths, bins, layout.tensor)) for members in bins]
+    rows = [pack(samples, members, row_length(lengths, [members], layout.tensor)) for members in bins]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     loss_pass(chunks, rows, cfg=cfg)

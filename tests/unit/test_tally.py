@@ -3,7 +3,7 @@ import torch
 
 from megatron_dypo.metric_names import lookup
 from megatron_dypo.objective.loss import STATISTICS
-from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, tally_groups, update_metrics
+from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, tally_groups, tally_work, update_metrics
 from megatron_dypo.types import Totals, Treatment
 from tests.unit.objective.test_route import graded
 
@@ -36,11 +36,24 @@ def test_a_step_without_rollouts_reports_no_gate():
     assert not any(name.startswith(("rollout/", "gate/easy")) for name in rollout_metrics(Tally()))
 
 
+def test_imbalance_is_the_largest_replica_over_the_mean_one():
+    total = Tally()
+    for flops in (1e15, 2e15, 1.5e15):
+        replica = Tally()
+        tally_work(replica, flops)
+        total.merge(replica)
+    kinds = {Treatment.DISTIL: 1, Treatment.REINFORCE: 2}
+    totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
+    metrics = update_metrics(total, totals, torch.zeros(len(STATISTICS), dtype=torch.float64))
+    assert metrics["train/flops_imbalance"] == pytest.approx(1 / 3)
+
+
 def test_every_metric_name_is_in_the_table():
     tally = Tally()
     tally_groups(tally, [graded(0, [True, False])])
     for key in ("gal_groups", "gal_members", "teachers", "teacher/verbose", "sequences", "tokens"):
         tally.add(key)
+    tally_work(tally, 1.0)
     kinds = {Treatment.DISTIL: 1, Treatment.REINFORCE: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
     sums = torch.ones(len(STATISTICS), dtype=torch.float64)

@@ -5,36 +5,57 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.batching.pack import bins_balanced, bins_first_fit, pack, plan_microbatches, row_length
+from megatron_dypo.batching.bins import bins_best_fit
+from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
 from megatron_dypo.types import TokenWeights
 from tests.unit.objective_cases import random_groups
 
 lengths = st.lists(st.integers(1, 40), min_size=0, max_size=40)
 
 
-@given(lengths, st.integers(1, 60))
-def test_first_fit_places_each_once_within_the_budget(lengths, budget):
-    bins = bins_first_fit(lengths, budget)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    for members in bins:
-        assert sum(lengths[i] for i in members) <= budget or len(members) == 1
-
-
-@given(lengths, st.integers(1, 8))
-def test_balanced_bins_differ_by_at_most_one_sequence(lengths, count):
-    bins = bins_balanced([float(n) for n in lengths], count)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in b) for b in bins]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-
-
-@given(lengths, st.integers(40, 60), st.integers(0, 4))
-def test_planned_microbatches_keep_the_budget_for_any_larger_count(lengths, budget, extra):
-    count = max(len(bins_first_fit(lengths, budget)), 1) + extra
-    bins = plan_microbatches(lengths, budget=budget, count=count)
+@given(lengths, st.integers(20, 90), st.integers(0, 4), st.booleans())
+def test_planned_microbatches_hold_each_once_within_the_budget_for_any_larger_count(lengths, budget, extra, is_square):
+    costs = [float(n * n) for n in lengths] if is_square else None
+    count = num_microbatches(lengths, budget=budget, costs=costs) + extra
+    bins = plan_microbatches(lengths, budget=budget, count=count, costs=costs)
     assert len(bins) == count
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in b) <= budget for b in bins)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in members) <= budget or len(members) == 1 for members in bins)
+    assert bins == plan_microbatches(lengths, budget=budget, count=count, costs=costs)
+
+
+@given(lengths, st.integers(20, 90))
+def test_balance_costs_at_most_a_quarter_more_microbatches(lengths, budget):
+    fewest = len(bins_best_fit(lengths, budget))
+    assert fewest <= num_microbatches(lengths, budget=budget) <= fewest + max(2, fewest // 4)
+
+
+@given(lengths, st.integers(40, 90))
+def test_microbatches_come_costliest_first(lengths, budget):
+    costs = [float(n * n) for n in lengths]
+    bins = plan_microbatches(
+        lengths, budget=budget, count=num_microbatches(lengths, budget=budget, costs=costs), costs=costs
+    )
+    work = [sum(costs[i] for i in members) for members in bins]
+    assert work == sorted(work, reverse=True)
+
+
+def test_microbatches_are_balanced_by_cost_where_the_budget_allows():
+    # By length [8] and [4, 4] would be equal; by its square one long sequence is worth four of half the length.
+    bins = plan_microbatches([8, 4, 4, 4, 4], budget=20, count=2, costs=[64.0, 16.0, 16.0, 16.0, 16.0])
+    assert bins == [[0], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [((1, 1), 1), ((4, 1), 4), ((1, 2), 4), ((3, 2), 12), ((8, 1, 16), 128), ((2, 4, 32), 256), ((1, 2, 3), 12)],
+)
+def test_alignment_divides_into_ranks_chunks_and_granules(arguments, expected):
+    multiple = alignment(*arguments)
+    tensor, context, granule = (*arguments, 1)[:3]
+    assert multiple == expected
+    assert multiple % (tensor * context * granule) == 0
+    assert context == 1 or multiple % (2 * context) == 0
 
 
 @pytest.mark.parametrize(("fullest", "alignment", "expected"), [(10, 4, 12), (12, 4, 12), (0, 4, 4), (7, 1, 7)])

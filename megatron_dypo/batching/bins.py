@@ -1,0 +1,95 @@
+"""Partitions of numbers: items with a cost, and perhaps a size, into bins. Pure, deterministic, O(n log n) or nearly.
+
+A bin is a list of indices into the items.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Callable, Sequence
+from functools import partial
+
+_TRIES = 16
+"""How many of the lightest bins are asked for room before the emptiest one is."""
+
+
+def bins_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """As few bins of at most ``capacity`` as best-fit decreasing finds (11/9 of the fewest, plus 4); a larger item is alone."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
+    for index in _largest_first(sizes):
+        at = bisect.bisect_left(rooms, (sizes[index], -1))
+        if at < len(rooms):
+            room, slot = rooms.pop(at)
+        else:
+            room, slot = capacity, len(bins)
+            bins.append([])
+        bins[slot].append(index)
+        bisect.insort(rooms, (room - sizes[index], slot))
+    return bins
+
+
+def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Exactly ``count`` bins of about equal cost: largest first into the lightest bin (Graham's LPT, 4/3 of the optimum)."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0.0, slot) for slot in range(count)]
+    for index in _largest_first(costs):
+        load, slot = loads[0]
+        bins[slot].append(index)
+        heapq.heapreplace(loads, (load + costs[index], slot))
+    return bins
+
+
+def bins_within(costs: Sequence[float], sizes: Sequence[int], *, count: int, capacity: int) -> list[list[int]] | None:
+    """Exactly ``count`` bins of about equal cost and at most ``capacity`` in size; a larger item is alone.
+
+    Largest cost first into the lightest bin; into the emptiest one where the lightest bins are full. None where that
+    finds no room: with more bins it may.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads, rooms = _Queue([0.0] * count), _Queue([float(-capacity)] * count)  # rooms are negative: most room first
+    for index in _largest_first(costs):
+        fits = partial(_fits, sizes[index], rooms.values, capacity)
+        slot = loads.first(fits, _TRIES)
+        if slot is None:
+            slot = rooms.first(fits, 1)
+        if slot is None:
+            return None
+        bins[slot].append(index)
+        loads.add(slot, costs[index])
+        rooms.add(slot, sizes[index])
+    return bins
+
+
+def _fits(size: int, rooms: Sequence[float], capacity: int, slot: int) -> bool:
+    return size <= -rooms[slot] or (size > capacity and rooms[slot] == -capacity)
+
+
+class _Queue:
+    """A value for each bin, and the bins in the order of their values."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+        self._heap = [(value, slot) for slot, value in enumerate(values)]
+
+    def first(self, is_wanted: Callable[[int], bool], tries: int) -> int | None:
+        """The first bin that is wanted, of the ``tries`` smallest values."""
+        seen: list[tuple[float, int]] = []
+        found = None
+        while found is None and self._heap and len(seen) < tries:
+            value, slot = heapq.heappop(self._heap)
+            if value == self.values[slot]:  # else an old entry, and the bin has a newer one
+                seen.append((value, slot))
+                found = slot if is_wanted(slot) else None
+        for entry in seen:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def add(self, slot: int, amount: float) -> None:
+        self.values[slot] += amount
+        heapq.heappush(self._heap, (self.values[slot], slot))
+
+
+def _largest_first(values: Sequence[float]) -> list[int]:
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))

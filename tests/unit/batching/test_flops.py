@@ -1,0 +1,42 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_dypo.architecture import architecture_from_hf
+from megatron_dypo.batching.flops import SequenceCost, sequence_cost
+from tests.hf_models import KINDS, SIZES, import_transformers
+
+
+def tiny(kind):
+    """transformers' model and our description of it."""
+    transformers = import_transformers()
+    config_class, extra = KINDS[kind]
+    config = getattr(transformers, config_class)(**{**SIZES, **extra})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model, architecture_from_hf(config.to_dict(), where=kind)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("num_tokens", [40, 400])
+def test_forward_flops_are_those_that_a_model_executes(kind, num_tokens):
+    model, arch = tiny(kind)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(1, num_tokens, dtype=torch.long), use_cache=False)
+    cost = sequence_cost(arch)
+    # transformers computes the masked half of the scores too.
+    forward = cost.linear * num_tokens / 3 + 2 * cost.quadratic * num_tokens**2 / 3 + cost.response * num_tokens / 4
+    assert forward == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_recomputation_repeats_the_forward_pass_of_what_it_names():
+    _, arch = tiny("llama")
+    plain, selective, full = (sequence_cost(arch, kind) for kind in ("none", "selective", "full"))
+    assert selective == dataclasses.replace(plain, quadratic=plain.quadratic * 4 / 3)
+    assert full == dataclasses.replace(selective, linear=plain.linear * 4 / 3)
+
+
+def test_cost_is_linear_quadratic_and_per_response_token():
+    cost = SequenceCost(linear=2.0, quadratic=0.5, response=10.0)
+    assert cost(4, 3) == 2 * 4 + 0.5 * 16 + 10 * 3
