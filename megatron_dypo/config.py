@@ -5,7 +5,7 @@ A field's docstring is its documentation. Reading YAML and overrides is in :mod:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_dypo.rules import require, require_not_negative, require_positive
@@ -214,6 +214,50 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Where log π_old, and with it GAL's coefficients of fresh rollouts, come from."""
+
+    policy: Literal["trainer", "rollout"] = "trainer"
+    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, which saves that pass."""
+    check_every: int = 1
+    """With ``rollout``: rollout batches between two measurements of its error, each a pass over one group; 0: none."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "check_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """Correction for trainer and servers that disagree on the same weights, by u = π_old/π_rollout of each token.
+
+    A masked token contributes nothing: neither policy gradient nor KL nor GAL. Groups keep their advantages and pairs.
+    """
+
+    cap: float | None = None
+    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1."""
+    token_bounds: tuple[float, float] | None = None
+    """Masked importance sampling: tokens with u outside [low, high] are masked. IcePop is this with ``cap: <high>``."""
+    sequence_bounds: tuple[float, float] | None = None
+    """Rollouts whose geometric mean of u over their tokens is outside [low, high] are masked whole."""
+    sequence_max_gap: float | None = None
+    """Rollouts whose mean of |log u| over their tokens, in nats, is above this are masked whole."""
+
+    def __post_init__(self) -> None:
+        for name in ("cap", "sequence_max_gap"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value}", "must be positive")
+        for name in ("token_bounds", "sequence_bounds"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value[0] < value[1], f"{name}={value}", "must be [low, high], 0 <= low < high"
+            )
+
+    def is_on(self) -> bool:
+        """Whether anything is corrected."""
+        return any(getattr(self, f.name) is not None for f in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The objective; defaults are the paper's."""
 
@@ -227,6 +271,12 @@ class ObjectiveConfig:
     """β: inverse temperature of GAL (eq. 14)."""
     gal_coefficients: Literal["exact", "stale"] = "exact"
     """When a batch is older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
+    gal_clip: Literal["none", "token", "sequence"] = "none"
+    """Trust region of GAL. ``none``: the paper to the letter. Else GAL gives no gradient to a token of a success whose
+    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low: π_θ/π_old of the token (``token``),
+    or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """ρ of GRPO: of each token, or GSPO's: the geometric mean over the trajectory, which wants a far smaller ε."""
     length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
     constant_length: int = 8192
@@ -247,8 +297,7 @@ class ObjectiveConfig:
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
-    importance_cap: float | None = None
-    """Truncated importance sampling: weight GRPO tokens by min(π_old/π_rollout, cap); None: off."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
@@ -258,8 +307,16 @@ class ObjectiveConfig:
         require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
         if self.dual_clip is not None:
             require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
-        if self.importance_cap is not None:
-            require(self.importance_cap > 0, f"importance_cap={self.importance_cap}", "must be positive")
+
+    def needs_whole_sequences(self) -> str | None:
+        """The first option, as ``name=value``, for which the loss must see all tokens of a sequence; None: no such."""
+        for name in ("ratio", "gal_clip"):
+            if getattr(self, name) == "sequence":
+                return f"{name}=sequence"
+        for name in ("sequence_bounds", "sequence_max_gap"):
+            if getattr(self.importance, name) is not None:
+                return f"importance.{name}={getattr(self.importance, name)}"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,19 +324,35 @@ class BatchingConfig:
     """How samples become microbatches and when an update is made."""
 
     prompts_per_update: int = 128
-    """Hard and Mid prompts in one optimizer step; collection goes on until the queues hold as many."""
+    """Hard and Mid prompts in one optimizer step."""
+    updates_per_batch: int = 1
+    """Mini-batches of ``prompts_per_update`` prompts in one rollout batch. Collection goes on until the queues hold a
+    rollout batch; each mini-batch is an optimizer step; the servers get the weights after the last."""
+    epochs_per_batch: int = 1
+    """Passes over the mini-batches of a rollout batch."""
     max_collect_rounds: int = 8
-    """Rounds of collection after which an update is made with what the queues hold."""
+    """Rounds of collection after which updates are made with what the queues hold."""
     tokens_per_microbatch: int = 16384
     """Packing budget of one microbatch; a longer sequence gets a microbatch of its own."""
     row_multiple: int = 1
     """Tokens that a rank holds of a packed row come in multiples of this: 16 for FP8 matmuls, 32 for MXFP8."""
     max_staleness: int = 4
-    """Queued groups made by weights more than this many versions ago are dropped and counted."""
+    """Groups that have waited for more than this many rollout batches are dropped and counted."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "prompts_per_update", "max_collect_rounds", "tokens_per_microbatch", "row_multiple")
+        require_positive(self, "prompts_per_update", "updates_per_batch", "epochs_per_batch")
+        require_positive(self, "max_collect_rounds", "tokens_per_microbatch", "row_multiple")
         require_not_negative(self, "max_staleness")
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Prompts in one rollout batch."""
+        return self.prompts_per_update * self.updates_per_batch
+
+    @property
+    def max_version_lag(self) -> int:
+        """``max_staleness`` in versions, which are optimizer steps."""
+        return self.max_staleness * self.updates_per_batch * self.epochs_per_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,6 +465,7 @@ class Config:
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -403,3 +477,14 @@ class Config:
 
     def __post_init__(self) -> None:
         require(bool(self.data.prompts), "data.prompts=()", "name at least one JSONL or Parquet file")
+        require(
+            self.score.policy == "trainer" or not self.objective.importance.is_on(),
+            "objective.importance",
+            "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
+        )
+        whole = self.objective.needs_whole_sequences()
+        require(
+            whole is None or self.parallel.context == 1,
+            f"objective.{whole}",
+            f"needs parallel.context=1, got {self.parallel.context}: each rank would see a part of each sequence only",
+        )

@@ -78,6 +78,10 @@ class Run:
     """On the global leader."""
     step: int = 0
     """Optimizer steps done; also the version of the weights."""
+    batches: int = 0
+    """Rollout batches opened."""
+    is_mid_batch: bool = False
+    """The open rollout batch has updates left: nothing is collected and nothing pushed before they are made."""
     timings: Timings = field(default_factory=Timings)
     tally: Tally = field(default_factory=Tally)
 
@@ -132,15 +136,19 @@ def open_run(config: Config) -> Iterator[Run]:
 def save_checkpoint(run: Run) -> Path:
     """Write everything that resuming needs. Collective over the world."""
     leader, refreshed = run.leader, run.config.objective.reference.mode == "refreshed"
-    waiting = [sample for group in leader.queues.groups() for sample in group] if leader else []
+    kept = [s for g in (*leader.queues.batch, *leader.queues.groups()) for s in g] if leader else []
     return checkpoint.save(
         run.dir / "checkpoints",
         run.step,
         chunks=run.chunks,
         optimizer=run.optimizer,
         layout=run.layout,
-        trainer_state={"cursor": leader.cursor if leader else 0},
-        leader_state=dump_samples(waiting),
+        trainer_state={
+            "cursor": leader.cursor if leader else 0,
+            "batches": run.batches,
+            "is_mid_batch": run.is_mid_batch,
+        },
+        leader_state=dump_samples(kept),
         reference=run.reference if refreshed else None,
         hf_path=run.config.model.hf_path,
         keep=run.config.checkpoint.keep,
@@ -216,7 +224,8 @@ def _restore(run: Run, latest: Path) -> checkpoint.Restored:
     restored = checkpoint.load(
         latest, chunks=run.chunks, optimizer=run.optimizer, layout=run.layout, reference=run.reference
     )
-    run.step = restored.step
+    run.step, run.batches = restored.step, int(restored.trainer_state["batches"])
+    run.is_mid_batch = bool(restored.trainer_state["is_mid_batch"])
     if run.layout.is_global_leader:
         discard_samples(run.dir, restored.step + 1)
         log.info("resuming from %s: %d of %d steps are done", latest, restored.step, run.config.run.steps)
@@ -257,7 +266,7 @@ def _held_out(config: Config, tokenizer: Tokenizer) -> dict[str, PromptStream]:
 
 
 def _share_queues(queues: Queues, states: Sequence[bytes], layout: Layout) -> None:
-    """What waited goes to the replicas of this run in turn, whole groups, however many wrote it."""
+    """What waited, and what is left of the open batch, goes to the replicas of this run in turn, whole groups, however many wrote it."""
     samples = sorted((s for state in states for s in load_samples(state)), key=lambda s: (s.order, s.member))
     groups: dict[int, list] = {}
     for sample in samples:

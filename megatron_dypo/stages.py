@@ -6,7 +6,6 @@ function here is called by all ranks.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,10 @@ import torch.distributed as dist
 from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
 from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
-from megatron_dypo.batching.queues import oldest, without_arrays
+from megatron_dypo.batching.queues import oldest
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.score import round_up_microbatches, sequence_logprobs
+from megatron_dypo.mcore.score import round_up_microbatches
 from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
@@ -29,7 +28,7 @@ from megatron_dypo.rollout.collect import collect
 from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
 from megatron_dypo.tally import tally_gal, tally_groups, tally_update, tally_work
-from megatron_dypo.types import Floats, GradedGroup, Microbatch, Prompt, Sample, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Microbatch, Prompt, Sample, Totals, Treatment
 
 log = logging.getLogger("megatron_dypo")
 
@@ -41,17 +40,19 @@ class Batch:
     groups: list[list[Sample]]
     """Empty off the leaders."""
     totals: Totals
+    is_last: bool
+    """Nothing of the rollout batch is left for another update."""
 
 
 def fill_queues(run: Run) -> None:
-    """Collect, grade and route rounds of prompts until the queues hold a full batch."""
+    """Collect, grade and route rounds of prompts until the queues hold a rollout batch."""
     leader = run.leader
     if leader is None:
         return
     batching, rows = run.config.batching, list[SampleRow]()
-    run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_staleness))
+    run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_version_lag))
     rounds = 0
-    while _waiting(leader) < batching.prompts_per_update and rounds < batching.max_collect_rounds:
+    while _waiting(leader) < batching.prompts_per_batch and rounds < batching.max_collect_rounds:
         graded = _collect_and_grade(run, leader, _next_prompts(run, leader))
         tally_groups(run.tally, graded)
         routed = route(graded, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
@@ -67,50 +68,26 @@ def fill_queues(run: Run) -> None:
     leader.sample_log.write(run.step + 1, rows)
 
 
-def score(run: Run) -> None:
-    """log π_old and log π_ref of the rollouts that came in since the last update, by forward-only passes.
-
-    The weights have not changed since those rollouts were sampled, so the policy *is* π_old.
-    """
-    unscored = run.leader.queues.unscored() if run.leader else None
-    with run.timings.measure("old_log_prob"):
-        old = _logprobs(run, unscored)
-    reference = old
-    if run.objective.needs_reference() and run.reference is not None:
-        with run.timings.measure("ref_log_prob"), run.reference.swapped_in():
-            reference = _logprobs(run, unscored)
-    if unscored is not None and old is not None and reference is not None:
-        for sample, old_logp, ref_logp in zip(unscored, old, reference, strict=True):
-            sample.old_logp, sample.ref_logp = old_logp, ref_logp
+def open_batch(run: Run) -> None:
+    """Make the oldest of what waits the rollout batch of the next updates."""
+    if run.leader:
+        queues, batching = run.leader.queues, run.config.batching
+        orders = gather_objects([g[0].order for g in queues.groups()], run.leader.group)
+        queues.open_batch(oldest(orders, batching.prompts_per_batch), epochs=batching.epochs_per_batch)
 
 
 def take_batch(run: Run) -> Batch | None:
-    """The oldest full batch of the queues; None, on every rank, when nothing waits anywhere."""
-    groups, totals = [], None
+    """The next mini-batch of the rollout batch; None, on every rank, when it is empty everywhere."""
+    groups, counted = [], None
     if run.leader:
-        leaders = run.leader.group
-        orders = gather_objects([g[0].order for g in run.leader.queues.groups()], leaders)
-        groups = run.leader.queues.take(oldest(orders, run.config.batching.prompts_per_update))
-        totals = _totals(gather_objects(_counts(groups), leaders))
-        for treatment, queue in run.leader.queues.waiting.items():
+        leaders, queues = run.leader.group, run.leader.queues
+        groups = queues.draw(oldest(gather_objects(queues.turns(), leaders), run.config.batching.prompts_per_update))
+        counts = gather_objects((_counts(groups), len(queues.batch)), leaders)
+        counted = _totals([of_kind for of_kind, _ in counts]), not any(left for _, left in counts)
+        for treatment, queue in queues.waiting.items():
             run.tally.add(f"queue/{treatment.value}", len(queue))
-    totals = broadcast_object(totals, run.layout.replica_group)
-    return Batch(groups=groups, totals=totals) if totals.num_prompts else None
-
-
-def rescore_stale(run: Run, batch: Batch) -> None:
-    """GAL's coefficients belong to the weights of this update: score again what older weights made (``exact``)."""
-    if not run.objective.needs_reference() or run.config.objective.gal_coefficients == "stale":
-        return
-    stale = None
-    if run.leader:
-        members = itertools.chain.from_iterable(batch.groups)
-        stale = [s for s in members if s.treatment is Treatment.REINFORCE and s.policy_version < run.step]
-    with run.timings.measure("old_log_prob"):
-        current = _logprobs(run, stale)
-    if stale is not None and current is not None:
-        for sample, logp in zip(stale, current, strict=True):
-            sample.current_logp_sum = float(logp.sum(dtype="float64"))
+    totals, is_last = broadcast_object(counted, run.layout.replica_group)
+    return Batch(groups=groups, totals=totals, is_last=is_last) if totals.num_prompts else None
 
 
 def weigh(run: Run, batch: Batch) -> list[Sample]:
@@ -122,7 +99,7 @@ def weigh(run: Run, batch: Batch) -> list[Sample]:
         run.tally.add("gal_loss_share", result.gal_loss)
         if result.gal is not None:
             tally_gal(run.tally, result.gal, float(group_log_ratios(group, batch.totals, cfg).sum()), len(group))
-    tally_update(run.tally, weighed, run.step)
+    tally_update(run.tally, weighed, run.step, old_is_rollout=run.config.score.policy == "rollout")
     return weighed
 
 
@@ -206,18 +183,6 @@ def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leade
 
 def _waiting(leader: Leader) -> int:
     return sum(gather_objects(len(leader.queues), leader.group))
-
-
-def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None:
-    """Log-probs under the weights that the chunks hold now; answered on the leader that gave the samples."""
-    bare = None if samples is None else [without_arrays(sample) for sample in samples]
-    return sequence_logprobs(
-        run.chunks,
-        broadcast_samples(bare, run.layout.replica_group),
-        layout=run.layout,
-        budget=run.config.batching.tokens_per_microbatch,
-        row_multiple=run.config.batching.row_multiple,
-    )
 
 
 def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:

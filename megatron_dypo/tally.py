@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
-from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
+from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
 
 
 class Tally(dict[str, float]):
@@ -67,14 +67,29 @@ def tally_gal(tally: Tally, statistics: GalStatistics, log_ratio_sum: float, num
     tally.add("gal_members", num_members)
 
 
-def tally_update(tally: Tally, samples: Sequence[Sample], version: int) -> None:
-    """Count the sequences of an update where they are scored."""
+def tally_score_error(tally: Tally, error: Floats) -> None:
+    """Count one rollout's [R] trainer's less servers' log-probs."""
+    tally.add("score_error/rollouts")
+    tally.add("score_error/tokens", len(error))
+    tally.add("score_error/mean", float(abs(error).sum(dtype="float64")))
+    tally.add("score_error/sequence", abs(float(error.sum(dtype="float64"))))
+    tally.extreme("max:score_error", float(abs(error).max(initial=0.0)))
+
+
+def tally_update(tally: Tally, samples: Sequence[Sample], version: int, *, old_is_rollout: bool = False) -> None:
+    """Count the sequences of an update where they are scored.
+
+    Args:
+        old_is_rollout: ``old_logp`` are the servers' own, so that they say nothing of a mismatch.
+    """
     for sample in samples:
         tally.add("sequences")
         tally.add("tokens", len(sample.tokens))
         tally.add("response_tokens", sample.num_response_tokens)
         tally.add("staleness", version - sample.policy_version)
-        if sample.old_logp is not None and sample.rollout_logp is not None and len(sample.old_logp):
+        if old_is_rollout or sample.old_logp is None or sample.rollout_logp is None:
+            continue
+        if len(sample.old_logp):
             tally.extreme("max:mismatch", float(abs(sample.old_logp - sample.rollout_logp).max()))
 
 
@@ -91,11 +106,18 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "data/dropped_prompts": tally["dropped_prompts"],
         "data/dropped_traces": tally["dropped_traces"],
         "gate/hard_without_teacher": tally["hard_without_teacher"],
-        "data/epoch": tally["max:epoch"],
         "queue/stale": tally["stale"],
         "queue/distil": tally["queue/distil"],
         "queue/reinforce": tally["queue/reinforce"],
     }
+    if "max:epoch" in tally:
+        metrics["data/epoch"] = tally["max:epoch"]
+    if tally["score_error/rollouts"]:
+        metrics |= {
+            "score/rollout_policy_error/mean": tally.ratio("score_error/mean", "score_error/tokens"),
+            "score/rollout_policy_error/max": tally["max:score_error"],
+            "score/rollout_policy_error/sequence": tally.ratio("score_error/sequence", "score_error/rollouts"),
+        }
     if tally["graded"]:
         metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
     if tally["rollouts"]:
@@ -140,13 +162,18 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, floa
         metrics["train/flops_imbalance"] = tally["max:flops"] * tally["replicas"] / tally["flops"] - 1
     if total["rollout_tokens"]:
         metrics |= _rollout_token_metrics(total)
+    if "max:mismatch" in tally:
+        metrics["train/train_rollout_logprob_abs_diff"] = total["mismatch_abs"] / total["rollout_tokens"]
         metrics["train/train_rollout_logprob_abs_diff_max"] = tally["max:mismatch"]
     if total["tokens"] > total["rollout_tokens"]:
         metrics["train/sft_loss"] = total["sft"]
         metrics["train/sft_nll"] = total["trace_nll"] / (total["tokens"] - total["rollout_tokens"])
     if tally["gal_groups"]:
         metrics |= {f"gal/{n}": tally.ratio(f"gal/{n}", "gal_groups") for n in ("loss", "eta", "saturation", "margin")}
-        metrics["gal/anchor_drift"] = tally.ratio("gal_log_ratio", "gal_members")
+        metrics["gal/log_ratio"] = tally.ratio("gal_log_ratio", "gal_members")
+    if total["anchored_tokens"]:
+        metrics["gal/anchor_drift"] = total["anchor_drift"] / total["anchored"]
+        metrics["gal/clipfrac"] = total["anchored_clipped"] / total["anchored_tokens"]
     for key in [key for key in tally if key.startswith("teacher/")]:
         metrics[f"{key}/share"] = tally.ratio(key, "teachers")
     return {name: float(value) for name, value in metrics.items()}
@@ -160,8 +187,9 @@ def _rollout_token_metrics(total: dict[str, float]) -> dict[str, float]:
         "train/entropy": total["entropy"] / tokens,
         "train/pg_clipfrac": total["clipped"] / tokens,
         "train/ppo_kl": total["ppo_kl"] / tokens,
-        "train/train_rollout_logprob_abs_diff": total["mismatch_abs"] / tokens,
         "train/importance_capped_ratio": total["importance_capped"] / tokens,
+        "train/importance_masked_ratio": total["importance_masked"] / tokens,
+        "train/importance_masked_rollouts_ratio": total["rollouts_masked"] / total["rollouts"],
     }
 
 

@@ -13,7 +13,8 @@ from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.metrics import summary_line
 from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.run import Run, open_run, save_checkpoint
-from megatron_dypo.stages import fill_queues, push, rescore_stale, score, take_batch, update, weigh
+from megatron_dypo.scoring import rescore_stale, score
+from megatron_dypo.stages import fill_queues, open_batch, push, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.weights.export import export_hf
 
@@ -33,10 +34,16 @@ def train(config: Config) -> None:
 
 
 def train_step(run: Run) -> bool:
-    """One optimizer step, its metrics and what is due after it; False when nothing was left to learn from."""
+    """One optimizer step, its metrics and what is due after it; False when nothing was left to learn from.
+
+    The first step of a rollout batch collects it; the servers get the weights after its last, or for an evaluation.
+    """
     with run.timings.measure("step"):
-        fill_queues(run)
-        score(run)
+        if not run.is_mid_batch:
+            fill_queues(run)
+            score(run)
+            open_batch(run)
+            run.batches += 1
         batch = take_batch(run)
         if batch is None:
             log.info("step %d: every prompt is Easy or without a teacher; nothing is left to learn from", run.step)
@@ -45,7 +52,9 @@ def train_step(run: Run) -> bool:
         samples = weigh(run, batch)
         sums, metrics = update(run, samples)
         run.step += 1
-        metrics |= push(run)
+        run.is_mid_batch = not batch.is_last
+        if batch.is_last or _evaluation_is_due(run):
+            metrics |= push(run)
     timings, tally = run.timings.take(), _total_tally(run)
     metrics |= rollout_metrics(tally) | update_metrics(tally, batch.totals, sums)
     metrics |= timings | performance_metrics(tally, timings, run.layout.world_size)
@@ -66,7 +75,7 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
         run.reference.capture()
     if run.layout.is_global_leader and (is_last or run.step % config.logging.summary_every == 0):
         log.info(summary_line(run.step, metrics))
-    if is_last or (config.eval.every and run.step % config.eval.every == 0):
+    if _evaluation_is_due(run):
         metrics |= evaluate(run)
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     _write(run, metrics | run.timings.take())
@@ -96,6 +105,12 @@ def finish(run: Run) -> None:
         )
     if layout.is_global_leader:
         log.info("done: %d steps; run folder %s", run.step, run.dir)
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    cfg = run.config
+    is_due = run.step == cfg.run.steps or (cfg.eval.every > 0 and run.step % cfg.eval.every == 0)
+    return is_due and bool(cfg.eval.prompts)
 
 
 def _write(run: Run, metrics: Mapping[str, float]) -> None:

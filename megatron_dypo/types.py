@@ -129,12 +129,14 @@ class Sample:
     rollout_logp: Floats | None = None
     """[R] The server's log-probs; None for a trace."""
     old_logp: Floats | None = None
-    """[R] log π_old from the trainer's own forward pass."""
+    """[R] log π_old, by the trainer's own forward pass or the servers' (``score.policy``)."""
     current_logp_sum: float | None = None
     """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
     ref_logp: Floats | None = None
     """[R] log π_ref."""
     weights: TokenWeights | None = None
+    updates_left: int = 0
+    """Updates that its group is still to enter as part of the current rollout batch; 0 while it waits for one."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -156,6 +158,8 @@ class TokenWeights:
     """Weight of the k3 estimate of KL(π_θ‖π_ref)."""
     nll: float = 0.0
     """Coefficient of −log π: positive for a teacher's trace, −(1−α)·c_i/n for GAL."""
+    anchor: float = 0.0
+    """Where ``nll`` is a derivative by a scaled log-ratio ℓ (GAL): 1/divisor of ℓ. 0 where ``nll`` is a constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +191,7 @@ class Microbatch:
     surrogate_T: Floats
     kl_T: Floats
     nll_T: Floats
+    anchor_T: Floats
     old_logp_T: Floats
     """Log-probs of ``targets_T``; 0 outside the response."""
     ref_logp_T: Floats

@@ -87,7 +87,16 @@ class _Row:
         }
         self.sample_T = np.full(length, -1, np.int32)
         self.masks: dict[str, Any] = {n: np.zeros(length, np.bool_) for n in ("response_T", "is_trace_T")}
-        names = ("advantage_T", "surrogate_T", "kl_T", "nll_T", "old_logp_T", "ref_logp_T", "rollout_logp_T")
+        names = (
+            "advantage_T",
+            "surrogate_T",
+            "kl_T",
+            "nll_T",
+            "anchor_T",
+            "old_logp_T",
+            "ref_logp_T",
+            "rollout_logp_T",
+        )
         self.floats: dict[str, Any] = {n: np.zeros(length, np.float32) for n in names}
 
     def append(self, sample: Sample, index: int) -> None:
@@ -111,6 +120,7 @@ class _Row:
             "surrogate_T": weights.surrogate,
             "kl_T": weights.kl,
             "nll_T": weights.nll,
+            "anchor_T": weights.anchor,
             "old_logp_T": sample.old_logp,
             "ref_logp_T": sample.ref_logp,
             "rollout_logp_T": sample.rollout_logp,

@@ -1,18 +1,21 @@
-"""Where graded groups wait for an update: one queue a treatment, oldest first, each replica its own part."""
+"""Where graded groups wait for an update: one queue a treatment, oldest first, each replica its own part.
+
+A rollout batch is opened from the oldest of what waits; its mini-batches are drawn from it until nothing is left.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from megatron_dypo.types import Sample, TokenWeights, Treatment
 
-_WEIGHTS = ("advantage", "surrogate", "kl", "nll")
+_WEIGHTS = ("advantage", "surrogate", "kl", "nll", "anchor")
 _ARRAYS = ("tokens", "rollout_logp", "old_logp", "ref_logp")
 
 
@@ -23,12 +26,15 @@ class Queues:
     waiting: dict[Treatment, list[list[Sample]]] = field(
         default_factory=lambda: {Treatment.DISTIL: [], Treatment.REINFORCE: []}
     )
+    batch: list[list[Sample]] = field(default_factory=list)
+    """The groups of the rollout batch that updates are being made from; a group leaves with its last update."""
 
     def put(self, group: list[Sample]) -> None:
-        self.waiting[group[0].treatment].append(group)
+        """Where ``updates_left`` says that the group belongs."""
+        (self.batch if group[0].updates_left else self.waiting[group[0].treatment]).append(group)
 
     def groups(self) -> list[list[Sample]]:
-        """All groups, oldest first."""
+        """All groups that wait, oldest first."""
         return sorted((g for queue in self.waiting.values() for g in queue), key=lambda g: g[0].order)
 
     def __len__(self) -> int:
@@ -47,18 +53,37 @@ class Queues:
             s for g in self.groups() for s in g if s.treatment is Treatment.REINFORCE and s.old_logp is None
         ]  # fmt: skip
 
-    def take(self, orders: Iterable[int]) -> list[list[Sample]]:
-        """Remove and return the groups with these orders, oldest first; orders that wait elsewhere are ignored."""
+    def open_batch(self, orders: Iterable[int], *, epochs: int) -> None:
+        """Move the groups with these orders into the batch, for ``epochs`` updates each; orders of others are ignored."""
         wanted = set(orders)
-        taken = [g for g in self.groups() if g[0].order in wanted]
+        for group in self.groups():
+            if group[0].order in wanted:
+                for sample in group:
+                    sample.updates_left = epochs
+                self.batch.append(group)
         for treatment, queue in self.waiting.items():
             self.waiting[treatment] = [g for g in queue if g[0].order not in wanted]
-        return taken
+
+    def turns(self) -> list[tuple[int, int]]:
+        """(−updates left, order) of each group of the batch: they are drawn in this order, a pass after the other."""
+        return sorted((-g[0].updates_left, g[0].order) for g in self.batch)
+
+    def draw(self, turns: Iterable[tuple[int, int]]) -> list[list[Sample]]:
+        """The batch's groups with these orders, oldest first, for one update; orders of others are ignored."""
+        wanted = {order for _, order in turns}
+        drawn = sorted((g for g in self.batch if g[0].order in wanted), key=lambda g: g[0].order)
+        for sample in (s for g in drawn for s in g):
+            sample.updates_left -= 1
+        self.batch = [g for g in self.batch if g[0].updates_left]
+        return drawn
 
 
-def oldest(orders_by_replica: Sequence[Sequence[int]], count: int) -> list[int]:
-    """The ``count`` oldest orders over all replicas: first in, first out, whatever the regime."""
-    return sorted(order for orders in orders_by_replica for order in orders)[:count]
+Key = TypeVar("Key", int, tuple[int, int])
+
+
+def oldest(keys_by_replica: Sequence[Sequence[Key]], count: int) -> list[Key]:
+    """The ``count`` first keys over all replicas: with orders, first in, first out, whatever the regime."""
+    return sorted(key for keys in keys_by_replica for key in keys)[:count]
 
 
 def dump_samples(samples: Sequence[Sample]) -> bytes:
@@ -98,6 +123,7 @@ def _scalars(sample: Sample) -> dict[str, object]:
         "is_correct": sample.is_correct,
         "reward": sample.reward,
         "current_logp_sum": sample.current_logp_sum,
+        "updates_left": sample.updates_left,
         "weights": None if weights is None else [getattr(weights, name) for name in _WEIGHTS],
     }
 

@@ -23,7 +23,11 @@ from megatron_dypo.types import Microbatch
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceMicrobatch:
-    """A microbatch as the model wants it; N are its response tokens."""
+    """A microbatch as the model wants it; N are its response tokens.
+
+    What the model itself reads of a token is a field beside ``tokens_1T``, made in :func:`to_device` from a stream of
+    ``Microbatch`` (this is where the servers' choice of experts would come in); ``inputs`` are for the loss alone.
+    """
 
     tokens_1T: Tensor
     positions_1T: Tensor
@@ -37,6 +41,8 @@ class DeviceMicrobatch:
 def to_device(batch: Microbatch) -> DeviceMicrobatch:
     """Move what the forward pass and the loss read."""
     response_N = np.flatnonzero(batch.response_T)
+    # From the whole row, prompts included, so that it does not depend on which response tokens are here.
+    present, sequence_T = np.unique(batch.sample_T, return_inverse=True)
 
     def at_response(stream_T: np.ndarray) -> Tensor:
         return torch.from_numpy(stream_T[response_N]).to(device())
@@ -55,10 +61,13 @@ def to_device(batch: Microbatch) -> DeviceMicrobatch:
             surrogate=at_response(batch.surrogate_T),
             kl=at_response(batch.kl_T),
             nll=at_response(batch.nll_T),
+            anchor=at_response(batch.anchor_T),
             old_logp=at_response(batch.old_logp_T),
             ref_logp=at_response(batch.ref_logp_T),
             rollout_logp=at_response(batch.rollout_logp_T),
             is_trace=at_response(batch.is_trace_T),
+            sequence=at_response(sequence_T.astype(np.int64)),
+            num_sequences=len(present),
         ),
     )
 

@@ -54,11 +54,12 @@ def gal_weights(
     log_ratio_G = group_log_ratios(group, totals, cfg)
     is_success_G = torch.tensor([sample.is_correct for sample in group])
     coef_G = gal_coefficients(log_ratio_G, is_success_G, cfg.beta_gal)
-    weights = [
-        TokenWeights(nll=-scale * coef / (totals.num_prompts * length_divisor(sample, totals, cfg)))
-        for sample, coef in zip(group, coef_G.tolist(), strict=True)
-    ]
-    return weights, gal_statistics(log_ratio_G, is_success_G, cfg.beta_gal)
+    statistics = gal_statistics(log_ratio_G, is_success_G, cfg.beta_gal)
+    weights = []
+    for sample, coef in zip(group, coef_G.tolist(), strict=True):
+        unit = 1 / length_divisor(sample, totals, cfg)
+        weights.append(TokenWeights(nll=-scale * coef * unit / totals.num_prompts, anchor=unit if statistics else 0.0))
+    return weights, statistics
 
 
 def group_log_ratios(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig) -> Tensor:
@@ -82,4 +83,5 @@ def add(first: TokenWeights, second: TokenWeights) -> TokenWeights:
         surrogate=first.surrogate + second.surrogate,
         kl=first.kl + second.kl,
         nll=first.nll + second.nll,
+        anchor=first.anchor or second.anchor,
     )

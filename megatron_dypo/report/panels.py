@@ -83,8 +83,13 @@ PANELS = (
     Panel(
         title="GAL: margin and drift",
         unit="nats",
-        note="Margin: success over failure. Drift: mean log-ratio of a trajectory to the reference policy.",
-        lines=(Line("gal/margin", "margin", _BLUE), Line("gal/anchor_drift", "anchor drift", _ORANGE)),
+        note="Margin: success over failure. Log-ratio: of a trajectory to the reference policy. Anchor drift: how far "
+        "the update's policy is from the one that made its rollouts.",
+        lines=(
+            Line("gal/margin", "margin", _BLUE),
+            Line("gal/log_ratio", "log-ratio", _ORANGE),
+            Line("gal/anchor_drift", "anchor drift", _PURPLE),
+        ),
     ),
     Panel(title="Policy entropy", unit="nats per token", lines=(Line("train/entropy", "entropy", _BLUE),)),
     Panel(

@@ -1,8 +1,20 @@
 """Random groups and batches for the tests of the objective."""
 
 import numpy as np
+import torch
 
+from megatron_dypo.objective.loss import LossInputs
 from megatron_dypo.types import Sample, Totals, Treatment
+
+
+def loss_inputs(num_tokens, **streams) -> LossInputs:
+    """Float64 streams of the loss; what is not given is zero, and all tokens are one sequence."""
+    zeros = dict.fromkeys(LossInputs.__dataclass_fields__, [0.0] * num_tokens)
+    tensors = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in {**zeros, **streams}.items()}
+    sequence = tensors["sequence"].long()
+    count = int(sequence.max()) + 1 if num_tokens else 0
+    typed = {"is_trace": tensors["is_trace"].bool(), "sequence": sequence, "num_sequences": count}
+    return LossInputs(**{**tensors, **typed})
 
 
 def totals_of(groups) -> Totals:

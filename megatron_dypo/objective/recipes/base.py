@@ -33,6 +33,9 @@ class Objective(Protocol):
     def needs_reference(self) -> bool:
         """Whether ``Sample.ref_logp`` is read."""
 
+    def needs_current_logprobs(self) -> bool:
+        """Whether ``Sample.current_logp_sum`` is read of samples that older weights made."""
+
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         """What becomes of a group; ``tier`` is None where there were no rollouts."""
 

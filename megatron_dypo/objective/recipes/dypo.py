@@ -22,6 +22,9 @@ class Dypo:
     def needs_reference(self) -> bool:
         return self.cfg.alpha < 1 or self.cfg.kl_coef > 0
 
+    def needs_current_logprobs(self) -> bool:
+        return self.cfg.alpha < 1 and self.cfg.gal_coefficients == "exact"
+
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         assert tier is not None, "dypo grades every group"
         return Treatment.REINFORCE if step < self.cfg.switch_gate else _TREATMENTS[tier]

@@ -20,6 +20,9 @@ class Grpo:
     def needs_reference(self) -> bool:
         return self.cfg.kl_coef > 0
 
+    def needs_current_logprobs(self) -> bool:
+        return False
+
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         return Treatment.REINFORCE
 

@@ -20,6 +20,9 @@ class Sft:
     def needs_reference(self) -> bool:
         return False
 
+    def needs_current_logprobs(self) -> bool:
+        return False
+
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         return Treatment.DISTIL
 

@@ -26,6 +26,9 @@ class SftThenRl:
     def needs_reference(self) -> bool:
         return self.grpo.needs_reference()
 
+    def needs_current_logprobs(self) -> bool:
+        return False
+
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         return self._phase(step).treat(tier, step)
 

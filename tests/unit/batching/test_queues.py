@@ -21,13 +21,44 @@ def test_groups_leave_oldest_first_whatever_their_treatment():
         queues.put(groups[position])
     orders = [g[0].order for g in queues.groups()]
     assert orders == [0, 1, 2, 3, 4]
-    assert [g[0].order for g in queues.take(oldest([orders], 3))] == [0, 1, 2]
+    queues.open_batch(oldest([orders], 3), epochs=1)
+    assert [order for _, order in queues.turns()] == [0, 1, 2]
     assert len(queues) == 2
+
+
+def draws(queues, count):
+    """Orders of each mini-batch of ``count`` groups, until the batch is used up."""
+    seen = []
+    while queues.batch:
+        seen.append([g[0].order for g in queues.draw(oldest([queues.turns()], count))])
+    return seen
+
+
+def test_a_batch_is_drawn_pass_after_pass_while_others_wait():
+    queues = filled([0] * 5)
+    queues.open_batch([0, 1, 2, 3, 77], epochs=2)
+    assert draws(queues, 2) == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert [g[0].order for g in queues.groups()] == [4]
+    queues = filled([0] * 5)
+    queues.open_batch([0, 1, 2], epochs=2)
+    assert draws(queues, 2) == [[0, 1], [0, 2], [1, 2]]
+
+
+def test_what_is_left_of_a_batch_survives_a_checkpoint():
+    queues, restored = filled([0] * 5), Queues()
+    queues.open_batch([0, 1, 2, 3], epochs=2)
+    for _ in range(3):
+        queues.draw(oldest([queues.turns()], 2))
+    for group in (*queues.batch, *queues.groups()):
+        restored.put(load_samples(dump_samples(group)))
+    assert restored.turns() == queues.turns() == [(-1, 2), (-1, 3)]
+    assert [g[0].order for g in restored.groups()] == [4]
 
 
 def test_the_oldest_are_chosen_over_all_replicas():
     assert oldest([[5, 1], [], [0, 9, 2]], 3) == [0, 1, 2]
     assert oldest([[5], [4]], 10) == [4, 5]
+    assert oldest([[(-1, 5), (-2, 9)], [(-1, 2)]], 2) == [(-2, 9), (-1, 2)]
 
 
 def test_groups_older_than_the_limit_are_dropped_and_counted():
@@ -46,7 +77,9 @@ def test_unscored_are_the_rollouts_without_old_log_probs():
 
 def test_samples_survive_the_wire_bit_for_bit():
     samples = [s for g in random_groups(7) for s in g]
-    samples[0] = dataclasses.replace(samples[0], weights=TokenWeights(advantage=0.1, nll=-1 / 3), current_logp_sum=-3.7)
+    samples[0] = dataclasses.replace(
+        samples[0], weights=TokenWeights(advantage=0.1, nll=-1 / 3, anchor=0.2), current_logp_sum=-3.7, updates_left=3
+    )
     restored = load_samples(dump_samples(samples))
     assert len(restored) == len(samples)
     for before, after in zip(samples, restored, strict=True):

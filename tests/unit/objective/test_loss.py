@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from megatron_dypo.config import ObjectiveConfig
-from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
+from megatron_dypo.objective.loss import STATISTICS, token_loss
+from tests.unit.objective_cases import loss_inputs
 
 
 def run(logp, cfg=None, **streams):
-    """Loss, gradient and named sums of single-stream tokens; what is not given is zero."""
+    """Loss, gradient and named sums of one sequence's tokens; what is not given is zero."""
     logp_N = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
-    zeros = dict.fromkeys(LossInputs.__dataclass_fields__, [0.0] * len(logp))
-    tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in {**zeros, **streams}.items()}
-    tensors["is_trace"] = tensors["is_trace"].bool()
-    loss, sums = token_loss(logp_N, torch.zeros_like(logp_N), LossInputs(**tensors), cfg or ObjectiveConfig())
+    loss, sums = token_loss(
+        logp_N, torch.zeros_like(logp_N), loss_inputs(len(logp), **streams), cfg or ObjectiveConfig()
+    )
     loss.backward()
     return loss.item(), logp_N.grad, dict(zip(STATISTICS, sums.tolist(), strict=True))
 
@@ -56,13 +56,3 @@ def test_traces_enter_by_their_likelihood_alone():
     assert loss == 2.0
     assert grad.tolist() == [-0.5, -0.5]
     assert (sums["sft"], sums["trace_nll"], sums["rollout_tokens"], sums["ppo_kl"]) == (2.0, 4.0, 0.0, 0.0)
-
-
-def test_importance_weight_is_truncated_at_the_cap():
-    streams = {"old_logp": [-1.0, -1.0], "rollout_logp": [-3.0, -1.5], "advantage": [1.0, 1.0], "surrogate": [1.0, 1.0]}
-    _, grad, sums = run([-1.0, -1.0], ObjectiveConfig(importance_cap=2.0), **streams)
-    assert grad.tolist() == pytest.approx([-2.0, -math.exp(0.5)])
-    assert sums["importance_capped"] == 1
-    _, grad, _ = run([-1.0, -1.0], ObjectiveConfig(), **streams)
-    assert grad.tolist() == pytest.approx([-1.0, -1.0])
-    assert sums["mismatch_abs"] == pytest.approx(2.5)

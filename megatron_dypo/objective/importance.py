@@ -1,0 +1,58 @@
+"""What the mismatch of trainer and servers does to each token: a weight and masks. Pure.
+
+Shape legend: N response tokens of one microbatch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.config import ImportanceConfig
+from megatron_dypo.objective.sequences import Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """Every field is [N] and without gradient."""
+
+    weight: Tensor
+    """Of the policy gradient: min(u, cap), or 1."""
+    is_kept: Tensor
+    """False: the token contributes nothing."""
+    is_capped: Tensor
+    is_token_masked: Tensor
+    is_sequence_masked: Tensor
+
+
+def importance(log_u_N: Tensor, sequences: Sequences, cfg: ImportanceConfig) -> Importance:
+    """Truncated importance sampling (Yao et al. 2025), IcePop's masks (Ling Team 2025) and masks of whole rollouts.
+
+    Args:
+        log_u_N: [N] log π_old − log π_rollout; 0 on tokens that were not sampled, which keeps them.
+    """
+    u_N, none_N = log_u_N.exp(), torch.zeros_like(log_u_N, dtype=torch.bool)
+    weight_N, is_capped_N = torch.ones_like(u_N), none_N
+    if cfg.cap is not None:
+        weight_N, is_capped_N = u_N.clamp(max=cfg.cap), u_N > cfg.cap
+    token_N = none_N if cfg.token_bounds is None else _outside(log_u_N, cfg.token_bounds)
+    sequence_N = none_N
+    if cfg.sequence_bounds is not None:
+        sequence_N = _outside(sequences.mean(log_u_N), cfg.sequence_bounds)
+    if cfg.sequence_max_gap is not None:
+        sequence_N = sequence_N | (sequences.mean(log_u_N.abs()) > cfg.sequence_max_gap)
+    return Importance(
+        weight=weight_N,
+        is_kept=~(token_N | sequence_N),
+        is_capped=is_capped_N,
+        is_token_masked=token_N,
+        is_sequence_masked=sequence_N,
+    )
+
+
+def _outside(log_N: Tensor, bounds: tuple[float, float]) -> Tensor:
+    low, high = bounds
+    return (log_N < (math.log(low) if low > 0 else -math.inf)) | (log_N > math.log(high))
