@@ -23,6 +23,7 @@ def main(
     from megatron_dypo.weights.convert import hf_to_mcore
 
     hf_to_mcore(hf_path, mcore_path, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    typer.echo(mcore_path)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def main(
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
     )
+    typer.echo(hf_path)
 
 
 if __name__ == "__main__":
