@@ -1,0 +1,36 @@
+"""Fused log-probs on a GPU, where bf16 weights are multiplied as they are, against float64 on the CPU."""
+
+import pytest
+import torch
+
+from megatron_dypo.objective.fused_logprobs import fused_logprobs
+from megatron_dypo.parallel.device import device, on_gpu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not on_gpu(), reason="needs a GPU")]
+
+NUM_ROWS, VOCAB, PADDED, HIDDEN = 37, 1000, 1024, 64
+
+
+@pytest.mark.parametrize("budget", [1, 2**16, 2**28])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+def test_values_and_gradients_equal_float64(dtype, bar, budget):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_ROWS, HIDDEN, generator=g).to(dtype)
+    weight = (torch.randn(PADDED, HIDDEN, generator=g) / 4).to(dtype)
+    targets, coef = torch.randint(0, VOCAB, (NUM_ROWS,), generator=g), torch.randn(NUM_ROWS, generator=g)
+
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    logp_NV = (exact[0] @ exact[1][:VOCAB].t()).log_softmax(dim=-1)
+    expected = logp_NV.gather(1, targets[:, None])[:, 0]
+    (expected * coef.double()).sum().backward()
+
+    ours = [t.to(device()).requires_grad_() for t in (hidden, weight)]
+    logp, entropy = fused_logprobs(*ours, targets.to(device()), vocab_size=VOCAB, memory_budget=budget)
+    (logp * coef.to(device())).sum().backward()
+
+    # Products of bf16 numbers are exact in fp32, so values are as good as those of fp32 inputs.
+    assert torch.allclose(logp.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(entropy.cpu().double(), -(logp_NV.exp() * logp_NV).sum(-1), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.grad.dtype == dtype
+        assert (mine.grad.cpu().double() - theirs.grad).abs().max() <= bar * theirs.grad.abs().max()
