@@ -129,6 +129,7 @@ def _init_megatron(config: ParallelConfig, timeout: datetime.timedelta, seed: in
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
     )
     # Pipeline stages draw from different streams, as in Megatron's own training loop.

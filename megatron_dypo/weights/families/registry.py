@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.weights.families import llama, qwen2, qwen3
-from megatron_dypo.weights.families.table import LAYER, Row
+from megatron_dypo.weights.families import llama, qwen2, qwen3, qwen3_moe
+from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
 
-FAMILIES = {"llama": llama.ROWS, "qwen2": qwen2.ROWS, "qwen3": qwen3.ROWS}
+FAMILIES = {"llama": llama.ROWS, "qwen2": qwen2.ROWS, "qwen3": qwen3.ROWS, "qwen3_moe": qwen3_moe.ROWS}
 
 # Transformer Engine fuses a norm into the linear layer that follows it: its name → the local spec's name.
 ALIASES = {
@@ -29,11 +29,15 @@ STATEFUL_MODULES = (
 
 _FUSED = {plain: fused for fused, plain in ALIASES.items()}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# One expert after the other (the local spec), or all in one module with numbered weights (Transformer Engine).
+_EXPERTS = "mlp.experts"
+_SEQUENTIAL = re.compile(rf"{_EXPERTS}\.local_experts\.(\d+)\.(.+)")
+_GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.weight)(\d+)")
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def table(arch: Architecture) -> tuple[Row, ...]:
-    """The rows of an architecture, ``{layer}`` still in them."""
+    """The rows of an architecture, ``{layer}`` and ``{expert}`` still in them."""
     return (*FAMILIES[arch.family], llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
 
 
@@ -44,7 +48,8 @@ def family_rows(arch: Architecture) -> Iterator[Row]:
     first = rows.index(inside[0])
     yield from rows[:first]
     for layer in range(arch.num_layers):
-        yield from (row.at(layer) for row in inside)
+        for row in inside:
+            yield from (row.at(layer, expert) for expert in _experts_of(row, arch))
     yield from (row for row in rows[first:] if LAYER not in row.mcore)
 
 
@@ -54,16 +59,40 @@ def match(mcore_name: str, arch: Architecture) -> Row:
     Raises:
         ValueError: no row of the family matches, or the layer does not exist.
     """
-    pattern, layer = mcore_name, None
+    pattern, layer, expert = mcore_name, None, None
     if found := _LAYER_NAME.fullmatch(mcore_name):
-        layer = int(found[1])
-        pattern = f"decoder.layers.{LAYER}.{ALIASES.get(found[2], found[2])}"
+        layer, inside = int(found[1]), ALIASES.get(found[2], found[2])
         if layer >= arch.num_layers:
             raise ValueError(f"{mcore_name}: layer {layer} of a model with num_layers={arch.num_layers}")
+        if of_expert := expert_parameter(inside):
+            expert, inside = of_expert[0], f"{_EXPERTS}.local_experts.{EXPERT}.{of_expert[1]}"
+        pattern = f"decoder.layers.{LAYER}.{inside}"
     for row in table(arch):
         if row.mcore == pattern:
-            return row.at(layer)
+            if expert is not None and expert not in _experts_of(row, arch):
+                raise ValueError(f"{mcore_name}: expert {expert} of a model with num_experts={_num_experts(arch)}")
+            return row.at(layer, expert)
     raise ValueError(f"{mcore_name}: no rule of family {arch.family!r} matches this Megatron-Core parameter")
+
+
+def expert_parameter(name: str) -> tuple[int, str] | None:
+    """Index of the expert and name within it of an expert's parameter in a layer, by either spec's name; else None.
+
+    expert_parameter("mlp.experts.linear_fc1.weight3") → (3, "linear_fc1.weight")
+    """
+    if found := _SEQUENTIAL.fullmatch(name):
+        return int(found[1]), found[2]
+    if found := _GROUPED.fullmatch(name):
+        return int(found[2]), found[1]
+    return None
+
+
+def _experts_of(row: Row, arch: Architecture) -> Iterable[int | None]:
+    return range(_num_experts(arch)) if EXPERT in row.mcore else (None,)
+
+
+def _num_experts(arch: Architecture) -> int:
+    return arch.experts.num_experts if arch.experts else 0
 
 
 def stored_key(mcore_name: str) -> tuple[str, int | None]:
