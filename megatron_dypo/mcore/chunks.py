@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -38,7 +39,7 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
             yield name, parameter
 
 
-def _with_global_expert(name: str, layer: torch.nn.Module) -> str:
+def _with_global_expert(name: str, layer: Any) -> str:
     """An expert's parameter under its global index; any other name as it is."""
     found = expert_parameter(name)
     if found is None:

@@ -176,7 +176,7 @@ def _patch_experts() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = on_host
     torch.cuda.Stream = lambda *args, **kwargs: only_stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda device=None: only_stream  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
 
 
 def _patch_distributed_optimizer() -> None:

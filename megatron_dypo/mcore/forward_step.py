@@ -96,8 +96,8 @@ def loss_pass(
 def logprob_pass(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> list[Tensor]:
     """Forward only: [N] fp32 log-probs of each microbatch's response tokens; [] off the last pipeline stage."""
 
-    def collect(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> Tensor:
-        return output[0].cpu()
+    def collect(batch: DeviceMicrobatch, logp_N: Tensor, non_loss_data: bool) -> Tensor:
+        return logp_N.cpu()
 
     with torch.no_grad():
         return _run(chunks, microbatches, collect, forward_only=True)
@@ -111,7 +111,11 @@ def _run(
     forward_only: bool,
     bar: Progress | None = None,
 ) -> list[Any]:
-    """Megatron's schedule for this layout; ``finish(batch, (logp_N, entropy_N))`` runs on the last stage."""
+    """Megatron's schedule for this layout.
+
+    On the last stage ``finish(batch, (logp_N, entropy_N))`` runs; forward only it gets ``logp_N`` alone, since beside
+    experts Megatron asks what a forward-only pass made for its device (pipeline_parallel/schedules.py:286).
+    """
 
     def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
@@ -124,7 +128,7 @@ def _run(
             labels=batch.targets_N,
             loss_mask=batch.response_N,
         )
-        return output, partial(finish, batch)
+        return output[0] if forward_only and isinstance(output, tuple) else output, partial(finish, batch)
 
     has_experts = unwrap(chunks[0]).config.num_moe_experts is not None
     batches = [to_device(batch) for batch in microbatches]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_dypo.batching.pack import bins_first_fit, pack, row_length
 from megatron_dypo.mcore.forward_step import logprob_pass
+from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.types import Floats, Sample
 
@@ -31,17 +32,20 @@ def sequence_logprobs(
 ) -> list[Floats] | None:
     """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
 
+    Replicas that share out experts run as many forward passes as the one with the most: then it is collective over all.
+
     Args:
         budget: tokens in one packed row.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
     """
-    if not samples:
-        return [] if layout.is_replica_leader else None
     lengths = [len(sample.tokens) for sample in samples]
     bins = bins_first_fit(lengths, budget)
-    bins += [[] for _ in range(round_up_microbatches(len(bins), layout) - len(bins))]
+    count = _most(len(bins)) if layout.expert > 1 else len(bins)
+    if not count:
+        return [] if layout.is_replica_leader else None
+    bins += [[] for _ in range(round_up_microbatches(count, layout) - len(bins))]
     length = row_length(lengths, bins, row_alignment(layout))
     rows = [pack(samples, members, length) for members in bins]
     set_training(chunks, False)
@@ -54,6 +58,13 @@ def sequence_logprobs(
     pieces = np.split(flat, np.cumsum([samples[i].num_response_tokens for i in order])[:-1])
     by_sample = dict(zip(order, pieces, strict=True))
     return [by_sample[i] for i in range(len(samples))]
+
+
+def _most(count: int) -> int:
+    """The largest of all ranks' counts."""
+    most = torch.tensor([count], device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def set_training(chunks: Sequence[Any], mode: bool) -> None:

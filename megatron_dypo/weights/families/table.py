@@ -22,6 +22,11 @@ class Row:
     is_copy: bool = False
     """A second copy of HF tensors that another row holds: filled on load, left out of exports."""
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether a rank holds it for the experts that it owns, rather than as a member of a tensor-parallel group."""
+        return ".mlp.experts." in self.mcore
+
     def at(self, layer: int | None, expert: int | None = None) -> Row:
         """This row for one layer and one expert of it; None for a row without the placeholder."""
 
