@@ -84,6 +84,8 @@ def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
         from megatron_dypo.mcore.router import BalancedRouter
 
         spec.submodules.mlp.submodules.router = BalancedRouter
+        # The local spec would store the norm before experts as fused with their input projection, TE's does not.
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
 
 

@@ -244,6 +244,11 @@ class Stack(Rule):
     def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         return shards[0].split([shape[0] for shape in self.hf_shapes(arch)])
 
+    def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
+        lengths = [shape[0] for shape in self.hf_shapes(arch)] if tp_rank == 0 else []
+        starts = [sum(lengths[:number]) for number in range(len(lengths))]
+        return [Chunk(start, start, length) for start, length in zip(starts, lengths, strict=True)]
+
 
 def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
     """Raise ValueError unless ``tp_size`` splits heads, groups and a dense MLP evenly, which Megatron-Core asks for."""

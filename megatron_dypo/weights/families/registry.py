@@ -17,15 +17,7 @@ ALIASES = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
-# Modules of a layer for which a distributed checkpoint also holds a state beside the weights. It is empty except under
-# FP8, but Megatron-Core does not load a checkpoint without it. Names under the decoder's layers.
-STATEFUL_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+_ATTENTION_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
 
 _FUSED = {plain: fused for fused, plain in ALIASES.items()}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -95,18 +87,41 @@ def _num_experts(arch: Architecture) -> int:
     return arch.experts.num_experts if arch.experts else 0
 
 
-def stored_key(mcore_name: str) -> tuple[str, int | None]:
-    """Key of a parameter in a distributed checkpoint, and its index on the first axis if layers are stacked there.
+def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...]]:
+    """Key of a parameter in a distributed checkpoint, and its indices on the first axes of the tensor there.
 
-    Megatron-Core stores the layers of a decoder as one tensor, and norms under TE's fused names whatever the spec.
+    Megatron-Core stores the layers of a decoder as one tensor, the experts of a layer within it, and norms under TE's
+    names whatever the spec; TE does not fuse the norm before experts.
 
-        stored_key("decoder.layers.3.input_layernorm.weight")
-        → ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", 3)
+        stored_key("decoder.layers.3.input_layernorm.weight", arch)
+        → ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (3,))
     """
     found = _LAYER_NAME.fullmatch(mcore_name)
     if found is None:
-        return mcore_name, None
-    return f"decoder.layers.{_FUSED.get(found[2], found[2])}", int(found[1])
+        return mcore_name, ()
+    layer, inside = int(found[1]), found[2]
+    if of_expert := expert_parameter(inside):
+        return f"decoder.layers.{_EXPERTS}.experts.{of_expert[1]}", (layer, of_expert[0])
+    is_fused = arch.experts is None or inside != "pre_mlp_layernorm.weight"
+    return f"decoder.layers.{_FUSED.get(inside, inside) if is_fused else inside}", (layer,)
+
+
+def stacked_shape(index: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
+    """Sizes of the first axes of the stored tensor of a parameter that has this ``index`` on them."""
+    return (arch.num_layers, _num_experts(arch))[: len(index)]
+
+
+def state_keys(layer: int, arch: Architecture) -> list[str]:
+    """Keys of states beside the weights of a layer in a distributed checkpoint.
+
+    They are empty except under FP8, but Megatron-Core does not load a checkpoint without them.
+    """
+    mlp = () if arch.experts else ("mlp.linear_fc1", "mlp.linear_fc2")
+    keys = [f"{module}._extra_state/shard_{layer}_{arch.num_layers}" for module in (*_ATTENTION_MODULES, *mlp)]
+    for expert in range(_num_experts(arch)):
+        shard = f"shard_{layer}.{expert}_{arch.num_layers}.{_num_experts(arch)}"
+        keys += [f"{_EXPERTS}.experts.{linear}._extra_state/{shard}" for linear in ("linear_fc1", "linear_fc2")]
+    return [f"decoder.layers.{key}" for key in keys]
 
 
 def is_redundant_hf_name(name: str, arch: Architecture) -> bool:
