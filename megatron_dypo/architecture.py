@@ -22,6 +22,21 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts that stands in every layer in the place of the MLP."""
+
+    num_experts: int
+    per_token: int
+    """Experts that each token is routed to, by the largest of its router's logits."""
+    ffn_hidden_size: int
+    """Intermediate size of one expert."""
+    normalized: bool
+    """Routing weights of a token sum to one (softmax over its chosen experts), or are taken from the softmax over all."""
+    balance_coef: float
+    """``router_aux_loss_coef``: weight of the load-balancing loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Sizes and switches of a Llama-like decoder."""
 
@@ -41,6 +56,8 @@ class Architecture:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: Experts | None = None
+    """None: a dense MLP in every layer."""
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
@@ -66,8 +83,8 @@ def load_architecture(hf_path: str | Path) -> Architecture:
 def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     """The architecture of an HF config given as a mapping; ``where`` names it in errors."""
     family = raw.get("model_type")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"{where}: model_type={family!r}: must be one of llama, qwen2, qwen3")
+    if family not in ("llama", "qwen2", "qwen3", "qwen3_moe"):
+        raise ValueError(f"{where}: model_type={family!r}: must be one of llama, qwen2, qwen3, qwen3_moe")
     _refuse_unsupported(raw, where)
     hidden, heads = _integer(raw, "hidden_size", where), _integer(raw, "num_attention_heads", where)
     kv_heads = int(raw.get("num_key_value_heads") or heads)
@@ -89,7 +106,33 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         rope_scaling=_rope_scaling(rope, where),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        experts=_experts(raw, where) if family == "qwen3_moe" else None,
+    )
+
+
+def _experts(raw: Mapping[str, Any], where: str) -> Experts:
+    # transformers 5 writes the number of experts under either name.
+    name = "num_experts" if "num_experts" in raw else "num_local_experts"
+    num_experts, per_token = _integer(raw, name, where), _integer(raw, "num_experts_per_tok", where)
+    if per_token > num_experts:
+        raise ValueError(f"{where}: num_experts_per_tok={per_token}: must not exceed {name}={num_experts}")
+    if (raw.get("decoder_sparse_step") or 1) != 1:
+        raise ValueError(f"{where}: decoder_sparse_step={raw['decoder_sparse_step']}: only 1 is supported")
+    if raw.get("mlp_only_layers"):
+        raise ValueError(f"{where}: mlp_only_layers={raw['mlp_only_layers']}: every layer must have experts")
+    normalized = bool(raw.get("norm_topk_prob", False))
+    if normalized and per_token == 1:
+        raise ValueError(
+            f"{where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the router "
+            "cannot learn"
+        )
+    return Experts(
+        num_experts=num_experts,
+        per_token=per_token,
+        ffn_hidden_size=_integer(raw, "moe_intermediate_size", where),
+        normalized=normalized,
+        balance_coef=float(raw.get("router_aux_loss_coef", 0.001)),
     )
 
 

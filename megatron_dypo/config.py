@@ -40,9 +40,13 @@ class ModelConfig:
     """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
+    balance_coef: float | None = None
+    """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
 
     def __post_init__(self) -> None:
         require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
+        if self.balance_coef is not None:
+            require_not_negative(self, "balance_coef")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class ParallelConfig:
     """Model chunks on each pipeline rank (interleaved schedule); None: one."""
     context: int = 1
     expert: int = 1
+    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage; an
+    expert itself is never split."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
@@ -67,13 +73,17 @@ class ParallelConfig:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
             require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
         require(self.context == 1, f"context={self.context}", "context parallelism is not supported yet")
-        require(self.expert == 1, f"expert={self.expert}", "expert parallelism is not supported yet")
         if self.num_processes is not None:
             model_size = self.tensor * self.pipeline * self.context
             require(
                 self.num_processes > 0 and self.num_processes % model_size == 0,
                 f"num_processes={self.num_processes}",
                 f"must be a multiple of tensor × pipeline × context = {model_size}",
+            )
+            require(
+                self.num_processes // self.pipeline % self.expert == 0,
+                f"expert={self.expert}",
+                f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
             )
 
 

@@ -93,13 +93,7 @@ def finish(run: Run) -> None:
         export_hf(
             named_global_parameters(run.chunks),
             run.arch,
-            tp_rank=layout.tp_rank,
-            tp_size=layout.tensor,
-            tp_group=layout.tp_group,
-            pp_rank=layout.pp_rank,
-            pp_size=layout.pipeline,
-            control_group=layout.replica_group,
-            write=layout.dp_rank == 0 and layout.cp_rank == 0,
+            layout,
             out_dir=run.dir / "hf",
             reference_hf_path=run.config.model.hf_path,
         )

@@ -26,6 +26,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name → transformers' config class and what differs from the sizes below."""
 
+_EXPERTS = {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe_raw_weights": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": False}),
+}
+"""The same for mixtures of experts, which refuse some layouts that dense models take."""
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -61,9 +69,9 @@ _KEPT_ALIVE: list[Any] = []
 
 
 def make_hf_model(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Path:
-    """Save a random model of ``KINDS[kind]`` under ``path`` and return ``path``; ``sizes`` override ``SIZES``."""
+    """Save a random model of one of the kinds above under ``path`` and return ``path``; ``sizes`` override ``SIZES``."""
     transformers = import_transformers()
-    config_class, extra = KINDS[kind]
+    config_class, extra = {**KINDS, **MOE_KINDS}[kind]
     config = getattr(transformers, config_class)(**{**SIZES, **extra, **sizes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+
+from megatron_dypo.weights.families.registry import expert_parameter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """``ModelConfig.dtype`` → type of the parameters."""
@@ -21,7 +24,7 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 
 
 def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under names that carry the global layer index, wrappers stripped.
+    """This rank's parameters under names that carry the global indices of layer and expert, wrappers stripped.
 
     With tied embeddings and more than one pipeline stage the last stage has its copy as ``output_layer.weight``.
     """
@@ -32,5 +35,14 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
             head, separator, tail = name.partition("decoder.layers.")
             if separator:
                 local, _, rest = tail.partition(".")
-                name = f"{head}{separator}{global_index[local]}.{rest}"
+                name = f"{head}{separator}{global_index[local]}.{_with_global_expert(rest, model.decoder.layers[int(local)])}"
             yield name, parameter
+
+
+def _with_global_expert(name: str, layer: Any) -> str:
+    """An expert's parameter under its global index; any other name as it is."""
+    found = expert_parameter(name)
+    if found is None:
+        return name
+    index, inside = found
+    return f"mlp.experts.local_experts.{layer.mlp.local_expert_indices[index]}.{inside}"

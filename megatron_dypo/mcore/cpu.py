@@ -2,11 +2,12 @@
 
 Megatron-Core's training step calls ``torch.cuda`` without asking. :func:`install` replaces what it calls, in this process,
 and nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around; paths are
-relative to ``megatron/core``. Not covered, since nothing here uses it: experts, context parallelism, fp8, CUDA graphs.
+relative to ``megatron/core``. Not covered, since nothing here uses it: context parallelism, fp8, CUDA graphs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ def install() -> None:
     _patch_rng_tracker()
     _patch_torch_norm()
     _patch_selective_checkpoint()
+    _patch_experts()
     _patch_distributed_optimizer()
 
 
@@ -145,6 +147,36 @@ def _patch_selective_checkpoint() -> None:
         upstream_init(self, fp8 or None)
 
     CheckpointWithoutOutput.__init__ = init
+
+
+def _patch_experts() -> None:
+    """Mixture of experts without Transformer Engine and streams.
+
+    transformer/moe/moe_utils.py:1192,1224 reads a name that only an import of Transformer Engine makes.
+    transformer/moe/token_dispatcher.py:445,871-899 copies counts to the host on a stream of their own.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    class Stream:
+        """All work on a CPU is in order."""
+
+        def wait_stream(self, other: Any) -> None: ...
+
+        def record_event(self, event: Any = None) -> Any:
+            return self
+
+        def synchronize(self) -> None: ...
+
+    only_stream = Stream()
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
+    torch.cuda.Stream = lambda *args, **kwargs: only_stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: only_stream  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
 
 
 def _patch_distributed_optimizer() -> None:

@@ -64,12 +64,28 @@ def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
     """The transformer layer: Transformer Engine's, or Megatron's local one with our packed attention."""
     from megatron.core.models.gpt import gpt_layer_specs
 
+    num_experts = arch.experts.num_experts if arch.experts else None
     if features.transformer_engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=arch.qk_norm
+        )
+        return _with_our_router(spec, arch)
     from megatron_dypo.mcore.attention import PackedAttention
 
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=arch.qk_norm, normalization="RMSNorm"
+    )
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return _with_our_router(spec, arch)
+
+
+def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
+    if arch.experts is not None:
+        from megatron_dypo.mcore.router import BalancedRouter
+
+        spec.submodules.mlp.submodules.router = BalancedRouter
+        # The local spec would store the norm before experts as fused with their input projection, TE's does not.
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_dypo.config import ObjectiveConfig
 from megatron_dypo.mcore.attention import packed_seq_params
+from megatron_dypo.mcore.chunks import unwrap
+from megatron_dypo.mcore.router import begin_update
 from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
 from megatron_dypo.parallel.device import device
 from megatron_dypo.progress import Progress
@@ -32,6 +34,8 @@ class DeviceMicrobatch:
     tokens_1T: Tensor
     positions_1T: Tensor
     packed: PackedSeqParams
+    padding_1T: Tensor
+    """True where no token of a sequence stands."""
     response_N: Tensor
     """Positions in the row whose target is a response token."""
     targets_N: Tensor
@@ -54,6 +58,7 @@ def to_device(batch: Microbatch) -> DeviceMicrobatch:
         tokens_1T=row(batch.tokens_T),
         positions_1T=row(batch.positions_T),
         packed=packed_seq_params(torch.from_numpy(batch.cu_seqlens_S).to(device())),
+        padding_1T=torch.from_numpy(batch.sample_T < 0)[None].to(device()),
         response_N=torch.from_numpy(response_N).to(device()),
         targets_N=at_response(batch.targets_T.astype(np.int64)),
         inputs=LossInputs(
@@ -92,6 +97,7 @@ def loss_pass(
         value, sums = token_loss(logp_N, entropy_N, batch.inputs, cfg)
         return value, torch.tensor(1, dtype=torch.int), sums
 
+    begin_update(chunks, sum(int((batch.sample_T >= 0).sum()) for batch in microbatches))
     reports = _run(chunks, microbatches, loss, forward_only=False, bar=bar)
     return sum(reports, start=torch.zeros(len(STATISTICS), dtype=torch.float64, device=device())).cpu()
 
@@ -99,8 +105,8 @@ def loss_pass(
 def logprob_pass(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> list[Tensor]:
     """Forward only: [N] fp32 log-probs of each microbatch's response tokens; [] off the last pipeline stage."""
 
-    def collect(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor], non_loss_data: bool) -> Tensor:
-        return output[0].cpu()
+    def collect(batch: DeviceMicrobatch, logp_N: Tensor, non_loss_data: bool) -> Tensor:
+        return logp_N.cpu()
 
     with torch.no_grad():
         return _run(chunks, microbatches, collect, forward_only=True)
@@ -114,7 +120,11 @@ def _run(
     forward_only: bool,
     bar: Progress | None = None,
 ) -> list[Any]:
-    """Megatron's schedule for this layout; ``finish(batch, (logp_N, entropy_N))`` runs on the last stage."""
+    """Megatron's schedule for this layout.
+
+    On the last stage ``finish(batch, (logp_N, entropy_N))`` runs; forward only it gets ``logp_N`` alone, since beside
+    experts Megatron asks what a forward-only pass made for its device (pipeline_parallel/schedules.py:286).
+    """
 
     def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
@@ -123,11 +133,13 @@ def _run(
             batch.positions_1T,
             None,
             packed_seq_params=batch.packed,
+            padding_mask=batch.padding_1T if has_experts else None,
             labels=batch.targets_N,
             loss_mask=batch.response_N,
         )
-        return output, partial(finish, batch)
+        return output[0] if forward_only and isinstance(output, tuple) else output, partial(finish, batch)
 
+    has_experts = unwrap(chunks[0]).config.num_moe_experts is not None
     batches = [to_device(batch) for batch in microbatches]
     iterators = [iter(batches) for _ in chunks]
     if bar is not None:

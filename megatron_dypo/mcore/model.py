@@ -35,10 +35,12 @@ from megatron_dypo.mcore.chunks import DTYPES, named_global_parameters
 from megatron_dypo.mcore.features import Features, layer_spec, probe
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.mcore.router import moe_settings
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.load import load_hf_weights
+from megatron_dypo.weights.rules import check_tensor_parallel
 
 
 def build_model(
@@ -84,14 +86,32 @@ def check_divisibility(arch: Architecture, parallel: ParallelConfig) -> None:
     Raises:
         ValueError: e.g. ``tensor_parallel=3 does not divide num_attention_heads=28``.
     """
-    for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size"):
-        if getattr(arch, name) % parallel.tensor:
-            raise ValueError(f"tensor_parallel={parallel.tensor} does not divide {name}={getattr(arch, name)}")
+    check_tensor_parallel(arch, parallel.tensor)
+    check_experts(arch, parallel)
     stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if arch.num_layers % stages:
         raise ValueError(
             f"pipeline_parallel={parallel.pipeline} × virtual_pipeline={parallel.virtual_pipeline or 1} = {stages} "
             f"does not divide num_layers={arch.num_layers}"
+        )
+
+
+def check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Whether the axes fit a mixture of experts, or the lack of one.
+
+    Raises:
+        ValueError: names the axis and the rule.
+    """
+    if arch.experts is None:
+        if parallel.expert > 1:
+            raise ValueError(f"expert_parallel={parallel.expert}: a {arch.family} model has no experts")
+        return
+    if arch.experts.num_experts % parallel.expert:
+        raise ValueError(f"expert_parallel={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError(
+            f"tensor_parallel={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "
+            "(Megatron refuses to train one otherwise)"
         )
 
 
@@ -113,7 +133,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,
         variable_seq_lengths=parallel.pipeline > 1,
-        # There are no experts here, but the default dispatcher forbids variable lengths.
+        # The default dispatcher forbids variable lengths, even where there are no experts.
         moe_token_dispatcher_type="alltoall",
         # Interleaving with batched p2p gives wrong gradients without an error; 1F1B knows no overlap.
         overlap_p2p_comm=interleaved,
@@ -125,6 +145,7 @@ def transformer_config(
         gradient_accumulation_fusion=features.grad_accumulation_fusion,
         attention_softmax_in_fp32=True,
         **_recompute(model),
+        **_experts(arch, model, parallel, features),
     )
 
 
@@ -187,6 +208,18 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
     }
+
+
+def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features) -> dict[str, Any]:
+    if arch.experts is None:
+        return {}
+    coefficient = arch.experts.balance_coef if model.balance_coef is None else model.balance_coef
+    return moe_settings(
+        arch.experts,
+        grouped=features.transformer_engine,
+        expert_parallel=parallel.expert,
+        balance_coef=coefficient,
+    )
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
 from megatron_dypo.mcore.forward_step import logprob_pass
+from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.types import Floats, Sample
 
@@ -26,6 +27,8 @@ def sequence_logprobs(
 ) -> list[Floats] | None:
     """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
 
+    Replicas that share out experts run as many forward passes as the one with the most: then it is collective over all.
+
     Args:
         budget: tokens in one packed row.
         row_multiple: ``BatchingConfig.row_multiple``.
@@ -33,23 +36,32 @@ def sequence_logprobs(
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
     """
-    if not samples:
-        return [] if layout.is_replica_leader else None
     lengths = [len(sample.tokens) for sample in samples]
-    count = round_up_microbatches(num_microbatches(lengths, budget=budget), layout)
-    bins = plan_microbatches(lengths, budget=budget, count=count)
+    count = num_microbatches(lengths, budget=budget)
+    if layout.expert > 1:
+        count = _most(count)
+    if not count:
+        return [] if layout.is_replica_leader else None
+    bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
     multiple = alignment(layout.tensor, layout.context, row_multiple)
     rows = [pack(samples, members, row_length(lengths, [members], multiple)) for members in bins]
     set_training(chunks, False)
     parts = logprob_pass(chunks, rows)
     set_training(chunks, True)
     flat = _to_leader(torch.cat(parts) if parts else None, sum(s.num_response_tokens for s in samples), layout)
-    if flat is None:
-        return None
+    if flat is None or not samples:
+        return None if flat is None else []
     order = [i for members in bins for i in members]
     pieces = np.split(flat, np.cumsum([samples[i].num_response_tokens for i in order])[:-1])
     by_sample = dict(zip(order, pieces, strict=True))
     return [by_sample[i] for i in range(len(samples))]
+
+
+def _most(count: int) -> int:
+    """The largest of all ranks' counts."""
+    most = torch.tensor([count], device=device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def set_training(chunks: Sequence[Any], mode: bool) -> None:

@@ -42,6 +42,13 @@ class Layout:
     """Global ranks of this replica, ascending."""
     last_stage_rank: int
     """Global rank of the last pipeline stage among this rank's pipeline peers."""
+    senders_group: dist.ProcessGroup | None = None
+    """CPU (gloo) group of the ranks of which ``is_sender`` is true; None on the others."""
+    expert: int = 1
+    """Ranks that share out the experts of a layer: neighbours among the ranks of a stage, across replicas if need be."""
+    ep_rank: int = 0
+    expert_replica: int = 0
+    """Number of the whole set of experts, within this stage, that this rank holds a part of."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -50,6 +57,25 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pipeline - 1
+
+    @property
+    def sends_dense(self) -> bool:
+        """Whether this rank's shards of all but the experts leave the mesh (exports, pushes): the first replica's do."""
+        return self.dp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def leads_stage(self) -> bool:
+        """Whether this rank makes its stage's shards whole for that."""
+        return self.sends_dense and self.tp_rank == 0
+
+    @property
+    def sends_experts(self) -> bool:
+        """Whether this rank's experts leave the mesh, from here: those of the first set do, each whole where it lies."""
+        return self.expert_replica == 0
+
+    @property
+    def is_sender(self) -> bool:
+        return self.sends_dense or self.sends_experts
 
     @property
     def leader_rank(self) -> int:
@@ -73,6 +99,12 @@ def replica_ranks(*, tensor: int, context: int, pipeline: int, data: int, dp_ran
     )
 
 
+def sender_ranks(*, tensor: int, context: int, pipeline: int, data: int, expert: int) -> tuple[int, ...]:
+    """Global ranks that hold the policy once: of each stage the first tensor group and the first expert group."""
+    stage = tensor * context * data
+    return tuple(pp_rank * stage + offset for pp_rank in range(pipeline) for offset in range(max(tensor, expert)))
+
+
 def init_layout(config: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> Layout:
     """Join the process group, set Megatron's model-parallel groups and RNG seeds up, and describe the result.
 
@@ -80,7 +112,8 @@ def init_layout(config: ParallelConfig, *, timeout_s: float = 1800.0, seed: int 
     ``MASTER_PORT`` and ``LOCAL_RANK`` as torchrun sets them; without ``RANK`` the world is this process.
 
     Raises:
-        ValueError: the world is no multiple of tensor × pipeline × context; or an unsupported version on a CPU.
+        ValueError: the world is no multiple of tensor × pipeline × context, or a stage's ranks none of expert; or an
+            unsupported version on a CPU.
     """
     from megatron_dypo.mcore import cpu, features
 
@@ -118,6 +151,10 @@ def _check_world(config: ParallelConfig, world_size: int) -> None:
             f"world_size={world_size}: must be a multiple of tensor × pipeline × context = "
             f"{config.tensor} × {config.pipeline} × {config.context} = {model_size}"
         )
+    stage = world_size // config.pipeline
+    if stage % config.expert:
+        dist.destroy_process_group()
+        raise ValueError(f"expert_parallel={config.expert} does not divide the {stage} ranks of a pipeline stage")
 
 
 def _init_megatron(config: ParallelConfig, timeout: datetime.timedelta, seed: int) -> None:
@@ -129,6 +166,7 @@ def _init_megatron(config: ParallelConfig, timeout: datetime.timedelta, seed: in
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
     )
     # Pipeline stages draw from different streams, as in Megatron's own training loop.
@@ -152,7 +190,11 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
     replica_groups = [dist.new_group(list(ranks), backend="gloo", timeout=timeout) for ranks in replicas]
     leaders = [ranks[0] for ranks in replicas]
     leaders_group = dist.new_group(leaders, backend="gloo", timeout=timeout)
-    return Layout(
+    senders = sender_ranks(
+        tensor=config.tensor, context=config.context, pipeline=config.pipeline, data=data, expert=config.expert
+    )
+    senders_group = dist.new_group(list(senders), backend="gloo", timeout=timeout)
+    layout = Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor=config.tensor,
@@ -171,4 +213,10 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         leaders_group=leaders_group if dist.get_rank() in leaders else None,
         replica_ranks=replicas[dp_rank],
         last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+        senders_group=senders_group if dist.get_rank() in senders else None,
+        expert=config.expert,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_replica=parallel_state.get_expert_data_parallel_rank(),
     )
+    assert layout.is_sender == (layout.rank in senders), "Megatron's rank order changed"
+    return layout

@@ -71,7 +71,7 @@ class Bridge:
         self._source = Source(layout=layout, arch=arch, named_params=named_params)
         self._config = config
         self._lockstep = Lockstep(config.deadline_s + 2 * _RECOVERY_S)
-        leads = layout.is_global_leader or self._source.is_stage_leader
+        leads = layout.is_global_leader or self._source.own_turn is not None
         self._control = SGLangControl(urls, api_key) if leads else None
         self._is_leader = layout.is_global_leader
         self._transport = self._make_transport(run_dir, hf_reference)
@@ -131,13 +131,15 @@ class Bridge:
 
     def _verify(self, deadline: Deadline) -> None:
         """SGLang ignores unknown names and dies of wrong shapes, so both are checked before anything is sent."""
-        held = self._lockstep.run(self._held_names if self._source.is_sender else None)
-        by_rank = self._lockstep.gather(held if self._source.is_stage_leader else None)
+        held = self._lockstep.run(self._held_names if self._source.layout.is_sender else None)
+        by_rank = self._lockstep.gather(held)
         self._lead(functools.partial(check_names, [names for names in by_rank if names], self._source.arch))
         self._lead(functools.partial(self._check_servers, deadline))
 
     def _held_names(self) -> list[str]:
-        return hf_names(self._source.named_params(), self._source.arch, self._source.layout.tensor)
+        """The HF tensors that leave this rank."""
+        check_shapes(self._source.params(), self._source.arch, self._source.layout.tensor)
+        return [spec.name for spec in self._source.specs()]
 
     def _check_servers(self, deadline: Deadline) -> None:
         for info in self._leader_control.describe(deadline):
@@ -183,20 +185,16 @@ class Bridge:
         return self._control
 
 
-def hf_names(named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int) -> list[str]:
-    """The HF tensors that these parameters of one rank become.
+def check_shapes(named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int) -> None:
+    """That the parameters of one rank are what the rules of their family ask for.
 
     Raises:
         ValueError: a parameter without a rule, or of another shape than its rule makes.
     """
-    names: list[str] = []
     for name, param in named_params:
-        row = match(name, arch)
-        expected = row.rule.mcore_shape(arch, tp_size)
+        expected = match(name, arch).rule.mcore_shape(arch, tp_size)
         if tuple(param.shape) != expected:
             raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture asks for {expected}")
-        names += [] if row.is_copy else row.hf
-    return names
 
 
 def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> None:

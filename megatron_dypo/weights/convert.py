@@ -12,12 +12,12 @@ from torch import Tensor
 
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.progress import progress
-from megatron_dypo.weights.families.registry import family_rows, stored_key
+from megatron_dypo.weights.families.registry import family_rows, stacked_shape, state_keys, stored_key
 from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.folders import new_folder
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.hf_write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
-from megatron_dypo.weights.mcore_io import HF_FOLDER, MCoreReader, MCoreWriter, StoredChunk, state_keys
+from megatron_dypo.weights.mcore_io import HF_FOLDER, MCoreReader, MCoreWriter, StoredChunk
 from megatron_dypo.weights.rules import Chunk, check_tensor_parallel
 
 
@@ -38,7 +38,7 @@ def hf_to_mcore(
     reader = HFReader(hf_path)
     reader.check_complete(arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
-    _check_types(rows, reader)
+    _check_types(rows, reader, arch)
     total = sum(
         math.prod(row.rule.stored_shape(arch, tensor_parallel)) * reader.dtype(row.hf[0]).itemsize for row in rows
     )
@@ -46,9 +46,9 @@ def hf_to_mcore(
         writer = MCoreWriter(folder)
         for pp_rank in range(pipeline_parallel):
             stage = [row for row in rows if _stage(row, arch, pipeline_parallel) == pp_rank]
-            layers = sorted({layer for row in stage if (layer := stored_key(row.mcore)[1]) is not None})
+            layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
             for tp_rank in range(tensor_parallel):
-                states = [key for layer in layers for key in state_keys(layer, arch.num_layers)] if tp_rank == 0 else []
+                states = [key for layer in layers for key in state_keys(layer, arch)] if tp_rank == 0 else []
                 chunks = (c for row in stage for c in _chunks(row, reader, arch, tp_rank, tensor_parallel))
                 for num_bytes in writer.write_rank(pp_rank * tensor_parallel + tp_rank, states, chunks):
                     bar.update(num_bytes)
@@ -83,7 +83,7 @@ def mcore_to_hf(
     reader.check_complete(arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
     specs = [
-        TensorSpec(name, reader.dtype(row), shape)
+        TensorSpec(name, reader.dtype(row, arch), shape)
         for row in rows
         for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
     ]
@@ -114,11 +114,11 @@ def check_sizes(arch: Architecture, tensor_parallel: int, pipeline_parallel: int
         raise ValueError(f"pipeline_parallel={pipeline_parallel} does not divide num_layers={arch.num_layers}")
 
 
-def _check_types(rows: list[Row], reader: HFReader) -> None:
-    """A checkpoint stacks all layers of a parameter in one tensor, so they must be of one type."""
+def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
+    """A checkpoint stacks all layers (and experts) of a parameter in one tensor, so they must be of one type."""
     type_of: dict[str, torch.dtype] = {}
     for row in rows:
-        key = stored_key(row.mcore)[0]
+        key = stored_key(row.mcore, arch)[0]
         for name in row.hf:
             dtype = reader.dtype(name)
             if type_of.setdefault(key, dtype) != dtype:
@@ -126,16 +126,15 @@ def _check_types(rows: list[Row], reader: HFReader) -> None:
 
 
 def _stage(row: Row, arch: Architecture, pipeline_parallel: int) -> int:
-    layer = stored_key(row.mcore)[1]
-    if layer is not None:
-        return layer * pipeline_parallel // arch.num_layers
+    index = stored_key(row.mcore, arch)[1]
+    if index:
+        return index[0] * pipeline_parallel // arch.num_layers
     return 0 if row.mcore.startswith("embedding.") else pipeline_parallel - 1
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
     """What one rank writes of one parameter; it is read once, when the first of its chunks is."""
-    key, layer = stored_key(row.mcore)
-    lead = () if layer is None else (layer,)
+    key, index = stored_key(row.mcore, arch)
     whole, dim = row.rule.stored_shape(arch, tp_size), row.rule.tp_dim or 0
 
     @functools.cache
@@ -147,9 +146,9 @@ def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_siz
         sizes[dim], offsets[dim] = chunk.length, chunk.stored_start
         yield StoredChunk(
             key=key,
-            shape=whole if layer is None else (arch.num_layers, *whole),
-            offsets=(*lead, *offsets),
-            sizes=(*(1 for _ in lead), *sizes),
+            shape=(*stacked_shape(index, arch), *whole),
+            offsets=(*index, *offsets),
+            sizes=(*(1 for _ in index), *sizes),
             dtype=reader.dtype(row.hf[0]),
             read=functools.partial(_part, shard, dim, chunk),
         )

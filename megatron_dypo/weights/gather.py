@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.families.registry import match
+from megatron_dypo.weights.hf_write import TensorSpec
 
 
 @torch.no_grad()
@@ -20,11 +22,11 @@ def iter_hf_tensors(
     tp_size: int,
     tp_group: dist.ProcessGroup | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF names and tensors of the given parameters, on tensor-parallel rank 0; other ranks get an empty iterator.
+    """HF names and tensors of the given parameters, on tensor-parallel rank 0; other ranks get their experts only.
 
     Collective over ``tp_group`` (unused when ``tp_size`` is 1): each rank must exhaust it, with the same parameters in
-    the same order. At most one parameter is whole at a time. A replicated parameter is yielded as it is, not copied.
-    Copies of tied embeddings are left out.
+    the same order, experts aside: those are whole where they lie, and yielded there. At most one parameter is whole at a
+    time. A replicated parameter is yielded as it is, not copied. Copies of tied embeddings are left out.
 
     Raises:
         ValueError: a parameter that no rule matches.
@@ -37,8 +39,35 @@ def iter_hf_tensors(
             shards = [param.detach()]
         else:
             shards = _gather_to_first(param.detach(), tp_rank, tp_size, tp_group)
-        if tp_rank == 0:
+        if tp_rank == 0 or row.is_expert:
             yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
+
+
+def sent_params(
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout
+) -> list[tuple[str, Tensor]]:
+    """Those of this rank's parameters that it has a part in when the policy leaves the mesh: all of it, once."""
+    return [
+        (name, param)
+        for name, param in named_params
+        if (layout.sends_experts if match(name, arch).is_expert else layout.sends_dense)
+    ]
+
+
+def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout) -> list[TensorSpec]:
+    """The HF tensors that this rank gets from :func:`iter_hf_tensors` of its :func:`sent_params`, in that order."""
+    return [
+        TensorSpec(hf_name, param.dtype, shape)
+        for name, param in params
+        if not (row := match(name, arch)).is_copy and (layout.leads_stage or row.is_expert)
+        for hf_name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
+    ]
+
+
+def part_name(layout: Layout) -> str:
+    """Stem of the files that this rank writes; sorts by stage."""
+    stage = f"stage-{layout.pp_rank:05d}"
+    return stage if layout.leads_stage else f"{stage}-experts-{layout.ep_rank:05d}"
 
 
 def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:

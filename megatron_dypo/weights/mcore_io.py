@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.weights.families.registry import STATEFUL_MODULES, family_rows, stored_key
+from megatron_dypo.weights.families.registry import family_rows, stacked_shape, stored_key
 from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.folders import durable_file
 
@@ -108,11 +108,6 @@ class MCoreWriter:
             stream.write(json.dumps(_FORMAT).encode())
 
 
-def state_keys(layer: int, num_layers: int) -> list[str]:
-    """Keys of the empty states that Megatron-Core expects for a layer."""
-    return [f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}" for module in STATEFUL_MODULES]
-
-
 class MCoreReader:
     """The weights of a checkpoint, whoever wrote it and at whatever parallel sizes.
 
@@ -138,9 +133,9 @@ class MCoreReader:
             if isinstance(whole, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
         }
 
-    def dtype(self, row: Row) -> torch.dtype:
+    def dtype(self, row: Row, arch: Architecture) -> torch.dtype:
         """Type of a parameter."""
-        return self._wholes[stored_key(row.mcore)[0]].properties.dtype
+        return self._wholes[stored_key(row.mcore, arch)[0]].properties.dtype
 
     def check_complete(self, arch: Architecture) -> None:
         """Hold the checkpoint against the family's table: no tensor missing, unknown or misshapen, no chunk missing.
@@ -151,9 +146,8 @@ class MCoreReader:
         expected = {}
         for row in family_rows(arch):
             if not row.is_copy:
-                key, layer = stored_key(row.mcore)
-                shape = row.rule.stored_shape(arch, 1)
-                expected[key] = shape if layer is None else (arch.num_layers, *shape)
+                key, index = stored_key(row.mcore, arch)
+                expected[key] = (*stacked_shape(index, arch), *row.rule.stored_shape(arch, 1))
         problems = [f"tensor {key} is missing" for key in expected if key not in self._wholes]
         for key, whole in self._wholes.items():
             if key not in expected:
@@ -172,15 +166,13 @@ class MCoreReader:
 
     def read_hf(self, row: Row, arch: Architecture) -> tuple[Tensor, ...]:
         """The HF tensors of a row; one stored chunk is in memory beside them."""
-        key, layer = stored_key(row.mcore)
-        dtype = self.dtype(row)
+        key, index = stored_key(row.mcore, arch)
+        dtype, depth = self.dtype(row, arch), len(index)
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape in row.rule.hf_shapes(arch))
         for chunk in self._wholes[key].chunks:
-            if layer is None:
-                row.rule.scatter(self._load(key, chunk), tuple(chunk.offsets), outputs, arch)
-            elif chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
-                part = self._load(key, chunk)[layer - chunk.offsets[0]]
-                row.rule.scatter(part, tuple(chunk.offsets[1:]), outputs, arch)
+            inside = tuple(at - start for at, start in zip(index, chunk.offsets[:depth], strict=True))
+            if all(0 <= at < size for at, size in zip(inside, chunk.sizes[:depth], strict=True)):
+                row.rule.scatter(self._load(key, chunk)[inside], tuple(chunk.offsets[depth:]), outputs, arch)
         return outputs
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:

@@ -6,12 +6,33 @@ from megatron_dypo.types import Treatment
 from tests.hf_models import import_transformers
 
 
+def float64_model(path):
+    """The model of a folder; grouped matmuls, transformers' way with experts, know no float64."""
+    auto = import_transformers().AutoModelForCausalLM
+    return auto.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+
+
 def literal_gradients(path, groups, cfg):
     """Loss and HF-named gradients of the whole objective; ``Sample`` gives tokens, rewards, old and reference log-probs."""
-    model = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model = float64_model(path)
     loss = literal_loss(model, groups, cfg)
     loss.backward()
-    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return loss.item(), hf_gradients(model)
+
+
+def hf_gradients(model):
+    """Gradients under the names of a model folder, in which each expert has tensors of its own."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        head, is_expert, kind = name.partition(".mlp.experts.")
+        if not is_expert:
+            gradients[name] = parameter.grad.numpy()
+            continue
+        for expert, grad in enumerate(parameter.grad):
+            parts = grad.chunk(2) if kind == "gate_up_proj" else (grad,)
+            for part_name, part in zip(kind.replace("gate_up", "gate_proj up").split(), parts, strict=True):
+                gradients[f"{head}.mlp.experts.{expert}.{part_name}.weight"] = part.numpy()
+    return gradients
 
 
 def literal_loss(model, groups, cfg):

@@ -87,13 +87,7 @@ def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
     export_hf(
         named.items(),
         arch,
-        tp_rank=layout.tp_rank,
-        tp_size=layout.tensor,
-        tp_group=layout.tp_group,
-        pp_rank=layout.pp_rank,
-        pp_size=layout.pipeline,
-        control_group=layout.replica_group,
-        write=layout.dp_rank == 0,
+        layout,
         out_dir=out_dir,
         reference_hf_path=hf,
     )

@@ -8,7 +8,7 @@ from megatron_dypo.weights.rules import QKV, Copy, GateUp, RowParallel, Vocab
 _MCORE, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 _EMBEDDING = ("model.embed_tokens.weight",)
 
-ROWS = (
+COMMON = (
     Row("embedding.word_embeddings.weight", _EMBEDDING, Vocab()),
     Row(_MCORE + "input_layernorm.weight", (_HF + "input_layernorm.weight",), Copy(hidden)),
     Row(
@@ -20,9 +20,14 @@ ROWS = (
         _MCORE + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), RowParallel(attention_output)
     ),
     Row(_MCORE + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), Copy(hidden)),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(hidden)),
+)
+"""What is there whatever stands in the place of the MLP."""
+
+ROWS = (
+    *COMMON,
     Row(_MCORE + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), GateUp()),
     Row(_MCORE + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), RowParallel(mlp_output)),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(hidden)),
 )
 
 OUTPUT = Row("output_layer.weight", ("lm_head.weight",), Vocab())

@@ -6,14 +6,13 @@ from megatron_dypo.weights.families import llama
 from megatron_dypo.weights.families.table import Row, head
 from megatron_dypo.weights.rules import Copy
 
-ROWS = (
-    *llama.ROWS,
-    *(
-        Row(
-            f"decoder.layers.{{layer}}.self_attention.{name}_layernorm.weight",
-            (f"model.layers.{{layer}}.self_attn.{name}_norm.weight",),
-            Copy(head),
-        )
-        for name in "qk"
-    ),
+HEAD_NORMS = tuple(
+    Row(
+        f"decoder.layers.{{layer}}.self_attention.{name}_layernorm.weight",
+        (f"model.layers.{{layer}}.self_attn.{name}_norm.weight",),
+        Copy(head),
+    )
+    for name in "qk"
 )
+
+ROWS = (*llama.ROWS, *HEAD_NORMS)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.architecture import Architecture
+from megatron_dypo.architecture import Architecture, Experts
 from megatron_dypo.weights.rules import Rule
 
-LAYER = "{layer}"
+LAYER, EXPERT = "{layer}", "{expert}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter of the model; ``{layer}`` stands for the global index of the layer, from 0."""
+    """One parameter of the model; ``{layer}`` and ``{expert}`` stand for global indices, from 0."""
 
     mcore: str
     """Name under Megatron-Core's local layer spec."""
@@ -22,12 +22,19 @@ class Row:
     is_copy: bool = False
     """A second copy of HF tensors that another row holds: filled on load, left out of exports."""
 
-    def at(self, layer: int | None) -> Row:
-        """This row for one layer; None for a row without ``{layer}``."""
-        if layer is None:
-            return self
-        names = tuple(name.replace(LAYER, str(layer)) for name in self.hf)
-        return Row(self.mcore.replace(LAYER, str(layer)), names, self.rule, self.is_copy)
+    @property
+    def is_expert(self) -> bool:
+        """Whether a rank holds it for the experts that it owns, rather than as a member of a tensor-parallel group."""
+        return ".mlp.experts." in self.mcore
+
+    def at(self, layer: int | None, expert: int | None = None) -> Row:
+        """This row for one layer and one expert of it; None for a row without the placeholder."""
+
+        def fill(name: str) -> str:
+            name = name if layer is None else name.replace(LAYER, str(layer))
+            return name if expert is None else name.replace(EXPERT, str(expert))
+
+        return Row(fill(self.mcore), tuple(fill(name) for name in self.hf), self.rule, self.is_copy)
 
 
 def hidden(arch: Architecture) -> tuple[int, ...]:
@@ -44,3 +51,20 @@ def attention_output(arch: Architecture) -> tuple[int, ...]:
 
 def mlp_output(arch: Architecture) -> tuple[int, ...]:
     return (arch.hidden_size, arch.ffn_hidden_size)
+
+
+def router(arch: Architecture) -> tuple[int, ...]:
+    return (_experts(arch).num_experts, arch.hidden_size)
+
+
+def expert_input(arch: Architecture) -> tuple[int, ...]:
+    return (_experts(arch).ffn_hidden_size, arch.hidden_size)
+
+
+def expert_output(arch: Architecture) -> tuple[int, ...]:
+    return (arch.hidden_size, _experts(arch).ffn_hidden_size)
+
+
+def _experts(arch: Architecture) -> Experts:
+    assert arch.experts is not None, f"family {arch.family!r} has no experts"
+    return arch.experts

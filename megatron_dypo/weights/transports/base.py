@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.weights.gather import iter_hf_tensors
+from megatron_dypo.weights.families.registry import match
+from megatron_dypo.weights.gather import iter_hf_tensors, sent_params, written_specs
+from megatron_dypo.weights.hf_write import TensorSpec
 from megatron_dypo.weights.sglang_control import Deadline
 
 T = TypeVar("T")
@@ -34,19 +37,38 @@ class Source:
     """Megatron-Core names with global layer indices, this rank's shards."""
 
     @property
-    def is_sender(self) -> bool:
-        """Whether this rank's shards are sent: those of the first replica are."""
-        return self.layout.dp_rank == 0 and self.layout.cp_rank == 0
+    def turns(self) -> list[tuple[int, int]]:
+        """(stage, expert rank) in the order in which ranks send; a stage's leader sends its dense tensors in the first
+        turn of the stage, and its own experts with them."""
+        return list(itertools.product(range(self.layout.pipeline), range(self.layout.expert)))
 
     @property
-    def is_stage_leader(self) -> bool:
-        """Whether this rank holds its pipeline stage's whole tensors while they are sent."""
-        return self.is_sender and self.layout.tp_rank == 0
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """HF tensors of this rank's stage, one at a time; empty but on the stage leader. Collective over ``tp_group``."""
+    def own_turn(self) -> tuple[int, int] | None:
+        """The turn in which whole tensors leave this rank; None on a rank that only helps to make them whole, or less."""
         layout = self.layout
-        return iter_hf_tensors(self.named_params(), self.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+        is_whole = layout.leads_stage or (layout.sends_experts and layout.expert > 1)
+        return (layout.pp_rank, layout.ep_rank) if is_whole else None
+
+    def joins(self, turn: tuple[int, int]) -> bool:
+        """Whether this rank has a part in a turn: its own, or its stage's first, in which dense tensors are gathered."""
+        return turn == self.own_turn or (self.layout.sends_dense and turn == (self.layout.pp_rank, 0))
+
+    def params(self, turn: tuple[int, int] | None = None) -> list[tuple[str, Tensor]]:
+        """This rank's parameters that are sent, in one turn or (None) in all of them."""
+        sent = sent_params(self.named_params(), self.arch, self.layout)
+        if turn is None:
+            return sent
+        return [(n, p) for n, p in sent if (self.own_turn if match(n, self.arch).is_expert else (turn[0], 0)) == turn]
+
+    def tensors(self, turn: tuple[int, int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors that leave this rank, one at a time, in one turn or (None) in all of them. Collective over
+        ``tp_group``: the ranks that gather dense tensors exhaust it together."""
+        layout = self.layout
+        return iter_hf_tensors(self.params(turn), self.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+
+    def specs(self) -> list[TensorSpec]:
+        """What :meth:`tensors` yields here."""
+        return written_specs(self.params(), self.arch, self.layout)
 
 
 class Lockstep:

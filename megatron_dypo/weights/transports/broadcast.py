@@ -1,15 +1,13 @@
 """Weights through SGLang's distributed update: HF tensors, flattened into buckets, broadcast to a stock server.
 
 Each pipeline stage's leader forms one group with all servers, of which it is rank 0, so that nothing is gathered over
-stages. Stages take turns, in making the groups too: a server handles one such call after the other, and two
+stages; so does each further rank that owns experts of the stage, so that no expert is gathered. They take turns, in making the groups too: a server handles one such call after the other, and two
 half-made groups on two servers would wait for each other.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 from megatron_dypo.weights.sglang_control import Deadline, SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
@@ -33,9 +31,15 @@ class BroadcastTransport(Transport):
 
     def send(self, version: int, deadline: Deadline) -> int:
         if not self._is_connected:
-            self._take_turns(self._source.is_stage_leader, functools.partial(self._connect, deadline))
+            for turn in self._source.turns:
+                mine = turn == self._source.own_turn
+                self._lockstep.run(functools.partial(self._connect, deadline) if mine else None)
             self._is_connected = True
-        return self._take_turns(self._source.is_sender, functools.partial(self._stream, deadline)) or 0
+        num_bytes = 0
+        for turn in self._source.turns:
+            joins = self._source.joins(turn)
+            num_bytes += self._lockstep.run(functools.partial(self._stream, turn, deadline) if joins else None) or 0
+        return num_bytes
 
     def reset(self) -> None:
         self._is_connected = False
@@ -49,22 +53,14 @@ class BroadcastTransport(Transport):
             self._group = None
         self._is_connected = False
 
-    def _take_turns(self, takes_part: bool, action: Callable[[], Any]) -> Any:
-        result = None
-        for stage in range(self._source.layout.pipeline):
-            is_turn = takes_part and stage == self._source.layout.pp_rank
-            answer = self._lockstep.run(action if is_turn else None)
-            result = answer if is_turn else result
-        return result
-
     def _connect(self, deadline: Deadline) -> None:
         assert self._control is not None
         self._group = UpdateGroup.form(self._control, self._backend, deadline)
 
-    def _stream(self, deadline: Deadline) -> int:
-        """Send this stage's tensors; returns the bytes sent. Runs on all tensor-parallel ranks of the stage."""
+    def _stream(self, turn: tuple[int, int], deadline: Deadline) -> int:
+        """Send the tensors of one turn; returns the bytes sent. Runs on all ranks that join the turn."""
         num_bytes = 0
-        tensors = self._source.tensors()
+        tensors = self._source.tensors(turn)
         try:
             for bucket in fill_buckets(tensors, self._bucket_bytes):
                 assert self._group is not None

@@ -1,4 +1,4 @@
-"""Weights through a shared folder: every stage's leader writes its HF safetensors, then every server loads the folder."""
+"""Weights through a shared folder: every stage's leader (and owner of experts) writes its HF safetensors, then every server loads the folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from megatron_dypo.progress import progress
-from megatron_dypo.weights.families.registry import match
 from megatron_dypo.weights.folders import commit_folder, partial_path, start_folder
-from megatron_dypo.weights.hf_write import TensorSpec, finish_hf_folder, write_parts
+from megatron_dypo.weights.gather import part_name
+from megatron_dypo.weights.hf_write import finish_hf_folder, write_parts
 from megatron_dypo.weights.sglang_control import Deadline, SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
 
@@ -34,7 +34,7 @@ class DiskTransport(Transport):
 
     def send(self, version: int, deadline: Deadline) -> int:
         path = self._folder / f"version_{version}"
-        leads, sends = self._source.layout.is_global_leader, self._source.is_sender
+        leads, sends = self._source.layout.is_global_leader, self._source.layout.is_sender
         self._lockstep.run(functools.partial(self._start, path) if leads else None)
         num_bytes = self._lockstep.run(functools.partial(self._write, partial_path(path)) if sends else None)
         self._lockstep.run(functools.partial(self._serve, path, deadline) if leads else None)
@@ -52,28 +52,18 @@ class DiskTransport(Transport):
         start_folder(path)
 
     def _write(self, folder: Path) -> int:
-        """Write this stage's tensors; returns the bytes written. Runs on all tensor-parallel ranks of the stage."""
-        specs = self._specs()
+        """Write what leaves this rank; returns the bytes written. Runs on all ranks that send."""
+        specs = self._source.specs()
         num_bytes = sum(spec.num_bytes for spec in specs)
         tensors = self._source.tensors()
         try:
-            if self._source.is_stage_leader:
-                with progress(num_bytes, "refit", "B", enabled=False) as bar:
-                    write_parts(folder, f"stage-{self._source.layout.pp_rank:05d}", specs, tensors, bar)
+            with progress(num_bytes, "refit", "B", enabled=False) as bar:
+                write_parts(folder, part_name(self._source.layout), specs, tensors, bar)
         finally:
             # Other tensor-parallel ranks only take part in the gathers; after an error the leader does so too.
             for _ in tensors:
                 pass
-        return num_bytes if self._source.is_stage_leader else 0
-
-    def _specs(self) -> list[TensorSpec]:
-        arch, specs = self._source.arch, []
-        for name, param in self._source.named_params():
-            row = match(name, arch)
-            if not row.is_copy:
-                shapes = zip(row.hf, row.rule.hf_shapes(arch), strict=True)
-                specs += [TensorSpec(hf_name, param.dtype, shape) for hf_name, shape in shapes]
-        return specs
+        return num_bytes
 
     def _serve(self, path: Path, deadline: Deadline) -> None:
         assert self._control is not None

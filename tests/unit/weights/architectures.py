@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dypo.architecture import Architecture
+from megatron_dypo.architecture import Architecture, Experts
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
@@ -25,7 +25,9 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
         "rope_scaling": None,
         "tied_embeddings": False,
     }
-    switches = {"qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+    switches: dict[str, Any] = {"qkv_bias": family == "qwen2", "qk_norm": family.startswith("qwen3"), "experts": None}
+    if family == "qwen3_moe":
+        switches["experts"] = Experts(num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, balance_coef=0.0)
     return Architecture(**{"family": family, **sizes, **switches, **overrides})
 
 
@@ -35,7 +37,7 @@ def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
     tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     kv_heads = tp_size * draw(st.integers(1, 3))
     arch = make_arch(
-        draw(st.sampled_from(["llama", "qwen2", "qwen3"])),
+        draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
         num_key_value_heads=kv_heads,

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
-from tests.hf_models import KINDS, import_transformers, make_hf_model
+from tests.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hf")
-    return {kind: make_hf_model(kind, root / kind, dtype=torch.bfloat16) for kind in KINDS}
+    return {kind: make_hf_model(kind, root / kind, dtype=torch.bfloat16) for kind in (*KINDS, *MOE_KINDS)}
 
 
 def convert(hf: Path, mcore: Path, tp: int = 1, pp: int = 1) -> None:
@@ -33,7 +33,7 @@ def back(mcore: Path, hf: Path, **options) -> None:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 4)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_moe"])
 def test_a_round_trip_gives_back_every_byte(kind, tp, pp, models, tmp_path):
     convert(models[kind], tmp_path / "mcore", tp, pp)
     assert len(list((tmp_path / "mcore").glob("*.distcp"))) == tp * pp

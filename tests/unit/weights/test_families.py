@@ -37,12 +37,40 @@ def test_fused_norm_names_of_te_are_aliases(fused, plain):
     arch = make_arch()
     prefix = "decoder.layers.2."
     assert match(prefix + fused, arch) == match(prefix + plain, arch)
-    assert stored_key(prefix + fused) == stored_key(prefix + plain) == (f"decoder.layers.{fused}", 2)
+    expected = (f"decoder.layers.{fused}", (2,))
+    assert stored_key(prefix + fused, arch) == stored_key(prefix + plain, arch) == expected
 
 
 def test_rows_carry_the_layer_index():
     row = match("decoder.layers.3.mlp.linear_fc1.weight", make_arch())
     assert row.hf == ("model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.up_proj.weight")
+
+
+EXPERT = "decoder.layers.3.mlp.experts."
+
+
+@pytest.mark.parametrize(("local", "grouped"), [("fc1.weight", "fc1.weight4"), ("fc2.weight", "fc2.weight4")])
+def test_experts_of_either_spec_are_one_row(local, grouped):
+    arch = make_arch("qwen3_moe")
+    row = match(f"{EXPERT}local_experts.4.linear_{local}", arch)
+    assert row == match(f"{EXPERT}linear_{grouped}", arch)
+    assert row.is_expert
+    assert all(name.startswith("model.layers.3.mlp.experts.4.") for name in row.hf)
+    assert stored_key(row.mcore, arch) == (f"decoder.layers.mlp.experts.experts.linear_{local}", (3, 4))
+
+
+def test_the_router_and_the_norm_before_experts_stand_by_themselves():
+    arch = make_arch("qwen3_moe")
+    router = match("decoder.layers.0.mlp.router.weight", arch)
+    assert router.hf == ("model.layers.0.mlp.gate.weight",)
+    assert not router.is_expert
+    norm = "decoder.layers.1.pre_mlp_layernorm.weight"
+    assert stored_key(norm, arch) == ("decoder.layers.pre_mlp_layernorm.weight", (1,))
+
+
+def test_an_expert_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="expert 5 of a model with num_experts=5"):
+        match(f"{EXPERT}local_experts.5.linear_fc1.weight", make_arch("qwen3_moe"))
 
 
 @pytest.mark.parametrize(

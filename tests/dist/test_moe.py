@@ -1,0 +1,152 @@
+"""A mixture of experts in every layout: logits, gradient of the whole objective, and the load-balancing loss."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dypo.batching.pack import pack, row_length
+from megatron_dypo.config import ObjectiveConfig
+from tests.dist.literal_objective import float64_model, hf_gradients
+from tests.dist.spawn import run_ranks
+from tests.dist.test_gradients import CASES, case, check_gradients, rank_gradients
+from tests.dist.test_logits import rank_logits, rows
+from tests.hf_models import MOE_KINDS, import_transformers, make_hf_model
+from tests.unit.objective_cases import random_groups
+
+SP = {"tensor": 2, "sequence": True}
+LAYOUTS = {
+    "one process": (1, {}),
+    "ep2": (2, {"expert": 2}),
+    "dp2": (2, {}),
+    "tp2 sp": (2, SP),
+    "tp2 sp ep2": (2, {**SP, "expert": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "ep2 pp2": (4, {"expert": 2, "pipeline": 2}),
+    "ep2 pp2 vpp2": (4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "ep2 dp4": (4, {"expert": 2}),
+    "tp2 sp ep4": (4, {**SP, "expert": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("moe")
+
+
+@pytest.mark.parametrize("layout", ["one process", "ep2", "tp2 sp ep2", "pp2", "ep2 pp2 vpp2"])
+def test_logits_equal_transformers(layout, root):
+    world_size, axes = LAYOUTS[layout]
+    paths, expected = zip(*(_model_and_logits(kind, root) for kind in MOE_KINDS), strict=True)
+    for result in filter(None, run_ranks(world_size, rank_logits, list(paths), axes)):
+        for kind, ours, theirs in zip(MOE_KINDS, result, expected, strict=True):
+            for row, expected_row in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(row, expected_row, atol=1e-4, rtol=0, err_msg=kind)
+
+
+@functools.cache
+def _model_and_logits(kind, root):
+    path = make_hf_model(kind, root / "logits" / kind)
+    oracle = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return str(path), [
+            np.concatenate([oracle(torch.tensor(s)[None]).logits[0].numpy() for s in row]) for row in rows()
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [*(("qwen3_moe", layout) for layout in LAYOUTS), ("qwen3_moe_raw_weights", "tp2 sp ep2")],
+)
+def test_gradient_of_the_whole_objective_equals_the_literal_one(kind, layout, root):
+    path, groups, expected = case(kind, root)
+    world_size, axes = LAYOUTS[layout]
+    check_gradients([r for r in run_ranks(world_size, rank_gradients, path, axes, groups, CASES) if r], expected)
+
+
+BALANCE_COEF = 0.7
+MEMBERS = ((0, 1, 2, 3), (4, 5), (6,), ())
+"""Samples of each microbatch; rows are padded to the fullest, and the last is nothing but padding."""
+
+
+def balance_samples():
+    return [sample for group in random_groups(3, num_hard=7, num_mid=0, vocab=131, max_response=30) for sample in group]
+
+
+def rank_balance_gradients(path, axes):
+    """Gradients of the load-balancing loss alone, as every token weight is zero; and the gradient norm."""
+    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.mcore.forward_step import loss_pass
+    from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
+    from megatron_dypo.mcore.optimizer import build_optimizer
+    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
+
+    parallel = ParallelConfig(**axes)
+    layout = init_layout(parallel)
+    arch = load_architecture(path)
+    model = ModelConfig(hf_path=path, dtype="float32", balance_coef=BALANCE_COEF, recompute=RECOMPUTE[layout.pipeline])
+    chunks = build_model(arch, model, parallel, layout)
+    load_initial_weights(chunks, model, arch, layout)
+    optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-3, eps=1.0), dtype="float32", total_steps=1)
+    samples = balance_samples()
+    length = row_length([len(s.tokens) for s in samples], MEMBERS, 2)
+    mine = MEMBERS[layout.dp_rank :: layout.data]
+    optimizer.zero_grad()
+    loss_pass(chunks, [pack(samples, members, length) for members in mine], cfg=ObjectiveConfig())
+    grads = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
+    tensors = iter_hf_tensors(grads, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    results = {name: tensor.numpy().copy() for name, tensor in tensors}
+    norm = optimizer.step().grad_norm
+    close(layout)
+    return results, norm
+
+
+RECOMPUTE = {1: "none", 2: "full"}
+"""By pipeline size: recomputation must not count the loss twice."""
+
+
+@functools.cache
+def _literal_balance_gradients(path):
+    """coefficient · Σ_layers Σ_microbatches (n/N) · E Σ_e f_e P_e in float64, and the norm of its gradient."""
+    model = float64_model(path)
+    samples = balance_samples()
+    config, total = model.config, 0.0
+    num_tokens = sum(len(s.tokens) for s in samples)
+    for members in filter(None, MEMBERS):
+        by_sample = []
+        for index in members:
+            tokens = torch.tensor(samples[index].tokens.astype("int64"))[None]
+            by_sample.append(model(tokens, output_router_logits=True).router_logits)
+        for layer in range(config.num_hidden_layers):
+            logits_TE = torch.cat([logits[layer] for logits in by_sample])
+            mean_E = torch.softmax(logits_TE, dim=-1).mean(dim=0)
+            chosen = logits_TE.topk(config.num_experts_per_tok).indices.flatten()
+            share_E = torch.bincount(chosen, minlength=len(mean_E)).double() / len(chosen)
+            balance = len(mean_E) * (share_E * mean_E).sum()
+            total = total + BALANCE_COEF * len(logits_TE) / num_tokens * balance
+    # The last layer's experts and what follows them have no part in it.
+    (total + 0.0 * sum(p.sum() for p in model.parameters())).backward()
+    gradients = hf_gradients(model)
+    return gradients, math.sqrt(sum((grad**2).sum() for grad in gradients.values()))
+
+
+@pytest.mark.parametrize("layout", ["one process", "dp2", "ep2", "tp2 sp", "tp2 sp ep2", "ep2 pp2", "ep2 dp4"])
+def test_load_balancing_loss_is_a_mean_over_real_tokens_in_every_layout(layout, root):
+    world_size, axes = LAYOUTS[layout]
+    path = case("qwen3_moe", root)[0]
+    expected, expected_norm = _literal_balance_gradients(path)
+    results = run_ranks(world_size, rank_balance_gradients, path, axes)
+    ours = {name: grad for grads, _ in results for name, grad in grads.items()}
+    assert ours.keys() == expected.keys()
+    assert np.abs(expected["model.layers.3.mlp.gate.weight"]).max() > 1e-4
+    for name, reference in expected.items():
+        scale = max(np.abs(reference).max(), 1e-6)
+        assert np.abs(ours[name] - reference).max() / scale <= 1e-5, name
+    for _, norm in results:
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
