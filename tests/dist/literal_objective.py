@@ -82,10 +82,23 @@ def grpo(group, logps, divisors, cfg):
 
 
 def gal(group, logps, divisors, cfg):
-    ratios = [
+    ratios = log_ratios(group, logps, divisors)
+    if cfg.gal_coefficients == "stale":
+        old = [torch.tensor(s.old_logp.astype("float64")) for s in group]
+        anchors = [ratio.requires_grad_() for ratio in log_ratios(group, old, divisors)]
+        coefficients = torch.autograd.grad(contrast(group, anchors, cfg), anchors)
+        return sum(c * ratio for c, ratio in zip(coefficients, ratios, strict=True))
+    return contrast(group, ratios, cfg)
+
+
+def log_ratios(group, logps, divisors):
+    return [
         (logp.sum() - float(s.ref_logp.sum(dtype="float64"))) / size
         for s, logp, size in zip(group, logps, divisors, strict=True)
     ]
+
+
+def contrast(group, ratios, cfg):
     pairs = []
     for s, success in enumerate(group):
         for f, failure in enumerate(group):

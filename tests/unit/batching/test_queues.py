@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples, oldest
+from megatron_dypo.config import BatchingConfig
 from megatron_dypo.types import TokenWeights, Treatment
 from tests.unit.objective_cases import random_groups
 
@@ -65,6 +66,13 @@ def test_groups_older_than_the_limit_are_dropped_and_counted():
     queues = filled([0, 1, 2, 3, 4])
     assert queues.drop_stale(version=5, max_staleness=2) == 3
     assert sorted(g[0].policy_version for g in queues.groups()) == [3, 4]
+
+
+def test_staleness_counts_rollout_batches_whatever_their_number_of_updates():
+    cfg = BatchingConfig(prompts_per_update=4, updates_per_batch=3, epochs_per_batch=2, max_staleness=1)
+    assert cfg.prompts_per_batch == 12
+    queues = filled([0, 6, 6, 12, 12])  # a batch is six versions
+    assert queues.drop_stale(version=12, max_staleness=cfg.max_version_lag) == 1
 
 
 def test_unscored_are_the_rollouts_without_old_log_probs():

@@ -1,0 +1,132 @@
+"""Several updates from one rollout batch: each one's gradient against the literal objective at its own weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.types import Treatment
+from tests.dist.literal_objective import literal_loss, log_ratios, response_logp
+from tests.dist.multi_step import MODES, PROMPTS, config_of, rank_train
+from tests.dist.spawn import run_ranks
+from tests.hf_models import import_transformers, make_hf_model
+
+LAYOUTS = {"one process": (1, {}), "pp2": (2, {"pipeline": 2}), "dp2": (2, {})}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tmp_path_factory.mktemp("multi_step")
+
+
+@functools.cache
+def trained(layout: str, root: Any) -> dict[str, Any]:
+    """What every rank saw, put together."""
+    path = make_hf_model("qwen3", root / "model", num_hidden_layers=2)
+    world_size, axes = LAYOUTS[layout]
+    ranks = run_ranks(world_size, rank_train, str(path), str(root / layout.replace(" ", "_")), axes)
+    seen: dict[str, Any] = {"resumed": [rank["resumed"] for rank in ranks]}
+    for name in (*MODES, "rollout"):
+        runs = [rank[name] for rank in ranks]
+        seen[name] = {
+            "steps": [
+                {key: {k: v for r in runs for k, v in r["steps"][i][key].items()} for key in ("weights", "grads")}
+                for i in range(4)
+            ],
+            "groups": sorted((g for r in runs for g in r["groups"]), key=lambda g: g[0].order),
+            "pushed": runs[0]["pushed"],
+            "metrics": runs[0]["metrics"],
+        }
+    return seen
+
+
+def model_at(weights: dict[str, np.ndarray], root: Any) -> Any:
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64)
+    model.load_state_dict({name: torch.tensor(w, dtype=torch.float64) for name, w in weights.items()})
+    return model
+
+
+def gradient_error(ours: dict[str, np.ndarray], model: Any, groups: Any, cfg: ObjectiveConfig) -> float:
+    model.zero_grad()
+    literal_loss(model, groups, cfg).backward()
+    pairs = [(ours[name], p.grad.numpy()) for name, p in model.named_parameters()]
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)
+
+
+def literal_drift(model: Any, groups: Any) -> float:
+    """Mean |ℓ − ℓ_old| of the rollouts, each ℓ divided by the trajectory's length."""
+    moves = []
+    for group in (g for g in groups if g[0].treatment is Treatment.REINFORCE):
+        lengths = [s.num_response_tokens for s in group]
+        old = [torch.tensor(s.old_logp.astype("float64")) for s in group]
+        now = [response_logp(model, s).detach() for s in group]
+        pairs = zip(log_ratios(group, now, lengths), log_ratios(group, old, lengths), strict=True)
+        moves += [abs(a - b).item() for a, b in pairs]
+    return float(np.mean(moves))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights(mode, layout, root) -> None:
+    seen, cfg = trained(layout, root)[mode], config_of("m", "", {}, mode).objective
+    for i, step in enumerate(seen["steps"]):
+        groups, model = seen["groups"][PROMPTS * i : PROMPTS * (i + 1)], model_at(step["weights"], root)
+        assert gradient_error(step["grads"], model, groups, cfg) <= 1e-5, f"step {i}"
+        if i % 2 == 1 and layout == "one process":
+            other = dataclasses.replace(cfg, gal_coefficients="stale" if mode == "exact" else "exact")
+            assert gradient_error(step["grads"], model, groups, other) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_anchor_drift_is_what_stale_coefficients_ignore(mode, root) -> None:
+    seen = trained("one process", root)[mode]
+    for i, step in enumerate(seen["steps"]):
+        groups = seen["groups"][PROMPTS * i : PROMPTS * (i + 1)]
+        expected = literal_drift(model_at(step["weights"], root), groups)
+        assert seen["metrics"][i + 1]["gal/anchor_drift"] == pytest.approx(expected, rel=1e-3, abs=2e-6)
+        assert expected > 1e-2 if i % 2 == 1 else expected < 2e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_servers_get_the_weights_after_the_last_update_of_a_batch(layout, root) -> None:
+    for mode in MODES:
+        assert trained(layout, root)[mode]["pushed"] == [2, 4]
+        staleness = [trained(layout, root)[mode]["metrics"][step]["train/staleness"] for step in (1, 2, 3, 4)]
+        assert staleness == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_stopped_inside_a_batch_goes_on_with_its_next_mini_batch(layout, root) -> None:
+    for (uninterrupted, resumed), pushed in trained(layout, root)["resumed"]:
+        assert pushed == [2]
+        assert uninterrupted.keys() == resumed.keys()
+        for name, tensor in uninterrupted.items():
+            np.testing.assert_array_equal(resumed[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_servers_log_probs_can_stand_for_pi_old_and_their_error_is_measured(layout, root) -> None:
+    seen = trained(layout, root)["rollout"]
+    rollouts = [s for g in seen["groups"] for s in g if s.treatment is Treatment.REINFORCE]
+    assert all((s.old_logp == s.rollout_logp).all() for s in rollouts)
+    model = model_at(seen["steps"][0]["weights"], root)
+    replicas = 2 if layout == "dp2" else 1
+    checked = [s for g in seen["groups"][2 : 2 + replicas] for s in g]  # the oldest group of each; 0 and 1 are traces
+    errors = [response_logp(model, s).detach().numpy() - s.rollout_logp for s in checked]
+    metrics = seen["metrics"]
+    name = "score/rollout_policy_error/"
+    assert metrics[1][name + "mean"] == pytest.approx(np.abs(np.concatenate(errors)).mean(), rel=1e-5)
+    assert metrics[1][name + "max"] == pytest.approx(np.abs(np.concatenate(errors)).max(), rel=1e-5)
+    assert metrics[1][name + "sequence"] == pytest.approx(np.mean([abs(e.sum()) for e in errors]), rel=1e-5)
+    assert not any(key.startswith(name) for step in (2, 3, 4) for key in metrics[step])  # every second batch
+    assert not any("train_rollout_logprob" in key for key in metrics[1])
+    for i in (0, 1):
+        step, groups = seen["steps"][i], seen["groups"][PROMPTS * i : PROMPTS * (i + 1)]
+        cfg = config_of("m", "", {}, "stale" if i == 0 else "exact").objective
+        assert gradient_error(step["grads"], model_at(step["weights"], root), groups, cfg) <= 1e-5
