@@ -47,9 +47,9 @@ def test_every_file_that_is_named_exists(page):
 
 def test_ranges_are_those_of_the_metadata():
     metadata = (ROOT / "setup.cfg").read_text(encoding="utf-8")
-    for requirement in ("torch>=2.6", "megatron-core>=0.16,<0.17", "sglang>=0.5.22", "python_requires = >=3.10"):
+    for requirement in ("torch>=2.8", "megatron-core>=0.16,<0.17", "sglang>=0.5.22", "python_requires = >=3.10"):
         assert requirement in metadata
-    for stated in ("2.6 or newer", "| 0.16 |", "0.5.22 or newer", "3.10 to 3.12"):
+    for stated in ("2.8 or newer", "| 0.16 |", "0.5.22 or newer", "3.10 to 3.12"):
         assert stated in README
 
 
