@@ -11,8 +11,8 @@ are prompt) on 8 data-parallel ranks of 2 tensor-parallel ranks, several draws, 
   sequences on each rank, then Karmarkar–Karp over ⌈tokens/budget⌉ microbatches, which may exceed the budget.
 - ``round_robin``: sequence i on rank i mod 8, microbatches filled in that order.
 
-Columns, worst over the draws: ``padding`` of rows with their own lengths and ``padding_equal`` of rows that all have the
-fullest one's; ``flops`` and ``tokens``: the largest rank over the mean one, less 1; ``within``: the same over the microbatches
+Columns, worst over the draws: ``padding`` of rows with their own lengths, ``padding_fp8`` of the same with 8 tensor-parallel
+ranks and FP8 (multiples of 128 tokens) and ``padding_equal`` of rows that all have the fullest one's length; ``flops`` and ``tokens``: the largest rank over the mean one, less 1; ``within``: the same over the microbatches
 of one rank, worst rank; ``lockstep``: the time lost where ranks wait for each other after every microbatch; ``fullest``
 row over the budget; microbatches on a rank; milliseconds to plan. The last line is one JSON object, of ``flops`` at its
 worst over draws, budgets and architectures.
@@ -133,11 +133,14 @@ def _same_count(plan: Plan) -> Plan:
 def judge(plan: Plan, lengths: Sequence[int], costs: Sequence[float], budget: int) -> dict[str, float]:
     assert sorted(i for bins in plan for members in bins for i in members) == list(range(len(lengths)))
     work_RM = np.array([[sum(costs[i] for i in members) for members in bins] for bins in plan])
-    multiple = alignment(2, 1)
-    rows_RM = np.array([[row_length(lengths, [members], multiple) for members in bins] for bins in plan])
+    rows_RM, fp8_RM = (
+        np.array([[row_length(lengths, [members], multiple) for members in bins] for bins in plan])
+        for multiple in (alignment(2, 1), alignment(8, 1, 16))
+    )
     tokens_R = np.array([sum(lengths[i] for members in bins for i in members) for bins in plan])
     return {
         "padding": 1 - sum(lengths) / rows_RM.sum(),
+        "padding_fp8": 1 - sum(lengths) / fp8_RM.sum(),
         "padding_equal": 1 - sum(lengths) / (rows_RM.max() * rows_RM.size),
         "flops": work_RM.sum(1).max() / work_RM.sum(1).mean() - 1,
         "tokens": tokens_R.max() / tokens_R.mean() - 1,
@@ -171,13 +174,29 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     return worst
 
 
+def time_many(sequences: int, ranks: int, budget: int) -> None:
+    """Seconds to plan a very large update, and a very large rank."""
+    lengths = draw_lengths(0, sequences)
+    cost = sequence_cost(ARCHITECTURES["Qwen2.5-7B"])
+    costs = [cost(n, n - PROMPT) for n in lengths]
+    for count in (ranks, 1):
+        start = time.perf_counter()
+        by_flops(lengths, costs, count, budget)
+        print(f"{sequences} sequences planned for {count} rank(s) in {time.perf_counter() - start:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--budgets", type=int, nargs="+", default=[16_384, 32_768])
     parser.add_argument("--draws", type=int, default=5)
-    print("\n" + json.dumps({name: round(value, 5) for name, value in compare(parser.parse_args()).items()}))
+    parser.add_argument("--many", type=int, default=100_000, help="sequences of an update that is only planned")
+    args = parser.parse_args()
+    result = compare(args)
+    print()
+    time_many(args.many, 64, args.budgets[0])
+    print(json.dumps({name: round(value, 6) for name, value in result.items()}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def last_line(script, *arguments):
 
 
 def test_packing_compares_plans():
-    result = last_line("packing.py", "--sequences", "64", "--draws", "1", "--budgets", "16384")
+    result = last_line("packing.py", "--sequences", "64", "--draws", "1", "--budgets", "16384", "--many", "500")
     assert set(result) == {"padding_share", "flops_imbalance"}
     assert 0 <= result["padding_share"] <= 0.02
 
