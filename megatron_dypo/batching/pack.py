@@ -1,4 +1,8 @@
-"""Sequences → packed rows (``thd``). Pure and deterministic; legend in ``megatron_dypo.types``."""
+"""Sequences → packed rows (``thd``). Pure and deterministic; legend in ``megatron_dypo.types``.
+
+Each row is as long as what it holds: rows of equal work differ in tokens, and a length common to all would be the fullest
+row's (3 to 5% padding on reasoning lengths, see ``benchmarks/packing.py``).
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""Time and peak memory of a DYPO update against a plain cross-entropy step of Megatron's on the same packed tokens.
+
+    python benchmarks/step_overhead.py
+
+- ``dypo``: SFT, GRPO and GAL in one update: forward, token loss, backward, optimizer. The scoring passes before it
+  (log π_old) are not in it; their time is printed beside it, as are those of weighing and packing.
+- ``sft``: Megatron-Core's ``GPTModel`` with labels: logits of the whole row, fused vocab-parallel cross-entropy
+  (``cross_entropy_loss_fusion``), mean over response tokens; the same parameters, rows, schedule and optimizer.
+- ``sft_unfused``: the same with Megatron's default cross-entropy, which is the leaner one on a CPU.
+
+One process, and two tensor-parallel ranks over gloo; fp32, one thread for each rank. Prompts are a quarter of the tokens.
+The main shape has 4 layers of 256 channels and 32,768 vocabulary entries, which gives the output projection 68% of all
+matrix parameters (a 7B model: 7%), so that what DYPO adds behind the last layer weighs more than it would there. Times are
+medians over rounds that go through the variants in turn, in one process and on one model; the time of the processor is
+beside them, which other load on the machine changes less. Peak memory is the growth of the
+resident set since before the model was built, of each variant in a process of its own: parameters, gradients and optimizer
+state count, as they do in a GPU's ``max_memory_allocated``; ``step`` is the part above them.
+
+``memory_k64_vs_k4``: groups of 64 rollouts against groups of 4, the same sequences otherwise.
+
+The last line is one JSON object; each of its ratios is the worst over one process and TP2 on the main shape, against the
+better of ``sft`` and ``sft_unfused``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import overhead_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    hidden: int = 256
+    layers: int = 4
+    ffn: int = 768
+    vocab: int = 32_768
+    rollouts: int = 12
+    traces: int = 4
+    group_size: int = 4
+    length: int = 256
+    """Median tokens of a sequence."""
+    prompt_share: float = 0.25
+    rows: int = 2
+
+
+SHAPES = {
+    "main": Shape(),
+    "no prompts": Shape(prompt_share=0.01),
+    "deeper": Shape(hidden=384, layers=12, ffn=1152, length=128),
+    "152k vocabulary": Shape(vocab=151_936, length=128),
+    "tiny vocabulary": Shape(vocab=1_024),
+}
+K_SHAPE = Shape(rollouts=64, traces=16, length=48)
+
+
+def ask(what: str, shape: Shape, ranks: int, args: argparse.Namespace) -> Any:
+    """One measurement in processes of its own."""
+    arguments = ["--measure", what, "--shape", json.dumps(asdict(shape)), "--rounds", str(args.rounds)]
+    return measure.run_ranks(str(Path(__file__)), arguments, ranks=ranks, lean=what.startswith("memory"))
+
+
+def compare_time(name: str, shape: Shape, ranks: int, args: argparse.Namespace) -> float:
+    answer = ask("time", shape, ranks, args)
+    medians = {variant: statistics.median(values) for variant, values in answer["wall"].items()}
+    cpu = {variant: statistics.median(values) for variant, values in answer["cpu"].items()}
+    ratios = {variant: medians["dypo"] / medians[variant] for variant in ("sft", "sft_unfused")}
+    print(f"\n{name}, {ranks} rank(s), {answer['tokens']} tokens in {shape.rows} rows, time")
+    for variant, values in answer["wall"].items():
+        rounds = [round(value, 2) for value in values]
+        print(f"  {variant:12} {medians[variant]:7.3f} s, of the processor {cpu[variant]:7.3f} s   by round {rounds}")
+    for variant, ratio in ratios.items():
+        print(f"  dypo vs {variant}: {ratio:.3f}, of the processor {cpu['dypo'] / cpu[variant]:.3f}")
+    beside = {key: f"{answer[key] / medians['dypo']:.3f}" for key in ("scoring", "weighing", "packing")}
+    print(f"  beside the update, in updates: {beside}", flush=True)
+    return max(ratios.values())
+
+
+def compare_memory(name: str, shape: Shape, ranks: int, args: argparse.Namespace) -> float:
+    answers = {variant: ask(f"memory:{variant}", shape, ranks, args) for variant in overhead_steps.VARIANTS}
+    print(f"\n{name}, {ranks} rank(s), peak memory of a rank, MiB")
+    for variant, answer in answers.items():
+        print(f"  {variant:12} {answer['total'] / 2**20:7.0f}   of which step {answer['step'] / 2**20:7.0f}")
+    ratios = {}
+    for variant in ("sft", "sft_unfused"):
+        ratios[variant], step = (answers["dypo"][part] / answers[variant][part] for part in ("total", "step"))
+        print(f"  dypo vs {variant}: {ratios[variant]:.3f}, step {step:.3f}", flush=True)
+    return max(ratios.values())
+
+
+def compare_group_sizes(ranks: int, args: argparse.Namespace) -> float:
+    sizes = {k: ask("memory:dypo", replace(K_SHAPE, group_size=k), ranks, args) for k in (4, 16, 64)}
+    print(
+        f"\n{K_SHAPE.rollouts} rollouts and {K_SHAPE.traces} traces, {ranks} rank(s), peak memory of a rank by group size, MiB"
+    )
+    for k, answer in sizes.items():
+        print(f"  k={k:<3} {answer['total'] / 2**20:7.0f}   of which step {answer['step'] / 2**20:7.0f}", flush=True)
+    return sizes[64]["total"] / sizes[4]["total"]
+
+
+def compare(args: argparse.Namespace) -> dict[str, float]:
+    result = {"time_vs_sft": 0.0, "memory_vs_sft": 0.0, "memory_k64_vs_k4": 0.0}
+    for name in args.shapes:
+        for ranks in args.ranks:
+            time_ratio = compare_time(name, SHAPES[name], ranks, args)
+            memory_ratio = compare_memory(name, SHAPES[name], ranks, args)
+            if name == "main":
+                result["time_vs_sft"] = max(result["time_vs_sft"], time_ratio)
+                result["memory_vs_sft"] = max(result["memory_vs_sft"], memory_ratio)
+    for ranks in args.ranks:
+        result["memory_k64_vs_k4"] = max(result["memory_k64_vs_k4"], compare_group_sizes(ranks, args))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", help="one measurement in this process: time, or memory:<variant>")
+    parser.add_argument("--shape", help="its shape, as JSON")
+    args = parser.parse_args()
+    if args.measure:
+        overhead_steps.answer(args.measure, Shape(**json.loads(args.shape)), args.rounds)
+    else:
+        print("\n" + json.dumps({name: round(value, 4) for name, value in compare(args).items()}))
+
+
+if __name__ == "__main__":
+    main()
