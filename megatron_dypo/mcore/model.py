@@ -35,7 +35,7 @@ from megatron_dypo.mcore.chunks import DTYPES, named_global_parameters
 from megatron_dypo.mcore.features import Features, layer_spec, probe
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies
-from megatron_dypo.mcore.router import moe_settings
+from megatron_dypo.mcore.router import mark_experts, moe_settings
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.experts import check_experts
 from megatron_dypo.parallel.layout import Layout
@@ -163,6 +163,7 @@ def _build_chunk(
         parallel_output=True,
         vp_stage=stage if layout.virtual_pipeline > 1 else None,
     ).to(device.device())
+    mark_experts(chunk)
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(device.device())
     return chunk
 

@@ -72,6 +72,17 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
         yield from (module for module in chunk.modules() if isinstance(module, BalancedRouter))
 
 
+def mark_experts(chunk: torch.nn.Module) -> None:
+    """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
+
+    Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it, but
+    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
 def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     """Tell the routers how many real tokens the update has. Collective over data-parallel ranks if they balance.
 
