@@ -54,7 +54,7 @@ class ParallelConfig:
     """Sizes of the axes of the training mesh; data parallelism is what is left of the world."""
 
     num_processes: int | None = None
-    """Ranks to start when not under torchrun; default: tensor × pipeline × context."""
+    """Ranks to start when not under torchrun; default: as few as the axes allow."""
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None

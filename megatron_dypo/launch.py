@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
+from megatron_dypo.parallel.experts import check_experts
 
 
 def check_inputs(config: Config) -> list[str]:
@@ -36,18 +38,24 @@ def check_inputs(config: Config) -> list[str]:
     for axis, size, name, value in (
         ("parallel.tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
         ("parallel.tensor", parallel.tensor, "num_key_value_heads", architecture.num_key_value_heads),
-        ("parallel.tensor", parallel.tensor, "intermediate_size", architecture.ffn_hidden_size),
+        (
+            "parallel.tensor",
+            1 if architecture.experts else parallel.tensor,
+            "intermediate_size",
+            architecture.ffn_hidden_size,
+        ),
         ("parallel.pipeline × virtual_pipeline", stages, "num_hidden_layers", architecture.num_layers),
     ):
         if value % size:
             raise ValueError(f"{axis}={size} does not divide {name}={value} of {config.model.hf_path}")
+    check_experts(architecture, parallel)
     return notes
 
 
 def num_processes(config: Config) -> int:
     """Ranks that the config asks for on this machine."""
     parallel = config.parallel
-    return parallel.num_processes or parallel.tensor * parallel.pipeline * parallel.context
+    return parallel.num_processes or parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
 
 
 def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:

@@ -28,6 +28,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/kl_loss", "nats", "its k3 estimate of KL(π_θ‖π_ref), weighted as in the objective"),
     Metric("train/sft_nll", "nats/token", "mean −log π_θ over the tokens of teachers' traces"),
     Metric("train/grad_norm", "", "global gradient norm before clipping"),
+    Metric(
+        "train/load_balancing_loss", "", "experts: mean over layers, 1 under perfect balance; without its coefficient"
+    ),
     Metric("train/lr", "", "learning rate of this update"),
     Metric("train/entropy", "nats/token", "mean entropy of π_θ over response tokens of rollouts"),
     Metric("train/pg_clipfrac", "fraction", "tokens of GRPO whose ratio was clipped"),

@@ -19,6 +19,7 @@ from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_
 from megatron_dypo.batching.queues import oldest
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
+from megatron_dypo.mcore.router import balance_metrics
 from megatron_dypo.mcore.score import round_up_microbatches
 from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
@@ -130,6 +131,7 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
         "train/lr": applied.lr,
         "train/num_microbatches": len(rows),
         "train/padding_ratio": padding,
+        **balance_metrics(run.chunks),
     }
 
 

@@ -35,8 +35,9 @@ from megatron_dypo.mcore.chunks import DTYPES, named_global_parameters
 from megatron_dypo.mcore.features import Features, layer_spec, probe
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies
-from megatron_dypo.mcore.router import moe_settings
+from megatron_dypo.mcore.router import mark_experts, moe_settings
 from megatron_dypo.parallel import device
+from megatron_dypo.parallel.experts import check_experts
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.load import load_hf_weights
@@ -93,25 +94,6 @@ def check_divisibility(arch: Architecture, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"pipeline_parallel={parallel.pipeline} × virtual_pipeline={parallel.virtual_pipeline or 1} = {stages} "
             f"does not divide num_layers={arch.num_layers}"
-        )
-
-
-def check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Whether the axes fit a mixture of experts, or the lack of one.
-
-    Raises:
-        ValueError: names the axis and the rule.
-    """
-    if arch.experts is None:
-        if parallel.expert > 1:
-            raise ValueError(f"expert_parallel={parallel.expert}: a {arch.family} model has no experts")
-        return
-    if arch.experts.num_experts % parallel.expert:
-        raise ValueError(f"expert_parallel={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
-    if parallel.tensor > 1 and not parallel.sequence:
-        raise ValueError(
-            f"tensor_parallel={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "
-            "(Megatron refuses to train one otherwise)"
         )
 
 
@@ -181,6 +163,7 @@ def _build_chunk(
         parallel_output=True,
         vp_stage=stage if layout.virtual_pipeline > 1 else None,
     ).to(device.device())
+    mark_experts(chunk)
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(device.device())
     return chunk
 

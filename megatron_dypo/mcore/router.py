@@ -36,8 +36,10 @@ from megatron_dypo.parallel.device import device
 class BalancedRouter(TopKRouter):
     """See the module's docstring. Shape legend: T tokens on this rank, E experts."""
 
-    update_tokens = 0.0
+    update_tokens: float = 0.0
     """N of the update, set by :func:`begin_update`; 0 outside of updates, where nothing is to be balanced."""
+    balance: Tensor | float = 0.0
+    """Σ (n/N) · L so far in the update, this rank's part: a tensor once there was a microbatch."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, 1, E] logits → [T, E] routing weights, [T, E] whether chosen; the mask is true at padding."""
@@ -60,6 +62,7 @@ class BalancedRouter(TopKRouter):
         # n·L, of which this rank's tokens contribute their softmax; 0 where a row is nothing but padding.
         total = (scores_for_aux_loss.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
         loss = total / (self.topk * num_tokens.clamp(min=1)) / self.update_tokens
+        self.balance = self.balance + loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
 
 
@@ -67,6 +70,17 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
     """The routers of this rank's layers; none in a dense model."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, BalancedRouter))
+
+
+def mark_experts(chunk: torch.nn.Module) -> None:
+    """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
+
+    Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it, but
+    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
@@ -82,6 +96,20 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     dist.all_reduce(total, group=mine[0].tp_dp_cp_group)
     for router in mine:
         router.update_tokens = float(total) / mine[0].tp_cp_group.size()
+        router.balance = 0.0
+
+
+def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+    """The load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there is none.
+
+    Collective over the world after the backward pass.
+    """
+    mine = [router for router in routers(chunks) if router.is_aux_loss_enabled()]
+    if not mine:
+        return {}
+    total = torch.tensor([sum(float(router.balance) for router in mine)], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
 
 
 def moe_settings(experts: Any, *, grouped: bool, expert_parallel: int, balance_coef: float) -> dict[str, Any]:

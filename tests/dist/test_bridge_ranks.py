@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,25 @@ from tests.dist.spawn import run_ranks
 from tests.hf_models import make_hf_model
 from tests.unit.weights.fake_sglang import KEY, fake_servers
 
-AXES = {"pipeline": 2, "virtual_pipeline": 2}
-WORLD_SIZE = 4  # two replicas of two stages
+AXES = {
+    "qwen2": {"pipeline": 2, "virtual_pipeline": 2},
+    "qwen3_moe": {"pipeline": 2, "expert": 2},
+}
+WORLD_SIZE = 4  # two replicas of two stages; experts lie on ranks of both replicas
 
 
-def rank_push(model: str, urls: list[str], run_dir: str, misshapen_on: int | None) -> tuple[str, int]:
-    """A push by disk: (error, bytes)."""
+def rank_push(
+    model: str, axes: dict[str, int], urls: list[str], run_dir: str, misshapen_on: int | None
+) -> tuple[tuple[str, int], list[list[str]]]:
+    """A push by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, ParallelConfig, WeightsConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
     from megatron_dypo.parallel.layout import close, init_layout
     from megatron_dypo.weights.bridge import Bridge
-    from megatron_dypo.weights.transports.base import PushError
+    from megatron_dypo.weights.transports.base import PushError, Source
 
-    parallel = ParallelConfig(**AXES)
+    parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)
     arch, config = load_architecture(model), ModelConfig(hf_path=model, dtype="float32")
     chunks = build_model(arch, config, parallel, layout)
@@ -50,18 +56,18 @@ def rank_push(model: str, urls: list[str], run_dir: str, misshapen_on: int | Non
     except PushError as error:
         result = str(error), 0
     bridge.close()
+    source = Source(layout=layout, arch=arch, named_params=lambda: named_global_parameters(chunks))
+    by_turn = [[name for name, _ in source.tensors(turn)] if source.joins(turn) else [] for turn in source.turns]
     close(layout)
-    return result
+    return result, by_turn
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
-
-
-def test_replicas_and_interleaved_stages_write_each_tensor_once(model, tmp_path):
-    with fake_servers(2, model_type="qwen2", model_path=str(model)) as servers:
-        outcomes = run_ranks(WORLD_SIZE, rank_push, str(model), [s.url for s in servers], str(tmp_path), None)
+@pytest.mark.parametrize("kind", AXES)
+def test_each_tensor_is_written_and_broadcast_once(kind, tmp_path):
+    model = make_hf_model(kind, tmp_path / "hf")
+    with fake_servers(2, model_type=kind, model_path=str(model)) as servers:
+        urls = [server.url for server in servers]
+        results = run_ranks(WORLD_SIZE, rank_push, str(model), AXES[kind], urls, str(tmp_path), None)
         assert [server.version for server in servers] == ["1", "1"]
     expected, written = load_file(model / "model.safetensors"), {}
     for file in (tmp_path / "refit" / "version_1").glob("*.safetensors"):
@@ -70,15 +76,26 @@ def test_replicas_and_interleaved_stages_write_each_tensor_once(model, tmp_path)
         written.update(tensors)
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    assert outcomes == [("", sum(4 * tensor.numel() for tensor in expected.values()))] * WORLD_SIZE
+    outcome = "", sum(4 * tensor.numel() for tensor in expected.values())
+    assert [result for result, _ in results] == [outcome] * WORLD_SIZE
+    turns = list(zip(*(by_turn for _, by_turn in results), strict=True))
+    assert all(sum(map(bool, by_rank)) == 1 for by_rank in turns), "one rank sends in a turn"
+    assert sorted(itertools.chain(*itertools.chain(*turns))) == sorted(expected)
 
 
-def test_what_one_rank_finds_wrong_is_raised_on_all(model, tmp_path):
+def test_what_one_rank_finds_wrong_is_raised_on_all(tmp_path):
+    model = make_hf_model("qwen2", tmp_path / "hf")
     stage_1_of_first_replica = 2
     with fake_servers(1, model_type="qwen2", model_path=str(model)) as servers:
-        outcomes = run_ranks(
-            WORLD_SIZE, rank_push, str(model), [servers[0].url], str(tmp_path), stage_1_of_first_replica
+        results = run_ranks(
+            WORLD_SIZE,
+            rank_push,
+            str(model),
+            AXES["qwen2"],
+            [servers[0].url],
+            str(tmp_path),
+            stage_1_of_first_replica,
         )
         assert "/pause_generation" not in servers[0].posts
-    assert len(set(outcomes)) == 1
-    assert outcomes[0][0].startswith(f"rank {stage_1_of_first_replica}: decoder.layers.1.")
+    assert len({outcome for outcome, _ in results}) == 1
+    assert results[0][0][0].startswith(f"rank {stage_1_of_first_replica}: decoder.layers.1.")

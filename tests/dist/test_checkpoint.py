@@ -89,6 +89,13 @@ CASES = {
         2,
         {"pipeline": 2, "virtual_pipeline": 2},
     ),
+    "experts": (
+        "qwen3_moe",
+        {"pipeline": 2, "expert": 2},
+        {"distributed": True},
+        2,
+        {"tensor": 2, "sequence": True, "expert": 2},
+    ),
 }
 
 

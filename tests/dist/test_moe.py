@@ -78,12 +78,13 @@ def balance_samples():
 
 
 def rank_balance_gradients(path, axes):
-    """Gradients of the load-balancing loss alone, as every token weight is zero; and the gradient norm."""
+    """Gradients of the load-balancing loss alone, as every token weight is zero; the gradient norm; the metric."""
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
     from megatron_dypo.mcore.optimizer import build_optimizer
+    from megatron_dypo.mcore.router import balance_metrics
     from megatron_dypo.parallel.layout import close, init_layout
     from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
 
@@ -103,8 +104,9 @@ def rank_balance_gradients(path, axes):
     tensors = iter_hf_tensors(grads, arch, layout.tp_rank, layout.tensor, layout.tp_group)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}
     norm = optimizer.step().grad_norm
+    balance = balance_metrics(chunks)["train/load_balancing_loss"]
     close(layout)
-    return results, norm
+    return results, norm, balance
 
 
 RECOMPUTE = {1: "none", 2: "full"}
@@ -113,7 +115,7 @@ RECOMPUTE = {1: "none", 2: "full"}
 
 @functools.cache
 def _literal_balance_gradients(path):
-    """coefficient · Σ_layers Σ_microbatches (n/N) · E Σ_e f_e P_e in float64, and the norm of its gradient."""
+    """coefficient · Σ_layers Σ_microbatches (n/N) · E Σ_e f_e P_e in float64: gradient, norm of it, mean over layers."""
     model = float64_model(path)
     samples = balance_samples()
     config, total = model.config, 0.0
@@ -133,20 +135,22 @@ def _literal_balance_gradients(path):
     # The last layer's experts and what follows them have no part in it.
     (total + 0.0 * sum(p.sum() for p in model.parameters())).backward()
     gradients = hf_gradients(model)
-    return gradients, math.sqrt(sum((grad**2).sum() for grad in gradients.values()))
+    norm = math.sqrt(sum((grad**2).sum() for grad in gradients.values()))
+    return gradients, norm, total.item() / BALANCE_COEF / config.num_hidden_layers
 
 
 @pytest.mark.parametrize("layout", ["one process", "dp2", "ep2", "tp2 sp", "tp2 sp ep2", "ep2 pp2", "ep2 dp4"])
 def test_load_balancing_loss_is_a_mean_over_real_tokens_in_every_layout(layout, root):
     world_size, axes = LAYOUTS[layout]
     path = case("qwen3_moe", root)[0]
-    expected, expected_norm = _literal_balance_gradients(path)
+    expected, expected_norm, expected_balance = _literal_balance_gradients(path)
     results = run_ranks(world_size, rank_balance_gradients, path, axes)
-    ours = {name: grad for grads, _ in results for name, grad in grads.items()}
+    ours = {name: grad for grads, _, _ in results for name, grad in grads.items()}
     assert ours.keys() == expected.keys()
     assert np.abs(expected["model.layers.3.mlp.gate.weight"]).max() > 1e-4
     for name, reference in expected.items():
         scale = max(np.abs(reference).max(), 1e-6)
         assert np.abs(ours[name] - reference).max() / scale <= 1e-5, name
-    for _, norm in results:
+    for _, norm, balance in results:
         assert norm == pytest.approx(expected_norm, rel=1e-5)
+        assert balance == pytest.approx(expected_balance, rel=1e-6)

@@ -48,15 +48,14 @@ class Session:
         )
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Whole HF tensors of this stage, on its first rank."""
+        """Whole HF tensors of this stage, on its first rank; experts on the first ranks that own them."""
         from megatron_dypo.mcore.model import named_global_parameters
-        from megatron_dypo.weights.gather import iter_hf_tensors
+        from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
 
         layout = self.layout
-        tensors = iter_hf_tensors(
-            named_global_parameters(self.chunks), self.arch, layout.tp_rank, layout.tensor, layout.tp_group
-        )
-        return {name: tensor.float().numpy().copy() for name, tensor in tensors if layout.dp_rank == 0}
+        params = sent_params(named_global_parameters(self.chunks), self.arch, layout)
+        tensors = iter_hf_tensors(params, self.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+        return {name: tensor.float().numpy().copy() for name, tensor in tensors}
 
 
 def rows(update: int) -> list[np.ndarray]:

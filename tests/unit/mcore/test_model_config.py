@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_dypo.architecture import Architecture
+from megatron_dypo.architecture import Architecture, Experts
 from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
 from megatron_dypo.mcore.model import check_divisibility, transformer_config
@@ -48,6 +48,33 @@ def test_an_axis_that_does_not_divide_is_named(axes, message):
 def test_an_odd_ffn_is_named():
     with pytest.raises(ValueError, match="tensor_parallel=2 does not divide ffn_hidden_size=97"):
         check_divisibility(dataclasses.replace(ARCH, ffn_hidden_size=97), ParallelConfig(tensor=2))
+
+
+EXPERTS = Experts(num_experts=6, per_token=2, ffn_hidden_size=20, normalized=True, balance_coef=0.25)
+MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "axes", "message"),
+    [
+        (ARCH, {"expert": 2}, "expert_parallel=2: a qwen2 model has no experts"),
+        (MOE, {"expert": 4}, "expert_parallel=4 does not divide num_experts=6"),
+        (MOE, {"tensor": 2}, "tensor_parallel=2: a mixture of experts needs parallel.sequence=true"),
+    ],
+)
+def test_a_layout_that_does_not_suit_experts_is_refused(arch, axes, message):
+    with pytest.raises(ValueError, match=message):
+        check_divisibility(arch, ParallelConfig(**axes))
+
+
+@pytest.mark.parametrize(("ours", "coefficient"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
+def test_the_balance_coefficient_is_the_models_unless_the_config_names_one(ours, coefficient):
+    features = Features(transformer_engine=False, grad_accumulation_fusion=False)
+    parallel = ParallelConfig(expert=2, tensor=2, sequence=True)
+    config = transformer_config(MOE, ModelConfig(hf_path="x", balance_coef=ours), parallel, features)
+    assert config.moe_aux_loss_coeff == coefficient
+    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (2, 1)
+    assert not config.moe_router_pre_softmax
 
 
 @pytest.mark.parametrize("virtual_pipeline", [None, 2, 3])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megatron_dypo.parallel.layout import replica_ranks
+from megatron_dypo.parallel.layout import replica_ranks, sender_ranks
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,21 @@ def test_replicas_split_the_world(tensor, context, pipeline, data):
     # Leaders are ordered by dp_rank, and the global leader leads the first replica.
     assert [ranks[0] for ranks in replicas] == sorted(ranks[0] for ranks in replicas)
     assert replicas[0][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ({"tensor": 1, "data": 2, "expert": 1}, (0,)),
+        ({"tensor": 1, "data": 2, "expert": 2}, (0, 1)),
+        ({"tensor": 2, "data": 1, "expert": 2}, (0, 1)),
+        ({"tensor": 2, "data": 2, "expert": 4, "pipeline": 2}, (0, 1, 2, 3, 4, 5, 6, 7)),
+        ({"tensor": 2, "data": 2, "expert": 1, "pipeline": 2}, (0, 1, 4, 5)),
+        ({"tensor": 2, "data": 2, "expert": 1, "context": 2}, (0, 1)),
+    ],
+)
+def test_senders_are_the_first_tensor_group_and_the_first_expert_group_of_each_stage(axes, expected):
+    assert sender_ranks(**{"context": 1, "pipeline": 1, **axes}) == expected
 
 
 def test_data_parallel_ranks_of_tp2_pp2_dp2_lie_between_tensor_and_pipeline():
