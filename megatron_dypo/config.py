@@ -56,6 +56,7 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     """Model chunks on each pipeline rank (interleaved schedule); None: one."""
     context: int = 1
+    """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
@@ -66,7 +67,6 @@ class ParallelConfig:
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
             require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
-        require(self.context == 1, f"context={self.context}", "context parallelism is not supported yet")
         require(self.expert == 1, f"expert={self.expert}", "expert parallelism is not supported yet")
         if self.num_processes is not None:
             model_size = self.tensor * self.pipeline * self.context
@@ -268,7 +268,7 @@ class BatchingConfig:
     max_collect_rounds: int = 8
     """Rounds of collection after which an update is made with what the queues hold."""
     tokens_per_microbatch: int = 16384
-    """Packing budget of one microbatch; a longer sequence gets a microbatch of its own."""
+    """Packing budget of one microbatch, over all context-parallel ranks; a longer sequence gets one of its own."""
     max_staleness: int = 4
     """Queued groups made by weights more than this many versions ago are dropped and counted."""
 

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
-from megatron_dypo.batching.pack import bins_first_fit, pack, plan_microbatches, row_length
+from megatron_dypo.batching.pack import bins_first_fit, pack, padded_lengths, plan_microbatches, row_length
 from megatron_dypo.batching.queues import oldest, without_arrays
+from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.score import round_up_microbatches, row_alignment, sequence_logprobs
+from megatron_dypo.mcore.score import round_up_microbatches, row_alignment, sequence_alignment, sequence_logprobs
 from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
@@ -130,13 +131,14 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
     """
     samples = balance(weighed, run.leader.group) if run.leader else None
     samples = broadcast_samples(samples, run.layout.replica_group)
-    rows = _pack(run, samples)
+    rows, layout = _pack(run, samples), run.layout
+    parts = [shard(row, layout.cp_rank, layout.context) for row in rows]
     with run.timings.measure("update_actor"):
         run.optimizer.zero_grad()
-        with progress(len(rows), "update", "microbatches", enabled=run.layout.is_global_leader) as bar:
-            sums = loss_pass(run.chunks, rows, cfg=run.config.objective, bar=bar)
+        with progress(len(rows), "update", "microbatches", enabled=layout.is_global_leader) as bar:
+            sums = loss_pass(run.chunks, parts, cfg=run.config.objective, bar=bar)
         applied = run.optimizer.step()
-    sums = sums.to(device()) * (run.layout.tp_rank == 0)
+    sums = sums.to(device()) * (layout.tp_rank == 0)
     dist.all_reduce(sums)
     padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)
     return sums.cpu(), {
@@ -231,9 +233,10 @@ def _totals(counts: Sequence[dict[str, tuple[int, int, int]]]) -> Totals:
 
 def _pack(run: Run, samples: Sequence[Sample]) -> list[Microbatch]:
     """Rows of one length, as many on every replica."""
-    lengths, budget = [len(s.tokens) for s in samples], run.config.batching.tokens_per_microbatch
+    alignment, budget = sequence_alignment(run.layout), run.config.batching.tokens_per_microbatch
+    lengths = padded_lengths(samples, alignment)
     count = torch.tensor([len(bins_first_fit(lengths, budget))], device=device())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(int(count), run.layout))
     length = row_length(lengths, bins, row_alignment(run.layout))
-    return [pack(samples, members, length) for members in bins]
+    return [pack(samples, members, length, alignment) for members in bins]

@@ -86,7 +86,7 @@ def finish(run: Run) -> None:
             tp_group=layout.tp_group,
             pp_rank=layout.pp_rank,
             pp_size=layout.pipeline,
-            control_group=layout.replica_group,
+            control_group=layout.policy_group,
             write=layout.dp_rank == 0 and layout.cp_rank == 0,
             out_dir=run.dir / "hf",
             reference_hf_path=run.config.model.hf_path,

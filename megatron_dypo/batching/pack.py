@@ -45,18 +45,27 @@ def plan_microbatches(lengths: Sequence[int], *, budget: int, count: int) -> lis
     return bins + [[] for _ in range(count - len(bins))]
 
 
+def padded_lengths(samples: Sequence[Sample], alignment: int) -> list[int]:
+    """What each sample takes of a row: its tokens, rounded up to ``alignment``."""
+    return [-(-len(sample.tokens) // alignment) * alignment for sample in samples]
+
+
 def row_length(lengths: Sequence[int], bins: Sequence[Sequence[int]], alignment: int) -> int:
     """T: the fullest row, rounded up to ``alignment`` (tensor-parallel size under sequence parallelism)."""
     fullest = max((sum(lengths[i] for i in b) for b in bins), default=0)
     return max(-(-fullest // alignment), 1) * alignment
 
 
-def pack(samples: Sequence[Sample], members: Sequence[int], length: int) -> Microbatch:
+def pack(samples: Sequence[Sample], members: Sequence[int], length: int, alignment: int = 1) -> Microbatch:
     """One row of ``length`` tokens from ``samples[i] for i in members``; what is left is one padding sequence.
 
     A response token at position t of its sequence is the target of position t − 1, so its weights stand there.
+
+    Args:
+        alignment: each sequence is padded at its end to a multiple of it, as context parallelism needs; it divides
+            ``length``.
     """
-    row = _Row(length)
+    row = _Row(length, alignment)
     for index in members:
         row.append(samples[index], index)
     return row.finish()
@@ -65,8 +74,9 @@ def pack(samples: Sequence[Sample], members: Sequence[int], length: int) -> Micr
 class _Row:
     """A microbatch while it is filled from the left."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, alignment: int) -> None:
         self.length, self.used, self.boundaries = length, 0, [0]
+        self.alignment = alignment
         self.integers: dict[str, Any] = {
             n: np.zeros(length, np.int32) for n in ("tokens_T", "positions_T", "targets_T")
         }
@@ -78,17 +88,17 @@ class _Row:
     def append(self, sample: Sample, index: int) -> None:
         start, size = self.used, len(sample.tokens)
         end = start + size
-        assert end <= self.length, "row_length() covers every bin"
+        self.used = end + -size % self.alignment
+        assert self.used <= self.length, "row_length() covers every bin"
         self.integers["tokens_T"][start:end] = sample.tokens
-        self.integers["positions_T"][start:end] = np.arange(size)
+        self.integers["positions_T"][start : self.used] = np.arange(self.used - start)
         self.integers["targets_T"][start : end - 1] = sample.tokens[1:]
         self.sample_T[start:end] = index
         response = slice(start + sample.num_prompt_tokens - 1, end - 1)
         self.masks["response_T"][response] = True
         self.masks["is_trace_T"][response] = sample.treatment is Treatment.DISTIL
         self._write_streams(response, sample, sample.weights or TokenWeights())
-        self.used = end
-        self.boundaries.append(end)
+        self.boundaries.append(self.used)
 
     def _write_streams(self, response: slice, sample: Sample, weights: TokenWeights) -> None:
         streams: dict[str, float | Floats | None] = {

@@ -66,7 +66,7 @@ def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
 
     if features.transformer_engine:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
-    from megatron_dypo.mcore.attention import PackedAttention
+    from megatron_dypo.mcore.core_attention import PackedAttention
 
     spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = PackedAttention

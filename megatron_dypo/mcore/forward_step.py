@@ -129,7 +129,7 @@ def _run(
         data_iterator=iterators,
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=len(microbatches[0].tokens_T),
+        seq_length=int(microbatches[0].cu_seqlens_S[-1]),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

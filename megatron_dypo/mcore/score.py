@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.pack import bins_first_fit, pack, row_length
+from megatron_dypo.batching.pack import bins_first_fit, pack, padded_lengths, row_length
+from megatron_dypo.batching.zigzag import held_responses, shard
 from megatron_dypo.mcore.forward_step import logprob_pass
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.types import Floats, Sample
+from megatron_dypo.types import Floats, Microbatch, Sample
 
 
 def row_alignment(layout: Layout) -> int:
-    """A packed row's length must split evenly over the tensor-parallel ranks (sequence parallelism)."""
-    return layout.tensor
+    """A packed row splits over context-parallel ranks, and each part over tensor-parallel ones (sequence parallelism)."""
+    return math.lcm(sequence_alignment(layout), layout.tensor * layout.context)
+
+
+def sequence_alignment(layout: Layout) -> int:
+    """A sequence splits into two chunks for each context-parallel rank."""
+    return 2 * layout.context if layout.context > 1 else 1
 
 
 def round_up_microbatches(count: int, layout: Layout) -> int:
@@ -39,15 +46,16 @@ def sequence_logprobs(
     """
     if not samples:
         return [] if layout.is_replica_leader else None
-    lengths = [len(sample.tokens) for sample in samples]
+    alignment = sequence_alignment(layout)
+    lengths = padded_lengths(samples, alignment)
     bins = bins_first_fit(lengths, budget)
     bins += [[] for _ in range(round_up_microbatches(len(bins), layout) - len(bins))]
     length = row_length(lengths, bins, row_alignment(layout))
-    rows = [pack(samples, members, length) for members in bins]
+    rows = [pack(samples, members, length, alignment) for members in bins]
     set_training(chunks, False)
-    parts = logprob_pass(chunks, rows)
+    parts = logprob_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows])
     set_training(chunks, True)
-    flat = _to_leader(torch.cat(parts) if parts else None, sum(s.num_response_tokens for s in samples), layout)
+    flat = _to_leader(torch.cat(parts) if parts else None, rows, layout)
     if flat is None:
         return None
     order = [i for members in bins for i in members]
@@ -61,16 +69,24 @@ def set_training(chunks: Sequence[Any], mode: bool) -> None:
         chunk.train(mode)
 
 
-def _to_leader(logp: torch.Tensor | None, size: int, layout: Layout) -> Floats | None:
-    """From the last stage's first tensor-parallel rank to the leader, and to nobody else."""
-    if layout.is_replica_leader and layout.is_last_stage:
-        assert logp is not None, "the last stage scores"
-        return logp.numpy()
-    if layout.is_replica_leader:
-        buffer = torch.empty(size, dtype=torch.float32)
-        dist.recv(buffer, src=layout.last_stage_rank, group=layout.replica_group)
-        return buffer.numpy()
-    if layout.is_last_stage and layout.tp_rank == 0:
-        assert logp is not None, "the last stage scores"
-        dist.send(logp, dst=layout.leader_rank, group=layout.replica_group)
-    return None
+def _to_leader(own: torch.Tensor | None, rows: Sequence[Microbatch], layout: Layout) -> Floats | None:
+    """Log-probs of all response tokens of ``rows``, in their order, on the leader, and nowhere else.
+
+    They come from the last stage's ranks of tensor-parallel rank 0, each with its zig-zag part.
+    """
+    if not layout.is_replica_leader:
+        if layout.rank in layout.scoring_ranks:
+            assert own is not None, "the last stage scores"
+            dist.send(own, dst=layout.leader_rank, group=layout.replica_group)
+        return None
+    flat = np.empty(sum(int(row.response_T.sum()) for row in rows), np.float32)
+    for cp_rank, source in enumerate(layout.scoring_ranks):
+        is_held = held_responses(rows, cp_rank, layout.context)
+        if source == layout.rank:
+            assert own is not None, "the last stage scores"
+            part = own
+        else:
+            part = torch.empty(int(is_held.sum()), dtype=torch.float32)
+            dist.recv(part, src=source, group=layout.replica_group)
+        flat[is_held] = part.numpy()
+    return flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -40,8 +41,8 @@ class Layout:
     """CPU (gloo) group of the replicas' leaders, ordered by ``dp_rank``; None on a rank that leads nothing."""
     replica_ranks: tuple[int, ...]
     """Global ranks of this replica, ascending."""
-    last_stage_rank: int
-    """Global rank of the last pipeline stage among this rank's pipeline peers."""
+    policy_group: dist.ProcessGroup
+    """CPU (gloo) group of this replica's ranks with this ``cp_rank``, which hold the policy once."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -55,6 +56,11 @@ class Layout:
     def leader_rank(self) -> int:
         """Global rank of this replica's leader."""
         return self.replica_ranks[0]
+
+    @property
+    def scoring_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this replica's last pipeline stage with tensor-parallel rank 0, by ``cp_rank``."""
+        return self.replica_ranks[-self.tensor * self.context :: self.tensor]
 
     @property
     def is_replica_leader(self) -> bool:
@@ -148,10 +154,14 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         for dp_rank_ in range(data)
     ]
     assert dist.get_rank() in replicas[dp_rank], "Megatron's rank order changed"
-    # new_group is collective over the world: every rank makes every group, in the same order.
-    replica_groups = [dist.new_group(list(ranks), backend="gloo", timeout=timeout) for ranks in replicas]
-    leaders = [ranks[0] for ranks in replicas]
-    leaders_group = dist.new_group(leaders, backend="gloo", timeout=timeout)
+    replica_groups = _new_groups(replicas, timeout)
+    leaders = tuple(ranks[0] for ranks in replicas)
+    (leaders_group,) = _new_groups([leaders], timeout)
+    cp_rank = parallel_state.get_context_parallel_rank()
+    policy_group = replica_groups[dp_rank]
+    if config.context > 1:
+        parts = _context_parts(replicas, tensor=config.tensor, context=config.context)
+        policy_group = _new_groups(parts, timeout)[dp_rank * config.context + cp_rank]
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -162,7 +172,7 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         data=data,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_rank=cp_rank,
         dp_rank=dp_rank,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
@@ -170,5 +180,19 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         replica_group=replica_groups[dp_rank],
         leaders_group=leaders_group if dist.get_rank() in leaders else None,
         replica_ranks=replicas[dp_rank],
-        last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+        policy_group=policy_group,
     )
+
+
+def _context_parts(replicas: Sequence[tuple[int, ...]], *, tensor: int, context: int) -> list[tuple[int, ...]]:
+    """Each replica's ranks by ``cp_rank``; tensor parallelism is the fastest axis, context parallelism the next."""
+    return [
+        tuple(rank for rank in ranks if rank // tensor % context == part)
+        for ranks in replicas
+        for part in range(context)
+    ]
+
+
+def _new_groups(members: Sequence[tuple[int, ...]], timeout: datetime.timedelta) -> list[dist.ProcessGroup]:
+    """CPU groups of these global ranks. Collective over the world: every rank makes every group, in the same order."""
+    return [dist.new_group(list(ranks), backend="gloo", timeout=timeout) for ranks in members]
