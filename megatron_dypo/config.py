@@ -60,6 +60,7 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     """Model chunks on each pipeline rank (interleaved schedule); None: one."""
     context: int = 1
+    """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
     """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage; an
     expert itself is never split."""
@@ -72,7 +73,6 @@ class ParallelConfig:
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
             require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
-        require(self.context == 1, f"context={self.context}", "context parallelism is not supported yet")
         if self.num_processes is not None:
             model_size = self.tensor * self.pipeline * self.context
             require(
@@ -343,7 +343,7 @@ class BatchingConfig:
     max_collect_rounds: int = 8
     """Rounds of collection after which updates are made with what the queues hold."""
     tokens_per_microbatch: int = 16384
-    """Packing budget of one microbatch; a longer sequence gets a microbatch of its own."""
+    """Packing budget of one microbatch, over all context-parallel ranks; a longer sequence gets one of its own."""
     row_multiple: int = 1
     """Tokens that a rank holds of a packed row come in multiples of this: 16 for FP8 matmuls, 32 for MXFP8."""
     max_staleness: int = 4

@@ -15,8 +15,17 @@ import torch.distributed as dist
 
 from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
 from megatron_dypo.batching.flops import sequence_cost
-from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
+from megatron_dypo.batching.pack import (
+    alignment,
+    num_microbatches,
+    pack,
+    padded_lengths,
+    plan_microbatches,
+    row_length,
+    sequence_alignment,
+)
 from megatron_dypo.batching.queues import oldest
+from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.router import balance_metrics
@@ -115,15 +124,16 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
     samples = broadcast_samples(samples, run.layout.replica_group)
     costs = [cost.of(sample) for sample in samples]
     tally_work(run.tally, sum(costs))
-    rows = _pack(run, samples, costs)
+    rows, layout = _pack(run, samples, costs), run.layout
+    parts = [shard(row, layout.cp_rank, layout.context) for row in rows]
     with run.timings.measure("update_actor"):
         run.optimizer.zero_grad()
-        with progress(len(rows), "update", "microbatches", enabled=run.layout.is_global_leader) as bar:
-            sums = loss_pass(run.chunks, rows, cfg=run.config.objective, bar=bar)
+        with progress(len(rows), "update", "microbatches", enabled=layout.is_global_leader) as bar:
+            sums = loss_pass(run.chunks, parts, cfg=run.config.objective, context_group=layout.cp_group, bar=bar)
         applied = run.optimizer.step()
-    if not applied.ok and run.layout.is_global_leader:
+    if not applied.ok and layout.is_global_leader:
         log.warning("step %d: gradient norm %s; the weights stay as they were", run.step + 1, applied.grad_norm)
-    sums = sums.to(device()) * (run.layout.tp_rank == 0)
+    sums = sums.to(device()) * (layout.tp_rank == 0)
     dist.all_reduce(sums)
     padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)
     return sums.cpu(), {
@@ -208,11 +218,12 @@ def _totals(counts: Sequence[dict[str, tuple[int, int, int]]]) -> Totals:
 
 def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
     """Rows of about equal work, as many on every replica; each as long as what it holds, but for the alignment."""
-    lengths, batching = [len(s.tokens) for s in samples], run.config.batching
-    budget = batching.tokens_per_microbatch
+    layout, batching = run.layout, run.config.batching
+    budget, per_sequence = batching.tokens_per_microbatch, sequence_alignment(layout.context)
+    lengths = padded_lengths(samples, per_sequence)
     count = torch.tensor([num_microbatches(lengths, budget=budget, costs=costs)], device=device())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    equal = round_up_microbatches(int(count), run.layout)
+    equal = round_up_microbatches(int(count), layout)
     bins = plan_microbatches(lengths, budget=budget, count=equal, costs=costs)
-    multiple = alignment(run.layout.tensor, run.layout.context, batching.row_multiple)
-    return [pack(samples, members, row_length(lengths, [members], multiple)) for members in bins]
+    multiple = alignment(layout.tensor, layout.context, batching.row_multiple)
+    return [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]

@@ -174,17 +174,23 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Microbatch:
-    """Sequences packed into one row (``thd``), padded to ``T`` tokens; the last sequence may be padding."""
+    """Sequences packed into one row (``thd``), padded to ``T`` tokens; the last sequence may be padding.
+
+    With context parallelism each sequence ends in padding up to a multiple of 2·context, and a rank's part of the row
+    (:func:`megatron_dypo.batching.zigzag.shard`) has ``T / context`` tokens.
+    """
 
     tokens_T: Tokens
     positions_T: Tokens
     """Position within the sequence; restarts at 0."""
     cu_seqlens_S: Tokens
-    """[S+1] Boundaries of the sequences, padding included: ``cu_seqlens_S[-1] == T``."""
+    """[S+1] Boundaries of the sequences in the whole row, padding included; the last is the row's length."""
     targets_T: Tokens
     """The next token of the same sequence; 0 where there is none."""
     response_T: npt.NDArray[np.bool_]
     """True where ``targets_T`` is a response token: the positions that enter the loss."""
+    sequence_T: Tokens
+    """Index of the token's sequence in ``cu_seqlens_S``, padding included."""
     sample_T: Tokens
     """Index into the samples that were packed, −1 on padding."""
     advantage_T: Floats

@@ -26,7 +26,12 @@ def alignment(tensor: int, context: int, granule: int = 1) -> int:
         granule: tokens of one rank come in multiples of this: 1, or what low-precision matmuls need (16 for FP8, 32 for
             MXFP8, 128 for blockwise FP8).
     """
-    return math.lcm(tensor * context * granule, 2 * context if context > 1 else 1)
+    return math.lcm(tensor * context * granule, sequence_alignment(context))
+
+
+def sequence_alignment(context: int) -> int:
+    """What each sequence is padded to: it splits into two chunks for each context-parallel rank."""
+    return 2 * context if context > 1 else 1
 
 
 def plan_microbatches(
@@ -64,18 +69,27 @@ def num_microbatches(lengths: Sequence[int], *, budget: int, costs: Sequence[flo
     return count
 
 
+def padded_lengths(samples: Sequence[Sample], alignment: int) -> list[int]:
+    """What each sample takes of a row: its tokens, rounded up to ``alignment``."""
+    return [-(-len(sample.tokens) // alignment) * alignment for sample in samples]
+
+
 def row_length(lengths: Sequence[int], bins: Sequence[Sequence[int]], alignment: int) -> int:
     """T of rows of one length: the fullest of ``bins``, rounded up to ``alignment``, which an empty row has too."""
     fullest = max((sum(lengths[i] for i in b) for b in bins), default=0)
     return max(-(-fullest // alignment), 1) * alignment
 
 
-def pack(samples: Sequence[Sample], members: Sequence[int], length: int) -> Microbatch:
+def pack(samples: Sequence[Sample], members: Sequence[int], length: int, alignment: int = 1) -> Microbatch:
     """One row of ``length`` tokens from ``samples[i] for i in members``; what is left is one padding sequence.
 
     A response token at position t of its sequence is the target of position t − 1, so its weights stand there.
+
+    Args:
+        alignment: each sequence is padded at its end to a multiple of it, as context parallelism needs; it divides
+            ``length``.
     """
-    row = _Row(length)
+    row = _Row(length, alignment)
     for index in members:
         row.append(samples[index], index)
     return row.finish()
@@ -84,8 +98,9 @@ def pack(samples: Sequence[Sample], members: Sequence[int], length: int) -> Micr
 class _Row:
     """A microbatch while it is filled from the left."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, alignment: int) -> None:
         self.length, self.used, self.boundaries = length, 0, [0]
+        self.alignment = alignment
         self.integers: dict[str, Any] = {
             n: np.zeros(length, np.int32) for n in ("tokens_T", "positions_T", "targets_T")
         }
@@ -106,17 +121,17 @@ class _Row:
     def append(self, sample: Sample, index: int) -> None:
         start, size = self.used, len(sample.tokens)
         end = start + size
-        assert end <= self.length, "row_length() covers every bin"
+        self.used = end + -size % self.alignment
+        assert self.used <= self.length, "row_length() covers every bin"
         self.integers["tokens_T"][start:end] = sample.tokens
-        self.integers["positions_T"][start:end] = np.arange(size)
+        self.integers["positions_T"][start : self.used] = np.arange(self.used - start)
         self.integers["targets_T"][start : end - 1] = sample.tokens[1:]
         self.sample_T[start:end] = index
         response = slice(start + sample.num_prompt_tokens - 1, end - 1)
         self.masks["response_T"][response] = True
         self.masks["is_trace_T"][response] = sample.treatment is Treatment.DISTIL
         self._write_streams(response, sample, sample.weights or TokenWeights())
-        self.used = end
-        self.boundaries.append(end)
+        self.boundaries.append(self.used)
 
     def _write_streams(self, response: slice, sample: Sample, weights: TokenWeights) -> None:
         streams: dict[str, float | Floats | None] = {
@@ -137,8 +152,10 @@ class _Row:
         if self.used < self.length:
             self.integers["positions_T"][self.used :] = np.arange(self.length - self.used)
             self.boundaries.append(self.length)
+        sequences = np.arange(len(self.boundaries) - 1, dtype=np.int32)
         return Microbatch(
             cu_seqlens_S=np.array(self.boundaries, np.int32),
+            sequence_T=np.repeat(sequences, np.diff(self.boundaries)),
             sample_T=self.sample_T,
             **self.integers,
             **self.masks,

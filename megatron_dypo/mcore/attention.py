@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
 
 SHORT = 32
 """Sequences up to this length share a bucket whatever their lengths: a call costs more than the padding."""
@@ -66,7 +64,7 @@ def plan(cu_seqlens: tuple[int, ...], device: torch.device) -> Plan:
     lengths = [end - start for start, end in zip(starts, cu_seqlens[1:], strict=True)]
     slot_T = torch.empty(cu_seqlens[-1], dtype=torch.long)
     buckets, offset = [], 0
-    for members in _group_by_length(lengths):
+    for members in group_by_length(lengths):
         S = lengths[members[0]]
         start_B = torch.tensor([starts[i] for i in members])
         length_B = torch.tensor([lengths[i] for i in members])
@@ -79,7 +77,7 @@ def plan(cu_seqlens: tuple[int, ...], device: torch.device) -> Plan:
     return Plan(tuple(buckets), slot_T.to(device))
 
 
-def _group_by_length(lengths: list[int]) -> list[list[int]]:
+def group_by_length(lengths: list[int]) -> list[list[int]]:
     """Indices of the non-empty sequences in groups, longest first within a group and over the groups."""
     groups: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
@@ -116,35 +114,3 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale
         outputs.append(out_BhSd.transpose(1, 2).flatten(0, 1).flatten(1))
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return padded.index_select(0, where.slot_T)
-
-
-class PackedAttention(MegatronModule):
-    """``core_attention`` of a layer spec for packed rows; Megatron's own refuses them."""
-
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        **unused: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.scale = softmax_scale
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> torch.Tensor:
-        """[T, h, d] × [T, g, d] × [T, g, d] → [T, h·d]; the mask is always causal within a sequence."""
-        assert packed_seq_params is not None, "rows are always packed here"
-        cu_seqlens = tuple(packed_seq_params.cu_seqlens_q.tolist())
-        return attend(query, key, value, plan(cu_seqlens, query.device), self.scale)

@@ -2,7 +2,7 @@
 
 Megatron-Core's training step calls ``torch.cuda`` without asking. :func:`install` replaces what it calls, in this process,
 and nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around; paths are
-relative to ``megatron/core``. Not covered, since nothing here uses it: context parallelism, fp8, CUDA graphs.
+relative to ``megatron/core``. Not covered, since nothing here uses it: fp8, CUDA graphs.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
             num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=arch.qk_norm
         )
         return _with_our_router(spec, arch)
-    from megatron_dypo.mcore.attention import PackedAttention
+    from megatron_dypo.mcore.core_attention import PackedAttention
 
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=arch.qk_norm, normalization="RMSNorm"

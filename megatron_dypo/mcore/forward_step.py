@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -45,8 +46,6 @@ class DeviceMicrobatch:
 def to_device(batch: Microbatch) -> DeviceMicrobatch:
     """Move what the forward pass and the loss read."""
     response_N = np.flatnonzero(batch.response_T)
-    # From the whole row, prompts included, so that it does not depend on which response tokens are here.
-    present, sequence_T = np.unique(batch.sample_T, return_inverse=True)
 
     def at_response(stream_T: np.ndarray) -> Tensor:
         return torch.from_numpy(stream_T[response_N]).to(device())
@@ -71,8 +70,8 @@ def to_device(batch: Microbatch) -> DeviceMicrobatch:
             ref_logp=at_response(batch.ref_logp_T),
             rollout_logp=at_response(batch.rollout_logp_T),
             is_trace=at_response(batch.is_trace_T),
-            sequence=at_response(sequence_T.astype(np.int64)),
-            num_sequences=len(present),
+            sequence=at_response(batch.sequence_T.astype(np.int64)),
+            num_sequences=len(batch.cu_seqlens_S) - 1,
         ),
     )
 
@@ -82,11 +81,15 @@ def loss_pass(
     microbatches: Sequence[Microbatch],
     *,
     cfg: ObjectiveConfig,
+    context_group: dist.ProcessGroup | None = None,
     bar: Progress | None = None,
 ) -> Tensor:
     """Forward and backward over all microbatches; gradients end in the DDP buffers, summed over replicas.
 
     The loss is globally normalised by its weights, so nothing here divides by microbatches, tokens or ranks.
+
+    Args:
+        context_group: ranks that hold the other parts of the same rows (context parallelism).
 
     Returns:
         [len(STATISTICS)] float64 sums over this replica's tokens on the last pipeline stage, zeros elsewhere.
@@ -94,9 +97,12 @@ def loss_pass(
 
     def loss(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logp_N, entropy_N = output
-        value, sums = token_loss(logp_N, entropy_N, batch.inputs, cfg)
+        value, sums = token_loss(logp_N, entropy_N, batch.inputs, cfg, across)
         return value, torch.tensor(1, dtype=torch.int), sums
 
+    across = None
+    if context_group is not None and context_group.size() > 1:
+        across = partial(_all_reduce, group=context_group)
     begin_update(chunks, sum(int((batch.sample_T >= 0).sum()) for batch in microbatches))
     reports = _run(chunks, microbatches, loss, forward_only=False, bar=bar)
     return sum(reports, start=torch.zeros(len(STATISTICS), dtype=torch.float64, device=device())).cpu()
@@ -150,11 +156,16 @@ def _run(
         data_iterator=iterators,
         model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=len(microbatches[0].tokens_T),
+        seq_length=int(microbatches[0].cu_seqlens_S[-1]),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def _counted(batches: Sequence[DeviceMicrobatch], bar: Progress) -> Iterator[DeviceMicrobatch]:

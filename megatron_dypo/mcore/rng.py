@@ -15,7 +15,7 @@ from megatron_dypo.parallel.layout import Layout
 def sharded_state(layout: Layout) -> dict[str, ShardedTensor]:
     """States of the CPU, the device and Megatron's tracker, one of each for every (pipeline, tensor) rank.
 
-    Data-parallel ranks hold the same states, which are stored once.
+    Data- and context-parallel ranks hold the same states, which are stored once.
     """
     states = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
     if device.on_gpu():
@@ -27,7 +27,7 @@ def sharded_state(layout: Layout) -> dict[str, ShardedTensor]:
             (0, layout.pp_rank, layout.pipeline),
             (1, layout.tp_rank, layout.tensor),
             prepend_axis_num=2,
-            replica_id=layout.dp_rank,
+            replica_id=layout.dp_rank * layout.context + layout.cp_rank,
         )
         for name, state in states.items()
     }

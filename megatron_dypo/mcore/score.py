@@ -9,11 +9,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
+from megatron_dypo.batching.pack import (
+    alignment,
+    num_microbatches,
+    pack,
+    padded_lengths,
+    plan_microbatches,
+    row_length,
+    sequence_alignment,
+)
+from megatron_dypo.batching.zigzag import held_responses, shard
 from megatron_dypo.mcore.forward_step import logprob_pass
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.types import Floats, Sample
+from megatron_dypo.types import Floats, Microbatch, Sample
 
 
 def round_up_microbatches(count: int, layout: Layout) -> int:
@@ -36,7 +45,8 @@ def sequence_logprobs(
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
     """
-    lengths = [len(sample.tokens) for sample in samples]
+    per_sequence = sequence_alignment(layout.context)
+    lengths = padded_lengths(samples, per_sequence)
     count = num_microbatches(lengths, budget=budget)
     if layout.expert > 1:
         count = _most(count)
@@ -44,11 +54,11 @@ def sequence_logprobs(
         return [] if layout.is_replica_leader else None
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
     multiple = alignment(layout.tensor, layout.context, row_multiple)
-    rows = [pack(samples, members, row_length(lengths, [members], multiple)) for members in bins]
+    rows = [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
     set_training(chunks, False)
-    parts = logprob_pass(chunks, rows)
+    parts = logprob_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows])
     set_training(chunks, True)
-    flat = _to_leader(torch.cat(parts) if parts else None, sum(s.num_response_tokens for s in samples), layout)
+    flat = _to_leader(torch.cat(parts) if parts else None, rows, layout)
     if flat is None or not samples:
         return None if flat is None else []
     order = [i for members in bins for i in members]
@@ -69,16 +79,24 @@ def set_training(chunks: Sequence[Any], mode: bool) -> None:
         chunk.train(mode)
 
 
-def _to_leader(logp: torch.Tensor | None, size: int, layout: Layout) -> Floats | None:
-    """From the last stage's first tensor-parallel rank to the leader, and to nobody else."""
-    if layout.is_replica_leader and layout.is_last_stage:
-        assert logp is not None, "the last stage scores"
-        return logp.numpy()
-    if layout.is_replica_leader:
-        buffer = torch.empty(size, dtype=torch.float32)
-        dist.recv(buffer, src=layout.last_stage_rank, group=layout.replica_group)
-        return buffer.numpy()
-    if layout.is_last_stage and layout.tp_rank == 0:
-        assert logp is not None, "the last stage scores"
-        dist.send(logp, dst=layout.leader_rank, group=layout.replica_group)
-    return None
+def _to_leader(own: torch.Tensor | None, rows: Sequence[Microbatch], layout: Layout) -> Floats | None:
+    """Log-probs of all response tokens of ``rows``, in their order, on the leader, and nowhere else.
+
+    They come from the last stage's ranks of tensor-parallel rank 0, each with its zig-zag part.
+    """
+    if not layout.is_replica_leader:
+        if layout.rank in layout.scoring_ranks:
+            assert own is not None, "the last stage scores"
+            dist.send(own, dst=layout.leader_rank, group=layout.replica_group)
+        return None
+    flat = np.empty(sum(int(row.response_T.sum()) for row in rows), np.float32)
+    for cp_rank, source in enumerate(layout.scoring_ranks):
+        is_held = held_responses(rows, cp_rank, layout.context)
+        if source == layout.rank:
+            assert own is not None, "the last stage scores"
+            part = own
+        else:
+            part = torch.empty(int(is_held.sum()), dtype=torch.float32)
+            dist.recv(part, src=source, group=layout.replica_group)
+        flat[is_held] = part.numpy()
+    return flat

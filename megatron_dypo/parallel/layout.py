@@ -32,6 +32,7 @@ class Layout:
     tp_group: dist.ProcessGroup
     """Groups of device tensors."""
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     """Data × context parallel ranks: those that hold the same parameters."""
     replica_group: dist.ProcessGroup
@@ -40,8 +41,6 @@ class Layout:
     """CPU (gloo) group of the replicas' leaders, ordered by ``dp_rank``; None on a rank that leads nothing."""
     replica_ranks: tuple[int, ...]
     """Global ranks of this replica, ascending."""
-    last_stage_rank: int
-    """Global rank of the last pipeline stage among this rank's pipeline peers."""
     senders_group: dist.ProcessGroup | None = None
     """CPU (gloo) group of the ranks of which ``is_sender`` is true; None on the others."""
     expert: int = 1
@@ -81,6 +80,11 @@ class Layout:
     def leader_rank(self) -> int:
         """Global rank of this replica's leader."""
         return self.replica_ranks[0]
+
+    @property
+    def scoring_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this replica's last pipeline stage with tensor-parallel rank 0, by ``cp_rank``."""
+        return self.replica_ranks[-self.tensor * self.context :: self.tensor]
 
     @property
     def is_replica_leader(self) -> bool:
@@ -208,11 +212,11 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         dp_rank=dp_rank,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         replica_group=replica_groups[dp_rank],
         leaders_group=leaders_group if dist.get_rank() in leaders else None,
         replica_ranks=replicas[dp_rank],
-        last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
         senders_group=senders_group if dist.get_rank() in senders else None,
         expert=config.expert,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),

@@ -35,6 +35,13 @@ def hf_gradients(model):
     return gradients
 
 
+def literal_logprobs(path, groups):
+    """[R] float64 log-probs of each sample's response, by (order, member)."""
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    with torch.no_grad():
+        return {(s.order, s.member): response_logp(model, s).numpy() for group in groups for s in group}
+
+
 def literal_loss(model, groups, cfg):
     """Eq. 4 and 24: the mean over the prompts of the batch."""
     lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.treatment is kind] for kind in Treatment}

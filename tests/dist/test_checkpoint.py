@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ CASES = {
         2,
         {"tensor": 2, "sequence": True, "expert": 2},
     ),
+    "context": ("qwen3", {"tensor": 2, "context": 2}, {"distributed": True}, 2, {"context": 2}),
 }
 
 
@@ -111,7 +113,7 @@ def test_resumed_run_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     same = joined([resumed[0][1] for _, _, resumed in written])
     for tensor_name, tensor in weights.items():
         np.testing.assert_array_equal(same[tensor_name], tensor, err_msg=tensor_name)
-    replicas = 4 // (axes.get("tensor", 1) * axes.get("pipeline", 1))
+    replicas = 4 // math.prod(axes.values())
     assert restored == (2, STATE, [b"queue of replica %d" % i for i in range(replicas)])
     assert [resumed[0][0] for _, _, resumed in written] == [steps] * 4
 

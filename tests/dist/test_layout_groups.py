@@ -32,8 +32,10 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
         "leaders": leaders,
         "ranks": layout.replica_ranks,
         "dp_rank": layout.dp_rank,
+        "cp_rank": layout.cp_rank,
         "last_stage": layout.is_last_stage,
-        "last_stage_rank": layout.last_stage_rank,
+        "scoring_ranks": layout.scoring_ranks,
+        "context_ranks": tuple(dist.get_process_group_ranks(layout.cp_group)),
         "is_leader": (layout.is_replica_leader, layout.is_global_leader),
     }
 
@@ -69,7 +71,17 @@ def test_pp2_dp2_has_two_replicas_with_a_leader_each() -> None:
     assert [s["leaders"] for s in seen] == [[0, 1], [0, 1], None, None]
     assert [s["is_leader"] for s in seen] == [(True, True), (True, False), (False, False), (False, False)]
     assert [s["last_stage"] for s in seen] == [False, False, True, True]
-    assert [s["last_stage_rank"] for s in seen] == [2, 3, 2, 3]
+    assert [s["scoring_ranks"] for s in seen] == [(2,), (3,), (2,), (3,)]
+    assert [s["context_ranks"] for s in seen] == [(0,), (1,), (2,), (3,)]
+
+
+def test_context_parallel_ranks_share_a_replica() -> None:
+    seen = run_ranks(4, rank_layout, {"pipeline": 2, "context": 2})
+    assert [s["ranks"] for s in seen] == [(0, 1, 2, 3)] * 4
+    assert [s["cp_rank"] for s in seen] == [0, 1, 0, 1]
+    assert [s["is_leader"] for s in seen] == [(True, True), (False, False), (False, False), (False, False)]
+    assert [s["scoring_ranks"] for s in seen] == [(2, 3)] * 4
+    assert [s["context_ranks"] for s in seen] == [(0, 1), (0, 1), (2, 3), (2, 3)]
 
 
 def test_a_fault_on_one_rank_ends_the_job_at_once() -> None:

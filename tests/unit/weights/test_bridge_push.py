@@ -42,8 +42,10 @@ GOOD_PUSH = [
 def layout():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sizes = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context", "data"), 1)
-    ranks = dict.fromkeys(("rank", "tp_rank", "pp_rank", "cp_rank", "dp_rank", "last_stage_rank"), 0)
-    groups = dict.fromkeys(("tp_group", "pp_group", "dp_group", "replica_group", "leaders_group"), dist.group.WORLD)
+    ranks = dict.fromkeys(("rank", "tp_rank", "pp_rank", "cp_rank", "dp_rank"), 0)
+    groups = dict.fromkeys(
+        ("tp_group", "pp_group", "dp_group", "cp_group", "replica_group", "leaders_group"), dist.group.WORLD
+    )
     yield Layout(**sizes, **ranks, **groups, replica_ranks=(0,))
     dist.destroy_process_group()
 

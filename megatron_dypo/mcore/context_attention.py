@@ -1,0 +1,123 @@
+"""Core attention with torch alone where each context-parallel rank holds a zig-zag part of every sequence.
+
+Keys and values of the whole row are gathered; each rank answers for its own queries. Exact, and meant for tests and
+small models: Transformer Engine's ring attention never holds the keys of a whole row.
+
+Shapes: T tokens of the row, of which this rank holds T/n; h query heads and g key-value heads of this tensor-parallel
+rank, d channels of a head; B sequences of a bucket with K keys and Q = K/n queries each, padding included.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_dypo.batching.zigzag import zigzag_indices, zigzag_positions
+from megatron_dypo.mcore.attention import group_by_length
+
+
+@dataclass(frozen=True, eq=False)
+class ContextBucket:
+    """Sequences of like length, attended to in one call. Slots beyond a sequence's end repeat its last token."""
+
+    query_N: Tensor
+    """[B·Q] index of each query among this rank's tokens."""
+    key_N: Tensor
+    """[B·K] index of each key among the gathered tokens: those of the first rank, of the second, …"""
+    position_BQ: Tensor
+    """Position of each query in its sequence."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPlan:
+    """How this rank's part of a packed row is cut into padded buckets and put together again."""
+
+    buckets: tuple[ContextBucket, ...]
+    slot_T: Tensor
+    """[T/n] where this rank's token stands in the concatenation of the buckets' queries."""
+
+
+@functools.lru_cache(maxsize=64)
+def context_plan(cu_seqlens: tuple[int, ...], rank: int, size: int, device: torch.device) -> ContextPlan:
+    """Bucket the sequences of a row by length for one of ``size`` context-parallel ranks."""
+    num_local = cu_seqlens[-1] // size
+    gathered = np.concatenate([zigzag_indices(cu_seqlens, r, size) for r in range(size)])
+    slot_of_token = np.argsort(gathered)
+    slot_T, buckets, offset = np.empty(num_local, np.int64), [], 0
+    lengths = [int(length) for length in np.diff(cu_seqlens)]
+    for members in group_by_length(lengths):
+        num_keys = lengths[members[0]]
+        num_queries = num_keys // size
+        query_BQ = np.empty((len(members), num_queries), np.int64)
+        position_BQ = np.empty_like(query_BQ)
+        key_BK = np.empty((len(members), num_keys), np.int64)
+        for row, member in enumerate(members):
+            positions = zigzag_positions(lengths[member], rank, size)
+            own = slot_of_token[cu_seqlens[member] + positions] - rank * num_local
+            slot_T[own] = offset + row * num_queries + np.arange(len(own))
+            query_BQ[row] = _repeat_last(own, num_queries)
+            position_BQ[row] = _repeat_last(positions, num_queries)
+            keys = cu_seqlens[member] + np.arange(lengths[member])
+            key_BK[row] = slot_of_token[_repeat_last(keys, num_keys)]
+        arrays = (query_BQ.ravel(), key_BK.ravel(), position_BQ)
+        buckets.append(ContextBucket(*(torch.from_numpy(array).to(device) for array in arrays)))
+        offset += query_BQ.size
+    return ContextPlan(tuple(buckets), torch.from_numpy(slot_T).to(device))
+
+
+def _repeat_last(values: np.ndarray, length: int) -> np.ndarray:
+    return values[np.minimum(np.arange(length), len(values) - 1)]
+
+
+def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: float | None = None) -> Tensor:
+    """Causal attention of this rank's queries within each sequence of a packed row.
+
+    Args:
+        q: [T/n, h, d] of this rank; k, v: [T, g, d] of all ranks, in rank order, with g dividing h.
+        where: the row's plan.
+        scale: factor on the scores; None: 1/√d.
+
+    Returns:
+        [T/n, h·d]
+    """
+    outputs = []
+    for bucket in where.buckets:
+        num_sequences = len(bucket.position_BQ)
+        q_BhQd = q.index_select(0, bucket.query_N).unflatten(0, (num_sequences, -1)).transpose(1, 2)
+        k_BgKd, v_BgKd = (
+            x.index_select(0, bucket.key_N).unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (k, v)
+        )
+        # Keys in the padding of a shorter sequence stand behind all its queries.
+        sees_B1QK = bucket.position_BQ[:, None, :, None] >= torch.arange(k_BgKd.shape[2], device=q.device)
+        out_BhQd = F.scaled_dot_product_attention(
+            q_BhQd, k_BgKd, v_BgKd, attn_mask=sees_B1QK, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out_BhQd.transpose(1, 2).flatten(0, 1).flatten(1))
+    padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return padded.index_select(0, where.slot_T)
+
+
+def attend_over_context(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[int, ...],
+    group: dist.ProcessGroup,
+    scale: float | None = None,
+) -> Tensor:
+    """[T/n, h, d] × [T/n, g, d] × [T/n, g, d] → [T/n, h·d]; collective over the context-parallel ``group``.
+
+    Args:
+        cu_seqlens: boundaries of the sequences in the whole row; 2n divides each length.
+    """
+    # Forward gathers along the first dim, backward sums the ranks' gradients and scatters them.
+    kv = gather_from_sequence_parallel_region(torch.stack((k, v), dim=1), group=group)
+    where = context_plan(cu_seqlens, group.rank(), group.size(), q.device)
+    return attend_gathered(q, kv[:, 0], kv[:, 1], where, scale)

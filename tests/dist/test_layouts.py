@@ -1,0 +1,150 @@
+"""The matrix over layouts: gradient of the whole objective against a literal float64 one in one process.
+
+Rows of one world size share one start of processes; a row is a line of ``ROWS``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.types import Treatment
+from tests.dist.layout_gradients import Row, rank_rows
+from tests.dist.literal_objective import literal_gradients, literal_logprobs
+from tests.dist.spawn import run_ranks
+from tests.hf_models import make_hf_model
+from tests.unit.objective_cases import random_groups
+
+OBJECTIVES = [
+    ObjectiveConfig(length_normalization=mode, constant_length=7, kl_coef=0.1, clip_high=0.28, beta_gal=beta)
+    for mode, beta in (("sequence_mean", 1.0), ("sum", 0.3), ("token_mean", 2.0), ("constant", 1.0))
+]
+MEAN, SUM, TOKEN, CONSTANT = range(4)
+
+TP, PP, VPP, CP = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"context": 2}
+SP = {"tensor": 2, "sequence": True}
+EVERY = tuple((objective, count) for objective in range(4) for count in (1, 2, 4))
+PADDED = ((SUM, None),)
+SHARDED = {"distributed": True}
+
+ROWS = {
+    "one process": Row(ranks=1, passes=EVERY),
+    "one process, padded": Row(ranks=1, passes=PADDED),
+    "one process, selective": Row(ranks=1, recompute="selective", kind="qwen2"),
+    "one process, full, tied": Row(ranks=1, recompute="full", kind="llama_tied", passes=((TOKEN, 3),)),
+    "tp2": Row(ranks=2, axes=TP, passes=((CONSTANT, 2),)),
+    "tp2 sp": Row(ranks=2, axes=SP, passes=((MEAN, 1), (TOKEN, 4))),
+    "tp2 sp, full": Row(ranks=2, axes=SP, recompute="full", kind="qwen2"),
+    "tp2 sp, padded, tied": Row(ranks=2, axes=SP, kind="llama_tied", passes=PADDED),
+    "pp2": Row(ranks=2, axes=PP, passes=((MEAN, 1), (SUM, 4))),
+    "pp2, padded": Row(ranks=2, axes=PP, passes=PADDED),
+    "pp2 vpp2": Row(ranks=2, axes=VPP, passes=((TOKEN, 2), (CONSTANT, 4))),
+    "pp2 vpp2, full, tied": Row(ranks=2, axes=VPP, recompute="full", kind="llama_tied", passes=((MEAN, 6),)),
+    "dp2": Row(ranks=2, passes=EVERY),
+    "dp2, sharded": Row(ranks=2, **SHARDED, passes=((CONSTANT, 2),)),
+    "dp2, sharded, overlap, tied": Row(ranks=2, **SHARDED, overlap=True, kind="llama_tied", passes=((TOKEN, 3),)),
+    "dp2, overlap, selective": Row(ranks=2, overlap=True, recompute="selective"),
+    "cp2": Row(ranks=2, axes=CP, passes=EVERY),
+    "cp2, padded": Row(ranks=2, axes=CP, passes=PADDED),
+    "cp2, selective, qwen2": Row(ranks=2, axes=CP, recompute="selective", kind="qwen2"),
+    "cp2, full, sharded, tied": Row(ranks=2, axes=CP, recompute="full", **SHARDED, kind="llama_tied"),
+    "tp2 pp2": Row(ranks=4, axes=TP | PP, passes=((MEAN, 4), (TOKEN, 1))),
+    "tp2 pp2, tied": Row(ranks=4, axes=TP | PP, kind="llama_tied", passes=((SUM, 2),)),
+    "tp2 sp pp2 vpp2, selective, qwen2": Row(ranks=4, axes=SP | VPP, recompute="selective", kind="qwen2"),
+    "tp2 dp2": Row(ranks=4, axes=TP, passes=((CONSTANT, 2),)),
+    "tp2 sp dp2, sharded, overlap": Row(ranks=4, axes=SP, **SHARDED, overlap=True, passes=((SUM, 3),)),
+    "tp4 sp": Row(ranks=4, axes={"tensor": 4, "sequence": True}, passes=((TOKEN, 2),)),
+    "pp4": Row(ranks=4, axes={"pipeline": 4}, passes=((MEAN, 3),)),
+    "pp2 dp2, full, sharded, tied": Row(ranks=4, axes=PP, recompute="full", **SHARDED, kind="llama_tied"),
+    "pp2 vpp2 dp2, sharded, overlap, tied": Row(
+        ranks=4, axes=VPP, **SHARDED, overlap=True, kind="llama_tied", passes=((CONSTANT, 4),)
+    ),
+    "pp2 vpp2 dp2, padded": Row(ranks=4, axes=VPP, passes=PADDED),
+    "dp4, sharded": Row(ranks=4, **SHARDED, passes=((MEAN, 1),)),
+    "cp4": Row(ranks=4, axes={"context": 4}, passes=((SUM, 2), (MEAN, 1))),
+    "tp2 cp2": Row(ranks=4, axes=TP | CP, passes=((TOKEN, 2),)),
+    "tp2 sp cp2, selective": Row(ranks=4, axes=SP | CP, recompute="selective", passes=((CONSTANT, 3),)),
+    "tp2 sp cp2, padded, tied": Row(ranks=4, axes=SP | CP, kind="llama_tied", passes=PADDED),
+    "pp2 cp2": Row(ranks=4, axes=PP | CP, passes=((MEAN, 4),)),
+    "pp2 vpp2 cp2, full, tied": Row(ranks=4, axes=VPP | CP, recompute="full", kind="llama_tied", passes=((SUM, 2),)),
+    "cp2 dp2": Row(ranks=4, axes=CP, passes=((MEAN, 1), (CONSTANT, 2))),
+    "cp2 dp2, sharded, overlap, qwen2": Row(
+        ranks=4, axes=CP, **SHARDED, overlap=True, kind="qwen2", passes=((TOKEN, 2),)
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def groups():
+    """Groups whose old and reference policies differ from the current one."""
+    made = random_groups(5, num_hard=2, num_mid=4, group_size=4, vocab=131)
+    rng = np.random.default_rng(1)
+    for sample in (s for g in made for s in g if s.old_logp is not None):
+        near = np.float32(-4.9) + rng.normal(0, 0.5, sample.num_response_tokens).astype(np.float32)
+        sample.old_logp = near
+        sample.ref_logp = near + rng.normal(0, 0.3, len(near)).astype(np.float32)
+    return made
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    return {kind: str(make_hf_model(kind, root / kind)) for kind in ("qwen2", "qwen3", "llama_tied")}
+
+
+@pytest.fixture(scope="module")
+def seen(paths, request):
+    """Row → what its ranks saw; starts the processes of each world size once, for the rows that are to be tested."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if "name" in getattr(item, "fixturenames", ())}
+
+    @functools.cache
+    def world(ranks):
+        rows = {name: row for name, row in ROWS.items() if row.ranks == ranks and name in chosen}
+        # A store keeps the addresses of the groups of one row.
+        stores = [dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for _ in rows]
+        ports = [store.port for store in stores]
+        return run_ranks(ranks, rank_rows, rows, ports, paths, groups(), OBJECTIVES, deadline_s=500)
+
+    return lambda name: [by_row[name] for by_row in world(ROWS[name].ranks)]
+
+
+@functools.cache
+def literal(path, objective):
+    return literal_gradients(path, groups(), OBJECTIVES[objective])[1]
+
+
+literal_logps = functools.cache(lambda path: literal_logprobs(path, groups()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_gradient_of_the_whole_objective_equals_the_literal_one(name, seen, paths):
+    row, ranks = ROWS[name], seen(name)
+    for index, (objective, _) in enumerate(row.passes):
+        expected = literal(paths[row.kind], objective)
+        ours = {key: grad for rank in ranks for key, grad in rank.gradients[index].items()}
+        assert ours.keys() == expected.keys()
+        for key, reference in expected.items():
+            error = np.abs(ours[key] - reference).max() / np.abs(reference).max()
+            assert error <= 1e-5, f"{key}, pass {row.passes[index]}: {error:.1e}"
+    norm = np.sqrt(sum((grad**2).sum() for grad in literal(paths[row.kind], row.passes[-1][0]).values()))
+    assert [rank.grad_norm for rank in ranks] == pytest.approx([norm] * row.ranks, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
+    row, ranks = ROWS[name], seen(name)
+    expected = literal_logps(paths[row.kind])
+    ours = {key: logp for rank in ranks for key, logp in rank.logprobs.items()}
+    assert ours.keys() == expected.keys()
+    for key, logp in expected.items():
+        np.testing.assert_allclose(ours[key], logp, atol=2e-5, err_msg=str(key))
+    traces = [(s.order, s.member) for g in groups() for s in g if s.treatment is Treatment.DISTIL]
+    for sums in (sums for rank in ranks for sums in rank.statistics):
+        assert sums[STATISTICS.index("tokens")] == sum(map(len, expected.values()))
+        trace_nll = -sum(expected[key].sum() for key in traces)
+        assert sums[STATISTICS.index("trace_nll")] == pytest.approx(trace_nll, rel=1e-6)
