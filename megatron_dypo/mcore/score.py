@@ -44,13 +44,15 @@ def sequence_logprobs(
     bins = bins_first_fit(lengths, budget)
     count = _most(len(bins)) if layout.expert > 1 else len(bins)
     if not count:
-        return [] if layout.is_replica_leader else None
+        return _nothing(layout)
     bins += [[] for _ in range(round_up_microbatches(count, layout) - len(bins))]
     length = row_length(lengths, bins, row_alignment(layout))
     rows = [pack(samples, members, length) for members in bins]
     set_training(chunks, False)
     parts = logprob_pass(chunks, rows)
     set_training(chunks, True)
+    if not samples:
+        return _nothing(layout)
     flat = _to_leader(torch.cat(parts) if parts else None, sum(s.num_response_tokens for s in samples), layout)
     if flat is None:
         return None
@@ -58,6 +60,10 @@ def sequence_logprobs(
     pieces = np.split(flat, np.cumsum([samples[i].num_response_tokens for i in order])[:-1])
     by_sample = dict(zip(order, pieces, strict=True))
     return [by_sample[i] for i in range(len(samples))]
+
+
+def _nothing(layout: Layout) -> list[Floats] | None:
+    return [] if layout.is_replica_leader else None
 
 
 def _most(count: int) -> int:
