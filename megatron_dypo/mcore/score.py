@@ -51,20 +51,26 @@ def sequence_logprobs(
     if layout.expert > 1:
         count = _most(count)
     if not count:
-        return [] if layout.is_replica_leader else None
+        return _nothing(layout)
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
     multiple = alignment(layout.tensor, layout.context, row_multiple)
     rows = [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
     set_training(chunks, False)
     parts = logprob_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows])
     set_training(chunks, True)
+    if not samples:
+        return _nothing(layout)
     flat = _to_leader(torch.cat(parts) if parts else None, rows, layout)
-    if flat is None or not samples:
-        return None if flat is None else []
+    if flat is None:
+        return None
     order = [i for members in bins for i in members]
     pieces = np.split(flat, np.cumsum([samples[i].num_response_tokens for i in order])[:-1])
     by_sample = dict(zip(order, pieces, strict=True))
     return [by_sample[i] for i in range(len(samples))]
+
+
+def _nothing(layout: Layout) -> list[Floats] | None:
+    return [] if layout.is_replica_leader else None
 
 
 def _most(count: int) -> int:

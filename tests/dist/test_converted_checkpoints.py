@@ -18,8 +18,15 @@ LAYOUTS = {
     "vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, (4, 1)),
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}, (1, 2)),
     "dp2": (2, {}, (4, 4)),
+    "ep2": (2, {"expert": 2}, (2, 2)),
+    "tp2_sp_ep2_pp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, (1, 1)),
 }
 """Ranks, the axes that they run, and the TP × PP that the converted checkpoint was written for."""
+
+
+def kinds_of(axes: dict) -> list[str]:
+    """Mixtures of experts where experts are spread, dense models elsewhere."""
+    return ["qwen3_moe"] if "expert" in axes else list(KINDS)
 
 
 def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
@@ -33,7 +40,7 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)
-    wrong = {kind: _one_model(Path(root), kind, parallel, layout) for kind in KINDS}
+    wrong = {kind: _one_model(Path(root), kind, parallel, layout) for kind in kinds_of(axes)}
     torch.distributed.barrier()
     close(layout)
     return wrong
@@ -96,7 +103,7 @@ def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
+    for kind in (*KINDS, "qwen3_moe"):
         make_hf_model(kind, root / "hf" / kind)
     return root / "hf"
 
@@ -109,20 +116,20 @@ def ran(
     world_size, axes, (tp, pp) = LAYOUTS[request.param]
     root = tmp_path_factory.mktemp(request.param)
     (root / "hf").symlink_to(models)
-    for kind in KINDS:
+    for kind in kinds_of(axes):
         hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, pipeline_parallel=pp)
         (root / "trained" / kind / "mcore").mkdir(parents=True)
     return root, axes, run_ranks(world_size, rank_task, str(root), axes)
 
 
 def test_a_converted_checkpoint_loads_as_the_hf_folder_does(ran) -> None:
-    _, _, wrong_by_rank = ran
-    assert wrong_by_rank == [{kind: [] for kind in KINDS}] * len(wrong_by_rank)
+    _, axes, wrong_by_rank = ran
+    assert wrong_by_rank == [{kind: [] for kind in kinds_of(axes)}] * len(wrong_by_rank)
 
 
 def test_a_trained_checkpoint_converts_to_what_it_was_loaded_from(ran, tmp_path) -> None:
-    root, _, _ = ran
-    for kind in KINDS:
+    root, axes, _ = ran
+    for kind in kinds_of(axes):
         hf = root / "hf" / kind
         mcore_to_hf(root / "trained" / kind, tmp_path / kind, hf_reference=hf, show_progress=False)
         assert_same_folder(hf, tmp_path / kind)
@@ -132,11 +139,11 @@ def test_an_export_holds_the_weights_that_were_loaded(ran) -> None:
     from safetensors.torch import load_file
 
     root, axes, _ = ran
-    assert sorted(entry.name for entry in (root / "exports").iterdir()) == sorted(KINDS)
-    for kind in KINDS:
+    assert sorted(entry.name for entry in (root / "exports").iterdir()) == sorted(kinds_of(axes))
+    for kind in kinds_of(axes):
         out = root / "exports" / kind
         files = sorted(file.name for file in out.glob("*.safetensors"))
-        assert len(files) == axes.get("pipeline", 1)
+        assert len(files) == axes.get("pipeline", 1) * axes.get("expert", 1)
         loaded = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
         expected = load_file(root / "hf" / kind / "model.safetensors")
         assert loaded.keys() == expected.keys()

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dypo.batching.pack import pack, row_length
 from megatron_dypo.config import ObjectiveConfig
-from tests.dist.literal_objective import float64_model, hf_gradients
+from tests.dist.literal_objective import float64_model, hf_gradients, response_logp
 from tests.dist.spawn import run_ranks
 from tests.dist.test_gradients import CASES, case, check_gradients, rank_gradients
 from tests.dist.test_logits import rank_logits, rows
@@ -66,6 +66,36 @@ def test_gradient_of_the_whole_objective_equals_the_literal_one(kind, layout, ro
     path, groups, expected = case(kind, root)
     world_size, axes = LAYOUTS[layout]
     check_gradients([r for r in run_ranks(world_size, rank_gradients, path, axes, groups, CASES) if r], expected)
+
+
+def rank_scores(path, axes, samples):
+    """Log-probs of the samples, all of which the first replica holds."""
+    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.config import ModelConfig, ParallelConfig
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.mcore.score import sequence_logprobs
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    parallel = ParallelConfig(**axes)
+    layout = init_layout(parallel)
+    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype="float32")
+    chunks = build_model(arch, model, parallel, layout)
+    load_initial_weights(chunks, model, arch, layout)
+    mine = samples if layout.dp_rank == 0 else []
+    scores = sequence_logprobs(chunks, mine, layout=layout, budget=40)
+    close(layout)
+    return scores
+
+
+def test_a_replica_without_samples_lends_its_experts_to_the_scoring_of_others(root):
+    path, groups, _ = case("qwen3_moe", root)
+    samples = groups[-1]
+    model = float64_model(path)
+    leader, other_leader, *rest = run_ranks(4, rank_scores, path, {"expert": 2, "pipeline": 2}, samples)
+    assert (other_leader, rest) == ([], [None, None])
+    with torch.no_grad():
+        for ours, sample in zip(leader, samples, strict=True):
+            np.testing.assert_allclose(ours, response_logp(model, sample), atol=1e-5, rtol=0)
 
 
 BALANCE_COEF = 0.7
