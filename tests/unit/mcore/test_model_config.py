@@ -1,13 +1,11 @@
 """What the model refuses, and what it tells Megatron."""
 
-import dataclasses
-
 import pytest
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
-from megatron_dypo.mcore.model import check_divisibility, transformer_config
+from megatron_dypo.mcore.model import transformer_config
 
 ARCH = Architecture(
     family="qwen2",
@@ -26,28 +24,6 @@ ARCH = Architecture(
     qkv_bias=True,
     qk_norm=False,
 )
-
-
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"tensor": 3}, "tensor_parallel=3 does not divide num_attention_heads=28"),
-        ({"tensor": 7}, "tensor_parallel=7 does not divide num_key_value_heads=4"),
-        ({"pipeline": 5}, "pipeline_parallel=5 × virtual_pipeline=1 = 5 does not divide num_layers=12"),
-        (
-            {"pipeline": 4, "virtual_pipeline": 2},
-            "pipeline_parallel=4 × virtual_pipeline=2 = 8 does not divide num_layers=12",
-        ),
-    ],
-)
-def test_an_axis_that_does_not_divide_is_named(axes, message):
-    with pytest.raises(ValueError, match=message):
-        check_divisibility(ARCH, ParallelConfig(**axes))
-
-
-def test_an_odd_ffn_is_named():
-    with pytest.raises(ValueError, match="tensor_parallel=2 does not divide ffn_hidden_size=97"):
-        check_divisibility(dataclasses.replace(ARCH, ffn_hidden_size=97), ParallelConfig(tensor=2))
 
 
 @pytest.mark.parametrize("virtual_pipeline", [None, 2, 3])
