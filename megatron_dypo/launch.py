@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
-from megatron_dypo.parallel.experts import check_experts
+from megatron_dypo.parallel.rules import check_layout
 
 
 def check_inputs(config: Config) -> list[str]:
@@ -33,22 +33,7 @@ def check_inputs(config: Config) -> list[str]:
     if not (Path(config.model.hf_path) / "config.json").is_file():
         return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
     build_objective(config.objective)
-    architecture, parallel = load_architecture(config.model.hf_path), config.parallel
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    for axis, size, name, value in (
-        ("parallel.tensor", parallel.tensor, "num_attention_heads", architecture.num_attention_heads),
-        ("parallel.tensor", parallel.tensor, "num_key_value_heads", architecture.num_key_value_heads),
-        (
-            "parallel.tensor",
-            1 if architecture.experts else parallel.tensor,
-            "intermediate_size",
-            architecture.ffn_hidden_size,
-        ),
-        ("parallel.pipeline × virtual_pipeline", stages, "num_hidden_layers", architecture.num_layers),
-    ):
-        if value % size:
-            raise ValueError(f"{axis}={size} does not divide {name}={value} of {config.model.hf_path}")
-    check_experts(architecture, parallel)
+    check_layout(load_architecture(config.model.hf_path), config.parallel)
     return notes
 
 

@@ -37,11 +37,10 @@ from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies
 from megatron_dypo.mcore.router import mark_experts, moe_settings
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.experts import check_experts
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.rules import check_layout
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.load import load_hf_weights
-from megatron_dypo.weights.rules import check_tensor_parallel
 
 
 def build_model(
@@ -60,9 +59,9 @@ def build_model(
     tensor, is then ignored; a 2-tuple would be divided by the number of microbatches).
 
     Raises:
-        ValueError: an axis that does not divide what it splits.
+        ValueError: a layout that does not suit the architecture.
     """
-    check_divisibility(arch, parallel)
+    check_layout(arch, parallel)
     features = probe()
     config = transformer_config(arch, model, parallel, features)
     ddp_config = DistributedDataParallelConfig(
@@ -79,22 +78,6 @@ def build_model(
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     config.finalize_model_grads_func = _finalize
     return chunks
-
-
-def check_divisibility(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Whether the axes divide what they split.
-
-    Raises:
-        ValueError: e.g. ``tensor_parallel=3 does not divide num_attention_heads=28``.
-    """
-    check_tensor_parallel(arch, parallel.tensor)
-    check_experts(arch, parallel)
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if arch.num_layers % stages:
-        raise ValueError(
-            f"pipeline_parallel={parallel.pipeline} × virtual_pipeline={parallel.virtual_pipeline or 1} = {stages} "
-            f"does not divide num_layers={arch.num_layers}"
-        )
 
 
 def transformer_config(

@@ -45,10 +45,14 @@ class Seen:
 
 def rank_rows(rows, ports, paths, groups, objectives):
     """Each row in turn, with a store of its own to meet at; ``rows`` and the result are by name."""
-    return {
-        name: _row(row, port, paths[row.kind], groups, objectives)
-        for (name, row), port in zip(rows.items(), ports, strict=True)
-    }
+    seen = {}
+    for (name, row), port in zip(rows.items(), ports, strict=True):
+        try:
+            seen[name] = _row(row, port, paths[row.kind], groups, objectives)
+        except BaseException as error:
+            error.add_note(f"in the row {name!r}")
+            raise
+    return seen
 
 
 def _row(row, port, path, groups, objectives):

@@ -26,6 +26,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
         parts = [torch.zeros(1, dtype=torch.int64) for _ in range(layout.data)]
         dist.all_gather(parts, torch.tensor([layout.rank]), group=layout.leaders_group)
         leaders = torch.cat(parts).tolist()
+    context_ranks = tuple(dist.get_process_group_ranks(layout.cp_group))
     close(layout)
     return {
         "leader": replica.item(),
@@ -35,7 +36,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
         "cp_rank": layout.cp_rank,
         "last_stage": layout.is_last_stage,
         "scoring_ranks": layout.scoring_ranks,
-        "context_ranks": tuple(dist.get_process_group_ranks(layout.cp_group)),
+        "context_ranks": context_ranks,
         "is_leader": (layout.is_replica_leader, layout.is_global_leader),
     }
 

@@ -16,7 +16,7 @@ from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.types import Treatment
 from tests.dist.layout_gradients import Row, rank_rows
 from tests.dist.literal_objective import literal_gradients, literal_logprobs
-from tests.dist.spawn import run_ranks
+from tests.dist.spawn import RankError, run_ranks
 from tests.hf_models import make_hf_model
 from tests.unit.objective_cases import random_groups
 
@@ -108,9 +108,18 @@ def seen(paths, request):
         # A store keeps the addresses of the groups of one row.
         stores = [dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for _ in rows]
         ports = [store.port for store in stores]
-        return run_ranks(ranks, rank_rows, rows, ports, paths, groups(), OBJECTIVES, deadline_s=500)
+        try:
+            return run_ranks(ranks, rank_rows, rows, ports, paths, groups(), OBJECTIVES, deadline_s=500)
+        except RankError as error:  # kept, so that the other rows do not start the processes again
+            return error
 
-    return lambda name: [by_row[name] for by_row in world(ROWS[name].ranks)]
+    def of_row(name):
+        outcome = world(ROWS[name].ranks)
+        if isinstance(outcome, RankError):
+            raise outcome
+        return [by_row[name] for by_row in outcome]
+
+    return of_row
 
 
 @functools.cache

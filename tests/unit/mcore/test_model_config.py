@@ -7,7 +7,8 @@ import pytest
 from megatron_dypo.architecture import Architecture, Experts
 from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
-from megatron_dypo.mcore.model import check_divisibility, transformer_config
+from megatron_dypo.mcore.model import transformer_config
+from megatron_dypo.parallel.rules import check_layout
 
 ARCH = Architecture(
     family="qwen2",
@@ -28,28 +29,6 @@ ARCH = Architecture(
 )
 
 
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"tensor": 3}, "tensor_parallel=3 does not divide num_attention_heads=28"),
-        ({"tensor": 7}, "tensor_parallel=7 does not divide num_key_value_heads=4"),
-        ({"pipeline": 5}, "pipeline_parallel=5 × virtual_pipeline=1 = 5 does not divide num_layers=12"),
-        (
-            {"pipeline": 4, "virtual_pipeline": 2},
-            "pipeline_parallel=4 × virtual_pipeline=2 = 8 does not divide num_layers=12",
-        ),
-    ],
-)
-def test_an_axis_that_does_not_divide_is_named(axes, message):
-    with pytest.raises(ValueError, match=message):
-        check_divisibility(ARCH, ParallelConfig(**axes))
-
-
-def test_an_odd_ffn_is_named():
-    with pytest.raises(ValueError, match="tensor_parallel=2 does not divide ffn_hidden_size=97"):
-        check_divisibility(dataclasses.replace(ARCH, ffn_hidden_size=97), ParallelConfig(tensor=2))
-
-
 EXPERTS = Experts(num_experts=6, per_token=2, ffn_hidden_size=20, normalized=True, balance_coef=0.25)
 MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
 
@@ -59,12 +38,13 @@ MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
     [
         (ARCH, {"expert": 2}, "expert_parallel=2: a qwen2 model has no experts"),
         (MOE, {"expert": 4}, "expert_parallel=4 does not divide num_experts=6"),
+        (MOE, {"context": 2}, "context_parallel=2: a mixture of experts needs context=1 for now"),
         (MOE, {"tensor": 2}, "tensor_parallel=2: a mixture of experts needs parallel.sequence=true"),
     ],
 )
 def test_a_layout_that_does_not_suit_experts_is_refused(arch, axes, message):
     with pytest.raises(ValueError, match=message):
-        check_divisibility(arch, ParallelConfig(**axes))
+        check_layout(arch, ParallelConfig(**axes))
 
 
 @pytest.mark.parametrize(("ours", "coefficient"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])

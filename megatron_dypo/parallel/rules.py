@@ -1,0 +1,51 @@
+"""Which layouts are refused for a model, and why: before anything is built, without torch and Megatron.
+
+Rules between the axes alone are those of ``ParallelConfig``; that between axes and world is in ``init_layout``. What
+Megatron allows but gets wrong is not offered: the model's settings choose p2p for interleaving that is not batched.
+"""
+
+from __future__ import annotations
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.config import ParallelConfig
+
+
+def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Whether the axes suit the architecture; context parallelism suits any dense one, as sequences are padded to it.
+
+    Raises:
+        ValueError: e.g. ``parallel.tensor=3 does not divide num_attention_heads=28``.
+    """
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    pipeline = "parallel.pipeline" if parallel.virtual_pipeline is None else "parallel.pipeline × virtual_pipeline"
+    for axis, size, name, value in (
+        ("parallel.tensor", parallel.tensor, "num_attention_heads", arch.num_attention_heads),
+        ("parallel.tensor", parallel.tensor, "num_key_value_heads", arch.num_key_value_heads),
+        ("parallel.tensor", 1 if arch.experts else parallel.tensor, "intermediate_size", arch.ffn_hidden_size),
+        (pipeline, stages, "num_hidden_layers", arch.num_layers),
+    ):
+        if value % size:
+            raise ValueError(f"{axis}={size} does not divide {name}={value}")
+    width = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
+    if width * (parallel.tensor - 1) >= arch.vocab_size:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor}: of vocab_size={arch.vocab_size}, {width} entries a rank, "
+            "the last rank would have none"
+        )
+    _check_experts(arch, parallel)
+
+
+def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
+    if arch.experts is None:
+        if parallel.expert > 1:
+            raise ValueError(f"expert_parallel={parallel.expert}: a {arch.family} model has no experts")
+        return
+    if parallel.context > 1:
+        raise ValueError(f"context_parallel={parallel.context}: a mixture of experts needs context=1 for now")
+    if arch.experts.num_experts % parallel.expert:
+        raise ValueError(f"expert_parallel={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError(
+            f"tensor_parallel={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "
+            "(Megatron refuses to train one otherwise)"
+        )
