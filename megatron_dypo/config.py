@@ -5,9 +5,13 @@ A field's docstring is its documentation. Reading YAML and overrides is in :mod:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dypo.config_objective import (
+    ObjectiveConfig,
+    ScoreConfig,
+)
 from megatron_dypo.rules import require, require_not_negative, require_positive
 
 
@@ -209,124 +213,6 @@ class GradingConfig:
             f"verifier={self.verifier!r}",
             f"must be one of {', '.join(known)} or an import path pkg.module:function",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """π_ref of GAL and of the KL term."""
-
-    mode: Literal["frozen", "refreshed", "old"] = "frozen"
-    """``frozen``: the initial policy. ``refreshed``: the policy of every ``refresh_every`` steps. ``old``: π_old."""
-    refresh_every: int = 100
-
-    def __post_init__(self) -> None:
-        require_positive(self, "refresh_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Where log π_old, and with it GAL's coefficients of fresh rollouts, come from."""
-
-    policy: Literal["trainer", "rollout"] = "trainer"
-    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, which saves that pass."""
-    check_every: int = 1
-    """With ``rollout``: rollout batches between two measurements of its error, each a pass over one group; 0: none."""
-
-    def __post_init__(self) -> None:
-        require_not_negative(self, "check_every")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportanceConfig:
-    """Correction for trainer and servers that disagree on the same weights, by u = π_old/π_rollout of each token.
-
-    A masked token contributes nothing: neither policy gradient nor KL nor GAL. Groups keep their advantages and pairs.
-    """
-
-    cap: float | None = None
-    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1."""
-    token_bounds: tuple[float, float] | None = None
-    """Masked importance sampling: tokens with u outside [low, high] are masked. IcePop is this with ``cap: <high>``."""
-    sequence_bounds: tuple[float, float] | None = None
-    """Rollouts whose geometric mean of u over their tokens is outside [low, high] are masked whole."""
-    sequence_max_gap: float | None = None
-    """Rollouts whose mean of |log u| over their tokens, in nats, is above this are masked whole."""
-
-    def __post_init__(self) -> None:
-        for name in ("cap", "sequence_max_gap"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}={value}", "must be positive")
-        for name in ("token_bounds", "sequence_bounds"):
-            value = getattr(self, name)
-            require(
-                value is None or 0 <= value[0] < value[1], f"{name}={value}", "must be [low, high], 0 <= low < high"
-            )
-
-    def is_on(self) -> bool:
-        """Whether anything is corrected."""
-        return any(getattr(self, f.name) is not None for f in fields(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The objective; defaults are the paper's."""
-
-    name: str = "dypo"
-    """A row of the registry in ``megatron_dypo.objective.recipes``."""
-    alpha: float = 0.5
-    """α: weight of GRPO against GAL in the Mid regime (eq. 4)."""
-    gamma: float = 1.0
-    """γ: scale of the distillation loss in the Hard regime (eq. 4)."""
-    beta_gal: float = 1.0
-    """β: inverse temperature of GAL (eq. 14)."""
-    gal_coefficients: Literal["exact", "stale"] = "exact"
-    """When a batch is older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
-    gal_clip: Literal["none", "token", "sequence"] = "none"
-    """Trust region of GAL. ``none``: the paper to the letter. Else GAL gives no gradient to a token of a success whose
-    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low: π_θ/π_old of the token (``token``),
-    or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """ρ of GRPO: of each token, or GSPO's: the geometric mean over the trajectory, which wants a far smaller ε."""
-    length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
-    constant_length: int = 8192
-    """The divisor of ``constant``."""
-    clip_low: float = 0.2
-    """ε_low: the ratio is clipped below 1 − ε_low."""
-    clip_high: float = 0.2
-    """ε_high: and above 1 + ε_high."""
-    dual_clip: float | None = None
-    """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
-    kl_coef: float = 0.0
-    """β_KL of the k3 penalty against π_ref."""
-    normalize_std: bool = True
-    """Divide the advantage by the group's standard deviation."""
-    advantage_epsilon: float = 1e-6
-    """ξ in (R − mean)/(std + ξ)."""
-    switch_gate: int = 0
-    """Before this step every prompt goes to RL, whatever its tier."""
-    sft_steps: int = 0
-    """``sft_then_rl``: steps of the first phase."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-
-    def __post_init__(self) -> None:
-        require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
-        require_not_negative(self, "gamma", "kl_coef", "switch_gate", "sft_steps", "clip_low", "clip_high")
-        require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
-        require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
-        if self.dual_clip is not None:
-            require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
-
-    def needs_whole_sequences(self) -> str | None:
-        """The first option, as ``name=value``, for which the loss must see all tokens of a sequence; None: no such."""
-        for name in ("ratio", "gal_clip"):
-            if getattr(self, name) == "sequence":
-                return f"{name}=sequence"
-        for name in ("sequence_bounds", "sequence_max_gap"):
-            if getattr(self.importance, name) is not None:
-                return f"importance.{name}={getattr(self.importance, name)}"
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,8 @@ def _row(row, port, path, groups, objectives):
     os.environ["MASTER_PORT"] = str(port)
     parallel = ParallelConfig(**row.axes)
     layout = init_layout(parallel)
-    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute)
+    arch = load_architecture(path)
+    model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute, balance_coef=0.0)
     chunks = build_model(
         arch, model, parallel, layout, distributed_optimizer=row.distributed, overlap_grad_reduce=row.overlap
     )
@@ -151,16 +152,15 @@ def _pack(samples, count, layout):
 
 
 def _gradients(chunks, arch, layout, distributed):
-    """Whole HF tensors of this stage, of ranks that hold what no other rank shows."""
+    """Whole HF tensors of this stage, each from one of the ranks that hold it."""
     from megatron_dypo.mcore.model import named_global_parameters
-    from megatron_dypo.weights.gather import iter_hf_tensors
+    from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
 
     if distributed:
         _gather_shards(chunks)
-    named = [(name, p.main_grad) for name, p in named_global_parameters(chunks)]
-    tensors = iter_hf_tensors(named, arch, layout.tp_rank, layout.tensor, layout.tp_group)
-    whole = {name: tensor.numpy().copy() for name, tensor in tensors}
-    return whole if layout.dp_rank == 0 and layout.cp_rank == 0 else {}
+    sent = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
+    tensors = iter_hf_tensors(sent, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    return {name: tensor.numpy().copy() for name, tensor in tensors}
 
 
 def _gather_shards(chunks):

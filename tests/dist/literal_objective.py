@@ -37,7 +37,7 @@ def hf_gradients(model):
 
 def literal_logprobs(path, groups):
     """[R] float64 log-probs of each sample's response, by (order, member)."""
-    model = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model = float64_model(path)
     with torch.no_grad():
         return {(s.order, s.member): response_logp(model, s).numpy() for group in groups for s in group}
 

@@ -28,6 +28,7 @@ MEAN, SUM, TOKEN, CONSTANT = range(4)
 
 TP, PP, VPP, CP = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"context": 2}
 SP = {"tensor": 2, "sequence": True}
+EP = {"expert": 2}
 EVERY = tuple((objective, count) for objective in range(4) for count in (1, 2, 4))
 PADDED = ((SUM, None),)
 SHARDED = {"distributed": True}
@@ -76,6 +77,17 @@ ROWS = {
     "cp2 dp2, sharded, overlap, qwen2": Row(
         ranks=4, axes=CP, **SHARDED, overlap=True, kind="qwen2", passes=((TOKEN, 2),)
     ),
+    "experts, one process": Row(ranks=1, kind="qwen3_moe", passes=EVERY),
+    "experts, ep2": Row(ranks=2, axes=EP, kind="qwen3_moe", passes=EVERY),
+    "experts, dp2": Row(ranks=2, kind="qwen3_moe"),
+    "experts, tp2 sp": Row(ranks=2, axes=SP, kind="qwen3_moe"),
+    "experts, tp2 sp ep2": Row(ranks=2, axes=SP | EP, kind="qwen3_moe", passes=((SUM, 1), (TOKEN, 2))),
+    "experts, tp2 sp ep2, raw weights": Row(ranks=2, axes=SP | EP, kind="qwen3_moe_raw_weights"),
+    "experts, pp2": Row(ranks=2, axes=PP, kind="qwen3_moe"),
+    "experts, ep2 pp2": Row(ranks=4, axes=EP | PP, kind="qwen3_moe"),
+    "experts, ep2 pp2 vpp2, full": Row(ranks=4, axes=EP | VPP, recompute="full", kind="qwen3_moe"),
+    "experts, ep2 dp4": Row(ranks=4, axes=EP, kind="qwen3_moe", passes=((CONSTANT, 2),)),
+    "experts, tp2 sp ep4": Row(ranks=4, axes=SP | {"expert": 4}, kind="qwen3_moe"),
 }  # fmt: skip
 
 
@@ -94,7 +106,7 @@ def groups():
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    return {kind: str(make_hf_model(kind, root / kind)) for kind in ("qwen2", "qwen3", "llama_tied")}
+    return {kind: str(make_hf_model(kind, root / kind)) for kind in {row.kind for row in ROWS.values()}}
 
 
 @pytest.fixture(scope="module")
