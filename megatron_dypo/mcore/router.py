@@ -30,6 +30,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_to
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_dypo.architecture import Experts
 from megatron_dypo.parallel.device import device
 
 
@@ -46,8 +47,8 @@ class BalancedRouter(TopKRouter):
         if padding_mask is not None and len(padding_mask) != len(logits):
             # Megatron cuts the mask for sequence parallelism on the first stage only (models/gpt/gpt_model.py:314).
             padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
-        weights_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask)
-        return weights_TE, chosen_TE
+        routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
+        return routed
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -112,8 +113,8 @@ def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
 
 
-def moe_settings(experts: Any, *, grouped: bool, expert_parallel: int, balance_coef: float) -> dict[str, Any]:
-    """Fields of Megatron's configuration; ``experts`` is :class:`megatron_dypo.architecture.Experts`."""
+def moe_settings(experts: Experts, *, grouped: bool, expert_parallel: int, balance_coef: float) -> dict[str, Any]:
+    """Fields of Megatron's configuration."""
     return {
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,

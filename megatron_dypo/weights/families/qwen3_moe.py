@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from megatron_dypo.weights.families import llama, qwen3
 from megatron_dypo.weights.families.table import Row, expert_input, expert_output, router
-from megatron_dypo.weights.rules import Copy, Stack
+from megatron_dypo.weights.rules import Copy
+from megatron_dypo.weights.stack import Stack
 
 _MCORE, _HF = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
 _EXPERT, _HF_EXPERT = _MCORE + "experts.local_experts.{expert}.", _HF + "experts.{expert}."

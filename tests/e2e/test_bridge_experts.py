@@ -1,0 +1,81 @@
+"""Pushes of a mixture of experts from ranks that share out its experts into a real SGLang server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dist.spawn import run_ranks
+from tests.e2e.pushing_ranks import Target, ask
+from tests.hf_models import import_transformers, make_hf_model
+
+TOKENS = list(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def target(sglang_servers, tmp_path_factory):
+    model = make_hf_model("qwen3_moe", tmp_path_factory.mktemp("models") / "served")
+    pool = sglang_servers(model, count=1)
+    return Target(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
+
+
+def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
+    """Load ``model`` and push it twice, the second time over the connections of the first."""
+    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.config import ModelConfig, ParallelConfig, WeightsConfig
+    from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
+    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.weights.bridge import Bridge
+
+    parallel = ParallelConfig(**axes)
+    layout = init_layout(parallel)
+    arch, config = load_architecture(model), ModelConfig(hf_path=model, dtype="float32")
+    chunks = build_model(arch, config, parallel, layout)
+    load_initial_weights(chunks, config, arch, layout)
+    bridge = Bridge(
+        layout,
+        arch,
+        lambda: named_global_parameters(chunks),
+        urls=target.urls,
+        api_key=target.api_key,
+        config=WeightsConfig(transport=transport, bucket_mb=1, deadline_s=60.0),
+        run_dir=Path(target.run_dir),
+        hf_reference=Path(target.served),
+    )
+    bridge.push(1)
+    bridge.push(2)
+    bridge.close()
+    close(layout)
+
+
+@pytest.mark.parametrize(
+    ("seed", "world_size", "axes", "transport"),
+    [
+        (1, 2, {"tensor": 2, "sequence": True, "expert": 2}, "broadcast"),
+        (2, 4, {"pipeline": 2, "expert": 2}, "broadcast"),
+        (3, 2, {"expert": 2}, "disk"),
+    ],
+)
+def test_the_server_samples_from_what_was_pushed(seed, world_size, axes, transport, target, tmp_path):
+    model = make_hf_model("qwen3_moe", tmp_path / "new", seed=seed)
+    run_ranks(world_size, rank_push, target, str(model), axes, transport)
+    body = {
+        "input_ids": TOKENS,
+        "sampling_params": {"max_new_tokens": 1},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    meta = ask(target, target.urls[0], "/generate", body)["meta_info"]
+    assert meta["weight_version"] == "2"
+    served = [logp for logp, *_ in meta["input_token_logprobs"][1:]]
+    np.testing.assert_allclose(served, _logps(model), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def _logps(model: Path) -> np.ndarray:
+    oracle = import_transformers().AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    logp_LV = torch.log_softmax(oracle(torch.tensor(TOKENS)[None]).logits[0], dim=-1)
+    return logp_LV[:-1].gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].numpy()
