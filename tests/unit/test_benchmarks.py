@@ -41,6 +41,7 @@ def test_updates_are_timed_in_turn(shape):
     assert min(result["scoring"], *result["wall"]["dypo"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dypo", "sft"])
 def test_peak_memory_holds_parameters_gradients_and_moments(shape, variant):
     result = last_line("step_overhead.py", "--measure", f"memory:{variant}", "--shape", shape)
