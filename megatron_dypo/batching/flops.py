@@ -45,6 +45,9 @@ def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:
     width, passes = arch.num_attention_heads * arch.head_dim, 3
     qkv_and_output = arch.hidden_size * (2 * width + 2 * arch.num_key_value_heads * arch.head_dim)
     feed_forward = 3 * arch.hidden_size * arch.ffn_hidden_size
+    if arch.experts is not None:  # those that a token visits, and the router
+        chosen = 3 * arch.experts.ffn_hidden_size * arch.experts.per_token
+        feed_forward = arch.hidden_size * (chosen + arch.experts.num_experts)
     return SequenceCost(
         linear=2.0 * arch.num_layers * (qkv_and_output + feed_forward) * (passes + (recompute == "full")),
         quadratic=2.0 * arch.num_layers * width * (passes + (recompute in ("full", "selective"))),

@@ -18,7 +18,8 @@ import psutil
 
 VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "resumed": 5}
 PROMPT = list(range(3, 15))
-IN_FLIGHT_TOKENS = 400
+IN_FLIGHT_TOKENS = 2000
+"""Enough for a push to begin, on a loaded machine too, before a request ends."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,10 @@ SIZES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return [make_hf_model("qwen3", folder / name, seed=seed, **SIZES) for seed, name in enumerate("abc")]
+    return [
+        make_hf_model("qwen3", folder / name, seed=seed, max_position_embeddings=4096, **SIZES)
+        for seed, name in enumerate("abc")
+    ]
 
 
 @pytest.fixture(scope="module")

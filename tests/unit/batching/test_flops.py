@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dypo.architecture import architecture_from_hf
+from megatron_dypo.architecture import Experts, architecture_from_hf
 from megatron_dypo.batching.flops import SequenceCost, sequence_cost
 from tests.hf_models import KINDS, SIZES, import_transformers
 
@@ -40,3 +40,12 @@ def test_recomputation_repeats_the_forward_pass_of_what_it_names():
 def test_cost_is_linear_quadratic_and_per_response_token():
     cost = SequenceCost(linear=2.0, quadratic=0.5, response=10.0)
     assert cost(4, 3) == 2 * 4 + 0.5 * 16 + 10 * 3
+
+
+def test_of_experts_those_count_that_a_token_visits():
+    _, arch = tiny("qwen3")
+    experts = Experts(num_experts=8, per_token=2, ffn_hidden_size=arch.ffn_hidden_size, normalized=True, balance_coef=0)
+    sparse, dense = sequence_cost(dataclasses.replace(arch, experts=experts)), sequence_cost(arch)
+    one_mlp = 2 * 3 * arch.num_layers * 3 * arch.hidden_size * arch.ffn_hidden_size
+    router = 2 * 3 * arch.num_layers * arch.hidden_size * 8
+    assert sparse.linear == dense.linear + one_mlp + router
