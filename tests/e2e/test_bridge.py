@@ -24,7 +24,7 @@ SIZES = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "vocab_size": 1031,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
 
@@ -33,7 +33,7 @@ SIZES = {
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return [
-        make_hf_model("qwen3", folder / name, seed=seed, max_position_embeddings=4096, **SIZES)
+        make_hf_model("qwen3", folder / name, seed=seed, **SIZES)
         for seed, name in enumerate("abc")
     ]
 
