@@ -32,10 +32,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return [
-        make_hf_model("qwen3", folder / name, seed=seed, **SIZES)
-        for seed, name in enumerate("abc")
-    ]
+    return [make_hf_model("qwen3", folder / name, seed=seed, **SIZES) for seed, name in enumerate("abc")]
 
 
 @pytest.fixture(scope="module")
