@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from scipy.stats import binomtest
-
 from megatron_dypo.metrics import read_metrics
+from megatron_dypo.report.plots import wilson_interval
 
 TIERS = ("easy", "mid", "hard")
 NUM_EDGE_STEPS = 5
@@ -71,12 +70,6 @@ def summarize(metrics: Path, *, eval_set: str, seconds: float) -> Summary:
         overhead=fmean(row["timing_s/other"] for row in steps) / step_seconds,
         seconds=seconds,
     )
-
-
-def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
-    """95% interval of a share of ``num_samples`` independent answers."""
-    interval = binomtest(round(accuracy * num_samples), num_samples).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _accuracy(row: Mapping[str, float], eval_set: str) -> tuple[float, int]:

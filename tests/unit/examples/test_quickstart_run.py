@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import run
-from summary import Summary, summarize, wilson_interval
+from summary import Summary, summarize
 
 from megatron_dypo.config_io import load_config
+from megatron_dypo.report.plots import wilson_interval
 
 
 def write_metrics(path: Path, num_steps: int) -> Path:
