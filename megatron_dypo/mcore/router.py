@@ -88,7 +88,7 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     """Tell the routers how many real tokens the update has. Collective over data-parallel ranks if they balance.
 
     Args:
-        num_tokens: of this replica's microbatches, all of them; the same on every rank of the replica.
+        num_tokens: of this replica's microbatches, all of them; of the parts that this rank holds under context parallelism.
     """
     mine = [router for router in routers(chunks) if router.is_aux_loss_enabled()]
     if not mine:
@@ -96,7 +96,7 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     total = torch.tensor([float(num_tokens)], dtype=torch.float64, device=device())
     dist.all_reduce(total, group=mine[0].tp_dp_cp_group)
     for router in mine:
-        router.update_tokens = float(total) / mine[0].tp_cp_group.size()
+        router.update_tokens = float(total) / router.tp_group.size()
         router.balance = 0.0
 
 

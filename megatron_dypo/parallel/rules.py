@@ -11,7 +11,7 @@ from megatron_dypo.config import ParallelConfig
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Whether the axes suit the architecture; context parallelism suits any dense one, as sequences are padded to it.
+    """Whether the axes suit the architecture; context parallelism suits any, as sequences are padded to it.
 
     Raises:
         ValueError: e.g. ``parallel.tensor=3 does not divide num_attention_heads=28``.
@@ -40,8 +40,6 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
         if parallel.expert > 1:
             raise ValueError(f"expert_parallel={parallel.expert}: a {arch.family} model has no experts")
         return
-    if parallel.context > 1:
-        raise ValueError(f"context_parallel={parallel.context}: a mixture of experts needs context=1 for now")
     if arch.experts.num_experts % parallel.expert:
         raise ValueError(f"expert_parallel={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
     if parallel.tensor > 1 and not parallel.sequence:

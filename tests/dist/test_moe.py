@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.batching.pack import pack, row_length
+from megatron_dypo.batching.pack import alignment, pack, padded_lengths, row_length, sequence_alignment
+from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config import ObjectiveConfig
 from tests.dist.literal_objective import float64_model, hf_gradients, response_logp
 from tests.dist.spawn import run_ranks
@@ -32,6 +33,8 @@ LAYOUTS = {
     "ep2 pp2 vpp2": (4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}),
     "ep2 dp4": (4, {"expert": 2}),
     "tp2 sp ep4": (4, {**SP, "expert": 4}),
+    "cp2 ep2": (2, {"context": 2, "expert": 2}),
+    "tp2 sp cp2": (4, {**SP, "context": 2}),
 }
 
 
@@ -122,10 +125,11 @@ def rank_balance_gradients(path, axes):
     load_initial_weights(chunks, model, arch, layout)
     optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-3, eps=1.0), dtype="float32", total_steps=1)
     samples = balance_samples()
-    length = row_length([len(s.tokens) for s in samples], MEMBERS, 2)
-    mine = MEMBERS[layout.dp_rank :: layout.data]
+    per_sequence = sequence_alignment(layout.context)
+    length = row_length(padded_lengths(samples, per_sequence), MEMBERS, 2 * alignment(layout.tensor, layout.context))
+    mine = [pack(samples, members, length, per_sequence) for members in MEMBERS[layout.dp_rank :: layout.data]]
     optimizer.zero_grad()
-    loss_pass(chunks, [pack(samples, members, length) for members in mine], cfg=ObjectiveConfig())
+    loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], cfg=ObjectiveConfig())
     grads = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
     tensors = iter_hf_tensors(grads, arch, layout.tp_rank, layout.tensor, layout.tp_group)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}
@@ -165,7 +169,7 @@ def _literal_balance_gradients(path):
     return gradients, norm, total.item() / BALANCE_COEF / config.num_hidden_layers
 
 
-@pytest.mark.parametrize("layout", ["one process", "dp2", "ep2", "tp2 sp", "tp2 sp ep2", "ep2 pp2", "ep2 dp4"])
+@pytest.mark.parametrize("layout", ["one process", "dp2", "ep2", "tp2 sp", "tp2 sp ep2", "ep2 pp2", "ep2 dp4", "cp2 ep2", "tp2 sp cp2"])
 def test_load_balancing_loss_is_a_mean_over_real_tokens_in_every_layout(layout, root):
     world_size, axes = LAYOUTS[layout]
     path = _path(root)

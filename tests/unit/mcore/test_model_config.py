@@ -38,7 +38,6 @@ MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
     [
         (ARCH, {"expert": 2}, "expert_parallel=2: a qwen2 model has no experts"),
         (MOE, {"expert": 4}, "expert_parallel=4 does not divide num_experts=6"),
-        (MOE, {"context": 2}, "context_parallel=2: a mixture of experts needs context=1 for now"),
         (MOE, {"tensor": 2}, "tensor_parallel=2: a mixture of experts needs parallel.sequence=true"),
     ],
 )
