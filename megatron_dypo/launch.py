@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import NoReturn
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
 from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.processes import end_with_parent
 
 
 def check_inputs(config: Config) -> list[str]:
@@ -50,7 +49,7 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
     if "RANK" not in os.environ and num_processes(config) > 1:
         _become_local_ranks(num_processes(config), config_path, overrides)
     if "RANK" in os.environ:
-        _end_with_parent()
+        end_with_parent()  # a rank whose torchrun was killed is not to train on unseen
     from megatron_dypo.logs import set_up_logging
 
     set_up_logging(config.run.dir)
@@ -68,10 +67,3 @@ def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str])
     command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
     sys.stdout.flush()
     os.execv(sys.executable, command)
-
-
-def _end_with_parent() -> None:
-    """A rank whose torchrun was killed ends too, instead of training on unseen (Linux, ``prctl(2)``)."""
-    set_parent_death_signal = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -15,9 +15,12 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import psutil  # noqa: F401, Megatron's writer needs it without saying so, and h
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_dypo.mcore import rng
 from megatron_dypo.mcore.checkpoint_folder import find_latest as find_latest
@@ -34,6 +38,7 @@ from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.processes import end_with_parent
 from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
@@ -77,6 +82,7 @@ def save(
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
     _on_leader(layout, lambda: make_partial(final, parts))
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
+    _start_results_queue()
     dist_checkpointing.save(state, str(partial / _WEIGHTS))
     if reference is not None:
         with reference.swapped_in():
@@ -92,6 +98,19 @@ def save(
     dist.barrier()
     _on_leader(layout, lambda: publish(final, keep=keep))
     return final
+
+
+@functools.cache
+def _start_results_queue() -> SyncManager:
+    """Give Megatron's writer a queue whose process ends with this one.
+
+    The queue that it would make for itself (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) lives in a
+    process that waits for ever once a trainer was killed.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+    return manager
 
 
 def load(
