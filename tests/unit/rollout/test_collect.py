@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import threading
 import time
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import megatron_dypo.rollout.collect as collect_module
 from megatron_dypo.config import RolloutConfig
+from megatron_dypo.progress import progress
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.process import ServerDiedError
@@ -210,7 +213,8 @@ def test_no_prompts_no_requests() -> None:
     assert (groups, stats.prompts, fake.requests) == ([], 0, [])
 
 
-def test_progress_counts_responses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_responses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect_module, "progress_bar", functools.partial(progress, every_s=0.0))
     with FakeSGLang() as fake:
         collect(make_prompts(2), make_client([fake.url]), group_size=3, desc="evaluation")
     assert "evaluation: 6/6 responses" in capsys.readouterr().err
