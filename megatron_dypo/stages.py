@@ -16,12 +16,9 @@ import torch.distributed as dist
 from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
 from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.batching.pack import (
-    alignment,
     num_microbatches,
-    pack,
     padded_lengths,
     plan_microbatches,
-    row_length,
     sequence_alignment,
 )
 from megatron_dypo.batching.queues import oldest
@@ -29,7 +26,7 @@ from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.router import balance_metrics
-from megatron_dypo.mcore.score import round_up_microbatches
+from megatron_dypo.mcore.score import largest_count, pack_rows, round_up_microbatches
 from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
@@ -219,11 +216,8 @@ def _totals(counts: Sequence[dict[str, tuple[int, int, int]]]) -> Totals:
 def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
     """Rows of about equal work, as many on every replica; each as long as what it holds, but for the alignment."""
     layout, batching = run.layout, run.config.batching
-    budget, per_sequence = batching.tokens_per_microbatch, sequence_alignment(layout.context)
-    lengths = padded_lengths(samples, per_sequence)
-    count = torch.tensor([num_microbatches(lengths, budget=budget, costs=costs)], device=device())
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    equal = round_up_microbatches(int(count), layout)
-    bins = plan_microbatches(lengths, budget=budget, count=equal, costs=costs)
-    multiple = alignment(layout.tensor, layout.context, batching.row_multiple)
-    return [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
+    budget = batching.tokens_per_microbatch
+    lengths = padded_lengths(samples, sequence_alignment(layout.context))
+    count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)
+    bins = plan_microbatches(lengths, budget=budget, count=count, costs=costs)
+    return pack_rows(samples, bins, layout, batching.row_multiple)

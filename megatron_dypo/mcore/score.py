@@ -31,6 +31,16 @@ def round_up_microbatches(count: int, layout: Layout) -> int:
     return -(-max(count, 1) // step) * step
 
 
+def pack_rows(
+    samples: Sequence[Sample], bins: Sequence[Sequence[int]], layout: Layout, row_multiple: int
+) -> list[Microbatch]:
+    """Rows of the samples in ``bins``, each as long as what it holds, but for the alignment of this layout."""
+    per_sequence = sequence_alignment(layout.context)
+    lengths = padded_lengths(samples, per_sequence)
+    multiple = alignment(layout.tensor, layout.context, row_multiple)
+    return [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
+
+
 def sequence_logprobs(
     chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int, row_multiple: int = 1
 ) -> list[Floats] | None:
@@ -45,16 +55,14 @@ def sequence_logprobs(
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
     """
-    per_sequence = sequence_alignment(layout.context)
-    lengths = padded_lengths(samples, per_sequence)
+    lengths = padded_lengths(samples, sequence_alignment(layout.context))
     count = num_microbatches(lengths, budget=budget)
     if layout.expert > 1:
-        count = _most(count)
+        count = largest_count(count)
     if not count:
         return _nothing(layout)
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
-    multiple = alignment(layout.tensor, layout.context, row_multiple)
-    rows = [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
+    rows = pack_rows(samples, bins, layout, row_multiple)
     set_training(chunks, False)
     parts = logprob_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows])
     set_training(chunks, True)
@@ -73,7 +81,7 @@ def _nothing(layout: Layout) -> list[Floats] | None:
     return [] if layout.is_replica_leader else None
 
 
-def _most(count: int) -> int:
+def largest_count(count: int) -> int:
     """The largest of all ranks' counts."""
     most = torch.tensor([count], device=device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
