@@ -6,6 +6,7 @@ import datetime
 import functools
 import os
 import resource
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,18 @@ def init_process_group(timeout: datetime.timedelta) -> None:
         dist.init_process_group(backend(), timeout=timeout)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """A group outside the default one and its registries: it need not exist, and dropping the last reference closes it.
+
+    Has ``send`` and ``recv`` of lists of tensors, as ``torch.distributed.ProcessGroup`` does.
+    """
+    if on_gpu():
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def synchronize() -> None:
