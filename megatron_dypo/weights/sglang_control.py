@@ -29,6 +29,18 @@ _GRACE_S = 2.0
 class ServerError(RuntimeError):
     """A server refused a call, answered nonsense, or did not answer."""
 
+    def __init__(self, message: str, *urls: str, is_silent: bool = False) -> None:
+        """``urls``: the servers to blame; none where a call of all of them failed and nobody can be told from the rest."""
+        super().__init__(message)
+        self.urls = urls
+        self.is_silent = is_silent
+        """There was no answer at all, not even a refusal."""
+
+    @property
+    def url(self) -> str | None:
+        """The server to blame, the first of several; None: nobody in particular."""
+        return self.urls[0] if self.urls else None
+
 
 class Deadline:
     """A moment by which a whole push has to be over."""
@@ -208,9 +220,9 @@ class SGLangControl:
                 for task in tasks:
                     task.cancel()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [str(outcome) for outcome in outcomes if isinstance(outcome, ServerError)]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
         if errors:
-            raise ServerError("; ".join(errors))
+            raise _joined(errors, is_collective=fail_fast)
         return [task.result() for task in tasks]
 
     async def _call(
@@ -222,13 +234,30 @@ class SGLangControl:
             async with session.request(method, url + path, json=body, timeout=timeout) as response:
                 status, text = response.status, await response.text()
         except asyncio.TimeoutError as error:
-            raise ServerError(f"{where}: no answer in {timeout_s:.1f} s") from error
+            raise _UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}") from error
-        return _checked(where, status, text)
+            raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
+        return _checked(where, url, status, text)
 
 
-def _checked(where: str, status: int, text: str) -> Answer:
+class _UnansweredError(ServerError):
+    """The call was sent, and its time ran out."""
+
+
+def _joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
+    """One error for those of several servers.
+
+    In a collective call the others fail, or wait, because of one: a server that is gone is then blamed alone, and one
+    that only waits is not blamed.
+    """
+    blamed = [error for error in errors if not (is_collective and isinstance(error, _UnansweredError))]
+    gone = [error for error in blamed if error.is_silent]
+    blamed = gone if is_collective and gone else blamed
+    urls = [url for error in blamed for url in error.urls]
+    return ServerError("; ".join(map(str, errors)), *urls, is_silent=all(error.is_silent for error in errors))
+
+
+def _checked(where: str, url: str, status: int, text: str) -> Answer:
     """The JSON object of an answer ({} for plain text). A refusal may come with status 200 and ``success: false``."""
     try:
         answer = json.loads(text)
@@ -236,5 +265,5 @@ def _checked(where: str, status: int, text: str) -> Answer:
         answer = {}
     answer = answer if isinstance(answer, dict) else {}
     if status != 200 or answer.get("success", True) is not True:
-        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:500]}")
+        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:500]}", url)
     return answer

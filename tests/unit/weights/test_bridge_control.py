@@ -124,3 +124,22 @@ def test_attempt_goes_on_after_a_refusal(servers, control):
 def test_no_server_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         SGLangControl([], None)
+
+
+def test_the_servers_that_refuse_are_to_blame(servers, control):
+    servers[1].answers["/continue_generation"] = (400, {"message": "no"})
+    with pytest.raises(ServerError) as caught:
+        control.resume(Deadline(5))
+    assert caught.value.url == servers[1].url
+    assert caught.value.urls == (servers[1].url,)
+    assert not caught.value.is_silent
+
+
+def test_nobody_is_blamed_for_a_collective_call_that_runs_out_of_time(servers, control):
+    release = threading.Event()
+    for server in servers:
+        server.on_call = lambda path: release.wait(20)
+    with pytest.raises(ServerError, match="no answer in") as caught:
+        control.start_update({"names": []}, Deadline(0.5)).result()
+    assert caught.value.url is None
+    release.set()
