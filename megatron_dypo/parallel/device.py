@@ -69,6 +69,28 @@ def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.ti
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
+def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
+    """A handle of memory of a GPU, for :func:`open_storage` in another process on this host.
+
+    The GPU is named by its UUID: processes may number GPUs differently. The memory must outlive its use there.
+    """
+    uuid = str(torch.cuda.get_device_properties(storage.device).uuid)
+    return uuid, *storage._share_cuda_()[1:]
+
+
+def open_storage(handle: tuple[Any, ...]) -> torch.UntypedStorage:
+    """The memory that another process shared.
+
+    Raises:
+        ValueError: this process does not see that GPU.
+    """
+    uuid, *rest = handle
+    seen = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    if uuid not in seen:
+        raise ValueError(f"GPU {uuid} of the trainer is none of this server's ({', '.join(seen)}): use transport=p2p")
+    return torch.UntypedStorage._new_shared_cuda(seen.index(uuid), *rest)
+
+
 def synchronize() -> None:
     """Wait for the device, so that a wall clock measures what ran; the CPU has nothing to wait for."""
     if on_gpu():

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from megatron_dypo.weights.deadline import Deadline
+
 T = TypeVar("T")
 Answer = dict[str, Any]
 
@@ -42,25 +44,6 @@ class ServerError(RuntimeError):
         return self.urls[0] if self.urls else None
 
 
-class Deadline:
-    """A moment by which a whole push has to be over."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds that are left, above 0.
-
-        Raises:
-            TimeoutError: none are.
-        """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"deadline_s={self.seconds:g} passed")
-        return left
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
     """What a server says of itself."""
@@ -72,6 +55,9 @@ class ServerInfo:
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
+    expert_parallel: int
+    custom_loaders: tuple[str, ...]
+    """``--custom-weight-loader``: names under which it takes updates by functions that it imports."""
 
 
 class SGLangControl:
@@ -107,6 +93,8 @@ class SGLangControl:
                 tensor_parallel=int(server.get("tp_size", 1)),
                 pipeline_parallel=int(server.get("pp_size", 1)),
                 data_parallel=int(server.get("dp_size", 1)),
+                expert_parallel=int(server.get("ep_size", 1)),
+                custom_loaders=tuple(server.get("custom_weight_loader") or ()),
             )
             for url, model, server in zip(self.urls, models, servers, strict=True)
         ]
@@ -148,6 +136,16 @@ class SGLangControl:
     def start_update(self, body: Answer, deadline: Deadline) -> Future[list[Answer]]:
         """Announce a broadcast to every server; each answers when it has received and loaded the tensors."""
         return self._start("POST", "/update_weights_from_distributed", body, deadline, fail_fast=True)
+
+    def start_load(self, bodies: Sequence[Answer], deadline: Deadline) -> list[Future[Answer]]:
+        """Ask each server to run a custom loader; its answer comes when that has ended, and fails by itself."""
+
+        async def one_server(url: str, body: Answer) -> Answer:
+            async with self._session() as session:
+                path = "/update_weights_from_tensor"
+                return await self._call(session, "POST", url, path, body, deadline.remaining())
+
+        return [self._submit(one_server(url, body)) for url, body in zip(self.urls, bodies, strict=True)]
 
     def update_from_disk(self, path: str, deadline: Deadline) -> None:
         """Load an HF folder that every server can read, and forget cached prefixes."""

@@ -7,8 +7,11 @@ are under way at a time (``DEPTH``), so that packing, sending and unpacking over
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Self
 
 from megatron_dypo.weights.deadline import Deadline
 
@@ -60,12 +63,36 @@ class Incoming(ABC):
         """The taken message was used; its buffer may take another."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineLinks:
+    """The links to one engine, as both ends describe them."""
+
+    store: dist.Store
+    """Where the ends find each other."""
+    engine: int
+    sources: tuple[int, ...]
+    """The trainer ranks that send to the engine, ascending."""
+    num_targets: int
+    slot_bytes: int
+    """Size of one staging buffer: the limit of a message."""
+
+
 class Sender(ABC):
-    """All links of one source; kept between pushes."""
+    """A source's ends of its links to one engine; kept between pushes."""
+
+    @classmethod
+    @abstractmethod
+    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> Self:
+        """Meet the ranks of the engine. With several engines: in ascending order, lest two half-made connections wait
+        for each other.
+
+        Raises:
+            LinkError: somebody did not come.
+        """
 
     @abstractmethod
-    def outgoing(self, engine: int, target: int, deadline: Deadline) -> Outgoing:
-        """The link to one rank of one engine."""
+    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
+        """The link to one rank of the engine."""
 
     @abstractmethod
     def close(self) -> None:
@@ -73,7 +100,16 @@ class Sender(ABC):
 
 
 class Receiver(ABC):
-    """All links of one target; kept between pushes."""
+    """A target's ends of all its links; kept between pushes."""
+
+    @classmethod
+    @abstractmethod
+    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> Self:
+        """Meet the sources.
+
+        Raises:
+            LinkError: somebody did not come.
+        """
 
     @abstractmethod
     def incoming(self, source: int, deadline: Deadline) -> Incoming:

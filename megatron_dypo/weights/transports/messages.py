@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dypo.rules import require
 from megatron_dypo.weights.plan import Transfer
 
 _ALIGN = 16
@@ -39,7 +40,11 @@ class Message:
 
 
 def cut(transfers: Iterable[Transfer], element_size: Callable[[Transfer], int], limit: int) -> Iterator[Message]:
-    """Messages of at most ``limit`` bytes (one row more where a row is longer): large parts alone, small ones together."""
+    """Messages of at most ``limit`` bytes: large parts alone, small ones together.
+
+    Raises:
+        ValueError: one row is longer than ``limit``.
+    """
     held: list[Part] = []
     used = 0
     for part in _parts(transfers, element_size, limit):
@@ -62,8 +67,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def part_of(message: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
-    """[rows, cols] view of one part in the bytes of its message."""
-    return message[part.offset : part.offset + part.num_bytes].view(dtype).view(part.rows, part.transfer.cols)
+    """View of one part in the bytes of its message: [rows, cols] in the parameter's ``dtype``."""
+    return message[part.offset : part.offset + part.num_bytes].view(dtype).view(part.rows, -1)
 
 
 def _parts(transfers: Iterable[Transfer], element_size: Callable[[Transfer], int], limit: int) -> Iterator[Part]:
@@ -71,7 +76,8 @@ def _parts(transfers: Iterable[Transfer], element_size: Callable[[Transfer], int
     index = 0
     for transfer in transfers:
         row_bytes = transfer.cols * element_size(transfer)
-        rows_at_once = max(1, limit // row_bytes)
+        require(row_bytes <= limit, f"message limit={limit}", f"a row of {transfer.target_name} has {row_bytes} bytes")
+        rows_at_once = limit // row_bytes
         for first in range(0, transfer.rows, rows_at_once):
             rows = min(rows_at_once, transfer.rows - first)
             yield Part(index, transfer, first, rows, 0, rows * row_bytes)

@@ -7,9 +7,10 @@ then the engine's ranks.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,77 +19,49 @@ from torch import Tensor
 
 from megatron_dypo.parallel import device
 from megatron_dypo.weights.deadline import Deadline
-from megatron_dypo.weights.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender
+from megatron_dypo.weights.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
 
 
 class GroupSender(Sender):
-    """A source's end: a group for each engine that it sends to."""
+    """See the module's docstring."""
 
-    def __init__(self, groups: Mapping[int, Any], sources: Mapping[int, Sequence[int]], slot_bytes: int) -> None:
-        self._groups = dict(groups)
-        self._sources = sources
-        self._slot_bytes = slot_bytes
+    def __init__(self, group: Any, links: EngineLinks) -> None:
+        self._group = group
+        self._links = links
 
     @classmethod
-    def connect(
-        cls,
-        store: dist.Store,
-        rank: int,
-        sources: Mapping[int, Sequence[int]],
-        tensor_parallel: Mapping[int, int],
-        slot_bytes: int,
-        deadline: Deadline,
-    ) -> GroupSender:
-        """Join the groups of all engines that ``rank`` sends to: ``sources`` and sizes by engine."""
-        # Everybody in the same order: two half-made groups cannot wait for each other.
-        groups = {
-            engine: _join(store, engine, senders.index(rank), len(senders) + tensor_parallel[engine], deadline)
-            for engine, senders in sorted(sources.items())
-        }
-        return cls(groups, sources, slot_bytes)
+    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> GroupSender:
+        return cls(_join(links, links.sources.index(rank), deadline), links)
 
-    def outgoing(self, engine: int, target: int, deadline: Deadline) -> Outgoing:
-        return _GroupOutgoing(self._groups[engine], len(self._sources[engine]) + target, self._slot_bytes, deadline)
+    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
+        return _GroupOutgoing(self._group, len(self._links.sources) + target, self._links.slot_bytes, deadline)
 
     def close(self) -> None:
-        self._groups.clear()  # sockets close with the last reference
+        self._group = None  # the sockets close with the last reference
 
 
 class GroupReceiver(Receiver):
-    """A target's end: its engine's group."""
+    """See the module's docstring."""
 
-    def __init__(self, group: Any, sources: Sequence[int], slot_bytes: int) -> None:
+    def __init__(self, group: Any, links: EngineLinks) -> None:
         self._group = group
-        self._sources = sources
-        self._slot_bytes = slot_bytes
+        self._links = links
 
     @classmethod
-    def connect(
-        cls,
-        store: dist.Store,
-        engine: int,
-        target: int,
-        sources: Sequence[int],
-        tensor_parallel: int,
-        slot_bytes: int,
-        deadline: Deadline,
-    ) -> GroupReceiver:
-        """Join the engine's group as rank ``target`` of the engine."""
-        size = len(sources) + tensor_parallel
-        return cls(_join(store, engine, len(sources) + target, size, deadline), sources, slot_bytes)
+    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> GroupReceiver:
+        return cls(_join(links, len(links.sources) + target, deadline), links)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
-        return _GroupIncoming(self._group, self._sources.index(source), self._slot_bytes, deadline)
+        return _GroupIncoming(self._group, self._links.sources.index(source), self._links.slot_bytes, deadline)
 
     def close(self) -> None:
         self._group = None
 
 
-def _join(store: dist.Store, engine: int, rank: int, size: int, deadline: Deadline) -> Any:
-    try:
-        return device.separate_group(dist.PrefixStore(f"engine-{engine}", store), rank, size, _timeout(deadline))
-    except RuntimeError as error:
-        raise LinkError(f"the group of engine {engine} was not made: {error}") from error
+def _join(links: EngineLinks, rank: int, deadline: Deadline) -> Any:
+    store = dist.PrefixStore(f"engine-{links.engine}", links.store)
+    with _named_errors():
+        return device.separate_group(store, rank, len(links.sources) + links.num_targets, _timeout(deadline))
 
 
 class _GroupOutgoing(Outgoing):
@@ -109,11 +82,12 @@ class _GroupOutgoing(Outgoing):
             self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8, device=device.device()))
         slot = self._slots[self._next_slot % len(self._slots)]
         self._next_slot += 1
-        return _of_size(slot, num_bytes)
+        return slot[:num_bytes]
 
     def post(self, payload: Tensor) -> None:
         self._wait_below(DEPTH)
-        self._pending.append((_checked(lambda: self._group.send([payload], self._peer, 0)), payload))
+        with _named_errors():
+            self._pending.append((self._group.send([payload], self._peer, 0), payload))
 
     def drain(self) -> None:
         self._wait_below(1)
@@ -122,7 +96,8 @@ class _GroupOutgoing(Outgoing):
     def _wait_below(self, limit: int) -> None:
         while len(self._pending) >= limit:
             work, _ = self._pending.popleft()
-            _checked(lambda work=work: work.wait(_timeout(self._deadline)))
+            with _named_errors():
+                work.wait(_timeout(self._deadline))
 
 
 class _GroupIncoming(Incoming):
@@ -144,13 +119,14 @@ class _GroupIncoming(Incoming):
                 self._free.append(torch.empty(self._slot_bytes, dtype=torch.uint8, device=device.device()))
                 self._num_slots += 1
             slot = self._free.pop()
-            into = _of_size(slot, num_bytes)
-        buffer = into
-        self._pending.append((_checked(lambda: self._group.recv([buffer], self._peer, 0)), buffer, slot))
+            into = slot[:num_bytes]
+        with _named_errors():
+            self._pending.append((self._group.recv([into], self._peer, 0), into, slot))
 
     def take(self) -> Tensor:
         work, buffer, self._taken = self._pending.popleft()
-        _checked(lambda: work.wait(_timeout(self._deadline)))
+        with _named_errors():
+            work.wait(_timeout(self._deadline))
         return buffer
 
     def release(self) -> None:
@@ -159,20 +135,14 @@ class _GroupIncoming(Incoming):
             self._taken = None
 
 
-def _of_size(slot: Tensor, num_bytes: int) -> Tensor:
-    """A message may be a row longer than the limit, where one row is longer."""
-    return slot[:num_bytes] if num_bytes <= slot.numel() else slot.new_empty(num_bytes)
-
-
-def _checked(call: Any) -> Any:
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """torch.distributed raises RuntimeError for whatever happens to a connection."""
     try:
-        return call()
-    except RuntimeError as error:
+        yield
+    except (RuntimeError, TimeoutError) as error:
         raise LinkError(str(error)) from error
 
 
 def _timeout(deadline: Deadline) -> datetime.timedelta:
-    try:
-        return datetime.timedelta(seconds=deadline.remaining())
-    except TimeoutError as error:
-        raise LinkError(str(error)) from error
+    return datetime.timedelta(seconds=deadline.remaining())
