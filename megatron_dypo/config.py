@@ -283,10 +283,16 @@ class OptimizerConfig:
 class WeightsConfig:
     """How new weights reach the servers."""
 
-    transport: Literal["broadcast", "disk"] = "broadcast"
-    """``broadcast``: SGLang's distributed update over gloo or NCCL. ``disk``: a shared folder."""
+    transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"
+    """``p2p``: each rank sends each server's ranks the slices that they need, over gloo or NCCL. ``local``: the same
+    through shared memory, for servers on the trainer's host. Both need servers with our loader, as those that the run
+    starts. ``broadcast``: SGLang's distributed update of whole tensors. ``disk``: a shared folder. ``auto``: the first
+    of ``local``, ``p2p``, ``broadcast`` that all servers support."""
+    verify: Literal["off", "sampled", "full"] = "sampled"
+    """Compare checksums of what was sent and received by ``p2p`` and ``local``: of nothing, of a sixteenth (others in
+    each version), of all."""
     bucket_mb: int = 512
-    """Size of one broadcast bucket."""
+    """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
     in_flight: Literal["pause", "abort"] = "pause"
     """What a push does to running requests."""
     deadline_s: float = 600.0

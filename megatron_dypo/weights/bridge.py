@@ -30,6 +30,7 @@ from megatron_dypo.weights.sglang_control import Deadline, ServerError, ServerIn
 from megatron_dypo.weights.transports.base import Lockstep, PushError, Source, Transport
 from megatron_dypo.weights.transports.broadcast import BroadcastTransport
 from megatron_dypo.weights.transports.disk import DiskTransport
+from megatron_dypo.weights.transports.planned import PlannedTransport
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,16 @@ class Bridge:
             self._control = None
 
     def _make_transport(self, run_dir: Path, hf_reference: Path) -> Transport:
+        if self._config.transport in ("p2p", "local"):
+            return PlannedTransport(
+                self._source,
+                self._control,
+                self._lockstep,
+                kind=self._config.transport,
+                bucket_bytes=self._config.bucket_mb * 2**20,
+                verify=self._config.verify,
+                quantization="none",
+            )
         if self._config.transport == "disk":
             return DiskTransport(self._source, self._control, self._lockstep, run_dir / "refit", hf_reference)
         return BroadcastTransport(

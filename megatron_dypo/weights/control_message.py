@@ -98,5 +98,7 @@ def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     if arch["experts"] is not None:
         arch["experts"] = Experts(**arch["experts"])
     engines = tuple(EngineLayout(**engine) for engine in fields["engines"])
-    source = SourceLayout(**fields["source"])
-    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "engines": engines})
+    source = dict(fields["source"])
+    if source["stage_layers"] is not None:
+        source["stage_layers"] = tuple(source["stage_layers"])
+    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": SourceLayout(**source), "engines": engines})

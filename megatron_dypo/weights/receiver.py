@@ -90,9 +90,8 @@ class Session:
         for transfer in transfers:
             links.setdefault(transfer.source, []).append(transfer)
         store.wait([GO], datetime.timedelta(seconds=deadline.remaining()))
-        self._messages = {
-            source: list(cut(of_link, self._element_size, message.slot_bytes)) for source, of_link in links.items()
-        }
+        dtypes = {name: param.dtype for name, param in self._params.items()}
+        self._messages = {source: list(cut(of_link, dtypes, message.slot_bytes)) for source, of_link in links.items()}
         links_here = EngineLinks(
             store=store,
             engine=message.engine,
@@ -124,9 +123,6 @@ class Session:
 
     def close(self) -> None:
         self._links.close()
-
-    def _element_size(self, transfer: Transfer) -> int:
-        return self._params[transfer.target_name].element_size()
 
     def _padded_params(self, transfers: Sequence[Transfer]) -> list[str]:
         """The parameters of which the plan leaves elements out."""

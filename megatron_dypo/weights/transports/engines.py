@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -47,16 +47,19 @@ class Engines:
         self._plan = plan
         self._answers: list[Future[dict[str, Any]]] = []
 
-    def start(self, messages: Sequence[Sequence[ControlMessage]], deadline: Deadline) -> None:
-        """Tell every rank of every engine of a push; does not wait for them."""
+    def start(self, message: ControlMessage, deadline: Deadline) -> None:
+        """Tell every rank of every engine of a push, each at its own place; does not wait for them."""
         bodies: list[dict[str, Any]] = [
             {
-                "serialized_named_tensors": [to_payload(message) for message in of_engine],
+                "serialized_named_tensors": [
+                    to_payload(dataclasses.replace(message, engine=engine, target=target))
+                    for target in range(layout.tensor)
+                ],
                 "load_format": LOADER,
                 # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
                 "flush_cache": True,
             }
-            for of_engine in messages
+            for engine, layout in enumerate(self._plan.engines)
         ]
         self._answers = self._control.start_load(bodies, deadline)
 
@@ -98,8 +101,8 @@ class Engines:
         while not self._store.check([key]):
             if self._answers[engine].done():
                 self._answers[engine].result()
+            if self._answers[engine].done() or self._store.check([report_key(push, engine, target)]):
                 self._read_report(engine, target, push)
-                raise self._error(engine, target, "its loader ended without having sent an inventory")
             deadline.remaining()
             time.sleep(_POLL_S)
         inventory: dict[str, Any] = json.loads(self._store.get(key))

@@ -46,7 +46,9 @@ class Channel:
         except OSError as error:
             raise LinkError(f"shared memory: {_named(error)}") from error
         if heard != what:
-            raise LinkError(f"shared memory: heard {heard!r}, not {what!r}" if heard else "shared memory: closed by peer")
+            raise LinkError(
+                f"shared memory: heard {heard!r}, not {what!r}" if heard else "shared memory: closed by peer"
+            )
 
     def close(self) -> None:
         # Not only close(): another thread may be waiting in recv, which would hold the connection open.

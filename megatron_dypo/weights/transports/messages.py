@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +39,15 @@ class Message:
     num_bytes: int
 
 
-def cut(transfers: Iterable[Transfer], element_size: Callable[[Transfer], int], limit: int) -> Iterator[Message]:
-    """Messages of at most ``limit`` bytes: large parts alone, small ones together.
+def cut(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit: int) -> Iterator[Message]:
+    """Messages of at most ``limit`` bytes, to parameters of the given ``dtypes``: large parts alone, small ones together.
 
     Raises:
         ValueError: one row is longer than ``limit``.
     """
     held: list[Part] = []
     used = 0
-    for part in _parts(transfers, element_size, limit):
+    for part in _parts(transfers, dtypes, limit):
         start = -(-used // _ALIGN) * _ALIGN
         if held and (part.num_bytes >= _ALONE or start + part.num_bytes > limit):
             yield Message(tuple(held), used)
@@ -71,11 +71,11 @@ def part_of(message: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     return message[part.offset : part.offset + part.num_bytes].view(dtype).view(part.rows, -1)
 
 
-def _parts(transfers: Iterable[Transfer], element_size: Callable[[Transfer], int], limit: int) -> Iterator[Part]:
+def _parts(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit: int) -> Iterator[Part]:
     """Transfers, cut by rows where they are longer than ``limit``; offsets are still to come."""
     index = 0
     for transfer in transfers:
-        row_bytes = transfer.cols * element_size(transfer)
+        row_bytes = transfer.cols * dtypes[transfer.target_name].itemsize
         require(row_bytes <= limit, f"message limit={limit}", f"a row of {transfer.target_name} has {row_bytes} bytes")
         rows_at_once = limit // row_bytes
         for first in range(0, transfer.rows, rows_at_once):

@@ -1,48 +1,38 @@
 """Weights shard to shard: each rank sends to each rank of each server exactly the slices that this one needs, once.
 
-The servers are reached by :mod:`megatron_dypo.weights.receiver`, which SGLang loads. What each push tells them is a
+The servers are reached by :mod:`megatron_dypo.weights.receiver`, which SGLang loads. What a push tells them is a
 :class:`ControlMessage`; the links, and a store on which both sides meet, stay open between pushes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.distributed as dist
 
-from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.checksums import Verify
-from megatron_dypo.weights.control_message import ControlMessage, PlanInputs, to_payload
+from megatron_dypo.weights.control_message import ControlMessage, PlanInputs
 from megatron_dypo.weights.deadline import Deadline
-from megatron_dypo.weights.plan import EngineLayout, RefitPlan, SourceLayout, Transfer
+from megatron_dypo.weights.plan import RefitPlan, SourceLayout
 from megatron_dypo.weights.quantized_names import Quantization
-from megatron_dypo.weights.receiver import GO, inventory_key
-from megatron_dypo.weights.sglang_control import ServerError, SGLangControl
-from megatron_dypo.weights.slices import ShardSlices, SliceSource
-from megatron_dypo.weights.transports.answers import Engines
+from megatron_dypo.weights.receiver import GO
+from megatron_dypo.weights.sglang_control import SGLangControl
+from megatron_dypo.weights.slices import ShardSlices
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
-from megatron_dypo.weights.transports.in_threads import run_all
-from megatron_dypo.weights.transports.links import DEPTH, LinkError, Sender
-from megatron_dypo.weights.transports.local import LocalSender
-from megatron_dypo.weights.transports.messages import Message, cut
-from megatron_dypo.weights.transports.p2p import GroupSender
-from megatron_dypo.weights.transports.sending import LinkStart
+from megatron_dypo.weights.transports.engines import Engines, engine_layout
+from megatron_dypo.weights.transports.links import DEPTH
+from megatron_dypo.weights.transports.sources import SourceRank
 from megatron_dypo.weights.transports.update_group import address_towards
 
-CONNECTORS: dict[str, type[GroupSender] | type[LocalSender]] = {"p2p": GroupSender, "local": LocalSender}
-
-_SMALLEST_SLOT = 2**20
-_LARGEST_SLOT = 16 * 2**20
-"""Longer messages gain nothing."""
+_SMALLEST_SLOT, _LARGEST_SLOT = 2**20, 16 * 2**20
+"""Bytes of one staging buffer; larger ones gain nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +40,12 @@ class Meeting:
     """What every trainer rank has to know of a new connection."""
 
     urls: tuple[str, ...]
-    plan: PlanInputs
-    store_host: str
-    store_port: int
-    connection: str
+    message: ControlMessage
+    """To the first rank of the first engine; the others are told the same but for their place."""
 
 
 class PlannedTransport(Transport):
-    """See the module's docstring. ``control`` is None on all ranks but the leader."""
+    """See the module's docstring. ``control`` is None on ranks that lead nothing."""
 
     def __init__(
         self,
@@ -78,11 +66,125 @@ class PlannedTransport(Transport):
         self._bucket_bytes = bucket_bytes
         self._verify = verify
         self._quantization = quantization
-        self._connection: _Connection | None = None
+        self._meeting: Meeting | None = None
+        self._store: dist.Store | None = None
+        self._engines: Engines | None = None
+        self._rank: SourceRank | None = None
+        self._num_pushes = 0
 
     def send(self, version: int, deadline: Deadline) -> int:
-        if self._connection is None:
-            meet = functools.partial(self._meet, deadline) if self._control is not None else None
-            meeting = self._lockstep.gather(self._lockstep.run(meet))[0]
-            self._connection = self._lockstep.run(functools.partial(self._connect, meeting, deadline))
-        ...
+        leads = self._control is not None
+        is_new = self._rank is None
+        if is_new:
+            met = self._lockstep.run(functools.partial(self._meet, deadline) if leads else None)
+            self._meeting = self._lockstep.gather(met)[0]
+        self._lockstep.run(functools.partial(self._announce, version, deadline, is_new) if leads else None)
+        if is_new:
+            self._lockstep.run(functools.partial(self._prepare, deadline))
+        num_bytes = self._lockstep.run(functools.partial(self._transfer, version, deadline, is_new))
+        self._num_pushes += 1
+        return num_bytes or 0
+
+    def reset(self) -> None:
+        if self._rank is not None:
+            self._rank.close()
+        # With its store go the receivers that still wait on it.
+        self._meeting = self._store = self._engines = self._rank = None
+        self._num_pushes = 0
+
+    def close(self) -> None:
+        self.reset()
+
+    def _meet(self, deadline: Deadline) -> Meeting:
+        """Ask the servers for their layouts, and open a store for them."""
+        assert self._control is not None
+        engines = tuple(engine_layout(info) for info in self._control.describe(deadline))
+        inputs = PlanInputs(
+            arch=self._source.arch,
+            source=source_layout(self._source.layout),
+            engines=engines,
+            quantization=self._quantization,
+            element_size=next(iter(self._source.named_params()))[1].element_size(),
+        )
+        plan = inputs.make_plan()
+        host = address_towards(self._control.urls)
+        timeout = datetime.timedelta(seconds=deadline.seconds)
+        store = dist.TCPStore(host, 0, None, True, timeout=timeout, wait_for_workers=False)
+        self._store, self._engines = store, Engines(self._control, store, plan)
+        message = ControlMessage(
+            plan=inputs,
+            engine=0,
+            target=0,
+            transport=self._kind,
+            store_host=host,
+            store_port=store.port,
+            connection=uuid.uuid4().hex,
+            is_new=True,
+            slot_bytes=slot_bytes(plan, self._bucket_bytes),
+            push=0,
+            version=0,
+            verify=self._verify,
+            timeout_s=deadline.seconds,
+        )
+        return Meeting(urls=self._control.urls, message=message)
+
+    def _announce(self, version: int, deadline: Deadline, is_new: bool) -> None:
+        """Tell the engines; of a new connection also hear, and check, what they hold."""
+        assert self._meeting is not None
+        assert self._engines is not None
+        message = dataclasses.replace(
+            self._meeting.message,
+            is_new=is_new,
+            push=self._num_pushes,
+            version=version,
+            timeout_s=deadline.remaining(),
+        )
+        self._engines.start(message, deadline)
+        if is_new:
+            self._engines.check_inventories(self._num_pushes, deadline)
+
+    def _prepare(self, deadline: Deadline) -> None:
+        """Compute this rank's part of the plan."""
+        assert self._meeting is not None
+        message = self._meeting.message
+        if self._store is None:
+            timeout = datetime.timedelta(seconds=deadline.seconds)
+            self._store = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
+        plan, rank = message.plan.make_plan(), self._source.layout.rank
+        self._rank = SourceRank(plan, rank, self._store, self._meeting.urls, message.slot_bytes)
+
+    def _transfer(self, version: int, deadline: Deadline, is_new: bool) -> int:
+        """Send this rank's part; the leader then hears from all engines."""
+        assert self._rank is not None
+        assert self._store is not None
+        if is_new:
+            if self._engines is not None:
+                self._store.set(GO, "")
+            self._rank.connect(self._kind, deadline)
+        slices = ShardSlices(self._source.named_params(), self._source.arch)
+        num_bytes = self._rank.send(slices, version, self._verify, deadline)
+        if self._engines is not None:
+            self._engines.collect(self._num_pushes)
+        return num_bytes
+
+
+def source_layout(layout: Layout) -> SourceLayout:
+    """The trainer's mesh, as plans count it."""
+    return SourceLayout(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        context=layout.context,
+        data=layout.data,
+        expert=layout.expert,
+    )
+
+
+def slot_bytes(plan: RefitPlan, bucket_bytes: int) -> int:
+    """Size of one staging buffer, such that those of all links of any rank make one bucket."""
+    links: Counter[tuple[str, ...] | tuple[str, int, int]] = Counter()
+    for source, engine, target in plan.link_bytes():
+        links["source", source, 0] += 1
+        links["target", engine, target] += 1
+    share = bucket_bytes // (DEPTH * max(links.values()))
+    return min(max(share, _SMALLEST_SLOT), _LARGEST_SLOT) // 4096 * 4096
