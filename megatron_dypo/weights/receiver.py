@@ -51,12 +51,12 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
         store = _open_store(message)
         try:
             report: dict[str, object] = {"bytes": _session(model, message, store).receive(message)}
-        except Exception as error:  # noqa: BLE001, see above
+        except Exception as error:
             logger.exception("push of version %d", message.version)
             report = {"error": str(error) or type(error).__name__}
             _forget()
         store.set(report_key(message.push, message.engine, message.target), json.dumps(report))
-    except Exception:  # noqa: BLE001, see above; the trainer misses the report
+    except Exception:
         logger.exception("push without a report")
         _forget()
 
