@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import WeightsConfig
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.weights.bridge import Bridge, check_names
+from megatron_dypo.weights.bridge import Bridge
 from megatron_dypo.weights.families.registry import family_rows
+from megatron_dypo.weights.push_checks import check_names
 from megatron_dypo.weights.random_model import write_random_model
 from megatron_dypo.weights.transports.base import PushError
 from tests.unit.weights.fake_sglang import KEY, fake_servers
