@@ -207,7 +207,7 @@ class Bridge:
 
     def _expect_one(self, deadline: Deadline) -> None:
         if not self._watch.may_return():
-            raise ServerError(f"no server is left to push to: {', '.join(self._engines.fenced)} are fenced")
+            raise ServerError(f"no server is left to push to: {self._engines.reasons}")
         deadline.remaining()
         time.sleep(_POLL_S)
 

@@ -76,6 +76,11 @@ class Engines:
     def fenced(self) -> tuple[str, ...]:
         return tuple(url for url in self._urls if url in self._reasons)
 
+    @property
+    def reasons(self) -> str:
+        """Why servers are fenced, each reason once."""
+        return "; ".join(dict.fromkeys(self._reasons.values()))
+
     def fence(self, reasons: Mapping[str, str]) -> None:
         """Leave servers out until they rejoin; ``reasons``: URL → why. One that is fenced already stays so, uncounted."""
         for url, reason in reasons.items():
