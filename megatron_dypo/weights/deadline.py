@@ -6,7 +6,7 @@ import time
 
 
 class Deadline:
-    """A moment by which a whole push has to be over."""
+    """A moment by which a push, or one attempt at it, has to be over."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -20,5 +20,13 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"deadline_s={self.seconds:g} passed")
+            raise TimeoutError(f"the {self.seconds:g} s that it may take have passed")
         return left
+
+    def half(self) -> Deadline:
+        """A deadline at half of the time that is left, so that as much is left after it.
+
+        Raises:
+            TimeoutError: none is.
+        """
+        return Deadline(self.remaining() / 2)

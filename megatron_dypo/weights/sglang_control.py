@@ -66,6 +66,7 @@ class SGLangControl:
         if not urls:
             raise ValueError("urls=(): a push needs at least one SGLang server")
         self.urls = tuple(url.rstrip("/") for url in urls)
+        """The servers that get the calls; set between two attempts at a push, never within one."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)
@@ -79,10 +80,11 @@ class SGLangControl:
 
     # One method for each route.
 
-    def describe(self, deadline: Deadline) -> list[ServerInfo]:
-        """Model, version and parallel sizes of each server, in the order of ``urls``."""
-        models = self._all("GET", "/model_info", None, deadline)
-        servers = self._all("GET", "/server_info", None, deadline)
+    def describe(self, deadline: Deadline, urls: Sequence[str] | None = None) -> list[ServerInfo]:
+        """Model, version and parallel sizes of each server, in the order of ``urls`` (None: the control's own)."""
+        urls = self.urls if urls is None else urls
+        models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
+        servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
         return [
             ServerInfo(
                 url=url,
@@ -95,7 +97,7 @@ class SGLangControl:
                 expert_parallel=int(server.get("ep_size", 1)),
                 custom_loaders=tuple(server.get("custom_weight_loader") or ()),
             )
-            for url, model, server in zip(self.urls, models, servers, strict=True)
+            for url, model, server in zip(urls, models, servers, strict=True)
         ]
 
     def weight_versions(self, deadline: Deadline) -> list[str]:
@@ -150,26 +152,31 @@ class SGLangControl:
         """Load an HF folder that every server can read, and forget cached prefixes."""
         self._all("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": True}, deadline)
 
-    def attempt(self, steps: Sequence[tuple[str, Answer]], timeout_s: float) -> list[str]:
-        """POST ``(path, body)`` after ``(path, body)`` to each server, whatever is refused; returns what went wrong.
+    def attempt(
+        self, steps: Sequence[tuple[str, Answer | None]], timeout_s: float, urls: Sequence[str] | None = None
+    ) -> list[ServerError]:
+        """Call ``(path, body)`` after ``(path, body)`` on each server, whatever is refused; returns what went wrong.
 
-        A server that spends all of ``timeout_s`` is asked no more.
+        A body of None makes a GET, any other a POST. ``urls``: None: the control's own. A server that spends all of
+        ``timeout_s`` is asked no more.
         """
 
-        async def one_server(session: aiohttp.ClientSession, url: str) -> list[str]:
+        async def one_server(session: aiohttp.ClientSession, url: str) -> list[ServerError]:
             errors, deadline = [], Deadline(timeout_s)
             for path, body in steps:
+                method = "GET" if body is None else "POST"
                 try:
-                    await self._call(session, "POST", url, path, body, deadline.remaining())
+                    await self._call(session, method, url, path, body, deadline.remaining())
                 except ServerError as error:
-                    errors.append(str(error))
+                    errors.append(error)
                 except TimeoutError:
                     break
             return errors
 
-        async def every_server() -> list[str]:
+        async def every_server() -> list[ServerError]:
             async with self._session() as session:
-                outcomes = await asyncio.gather(*(one_server(session, url) for url in self.urls))
+                targets = self.urls if urls is None else urls
+                outcomes = await asyncio.gather(*(one_server(session, url) for url in targets))
             return [error for errors in outcomes for error in errors]
 
         return self._submit(every_server()).result()
@@ -187,13 +194,15 @@ class SGLangControl:
         deadline: Deadline,
         *,
         fail_fast: bool,
+        urls: Sequence[str] | None = None,
     ) -> Future[list[Answer]]:
-        bodies = [body] * len(self.urls) if body is None or isinstance(body, Mapping) else list(body)
+        urls = self.urls if urls is None else urls
+        bodies = [body] * len(urls) if body is None or isinstance(body, Mapping) else list(body)
         try:
             timeout_s = deadline.remaining()
         except TimeoutError as error:
-            raise ServerError(f"{method} {path} was not sent to {', '.join(self.urls)}: {error}") from error
-        return self._submit(self._fan_out(method, path, bodies, timeout_s, fail_fast))
+            raise ServerError(f"{method} {path} was not sent to {', '.join(urls)}: {error}") from error
+        return self._submit(self._fan_out(method, path, list(zip(urls, bodies, strict=True)), timeout_s, fail_fast))
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -203,10 +212,9 @@ class SGLangControl:
         return aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0))
 
     async def _fan_out(
-        self, method: str, path: str, bodies: Sequence[Answer | None], timeout_s: float, fail_fast: bool
+        self, method: str, path: str, calls: Sequence[tuple[str, Answer | None]], timeout_s: float, fail_fast: bool
     ) -> list[Answer]:
         async with self._session() as session:
-            calls = zip(self.urls, bodies, strict=True)
             tasks = [asyncio.create_task(self._call(session, method, url, path, b, timeout_s)) for url, b in calls]
             try:
                 when = asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.families.registry import match
 from megatron_dypo.weights.gather import iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.weights.hf_write import TensorSpec
-from megatron_dypo.weights.sglang_control import Deadline, ServerError
+from megatron_dypo.weights.sglang_control import ServerError
 
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ A source listens in a folder that only this user can enter, until all its target
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import tempfile
@@ -52,10 +53,8 @@ class Channel:
 
     def close(self) -> None:
         # Not only close(): another thread may be waiting in recv, which would hold the connection open.
-        try:
+        with contextlib.suppress(OSError):  # the other side closed first
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side closed first
         self._connection.close()
         self.ring.close()
 

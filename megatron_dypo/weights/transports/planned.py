@@ -26,9 +26,9 @@ from megatron_dypo.weights.receiver import GO
 from megatron_dypo.weights.sglang_control import SGLangControl
 from megatron_dypo.weights.slices import ShardSlices
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
-from megatron_dypo.weights.transports.engines import Engines, engine_layout
 from megatron_dypo.weights.transports.links import DEPTH
 from megatron_dypo.weights.transports.sources import SourceRank
+from megatron_dypo.weights.transports.targets import Targets, engine_layout
 from megatron_dypo.weights.transports.update_group import address_towards
 
 _SMALLEST_SLOT, _LARGEST_SLOT = 2**20, 16 * 2**20
@@ -56,7 +56,7 @@ class PlannedTransport(Transport):
         kind: Literal["p2p", "local"],
         bucket_bytes: int,
         verify: Verify,
-        quantization: Quantization,
+        quantization: Quantization = "none",
     ) -> None:
         """``bucket_bytes``: limit of all staging buffers of a rank together."""
         self._source = source
@@ -68,7 +68,7 @@ class PlannedTransport(Transport):
         self._quantization = quantization
         self._meeting: Meeting | None = None
         self._store: dist.Store | None = None
-        self._engines: Engines | None = None
+        self._targets: Targets | None = None
         self._rank: SourceRank | None = None
         self._num_pushes = 0
 
@@ -89,7 +89,7 @@ class PlannedTransport(Transport):
         if self._rank is not None:
             self._rank.close()
         # With its store go the receivers that still wait on it.
-        self._meeting = self._store = self._engines = self._rank = None
+        self._meeting = self._store = self._targets = self._rank = None
         self._num_pushes = 0
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class PlannedTransport(Transport):
         host = address_towards(self._control.urls)
         timeout = datetime.timedelta(seconds=deadline.seconds)
         store = dist.TCPStore(host, 0, None, True, timeout=timeout, wait_for_workers=False)
-        self._store, self._engines = store, Engines(self._control, store, plan)
+        self._store, self._targets = store, Targets(self._control, store, plan)
         message = ControlMessage(
             plan=inputs,
             engine=0,
@@ -131,7 +131,7 @@ class PlannedTransport(Transport):
     def _announce(self, version: int, deadline: Deadline, is_new: bool) -> None:
         """Tell the engines; of a new connection also hear, and check, what they hold."""
         assert self._meeting is not None
-        assert self._engines is not None
+        assert self._targets is not None
         message = dataclasses.replace(
             self._meeting.message,
             is_new=is_new,
@@ -139,9 +139,9 @@ class PlannedTransport(Transport):
             version=version,
             timeout_s=deadline.remaining(),
         )
-        self._engines.start(message, deadline)
+        self._targets.start(message, deadline)
         if is_new:
-            self._engines.check_inventories(self._num_pushes, deadline)
+            self._targets.check_inventories(self._num_pushes, deadline)
 
     def _prepare(self, deadline: Deadline) -> None:
         """Compute this rank's part of the plan."""
@@ -158,13 +158,13 @@ class PlannedTransport(Transport):
         assert self._rank is not None
         assert self._store is not None
         if is_new:
-            if self._engines is not None:
+            if self._targets is not None:
                 self._store.set(GO, "")
             self._rank.connect(self._kind, deadline)
         slices = ShardSlices(self._source.named_params(), self._source.arch)
         num_bytes = self._rank.send(slices, version, self._verify, deadline)
-        if self._engines is not None:
-            self._engines.collect(self._num_pushes)
+        if self._targets is not None:
+            self._targets.collect(self._num_pushes)
         return num_bytes
 
 

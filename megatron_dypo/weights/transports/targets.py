@@ -38,8 +38,8 @@ def engine_layout(info: ServerInfo) -> EngineLayout:
     return EngineLayout(tensor=info.tensor_parallel, expert=info.expert_parallel)
 
 
-class Engines:
-    """The servers of one connection."""
+class Targets:
+    """All ranks of the servers of one connection."""
 
     def __init__(self, control: SGLangControl, store: dist.Store, plan: RefitPlan) -> None:
         self._control = control
