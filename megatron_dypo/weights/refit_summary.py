@@ -11,7 +11,7 @@ from megatron_dypo.rules import require
 from megatron_dypo.weights.plan import RefitPlan
 
 _LARGEST = 8
-_SIMULTANEOUS = 1e-9
+_ROUNDING_BYTES = 1e-3
 
 Link = tuple[int, int, int]
 """Source rank, engine, rank of the engine."""
@@ -83,7 +83,7 @@ def predict(phases: Mapping[int, Sequence[Mapping[Target, int]]], bandwidth: flo
         now += step
         for source in list(left):
             left[source] -= speeds[source] * step
-            if left[source] <= _SIMULTANEOUS * bandwidth:
+            if left[source] <= _ROUNDING_BYTES:
                 queues[source].pop()
                 if queues[source]:
                     shares[source], left[source] = _shares(queues[source][-1]), float(sum(queues[source][-1].values()))
