@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.rules import require
+from megatron_dypo.rules import require, require_positive
 from megatron_dypo.weights.families.table import LAYER
 from megatron_dypo.weights.rectangles import Rectangle
 
@@ -28,6 +28,9 @@ class EngineLayout:
     """``--tp-size``."""
     expert: int = 1
     """``--ep-size``: the ranks hold 1/expert of the experts each, split over tensor / expert of them."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tensor", "expert")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,6 @@ def served_tensors(arch: Architecture, engine: EngineLayout, target: int) -> lis
 def check_engine(arch: Architecture, engine: EngineLayout) -> None:
     """Raise ValueError unless SGLang can hold the architecture without padded heads or features."""
     tensor, expert, kv_heads = engine.tensor, engine.expert, arch.num_key_value_heads
-    require(tensor >= 1 and expert >= 1, f"engine tensor={tensor}, expert={expert}", "must be positive")
     _require_divides(tensor, "num_attention_heads", arch.num_attention_heads)
     require(
         kv_heads % tensor == 0 or tensor % kv_heads == 0,
