@@ -150,41 +150,31 @@ def rank_push(target: Target, first: str, second: str) -> dict[str, Any]:
 
 
 def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any]:
-    """A push during which the last server is killed, then one to the server that is left."""
-    from megatron_dypo.weights.transports.base import PushError
-
+    """A push during which the last server is killed, while requests are in flight on the first."""
     trainer = Trainer(target)
     trainer.become(weights)
-    victim, survivors = target.urls[-1], target.urls[:-1]
+    victim, survivor = target.urls[-1], target.urls[0]
     armed = threading.Event()
 
     def params() -> Iterator[tuple[str, Any]]:
         for index, pair in enumerate(trainer.params()):
             if armed.is_set() and trainer.layout.rank == 0 and index == 10:
+                armed.clear()
                 kill_server(victim)
             yield pair
 
-    bridge = trainer.bridge(params=params, deadline_s=40.0)
+    is_first = trainer.layout.rank == 0
+    bridge = trainer.bridge(params=params, deadline_s=80.0)
     bridge.push(VERSIONS["resumed"])
     armed.set()
+    running = Running(target, survivor) if is_first else None
     start = time.monotonic()
-    error = ""
-    try:
-        bridge.push(VERSIONS["resumed"] + 1)
-    except PushError as caught:
-        error = str(caught)
-    seconds = time.monotonic() - start
-    bridge.close()
-    seen: dict[str, Any] = {"error": error, "seconds": seconds}
-    if trainer.layout.rank == 0:
-        # Paused servers would not answer.
-        meta = ask(target, survivors[0], "/generate", {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 4}})
-        seen["marked"] = meta["meta_info"]["weight_version"]
-    bridge = trainer.bridge(urls=survivors)
-    bridge.push(VERSIONS["resumed"] + 2)
-    if trainer.layout.rank == 0:
-        seen["version"] = ask(target, survivors[0], "/model_info")["weight_version"]
-        seen["checksums"] = checksums(target, survivors[0])
+    report = bridge.push(VERSIONS["resumed"] + 1)
+    seen = {"report": report, "serving": bridge.serving, "seconds": time.monotonic() - start}
+    if running is not None:
+        seen["in flight"] = running.meta()
+        seen["version"] = ask(target, survivor, "/model_info")["weight_version"]
+        seen["checksums"] = checksums(target, survivor)
     bridge.close()
     return seen
 
