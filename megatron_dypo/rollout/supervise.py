@@ -36,14 +36,14 @@ class Supervised:
         self._num_starts = 0
         self._started_at = 0.0
         self._is_up = True
-        self._death: ServerDiedError | None = None
+        self._given_up: str | None = None
         self._untold: str | None = None
         self._lock = threading.Lock()
 
     @property
-    def given_up(self) -> ServerDiedError | None:
-        """How it ended, if it is dead and stays so."""
-        return self._death
+    def given_up(self) -> str | None:
+        """How it ended, with the end of its log, if it is dead and stays so."""
+        return self._given_up
 
     def take_death(self) -> str | None:
         """How the server last ended, if it did since the last call; it may run again by now."""
@@ -54,25 +54,26 @@ class Supervised:
     def poll(self) -> None:
         """Look after the server: start it again if it has ended."""
         with self._lock:
-            if self._death is not None:
+            if self._given_up is not None:
                 return
+            ending = self.process.ending()
+            if ending is not None:
+                self._untold = ending
+                self._restart(ending)
+            elif not self._is_up:
+                self._await_health()
+
+    def _restart(self, ending: str) -> None:
+        if self._num_starts == self._restarts:
             try:
                 self.process.check()
             except ServerDiedError as error:
-                self._restart(error)
-                return
-            if not self._is_up:
-                self._await_health()
-
-    def _restart(self, death: ServerDiedError) -> None:
-        self._untold = str(death).splitlines()[0]
-        if self._num_starts == self._restarts:
-            self._death = death
-            _log.error("%s\nrollout.servers.restarts=%d: it is not started again", death, self._restarts)
+                self._given_up = str(error)
+            _log.error("%s\nrollout.servers.restarts=%d: it is not started again", self._given_up, self._restarts)
             return
         self._num_starts += 1
         self._is_up, self._started_at = False, time.monotonic()
-        _log.warning("%s\nstarting it again (%d of %d times)", death, self._num_starts, self._restarts)
+        _log.warning("%s; starting it again (%d of %d times)", ending, self._num_starts, self._restarts)
         self._start()
 
     def _await_health(self) -> None:
@@ -104,7 +105,7 @@ class Supervisor:
         """
         ends = [server.given_up for server in self.servers]
         if all(ends):
-            raise ServerDiedError("no SGLang server is left: " + "\n".join(map(str, ends)))
+            raise ServerDiedError("no SGLang server is left: " + "\n".join(filter(None, ends)))
 
     def stop(self) -> None:
         """No server is started again once this returns."""
