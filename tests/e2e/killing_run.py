@@ -56,7 +56,7 @@ class Killer:
         self._under_way = threading.Timer(delay_s, kill_server, [url])
         self._under_way.start()
 
-    def await_all(self, deadline_s: float = 200.0) -> None:
+    def await_all(self, deadline_s: float = 600.0) -> None:
         """Until every server answers."""
         if self._under_way is not None:
             self._under_way.join()
