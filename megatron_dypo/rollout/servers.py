@@ -45,7 +45,6 @@ class ServerPool:
                 their logs.
         """
         if self._supervisor is not None:
-            self._supervisor.poll()
             self._supervisor.check()
             return
         for process in self._processes:

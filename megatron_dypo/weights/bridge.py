@@ -154,12 +154,12 @@ class Bridge:
     def _gather_servers(self, push: _Push) -> None:
         """Fence the servers that were lost since the last push, take in those that answer again."""
         before = self.serving
-        lost = self._led(lambda: dict(self._watch.take_lost()))
-        self._engines.fence(lost)
-        if lost:
+        self._fence_lost()
+        if self.serving != before:
             self._transport.reset()
+        left = self.serving
         self._take_in(push)
-        if not lost and self.serving != before:
+        if self.serving != left == before:
             self._transport.close()  # in order, telling those that are served by the old connections
         self._await_one(push)
         self._point_control()
@@ -193,6 +193,9 @@ class Bridge:
         self._is_dirty = False
         return num_bytes
 
+    def _fence_lost(self) -> None:
+        self._engines.fence(self._led(lambda: dict(self._watch.take_lost())))
+
     def _take_in(self, push: _Push) -> None:
         fenced = self._engines.fenced
         if fenced:
@@ -207,6 +210,7 @@ class Bridge:
             PushError: none will, or none did before the deadline.
         """
         while not self.serving:
+            self._fence_lost()  # so that the next push does not take a server for lost that this one saw back
             self._take_in(push)
             if not self.serving:
                 self._lead(functools.partial(self._expect_one, push.deadline))

@@ -24,9 +24,5 @@ class Deadline:
         return left
 
     def half(self) -> Deadline:
-        """A deadline at half of the time that is left, so that as much is left after it.
-
-        Raises:
-            TimeoutError: none is.
-        """
-        return Deadline(self.remaining() / 2)
+        """A deadline at half of the time that is left, so that as much is left after it. It may have passed."""
+        return Deadline(max(self._end - time.monotonic(), 0.0) / 2)
