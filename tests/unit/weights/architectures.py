@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.architecture import FAMILIES, Architecture, Experts
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
@@ -37,7 +37,7 @@ def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
     tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     kv_heads = tp_size * draw(st.integers(1, 3))
     arch = make_arch(
-        draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
+        draw(st.sampled_from(FAMILIES)),
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
         num_key_value_heads=kv_heads,
