@@ -23,8 +23,9 @@ from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.plan import RefitPlan, SourceLayout
 from megatron_dypo.weights.quantized_names import Quantization
 from megatron_dypo.weights.receiver import GO
+from megatron_dypo.weights.shard_quantizer import ShardQuantizer
 from megatron_dypo.weights.sglang_control import SGLangControl
-from megatron_dypo.weights.slices import ShardSlices
+from megatron_dypo.weights.slices import ShardSlices, SliceSource
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
 from megatron_dypo.weights.transports.links import DEPTH
 from megatron_dypo.weights.transports.sources import SourceRank
@@ -161,11 +162,17 @@ class PlannedTransport(Transport):
             if self._targets is not None:
                 self._store.set(GO, "")
             self._rank.connect(self._kind, deadline)
-        slices = ShardSlices(self._source.named_params(), self._source.arch)
-        num_bytes = self._rank.send(slices, version, self._verify, deadline)
+        num_bytes = self._rank.send(self._slices(), version, self._verify, deadline)
         if self._targets is not None:
             self._targets.collect(self._num_pushes)
         return num_bytes
+
+    def _slices(self) -> SliceSource:
+        """Collective over tensor-parallel groups where weights are quantised."""
+        source = self._source
+        if self._quantization == "none":
+            return ShardSlices(source.named_params(), source.arch)
+        return ShardQuantizer(source.named_params(), source.arch, source.layout, self._quantization)
 
 
 def source_layout(layout: Layout) -> SourceLayout:
@@ -177,6 +184,7 @@ def source_layout(layout: Layout) -> SourceLayout:
         context=layout.context,
         data=layout.data,
         expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
     )
 
 
