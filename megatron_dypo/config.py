@@ -302,6 +302,12 @@ class WeightsConfig:
     verify: Literal["off", "sampled", "full"] = "sampled"
     """Compare checksums of what was sent and received by ``p2p`` and ``local``: of nothing, of a sixteenth (others in
     each version), of all."""
+    quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
+    """What ``p2p`` and ``local`` make of linear weights before they send them, for servers of such a model: FP8 e4m3
+    with a scale for each block of 128×128 (DeepSeek's format) or for each row."""
+    release_memory: bool = False
+    """Let servers give their memory back while the trainer needs it, for servers that the run starts on its own GPUs
+    (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
     bucket_mb: int = 512
     """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
     in_flight: Literal["pause", "abort"] = "pause"
@@ -312,6 +318,11 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mb", "deadline_s")
+        require(
+            self.quantize == "none" or self.transport not in ("broadcast", "disk"),
+            f"weights.quantize={self.quantize}",
+            f"needs transport auto, p2p or local, got {self.transport}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +406,11 @@ class Config:
             self.score.policy == "trainer" or not self.objective.importance.is_on(),
             "objective.importance",
             "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
+        )
+        require(
+            not (self.weights.release_memory and self.rollout.servers.urls),
+            "weights.release_memory=true",
+            "needs servers that the run starts: those of rollout.servers.urls may serve others",
         )
         whole = self.objective.needs_whole_sequences()
         require(

@@ -112,6 +112,10 @@ class SGLangControl:
         """Generate again."""
         self._all("POST", "/continue_generation", {}, deadline)
 
+    def resume_memory(self, url: str, deadline: Deadline) -> None:
+        """Give one server the memory back that it let go, for weights that are still to come."""
+        self._start("POST", "/resume_memory_occupation", {}, deadline, fail_fast=False, urls=(url,)).result()
+
     def begin_update(self, deadline: Deadline) -> None:
         """Open a weight-update session; one that a dead trainer left open is closed first."""
         try:

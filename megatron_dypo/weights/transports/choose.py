@@ -6,7 +6,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_dypo.weights.deadline import Deadline
@@ -16,7 +16,6 @@ from megatron_dypo.weights.transports.targets import engine_layout
 from megatron_dypo.weights.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
-"""The best first."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -33,7 +32,7 @@ class ChosenTransport(Transport):
         control: SGLangControl | None,
         lockstep: Lockstep,
     ) -> None:
-        """``control``: on the leader, None elsewhere."""
+        """``make``: the transports that can be had; ``control``: on the leader, None elsewhere."""
         self._requested = requested
         self._make = make
         self._control = control
@@ -57,29 +56,37 @@ class ChosenTransport(Transport):
             self._chosen.close()
 
     def _choose(self, control: SGLangControl, one_host: bool, deadline: Deadline) -> Kind:
-        kind, reason = choose(self._requested, control.describe(deadline), one_host)
+        kind, reason = choose(self._requested, control.describe(deadline), one_host, tuple(self._make))
         logger.info("weights go to the servers by transport=%s: %s", kind, reason)
         return kind
 
 
 def choose(
-    requested: Literal["auto", "local", "p2p", "broadcast"], infos: Sequence[ServerInfo], one_host: bool
+    requested: Literal["auto", "local", "p2p", "broadcast"],
+    infos: Sequence[ServerInfo],
+    one_host: bool,
+    offered: Sequence[Kind],
 ) -> tuple[Kind, str]:
     """The transport, and why; ``one_host``: all trainer ranks are on this host.
 
     Raises:
-        ServerError: the requested one is not possible.
+        ServerError: the requested one is not possible; with ``auto``, none is.
     """
-    problems: dict[Kind, str | None] = {"broadcast": None, "p2p": _planned_problem(infos)}
-    problems["local"] = problems["p2p"] or _local_problem(infos, one_host)
+    planned = _planned_problem(infos)
+    problems: dict[Kind, str | None] = {
+        "local": planned or _local_problem(infos, one_host),
+        "p2p": planned,
+        "broadcast": None if "broadcast" in offered else "it does not quantise (weights.quantize)",
+    }
     if requested != "auto":
         if problem := problems[requested]:
             raise ServerError(f"weights.transport={requested}: {problem}")
         return requested, "as configured"
-    kinds: tuple[Kind, ...] = get_args(Kind)
-    kind = next(kind for kind in kinds if problems[kind] is None)
-    refused = [f"not {kind}: {problem}" for kind, problem in problems.items() if problem]
-    return kind, "; ".join(dict.fromkeys(refused)) or "trainer and servers share this host"
+    possible = [kind for kind, problem in problems.items() if problem is None]
+    refused = "; ".join(f"not {kind}: {problem}" for kind, problem in problems.items() if problem)
+    if not possible:
+        raise ServerError(f"weights.transport=auto: {refused}")
+    return possible[0], refused or "trainer and servers share this host"
 
 
 def host_id() -> str:

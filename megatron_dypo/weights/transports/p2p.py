@@ -28,16 +28,21 @@ class GroupSender(Sender):
     def __init__(self, group: Any, links: EngineLinks) -> None:
         self._group = group
         self._links = links
+        self._ends: dict[int, _GroupOutgoing] = {}
 
     @classmethod
     def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> GroupSender:
         return cls(_join(links, links.sources.index(rank), deadline), links)
 
     def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        return _GroupOutgoing(self._group, len(self._links.sources) + target, self._links.slot_bytes, deadline)
+        peer = len(self._links.sources) + target
+        self._ends[target] = _GroupOutgoing(self._group, peer, self._links.slot_bytes, deadline)
+        return self._ends[target]
 
     def close(self) -> None:
         self._group = None  # the sockets close with the last reference
+        for end in self._ends.values():
+            end.abandon()
 
 
 class GroupReceiver(Receiver):
@@ -46,16 +51,21 @@ class GroupReceiver(Receiver):
     def __init__(self, group: Any, links: EngineLinks) -> None:
         self._group = group
         self._links = links
+        self._ends: dict[int, _GroupIncoming] = {}
 
     @classmethod
     def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> GroupReceiver:
         return cls(_join(links, len(links.sources) + target, deadline), links)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
-        return _GroupIncoming(self._group, self._links.sources.index(source), self._links.slot_bytes, deadline)
+        peer = self._links.sources.index(source)
+        self._ends[source] = _GroupIncoming(self._group, peer, self._links.slot_bytes, deadline)
+        return self._ends[source]
 
     def close(self) -> None:
         self._group = None
+        for end in self._ends.values():
+            end.abandon()
 
 
 def _join(links: EngineLinks, rank: int, deadline: Deadline) -> Any:
@@ -93,6 +103,11 @@ class _GroupOutgoing(Outgoing):
         self._wait_below(1)
         device.synchronize()
 
+    def abandon(self) -> None:
+        """Let go of the group, and of work under way, which holds its sockets open."""
+        self._group = None
+        self._pending.clear()
+
     def _wait_below(self, limit: int) -> None:
         while len(self._pending) >= limit:
             work, _ = self._pending.popleft()
@@ -128,6 +143,11 @@ class _GroupIncoming(Incoming):
         with _named_errors():
             work.wait(_timeout(self._deadline))
         return buffer
+
+    def abandon(self) -> None:
+        """As of the other end."""
+        self._group = None
+        self._pending.clear()
 
     def release(self) -> None:
         if self._taken is not None:

@@ -23,10 +23,11 @@ from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.plan import RefitPlan, SourceLayout
 from megatron_dypo.weights.quantized_names import Quantization
 from megatron_dypo.weights.receiver import GO
-from megatron_dypo.weights.shard_quantizer import ShardQuantizer
 from megatron_dypo.weights.sglang_control import SGLangControl
+from megatron_dypo.weights.shard_quantizer import ShardQuantizer
 from megatron_dypo.weights.slices import ShardSlices, SliceSource
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
+from megatron_dypo.weights.transports.in_threads import let_go
 from megatron_dypo.weights.transports.links import DEPTH
 from megatron_dypo.weights.transports.sources import SourceRank
 from megatron_dypo.weights.transports.targets import Targets, engine_layout
@@ -74,6 +75,15 @@ class PlannedTransport(Transport):
         self._num_pushes = 0
 
     def send(self, version: int, deadline: Deadline) -> int:
+        try:
+            num_bytes = self._send(version, deadline)
+        except RuntimeError as error:
+            let_go(error)
+            raise
+        self._num_pushes += 1
+        return num_bytes
+
+    def _send(self, version: int, deadline: Deadline) -> int:
         leads = self._control is not None
         is_new = self._rank is None
         if is_new:
@@ -82,14 +92,12 @@ class PlannedTransport(Transport):
         self._lockstep.run(functools.partial(self._announce, version, deadline, is_new) if leads else None)
         if is_new:
             self._lockstep.run(functools.partial(self._prepare, deadline))
-        num_bytes = self._lockstep.run(functools.partial(self._transfer, version, deadline, is_new))
-        self._num_pushes += 1
-        return num_bytes or 0
+        return self._lockstep.run(functools.partial(self._transfer, version, deadline, is_new)) or 0
 
     def reset(self) -> None:
         if self._rank is not None:
             self._rank.close()
-        # With its store go the receivers that still wait on it.
+        # With the last reference to the store go the receivers that still wait on it.
         self._meeting = self._store = self._targets = self._rank = None
         self._num_pushes = 0
 

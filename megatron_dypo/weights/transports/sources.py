@@ -24,6 +24,8 @@ from megatron_dypo.weights.transports.sending import LinkStart
 
 CONNECTORS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
 
+_FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+
 Link = tuple[int, int]
 """An engine, and a tensor-parallel rank of it."""
 
@@ -35,7 +37,7 @@ class SourceRank:
         """Reads the inventories from the store.
 
         Raises:
-            ServerError: an engine on another kind of device.
+            ServerError: an engine on another kind of device, or whose parameters have other types than the plan's.
         """
         self._plan = plan
         self._rank = rank
@@ -50,6 +52,8 @@ class SourceRank:
             transfers.setdefault((transfer.engine, transfer.target), []).append(transfer)
         for link, of_link in transfers.items():
             dtypes = self._dtypes[link] = self._read_dtypes(link)
+            for transfer in of_link:
+                self._require_dtype(transfer, dtypes[transfer.target_name])
             self._messages[link] = list(cut(of_link, dtypes, slot_bytes))
 
     def connect(self, transport: str, deadline: Deadline) -> None:
@@ -106,6 +110,16 @@ class SourceRank:
         if errors:
             lost = {f"{self._urls[engine]}: rank {target}: {error}" for (engine, target), error in errors.items()}
             raise ServerError("; ".join(sorted(lost)), *{self._urls[engine] for engine, _ in errors})
+
+    def _require_dtype(self, transfer: Transfer, dtype: torch.dtype) -> None:
+        """Quantised weights and their scales arrive as they are; others may be rounded on their way."""
+        is_quantized = self._plan.encoding.is_quantized(transfer.hf_name)
+        wanted = (torch.float8_e4m3fn,) if is_quantized else (torch.float32,) if transfer.part == "scale" else _FLOATS
+        if dtype not in wanted:
+            url, encoding = self._urls[transfer.engine], self._plan.encoding.quantization
+            raise ServerError(
+                f"{url}: {transfer.target_name} is {dtype}: weights.quantize={encoding} sends {wanted[0]}", url
+            )
 
     def _read_dtypes(self, link: Link) -> dict[str, torch.dtype]:
         inventory = json.loads(self._store.get(inventory_key(*link)))
