@@ -94,6 +94,11 @@ class Targets:
         if errors:
             raise ServerError("; ".join(map(str, errors)), *(url for error in errors for url in error.urls))
 
+    def close(self) -> None:
+        """Wait for no more answers."""
+        for answer in self._answers:
+            answer.cancel()
+
     def _ranks(self) -> list[tuple[int, int]]:
         return [(e, target) for e, layout in enumerate(self._plan.engines) for target in range(layout.tensor)]
 
