@@ -66,13 +66,15 @@ class ParallelConfig:
     context: int = 1
     """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
-    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage; an
-    expert itself is never split."""
+    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
+    expert_tensor: int = 1
+    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage; whatever
+    ``tensor`` is, 1 keeps experts whole."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "tensor", "pipeline", "context", "expert")
+        require_positive(self, "tensor", "pipeline", "context", "expert", "expert_tensor")
         require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
@@ -85,10 +87,15 @@ class ParallelConfig:
                 f"must be a multiple of tensor × pipeline × context = {model_size}",
             )
             require(
-                self.num_processes // self.pipeline % self.expert == 0,
-                f"expert={self.expert}",
+                self.num_processes // self.pipeline % self.expert_ranks == 0,
+                f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
                 f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
             )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold all experts of a layer once."""
+        return self.expert * self.expert_tensor
 
 
 @dataclass(frozen=True, kw_only=True)

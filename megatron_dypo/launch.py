@@ -39,7 +39,8 @@ def check_inputs(config: Config) -> list[str]:
 def num_processes(config: Config) -> int:
     """Ranks that the config asks for on this machine."""
     parallel = config.parallel
-    return parallel.num_processes or parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
+    stage = math.lcm(parallel.tensor * parallel.context, parallel.expert_ranks)
+    return parallel.num_processes or parallel.pipeline * stage
 
 
 def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:

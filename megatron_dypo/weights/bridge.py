@@ -138,7 +138,8 @@ class Bridge:
 
     def _held_names(self) -> list[str]:
         """The HF tensors that leave this rank."""
-        check_shapes(self._source.params(), self._source.arch, self._source.layout.tensor)
+        layout = self._source.layout
+        check_shapes(self._source.params(), self._source.arch, layout.tensor, layout.expert_tensor)
         return [spec.name for spec in self._source.specs()]
 
     def _check_servers(self, deadline: Deadline) -> None:
@@ -185,14 +186,17 @@ class Bridge:
         return self._control
 
 
-def check_shapes(named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int) -> None:
+def check_shapes(
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int, etp_size: int = 1
+) -> None:
     """That the parameters of one rank are what the rules of their family ask for.
 
     Raises:
         ValueError: a parameter without a rule, or of another shape than its rule makes.
     """
     for name, param in named_params:
-        expected = match(name, arch).rule.mcore_shape(arch, tp_size)
+        row = match(name, arch)
+        expected = row.rule.mcore_shape(arch, etp_size if row.is_expert else tp_size)
         if tuple(param.shape) != expected:
             raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture asks for {expected}")
 

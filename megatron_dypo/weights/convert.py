@@ -133,7 +133,14 @@ def _stage(row: Row, arch: Architecture, pipeline_parallel: int) -> int:
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
-    """What one rank writes of one parameter; it is read once, when the first of its chunks is."""
+    """What one rank writes of one parameter; it is read once, when the first of its chunks is.
+
+    Experts are written whole by the first tensor-parallel rank, as a run without expert tensor parallelism does.
+    """
+    if row.is_expert:
+        if tp_rank > 0:
+            return
+        tp_size = 1
     key, index = stored_key(row.mcore, arch)
     whole, dim = row.rule.stored_shape(arch, tp_size), row.rule.tp_dim or 0
 

@@ -28,8 +28,8 @@ def export_hf(
     """Write the policy as the HF folder ``out_dir``, which appears whole, replacing an older one.
 
     Every rank passes its parameters, named with global indices; ranks that hold only copies of what others write return
-    at once, the others reach one file system. Tensors are gathered over TP one by one, never over PP; experts are written
-    by the ranks that own them. Configuration and tokenizer come from ``reference_hf_path``.
+    at once, the others reach one file system. Tensors are gathered over TP (of experts: ETP) one by one, never over PP;
+    experts are written by the ranks that own them. Configuration and tokenizer come from ``reference_hf_path``.
 
     Raises:
         ValueError: a parameter that no rule matches, before anything is written.
@@ -42,7 +42,7 @@ def export_hf(
     if layout.is_global_leader:
         start_folder(out_dir)
     dist.barrier(group=layout.senders_group)
-    tensors = iter_hf_tensors(params, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = iter_hf_tensors(params, arch, layout)
     total = sum(spec.num_bytes for spec in specs)
     with progress(total, f"export of stage {layout.pp_rank}", "bytes", enabled=layout.is_global_leader) as bar:
         write_parts(partial_path(out_dir), part_name(layout), specs, tensors, bar, max_file_bytes)

@@ -158,7 +158,6 @@ class RowParallel(Rule):
         return (self.shape(arch),)
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        check_tensor_parallel(arch, tp_size)
         local = _divide(self.shape(arch)[1], tp_size, "input features")
         return [Piece(0, tp_rank * local, local)]
 
@@ -203,22 +202,28 @@ class QKV(Rule):
         return pieces
 
 
+def mlp_input(arch: Architecture) -> Shape:
+    return (arch.ffn_hidden_size, arch.hidden_size)
+
+
 @dataclass(frozen=True)
 class GateUp(Rule):
     """Both input projections of a gated MLP: on each rank its rows of the gate, then its rows of the other."""
 
+    shape: ShapeOf = mlp_input
+    """Of one projection."""
+
     def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
-        return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+        return (self.shape(arch),) * 2
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        check_tensor_parallel(arch, tp_size)
-        local = arch.ffn_hidden_size // tp_size
+        local = _divide(self.shape(arch)[0], tp_size, "ffn_hidden_size")
         return [Piece(0, tp_rank * local, local), Piece(1, tp_rank * local, local)]
 
     def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
-        local = _divide(arch.ffn_hidden_size, tp_size, "ffn_hidden_size")
-        gate = Chunk(0, tp_rank * local, local)
-        return [gate, Chunk(local, arch.ffn_hidden_size + tp_rank * local, local)]
+        width = self.shape(arch)[0]
+        local = _divide(width, tp_size, "ffn_hidden_size")
+        return [Chunk(0, tp_rank * local, local), Chunk(local, width + tp_rank * local, local)]
 
 
 def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
 
 @st.composite
 def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
-    """An architecture and a tensor-parallel size that divides it."""
+    """An architecture, and a size that divides it as tensor parallelism and as expert tensor parallelism."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     kv_heads = tp_size * draw(st.integers(1, 3))
     arch = make_arch(
@@ -47,4 +48,7 @@ def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
         vocab_size=draw(st.integers(1, 40)),
         tied_embeddings=draw(st.booleans()),
     )
+    if arch.experts is not None:
+        width = tp_size * draw(st.integers(1, 3))
+        arch = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, ffn_hidden_size=width))
     return arch, tp_size

@@ -123,10 +123,11 @@ def test_copy_gives_every_rank_the_whole_tensor():
     ("rule", "message"),
     [
         (QKV(), "tensor_parallel=4 does not divide num_key_value_heads=2"),
-        (GateUp(), "tensor_parallel=4 does not divide num_key_value_heads=2"),
+        (GateUp(), "tensor_parallel=4 does not divide ffn_hidden_size=30"),
+        (RowParallel(lambda arch: (2, 6)), "tensor_parallel=4 does not divide input features=6"),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused(rule, message):
-    arch = make_arch(num_key_value_heads=2)
+    arch = make_arch(num_key_value_heads=2, ffn_hidden_size=30)
     with pytest.raises(ValueError, match=message):
         rule.shard([torch.zeros(shape) for shape in rule.hf_shapes(arch)], arch, 0, 4)
