@@ -390,9 +390,3 @@ class Config:
             "objective.importance",
             "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
         )
-        whole = self.objective.needs_whole_sequences()
-        require(
-            whole is None or self.parallel.context == 1,
-            f"objective.{whole}",
-            f"needs parallel.context=1, got {self.parallel.context}: each rank would see a part of each sequence only",
-        )
