@@ -191,14 +191,18 @@ class QKV(Rule):
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        check_tensor_parallel(arch, tp_size)
-        groups = arch.num_key_value_heads // tp_size
-        query = arch.num_attention_heads // arch.num_key_value_heads * arch.head_dim
-        pieces = []
-        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-            pieces.append(Piece(0, group * query, query))
-            pieces.append(Piece(1, group * arch.head_dim, arch.head_dim))
-            pieces.append(Piece(2, group * arch.head_dim, arch.head_dim))
+        """Equal runs of rows; with more ranks than groups a rank's run may end within a group, even within a head."""
+        _check_heads(arch, tp_size)
+        heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
+        query = heads // kv_heads * arch.head_dim
+        local = _divide((heads + 2 * kv_heads) * arch.head_dim, tp_size, "rows of query, key and value")
+        start, offset, pieces = tp_rank * local, 0, []
+        for group in range(kv_heads):
+            for source, length in ((0, query), (1, arch.head_dim), (2, arch.head_dim)):
+                low, high = max(start, offset), min(start + local, offset + length)
+                if low < high:
+                    pieces.append(Piece(source, group * length + low - offset, high - low))
+                offset += length
         return pieces
 
 
@@ -231,6 +235,14 @@ def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
     names = ("num_attention_heads", "num_key_value_heads", *(() if arch.experts else ("ffn_hidden_size",)))
     for name in names:
         _divide(getattr(arch, name), tp_size, name)
+
+
+def _check_heads(arch: Architecture, tp_size: int) -> None:
+    """What Megatron-Core asks of heads: ranks that divide the groups, or share each of them with others."""
+    _divide(arch.num_attention_heads, tp_size, "num_attention_heads")
+    kv_heads = arch.num_key_value_heads
+    if kv_heads % tp_size and tp_size % kv_heads:
+        raise ValueError(f"tensor_parallel={tp_size} does not divide num_key_value_heads={kv_heads}, nor the reverse")
 
 
 def _divide(value: int, tp_size: int, name: str) -> int:
