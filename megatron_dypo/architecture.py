@@ -153,6 +153,11 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
     for name, allowed in rules.items():
         if raw.get(name) not in allowed:
             raise ValueError(f"{where}: {name}={raw[name]!r}: only {allowed[0]!r} is supported")
+    if quantized := raw.get("quantization_config"):
+        raise ValueError(
+            f"{where}: quantization_config.quant_method={quantized.get('quant_method')!r}: is of a quantised model, which "
+            "cannot be trained or converted; name the folder that it was made from"
+        )
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:

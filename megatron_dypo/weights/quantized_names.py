@@ -39,3 +39,8 @@ def scale_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int
     """Shape of the scales of a weight [N, K]: one for each block, those cut off by the edges included."""
     rows, cols = block_shape(quantization, shape)
     return -(-shape[0] // rows), -(-shape[1] // cols)
+
+
+def is_scale(hf_name: str) -> bool:
+    """Whether a tensor of a quantised checkpoint holds scales."""
+    return hf_name.rpartition(".")[2] in _SCALE_SUFFIX.values()

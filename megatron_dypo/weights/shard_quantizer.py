@@ -15,7 +15,7 @@ from megatron_dypo.weights.quantize import block_amax, quantize_slice, scales_of
 from megatron_dypo.weights.quantized_names import Quantization, block_shape, is_quantized, scale_shape
 
 
-class Rectangle(Protocol):
+class SourceSlice(Protocol):
     """What is asked of a transfer of the refit plan; with ``part="scale"`` all coordinates count blocks."""
 
     @property
@@ -71,7 +71,7 @@ class ShardQuantizer:
         if tp_size > 1:
             dist.all_reduce(buffer, dist.ReduceOp.MAX, group=tp_group)
 
-    def slice(self, transfer: Rectangle) -> Tensor:
+    def slice(self, transfer: SourceSlice) -> Tensor:
         """What the transfer sends, contiguous: e4m3 values or fp32 scales; of a tensor that stays as it is, its values."""
         if not is_quantized(transfer.hf_name):
             return self._source(transfer).contiguous()
@@ -82,7 +82,7 @@ class ShardQuantizer:
         block = block_shape(self._quantization, self._shapes[transfer.hf_name])
         return quantize_slice(self._source(transfer), transfer.hf_row, transfer.hf_col, amax, block)
 
-    def _source(self, transfer: Rectangle) -> Tensor:
+    def _source(self, transfer: SourceSlice) -> Tensor:
         param = self._params[transfer.source_name]
         matrix = param.view(-1, param.shape[-1] if param.ndim > 1 else 1)
         rows = slice(transfer.source_row, transfer.source_row + transfer.rows)
