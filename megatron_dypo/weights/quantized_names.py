@@ -44,3 +44,8 @@ def scale_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int
 def is_scale(hf_name: str) -> bool:
     """Whether a tensor of a quantised checkpoint holds scales."""
     return hf_name.rpartition(".")[2] in _SCALE_SUFFIX.values()
+
+
+def weight_name(hf_name: str) -> str:
+    """Name of the quantised tensor that scales belong to: :func:`scale_name` backwards."""
+    return hf_name.removesuffix(hf_name.rpartition(".")[2]) + "weight"

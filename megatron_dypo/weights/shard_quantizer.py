@@ -12,11 +12,20 @@ from torch import Tensor
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.weights.families.registry import match
 from megatron_dypo.weights.quantize import block_amax, quantize_slice, scales_of, touched_blocks
-from megatron_dypo.weights.quantized_names import Quantization, block_shape, is_quantized, scale_shape
+from megatron_dypo.weights.quantized_names import (
+    Quantization,
+    block_shape,
+    is_quantized,
+    scale_shape,
+    weight_name,
+)
 
 
 class SourceSlice(Protocol):
-    """What is asked of a transfer of the refit plan; with ``part="scale"`` all coordinates count blocks."""
+    """What is asked of a transfer of the refit plan.
+
+    With ``part="scale"`` the HF tensor is that of the scales, and all coordinates count blocks.
+    """
 
     @property
     def source_name(self) -> str: ...
@@ -73,12 +82,13 @@ class ShardQuantizer:
 
     def slice(self, transfer: SourceSlice) -> Tensor:
         """What the transfer sends, contiguous: e4m3 values or fp32 scales; of a tensor that stays as it is, its values."""
+        if transfer.part == "scale":
+            amax = self._amax[weight_name(transfer.hf_name)]
+            rows = slice(transfer.hf_row, transfer.hf_row + transfer.rows)
+            return scales_of(amax[rows, transfer.hf_col : transfer.hf_col + transfer.cols])
         if not is_quantized(transfer.hf_name):
             return self._source(transfer).contiguous()
         amax = self._amax[transfer.hf_name]
-        if transfer.part == "scale":
-            rows = slice(transfer.hf_row, transfer.hf_row + transfer.rows)
-            return scales_of(amax[rows, transfer.hf_col : transfer.hf_col + transfer.cols])
         block = block_shape(self._quantization, self._shapes[transfer.hf_name])
         return quantize_slice(self._source(transfer), transfer.hf_row, transfer.hf_col, amax, block)
 

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.weights.quantize import block_amax, quantize, quantize_slice, scales_of, touched_blocks
-from megatron_dypo.weights.quantized_names import block_shape, is_quantized, scale_name, scale_shape
+from megatron_dypo.weights.quantized_names import (
+    block_shape,
+    is_quantized,
+    is_scale,
+    scale_name,
+    scale_shape,
+    weight_name,
+)
 from tests.hf_models import import_transformers
 
 SHAPES = [(128, 128), (256, 384), (1, 1), (5, 300), (129, 127), (200, 64), (131, 257)]
@@ -159,3 +166,7 @@ def test_scales_are_named_as_sglang_reads_them():
     name = "model.layers.0.mlp.up_proj.weight"
     assert scale_name(name, "fp8_block") == "model.layers.0.mlp.up_proj.weight_scale_inv"
     assert scale_name(name, "fp8_channel") == "model.layers.0.mlp.up_proj.weight_scale"
+    for kind in KINDS:
+        assert is_scale(scale_name(name, kind))
+        assert weight_name(scale_name(name, kind)) == name
+    assert not is_scale(name)
