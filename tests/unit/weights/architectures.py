@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.architecture import FAMILIES, Architecture, Experts
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
@@ -48,7 +48,7 @@ def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
     kv_heads = draw(st.one_of(st.integers(1, 3).map(lambda k: k * tp_size), st.sampled_from(divisors(tp_size))))
     heads = math.lcm(kv_heads, tp_size) * draw(st.integers(1, 2))
     arch = make_arch(
-        draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
+        draw(st.sampled_from(FAMILIES)),
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
         num_key_value_heads=kv_heads,
