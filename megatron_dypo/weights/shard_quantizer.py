@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.families.registry import match
+from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.quantize import block_amax, quantize_slice, scales_of, touched_blocks
 from megatron_dypo.weights.quantized_names import (
     Quantization,
@@ -50,9 +52,10 @@ class SourceSlice(Protocol):
 class ShardQuantizer:
     """Serves slices of one rank's parameters during one push; parameters must not change while it is in use.
 
-    Making it is collective over ``tp_group`` (unused when ``tp_size`` is 1): each rank's part of a block's amax meets
-    those of the others in one all-reduce over all tensors that tensor parallelism splits. Held beside the parameters:
-    one fp32 number for each block of the tensors that this rank has a part of, and the slice that was asked for.
+    Making it is collective over ``tp_group`` (unused with one rank): each rank's part of a block's amax meets those of
+    the others in one all-reduce over all tensors that tensor parallelism splits. Experts are whole where they lie. Held
+    beside the parameters: one fp32 number for each block of the tensors that this rank has a part of, and the slice that
+    was asked for.
 
     Raises:
         ValueError: a parameter that no rule matches.
@@ -62,23 +65,23 @@ class ShardQuantizer:
         self,
         named_params: Iterable[tuple[str, Tensor]],
         arch: Architecture,
-        tp_rank: int,
-        tp_size: int,
-        tp_group: dist.ProcessGroup | None,
+        layout: Layout,
         quantization: Quantization,
     ) -> None:
-        self._params = {match(name, arch).mcore: param.detach() for name, param in named_params}
-        self._quantization = quantization
+        named = [(match(name, arch), param.detach()) for name, param in named_params]
+        self._arch, self._quantization = arch, quantization
+        self._params = {row.mcore: param for row, param in named}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._amax: dict[str, Tensor] = {}
-        dense = [name for name in self._params if not match(name, arch).is_expert]
-        buffer = self._allocate(dense, arch)
-        # Experts are whole on the rank that owns them, and other members of the group own others.
-        self._allocate([name for name in self._params if match(name, arch).is_expert], arch)
-        for name in self._params:
-            self._fill(name, arch, tp_rank, tp_size)
-        if tp_size > 1:
-            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=tp_group)
+        dense, experts = ([row for row, _ in named if row.is_expert is kind] for kind in (False, True))
+        buffer = self._allocate(dense)
+        for row in dense:
+            self._fill(row, layout.tp_rank, layout.tensor)
+        if layout.tensor > 1:
+            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=layout.tp_group)
+        self._allocate(experts)
+        for row in experts:
+            self._fill(row, 0, 1)
 
     def slice(self, transfer: SourceSlice) -> Tensor:
         """What the transfer sends, contiguous: e4m3 values or fp32 scales; of a tensor that stays as it is, its values."""
@@ -98,34 +101,31 @@ class ShardQuantizer:
         rows = slice(transfer.source_row, transfer.source_row + transfer.rows)
         return matrix[rows, transfer.source_col : transfer.source_col + transfer.cols]
 
-    def _allocate(self, names: list[str], arch: Architecture) -> Tensor:
+    def _allocate(self, rows: Sequence[Row]) -> Tensor:
         """Grids of zeros for the quantised tensors of these parameters, one after the other in one buffer."""
-        shapes = dict(shape for name in names for shape in _quantized_shapes(name, arch))
-        self._shapes |= shapes
+        shapes = {
+            name: shape
+            for row in rows
+            for name, shape in zip(row.hf, row.rule.hf_shapes(self._arch), strict=True)
+            if is_quantized(name)
+        }
         grids = {name: scale_shape(self._quantization, shape) for name, shape in shapes.items()}
-        sizes = [rows * cols for rows, cols in grids.values()]
+        sizes = [num_rows * num_cols for num_rows, num_cols in grids.values()]
         device = next(iter(self._params.values())).device
         buffer = torch.zeros(sum(sizes), device=device)
         views = zip(grids.items(), buffer.split(sizes), strict=True)
-        self._amax |= {name: view.view(shape) for (name, shape), view in views}
+        self._amax |= {name: view.view(grid) for (name, grid), view in views}
+        self._shapes |= shapes
         return buffer
 
-    def _fill(self, name: str, arch: Architecture, tp_rank: int, tp_size: int) -> None:
-        """Put into the grids what this rank's shard of a parameter knows of them."""
-        row = match(name, arch)
+    def _fill(self, row: Row, rank: int, size: int) -> None:
+        """Put into the grids what a shard, one of ``size``, knows of them."""
         dim, offset = row.rule.tp_dim or 0, 0
-        for piece in row.rule.pieces(arch, tp_rank, tp_size):
-            if is_quantized(hf_name := row.hf[piece.source]):
-                part = self._params[name].narrow(dim, offset, piece.length)
+        for piece in row.rule.pieces(self._arch, rank, size):
+            if is_quantized(name := row.hf[piece.source]):
+                part = self._params[row.mcore].narrow(dim, offset, piece.length)
                 at = (piece.start, 0) if dim == 0 else (0, piece.start)
-                block = block_shape(self._quantization, self._shapes[hf_name])
-                grid = self._amax[hf_name][touched_blocks(*at, tuple(part.shape), block)]
+                block = block_shape(self._quantization, self._shapes[name])
+                grid = self._amax[name][touched_blocks(*at, tuple(part.shape), block)]
                 torch.maximum(grid, block_amax(part, *at, block), out=grid)
             offset += piece.length
-
-
-def _quantized_shapes(mcore_name: str, arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    row = match(mcore_name, arch)
-    for hf_name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True):
-        if is_quantized(hf_name):
-            yield hf_name, shape

@@ -83,7 +83,7 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Slice, np.n
             named.items(), arch, layout, out_dir=Path(out) / kind, reference_hf_path=hf, quantization=kind
         )
     for kind in KINDS:
-        quantizer = ShardQuantizer(named.items(), arch, layout.tp_rank, layout.tensor, layout.tp_group, kind)
+        quantizer = ShardQuantizer(named.items(), arch, layout, kind)
         served[kind] = [
             (piece, quantizer.slice(piece).contiguous().view(torch.uint8).numpy())
             for name, param in named.items()
