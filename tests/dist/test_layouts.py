@@ -115,10 +115,7 @@ ROWS = {
     "experts, ep2 pp2": Row(ranks=4, axes=EP | PP, kind="qwen3_moe"),
     "experts, ep2 pp2 vpp2, full": Row(ranks=4, axes=EP | VPP, recompute="full", kind="qwen3_moe"),
     "experts, ep2 dp4": Row(ranks=4, axes=EP, kind="qwen3_moe", passes=((CONSTANT, 2),)),
-<<<<<<< HEAD
     "experts, ep2 dp4, sharded, overlap": Row(ranks=4, axes=EP, **SHARDED, overlap=True, kind="qwen3_moe"),
-=======
->>>>>>> wt-plan
     "experts, tp2 sp etp2": Row(ranks=2, axes=SP | ETP, kind="qwen3_moe", passes=EVERY),
     "experts, etp2 dp2, sharded": Row(ranks=2, axes=ETP, **SHARDED, kind="qwen3_moe", passes=((TOKEN, 3), (MEAN, 1))),
     "experts, tp2 sp ep2 etp2": Row(ranks=4, axes=SP | EP | ETP, kind="qwen3_moe", passes=((SUM, 1), (TOKEN, 2))),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< HEAD
-=======
 import math
->>>>>>> wt-plan
 from typing import Any
 
 from hypothesis import strategies as st
