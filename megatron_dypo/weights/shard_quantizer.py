@@ -52,9 +52,9 @@ class SourceSlice(Protocol):
 class ShardQuantizer:
     """Serves slices of one rank's parameters during one push; parameters must not change while it is in use.
 
-    Making it is collective over ``tp_group`` and ``etp_group`` (unused with one rank): each rank's part of a block's amax meets those of
-    the others in one all-reduce over all tensors that tensor parallelism splits, and so over the ranks that split the
-    experts. Held beside the parameters: one fp32 number for each block of the tensors that this rank has a part of, and the slice that
+    Making it is collective over ``tp_group`` and ``etp_group`` (unused with one rank): each rank's part of a block's amax
+    meets those of the others in one all-reduce over all tensors that tensor parallelism splits, and one over all experts.
+    Held beside the parameters: one fp32 number for each block of the tensors that this rank has a part of, and the slice that
     was asked for.
 
     Raises:
