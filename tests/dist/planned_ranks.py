@@ -99,6 +99,7 @@ def rank_push(push: Push) -> list[dict[str, Any]]:
         run_dir=folder,
         hf_reference=folder,
     )
+    dist.barrier()  # the first collective imports a good part of torch, which is no part of a push
     outcomes = []
     for version, seed in enumerate(push.seeds):
         params.update({name: shard(name, push.arch, layout, seed, push.dtype) for name in params})
