@@ -168,6 +168,14 @@ class RolloutConfig:
 
     group_size: int = 8
     """k (paper: 8)."""
+    mode: Literal["sync", "async"] = "sync"
+    """``sync``: collect, then learn. ``async``: the next rollout batch is collected while this one is learnt from, so
+    that it is one batch older than the weights that learn from it, and its rollouts may span a push
+    (``weights.in_flight``); ``objective.importance`` corrects for both."""
+    oversample: float = 1.0
+    """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
+    collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and
+    short responses come first. What a synchronous run then aborts is the first to be drawn in the next batch."""
     prompts_per_step: int = 128
     """Prompts drawn for one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
@@ -185,6 +193,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
+        require(self.oversample >= 1, f"oversample={self.oversample}", "must be at least 1")
         require_positive(
             self, "prompts_per_step", "max_new_tokens", "max_in_flight", "request_deadline_s", "temperature"
         )
@@ -377,6 +386,12 @@ class Config:
             self.score.policy == "trainer" or not self.objective.importance.is_on(),
             "objective.importance",
             "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
+        )
+        require(
+            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.score.policy == "rollout",
+            "rollout.mode=async",
+            "samples from older weights: correct for it with objective.importance (cap: 2.0 is usual), or take "
+            "score.policy=rollout, whose clipped ratio is to the weights that sampled",
         )
         whole = self.objective.needs_whole_sequences()
         require(

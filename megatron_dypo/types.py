@@ -132,6 +132,8 @@ class Sample:
     """[R] log π_old, by the trainer's own forward pass or the servers' (``score.policy``)."""
     current_logp_sum: float | None = None
     """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
+    scored_version: int | None = None
+    """Version of the weights that ``old_logp`` are of; None where there are none."""
     ref_logp: Floats | None = None
     """[R] log π_ref."""
     weights: TokenWeights | None = None
