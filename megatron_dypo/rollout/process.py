@@ -27,9 +27,13 @@ class ServerProcess:
         self._guard: subprocess.Popen | None = None
 
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
-        """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments."""
+        """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments.
+
+        Once it has ended it may be started again; the log goes on.
+        """
         _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
-        _write_private(self.log_path, "")
+        if self._guard is None:
+            _write_private(self.log_path, "")
         with self.log_path.open("ab") as log:
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(os.getpid()), str(self._grace_s), *command],
