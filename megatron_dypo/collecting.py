@@ -1,21 +1,18 @@
-"""Filling the queues: rounds of collection, or a stream of it in the background (``rollout.mode``).
-
-Leaders only do anything here; the other ranks of a replica pass through.
-"""
+"""Filling the queues: rounds of collection, or a stream of it in the background (``rollout.mode``). Called by all ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from megatron_dypo.batching.exchange import gather_objects
+from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.objective.route import Routed, route
-from megatron_dypo.progress import progress
-from megatron_dypo.rollout.collect import collect
+from megatron_dypo.progress import Progress, progress
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
+from megatron_dypo.serving import anywhere, push, sample
 from megatron_dypo.tally import tally_groups
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Treatment
 
@@ -25,62 +22,62 @@ _LOOK_EVERY_S = 0.2
 
 def fill_queues(run: Run) -> None:
     """Collect, grade and route prompts until the queues hold a rollout batch, or ``max_collect_rounds`` are drawn."""
-    leader = run.leader
-    if leader is None:
-        return
-    batching, rows = run.config.batching, list[SampleRow]()
-    run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_version_lag))
-    if _streams(run):
-        rows += _fill_from_stream(run, leader)
-    else:
-        rows += _fill_in_rounds(run, leader)
-    leader.sample_log.write(run.step + 1, rows)
+    leader, cfg, rows = run.leader, run.config.rollout, list[SampleRow]()
+    if leader:
+        run.tally.add("stale", leader.queues.drop_stale(run.step, run.config.batching.max_version_lag))
+    streams = (cfg.mode == "async" or cfg.oversample > 1) and run.objective.needs_rollouts(run.step)
+    rows += _fill_from_stream(run) if streams else _fill_in_rounds(run)
+    if leader:
+        leader.sample_log.write(run.step + 1, rows)
 
 
-def _streams(run: Run) -> bool:
-    cfg = run.config.rollout
-    return (cfg.mode == "async" or cfg.oversample > 1) and run.objective.needs_rollouts(run.step)
-
-
-def _fill_in_rounds(run: Run, leader: Leader) -> list[SampleRow]:
+def _fill_in_rounds(run: Run) -> list[SampleRow]:
     batching, rows, rounds = run.config.batching, list[SampleRow](), 0
-    while _waiting(leader) < batching.prompts_per_batch and rounds < batching.max_collect_rounds:
-        rows += _admit(run, leader, _collect_and_grade(run, leader, _next_prompts(run, leader)))
+    while rounds < batching.max_collect_rounds and _totals(run)[0] < batching.prompts_per_batch:
+        groups = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
+        if run.leader:
+            rows += _admit(run, run.leader, _graded(run, run.leader, groups))
         rounds += 1
-    run.tally.extreme("max:rounds", rounds)
+    if run.leader:
+        run.tally.extreme("max:rounds", rounds)
     return rows
 
 
-def _fill_from_stream(run: Run, leader: Leader) -> list[SampleRow]:
-    """Take what the stream has finished until that is a rollout batch; in ``async`` mode leave it at work on the next."""
+def _fill_from_stream(run: Run) -> list[SampleRow]:
+    """Take what the streams have finished until that is a rollout batch; with ``async`` they go on with the next one."""
     config, rows, seen = run.config, list[SampleRow](), 0
-    batch, limit = config.batching.prompts_per_batch, config.rollout.prompts_per_step * config.batching.max_collect_rounds
-    leader.background = leader.background or _make_stream(run, leader)
-    stream, data = leader.background, run.layout.data
-    with (
-        run.timings.measure("gen"),
-        progress(batch, "rollouts", "prompts to learn from", enabled=run.layout.is_global_leader) as bar,
-    ):
+    batch = config.batching.prompts_per_batch
+    limit = config.rollout.prompts_per_step * config.batching.max_collect_rounds
+    stream = _stream(run, run.leader) if run.leader else None
+    goes_on = config.rollout.mode == "async" and not _is_last_batch(run)
+    with progress(batch, "rollouts", "prompts to learn from", enabled=run.layout.is_global_leader) as bar:
         shown = 0
         while True:
-            graded, counts = stream.take()
-            run.tally.add("retries", counts.retries)
-            run.tally.add("incomplete_groups", counts.dropped_groups)
-            rows += _admit(run, leader, graded)
-            seen += len(graded) + counts.dropped_groups
-            waiting, all_seen = map(sum, zip(*gather_objects((len(leader.queues), seen), leader.group), strict=True))
-            bar.update(min(waiting, batch) - shown)
-            shown = min(waiting, batch)
+            if run.leader and stream:
+                graded = _taken(run, stream)
+                rows += _admit(run, run.leader, graded)
+                seen += len(graded)
+            waiting, all_seen = _totals(run, seen)
+            shown += _advance(bar, min(waiting, batch) - shown)
             if waiting >= batch or all_seen >= limit:
                 break
-            stream.want(math.ceil((batch - waiting) / data))
-            stream.start()
-            stream.wait(_LOOK_EVERY_S)
-    if config.rollout.mode == "sync" or _is_last_batch(run):
+            if anywhere(run, stream is not None and stream.is_unserved):
+                push(run)
+            if stream:
+                with run.timings.measure("gen"):
+                    stream.want(math.ceil((batch - waiting) / run.layout.data))
+                    stream.start()
+                    stream.wait(_LOOK_EVERY_S)
+    if stream and goes_on:
+        stream.want(max(0, math.ceil((2 * batch - waiting) / run.layout.data)))
+    elif stream:
         stream.stop()
-    else:
-        stream.want(max(0, math.ceil((2 * batch - waiting) / data)))
     return rows
+
+
+def _advance(bar: Progress, count: int) -> int:
+    bar.update(count)
+    return count
 
 
 def _is_last_batch(run: Run) -> bool:
@@ -89,22 +86,31 @@ def _is_last_batch(run: Run) -> bool:
     return run.step + batching.updates_per_batch * batching.epochs_per_batch >= run.config.run.steps
 
 
-def _make_stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
-    assert leader.client is not None
-    assert leader.verifier is not None
-    verifier, rule = leader.verifier, run.config.grading.truncated_is_wrong
-    client = leader.client.another()
-    stream: RolloutStream[GradedGroup] = RolloutStream(
-        client,
-        client.sampling(run.config.rollout.group_size),
-        draw=lambda count: _draw(run, leader, count),
-        finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
-        is_useful=lambda group: _is_useful(run, group),
-        oversample=run.config.rollout.oversample,
-    )
-    stream.postpone(leader.unfinished)
-    leader.unfinished = []
-    return stream
+def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
+    """The replica's stream, made on first use."""
+    if leader.background is None:
+        assert leader.background_client is not None
+        assert leader.verifier is not None
+        client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.truncated_is_wrong
+        leader.background = RolloutStream(
+            client,
+            client.sampling(run.config.rollout.group_size),
+            draw=lambda count: _draw(leader, count * run.layout.data, run.layout.dp_rank, run.layout.data),
+            finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
+            is_useful=lambda group: _is_useful(run, group),
+            oversample=run.config.rollout.oversample,
+        )
+        leader.background.postpone(leader.unfinished)
+        leader.unfinished = []
+    return leader.background
+
+
+def _taken(run: Run, stream: RolloutStream[GradedGroup]) -> list[GradedGroup]:
+    graded, counts = stream.take()
+    run.tally.add("retries", counts.retries)
+    run.tally.add("incomplete_groups", counts.dropped_groups)
+    run.tally.add("wrong_versions", counts.wrong_versions)
+    return graded
 
 
 def _is_useful(run: Run, group: GradedGroup) -> bool:
@@ -113,37 +119,31 @@ def _is_useful(run: Run, group: GradedGroup) -> bool:
     return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTIL and bool(group.prompt.traces))
 
 
-def _draw(run: Run, leader: Leader, count: int) -> list[Prompt]:
-    """The next ``count`` of this replica's share of the draws; called in the stream's thread."""
-    prompts, drops = leader.stream.take(leader.cursor, count * run.layout.data, run.layout.dp_rank, run.layout.data)
-    leader.cursor += count * run.layout.data
+def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
+    """The next round of draws, after those that a resumed run had drawn and not finished."""
+    unfinished, leader.unfinished = leader.unfinished, []
+    count = run.config.rollout.prompts_per_step
+    return [*unfinished, *_draw(leader, count, run.layout.dp_rank, run.layout.data)]
+
+
+def _draw(leader: Leader, count: int, shard: int, num_shards: int) -> list[Prompt]:
+    """This replica's share of the next ``count`` draws. A stream calls it in its own thread."""
+    prompts, drops = leader.stream.take(leader.cursor, count, shard, num_shards)
+    leader.cursor += count
     leader.drops.append(drops)
     return prompts
 
 
-def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
-    """The next round of draws; first what a resumed run had drawn and not finished."""
-    count, unfinished = run.config.rollout.prompts_per_step, leader.unfinished
-    leader.unfinished = []
-    prompts, drops = leader.stream.take(leader.cursor, count, run.layout.dp_rank, run.layout.data)
-    leader.cursor += count
-    leader.drops.append(drops)
-    return [*unfinished, *prompts]
-
-
-def _collect_and_grade(run: Run, leader: Leader, prompts: list[Prompt]) -> list[GradedGroup]:
+def _collect(run: Run, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+    """Groups of the prompts, without rollouts where the objective needs none. Collective over the world."""
     if not run.objective.needs_rollouts(run.step):
-        return [GradedGroup(prompt=p, rollouts=(), verdicts=(), tier=None) for p in prompts]
-    with run.timings.measure("gen"):
-        assert leader.client is not None
-        groups, stats = collect(
-            prompts,
-            leader.client,
-            group_size=run.config.rollout.group_size,
-            progress=run.layout.is_global_leader,
-        )
-    run.tally.add("retries", stats.retries)
-    run.tally.add("incomplete_groups", stats.dropped_groups)
+        return [RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts]
+    return sample(run, prompts, "gen", group_size=run.config.rollout.group_size)
+
+
+def _graded(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+    if not run.objective.needs_rollouts(run.step):
+        return [GradedGroup(prompt=group.prompt, rollouts=(), verdicts=(), tier=None) for group in groups]
     with run.timings.measure("reward"):
         assert leader.verifier is not None
         return grade(
@@ -154,8 +154,8 @@ def _collect_and_grade(run: Run, leader: Leader, prompts: list[Prompt]) -> list[
         )
 
 
-def _admit(run: Run, leader: Leader, graded: Sequence[GradedGroup]) -> list[SampleRow]:
-    """Put groups where they wait for an update, and count them; the rows of the sample log."""
+def _admit(run: Run, leader: Leader, graded: Sequence[GradedGroup]) -> Iterator[SampleRow]:
+    """Put what can be learnt from into the queues; yields the row of each prompt for people to read."""
     tally_groups(run.tally, graded)
     run.tally.extreme("max:epoch", max((group.prompt.visit for group in graded), default=0))
     while leader.drops:
@@ -169,7 +169,7 @@ def _admit(run: Run, leader: Leader, graded: Sequence[GradedGroup]) -> list[Samp
     for teacher, count in routed.teacher_counts().items():
         run.tally.add(f"teacher/{teacher}", count)
         run.tally.add("teachers", count)
-    return list(_sample_rows(run.step + 1, graded, routed, leader))
+    return _sample_rows(run.step + 1, graded, routed, leader)
 
 
 def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leader: Leader) -> Iterator[SampleRow]:
@@ -178,5 +178,10 @@ def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leade
         yield sample_row(step, group, treatment, teacher=teacher, trace=trace)
 
 
-def _waiting(leader: Leader) -> int:
-    return sum(gather_objects(len(leader.queues), leader.group))
+def _totals(run: Run, seen: int = 0) -> tuple[int, int]:
+    """Groups in the queues of all replicas and the sum of their ``seen``, on every rank."""
+    counts = (0, 0)
+    if run.leader:
+        by_leader = gather_objects((len(run.leader.queues), seen), run.leader.group)
+        counts = (sum(waiting for waiting, _ in by_leader), sum(count for _, count in by_leader))
+    return broadcast_object(counts, run.layout.replica_group)

@@ -79,6 +79,8 @@ class Rollout:
     """``length`` marks a truncated rollout."""
     policy_version: int
     """Version of the weights that sampled the first token (the oldest, if a push happened meanwhile)."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(version, index of the first token that it sampled), in the order of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

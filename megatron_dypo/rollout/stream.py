@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import Prompt, RolloutGroup
@@ -35,6 +36,8 @@ class StreamCounts:
     """Requests beyond the first of each prompt."""
     dropped_groups: int = 0
     """Prompts without a complete group after all retries, or at their deadline."""
+    wrong_versions: int = 0
+    """Rollouts dropped because weights of another version than a recent push's sampled them."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +51,7 @@ class _State(Generic[T]):
     useful: int = 0
     """Groups of ``done`` that count towards ``wanted``."""
     counts: StreamCounts = field(default_factory=StreamCounts)
+    is_unserved: bool = False
     error: BaseException | None = None
 
 
@@ -57,7 +61,7 @@ class RolloutStream(Generic[T]):
     Args:
         client: used by the stream's thread alone while it runs.
         sampling: of every group.
-        draw: gives the next prompts, at least the number asked for or fewer; called in the stream's thread.
+        draw: gives the next prompts, as many as asked for or fewer; called in the stream's thread.
         finish: makes of a group what :meth:`take` returns (grades it); called in a worker thread, one group at a time.
         is_useful: whether a finished group counts towards what is wanted.
         oversample: groups in flight for each group that is still wanted; at least 1.
@@ -108,6 +112,22 @@ class RolloutStream(Generic[T]):
         self._postponed.extendleft(sorted(self._state.in_flight.values(), key=lambda prompt: -prompt.order))
         self._state.in_flight.clear()
 
+    @property
+    def is_unserved(self) -> bool:
+        """No server is left to ask: nothing is drawn until :meth:`serve`."""
+        return self._state.is_unserved
+
+    def serve(self, urls: Sequence[str], versions: range) -> None:
+        """As :meth:`SGLangClient.serve`, after a push."""
+        with self._changed:
+            self._client.serve(urls, versions)
+            self._state.is_unserved = False
+        self._notify_loop()
+
+    def accept(self, versions: range) -> None:
+        """As :meth:`SGLangClient.accept`, before a push."""
+        self._client.accept(versions)
+
     def want(self, count: int) -> None:
         """How many useful groups are wanted from now on, those that :meth:`take` would return included."""
         with self._changed:
@@ -115,15 +135,16 @@ class RolloutStream(Generic[T]):
         self._notify_loop()
 
     def wait(self, timeout_s: float) -> None:
-        """Until a group is done that :meth:`take` has not returned, or ``timeout_s`` have passed.
+        """Until a group is done that :meth:`take` has not returned, no server is left, or ``timeout_s`` have passed.
 
         Raises:
             ServerDiedError, ValueError: as :func:`megatron_dypo.rollout.collect.collect`.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._state.done or self._state.error is not None, timeout_s)
-            if self._state.error is not None:
-                raise self._state.error
+            state = self._state
+            self._changed.wait_for(lambda: state.done or state.is_unserved or state.error is not None, timeout_s)
+            if state.error is not None:
+                raise state.error
 
     def take(self) -> tuple[list[T], StreamCounts]:
         """What is done, in the order of the draws, and what happened meanwhile."""
@@ -133,6 +154,10 @@ class RolloutStream(Generic[T]):
             state.wanted, state.useful = max(0, state.wanted - state.useful), 0
             counts, state.counts = state.counts, StreamCounts()
         return [finished for _, finished in done], counts
+
+    def still(self) -> contextlib.AbstractContextManager[object]:
+        """Nothing is drawn, and no group ends, within the block."""
+        return self._changed
 
     def unfinished(self) -> list[int]:
         """Orders that were drawn and of which :meth:`take` has returned no group, ascending: what a checkpoint needs."""
@@ -164,7 +189,7 @@ class RolloutStream(Generic[T]):
     async def _collect(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         tasks: set[asyncio.Task[None]] = set()
-        retries = 0
+        retries = wrong_versions = 0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading") as worker:
             async with self._client:
                 watch = asyncio.create_task(self._client.watch())
@@ -178,7 +203,8 @@ class RolloutStream(Generic[T]):
                             tasks.discard(ended)
                         with self._changed:
                             self._state.counts.retries += self._client.retries - retries
-                        retries = self._client.retries
+                            self._state.counts.wrong_versions += self._client.wrong_versions - wrong_versions
+                        retries, wrong_versions = self._client.retries, self._client.wrong_versions
                 finally:
                     for task in (*tasks, watch):
                         task.cancel()
@@ -188,11 +214,11 @@ class RolloutStream(Generic[T]):
         with self._changed:
             state = self._state
             room = math.ceil(self._oversample * (state.wanted - state.useful)) - len(state.in_flight)
-        prompts = [self._postponed.popleft() for _ in range(min(room, len(self._postponed)))]
-        if room > len(prompts):
-            prompts += self._draw(room - len(prompts))
-        with self._changed:
-            self._state.in_flight |= {prompt.order: prompt for prompt in prompts}
+            room = 0 if state.is_unserved else max(room, 0)
+            prompts = [self._postponed.popleft() for _ in range(min(room, len(self._postponed)))]
+            if room > len(prompts):
+                prompts += self._draw(room - len(prompts))
+            state.in_flight |= {prompt.order: prompt for prompt in prompts}
         return prompts
 
     async def _group(self, prompt: Prompt, worker: ThreadPoolExecutor) -> None:
@@ -203,6 +229,9 @@ class RolloutStream(Generic[T]):
             finished = await asyncio.get_running_loop().run_in_executor(worker, self._finish, group)
         except GroupDroppedError as error:
             _log.warning("dropped the group of prompt %s: %s", prompt.prompt_id, error)
+        except NoServerError as error:
+            self._postpone_unserved(prompt, error)
+            return
         with self._changed:
             state = self._state
             state.in_flight.pop(prompt.order)
@@ -211,6 +240,14 @@ class RolloutStream(Generic[T]):
             else:
                 state.done.append((prompt.order, finished))
                 state.useful += self._is_useful(finished)
+            self._changed.notify_all()
+
+    def _postpone_unserved(self, prompt: Prompt, error: NoServerError) -> None:
+        with self._changed:
+            if not self._state.is_unserved:
+                _log.warning("%s; waiting for a push", error)
+            self._state.is_unserved = True
+            self._postponed.append(self._state.in_flight.pop(prompt.order))
             self._changed.notify_all()
 
 
