@@ -66,13 +66,15 @@ class ParallelConfig:
     context: int = 1
     """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
-    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage; an
-    expert itself is never split."""
+    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
+    expert_tensor: int = 1
+    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage; whatever
+    ``tensor`` is, 1 keeps experts whole."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "tensor", "pipeline", "context", "expert")
+        require_positive(self, "tensor", "pipeline", "context", "expert", "expert_tensor")
         require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
@@ -85,10 +87,15 @@ class ParallelConfig:
                 f"must be a multiple of tensor × pipeline × context = {model_size}",
             )
             require(
-                self.num_processes // self.pipeline % self.expert == 0,
-                f"expert={self.expert}",
+                self.num_processes // self.pipeline % self.expert_ranks == 0,
+                f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
                 f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
             )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold all experts of a layer once."""
+        return self.expert * self.expert_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,10 +303,22 @@ class OptimizerConfig:
 class WeightsConfig:
     """How new weights reach the servers."""
 
-    transport: Literal["broadcast", "disk"] = "broadcast"
-    """``broadcast``: SGLang's distributed update over gloo or NCCL. ``disk``: a shared folder."""
+    transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"
+    """``p2p``: each rank sends each server's ranks the slices that they need, over gloo or NCCL. ``local``: the same
+    through shared memory, for servers on the trainer's host. Both need servers with our loader, as those that the run
+    starts. ``broadcast``: SGLang's distributed update of whole tensors. ``disk``: a shared folder. ``auto``: the first
+    of ``local``, ``p2p``, ``broadcast`` that all servers support."""
+    verify: Literal["off", "sampled", "full"] = "sampled"
+    """Compare checksums of what was sent and received by ``p2p`` and ``local``: of nothing, of a sixteenth (others in
+    each version), of all."""
+    quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
+    """What ``p2p`` and ``local`` make of linear weights before they send them, for servers of such a model: FP8 e4m3
+    with a scale for each block of 128×128 (DeepSeek's format) or for each row."""
+    release_memory: bool = False
+    """Let servers give their memory back while the trainer needs it, for servers that the run starts on its own GPUs
+    (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
     bucket_mb: int = 512
-    """Size of one broadcast bucket."""
+    """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
     in_flight: Literal["pause", "abort"] = "pause"
     """What a push does to running requests."""
     deadline_s: float = 600.0
@@ -308,6 +327,11 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mb", "deadline_s")
+        require(
+            self.quantize == "none" or self.transport not in ("broadcast", "disk"),
+            f"weights.quantize={self.quantize}",
+            f"needs transport auto, p2p or local, got {self.transport}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,6 +421,16 @@ class Config:
             "rollout.mode=async",
             "samples from older weights: correct for it with objective.importance (cap: 2.0 is usual), or take "
             "score.policy=rollout, whose clipped ratio is to the weights that sampled",
+        )
+        require(
+            not (self.weights.release_memory and self.rollout.servers.urls),
+            "weights.release_memory=true",
+            "needs servers that the run starts: those of rollout.servers.urls may serve others",
+        )
+        require(
+            not (self.weights.release_memory and self.rollout.mode == "async"),
+            "weights.release_memory=true",
+            "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         whole = self.objective.needs_whole_sequences()
         require(

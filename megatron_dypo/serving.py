@@ -44,6 +44,12 @@ def push(run: Run) -> dict[str, float]:
     return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
 
 
+def release(run: Run) -> None:
+    """Let the servers' memory go until the next push, where the config says so."""
+    if run.bridge is not None:
+        run.bridge.release()
+
+
 def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> list[RolloutGroup]:
     """The groups of this replica's ``prompts``, oldest first, however many servers die meanwhile.
 

@@ -15,7 +15,7 @@ from megatron_dypo.metrics import summary_line
 from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.run import Run, open_run, save_checkpoint
 from megatron_dypo.scoring import rescore_stale, score
-from megatron_dypo.serving import push
+from megatron_dypo.serving import push, release
 from megatron_dypo.stages import open_batch, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.weights.export import export_hf
@@ -43,6 +43,7 @@ def train_step(run: Run) -> bool:
     with run.timings.measure("step"):
         if not run.is_mid_batch:
             fill_queues(run)
+            release(run)
             score(run)
             open_batch(run)
             run.batches += 1

@@ -126,7 +126,15 @@ def load_initial_weights(
         checkpoint.load_weights(model.mcore_path, chunks)
     else:
         reader = HFReader(model.hf_path)
-        load_hf_weights(named_global_parameters(chunks), reader, arch, layout.tp_rank, layout.tensor)
+        load_hf_weights(
+            named_global_parameters(chunks),
+            reader,
+            arch,
+            layout.tp_rank,
+            layout.tensor,
+            etp_rank=layout.etp_rank,
+            etp_size=layout.expert_tensor,
+        )
 
 
 def _build_chunk(
@@ -183,7 +191,7 @@ def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, f
     return moe_settings(
         arch.experts,
         grouped=features.transformer_engine,
-        expert_parallel=parallel.expert,
+        parallel=parallel,
         balance_coef=coefficient,
     )
 

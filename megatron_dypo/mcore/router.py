@@ -31,6 +31,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_dypo.architecture import Experts
+from megatron_dypo.config import ParallelConfig
 from megatron_dypo.parallel.device import device
 
 
@@ -113,7 +114,7 @@ def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
 
 
-def moe_settings(experts: Experts, *, grouped: bool, expert_parallel: int, balance_coef: float) -> dict[str, Any]:
+def moe_settings(experts: Experts, *, grouped: bool, parallel: ParallelConfig, balance_coef: float) -> dict[str, Any]:
     """Fields of Megatron's configuration."""
     return {
         "num_moe_experts": experts.num_experts,
@@ -126,7 +127,6 @@ def moe_settings(experts: Experts, *, grouped: bool, expert_parallel: int, balan
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": balance_coef,
         "moe_grouped_gemm": grouped,
-        "expert_model_parallel_size": expert_parallel,
-        # Experts are small; and alltoall over both axes fails on gloo.
-        "expert_tensor_parallel_size": 1,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
     }

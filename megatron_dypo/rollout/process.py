@@ -44,15 +44,18 @@ class ServerProcess:
                 start_new_session=True,  # Ctrl-C reaches the trainer alone, which then stops its servers in order
             )
 
+    def ending(self) -> str | None:
+        """How the server ended, by name and status; None while it runs."""
+        if self._guard is None or self._guard.poll() is None:
+            return None
+        return f"{self.name} ({self.url}) ended with status {self._guard.returncode}"
+
     def check(self) -> None:
         """Raises:
-        ServerDiedError: the server has ended.
+        ServerDiedError: the server has ended; the message quotes its log.
         """
-        if self._guard is not None and self._guard.poll() is not None:
-            raise ServerDiedError(
-                f"{self.name} ({self.url}) ended with status {self._guard.returncode}; "
-                f"the last lines of {self.log_path}:\n{_tail(self.log_path)}"
-            )
+        if self.ending() is not None:
+            raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{_tail(self.log_path)}")
 
     def forget_key(self, api_key: str) -> None:
         """Once the server runs: delete the key file, and overwrite the key in the arguments that SGLang logs."""

@@ -29,5 +29,5 @@ class Router:
         for route, urls in (("remove_worker", old - new), ("add_worker", new - old)):
             for url in sorted(urls):
                 status = post_status(f"{self.url}/{route}?url={urllib.parse.quote(url, safe='')}", self.api_key)
-                level = logging.INFO if status == 200 else logging.WARNING
+                level = logging.INFO if status in (200, 202) else logging.WARNING
                 _log.log(level, "router %s: %s %s: %s", self.url, route, url, status or "no answer")

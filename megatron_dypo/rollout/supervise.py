@@ -36,14 +36,14 @@ class Supervised:
         self._num_starts = 0
         self._started_at = 0.0
         self._is_up = True
-        self._death: ServerDiedError | None = None
+        self._given_up: str | None = None
         self._untold: str | None = None
         self._lock = threading.Lock()
 
     @property
-    def given_up(self) -> ServerDiedError | None:
-        """How it ended, if it is dead and stays so."""
-        return self._death
+    def given_up(self) -> str | None:
+        """How it ended, with the end of its log, if it is dead and stays so."""
+        return self._given_up
 
     def take_death(self) -> str | None:
         """How the server last ended, if it did since the last call; it may run again by now."""
@@ -51,37 +51,42 @@ class Supervised:
             untold, self._untold = self._untold, None
         return untold
 
-    def poll(self) -> None:
-        """Look after the server: start it again if it has ended."""
+    def notice(self) -> None:
+        """Start the server again if it has ended. Returns at once; may be called from any thread."""
         with self._lock:
-            if self._death is not None:
-                return
+            ending = None if self._given_up else self.process.ending()
+            if ending is not None:
+                self._untold = ending
+                self._restart(ending)
+
+    def await_health(self) -> None:
+        """See whether a server that was started again is up; to be called now and then, from one thread."""
+        if self._is_up:
+            return
+        start = self._num_starts
+        is_healthy = self._is_healthy()
+        with self._lock:
+            if start != self._num_starts:
+                return  # meanwhile it died once more
+            if is_healthy:
+                self._is_up = True
+                _log.info("%s (%s) runs again; it serves after the next push", self.process.name, self.process.url)
+            elif time.monotonic() > self._started_at + self._deadline_s:
+                _log.warning("%s is not healthy after %g s; stopping it", self.process.name, self._deadline_s)
+                self.process.stop()
+
+    def _restart(self, ending: str) -> None:
+        if self._num_starts == self._restarts:
             try:
                 self.process.check()
             except ServerDiedError as error:
-                self._restart(error)
-                return
-            if not self._is_up:
-                self._await_health()
-
-    def _restart(self, death: ServerDiedError) -> None:
-        self._untold = str(death).splitlines()[0]
-        if self._num_starts == self._restarts:
-            self._death = death
-            _log.error("%s\nrollout.servers.restarts=%d: it is not started again", death, self._restarts)
+                self._given_up = str(error)
+            _log.error("%s\nrollout.servers.restarts=%d: it is not started again", self._given_up, self._restarts)
             return
         self._num_starts += 1
         self._is_up, self._started_at = False, time.monotonic()
-        _log.warning("%s\nstarting it again (%d of %d times)", death, self._num_starts, self._restarts)
+        _log.warning("%s; starting it again (%d of %d times)", ending, self._num_starts, self._restarts)
         self._start()
-
-    def _await_health(self) -> None:
-        if self._is_healthy():
-            self._is_up = True
-            _log.info("%s (%s) runs again; it serves after the next push", self.process.name, self.process.url)
-        elif time.monotonic() > self._started_at + self._deadline_s:
-            _log.warning("%s is not healthy after %g s; stopping it", self.process.name, self._deadline_s)
-            self.process.stop()
 
 
 class Supervisor:
@@ -93,18 +98,17 @@ class Supervisor:
         self._thread = threading.Thread(target=self._run, name="supervise servers", daemon=True)
         self._thread.start()
 
-    def poll(self) -> None:
-        """Look after all servers now."""
-        for server in self.servers:
-            server.poll()
-
     def check(self) -> None:
-        """Raises:
-        ServerDiedError: no server is left, and none will be started again.
+        """Notice every death now.
+
+        Raises:
+            ServerDiedError: no server is left, and none will be started again.
         """
+        for server in self.servers:
+            server.notice()
         ends = [server.given_up for server in self.servers]
         if all(ends):
-            raise ServerDiedError("no SGLang server is left: " + "\n".join(map(str, ends)))
+            raise ServerDiedError("no SGLang server is left: " + "\n".join(filter(None, ends)))
 
     def stop(self) -> None:
         """No server is started again once this returns."""
@@ -113,4 +117,6 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._stopping.wait(_POLL_S):
-            self.poll()
+            for server in self.servers:
+                server.notice()
+                server.await_health()

@@ -144,5 +144,5 @@ def _tensors(run: Any, value: Any) -> dict[str, np.ndarray]:
 
     layout = run.layout
     pairs = [(name, value(p)) for name, p in named_global_parameters(run.chunks)]
-    tensors = iter_hf_tensors(pairs, run.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = iter_hf_tensors(pairs, run.arch, layout)
     return {name: tensor.numpy().copy() for name, tensor in tensors if layout.dp_rank == 0}

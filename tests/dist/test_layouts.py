@@ -28,7 +28,7 @@ MEAN, SUM, TOKEN, CONSTANT = range(4)
 
 TP, PP, VPP, CP = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"context": 2}
 SP = {"tensor": 2, "sequence": True}
-EP = {"expert": 2}
+EP, ETP = {"expert": 2}, {"expert_tensor": 2}
 EVERY = tuple((objective, count) for objective in range(4) for count in (1, 2, 4))
 PADDED = ((SUM, None),)
 SHARDED = {"distributed": True}
@@ -90,6 +90,12 @@ ROWS = {
     "experts, ep2 pp2": Row(ranks=4, axes=EP | PP, kind="qwen3_moe"),
     "experts, ep2 pp2 vpp2, full": Row(ranks=4, axes=EP | VPP, recompute="full", kind="qwen3_moe"),
     "experts, ep2 dp4": Row(ranks=4, axes=EP, kind="qwen3_moe", passes=((CONSTANT, 2),)),
+    "experts, tp2 sp etp2": Row(ranks=2, axes=SP | ETP, kind="qwen3_moe", passes=EVERY),
+    "experts, etp2 dp2, sharded": Row(ranks=2, axes=ETP, **SHARDED, kind="qwen3_moe", passes=((TOKEN, 3), (MEAN, 1))),
+    "experts, tp2 sp ep2 etp2": Row(ranks=4, axes=SP | EP | ETP, kind="qwen3_moe", passes=((SUM, 1), (TOKEN, 2))),
+    "experts, etp2 pp2 vpp2, full": Row(ranks=4, axes=ETP | VPP, recompute="full", kind="qwen3_moe"),
+    "experts, tp2 sp cp2 etp4": Row(ranks=4, axes=SP | CP | {"expert_tensor": 4}, kind="qwen3_moe"),
+    "experts, etp2 dp4, overlap": Row(ranks=4, axes=ETP, overlap=True, kind="qwen3_moe", passes=((CONSTANT, 2),)),
     "experts, tp2 sp ep4": Row(ranks=4, axes=SP | {"expert": 4}, kind="qwen3_moe"),
 }  # fmt: skip
 

@@ -131,7 +131,7 @@ def rank_balance_gradients(path, axes):
     optimizer.zero_grad()
     loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], cfg=ObjectiveConfig())
     grads = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
-    tensors = iter_hf_tensors(grads, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = iter_hf_tensors(grads, arch, layout)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}
     norm = optimizer.step().grad_norm
     balance = balance_metrics(chunks)["train/load_balancing_loss"]

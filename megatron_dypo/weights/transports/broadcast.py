@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 
-from megatron_dypo.weights.sglang_control import Deadline, SGLangControl
+from megatron_dypo.weights.deadline import Deadline
+from megatron_dypo.weights.sglang_control import SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
 from megatron_dypo.weights.transports.buckets import fill_buckets
 from megatron_dypo.weights.transports.update_group import UpdateGroup

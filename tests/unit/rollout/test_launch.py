@@ -68,26 +68,26 @@ def test_a_server_does_not_see_torchruns_variables() -> None:
     ranks = {f"{group}{name}" for group in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")}
     torchrun = {*ranks, "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "TORCHELASTIC_RUN_ID"}
     inherited = dict.fromkeys([*torchrun, "LOCAL_SCRATCH", "HOME"], "x")
-    env = server_environment(inherited, 1, "cpu", [0])
+    env = server_environment(inherited, 1, "cpu", [0], PACKAGE)
     assert not env.keys() & torchrun
     assert {"LOCAL_SCRATCH", "HOME"} <= env.keys()
 
 
 def test_log_probs_are_untempered_whatever_the_trainers_environment_says() -> None:
-    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0])
+    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0], PACKAGE)
     assert env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
 
 
 def test_the_users_thread_count_stays() -> None:
-    assert server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0])["OMP_NUM_THREADS"] == "4"
-    assert server_environment({}, 1, "cpu", [0])["OMP_NUM_THREADS"] == "1"
+    assert server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0], PACKAGE)["OMP_NUM_THREADS"] == "4"
+    assert server_environment({}, 1, "cpu", [0], PACKAGE)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "binding"), [([0, 1], 2, "0|1"), ([2, 3, 8, 9], 2, "2,3|8,9"), ([5], 2, "5|5")]
 )
 def test_tensor_parallel_ranks_on_a_cpu_get_cores_of_their_own(cores: list[int], ranks: int, binding: str) -> None:
-    assert server_environment({}, ranks, "cpu", cores)["SGLANG_CPU_OMP_THREADS_BIND"] == binding
+    assert server_environment({}, ranks, "cpu", cores, PACKAGE)["SGLANG_CPU_OMP_THREADS_BIND"] == binding
 
 
 def test_a_port_that_is_listened_on_is_passed_over() -> None:

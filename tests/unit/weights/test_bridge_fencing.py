@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from tests.unit.weights.conftest import HF_CONFIG, Setting
 from tests.unit.weights.fake_sglang import FakeServer
 
 PUSH_CALLS = (
-    "/model_info",
     "/pause_generation",
     "/update_weights_from_disk",
     "/update_weight_version",
@@ -42,7 +42,7 @@ def refuses(server: FakeServer, path: str = UPDATE) -> None:
     server.answers[path] = (400, {"success": False, "message": "cannot read"})
 
 
-@pytest.mark.parametrize("path", PUSH_CALLS)
+@pytest.mark.parametrize("path", ["/model_info", *PUSH_CALLS])
 def test_wherever_a_server_dies_the_rest_ends_at_the_version(
     setting: Setting, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -54,6 +54,21 @@ def test_wherever_a_server_dies_the_rest_ends_at_the_version(
     assert one.version == "7"
     assert one.posts[-1] == "/continue_generation"
     assert f"server {two.url} is fenced" in caplog.text
+
+
+def test_thirty_random_deaths_leave_no_serving_server_behind_and_each_server_rejoins(setting: Setting) -> None:
+    draw = random.Random(4)
+    setting.lost.may_return = True
+    for version in range(1, 31):
+        victim = draw.choice(setting.servers)
+        victim.on_call = dies_at(victim, draw.choice(PUSH_CALLS))
+        setting.bridge.push(version)
+        assert setting.bridge.serving == tuple(s.url for s in setting.servers if s is not victim)
+        assert all(s.version == str(version) for s in setting.servers if s is not victim)
+        victim.come_back()
+        report = setting.bridge.push(version)
+        assert (report.fenced, report.rejoined, report.retries) == (0, 1, 0)
+        assert [s.version for s in setting.servers] == [str(version)] * 2
 
 
 def test_a_server_that_was_dead_before_the_push_is_fenced_in_it(setting: Setting) -> None:
