@@ -44,6 +44,9 @@ class ModelConfig:
     """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
+    logprob_memory_mb: float | None = None
+    """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
+    give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
     balance_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
 
@@ -51,6 +54,8 @@ class ModelConfig:
         require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
         if self.balance_coef is not None:
             require_not_negative(self, "balance_coef")
+        if self.logprob_memory_mb is not None:
+            require_positive(self, "logprob_memory_mb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,10 +436,4 @@ class Config:
             not (self.weights.release_memory and self.rollout.mode == "async"),
             "weights.release_memory=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
-        )
-        whole = self.objective.needs_whole_sequences()
-        require(
-            whole is None or self.parallel.context == 1,
-            f"objective.{whole}",
-            f"needs parallel.context=1, got {self.parallel.context}: each rank would see a part of each sequence only",
         )

@@ -115,10 +115,9 @@ def _patch_gloo_scatter() -> None:
 
 
 def _patch_gloo_uneven() -> None:
-    """gloo gathers and scatters tensors of equal sizes only; experts that are split get as many tokens as choose them.
+    """gloo gathers and scatters tensors of one size only; the ranks that an expert is split over have uneven tokens for it.
 
-    tensor_parallel/mappings.py:151 gathers tokens over an expert-tensor group, :193 adds their outputs up again; in
-    ``torch.distributed`` by name, and none else calls these two with uneven lists.
+    tensor_parallel/mappings.py:151 gathers them over the expert-tensor group, :193 adds the outputs up and scatters them.
     """
     upstream_all_gather, upstream_reduce_scatter = dist.all_gather, dist.reduce_scatter
 
@@ -144,7 +143,8 @@ def _patch_gloo_uneven() -> None:
                 output.copy_(total)
         return None
 
-    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+    dist.all_gather = all_gather  # type: ignore[assignment]
+    dist.reduce_scatter = reduce_scatter
 
 
 def _patch_rng_tracker() -> None:

@@ -14,9 +14,10 @@ Megatron's own loss does not fit here: with ``calculate_per_token_loss`` it is m
 expectation of a division of all gradients by the global number of tokens at the end (transformer/moe/router.py:456-472 of
 0.16.1), which a globally normalised objective does not have.
 
-Routing replay (train with the experts that the rollout servers chose) would enter here: override ``routing`` to hand the
-recorded top-k indices of the microbatch's tokens to Megatron's ``RouterReplay``; they would travel with ``Sample`` through
-``batching.pack`` as a stream of [T, layers, k].
+Routing replay (train with the experts that the rollout servers chose) would enter here: with ``moe_enable_routing_replay``
+Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206), and ``BalancedRouter.routing`` would hand it
+the recorded top-k indices of the microbatch's tokens; they would travel with ``Sample`` through ``batching.pack`` as a
+stream of [T, layers, k].
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def mark_experts(chunk: torch.nn.Module) -> None:
     """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
 
     Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it, but
-    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens.
+    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens; and experts that are split
+    would be reduced over ranks with other parts of them.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.families.registry import match
+from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.hf_write import TensorSpec
 
 
@@ -32,9 +33,7 @@ def iter_hf_tensors(
         row = match(name, arch)
         if row.is_copy:
             continue
-        rank, size, group = layout.tp_rank, layout.tensor, layout.tp_group
-        if row.is_expert:
-            rank, size, group = layout.etp_rank, layout.expert_tensor, layout.etp_group
+        rank, size, group = _axis(row, layout)
         if row.rule.tp_dim is None or size == 1:
             shards = [param.detach()]
         else:
@@ -68,6 +67,13 @@ def part_name(layout: Layout) -> str:
     """Stem of the files that this rank writes; sorts by stage."""
     stage = f"stage-{layout.pp_rank:05d}"
     return stage if layout.leads_stage else f"{stage}-experts-{layout.ep_rank:05d}"
+
+
+def _axis(row: Row, layout: Layout) -> tuple[int, int, dist.ProcessGroup | None]:
+    """Rank, size and group of the axis that may split a parameter."""
+    if row.is_expert:
+        return layout.etp_rank, layout.expert_tensor, layout.etp_group
+    return layout.tp_rank, layout.tensor, layout.tp_group
 
 
 def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:

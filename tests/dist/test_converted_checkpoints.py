@@ -19,14 +19,16 @@ LAYOUTS = {
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}, (1, 2)),
     "dp2": (2, {}, (4, 4)),
     "ep2": (2, {"expert": 2}, (2, 2)),
+    "ep2_etp2": (4, {"expert": 2, "expert_tensor": 2}, (2, 1)),
+    "tp2_sp_etp2": (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}, (2, 2)),
     "tp2_sp_ep2_pp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, (1, 1)),
 }
 """Ranks, the axes that they run, and the TP × PP that the converted checkpoint was written for."""
 
 
 def kinds_of(axes: dict) -> list[str]:
-    """Mixtures of experts where experts are spread, dense models elsewhere."""
-    return ["qwen3_moe"] if "expert" in axes else list(KINDS)
+    """Mixtures of experts where experts are spread or split, dense models elsewhere."""
+    return ["qwen3_moe"] if {"expert", "expert_tensor"} & axes.keys() else list(KINDS)
 
 
 def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
