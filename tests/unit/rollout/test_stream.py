@@ -176,3 +176,18 @@ def test_an_error_of_the_grader_reaches_the_trainer() -> None:
         with pytest.raises(ValueError, match="its import"):
             stream.wait(10.0)
         stream.stop()
+
+
+def test_prompts_that_lost_their_servers_are_asked_again_where_serve_says() -> None:
+    with FakeSGLang(lambda index, body: "die") as dead, FakeSGLang(version="4") as other:
+        draw = Draws()
+        stream = make_stream(dead, draw)
+        stream.want(3)
+        stream.start()
+        wait_until(lambda: stream.is_unserved and not stream._state.in_flight, "no server is left")
+        assert stream.unfinished() == [0, 1, 2]
+        stream.serve([other.url], range(3, 5))
+        assert not stream.is_unserved
+        assert take_until(stream, 3) == [0, 1, 2]
+        stream.stop()
+    assert draw.orders == [0, 1, 2]
