@@ -96,7 +96,7 @@ def test_importing_the_config_loads_nothing_heavy():
 
 def test_an_asynchronous_run_must_correct_for_older_weights(write):
     path = write({**MINIMAL, "rollout": {"mode": "async"}})
-    with pytest.raises(ValueError, match=r"rollout\.mode=async samples from older weights"):
+    with pytest.raises(ValueError, match=r"rollout\.mode=async: samples from older weights"):
         load_config(path)
     load_config(path, ["objective.importance.cap=2.0"])
     load_config(path, ["score.policy=rollout"])
@@ -104,5 +104,5 @@ def test_an_asynchronous_run_must_correct_for_older_weights(write):
 
 def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):
     overrides = ["rollout.mode=async", "objective.importance.cap=2.0", "weights.release_memory=true"]
-    with pytest.raises(ValueError, match=r"weights\.release_memory=true needs rollout\.mode=sync"):
+    with pytest.raises(ValueError, match=r"weights\.release_memory=true: needs rollout\.mode=sync"):
         load_config(write(MINIMAL), overrides)
