@@ -184,7 +184,7 @@ def rank_push_while_a_server_hangs(target: Target, weights: str) -> dict[str, An
     trainer = Trainer(target)
     trainer.become(weights)
     victim, is_first = target.urls[-1], trainer.layout.rank == 0
-    bridge = trainer.bridge(deadline_s=40.0)
+    bridge = trainer.bridge(deadline_s=60.0)
     bridge.push(VERSIONS["hung"])
     running = Running(target, victim) if is_first else None
     processes = server_family(victim) if is_first else []

@@ -133,11 +133,12 @@ class Transport(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all connections after a failed push, so that the next one makes new ones. Not collective."""
+        """Forget all connections after a failed attempt, at once, so that the next one makes new ones. Not collective."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the servers at the end of a run. Not collective."""
+        """Leave the servers in order: at the end of a run, or before a push to other ones, which connects anew. Not
+        collective."""
 
 
 def _failure(error: BaseException) -> tuple[str, tuple[str, ...]]:
