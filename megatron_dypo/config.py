@@ -44,6 +44,9 @@ class ModelConfig:
     """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
+    logprob_memory_mb: float | None = None
+    """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
+    give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
     balance_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
 
@@ -51,6 +54,8 @@ class ModelConfig:
         require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
         if self.balance_coef is not None:
             require_not_negative(self, "balance_coef")
+        if self.logprob_memory_mb is not None:
+            require_positive(self, "logprob_memory_mb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +71,15 @@ class ParallelConfig:
     context: int = 1
     """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
-    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage; an
-    expert itself is never split."""
+    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
+    expert_tensor: int = 1
+    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage; whatever
+    ``tensor`` is, 1 keeps experts whole."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "tensor", "pipeline", "context", "expert")
+        require_positive(self, "tensor", "pipeline", "context", "expert", "expert_tensor")
         require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
@@ -85,10 +92,15 @@ class ParallelConfig:
                 f"must be a multiple of tensor × pipeline × context = {model_size}",
             )
             require(
-                self.num_processes // self.pipeline % self.expert == 0,
-                f"expert={self.expert}",
+                self.num_processes // self.pipeline % self.expert_ranks == 0,
+                f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
                 f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
             )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold all experts of a layer once."""
+        return self.expert * self.expert_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,10 +394,4 @@ class Config:
             self.score.policy == "trainer" or not self.objective.importance.is_on(),
             "objective.importance",
             "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
-        )
-        whole = self.objective.needs_whole_sequences()
-        require(
-            whole is None or self.parallel.context == 1,
-            f"objective.{whole}",
-            f"needs parallel.context=1, got {self.parallel.context}: each rank would see a part of each sequence only",
         )

@@ -251,7 +251,8 @@ class Bridge:
 
     def _held_names(self) -> list[str]:
         """The HF tensors that leave this rank."""
-        check_shapes(self._source.params(), self._source.arch, self._source.layout.tensor)
+        layout = self._source.layout
+        check_shapes(self._source.params(), self._source.arch, layout.tensor, layout.expert_tensor)
         return [spec.name for spec in self._source.specs()]
 
     def _check_servers(self, deadline: Deadline) -> None:
