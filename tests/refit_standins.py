@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing as mp
 import os
 import pickle
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -146,6 +147,7 @@ class StandInEngine(FakeServer):
     def start_ranks(self, ranks: Sequence[Shapes], prepare: Prepare | None = None) -> None:
         """``prepare`` runs in each process first: to make it misbehave."""
         context = mp.get_context("spawn")
+        self.one_at_a_time = threading.Lock()
         self.pipes: list[Connection] = []
         self.processes = []
         for shapes in ranks:
@@ -171,11 +173,12 @@ class StandInEngine(FakeServer):
         if path != "/update_weights_from_tensor":
             return super().answer(path, body)
         self.calls.append((path, {}))
-        for pipe, payload in zip(self.pipes, body["serialized_named_tensors"], strict=True):
-            pipe.send(("load", payload))
-        # A rank that died raises here: the connection then closes without an answer, as that of a dead server does.
-        for pipe in self.pipes:
-            pipe.recv()
+        with self.one_at_a_time:
+            for pipe, payload in zip(self.pipes, body["serialized_named_tensors"], strict=True):
+                pipe.send(("load", payload))
+            # A rank that died raises here: the connection then closes without an answer, as that of a dead server does.
+            for pipe in self.pipes:
+                pipe.recv()
         return 200, {"success": True}
 
 

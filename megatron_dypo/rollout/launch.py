@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_dypo.config import ServersConfig
 
 WEIGHT_LOADER = "megatron_dypo.weights.receiver.load"
+"""What servers import to receive planned pushes."""
 _CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
 _CPU_MAX_TOTAL_TOKENS = 20_000
 _DTYPES = ("float32", "bfloat16")

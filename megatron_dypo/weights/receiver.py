@@ -34,7 +34,6 @@ from megatron_dypo.weights.transports.local import LocalReceiver
 from megatron_dypo.weights.transports.messages import Message, Part, as_bytes, cut, part_of
 from megatron_dypo.weights.transports.p2p import GroupReceiver
 
-LOADER = "megatron_dypo.weights.receiver.load"
 GO = "go"
 CONNECTORS: dict[str, type[Receiver]] = {"p2p": GroupReceiver, "local": LocalReceiver}
 

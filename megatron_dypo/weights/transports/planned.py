@@ -97,6 +97,8 @@ class PlannedTransport(Transport):
     def reset(self) -> None:
         if self._rank is not None:
             self._rank.close()
+        if self._targets is not None:
+            self._targets.close()
         # With the last reference to the store go the receivers that still wait on it.
         self._meeting = self._store = self._targets = self._rank = None
         self._num_pushes = 0

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dypo.rollout.launch import WEIGHT_LOADER
 from megatron_dypo.weights.control_message import ControlMessage, to_payload
 from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.plan import EngineLayout, RefitPlan
-from megatron_dypo.weights.receiver import LOADER, inventory_key, report_key
+from megatron_dypo.weights.receiver import inventory_key, report_key
 from megatron_dypo.weights.sglang_control import ServerError, ServerInfo, SGLangControl
 
 _POLL_S = 0.002
@@ -29,10 +30,10 @@ def engine_layout(info: ServerInfo) -> EngineLayout:
         size = getattr(info, name)
         if size != 1:
             raise ServerError(f"{info.url}: {name}={size}: planned pushes need 1; use transport=disk", info.url)
-    if LOADER not in info.custom_loaders:
+    if WEIGHT_LOADER not in info.custom_loaders:
         raise ServerError(
             f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "
-            f"--custom-weight-loader {LOADER}, or use transport=broadcast",
+            f"--custom-weight-loader {WEIGHT_LOADER}, or use transport=broadcast",
             info.url,
         )
     return EngineLayout(tensor=info.tensor_parallel, expert=info.expert_parallel)
@@ -55,7 +56,7 @@ class Targets:
                     to_payload(dataclasses.replace(message, engine=engine, target=target))
                     for target in range(layout.tensor)
                 ],
-                "load_format": LOADER,
+                "load_format": WEIGHT_LOADER,
                 # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
                 "flush_cache": True,
             }
@@ -92,6 +93,11 @@ class Targets:
                 errors.append(error)
         if errors:
             raise ServerError("; ".join(map(str, errors)), *(url for error in errors for url in error.urls))
+
+    def close(self) -> None:
+        """Wait for no more answers."""
+        for answer in self._answers:
+            answer.cancel()
 
     def _ranks(self) -> list[tuple[int, int]]:
         return [(e, target) for e, layout in enumerate(self._plan.engines) for target in range(layout.tensor)]
