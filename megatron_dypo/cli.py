@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_dypo.preemption import hold_requests
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -21,16 +23,21 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the sections of megatron_dypo.config.Config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, print, stop.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="In a dry run, a missing file is an error too.")] = False,
 ) -> None:
     """Train a model; an existing run folder is resumed.
 
-    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for.
+    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for. On SIGUSR1 the
+    ranks finish the step, write a checkpoint and end with status 75: the same command goes on from there.
     """
+    hold_requests()  # before torch starts threads
     from megatron_dypo.config_io import dump_config, load_config
     from megatron_dypo.launch import check_inputs, launch
 
     resolved = load_config(config, overrides or [])
     notes = check_inputs(resolved)
+    if strict and notes:
+        raise ValueError("\n".join(notes))
     if dry_run:
         typer.echo(dump_config(resolved), nl=False)
         for note in notes:
