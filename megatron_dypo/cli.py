@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | report``."""
+"""The command line: ``megatron-dypo train | serve | report``."""
 
 from __future__ import annotations
 
@@ -46,6 +46,42 @@ def train(
     if notes:
         raise ValueError("\n".join(notes))
     launch(resolved, config, overrides or [])
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="The trainer's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    name: Annotated[str, typer.Option(help="This node, in names of servers and logs.")] = "local",
+    first: Annotated[int, typer.Option(help="Number of this node's first server among all.")] = 0,
+    restarts: Annotated[int, typer.Option(help="How often a server that died is started again.")] = 3,
+    log_dir: Annotated[Path, typer.Option(help="Where each server has its log.")] = Path("logs"),
+    engine_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one string.")] = "",
+) -> None:
+    """Keep this node's SGLang servers alive for a trainer on other nodes, until SIGTERM.
+
+    They are what `rollout.servers` describes. The API key comes from the environment variable that it names.
+    """
+    hold_requests()
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.logs import log_to_terminal
+    from megatron_dypo.parallel.device import device_kind
+    from megatron_dypo.rollout.process import ServerDiedError
+    from megatron_dypo.rollout.serve import serve as serve_node
+
+    log_to_terminal()
+    try:
+        serve_node(
+            load_config(config, overrides or []),
+            device=device_kind(),
+            name=name,
+            first=first,
+            restarts=restarts,
+            log_dir=log_dir,
+            engine_args=engine_args,
+        )
+    except ServerDiedError as error:
+        sys.exit(f"megatron-dypo: error: {error}")
 
 
 @app.command()
