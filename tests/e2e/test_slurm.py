@@ -12,7 +12,6 @@ from megatron_dypo.metrics import read_metrics
 from tests.e2e.parity_task import write_task
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
 
-
 DEADLINE_S = 500.0
 """A job starts and trains in less than a minute; on a machine that is busy otherwise, in several."""
 
