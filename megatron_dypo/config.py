@@ -145,6 +145,9 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Servers that run already; empty: start ``count`` of them."""
+    urls_come_back: bool = False
+    """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
+    for one until ``weights.deadline_s``."""
     router: str | None = None
     """A router in front of ``urls``: requests go to it, pushes of weights still to each server."""
     count: int = 1
@@ -174,6 +177,7 @@ class ServersConfig:
     def __post_init__(self) -> None:
         require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
         require_not_negative(self, "restarts")
+        require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         require_not_negative(self, "base_gpu")
 
