@@ -1,0 +1,198 @@
+"""Memory of one rank of the trainer, term by term, as ``mcore/`` lays it out. Pure arithmetic.
+
+Symbols: T tokens of a row on this rank, t tensor-parallel ranks, e bytes of an element of the model. What Megatron's DDP and
+optimizer hold for each parameter: the parameter e, a gradient of 4 bytes (``grad_reduce_in_fp32``), two moments of 4, and
+for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.objective.fused_logprobs import MIN_MEMORY_BUDGET
+from megatron_dypo.planning.activations import FP32, layer_bytes, norm_bytes
+from megatron_dypo.planning.devices import GIB
+from megatron_dypo.planning.parameters import Counts, stage_parameters
+from megatron_dypo.planning.schedule import chunks_in_flight
+from megatron_dypo.planning.setting import Setting
+
+RESERVED = int(2.5 * GIB)
+"""CUDA context, NCCL's buffers, cuBLAS' and Transformer Engine's workspaces."""
+FRAGMENTATION = 0.05
+"""Of what is allocated during an update: memory that the caching allocator holds and cannot give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a memory table."""
+
+    name: str
+    bytes: float
+    why: str
+    """How it comes about, in a few words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What one process wants of one device."""
+
+    where: str
+    terms: tuple[Term, ...]
+    capacity: float
+    """Bytes of the device."""
+
+    @property
+    def total(self) -> float:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def spare(self) -> float:
+        return self.capacity - self.total
+
+    @property
+    def largest(self) -> Term:
+        return max(self.terms, key=lambda term: term.bytes)
+
+    def __getitem__(self, name: str) -> float:
+        return next(term.bytes for term in self.terms if term.name == name)
+
+
+def trainer_footprints(setting: Setting) -> list[Footprint]:
+    """One for each pipeline stage, first to last."""
+    return [_stage(setting, stage) for stage in range(setting.config.parallel.pipeline)]
+
+
+def fullest(footprints: list[Footprint]) -> Footprint:
+    return min(footprints, key=lambda footprint: footprint.spare)
+
+
+def stage_counts(setting: Setting, stage: int) -> Counts:
+    """Parameters of one rank of a stage."""
+    parallel, arch = setting.config.parallel, setting.arch
+    return stage_parameters(
+        arch,
+        tensor=parallel.tensor,
+        expert=parallel.expert,
+        layers=arch.num_layers // parallel.pipeline,
+        is_first=stage == 0,
+        is_last=stage == parallel.pipeline - 1,
+    )
+
+
+def reference_bytes(setting: Setting) -> float:
+    """Host memory of the reference policy's copies on one node (``mcore/reference.py``)."""
+    largest = max(stage_counts(setting, stage).total for stage in range(setting.config.parallel.pipeline))
+    return largest * setting.element * min(setting.gpus_per_node, setting.trainer_gpus)
+
+
+def _stage(setting: Setting, stage: int) -> Footprint:
+    counts, parallel = stage_counts(setting, stage), setting.config.parallel
+    update = [*_activations(setting, stage, counts), _gather_buffer(setting), _streams(setting)]
+    held = [*model_state(setting, counts)]
+    fixed = []
+    if setting.fused:
+        slack = FRAGMENTATION * sum(term.bytes for term in (*held, *update))
+        fixed = [
+            Term(name="reserved", bytes=RESERVED, why="CUDA context, NCCL, workspaces"),
+            Term(name="fragmentation", bytes=slack, why=f"{FRAGMENTATION:.0%} of all above"),
+        ]
+    where = f"trainer, stage {stage + 1} of {parallel.pipeline}" if parallel.pipeline > 1 else "trainer"
+    return Footprint(where=where, terms=(*held, *update, *fixed), capacity=setting.gpu.memory)
+
+
+def model_state(setting: Setting, counts: Counts) -> list[Term]:
+    """Parameters, gradients, optimizer."""
+    cfg, e = setting.config, setting.element
+    parallel = cfg.parallel
+    stage_ranks = setting.trainer_gpus // parallel.pipeline
+    shards, expert_shards = stage_ranks // parallel.tensor, stage_ranks // parallel.expert
+    if not cfg.optimizer.distributed:
+        shards = expert_shards = 1
+    state = 2 * FP32 + (FP32 if e < FP32 else 0)
+    kind = "main parameter and two moments" if e < FP32 else "two moments"
+    sharing = f" over {shards} ranks" if cfg.optimizer.distributed else ", optimizer.distributed=false"
+    return [
+        Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B"),
+        Term(name="gradients", bytes=counts.total * FP32, why="fp32, all of them on every replica"),
+        Term(
+            name="optimizer",
+            bytes=state * (counts.dense / shards + counts.experts / expert_shards),
+            why=f"fp32 {kind}, {state} B{sharing}",
+        ),
+    ]
+
+
+def _activations(setting: Setting, stage: int, counts: Counts) -> list[Term]:
+    """What the layers keep in flight; and the larger of what the loss and what the backward pass of a layer add."""
+    cfg, arch, e, fused = setting.config, setting.arch, setting.element, setting.fused
+    parallel, recompute = cfg.parallel, cfg.model.recompute
+    virtual, is_last = parallel.virtual_pipeline or 1, stage == parallel.pipeline - 1
+    tokens = setting.row_tokens / parallel.context
+    between = parallel.tensor if parallel.sequence else 1
+    in_flight = chunks_in_flight(
+        stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
+    )
+    layers = arch.num_layers // parallel.pipeline // virtual
+    layer = layer_bytes(arch, e, fused=fused)
+    kept = layers * layer.kept(recompute, parallel.tensor, parallel.sequence)
+    if parallel.pipeline > 1:
+        kept += e * arch.hidden_size / between  # what was sent stays until its gradient comes back
+    wgrad = e * counts.largest
+    working = tokens * layer.working(recompute, parallel.tensor, parallel.sequence) + wgrad
+    if is_last:
+        working = max(working, _loss(setting, tokens))
+        kept_last = tokens * norm_bytes(arch.hidden_size, e, fused=fused) / between
+    else:
+        kept_last = 0.0
+    noun = "row" if virtual == 1 else "chunk pass"
+    return [
+        Term(
+            name="activations",
+            bytes=in_flight * tokens * kept + kept_last,
+            why=f"{in_flight} {noun}{'s' * (in_flight > 1)} in flight × {layers} layers × {tokens:,.0f} tokens, recompute={recompute}",
+        ),
+        Term(
+            name="working set",
+            bytes=working,
+            why="the loss: chunk of logits, gradients of hidden states and output weight"
+            if is_last and working > tokens * layer.working(recompute, parallel.tensor, parallel.sequence) + wgrad
+            else "backward pass of one layer",
+        ),
+    ]
+
+
+def logits_bytes(setting: Setting, rows: float) -> float:
+    """The chunk of fp32 logits of ``objective/fused_logprobs.py``, and its scratch."""
+    width = -(-setting.arch.vocab_size // setting.config.parallel.tensor)
+    budget = max(MIN_MEMORY_BUDGET, width * setting.arch.hidden_size * FP32 // 2)
+    largest = max(1, int(budget * 0.75) // (width * FP32))
+    chunk = rows / -(-rows // largest)
+    scratch = min(budget / 8, width * max(chunk, setting.arch.hidden_size) * FP32) if setting.element < FP32 else 0.0
+    return chunk * width * FP32 + scratch
+
+
+def _loss(setting: Setting, tokens: float) -> float:
+    """Every token of the row taken for a response token: hidden states gathered, chosen, their gradients; logits."""
+    arch, e = setting.arch, setting.element
+    hidden = tokens * arch.hidden_size
+    vectors = 20 * FP32 * tokens
+    weight = e * arch.hidden_size * -(-arch.vocab_size // setting.config.parallel.tensor)
+    gathered = e * hidden if setting.config.parallel.sequence else 0.0
+    return gathered + 2 * e * hidden + 2 * FP32 * hidden + vectors + weight + logits_bytes(setting, tokens)
+
+
+def _gather_buffer(setting: Setting) -> Term:
+    parallel = setting.config.parallel
+    size = setting.row_tokens / parallel.context * setting.arch.hidden_size * setting.element
+    return Term(
+        name="gather buffer",
+        bytes=size if parallel.sequence else 0.0,
+        why="inputs of layers gathered over tensor-parallel ranks" if parallel.sequence else "no sequence parallelism",
+    )
+
+
+def _streams(setting: Setting) -> Term:
+    """All rows of an update are on the device from its start (``mcore/forward_step.py``)."""
+    tokens = setting.microbatches * min(setting.row_tokens, setting.config.batching.tokens_per_microbatch)
+    per_token = 17 + 61  # ids, positions, padding; and of a response token targets, streams and indices
+    return Term(name="rows", bytes=per_token * tokens / setting.config.parallel.context, why="token streams of the update")
