@@ -76,8 +76,10 @@ def compare(case: Case) -> dict[str, float]:
     for rank, (measured, modelled) in enumerate(answers):
         errors = {part: modelled[part] / measured[part] - 1 for part in PARTS}
         print(
-            f"  rank {rank}  " + "   ".join(
-                f"{part} {measured[part] / 2**20:.1f} {modelled[part] / 2**20:.1f} {errors[part]:+.1%}" for part in PARTS
+            f"  rank {rank}  "
+            + "   ".join(
+                f"{part} {measured[part] / 2**20:.1f} {modelled[part] / 2**20:.1f} {errors[part]:+.1%}"
+                for part in PARTS
             ),
             flush=True,
         )

@@ -61,7 +61,8 @@ def configuration(case: Any) -> Config:
 def modelled(case: Any, config: Config, arch: Architecture, layout: Layout) -> dict[str, float]:
     """The terms of this rank's stage."""
     config = dataclasses.replace(
-        config, batching=dataclasses.replace(config.batching, prompts_per_update=layout.data * case.rows * case.sequences)
+        config,
+        batching=dataclasses.replace(config.batching, prompts_per_update=layout.data * case.rows * case.sequences),
     )
     setting = Setting(
         config=config,
@@ -71,10 +72,9 @@ def modelled(case: Any, config: Config, arch: Architecture, layout: Layout) -> d
         trainer_gpus=layout.world_size,
         engines=1,
         # Hard prompts only: one sequence each.
-        assumed=Assumptions(
-            prompt_tokens=1, response_tokens=case.row // case.sequences - 1, easy=0.0, hard=1.0
-        ),
+        assumed=Assumptions(prompt_tokens=1, response_tokens=case.row // case.sequences - 1, easy=0.0, hard=1.0),
         fused=False,
+        on_gpu=False,
     )
     footprint = trainer_footprints(setting)[layout.pp_rank]
     state = {name: footprint[name] for name in ("parameters", "gradients", "optimizer")}

@@ -3,7 +3,7 @@
 Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200"; the A800 is an
 A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at 400 GB/s (both directions together). Memory is what the driver
 reports as total, which is less than the name. Network: one port of the customary DGX/HGX node for each GPU (200 Gbit/s
-beside Ampere, 400 Gbit/s after it).
+beside Ampere, 400 Gbit/s after it). The share that kernels reach is no vendor's figure, see ``docs/planning.md``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ class Gpu:
     """Bytes/s of one direction, to other nodes."""
     pcie: float
     """Bytes/s of one direction, to the memory of its host."""
+    matmul: float
+    """Share of ``bf16`` that the kernels of a layer reach together in training, norms and attention among them."""
 
 
-def _gpu(name: str, gib: float, bf16: float, fp8: float | None, hbm: float, links: tuple[float, float, float]) -> Gpu:
+def _gpu(
+    name: str, gib: float, bf16: float, fp8: float | None, hbm: float, links: tuple[float, float, float], matmul: float
+) -> Gpu:
     """In GiB, TFLOP/s, TB/s and GB/s of NVLink, network and PCIe."""
     nvlink, network, pcie = (rate * 1e9 for rate in links)
     return Gpu(
@@ -48,23 +52,28 @@ def _gpu(name: str, gib: float, bf16: float, fp8: float | None, hbm: float, link
         nvlink=nvlink,
         network=network,
         pcie=pcie,
+        matmul=matmul,
     )
 
 
 _GEN4, _GEN5 = 25.0, 50.0
 """GB/s that a copy from pinned memory reaches over 16 lanes, of 32 and 64."""
 
+_AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
+"""Ampere: fits the iteration times of Korthikanti et al. 2022, table 5; Hopper: fits the 41 to 48% MFU of Megatron-LM's README;
+the H20, whose matmuls are slow beside its memory, and the B200 are guesses."""
+
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", 39.4, 312, None, 1.555, (300, 25, _GEN4)),
-        _gpu("a100-80gb", 79.2, 312, None, 2.039, (300, 25, _GEN4)),
-        _gpu("a800-80gb", 79.2, 312, None, 2.039, (200, 25, _GEN4)),
-        _gpu("h100-80gb", 79.1, 989, 1979, 3.35, (450, 50, _GEN5)),
-        _gpu("h800-80gb", 79.1, 989, 1979, 3.35, (200, 50, _GEN5)),
-        _gpu("h20-96gb", 95.1, 148, 296, 4.0, (450, 50, _GEN5)),
-        _gpu("h200-141gb", 139.8, 989, 1979, 4.8, (450, 50, _GEN5)),
-        _gpu("b200-180gb", 178.3, 2250, 4500, 8.0, (900, 50, _GEN5)),
+        _gpu("a100-40gb", 39.4, 312, None, 1.555, (300, 25, _GEN4), _AMPERE),
+        _gpu("a100-80gb", 79.2, 312, None, 2.039, (300, 25, _GEN4), _AMPERE),
+        _gpu("a800-80gb", 79.2, 312, None, 2.039, (200, 25, _GEN4), _AMPERE),
+        _gpu("h100-80gb", 79.1, 989, 1979, 3.35, (450, 50, _GEN5), _HOPPER),
+        _gpu("h800-80gb", 79.1, 989, 1979, 3.35, (200, 50, _GEN5), _HOPPER),
+        _gpu("h20-96gb", 95.1, 148, 296, 4.0, (450, 50, _GEN5), _SLOW),
+        _gpu("h200-141gb", 139.8, 989, 1979, 4.8, (450, 50, _GEN5), _HOPPER),
+        _gpu("b200-180gb", 178.3, 2250, 4500, 8.0, (900, 50, _GEN5), _HOPPER),
     )
 }
 

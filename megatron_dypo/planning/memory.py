@@ -17,7 +17,7 @@ from megatron_dypo.planning.schedule import chunks_in_flight
 from megatron_dypo.planning.setting import Setting
 
 RESERVED = int(2.5 * GIB)
-"""CUDA context, NCCL's buffers, cuBLAS' and Transformer Engine's workspaces."""
+"""The driver's context, buffers of the communication library, workspaces of matmuls."""
 FRAGMENTATION = 0.05
 """Of what is allocated during an update: memory that the caching allocator holds and cannot give."""
 
@@ -40,6 +40,8 @@ class Footprint:
     terms: tuple[Term, ...]
     capacity: float
     """Bytes of the device."""
+    elastic: float = 0.0
+    """Bytes of the terms that are there only because there is room for them."""
 
     @property
     def total(self) -> float:
@@ -48,6 +50,11 @@ class Footprint:
     @property
     def spare(self) -> float:
         return self.capacity - self.total
+
+    @property
+    def room(self) -> float:
+        """What is spare, or could be made so."""
+        return self.spare + self.elastic
 
     @property
     def largest(self) -> Term:
@@ -63,7 +70,7 @@ def trainer_footprints(setting: Setting) -> list[Footprint]:
 
 
 def fullest(footprints: list[Footprint]) -> Footprint:
-    return min(footprints, key=lambda footprint: footprint.spare)
+    return min(footprints, key=lambda footprint: footprint.room)
 
 
 def stage_counts(setting: Setting, stage: int) -> Counts:
@@ -90,10 +97,10 @@ def _stage(setting: Setting, stage: int) -> Footprint:
     update = [*_activations(setting, stage, counts), _gather_buffer(setting), _streams(setting)]
     held = [*model_state(setting, counts)]
     fixed = []
-    if setting.fused:
+    if setting.on_gpu:
         slack = FRAGMENTATION * sum(term.bytes for term in (*held, *update))
         fixed = [
-            Term(name="reserved", bytes=RESERVED, why="CUDA context, NCCL, workspaces"),
+            Term(name="reserved", bytes=RESERVED, why="driver, communication, workspaces"),
             Term(name="fragmentation", bytes=slack, why=f"{FRAGMENTATION:.0%} of all above"),
         ]
     where = f"trainer, stage {stage + 1} of {parallel.pipeline}" if parallel.pipeline > 1 else "trainer"
@@ -161,24 +168,24 @@ def _activations(setting: Setting, stage: int, counts: Counts) -> list[Term]:
     ]
 
 
-def logits_bytes(setting: Setting, rows: float) -> float:
-    """The chunk of fp32 logits of ``objective/fused_logprobs.py``, and its scratch."""
-    width = -(-setting.arch.vocab_size // setting.config.parallel.tensor)
-    budget = max(MIN_MEMORY_BUDGET, width * setting.arch.hidden_size * FP32 // 2)
-    largest = max(1, int(budget * 0.75) // (width * FP32))
-    chunk = rows / -(-rows // largest)
-    scratch = min(budget / 8, width * max(chunk, setting.arch.hidden_size) * FP32) if setting.element < FP32 else 0.0
-    return chunk * width * FP32 + scratch
-
-
 def _loss(setting: Setting, tokens: float) -> float:
-    """Every token of the row taken for a response token: hidden states gathered, chosen, their gradients; logits."""
+    """What ``objective/fused_logprobs.py`` holds, if every token of the row is a response token.
+
+    Forward: a chunk of fp32 logits, and a copy of some rows of it for the entropy. Backward: the chunk, gradients of the
+    chosen hidden states in two types, what autograd sees as the output weight's gradient, and blocks of operands.
+    """
     arch, e = setting.arch, setting.element
+    width = -(-arch.vocab_size // setting.config.parallel.tensor)
+    budget = max(MIN_MEMORY_BUDGET, width * arch.hidden_size * FP32 // 2)
+    most = max(1, int(budget * 0.75) // (width * FP32))
+    rows = tokens / -(-tokens // most)
+    logits, scratch = rows * width * FP32, budget / 8
     hidden = tokens * arch.hidden_size
-    vectors = 20 * FP32 * tokens
-    weight = e * arch.hidden_size * -(-arch.vocab_size // setting.config.parallel.tensor)
-    gathered = e * hidden if setting.config.parallel.sequence else 0.0
-    return gathered + 2 * e * hidden + 2 * FP32 * hidden + vectors + weight + logits_bytes(setting, tokens)
+    operands = min(scratch, width * max(rows, arch.hidden_size) * FP32) if e < FP32 else 0.0
+    forward = min(scratch, logits)
+    backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
+    chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered, and those of response tokens
+    return chosen + logits + operands + max(forward, backward) + 20 * FP32 * tokens
 
 
 def _gather_buffer(setting: Setting) -> Term:
@@ -195,4 +202,6 @@ def _streams(setting: Setting) -> Term:
     """All rows of an update are on the device from its start (``mcore/forward_step.py``)."""
     tokens = setting.microbatches * min(setting.row_tokens, setting.config.batching.tokens_per_microbatch)
     per_token = 17 + 61  # ids, positions, padding; and of a response token targets, streams and indices
-    return Term(name="rows", bytes=per_token * tokens / setting.config.parallel.context, why="token streams of the update")
+    return Term(
+        name="rows", bytes=per_token * tokens / setting.config.parallel.context, why="token streams of the update"
+    )

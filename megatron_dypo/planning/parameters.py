@@ -52,9 +52,7 @@ def whole_model(arch: Architecture) -> Counts:
 
 def active_parameters(arch: Architecture) -> int:
     """Parameters that a token is multiplied with in the layers: of experts, those that it visits."""
-    counts = stage_parameters(
-        arch, tensor=1, expert=1, layers=arch.num_layers, is_first=False, is_last=False
-    )
+    counts = stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=False, is_last=False)
     if arch.experts is None:
         return counts.dense
     return counts.dense + counts.experts * arch.experts.per_token // arch.experts.num_experts

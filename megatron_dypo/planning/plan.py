@@ -14,7 +14,7 @@ from megatron_dypo.planning.step import StepTime, reads_reference, step_time
 REMEDIES = {
     "parameters": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
     "gradients": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
-    "optimizer": "optimizer.distributed=true and more replicas, or a larger parallel.tensor or parallel.pipeline",
+    "optimizer": "more replicas with optimizer.distributed=true, or a larger parallel.tensor or parallel.pipeline",
     "activations": "model.recompute=full, parallel.sequence=true, a larger parallel.context or parallel.tensor, "
     "or a smaller batching.tokens_per_microbatch",
     "working set": "a larger parallel.context or parallel.tensor, or a smaller batching.tokens_per_microbatch",
@@ -41,7 +41,7 @@ class Plan:
     """Bytes of host memory on each trainer node for π_ref; 0: none is kept."""
     step: StepTime
     balanced: Split | None
-    """Best division of the same GPUs with rollouts beside the update; None: they cannot be divided."""
+    """Best division of the same GPUs with rollouts beside the update; None: no division fits."""
     synchronous: Split | None
     """Best division for the synchronous loop."""
     scaling: tuple[Scaled, ...]
@@ -102,8 +102,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             for name, split in (("overlapped", plan.balanced), ("synchronous", plan.synchronous))
         },
         "weak_scaling": [
-            {"gpus": row.gpus}
-            | ({"efficiency": row.efficiency, **_step(row.split.time)} if row.split else {})
+            {"gpus": row.gpus} | ({"efficiency": row.efficiency, **_step(row.split.time)} if row.split else {})
             for row in plan.scaling
         ],
     }

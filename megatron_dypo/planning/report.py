@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_dypo.planning.devices import GIB
-from megatron_dypo.planning.memory import Footprint
+from megatron_dypo.planning.memory import Footprint, fullest
 from megatron_dypo.planning.parameters import whole_model
 from megatron_dypo.planning.plan import REMEDIES, Plan
 from megatron_dypo.planning.scaling import Scaled, Split
@@ -44,7 +44,9 @@ def _setting(plan: Plan) -> list[str]:
 
 def _nodes(plan: Plan, gpus: int) -> str:
     per_node = plan.setting.gpus_per_node
-    nodes = f"{gpus // per_node} nodes × {per_node} GPUs" if gpus >= per_node and gpus % per_node == 0 else f"{gpus} GPUs"
+    nodes = (
+        f"{gpus // per_node} nodes × {per_node} GPUs" if gpus >= per_node and gpus % per_node == 0 else f"{gpus} GPUs"
+    )
     return nodes.replace("1 nodes", "1 node") if gpus == per_node else nodes
 
 
@@ -68,7 +70,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _distinct(stages: tuple[Footprint, ...]) -> list[Footprint]:
     """First, last and fullest stage, in order."""
-    tightest = min(stages, key=lambda stage: stage.spare)
+    tightest = fullest(list(stages))
     return [stage for i, stage in enumerate(stages) if i in (0, len(stages) - 1) or stage is tightest]
 
 
@@ -102,7 +104,7 @@ def _division(plan: Plan) -> list[str]:
     )
     for name, split in rows:
         if split is None:
-            lines.append(f"  {name:<15}too few GPUs to divide")
+            lines.append(f"  {name:<15}no division of these GPUs fits")
             continue
         seconds = split.time.total if name == "synchronous" else split.time.overlapped
         ratio = split.trainer_gpus / split.rollout_gpus
@@ -138,7 +140,7 @@ def _verdict(plan: Plan) -> list[str]:
     tightest = plan.tightest
     largest = tightest.largest
     return [
-        f"FITS. Tightest: {tightest.where}, {tightest.spare / GIB:.1f} GiB spare; its largest term is {largest.name} with "
+        f"FITS. Tightest: {tightest.where}, {tightest.room / GIB:.1f} GiB to spare; its largest term is {largest.name} with "
         f"{largest.bytes / GIB:.1f} GiB.",
         f"For more room: {REMEDIES[largest.name]}.",
     ]

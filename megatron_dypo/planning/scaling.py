@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from megatron_dypo.planning.memory import fullest, trainer_footprints
 from megatron_dypo.planning.setting import Setting
 from megatron_dypo.planning.step import StepTime, step_time
 
@@ -20,6 +21,8 @@ class Split:
     trainer_gpus: int
     rollout_gpus: int
     time: StepTime
+    fits: bool
+    """Whether the trainer fits: with fewer replicas each holds more of the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,11 @@ class Scaled:
 
 
 def splits(setting: Setting) -> list[Split]:
-    """Every division of the setting's GPUs in whole nodes (whole servers and replicas, on less than two nodes)."""
+    """Every division of the setting's GPUs that fits, in whole nodes (whole servers and replicas, on one node)."""
     total = setting.trainer_gpus + setting.rollout_gpus
     grain = _grain(setting)
     found = (_split(setting, trainer, total - trainer) for trainer in range(grain, total, grain))
-    return [split for split in found if split is not None]
+    return [split for split in found if split is not None and split.fits]
 
 
 def best_split(setting: Setting, *, overlapped: bool) -> Split:
@@ -73,7 +76,8 @@ def _split(setting: Setting, trainer: int, rollout: int) -> Split | None:
     if trainer <= 0 or engines <= 0:
         return None
     changed = dataclasses.replace(setting, trainer_gpus=trainer, engines=engines)
-    return Split(trainer_gpus=trainer, rollout_gpus=changed.rollout_gpus, time=step_time(changed))
+    fits = fullest(trainer_footprints(changed)).spare >= 0
+    return Split(trainer_gpus=trainer, rollout_gpus=changed.rollout_gpus, time=step_time(changed), fits=fits)
 
 
 def _with_work(setting: Setting, gpus: int) -> Setting:

@@ -15,8 +15,8 @@ from megatron_dypo.planning.setting import Setting
 
 MEM_FRACTION = 0.85
 """SGLang's ``--mem-fraction-static`` where none is given: its own choice depends on GPU and TP and lies about here."""
-HBM_EFFICIENCY, MATMUL_EFFICIENCY = 0.7, 0.6
-"""Shares of the data sheet's rates that decoding kernels and prefill matmuls reach."""
+HBM_EFFICIENCY = 0.7
+"""Share of the data sheet's rate that decoding kernels reach."""
 STEP_OVERHEAD_S = 2e-3
 """Scheduling, sampling and kernel launches of a decoding step."""
 ALLREDUCE_S = 15e-6
@@ -74,9 +74,10 @@ def server_footprint(setting: Setting) -> Footprint:
                 f"{engine.kv_tokens / longest:,.1f} of the longest sequences",
             ),
             Term(name="refit bucket", bytes=cfg.weights.bucket_mb * 2.0**20, why="weights.bucket_mb"),
-            Term(name="reserved", bytes=outside, why="CUDA context, graphs, workspaces"),
+            Term(name="reserved", bytes=outside, why="driver, captured graphs, workspaces"),
         ),
         capacity=setting.gpu.memory,
+        elastic=cache - longest * engine.kv_bytes_per_token,
     )
 
 
@@ -88,13 +89,13 @@ def decode_step_s(setting: Setting, engine: Engine, batch: float) -> float:
     # The output projection is a matmul of every token too.
     work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
     reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)
-    return max(read / (gpu.hbm * HBM_EFFICIENCY), work / (gpu.bf16 * MATMUL_EFFICIENCY)) + reduced + STEP_OVERHEAD_S
+    return max(read / (gpu.hbm * HBM_EFFICIENCY), work / (gpu.bf16 * gpu.matmul)) + reduced + STEP_OVERHEAD_S
 
 
 def prefill_s(setting: Setting, tokens: float) -> float:
     """Seconds that a server takes to read ``tokens`` of prompts."""
     tensor = setting.config.rollout.servers.tensor_parallel
-    return 2.0 * tokens * active_parameters(setting.arch) / (tensor * setting.gpu.bf16 * MATMUL_EFFICIENCY)
+    return 2.0 * tokens * active_parameters(setting.arch) / (tensor * setting.gpu.bf16 * setting.gpu.matmul)
 
 
 def _read_share(setting: Setting, batch: float) -> float:

@@ -43,6 +43,8 @@ class Setting:
     assumed: Assumptions
     fused: bool = True
     """Transformer Engine's layers (see ``planning/activations.py``)."""
+    on_gpu: bool = True
+    """False: ranks on CPUs, as in tests: nothing is reserved beside the tensors."""
 
     @property
     def element(self) -> int:
@@ -119,7 +121,9 @@ def make_setting(
     model_size = parallel.tensor * parallel.context
     fewest = parallel.pipeline * math.lcm(model_size, parallel.expert)
     gpus = nodes * gpus_per_node if nodes else parallel.num_processes or fewest
-    require(gpus % fewest == 0, f"{gpus} trainer GPUs", f"must be a multiple of what one copy of the axes needs: {fewest}")
+    require(
+        gpus % fewest == 0, f"{gpus} trainer GPUs", f"must be a multiple of what one copy of the axes needs: {fewest}"
+    )
     return Setting(
         config=config,
         arch=arch,

@@ -20,9 +20,11 @@ from megatron_dypo.planning.memory import stage_counts
 from megatron_dypo.planning.schedule import bubble
 from megatron_dypo.planning.setting import Setting
 
-MATMUL_EFFICIENCY = 0.62
-"""Share of the GPU's bf16 peak that a layer's kernels reach, norms and attention in between included."""
 LINK_EFFICIENCY = 0.8
+BUCKET = 40_000_000
+"""Parameters that Megatron's DDP reduces at once, at least (``DistributedDataParallelConfig.bucket_size``)."""
+HOP_S = 10e-6
+"""Latency of one step of a ring between nodes."""
 RING_EXPOSED = 0.25
 """Share of context-parallel traffic that attention does not hide."""
 
@@ -82,7 +84,7 @@ def _pass(setting: Setting, flops: float, sequences: float, passes: int, *, is_u
     parallel, arch = setting.config.parallel, setting.arch
     tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
     hidden = tokens * arch.hidden_size * setting.element
-    compute = flops / setting.trainer_gpus / (setting.gpu.bf16 * MATMUL_EFFICIENCY)
+    compute = flops / setting.trainer_gpus / (setting.gpu.bf16 * setting.gpu.matmul)
     layers = arch.num_layers / parallel.pipeline
     tensor = layers * _tensor_seconds(setting, hidden, passes, is_update)
     context = layers * _context_seconds(setting, tokens, is_update)
@@ -143,4 +145,7 @@ def _once(setting: Setting) -> tuple[float, float]:
     shards = ranks if cfg.optimizer.distributed else 1
     # Gradient, main parameter and two moments are read, the last three and the parameter written.
     touched = counts.total / shards * (4 * 4 + 3 * 4 + setting.element)
-    return moved / _link(setting, setting.trainer_gpus // cfg.parallel.pipeline), touched / setting.gpu.hbm
+    # Megatron makes a bucket of at least a million parameters for each rank, so that many ranks do not mean many hops.
+    hops = 2 * (ranks - 1) * max(1.0, counts.total / max(BUCKET, 1_000_000 * ranks))
+    reduced = moved / _link(setting, setting.trainer_gpus // cfg.parallel.pipeline) + hops * HOP_S
+    return reduced, touched / setting.gpu.hbm
