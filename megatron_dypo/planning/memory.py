@@ -94,8 +94,9 @@ def reference_bytes(setting: Setting) -> float:
 
 def _stage(setting: Setting, stage: int) -> Footprint:
     counts, parallel = stage_counts(setting, stage), setting.config.parallel
-    update = [*_activations(setting, stage, counts), _gather_buffer(setting), _streams(setting)]
-    held = [*model_state(setting, counts)]
+    held = model_state(setting, counts)
+    update = [_activations(setting, stage), _working_set(setting, stage, counts)]
+    update += [_gather_buffer(setting), _streams(setting)]
     fixed = []
     if setting.on_gpu:
         slack = FRAGMENTATION * sum(term.bytes for term in (*held, *update))
@@ -117,7 +118,7 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
         shards = expert_shards = 1
     state = 2 * FP32 + (FP32 if e < FP32 else 0)
     kind = "main parameter and two moments" if e < FP32 else "two moments"
-    sharing = f" over {shards} ranks" if cfg.optimizer.distributed else ", optimizer.distributed=false"
+    sharing = f" shared {shards} ways" if cfg.optimizer.distributed else ", optimizer.distributed=false"
     return [
         Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B"),
         Term(name="gradients", bytes=counts.total * FP32, why="fp32, all of them on every replica"),
@@ -129,43 +130,39 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
     ]
 
 
-def _activations(setting: Setting, stage: int, counts: Counts) -> list[Term]:
-    """What the layers keep in flight; and the larger of what the loss and what the backward pass of a layer add."""
-    cfg, arch, e, fused = setting.config, setting.arch, setting.element, setting.fused
+def _activations(setting: Setting, stage: int) -> Term:
+    """What the layers keep from forward to backward pass, of all rows in flight."""
+    cfg, arch, e = setting.config, setting.arch, setting.element
     parallel, recompute = cfg.parallel, cfg.model.recompute
-    virtual, is_last = parallel.virtual_pipeline or 1, stage == parallel.pipeline - 1
-    tokens = setting.row_tokens / parallel.context
+    virtual, tokens = parallel.virtual_pipeline or 1, setting.row_tokens / parallel.context
     between = parallel.tensor if parallel.sequence else 1
     in_flight = chunks_in_flight(
         stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
     )
     layers = arch.num_layers // parallel.pipeline // virtual
-    layer = layer_bytes(arch, e, fused=fused)
-    kept = layers * layer.kept(recompute, parallel.tensor, parallel.sequence)
+    layer = layer_bytes(arch, e, fused=setting.fused)
+    kept = in_flight * layers * layer.kept(recompute, parallel.tensor, parallel.sequence)
     if parallel.pipeline > 1:
-        kept += e * arch.hidden_size / between  # what was sent stays until its gradient comes back
-    wgrad = e * counts.largest
-    working = tokens * layer.working(recompute, parallel.tensor, parallel.sequence) + wgrad
-    if is_last:
-        working = max(working, _loss(setting, tokens))
-        kept_last = tokens * norm_bytes(arch.hidden_size, e, fused=fused) / between
-    else:
-        kept_last = 0.0
-    noun = "row" if virtual == 1 else "chunk pass"
-    return [
-        Term(
-            name="activations",
-            bytes=in_flight * tokens * kept + kept_last,
-            why=f"{in_flight} {noun}{'s' * (in_flight > 1)} in flight × {layers} layers × {tokens:,.0f} tokens, recompute={recompute}",
-        ),
-        Term(
-            name="working set",
-            bytes=working,
-            why="the loss: chunk of logits, gradients of hidden states and output weight"
-            if is_last and working > tokens * layer.working(recompute, parallel.tensor, parallel.sequence) + wgrad
-            else "backward pass of one layer",
-        ),
-    ]
+        kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
+    if stage == parallel.pipeline - 1:
+        kept += norm_bytes(arch.hidden_size, e, fused=setting.fused) / between
+    noun = ("row" if virtual == 1 else "chunk pass") + ("s" if virtual == 1 else "es") * (in_flight > 1)
+    return Term(
+        name="activations",
+        bytes=tokens * kept,
+        why=f"{in_flight} {noun} in flight × {layers} layers × {tokens:,.0f} tokens, recompute={recompute}",
+    )
+
+
+def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
+    """The larger of what the backward pass of a layer adds to that, and what the loss adds."""
+    parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
+    layer = layer_bytes(setting.arch, setting.element, fused=setting.fused)
+    working = layer.working(setting.config.model.recompute, parallel.tensor, parallel.sequence)
+    backward = tokens * working + setting.element * counts.largest  # a weight's gradient, before it is added
+    loss = _loss(setting, tokens) if stage == parallel.pipeline - 1 else 0.0
+    why = "backward pass of one layer" if backward > loss else "the loss: logits, gradients of hidden states and weight"
+    return Term(name="working set", bytes=max(backward, loss), why=why)
 
 
 def _loss(setting: Setting, tokens: float) -> float:

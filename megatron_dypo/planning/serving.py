@@ -65,7 +65,7 @@ def server_footprint(setting: Setting) -> Footprint:
             Term(
                 name="weights",
                 bytes=engine.weights,
-                why=f"over {cfg.rollout.servers.tensor_parallel} GPUs",
+                why=f"split {cfg.rollout.servers.tensor_parallel} ways",
             ),
             Term(
                 name="KV cache",
