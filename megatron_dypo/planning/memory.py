@@ -178,7 +178,10 @@ def _loss(setting: Setting, tokens: float) -> float:
     rows = tokens / -(-tokens // most)
     logits, scratch = rows * width * FP32, budget / 8
     hidden = tokens * arch.hidden_size
-    operands = min(scratch, width * max(rows, arch.hidden_size) * FP32) if e < FP32 else 0.0
+    block = min(scratch, width * arch.hidden_size * FP32)  # rows of the weight that are multiplied at once, as fp32
+    if setting.on_gpu:  # there they are multiplied in bf16, and so is their part of the logits' gradient
+        block *= e * rows / (arch.hidden_size * FP32)
+    operands = block if e < FP32 else 0.0
     forward = min(scratch, logits)
     backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
     chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered, and those of response tokens
