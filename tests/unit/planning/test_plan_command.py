@@ -40,7 +40,7 @@ def test_known_settings_fit_and_are_planned_in_seconds(plan, arguments):
     done = plan(*arguments)
     assert done.exit_code == 0
     assert "\nFITS. Tightest: " in done.stdout
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 15
 
 
 def test_a_plan_takes_less_than_15_seconds_of_one_core_all_imports_in():
