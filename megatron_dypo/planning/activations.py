@@ -48,10 +48,15 @@ class LayerBytes:
         return backward + (again if recompute == "full" else 0.0)
 
 
-def layer_bytes(arch: Architecture, element: int, *, fused: bool) -> LayerBytes:
-    """What a layer of the architecture keeps; ``element`` is 2 for bf16 and 4 for fp32."""
+def layer_bytes(arch: Architecture, element: int, *, fused: bool, expert_tensor: int = 1) -> LayerBytes:
+    """What a layer of the architecture keeps.
+
+    Args:
+        element: bytes, 2 for bf16 and 4 for fp32.
+        expert_tensor: ranks that split each expert, and gather each other's tokens for it.
+    """
     make = _fused if fused else _unfused
-    return make(arch, element)
+    return make(arch, element, _experts(arch.experts, arch.hidden_size, element, expert_tensor, fused=fused))
 
 
 def norm_bytes(width: int, element: int, *, fused: bool) -> float:
@@ -62,14 +67,14 @@ def norm_bytes(width: int, element: int, *, fused: bool) -> float:
     return width * (3 * FP32 if element == FP32 else 2 * FP32 + element)
 
 
-def _fused(arch: Architecture, e: int) -> LayerBytes:
+def _fused(arch: Architecture, e: int, experts: float) -> LayerBytes:
     H, h, g, d = _sizes(arch)
     # Values are a view of the projection's output, so that all of it stays; rotation makes q and k anew.
     q_copy = h * d if arch.qk_norm else 0
     heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + FP32 * h
     ffn = 0 if arch.experts else 3 * arch.ffn_hidden_size
     return LayerBytes(
-        between=2 * norm_bytes(H, e, fused=True) + _experts(arch.experts, H, e, fused=True),
+        between=2 * norm_bytes(H, e, fused=True) + experts,
         whole=0.0,
         split=heads + e * ffn,
         # Flash attention keeps its output, the next projection's input, and one number a head.
@@ -79,7 +84,7 @@ def _fused(arch: Architecture, e: int) -> LayerBytes:
     )
 
 
-def _unfused(arch: Architecture, e: int) -> LayerBytes:
+def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
     H, h, g, d = _sizes(arch)
     qkv, is_narrow = (h + 2 * g) * d, e != FP32
     head_norms = 0
@@ -90,7 +95,7 @@ def _unfused(arch: Architecture, e: int) -> LayerBytes:
     core_inputs = e * (h + g) * d + (0 if arch.qk_norm and not is_narrow else e * qkv)
     ffn = 0 if arch.experts else 5 * arch.ffn_hidden_size
     return LayerBytes(
-        between=2 * norm_bytes(H, e, fused=False) + _experts(arch.experts, H, e, fused=False),
+        between=2 * norm_bytes(H, e, fused=False) + experts,
         whole=4 * d * e,  # cosines and sines, for q and for k
         split=head_norms + e * (h * d + ffn) + core_inputs,
         attention=core - core_inputs,
@@ -99,13 +104,13 @@ def _unfused(arch: Architecture, e: int) -> LayerBytes:
     )
 
 
-def _experts(experts: Experts | None, H: int, e: int, *, fused: bool) -> float:
+def _experts(experts: Experts | None, H: int, e: int, split: int, *, fused: bool) -> float:
     """Of a token's chosen experts, under perfect balance: their inputs, channels and, unfused, outputs."""
     if experts is None:
         return 0.0
     F, k = experts.ffn_hidden_size, experts.per_token
     router = 3 * FP32 * experts.num_experts
-    return router + e * k * (H + 3 * F if fused else 2 * H + 6 * F)
+    return router + e * k * (split * H + 3 * F if fused else 2 * split * H + 6 * F)
 
 
 def _widest(arch: Architecture) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.objective.fused_logprobs import MIN_MEMORY_BUDGET
 from megatron_dypo.planning.activations import FP32, layer_bytes, norm_bytes
 from megatron_dypo.planning.devices import GIB
 from megatron_dypo.planning.parameters import Counts, stage_parameters
@@ -80,6 +79,7 @@ def stage_counts(setting: Setting, stage: int) -> Counts:
         arch,
         tensor=parallel.tensor,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         layers=arch.num_layers // parallel.pipeline,
         is_first=stage == 0,
         is_last=stage == parallel.pipeline - 1,
@@ -113,7 +113,7 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
     cfg, e = setting.config, setting.element
     parallel = cfg.parallel
     stage_ranks = setting.trainer_gpus // parallel.pipeline
-    shards, expert_shards = stage_ranks // parallel.tensor, stage_ranks // parallel.expert
+    shards, expert_shards = stage_ranks // parallel.tensor, stage_ranks // parallel.expert_ranks
     if not cfg.optimizer.distributed:
         shards = expert_shards = 1
     state = 2 * FP32 + (FP32 if e < FP32 else 0)
@@ -140,7 +140,7 @@ def _activations(setting: Setting, stage: int) -> Term:
         stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
     )
     layers = arch.num_layers // parallel.pipeline // virtual
-    layer = layer_bytes(arch, e, fused=setting.fused)
+    layer = layer_bytes(arch, e, fused=setting.fused, expert_tensor=parallel.expert_tensor)
     kept = in_flight * layers * layer.kept(recompute, parallel.tensor, parallel.sequence)
     if parallel.pipeline > 1:
         kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
@@ -157,7 +157,7 @@ def _activations(setting: Setting, stage: int) -> Term:
 def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
     """The larger of what the backward pass of a layer adds to that, and what the loss adds."""
     parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
-    layer = layer_bytes(setting.arch, setting.element, fused=setting.fused)
+    layer = layer_bytes(setting.arch, setting.element, fused=setting.fused, expert_tensor=parallel.expert_tensor)
     working = layer.working(setting.config.model.recompute, parallel.tensor, parallel.sequence)
     backward = tokens * working + setting.element * counts.largest  # a weight's gradient, before it is added
     loss = _loss(setting, tokens) if stage == parallel.pipeline - 1 else 0.0
@@ -173,7 +173,7 @@ def _loss(setting: Setting, tokens: float) -> float:
     """
     arch, e = setting.arch, setting.element
     width = -(-arch.vocab_size // setting.config.parallel.tensor)
-    budget = max(MIN_MEMORY_BUDGET, width * arch.hidden_size * FP32 // 2)
+    budget = _logprob_budget(setting, width)
     most = max(1, int(budget * 0.75) // (width * FP32))
     rows = tokens / -(-tokens // most)
     logits, scratch = rows * width * FP32, budget / 8
@@ -186,6 +186,12 @@ def _loss(setting: Setting, tokens: float) -> float:
     backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
     chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered, and those of response tokens
     return chosen + logits + operands + max(forward, backward) + 20 * FP32 * tokens
+
+
+def _logprob_budget(setting: Setting, width: int) -> float:
+    """Scratch that ``fused_logprobs`` takes by itself, or is given."""
+    given = setting.config.model.logprob_memory_mb
+    return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
 
 
 def _gather_buffer(setting: Setting) -> Term:

@@ -27,7 +27,14 @@ class Counts:
 
 
 def stage_parameters(
-    arch: Architecture, *, tensor: int, expert: int, layers: int, is_first: bool, is_last: bool
+    arch: Architecture,
+    *,
+    tensor: int,
+    expert: int,
+    layers: int,
+    is_first: bool,
+    is_last: bool,
+    expert_tensor: int = 1,
 ) -> Counts:
     """Parameters on one rank of a pipeline stage that holds ``layers`` layers.
 
@@ -36,7 +43,7 @@ def stage_parameters(
     dense = experts = largest = 0
     for row in table(arch):
         copies = _copies(row, arch, expert, layers, is_first, is_last)
-        size = math.prod(row.rule.mcore_shape(arch, tensor))
+        size = math.prod(row.rule.mcore_shape(arch, expert_tensor if row.is_expert else tensor))
         largest = max(largest, size if copies else 0)
         if row.is_expert:
             experts += copies * size

@@ -65,10 +65,8 @@ def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scale
 
 def _grain(setting: Setting) -> int:
     """Trainer GPUs come in multiples of this."""
-    parallel = setting.config.parallel
-    copy = parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
     is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
-    return copy if is_small else math.lcm(copy, setting.gpus_per_node)
+    return setting.copy_gpus if is_small else math.lcm(setting.copy_gpus, setting.gpus_per_node)
 
 
 def _split(setting: Setting, trainer: int, rollout: int) -> Split | None:

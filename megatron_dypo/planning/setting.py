@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -54,6 +55,12 @@ class Setting:
     def replica_gpus(self) -> int:
         parallel = self.config.parallel
         return parallel.tensor * parallel.context * parallel.pipeline
+
+    @property
+    def copy_gpus(self) -> int:
+        """Fewest GPUs that the axes can be laid out on; the trainer has a multiple of it."""
+        parallel = self.config.parallel
+        return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert_ranks)
 
     @property
     def data(self) -> int:
@@ -118,21 +125,20 @@ def make_setting(
     """
     arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
     check_layout(arch, parallel)
-    model_size = parallel.tensor * parallel.context
-    fewest = parallel.pipeline * math.lcm(model_size, parallel.expert)
-    gpus = nodes * gpus_per_node if nodes else parallel.num_processes or fewest
-    require(
-        gpus % fewest == 0, f"{gpus} trainer GPUs", f"must be a multiple of what one copy of the axes needs: {fewest}"
-    )
-    return Setting(
+    asked = nodes * gpus_per_node if nodes else parallel.num_processes
+    setting = Setting(
         config=config,
         arch=arch,
         gpu=gpu,
         gpus_per_node=gpus_per_node,
-        trainer_gpus=gpus,
+        trainer_gpus=asked or 0,
         engines=len(servers.urls) or servers.count,
         assumed=Assumptions(
             prompt_tokens=prompt_tokens or max(1, config.data.max_prompt_tokens // 4),
             response_tokens=response_tokens or max(1, config.rollout.max_new_tokens // 4),
         ),
     )
+    fewest = setting.copy_gpus
+    rule = f"must be a multiple of {fewest}, which the axes of parallel need at least"
+    require(setting.trainer_gpus % fewest == 0, f"{asked} trainer GPUs", rule)
+    return setting if asked else dataclasses.replace(setting, trainer_gpus=fewest)
