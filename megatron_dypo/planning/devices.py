@@ -60,7 +60,7 @@ _GEN4, _GEN5 = 25.0, 50.0
 """GB/s that a copy from pinned memory reaches over 16 lanes, of 32 and 64."""
 
 _AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
-"""Ampere: fits the iteration times of Korthikanti et al. 2022, table 5; Hopper: fits the 41 to 48% MFU of Megatron-LM's README;
+"""Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of Megatron-LM's README;
 the H20, whose matmuls are slow beside its memory, and the B200 are guesses."""
 
 GPUS = {
