@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | serve | report | plan-refit``."""
+"""The command line: ``megatron-dypo train | serve | plan | report | plan-refit``."""
 
 from __future__ import annotations
 
@@ -80,6 +80,41 @@ def serve(
         )
     except (ServerDiedError, TimeoutError) as error:
         sys.exit(f"megatron-dypo: error: {error}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
+    nodes: Annotated[int | None, typer.Option(help="Of the trainer; default: what the config asks for.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Mean prompt; default: a quarter of the limit.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Mean response; default: a quarter of the limit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+) -> None:
+    """Say without a GPU whether a run fits, what a step takes, and how to divide the GPUs.
+
+    Exit code 1: it does not fit.
+    """
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.planning.devices import find_gpu
+    from megatron_dypo.planning.plan import as_data, make_plan
+    from megatron_dypo.planning.report import render
+    from megatron_dypo.planning.setting import make_setting
+
+    setting = make_setting(
+        load_config(config, overrides or []),
+        find_gpu(gpu),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
+    made = make_plan(setting)
+    typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
+    if not made.fits:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -27,6 +27,8 @@ class RunConfig:
     """Seeds shuffling, the teacher draw and the model-parallel RNGs."""
     resume: bool = True
     """False: refuse a run folder that already holds a checkpoint."""
+    check_memory: bool = True
+    """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")

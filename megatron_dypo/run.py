@@ -31,8 +31,9 @@ from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics import MetricsWriter, Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.parallel.device import device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.servers import ServerPool, start_servers
@@ -118,7 +119,8 @@ def open_run(config: Config) -> Iterator[Run]:
     """Build a run: layout, servers, model, optimizer, last checkpoint, data, bridge. Collective over the world.
 
     Raises:
-        ValueError: the run folder holds a checkpoint and ``run.resume`` is false; or any input breaks a rule.
+        ValueError: the run folder holds a checkpoint and ``run.resume`` is false; the policy does not fit into the
+            GPUs (``run.check_memory``); or any input breaks a rule.
     """
     objective = build_objective(config.objective)
     with contextlib.ExitStack() as stack:
@@ -126,6 +128,9 @@ def open_run(config: Config) -> Iterator[Run]:
         patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
         layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
+        if config.run.check_memory and (memory := memory_bytes()) is not None:
+            fused = features.probe().transformer_engine
+            check_memory(config, trainer_gpus=layout.world_size, memory=memory, fused=fused)
         latest = _prepare_folder(config, layout)
         with_servers = uses_servers(config, objective, checkpoint.step_of(latest) if latest else 0)
         starting = _start_servers(config, stack) if with_servers and layout.is_global_leader else None
