@@ -196,19 +196,25 @@ start() {
   fi
 }
 
+# One a line; an engine that spans nodes answers on its first.
+server_urls() {
+  local index engine
+  for index in "${!ROLLOUT[@]}"; do
+    [ $((index % ENGINE_NODES)) = 0 ] || continue
+    for ((engine = 0; engine < ENGINES_PER_NODE; engine++)); do
+      echo "http://${ROLLOUT[index]}:$((DYPO_PORT + 20 + index * ENGINES_PER_NODE + engine))"
+    done
+  done
+}
+
 start_rollouts() {
   [ "${#ROLLOUT[@]}" -gt 0 ] || return 0
-  local gpus=() index urls=()
+  local gpus=() urls
   [ "$COLOCATED" = 0 ] || gpus=("rollout.servers.base_gpu=$TRAIN_PER_NODE")
   start rollout "${ROLLOUT[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh rollout "$PYTHON" -m megatron_dypo.cli serve "$CONFIG" \
     "${OVERRIDES[@]}" "${gpus[@]}" "rollout.servers.urls=[]" "rollout.servers.router=null" \
     --log-dir "$DYPO_LOGS" --restarts "${SERVER_RESTARTS:-3}"
-  for index in "${!ROLLOUT[@]}"; do
-    [ $((index % ENGINE_NODES)) = 0 ] || continue
-    for ((engine = 0; engine < ENGINES_PER_NODE; engine++)); do
-      urls+=("http://${ROLLOUT[index]}:$((DYPO_PORT + 20 + index * ENGINES_PER_NODE + engine))")
-    done
-  done
+  mapfile -t urls < <(server_urls)
   OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]")
   [ "${ROUTER:-0}" = 1 ] || return 0
   start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m sglang_router.launch_router \
