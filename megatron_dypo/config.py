@@ -155,9 +155,13 @@ class ServersConfig:
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
     start_deadline_s: float = 600.0
+    restarts: int = 3
+    """Times that a server which the run started is started again after it died, each server by itself; after that it is
+    left out, and the run ends when none is left. 0: a server that dies ends the run."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        require_not_negative(self, "restarts")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         require_not_negative(self, "base_gpu")
 
@@ -290,7 +294,8 @@ class WeightsConfig:
     in_flight: Literal["pause", "abort"] = "pause"
     """What a push does to running requests."""
     deadline_s: float = 600.0
-    """A push that takes longer fails on all ranks."""
+    """A push that takes longer fails on all ranks. A server that is killed is found at once; one that hangs costs half of
+    the time that is left, and the other half is for the push to the rest: allow twice what a push takes."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mb", "deadline_s")

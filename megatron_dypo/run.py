@@ -32,11 +32,13 @@ from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.device import device_kind
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.servers import ServerPool, start_servers
 from megatron_dypo.samples import SampleLog, discard_samples
 from megatron_dypo.tally import Tally
 from megatron_dypo.versions import write_versions
 from megatron_dypo.weights.bridge import Bridge
+from megatron_dypo.weights.engines import Watch
 
 log = logging.getLogger("megatron_dypo")
 
@@ -74,6 +76,8 @@ class Run:
     """None when the objective reads no reference, or takes π_old for it."""
     leader: Leader | None
     bridge: Bridge | None
+    router: Router | None
+    """On the global leader, if the servers have one."""
     writer: MetricsWriter | None
     """On the global leader."""
     step: int = 0
@@ -216,6 +220,7 @@ def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
         reference=ReferencePolicy(chunks) if reads_reference else None,
         leader=None,
         bridge=None,
+        router=None,
         writer=None,
     )
 
@@ -287,18 +292,20 @@ def _share_servers(layout: Layout, pool: ServerPool | None) -> tuple[tuple[str, 
 def _connect(
     run: Run, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None, stack: contextlib.ExitStack
 ) -> None:
-    config = run.config
+    config, router = run.config, run.config.rollout.servers.router
     if run.leader:
         tokenizer = run.leader.tokenizer
-        router = config.rollout.servers.router
         run.leader.client = SGLangClient(
-            (router,) if router else urls,
+            urls,
             api_key,
             cfg=config.rollout,
             decode=lambda tokens: tokenizer.decode(tokens.tolist()),
             stop_token_ids=tokenizer.eos_ids,
             check=pool.check if pool else None,
+            router=router,
         )
+    if router and run.layout.is_global_leader:
+        run.router = Router(router, api_key)
     bridge = Bridge(
         run.layout,
         run.arch,
@@ -308,5 +315,6 @@ def _connect(
         config=config.weights,
         run_dir=run.dir,
         hf_reference=Path(config.model.hf_path),
+        watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
     )
     run.bridge = stack.enter_context(contextlib.closing(bridge))

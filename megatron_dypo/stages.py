@@ -31,11 +31,11 @@ from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
 from megatron_dypo.progress import progress
-from megatron_dypo.rollout.collect import collect
 from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
+from megatron_dypo.serving import sample
 from megatron_dypo.tally import tally_gal, tally_groups, tally_update, tally_work
-from megatron_dypo.types import GradedGroup, Microbatch, Prompt, Sample, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Microbatch, Prompt, RolloutGroup, Sample, Totals, Treatment
 
 log = logging.getLogger("megatron_dypo")
 
@@ -53,26 +53,18 @@ class Batch:
 
 def fill_queues(run: Run) -> None:
     """Collect, grade and route rounds of prompts until the queues hold a rollout batch."""
-    leader = run.leader
-    if leader is None:
-        return
-    batching, rows = run.config.batching, list[SampleRow]()
-    run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_version_lag))
-    rounds = 0
-    while _waiting(leader) < batching.prompts_per_batch and rounds < batching.max_collect_rounds:
-        graded = _collect_and_grade(run, leader, _next_prompts(run, leader))
-        tally_groups(run.tally, graded)
-        routed = route(graded, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
-        for samples in filter(None, routed.samples):
-            leader.queues.put(samples)
-        run.tally.add("hard_without_teacher", routed.without_teacher)
-        for teacher, count in routed.teacher_counts().items():
-            run.tally.add(f"teacher/{teacher}", count)
-            run.tally.add("teachers", count)
-        rows += _sample_rows(run.step + 1, graded, routed, leader)
+    leader, batching = run.leader, run.config.batching
+    rows, rounds = list[SampleRow](), 0
+    if leader:
+        run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_version_lag))
+    while rounds < batching.max_collect_rounds and _waiting(run) < batching.prompts_per_batch:
+        groups = _collect(run, _next_prompts(run, leader) if leader else [])
+        if leader:
+            rows += _grade_and_route(run, leader, groups)
         rounds += 1
-    run.tally.extreme("max:rounds", rounds)
-    leader.sample_log.write(run.step + 1, rows)
+    if leader:
+        run.tally.extreme("max:rounds", rounds)
+        leader.sample_log.write(run.step + 1, rows)
 
 
 def open_batch(run: Run) -> None:
@@ -142,15 +134,6 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
     }
 
 
-def push(run: Run) -> dict[str, float]:
-    """Bring the servers to the weights of ``run.step``; nothing to do without servers."""
-    if run.bridge is None:
-        return {}
-    with run.timings.measure("update_weights"):
-        pushed = run.bridge.push(run.step)
-    return {"perf/weight_bytes": float(pushed.bytes)}
-
-
 def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
     count = run.config.rollout.prompts_per_step
     prompts, drops = leader.stream.take(leader.cursor, count, run.layout.dp_rank, run.layout.data)
@@ -161,19 +144,30 @@ def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
     return prompts
 
 
-def _collect_and_grade(run: Run, leader: Leader, prompts: list[Prompt]) -> list[GradedGroup]:
+def _collect(run: Run, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+    """Groups of the prompts, without rollouts where the objective needs none. Collective over the world."""
     if not run.objective.needs_rollouts(run.step):
-        return [GradedGroup(prompt=p, rollouts=(), verdicts=(), tier=None) for p in prompts]
-    with run.timings.measure("gen"):
-        assert leader.client is not None
-        groups, stats = collect(
-            prompts,
-            leader.client,
-            group_size=run.config.rollout.group_size,
-            progress=run.layout.is_global_leader,
-        )
-    run.tally.add("retries", stats.retries)
-    run.tally.add("incomplete_groups", stats.dropped_groups)
+        return [RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts]
+    return sample(run, prompts, "gen", group_size=run.config.rollout.group_size)
+
+
+def _grade_and_route(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> Iterator[SampleRow]:
+    """Put what can be learnt from into the queues; yields the row of each prompt for people to read."""
+    graded = _graded(run, leader, groups)
+    tally_groups(run.tally, graded)
+    routed = route(graded, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
+    for samples in filter(None, routed.samples):
+        leader.queues.put(samples)
+    run.tally.add("hard_without_teacher", routed.without_teacher)
+    for teacher, count in routed.teacher_counts().items():
+        run.tally.add(f"teacher/{teacher}", count)
+        run.tally.add("teachers", count)
+    return _sample_rows(run.step + 1, graded, routed, leader)
+
+
+def _graded(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+    if not run.objective.needs_rollouts(run.step):
+        return [GradedGroup(prompt=group.prompt, rollouts=(), verdicts=(), tier=None) for group in groups]
     with run.timings.measure("reward"):
         assert leader.verifier is not None
         return grade(
@@ -190,8 +184,10 @@ def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leade
         yield sample_row(step, group, treatment, teacher=teacher, trace=trace)
 
 
-def _waiting(leader: Leader) -> int:
-    return sum(gather_objects(len(leader.queues), leader.group))
+def _waiting(run: Run) -> int:
+    """Groups in the queues of all replicas, on every rank."""
+    count = sum(gather_objects(len(run.leader.queues), run.leader.group)) if run.leader else 0
+    return broadcast_object(count, run.layout.replica_group)
 
 
 def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.rollout.collect import CollectStats
 from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
+from megatron_dypo.weights.engines import PushReport
 
 
 class Tally(dict[str, float]):
@@ -36,6 +38,20 @@ class Tally(dict[str, float]):
     def ratio(self, numerator: str, denominator: str) -> float:
         """One sum over another; 0 where there is nothing to divide by."""
         return self[numerator] / self[denominator] if self[denominator] else 0.0
+
+
+def tally_collection(tally: Tally, stats: CollectStats) -> None:
+    """Count what went wrong while groups were collected."""
+    tally.add("retries", stats.retries)
+    tally.add("incomplete_groups", stats.dropped_groups)
+    tally.add("wrong_versions", stats.wrong_versions)
+
+
+def tally_push(tally: Tally, pushed: PushReport) -> None:
+    """Count the servers that one push lost and won; to be called on one rank."""
+    tally.add("refit/fenced", pushed.fenced)
+    tally.add("refit/rejoined", pushed.rejoined)
+    tally.add("refit/retries", pushed.retries)
 
 
 def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
@@ -110,6 +126,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "queue/distil": tally["queue/distil"],
         "queue/reinforce": tally["queue/reinforce"],
     }
+    metrics |= {name: count for name, count in tally.items() if name.startswith("refit/")}
     if "max:epoch" in tally:
         metrics["data/epoch"] = tally["max:epoch"]
     if tally["score_error/rollouts"]:
@@ -135,6 +152,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
             "rollout/num_rounds": tally["max:rounds"],
             "rollout/retries": tally["retries"],
             "rollout/incomplete_groups": tally["incomplete_groups"],
+            "rollout/wrong_versions": tally["wrong_versions"],
             "rollout/verifier_errors": tally["verifier_errors"],
             "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),
         }

@@ -16,7 +16,8 @@ from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.preemption import is_requested
 from megatron_dypo.run import Run, open_run, save_checkpoint
 from megatron_dypo.scoring import rescore_stale, score
-from megatron_dypo.stages import fill_queues, open_batch, push, take_batch, update, weigh
+from megatron_dypo.serving import push
+from megatron_dypo.stages import fill_queues, open_batch, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.weights.export import export_hf
 

@@ -12,7 +12,6 @@
 #   TRAIN_PER_NODE         ranks on each trainer node; GPUS_PER_NODE, or half of it when colocated
 #   LOG_ROOT               folder for logs, runs/slurm
 #   ROUTER=1               put sglang-router in front of the servers; else the trainer sends to the least loaded one
-#   SERVER_RESTARTS        how often a server that died is started again, 3
 #   GRACE_S                seconds that the trainer gets to finish its step and save, 270; below the lead of --signal
 #   MAX_REQUEUES           50
 
@@ -102,25 +101,23 @@ make_log_folder() {
 
 set_environment() {
   # Ports of this attempt, below the ephemeral range: what an earlier one left on a node does not get in the way.
-  DYPO_PORT=$((10000 + (${SLURM_JOB_ID:-0} * 7 + ATTEMPT) % 250 * 80))
-  DYPO_TRAIN_NODES=${TRAIN[*]}
-  DYPO_ROLLOUT_NODES=${ROLLOUT[*]}
-  PREEMPTED_STATUS=75
-  PYTHONPATH=$DYPO_HOME${PYTHONPATH:+:$PYTHONPATH}
-  PYTHONUNBUFFERED=1
-  SLURM_EXPORT_ENV=ALL # job steps see this environment even if sbatch was told --export=NONE
-  export DYPO_PORT DYPO_TRAIN_NODES DYPO_ROLLOUT_NODES DYPO_LOGS PREEMPTED_STATUS GPUS_PER_NODE PYTHONPATH PYTHONUNBUFFERED SLURM_EXPORT_ENV
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  HF_HOME=${HF_HOME:-$LOG_ROOT/hf_home}
-  HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-  CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # for TP and CP, before Blackwell; SGLang sets its own
+  set_value DYPO_PORT $((10000 + (${SLURM_JOB_ID:-0} * 7 + ATTEMPT) % 250 * 80))
+  set_value DYPO_TRAIN_NODES "${TRAIN[*]}"
+  set_value DYPO_ROLLOUT_NODES "${ROLLOUT[*]}"
+  set_value DYPO_LOGS "$DYPO_LOGS"
+  set_value GPUS_PER_NODE "$GPUS_PER_NODE"
+  set_value SLURM_EXPORT_ENV ALL # job steps see this environment even if sbatch was told --export=NONE
+  set_default PYTHONUNBUFFERED 1
+  set_default OMP_NUM_THREADS 1
+  set_default HF_HOME "$LOG_ROOT/hf_home"
+  set_default HF_HUB_OFFLINE 1
+  set_default CUDA_DEVICE_MAX_CONNECTIONS 1 # for TP and CP, before Blackwell; SGLang sets its own
   # SGLang turns both off for itself; the two ends of a NCCL group that carries weights must agree.
-  NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0}
-  NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-  NVSHMEM_DISABLE_NCCL=${NVSHMEM_DISABLE_NCCL:-1}
+  set_default NCCL_CUMEM_ENABLE 0
+  set_default NCCL_NVLS_ENABLE 0
+  set_default NVSHMEM_DISABLE_NCCL 1
+  export PYTHONPATH=$DYPO_HOME${PYTHONPATH:+:$PYTHONPATH} no_proxy
   no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost,$(join , "${NODES[@]}")
-  export OMP_NUM_THREADS HF_HOME HF_HUB_OFFLINE CUDA_DEVICE_MAX_CONNECTIONS NCCL_CUMEM_ENABLE NCCL_NVLS_ENABLE
-  export NVSHMEM_DISABLE_NCCL no_proxy
   # Where the cluster needs them, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA come with sbatch's environment.
   [ -z "${DRY_RUN:-}" ] || return 0
   ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
@@ -128,6 +125,14 @@ set_environment() {
   DYPO_SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   export DYPO_SGLANG_API_KEY
 }
+
+set_value() {
+  export "$1=$2"
+  [ -z "${DRY_RUN:-}" ] || printf 'export %s=%q\n' "$1" "$2"
+}
+
+# The same, unless the environment of sbatch has a value.
+set_default() { set_value "$1" "${!1:-$2}"; }
 
 # Resolve the config where nothing has started yet, and take the sizes of the engines from it.
 read_config() {
@@ -181,7 +186,9 @@ step() {
   local command=(srun --overlap --kill-on-bad-exit=1 --cpu-bind=none "${where[@]}" --chdir="$DYPO_HOME"
     --open-mode=append --output="$DYPO_LOGS/$role.%N.log" "$@")
   if [ -n "${DRY_RUN:-}" ]; then
-    printf '%q ' "${command[@]}" | sed 's/ $/\n\n/'
+    printf '\n%s' "${command[0]}"
+    printf ' \\\n  %q' "${command[@]:1}"
+    echo
   else
     exec "${command[@]}"
   fi
@@ -212,8 +219,7 @@ start_rollouts() {
   local gpus=() urls
   [ "$COLOCATED" = 0 ] || gpus=("rollout.servers.base_gpu=$TRAIN_PER_NODE")
   start rollout "${ROLLOUT[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh rollout "$PYTHON" -m megatron_dypo.cli serve "$CONFIG" \
-    "${OVERRIDES[@]}" "${gpus[@]}" "rollout.servers.urls=[]" "rollout.servers.router=null" \
-    --log-dir "$DYPO_LOGS" --restarts "${SERVER_RESTARTS:-3}"
+    "${OVERRIDES[@]}" "${gpus[@]}" "rollout.servers.urls=[]" "rollout.servers.router=null"
   mapfile -t urls < <(server_urls)
   OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]")
   [ "${ROUTER:-0}" = 1 ] || return 0

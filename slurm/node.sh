@@ -61,7 +61,7 @@ train() {
   export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
   local status=0
   "$@" || status=$?
-  if [ "$status" = "$PREEMPTED_STATUS" ]; then
+  if [ "$status" = 75 ]; then # PREEMPTED_STATUS of megatron_dypo/preemption.py
     touch "$DYPO_LOGS/stopped"
     status=0
   fi
@@ -75,10 +75,11 @@ serve() {
   if [ "$ENGINE_NODES" -gt 1 ]; then
     read -ra hosts <<<"$DYPO_ROLLOUT_NODES"
     local first=${hosts[index - index % ENGINE_NODES]}
-    spread=(--restarts 0 --engine-args
+    # Its parts cannot start again one by one.
+    spread=(rollout.servers.restarts=0 --engine-args
       "--nnodes $ENGINE_NODES --node-rank $((index % ENGINE_NODES)) --dist-init-addr $first:$((DYPO_PORT + 2))")
   fi
-  exec "$@" --name "$NODE" --first $((index * ENGINES_PER_NODE)) "${spread[@]}" \
+  exec "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * ENGINES_PER_NODE)) "${spread[@]}" \
     "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * ENGINES_PER_NODE))"
 }
 

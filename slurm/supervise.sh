@@ -2,6 +2,8 @@
 # The life of a job after its roles have started: what ends it, what is saved, and what is tried again. Sourced by common.sh.
 
 STOP_AT='' # SECONDS at which a trainer that was asked to stop has had its time
+WANTS_STOP=''
+trap 'WANTS_STOP=yes' USR1 # from now on: bash dies of a signal without a trap
 
 # Every node looks at itself first. Bad ones are left out, and the job goes back to the queue for others.
 check_nodes() {
@@ -20,11 +22,11 @@ check_nodes() {
 }
 
 supervise() {
-  trap 'ask_trainer_to_stop "the time limit is near, or the job is preempted"' USR1
   trap stop_roles EXIT
   trap 'exit 143' TERM
   local role
   while true; do
+    [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "the time limit is near, or the job is preempted"
     sleep 1 &
     wait $! || true
     for role in "${!PID[@]}"; do

@@ -64,7 +64,7 @@ def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script]
     train = (
         f'-m megatron_dypo.torchrun {torchrun} -m megatron_dypo.cli train "$CONFIG" "${{OVERRIDES[@]}}" "$SERVER_URLS"'
     )
-    serve = '-m megatron_dypo.cli serve "$CONFIG" "${OVERRIDES[@]}" --log-dir "$DYPO_LOGS"'
+    serve = '-m megatron_dypo.cli serve "$CONFIG" "${OVERRIDES[@]}"'
     return [_node_script("trainer", train), _node_script("rollout", serve)], [trainer, servers]
 
 

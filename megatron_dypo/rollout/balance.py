@@ -6,10 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 
+class NoServerError(Exception):
+    """Every server has gone, or does not hold the weights that it should."""
+
+
 class LeastLoaded:
     """Own outstanding requests of each server; a server that failed rests for ``rest_s`` seconds.
 
-    Without the rest a dead server, which answers every request at once, would look idle and get them all.
+    Without the rest a failing server, which answers every request at once, would look idle and get them all. One that is
+    left out gets none.
     """
 
     def __init__(self, urls: Sequence[str], *, rest_s: float, clock: Callable[[], float]) -> None:
@@ -17,12 +22,17 @@ class LeastLoaded:
             raise ValueError("urls=(): name at least one SGLang server or router")
         self._outstanding = dict.fromkeys(urls, 0)
         self._rests_until = dict.fromkeys(urls, 0.0)
+        self._left_out: set[str] = set()
         self._turn = 0
         self._rest_s, self._clock = rest_s, clock
 
     @contextlib.contextmanager
     def server(self) -> Iterator[str]:
-        """Borrow the URL for one request."""
+        """Borrow the URL for one request.
+
+        Raises:
+            NoServerError: all are left out.
+        """
         url = self._choose()
         self._outstanding[url] += 1
         try:
@@ -33,9 +43,17 @@ class LeastLoaded:
     def failed(self, url: str) -> None:
         self._rests_until[url] = self._clock() + self._rest_s
 
+    def leave_out(self, url: str) -> bool:
+        """Choose this server no more; False if it was left out before."""
+        is_new = url not in self._left_out
+        self._left_out.add(url)
+        return is_new
+
     def _choose(self) -> str:
         now = self._clock()
-        urls = list(self._outstanding)
+        urls = [url for url in self._outstanding if url not in self._left_out]
+        if not urls:
+            raise NoServerError(f"no SGLang server is left: {', '.join(self._outstanding)} went")
         awake = [url for url in urls if self._rests_until[url] <= now] or urls
         self._turn += 1  # ties go round
         return min(awake, key=lambda url: (self._outstanding[url], (urls.index(url) - self._turn) % len(urls)))

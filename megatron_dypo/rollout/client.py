@@ -15,7 +15,13 @@ import aiohttp
 
 from megatron_dypo.config import RolloutConfig
 from megatron_dypo.rollout.balance import LeastLoaded
-from megatron_dypo.rollout.responses import IncompleteGroupError, Sampling, parse_group, request_body
+from megatron_dypo.rollout.responses import (
+    IncompleteGroupError,
+    Sampling,
+    WrongVersionError,
+    parse_group,
+    request_body,
+)
 from megatron_dypo.types import Rollout, Tokens
 
 _CONNECT_S = 10.0
@@ -28,35 +34,34 @@ _log = logging.getLogger(__name__)
 class GroupDroppedError(Exception):
     """A group stayed incomplete: after all retries, or at its deadline."""
 
-    def __init__(self, reason: str, *, unreachable: bool) -> None:
-        super().__init__(reason)
-        self.unreachable = unreachable
-        """No server could be reached in any attempt."""
-
 
 class _AttemptError(Exception):
     """An attempt that is worth another."""
 
-    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
-        super().__init__(reason)
-        self.unreachable = unreachable
+
+class _LostServerError(Exception):
+    """An attempt failed because its server has gone, or serves other weights."""
 
 
 class SGLangClient:
     """Samples groups from one or several servers, or from one router.
+
+    A server that refuses connections, or serves other weights than it should, gets no more requests until
+    :meth:`serve` names it again.
 
     Use it as an async context manager around :meth:`generate`. One request samples a whole group, so that its prompt
     is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests:
     they have no ids of ours that ``/abort_request`` could name.
 
     Args:
-        urls: servers, or one router.
+        urls: servers.
+        router: gets the requests in place of ``urls``, which are behind it.
         api_key: sent as a bearer token; None: none is.
         cfg: sampling defaults, and limits: ``max_in_flight`` requests (groups) open at once; ``request_deadline_s``
             for a group from its first attempt to its last; ``retries`` attempts after the first.
         decode: token ids → text of a rollout.
         stop_token_ids: end a response; the matched one is its last token.
-        check: raises when a server of the run has died; called every second by :meth:`watch`.
+        check: raises when the run has lost its servers for good; called every second by :meth:`watch`.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
     """
 
@@ -69,17 +74,27 @@ class SGLangClient:
         decode: Callable[[Tokens], str],
         stop_token_ids: Sequence[int],
         check: Callable[[], None] | None = None,
+        router: str | None = None,
         backoff_s: float = 0.5,
     ) -> None:
         self._cfg, self._decode, self._check = cfg, decode, check
         self._stop_token_ids = tuple(stop_token_ids)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._backoff_s = backoff_s
-        self._servers = LeastLoaded(urls, rest_s=4 * backoff_s, clock=time.monotonic)
+        self._router = router
+        self.serve(urls)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
         self.retries = 0
         """Attempts after the first, over all groups, since the context was entered."""
+        self.wrong_versions = 0
+        """Rollouts dropped because other weights than those of the last push sampled them; since the context was entered."""
+
+    def serve(self, urls: Sequence[str], version: int | None = None) -> None:
+        """Send the requests to come to these servers, and take only what weights of this version end (None: of any)."""
+        targets = [self._router] if self._router is not None else urls
+        self._servers = LeastLoaded(targets, rest_s=4 * self._backoff_s, clock=time.monotonic)
+        self._version = version
 
     def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
         """The configured sampling with ``n`` rollouts a prompt and the given overrides (evaluation has its own)."""
@@ -93,7 +108,7 @@ class SGLangClient:
         )
 
     async def __aenter__(self) -> SGLangClient:
-        self.retries = 0
+        self.retries = self.wrong_versions = 0
         self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
         self._session = aiohttp.ClientSession(
             headers=self._headers,
@@ -114,6 +129,7 @@ class SGLangClient:
 
         Raises:
             GroupDroppedError: the group stayed incomplete after all retries, or missed its deadline.
+            NoServerError: no server is left to ask.
             ValueError: a server refuses the request for good (HTTP 4xx), such as a prompt beyond its context length.
         """
         assert self._slots is not None, "use `async with client`"
@@ -122,7 +138,7 @@ class SGLangClient:
                 return await asyncio.wait_for(self._attempts(prompt_tokens, sampling), self._cfg.request_deadline_s)
             except asyncio.TimeoutError as error:
                 reason = f"no complete group after request_deadline_s={self._cfg.request_deadline_s:g}"
-                raise GroupDroppedError(reason, unreachable=False) from error
+                raise GroupDroppedError(reason) from error
 
     async def watch(self) -> None:
         """Run ``check`` every second, for ever; to be awaited beside :meth:`generate`, and cancelled."""
@@ -133,19 +149,22 @@ class SGLangClient:
 
     async def _attempts(self, prompt_tokens: Tokens, sampling: Sampling) -> tuple[Rollout, ...]:
         body = json.dumps(request_body(prompt_tokens, sampling)).encode()
-        unreachable = True
-        for attempt in range(self._cfg.retries + 1):
+        attempt = 0
+        while True:
             try:
                 return await self._attempt(body, sampling.n)
+            except _LostServerError:
+                self.retries += 1  # elsewhere at once, and not at the cost of the attempts
+                continue
             except _AttemptError as error:
-                unreachable = unreachable and error.unreachable
                 reason = str(error)
-            if attempt < self._cfg.retries:
-                _log.warning("attempt %d for a group failed, trying again: %s", attempt + 1, reason)
-                self.retries += 1
-                backoff_s = min(self._backoff_s * 2**attempt, _MAX_BACKOFF_S)
-                await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-        raise GroupDroppedError(f"{self._cfg.retries + 1} attempts failed, the last: {reason}", unreachable=unreachable)
+            if attempt == self._cfg.retries:
+                raise GroupDroppedError(f"{attempt + 1} attempts failed, the last: {reason}")
+            attempt += 1
+            _log.warning("attempt %d for a group failed, trying again: %s", attempt, reason)
+            self.retries += 1
+            backoff_s = min(self._backoff_s * 2 ** (attempt - 1), _MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
     async def _attempt(self, body: bytes, n: int) -> tuple[Rollout, ...]:
         with self._servers.server() as url:
@@ -155,9 +174,15 @@ class SGLangClient:
                 self._servers.failed(url)
                 raise
         try:
-            return parse_group(payload, n, self._decode)
+            return parse_group(payload, n, self._decode, version=self._version)
         except IncompleteGroupError as error:
             raise _AttemptError(f"{url}: {error}") from error
+        except WrongVersionError as error:
+            self.wrong_versions += n
+            _log.warning("dropped %d rollouts of %s: %s", n, url, error)
+            if self._router is not None:
+                raise _AttemptError(f"{url}: {error}") from error
+            raise self._lost(url, str(error)) from error
 
     async def _post(self, url: str, body: bytes) -> Any:
         assert self._session is not None
@@ -166,7 +191,7 @@ class SGLangClient:
             async with self._session.post(f"{url}/generate", data=body, headers=headers) as response:
                 text = await response.read()
         except aiohttp.ClientConnectorError as error:
-            raise _AttemptError(f"{url}: {error}", unreachable=True) from error
+            raise self._lost(url, str(error)) from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise _AttemptError(f"{url}: {error!r}") from error
         message = f"{url}: HTTP {response.status}: {text[:500].decode(errors='replace')}"
@@ -175,3 +200,9 @@ class SGLangClient:
         if response.status != 200:
             raise ValueError(message)
         return json.loads(text)
+
+    def _lost(self, url: str, reason: str) -> _LostServerError:
+        """Send nothing more to a server."""
+        if self._servers.leave_out(url):
+            _log.warning("no more requests to %s until the next push: %s", url, reason)
+        return _LostServerError(reason)

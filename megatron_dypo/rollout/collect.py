@@ -7,13 +7,16 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron_dypo.progress import Progress
 from megatron_dypo.progress import progress as progress_bar
+from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import Prompt, RolloutGroup
+
+Outcome: TypeAlias = RolloutGroup | GroupDroppedError | NoServerError
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ class CollectStats:
     """Counts of one :func:`collect`."""
 
     prompts: int
-    """Prompts that were asked for."""
+    """Prompts that a server was asked for."""
     rollouts: int
     """In complete groups."""
     tokens: int
@@ -34,6 +37,10 @@ class CollectStats:
     """Prompts without a complete group after all retries, or at their deadline."""
     retries: int
     """Requests beyond the first of each prompt."""
+    wrong_versions: int
+    """Rollouts dropped because weights of another version than that of the last push sampled them."""
+    unserved: tuple[Prompt, ...]
+    """Prompts for which no server was left. They are to be asked for again, after a push, and count nowhere above."""
     seconds: float
 
 
@@ -52,9 +59,10 @@ def collect(
     A group is complete or absent: an incomplete one is retried, then dropped and counted. ``temperature`` and
     ``max_new_tokens`` override the client's configuration (evaluation). Interrupted, it aborts what it had asked for.
 
+    When no server is left, it returns what there is.
+
     Raises:
-        ServerDiedError: a server of the run died meanwhile (from the client's ``check``).
-        ConnectionError: no server could be reached for any of the prompts.
+        ServerDiedError: the run has lost its servers for good (from the client's ``check``).
         ValueError: a server refuses a request for good.
     """
     sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
@@ -63,24 +71,24 @@ def collect(
         outcomes = asyncio.run(_collect(prompts, client, sampling, bar))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     dropped = [outcome for outcome in outcomes if isinstance(outcome, GroupDroppedError)]
-    if dropped and not groups and all(error.unreachable for error in dropped):
-        raise ConnectionError(f"no SGLang server can be reached: {dropped[0]}")
+    pairs = zip(prompts, outcomes, strict=True)
+    unserved = tuple(prompt for prompt, outcome in pairs if isinstance(outcome, NoServerError))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     stats = CollectStats(
-        prompts=len(prompts),
+        prompts=len(prompts) - len(unserved),
         rollouts=len(rollouts),
         tokens=sum(len(rollout.tokens) for rollout in rollouts),
         truncated=sum(rollout.finish == "length" for rollout in rollouts),
         dropped_groups=len(dropped),
         retries=client.retries,
+        wrong_versions=client.wrong_versions,
+        unserved=unserved,
         seconds=time.monotonic() - start,
     )
     return groups, stats
 
 
-async def _collect(
-    prompts: Sequence[Prompt], client: SGLangClient, sampling: Sampling, bar: Progress
-) -> list[RolloutGroup | GroupDroppedError]:
+async def _collect(prompts: Sequence[Prompt], client: SGLangClient, sampling: Sampling, bar: Progress) -> list[Outcome]:
     async with client:
         tasks = [asyncio.ensure_future(_group(prompt, client, sampling, bar)) for prompt in prompts]
         watch = asyncio.ensure_future(client.watch())
@@ -97,12 +105,12 @@ async def _collect(
             await asyncio.gather(*tasks, watch, groups, return_exceptions=True)
 
 
-async def _group(
-    prompt: Prompt, client: SGLangClient, sampling: Sampling, bar: Progress
-) -> RolloutGroup | GroupDroppedError:
-    outcome: RolloutGroup | GroupDroppedError
+async def _group(prompt: Prompt, client: SGLangClient, sampling: Sampling, bar: Progress) -> Outcome:
+    outcome: Outcome
     try:
         outcome = RolloutGroup(prompt=prompt, rollouts=await client.generate(prompt.tokens, sampling))
+    except NoServerError as error:
+        return error
     except GroupDroppedError as error:
         _log.warning("dropped the group of prompt %s: %s", prompt.prompt_id, error)
         outcome = error

@@ -15,8 +15,17 @@ _PROBE_IDS = [1, 2, 3, 4]
 
 def http_status(url: str, api_key: str | None) -> int | None:
     """HTTP status of a GET; None when nothing answers."""
+    return _status(url, api_key, None)
+
+
+def post_status(url: str, api_key: str | None) -> int | None:
+    """HTTP status of a POST of an empty object; None when nothing answers."""
+    return _status(url, api_key, {})
+
+
+def _status(url: str, api_key: str | None, body: Any) -> int | None:
     try:
-        with _open(url, api_key, None, _ATTEMPT_S) as response:
+        with _open(url, api_key, body, _ATTEMPT_S) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code

@@ -27,9 +27,13 @@ class ServerProcess:
         self._guard: subprocess.Popen | None = None
 
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
-        """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments."""
+        """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments.
+
+        Once it has ended it may be started again; the log goes on.
+        """
         _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
-        _write_private(self.log_path, "")
+        if self._guard is None:
+            _write_private(self.log_path, "")
         with self.log_path.open("ab") as log:
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(os.getpid()), str(self._grace_s), *command],
@@ -40,15 +44,18 @@ class ServerProcess:
                 start_new_session=True,  # Ctrl-C reaches the trainer alone, which then stops its servers in order
             )
 
+    def ending(self) -> str | None:
+        """How the server ended, by name and status; None while it runs."""
+        if self._guard is None or self._guard.poll() is None:
+            return None
+        return f"{self.name} ({self.url}) ended with status {self._guard.returncode}"
+
     def check(self) -> None:
         """Raises:
-        ServerDiedError: the server has ended.
+        ServerDiedError: the server has ended; the message quotes its log.
         """
-        if self._guard is not None and self._guard.poll() is not None:
-            raise ServerDiedError(
-                f"{self.name} ({self.url}) ended with status {self._guard.returncode}; "
-                f"the last lines of {self.log_path}:\n{_tail(self.log_path)}"
-            )
+        if self.ending() is not None:
+            raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{_tail(self.log_path)}")
 
     def forget_key(self, api_key: str) -> None:
         """Once the server runs: delete the key file, and overwrite the key in the arguments that SGLang logs."""

@@ -15,6 +15,10 @@ class IncompleteGroupError(Exception):
     """A response with fewer rollouts than asked for, or with one that did not end by itself or at the limit."""
 
 
+class WrongVersionError(Exception):
+    """A response of other weights than those of the last push."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How one group is sampled."""
@@ -44,15 +48,25 @@ def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def parse_group(payload: Any, n: int, decode: Callable[[Tokens], str]) -> tuple[Rollout, ...]:
+def parse_group(
+    payload: Any, n: int, decode: Callable[[Tokens], str], *, version: int | None = None
+) -> tuple[Rollout, ...]:
     """The ``n`` rollouts of a response.
+
+    Args:
+        version: of the last push, which each must end with: a response that a push paused begins with older ones.
+            None: any.
 
     Raises:
         IncompleteGroupError: one is missing or was aborted, or its log-probs do not match its tokens.
+        WrongVersionError: one was sampled, at least in part, by weights that no push made, or ends with older ones.
     """
     outputs: Sequence[Any] = payload if isinstance(payload, list) else [payload]  # an object when n = 1
     if len(outputs) != n:
         raise IncompleteGroupError(f"{len(outputs)} of {n} responses")
+    if version is not None:
+        for output in outputs:
+            _require_version(output["meta_info"], version)
     return tuple(_parse_rollout(output, decode) for output in outputs)
 
 
@@ -78,8 +92,20 @@ def _parse_rollout(output: dict[str, Any], decode: Callable[[Tokens], str]) -> R
 
 def _oldest_version(meta: dict[str, Any]) -> int:
     """Version that sampled the first token; ``weight_version`` alone is that of the last one."""
+    return min(map(_version_number, _versions(meta)))
+
+
+def _versions(meta: dict[str, Any]) -> list[str]:
+    """Of all tokens, in their order, neighbours that are equal taken together."""
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
-    return min(_version_number(span["version"]) for span in spans)
+    return [span["version"] for span in spans]
+
+
+def _require_version(meta: dict[str, Any], version: int) -> None:
+    # A server that was started again says ``default``, one that a push failed on ``failed-<version>``.
+    *before, last = _versions(meta)
+    if last != str(version) or not all(one.isdecimal() for one in before):
+        raise WrongVersionError(f"weights of version {', '.join([*before, last])}; the last push was of {version}")
 
 
 def _version_number(version: str) -> int:

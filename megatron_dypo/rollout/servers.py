@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from megatron_dypo.config import ServersConfig
 from megatron_dypo.rollout.launch import available_cores, lease_port, server_command, server_environment
 from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerProcess
+from megatron_dypo.rollout.supervise import Supervised, Supervisor
 
 _POLL_S = 0.2
 
@@ -24,7 +26,7 @@ _log = logging.getLogger(__name__)
 class ServerPool:
     """The servers of a run; leaving the context stops those that the run started.
 
-    They also stop when this process dies in any way.
+    They also stop when this process dies in any way. One that dies is started again at the same port.
     """
 
     def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
@@ -32,18 +34,42 @@ class ServerPool:
         self.api_key = api_key
         self._on_stop = contextlib.ExitStack()
         self._processes: list[ServerProcess] = []
+        self._starts: list[Callable[[], None]] = []
+        self._supervisor: Supervisor | None = None
 
     def check(self) -> None:
-        """Look whether every started server still runs (cheap; nothing is sent).
+        """Look after the started servers (cheap; nothing is sent to one that is up).
 
         Raises:
-            ServerDiedError: one does not; the message quotes its log.
+            ServerDiedError: one died and ``restarts`` is 0, or all did and none is started again; the message quotes
+                their logs.
         """
+        if self._supervisor is not None:
+            self._supervisor.check()
+            return
         for process in self._processes:
             process.check()
 
+    def take_lost(self) -> dict[str, str]:
+        """URL → how it ended, of the servers that died since the last call; most of them run again, or soon will.
+
+        Raises:
+            ServerDiedError: as :meth:`check` does.
+        """
+        self.check()
+        servers = self._supervisor.servers if self._supervisor else ()
+        deaths = {server.process.url: server.take_death() for server in servers}
+        return {url: death for url, death in deaths.items() if death is not None}
+
+    def may_return(self) -> bool:
+        """Whether a server that does not answer may do so after a while, without anybody's help."""
+        return self._supervisor is not None and any(server.given_up is None for server in self._supervisor.servers)
+
     def stop(self) -> None:
         """Stop started servers: SIGTERM, then SIGKILL to the process group after a grace period. Idempotent."""
+        if self._supervisor is not None:
+            self._supervisor.stop()
+            self._supervisor = None
         stopping, self._processes = self._processes, []
         for process in stopping:
             process.stop()
@@ -77,8 +103,10 @@ class ServerPool:
                 key_file=process.key_file,
             )
             assert self.api_key is not None
-            process.start(command, env, self.api_key)
+            start = functools.partial(process.start, command, env, self.api_key)
+            start()
             self._processes.append(process)
+            self._starts.append(start)
             self.urls += (url,)
             _log.info("starting %s at %s, log %s", process.name, url, process.log_path)
 
@@ -95,6 +123,30 @@ class ServerPool:
         for process in self._processes:
             assert self.api_key is not None
             process.forget_key(self.api_key)
+
+    def _supervise(self, restarts: int, deadline_s: float) -> None:
+        if not restarts or not self._processes:
+            return
+        self._supervisor = Supervisor(
+            [
+                Supervised(
+                    process,
+                    start,
+                    functools.partial(self._is_healthy, process),
+                    restarts=restarts,
+                    deadline_s=deadline_s,
+                )
+                for process, start in zip(self._processes, self._starts, strict=True)
+            ]
+        )
+
+    def _is_healthy(self, process: ServerProcess) -> bool:
+        """Whether a server that was started again is up; if so, it keeps no key on disk."""
+        if http_status(f"{process.url}/health", self.api_key) != 200:
+            return False
+        assert self.api_key is not None
+        process.forget_key(self.api_key)
+        return True
 
 
 def start_servers(
@@ -132,5 +184,6 @@ def start_servers(
                     f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
                     "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
                 )
+        pool._supervise(cfg.restarts, cfg.start_deadline_s)
         undo.pop_all()
     return pool

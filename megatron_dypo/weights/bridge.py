@@ -1,8 +1,10 @@
 """Push: the trainer's weights into the running SGLang servers, between two steps, without a restart.
 
 A push pauses all servers, moves every tensor by the configured transport (upon which they forget cached prefixes), names
-the new version and lets the servers go on. Either all servers end at the new version or the push fails on every rank: servers that may
-hold a mixture are then marked by a version that is no number, and their running requests are aborted.
+the new version and lets the servers go on. A server that is lost on the way is fenced, and the push is made again to the
+rest, which stay paused meanwhile; sending the same weights again does no harm. Either all servers that are left end at
+the new version or the push fails on every rank: servers that may hold a mixture are then marked by a version that is no
+number, and their running requests are aborted.
 
 Running requests: with ``in_flight: pause`` they are retracted, not frozen in place: they lose their KV cache and go on
 from recomputed keys and values, so that no token of the new version is sampled from the old version's cache. (The tokens
@@ -14,37 +16,42 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
-from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.architecture import Architecture
 from megatron_dypo.config import WeightsConfig
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.weights.families.registry import family_rows, match
-from megatron_dypo.weights.sglang_control import Deadline, ServerError, ServerInfo, SGLangControl
+from megatron_dypo.weights.engines import Engines, PushReport, Watch, answering
+from megatron_dypo.weights.push_checks import check_names, check_server, check_shapes
+from megatron_dypo.weights.sglang_control import Answer, Deadline, ServerError, SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, PushError, Source, Transport
 from megatron_dypo.weights.transports.broadcast import BroadcastTransport
 from megatron_dypo.weights.transports.disk import DiskTransport
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _RECOVERY_S = 10.0
+_MAX_ATTEMPTS = 4
+_POLL_S = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class PushReport:
-    """What a push cost."""
+@dataclass(kw_only=True)
+class _Push:
+    """One push under way; what it found is the same on every rank."""
 
     version: int
-    seconds: float
-    """Wall-clock time of the whole push, the servers' pause included."""
-    bytes: int
-    """Bytes of all tensors, counted once however many servers there are."""
+    deadline: Deadline
+    start: float = field(default_factory=time.monotonic)
+    paused_at: float | None = None
+    attempts: int = 0
 
 
 class Bridge:
@@ -61,12 +68,14 @@ class Bridge:
         config: WeightsConfig,
         run_dir: Path,
         hf_reference: Path,
+        watch: Watch | None = None,
     ) -> None:
         """Collective over the world; talks to no server yet.
 
         ``named_params`` yields this rank's parameters under Megatron-Core names with global layer indices.
         ``hf_reference`` is the HF folder whose config the servers serve; ``transport: disk`` writes below
-        ``run_dir/refit``, which the servers must be able to read under the same path.
+        ``run_dir/refit``, which the servers must be able to read under the same path. ``watch`` is asked on the
+        global leader alone.
         """
         self._source = Source(layout=layout, arch=arch, named_params=named_params)
         self._config = config
@@ -74,19 +83,32 @@ class Bridge:
         leads = layout.is_global_leader or self._source.own_turn is not None
         self._control = SGLangControl(urls, api_key) if leads else None
         self._is_leader = layout.is_global_leader
+        self._engines = Engines(urls, logs=self._is_leader)
+        self._watch = watch or Watch()
         self._transport = self._make_transport(run_dir, hf_reference)
         self._is_verified = False
         self._is_dirty = False
 
+    @property
+    def serving(self) -> tuple[str, ...]:
+        """The servers that hold the weights of the last push; no other may get requests."""
+        return self._engines.serving
+
     def push(self, version: int) -> PushReport:
-        """Bring all servers to the current weights, named ``version``. Collective over the world.
+        """Bring all servers that answer to the current weights, named ``version``. Collective over the world.
+
+        Fenced servers that answer again take part; one that is lost is fenced, and the rest get the weights.
 
         Raises:
-            PushError: on every rank, naming server, call and answer; generation goes on. A later push may succeed.
+            PushError: on every rank, naming server, call and answer: no server is to blame, or none is left;
+                generation goes on. A later push may succeed.
             RuntimeError: another rank was lost, within ``deadline_s`` and some seconds.
         """
+        push = _Push(version=version, deadline=Deadline(self._config.deadline_s))
+        fenced, rejoined = self._engines.num_fenced, self._engines.num_rejoined
         try:
-            return self._push(version, Deadline(self._config.deadline_s))
+            self._gather_servers(push)
+            num_bytes = self._push_to_the_rest(push)
         except PushError:
             self._abandon(version)
             self._lockstep.run()  # no rank ends the job before the servers go on
@@ -94,6 +116,16 @@ class Bridge:
         except BaseException:
             self._abandon(version)
             raise
+        assert push.paused_at is not None
+        return PushReport(
+            version=version,
+            seconds=time.monotonic() - push.start,
+            pause_seconds=time.monotonic() - push.paused_at,
+            bytes=self._lockstep.total(num_bytes),
+            fenced=self._engines.num_fenced - fenced,
+            rejoined=self._engines.num_rejoined - rejoined,
+            retries=push.attempts - 1,
+        )
 
     def close(self) -> None:
         """Leave the servers' groups and stop the control thread. Not collective."""
@@ -113,18 +145,99 @@ class Bridge:
             bucket_bytes=self._config.bucket_mb * 2**20,
         )
 
-    def _push(self, version: int, deadline: Deadline) -> PushReport:
-        start = time.monotonic()
+    def _gather_servers(self, push: _Push) -> None:
+        """Fence the servers that were lost since the last push, take in those that answer again."""
+        before = self.serving
+        self._fence_lost()
+        if self.serving != before:
+            self._transport.reset()
+        left = self.serving
+        self._take_in(push)
+        if self.serving != left == before:
+            self._transport.close()  # in order, telling those that are served by the old connections
+        self._await_one(push)
+        self._point_control()
+
+    def _push_to_the_rest(self, push: _Push) -> int:
+        """Attempts until one succeeds; returns the bytes that left this rank."""
+        while True:
+            push.attempts += 1
+            try:
+                return self._attempt(push)
+            except PushError as error:
+                self._transport.reset()
+                lost = self._led(functools.partial(self._blamed, error)) if push.paused_at else error.lost
+                self._engines.fence(dict.fromkeys(lost, f"push of version {push.version}: {error}"))
+                if not lost or push.attempts == _MAX_ATTEMPTS:
+                    raise
+                self._await_one(push)
+                self._point_control()
+
+    def _attempt(self, push: _Push) -> int:
+        # Half of the time, so that as much is left for the rest if a server hangs; all of it for the last one.
+        deadline = push.deadline.half() if len(self.serving) > 1 else push.deadline
         if not self._is_verified:
             self._verify(deadline)
             self._is_verified = True
+        push.paused_at = push.paused_at or time.monotonic()
         self._lead(functools.partial(self._open, deadline))
         self._is_dirty = True
-        num_bytes = self._transport.send(version, deadline)
-        self._lead(functools.partial(self._finish, version, deadline))
+        num_bytes = self._transport.send(push.version, deadline)
+        self._lead(functools.partial(self._finish, push.version, deadline))
         self._is_dirty = False
-        total = self._lockstep.total(num_bytes)
-        return PushReport(version=version, seconds=time.monotonic() - start, bytes=total)
+        return num_bytes
+
+    def _fence_lost(self) -> None:
+        self._engines.fence(self._led(lambda: dict(self._watch.take_lost())))
+
+    def _take_in(self, push: _Push) -> None:
+        fenced = self._engines.fenced
+        if fenced:
+            arch = self._source.arch
+            back = self._led(lambda: answering(self._leader_control, fenced, arch))
+            self._engines.rejoin(back, push.version)
+
+    def _await_one(self, push: _Push) -> None:
+        """Wait until a server is there to push to: fenced ones may come back.
+
+        Raises:
+            PushError: none will, or none did before the deadline.
+        """
+        while not self.serving:
+            self._fence_lost()  # so that the next push does not take a server for lost that this one saw back
+            self._take_in(push)
+            if not self.serving:
+                self._lead(functools.partial(self._expect_one, push.deadline))
+
+    def _expect_one(self, deadline: Deadline) -> None:
+        if not self._watch.may_return():
+            raise ServerError(f"no server is left to push to: {self._engines.reasons}")
+        deadline.remaining()
+        time.sleep(_POLL_S)
+
+    def _blamed(self, error: PushError) -> tuple[str, ...]:
+        """The servers that failed an attempt, which all others wait for, paused.
+
+        One that gives no answer now is to blame for what the others answered; otherwise those are that refused.
+        """
+        steps: list[tuple[str, Answer | None]] = [("/pause_generation", {"mode": "retract"})]
+        if self._transport.in_session:
+            steps += [("/end_weight_update", {})]
+        control = self._leader_control
+        silent = [failed for failed in control.attempt(steps, _RECOVERY_S) if failed.is_silent]
+        if silent:
+            return tuple(dict.fromkeys(url for failed in silent for url in failed.urls))
+        control.attempt([("/pause_generation", {"mode": "abort"})], _RECOVERY_S, error.lost)
+        return error.lost
+
+    def _point_control(self) -> None:
+        if self._control is not None:
+            self._control.urls = self.serving
+
+    def _led(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on the leader, on every rank."""
+        found = self._lockstep.run(action if self._is_leader else None)
+        return next(value for value in self._lockstep.gather(found) if value is not None)
 
     def _lead(self, action: Callable[[], None]) -> None:
         self._lockstep.run(action if self._is_leader else None)
@@ -161,7 +274,7 @@ class Bridge:
         control.set_version(str(version), deadline)
         for url, served in zip(control.urls, control.weight_versions(deadline), strict=True):
             if served != str(version):
-                raise ServerError(f"{url}: weight_version={served!r} after the push of version {version}")
+                raise ServerError(f"{url}: weight_version={served!r} after the push of version {version}", url)
         control.resume(deadline)
 
     def _abandon(self, version: int) -> None:
@@ -169,7 +282,7 @@ class Bridge:
         self._transport.reset()
         if not self._is_leader:
             return
-        steps: list[tuple[str, dict[str, object]]] = []
+        steps: list[tuple[str, Answer | None]] = []
         if self._transport.in_session:
             steps += [("/end_weight_update", {})]
         if self._is_dirty:
@@ -183,47 +296,3 @@ class Bridge:
     def _leader_control(self) -> SGLangControl:
         assert self._control is not None, "closed, or not a leader"
         return self._control
-
-
-def check_shapes(named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int) -> None:
-    """That the parameters of one rank are what the rules of their family ask for.
-
-    Raises:
-        ValueError: a parameter without a rule, or of another shape than its rule makes.
-    """
-    for name, param in named_params:
-        expected = match(name, arch).rule.mcore_shape(arch, tp_size)
-        if tuple(param.shape) != expected:
-            raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture asks for {expected}")
-
-
-def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> None:
-    """That every HF tensor of the architecture is sent, and by one stage only.
-
-    Raises:
-        ValueError: names the tensors that are missing, sent twice, or not of this architecture.
-    """
-    counts = Counter(name for names in names_by_stage for name in names)
-    expected = {name for row in family_rows(arch) for name in row.hf}
-    problems = [f"{name} is held by no stage" for name in sorted(expected - counts.keys())]
-    problems += [f"{name} is not of this architecture" for name in sorted(counts.keys() - expected)]
-    problems += [f"{name} is sent {count} times" for name, count in sorted(counts.items()) if count > 1]
-    if problems:
-        raise ValueError("weights to push: " + "; ".join(problems))
-
-
-def check_server(info: ServerInfo, arch: Architecture) -> None:
-    """That a server serves this architecture, as far as it says (and its model folder, where we can read it).
-
-    Raises:
-        ServerError: names the fields that differ.
-    """
-    if info.model_type != arch.family:
-        raise ServerError(f"{info.url}: serves model_type={info.model_type!r}, the policy is {arch.family!r}")
-    if not (Path(info.model_path) / "config.json").is_file():
-        return
-    served = load_architecture(info.model_path)
-    for name in Architecture.__dataclass_fields__:
-        ours, theirs = getattr(arch, name), getattr(served, name)
-        if ours != theirs:
-            raise ServerError(f"{info.url}: serves {info.model_path} with {name}={theirs!r}, the policy has {ours!r}")

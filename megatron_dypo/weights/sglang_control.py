@@ -29,9 +29,21 @@ _GRACE_S = 2.0
 class ServerError(RuntimeError):
     """A server refused a call, answered nonsense, or did not answer."""
 
+    def __init__(self, message: str, *urls: str, is_silent: bool = False) -> None:
+        """``urls``: the servers to blame; none where a call of all of them failed and nobody can be told from the rest."""
+        super().__init__(message)
+        self.urls = urls
+        self.is_silent = is_silent
+        """There was no answer at all, not even a refusal."""
+
+    @property
+    def url(self) -> str | None:
+        """The server to blame, the first of several; None: nobody in particular."""
+        return self.urls[0] if self.urls else None
+
 
 class Deadline:
-    """A moment by which a whole push has to be over."""
+    """A moment by which a push, or one attempt at it, has to be over."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -45,8 +57,12 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"deadline_s={self.seconds:g} passed")
+            raise TimeoutError(f"the {self.seconds:g} s that it may take have passed")
         return left
+
+    def half(self) -> Deadline:
+        """A deadline at half of the time that is left, so that as much is left after it. It may have passed."""
+        return Deadline(max(self._end - time.monotonic(), 0.0) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +85,7 @@ class SGLangControl:
         if not urls:
             raise ValueError("urls=(): a push needs at least one SGLang server")
         self.urls = tuple(url.rstrip("/") for url in urls)
+        """The servers that get the calls; set between two attempts at a push, never within one."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)
@@ -82,10 +99,11 @@ class SGLangControl:
 
     # One method for each route.
 
-    def describe(self, deadline: Deadline) -> list[ServerInfo]:
-        """Model, version and parallel sizes of each server, in the order of ``urls``."""
-        models = self._all("GET", "/model_info", None, deadline)
-        servers = self._all("GET", "/server_info", None, deadline)
+    def describe(self, deadline: Deadline, urls: Sequence[str] | None = None) -> list[ServerInfo]:
+        """Model, version and parallel sizes of each server, in the order of ``urls`` (None: the control's own)."""
+        urls = self.urls if urls is None else urls
+        models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
+        servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
         return [
             ServerInfo(
                 url=url,
@@ -96,7 +114,7 @@ class SGLangControl:
                 pipeline_parallel=int(server.get("pp_size", 1)),
                 data_parallel=int(server.get("dp_size", 1)),
             )
-            for url, model, server in zip(self.urls, models, servers, strict=True)
+            for url, model, server in zip(urls, models, servers, strict=True)
         ]
 
     def weight_versions(self, deadline: Deadline) -> list[str]:
@@ -141,26 +159,31 @@ class SGLangControl:
         """Load an HF folder that every server can read, and forget cached prefixes."""
         self._all("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": True}, deadline)
 
-    def attempt(self, steps: Sequence[tuple[str, Answer]], timeout_s: float) -> list[str]:
-        """POST ``(path, body)`` after ``(path, body)`` to each server, whatever is refused; returns what went wrong.
+    def attempt(
+        self, steps: Sequence[tuple[str, Answer | None]], timeout_s: float, urls: Sequence[str] | None = None
+    ) -> list[ServerError]:
+        """Call ``(path, body)`` after ``(path, body)`` on each server, whatever is refused; returns what went wrong.
 
-        A server that spends all of ``timeout_s`` is asked no more.
+        A body of None makes a GET, any other a POST. ``urls``: None: the control's own. A server that spends all of
+        ``timeout_s`` is asked no more.
         """
 
-        async def one_server(session: aiohttp.ClientSession, url: str) -> list[str]:
+        async def one_server(session: aiohttp.ClientSession, url: str) -> list[ServerError]:
             errors, deadline = [], Deadline(timeout_s)
             for path, body in steps:
+                method = "GET" if body is None else "POST"
                 try:
-                    await self._call(session, "POST", url, path, body, deadline.remaining())
+                    await self._call(session, method, url, path, body, deadline.remaining())
                 except ServerError as error:
-                    errors.append(str(error))
+                    errors.append(error)
                 except TimeoutError:
                     break
             return errors
 
-        async def every_server() -> list[str]:
+        async def every_server() -> list[ServerError]:
             async with self._session() as session:
-                outcomes = await asyncio.gather(*(one_server(session, url) for url in self.urls))
+                targets = self.urls if urls is None else urls
+                outcomes = await asyncio.gather(*(one_server(session, url) for url in targets))
             return [error for errors in outcomes for error in errors]
 
         return self._submit(every_server()).result()
@@ -178,13 +201,15 @@ class SGLangControl:
         deadline: Deadline,
         *,
         fail_fast: bool,
+        urls: Sequence[str] | None = None,
     ) -> Future[list[Answer]]:
-        bodies = [body] * len(self.urls) if body is None or isinstance(body, Mapping) else list(body)
+        urls = self.urls if urls is None else urls
+        bodies = [body] * len(urls) if body is None or isinstance(body, Mapping) else list(body)
         try:
             timeout_s = deadline.remaining()
         except TimeoutError as error:
-            raise ServerError(f"{method} {path} was not sent to {', '.join(self.urls)}: {error}") from error
-        return self._submit(self._fan_out(method, path, bodies, timeout_s, fail_fast))
+            raise ServerError(f"{method} {path} was not sent to {', '.join(urls)}: {error}") from error
+        return self._submit(self._fan_out(method, path, list(zip(urls, bodies, strict=True)), timeout_s, fail_fast))
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -194,10 +219,9 @@ class SGLangControl:
         return aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0))
 
     async def _fan_out(
-        self, method: str, path: str, bodies: Sequence[Answer | None], timeout_s: float, fail_fast: bool
+        self, method: str, path: str, calls: Sequence[tuple[str, Answer | None]], timeout_s: float, fail_fast: bool
     ) -> list[Answer]:
         async with self._session() as session:
-            calls = zip(self.urls, bodies, strict=True)
             tasks = [asyncio.create_task(self._call(session, method, url, path, b, timeout_s)) for url, b in calls]
             try:
                 when = asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED
@@ -208,9 +232,9 @@ class SGLangControl:
                 for task in tasks:
                     task.cancel()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [str(outcome) for outcome in outcomes if isinstance(outcome, ServerError)]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
         if errors:
-            raise ServerError("; ".join(errors))
+            raise _joined(errors, is_collective=fail_fast)
         return [task.result() for task in tasks]
 
     async def _call(
@@ -222,13 +246,30 @@ class SGLangControl:
             async with session.request(method, url + path, json=body, timeout=timeout) as response:
                 status, text = response.status, await response.text()
         except asyncio.TimeoutError as error:
-            raise ServerError(f"{where}: no answer in {timeout_s:.1f} s") from error
+            raise _UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}") from error
-        return _checked(where, status, text)
+            raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
+        return _checked(where, url, status, text)
 
 
-def _checked(where: str, status: int, text: str) -> Answer:
+class _UnansweredError(ServerError):
+    """The call was sent, and its time ran out."""
+
+
+def _joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
+    """One error for those of several servers.
+
+    In a collective call the others fail, or wait, because of one: a server that is gone is then blamed alone, and one
+    that only waits is not blamed.
+    """
+    blamed = [error for error in errors if not (is_collective and isinstance(error, _UnansweredError))]
+    gone = [error for error in blamed if error.is_silent]
+    blamed = gone if is_collective and gone else blamed
+    urls = [url for error in blamed for url in error.urls]
+    return ServerError("; ".join(map(str, errors)), *urls, is_silent=all(error.is_silent for error in errors))
+
+
+def _checked(where: str, url: str, status: int, text: str) -> Answer:
     """The JSON object of an answer ({} for plain text). A refusal may come with status 200 and ``success: false``."""
     try:
         answer = json.loads(text)
@@ -236,5 +277,5 @@ def _checked(where: str, status: int, text: str) -> Answer:
         answer = {}
     answer = answer if isinstance(answer, dict) else {}
     if status != 200 or answer.get("success", True) is not True:
-        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:500]}")
+        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:500]}", url)
     return answer

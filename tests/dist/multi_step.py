@@ -29,7 +29,9 @@ MODES = ("exact", "stale")
 class Recorder:
     """Stands for the bridge and for the writer: keeps what it is told."""
 
-    bytes = 0
+    serving = ("server",)
+    bytes = fenced = rejoined = retries = 0
+    pause_seconds = 0.0
 
     def __init__(self) -> None:
         self.pushed: list[int] = []

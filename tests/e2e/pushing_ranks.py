@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "resumed": 5}
+VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "hung": 5, "resumed": 8}
 PROMPT = list(range(3, 15))
 IN_FLIGHT_TOKENS = 2000
 """Enough for a push to begin, on a loaded machine too, before a request ends."""
@@ -150,51 +150,72 @@ def rank_push(target: Target, first: str, second: str) -> dict[str, Any]:
 
 
 def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any]:
-    """A push during which the last server is killed, then one to the server that is left."""
-    from megatron_dypo.weights.transports.base import PushError
-
+    """A push during which the last server is killed, while requests are in flight on the first."""
     trainer = Trainer(target)
     trainer.become(weights)
-    victim, survivors = target.urls[-1], target.urls[:-1]
+    victim, survivor = target.urls[-1], target.urls[0]
     armed = threading.Event()
 
     def params() -> Iterator[tuple[str, Any]]:
         for index, pair in enumerate(trainer.params()):
             if armed.is_set() and trainer.layout.rank == 0 and index == 10:
+                armed.clear()
                 kill_server(victim)
             yield pair
 
-    bridge = trainer.bridge(params=params, deadline_s=40.0)
+    is_first = trainer.layout.rank == 0
+    bridge = trainer.bridge(params=params, deadline_s=80.0)
     bridge.push(VERSIONS["resumed"])
     armed.set()
+    running = Running(target, survivor) if is_first else None
     start = time.monotonic()
-    error = ""
-    try:
-        bridge.push(VERSIONS["resumed"] + 1)
-    except PushError as caught:
-        error = str(caught)
-    seconds = time.monotonic() - start
+    report = bridge.push(VERSIONS["resumed"] + 1)
+    seen = {"report": report, "serving": bridge.serving, "seconds": time.monotonic() - start}
+    if running is not None:
+        seen["in flight"] = running.meta()
+        seen["version"] = ask(target, survivor, "/model_info")["weight_version"]
+        seen["checksums"] = checksums(target, survivor)
     bridge.close()
-    seen: dict[str, Any] = {"error": error, "seconds": seconds}
-    if trainer.layout.rank == 0:
-        # Paused servers would not answer.
-        meta = ask(target, survivors[0], "/generate", {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 4}})
-        seen["marked"] = meta["meta_info"]["weight_version"]
-    bridge = trainer.bridge(urls=survivors)
-    bridge.push(VERSIONS["resumed"] + 2)
-    if trainer.layout.rank == 0:
-        seen["version"] = ask(target, survivors[0], "/model_info")["weight_version"]
-        seen["checksums"] = checksums(target, survivors[0])
+    return seen
+
+
+def rank_push_while_a_server_hangs(target: Target, weights: str) -> dict[str, Any]:
+    """A push to a server that hangs with a request in flight, and one after it has woken up."""
+    trainer = Trainer(target)
+    trainer.become(weights)
+    victim, is_first = target.urls[-1], trainer.layout.rank == 0
+    bridge = trainer.bridge(deadline_s=40.0)
+    bridge.push(VERSIONS["hung"])
+    running = Running(target, victim) if is_first else None
+    processes = server_family(victim) if is_first else []
+    for process in processes:
+        process.suspend()
+    reports = [bridge.push(VERSIONS["hung"] + 1)]
+    serving = [bridge.serving]
+    for process in processes:
+        process.resume()
+    reports.append(bridge.push(VERSIONS["hung"] + 2))
+    serving.append(bridge.serving)
     bridge.close()
+    seen: dict[str, Any] = {"reports": reports, "serving": serving}
+    if running is not None:
+        seen["in flight"] = running.meta()
+        seen["versions"] = [ask(target, url, "/model_info")["weight_version"] for url in target.urls]
+        seen["checksums"] = [checksums(target, url) for url in target.urls]
     return seen
 
 
 def kill_server(url: str) -> None:
     """SIGKILL to the process that listens there and to all its children."""
+    for process in server_family(url):
+        process.kill()
+
+
+def server_family(url: str) -> list[psutil.Process]:
+    """The process that listens there, after all its children."""
     port = int(url.rsplit(":", 1)[1])
     (pid,) = {
         one.pid for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.laddr.port == port
     }
     server = psutil.Process(pid)
-    for process in (*server.children(recursive=True), server):
-        process.kill()
+    return [*server.children(recursive=True), server]

@@ -16,6 +16,7 @@ from tests.e2e.pushing_ranks import (
     checksums,
     rank_push,
     rank_push_while_a_server_dies,
+    rank_push_while_a_server_hangs,
 )
 from tests.hf_models import import_transformers, make_hf_model
 
@@ -113,14 +114,39 @@ def test_aborted_requests_end_at_once(seen):
         assert meta["completion_tokens"] < IN_FLIGHT_TOKENS
 
 
-def test_a_server_killed_in_a_push_is_an_error_on_all_ranks_that_names_it(seen, rollouts, models, target, loaded):
+@pytest.fixture(scope="module")
+def hung(rollouts, models, target):
+    return run_ranks(4, rank_push_while_a_server_hangs, target, str(models[2]))
+
+
+def test_a_server_that_hangs_in_a_push_costs_half_of_its_deadline_and_is_fenced(hung, target):
+    for outcome in hung:
+        assert outcome["serving"][0] == target.urls[:1]
+        report = outcome["reports"][0]
+        assert (report.fenced, report.retries) == (1, 1)
+        assert 20 <= report.seconds < 40
+
+
+def test_a_server_that_woke_up_rejoins_by_a_full_push_without_its_old_requests(hung, target, loaded):
+    for outcome in hung:
+        assert outcome["serving"][1] == target.urls
+        assert (outcome["reports"][1].rejoined, outcome["reports"][1].retries) == (1, 0)
+    first = hung[0]
+    assert first["versions"] == [str(VERSIONS["hung"] + 2)] * 2
+    assert first["checksums"] == [loaded["c"]] * 2
+    assert first["in flight"]["finish_reason"]["type"] == "abort"
+
+
+def test_a_server_killed_in_a_push_is_fenced_and_the_rest_gets_the_weights(hung, models, target, loaded):
     """Last: it costs a server."""
     outcomes = run_ranks(4, rank_push_while_a_server_dies, target, str(models[2]))
     for outcome in outcomes:
-        assert target.urls[1] in outcome["error"]
-        assert "/update_weights_from_distributed" in outcome["error"]
+        assert outcome["serving"] == target.urls[:1]
+        assert (outcome["report"].fenced, outcome["report"].retries) == (1, 1)
         assert outcome["seconds"] < 40
     first = outcomes[0]
-    assert first["marked"] == f"failed-{VERSIONS['resumed'] + 1}"
-    assert first["version"] == str(VERSIONS["resumed"] + 2)
+    assert first["version"] == str(VERSIONS["resumed"] + 1)
     assert first["checksums"] == loaded["c"]
+    assert first["in flight"]["finish_reason"]["type"] == "length"
+    versions = [span["version"] for span in first["in flight"]["weight_versions"]]
+    assert versions == [str(VERSIONS["resumed"]), str(VERSIONS["resumed"] + 1)]

@@ -18,13 +18,18 @@ from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.families.registry import match
 from megatron_dypo.weights.gather import iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.weights.hf_write import TensorSpec
-from megatron_dypo.weights.sglang_control import Deadline
+from megatron_dypo.weights.sglang_control import Deadline, ServerError
 
 T = TypeVar("T")
 
 
 class PushError(RuntimeError):
     """A push failed; raised on every rank with the reasons of all of them."""
+
+    def __init__(self, message: str, lost: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.lost = tuple(dict.fromkeys(lost))
+        """URLs of the servers to blame, as far as the failed calls tell; the same on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +96,9 @@ class Lockstep:
             except (RuntimeError, ValueError, OSError) as caught:
                 error = caught
         if self.total(int(error is not None)):
-            reasons = [f"rank {rank}: {why}" for rank, why in enumerate(self.gather(error and _reason(error))) if why]
-            raise PushError("; ".join(reasons)) from error
+            failures = {rank: failure for rank, failure in enumerate(self.gather(error and _failure(error))) if failure}
+            message = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures.items())
+            raise PushError(message, (url for _, urls in failures.values() for url in urls)) from error
         return result
 
     def total(self, value: int) -> int:
@@ -131,5 +137,6 @@ class Transport(ABC):
         """Leave the servers at the end of a run. Not collective."""
 
 
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def _failure(error: BaseException) -> tuple[str, tuple[str, ...]]:
+    """What went wrong, and the servers to blame."""
+    return str(error) or type(error).__name__, error.urls if isinstance(error, ServerError) else ()

@@ -38,16 +38,16 @@ def sample(body: dict[str, Any], index: int, **meta: Any) -> dict[str, Any]:
 class FakeSGLang:
     """``with FakeSGLang(plan) as fake``: a server at ``fake.url`` that treats each request as ``plan`` says.
 
-    ``hang`` answers when ``fake.release`` is called. ``fake.requests`` are the bodies in the order of arrival,
+    ``version`` is that of all tokens. ``hang`` answers when ``fake.release`` is called. ``fake.requests`` are the bodies in the order of arrival,
     ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose connection the client closed.
     """
 
-    def __init__(self, plan: Plan = lambda index, body: "ok") -> None:
+    def __init__(self, plan: Plan = lambda index, body: "ok", *, version: str = "default") -> None:
         self.requests: list[dict[str, Any]] = []
         self.arrivals: list[float] = []
         self.authorization: list[str | None] = []
         self.open = self.max_open = self.cancelled = 0
-        self._plan = plan
+        self._plan, self._version = plan, version
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._released = asyncio.Event()
@@ -72,8 +72,8 @@ class FakeSGLang:
         app.router.add_post("/generate", self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await self._site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -97,14 +97,16 @@ class FakeSGLang:
             return web.Response(status=500, text="out of luck")
         if how == "400":
             return web.json_response({"error": {"message": "the prompt is too long"}}, status=400)
-        if how == "reset":
+        if how == "die":
+            await self._site.stop()
+        if how in ("reset", "die"):
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
         if how == "hang":
             await self._released.wait()
         n = body["sampling_params"]["n"]
-        samples = [sample(body, index) for index in range(n)]
+        samples = [sample(body, index, weight_version=self._version) for index in range(n)]
         if how == "partial":
             samples.pop()
         if how == "aborted":

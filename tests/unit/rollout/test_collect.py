@@ -38,12 +38,16 @@ def make_prompts(count: int) -> list[Prompt]:
     ]
 
 
-def make_client(urls: Sequence[str], check: Callable[[], None] | None = None, **fields: Any) -> SGLangClient:
+def make_client(
+    urls: Sequence[str], check: Callable[[], None] | None = None, *, router: str | None = None, **fields: Any
+) -> SGLangClient:
     def decode(tokens: Tokens) -> str:
         return " ".join(map(str, tokens))
 
     cfg = RolloutConfig(**{"max_new_tokens": 16, "request_deadline_s": 20.0, **fields})
-    return SGLangClient(urls, "key", cfg=cfg, decode=decode, stop_token_ids=(2, 5), check=check, backoff_s=0.02)
+    return SGLangClient(
+        urls, "key", cfg=cfg, decode=decode, stop_token_ids=(2, 5), check=check, router=router, backoff_s=0.02
+    )
 
 
 def closed_url() -> str:
@@ -153,10 +157,49 @@ def test_a_dead_server_does_not_swallow_the_requests_of_a_live_one() -> None:
     assert 1 <= stats.retries < 20
 
 
-def test_no_reachable_server_at_all_is_an_error() -> None:
-    client = make_client([closed_url()], retries=1)
-    with pytest.raises(ConnectionError, match="no SGLang server can be reached: 2 attempts failed"):
-        collect(make_prompts(3), client, group_size=2, progress=False)
+def test_without_a_server_the_prompts_are_handed_back() -> None:
+    prompts = make_prompts(3)
+    groups, stats = collect(prompts, make_client([closed_url()], retries=0), group_size=2, progress=False)
+    assert groups == []
+    assert stats.unserved == tuple(prompts)
+    assert (stats.prompts, stats.dropped_groups) == (0, 0)
+
+
+def test_when_the_last_server_dies_what_it_answered_is_kept() -> None:
+    with FakeSGLang(lambda index, body: "ok" if index < 2 else "die") as fake:
+        client = make_client([fake.url], max_in_flight=1)
+        groups, stats = collect(make_prompts(4), client, group_size=2, progress=False)
+    assert [group.prompt.order for group in groups] == [0, 1]
+    assert [prompt.order for prompt in stats.unserved] == [2, 3]
+
+
+def test_a_server_of_another_version_is_asked_no_more_and_what_it_gave_is_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with FakeSGLang(version="3") as right, FakeSGLang(version="default") as restarted:
+        client = make_client([right.url, restarted.url], max_in_flight=1)
+        client.serve([right.url, restarted.url], 3)
+        groups, stats = collect(make_prompts(6), client, group_size=4, progress=False)
+    assert [group.prompt.order for group in groups] == list(range(6))
+    assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {3}
+    assert (len(restarted.requests), stats.wrong_versions) == (1, 4)
+    assert f"dropped 4 rollouts of {restarted.url}: weights of version default; the last push was of 3" in caplog.text
+
+
+def test_a_server_serves_again_once_it_is_named_again() -> None:
+    with FakeSGLang(version="4") as fake:
+        client = make_client([fake.url])
+        client.serve([fake.url], 5)
+        assert len(collect(make_prompts(2), client, group_size=2, progress=False)[1].unserved) == 2
+        client.serve([fake.url], 4)
+        assert len(collect(make_prompts(2), client, group_size=2, progress=False)[0]) == 2
+
+
+def test_requests_go_to_the_router_whatever_servers_are_named() -> None:
+    with FakeSGLang(version="4") as router:
+        client = make_client([closed_url()], router=router.url)
+        client.serve([closed_url()], 4)
+        assert len(collect(make_prompts(2), client, group_size=2, progress=False)[0]) == 2
 
 
 def test_no_more_requests_are_open_than_allowed() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.rollout.responses import IncompleteGroupError, parse_group
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
 from megatron_dypo.types import Tokens
 from tests.unit.rollout.fake_sglang import sample
 
@@ -50,6 +50,29 @@ def test_the_version_of_a_rollout_is_that_of_its_first_token(meta: dict[str, Any
 def test_a_version_that_no_push_of_ours_made_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"weight_version='v1\.2'"):
         parse_group([sample(BODY, 0, weight_version="v1.2")], 1, decode)
+
+
+def spans(*versions: str) -> list[dict[str, Any]]:
+    return [{"version": version, "start": i, "end": i + 1} for i, version in enumerate(versions)]
+
+
+@pytest.mark.parametrize("versions", [["8"], ["7", "8"], ["5", "7", "8"]])
+def test_a_response_that_ends_with_the_pushed_version_is_of_it(versions: list[str]) -> None:
+    response = sample(BODY, 0, weight_version="8", weight_versions=spans(*versions))
+    (rollout,) = parse_group(response, 1, decode, version=8)
+    assert rollout.policy_version == int(versions[0])
+
+
+@pytest.mark.parametrize("versions", [["default"], ["7"], ["9"], ["failed-8"], ["default", "8"], ["failed-7", "8"]])
+def test_a_response_of_any_other_version_is_refused(versions: list[str]) -> None:
+    response = sample(BODY, 0, weight_version=versions[-1], weight_versions=spans(*versions))
+    with pytest.raises(WrongVersionError, match=f"weights of version {', '.join(versions)}; the last push was of 8"):
+        parse_group(response, 1, decode, version=8)
+
+
+def test_one_response_of_another_version_refuses_its_group() -> None:
+    with pytest.raises(WrongVersionError):
+        parse_group([sample(BODY, 0, weight_version="8"), sample(BODY, 1)], 2, decode, version=8)
 
 
 def test_a_single_response_is_an_object() -> None:

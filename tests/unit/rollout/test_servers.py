@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_dypo.config import ServersConfig
+from megatron_dypo.rollout.probe import http_status
 from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.servers import ServerPool, start_servers
 from tests.unit.rollout.fake_sglang import wait_until
@@ -81,13 +82,19 @@ def test_a_server_that_dies_while_it_starts_is_named_with_its_last_words(
     assert not list((tmp_path / "logs").glob("*.yaml"))
 
 
-def test_a_server_that_is_killed_is_noticed_and_named(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path, count=2) as pool:
-        port = pool.urls[1].rpartition(":")[2]
-        for process in alive(tmp_path):
-            arguments = process.cmdline()
-            if str(PROGRAM) in arguments and arguments[arguments.index("--port") + 1] == port:
-                process.kill()
+def kill(tmp_path: Path, url: str) -> None:
+    """SIGKILL to the server at a URL, once it listens there."""
+    port = url.rpartition(":")[2]
+    wait_until(lambda: http_status(f"{url}/health", None) == 200, "the server runs")
+    for process in alive(tmp_path):
+        arguments = process.cmdline()
+        if arguments[1] == str(PROGRAM) and arguments[arguments.index("--port") + 1] == port:
+            process.kill()
+
+
+def test_without_restarts_a_server_that_is_killed_is_an_error_that_names_it(python: str, tmp_path: Path) -> None:
+    with start(python, tmp_path, count=2, restarts=0) as pool:
+        kill(tmp_path, pool.urls[1])
 
         def dead() -> bool:
             try:
@@ -99,6 +106,58 @@ def test_a_server_that_is_killed_is_noticed_and_named(python: str, tmp_path: Pat
         message: list[str] = []
         wait_until(dead, "the check raises")
         assert f"SGLang server 1 ({pool.urls[1]}) ended with status 137" in message[0]
+
+
+def test_a_server_that_is_killed_is_started_again_at_its_port_with_the_same_key_and_log(
+    python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    log = tmp_path / "logs/sglang_1.log"
+    with start(python, tmp_path, count=2) as pool:
+        kill(tmp_path, pool.urls[1])
+        wait_until(lambda: "runs again" in caplog.text, "the server is back")
+        assert http_status(f"{pool.urls[1]}/model_info", pool.api_key) == 200
+        pool.check()
+        assert pool.take_lost().keys() == {pool.urls[1]}
+        assert pool.take_lost() == {}
+        assert log.read_text().count("server_args") == 2
+        assert str(pool.api_key) not in log.read_text()
+        assert not list(log.parent.glob("*.yaml"))
+    assert f"SGLang server 1 ({pool.urls[1]}) ended with status 137" in caplog.text
+    assert "starting it again (1 of 3 times)" in caplog.text
+    assert alive(tmp_path) == []
+
+
+def test_a_loss_is_told_before_anybody_can_see_the_server_back(python: str, tmp_path: Path) -> None:
+    with start(python, tmp_path) as pool:
+        for _ in range(3):
+            kill(tmp_path, pool.urls[0])
+            wait_until(lambda: http_status(f"{pool.urls[0]}/health", None) is None, "the server is gone")
+            wait_until(lambda: http_status(f"{pool.urls[0]}/health", None) == 200, "the server is back")
+            assert "status 137" in pool.take_lost()[pool.urls[0]]
+
+
+def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
+    python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(python, tmp_path, count=2, restarts=1) as pool:
+        for url in pool.urls:
+            assert pool.may_return()
+            pool.check()
+            kill(tmp_path, url)
+            wait_until(lambda url=url: url in pool.take_lost(), "the death is noticed")
+            kill(tmp_path, url)
+            wait_until(lambda url=url: f"({url}) ended" in caplog.text.rpartition("again (1 of 1")[2], "it is given up")
+        assert not pool.may_return()
+        with pytest.raises(ServerDiedError, match=r"(?s)no SGLang server is left: .*server 0 .*server 1 "):
+            pool.check()
+    assert caplog.text.count("rollout.servers.restarts=1: it is not started again") == 2
+
+
+def test_a_pool_that_stops_starts_nothing_again(python: str, tmp_path: Path) -> None:
+    with start(python, tmp_path) as pool:
+        kill(tmp_path, pool.urls[0])
+    assert alive(tmp_path) == []
 
 
 def test_a_server_that_ignores_sigterm_is_killed_with_its_children(

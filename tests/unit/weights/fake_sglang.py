@@ -26,6 +26,27 @@ class FakeServer:
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
     """Path → status and JSON (or text) to answer with."""
     on_call: Callable[[str], None] = lambda path: None
+    _http: ThreadingHTTPServer | None = None
+
+    def start(self) -> None:
+        """Listen: at a free port at first, at the same one again after :meth:`die`."""
+        port = int(self.url.rpartition(":")[2] or 0)
+        self._http = _Server(("127.0.0.1", port), _handler(self))
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def die(self) -> None:
+        """Refuse all further connections; called again, does nothing."""
+        http, self._http = self._http, None
+        if http is not None:
+            http.shutdown()
+            http.server_close()
+
+    def come_back(self) -> None:
+        """As a new process would: with the weights of its model folder."""
+        self.version, self.on_call = "default", lambda path: None
+        self.calls.clear()
+        self.start()
 
     @property
     def posts(self) -> list[str]:
@@ -50,20 +71,14 @@ class FakeServer:
 @contextmanager
 def fake_servers(count: int, **state: Any) -> Iterator[list[FakeServer]]:
     """``count`` servers that ask for ``KEY``; stopped at the end."""
-    running, servers = [], []
-    for _ in range(count):
-        server = FakeServer(**state)
-        http = _Server(("127.0.0.1", 0), _handler(server))
-        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        server.url = f"http://127.0.0.1:{http.server_address[1]}"
-        running.append(http)
-        servers.append(server)
+    servers = [FakeServer(**state) for _ in range(count)]
+    for server in servers:
+        server.start()
     try:
         yield servers
     finally:
-        for http in running:
-            http.shutdown()
-            http.server_close()
+        for server in servers:
+            server.die()
 
 
 class _Server(ThreadingHTTPServer):

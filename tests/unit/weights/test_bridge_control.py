@@ -86,7 +86,7 @@ def test_a_server_that_hangs_is_named_when_the_deadline_passes(servers, control)
 
 
 def test_after_the_deadline_nothing_is_sent(servers, control):
-    with pytest.raises(ServerError, match=r"was not sent .* deadline_s=0 passed"):
+    with pytest.raises(ServerError, match=r"was not sent .*: the 0 s that it may take have passed"):
         control.resume(Deadline(0))
     assert servers[0].calls == []
 
@@ -118,9 +118,29 @@ def test_attempt_goes_on_after_a_refusal(servers, control):
     errors = control.attempt([("/a", {}), ("/b", {})], 5)
     assert [server.posts for server in servers] == [["/a", "/b"]] * 2
     assert len(errors) == 1
-    assert f"{servers[0].url}/a" in errors[0]
+    assert errors[0].url == servers[0].url
+    assert f"{servers[0].url}/a" in str(errors[0])
 
 
 def test_no_server_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         SGLangControl([], None)
+
+
+def test_the_servers_that_refuse_are_to_blame(servers, control):
+    servers[1].answers["/continue_generation"] = (400, {"message": "no"})
+    with pytest.raises(ServerError) as caught:
+        control.resume(Deadline(5))
+    assert caught.value.url == servers[1].url
+    assert caught.value.urls == (servers[1].url,)
+    assert not caught.value.is_silent
+
+
+def test_nobody_is_blamed_for_a_collective_call_that_runs_out_of_time(servers, control):
+    release = threading.Event()
+    for server in servers:
+        server.on_call = lambda path: release.wait(20)
+    with pytest.raises(ServerError, match="no answer in") as caught:
+        control.start_update({"names": []}, Deadline(0.5)).result()
+    assert caught.value.url is None
+    release.set()

@@ -1,0 +1,95 @@
+"""Whole training runs whose SGLang servers are killed: the run goes on, and no rollout is of the wrong weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.metrics import read_metrics
+from megatron_dypo.samples import read_samples
+from tests.e2e.parity_task import write_task
+
+REPOSITORY = Path(__file__).parents[2]
+MAX_GAP = 1e-3
+"""Largest mean |log-prob of SGLang − of the trainer|, fp32: a step's update moves it by more."""
+EVENTS = (
+    "generate",
+    "/pause_generation",
+    "/begin_weight_update",
+    "/update_weights_from_distributed",
+    "/end_weight_update",
+    "/update_weight_version",
+    "/continue_generation",
+)
+
+
+def run(folder: Path, moments: list[tuple[str, int, float]], *, ranks: int, steps: int, count: int, deadline_s: float):
+    """Log and metrics of a run that must end well."""
+    config = write_task(
+        folder,
+        run={"steps": steps},
+        parallel={"pipeline": ranks},
+        rollout={"servers": {"count": count, "port": 31000, "restarts": len(moments)}},
+        weights={"deadline_s": 800.0, "bucket_mb": 1},
+        checkpoint={"every": 0},
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "tests.e2e.killing_run", str(config), json.dumps(moments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=deadline_s)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, output[-8000:]
+    log = (folder / "run/logs/rank_00000.log").read_text()
+    return log, [record for record in read_metrics(folder / "run/metrics.jsonl") if record["step"] > 0]
+
+
+def check(folder: Path, log: str, metrics: list[dict], num_moments: int, steps: int) -> None:
+    assert [record["step"] for record in metrics] == list(range(1, steps + 1))
+    assert log.count("killing http") == num_moments
+    assert len(re.findall(r"SGLang server \d .* ended with status 137; starting it again", log)) == num_moments
+    assert log.count(" runs again;") == num_moments
+    assert log.count(" is fenced, ") == log.count(" rejoins by the push") == num_moments
+    assert sum(record["refit/fenced"] for record in metrics) == num_moments
+    assert sum(record["refit/rejoined"] for record in metrics) == num_moments
+    for row in read_samples(folder / "run"):
+        assert {rollout["policy_version"] for rollout in row["rollouts"]} == {row["step"] - 1}
+    for record in metrics:
+        assert record["train/train_rollout_logprob_abs_diff"] <= MAX_GAP, record["step"]
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_goes_on_when_a_server_is_killed_before_during_and_after_a_push(tmp_path):
+    moments = [("generate", 0, 0.0), ("/update_weights_from_distributed", 1, 0.0), ("/continue_generation", 0, 0.0)]
+    log, metrics = run(tmp_path, moments, ranks=2, steps=5, count=2, deadline_s=1100)
+    check(tmp_path, log, metrics, 3, 5)
+    assert sum(record["refit/retries"] for record in metrics) == 2
+    assert all(record["refit/pause_s"] > 0 for record in metrics)
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_whose_only_server_is_killed_waits_for_it_and_pushes_again(tmp_path):
+    moments = [("generate", 0, 0.0), ("/update_weights_from_distributed", 0, 0.0)]
+    log, metrics = run(tmp_path, moments, ranks=2, steps=4, count=1, deadline_s=1100)
+    check(tmp_path, log, metrics, 2, 4)
+    assert log.count("no server is left to ask: pushing version") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_run_goes_on_when_servers_are_killed_at_thirty_random_moments(tmp_path):
+    draw = random.Random(4)
+    moments = [(draw.choice(EVENTS), draw.randrange(2), draw.choice((0.0, draw.uniform(0, 0.5)))) for _ in range(30)]
+    log, metrics = run(tmp_path, moments, ranks=1, steps=70, count=2, deadline_s=7000)
+    check(tmp_path, log, metrics, 30, 70)

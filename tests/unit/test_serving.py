@@ -1,0 +1,101 @@
+"""Asking on after servers have gone: one rank, fake servers, and a bridge that names the next one at each push."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_dypo.config import RolloutConfig
+from megatron_dypo.metrics import Timings
+from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.serving import push, sample
+from megatron_dypo.tally import Tally
+from megatron_dypo.weights.engines import PushReport
+from tests.unit.rollout.fake_sglang import FakeSGLang
+from tests.unit.rollout.test_collect import closed_url, make_prompts
+
+
+class Alone:
+    """A group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+
+class NextServer:
+    """A bridge: after each push another server serves."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._urls, self.pushed = list(urls), list[int]()
+        self.serving: tuple[str, ...] = (closed_url(),)
+
+    def push(self, version: int) -> PushReport:
+        self.pushed.append(version)
+        self.serving = (self._urls.pop(0),)
+        return PushReport(
+            version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=1, retries=2
+        )  # fmt: skip
+
+
+class Routes:
+    """A router that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[Any, Any]] = []
+
+    def move(self, before: Any, after: Any) -> None:
+        self.moves.append((before, after))
+
+
+def make_run(urls: Sequence[str]) -> Any:
+    cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0)
+    client = SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
+    return SimpleNamespace(
+        step=3,
+        bridge=NextServer(urls),
+        router=Routes(),
+        leader=SimpleNamespace(client=client, group=Alone()),
+        layout=SimpleNamespace(is_global_leader=True, replica_group=Alone()),
+        tally=Tally(),
+        timings=Timings(),
+    )
+
+
+def test_prompts_that_lost_their_servers_are_asked_again_after_a_push() -> None:
+    def dies_after(count: int) -> FakeSGLang:
+        return FakeSGLang(lambda index, body: "ok" if index < count else "die", version="3")
+
+    with dies_after(2) as one, dies_after(0) as two, dies_after(99) as three:
+        run = make_run([one.url, two.url, three.url])
+        push(run)
+        groups = sample(run, make_prompts(6), "gen", group_size=2)
+    assert [group.prompt.order for group in groups] == list(range(6))
+    assert run.bridge.pushed == [3, 3, 3]
+    assert run.tally["refit/fenced"] == 3
+    assert run.tally["incomplete_groups"] == 0
+    assert {"timing_s/gen", "timing_s/update_weights"} <= run.timings.take().keys()
+
+
+def test_a_rank_that_cannot_reach_what_takes_pushes_says_so_in_the_end() -> None:
+    run = make_run([closed_url() for _ in range(9)])
+    with pytest.raises(ConnectionError, match="no SGLang server can be reached, though 2 pushes in a row went well"):
+        sample(run, make_prompts(2), "gen", group_size=2)
+    assert len(run.bridge.pushed) == 2
+
+
+def test_requests_and_router_follow_each_push() -> None:
+    with FakeSGLang(version="3") as fake:
+        run = make_run([fake.url])
+        before = run.bridge.serving
+        metrics = push(run)
+        assert len(sample(run, make_prompts(1), "gen", group_size=2)) == 1
+    assert run.router.moves == [(before, (fake.url,))]
+    assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
+    assert (run.tally["refit/fenced"], run.tally["refit/rejoined"], run.tally["refit/retries"]) == (1, 1, 2)
+
+
+def test_a_run_without_servers_pushes_nothing() -> None:
+    assert push(SimpleNamespace(bridge=None)) == {}  # type: ignore[arg-type]
