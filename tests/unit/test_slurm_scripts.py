@@ -8,7 +8,9 @@ import pytest
 from tests.golden.render_jobs import FOLDER, JOBS, REPOSITORY, render
 from tests.slurm_host.host import require
 
-SCRIPTS = sorted([*REPOSITORY.glob("slurm/*.sh"), *REPOSITORY.glob("tests/slurm_host/*.sh"), REPOSITORY / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*REPOSITORY.glob("slurm/*.sh"), *REPOSITORY.glob("tests/slurm_host/*.sh"), REPOSITORY / ".ci" / "run"]
+)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -24,4 +26,6 @@ def test_shellcheck_is_content_with_all_scripts():
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_script_renders_the_job_of_its_golden_file(name):
-    assert render(name) == (FOLDER / name).read_text(), "python tests/golden/render_jobs.py writes it anew; read the diff"
+    assert render(name) == (FOLDER / name).read_text(), (
+        "python tests/golden/render_jobs.py writes it anew; read the diff"
+    )
