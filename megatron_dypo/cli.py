@@ -52,9 +52,7 @@ def train(
 def serve(
     config: Annotated[Path, typer.Argument(help="The trainer's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
-    name: Annotated[str, typer.Option(help="This node, in names of servers and logs.")] = "local",
     first: Annotated[int, typer.Option(help="Number of this node's first server among all.")] = 0,
-    restarts: Annotated[int, typer.Option(help="How often a server that died is started again.")] = 3,
     log_dir: Annotated[Path, typer.Option(help="Where each server has its log.")] = Path("logs"),
     engine_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one string.")] = "",
 ) -> None:
@@ -74,13 +72,11 @@ def serve(
         serve_node(
             load_config(config, overrides or []),
             device=device_kind(),
-            name=name,
             first=first,
-            restarts=restarts,
             log_dir=log_dir,
             engine_args=engine_args,
         )
-    except ServerDiedError as error:
+    except (ServerDiedError, TimeoutError) as error:
         sys.exit(f"megatron-dypo: error: {error}")
 
 

@@ -19,7 +19,7 @@ JOBS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "slurm_dypo_7b_colocated.txt": (
         "dypo_7b.sh",
         {"VENV": sys.prefix, "COLOCATED": "1", "ROLLOUT_NODES": "2"},
-        ["rollout.servers.tensor_parallel=4"],
+        ["rollout.servers.count=4"],
     ),
 }
 """Golden file → script, environment, overrides."""
@@ -27,10 +27,10 @@ JOBS: dict[str, tuple[str, dict[str, str], list[str]]] = {
 
 def render(name: str) -> str:
     script, environment, overrides = JOBS[name]
-    environment |= {"DRY_RUN": "1", "DYPO_HOME": str(REPOSITORY), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(REPOSITORY / "slurm" / script), *overrides],
-        env=environment | {"HOME": "/root"},
+        env={**environment, "DRY_RUN": "1", "DYPO_HOME": str(REPOSITORY), "PATH": path},
         capture_output=True,
         text=True,
         timeout=120,
