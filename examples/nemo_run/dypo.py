@@ -9,7 +9,7 @@
 import os
 import sys
 
-import executors  # noqa: F401 - registers the factories
+import executors  # noqa: F401 - registers its factories
 import nemo_run as run
 from recipes import ROOT, Recipe
 from tasks import Job, local_tasks, slurm_tasks
@@ -30,9 +30,8 @@ def dypo(ctx: run.cli.RunContext, model: Recipe, home: str = str(ROOT), venv: st
     job = Job(recipe=model, overrides=model.overrides(), home=home, venv=venv)
     make_tasks = slurm_tasks if isinstance(ctx.executor, run.SlurmExecutor) else local_tasks
     try:
-        load_config(
-            model.file, job.overrides
-        )  # types and rules of all options, broken here and not when the job starts
+        # Types and rules of all options, broken here and not when the job starts.
+        load_config(model.file, job.overrides)
         tasks, places = make_tasks(job, ctx.executor)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -29,29 +29,29 @@ class Job:
 def local_tasks(job: Job, executor: run.LocalExecutor) -> tuple[list[run.Script], list[run.LocalExecutor]]:
     """Trainer and servers on this machine; NeMo-Run stops one when the other has ended."""
     recipe, servers = job.recipe, job.recipe.rollout.servers
-    os.environ.setdefault(
-        servers.api_key_env, secrets.token_hex(16)
-    )  # inherited by both; a setting would be written down
+    # Both inherit it; NeMo-Run would write a setting of its own down.
+    os.environ.setdefault(servers.api_key_env, secrets.token_hex(16))
     urls = ",".join(f"http://{servers.host}:{servers.port + index}" for index in range(servers.count))
 
     def task(command: str, *arguments: str) -> run.Script:
         args = ["megatron_dypo.cli", command, recipe.file, *job.overrides, *arguments]
         return run.Script(entrypoint=f"{job.venv}/bin/python", path="-m", args=args)
 
+    # torchx kills a task 10 s after its SIGTERM, and SGLang may need that long by itself.
+    serve = task("serve", "rollout.servers.stop_grace_s=3", "--log-dir", f"{recipe.run.dir}/logs")
     # The trainer last: NeMo-Run 0.11.1 takes the state of a local group from its last task (schedulers/local.py, describe).
-    tasks = [task("serve", "--log-dir", f"{recipe.run.dir}/logs"), task("train", f"rollout.servers.urls=[{urls}]")]
-    return tasks, [executor, executor.clone()]
+    return [serve, task("train", f"rollout.servers.urls=[{urls}]")], [executor, executor.clone()]
 
 
 def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script], list[run.SlurmExecutor]]:
     """Trainer nodes and rollout nodes as one heterogeneous job; when either part ends, NeMo-Run's script ends the other.
 
     Raises:
-        ValueError: nodes were asked for that the recipe does not know of; or a path that NeMo-Run would change.
+        ValueError: nodes that the recipe does not know of, no GPUs, or a path that NeMo-Run would change.
     """
-    require(
-        executor.nodes == 1, f"run.executor.nodes={executor.nodes}", "set model.trainer_nodes and model.rollout_nodes"
-    )
+    nodes, gpus = executor.nodes, executor.gpus_per_node
+    require(nodes == 1, f"run.executor.nodes={nodes}", "set model.trainer_nodes and model.rollout_nodes")
+    require(bool(gpus), f"run.executor.gpus_per_node={gpus}", "must be given: nodes are filled by it")
     # NeMo-Run replaces this text wherever it stands in a batch script.
     require("/nemo_run" not in job.home + job.venv, f"home={job.home}, venv={job.venv}", "must not contain /nemo_run")
     trainer, servers = executor.clone(), executor.clone()
@@ -61,11 +61,10 @@ def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script]
         _run_at_home(job.home, part)
     torchrun = f"--nnodes={trainer.nodes} --nproc-per-node={executor.nproc_per_node()} --max-restarts=0"
     torchrun += ' --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT"'
-    train = (
-        f'-m megatron_dypo.torchrun {torchrun} -m megatron_dypo.cli train "$CONFIG" "${{OVERRIDES[@]}}" "$SERVER_URLS"'
-    )
+    train = '-m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" "$SERVER_URLS"'
     serve = '-m megatron_dypo.cli serve "$CONFIG" "${OVERRIDES[@]}"'
-    return [_node_script("trainer", train), _node_script("rollout", serve)], [trainer, servers]
+    scripts = [_node_script("trainer", f"-m megatron_dypo.torchrun {torchrun} {train}"), _node_script("rollout", serve)]
+    return scripts, [trainer, servers]
 
 
 def _setup_lines(job: Job, executor: run.SlurmExecutor) -> str:
