@@ -172,12 +172,14 @@ class ServersConfig:
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
     start_deadline_s: float = 600.0
+    stop_grace_s: float = 20.0
+    """Time that a server of the run gets to end by itself before it is killed."""
     restarts: int = 3
     """Times that a server which the run started is started again after it died, each server by itself; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s", "stop_grace_s")
         require_not_negative(self, "restarts")
         require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")

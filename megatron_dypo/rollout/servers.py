@@ -95,7 +95,8 @@ class ServerPool:
             lease = lease_port(cfg.host, cfg.port)
             self._on_stop.callback(lease.release)
             url = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{lease.port}"
-            process = ServerProcess(f"SGLang server {index}", url, log_dir / f"sglang_{index}.log")
+            log_path = log_dir / f"sglang_{index}.log"
+            process = ServerProcess(f"SGLang server {index}", url, log_path, grace_s=cfg.stop_grace_s)
             command = server_command(
                 cfg,
                 index=index,

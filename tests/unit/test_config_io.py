@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_dypo.config import Config
-from megatron_dypo.config_io import changed_lines, dump_config, load_config
+from megatron_dypo.config_io import changed_lines, dump_config, load_config, override_lines
 
 MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 
@@ -75,6 +75,16 @@ def test_missing_sections_and_files_are_named(write, tmp_path):
         load_config(write({"data": {"prompts": ["p"]}}))
     with pytest.raises(ValueError, match=r"no such config file"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_override_lines_turn_one_config_into_the_other(write):
+    changes = ["optimizer.lr=5e-7", "data.teachers=[a b, 'null']", "model.recompute=full", "objective.importance.cap=2"]
+    before, after = load_config(write(MINIMAL)), load_config(write(MINIMAL), [*changes, "parallel.num_processes=null"])
+    lines = override_lines(before, after)
+    assert len(lines) == len(changes)
+    assert all("\n" not in line for line in lines)
+    assert load_config(write(MINIMAL), lines) == after
+    assert override_lines(after, after) == []
 
 
 def test_every_field_is_documented():
