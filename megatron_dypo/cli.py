@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | report | plan-refit``."""
+"""The command line: ``megatron-dypo train | serve | plan | report | plan-refit``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megatron_dypo.preemption import hold_requests
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,16 +25,21 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the sections of megatron_dypo.config.Config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, print, stop.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="In a dry run, a missing file is an error too.")] = False,
 ) -> None:
     """Train a model; an existing run folder is resumed.
 
-    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for.
+    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for. On SIGUSR1 the
+    ranks finish the step, write a checkpoint and end with status 75: the same command goes on from there.
     """
+    hold_requests()  # before torch starts threads
     from megatron_dypo.config_io import dump_config, load_config
     from megatron_dypo.launch import check_inputs, launch
 
     resolved = load_config(config, overrides or [])
     notes = check_inputs(resolved)
+    if strict and notes:
+        raise ValueError("\n".join(notes))
     if dry_run:
         typer.echo(dump_config(resolved), nl=False)
         for note in notes:
@@ -41,6 +48,73 @@ def train(
     if notes:
         raise ValueError("\n".join(notes))
     launch(resolved, config, overrides or [])
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="The trainer's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    first: Annotated[int, typer.Option(help="Number of this node's first server among all.")] = 0,
+    log_dir: Annotated[Path, typer.Option(help="Where each server has its log.")] = Path("logs"),
+    engine_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one string.")] = "",
+) -> None:
+    """Keep this node's SGLang servers alive for a trainer on other nodes, until SIGTERM.
+
+    They are what `rollout.servers` describes. The API key comes from the environment variable that it names.
+    """
+    hold_requests()
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.logs import log_to_terminal
+    from megatron_dypo.parallel.device import device_kind
+    from megatron_dypo.rollout.process import ServerDiedError
+    from megatron_dypo.rollout.serve import serve as serve_node
+
+    log_to_terminal()
+    try:
+        serve_node(
+            load_config(config, overrides or []),
+            device=device_kind(),
+            first=first,
+            log_dir=log_dir,
+            engine_args=engine_args,
+        )
+    except (ServerDiedError, TimeoutError) as error:
+        sys.exit(f"megatron-dypo: error: {error}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
+    nodes: Annotated[int | None, typer.Option(help="Of the trainer; default: what the config asks for.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Mean prompt; default: a quarter of the limit.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Mean response; default: a quarter of the limit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+) -> None:
+    """Say without a GPU whether a run fits, what a step takes, and how to divide the GPUs.
+
+    Exit code 1: it does not fit.
+    """
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.planning.devices import find_gpu
+    from megatron_dypo.planning.plan import as_data, make_plan
+    from megatron_dypo.planning.report import render
+    from megatron_dypo.planning.setting import make_setting
+
+    setting = make_setting(
+        load_config(config, overrides or []),
+        find_gpu(gpu),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
+    made = make_plan(setting)
+    typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
+    if not made.fits:
+        raise typer.Exit(1)
 
 
 @app.command()

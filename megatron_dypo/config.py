@@ -27,6 +27,8 @@ class RunConfig:
     """Seeds shuffling, the teacher draw and the model-parallel RNGs."""
     resume: bool = True
     """False: refuse a run folder that already holds a checkpoint."""
+    check_memory: bool = True
+    """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
@@ -145,6 +147,9 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Servers that run already; empty: start ``count`` of them."""
+    urls_come_back: bool = False
+    """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
+    for one until ``weights.deadline_s``."""
     router: str | None = None
     """A router in front of ``urls``: requests go to it, pushes of weights still to each server."""
     count: int = 1
@@ -167,13 +172,16 @@ class ServersConfig:
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
     start_deadline_s: float = 600.0
+    stop_grace_s: float = 20.0
+    """Time that a server of the run gets to end by itself before it is killed."""
     restarts: int = 3
     """Times that a server which the run started is started again after it died, each server by itself; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s", "stop_grace_s")
         require_not_negative(self, "restarts")
+        require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         require_not_negative(self, "base_gpu")
 
@@ -184,6 +192,14 @@ class RolloutConfig:
 
     group_size: int = 8
     """k (paper: 8)."""
+    mode: Literal["sync", "async"] = "sync"
+    """``sync``: collect, then learn. ``async``: the next rollout batch is collected while this one is learnt from, so
+    that it is one batch older than the weights that learn from it, and its rollouts may span a push
+    (``weights.in_flight``); ``objective.importance`` corrects for both."""
+    oversample: float = 1.0
+    """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
+    collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and
+    short responses come first. What a synchronous run then aborts is the first to be drawn in the next batch."""
     prompts_per_step: int = 128
     """Prompts drawn for one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
@@ -201,6 +217,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
+        require(self.oversample >= 1, f"oversample={self.oversample}", "must be at least 1")
         require_positive(
             self, "prompts_per_step", "max_new_tokens", "max_in_flight", "request_deadline_s", "temperature"
         )
@@ -413,7 +430,18 @@ class Config:
             "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
         )
         require(
+            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.score.policy == "rollout",
+            "rollout.mode=async",
+            "samples from older weights: correct for it with objective.importance (cap: 2.0 is usual), or take "
+            "score.policy=rollout, whose clipped ratio is to the weights that sampled",
+        )
+        require(
             not (self.weights.release_memory and self.rollout.servers.urls),
             "weights.release_memory=true",
             "needs servers that the run starts: those of rollout.servers.urls may serve others",
+        )
+        require(
+            not (self.weights.release_memory and self.rollout.mode == "async"),
+            "weights.release_memory=true",
+            "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )

@@ -12,6 +12,7 @@ from typing import NoReturn
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
 from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.preemption import PREEMPTED_STATUS
 from megatron_dypo.processes import end_with_parent
 
 
@@ -49,7 +50,11 @@ def num_processes(config: Config) -> int:
 
 
 def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
-    """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks."""
+    """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks.
+
+    A run that was asked to stop ends with :data:`~megatron_dypo.preemption.PREEMPTED_STATUS`: its first rank does, so
+    that torchrun, which stops all ranks when one fails, lets that one finish first.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if "RANK" not in os.environ and num_processes(config) > 1:
@@ -64,12 +69,14 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
     shield_imports()  # before anything imports Megatron
     from megatron_dypo.train import train
 
-    train(config)
+    is_done = train(config)
+    if not is_done and os.environ.get("RANK", "0") == "0":
+        sys.exit(PREEMPTED_STATUS)
 
 
 def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> NoReturn:
     """Turn this process into torchrun, so that a signal to it reaches the ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    torchrun = [sys.executable, "-m", "megatron_dypo.torchrun", "--standalone", f"--nproc-per-node={count}"]
     command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
@@ -21,6 +22,15 @@ def set_up_logging(run_dir: str | Path) -> None:
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")]
     if rank == 0:
         handlers.append(_TerminalHandler())
+    _log_to(handlers)
+
+
+def log_to_terminal() -> None:
+    """Lines on stderr only, for a process that is no rank of a run."""
+    _log_to([_TerminalHandler()])
+
+
+def _log_to(handlers: Sequence[logging.Handler]) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
     logger = logging.getLogger("megatron_dypo")

@@ -6,32 +6,45 @@ import logging
 from collections.abc import Mapping
 
 from megatron_dypo.batching.exchange import gather_objects
+from megatron_dypo.collecting import fill_queues
 from megatron_dypo.config import Config
 from megatron_dypo.evaluate import evaluate
 from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.metrics import summary_line
+from megatron_dypo.parallel.agree import any_rank
 from megatron_dypo.parallel.device import peak_memory_gib
+from megatron_dypo.preemption import is_requested
 from megatron_dypo.run import Run, open_run, save_checkpoint
 from megatron_dypo.scoring import rescore_stale, score
 from megatron_dypo.serving import push, release
-from megatron_dypo.stages import fill_queues, open_batch, take_batch, update, weigh
+from megatron_dypo.stages import open_batch, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.weights.export import export_hf
 
 log = logging.getLogger("megatron_dypo")
 
 
-def train(config: Config) -> None:
-    """Train until ``run.steps`` optimizer steps are done, then export; this process is one rank of the run."""
+def train(config: Config) -> bool:
+    """Train until ``run.steps`` optimizer steps are done, then export; this process is one rank of the run.
+
+    Returns:
+        False when a rank was asked to stop before the last step (see :mod:`megatron_dypo.preemption`): what was done
+        is in a checkpoint, from which the next start of the same run goes on.
+    """
     with open_run(config) as run:
         push(run)
         if run.step == 0:
             _write(run, evaluate(run))
         run.timings.take()
-        while run.step < config.run.steps and train_step(run):
-            pass
+        while run.step < config.run.steps:
+            if any_rank(is_requested()):
+                stop(run)
+                return False
+            if not train_step(run):
+                break
         finish(run)
+    return True
 
 
 def train_step(run: Run) -> bool:
@@ -86,11 +99,18 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
             save_checkpoint(run)
 
 
+def stop(run: Run) -> None:
+    """Save what was done since the last checkpoint, if anything was, so that the run can go on elsewhere."""
+    if run.step > 0:
+        _save_unless_saved(run)
+    if run.layout.is_global_leader:
+        log.info("stopped on request: %d of %d steps are done", run.step, run.config.run.steps)
+
+
 def finish(run: Run) -> None:
     """Save the policy of a run that ended early, and export it."""
-    layout, latest = run.layout, find_latest(run.dir / "checkpoints")
-    if latest is None or step_of(latest) != run.step:
-        save_checkpoint(run)
+    layout = run.layout
+    _save_unless_saved(run)
     if run.config.export.hf:
         export_hf(
             named_global_parameters(run.chunks),
@@ -101,6 +121,12 @@ def finish(run: Run) -> None:
         )
     if layout.is_global_leader:
         log.info("done: %d steps; run folder %s", run.step, run.dir)
+
+
+def _save_unless_saved(run: Run) -> None:
+    latest = find_latest(run.dir / "checkpoints")
+    if latest is None or step_of(latest) != run.step:
+        save_checkpoint(run)
 
 
 def _evaluation_is_due(run: Run) -> bool:

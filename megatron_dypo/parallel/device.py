@@ -107,6 +107,11 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state)
 
 
+def memory_bytes() -> int | None:
+    """Memory of this rank's GPU; None on a CPU, whose memory is shared with whatever else runs there."""
+    return torch.cuda.get_device_properties(device()).total_memory if on_gpu() else None
+
+
 def peak_memory_gib() -> float:
     """The largest memory of this process so far: of its GPU, or resident on a CPU machine."""
     if on_gpu():

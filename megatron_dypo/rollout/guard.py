@@ -22,7 +22,7 @@ _POLL_S = 0.5
 
 
 def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_STOP, signal.SIGCHLD])
 
 
 def _wait(child: subprocess.Popen, parent: int) -> None:
@@ -50,7 +50,7 @@ def _end_group(child: subprocess.Popen, grace_s: float) -> None:
 
 def main() -> int:
     parent, grace_s, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    # Blocked, so that none is lost between two calls of sigtimedwait; the command starts with none blocked.
+    # Blocked, so that none is lost between two calls of sigtimedwait; the command starts without these blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP, signal.SIGCHLD])
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=_unblock)
     _wait(child, parent)

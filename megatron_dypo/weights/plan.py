@@ -187,8 +187,9 @@ class RefitPlan:
 
 
 def _scales(values: Transfer, quantization: Quantization) -> Transfer:
-    """The scales of a rectangle of values."""
-    height, width = (BLOCK, BLOCK) if quantization == "fp8_block" else (1, max(values.hf_col + values.cols, 1))
+    """The scales of a rectangle of values: those of its blocks, or the one column of those of its rows."""
+    in_blocks = quantization == "fp8_block"
+    height = BLOCK if in_blocks else 1
     return replace(
         values,
         part="scale",
@@ -197,11 +198,11 @@ def _scales(values: Transfer, quantization: Quantization) -> Transfer:
         source_row=values.source_row // height,
         target_row=values.target_row // height,
         hf_row=values.hf_row // height,
-        source_col=values.source_col // width,
-        target_col=values.target_col // width,
-        hf_col=values.hf_col // width,
         rows=-(-values.rows // height),
-        cols=-(-values.cols // width),
+        source_col=values.source_col // BLOCK if in_blocks else 0,
+        target_col=values.target_col // BLOCK if in_blocks else 0,
+        hf_col=values.hf_col // BLOCK if in_blocks else 0,
+        cols=-(-values.cols // BLOCK) if in_blocks else 1,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.families.registry import match
 from megatron_dypo.weights.families.table import Row
+from megatron_dypo.weights.plan import Transfer
 from megatron_dypo.weights.quantize import block_amax, quantize_slice, scales_of, touched_blocks
 from megatron_dypo.weights.quantized_names import (
     Quantization,
@@ -23,39 +23,13 @@ from megatron_dypo.weights.quantized_names import (
 )
 
 
-class SourceSlice(Protocol):
-    """What is asked of a transfer of the refit plan.
-
-    With ``part="scale"`` the HF tensor is that of the scales, and all coordinates count blocks.
-    """
-
-    @property
-    def source_name(self) -> str: ...
-    @property
-    def source_row(self) -> int: ...
-    @property
-    def source_col(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
-    @property
-    def hf_name(self) -> str: ...
-    @property
-    def hf_row(self) -> int: ...
-    @property
-    def hf_col(self) -> int: ...
-    @property
-    def part(self) -> Literal["value", "scale"]: ...
-
-
 class ShardQuantizer:
     """Serves slices of one rank's parameters during one push; parameters must not change while it is in use.
 
-    Making it is collective over ``tp_group`` and ``etp_group`` (unused with one rank): each rank's part of a block's amax
-    meets those of the others in one all-reduce over all tensors that tensor parallelism splits, and one over all experts.
-    Held beside the parameters: one fp32 number for each block of the tensors that this rank has a part of, and the slice that
-    was asked for.
+    Making it is collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank's part of
+    a block's amax meets those of the others in one all-reduce for all experts and one for all other tensors. Held beside
+    the parameters: one fp32 number for each block of the tensors that this rank has a part of, and the slice that was
+    asked for.
 
     Raises:
         ValueError: a parameter that no rule matches.
@@ -74,18 +48,10 @@ class ShardQuantizer:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._amax: dict[str, Tensor] = {}
         dense, experts = ([row for row, _ in named if row.is_expert is kind] for kind in (False, True))
-        buffer = self._allocate(dense)
-        for row in dense:
-            self._fill(row, layout.tp_rank, layout.tensor)
-        if layout.tensor > 1:
-            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=layout.tp_group)
-        buffer = self._allocate(experts)
-        for row in experts:
-            self._fill(row, layout.etp_rank, layout.expert_tensor)
-        if experts and layout.expert_tensor > 1:
-            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=layout.etp_group)
+        self._make_grids(dense, layout.tp_rank, layout.tensor, layout.tp_group)
+        self._make_grids(experts, layout.etp_rank, layout.expert_tensor, layout.etp_group)
 
-    def slice(self, transfer: SourceSlice) -> Tensor:
+    def slice(self, transfer: Transfer) -> Tensor:
         """What the transfer sends, contiguous: e4m3 values or fp32 scales; of a tensor that stays as it is, its values."""
         if transfer.part == "scale":
             amax = self._amax[weight_name(transfer.hf_name)]
@@ -97,11 +63,18 @@ class ShardQuantizer:
         block = block_shape(self._quantization, self._shapes[transfer.hf_name])
         return quantize_slice(self._source(transfer), transfer.hf_row, transfer.hf_col, amax, block)
 
-    def _source(self, transfer: SourceSlice) -> Tensor:
+    def _source(self, transfer: Transfer) -> Tensor:
         param = self._params[transfer.source_name]
         matrix = param.view(-1, param.shape[-1] if param.ndim > 1 else 1)
         rows = slice(transfer.source_row, transfer.source_row + transfer.rows)
         return matrix[rows, transfer.source_col : transfer.source_col + transfer.cols]
+
+    def _make_grids(self, rows: Sequence[Row], rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        buffer = self._allocate(rows)
+        for row in rows:
+            self._fill(row, rank, size)
+        if size > 1:
+            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=group)
 
     def _allocate(self, rows: Sequence[Row]) -> Tensor:
         """Grids of zeros for the quantised tensors of these parameters, one after the other in one buffer."""

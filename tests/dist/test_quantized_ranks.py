@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-from dataclasses import dataclass
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dypo.weights.held import SourceLayout
+from megatron_dypo.weights.plan import Transfer, make_plan
 from megatron_dypo.weights.quantized_folder import quantize_hf
 from megatron_dypo.weights.quantized_names import is_quantized, is_scale, scale_name, scale_shape
+from megatron_dypo.weights.served import EngineLayout
 from tests.dist.spawn import run_ranks
 from tests.hf_models import make_hf_model
 
 LAYOUTS = {
     "tp2": ("qwen2", 2, {"tensor": 2}),
     "tp4": ("llama", 4, {"tensor": 4}),
+    "ep2_etp2": ("qwen3_moe", 4, {"expert": 2, "expert_tensor": 2}),
     "tp2_sp_ep2_pp2": ("qwen3_moe", 4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}),
 }
 KINDS: tuple[Literal["fp8_block", "fp8_channel"], ...] = ("fp8_block", "fp8_channel")
@@ -27,42 +31,44 @@ SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "moe_inte
 """Every split at two or four ranks runs through blocks: of 192 rows of queries, 96 of keys, 320 columns of the MLP."""
 
 
-@dataclass(frozen=True)
-class Slice:
-    """What the quantiser asks of a transfer."""
-
-    source_name: str
-    source_row: int
-    source_col: int
-    rows: int
-    cols: int
-    hf_name: str
-    hf_row: int
-    hf_col: int
-    part: Literal["value", "scale"] = "value"
-
-
-def slices_of(name: str, param: torch.Tensor, arch, tp_rank: int, tp_size: int, kind: str) -> list[Slice]:
+def slices_of(name: str, param: torch.Tensor, arch, layout, kind: str) -> list[Transfer]:
     """All of a parameter, each piece cut in two at an odd place, and all of its scales."""
     from megatron_dypo.weights.families.registry import match
 
     row = match(name, arch)
-    matrix = param.view(-1, param.shape[-1] if param.ndim > 1 else 1)
-    along, offset, slices = row.rule.tp_dim or 0, 0, []
-    for piece in row.rule.pieces(arch, tp_rank, tp_size):
+    rank, size = (layout.etp_rank, layout.expert_tensor) if row.is_expert else (layout.tp_rank, layout.tensor)
+    rows, cols = param.view(-1, param.shape[-1] if param.ndim > 1 else 1).shape
+    nowhere = {"engine": 0, "target": 0, "target_name": "", "target_row": 0, "target_col": 0}
+    made = functools.partial(Transfer, **nowhere, source=layout.rank, source_name=row.mcore)
+    offset, slices = 0, []
+    for piece in row.rule.pieces(arch, rank, size):
         for start, length in ((0, piece.length // 3), (piece.length // 3, piece.length - piece.length // 3)):
             at, hf = offset + start, piece.start + start
-            where = (at, 0, length, matrix.shape[1]) if along == 0 else (0, at, matrix.shape[0], length)
-            slices.append(Slice(row.mcore, *where, row.hf[piece.source], *((hf, 0) if along == 0 else (0, hf))))
+            if row.rule.tp_dim == 1:
+                where = {"source_row": 0, "source_col": at, "rows": rows, "cols": length, "hf_row": 0, "hf_col": hf}
+            else:
+                where = {"source_row": at, "source_col": 0, "rows": length, "cols": cols, "hf_row": hf, "hf_col": 0}
+            slices.append(made(**where, hf_name=row.hf[piece.source]))
         offset += piece.length
     for hf_name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True):
         if is_quantized(hf_name):
-            grid = scale_shape(kind, shape)
-            slices.append(Slice(row.mcore, 0, 0, *grid, scale_name(hf_name, kind), 0, 0, "scale"))
+            grid_rows, grid_cols = scale_shape(kind, shape)
+            where = {"source_row": 0, "source_col": 0, "rows": grid_rows, "cols": grid_cols, "hf_row": 0, "hf_col": 0}
+            slices.append(made(**where, hf_name=scale_name(hf_name, kind), part="scale"))
     return slices
 
 
-def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Slice, np.ndarray]]]:
+def planned(arch, layout, kind: str) -> list[Transfer]:
+    """What this rank sends to two servers of one and two ranks; the plan refuses shards that cut blocks."""
+    if kind == "fp8_block":
+        return []
+    axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
+    source = SourceLayout(**{axis: getattr(layout, axis) for axis in axes})
+    engines = [EngineLayout(tensor=1), EngineLayout(tensor=2)]
+    return make_plan(arch, source, engines, quantization=kind).sends(layout.rank)
+
+
+def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
     """Bytes of every slice that this rank serves, by kind; and exports to ``out``, plain and in each kind."""
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, ParallelConfig
@@ -77,7 +83,7 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Slice, np.n
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     named = dict(named_global_parameters(chunks))
-    served: dict[str, list[tuple[Slice, np.ndarray]]] = {}
+    served: dict[str, list[tuple[Transfer, np.ndarray]]] = {}
     for kind in ("none", *KINDS):
         export_hf(
             named.items(), arch, layout, out_dir=Path(out) / kind, reference_hf_path=hf, quantization=kind
@@ -86,8 +92,10 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Slice, np.n
         quantizer = ShardQuantizer(named.items(), arch, layout, kind)
         served[kind] = [
             (piece, quantizer.slice(piece).contiguous().view(torch.uint8).numpy())
-            for name, param in named.items()
-            for piece in slices_of(name, param, arch, layout.tp_rank, layout.tensor, kind)
+            for piece in (
+                *planned(arch, layout, kind),
+                *(piece for name, param in named.items() for piece in slices_of(name, param, arch, layout, kind)),
+            )
         ]
     torch.distributed.barrier()
     close(layout)

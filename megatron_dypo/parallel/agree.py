@@ -1,0 +1,15 @@
+"""Decisions that every rank has to take alike."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.parallel.device import device
+
+
+def any_rank(mine: bool) -> bool:
+    """Whether ``mine`` is true on any rank, on all of them. Collective over the world."""
+    flag = torch.tensor([float(mine)], device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

@@ -1,0 +1,235 @@
+# shellcheck shell=bash
+# One job: trainer nodes and rollout nodes in one allocation, a job step for each role, no Ray. Sourced by dypo_*.sh,
+# which set DYPO_HOME, CONFIG, ROLLOUT_NODES and DEFAULT_NODES. docs/slurm.md tells how to use it.
+#
+# Settings, from the environment of sbatch:
+#   IMAGE, MOUNTS          container image and mounts (pyxis); or
+#   VENV                   a Python environment on the shared file system
+#   CONFIG                 YAML file of the run, from DYPO_HOME
+#   ROLLOUT_NODES          nodes that serve rollouts; the others train. 0: the run starts its own servers, if it needs any
+#   COLOCATED=1            rollout nodes are the first trainer nodes; each node's GPUs are divided
+#   GPUS_PER_NODE          8
+#   TRAIN_PER_NODE         ranks on each trainer node; GPUS_PER_NODE, or half of it when colocated
+#   LOG_ROOT               folder for logs, runs/slurm
+#   ROUTER=1               put sglang-router in front of the servers; else the trainer sends to the least loaded one
+#   GRACE_S                seconds that the trainer gets to finish its step and save, 270; below the lead of --signal
+#   MAX_REQUEUES           50
+
+declare -A PID=() # role → process of its srun
+
+# shellcheck source=slurm/supervise.sh
+source "$DYPO_HOME/slurm/supervise.sh"
+
+say() { echo "dypo: $*"; }
+
+fail() {
+  stop_roles
+  echo "dypo: error: $*" >&2
+  exit 1
+}
+
+run_job() {
+  OVERRIDES=("$@")
+  read_settings
+  divide_nodes
+  make_log_folder
+  set_environment
+  read_config
+  [ -n "${DRY_RUN:-}" ] || check_nodes
+  start_rollouts
+  start_trainer
+  [ -n "${DRY_RUN:-}" ] || supervise
+}
+
+read_settings() {
+  GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+  COLOCATED=${COLOCATED:-0}
+  TRAIN_PER_NODE=${TRAIN_PER_NODE:-$((COLOCATED ? GPUS_PER_NODE / 2 : GPUS_PER_NODE))}
+  LOG_ROOT=${LOG_ROOT:-$DYPO_HOME/runs/slurm}
+  GRACE_S=${GRACE_S:-270}
+  ATTEMPT=${SLURM_RESTART_COUNT:-0}
+  JOB=${SLURM_JOB_ID:-JOBID}
+  [ -n "${SLURM_JOB_ID:-}${DRY_RUN:-}" ] || fail "not in a Slurm job: submit with sbatch, or set DRY_RUN=1 to see what it would run"
+  [ "$ATTEMPT" -le "${MAX_REQUEUES:-50}" ] || fail "requeued $ATTEMPT times, more than MAX_REQUEUES=${MAX_REQUEUES:-50}"
+  cd "$DYPO_HOME" || exit
+  [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file in DYPO_HOME=$DYPO_HOME"
+  CONTAINER=()
+  if [ -n "${IMAGE:-}" ]; then
+    # An image that has a path is a file; anything else is a name in a registry.
+    [[ $IMAGE != /* || -f $IMAGE || -n ${DRY_RUN:-} ]] || fail "IMAGE=$IMAGE: no such file"
+    CONTAINER=(--container-image="$IMAGE" --container-mounts="$DYPO_HOME:$DYPO_HOME,$LOG_ROOT:$LOG_ROOT${MOUNTS:+,$MOUNTS}"
+      --no-container-mount-home --container-workdir="$DYPO_HOME")
+    PYTHON=python3
+  elif [ -n "${VENV:-}" ]; then
+    [ -x "$VENV/bin/python" ] || fail "VENV=$VENV: no bin/python in it"
+    PYTHON=$VENV/bin/python
+  else
+    fail "set IMAGE (a container image with the program's requirements) or VENV (a Python environment that all nodes see)"
+  fi
+}
+
+# NODES: all; TRAIN: those that train; ROLLOUT: those that serve.
+divide_nodes() {
+  if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  else
+    mapfile -t NODES < <(seq -f 'node%g' "${SLURM_NNODES:-$DEFAULT_NODES}")
+  fi
+  local count=${#NODES[@]}
+  if [ "$COLOCATED" = 1 ]; then
+    [ "$ROLLOUT_NODES" -le "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES: the job has $count nodes"
+    TRAIN=("${NODES[@]}")
+    ROLLOUT=("${NODES[@]:0:ROLLOUT_NODES}")
+  else
+    [ "$ROLLOUT_NODES" -lt "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES of $count nodes leaves none to train: give sbatch more --nodes"
+    TRAIN=("${NODES[@]:0:count-ROLLOUT_NODES}")
+    ROLLOUT=("${NODES[@]:count-ROLLOUT_NODES}")
+  fi
+  OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
+}
+
+make_log_folder() {
+  DYPO_LOGS=$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$ATTEMPT
+  [ -z "${DRY_RUN:-}" ] || return 0
+  mkdir -p "$DYPO_LOGS/bad" || fail "LOG_ROOT=$LOG_ROOT: cannot make $DYPO_LOGS"
+  ln -sfn "$JOB.$ATTEMPT" "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/latest"
+  echo "$JOB" >"$DYPO_LOGS/canary"
+  printf '%s trainer\n' "${TRAIN[@]}" >"$DYPO_LOGS/roles"
+  [ "${#ROLLOUT[@]}" = 0 ] || printf '%s rollout\n' "${ROLLOUT[@]}" >>"$DYPO_LOGS/roles"
+  say "job $JOB, attempt $ATTEMPT: ${#TRAIN[@]} trainer and ${#ROLLOUT[@]} rollout nodes; logs in $DYPO_LOGS"
+}
+
+set_environment() {
+  # Ports of this attempt, below the ephemeral range: what an earlier one left on a node does not get in the way.
+  set_value DYPO_PORT $((10000 + (${SLURM_JOB_ID:-0} * 7 + ATTEMPT) % 250 * 80))
+  set_value DYPO_TRAIN_NODES "${TRAIN[*]}"
+  set_value DYPO_ROLLOUT_NODES "${ROLLOUT[*]}"
+  set_value DYPO_LOGS "$DYPO_LOGS"
+  set_value GPUS_PER_NODE "$GPUS_PER_NODE"
+  set_value SLURM_EXPORT_ENV ALL # job steps see this environment even if sbatch was told --export=NONE
+  set_default PYTHONUNBUFFERED 1
+  set_default OMP_NUM_THREADS 1
+  set_default HF_HOME "$LOG_ROOT/hf_home"
+  set_default HF_HUB_OFFLINE 1
+  set_default CUDA_DEVICE_MAX_CONNECTIONS 1 # for TP and CP, before Blackwell; SGLang sets its own
+  # SGLang turns both off for itself; the two ends of a NCCL group that carries weights must agree.
+  set_default NCCL_CUMEM_ENABLE 0
+  set_default NCCL_NVLS_ENABLE 0
+  set_default NVSHMEM_DISABLE_NCCL 1
+  export PYTHONPATH=$DYPO_HOME${PYTHONPATH:+:$PYTHONPATH} no_proxy
+  no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost,$(join , "${NODES[@]}")
+  # Where the cluster needs them, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA come with sbatch's environment.
+  [ -z "${DRY_RUN:-}" ] || return 0
+  ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
+  # In the environment only: job steps inherit it, no command line and no file of the job shows it.
+  DYPO_SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+  export DYPO_SGLANG_API_KEY
+}
+
+set_value() {
+  export "$1=$2"
+  [ -z "${DRY_RUN:-}" ] || printf 'export %s=%q\n' "$1" "$2"
+}
+
+# The same, unless the environment of sbatch has a value.
+set_default() { set_value "$1" "${!1:-$2}"; }
+
+# Resolve the config where nothing has started yet, and take the sizes of the engines from it.
+read_config() {
+  local resolved errors in_container=()
+  errors=$(mktemp)
+  [ "${#CONTAINER[@]}" = 0 ] || in_container=(srun --overlap --nodes=1 --ntasks=1 "--nodelist=${NODES[0]}" "${CONTAINER[@]}")
+  local check=("${in_container[@]}" "$PYTHON" -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" --dry-run --strict)
+  [ -z "${DRY_RUN:-}" ] || check=("${VENV:+$VENV/bin/}python3" -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" --dry-run)
+  resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")"
+  [ ! -d "$DYPO_LOGS" ] || echo "$resolved" >"$DYPO_LOGS/config.yaml"
+  rm "$errors"
+  ENGINES_PER_NODE=$(field count <<<"$resolved")
+  local tensor_parallel
+  tensor_parallel=$(field tensor_parallel <<<"$resolved")
+  ENGINE_NODES=$(((tensor_parallel + GPUS_PER_NODE - 1) / GPUS_PER_NODE))
+  export ENGINES_PER_NODE ENGINE_NODES
+  local used=$((ENGINES_PER_NODE * tensor_parallel)) needed="rollout.servers.count=$ENGINES_PER_NODE × rollout.servers.tensor_parallel=$tensor_parallel"
+  if [ "${#ROLLOUT[@]}" -gt 0 ] && [ "$ENGINE_NODES" -gt 1 ]; then
+    [ "$ENGINES_PER_NODE:$((${#ROLLOUT[@]} % ENGINE_NODES))" = 1:0 ] \
+      || fail "$needed: an engine takes $ENGINE_NODES nodes of $GPUS_PER_NODE GPUs; needs count=1 and a multiple of that for ROLLOUT_NODES=${#ROLLOUT[@]}"
+  elif [ "${#ROLLOUT[@]}" -gt 0 ]; then
+    [ $((used + COLOCATED * TRAIN_PER_NODE)) -le "$GPUS_PER_NODE" ] \
+      || fail "$needed: more than the GPUs of a node, GPUS_PER_NODE=$GPUS_PER_NODE$([ "$COLOCATED" = 0 ] || echo ", less TRAIN_PER_NODE=$TRAIN_PER_NODE")"
+  fi
+}
+
+# Value of a key of rollout.servers in a resolved config.
+field() { awk -v key="$1:" '/^  servers:/ { inside = 1 } inside && $1 == key { print $2; exit }'; }
+
+# What megatron-dypo says is wrong, or the last line of a traceback.
+one_line() {
+  awk '/^megatron-dypo: error: / { sub(/^megatron-dypo: error: /, ""); text = $0; ours = 1; next }
+       ours { text = text "; " $0; next } { text = $0 } END { print text }'
+}
+
+join() {
+  local IFS=$1
+  echo "${*:2}"
+}
+
+# step ROLE NODE... -- COMMAND...: run on each of these nodes, with a log for each.
+step() {
+  local role=$1 nodes=() where
+  shift
+  while [ "$1" != -- ]; do
+    nodes+=("$1")
+    shift
+  done
+  shift
+  where=(--nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$(join , "${nodes[@]}")")
+  local command=(srun --overlap --kill-on-bad-exit=1 --cpu-bind=none "${where[@]}" --chdir="$DYPO_HOME"
+    --open-mode=append --output="$DYPO_LOGS/$role.%N.log" "$@")
+  if [ -n "${DRY_RUN:-}" ]; then
+    printf '\n%s' "${command[0]}"
+    printf ' \\\n  %q' "${command[@]:1}"
+    echo
+  else
+    exec "${command[@]}"
+  fi
+}
+
+start() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    step "$@"
+  else
+    step "$@" &
+    PID[$1]=$!
+  fi
+}
+
+# One a line; an engine that spans nodes answers on its first.
+server_urls() {
+  local index engine
+  for index in "${!ROLLOUT[@]}"; do
+    [ $((index % ENGINE_NODES)) = 0 ] || continue
+    for ((engine = 0; engine < ENGINES_PER_NODE; engine++)); do
+      echo "http://${ROLLOUT[index]}:$((DYPO_PORT + 20 + index * ENGINES_PER_NODE + engine))"
+    done
+  done
+}
+
+start_rollouts() {
+  [ "${#ROLLOUT[@]}" -gt 0 ] || return 0
+  local gpus=() urls
+  [ "$COLOCATED" = 0 ] || gpus=("rollout.servers.base_gpu=$TRAIN_PER_NODE")
+  start rollout "${ROLLOUT[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh rollout "$PYTHON" -m megatron_dypo.cli serve "$CONFIG" \
+    "${OVERRIDES[@]}" "${gpus[@]}" "rollout.servers.urls=[]" "rollout.servers.router=null"
+  mapfile -t urls < <(server_urls)
+  OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]" "rollout.servers.urls_come_back=true")
+  [ "${ROUTER:-0}" = 1 ] || return 0
+  start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m sglang_router.launch_router \
+    --host "${ROLLOUT[0]}" --port $((DYPO_PORT + 1)) --worker-urls "${urls[@]}"
+  OVERRIDES+=("rollout.servers.router=http://${ROLLOUT[0]}:$((DYPO_PORT + 1))")
+}
+
+start_trainer() {
+  start trainer "${TRAIN[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh trainer "$PYTHON" -m megatron_dypo.torchrun \
+    --nnodes="${#TRAIN[@]}" --nproc-per-node="$TRAIN_PER_NODE" --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT" \
+    --max-restarts=0 -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}"
+}

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# What one node of a job does: node.sh ROLE COMMAND... (or: node.sh preflight). Started by srun, once on each node.
+# COMMAND is completed with what differs from node to node. Settings come from slurm/common.sh by the environment.
+# shellcheck disable=SC2086 # lists of nodes are words
+set -euo pipefail
+
+NODE=${SLURMD_NODENAME:-$(hostname -s)}
+
+# This node's place in a list of nodes; Slurm's own numbers need not follow it.
+index_among() {
+  local index=0 host
+  for host; do
+    [ "$host" != "$NODE" ] || { echo "$index"; return; }
+    index=$((index + 1))
+  done
+  echo "node.sh: $NODE is not one of $*" >&2
+  return 1
+}
+
+# The first thing that is wrong with this node, as one line; nothing if it is well.
+find_fault() {
+  [ "$(cat "$DYPO_LOGS/canary" 2>&1)" = "$SLURM_JOB_ID" ] || {
+    echo "cannot read $DYPO_LOGS/canary: LOG_ROOT must be on a file system that all nodes share"
+    return
+  }
+  command -v nvidia-smi >/dev/null || {
+    echo "no nvidia-smi on $NODE: its GPUs are not checked" >&2
+    return
+  }
+  local listed query=index,ecc.errors.uncorrected.volatile.total,remapped_rows.pending,remapped_rows.failure
+  listed=$(timeout 60 nvidia-smi --query-gpu=$query --format=csv,noheader) || {
+    echo "nvidia-smi failed: $(tail -n 1 <<<"$listed")"
+    return
+  }
+  local count
+  count=$(wc -l <<<"$listed")
+  [ "$count" = "$GPUS_PER_NODE" ] || {
+    echo "$count of $GPUS_PER_NODE GPUs answer"
+    return
+  }
+  # A driver writes [N/A] or No where there is nothing to tell.
+  awk -F ', *' '$2 ~ /^[1-9]/ || $3 ~ /^(Yes|[1-9])/ || $4 ~ /^(Yes|[1-9])/ { print "GPU " $1 " has memory errors: " $0; exit }' \
+    <<<"$listed"
+}
+
+preflight() {
+  local fault
+  fault=$(find_fault)
+  if [ -n "$fault" ]; then
+    echo "$fault"
+    echo "$fault" >"$DYPO_LOGS/bad/$NODE"
+  else
+    echo "$NODE is well"
+  fi
+}
+
+# Ends with 0 and leaves a mark when the run stopped on request: any other status would have srun kill the other nodes.
+train() {
+  PET_NODE_RANK=$(index_among $DYPO_TRAIN_NODES) # torchrun's --node-rank
+  export PET_NODE_RANK
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  local status=0
+  "$@" || status=$?
+  if [ "$status" = 75 ]; then # PREEMPTED_STATUS of megatron_dypo/preemption.py
+    touch "$DYPO_LOGS/stopped"
+    status=0
+  fi
+  exit "$status"
+}
+
+# The engines of this node, or this node's part of an engine that spans ENGINE_NODES of them.
+serve() {
+  local index hosts spread=()
+  index=$(index_among $DYPO_ROLLOUT_NODES)
+  if [ "$ENGINE_NODES" -gt 1 ]; then
+    read -ra hosts <<<"$DYPO_ROLLOUT_NODES"
+    local first=${hosts[index - index % ENGINE_NODES]}
+    # Its parts cannot start again one by one.
+    spread=(rollout.servers.restarts=0 --engine-args
+      "--nnodes $ENGINE_NODES --node-rank $((index % ENGINE_NODES)) --dist-init-addr $first:$((DYPO_PORT + 2))")
+  fi
+  exec "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * ENGINES_PER_NODE)) "${spread[@]}" \
+    "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * ENGINES_PER_NODE))"
+}
+
+# Python blocks the signal by itself once it runs; until then it must not kill what starts.
+trap '' USR1
+case ${1:-} in
+  preflight) preflight ;;
+  rollout) serve "${@:2}" ;;
+  trainer) train "${@:2}" ;;
+  router) exec "${@:2}" ;;
+  *) echo "usage: node.sh preflight | rollout COMMAND... | trainer COMMAND... | router COMMAND..." >&2; exit 2 ;;
+esac

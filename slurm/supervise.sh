@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# The life of a job after its roles have started: what ends it, what is saved, and what is tried again. Sourced by common.sh.
+
+STOP_AT='' # SECONDS at which a trainer that was asked to stop has had its time
+WANTS_STOP=''
+trap 'WANTS_STOP=yes' USR1 # from now on: bash dies of a signal without a trap
+
+# Every node looks at itself first. Bad ones are left out, and the job goes back to the queue for others.
+check_nodes() {
+  step preflight "${NODES[@]}" -- bash slurm/node.sh preflight &
+  wait $! || fail "preflight: a node did not answer; see $DYPO_LOGS/preflight.*.log"
+  local bad
+  mapfile -t bad < <(ls "$DYPO_LOGS/bad")
+  [ "${#bad[@]}" -gt 0 ] || return 0
+  local node
+  for node in "${bad[@]}"; do
+    say "bad node $node: $(cat "$DYPO_LOGS/bad/$node")"
+    echo "$(date -u +%FT%TZ) $JOB.$ATTEMPT $node $(cat "$DYPO_LOGS/bad/$node")" >>"$LOG_ROOT/bad_nodes.txt"
+  done
+  [ "${#bad[@]}" -lt "${#NODES[@]}" ] || fail "preflight: all nodes are bad; ${bad[0]}: $(cat "$DYPO_LOGS/bad/${bad[0]}")"
+  requeue "without $(join , "${bad[@]}")" "${bad[@]}"
+}
+
+supervise() {
+  trap stop_roles EXIT
+  trap 'exit 143' TERM
+  local role
+  while true; do
+    [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "the time limit is near, or the job is preempted"
+    sleep 1 &
+    wait $! || true
+    for role in "${!PID[@]}"; do
+      kill -0 "${PID[$role]}" 2>/dev/null || role_ended "$role"
+    done
+    if [ -n "$STOP_AT" ] && [ $((SECONDS % 20)) = 0 ]; then
+      kill -USR1 "${PID[trainer]}" || true # again, for a rank that had not yet started when it came first
+    fi
+    if [ -n "$STOP_AT" ] && [ "$SECONDS" -ge "$STOP_AT" ]; then
+      say "the trainer did not stop within GRACE_S=$GRACE_S; its last checkpoint counts"
+      conclude
+    fi
+  done
+}
+
+ask_trainer_to_stop() {
+  [ -z "$STOP_AT" ] || return 0
+  say "$1: the trainer finishes its step and saves"
+  STOP_AT=$((SECONDS + GRACE_S))
+  kill -USR1 "${PID[trainer]}" || true # it may have ended just now
+}
+
+role_ended() {
+  local role=$1 status=0
+  wait "${PID[$role]}" || status=$?
+  unset "PID[$role]"
+  if [ "$role" != trainer ]; then
+    FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log"
+    ask_trainer_to_stop "$FAILURE"
+  elif [ -f "$DYPO_LOGS/stopped" ]; then
+    conclude
+  elif [ "$status" != 0 ]; then
+    fail "${FAILURE:-trainer ended with status $status; see $DYPO_LOGS/trainer.*.log}$(quote_last_error)"
+  else
+    stop_roles
+    say "done; logs in $DYPO_LOGS"
+    exit 0
+  fi
+}
+
+# The trainer has stopped on request, or has had its time: try again, unless a role had failed.
+conclude() {
+  [ -z "${FAILURE:-}" ] || fail "$FAILURE; submit again to resume"
+  stop_roles
+  requeue "to go on from the last checkpoint"
+}
+
+# requeue REASON [NODE...]: the next attempt of this job, without those nodes.
+requeue() {
+  trap '' TERM USR1 # Slurm ends this attempt as soon as it is asked
+  say "attempt $ATTEMPT is requeued $1"
+  scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue $SLURM_JOB_ID failed; submit again to resume"
+  if [ $# -gt 1 ]; then
+    local excluded
+    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p;s/^ *ExcNodeList=\([^ ]*\).*/\1/p' | grep -v null || true)
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(join , ${excluded:+"$excluded"} "${@:2}")" \
+      || say "could not exclude ${*:2}: the next attempt may get them again"
+  fi
+  exit 0
+}
+
+stop_roles() {
+  local pid deadline=$((SECONDS + 60))
+  for pid in "${PID[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+  for pid in "${PID[@]}"; do
+    while kill -0 "$pid" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.2; done
+    kill -KILL "$pid" 2>/dev/null || true
+  done
+  PID=()
+}
+
+# What the trainer said last that looks like a reason.
+quote_last_error() {
+  local line
+  line=$(grep -hE '^[A-Za-z_.]*(Error|Exception): |^megatron-dypo: error: ' "$DYPO_LOGS"/trainer.*.log 2>/dev/null | head -n 1)
+  echo "${line:+: $line}"
+}

@@ -1,0 +1,209 @@
+"""`sbatch slurm/dypo_*.sh` on a real Slurm of five virtual nodes, with real ranks and real SGLang on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from megatron_dypo.metrics import read_metrics
+from tests.e2e.parity_task import write_task
+from tests.slurm_host.host import REPOSITORY, require, start_slurm
+
+DEADLINE_S = 500.0
+"""A job starts and trains in less than a minute; on a machine that is busy otherwise, in several."""
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    host = start_slurm(nodes=5)
+    yield host
+    host.stop()
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Config of a tiny task at TP 2; tests give it run folders of their own."""
+    servers = {"servers": {"start_deadline_s": DEADLINE_S}}
+    return write_task(tmp_path_factory.mktemp("task"), parallel={"tensor": 2}, rollout=servers)
+
+
+def submit(slurm, task, folder, *overrides, nodes, rollout_nodes, script="dypo_70b.sh", options=(), **environment):
+    settings = {"CONFIG": str(task), "ROLLOUT_NODES": str(rollout_nodes), **environment}
+    run_dir = f"run.dir={folder / 'run'}"
+    return slurm.submit(folder, script, run_dir, *overrides, nodes=nodes, options=options, **settings)
+
+
+def steps_of(folder):
+    path = folder / "run" / "metrics.jsonl"
+    return {record["step"]: record for record in read_metrics(path) if record["step"]} if path.is_file() else {}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*.log"))
+
+
+MISTAKES = [
+    ({}, ["data.prompts=[/absent.jsonl]"], "data.prompts='/absent.jsonl': no such file"),
+    ({}, ["objective.nmae=grpo"], "did you mean objective.name?"),
+    ({}, ["parallel.context=3"], "parallel.num_processes=4: must be a multiple of tensor × pipeline × context = 6"),
+    ({}, ["rollout.servers.tensor_parallel=3"], "an engine takes 2 nodes of 2 GPUs"),
+    ({"CONFIG": "absent.yaml"}, [], "CONFIG=absent.yaml: no such file"),
+    ({"VENV": "/absent"}, [], "VENV=/absent: no bin/python in it"),
+    ({"VENV": ""}, [], "set IMAGE (a container image"),
+    ({"IMAGE": "/absent.sqsh"}, [], "IMAGE=/absent.sqsh: no such file"),
+    ({"ROLLOUT_NODES": "3"}, [], "ROLLOUT_NODES=3 of 3 nodes leaves none to train"),
+    ({"DYPO_HOME": "/absent"}, [], "DYPO_HOME=/absent has no slurm/common.sh"),
+]
+
+
+@pytest.mark.timeout(240)
+def test_a_mistake_ends_a_job_within_a_minute_with_one_line_that_says_what_to_mend(slurm, task, tmp_path):
+    jobs = []
+    for index, (environment, overrides, _) in enumerate(MISTAKES):
+        folder = tmp_path / str(index)
+        jobs.append(submit(slurm, task, folder, *overrides, **{"nodes": 3, "rollout_nodes": 1, **environment}))
+    for job, (_, _, message) in zip(jobs, MISTAKES, strict=True):
+        assert job.wait(120) == "FAILED", job.everything()
+        assert job.last_line().startswith("dypo: error: ")
+        assert message in job.last_line()
+        minutes, seconds = job.show()["RunTime"].split(":")[-2:]
+        assert int(minutes) == 0, seconds
+        assert not (job.output_file.parent / "run").exists()
+
+
+def test_a_70b_job_trains_a_tiny_model_on_two_trainer_nodes_and_a_rollout_node(slurm, task, tmp_path):
+    job = submit(slurm, task, tmp_path, "run.steps=3", nodes=3, rollout_nodes=1)
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert job.last_line() == f"dypo: done; logs in {job.logs}/{job.number}.0"
+    assert sorted(steps_of(tmp_path)) == [1, 2, 3]
+    assert all(record["rollout/num_prompts"] > 0 for record in steps_of(tmp_path).values())
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    preflights = [f"preflight.node{number}.log" for number in (1, 2, 3)]
+    assert names(job.logs / "latest") == [*preflights, "rollout.node3.log", "trainer.node1.log", "trainer.node2.log"]
+    assert names(job.logs / "latest" / "rollout.node3") == ["sglang_0.log"]
+    ranks = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert ranks == [f"rank_{rank:05d}.log" for rank in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task, tmp_path):
+    # Slurm looks at limits every half minute: steps are to be long, so that not all are made by then.
+    size = ["rollout.prompts_per_step=192", "batching.prompts_per_update=192", "run.steps=24"]
+    overrides = ["objective.name=sft", "checkpoint.every=0", *size]
+    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
+    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+
+    folder = tmp_path / "parts"
+    job = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
+    job.wait_until(lambda: 2 in steps_of(folder), "step 2", DEADLINE_S)
+    slurm.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
+    job.start_again_now(TimeLimit="20")
+    done = max(steps_of(folder))
+    assert done < 24
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert "attempt 0 is requeued to go on from the last checkpoint" in job.output()
+    first, second = ((job.logs / f"{job.number}.{n}" / "trainer.node1.log").read_text() for n in (0, 1))
+    assert f"stopped on request: {done} of 24 steps are done" in first
+    assert f"{done} of 24 steps are done" in second
+    expected, resumed = steps_of(tmp_path / "whole"), steps_of(folder)
+    assert expected.keys() == resumed.keys()
+    for step in expected:
+        for name in ("train/loss", "train/grad_norm", "train/lr", "train/sft_nll"):
+            assert expected[step][name] == resumed[step][name], (step, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_job_that_loses_a_trainer_node_goes_on_with_another(slurm, task, tmp_path):
+    job = submit(slurm, task, tmp_path, "run.steps=8", nodes=3, rollout_nodes=1)
+    job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
+    slurm.call("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    try:
+        job.start_again_now()
+        assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    finally:
+        slurm.call("scontrol", "update", "NodeName=node2", "State=RESUME")
+    assert "node2" not in names(job.logs / f"{job.number}.1")
+    assert sorted(steps_of(tmp_path)) == list(range(1, 9))
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, task, tmp_path):
+    job = submit(slurm, task, tmp_path, "run.steps=8", nodes=3, rollout_nodes=1)
+    job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
+    kill_server(job, "node3")
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert sorted(steps_of(tmp_path)) == list(range(1, 9))
+    assert "starting it again (1 of 3 times)" in (job.logs / "latest" / "rollout.node3.log").read_text()
+    assert "answers again and rejoins" in (job.logs / "latest" / "trainer.node1.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_servers_that_keep_dying_end_the_job_with_a_checkpoint_and_say_who_it_was(slurm, task, tmp_path):
+    limits = ["run.steps=500", "checkpoint.every=0", "rollout.servers.restarts=0"]
+    job = submit(slurm, task, tmp_path, *limits, nodes=4, rollout_nodes=2, GRACE_S="240")
+    job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
+    kill_server(job, "node4")
+    assert job.wait(DEADLINE_S) == "FAILED", job.everything()
+    assert job.last_line().startswith("dypo: error: rollout ended with status 1")
+    assert job.last_line().endswith("submit again to resume")
+    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_node_with_a_sick_gpu_is_named_left_out_and_replaced(slurm, task, tmp_path):
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text(
+        '#!/bin/sh\nremapped=No; [ "$(hostname)" != node1 ] || remapped=Yes\necho "0, 0, No, No"; echo "1, 0, $remapped, No"\n'
+    )
+    driver.chmod(0o755)
+    path = f"{driver.parent}:{sys.prefix}/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+    overrides = ["objective.name=sft", "run.steps=1"]
+    job = submit(slurm, task, tmp_path, *overrides, nodes=1, rollout_nodes=0, PATH=path, options=["--nodelist=node1"])
+    job.start_again_now(ReqNodeList="")
+    assert "dypo: bad node node1: GPU 1 has memory errors: 1, 0, Yes, No" in job.output()
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert job.show()["ExcNodeList"] == "node1"
+    assert "node1 GPU 1 has memory errors" in (tmp_path / "logs" / "bad_nodes.txt").read_text()
+
+
+def kill_server(job, node):
+    """SIGKILL to the SGLang process that a node's log names."""
+    log = (job.logs / "latest" / f"rollout.{node}.log").read_text()
+    port = log.split(f"http://{node}:")[1].split(",")[0]
+    found = [p for p in psutil.process_iter(["cmdline"]) if "sglang_cpu.py" in " ".join(p.info["cmdline"] or [])]
+    (server, *_) = [p for p in found if port in p.info["cmdline"] and "guard.py" not in " ".join(p.info["cmdline"])]
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def slurm_with_containers(tmp_path_factory):
+    """A Slurm whose srun takes pyxis' flags and starts no container."""
+    folder = tmp_path_factory.mktemp("containers")
+    plugin, source = folder / "pyxis.so", REPOSITORY / "tests" / "slurm_host" / "noop_pyxis.c"
+    build = subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-o", plugin, source], capture_output=True, text=True, check=False
+    )
+    require(build.returncode == 0, f"needs gcc and libslurm-dev: {build.stderr}")
+    host = start_slurm(nodes=2, spank=plugin)
+    yield host
+    host.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_job_in_containers_runs_every_step_with_the_image(slurm_with_containers, task, tmp_path):
+    settings = {"VENV": "", "IMAGE": "registry#dypo:1", "PATH": f"{sys.prefix}/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
+    overrides = ["objective.name=sft", "run.steps=1"]
+    job = submit(slurm_with_containers, task, tmp_path, *overrides, nodes=2, rollout_nodes=0, **settings)
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()

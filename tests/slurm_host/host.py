@@ -1,0 +1,146 @@
+"""Slurm jobs on this host, for tests: real daemons, several virtual nodes (see one_host_slurm.sh)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+_SCRIPT = Path(__file__).with_name("one_host_slurm.sh")
+_NEEDED = ("slurmctld", "slurmd", "munged", "unshare")
+_FIRST_PORTS = range(6000, 10_000, 1000)
+"""Below the ports of the jobs."""
+
+
+class SlurmHost:
+    """A running Slurm and a folder for what its jobs write."""
+
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
+        self.root, self._environment = root, environment
+
+    def call(self, *command: str) -> str:
+        """Standard output of a Slurm command, which must succeed."""
+        done = subprocess.run(
+            command, env=self._environment, cwd=self.root, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, folder: Path, script: str, *overrides: str, nodes: int, options=(), **environment: str) -> Job:
+        """``sbatch slurm/<script>`` on nodes of 2 GPUs, with this interpreter's environment; logs are in ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "DYPO_HOME": str(REPOSITORY),
+            "VENV": sys.prefix,
+            "LOG_ROOT": str(folder / "logs"),
+            "GPUS_PER_NODE": "2",
+            **environment,
+        }
+        exported = ",".join(["ALL", *(f"{name}={value}" for name, value in settings.items())])
+        name = f"{Path(script).stem}-{folder.name}"
+        sbatch = ["sbatch", "--parsable", f"--nodes={nodes}", "--gpus-per-node=2", f"--job-name={name}"]
+        output = folder / "job.out"
+        where = [f"--export={exported}", f"--output={output}", *options, str(REPOSITORY / "slurm" / script)]
+        return Job(self, self.call(*sbatch, *where, *overrides), output, folder / "logs" / name)
+
+    def stop(self) -> None:
+        subprocess.run(["scancel", "--user=root"], env=self._environment, timeout=60, check=False)
+        subprocess.run([_SCRIPT, "down"], env=self._environment, timeout=60, check=True)
+        shutil.rmtree(self.root, ignore_errors=True)  # daemons that are ending still write there
+
+
+class Job:
+    """A submitted job; requeueing keeps its number."""
+
+    def __init__(self, host: SlurmHost, number: str, output: Path, logs: Path) -> None:
+        self.host, self.number, self.output_file, self.logs = host, number, output, logs
+
+    def show(self) -> dict[str, str]:
+        text = self.host.call("scontrol", "show", "job", self.number)
+        return dict(item.partition("=")[::2] for item in text.split() if "=" in item)
+
+    def output(self) -> str:
+        return self.output_file.read_text() if self.output_file.is_file() else ""
+
+    def last_line(self) -> str:
+        return self.output().strip().splitlines()[-1]
+
+    def everything(self) -> str:
+        """What a person would look at when a test fails."""
+        logs = [f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.logs.glob("*/*.log"))]
+        return "\n".join([self.output(), *logs])
+
+    def wait_until(self, condition: Callable[[], bool], what: str, deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
+        while not condition():
+            state = self.show()["JobState"]
+            assert state not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), f"{state}\n{self.everything()}"
+            assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}\n{self.everything()}"
+            time.sleep(0.1)
+
+    def wait(self, deadline_s: float) -> str:
+        """The state in which the job ended."""
+        deadline = time.monotonic() + deadline_s
+        while (state := self.show()["JobState"]) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            assert time.monotonic() < deadline, f"{state} after {deadline_s:g} s\n{self.everything()}"
+            time.sleep(0.1)
+        return state
+
+    def start_again_now(self, deadline_s: float = 120.0, **changes: str) -> None:
+        """Once the job is back in the queue, change it and let it start without Slurm's two minutes of delay."""
+        deadline = time.monotonic() + deadline_s
+        while (state := self.show())["JobState"] != "PENDING" or state["Restarts"] == "0":
+            assert time.monotonic() < deadline, f"not requeued\n{self.everything()}"
+            time.sleep(0.1)
+        for name, value in {**changes, "StartTime": "now"}.items():
+            self.host.call("scontrol", "update", f"JobId={self.number}", f"{name}={value}")
+
+
+def require(condition: bool, what: str) -> None:
+    """Skip where something is missing, but fail where ``DYPO_REQUIRE_SLURM`` says that it must be there."""
+    if condition:
+        return
+    if os.environ.get("DYPO_REQUIRE_SLURM"):
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def start_slurm(*, nodes: int, spank: Path | None = None) -> SlurmHost:
+    """Raises pytest's skip where this host has no Slurm."""
+    missing = [name for name in _NEEDED if shutil.which(name) is None]
+    require(not missing, f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
+    require(os.geteuid() == 0, "needs root, for Slurm's daemons")
+    root = Path(tempfile.mkdtemp(prefix="slurm-host-"))  # not pytest's folder: munge wants others to pass through
+    root.chmod(0o755)
+    settings = {
+        "FS_ROOT": str(root / "slurm"),
+        "FS_NODES": str(nodes),
+        "FS_PORT": str(_free_ports()),
+        "FS_SPANK": str(spank or ""),
+        "SLURM_CONF": str(root / "slurm" / "slurm.conf"),
+    }
+    environment = {**os.environ, **settings}
+    up = subprocess.run([_SCRIPT, "up"], env=environment, capture_output=True, text=True, timeout=90, check=False)
+    host = SlurmHost(root, environment)
+    if up.returncode:
+        host.stop()
+        pytest.fail(f"Slurm did not start: {up.stdout}{up.stderr}")
+    return host
+
+
+def _free_ports() -> int:
+    for first in _FIRST_PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.connect_ex(("127.0.0.1", first + 1)):
+                return first
+    raise AssertionError(f"another Slurm at each of {list(_FIRST_PORTS)}")

@@ -1,0 +1,117 @@
+"""A node's servers for a trainer elsewhere, with real processes that take a server's place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatron_dypo.rollout.launch import lease_port
+from megatron_dypo.rollout.probe import http_status
+from tests.unit.rollout.fake_sglang import wait_until
+
+PROGRAM = Path(__file__).with_name("fake_server_program.py")
+REPOSITORY = Path(__file__).parents[3]
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture
+def node(tmp_path: Path):
+    """Starts ``megatron-dypo serve`` with two stand-ins at the ports after ``port``; all have ended afterwards."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@" --mark {tmp_path}\n')
+    python.chmod(0o755)
+    started = []
+
+    def start(port: int, *options: str, **environment: str) -> subprocess.Popen:
+        servers = {"python": str(python), "count": 2, "port": port}
+        config = {"model": {"hf_path": str(tmp_path), "dtype": "float32"}, "data": {"prompts": ["none.jsonl"]}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "rollout": {"servers": servers}}))
+        arguments = ["serve", str(tmp_path / "config.yaml"), "--log-dir", str(tmp_path / "logs")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_dypo.cli", *arguments, *options],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DYPO_SGLANG_API_KEY": KEY, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def is_up(port: int) -> bool:
+    return http_status(f"http://127.0.0.1:{port}/model_info", KEY) == 200
+
+
+def server_at(port: int) -> psutil.Process:
+    return next(
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(PROGRAM) in (process.info["cmdline"] or [])[:2] and str(port) in process.info["cmdline"]
+    )
+
+
+def free_pair() -> int:
+    """A port that is free together with the next one."""
+    port = 31700
+    while True:
+        first = lease_port("127.0.0.1", port)
+        second = lease_port("127.0.0.1", first.port + 1)
+        first.release()
+        second.release()
+        if second.port == first.port + 1:
+            return first.port
+        port = second.port
+
+
+def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(node, tmp_path: Path) -> None:
+    port = free_pair()
+    process = node(port)
+    while "serving at" not in process.stdout.readline():
+        assert process.poll() is None
+    assert is_up(port)
+    assert is_up(port + 1)
+    server_at(port).kill()
+    wait_until(lambda: not is_up(port), "gone")
+    wait_until(lambda: is_up(port), "back", 60)
+    assert sorted(path.name for path in (tmp_path / "logs").glob("*.log")) == ["sglang_0.log", "sglang_1.log"]
+    wait_until(lambda: all(KEY not in path.read_text() for path in (tmp_path / "logs").iterdir()), "no key in logs")
+
+    os.kill(process.pid, signal.SIGUSR1)
+    assert is_up(port)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert not is_up(port)
+    assert not is_up(port + 1)
+
+
+def test_a_server_that_cannot_start_ends_the_node_with_the_end_of_its_log(node) -> None:
+    process = node(free_pair(), FAKE_SERVER="dies")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "megatron-dypo: error: SGLang server" in output
+    assert "CUDA out of luck" in output.splitlines()[-1]
+
+
+def test_a_port_that_is_taken_or_a_missing_key_is_one_line(node) -> None:
+    port = free_pair()
+    lease = lease_port("127.0.0.1", port)
+    output, _ = node(port).communicate(timeout=60)
+    lease.release()
+    assert output == (
+        f"megatron-dypo: error: port {port} of 127.0.0.1 is taken: end what listens there, or set rollout.servers.port\n"
+    )
+    output, _ = node(port, DYPO_SGLANG_API_KEY="").communicate(timeout=60)
+    assert "DYPO_SGLANG_API_KEY is not set" in output

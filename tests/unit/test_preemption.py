@@ -1,0 +1,38 @@
+"""SIGUSR1 in processes of their own: pytest's mask stays as it is."""
+
+import subprocess
+import sys
+
+import pytest
+
+ASKED = """
+import os, signal, subprocess, sys
+from megatron_dypo.preemption import hold_requests, is_requested
+hold_requests()
+assert not is_requested()
+os.kill(os.getpid(), signal.SIGUSR1)
+assert is_requested()
+child = subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 10); print('alive')"], capture_output=True)
+print(child.stdout.decode().strip())
+"""
+
+
+@pytest.mark.parametrize("shell", ['exec "$@"', 'trap "" USR1; exec "$@"'])
+def test_a_request_is_held_for_the_process_and_harmless_to_its_children(shell):
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", ASKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
+
+
+def test_a_program_under_the_guard_lives_through_a_request_to_its_trainer():
+    program = """
+import os, subprocess, sys
+from megatron_dypo.preemption import hold_requests
+from megatron_dypo.rollout import guard
+hold_requests()
+server = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive', flush=True)"
+command = [sys.executable, "-I", guard.__file__, str(os.getpid()), "5", sys.executable, "-c", server]
+sys.exit(subprocess.run(command).returncode)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
