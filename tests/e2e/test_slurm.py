@@ -170,8 +170,8 @@ def test_a_node_with_a_sick_gpu_is_named_left_out_and_replaced(slurm, task, tmp_
     driver.chmod(0o755)
     path = f"{driver.parent}:{sys.prefix}/bin:/usr/bin:/bin:/usr/sbin:/sbin"
     overrides = ["objective.name=sft", "run.steps=1"]
-    job = submit(slurm, task, tmp_path, *overrides, nodes=1, rollout_nodes=0, PATH=path, options=["--nodelist=node1"])
-    job.start_again_now(ReqNodeList="")
+    job = submit(slurm, task, tmp_path, *overrides, nodes=2, rollout_nodes=0, PATH=path)
+    job.start_again_now()
     assert "dypo: bad node node1: GPU 1 has memory errors: 1, 0, Yes, No" in job.output()
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
     assert job.show()["ExcNodeList"] == "node1"
