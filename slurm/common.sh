@@ -221,7 +221,7 @@ start_rollouts() {
   start rollout "${ROLLOUT[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh rollout "$PYTHON" -m megatron_dypo.cli serve "$CONFIG" \
     "${OVERRIDES[@]}" "${gpus[@]}" "rollout.servers.urls=[]" "rollout.servers.router=null"
   mapfile -t urls < <(server_urls)
-  OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]")
+  OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]" "rollout.servers.urls_come_back=true")
   [ "${ROUTER:-0}" = 1 ] || return 0
   start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m sglang_router.launch_router \
     --host "${ROLLOUT[0]}" --port $((DYPO_PORT + 1)) --worker-urls "${urls[@]}"

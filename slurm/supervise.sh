@@ -33,7 +33,7 @@ supervise() {
       kill -0 "${PID[$role]}" 2>/dev/null || role_ended "$role"
     done
     if [ -n "$STOP_AT" ] && [ $((SECONDS % 20)) = 0 ]; then
-      kill -USR1 "${PID[trainer]}" # again, for a rank that had not yet started when it came first
+      kill -USR1 "${PID[trainer]}" || true # again, for a rank that had not yet started when it came first
     fi
     if [ -n "$STOP_AT" ] && [ "$SECONDS" -ge "$STOP_AT" ]; then
       say "the trainer did not stop within GRACE_S=$GRACE_S; its last checkpoint counts"
@@ -46,7 +46,7 @@ ask_trainer_to_stop() {
   [ -z "$STOP_AT" ] || return 0
   say "$1: the trainer finishes its step and saves"
   STOP_AT=$((SECONDS + GRACE_S))
-  kill -USR1 "${PID[trainer]}"
+  kill -USR1 "${PID[trainer]}" || true # it may have ended just now
 }
 
 role_ended() {

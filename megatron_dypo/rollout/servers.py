@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_dypo.config import ServersConfig
-from megatron_dypo.rollout.launch import available_cores, lease_port, server_command, server_environment
+from megatron_dypo.rollout.launch import available_cores, lease_port, link_package, server_command, server_environment
 from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerProcess
 from megatron_dypo.rollout.supervise import Supervised, Supervisor
@@ -29,9 +29,10 @@ class ServerPool:
     They also stop when this process dies in any way. One that dies is started again at the same port.
     """
 
-    def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
+    def __init__(self, urls: Sequence[str], api_key: str | None, *, urls_come_back: bool = False) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.api_key = api_key
+        self.urls_come_back = urls_come_back
         self._on_stop = contextlib.ExitStack()
         self._processes: list[ServerProcess] = []
         self._starts: list[Callable[[], None]] = []
@@ -63,7 +64,9 @@ class ServerPool:
 
     def may_return(self) -> bool:
         """Whether a server that does not answer may do so after a while, without anybody's help."""
-        return self._supervisor is not None and any(server.given_up is None for server in self._supervisor.servers)
+        if self._supervisor is None:
+            return self.urls_come_back
+        return any(server.given_up is None for server in self._supervisor.servers)
 
     def stop(self) -> None:
         """Stop started servers: SIGTERM, then SIGKILL to the process group after a grace period. Idempotent."""
@@ -86,7 +89,8 @@ class ServerPool:
         self.stop()
 
     def _start(self, cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, seed: int, device: str) -> None:
-        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores())
+        python_path = link_package(log_dir / "python_path")
+        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores(), python_path)
         for index in range(cfg.count):
             lease = lease_port(cfg.host, cfg.port)
             self._on_stop.callback(lease.release)
@@ -172,7 +176,9 @@ def start_servers(
         ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype`` or ``cfg.port`` breaks a rule.
     """
     given_key = os.environ.get(cfg.api_key_env)
-    pool = ServerPool(cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16))
+    pool = ServerPool(
+        cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16), urls_come_back=cfg.urls_come_back
+    )
     with contextlib.ExitStack() as undo:
         undo.callback(pool.stop)
         if not cfg.urls:

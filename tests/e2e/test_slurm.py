@@ -135,12 +135,13 @@ def test_a_job_that_loses_a_trainer_node_goes_on_with_another(slurm, task, tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, task, tmp_path):
-    job = submit(slurm, task, tmp_path, "run.steps=8", nodes=4, rollout_nodes=2)
+    job = submit(slurm, task, tmp_path, "run.steps=8", nodes=3, rollout_nodes=1)
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
     kill_server(job, "node3")
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
     assert sorted(steps_of(tmp_path)) == list(range(1, 9))
-    assert "runs again; it serves after the next push" in (job.logs / "latest" / "rollout.node3.log").read_text()
+    assert "starting it again (1 of 3 times)" in (job.logs / "latest" / "rollout.node3.log").read_text()
+    assert "answers again and rejoins" in (job.logs / "latest" / "trainer.node1.log").read_text()
 
 
 @pytest.mark.slow

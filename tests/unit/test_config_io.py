@@ -102,3 +102,17 @@ def test_importing_the_config_loads_nothing_heavy():
     code = "import sys, megatron_dypo.config_io, megatron_dypo.cli\nprint([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
+
+
+def test_an_asynchronous_run_must_correct_for_older_weights(write):
+    path = write({**MINIMAL, "rollout": {"mode": "async"}})
+    with pytest.raises(ValueError, match=r"rollout\.mode=async: samples from older weights"):
+        load_config(path)
+    load_config(path, ["objective.importance.cap=2.0"])
+    load_config(path, ["score.policy=rollout"])
+
+
+def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):
+    overrides = ["rollout.mode=async", "objective.importance.cap=2.0", "weights.release_memory=true"]
+    with pytest.raises(ValueError, match=r"weights\.release_memory=true: needs rollout\.mode=sync"):
+        load_config(write(MINIMAL), overrides)
