@@ -176,9 +176,13 @@ class StandInEngine(FakeServer):
         with self.one_at_a_time:
             for pipe, payload in zip(self.pipes, body["serialized_named_tensors"], strict=True):
                 pipe.send(("load", payload))
-            # A rank that died raises here: the connection then closes without an answer, as that of a dead server does.
-            for pipe in self.pipes:
-                pipe.recv()
+            try:
+                for pipe in self.pipes:
+                    pipe.recv()
+            except EOFError:
+                # As SGLang's server, which does not outlive a scheduler; the connection closes without an answer.
+                self.die()
+                raise
         return 200, {"success": True}
 
 

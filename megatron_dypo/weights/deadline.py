@@ -23,6 +23,9 @@ class Deadline:
             raise TimeoutError(f"the {self.seconds:g} s that it may take have passed")
         return left
 
+    def has_passed(self) -> bool:
+        return time.monotonic() >= self._end
+
     def half(self) -> Deadline:
         """A deadline at half of the time that is left, so that as much is left after it. It may have passed."""
         return Deadline(max(self._end - time.monotonic(), 0.0) / 2)

@@ -145,10 +145,12 @@ class SGLangControl:
     def start_load(self, bodies: Sequence[Answer], deadline: Deadline) -> list[Future[Answer]]:
         """Ask each server to run a custom loader; its answer comes when that has ended, and fails by itself."""
 
+        timeout_s = deadline.remaining()
+
         async def one_server(url: str, body: Answer) -> Answer:
             async with self._session() as session:
                 path = "/update_weights_from_tensor"
-                return await self._call(session, "POST", url, path, body, deadline.remaining())
+                return await self._call(session, "POST", url, path, body, timeout_s)
 
         return [self._submit(one_server(url, body)) for url, body in zip(self.urls, bodies, strict=True)]
 

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_dypo.architecture import Architecture, Experts
 from megatron_dypo.weights.held import SourceLayout
 from megatron_dypo.weights.served import EngineLayout
+from tests.dist.planned_ranks import BUCKET_MB, Push, rank_push
 from tests.dist.spawn import run_ranks
 from tests.refit_standins import (
     StandInEngine,
-    held_names,
     hf_tensors,
-    plain_layout,
     served_params,
     served_shapes,
-    shard,
     standin_engine,
 )
 from tests.unit.weights.architectures import make_arch
-from tests.unit.weights.fake_sglang import KEY
-
-BUCKET_MB = 6
 
 WIDE = {
     "hidden_size": 128,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 16,
-    "ffn_hidden_size": 1536,
+    "ffn_hidden_size": 8192,
     "vocab_size": 1031,
 }
 DENSE = make_arch("qwen3", **WIDE)
@@ -51,99 +40,6 @@ MIXTURE = make_arch(
     experts=Experts(num_experts=4, per_token=2, ffn_hidden_size=40, normalized=True, balance_coef=0.0),
     **WIDE,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Push:
-    """What each rank of a test pushes, and how."""
-
-    arch: Architecture
-    axes: SourceLayout
-    urls: tuple[str, ...]
-    kind: str
-    dtype: torch.dtype = torch.float32
-    verify: str = "full"
-    deadline_s: float = 60.0
-    seeds: tuple[int, ...] = (1, 2)
-    """Of the models, one after the other."""
-
-
-class Allocations(TorchDispatchMode):
-    """The largest memory that any operator asked for, in bytes, and the operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = (0, "")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for made in tree_leaves(result):
-            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
-                self.largest = max(self.largest, (made.untyped_storage().nbytes(), str(func)))
-        return result
-
-    @contextlib.contextmanager
-    def in_all_threads(self) -> Iterator[None]:
-        """A dispatch mode holds for one thread: enter it in this one and in those that start meanwhile."""
-        mode, plain = self, threading.Thread
-
-        class RecordedThread(threading.Thread):
-            def run(self) -> None:
-                with mode:
-                    super().run()
-
-        threading.Thread = RecordedThread  # type: ignore[misc]
-        try:
-            with mode:
-                yield
-        finally:
-            threading.Thread = plain  # type: ignore[misc]
-
-
-def rank_push(push: Push) -> list[dict[str, Any]]:
-    """One push for each seed; what each came to."""
-    from megatron_dypo.config import WeightsConfig
-    from megatron_dypo.weights.bridge import Bridge
-    from megatron_dypo.weights.transports.base import PushError
-
-    dist.init_process_group("gloo")
-    layout = plain_layout(push.axes, dist.get_rank())
-    params: dict[str, Any] = dict.fromkeys(held_names(push.arch, push.axes, layout))
-    config = WeightsConfig(
-        transport=push.kind,  # type: ignore[arg-type]
-        verify=push.verify,  # type: ignore[arg-type]
-        bucket_mb=BUCKET_MB,
-        deadline_s=push.deadline_s,
-    )
-    folder = Path("unused")
-    bridge = Bridge(
-        layout,
-        push.arch,
-        lambda: params.items(),
-        urls=push.urls,
-        api_key=KEY,
-        config=config,
-        run_dir=folder,
-        hf_reference=folder,
-    )
-    outcomes = []
-    for version, seed in enumerate(push.seeds):
-        params.update({name: shard(name, push.arch, layout, seed, push.dtype) for name in params})
-        allocations, start, error, num_bytes = Allocations(), time.monotonic(), "", 0
-        try:
-            with allocations.in_all_threads():
-                num_bytes = bridge.push(version).bytes
-        except PushError as caught:
-            error = str(caught)
-        owned = max(param.numel() * param.element_size() for param in params.values())
-        seconds = time.monotonic() - start
-        outcomes.append(
-            {"error": error, "seconds": seconds, "bytes": num_bytes, "largest": allocations.largest, "owned": owned}
-        )
-    bridge.close()
-    dist.destroy_process_group()
-    return outcomes
 
 
 @contextlib.contextmanager
@@ -195,7 +91,8 @@ def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
         for outcome in outcomes:
             assert outcome["error"] == ""
             assert outcome["bytes"] <= 1.01 * own
-            assert outcome["largest"][0] <= BUCKET_MB * 2**20, outcome["largest"]
+            # One staging buffer; a whole matrix of an MLP has 4 MiB.
+            assert outcome["largest"][0] <= BUCKET_MB * 2**20 // 3, outcome["largest"]
 
 
 def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
@@ -208,7 +105,7 @@ def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
         ((outcome,), (other,)) = run_ranks(2, rank_push, push)
         assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
     assert outcome["error"] == other["error"]
-    for part in (engine.url, "rank 1", name, "(3, 5)", str((128, 768))):
+    for part in (engine.url, "rank 1", name, "(3, 5)", str((128, 4096))):
         assert part in outcome["error"]
 
 
@@ -264,7 +161,7 @@ def hang_while_receiving() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "fault", "at_most_s"),
-    [("p2p", die_while_receiving, 10), ("local", die_while_receiving, 10), ("p2p", hang_while_receiving, 25)],
+    [("p2p", die_while_receiving, 14), ("local", die_while_receiving, 14), ("p2p", hang_while_receiving, 29)],
 )
 def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s):
     layout = EngineLayout(tensor=1)

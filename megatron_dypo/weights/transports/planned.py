@@ -83,17 +83,6 @@ class PlannedTransport(Transport):
         self._num_pushes += 1
         return num_bytes
 
-    def _send(self, version: int, deadline: Deadline) -> int:
-        leads = self._control is not None
-        is_new = self._rank is None
-        if is_new:
-            met = self._lockstep.run(functools.partial(self._meet, deadline) if leads else None)
-            self._meeting = self._lockstep.gather(met)[0]
-        self._lockstep.run(functools.partial(self._announce, version, deadline, is_new) if leads else None)
-        if is_new:
-            self._lockstep.run(functools.partial(self._prepare, deadline))
-        return self._lockstep.run(functools.partial(self._transfer, version, deadline, is_new)) or 0
-
     def reset(self) -> None:
         if self._rank is not None:
             self._rank.close()
@@ -105,6 +94,17 @@ class PlannedTransport(Transport):
 
     def close(self) -> None:
         self.reset()
+
+    def _send(self, version: int, deadline: Deadline) -> int:
+        leads = self._control is not None
+        is_new = self._rank is None
+        if is_new:
+            met = self._lockstep.run(functools.partial(self._meet, deadline) if leads else None)
+            self._meeting = self._lockstep.gather(met)[0]
+        self._lockstep.run(functools.partial(self._announce, version, deadline, is_new) if leads else None)
+        if is_new:
+            self._lockstep.run(functools.partial(self._prepare, deadline))
+        return self._lockstep.run(functools.partial(self._transfer, version, deadline, is_new)) or 0
 
     def _meet(self, deadline: Deadline) -> Meeting:
         """Ask the servers for their layouts, and open a store for them."""

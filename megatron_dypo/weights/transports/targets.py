@@ -109,7 +109,8 @@ class Targets:
                 self._answers[engine].result()
             if self._answers[engine].done() or self._store.check([report_key(push, engine, target)]):
                 self._read_report(engine, target, push)
-            deadline.remaining()
+            if deadline.has_passed():
+                raise self._error(engine, target, f"its loader sent no inventory in {deadline.seconds:.1f} s")
             time.sleep(_POLL_S)
         inventory: dict[str, Any] = json.loads(self._store.get(key))
         return inventory
