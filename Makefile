@@ -13,11 +13,15 @@ TORCH := $(shell grep '^torch==' $(REQUIREMENTS))
 SETUP_KEY := $(shell cat $(REQUIREMENTS) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/setup-$(SETUP_KEY).done
 
+NEMO_RUN := .venv-nemo-run
+NEMO_RUN_EXTRA := $(shell sed -n '/^nemo-run =$$/,/^[^ ]/s/^    //p' setup.cfg)
+NEMO_RUN_STAMP := $(NEMO_RUN)/setup-$(shell echo "$(NEMO_RUN_EXTRA)" | cksum | cut -d ' ' -f 1).done
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format clean
+.PHONY: help setup setup-nemo-run quickstart test test-all lint format clean
 
 help:  ## Show the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(STAMP)  ## Create .venv from the pinned requirements and install the package into it.
 
@@ -31,6 +35,15 @@ $(STAMP):
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/setup-*.done && touch $@
+
+setup-nemo-run: $(NEMO_RUN_STAMP)  ## Create .venv-nemo-run, from which examples/nemo_run is started (540 MB).
+
+$(NEMO_RUN_STAMP):
+	$(PYTHON) -m venv $(NEMO_RUN)
+	$(NEMO_RUN)/bin/python -m pip --disable-pip-version-check install --quiet $(patsubst %,'%',$(NEMO_RUN_EXTRA))
+	@# The package alone: neither torch nor anything that trains is needed where jobs are started from.
+	$(NEMO_RUN)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
+	@rm -f $(NEMO_RUN)/setup-*.done && touch $@
 
 quickstart: setup  ## Train a tiny model with DYPO from start to end (about 10 minutes on 2 cores).
 	$(BIN)/python examples/quickstart/run.py

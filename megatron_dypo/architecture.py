@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+"""Values of ``model_type`` that have a name table (``megatron_dypo.weights.families``)."""
+
 ROPE_SCALINGS = ("llama3",)
 
 
@@ -58,10 +61,20 @@ class Architecture:
     qk_norm: bool
     experts: Experts | None = None
     """None: a dense MLP in every layer."""
+    sliding_window: int | None = None
+    """Tokens that attention reaches back over, the token itself included; None: to the first."""
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+    def check_length(self, num_tokens: int, name: str) -> None:
+        """Raise ValueError for sequences, of ``name``, that a sliding window would cut: our attention knows none."""
+        if self.sliding_window is not None and num_tokens > self.sliding_window:
+            raise ValueError(
+                f"{name} = {num_tokens}: must not exceed sliding_window={self.sliding_window} of the {self.family} model, "
+                "as attention is computed over whole sequences"
+            )
 
 
 def load_architecture(hf_path: str | Path) -> Architecture:
@@ -83,8 +96,8 @@ def load_architecture(hf_path: str | Path) -> Architecture:
 def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
     """The architecture of an HF config given as a mapping; ``where`` names it in errors."""
     family = raw.get("model_type")
-    if family not in ("llama", "qwen2", "qwen3", "qwen3_moe"):
-        raise ValueError(f"{where}: model_type={family!r}: must be one of llama, qwen2, qwen3, qwen3_moe")
+    if family not in FAMILIES:
+        raise ValueError(f"{where}: model_type={family!r}: must be one of {', '.join(FAMILIES)}")
     _refuse_unsupported(raw, where)
     hidden, heads = _integer(raw, "hidden_size", where), _integer(raw, "num_attention_heads", where)
     kv_heads = int(raw.get("num_key_value_heads") or heads)
@@ -108,7 +121,13 @@ def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
         experts=_experts(raw, where) if family == "qwen3_moe" else None,
+        sliding_window=_sliding_window(raw, where) if family == "mistral" else None,
     )
+
+
+def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
+    # Other families name a window that they do not use (``use_sliding_window: false``).
+    return None if raw.get("sliding_window") is None else _integer(raw, "sliding_window", where)
 
 
 def _experts(raw: Mapping[str, Any], where: str) -> Experts:

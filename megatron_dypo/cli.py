@@ -1,8 +1,10 @@
-"""The command line: ``megatron-dypo train | serve | report``."""
+"""The command line: ``megatron-dypo train | serve | plan | report | plan-refit``."""
 
 from __future__ import annotations
 
+import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +83,41 @@ def serve(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
+    nodes: Annotated[int | None, typer.Option(help="Of the trainer; default: what the config asks for.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Mean prompt; default: a quarter of the limit.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Mean response; default: a quarter of the limit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+) -> None:
+    """Say without a GPU whether a run fits, what a step takes, and how to divide the GPUs.
+
+    Exit code 1: it does not fit.
+    """
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.planning.devices import find_gpu
+    from megatron_dypo.planning.plan import as_data, make_plan
+    from megatron_dypo.planning.report import render
+    from megatron_dypo.planning.setting import make_setting
+
+    setting = make_setting(
+        load_config(config, overrides or []),
+        find_gpu(gpu),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
+    made = make_plan(setting)
+    typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Run folder of `megatron-dypo train`.")],
 ) -> None:
@@ -88,6 +125,47 @@ def report(
     from megatron_dypo.report.page import render_report
 
     typer.echo(render_report(run_dir))
+
+
+class _Quantization(str, Enum):
+    NONE = "none"
+    BLOCK = "fp8_block"
+    CHANNEL = "fp8_channel"
+
+
+@app.command("plan-refit")
+def plan_refit(
+    config: Annotated[Path, typer.Argument(help="YAML file as of `train`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    bandwidth_gbs: Annotated[float, typer.Option(help="GB/s that a rank sends and receives at.")] = 50.0,
+    world_size: Annotated[int | None, typer.Option(help="Trainer ranks.", show_default="as `train` starts")] = None,
+    ep_size: Annotated[int | None, typer.Option(help="SGLang's --ep-size.", show_default="extra_args, or 1")] = None,
+    stage_layers: Annotated[str, typer.Option(help="Layers of each stage, as 23,24,24,23; else equally many.")] = "",
+    quantization: Annotated[
+        _Quantization, typer.Option(help="Type that linear weights travel in.")
+    ] = _Quantization.NONE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every rank, every link.")] = False,
+) -> None:
+    """Say what a push of weights moves: bytes of ranks and links, the limit, the time that the plan's order gives.
+
+    Reads the config and MODEL/config.json; needs neither weights nor servers.
+    """
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.plan_refit import RefitOptions, layers_by_stage, plan_of_config, refusal_of_training
+    from megatron_dypo.weights.refit_summary import summarize, to_json, to_text
+
+    resolved = load_config(config, overrides or [])
+    options = RefitOptions(
+        world_size=world_size,
+        ep_size=ep_size,
+        stage_layers=layers_by_stage(stage_layers),
+        quantization=quantization.value,
+    )
+    plan = plan_of_config(resolved, options)
+    summary = summarize(plan, bandwidth_gbs * 1e9)
+    typer.echo(json.dumps(to_json(summary)) if as_json else to_text(plan, summary))
+    if refusal := refusal_of_training(resolved):
+        typer.echo(f"note: `train` refuses this layout: {refusal}", err=True)
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ class RunConfig:
     """Seeds shuffling, the teacher draw and the model-parallel RNGs."""
     resume: bool = True
     """False: refuse a run folder that already holds a checkpoint."""
+    check_memory: bool = True
+    """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
@@ -44,6 +46,9 @@ class ModelConfig:
     """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
+    logprob_memory_mb: float | None = None
+    """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
+    give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
     balance_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
 
@@ -51,6 +56,8 @@ class ModelConfig:
         require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
         if self.balance_coef is not None:
             require_not_negative(self, "balance_coef")
+        if self.logprob_memory_mb is not None:
+            require_positive(self, "logprob_memory_mb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +73,15 @@ class ParallelConfig:
     context: int = 1
     """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
-    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage; an
-    expert itself is never split."""
+    """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
+    expert_tensor: int = 1
+    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage; whatever
+    ``tensor`` is, 1 keeps experts whole."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "tensor", "pipeline", "context", "expert")
+        require_positive(self, "tensor", "pipeline", "context", "expert", "expert_tensor")
         require(not self.sequence or self.tensor > 1, "sequence=true", f"needs tensor > 1, got {self.tensor}")
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
@@ -85,10 +94,15 @@ class ParallelConfig:
                 f"must be a multiple of tensor × pipeline × context = {model_size}",
             )
             require(
-                self.num_processes // self.pipeline % self.expert == 0,
-                f"expert={self.expert}",
+                self.num_processes // self.pipeline % self.expert_ranks == 0,
+                f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
                 f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
             )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold all experts of a layer once."""
+        return self.expert * self.expert_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +172,14 @@ class ServersConfig:
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
     start_deadline_s: float = 600.0
+    stop_grace_s: float = 20.0
+    """Time that a server of the run gets to end by itself before it is killed."""
     restarts: int = 3
     """Times that a server which the run started is started again after it died, each server by itself; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s")
+        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s", "stop_grace_s")
         require_not_negative(self, "restarts")
         require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
@@ -176,6 +192,14 @@ class RolloutConfig:
 
     group_size: int = 8
     """k (paper: 8)."""
+    mode: Literal["sync", "async"] = "sync"
+    """``sync``: collect, then learn. ``async``: the next rollout batch is collected while this one is learnt from, so
+    that it is one batch older than the weights that learn from it, and its rollouts may span a push
+    (``weights.in_flight``); ``objective.importance`` corrects for both."""
+    oversample: float = 1.0
+    """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
+    collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and
+    short responses come first. What a synchronous run then aborts is the first to be drawn in the next batch."""
     prompts_per_step: int = 128
     """Prompts drawn for one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
@@ -193,6 +217,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
+        require(self.oversample >= 1, f"oversample={self.oversample}", "must be at least 1")
         require_positive(
             self, "prompts_per_step", "max_new_tokens", "max_in_flight", "request_deadline_s", "temperature"
         )
@@ -291,10 +316,22 @@ class OptimizerConfig:
 class WeightsConfig:
     """How new weights reach the servers."""
 
-    transport: Literal["broadcast", "disk"] = "broadcast"
-    """``broadcast``: SGLang's distributed update over gloo or NCCL. ``disk``: a shared folder."""
+    transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"
+    """``p2p``: each rank sends each server's ranks the slices that they need, over gloo or NCCL. ``local``: the same
+    through shared memory, for servers on the trainer's host. Both need servers with our loader, as those that the run
+    starts. ``broadcast``: SGLang's distributed update of whole tensors. ``disk``: a shared folder. ``auto``: the first
+    of ``local``, ``p2p``, ``broadcast`` that all servers support."""
+    verify: Literal["off", "sampled", "full"] = "sampled"
+    """Compare checksums of what was sent and received by ``p2p`` and ``local``: of nothing, of a sixteenth (others in
+    each version), of all."""
+    quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
+    """What ``p2p`` and ``local`` make of linear weights before they send them, for servers of such a model: FP8 e4m3
+    with a scale for each block of 128×128 (DeepSeek's format) or for each row."""
+    release_memory: bool = False
+    """Let servers give their memory back while the trainer needs it, for servers that the run starts on its own GPUs
+    (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
     bucket_mb: int = 512
-    """Size of one broadcast bucket."""
+    """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
     in_flight: Literal["pause", "abort"] = "pause"
     """What a push does to running requests."""
     deadline_s: float = 600.0
@@ -303,6 +340,11 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mb", "deadline_s")
+        require(
+            self.quantize == "none" or self.transport not in ("broadcast", "disk"),
+            f"weights.quantize={self.quantize}",
+            f"needs transport auto, p2p or local, got {self.transport}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,9 +429,19 @@ class Config:
             "objective.importance",
             "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
         )
-        whole = self.objective.needs_whole_sequences()
         require(
-            whole is None or self.parallel.context == 1,
-            f"objective.{whole}",
-            f"needs parallel.context=1, got {self.parallel.context}: each rank would see a part of each sequence only",
+            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.score.policy == "rollout",
+            "rollout.mode=async",
+            "samples from older weights: correct for it with objective.importance (cap: 2.0 is usual), or take "
+            "score.policy=rollout, whose clipped ratio is to the weights that sampled",
+        )
+        require(
+            not (self.weights.release_memory and self.rollout.servers.urls),
+            "weights.release_memory=true",
+            "needs servers that the run starts: those of rollout.servers.urls may serve others",
+        )
+        require(
+            not (self.weights.release_memory and self.rollout.mode == "async"),
+            "weights.release_memory=true",
+            "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -58,6 +59,17 @@ def changed_lines(before: str, after: str) -> list[str]:
     """``section.key: old → new`` for each value that differs between two dumped configs."""
     old, new = (dict(_leaves(yaml.safe_load(text), "")) for text in (before, after))
     return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def override_lines(before: Config, after: Config) -> list[str]:
+    """The overrides that turn one config into the other: ``section.key=value``, as :func:`load_config` reads them."""
+    old, new = (dict(_leaves(yaml.safe_load(dump_config(config)), "")) for config in (before, after))
+    return [f"{key}={_flow_yaml(value)}" for key, value in new.items() if old[key] != value]
+
+
+def _flow_yaml(value: Any) -> str:
+    """A value as YAML in one line; in a list, for a scalar alone would bring an end-of-document mark."""
+    return yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
 
 
 def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:

@@ -114,13 +114,3 @@ class ObjectiveConfig:
         require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
         if self.dual_clip is not None:
             require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
-
-    def needs_whole_sequences(self) -> str | None:
-        """The first option, as ``name=value``, for which the loss must see all tokens of a sequence; None: no such."""
-        for name in ("ratio", "gal_clip"):
-            if getattr(self, name) == "sequence":
-                return f"{name}=sequence"
-        for name in ("sequence_bounds", "sequence_max_gap"):
-            if getattr(self.importance, name) is not None:
-                return f"importance.{name}={getattr(self.importance, name)}"
-        return None

@@ -20,7 +20,7 @@ def check_inputs(config: Config) -> list[str]:
     """What a dry run notes and a real run refuses: files that are not there.
 
     Raises:
-        ValueError: a model that is there and does not fit the parallel layout.
+        ValueError: a model that is there and does not fit the parallel layout or the length of sequences.
     """
     from megatron_dypo.objective.recipes.registry import build_objective  # brings torch, which --help need not wait for
 
@@ -33,14 +33,20 @@ def check_inputs(config: Config) -> list[str]:
     if not (Path(config.model.hf_path) / "config.json").is_file():
         return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
     build_objective(config.objective)
-    check_layout(load_architecture(config.model.hf_path), config.parallel)
+    arch = load_architecture(config.model.hf_path)
+    check_layout(arch, config.parallel)
+    arch.check_length(
+        config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.data.max_trace_tokens),
+        "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
+    )
     return notes
 
 
 def num_processes(config: Config) -> int:
     """Ranks that the config asks for on this machine."""
     parallel = config.parallel
-    return parallel.num_processes or parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
+    stage = math.lcm(parallel.tensor * parallel.context, parallel.expert_ranks)
+    return parallel.num_processes or parallel.pipeline * stage
 
 
 def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,11 +16,11 @@ import torch.distributed as dist
 import yaml
 
 from megatron_dypo.architecture import Architecture, load_architecture
-from megatron_dypo.batching.exchange import broadcast_object
+from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config import Config
 from megatron_dypo.config_io import changed_lines, dump_config
-from megatron_dypo.data.prompts import PromptDataset, PromptStream
+from megatron_dypo.data.prompts import DropCounts, PromptDataset, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.mcore import checkpoint, features
@@ -29,13 +31,16 @@ from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics import MetricsWriter, Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.parallel.device import device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.servers import ServerPool, start_servers
+from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.samples import SampleLog, discard_samples
 from megatron_dypo.tally import Tally
+from megatron_dypo.types import GradedGroup, Prompt
 from megatron_dypo.versions import write_versions
 from megatron_dypo.weights.bridge import Bridge
 from megatron_dypo.weights.engines import Watch
@@ -59,7 +64,14 @@ class Leader:
     sample_log: SampleLog
     queues: Queues = field(default_factory=Queues)
     cursor: int = 0
-    """Draws made from ``stream`` so far, over all replicas."""
+    """Position of the next draw from ``stream``; replicas that collect in the background are not in step."""
+    drops: deque[DropCounts] = field(default_factory=deque)
+    """What draws left out, until it is counted."""
+    unfinished: list[Prompt] = field(default_factory=list)
+    """Drawn by the run that this one resumes, and to be drawn again first."""
+    background_client: SGLangClient | None = None
+    """For ``background`` alone, which runs while ``client`` evaluates."""
+    background: RolloutStream[GradedGroup] | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,6 +96,8 @@ class Run:
     """Optimizer steps done; also the version of the weights."""
     batches: int = 0
     """Rollout batches opened."""
+    served_version: int = 0
+    """Of the last push."""
     is_mid_batch: bool = False
     """The open rollout batch has updates left: nothing is collected and nothing pushed before they are made."""
     timings: Timings = field(default_factory=Timings)
@@ -105,7 +119,8 @@ def open_run(config: Config) -> Iterator[Run]:
     """Build a run: layout, servers, model, optimizer, last checkpoint, data, bridge. Collective over the world.
 
     Raises:
-        ValueError: the run folder holds a checkpoint and ``run.resume`` is false; or any input breaks a rule.
+        ValueError: the run folder holds a checkpoint and ``run.resume`` is false; the policy does not fit into the
+            GPUs (``run.check_memory``); or any input breaks a rule.
     """
     objective = build_objective(config.objective)
     with contextlib.ExitStack() as stack:
@@ -113,6 +128,9 @@ def open_run(config: Config) -> Iterator[Run]:
         patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
         layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
+        if config.run.check_memory and (memory := memory_bytes()) is not None:
+            fused = features.probe().transformer_engine
+            check_memory(config, trainer_gpus=layout.world_size, memory=memory, fused=fused)
         latest = _prepare_folder(config, layout)
         with_servers = uses_servers(config, objective, checkpoint.step_of(latest) if latest else 0)
         starting = _start_servers(config, stack) if with_servers and layout.is_global_leader else None
@@ -148,7 +166,7 @@ def save_checkpoint(run: Run) -> Path:
         optimizer=run.optimizer,
         layout=run.layout,
         trainer_state={
-            "cursor": leader.cursor if leader else 0,
+            **(_drawn(leader, run.layout) if leader else {}),
             "batches": run.batches,
             "is_mid_batch": run.is_mid_batch,
         },
@@ -157,6 +175,19 @@ def save_checkpoint(run: Run) -> Path:
         hf_path=run.config.model.hf_path,
         keep=run.config.checkpoint.keep,
     )
+
+
+def _drawn(leader: Leader, layout: Layout) -> dict[str, Any]:
+    """Where the next draw of the run is, and which draws before it came to nothing yet. Collective over the leaders."""
+    stream = leader.background
+    with stream.still() if stream else contextlib.nullcontext():
+        unfinished = [prompt.order for prompt in leader.unfinished] + (stream.unfinished() if stream else [])
+        cursor = leader.cursor
+    by_leader = gather_objects((cursor, unfinished), leader.group)
+    end = max(cursor for cursor, _ in by_leader)
+    for rank, (cursor, orders) in enumerate(by_leader):
+        orders += range(cursor + (rank - cursor) % layout.data, end, layout.data)
+    return {"cursor": end, "unfinished": sorted(order for _, orders in by_leader for order in orders)}
 
 
 def _prepare_folder(config: Config, layout: Layout) -> Path | None:
@@ -258,6 +289,9 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | No
     )
     if restored is not None:
         leader.cursor = int(restored.trainer_state["cursor"])
+        orders = restored.trainer_state["unfinished"]
+        mine = [order for order in orders if order % layout.data == layout.dp_rank]
+        leader.unfinished, _ = leader.stream.at(mine)
         _share_queues(leader.queues, restored.leader_states, layout)
     return leader
 
@@ -295,7 +329,8 @@ def _connect(
     config, router = run.config, run.config.rollout.servers.router
     if run.leader:
         tokenizer = run.leader.tokenizer
-        run.leader.client = SGLangClient(
+        make_client = functools.partial(
+            SGLangClient,
             urls,
             api_key,
             cfg=config.rollout,
@@ -304,6 +339,8 @@ def _connect(
             check=pool.check if pool else None,
             router=router,
         )
+        run.leader.client, run.leader.background_client = make_client(), make_client()
+        stack.callback(_stop_background, run.leader)
     if router and run.layout.is_global_leader:
         run.router = Router(router, api_key)
     bridge = Bridge(
@@ -318,3 +355,8 @@ def _connect(
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
     )
     run.bridge = stack.enter_context(contextlib.closing(bridge))
+
+
+def _stop_background(leader: Leader) -> None:
+    if leader.background is not None:
+        leader.background.stop()

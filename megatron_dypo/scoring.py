@@ -16,13 +16,14 @@ from megatron_dypo.mcore.score import sequence_logprobs
 from megatron_dypo.run import Run
 from megatron_dypo.stages import Batch
 from megatron_dypo.tally import tally_score_error
-from megatron_dypo.types import Floats, Sample, Treatment
+from megatron_dypo.types import Floats, Sample
 
 
 def score(run: Run) -> None:
     """log π_old and log π_ref of the rollouts that came in since the last rollout batch.
 
-    The weights have not changed since those rollouts were sampled, so the policy *is* π_old.
+    A synchronous run has not changed the weights since those rollouts were sampled: the policy *is* the one that
+    sampled. Else π_old is the policy now, and ``objective.importance`` corrects for the one that sampled.
     """
     unscored = run.leader.queues.unscored() if run.leader else None
     old = _old_logprobs(run, unscored)
@@ -31,18 +32,20 @@ def score(run: Run) -> None:
         with run.timings.measure("ref_log_prob"), run.reference.swapped_in():
             reference = _logprobs(run, unscored)
     if unscored is not None and old is not None and reference is not None:
+        is_own = run.config.score.policy == "trainer"
         for sample, old_logp, ref_logp in zip(unscored, old, reference, strict=True):
             sample.old_logp, sample.ref_logp = old_logp, ref_logp
+            sample.scored_version = run.step if is_own else sample.policy_version
 
 
 def rescore_stale(run: Run, batch: Batch) -> None:
-    """log π_θ of what older weights made, where the objective's weights are those of this update's policy."""
+    """log π_θ of what was scored under older weights, where the objective wants that of this update's policy."""
     if not run.objective.needs_current_logprobs():
         return
     stale = None
     if run.leader:
         members = itertools.chain.from_iterable(batch.groups)
-        stale = [s for s in members if s.treatment is Treatment.REINFORCE and s.policy_version < run.step]
+        stale = [s for s in members if s.scored_version is not None and s.scored_version < run.step]
     with run.timings.measure("old_log_prob"):
         current = _logprobs(run, stale)
     if stale is not None and current is not None:

@@ -25,16 +25,29 @@ def push(run: Run) -> dict[str, float]:
     """Bring the servers to the weights of ``run.step``, and send requests to those alone; nothing to do without servers."""
     if run.bridge is None:
         return {}
-    before = run.bridge.serving
+    before, leader = run.bridge.serving, run.leader
+    # What a stream has in flight may end before the push or after it.
+    recent = range(run.served_version, run.step + 1)
+    if leader and leader.background:
+        leader.background.accept(recent)
     with run.timings.measure("update_weights"):
         pushed = run.bridge.push(run.step)
     if run.layout.is_global_leader:
         tally_push(run.tally, pushed)
     if run.router is not None:
         run.router.move(before, run.bridge.serving)
-    if run.leader and run.leader.client:
-        run.leader.client.serve(run.bridge.serving, run.step)
+    if leader and leader.client and leader.background_client:
+        leader.client.serve(run.bridge.serving, range(run.step, run.step + 1))
+        serve = leader.background.serve if leader.background else leader.background_client.serve
+        serve(run.bridge.serving, recent)
+    run.served_version = run.step
     return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
+
+
+def release(run: Run) -> None:
+    """Let the servers' memory go until the next push, where the config says so."""
+    if run.bridge is not None:
+        run.bridge.release()
 
 
 def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> list[RolloutGroup]:

@@ -1,13 +1,13 @@
-"""The verbs of a training step, in the order in which :func:`megatron_dypo.train.train_step` calls them.
+"""What a training step does once the queues are filled, in the order of :func:`megatron_dypo.train.train_step`.
 
-A replica's leader talks to servers, verifiers and queues; its other ranks join for forward and backward passes. Every
-function here is called by all ranks.
+A replica's leader holds the queues; its other ranks join for forward and backward passes. Every function here is called
+by all ranks.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,19 +23,15 @@ from megatron_dypo.batching.pack import (
 )
 from megatron_dypo.batching.queues import oldest
 from megatron_dypo.batching.zigzag import shard
-from megatron_dypo.grading.verify import grade
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.router import balance_metrics
 from megatron_dypo.mcore.score import largest_count, pack_rows, round_up_microbatches
-from megatron_dypo.objective.route import Routed, route
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
 from megatron_dypo.progress import progress
-from megatron_dypo.run import Leader, Run
-from megatron_dypo.samples import SampleRow, sample_row
-from megatron_dypo.serving import sample
-from megatron_dypo.tally import tally_gal, tally_groups, tally_update, tally_work
-from megatron_dypo.types import GradedGroup, Microbatch, Prompt, RolloutGroup, Sample, Totals, Treatment
+from megatron_dypo.run import Run
+from megatron_dypo.tally import tally_gal, tally_update, tally_work
+from megatron_dypo.types import Microbatch, Sample, Totals, Treatment
 
 log = logging.getLogger("megatron_dypo")
 
@@ -49,22 +45,6 @@ class Batch:
     totals: Totals
     is_last: bool
     """Nothing of the rollout batch is left for another update."""
-
-
-def fill_queues(run: Run) -> None:
-    """Collect, grade and route rounds of prompts until the queues hold a rollout batch."""
-    leader, batching = run.leader, run.config.batching
-    rows, rounds = list[SampleRow](), 0
-    if leader:
-        run.tally.add("stale", leader.queues.drop_stale(run.step, batching.max_version_lag))
-    while rounds < batching.max_collect_rounds and _waiting(run) < batching.prompts_per_batch:
-        groups = _collect(run, _next_prompts(run, leader) if leader else [])
-        if leader:
-            rows += _grade_and_route(run, leader, groups)
-        rounds += 1
-    if leader:
-        run.tally.extreme("max:rounds", rounds)
-        leader.sample_log.write(run.step + 1, rows)
 
 
 def open_batch(run: Run) -> None:
@@ -132,62 +112,6 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
         "train/padding_ratio": padding,
         **balance_metrics(run.chunks),
     }
-
-
-def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
-    count = run.config.rollout.prompts_per_step
-    prompts, drops = leader.stream.take(leader.cursor, count, run.layout.dp_rank, run.layout.data)
-    leader.cursor += count
-    run.tally.extreme("max:epoch", max((prompt.visit for prompt in prompts), default=0))
-    run.tally.add("dropped_prompts", drops.prompts)
-    run.tally.add("dropped_traces", drops.traces)
-    return prompts
-
-
-def _collect(run: Run, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-    """Groups of the prompts, without rollouts where the objective needs none. Collective over the world."""
-    if not run.objective.needs_rollouts(run.step):
-        return [RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts]
-    return sample(run, prompts, "gen", group_size=run.config.rollout.group_size)
-
-
-def _grade_and_route(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> Iterator[SampleRow]:
-    """Put what can be learnt from into the queues; yields the row of each prompt for people to read."""
-    graded = _graded(run, leader, groups)
-    tally_groups(run.tally, graded)
-    routed = route(graded, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
-    for samples in filter(None, routed.samples):
-        leader.queues.put(samples)
-    run.tally.add("hard_without_teacher", routed.without_teacher)
-    for teacher, count in routed.teacher_counts().items():
-        run.tally.add(f"teacher/{teacher}", count)
-        run.tally.add("teachers", count)
-    return _sample_rows(run.step + 1, graded, routed, leader)
-
-
-def _graded(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
-    if not run.objective.needs_rollouts(run.step):
-        return [GradedGroup(prompt=group.prompt, rollouts=(), verdicts=(), tier=None) for group in groups]
-    with run.timings.measure("reward"):
-        assert leader.verifier is not None
-        return grade(
-            groups,
-            leader.verifier,
-            run.config.grading.truncated_is_wrong,
-            show_progress=run.layout.is_global_leader,
-        )
-
-
-def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leader: Leader) -> Iterator[SampleRow]:
-    for group, treatment, teacher in zip(graded, routed.treatments, routed.teachers, strict=True):
-        trace = None if teacher is None else leader.tokenizer.decode(group.prompt.traces[teacher].tolist())
-        yield sample_row(step, group, treatment, teacher=teacher, trace=trace)
-
-
-def _waiting(run: Run) -> int:
-    """Groups in the queues of all replicas, on every rank."""
-    count = sum(gather_objects(len(run.leader.queues), run.leader.group)) if run.leader else 0
-    return broadcast_object(count, run.layout.replica_group)
 
 
 def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from megatron_dypo.batching.exchange import gather_objects
+from megatron_dypo.collecting import fill_queues
 from megatron_dypo.config import Config
 from megatron_dypo.evaluate import evaluate
 from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
@@ -16,8 +17,8 @@ from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.preemption import is_requested
 from megatron_dypo.run import Run, open_run, save_checkpoint
 from megatron_dypo.scoring import rescore_stale, score
-from megatron_dypo.serving import push
-from megatron_dypo.stages import fill_queues, open_batch, take_batch, update, weigh
+from megatron_dypo.serving import push, release
+from megatron_dypo.stages import open_batch, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.weights.export import export_hf
 
@@ -54,6 +55,7 @@ def train_step(run: Run) -> bool:
     with run.timings.measure("step"):
         if not run.is_mid_batch:
             fill_queues(run)
+            release(run)
             score(run)
             open_batch(run)
             run.batches += 1

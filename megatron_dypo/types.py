@@ -79,6 +79,8 @@ class Rollout:
     """``length`` marks a truncated rollout."""
     policy_version: int
     """Version of the weights that sampled the first token (the oldest, if a push happened meanwhile)."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(version, index of the first token that it sampled), in the order of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class Sample:
     """[R] log π_old, by the trainer's own forward pass or the servers' (``score.policy``)."""
     current_logp_sum: float | None = None
     """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
+    scored_version: int | None = None
+    """Version of the weights that ``old_logp`` are of; None where there are none."""
     ref_logp: Floats | None = None
     """[R] log π_ref."""
     weights: TokenWeights | None = None

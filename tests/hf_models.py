@@ -19,8 +19,10 @@ LLAMA3_ROPE = {
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
+    "llama2": ("LlamaConfig", {"num_key_value_heads": 8}),
     "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama3_rope": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("MistralConfig", {"head_dim": 24, "sliding_window": 128}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 24}),
 }

@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_dypo.weights.quantized_names import Quantization
+
 
 def main(
     mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder: of a converter, or a run's checkpoints/step_N.")],
@@ -28,6 +30,10 @@ def main(
         int, typer.Option(help="Size that wrote the checkpoint. Not needed: a checkpoint says itself how it is cut.")
     ] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="As above.")] = 1,
+    quantize: Annotated[
+        Quantization,
+        typer.Option(help="FP8 e4m3 for the layers' linear weights: a scale for each 128×128 block, or for each row."),
+    ] = "none",
 ) -> None:
     """Convert a Megatron-Core checkpoint to an HF model folder."""
     from megatron_dypo.weights.convert import mcore_to_hf
@@ -38,6 +44,7 @@ def main(
         hf_reference=hf_reference,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
+        quantization=quantize,
     )
     typer.echo(hf_path)
 

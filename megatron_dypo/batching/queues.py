@@ -120,6 +120,7 @@ def _scalars(sample: Sample) -> dict[str, object]:
         "treatment": sample.treatment.value,
         "num_prompt_tokens": sample.num_prompt_tokens,
         "policy_version": sample.policy_version,
+        "scored_version": sample.scored_version,
         "is_correct": sample.is_correct,
         "reward": sample.reward,
         "current_logp_sum": sample.current_logp_sum,

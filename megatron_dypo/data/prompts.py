@@ -57,7 +57,10 @@ class PromptStream:
         Fewer where prompts were over the length limit; ``Prompt.order`` is the position, ``Prompt.visit`` the epoch.
         """
         first = start + (shard - start) % num_shards
-        positions = range(first, start + count, num_shards)
+        return self.at(range(first, start + count, num_shards))
+
+    def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
+        """The draws at these positions, as :meth:`take` gives them."""
         rows = [self._row_at(position) for position in positions]
         visits = [position // len(self._dataset) for position in positions]
         return self._prompts(rows, positions, visits, with_traces=True)

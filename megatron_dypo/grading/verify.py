@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ class Verifier:
     A verification that raises, outlives ``cfg.deadline_s`` or ends its process costs that one pair: its Verdict is
     incorrect and carries ``error``, a warning shows its input, and the process is replaced where need be. Entering
     starts the processes and imports the verifier; it raises ValueError naming ``grading.verifier`` if that fails.
+    Threads that verify at the same time take turns.
     """
 
     def __init__(self, cfg: GradingConfig) -> None:
@@ -42,6 +44,7 @@ class Verifier:
         if not module or not function.isidentifier():
             raise ValueError(f"grading.verifier={cfg.verifier!r}: an import path must look like pkg.module:function")
         self._workers: list[WorkerProcess] = []
+        self._turn = threading.Lock()
         self.num_errors = 0
         """Verifications since the start that ended in an error."""
 
@@ -70,6 +73,10 @@ class Verifier:
         """Verdicts of (response, answer) ``pairs``, in their order; ``bar`` is updated by one for each."""
         if not self._workers:
             raise RuntimeError("the verifier is not running: use it in a `with` block")
+        with self._turn:
+            return self._verify(pairs, bar)
+
+    def _verify(self, pairs: Sequence[tuple[str, str]], bar: Progress | None) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(pairs)
         todo = deque(range(len(pairs)))
         batch = max(1, min(_MAX_BATCH, len(pairs) // (4 * len(self._workers))))

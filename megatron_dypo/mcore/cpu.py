@@ -38,6 +38,7 @@ def install() -> None:
     _patch_torch_cuda()
     _patch_tensor_methods()
     _patch_gloo_scatter()
+    _patch_gloo_uneven()
     _patch_rng_tracker()
     _patch_torch_norm()
     _patch_selective_checkpoint()
@@ -111,6 +112,39 @@ def _patch_gloo_scatter() -> None:
         return upstream_scatter(tensor, pieces, *args, **kwargs)
 
     dist.scatter = scatter
+
+
+def _patch_gloo_uneven() -> None:
+    """gloo gathers and scatters tensors of one size only; the ranks that an expert is split over have uneven tokens for it.
+
+    tensor_parallel/mappings.py:151 gathers them over the expert-tensor group, :193 adds the outputs up and scatters them.
+    """
+    upstream_all_gather, upstream_reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    @functools.wraps(upstream_all_gather)
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        if len({piece.shape for piece in tensor_list}) == 1:
+            return upstream_all_gather(tensor_list, tensor, group, **kwargs)
+        for rank, piece in enumerate(tensor_list):
+            if rank == dist.get_rank(group):
+                piece.copy_(tensor)
+            dist.broadcast(piece, group=group, group_src=rank)
+        return None
+
+    @functools.wraps(upstream_reduce_scatter)
+    def reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if len({piece.shape for piece in input_list}) == 1:
+            return upstream_reduce_scatter(output, input_list, *args, **kwargs)
+        group = kwargs.get("group")
+        for rank, piece in enumerate(input_list):
+            total = piece.clone(memory_format=torch.contiguous_format)
+            dist.reduce(total, group=group, group_dst=rank)
+            if rank == dist.get_rank(group):
+                output.copy_(total)
+        return None
+
+    dist.all_gather = all_gather  # type: ignore[assignment]
+    dist.reduce_scatter = reduce_scatter
 
 
 def _patch_rng_tracker() -> None:

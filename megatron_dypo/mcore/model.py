@@ -71,7 +71,7 @@ def build_model(
     )
     chunks = []
     for stage in range(layout.virtual_pipeline):
-        module = _build_chunk(arch, config, features, layout, stage)
+        module = _build_chunk(arch, model, config, features, layout, stage)
         wrapped = Float16Module(config, module) if config.bf16 else module
         # Only the first chunk's gradients are reduced while others still compute, so only it is cut into buckets.
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
@@ -126,17 +126,27 @@ def load_initial_weights(
         checkpoint.load_weights(model.mcore_path, chunks)
     else:
         reader = HFReader(model.hf_path)
-        load_hf_weights(named_global_parameters(chunks), reader, arch, layout.tp_rank, layout.tensor)
+        load_hf_weights(
+            named_global_parameters(chunks),
+            reader,
+            arch,
+            layout.tp_rank,
+            layout.tensor,
+            etp_rank=layout.etp_rank,
+            etp_size=layout.expert_tensor,
+        )
 
 
 def _build_chunk(
-    arch: Architecture, config: TransformerConfig, features: Features, layout: Layout, stage: int
+    arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: Layout, stage: int
 ) -> PolicyModel:
+    memory_mb = model.logprob_memory_mb
     chunk = PolicyModel(
         config,
         layer_spec(arch, features),
         vocab_size=arch.padded_vocab_size(layout.tensor),
         num_tokens=arch.vocab_size,
+        logprob_memory=None if memory_mb is None else round(memory_mb * 2**20),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=layout.is_first_stage and stage == 0,
         post_process=layout.is_last_stage and stage == layout.virtual_pipeline - 1,
@@ -183,7 +193,7 @@ def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, f
     return moe_settings(
         arch.experts,
         grouped=features.transformer_engine,
-        expert_parallel=parallel.expert,
+        parallel=parallel,
         balance_coef=coefficient,
     )
 

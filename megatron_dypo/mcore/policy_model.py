@@ -35,13 +35,15 @@ class PolicyModel(GPTModel):
     GPTModel. Under Megatron's DDP the gradient of the output weight is accumulated in its ``main_grad``.
     """
 
-    def __init__(self, *args: Any, num_tokens: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_tokens: int, logprob_memory: int | None = None, **kwargs: Any) -> None:
         """
         Args:
             num_tokens: entries of the real vocabulary; GPTModel's ``vocab_size`` is the padded one.
+            logprob_memory: ``memory_budget`` of :func:`~megatron_dypo.objective.fused_logprobs.fused_logprobs`, in bytes.
         """
         super().__init__(*args, **kwargs)
         self._num_tokens = num_tokens
+        self._logprob_memory = logprob_memory
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Any = None, **kwargs: Any
@@ -63,6 +65,7 @@ class PolicyModel(GPTModel):
             vocab_size=self._num_tokens,
             group=group,
             with_entropy=self.training,
+            memory_budget=self._logprob_memory,
             sink=_main_grad_sink(weight_VH, is_embedding=is_tied and self.pre_process),
         )
 

@@ -14,9 +14,10 @@ Megatron's own loss does not fit here: with ``calculate_per_token_loss`` it is m
 expectation of a division of all gradients by the global number of tokens at the end (transformer/moe/router.py:456-472 of
 0.16.1), which a globally normalised objective does not have.
 
-Routing replay (train with the experts that the rollout servers chose) would enter here: override ``routing`` to hand the
-recorded top-k indices of the microbatch's tokens to Megatron's ``RouterReplay``; they would travel with ``Sample`` through
-``batching.pack`` as a stream of [T, layers, k].
+Routing replay (train with the experts that the rollout servers chose) would enter here: with ``moe_enable_routing_replay``
+Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206), and ``BalancedRouter.routing`` would hand it
+the recorded top-k indices of the microbatch's tokens; they would travel with ``Sample`` through ``batching.pack`` as a
+stream of [T, layers, k].
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_dypo.architecture import Experts
+from megatron_dypo.config import ParallelConfig
 from megatron_dypo.parallel.device import device
 
 
@@ -77,7 +79,8 @@ def mark_experts(chunk: torch.nn.Module) -> None:
     """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
 
     Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it, but
-    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens.
+    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens; and experts that are split
+    would be reduced over ranks with other parts of them.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
@@ -113,7 +116,7 @@ def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
 
 
-def moe_settings(experts: Experts, *, grouped: bool, expert_parallel: int, balance_coef: float) -> dict[str, Any]:
+def moe_settings(experts: Experts, *, grouped: bool, parallel: ParallelConfig, balance_coef: float) -> dict[str, Any]:
     """Fields of Megatron's configuration."""
     return {
         "num_moe_experts": experts.num_experts,
@@ -126,7 +129,6 @@ def moe_settings(experts: Experts, *, grouped: bool, expert_parallel: int, balan
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": balance_coef,
         "moe_grouped_gemm": grouped,
-        "expert_model_parallel_size": expert_parallel,
-        # Experts are small; and alltoall over both axes fails on gloo.
-        "expert_tensor_parallel_size": 1,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
     }

@@ -57,7 +57,7 @@ def sequence_logprobs(
     """
     lengths = padded_lengths(samples, sequence_alignment(layout.context))
     count = num_microbatches(lengths, budget=budget)
-    if layout.expert > 1:
+    if layout.shares_experts:
         count = largest_count(count)
     if not count:
         return _nothing(layout)

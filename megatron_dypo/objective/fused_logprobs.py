@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_dypo.objective.projection import Projection
 
-MIN_MEMORY_BUDGET = 256 * 2**20
+_AUTOMATIC_FLOOR = 256 * 2**20
 _LOGITS_SHARE, _SCRATCH_SHARE = 0.75, 0.125
 
 
@@ -58,8 +58,7 @@ def fused_logprobs(
         group: tensor-parallel group; None for a whole vocabulary on one rank.
         with_entropy: whether the entropy is wanted.
         memory_budget: bytes of scratch beside the gradients, from which the chunk's rows follow; a chunk has one row at
-            least. None for half of the weight in fp32, and 256 MiB at least: each chunk reads and writes the weight's
-            gradient once, so it must have work in proportion to it.
+            least. None for half of the weight in fp32, and 256 MiB at least.
         sink: takes the weight's gradient; None to let autograd have it.
 
     Returns:
@@ -81,11 +80,16 @@ def fused_logprobs(
         scale=1.0 / temperature,
         dtype=dtype,
         with_entropy=with_entropy,
-        memory_budget=memory_budget or max(MIN_MEMORY_BUDGET, weight_VH.numel() * dtype.itemsize // 2),
+        memory_budget=_automatic_budget(weight_VH, dtype) if memory_budget is None else memory_budget,
         sink=sink,
         keeps=torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad),
     )
     return _FusedLogProbs.apply(hidden_NH, weight_VH, targets_N, call)
+
+
+def _automatic_budget(weight_VH: Tensor, dtype: torch.dtype) -> int:
+    """Each chunk reads and writes the weight's gradient once, so it must have work in proportion to it."""
+    return max(_AUTOMATIC_FLOOR, weight_VH.numel() * dtype.itemsize // 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

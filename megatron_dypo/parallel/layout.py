@@ -46,6 +46,12 @@ class Layout:
     expert: int = 1
     """Ranks that share out the experts of a layer: neighbours among the ranks of a stage, across replicas if need be."""
     ep_rank: int = 0
+    expert_tensor: int = 1
+    """Ranks that each of these experts is split over: the nearest neighbours, so that ``etp_rank`` runs faster than
+    ``ep_rank``, and that faster than ``expert_replica``."""
+    etp_rank: int = 0
+    etp_group: dist.ProcessGroup | None = None
+    """Group of device tensors; None where experts are whole."""
     expert_replica: int = 0
     """Number of the whole set of experts, within this stage, that this rank holds a part of."""
 
@@ -69,8 +75,18 @@ class Layout:
 
     @property
     def sends_experts(self) -> bool:
-        """Whether this rank's experts leave the mesh, from here: those of the first set do, each whole where it lies."""
+        """Whether this rank's shards of experts leave the mesh: those of the first set do."""
         return self.expert_replica == 0
+
+    @property
+    def leads_experts(self) -> bool:
+        """Whether this rank makes its experts whole for that, and they leave from here."""
+        return self.sends_experts and self.etp_rank == 0
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether a rank computes with other ranks' experts, of other replicas it may be, and so has to wait for them."""
+        return self.expert * self.expert_tensor > 1
 
     @property
     def is_sender(self) -> bool:
@@ -103,10 +119,10 @@ def replica_ranks(*, tensor: int, context: int, pipeline: int, data: int, dp_ran
     )
 
 
-def sender_ranks(*, tensor: int, context: int, pipeline: int, data: int, expert: int) -> tuple[int, ...]:
-    """Global ranks that hold the policy once: of each stage the first tensor group and the first expert group."""
+def sender_ranks(*, tensor: int, context: int, pipeline: int, data: int, expert_ranks: int) -> tuple[int, ...]:
+    """Global ranks that hold the policy once: of each stage the first tensor group and the first ``expert_ranks`` ranks."""
     stage = tensor * context * data
-    return tuple(pp_rank * stage + offset for pp_rank in range(pipeline) for offset in range(max(tensor, expert)))
+    return tuple(pp_rank * stage + offset for pp_rank in range(pipeline) for offset in range(max(tensor, expert_ranks)))
 
 
 def init_layout(config: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> Layout:
@@ -116,8 +132,8 @@ def init_layout(config: ParallelConfig, *, timeout_s: float = 1800.0, seed: int 
     ``MASTER_PORT`` and ``LOCAL_RANK`` as torchrun sets them; without ``RANK`` the world is this process.
 
     Raises:
-        ValueError: the world is no multiple of tensor × pipeline × context, or a stage's ranks none of expert; or an
-            unsupported version on a CPU.
+        ValueError: the world is no multiple of tensor × pipeline × context, or a stage's ranks none of expert ×
+            expert_tensor; or an unsupported version on a CPU.
     """
     from megatron_dypo.mcore import cpu, features
 
@@ -156,9 +172,12 @@ def _check_world(config: ParallelConfig, world_size: int) -> None:
             f"{config.tensor} × {config.pipeline} × {config.context} = {model_size}"
         )
     stage = world_size // config.pipeline
-    if stage % config.expert:
+    if stage % config.expert_ranks:
         dist.destroy_process_group()
-        raise ValueError(f"expert_parallel={config.expert} does not divide the {stage} ranks of a pipeline stage")
+        raise ValueError(
+            f"parallel.expert × expert_tensor = {config.expert} × {config.expert_tensor} does not divide "
+            f"the {stage} ranks of a pipeline stage"
+        )
 
 
 def _init_megatron(config: ParallelConfig, timeout: datetime.timedelta, seed: int) -> None:
@@ -170,7 +189,7 @@ def _init_megatron(config: ParallelConfig, timeout: datetime.timedelta, seed: in
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=config.expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
     )
     # Pipeline stages draw from different streams, as in Megatron's own training loop.
@@ -195,7 +214,11 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
     leaders = [ranks[0] for ranks in replicas]
     leaders_group = dist.new_group(leaders, backend="gloo", timeout=timeout)
     senders = sender_ranks(
-        tensor=config.tensor, context=config.context, pipeline=config.pipeline, data=data, expert=config.expert
+        tensor=config.tensor,
+        context=config.context,
+        pipeline=config.pipeline,
+        data=data,
+        expert_ranks=config.expert_ranks,
     )
     senders_group = dist.new_group(list(senders), backend="gloo", timeout=timeout)
     layout = Layout(
@@ -220,6 +243,9 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         senders_group=senders_group if dist.get_rank() in senders else None,
         expert=config.expert,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_tensor=config.expert_tensor,
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group() if config.expert_tensor > 1 else None,
         expert_replica=parallel_state.get_expert_data_parallel_rank(),
     )
     assert layout.is_sender == (layout.rank in senders), "Megatron's rank order changed"

@@ -37,11 +37,17 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
 
 def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     if arch.experts is None:
-        if parallel.expert > 1:
-            raise ValueError(f"expert_parallel={parallel.expert}: a {arch.family} model has no experts")
+        for axis, size in (("expert_parallel", parallel.expert), ("expert_tensor_parallel", parallel.expert_tensor)):
+            if size > 1:
+                raise ValueError(f"{axis}={size}: a {arch.family} model has no experts")
         return
     if arch.experts.num_experts % parallel.expert:
         raise ValueError(f"expert_parallel={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
+    if arch.experts.ffn_hidden_size % parallel.expert_tensor:
+        raise ValueError(
+            f"expert_tensor_parallel={parallel.expert_tensor} does not divide "
+            f"moe_intermediate_size={arch.experts.ffn_hidden_size}"
+        )
     if parallel.tensor > 1 and not parallel.sequence:
         raise ValueError(
             f"tensor_parallel={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "

@@ -90,11 +90,15 @@ class SGLangClient:
         self.wrong_versions = 0
         """Rollouts dropped because other weights than those of the last push sampled them; since the context was entered."""
 
-    def serve(self, urls: Sequence[str], version: int | None = None) -> None:
-        """Send the requests to come to these servers, and take only what weights of this version end (None: of any)."""
+    def serve(self, urls: Sequence[str], versions: range | None = None) -> None:
+        """Send the requests to come to these servers, and :meth:`accept` what weights of these versions end."""
         targets = [self._router] if self._router is not None else urls
         self._servers = LeastLoaded(targets, rest_s=4 * self._backoff_s, clock=time.monotonic)
-        self._version = version
+        self.accept(versions)
+
+    def accept(self, versions: range | None) -> None:
+        """Take only responses that weights of these versions end, wherever they come from; None: of any."""
+        self._versions = versions
 
     def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
         """The configured sampling with ``n`` rollouts a prompt and the given overrides (evaluation has its own)."""
@@ -174,7 +178,7 @@ class SGLangClient:
                 self._servers.failed(url)
                 raise
         try:
-            return parse_group(payload, n, self._decode, version=self._version)
+            return parse_group(payload, n, self._decode, versions=self._versions)
         except IncompleteGroupError as error:
             raise _AttemptError(f"{url}: {error}") from error
         except WrongVersionError as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from megatron_dypo.config import ServersConfig
 
+WEIGHT_LOADER = "megatron_dypo.weights.receiver.load"
+"""What servers import to receive planned pushes."""
 _CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
 _CPU_MAX_TOTAL_TOKENS = 20_000
 _DTYPES = ("float32", "bfloat16")
@@ -79,7 +81,7 @@ def server_command(
     command = [python, str(_CPU_LAUNCHER)] if on_cpu else [python, "-m", "sglang.launch_server"]
     command += ["--config", str(key_file), "--model-path", str(model_path), "--host", cfg.host, "--port", str(port)]
     command += ["--dtype", dtype, "--tp-size", str(cfg.tensor_parallel), "--random-seed", str(seed + index)]
-    command += ["--skip-tokenizer-init", "--log-level-http", "warning"]
+    command += ["--skip-tokenizer-init", "--log-level-http", "warning", "--custom-weight-loader", WEIGHT_LOADER]
     max_total_tokens = cfg.max_total_tokens
     if on_cpu:
         command += ["--sleep-on-idle", "--skip-server-warmup"]
@@ -93,15 +95,28 @@ def server_command(
     return [*command, *cfg.extra_args]
 
 
-def server_environment(
-    inherited: Mapping[str, str], tensor_parallel: int, device: str, cores: Sequence[int]
-) -> dict[str, str]:
-    """Environment of a server: the trainer's without torchrun's variables, with what rollouts need.
+def link_package(folder: Path) -> Path:
+    """Make ``folder`` one that shows a server this package and, unlike the folder that it lies in, nothing else.
 
-    ``cores`` are the CPU cores to split among tensor-parallel ranks. What ``inherited`` sets (``OMP_NUM_THREADS``, …)
+    The server's interpreter may be another than ours, with packages of its own that ours must not hide.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "megatron_dypo"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    return folder
+
+
+def server_environment(
+    inherited: Mapping[str, str], tensor_parallel: int, device: str, cores: Sequence[int], python_path: Path
+) -> dict[str, str]:
+    """Environment of a server: the trainer's without torchrun's variables, with what rollouts and pushes need.
+
+    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`. What ``inherited`` sets (``OMP_NUM_THREADS``, …)
     stays, but for the two that correctness depends on.
     """
     env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
     # Log-probs of temperature 1, whatever the sampling temperature.
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # else /health makes a token, which takes a second

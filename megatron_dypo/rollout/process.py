@@ -25,12 +25,14 @@ class ServerProcess:
         self.key_file = log_path.with_suffix(".key.yaml")
         self._grace_s = grace_s
         self._guard: subprocess.Popen | None = None
+        self._api_key = ""
 
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
         """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments.
 
         Once it has ended it may be started again; the log goes on.
         """
+        self._api_key = api_key
         _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
         if self._guard is None:
             _write_private(self.log_path, "")
@@ -52,10 +54,11 @@ class ServerProcess:
 
     def check(self) -> None:
         """Raises:
-        ServerDiedError: the server has ended; the message quotes its log.
+        ServerDiedError: the server has ended; the message quotes its log, without the key.
         """
         if self.ending() is not None:
-            raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{_tail(self.log_path)}")
+            words = _tail(self.log_path).replace(self._api_key, "*" * len(self._api_key))
+            raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{words}")
 
     def forget_key(self, api_key: str) -> None:
         """Once the server runs: delete the key file, and overwrite the key in the arguments that SGLang logs."""

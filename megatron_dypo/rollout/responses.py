@@ -49,13 +49,13 @@ def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
 
 
 def parse_group(
-    payload: Any, n: int, decode: Callable[[Tokens], str], *, version: int | None = None
+    payload: Any, n: int, decode: Callable[[Tokens], str], *, versions: range | None = None
 ) -> tuple[Rollout, ...]:
     """The ``n`` rollouts of a response.
 
     Args:
-        version: of the last push, which each must end with: a response that a push paused begins with older ones.
-            None: any.
+        versions: of which one must end each response; the last of them is that of the last push. A response that a
+            push paused begins with older ones. None: any.
 
     Raises:
         IncompleteGroupError: one is missing or was aborted, or its log-probs do not match its tokens.
@@ -64,9 +64,9 @@ def parse_group(
     outputs: Sequence[Any] = payload if isinstance(payload, list) else [payload]  # an object when n = 1
     if len(outputs) != n:
         raise IncompleteGroupError(f"{len(outputs)} of {n} responses")
-    if version is not None:
+    if versions is not None:
         for output in outputs:
-            _require_version(output["meta_info"], version)
+            _require_version(output["meta_info"], versions)
     return tuple(_parse_rollout(output, decode) for output in outputs)
 
 
@@ -81,31 +81,28 @@ def _parse_rollout(output: dict[str, Any], decode: Callable[[Tokens], str]) -> R
         raise IncompleteGroupError(f"{len(rows)} log-probs for {len(tokens)} tokens, or of other tokens")
     if not len(tokens):
         raise IncompleteGroupError("a response without tokens")
+    spans = tuple((_version_number(span["version"]), int(span["start"])) for span in _spans(meta))
     return Rollout(
         tokens=tokens,
         logp=np.asarray([row[0] for row in rows], dtype=np.float32),
         text=decode(tokens),
         finish=finish,
-        policy_version=_oldest_version(meta),
+        policy_version=min(version for version, _ in spans),
+        version_spans=spans,
     )
 
 
-def _oldest_version(meta: dict[str, Any]) -> int:
-    """Version that sampled the first token; ``weight_version`` alone is that of the last one."""
-    return min(map(_version_number, _versions(meta)))
+def _spans(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """``{"version", "start", "end"}`` of all tokens, in their order; ``weight_version`` alone is that of the last one."""
+    return meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": None}]
 
 
-def _versions(meta: dict[str, Any]) -> list[str]:
-    """Of all tokens, in their order, neighbours that are equal taken together."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
-    return [span["version"] for span in spans]
-
-
-def _require_version(meta: dict[str, Any], version: int) -> None:
+def _require_version(meta: dict[str, Any], versions: range) -> None:
     # A server that was started again says ``default``, one that a push failed on ``failed-<version>``.
-    *before, last = _versions(meta)
-    if last != str(version) or not all(one.isdecimal() for one in before):
-        raise WrongVersionError(f"weights of version {', '.join([*before, last])}; the last push was of {version}")
+    *before, last = (span["version"] for span in _spans(meta))
+    if not (last.isdecimal() and int(last) in versions and all(one.isdecimal() for one in before)):
+        wanted = f"{versions[-1]}" if len(versions) == 1 else f"{versions[-1]}, {versions[0]} is the oldest to take"
+        raise WrongVersionError(f"weights of version {', '.join([*before, last])}; the last push was of {wanted}")
 
 
 def _version_number(version: str) -> int:

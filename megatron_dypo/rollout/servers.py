@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_dypo.config import ServersConfig
-from megatron_dypo.rollout.launch import available_cores, lease_port, server_command, server_environment
+from megatron_dypo.rollout.launch import available_cores, lease_port, link_package, server_command, server_environment
 from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerProcess
 from megatron_dypo.rollout.supervise import Supervised, Supervisor
@@ -89,12 +89,14 @@ class ServerPool:
         self.stop()
 
     def _start(self, cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, seed: int, device: str) -> None:
-        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores())
+        python_path = link_package(log_dir / "python_path")
+        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores(), python_path)
         for index in range(cfg.count):
             lease = lease_port(cfg.host, cfg.port)
             self._on_stop.callback(lease.release)
             url = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{lease.port}"
-            process = ServerProcess(f"SGLang server {index}", url, log_dir / f"sglang_{index}.log")
+            log_path = log_dir / f"sglang_{index}.log"
+            process = ServerProcess(f"SGLang server {index}", url, log_path, grace_s=cfg.stop_grace_s)
             command = server_command(
                 cfg,
                 index=index,

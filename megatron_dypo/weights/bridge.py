@@ -32,7 +32,9 @@ from megatron_dypo.weights.push_checks import check_names, check_server, check_s
 from megatron_dypo.weights.sglang_control import Answer, Deadline, ServerError, SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, PushError, Source, Transport
 from megatron_dypo.weights.transports.broadcast import BroadcastTransport
+from megatron_dypo.weights.transports.choose import ChosenTransport, Kind
 from megatron_dypo.weights.transports.disk import DiskTransport
+from megatron_dypo.weights.transports.planned import PlannedTransport
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Bridge:
         self._transport = self._make_transport(run_dir, hf_reference)
         self._is_verified = False
         self._is_dirty = False
+        self._released: set[str] = set()
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -127,6 +130,14 @@ class Bridge:
             retries=push.attempts - 1,
         )
 
+    def release(self) -> None:
+        """Let the servers' memory go until the next push, where the config says so; a server that refuses keeps it.
+
+        Collective over the world.
+        """
+        if self._config.release_memory:
+            self._lead(self._release)
+
     def close(self) -> None:
         """Leave the servers' groups and stop the control thread. Not collective."""
         self._transport.close()
@@ -135,15 +146,26 @@ class Bridge:
             self._control = None
 
     def _make_transport(self, run_dir: Path, hf_reference: Path) -> Transport:
-        if self._config.transport == "disk":
-            return DiskTransport(self._source, self._control, self._lockstep, run_dir / "refit", hf_reference)
-        return BroadcastTransport(
-            self._source,
-            self._control,
-            self._lockstep,
-            backend=device.backend(),
-            bucket_bytes=self._config.bucket_mb * 2**20,
+        config, common = self._config, (self._source, self._control, self._lockstep)
+        if config.transport == "disk":
+            return DiskTransport(*common, run_dir / "refit", hf_reference)
+        bucket_bytes = config.bucket_mb * 2**20
+        planned = functools.partial(
+            PlannedTransport,
+            *common,
+            bucket_bytes=bucket_bytes,
+            verify=config.verify,
+            quantization=config.quantize,
         )
+        make: dict[Kind, Callable[[], Transport]] = {
+            "local": functools.partial(planned, kind="local"),
+            "p2p": functools.partial(planned, kind="p2p"),
+        }
+        if config.quantize == "none":
+            make["broadcast"] = functools.partial(
+                BroadcastTransport, *common, backend=device.backend(), bucket_bytes=bucket_bytes
+            )
+        return ChosenTransport(config.transport, make, self._control if self._is_leader else None, self._lockstep)
 
     def _gather_servers(self, push: _Push) -> None:
         """Fence the servers that were lost since the last push, take in those that answer again."""
@@ -188,7 +210,9 @@ class Bridge:
         return num_bytes
 
     def _fence_lost(self) -> None:
-        self._engines.fence(self._led(lambda: dict(self._watch.take_lost())))
+        lost = self._led(lambda: dict(self._watch.take_lost()))
+        self._engines.fence(lost)
+        self._released -= lost.keys()
 
     def _take_in(self, push: _Push) -> None:
         fenced = self._engines.fenced
@@ -251,15 +275,29 @@ class Bridge:
 
     def _held_names(self) -> list[str]:
         """The HF tensors that leave this rank."""
-        check_shapes(self._source.params(), self._source.arch, self._source.layout.tensor)
+        layout = self._source.layout
+        check_shapes(self._source.params(), self._source.arch, layout.tensor, layout.expert_tensor)
         return [spec.name for spec in self._source.specs()]
 
     def _check_servers(self, deadline: Deadline) -> None:
         for info in self._leader_control.describe(deadline):
             check_server(info, self._source.arch)
 
+    def _release(self) -> None:
+        urls = set(self.serving) - self._released
+        # A server that is busy would die of the release; one that was paused before is not.
+        for path, body in (("/pause_generation", {"mode": "retract"}), ("/release_memory_occupation", {})):
+            for error in self._leader_control.attempt([(path, body)], self._config.deadline_s, tuple(urls)):
+                logger.warning("a server keeps its memory: %s", error)
+                urls -= set(error.urls)
+        self._released |= urls
+
     def _open(self, deadline: Deadline) -> None:
         control = self._leader_control
+        # Only those that let it go: the others would die of this.
+        for url in self._released & set(control.urls):
+            control.resume_memory(url, deadline)
+            self._released.discard(url)
         if self._config.in_flight == "abort":
             control.pause("abort", deadline)
         # After an abort too: this drains the scheduler, so that no update's flush of the cache can be refused.

@@ -18,6 +18,8 @@ from megatron_dypo.weights.folders import new_folder
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.hf_write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
 from megatron_dypo.weights.mcore_io import HF_FOLDER, MCoreReader, MCoreWriter, StoredChunk
+from megatron_dypo.weights.quantized_folder import quantization_config, quantized_specs, quantized_tensors
+from megatron_dypo.weights.quantized_names import Quantization
 from megatron_dypo.weights.rules import Chunk, check_tensor_parallel
 
 
@@ -64,13 +66,15 @@ def mcore_to_hf(
     hf_reference: Path | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    quantization: Quantization = "none",
     max_file_bytes: int = MAX_FILE_BYTES,
     show_progress: bool = True,
 ) -> None:
     """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
 
     Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` or a
-    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, and ``config.json`` says so.
+    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, except those of
+    weights that ``quantization`` puts into FP8, and ``config.json`` says so.
     The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more.
 
     Raises:
@@ -82,11 +86,12 @@ def mcore_to_hf(
     check_sizes(arch, tensor_parallel, pipeline_parallel)
     reader.check_complete(arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
-    specs = [
+    plain = [
         TensorSpec(name, reader.dtype(row, arch), shape)
         for row in rows
         for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
     ]
+    specs = quantized_specs(plain, quantization)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for row in rows:
@@ -94,8 +99,8 @@ def mcore_to_hf(
 
     total = sum(spec.num_bytes for spec in specs)
     with new_folder(hf_path) as folder, progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar:
-        write_parts(folder, "weights", specs, tensors(), bar, max_file_bytes)
-        finish_hf_folder(folder, reference)
+        write_parts(folder, "weights", specs, quantized_tensors(tensors(), quantization), bar, max_file_bytes)
+        finish_hf_folder(folder, reference, quantization_config(arch, quantization))
 
 
 def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
@@ -133,7 +138,14 @@ def _stage(row: Row, arch: Architecture, pipeline_parallel: int) -> int:
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
-    """What one rank writes of one parameter; it is read once, when the first of its chunks is."""
+    """What one rank writes of one parameter; it is read once, when the first of its chunks is.
+
+    Experts are written whole by the first tensor-parallel rank, as a run without expert tensor parallelism does.
+    """
+    if row.is_expert:
+        if tp_rank > 0:
+            return
+        tp_size = 1
     key, index = stored_key(row.mcore, arch)
     whole, dim = row.rule.stored_shape(arch, tp_size), row.rule.tp_dim or 0
 

@@ -14,6 +14,8 @@ from megatron_dypo.progress import progress
 from megatron_dypo.weights.folders import commit_folder, partial_path, start_folder
 from megatron_dypo.weights.gather import iter_hf_tensors, part_name, sent_params, written_specs
 from megatron_dypo.weights.hf_write import MAX_FILE_BYTES, finish_hf_folder, write_parts
+from megatron_dypo.weights.quantized_folder import quantization_config, quantized_specs, quantized_tensors
+from megatron_dypo.weights.quantized_names import Quantization
 
 
 def export_hf(
@@ -23,13 +25,15 @@ def export_hf(
     *,
     out_dir: str | Path,
     reference_hf_path: str | Path,
+    quantization: Quantization = "none",
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the policy as the HF folder ``out_dir``, which appears whole, replacing an older one.
 
     Every rank passes its parameters, named with global indices; ranks that hold only copies of what others write return
-    at once, the others reach one file system. Tensors are gathered over TP one by one, never over PP; experts are written
-    by the ranks that own them. Configuration and tokenizer come from ``reference_hf_path``.
+    at once, the others reach one file system. Tensors are gathered over TP (of experts: ETP) one by one, never over PP;
+    experts are written by the ranks that own them, and ``quantization`` is done by whoever writes. Configuration and
+    tokenizer come from ``reference_hf_path``.
 
     Raises:
         ValueError: a parameter that no rule matches, before anything is written.
@@ -37,17 +41,18 @@ def export_hf(
     if not layout.is_sender:
         return
     params = sent_params(named_params, arch, layout)
-    specs = written_specs(params, arch, layout)
+    specs = quantized_specs(written_specs(params, arch, layout), quantization)
     out_dir = Path(out_dir)
     if layout.is_global_leader:
         start_folder(out_dir)
     dist.barrier(group=layout.senders_group)
-    tensors = iter_hf_tensors(params, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = quantized_tensors(iter_hf_tensors(params, arch, layout), quantization)
     total = sum(spec.num_bytes for spec in specs)
     with progress(total, f"export of stage {layout.pp_rank}", "bytes", enabled=layout.is_global_leader) as bar:
         write_parts(partial_path(out_dir), part_name(layout), specs, tensors, bar, max_file_bytes)
     dist.barrier(group=layout.senders_group)
     if layout.is_global_leader:
-        finish_hf_folder(partial_path(out_dir), Path(reference_hf_path))
+        config = quantization_config(arch, quantization)
+        finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config)
         commit_folder(partial_path(out_dir), out_dir)
     dist.barrier(group=layout.senders_group)

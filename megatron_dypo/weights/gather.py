@@ -11,22 +11,20 @@ from torch import Tensor
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.families.registry import match
+from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.hf_write import TensorSpec
 
 
 @torch.no_grad()
 def iter_hf_tensors(
-    named_params: Iterable[tuple[str, Tensor]],
-    arch: Architecture,
-    tp_rank: int,
-    tp_size: int,
-    tp_group: dist.ProcessGroup | None,
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF names and tensors of the given parameters, on tensor-parallel rank 0; other ranks get their experts only.
+    """HF names and tensors of the given parameters: experts on expert-tensor rank 0, all else on tensor-parallel rank 0.
 
-    Collective over ``tp_group`` (unused when ``tp_size`` is 1): each rank must exhaust it, with the same parameters in
-    the same order, experts aside: those are whole where they lie, and yielded there. At most one parameter is whole at a
-    time. A replicated parameter is yielded as it is, not copied. Copies of tied embeddings are left out.
+    Collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank must exhaust it, with
+    the same experts as the other ranks of ``etp_group``, and the same of all else as those of ``tp_group``, in the same
+    order. At most one parameter is whole at a time. A replicated parameter is yielded as it is, not copied. Copies of tied
+    embeddings are left out.
 
     Raises:
         ValueError: a parameter that no rule matches.
@@ -35,11 +33,12 @@ def iter_hf_tensors(
         row = match(name, arch)
         if row.is_copy:
             continue
-        if row.rule.tp_dim is None or tp_size == 1:
+        rank, size, group = _axis(row, layout)
+        if row.rule.tp_dim is None or size == 1:
             shards = [param.detach()]
         else:
-            shards = _gather_to_first(param.detach(), tp_rank, tp_size, tp_group)
-        if tp_rank == 0 or row.is_expert:
+            shards = _gather_to_first(param.detach(), rank, size, group)
+        if rank == 0:
             yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
 
 
@@ -59,7 +58,7 @@ def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layo
     return [
         TensorSpec(hf_name, param.dtype, shape)
         for name, param in params
-        if not (row := match(name, arch)).is_copy and (layout.leads_stage or row.is_expert)
+        if not (row := match(name, arch)).is_copy and (layout.leads_experts if row.is_expert else layout.leads_stage)
         for hf_name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
     ]
 
@@ -68,6 +67,13 @@ def part_name(layout: Layout) -> str:
     """Stem of the files that this rank writes; sorts by stage."""
     stage = f"stage-{layout.pp_rank:05d}"
     return stage if layout.leads_stage else f"{stage}-experts-{layout.ep_rank:05d}"
+
+
+def _axis(row: Row, layout: Layout) -> tuple[int, int, dist.ProcessGroup | None]:
+    """Rank, size and group of the axis that may split a parameter."""
+    if row.is_expert:
+        return layout.etp_rank, layout.expert_tensor, layout.etp_group
+    return layout.tp_rank, layout.tensor, layout.tp_group
 
 
 def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:

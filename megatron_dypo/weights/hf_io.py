@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.weights.families.registry import family_rows, is_redundant_hf_name
+from megatron_dypo.weights.quantized_names import is_scale
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -78,8 +79,13 @@ class HFReader:
         """Hold the folder against the family's table: no tensor missing, unknown, misshapen or of an odd type.
 
         Raises:
-            ValueError: names every offending tensor.
+            ValueError: names every offending tensor, or the first scale of weights that are quantised.
         """
+        if scale := next(filter(is_scale, self._file_of), None):
+            raise ValueError(
+                f"{self.path}: tensor {scale}: is a scale of quantised weights, which cannot be trained or converted; "
+                "name the folder that they were made from"
+            )
         expected: dict[str, tuple[int, ...]] = {}
         for row in family_rows(arch):
             expected.update(zip(row.hf, row.rule.hf_shapes(arch), strict=True))

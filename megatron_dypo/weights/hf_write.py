@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from torch import Tensor
 from megatron_dypo.progress import Progress
 from megatron_dypo.weights.folders import durable_file
 from megatron_dypo.weights.hf_io import DTYPES, INDEX_NAME, SINGLE_NAME
+from megatron_dypo.weights.quantized_names import is_scale
 
 MAX_FILE_BYTES = 5_000_000_000
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_QUANTIZED = "F8_E4M3"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: _QUANTIZED}
 _PART_SUFFIX = ".part"
 _BESIDE = (
     "generation_config.json",
@@ -87,10 +90,11 @@ def write_parts(
     assert next(tensors, None) is None, "more tensors than planned"
 
 
-def finish_hf_folder(folder: Path, reference: Path) -> None:
+def finish_hf_folder(folder: Path, reference: Path, quantization_config: Mapping[str, Any] | None = None) -> None:
     """Name the parts as transformers expects, write the index, and put configuration and tokenizer beside them.
 
-    ``config.json`` and the files beside it come from ``reference``; its dtype becomes that of the weights.
+    ``config.json`` and the files beside it come from ``reference``; its dtype becomes that of the weights which are not
+    quantised, and ``quantization_config`` is what it says of those which are.
     """
     parts = sorted(folder.glob(f"*{_PART_SUFFIX}"))
     weight_map: dict[str, str] = {}
@@ -101,19 +105,27 @@ def finish_hf_folder(folder: Path, reference: Path) -> None:
         for tensor, entry in _read_header(folder / name).items():
             weight_map[tensor] = name
             total_bytes += entry["data_offsets"][1] - entry["data_offsets"][0]
-            dtypes.add(DTYPES[entry["dtype"]])
+            if entry["dtype"] != _QUANTIZED and not is_scale(tensor):
+                dtypes.add(DTYPES[entry["dtype"]])
     if len(parts) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / INDEX_NAME, index)
-    copy_beside(reference, folder, dtypes.pop() if len(dtypes) == 1 else None)
+    copy_beside(reference, folder, dtypes.pop() if len(dtypes) == 1 else None, quantization_config)
 
 
-def copy_beside(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def copy_beside(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> None:
     """Copy what an HF folder holds beside its weights: configurations, tokenizer, chat template, licence."""
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
         # transformers 5 calls it dtype, 4 torch_dtype; both read the older name
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
     _write_json(target / "config.json", config)
     for pattern in _BESIDE:
         for file in source.glob(pattern):

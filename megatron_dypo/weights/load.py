@@ -14,11 +14,19 @@ from megatron_dypo.weights.hf_io import HFReader
 
 @torch.no_grad()
 def load_hf_weights(
-    named_params: Iterable[tuple[str, Tensor]], reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int
+    named_params: Iterable[tuple[str, Tensor]],
+    reader: HFReader,
+    arch: Architecture,
+    tp_rank: int,
+    tp_size: int,
+    *,
+    etp_rank: int = 0,
+    etp_size: int = 1,
 ) -> None:
     """Copy into each parameter of this rank its shard, converted to the parameter's dtype and device.
 
-    Names carry the global layer index. Everything is checked before the first parameter is written.
+    Names carry the global layer index. Experts are split ``etp_size`` ways, everything else ``tp_size`` ways. Everything is
+    checked before the first parameter is written.
 
     Raises:
         ValueError: a parameter that no rule matches or whose shape differs; an HF tensor missing, unknown or misshapen.
@@ -26,10 +34,10 @@ def load_hf_weights(
     reader.check_complete(arch)
     matched = [(param, match(name, arch)) for name, param in named_params]
     for param, row in matched:
-        shape = row.rule.mcore_shape(arch, tp_size)
+        size, axis = (etp_size, "expert_tensor_parallel") if row.is_expert else (tp_size, "tensor_parallel")
+        shape = row.rule.mcore_shape(arch, size)
         if tuple(param.shape) != shape:
-            raise ValueError(
-                f"{row.mcore}: the model holds {tuple(param.shape)}, tensor_parallel={tp_size} asks for {shape}"
-            )
+            raise ValueError(f"{row.mcore}: the model holds {tuple(param.shape)}, {axis}={size} asks for {shape}")
     for param, row in matched:
-        param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, tp_rank, tp_size))
+        rank, size = (etp_rank, etp_size) if row.is_expert else (tp_rank, tp_size)
+        param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, rank, size))

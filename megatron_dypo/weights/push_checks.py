@@ -16,14 +16,17 @@ from megatron_dypo.weights.families.registry import family_rows, match
 from megatron_dypo.weights.sglang_control import ServerError, ServerInfo
 
 
-def check_shapes(named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int) -> None:
+def check_shapes(
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int, etp_size: int = 1
+) -> None:
     """That the parameters of one rank are what the rules of their family ask for.
 
     Raises:
         ValueError: a parameter without a rule, or of another shape than its rule makes.
     """
     for name, param in named_params:
-        expected = match(name, arch).rule.mcore_shape(arch, tp_size)
+        row = match(name, arch)
+        expected = row.rule.mcore_shape(arch, etp_size if row.is_expert else tp_size)
         if tuple(param.shape) != expected:
             raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture asks for {expected}")
 

@@ -158,7 +158,6 @@ class RowParallel(Rule):
         return (self.shape(arch),)
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        check_tensor_parallel(arch, tp_size)
         local = _divide(self.shape(arch)[1], tp_size, "input features")
         return [Piece(0, tp_rank * local, local)]
 
@@ -192,33 +191,43 @@ class QKV(Rule):
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        check_tensor_parallel(arch, tp_size)
-        groups = arch.num_key_value_heads // tp_size
-        query = arch.num_attention_heads // arch.num_key_value_heads * arch.head_dim
-        pieces = []
-        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-            pieces.append(Piece(0, group * query, query))
-            pieces.append(Piece(1, group * arch.head_dim, arch.head_dim))
-            pieces.append(Piece(2, group * arch.head_dim, arch.head_dim))
+        """Equal runs of rows; with more ranks than groups a rank's run may end within a group, even within a head."""
+        _check_heads(arch, tp_size)
+        heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
+        query = heads // kv_heads * arch.head_dim
+        local = _divide((heads + 2 * kv_heads) * arch.head_dim, tp_size, "rows of query, key and value")
+        start, offset, pieces = tp_rank * local, 0, []
+        for group in range(kv_heads):
+            for source, length in ((0, query), (1, arch.head_dim), (2, arch.head_dim)):
+                low, high = max(start, offset), min(start + local, offset + length)
+                if low < high:
+                    pieces.append(Piece(source, group * length + low - offset, high - low))
+                offset += length
         return pieces
+
+
+def mlp_input(arch: Architecture) -> Shape:
+    return (arch.ffn_hidden_size, arch.hidden_size)
 
 
 @dataclass(frozen=True)
 class GateUp(Rule):
     """Both input projections of a gated MLP: on each rank its rows of the gate, then its rows of the other."""
 
+    shape: ShapeOf = mlp_input
+    """Of one projection."""
+
     def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
-        return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+        return (self.shape(arch),) * 2
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        check_tensor_parallel(arch, tp_size)
-        local = arch.ffn_hidden_size // tp_size
+        local = _divide(self.shape(arch)[0], tp_size, "ffn_hidden_size")
         return [Piece(0, tp_rank * local, local), Piece(1, tp_rank * local, local)]
 
     def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
-        local = _divide(arch.ffn_hidden_size, tp_size, "ffn_hidden_size")
-        gate = Chunk(0, tp_rank * local, local)
-        return [gate, Chunk(local, arch.ffn_hidden_size + tp_rank * local, local)]
+        width = self.shape(arch)[0]
+        local = _divide(width, tp_size, "ffn_hidden_size")
+        return [Chunk(0, tp_rank * local, local), Chunk(local, width + tp_rank * local, local)]
 
 
 def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
@@ -226,6 +235,14 @@ def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
     names = ("num_attention_heads", "num_key_value_heads", *(() if arch.experts else ("ffn_hidden_size",)))
     for name in names:
         _divide(getattr(arch, name), tp_size, name)
+
+
+def _check_heads(arch: Architecture, tp_size: int) -> None:
+    """What Megatron-Core asks of heads: ranks that divide the groups, or share each of them with others."""
+    _divide(arch.num_attention_heads, tp_size, "num_attention_heads")
+    kv_heads = arch.num_key_value_heads
+    if kv_heads % tp_size and tp_size % kv_heads:
+        raise ValueError(f"tensor_parallel={tp_size} does not divide num_key_value_heads={kv_heads}, nor the reverse")
 
 
 def _divide(value: int, tp_size: int, name: str) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import aiohttp
+
+from megatron_dypo.weights.deadline import Deadline
 
 T = TypeVar("T")
 Answer = dict[str, Any]
@@ -42,29 +43,6 @@ class ServerError(RuntimeError):
         return self.urls[0] if self.urls else None
 
 
-class Deadline:
-    """A moment by which a push, or one attempt at it, has to be over."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds that are left, above 0.
-
-        Raises:
-            TimeoutError: none are.
-        """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"the {self.seconds:g} s that it may take have passed")
-        return left
-
-    def half(self) -> Deadline:
-        """A deadline at half of the time that is left, so that as much is left after it. It may have passed."""
-        return Deadline(max(self._end - time.monotonic(), 0.0) / 2)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
     """What a server says of itself."""
@@ -76,6 +54,9 @@ class ServerInfo:
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
+    expert_parallel: int
+    custom_loaders: tuple[str, ...]
+    """``--custom-weight-loader``: names under which it takes updates by functions that it imports."""
 
 
 class SGLangControl:
@@ -113,6 +94,8 @@ class SGLangControl:
                 tensor_parallel=int(server.get("tp_size", 1)),
                 pipeline_parallel=int(server.get("pp_size", 1)),
                 data_parallel=int(server.get("dp_size", 1)),
+                expert_parallel=int(server.get("ep_size", 1)),
+                custom_loaders=tuple(server.get("custom_weight_loader") or ()),
             )
             for url, model, server in zip(urls, models, servers, strict=True)
         ]
@@ -128,6 +111,10 @@ class SGLangControl:
     def resume(self, deadline: Deadline) -> None:
         """Generate again."""
         self._all("POST", "/continue_generation", {}, deadline)
+
+    def resume_memory(self, url: str, deadline: Deadline) -> None:
+        """Give one server the memory back that it let go, for weights that are still to come."""
+        self._start("POST", "/resume_memory_occupation", {}, deadline, fail_fast=False, urls=(url,)).result()
 
     def begin_update(self, deadline: Deadline) -> None:
         """Open a weight-update session; one that a dead trainer left open is closed first."""
@@ -154,6 +141,18 @@ class SGLangControl:
     def start_update(self, body: Answer, deadline: Deadline) -> Future[list[Answer]]:
         """Announce a broadcast to every server; each answers when it has received and loaded the tensors."""
         return self._start("POST", "/update_weights_from_distributed", body, deadline, fail_fast=True)
+
+    def start_load(self, bodies: Sequence[Answer], deadline: Deadline) -> list[Future[Answer]]:
+        """Ask each server to run a custom loader; its answer comes when that has ended, and fails by itself."""
+
+        timeout_s = deadline.remaining()
+
+        async def one_server(url: str, body: Answer) -> Answer:
+            async with self._session() as session:
+                path = "/update_weights_from_tensor"
+                return await self._call(session, "POST", url, path, body, timeout_s)
+
+        return [self._submit(one_server(url, body)) for url, body in zip(self.urls, bodies, strict=True)]
 
     def update_from_disk(self, path: str, deadline: Deadline) -> None:
         """Load an HF folder that every server can read, and forget cached prefixes."""

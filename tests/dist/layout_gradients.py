@@ -159,7 +159,7 @@ def _gradients(chunks, arch, layout, distributed):
     if distributed:
         _gather_shards(chunks)
     sent = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
-    tensors = iter_hf_tensors(sent, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = iter_hf_tensors(sent, arch, layout)
     return {name: tensor.numpy().copy() for name, tensor in tensors}
 
 

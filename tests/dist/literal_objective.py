@@ -1,4 +1,9 @@
-"""DYPO as the paper writes it: one process, float64, a transformers model, a loop over every pair of every group."""
+"""DYPO as the paper writes it: one process, float64, a transformers model, a loop over every pair of every group.
+
+And the options that the paper does not have, as the docstrings of the configuration put them.
+"""
+
+import math
 
 import torch
 
@@ -79,23 +84,63 @@ def grpo(group, logps, divisors, cfg):
     advantages = (rewards - rewards.mean()) / (rewards.std() + cfg.advantage_epsilon)
     total = 0.0
     for sample, logp, advantage, size in zip(group, logps, advantages, divisors, strict=True):
-        for t in range(len(logp)):
-            ratio = torch.exp(logp[t] - float(sample.old_logp[t]))
+        moved, trusted = log_moves(sample, logp), is_trusted(sample, cfg.importance)
+        for t in (t for t in range(len(logp)) if trusted[t]):
+            log = moved[t]
+            if cfg.ratio == "sequence":
+                log = moved.mean().detach() + log - log.detach()
+            ratio = torch.exp(log)
             clipped = torch.clamp(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
             token = -torch.minimum(ratio * advantage, clipped * advantage)
+            if cfg.importance.cap is not None:
+                token = token * min(mismatch(sample)[t], cfg.importance.cap)
             delta = float(sample.ref_logp[t]) - logp[t]
             total = total + (token + cfg.kl_coef * (torch.exp(delta) - delta - 1)) / size
     return total / len(group)
 
 
+def log_moves(sample, logp):
+    """log π_θ/π_old of each token."""
+    return logp - torch.tensor(sample.old_logp.astype("float64"))
+
+
+def mismatch(sample):
+    """π_old/π_rollout of each token."""
+    return [math.exp(float(o) - float(r)) for o, r in zip(sample.old_logp, sample.rollout_logp, strict=True)]
+
+
+def is_trusted(sample, cfg):
+    """Of each token whether the mismatch of trainer and servers leaves it in."""
+    us = mismatch(sample)
+    low, high = cfg.sequence_bounds or (0, math.inf)
+    gap = sum(abs(math.log(u)) for u in us) / len(us)
+    whole = low <= math.prod(us) ** (1 / len(us)) <= high and gap <= (cfg.sequence_max_gap or math.inf)
+    low, high = cfg.token_bounds or (0, math.inf)
+    return [whole and low <= u <= high for u in us]
+
+
 def gal(group, logps, divisors, cfg):
-    ratios = log_ratios(group, logps, divisors)
+    if cfg.gal_coefficients == "exact" and cfg.gal_clip == "none" and not cfg.importance.is_on():
+        return contrast(group, log_ratios(group, logps, divisors), cfg)
+    at = logps
     if cfg.gal_coefficients == "stale":
-        old = [torch.tensor(s.old_logp.astype("float64")) for s in group]
-        anchors = [ratio.requires_grad_() for ratio in log_ratios(group, old, divisors)]
-        coefficients = torch.autograd.grad(contrast(group, anchors, cfg), anchors)
-        return sum(c * ratio for c, ratio in zip(coefficients, ratios, strict=True))
-    return contrast(group, ratios, cfg)
+        at = [torch.tensor(s.old_logp.astype("float64")) for s in group]
+    anchors = [ratio.detach().requires_grad_() for ratio in log_ratios(group, at, divisors)]
+    coefficients = torch.autograd.grad(contrast(group, anchors, cfg), anchors)
+    total = 0.0
+    for sample, logp, c, size in zip(group, logps, coefficients, divisors, strict=True):
+        trusted, stays = is_trusted(sample, cfg.importance), stays_near(sample, logp, cfg)
+        total = total + c * sum(logp[t] for t in range(len(logp)) if trusted[t] and stays[t]) / size
+    return total
+
+
+def stays_near(sample, logp, cfg):
+    """Of each token whether GAL may still push it: successes up, failures down."""
+    moved = log_moves(sample, logp).detach()
+    if cfg.gal_clip == "none":
+        return [True] * len(moved)
+    ratios = torch.exp(moved.mean().expand_as(moved) if cfg.gal_clip == "sequence" else moved)
+    return [r <= 1 + cfg.clip_high if sample.is_correct else r >= 1 - cfg.clip_low for r in ratios.tolist()]
 
 
 def log_ratios(group, logps, divisors):

@@ -45,7 +45,9 @@ class Recorder:
         self.metrics[step] = dict(metrics)
 
 
-def config_of(path: str, folder: str, axes: dict[str, int], mode: Any, score: ScoreConfig | None = None) -> Config:
+def config_of(
+    path: str, folder: str, axes: dict[str, int], mode: Any, score: ScoreConfig | None = None, epochs: int = 1
+) -> Config:
     return Config(
         run=RunConfig(dir=folder, steps=5),
         model=ModelConfig(hf_path=path, dtype="float32"),
@@ -53,7 +55,9 @@ def config_of(path: str, folder: str, axes: dict[str, int], mode: Any, score: Sc
         data=DataConfig(prompts=("none",)),
         score=score or ScoreConfig(),
         objective=ObjectiveConfig(gal_coefficients=mode, beta_gal=2.0, kl_coef=0.1),
-        batching=BatchingConfig(prompts_per_update=PROMPTS, updates_per_batch=2, tokens_per_microbatch=64),
+        batching=BatchingConfig(
+            prompts_per_update=PROMPTS, updates_per_batch=2, epochs_per_batch=epochs, tokens_per_microbatch=64
+        ),
         optimizer=OptimizerConfig(lr=4e-3, clip_grad=0.0),
         checkpoint=CheckpointConfig(every=0),
     )
@@ -73,19 +77,20 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
     seen = {mode: _train(config_of(path, f"{root}/{mode}", axes, mode), layout) for mode in MODES}
     servers = ScoreConfig(policy="rollout", check_every=2)
     seen["rollout"] = _train(config_of(path, f"{root}/rollout", axes, "exact", servers), layout)
+    seen["epochs"] = _train(config_of(path, f"{root}/epochs", axes, "exact", epochs=2), layout)
     seen["resumed"] = _resume(config_of(path, f"{root}/resumed", axes, "exact"), layout)
     close(layout)
     return seen
 
 
 def _train(config: Config, layout: Any) -> dict[str, Any]:
-    """Two rollout batches, the second put into the queues when the first is used up."""
+    """Four updates from as many rollout batches as they take, each put into the queues when the one before is used up."""
     from megatron_dypo.train import train_step
 
     run, recorder = _run(config, layout)
     steps, given = [], []
     for step in range(4):
-        if step % 2 == 0:
+        if not run.is_mid_batch:
             given += _put(run, batch_of(step // 2))
         before = _tensors(run, lambda p: p.detach())
         assert train_step(run)
@@ -144,5 +149,5 @@ def _tensors(run: Any, value: Any) -> dict[str, np.ndarray]:
 
     layout = run.layout
     pairs = [(name, value(p)) for name, p in named_global_parameters(run.chunks)]
-    tensors = iter_hf_tensors(pairs, run.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = iter_hf_tensors(pairs, run.arch, layout)
     return {name: tensor.numpy().copy() for name, tensor in tensors if layout.dp_rank == 0}

@@ -13,11 +13,13 @@ from tests.dist.spawn import run_ranks
 from tests.hf_models import make_hf_model
 from tests.unit.weights.fake_sglang import KEY, fake_servers
 
-AXES = {
-    "qwen2": {"pipeline": 2, "virtual_pipeline": 2},
-    "qwen3_moe": {"pipeline": 2, "expert": 2},
+CASES = {
+    "interleaved": ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}),
+    "experts over replicas": ("qwen3_moe", {"pipeline": 2, "expert": 2}),
+    "experts split over replicas": ("qwen3_moe", {"pipeline": 2, "expert_tensor": 2}),
+    "experts spread and split": ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
 }
-WORLD_SIZE = 4  # two replicas of two stages; experts lie on ranks of both replicas
+WORLD_SIZE = 4  # two replicas
 
 
 def rank_push(
@@ -62,12 +64,13 @@ def rank_push(
     return result, by_turn
 
 
-@pytest.mark.parametrize("kind", AXES)
-def test_each_tensor_is_written_and_broadcast_once(kind, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_each_tensor_is_written_and_broadcast_once(case, tmp_path):
+    kind, axes = CASES[case]
     model = make_hf_model(kind, tmp_path / "hf")
     with fake_servers(2, model_type=kind, model_path=str(model)) as servers:
         urls = [server.url for server in servers]
-        results = run_ranks(WORLD_SIZE, rank_push, str(model), AXES[kind], urls, str(tmp_path), None)
+        results = run_ranks(WORLD_SIZE, rank_push, str(model), axes, urls, str(tmp_path), None)
         assert [server.version for server in servers] == ["1", "1"]
     expected, written = load_file(model / "model.safetensors"), {}
     for file in (tmp_path / "refit" / "version_1").glob("*.safetensors"):
@@ -91,7 +94,7 @@ def test_what_one_rank_finds_wrong_is_raised_on_all(tmp_path):
             WORLD_SIZE,
             rank_push,
             str(model),
-            AXES["qwen2"],
+            CASES["interleaved"][1],
             [servers[0].url],
             str(tmp_path),
             stage_1_of_first_replica,

@@ -19,14 +19,16 @@ LAYOUTS = {
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}, (1, 2)),
     "dp2": (2, {}, (4, 4)),
     "ep2": (2, {"expert": 2}, (2, 2)),
+    "ep2_etp2": (4, {"expert": 2, "expert_tensor": 2}, (2, 1)),
+    "tp2_sp_etp2": (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}, (2, 2)),
     "tp2_sp_ep2_pp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, (1, 1)),
 }
 """Ranks, the axes that they run, and the TP × PP that the converted checkpoint was written for."""
 
 
 def kinds_of(axes: dict) -> list[str]:
-    """Mixtures of experts where experts are spread, dense models elsewhere."""
-    return ["qwen3_moe"] if "expert" in axes else list(KINDS)
+    """Mixtures of experts where experts are spread or split, dense models elsewhere."""
+    return ["qwen3_moe"] if {"expert", "expert_tensor"} & axes.keys() else list(KINDS)
 
 
 def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
@@ -151,6 +153,33 @@ def test_an_export_holds_the_weights_that_were_loaded(ran) -> None:
             assert torch.equal(loaded[name], tensor), name
         if len(files) == 1:
             assert_same_folder(root / "hf" / kind, out)
+
+
+def test_every_stage_and_every_owner_of_experts_writes_its_own_files(ran) -> None:
+    from safetensors import safe_open
+
+    root, axes, _ = ran
+    stages, owners = axes.get("pipeline", 1), axes.get("expert", 1)
+    for kind in kinds_of(axes):
+        writers: dict[tuple[int, int], set[str]] = {}
+        for file in (root / "exports" / kind).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, a safetensors handle is no mapping
+                    writers.setdefault(writer_of(name, axes), set()).add(file.name)
+        assert len(writers) == stages * owners
+        assert all(len(files) == 1 for files in writers.values()), writers
+        assert len(set.union(*writers.values())) == len(writers)
+
+
+def writer_of(name: str, axes: dict) -> tuple[int, int]:
+    """Pipeline stage and expert rank that hold a tensor of a model with four layers and four experts."""
+    stages, owners = axes.get("pipeline", 1), axes.get("expert", 1)
+    parts = name.split(".")
+    if parts[1] != "layers":
+        return 0 if parts[1] == "embed_tokens" else stages - 1, 0
+    chunks = stages * axes.get("virtual_pipeline", 1)
+    stage = int(parts[2]) * chunks // 4 % stages
+    return stage, int(parts[5]) * owners // 4 if parts[4] == "experts" else 0
 
 
 def assert_same_folder(expected: Path, actual: Path) -> None:

@@ -98,11 +98,13 @@ def test_a_rank_of_padding_only_is_refused_on_all_ranks() -> None:
     assert len(set(run_ranks(2, rank_refusal))) == 1
 
 
+ONE_TOKEN = 1e-6
+"""MiB, in which not even one token's logits fit: tokens are scored one by one."""
 LENGTHS = (5, 14, 3)
 RESPONSE = (2, 3, 8, 9, 10, 18, 20)
 
 
-def rank_model(path: str, axes: dict, dtype: str) -> dict | None:
+def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mb: float | None) -> dict | None:
     """Main gradients (each rank's own) after two backward passes through log-probs, then through whole logits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -114,7 +116,7 @@ def rank_model(path: str, axes: dict, dtype: str) -> dict | None:
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)
-    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype)
+    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, logprob_memory_mb=logprob_memory_mb)
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 131, size=sum(LENGTHS)))[None]
@@ -167,20 +169,60 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "axes", "dtype"),
+    ("kind", "world_size", "axes", "dtype", "memory_mb"),
     [
-        ("llama_tied", 1, {}, "float32"),
-        ("qwen3", 1, {}, "bfloat16"),
-        ("qwen3", 2, {"tensor": 2}, "float32"),
-        ("llama_tied", 2, {"tensor": 2, "sequence": True}, "float32"),
-        ("llama_tied", 2, {"pipeline": 2}, "float32"),
+        ("llama_tied", 1, {}, "float32", None),
+        ("llama_tied", 1, {}, "float32", ONE_TOKEN),
+        ("qwen3", 1, {}, "bfloat16", None),
+        ("qwen3", 2, {"tensor": 2}, "float32", None),
+        ("qwen3", 2, {"tensor": 2}, "float32", ONE_TOKEN),
+        ("llama_tied", 2, {"tensor": 2, "sequence": True}, "float32", None),
+        ("llama_tied", 2, {"pipeline": 2}, "float32", None),
     ],
 )
-def test_models_get_the_gradients_of_their_whole_logits(kind, world_size, axes, dtype, paths) -> None:
-    for results in run_ranks(world_size, rank_model, paths[kind], axes, dtype):
+def test_models_get_the_gradients_of_their_whole_logits(kind, world_size, axes, dtype, memory_mb, paths) -> None:
+    for results in run_ranks(world_size, rank_model, paths[kind], axes, dtype, memory_mb):
         ours, expected = results[True], results[False]
         assert ours.keys() == expected.keys()
         bar = 1e-5 if dtype == "float32" else 4e-2  # logits rounded to bf16 in whole logits, and not in ours
         for name, theirs in expected.items():
             assert np.abs(theirs).max() > 0, name
             assert np.abs(ours[name] - theirs).max() <= bar * np.abs(theirs).max(), name
+
+
+MANY, WIDE = 512, 32768
+LOGITS_MB = MANY * WIDE * 4 / 2**20
+
+
+def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
+    """MiB at the peak of a forward and a backward pass, under each budget for logits."""
+    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.config import ModelConfig, ParallelConfig
+    from megatron_dypo.mcore.attention import packed_seq_params
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    layout, arch, peaks = init_layout(ParallelConfig()), load_architecture(path), []
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, WIDE, size=MANY))[None]
+    positions, boundaries = torch.arange(MANY)[None] % 16, torch.arange(0, MANY + 1, 16)
+    for budget_mb in budgets_mb:
+        model = ModelConfig(hf_path=path, dtype="float32", logprob_memory_mb=budget_mb)
+        chunks = build_model(arch, model, ParallelConfig(), layout)
+        load_initial_weights(chunks, model, arch, layout)
+        asked = {"labels": tokens[0].roll(-1), "loss_mask": torch.arange(MANY)}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            logp_N, _ = chunks[0](tokens, positions, None, packed_seq_params=packed_seq_params(boundaries), **asked)
+            logp_N.sum().backward()
+        events = profile.profiler.kineto_results.events()
+        sizes = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
+        peaks.append(float(sizes.max()) / 2**20)
+    close(layout)
+    return peaks
+
+
+def test_the_budget_of_the_config_bounds_the_logits_of_a_model(tmp_path) -> None:
+    path = str(make_hf_model("qwen3", tmp_path / "wide", vocab_size=WIDE, num_hidden_layers=1))
+    small_mb, large_mb = 4, 2 * LOGITS_MB
+    ((small, large),) = run_ranks(1, rank_peaks, path, (small_mb, large_mb))
+    assert large > LOGITS_MB
+    assert large - small >= LOGITS_MB - small_mb

@@ -37,6 +37,8 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
         "last_stage": layout.is_last_stage,
         "scoring_ranks": layout.scoring_ranks,
         "context_ranks": context_ranks,
+        "experts": (layout.etp_rank, layout.ep_rank, layout.expert_replica),
+        "sends": (layout.sends_experts, layout.leads_experts),
         "is_leader": (layout.is_replica_leader, layout.is_global_leader),
     }
 
@@ -55,12 +57,12 @@ def rank_with_a_fault() -> None:
         dist.barrier(group=layout.tp_group)
 
 
-def rank_too_few() -> str:
+def rank_too_few(axes: dict[str, int]) -> str:
     from megatron_dypo.config import ParallelConfig
     from megatron_dypo.parallel.layout import init_layout
 
-    with pytest.raises(ValueError, match="world_size") as error:
-        init_layout(ParallelConfig(tensor=2))
+    with pytest.raises(ValueError, match="=") as error:
+        init_layout(ParallelConfig(**axes))
     return str(error.value)
 
 
@@ -85,6 +87,18 @@ def test_context_parallel_ranks_share_a_replica() -> None:
     assert [s["context_ranks"] for s in seen] == [(0, 1), (0, 1), (2, 3), (2, 3)]
 
 
+def test_ranks_that_split_an_expert_are_nearer_than_those_that_own_others() -> None:
+    seen = run_ranks(4, rank_layout, {"expert": 2, "expert_tensor": 2})
+    assert [s["experts"] for s in seen] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert [s["sends"] for s in seen] == [(True, True), (True, False), (True, True), (True, False)]
+
+
+def test_a_stage_may_hold_all_experts_several_times() -> None:
+    seen = run_ranks(4, rank_layout, {"tensor": 2, "expert_tensor": 2})
+    assert [s["experts"] for s in seen] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert [s["sends"] for s in seen] == [(True, True), (True, False), (False, False), (False, False)]
+
+
 def test_a_fault_on_one_rank_ends_the_job_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(RankError, match="ValueError: the answer column is missing"):
@@ -92,7 +106,15 @@ def test_a_fault_on_one_rank_ends_the_job_at_once() -> None:
     assert time.monotonic() - started < 150
 
 
-def test_a_world_that_the_axes_do_not_divide_is_refused() -> None:
-    assert run_ranks(1, rank_too_few) == [
-        "world_size=1: must be a multiple of tensor × pipeline × context = 2 × 1 × 1 = 2"
-    ]
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"tensor": 2}, "world_size=1: must be a multiple of tensor × pipeline × context = 2 × 1 × 1 = 2"),
+        (
+            {"expert_tensor": 2},
+            "parallel.expert × expert_tensor = 1 × 2 does not divide the 1 ranks of a pipeline stage",
+        ),
+    ],
+)
+def test_a_world_that_the_axes_do_not_divide_is_refused(axes, message) -> None:
+    assert run_ranks(1, rank_too_few, axes) == [message]

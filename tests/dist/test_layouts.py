@@ -5,6 +5,7 @@ Rows of one world size share one start of processes; a row is a line of ``ROWS``
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config_objective import ImportanceConfig
 from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.types import Treatment
 from tests.dist.layout_gradients import Row, rank_rows
-from tests.dist.literal_objective import literal_gradients, literal_logprobs
+from tests.dist.literal_objective import is_trusted, literal_gradients, literal_logprobs
 from tests.dist.spawn import RankError, run_ranks
 from tests.hf_models import make_hf_model
 from tests.unit.objective_cases import random_groups
@@ -25,16 +27,31 @@ OBJECTIVES = [
     for mode, beta in (("sequence_mean", 1.0), ("sum", 0.3), ("token_mean", 2.0), ("constant", 1.0))
 ]
 MEAN, SUM, TOKEN, CONSTANT = range(4)
+BY_SEQUENCE = {
+    "gspo": {"ratio": "sequence"},
+    "gal clipped": {"gal_clip": "sequence"},
+    "geometric mean": {"importance": ImportanceConfig(sequence_bounds=(0.8, 1.2))},
+    "gap": {"importance": ImportanceConfig(sequence_max_gap=0.35)},
+    "all": {
+        "ratio": "sequence",
+        "gal_clip": "sequence",
+        "importance": ImportanceConfig(cap=1.3, token_bounds=(0.5, 2.0), sequence_bounds=(0.7, 1.4), sequence_max_gap=0.5),
+    },
+}
+"""Options that look at whole sequences, which context parallelism cuts."""
+OBJECTIVES += [dataclasses.replace(OBJECTIVES[MEAN], **options) for options in BY_SEQUENCE.values()]
 
 TP, PP, VPP, CP = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"context": 2}
 SP = {"tensor": 2, "sequence": True}
-EP = {"expert": 2}
+EP, ETP = {"expert": 2}, {"expert_tensor": 2}
 EVERY = tuple((objective, count) for objective in range(4) for count in (1, 2, 4))
 PADDED = ((SUM, None),)
+WHOLE = tuple((objective, 2) for objective in range(CONSTANT + 1, len(OBJECTIVES)))
 SHARDED = {"distributed": True}
 
 ROWS = {
     "one process": Row(ranks=1, passes=EVERY),
+    "one process, by sequence": Row(ranks=1, passes=WHOLE),
     "one process, padded": Row(ranks=1, passes=PADDED),
     "one process, selective": Row(ranks=1, recompute="selective", kind="qwen2"),
     "one process, full, tied": Row(ranks=1, recompute="full", kind="llama_tied", passes=((TOKEN, 3),)),
@@ -51,11 +68,14 @@ ROWS = {
     "dp2, sharded, overlap, tied": Row(ranks=2, **SHARDED, overlap=True, kind="llama_tied", passes=((TOKEN, 3),)),
     "dp2, overlap, selective": Row(ranks=2, overlap=True, recompute="selective"),
     "cp2": Row(ranks=2, axes=CP, passes=EVERY),
+    "cp2, by sequence": Row(ranks=2, axes=CP, passes=WHOLE),
     "cp2, padded": Row(ranks=2, axes=CP, passes=PADDED),
     "cp2, selective, qwen2": Row(ranks=2, axes=CP, recompute="selective", kind="qwen2"),
     "cp2, full, sharded, tied": Row(ranks=2, axes=CP, recompute="full", **SHARDED, kind="llama_tied"),
     "tp2 pp2": Row(ranks=4, axes=TP | PP, passes=((MEAN, 4), (TOKEN, 1))),
     "tp2 pp2, tied": Row(ranks=4, axes=TP | PP, kind="llama_tied", passes=((SUM, 2),)),
+    "tp2 sp pp2 vpp2": Row(ranks=4, axes=SP | VPP, passes=((MEAN, 2), (TOKEN, 4))),
+    "tp2 sp pp2 vpp2, padded, tied": Row(ranks=4, axes=SP | VPP, kind="llama_tied", passes=PADDED),
     "tp2 sp pp2 vpp2, selective, qwen2": Row(ranks=4, axes=SP | VPP, recompute="selective", kind="qwen2"),
     "tp2 dp2": Row(ranks=4, axes=TP, passes=((CONSTANT, 2),)),
     "tp2 sp dp2, sharded, overlap": Row(ranks=4, axes=SP, **SHARDED, overlap=True, passes=((SUM, 3),)),
@@ -69,6 +89,9 @@ ROWS = {
     "dp4, sharded": Row(ranks=4, **SHARDED, passes=((MEAN, 1),)),
     "cp4": Row(ranks=4, axes={"context": 4}, passes=((SUM, 2), (MEAN, 1))),
     "tp2 cp2": Row(ranks=4, axes=TP | CP, passes=((TOKEN, 2),)),
+    "tp2 sp cp2, by sequence": Row(ranks=4, axes=SP | CP, passes=WHOLE),
+    "pp2 cp2, by sequence": Row(ranks=4, axes=PP | CP, passes=WHOLE),
+    "cp4, by sequence": Row(ranks=4, axes={"context": 4}, passes=WHOLE),
     "tp2 sp cp2, selective": Row(ranks=4, axes=SP | CP, recompute="selective", passes=((CONSTANT, 3),)),
     "tp2 sp cp2, padded, tied": Row(ranks=4, axes=SP | CP, kind="llama_tied", passes=PADDED),
     "pp2 cp2": Row(ranks=4, axes=PP | CP, passes=((MEAN, 4),)),
@@ -79,6 +102,8 @@ ROWS = {
     ),
     "experts, one process": Row(ranks=1, kind="qwen3_moe", passes=EVERY),
     "experts, ep2": Row(ranks=2, axes=EP, kind="qwen3_moe", passes=EVERY),
+    "experts, ep2, padded": Row(ranks=2, axes=EP, kind="qwen3_moe", passes=PADDED),
+    "experts, tp2 sp ep2, selective": Row(ranks=2, axes=SP | EP, recompute="selective", kind="qwen3_moe"),
     "experts, dp2": Row(ranks=2, kind="qwen3_moe"),
     "experts, tp2 sp": Row(ranks=2, axes=SP, kind="qwen3_moe"),
     "experts, tp2 sp ep2": Row(ranks=2, axes=SP | EP, kind="qwen3_moe", passes=((SUM, 1), (TOKEN, 2))),
@@ -90,6 +115,13 @@ ROWS = {
     "experts, ep2 pp2": Row(ranks=4, axes=EP | PP, kind="qwen3_moe"),
     "experts, ep2 pp2 vpp2, full": Row(ranks=4, axes=EP | VPP, recompute="full", kind="qwen3_moe"),
     "experts, ep2 dp4": Row(ranks=4, axes=EP, kind="qwen3_moe", passes=((CONSTANT, 2),)),
+    "experts, ep2 dp4, sharded, overlap": Row(ranks=4, axes=EP, **SHARDED, overlap=True, kind="qwen3_moe"),
+    "experts, tp2 sp etp2": Row(ranks=2, axes=SP | ETP, kind="qwen3_moe", passes=EVERY),
+    "experts, etp2 dp2, sharded": Row(ranks=2, axes=ETP, **SHARDED, kind="qwen3_moe", passes=((TOKEN, 3), (MEAN, 1))),
+    "experts, tp2 sp ep2 etp2": Row(ranks=4, axes=SP | EP | ETP, kind="qwen3_moe", passes=((SUM, 1), (TOKEN, 2))),
+    "experts, etp2 pp2 vpp2, full": Row(ranks=4, axes=ETP | VPP, recompute="full", kind="qwen3_moe"),
+    "experts, tp2 sp cp2 etp4": Row(ranks=4, axes=SP | CP | {"expert_tensor": 4}, kind="qwen3_moe"),
+    "experts, etp2 dp4, overlap": Row(ranks=4, axes=ETP, overlap=True, kind="qwen3_moe", passes=((CONSTANT, 2),)),
     "experts, tp2 sp ep4": Row(ranks=4, axes=SP | {"expert": 4}, kind="qwen3_moe"),
 }  # fmt: skip
 
@@ -98,11 +130,12 @@ ROWS = {
 def groups():
     """Groups whose old and reference policies differ from the current one."""
     made = random_groups(5, num_hard=2, num_mid=4, group_size=4, vocab=131)
-    rng = np.random.default_rng(1)
+    rng, rollout_rng = np.random.default_rng(1), np.random.default_rng(2)
     for sample in (s for g in made for s in g if s.old_logp is not None):
         near = np.float32(-4.9) + rng.normal(0, 0.5, sample.num_response_tokens).astype(np.float32)
         sample.old_logp = near
         sample.ref_logp = near + rng.normal(0, 0.3, len(near)).astype(np.float32)
+        sample.rollout_logp = near + rollout_rng.normal(0, 0.4, len(near)).astype(np.float32)
     return made
 
 
@@ -159,6 +192,13 @@ def test_gradient_of_the_whole_objective_equals_the_literal_one(name, seen, path
     assert [rank.grad_norm for rank in ranks] == pytest.approx([norm] * row.ranks, rel=1e-5)
 
 
+@pytest.mark.parametrize("option", range(len(BY_SEQUENCE)))
+def test_each_option_that_looks_at_sequences_changes_the_literal_gradient(option, paths):
+    """Else its rows would say nothing of it."""
+    plain, other = (literal(paths["qwen3"], index) for index in (MEAN, WHOLE[option][0]))
+    assert max(np.abs(other[key] - grad).max() / np.abs(grad).max() for key, grad in plain.items()) > 1e-2
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
     row, ranks = ROWS[name], seen(name)
@@ -168,7 +208,13 @@ def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
     for key, logp in expected.items():
         np.testing.assert_allclose(ours[key], logp, atol=2e-5, err_msg=str(key))
     traces = [(s.order, s.member) for g in groups() for s in g if s.treatment is Treatment.DISTIL]
-    for sums in (sums for rank in ranks for sums in rank.statistics):
+    rollouts = [s for g in groups() for s in g if s.treatment is Treatment.REINFORCE]
+    sums_of_passes = ((index, sums) for rank in ranks for (index, _), sums in zip(row.passes, rank.statistics, strict=True))
+    for objective, sums in sums_of_passes:
+        bounds = dataclasses.replace(OBJECTIVES[objective].importance, token_bounds=None)
+        masked = sum(not any(is_trusted(s, bounds)) for s in rollouts)
+        assert sums[STATISTICS.index("rollouts")] == pytest.approx(len(rollouts))
+        assert sums[STATISTICS.index("rollouts_masked")] == pytest.approx(masked)
         assert sums[STATISTICS.index("tokens")] == sum(map(len, expected.values()))
         trace_nll = -sum(expected[key].sum() for key in traces)
         assert sums[STATISTICS.index("trace_nll")] == pytest.approx(trace_nll, rel=1e-6)

@@ -28,6 +28,8 @@ LAYOUTS = {
     "dp2": (2, {}),
     "tp2 sp": (2, SP),
     "tp2 sp ep2": (2, {**SP, "expert": 2}),
+    "tp2 sp etp2": (2, {**SP, "expert_tensor": 2}),
+    "ep2 etp2 dp4": (4, {"expert": 2, "expert_tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "ep2 pp2": (4, {"expert": 2, "pipeline": 2}),
     "ep2 pp2 vpp2": (4, {"expert": 2, "pipeline": 2, "virtual_pipeline": 2}),
@@ -43,7 +45,7 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("moe")
 
 
-@pytest.mark.parametrize("layout", ["one process", "ep2", "tp2 sp ep2", "pp2", "ep2 pp2 vpp2"])
+@pytest.mark.parametrize("layout", ["one process", "ep2", "tp2 sp ep2", "tp2 sp etp2", "pp2", "ep2 pp2 vpp2"])
 def test_logits_equal_transformers(layout, root):
     world_size, axes = LAYOUTS[layout]
     paths, expected = zip(*(_model_and_logits(kind, root) for kind in MOE_KINDS), strict=True)
@@ -87,10 +89,11 @@ def rank_scores(path, axes, samples):
     return scores
 
 
-def test_a_replica_without_samples_lends_its_experts_to_the_scoring_of_others(root):
+@pytest.mark.parametrize("axis", ["expert", "expert_tensor"])
+def test_a_replica_without_samples_lends_its_experts_to_the_scoring_of_others(axis, root):
     path, samples = _path(root), random_groups(5, vocab=131)[-1]
     model = float64_model(path)
-    leader, other_leader, *rest = run_ranks(4, rank_scores, path, {"expert": 2, "pipeline": 2}, samples)
+    leader, other_leader, *rest = run_ranks(4, rank_scores, path, {axis: 2, "pipeline": 2}, samples)
     assert (other_leader, rest) == ([], [None, None])
     with torch.no_grad():
         for ours, sample in zip(leader, samples, strict=True):
@@ -131,7 +134,7 @@ def rank_balance_gradients(path, axes):
     optimizer.zero_grad()
     loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], cfg=ObjectiveConfig())
     grads = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
-    tensors = iter_hf_tensors(grads, arch, layout.tp_rank, layout.tensor, layout.tp_group)
+    tensors = iter_hf_tensors(grads, arch, layout)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}
     norm = optimizer.step().grad_norm
     balance = balance_metrics(chunks)["train/load_balancing_loss"]
@@ -169,7 +172,13 @@ def _literal_balance_gradients(path):
     return gradients, norm, total.item() / BALANCE_COEF / config.num_hidden_layers
 
 
-@pytest.mark.parametrize("layout", ["one process", "dp2", "ep2", "tp2 sp", "tp2 sp ep2", "ep2 pp2", "ep2 dp4", "cp2 ep2", "tp2 sp cp2"])
+BALANCED = (
+    "one process", "dp2", "ep2", "tp2 sp", "tp2 sp ep2", "tp2 sp etp2", "ep2 etp2 dp4", "ep2 pp2", "ep2 dp4", "cp2 ep2",
+    "tp2 sp cp2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", BALANCED)
 def test_load_balancing_loss_is_a_mean_over_real_tokens_in_every_layout(layout, root):
     world_size, axes = LAYOUTS[layout]
     path = _path(root)

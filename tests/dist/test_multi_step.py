@@ -32,7 +32,7 @@ def trained(layout: str, root: Any) -> dict[str, Any]:
     world_size, axes = LAYOUTS[layout]
     ranks = run_ranks(world_size, rank_train, str(path), str(root / layout.replace(" ", "_")), axes)
     seen: dict[str, Any] = {"resumed": [rank["resumed"] for rank in ranks]}
-    for name in (*MODES, "rollout"):
+    for name in (*MODES, "rollout", "epochs"):
         runs = [rank[name] for rank in ranks]
         seen[name] = {
             "steps": [
@@ -81,6 +81,18 @@ def test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights(mod
         if i % 2 == 1 and layout == "one process":
             other = dataclasses.replace(cfg, gal_coefficients="stale" if mode == "exact" else "exact")
             assert gradient_error(step["grads"], model, groups, other) > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_second_epoch_goes_over_the_same_mini_batches_at_its_own_weights(layout, root) -> None:
+    seen, cfg = trained(layout, root)["epochs"], config_of("m", "", {}, "exact", epochs=2).objective
+    assert len(seen["groups"]) == 2 * PROMPTS
+    for i, step in enumerate(seen["steps"]):
+        first = PROMPTS * (i % 2)
+        groups, model = seen["groups"][first : first + PROMPTS], model_at(step["weights"], root)
+        assert gradient_error(step["grads"], model, groups, cfg) <= 1e-5, f"step {i}"
+    assert seen["pushed"] == [4]
+    assert [seen["metrics"][step]["train/staleness"] for step in (1, 2, 3, 4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("mode", MODES)

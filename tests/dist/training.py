@@ -55,7 +55,7 @@ class Session:
 
         layout = self.layout
         params = sent_params(named_global_parameters(self.chunks), self.arch, layout)
-        tensors = iter_hf_tensors(params, self.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+        tensors = iter_hf_tensors(params, self.arch, layout)
         return {name: tensor.float().numpy().copy() for name, tensor in tensors}
 
 

@@ -36,13 +36,14 @@ class Target:
 class Trainer:
     """One rank with a model, whose weights are those of any HF folder of the same architecture."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, **axes: int) -> None:
+        """``axes``: of the trainer, TP2 × PP2 if none is given."""
         from megatron_dypo.architecture import load_architecture
         from megatron_dypo.config import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
         from megatron_dypo.parallel.layout import init_layout
 
-        parallel = ParallelConfig(tensor=2, pipeline=2)
+        parallel = ParallelConfig(**(axes or {"tensor": 2, "pipeline": 2}))
         self.target = target
         self.layout = init_layout(parallel)
         self.arch = load_architecture(target.served)
@@ -121,9 +122,13 @@ def ask(target: Target, url: str, path: str, body: dict | None = None) -> Any:
 
 
 def checksums(target: Target, url: str) -> dict[str, str]:
-    """Hash of every parameter of a server."""
+    """Hash of every parameter of a server's first rank."""
+    return checksums_by_rank(target, url)[0]
+
+
+def checksums_by_rank(target: Target, url: str) -> list[dict[str, str]]:
     answer = ask(target, url, "/weights_checker", {"action": "checksum"})
-    return answer["ranks"][0]["checksums"]
+    return [rank["checksums"] for rank in answer["ranks"]]
 
 
 def rank_push(target: Target, first: str, second: str) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def rank_push_while_a_server_hangs(target: Target, weights: str) -> dict[str, An
     trainer = Trainer(target)
     trainer.become(weights)
     victim, is_first = target.urls[-1], trainer.layout.rank == 0
-    bridge = trainer.bridge(deadline_s=40.0)
+    bridge = trainer.bridge(deadline_s=60.0)
     bridge.push(VERSIONS["hung"])
     running = Running(target, victim) if is_first else None
     processes = server_family(victim) if is_first else []

@@ -124,7 +124,7 @@ def test_a_server_that_hangs_in_a_push_costs_half_of_its_deadline_and_is_fenced(
         assert outcome["serving"][0] == target.urls[:1]
         report = outcome["reports"][0]
         assert (report.fenced, report.retries) == (1, 1)
-        assert 20 <= report.seconds < 40
+        assert 30 <= report.seconds < 60
 
 
 def test_a_server_that_woke_up_rejoins_by_a_full_push_without_its_old_requests(hung, target, loaded):

@@ -57,6 +57,8 @@ def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
         (1, 2, {"tensor": 2, "sequence": True, "expert": 2}, "broadcast"),
         (2, 4, {"pipeline": 2, "expert": 2}, "broadcast"),
         (3, 2, {"expert": 2}, "disk"),
+        (4, 2, {"tensor": 2, "sequence": True, "expert": 2}, "p2p"),
+        (5, 4, {"pipeline": 2, "expert": 2}, "local"),
     ],
 )
 def test_the_server_samples_from_what_was_pushed(seed, world_size, axes, transport, target, tmp_path):

@@ -1,4 +1,4 @@
-"""What is read from an HF config of a mixture of experts, and what is refused."""
+"""What is read from an HF config, and what is refused."""
 
 import pytest
 
@@ -50,3 +50,45 @@ def test_a_dense_model_has_no_experts():
 def test_what_is_not_supported_is_refused(changes, message):
     with pytest.raises(ValueError, match=f"^config.json: {message}"):
         architecture_from_hf({**QWEN3_MOE, "num_experts": 4, **changes}, where="config.json")
+
+
+MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+    "intermediate_size": 96,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_mistrals_window_and_head_size_are_read(window):
+    arch = architecture_from_hf({**MISTRAL, "sliding_window": window}, where="config.json")
+    assert (arch.sliding_window, arch.head_dim) == (window, 24)
+    assert architecture_from_hf({**MISTRAL, "head_dim": None}, where="config.json").head_dim == 8
+    arch.check_length(128, "tokens")
+    with pytest.raises(ValueError, match=r"^config.json: sliding_window=0: must be a positive integer"):
+        architecture_from_hf({**MISTRAL, "sliding_window": 0}, where="config.json")
+
+
+def test_sequences_beyond_the_window_are_refused():
+    arch = architecture_from_hf({**MISTRAL, "sliding_window": 128}, where="config.json")
+    with pytest.raises(
+        ValueError, match=r"^prompt \+ response = 129: must not exceed sliding_window=128 of the mistral"
+    ):
+        arch.check_length(129, "prompt + response")
+
+
+def test_a_window_that_is_not_used_is_passed_over():
+    raw = {**MISTRAL, "model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
+    assert architecture_from_hf(raw, where="config.json").sliding_window is None
+
+
+def test_llama_2_has_a_key_head_for_each_query_head():
+    raw = {name: value for name, value in MISTRAL.items() if name not in ("num_key_value_heads", "head_dim")}
+    arch = architecture_from_hf({**raw, "model_type": "llama"}, where="config.json")
+    assert (arch.num_key_value_heads, arch.head_dim, arch.rope_scaling, arch.rope_theta) == (8, 8, None, 10_000.0)

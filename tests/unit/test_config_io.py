@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_dypo.config import Config
-from megatron_dypo.config_io import changed_lines, dump_config, load_config
+from megatron_dypo.config_io import changed_lines, dump_config, load_config, override_lines
 
 MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 
@@ -77,6 +77,16 @@ def test_missing_sections_and_files_are_named(write, tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
+def test_override_lines_turn_one_config_into_the_other(write):
+    changes = ["optimizer.lr=5e-7", "data.teachers=[a b, 'null']", "model.recompute=full", "objective.importance.cap=2"]
+    before, after = load_config(write(MINIMAL)), load_config(write(MINIMAL), [*changes, "parallel.num_processes=null"])
+    lines = override_lines(before, after)
+    assert len(lines) == len(changes)
+    assert all("\n" not in line for line in lines)
+    assert load_config(write(MINIMAL), lines) == after
+    assert override_lines(after, after) == []
+
+
 def test_every_field_is_documented():
     import ast
     import inspect
@@ -92,3 +102,17 @@ def test_importing_the_config_loads_nothing_heavy():
     code = "import sys, megatron_dypo.config_io, megatron_dypo.cli\nprint([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
+
+
+def test_an_asynchronous_run_must_correct_for_older_weights(write):
+    path = write({**MINIMAL, "rollout": {"mode": "async"}})
+    with pytest.raises(ValueError, match=r"rollout\.mode=async: samples from older weights"):
+        load_config(path)
+    load_config(path, ["objective.importance.cap=2.0"])
+    load_config(path, ["score.policy=rollout"])
+
+
+def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):
+    overrides = ["rollout.mode=async", "objective.importance.cap=2.0", "weights.release_memory=true"]
+    with pytest.raises(ValueError, match=r"weights\.release_memory=true: needs rollout\.mode=sync"):
+        load_config(write(MINIMAL), overrides)

@@ -55,9 +55,10 @@ def make_run(urls: Sequence[str]) -> Any:
     client = SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
     return SimpleNamespace(
         step=3,
+        served_version=3,
         bridge=NextServer(urls),
         router=Routes(),
-        leader=SimpleNamespace(client=client, group=Alone()),
+        leader=SimpleNamespace(client=client, background_client=client, background=None, group=Alone()),
         layout=SimpleNamespace(is_global_leader=True, replica_group=Alone()),
         tally=Tally(),
         timings=Timings(),

@@ -1,15 +1,14 @@
 """Qwen3-MoE: Qwen3 with a router and experts in the place of the MLP.
 
-Experts are named one by one with their global index, as Megatron's ``SequentialMLP`` names its local ones. They are not
-split by tensor parallelism: an expert is whole on the ranks that own it.
+Experts are named one by one with their global index, as Megatron's ``SequentialMLP`` names its local ones. Their rows are
+split over expert-tensor ranks, which tensor parallelism of the rest says nothing about.
 """
 
 from __future__ import annotations
 
 from megatron_dypo.weights.families import llama, qwen3
 from megatron_dypo.weights.families.table import Row, expert_input, expert_output, router
-from megatron_dypo.weights.rules import Copy
-from megatron_dypo.weights.stack import Stack
+from megatron_dypo.weights.rules import Copy, GateUp, RowParallel
 
 _MCORE, _HF = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
 _EXPERT, _HF_EXPERT = _MCORE + "experts.local_experts.{expert}.", _HF + "experts.{expert}."
@@ -21,7 +20,7 @@ ROWS = (
     Row(
         _EXPERT + "linear_fc1.weight",
         (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
-        Stack((expert_input, expert_input)),
+        GateUp(expert_input),
     ),
-    Row(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), Copy(expert_output)),
+    Row(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), RowParallel(expert_output)),
 )

@@ -6,10 +6,17 @@ import re
 from collections.abc import Iterable, Iterator
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.weights.families import llama, qwen2, qwen3, qwen3_moe
+from megatron_dypo.weights.families import llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
 
-FAMILIES = {"llama": llama.ROWS, "qwen2": qwen2.ROWS, "qwen3": qwen3.ROWS, "qwen3_moe": qwen3_moe.ROWS}
+FAMILIES = {
+    "llama": llama.ROWS,
+    "mistral": mistral.ROWS,
+    "qwen2": qwen2.ROWS,
+    "qwen3": qwen3.ROWS,
+    "qwen3_moe": qwen3_moe.ROWS,
+}
+"""``model_type`` of the HF config → its table."""
 
 # Transformer Engine fuses a norm into the linear layer that follows it: its name → the local spec's name.
 ALIASES = {

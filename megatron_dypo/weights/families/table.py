@@ -24,7 +24,7 @@ class Row:
 
     @property
     def is_expert(self) -> bool:
-        """Whether a rank holds it for the experts that it owns, rather than as a member of a tensor-parallel group."""
+        """Whether its rule's ranks are those of an expert-tensor group, rather than of a tensor-parallel group."""
         return ".mlp.experts." in self.mcore
 
     def at(self, layer: int | None, expert: int | None = None) -> Row:

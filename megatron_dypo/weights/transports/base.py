@@ -15,10 +15,11 @@ from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.families.registry import match
 from megatron_dypo.weights.gather import iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.weights.hf_write import TensorSpec
-from megatron_dypo.weights.sglang_control import Deadline, ServerError
+from megatron_dypo.weights.sglang_control import ServerError
 
 T = TypeVar("T")
 
@@ -51,25 +52,27 @@ class Source:
     def own_turn(self) -> tuple[int, int] | None:
         """The turn in which whole tensors leave this rank; None on a rank that only helps to make them whole, or less."""
         layout = self.layout
-        is_whole = layout.leads_stage or (layout.sends_experts and layout.expert > 1)
-        return (layout.pp_rank, layout.ep_rank) if is_whole else None
+        return (layout.pp_rank, layout.ep_rank) if layout.leads_stage or layout.leads_experts else None
 
     def joins(self, turn: tuple[int, int]) -> bool:
-        """Whether this rank has a part in a turn: its own, or its stage's first, in which dense tensors are gathered."""
-        return turn == self.own_turn or (self.layout.sends_dense and turn == (self.layout.pp_rank, 0))
+        """Whether this rank has a part in a turn: its stage's first, in which dense tensors are gathered, or that of its
+        experts."""
+        layout = self.layout
+        is_of_experts = layout.sends_experts and turn == (layout.pp_rank, layout.ep_rank)
+        return is_of_experts or (layout.sends_dense and turn == (layout.pp_rank, 0))
 
     def params(self, turn: tuple[int, int] | None = None) -> list[tuple[str, Tensor]]:
         """This rank's parameters that are sent, in one turn or (None) in all of them."""
         sent = sent_params(self.named_params(), self.arch, self.layout)
         if turn is None:
             return sent
-        return [(n, p) for n, p in sent if (self.own_turn if match(n, self.arch).is_expert else (turn[0], 0)) == turn]
+        own, first = (self.layout.pp_rank, self.layout.ep_rank), (self.layout.pp_rank, 0)
+        return [(n, p) for n, p in sent if (own if match(n, self.arch).is_expert else first) == turn]
 
     def tensors(self, turn: tuple[int, int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """HF tensors that leave this rank, one at a time, in one turn or (None) in all of them. Collective over
-        ``tp_group``: the ranks that gather dense tensors exhaust it together."""
-        layout = self.layout
-        return iter_hf_tensors(self.params(turn), self.arch, layout.tp_rank, layout.tensor, layout.tp_group)
+        the ranks that join the turn (None: over all senders of a stage), which exhaust it together."""
+        return iter_hf_tensors(self.params(turn), self.arch, self.layout)
 
     def specs(self) -> list[TensorSpec]:
         """What :meth:`tensors` yields here."""
@@ -130,11 +133,12 @@ class Transport(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all connections after a failed push, so that the next one makes new ones. Not collective."""
+        """Forget all connections after a failed attempt, at once, so that the next one makes new ones. Not collective."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the servers at the end of a run. Not collective."""
+        """Leave the servers in order: at the end of a run, or before a push to other ones, which connects anew. Not
+        collective."""
 
 
 def _failure(error: BaseException) -> tuple[str, tuple[str, ...]]:

@@ -1,15 +1,17 @@
 """Weights through SGLang's distributed update: HF tensors, flattened into buckets, broadcast to a stock server.
 
 Each pipeline stage's leader forms one group with all servers, of which it is rank 0, so that nothing is gathered over
-stages; so does each further rank that owns experts of the stage, so that no expert is gathered. They take turns, in making the groups too: a server handles one such call after the other, and two
-half-made groups on two servers would wait for each other.
+stages; so does each further rank that owns experts of the stage (the first of those that an expert is split over), so that
+nothing is gathered over owners. They take turns, in making the groups too: a server handles one such call after the other,
+and two half-made groups on two servers would wait for each other.
 """
 
 from __future__ import annotations
 
 import functools
 
-from megatron_dypo.weights.sglang_control import Deadline, SGLangControl
+from megatron_dypo.weights.deadline import Deadline
+from megatron_dypo.weights.sglang_control import SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
 from megatron_dypo.weights.transports.buckets import fill_buckets
 from megatron_dypo.weights.transports.update_group import UpdateGroup

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from megatron_dypo.progress import progress
+from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.folders import commit_folder, partial_path, start_folder
 from megatron_dypo.weights.gather import part_name
 from megatron_dypo.weights.hf_write import finish_hf_folder, write_parts
-from megatron_dypo.weights.sglang_control import Deadline, SGLangControl
+from megatron_dypo.weights.sglang_control import SGLangControl
 from megatron_dypo.weights.transports.base import Lockstep, Source, Transport
 
 

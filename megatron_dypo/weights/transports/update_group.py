@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_dypo.weights.sglang_control import Deadline, ServerError, ServerInfo, SGLangControl
+from megatron_dypo.weights.deadline import Deadline
+from megatron_dypo.weights.sglang_control import ServerError, ServerInfo, SGLangControl
 from megatron_dypo.weights.transports.buckets import Bucket
 
 _POLL_S = 0.0005

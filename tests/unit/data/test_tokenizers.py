@@ -206,6 +206,19 @@ def test_a_saved_tokenizer_loads_the_same(
     assert load_tokenizer(tmp_path / "export").vocab_size == tokenizer.vocab_size
 
 
+def test_a_model_folder_with_a_sentencepiece_model_alone_is_enough(tmp_path: Path) -> None:
+    """As Llama 2 and the first Mistral were released: stop ids come from the model's own configuration."""
+    folder = train_sentencepiece(tmp_path / "llama2")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": processor.eos_id()}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.render("What is 1?", False) == [processor.bos_id(), *processor.encode("What is 1?")]
+    assert tokenizer.decode(tokenizer.encode("What is 1?")) == "What is 1?"
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (processor.eos_id(), 300)
+    tokenizer.save(tmp_path / "export")
+    assert load_tokenizer(tmp_path / "export").encode("3 + 4") == tokenizer.encode("3 + 4")
+
+
 def test_a_bare_sentencepiece_file_needs_no_configuration(tmp_path: Path) -> None:
     folder = train_sentencepiece(tmp_path / "bare")
     tokenizer = load_tokenizer(folder / "tokenizer.model")

@@ -37,6 +37,8 @@ MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
     ("arch", "axes", "message"),
     [
         (ARCH, {"expert": 2}, "expert_parallel=2: a qwen2 model has no experts"),
+        (ARCH, {"expert_tensor": 2}, "expert_tensor_parallel=2: a qwen2 model has no experts"),
+        (MOE, {"expert_tensor": 3}, "expert_tensor_parallel=3 does not divide moe_intermediate_size=20"),
         (MOE, {"expert": 4}, "expert_parallel=4 does not divide num_experts=6"),
         (MOE, {"tensor": 2}, "tensor_parallel=2: a mixture of experts needs parallel.sequence=true"),
     ],
@@ -49,10 +51,10 @@ def test_a_layout_that_does_not_suit_experts_is_refused(arch, axes, message):
 @pytest.mark.parametrize(("ours", "coefficient"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
 def test_the_balance_coefficient_is_the_models_unless_the_config_names_one(ours, coefficient):
     features = Features(transformer_engine=False, grad_accumulation_fusion=False)
-    parallel = ParallelConfig(expert=2, tensor=2, sequence=True)
+    parallel = ParallelConfig(expert=2, expert_tensor=4, tensor=2, sequence=True)
     config = transformer_config(MOE, ModelConfig(hf_path="x", balance_coef=ours), parallel, features)
     assert config.moe_aux_loss_coeff == coefficient
-    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (2, 1)
+    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (2, 4)
     assert not config.moe_router_pre_softmax
 
 

@@ -27,6 +27,7 @@ CASES = {
     "peaked": lambda g: projected(g, size=20.0),
     "one row": lambda g: projected(g, num_rows=1),
     "huge": lambda g: logits_as_hidden((torch.rand(7, 16, generator=g) - 0.5) * 2e4),
+    "extremes": lambda g: logits_as_hidden(2e4 * torch.randint(0, 2, (7, 16), generator=g) - 1e4),
     "one-hot": lambda g: logits_as_hidden(torch.eye(16)[:7] * 1e4),
     "near one-hot": lambda g: logits_as_hidden(torch.eye(16)[:7] * 8 - 1e4),
     "ties": lambda g: logits_as_hidden(torch.full((7, 16), 1e4)),

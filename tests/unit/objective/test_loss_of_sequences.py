@@ -129,7 +129,7 @@ def test_each_option_changes_the_gradient_of_these_cases(name):
 
 
 def test_sequence_means_do_not_care_where_a_sequence_is_split():
-    """Two halves of a microbatch, each told the sums of both, are the whole: what context parallelism will need."""
+    """Two halves of a microbatch, each told the sums of both, are the whole: what context parallelism needs."""
     cfg = ObjectiveConfig(ratio="sequence", gal_clip="sequence", importance=ImportanceConfig(sequence_max_gap=0.35))
     logp, given = streams(3)
     _, grad_N, sums = ours(logp, given, cfg)
@@ -213,7 +213,3 @@ def test_options_that_contradict_each_other_are_refused():
             score=ScoreConfig(policy="rollout"),
             objective=ObjectiveConfig(importance=ImportanceConfig(cap=2.0)),
         )
-    assert ObjectiveConfig(ratio="sequence").needs_whole_sequences() == "ratio=sequence"
-    masked = ObjectiveConfig(importance=ImportanceConfig(sequence_max_gap=0.5))
-    assert masked.needs_whole_sequences() == "importance.sequence_max_gap=0.5"
-    assert ObjectiveConfig(gal_clip="token").needs_whole_sequences() is None

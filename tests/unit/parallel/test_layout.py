@@ -24,12 +24,12 @@ def test_replicas_split_the_world(tensor, context, pipeline, data):
 @pytest.mark.parametrize(
     ("axes", "expected"),
     [
-        ({"tensor": 1, "data": 2, "expert": 1}, (0,)),
-        ({"tensor": 1, "data": 2, "expert": 2}, (0, 1)),
-        ({"tensor": 2, "data": 1, "expert": 2}, (0, 1)),
-        ({"tensor": 2, "data": 2, "expert": 4, "pipeline": 2}, (0, 1, 2, 3, 4, 5, 6, 7)),
-        ({"tensor": 2, "data": 2, "expert": 1, "pipeline": 2}, (0, 1, 4, 5)),
-        ({"tensor": 2, "data": 2, "expert": 1, "context": 2}, (0, 1)),
+        ({"tensor": 1, "data": 2, "expert_ranks": 1}, (0,)),
+        ({"tensor": 1, "data": 2, "expert_ranks": 2}, (0, 1)),
+        ({"tensor": 2, "data": 1, "expert_ranks": 2}, (0, 1)),
+        ({"tensor": 2, "data": 2, "expert_ranks": 4, "pipeline": 2}, (0, 1, 2, 3, 4, 5, 6, 7)),
+        ({"tensor": 2, "data": 2, "expert_ranks": 1, "pipeline": 2}, (0, 1, 4, 5)),
+        ({"tensor": 2, "data": 2, "expert_ranks": 1, "context": 2}, (0, 1)),
     ],
 )
 def test_senders_are_the_first_tensor_group_and_the_first_expert_group_of_each_stage(axes, expected):

@@ -47,6 +47,10 @@ def test_a_model_that_tensor_parallelism_cannot_split_is_refused(sizes, message)
         ({"virtual_pipeline": 2}, "virtual_pipeline=2: needs pipeline > 1"),
         ({"pipeline": 2, "virtual_pipeline": 1}, "virtual_pipeline=1: must be at least 2"),
         ({"context": 0}, "context=0: must be positive"),
+        (
+            {"num_processes": 4, "expert": 2, "expert_tensor": 4},
+            "expert × expert_tensor = 2 × 4: does not divide the 4",
+        ),
         ({"tensor": 2, "context": 2, "num_processes": 6}, "must be a multiple of tensor × pipeline × context = 4"),
     ],
 )

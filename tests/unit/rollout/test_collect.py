@@ -178,7 +178,7 @@ def test_a_server_of_another_version_is_asked_no_more_and_what_it_gave_is_droppe
 ) -> None:
     with FakeSGLang(version="3") as right, FakeSGLang(version="default") as restarted:
         client = make_client([right.url, restarted.url], max_in_flight=1)
-        client.serve([right.url, restarted.url], 3)
+        client.serve([right.url, restarted.url], range(3, 4))
         groups, stats = collect(make_prompts(6), client, group_size=4, progress=False)
     assert [group.prompt.order for group in groups] == list(range(6))
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {3}
@@ -189,16 +189,16 @@ def test_a_server_of_another_version_is_asked_no_more_and_what_it_gave_is_droppe
 def test_a_server_serves_again_once_it_is_named_again() -> None:
     with FakeSGLang(version="4") as fake:
         client = make_client([fake.url])
-        client.serve([fake.url], 5)
+        client.serve([fake.url], range(5, 6))
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[1].unserved) == 2
-        client.serve([fake.url], 4)
+        client.serve([fake.url], range(4, 5))
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[0]) == 2
 
 
 def test_requests_go_to_the_router_whatever_servers_are_named() -> None:
     with FakeSGLang(version="4") as router:
         client = make_client([closed_url()], router=router.url)
-        client.serve([closed_url()], 4)
+        client.serve([closed_url()], range(4, 5))
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[0]) == 2
 
 

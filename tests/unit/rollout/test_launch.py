@@ -12,7 +12,9 @@ import pytest
 
 from megatron_dypo.config import ServersConfig
 from megatron_dypo.rollout import launch
-from megatron_dypo.rollout.launch import lease_port, server_command, server_environment
+from megatron_dypo.rollout.launch import WEIGHT_LOADER, lease_port, link_package, server_command, server_environment
+
+PACKAGE = Path("/run/python_path")
 
 
 def command(device: str, index: int = 0, dtype: str = "float32", **fields: Any) -> list[str]:
@@ -68,26 +70,43 @@ def test_a_server_does_not_see_torchruns_variables() -> None:
     ranks = {f"{group}{name}" for group in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")}
     torchrun = {*ranks, "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "TORCHELASTIC_RUN_ID"}
     inherited = dict.fromkeys([*torchrun, "LOCAL_SCRATCH", "HOME"], "x")
-    env = server_environment(inherited, 1, "cpu", [0])
+    env = server_environment(inherited, 1, "cpu", [0], PACKAGE)
     assert not env.keys() & torchrun
     assert {"LOCAL_SCRATCH", "HOME"} <= env.keys()
 
 
 def test_log_probs_are_untempered_whatever_the_trainers_environment_says() -> None:
-    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0])
+    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0], PACKAGE)
     assert env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
 
 
+def test_a_server_can_import_what_it_loads_weights_with_and_nothing_else_of_ours(tmp_path: Path) -> None:
+    assert value(command("cpu"), "--custom-weight-loader") == WEIGHT_LOADER
+    module, function = WEIGHT_LOADER.rsplit(".", 1)
+    env = server_environment({"PYTHONPATH": "/theirs"}, 1, "cpu", [0], link_package(tmp_path / "path"))
+    assert env["PYTHONPATH"] == f"{tmp_path / 'path'}:/theirs"
+    assert [entry.name for entry in (tmp_path / "path").iterdir()] == ["megatron_dypo"]
+    heavy = "megatron, sglang, aiohttp, yaml, numpy.f2py"
+    code = f"import sys, {module} as m; m.{function}; print(m.__file__); print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    path, modules = run.stdout.splitlines()
+    assert path.startswith(str(tmp_path / "path"))
+    assert not set(heavy.split(", ")) & set(modules.split())
+    link_package(tmp_path / "path")  # a run that goes on finds the link of before
+
+
 def test_the_users_thread_count_stays() -> None:
-    assert server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0])["OMP_NUM_THREADS"] == "4"
-    assert server_environment({}, 1, "cpu", [0])["OMP_NUM_THREADS"] == "1"
+    assert server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0], PACKAGE)["OMP_NUM_THREADS"] == "4"
+    assert server_environment({}, 1, "cpu", [0], PACKAGE)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "binding"), [([0, 1], 2, "0|1"), ([2, 3, 8, 9], 2, "2,3|8,9"), ([5], 2, "5|5")]
 )
 def test_tensor_parallel_ranks_on_a_cpu_get_cores_of_their_own(cores: list[int], ranks: int, binding: str) -> None:
-    assert server_environment({}, ranks, "cpu", cores)["SGLANG_CPU_OMP_THREADS_BIND"] == binding
+    assert server_environment({}, ranks, "cpu", cores, PACKAGE)["SGLANG_CPU_OMP_THREADS_BIND"] == binding
 
 
 def test_a_port_that_is_listened_on_is_passed_over() -> None:

@@ -59,20 +59,29 @@ def spans(*versions: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("versions", [["8"], ["7", "8"], ["5", "7", "8"]])
 def test_a_response_that_ends_with_the_pushed_version_is_of_it(versions: list[str]) -> None:
     response = sample(BODY, 0, weight_version="8", weight_versions=spans(*versions))
-    (rollout,) = parse_group(response, 1, decode, version=8)
+    (rollout,) = parse_group(response, 1, decode, versions=range(8, 9))
     assert rollout.policy_version == int(versions[0])
+    assert rollout.version_spans == tuple((int(version), i) for i, version in enumerate(versions))
+
+
+def test_a_response_that_began_and_ended_before_the_last_push_is_taken_where_that_is_allowed() -> None:
+    response = sample(BODY, 0, weight_version="7", weight_versions=spans("6", "7"))
+    (rollout,) = parse_group(response, 1, decode, versions=range(7, 9))
+    assert rollout.version_spans == ((6, 0), (7, 1))
+    with pytest.raises(WrongVersionError, match="weights of version 6, 7; the last push was of 9, 8 is the oldest"):
+        parse_group(response, 1, decode, versions=range(8, 10))
 
 
 @pytest.mark.parametrize("versions", [["default"], ["7"], ["9"], ["failed-8"], ["default", "8"], ["failed-7", "8"]])
 def test_a_response_of_any_other_version_is_refused(versions: list[str]) -> None:
     response = sample(BODY, 0, weight_version=versions[-1], weight_versions=spans(*versions))
     with pytest.raises(WrongVersionError, match=f"weights of version {', '.join(versions)}; the last push was of 8"):
-        parse_group(response, 1, decode, version=8)
+        parse_group(response, 1, decode, versions=range(8, 9))
 
 
 def test_one_response_of_another_version_refuses_its_group() -> None:
     with pytest.raises(WrongVersionError):
-        parse_group([sample(BODY, 0, weight_version="8"), sample(BODY, 1)], 2, decode, version=8)
+        parse_group([sample(BODY, 0, weight_version="8"), sample(BODY, 1)], 2, decode, versions=range(8, 9))
 
 
 def test_a_single_response_is_an_object() -> None:

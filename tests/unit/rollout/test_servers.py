@@ -76,7 +76,9 @@ def test_a_server_that_dies_while_it_starts_is_named_with_its_last_words(
     python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_SERVER", "dies")
-    with pytest.raises(ServerDiedError, match=r"(?s)SGLang server 0 .*ended with status 3.*sglang_0\.log.*out of luck"):
+    monkeypatch.setenv("DYPO_SGLANG_API_KEY", "mine")
+    words = r"(?s)SGLang server 0 .*ended with status 3.*sglang_0\.log.*'api_key': '\*\*\*\*'.*out of luck"
+    with pytest.raises(ServerDiedError, match=words):
         start(python, tmp_path)
     assert alive(tmp_path) == []
     assert not list((tmp_path / "logs").glob("*.yaml"))

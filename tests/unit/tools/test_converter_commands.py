@@ -1,4 +1,4 @@
-"""The two converters as commands."""
+"""The converters as commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_dypo.weights.convert import hf_to_mcore
 from tests.hf_models import make_hf_model
 
 TOOLS = Path(__file__).parents[3] / "tools"
@@ -27,6 +28,19 @@ def test_hf_to_mcore_and_back(tmp_path):
     assert back.returncode == 0, back.stderr
     names = [file.name for file in source.iterdir()]
     assert filecmp.cmpfiles(source, tmp_path / "hf", names, shallow=False) == (names, [], [])
+
+
+def test_both_ways_to_a_quantised_folder_give_the_same_bytes(tmp_path):
+    source = make_hf_model("llama", tmp_path / "source", hidden_size=128, intermediate_size=256)
+    folders = ("--hf-path", source, "--out-path", tmp_path / "direct")
+    direct = run_tool("quantize_hf.py", *folders, "--quantize", "fp8_block")
+    assert direct.returncode == 0, direct.stderr
+    hf_to_mcore(source, tmp_path / "mcore", tensor_parallel=2, pipeline_parallel=1, show_progress=False)
+    folders = ("--mcore-path", tmp_path / "mcore", "--hf-path", tmp_path / "hf")
+    converted = run_tool("convert_mcore_to_hf.py", *folders, "--quantize", "fp8_block")
+    assert converted.returncode == 0, converted.stderr
+    names = [file.name for file in (tmp_path / "direct").iterdir()]
+    assert filecmp.cmpfiles(tmp_path / "direct", tmp_path / "hf", names, shallow=False) == (names, [], [])
 
 
 def test_bad_input_ends_with_one_line_and_writes_nothing(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.architecture import FAMILIES, Architecture, Experts
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
@@ -31,20 +33,29 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
     return Architecture(**{"family": family, **sizes, **switches, **overrides})
 
 
+def divisors(value: int) -> list[int]:
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
 @st.composite
 def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
-    """An architecture and a tensor-parallel size that divides it."""
+    """An architecture, and a size that divides it as tensor parallelism and as expert tensor parallelism."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    kv_heads = tp_size * draw(st.integers(1, 3))
+    # Megatron-Core lets ranks divide the key heads, or key heads divide the ranks.
+    kv_heads = draw(st.one_of(st.integers(1, 3).map(lambda k: k * tp_size), st.sampled_from(divisors(tp_size))))
+    heads = math.lcm(kv_heads, tp_size) * draw(st.integers(1, 2))
     arch = make_arch(
-        draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe"])),
+        draw(st.sampled_from(FAMILIES)),
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 9)),
         num_key_value_heads=kv_heads,
-        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
-        head_dim=draw(st.integers(1, 4)),
+        num_attention_heads=heads,
+        head_dim=tp_size // math.gcd(tp_size, heads + 2 * kv_heads) * draw(st.integers(1, 3)),
         ffn_hidden_size=tp_size * draw(st.integers(1, 5)),
         vocab_size=draw(st.integers(1, 40)),
         tied_embeddings=draw(st.booleans()),
     )
+    if arch.experts is not None:
+        width = tp_size * draw(st.integers(1, 3))
+        arch = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, ffn_hidden_size=width))
     return arch, tp_size

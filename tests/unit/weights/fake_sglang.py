@@ -20,6 +20,8 @@ class FakeServer:
     model_path: str = "elsewhere"
     model_type: str = "qwen3"
     tp_size: int = 1
+    ep_size: int = 1
+    loaders: tuple[str, ...] = ()
     version: str = "default"
     url: str = ""
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -62,7 +64,8 @@ class FakeServer:
             info = {"model_path": self.model_path, "model_type": self.model_type, "weight_version": self.version}
             return 200, info
         if path == "/server_info":
-            return 200, {"tp_size": self.tp_size, "pp_size": 1, "dp_size": 1}
+            sizes = {"tp_size": self.tp_size, "ep_size": self.ep_size, "pp_size": 1, "dp_size": 1}
+            return 200, {**sizes, "custom_weight_loader": list(self.loaders)}
         if path == "/update_weight_version":
             self.version = body["new_version"]
         return 200, {"success": True, "message": "Success"}

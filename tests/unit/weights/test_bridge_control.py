@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from megatron_dypo.weights.sglang_control import Deadline, ServerError, SGLangControl
+from megatron_dypo.weights.deadline import Deadline
+from megatron_dypo.weights.sglang_control import ServerError, SGLangControl
 from tests.unit.weights.fake_sglang import KEY, fake_servers
 
 

@@ -6,8 +6,16 @@ from collections import Counter
 
 import pytest
 
+from megatron_dypo import architecture
 from megatron_dypo.weights.families.registry import ALIASES, FAMILIES, family_rows, match, stored_key
+from tests.hf_models import KINDS, MOE_KINDS, import_transformers
 from tests.unit.weights.architectures import make_arch
+
+
+def test_every_family_has_a_model_in_the_tests():
+    transformers = import_transformers()
+    tested = {getattr(transformers, config).model_type for config, _ in (KINDS | MOE_KINDS).values()}
+    assert tested == set(FAMILIES) == set(architecture.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

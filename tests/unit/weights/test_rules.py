@@ -119,14 +119,34 @@ def test_copy_gives_every_rank_the_whole_tensor():
         assert Copy(lambda arch: (3,)).shard([norm], arch, rank, 2).tolist() == [0, 1, 2]
 
 
+def test_ranks_beyond_the_groups_take_equal_runs_of_the_same_rows():
+    arch = make_arch(num_attention_heads=4, num_key_value_heads=1, head_dim=2, hidden_size=1)
+    tensors = [torch.arange(start, start + rows)[:, None] for start, rows in ((10, 8), (20, 2), (30, 2))]
+    shards = [QKV().shard(tensors, arch, rank, 4).flatten().tolist() for rank in range(4)]
+    assert shards == [[10, 11, 12], [13, 14, 15], [16, 17, 20], [21, 30, 31]]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "message"),
+    [
+        (6, 2, "tensor_parallel=4 does not divide num_attention_heads=6"),
+        (12, 3, "tensor_parallel=4 does not divide num_key_value_heads=3, nor the reverse"),
+    ],
+)
+def test_ranks_that_cannot_share_heads_are_refused(heads, kv_heads, message):
+    arch = make_arch(num_attention_heads=heads, num_key_value_heads=kv_heads)
+    with pytest.raises(ValueError, match=message):
+        QKV().pieces(arch, 0, 4)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (QKV(), "tensor_parallel=4 does not divide num_key_value_heads=2"),
-        (GateUp(), "tensor_parallel=4 does not divide num_key_value_heads=2"),
+        (GateUp(), "tensor_parallel=4 does not divide ffn_hidden_size=30"),
+        (RowParallel(lambda arch: (2, 6)), "tensor_parallel=4 does not divide input features=6"),
     ],
 )
 def test_a_size_that_does_not_divide_is_refused(rule, message):
-    arch = make_arch(num_key_value_heads=2)
+    arch = make_arch(num_key_value_heads=2, ffn_hidden_size=30)
     with pytest.raises(ValueError, match=message):
         rule.shard([torch.zeros(shape) for shape in rule.hf_shapes(arch)], arch, 0, 4)

@@ -1,0 +1,91 @@
+"""A step of an asynchronous run against that of a synchronous one: the quickstart, the same updates from the same policy.
+
+    python benchmarks/asynchrony.py
+
+Both runs begin with the quickstart's warm start (made first, if it is not there). They take turns, a block of steps each,
+every block resumed from the checkpoint of the one before, so that a change of the machine's load hits both. A step's time
+is its share of the wall clock, ``timing_s/step`` of the metrics; the first step of a block, for which nothing was collected
+ahead, is left out. Held-out accuracy comes with its 95% interval (Wilson).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, median
+
+from megatron_dypo.metrics import read_metrics
+from megatron_dypo.report.plots import wilson_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart"
+VARIANTS = {"sync": [], "async": ["rollout.mode=async", "objective.importance.cap=2.0"]}
+NUM_HELDOUT = 400
+
+
+def run(*command: str) -> None:
+    print("$ " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def make_warm_start(folder: Path) -> None:
+    """The quickstart as far as the first steps of its DYPO run, which are not used here."""
+    if not (folder / "warmup" / "hf" / "config.json").is_file():
+        run(str(QUICKSTART / "run.py"), "--out", str(folder), "run.steps=2", "eval.max_prompts=8")
+
+
+def train_block(folder: Path, name: str, steps: int) -> None:
+    """Bring the run of a variant to ``steps`` steps."""
+    run(
+        *["-m", "megatron_dypo.cli", "train", str(QUICKSTART / "dypo.yaml")],
+        *[f"run.dir={folder / name}", f"run.steps={steps}", "checkpoint.every=0", "export.hf=false"],
+        *[f"model.hf_path={folder}/warmup/hf", f"data.prompts=[{folder}/data/train.jsonl]"],
+        *[f"eval.prompts=[{folder}/data/heldout.jsonl]", *VARIANTS[name]],
+    )
+
+
+def measure(folder: Path, name: str, block: int) -> dict[str, float]:
+    """What the metrics of a variant say."""
+    rows = {int(row["step"]): row for row in read_metrics(folder / name / "metrics.jsonl")}
+    steps = [step for step in sorted(rows) if "timing_s/step" in rows[step] and step % block != 1]
+    accuracy = rows[max(rows)]["eval/heldout/accuracy"]
+    low, high = wilson_interval(accuracy, NUM_HELDOUT)
+    found = {
+        "seconds": median(rows[step]["timing_s/step"] for step in steps),
+        "mean_seconds": fmean(rows[step]["timing_s/step"] for step in steps),
+        "waiting": fmean(rows[step].get("timing_s/gen", 0.0) for step in steps),
+        "age": fmean(step - 1 - rows[step]["rollout/policy_version"] for step in steps),
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+    }
+    print(f"{name:6s}" + "".join(f"  {key} {value:.3f}" for key, value in found.items()), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/asynchrony"), help="folder for data, models and runs")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--blocks", type=int, default=3)
+    args = parser.parse_args()
+    make_warm_start(args.out)
+    block = args.steps // args.blocks
+    for number in range(1, args.blocks + 1):
+        for name in reversed(list(VARIANTS)) if number % 2 else VARIANTS:
+            train_block(args.out, name, number * block)
+    sync, asynchronous = (measure(args.out, name, block) for name in VARIANTS)
+    ratios = {
+        "step_time_vs_sync": round(asynchronous["seconds"] / sync["seconds"], 4),
+        "accuracy": asynchronous["accuracy"],
+        "accuracy_of_sync": sync["accuracy"],
+        "intervals_overlap": asynchronous["high"] >= sync["low"] and sync["high"] >= asynchronous["low"],
+    }
+    print(json.dumps(ratios))
+
+
+if __name__ == "__main__":
+    main()

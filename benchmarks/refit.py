@@ -1,0 +1,65 @@
+"""A push of weights from TP2 ranks into TP2 engines, slices to their places, against two ways to move the same model.
+
+    python benchmarks/refit.py [--rounds 7]
+
+Random weights of a Llama-like model in bf16, 1.2 GB, over gloo between processes of this machine. Variants take turns in
+the same processes; every way ends when all targets hold all their weights in place:
+
+- ``planned``: the trainer's ranks send what the plan says, over connections of before, with sampled checksums; the
+  targets run the loader that SGLang runs. HTTP calls to a server are not in it.
+- ``raw``: gloo's send and receive of as many bytes on each link, one tensor each, into memory that is thrown away.
+- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each target copies its slices out.
+
+The last line is one JSON object; see README.md. What arrives by ``planned`` and by ``broadcast`` is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        from refit_ranks import answer
+
+        answer(json.loads(arguments.measure))
+        return
+    one, two = (run(engines, arguments) for engines in (1, 2))
+    for name, result in (("1 engine", one), ("2 engines", two)):
+        for variant, seconds in result["seconds"].items():
+            spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+            rate = result["bytes"] / statistics.median(seconds) / 1e9
+            print(
+                f"{name}: {variant}: median {statistics.median(seconds):.2f} s ({spread}), {rate:.2f} GB/s into place"
+            )
+    ratios = {
+        "bandwidth_vs_raw": ratio(one, "raw", "planned"),
+        "time_vs_broadcast": ratio(one, "planned", "broadcast"),
+        "time_vs_broadcast_2_engines": ratio(two, "planned", "broadcast"),
+    }
+    print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
+
+
+def run(num_engines: int, arguments: argparse.Namespace) -> Any:
+    case = {"engines": num_engines, **{name: getattr(arguments, name) for name in ("rounds", "layers", "hidden")}}
+    return measure.run_ranks(__file__, ["--measure", json.dumps(case)], ranks=2 + 2 * num_engines)
+
+
+def ratio(result: Any, above: str, below: str) -> float:
+    seconds = result["seconds"]
+    return statistics.median(seconds[above]) / statistics.median(seconds[below])
+
+
+if __name__ == "__main__":
+    main()

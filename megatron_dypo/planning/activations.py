@@ -1,0 +1,122 @@
+"""Bytes that autograd keeps of one transformer layer until its backward pass, for each token of a row. Pure.
+
+Two implementations (``mcore/features.py`` chooses): *fused*, Transformer Engine's modules with flash attention on a GPU; and
+*unfused*, Megatron's local modules around torch's RMSNorm and our packed attention. Neither keeps scores of S × S. Read off
+the saved tensors of the layers (unfused: measured, ``benchmarks/memory_model.py``); symbols: H hidden size, h query heads,
+g key-value heads, d channels of a head, F channels of the feed-forward layer, e bytes of an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.architecture import Architecture, Experts
+
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBytes:
+    """Bytes a token, by how tensor parallelism divides them."""
+
+    between: float
+    """Norms, residuals and experts: whole on every tensor-parallel rank, split with sequence parallelism."""
+    whole: float
+    """Whole on every tensor-parallel rank in any case."""
+    split: float
+    """Split over tensor-parallel ranks: heads and channels of the feed-forward layer."""
+    attention: float
+    """Split too: what the core attention keeps, less what its recomputation needs in its place (``selective``)."""
+    input: float
+    """Input of the layer, which full recomputation keeps alone; divided as ``between``."""
+    backward: float
+    """Split: gradients that stand beside all of the above when the feed-forward layer's backward pass is half done."""
+
+    def kept(self, recompute: str, tensor: int, sequence: bool) -> float:
+        """Bytes a token on one rank, from the layer's forward to its backward pass."""
+        between = tensor if sequence else 1
+        if recompute == "full":
+            return self.input / between
+        attention = self.attention if recompute == "none" else 0.0
+        return self.between / between + self.whole + (self.split + attention) / tensor
+
+    def working(self, recompute: str, tensor: int, sequence: bool) -> float:
+        """Bytes a token beside ``kept`` while the backward pass is in one layer."""
+        backward = self.backward / tensor + self.input / (tensor if sequence else 1)
+        # Recomputation makes the layer's tensors again.
+        again = self.kept("none", tensor, sequence) - self.kept(recompute, tensor, sequence)
+        return backward + (again if recompute == "full" else 0.0)
+
+
+def layer_bytes(arch: Architecture, element: int, *, fused: bool, expert_tensor: int = 1) -> LayerBytes:
+    """What a layer of the architecture keeps.
+
+    Args:
+        element: bytes, 2 for bf16 and 4 for fp32.
+        expert_tensor: ranks that split each expert, and gather each other's tokens for it.
+    """
+    make = _fused if fused else _unfused
+    return make(arch, element, _experts(arch.experts, arch.hidden_size, element, expert_tensor, fused=fused))
+
+
+def norm_bytes(width: int, element: int, *, fused: bool) -> float:
+    """A norm's input and output, and what torch's unfused RMSNorm keeps between them (in bf16: two fp32 copies, and not
+    the input)."""
+    if fused:
+        return 2 * width * element
+    return width * (3 * FP32 if element == FP32 else 2 * FP32 + element)
+
+
+def _fused(arch: Architecture, e: int, experts: float) -> LayerBytes:
+    H, h, g, d = _sizes(arch)
+    # Values are a view of the projection's output, so that all of it stays; rotation makes q and k anew.
+    q_copy = h * d if arch.qk_norm else 0
+    heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + FP32 * h
+    ffn = 0 if arch.experts else 3 * arch.ffn_hidden_size
+    return LayerBytes(
+        between=2 * norm_bytes(H, e, fused=True) + experts,
+        whole=0.0,
+        split=heads + e * ffn,
+        # Flash attention keeps its output, the next projection's input, and one number a head.
+        attention=0.0,
+        input=e * H,
+        backward=e * _widest(arch),
+    )
+
+
+def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
+    H, h, g, d = _sizes(arch)
+    qkv, is_narrow = (h + 2 * g) * d, e != FP32
+    head_norms = 0
+    if arch.qk_norm:
+        head_norms = 2 * FP32 * (h + g) * d if is_narrow else FP32 * (qkv + h * d + (h + g) * d)
+    # Padded copies of q, k and v, the output and its log-sum-exp; or else rotated q and k, and the projection's output.
+    core = e * (qkv + h * d) + FP32 * h
+    core_inputs = e * (h + g) * d + (0 if arch.qk_norm and not is_narrow else e * qkv)
+    ffn = 0 if arch.experts else 5 * arch.ffn_hidden_size
+    return LayerBytes(
+        between=2 * norm_bytes(H, e, fused=False) + experts,
+        whole=4 * d * e,  # cosines and sines, for q and for k
+        split=head_norms + e * (h * d + ffn) + core_inputs,
+        attention=core - core_inputs,
+        input=e * H,
+        backward=e * 2 * _widest(arch),
+    )
+
+
+def _experts(experts: Experts | None, H: int, e: int, split: int, *, fused: bool) -> float:
+    """Of a token's chosen experts, under perfect balance: their inputs, channels and, unfused, outputs."""
+    if experts is None:
+        return 0.0
+    F, k = experts.ffn_hidden_size, experts.per_token
+    router = 3 * FP32 * experts.num_experts
+    return router + e * k * (split * H + 3 * F if fused else 2 * split * H + 6 * F)
+
+
+def _widest(arch: Architecture) -> int:
+    experts = arch.experts
+    return experts.ffn_hidden_size * experts.per_token if experts else arch.ffn_hidden_size
+
+
+def _sizes(arch: Architecture) -> tuple[int, int, int, int]:
+    return arch.hidden_size, arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim

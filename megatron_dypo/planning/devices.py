@@ -1,0 +1,88 @@
+"""What a GPU and its links can do, by the vendor's data sheets: dense rates, one direction of a link, SI units.
+
+Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200"; the A800 is an
+A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at 400 GB/s (both directions together). Memory is what the driver
+reports as total, which is less than the name. Network: one port of the customary DGX/HGX node for each GPU (200 Gbit/s
+beside Ampere, 400 Gbit/s after it). The share that kernels reach is no vendor's figure, see ``docs/planning.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.rules import require
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU in its node."""
+
+    name: str
+    memory: int
+    """Bytes in total."""
+    bf16: float
+    """FLOP/s of dense matmuls."""
+    fp8: float | None
+    """The same; None: it has no FP8."""
+    hbm: float
+    """Bytes/s."""
+    nvlink: float
+    """Bytes/s of one direction, to the other GPUs of its node."""
+    network: float
+    """Bytes/s of one direction, to other nodes."""
+    pcie: float
+    """Bytes/s of one direction, to the memory of its host."""
+    matmul: float
+    """Share of ``bf16`` that the kernels of a layer reach together in training, norms and attention among them."""
+
+
+def _gpu(
+    name: str, gib: float, bf16: float, fp8: float | None, hbm: float, links: tuple[float, float, float], matmul: float
+) -> Gpu:
+    """In GiB, TFLOP/s, TB/s and GB/s of NVLink, network and PCIe."""
+    nvlink, network, pcie = (rate * 1e9 for rate in links)
+    return Gpu(
+        name=name,
+        memory=int(gib * GIB),
+        bf16=bf16 * 1e12,
+        fp8=None if fp8 is None else fp8 * 1e12,
+        hbm=hbm * 1e12,
+        nvlink=nvlink,
+        network=network,
+        pcie=pcie,
+        matmul=matmul,
+    )
+
+
+_GEN4, _GEN5 = 25.0, 50.0
+"""GB/s that a copy from pinned memory reaches over 16 lanes, of 32 and 64."""
+
+_AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
+"""Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of Megatron-LM's README;
+the H20, whose matmuls are slow beside its memory, and the B200 are guesses."""
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100-40gb", 39.4, 312, None, 1.555, (300, 25, _GEN4), _AMPERE),
+        _gpu("a100-80gb", 79.2, 312, None, 2.039, (300, 25, _GEN4), _AMPERE),
+        _gpu("a800-80gb", 79.2, 312, None, 2.039, (200, 25, _GEN4), _AMPERE),
+        _gpu("h100-80gb", 79.1, 989, 1979, 3.35, (450, 50, _GEN5), _HOPPER),
+        _gpu("h800-80gb", 79.1, 989, 1979, 3.35, (200, 50, _GEN5), _HOPPER),
+        _gpu("h20-96gb", 95.1, 148, 296, 4.0, (450, 50, _GEN5), _SLOW),
+        _gpu("h200-141gb", 139.8, 989, 1979, 4.8, (450, 50, _GEN5), _HOPPER),
+        _gpu("b200-180gb", 178.3, 2250, 4500, 8.0, (900, 50, _GEN5), _HOPPER),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A row of the table.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    require(name in GPUS, f"gpu={name!r}", f"must be one of {', '.join(GPUS)}")
+    return GPUS[name]

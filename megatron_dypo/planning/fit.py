@@ -1,0 +1,41 @@
+"""Refuse a run that cannot fit, before it loads a model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_dypo.architecture import load_architecture
+from megatron_dypo.config import Config
+from megatron_dypo.planning.devices import find_gpu
+from megatron_dypo.planning.memory import fullest, trainer_footprints
+from megatron_dypo.planning.plan import misfit
+from megatron_dypo.planning.setting import Assumptions, Setting
+
+
+def check_memory(config: Config, *, trainer_gpus: int, memory: int, fused: bool) -> None:
+    """That the trainer's ranks fit into GPUs of ``memory`` bytes, fragmentation left out of account.
+
+    Args:
+        fused: whether Transformer Engine is in use.
+
+    Raises:
+        ValueError: they do not; names the largest term and what makes it smaller.
+    """
+    setting = Setting(
+        config=config,
+        arch=load_architecture(config.model.hf_path),
+        # Its speed has no part in this.
+        gpu=dataclasses.replace(find_gpu("h100-80gb"), name="this GPU", memory=memory),
+        gpus_per_node=trainer_gpus,
+        trainer_gpus=trainer_gpus,
+        engines=1,
+        assumed=Assumptions(
+            prompt_tokens=config.data.max_prompt_tokens, response_tokens=config.rollout.max_new_tokens // 4
+        ),
+        fused=fused,
+    )
+    tightest = fullest(trainer_footprints(setting))
+    needed = tuple(term for term in tightest.terms if term.name != "fragmentation")
+    tightest = dataclasses.replace(tightest, terms=needed)
+    if tightest.spare < 0:
+        raise ValueError(f"{misfit(tightest)}; run.check_memory=false starts the run all the same")

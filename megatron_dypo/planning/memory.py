@@ -1,0 +1,213 @@
+"""Memory of one rank of the trainer, term by term, as ``mcore/`` lays it out. Pure arithmetic.
+
+Symbols: T tokens of a row on this rank, t tensor-parallel ranks, e bytes of an element of the model. What Megatron's DDP and
+optimizer hold for each parameter: the parameter e, a gradient of 4 bytes (``grad_reduce_in_fp32``), two moments of 4, and
+for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.planning.activations import FP32, layer_bytes, norm_bytes
+from megatron_dypo.planning.devices import GIB
+from megatron_dypo.planning.parameters import Counts, stage_parameters
+from megatron_dypo.planning.schedule import chunks_in_flight
+from megatron_dypo.planning.setting import Setting
+
+RESERVED = int(2.5 * GIB)
+"""The driver's context, buffers of the communication library, workspaces of matmuls."""
+FRAGMENTATION = 0.05
+"""Of what is allocated during an update: memory that the caching allocator holds and cannot give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a memory table."""
+
+    name: str
+    bytes: float
+    why: str
+    """How it comes about, in a few words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What one process wants of one device."""
+
+    where: str
+    terms: tuple[Term, ...]
+    capacity: float
+    """Bytes of the device."""
+    elastic: float = 0.0
+    """Bytes of the terms that are there only because there is room for them."""
+
+    @property
+    def total(self) -> float:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def spare(self) -> float:
+        return self.capacity - self.total
+
+    @property
+    def room(self) -> float:
+        """What is spare, or could be made so."""
+        return self.spare + self.elastic
+
+    @property
+    def largest(self) -> Term:
+        return max(self.terms, key=lambda term: term.bytes)
+
+    def __getitem__(self, name: str) -> float:
+        return next(term.bytes for term in self.terms if term.name == name)
+
+
+def trainer_footprints(setting: Setting) -> list[Footprint]:
+    """One for each pipeline stage, first to last."""
+    return [_stage(setting, stage) for stage in range(setting.config.parallel.pipeline)]
+
+
+def fullest(footprints: list[Footprint]) -> Footprint:
+    return min(footprints, key=lambda footprint: footprint.room)
+
+
+def stage_counts(setting: Setting, stage: int) -> Counts:
+    """Parameters of one rank of a stage."""
+    parallel, arch = setting.config.parallel, setting.arch
+    return stage_parameters(
+        arch,
+        tensor=parallel.tensor,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        layers=arch.num_layers // parallel.pipeline,
+        is_first=stage == 0,
+        is_last=stage == parallel.pipeline - 1,
+    )
+
+
+def reference_bytes(setting: Setting) -> float:
+    """Host memory of the reference policy's copies on one node (``mcore/reference.py``)."""
+    largest = max(stage_counts(setting, stage).total for stage in range(setting.config.parallel.pipeline))
+    return largest * setting.element * min(setting.gpus_per_node, setting.trainer_gpus)
+
+
+def _stage(setting: Setting, stage: int) -> Footprint:
+    counts, parallel = stage_counts(setting, stage), setting.config.parallel
+    held = model_state(setting, counts)
+    update = [_activations(setting, stage), _working_set(setting, stage, counts)]
+    update += [_gather_buffer(setting), _streams(setting)]
+    fixed = []
+    if setting.on_gpu:
+        slack = FRAGMENTATION * sum(term.bytes for term in (*held, *update))
+        fixed = [
+            Term(name="reserved", bytes=RESERVED, why="driver, communication, workspaces"),
+            Term(name="fragmentation", bytes=slack, why=f"{FRAGMENTATION:.0%} of all above"),
+        ]
+    where = f"trainer, stage {stage + 1} of {parallel.pipeline}" if parallel.pipeline > 1 else "trainer"
+    return Footprint(where=where, terms=(*held, *update, *fixed), capacity=setting.gpu.memory)
+
+
+def model_state(setting: Setting, counts: Counts) -> list[Term]:
+    """Parameters, gradients, optimizer."""
+    cfg, e = setting.config, setting.element
+    parallel = cfg.parallel
+    stage_ranks = setting.trainer_gpus // parallel.pipeline
+    shards, expert_shards = stage_ranks // parallel.tensor, stage_ranks // parallel.expert_ranks
+    if not cfg.optimizer.distributed:
+        shards = expert_shards = 1
+    state = 2 * FP32 + (FP32 if e < FP32 else 0)
+    kind = "main parameter and two moments" if e < FP32 else "two moments"
+    sharing = f" shared {shards} ways" if cfg.optimizer.distributed else ", optimizer.distributed=false"
+    return [
+        Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B"),
+        Term(name="gradients", bytes=counts.total * FP32, why="fp32, all of them on every replica"),
+        Term(
+            name="optimizer",
+            bytes=state * (counts.dense / shards + counts.experts / expert_shards),
+            why=f"fp32 {kind}, {state} B{sharing}",
+        ),
+    ]
+
+
+def _activations(setting: Setting, stage: int) -> Term:
+    """What the layers keep from forward to backward pass, of all rows in flight."""
+    cfg, arch, e = setting.config, setting.arch, setting.element
+    parallel, recompute = cfg.parallel, cfg.model.recompute
+    virtual, tokens = parallel.virtual_pipeline or 1, setting.row_tokens / parallel.context
+    between = parallel.tensor if parallel.sequence else 1
+    in_flight = chunks_in_flight(
+        stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
+    )
+    layers = arch.num_layers // parallel.pipeline // virtual
+    layer = layer_bytes(arch, e, fused=setting.fused, expert_tensor=parallel.expert_tensor)
+    kept = in_flight * layers * layer.kept(recompute, parallel.tensor, parallel.sequence)
+    if parallel.pipeline > 1:
+        kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
+    if stage == parallel.pipeline - 1:
+        kept += norm_bytes(arch.hidden_size, e, fused=setting.fused) / between
+    noun = ("row" if virtual == 1 else "chunk pass") + ("s" if virtual == 1 else "es") * (in_flight > 1)
+    return Term(
+        name="activations",
+        bytes=tokens * kept,
+        why=f"{in_flight} {noun} in flight × {layers} layers × {tokens:,.0f} tokens, recompute={recompute}",
+    )
+
+
+def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
+    """The larger of what the backward pass of a layer adds to that, and what the loss adds."""
+    parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
+    layer = layer_bytes(setting.arch, setting.element, fused=setting.fused, expert_tensor=parallel.expert_tensor)
+    working = layer.working(setting.config.model.recompute, parallel.tensor, parallel.sequence)
+    backward = tokens * working + setting.element * counts.largest  # a weight's gradient, before it is added
+    loss = _loss(setting, tokens) if stage == parallel.pipeline - 1 else 0.0
+    why = "backward pass of one layer" if backward > loss else "the loss: logits, gradients of hidden states and weight"
+    return Term(name="working set", bytes=max(backward, loss), why=why)
+
+
+def _loss(setting: Setting, tokens: float) -> float:
+    """What ``objective/fused_logprobs.py`` holds, if every token of the row is a response token.
+
+    Forward: a chunk of fp32 logits, and a copy of some rows of it for the entropy. Backward: the chunk, gradients of the
+    chosen hidden states in two types, what autograd sees as the output weight's gradient, and blocks of operands.
+    """
+    arch, e = setting.arch, setting.element
+    width = -(-arch.vocab_size // setting.config.parallel.tensor)
+    budget = _logprob_budget(setting, width)
+    most = max(1, int(budget * 0.75) // (width * FP32))
+    rows = tokens / -(-tokens // most)
+    logits, scratch = rows * width * FP32, budget / 8
+    hidden = tokens * arch.hidden_size
+    block = min(scratch, width * arch.hidden_size * FP32)  # rows of the weight that are multiplied at once, as fp32
+    if setting.on_gpu:  # there they are multiplied in bf16, and so is their part of the logits' gradient
+        block *= e * rows / (arch.hidden_size * FP32)
+    operands = block if e < FP32 else 0.0
+    forward = min(scratch, logits)
+    backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
+    chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered, and those of response tokens
+    return chosen + logits + operands + max(forward, backward) + 20 * FP32 * tokens
+
+
+def _logprob_budget(setting: Setting, width: int) -> float:
+    """Scratch that ``fused_logprobs`` takes by itself, or is given."""
+    given = setting.config.model.logprob_memory_mb
+    return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
+
+
+def _gather_buffer(setting: Setting) -> Term:
+    parallel = setting.config.parallel
+    size = setting.row_tokens / parallel.context * setting.arch.hidden_size * setting.element
+    return Term(
+        name="gather buffer",
+        bytes=size if parallel.sequence else 0.0,
+        why="inputs of layers gathered over tensor-parallel ranks" if parallel.sequence else "no sequence parallelism",
+    )
+
+
+def _streams(setting: Setting) -> Term:
+    """All rows of an update are on the device from its start (``mcore/forward_step.py``)."""
+    tokens = setting.microbatches * min(setting.row_tokens, setting.config.batching.tokens_per_microbatch)
+    per_token = 17 + 61  # ids, positions, padding; and of a response token targets, streams and indices
+    return Term(
+        name="rows", bytes=per_token * tokens / setting.config.parallel.context, why="token streams of the update"
+    )

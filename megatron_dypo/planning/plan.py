@@ -1,0 +1,132 @@
+"""A whole plan: does it fit, how long does a step take, how should GPUs be divided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dypo.planning.memory import Footprint, fullest, reference_bytes, trainer_footprints
+from megatron_dypo.planning.scaling import Scaled, Split, best_split, splits, weak_scaling
+from megatron_dypo.planning.serving import server_footprint
+from megatron_dypo.planning.setting import Setting
+from megatron_dypo.planning.step import StepTime, reads_reference, step_time
+
+REMEDIES = {
+    "parameters": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
+    "gradients": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
+    "optimizer": "more replicas with optimizer.distributed=true, or a larger parallel.tensor or parallel.pipeline",
+    "activations": "model.recompute=full, parallel.sequence=true, a larger parallel.context or parallel.tensor, "
+    "or a smaller batching.tokens_per_microbatch",
+    "working set": "a larger parallel.context or parallel.tensor, or a smaller batching.tokens_per_microbatch",
+    "gather buffer": "a larger parallel.context, or a smaller batching.tokens_per_microbatch",
+    "rows": "more replicas, or a smaller batching.prompts_per_update",
+    "weights": "a larger rollout.servers.tensor_parallel",
+    "KV cache": "a larger rollout.servers.tensor_parallel or mem_fraction, or a smaller rollout.max_new_tokens",
+    "refit bucket": "a smaller weights.bucket_mb",
+    "reserved": "a GPU with more memory",
+    "fragmentation": "less of the terms above it",
+}
+"""Term → what makes it smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that the report says."""
+
+    setting: Setting
+    stages: tuple[Footprint, ...]
+    """Trainer, first pipeline stage to last."""
+    server: Footprint
+    reference: float
+    """Bytes of host memory on each trainer node for π_ref; 0: none is kept."""
+    step: StepTime
+    balanced: Split | None
+    """Best division of the same GPUs with rollouts beside the update; None: no division fits."""
+    synchronous: Split | None
+    """Best division for the synchronous loop."""
+    scaling: tuple[Scaled, ...]
+
+    @property
+    def tightest(self) -> Footprint:
+        return fullest([*self.stages, self.server])
+
+    @property
+    def fits(self) -> bool:
+        return self.tightest.spare >= 0
+
+    def problems(self) -> list[str]:
+        """One line for each role that does not fit: by how much, the largest term, and what to change."""
+        return [misfit(footprint) for footprint in (fullest(list(self.stages)), self.server) if footprint.spare < 0]
+
+
+def make_plan(setting: Setting) -> Plan:
+    """Plan a setting; takes a second or so."""
+    can_divide = bool(splits(setting))
+    return Plan(
+        setting=setting,
+        stages=tuple(trainer_footprints(setting)),
+        server=server_footprint(setting),
+        reference=reference_bytes(setting) if reads_reference(setting) else 0.0,
+        step=step_time(setting),
+        balanced=best_split(setting, overlapped=True) if can_divide else None,
+        synchronous=best_split(setting, overlapped=False) if can_divide else None,
+        scaling=tuple(weak_scaling(setting)),
+    )
+
+
+def misfit(footprint: Footprint) -> str:
+    """What is too large, and what to do about it."""
+    largest, gib = footprint.largest, 2**30
+    return (
+        f"{footprint.where}: {footprint.total / gib:.1f} GiB do not fit into {footprint.capacity / gib:.1f} GiB; the largest "
+        f"term is {largest.name} with {largest.bytes / gib:.1f} GiB ({largest.why}): try {REMEDIES[largest.name]}"
+    )
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data: bytes, seconds and GPUs."""
+    setting, step = plan.setting, plan.step
+    return {
+        "gpu": setting.gpu.name,
+        "trainer_gpus": setting.trainer_gpus,
+        "rollout_gpus": setting.rollout_gpus,
+        "data_parallel": setting.data,
+        "microbatches": setting.microbatches,
+        "fits": plan.fits,
+        "problems": plan.problems(),
+        "memory_bytes": [_memory(footprint) for footprint in (*plan.stages, plan.server)],
+        "host_bytes_per_node": {"reference": plan.reference},
+        "step": _step(step),
+        "best_split": {
+            name: None if split is None else {"trainer_gpus": split.trainer_gpus, "rollout_gpus": split.rollout_gpus}
+            for name, split in (("overlapped", plan.balanced), ("synchronous", plan.synchronous))
+        },
+        "weak_scaling": [
+            {"gpus": row.gpus} | ({"efficiency": row.efficiency, **_step(row.split.time)} if row.split else {})
+            for row in plan.scaling
+        ],
+    }
+
+
+def _memory(footprint: Footprint) -> dict[str, Any]:
+    return {
+        "where": footprint.where,
+        "capacity": footprint.capacity,
+        "total": footprint.total,
+        "terms": {term.name: term.bytes for term in footprint.terms},
+    }
+
+
+def _step(step: StepTime) -> dict[str, float]:
+    return {
+        "total_s": step.total,
+        "overlapped_s": step.overlapped,
+        "rollout_s": step.rollout,
+        "score_s": step.score,
+        "update_s": step.update.total,
+        "push_s": step.push,
+        "trainer_idle": step.trainer_idle,
+        "rollout_idle": step.rollout_idle,
+        "tokens": step.tokens,
+        "mfu": step.mfu,
+    }

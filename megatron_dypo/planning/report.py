@@ -1,0 +1,146 @@
+"""A plan as text for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_dypo.planning.devices import GIB
+from megatron_dypo.planning.memory import Footprint, fullest
+from megatron_dypo.planning.parameters import whole_model
+from megatron_dypo.planning.plan import REMEDIES, Plan
+from megatron_dypo.planning.scaling import Scaled, Split
+
+_RULE = "-" * 118
+
+
+def render(plan: Plan) -> str:
+    """The report, with a final newline; its last lines are the verdict."""
+    parts = (_setting(plan), _memory(plan), _step(plan), _division(plan), _scaling(plan.scaling), _verdict(plan))
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _setting(plan: Plan) -> list[str]:
+    setting, cfg = plan.setting, plan.setting.config
+    parallel, assumed = cfg.parallel, setting.assumed
+    axes = f"TP {parallel.tensor} × PP {parallel.pipeline} × CP {parallel.context} × DP {setting.data}"
+    extras = [
+        f"EP {parallel.expert}" if parallel.expert > 1 else "",
+        f"{parallel.virtual_pipeline} chunks a stage" if parallel.virtual_pipeline else "",
+        "sequence parallel" if parallel.sequence else "",
+    ]
+    size = whole_model(setting.arch).total
+    servers = cfg.rollout.servers
+    return [
+        f"{cfg.model.hf_path}: {setting.arch.family}, {size / 1e9:.2f}e9 parameters, {cfg.model.dtype}",
+        f"{setting.gpu.name}, {setting.gpu.memory / GIB:.1f} GiB",
+        f"trainer  {_nodes(plan, setting.trainer_gpus)}: {', '.join(filter(None, [axes, *extras]))}",
+        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.engines} × TP {servers.tensor_parallel}",
+        f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
+        f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",
+        f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens in the mean; "
+        f"{assumed.easy:.0%} of prompts Easy, {setting.mid:.0%} Mid, {assumed.hard:.0%} Hard",
+    ]
+
+
+def _nodes(plan: Plan, gpus: int) -> str:
+    per_node = plan.setting.gpus_per_node
+    nodes = (
+        f"{gpus // per_node} nodes × {per_node} GPUs" if gpus >= per_node and gpus % per_node == 0 else f"{gpus} GPUs"
+    )
+    return nodes.replace("1 nodes", "1 node") if gpus == per_node else nodes
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = ["MEMORY of one GPU, GiB"]
+    shown = _distinct(plan.stages)
+    for footprint in (*shown, plan.server):
+        mark = "  <- tightest" if footprint is plan.tightest else ""
+        lines += [_RULE, f"{footprint.where}{mark}"]
+        lines += [f"  {term.name:<15}{term.bytes / GIB:>9.2f}   {term.why}" for term in footprint.terms]
+        state = "spare" if footprint.spare >= 0 else "TOO MUCH"
+        lines.append(
+            f"  {'total':<15}{footprint.total / GIB:>9.2f}   of {footprint.capacity / GIB:.1f}: "
+            f"{abs(footprint.spare) / GIB:.2f} {state}"
+        )
+    lines.append(_RULE)
+    if plan.reference:
+        lines.append(f"host memory of a trainer node: {plan.reference / GIB:.1f} GiB, pinned, for the reference policy")
+    return lines
+
+
+def _distinct(stages: tuple[Footprint, ...]) -> list[Footprint]:
+    """First, last and fullest stage, in order."""
+    tightest = fullest(list(stages))
+    return [stage for i, stage in enumerate(stages) if i in (0, len(stages) - 1) or stage is tightest]
+
+
+def _step(plan: Plan) -> list[str]:
+    step, setting = plan.step, plan.setting
+    gpus = setting.trainer_gpus + setting.rollout_gpus
+    parts = {
+        "rollout": (step.rollout, f"{step.generated:,.0f} tokens sampled; trainer waits"),
+        "score": (step.score, "log π_old" + (" and log π_ref" if plan.reference else "")),
+        "update": (step.update.total, f"MFU {step.mfu:.0%}; servers wait"),
+        "push": (step.push, f"transport {setting.config.weights.transport}"),
+    }
+    lines = ["TIME of one optimizer step, s"]
+    for name, (seconds, why) in parts.items():
+        lines.append(f"  {name:<15}{seconds:>9.1f}   {seconds / step.total:>4.0%}   {why}")
+        if name == "update":
+            lines += [f"    {axis:<13}{value:>9.1f}" for axis, value in vars(step.update).items() if value >= 0.05]
+    lines.append(
+        f"  {'total':<15}{step.total:>9.1f}          {step.tokens / step.total:,.0f} trained tokens/s, "
+        f"{step.tokens / step.total / gpus:,.0f} a GPU; with rollouts beside the update {step.overlapped:.1f} s"
+    )
+    lines.append(f"  idle: trainer {step.trainer_idle:.0%}, servers {step.rollout_idle:.0%} (one after the other)")
+    return lines
+
+
+def _division(plan: Plan) -> list[str]:
+    lines = ["DIVISION of the same GPUs between trainer and servers"]
+    rows: tuple[tuple[str, Split | None], ...] = (
+        ("synchronous", plan.synchronous),
+        ("overlapped", plan.balanced),
+    )
+    for name, split in rows:
+        if split is None:
+            lines.append(f"  {name:<15}no division of these GPUs fits")
+            continue
+        seconds = split.time.total if name == "synchronous" else split.time.overlapped
+        ratio = split.trainer_gpus / split.rollout_gpus
+        lines.append(
+            f"  {name:<15}{_nodes(plan, split.trainer_gpus)} train, {_nodes(plan, split.rollout_gpus)} serve "
+            f"({ratio:.2g} : 1): {seconds:.1f} s a step"
+        )
+    return lines
+
+
+def _scaling(rows: Iterable[Scaled]) -> list[str]:
+    lines = [
+        "WEAK SCALING: prompts, replicas and servers in proportion, one part after the other",
+        f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'score s':>9}{'update s':>10}{'push s':>8}"
+        f"{'step s':>9}{'tokens/s':>12}{'efficiency':>12}",
+    ]
+    for row in rows:
+        if row.split is None:
+            lines.append(f"  {row.gpus:>6}   too few for one copy of the axes and one server")
+            continue
+        time = row.split.time
+        lines.append(
+            f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}{time.score:>9.1f}"
+            f"{time.update.total:>10.1f}{time.push:>8.1f}{time.total:>9.1f}{time.tokens / time.total:>12,.0f}"
+            f"{row.efficiency:>12.0%}"
+        )
+    return lines
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if not plan.fits:
+        return [f"DOES NOT FIT: {problem}" for problem in plan.problems()]
+    tightest = plan.tightest
+    largest = tightest.largest
+    return [
+        f"FITS. Tightest: {tightest.where}, {tightest.room / GIB:.1f} GiB to spare; its largest term is {largest.name} with "
+        f"{largest.bytes / GIB:.1f} GiB.",
+        f"For more room: {REMEDIES[largest.name]}.",
+    ]

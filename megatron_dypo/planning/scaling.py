@@ -1,0 +1,93 @@
+"""How to divide GPUs between trainer and servers, and what more of them bring. Pure arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from megatron_dypo.planning.memory import fullest, trainer_footprints
+from megatron_dypo.planning.setting import Setting
+from megatron_dypo.planning.step import StepTime, step_time
+
+SIZES = tuple(2**power for power in range(4, 13))
+"""GPUs of the weak-scaling table: 16 to 4,096."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A division of GPUs, and its step."""
+
+    trainer_gpus: int
+    rollout_gpus: int
+    time: StepTime
+    fits: bool
+    """Whether the trainer fits: with fewer replicas each holds more of the optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """A row of the weak-scaling table: work in proportion to the GPUs."""
+
+    gpus: int
+    split: Split | None
+    """None: too few GPUs for one replica and one server."""
+    efficiency: float
+    """Tokens a second and GPU, over those of the smallest size that works."""
+
+
+def splits(setting: Setting) -> list[Split]:
+    """Every division of the setting's GPUs that fits, in whole nodes (whole servers and replicas, on one node)."""
+    total = setting.trainer_gpus + setting.rollout_gpus
+    grain = _grain(setting)
+    found = (_split(setting, trainer, total - trainer) for trainer in range(grain, total, grain))
+    return [split for split in found if split is not None and split.fits]
+
+
+def best_split(setting: Setting, *, overlapped: bool) -> Split:
+    """The one with the shortest step: of the synchronous loop, or with rollouts beside the update."""
+    return min(splits(setting), key=lambda split: split.time.overlapped if overlapped else split.time.total)
+
+
+def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scaled]:
+    """Prompts of an update, replicas and servers grow together; the division is the setting's."""
+    share = setting.trainer_gpus / (setting.trainer_gpus + setting.rollout_gpus)
+    rows: list[Scaled] = []
+    first = None
+    for gpus in sizes:
+        trainer = round(share * gpus / _grain(setting)) * _grain(setting)
+        split = _split(_with_work(setting, gpus), trainer, gpus - trainer)
+        rate = split.time.tokens / split.time.total / gpus if split else math.nan
+        first = rate if first is None and split else first
+        rows.append(Scaled(gpus=gpus, split=split, efficiency=rate / first if first else math.nan))
+    return rows
+
+
+def _grain(setting: Setting) -> int:
+    """Trainer GPUs come in multiples of this."""
+    is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
+    return setting.copy_gpus if is_small else math.lcm(setting.copy_gpus, setting.gpus_per_node)
+
+
+def _split(setting: Setting, trainer: int, rollout: int) -> Split | None:
+    engines = rollout // setting.config.rollout.servers.tensor_parallel
+    if trainer <= 0 or engines <= 0:
+        return None
+    changed = dataclasses.replace(setting, trainer_gpus=trainer, engines=engines)
+    fits = fullest(trainer_footprints(changed)).spare >= 0
+    return Split(trainer_gpus=trainer, rollout_gpus=changed.rollout_gpus, time=step_time(changed), fits=fits)
+
+
+def _with_work(setting: Setting, gpus: int) -> Setting:
+    factor = gpus / (setting.trainer_gpus + setting.rollout_gpus)
+    cfg = setting.config
+
+    def scaled(count: int) -> int:
+        return max(1, round(count * factor))
+
+    config = dataclasses.replace(
+        cfg,
+        batching=dataclasses.replace(cfg.batching, prompts_per_update=scaled(cfg.batching.prompts_per_update)),
+        rollout=dataclasses.replace(cfg.rollout, prompts_per_step=scaled(cfg.rollout.prompts_per_step)),
+    )
+    return dataclasses.replace(setting, config=config)

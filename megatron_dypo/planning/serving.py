@@ -1,0 +1,117 @@
+"""One GPU of an SGLang server: weights, KV cache, and how fast it decodes. Pure arithmetic.
+
+Decoding reads the weights once and the KV cache of every running request, for one token of each request: it is bound by
+HBM until the batch is large. Requests are as many as the KV cache holds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_dypo.planning.memory import RESERVED, Footprint, Term
+from megatron_dypo.planning.parameters import active_parameters, whole_model
+from megatron_dypo.planning.setting import Setting
+
+MEM_FRACTION = 0.85
+"""SGLang's ``--mem-fraction-static`` where none is given: its own choice depends on GPU and TP and lies about here."""
+HBM_EFFICIENCY = 0.7
+"""Share of the data sheet's rate that decoding kernels reach."""
+STEP_OVERHEAD_S = 2e-3
+"""Scheduling, sampling and kernel launches of a decoding step."""
+ALLREDUCE_S = 15e-6
+"""Latency of one all-reduce of a layer in a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What one server can do."""
+
+    weights: float
+    """Bytes on one of its GPUs."""
+    kv_bytes_per_token: float
+    """On one of its GPUs; heads are replicated where the GPUs are more than they."""
+    kv_tokens: float
+    """Tokens that its KV cache holds."""
+
+    def concurrency(self, tokens: float) -> float:
+        """Requests of a mean length that run at once."""
+        return self.kv_tokens / tokens
+
+
+def make_engine(setting: Setting) -> Engine:
+    """A server of the config."""
+    arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
+    heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
+    per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
+    weights = whole_model(arch).total * e / servers.tensor_parallel
+    static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory
+    tokens = max(0.0, (static - weights) / per_token)
+    if servers.max_total_tokens is not None:
+        tokens = min(tokens, servers.max_total_tokens)
+    return Engine(weights=weights, kv_bytes_per_token=per_token, kv_tokens=tokens)
+
+
+def server_footprint(setting: Setting) -> Footprint:
+    """Memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
+    engine, cfg = make_engine(setting), setting.config
+    fraction = cfg.rollout.servers.mem_fraction or MEM_FRACTION
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    cache = max(engine.kv_tokens, longest) * engine.kv_bytes_per_token
+    outside = min((1 - fraction) * setting.gpu.memory, RESERVED)
+    return Footprint(
+        where="server",
+        terms=(
+            Term(
+                name="weights",
+                bytes=engine.weights,
+                why=f"split {cfg.rollout.servers.tensor_parallel} ways",
+            ),
+            Term(
+                name="KV cache",
+                bytes=cache,
+                why=f"{engine.kv_tokens:,.0f} tokens × {engine.kv_bytes_per_token / 1024:,.0f} KiB; "
+                f"{engine.kv_tokens / longest:,.1f} of the longest sequences",
+            ),
+            Term(name="refit bucket", bytes=cfg.weights.bucket_mb * 2.0**20, why="weights.bucket_mb"),
+            Term(name="reserved", bytes=outside, why="driver, captured graphs, workspaces"),
+        ),
+        capacity=setting.gpu.memory,
+        elastic=cache - longest * engine.kv_bytes_per_token,
+    )
+
+
+def decode_step_s(setting: Setting, engine: Engine, batch: float) -> float:
+    """Seconds of one decoding step with ``batch`` running requests, in the middle of their responses."""
+    arch, gpu, tensor = setting.arch, setting.gpu, setting.config.rollout.servers.tensor_parallel
+    context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
+    read = engine.weights * _read_share(setting, batch) + batch * context * engine.kv_bytes_per_token
+    # The output projection is a matmul of every token too.
+    work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
+    reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)
+    return max(read / (gpu.hbm * HBM_EFFICIENCY), work / (gpu.bf16 * gpu.matmul)) + reduced + STEP_OVERHEAD_S
+
+
+def prefill_s(setting: Setting, tokens: float) -> float:
+    """Seconds that a server takes to read ``tokens`` of prompts."""
+    tensor = setting.config.rollout.servers.tensor_parallel
+    return 2.0 * tokens * active_parameters(setting.arch) / (tensor * setting.gpu.bf16 * setting.gpu.matmul)
+
+
+def _read_share(setting: Setting, batch: float) -> float:
+    """Share of the weights that a step reads: of experts, those that some token of the batch is sent to."""
+    experts = setting.arch.experts
+    if experts is None:
+        return 1.0
+    counts = whole_model(setting.arch)
+    touched = 1 - (1 - experts.per_token / experts.num_experts) ** max(batch, 1)
+    return (counts.dense + counts.experts * touched) / counts.total
+
+
+def _allreduce_s(setting: Setting, size: float, tensor: int) -> float:
+    if tensor == 1:
+        return 0.0
+    is_one_node = tensor <= setting.gpus_per_node
+    rate = setting.gpu.nvlink if is_one_node else setting.gpu.network
+    latency = ALLREDUCE_S * (1 if is_one_node else math.log2(tensor / setting.gpus_per_node) + 1)
+    return latency + 2 * size * (tensor - 1) / tensor / rate

@@ -1,0 +1,144 @@
+"""What a plan is asked about: a config, an architecture, a number of GPUs, and what must be assumed of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.config import Config
+from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.planning.devices import Gpu
+from megatron_dypo.rules import require
+
+BYTES = {"float32": 4, "bfloat16": 2}
+"""``ModelConfig.dtype`` → bytes of an element."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What no config says: what is measured after a first run and guessed before it."""
+
+    prompt_tokens: int
+    """Mean length of a prompt."""
+    response_tokens: int
+    """Mean length of a rollout, and of a teacher's trace."""
+    easy: float = 0.25
+    """Share of the prompts that all rollouts solve, which enter no update."""
+    hard: float = 0.25
+    """Share that no rollout solves: one trace each enters the update. The rest is Mid: whole groups enter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A run on a cluster."""
+
+    config: Config
+    arch: Architecture
+    gpu: Gpu
+    gpus_per_node: int
+    trainer_gpus: int
+    engines: int
+    """SGLang servers, each of ``rollout.servers.tensor_parallel`` GPUs of its own."""
+    assumed: Assumptions
+    fused: bool = True
+    """Transformer Engine's layers (see ``planning/activations.py``)."""
+    on_gpu: bool = True
+    """False: ranks on CPUs, as in tests: nothing is reserved beside the tensors."""
+
+    @property
+    def element(self) -> int:
+        return BYTES[self.config.model.dtype]
+
+    @property
+    def replica_gpus(self) -> int:
+        parallel = self.config.parallel
+        return parallel.tensor * parallel.context * parallel.pipeline
+
+    @property
+    def copy_gpus(self) -> int:
+        """Fewest GPUs that the axes can be laid out on; the trainer has a multiple of it."""
+        parallel = self.config.parallel
+        return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert_ranks)
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas."""
+        return self.trainer_gpus // self.replica_gpus
+
+    @property
+    def rollout_gpus(self) -> int:
+        return self.engines * self.config.rollout.servers.tensor_parallel
+
+    @property
+    def longest_sequence(self) -> int:
+        cfg = self.config
+        return cfg.data.max_prompt_tokens + max(cfg.rollout.max_new_tokens, cfg.data.max_trace_tokens)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest packed row, over all context-parallel ranks: a sequence above the budget is a row."""
+        return max(self.config.batching.tokens_per_microbatch, self.longest_sequence)
+
+    @property
+    def mid(self) -> float:
+        return 1 - self.assumed.easy - self.assumed.hard
+
+    @property
+    def sequences_per_update(self) -> float:
+        """Rollouts of Mid prompts and traces of Hard ones."""
+        mid = self.mid / (1 - self.assumed.easy)
+        return self.config.batching.prompts_per_update * (mid * self.config.rollout.group_size + 1 - mid)
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Mean length of a sequence in an update."""
+        return self.assumed.prompt_tokens + self.assumed.response_tokens
+
+    @property
+    def microbatches(self) -> int:
+        """Packed rows of one update on a replica."""
+        tokens = self.sequences_per_update * self.sequence_tokens / self.data
+        count = max(1, math.ceil(tokens / self.config.batching.tokens_per_microbatch))
+        step = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline else 1
+        return -(-count // step) * step
+
+
+def make_setting(
+    config: Config,
+    gpu: Gpu,
+    *,
+    nodes: int | None = None,
+    gpus_per_node: int = 8,
+    prompt_tokens: int | None = None,
+    response_tokens: int | None = None,
+) -> Setting:
+    """The setting of a config.
+
+    Args:
+        nodes: of the trainer; None: as many GPUs as ``parallel.num_processes``, or as few as the axes allow.
+        prompt_tokens, response_tokens: means; None: a quarter of the limits in the config.
+
+    Raises:
+        ValueError: a model folder without ``config.json``, a layout that does not suit the model or the GPUs.
+    """
+    arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
+    check_layout(arch, parallel)
+    asked = nodes * gpus_per_node if nodes else parallel.num_processes
+    setting = Setting(
+        config=config,
+        arch=arch,
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        trainer_gpus=asked or 0,
+        engines=len(servers.urls) or servers.count,
+        assumed=Assumptions(
+            prompt_tokens=prompt_tokens or max(1, config.data.max_prompt_tokens // 4),
+            response_tokens=response_tokens or max(1, config.rollout.max_new_tokens // 4),
+        ),
+    )
+    fewest = setting.copy_gpus
+    rule = f"must be a multiple of {fewest}, which the axes of parallel need at least"
+    require(setting.trainer_gpus % fewest == 0, f"{asked} trainer GPUs", rule)
+    return setting if asked else dataclasses.replace(setting, trainer_gpus=fewest)

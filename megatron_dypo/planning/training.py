@@ -1,0 +1,151 @@
+"""Seconds of the trainer's passes: matmuls at a share of the GPU's peak, and the communication that is not hidden. Pure.
+
+FLOPs are those of :mod:`megatron_dypo.batching.flops`. Communication by axis, for each row of T tokens and layer (Korthikanti
+et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
+
+- tensor: four all-gathers or reduce-scatters of T·H forward, and as many backward, with sequence parallelism one more for
+  each of the two inputs; each moves (t − 1)/t of T·H elements a rank.
+- context: keys and values go round the ring once forward and, with their gradients, twice backward.
+- expert: a token's hidden state to its experts and back, forward and backward.
+- pipeline: hidden states between stages, and the bubble.
+- data: gradients in fp32, once an update, and parameters back where the optimizer is distributed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.batching.flops import SequenceCost, sequence_cost
+from megatron_dypo.planning.memory import stage_counts
+from megatron_dypo.planning.schedule import bubble
+from megatron_dypo.planning.setting import Setting
+
+LINK_EFFICIENCY = 0.8
+BUCKET = 40_000_000
+"""Parameters that Megatron's DDP reduces at once, at least (``DistributedDataParallelConfig.bucket_size``)."""
+HOP_S = 10e-6
+"""Latency of one step of a ring between nodes."""
+RING_EXPOSED = 0.25
+"""Share of context-parallel traffic that attention does not hide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTime:
+    """Seconds of one forward, or forward and backward, pass of all rows of a batch."""
+
+    compute: float
+    tensor: float
+    context: float
+    expert: float
+    pipeline: float
+    """The bubble, and sending hidden states."""
+    data: float = 0.0
+    """Reducing gradients and gathering parameters, once."""
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def update_time(setting: Setting) -> PassTime:
+    """One optimizer step."""
+    cfg = setting.config
+    flops = _flops(setting, sequence_cost(setting.arch, cfg.model.recompute))
+    passes = 3 + (cfg.model.recompute == "full")
+    return _pass(setting, flops * setting.sequences_per_update, setting.sequences_per_update, passes, is_update=True)
+
+
+def score_time(setting: Setting, sequences: float) -> PassTime:
+    """A forward pass over so many rollouts: log π_old, or log π_ref."""
+    cost = sequence_cost(setting.arch)
+    # Of three passes, and of four of the output projection, one.
+    forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
+    return _pass(setting, _flops(setting, forward) * sequences, sequences, 1, is_update=False)
+
+
+def swap_time(setting: Setting) -> float:
+    """π_ref into the model and out again: each way this rank's parameters go to the host and from it."""
+    counts = stage_counts(setting, 0)
+    return 4 * counts.total * setting.element / setting.gpu.pcie
+
+
+def update_flops(setting: Setting) -> float:
+    """FLOPs of an update without what recomputation repeats: what MFU counts."""
+    return _flops(setting, sequence_cost(setting.arch)) * setting.sequences_per_update
+
+
+def _flops(setting: Setting, cost: SequenceCost) -> float:
+    return cost(setting.sequence_tokens, setting.assumed.response_tokens)
+
+
+def _pass(setting: Setting, flops: float, sequences: float, passes: int, *, is_update: bool) -> PassTime:
+    """``passes``: forward passes' worth of work for each token, the backward pass being two."""
+    parallel, arch = setting.config.parallel, setting.arch
+    tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
+    hidden = tokens * arch.hidden_size * setting.element
+    compute = flops / setting.trainer_gpus / (setting.gpu.bf16 * setting.gpu.matmul)
+    layers = arch.num_layers / parallel.pipeline
+    tensor = layers * _tensor_seconds(setting, hidden, passes, is_update)
+    context = layers * _context_seconds(setting, tokens, is_update)
+    expert = layers * _expert_seconds(setting, hidden, is_update)
+    idle = bubble(
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline or 1,
+        microbatches=setting.microbatches,
+    )
+    sent = 0.0
+    if parallel.pipeline > 1:
+        sent = (2 if is_update else 1) * hidden / parallel.tensor / (LINK_EFFICIENCY * setting.gpu.network)
+    data, optimizer = _once(setting) if is_update else (0.0, 0.0)
+    return PassTime(
+        compute=compute,
+        tensor=tensor,
+        context=context,
+        expert=expert,
+        pipeline=(compute + tensor + context + expert) * idle + sent,
+        data=data,
+        optimizer=optimizer,
+    )
+
+
+def _link(setting: Setting, span: int) -> float:
+    """Bytes/s between ranks where ``span`` neighbouring GPUs talk to each other."""
+    return LINK_EFFICIENCY * (setting.gpu.nvlink if span <= setting.gpus_per_node else setting.gpu.network)
+
+
+def _tensor_seconds(setting: Setting, hidden: float, passes: int, is_update: bool) -> float:
+    """Of one layer; ``hidden`` are the bytes of the hidden states of all rows."""
+    parallel = setting.config.parallel
+    calls = 8 + 2 * parallel.sequence if is_update else 4
+    calls += 4 * (passes == 4)  # the recomputed forward pass
+    return calls * hidden * (parallel.tensor - 1) / parallel.tensor / _link(setting, parallel.tensor)
+
+
+def _context_seconds(setting: Setting, tokens: float, is_update: bool) -> float:
+    parallel, arch = setting.config.parallel, setting.arch
+    kv = 2 * tokens * arch.num_key_value_heads * arch.head_dim * setting.element / parallel.tensor
+    rounds = (3 if is_update else 1) * (parallel.context - 1)
+    return RING_EXPOSED * rounds * kv / _link(setting, parallel.tensor * parallel.context)
+
+
+def _expert_seconds(setting: Setting, hidden: float, is_update: bool) -> float:
+    experts, parallel = setting.arch.experts, setting.config.parallel
+    if experts is None:
+        return 0.0
+    moved = hidden / parallel.tensor * experts.per_token * (parallel.expert - 1) / parallel.expert
+    return (4 if is_update else 2) * moved / _link(setting, parallel.expert)
+
+
+def _once(setting: Setting) -> tuple[float, float]:
+    """Gradients over the replicas, and the optimizer's reading and writing of its state."""
+    cfg, counts = setting.config, stage_counts(setting, 0)
+    ranks = setting.data * cfg.parallel.context
+    moved = counts.total * (ranks - 1) / ranks * (4 + setting.element if cfg.optimizer.distributed else 8)
+    shards = ranks if cfg.optimizer.distributed else 1
+    # Gradient, main parameter and two moments are read, the last three and the parameter written.
+    touched = counts.total / shards * (4 * 4 + 3 * 4 + setting.element)
+    # Megatron makes a bucket of at least a million parameters for each rank, so that many ranks do not mean many hops.
+    hops = 2 * (ranks - 1) * max(1.0, counts.total / max(BUCKET, 1_000_000 * ranks))
+    reduced = moved / _link(setting, setting.trainer_gpus // cfg.parallel.pipeline) + hops * HOP_S
+    return reduced, touched / setting.gpu.hbm

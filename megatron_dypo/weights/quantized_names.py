@@ -1,0 +1,51 @@
+"""Which tensors of an HF checkpoint are quantised, and what their scales are called: names only, no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Quantization = Literal["none", "fp8_block", "fp8_channel"]
+
+BLOCK = 128
+"""Rows and columns of a block of ``fp8_block``, that of DeepSeek-V3's checkpoints."""
+
+_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|mlp\.experts\.\d+)\.\w+_proj\.weight")
+_SCALE_SUFFIX = {"fp8_block": "weight_scale_inv", "fp8_channel": "weight_scale"}
+
+
+def is_quantized(hf_name: str) -> bool:
+    """Whether a tensor is stored in FP8: linear weights of attention, MLP and experts.
+
+    Embedding, output layer, norms, the router (``mlp.gate``) and biases keep their type.
+    """
+    return _LINEAR.fullmatch(hf_name) is not None
+
+
+def scale_name(hf_name: str, quantization: Quantization) -> str:
+    """Name of the scales of a quantised tensor.
+
+    scale_name("model.layers.0.mlp.up_proj.weight", "fp8_block") → "model.layers.0.mlp.up_proj.weight_scale_inv"
+    """
+    return hf_name.removesuffix("weight") + _SCALE_SUFFIX[quantization]
+
+
+def block_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns that share one scale, in a weight of this shape [N, K]: 128×128, or a whole row."""
+    return (BLOCK, BLOCK) if quantization == "fp8_block" else (1, shape[1])
+
+
+def scale_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of the scales of a weight [N, K]: one for each block, those cut off by the edges included."""
+    rows, cols = block_shape(quantization, shape)
+    return -(-shape[0] // rows), -(-shape[1] // cols)
+
+
+def is_scale(hf_name: str) -> bool:
+    """Whether a tensor of a quantised checkpoint holds scales."""
+    return hf_name.rpartition(".")[2] in _SCALE_SUFFIX.values()
+
+
+def weight_name(hf_name: str) -> str:
+    """Name of the quantised tensor that scales belong to: :func:`scale_name` backwards."""
+    return hf_name.removesuffix(hf_name.rpartition(".")[2]) + "weight"

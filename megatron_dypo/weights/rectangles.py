@@ -1,0 +1,50 @@
+"""Rectangles of HF tensors as both sides of a refit hold them, and where they overlap: pure, no torch.
+
+Every tensor is seen as a matrix: ``t.view(-1, t.shape[-1])``, or ``t.view(-1, 1)`` for one with a single dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rectangle:
+    """``rows`` × ``cols`` entries of an HF tensor's matrix, and where they lie in the matrix of one rank's parameter."""
+
+    name: str
+    """The parameter; ``{layer}`` stands for the layer in both names."""
+    row: int
+    col: int
+    hf_name: str
+    hf_row: int
+    hf_col: int
+    rows: int
+    cols: int
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor seen as a matrix."""
+    return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
+
+
+def overlaps(
+    sources: Iterable[Rectangle], targets: Iterable[Rectangle]
+) -> Iterator[tuple[Rectangle, Rectangle, tuple[int, int, int, int]]]:
+    """Every pair of rectangles that share entries, in the order of the sources, then of the targets.
+
+    The last item is the shared part in the HF tensor: first row, first column, rows, columns.
+    """
+    by_name: defaultdict[str, list[Rectangle]] = defaultdict(list)
+    for target in targets:
+        by_name[target.hf_name].append(target)
+    for source in sources:
+        for target in by_name[source.hf_name]:
+            row, col = max(source.hf_row, target.hf_row), max(source.hf_col, target.hf_col)
+            rows = min(source.hf_row + source.rows, target.hf_row + target.rows) - row
+            cols = min(source.hf_col + source.cols, target.hf_col + target.cols) - col
+            if rows > 0 and cols > 0:
+                yield source, target, (row, col, rows, cols)

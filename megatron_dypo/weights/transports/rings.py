@@ -1,0 +1,67 @@
+"""A few buffers that a source writes and a target on the same host reads: host memory, or a GPU's by CUDA IPC.
+
+Neither has a name in the file system: host memory goes to the target as a file descriptor, a GPU's as an IPC handle.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mmap
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.parallel import device
+
+
+class Ring:
+    """[slots, bytes] uint8 shared by two processes; who may touch which slot is agreed upon elsewhere."""
+
+    def __init__(self, slots: Tensor, offer: str, fd: int | None) -> None:
+        self.slots = slots
+        self.offer = offer
+        """JSON by which the other process finds the memory, together with ``fd``."""
+        self.fd = fd
+        """Descriptor of host memory; the other process needs a copy of it."""
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory goes with the last reference to ``slots`` on both sides."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def make_ring(num_slots: int, slot_bytes: int) -> Ring:
+    """A new ring, on this rank's device."""
+    if device.on_gpu():
+        slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8, device=device.device())
+        return Ring(slots, json.dumps({"handle": _encoded(device.share_storage(slots.untyped_storage()))}), None)
+    fd = os.memfd_create("megatron-dypo-refit")
+    os.ftruncate(fd, num_slots * slot_bytes)
+    offer = json.dumps({"shape": [num_slots, slot_bytes]})
+    return Ring(_mapped(fd, num_slots, slot_bytes), offer, fd)
+
+
+def open_ring(offer: str, fd: int | None, num_slots: int, slot_bytes: int) -> Ring:
+    """The ring that another process made."""
+    if fd is not None:
+        return Ring(_mapped(fd, num_slots, slot_bytes), offer, fd)
+    storage = device.open_storage(_decoded(json.loads(offer)["handle"]))
+    slots = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).view(num_slots, slot_bytes)
+    return Ring(slots, offer, None)
+
+
+def _mapped(fd: int, num_slots: int, slot_bytes: int) -> Tensor:
+    memory = mmap.mmap(fd, num_slots * slot_bytes)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(num_slots, slot_bytes)
+
+
+def _encoded(handle: tuple[Any, ...]) -> list[Any]:
+    return [{"bytes": base64.b64encode(one).decode()} if isinstance(one, bytes) else one for one in handle]
+
+
+def _decoded(handle: list[Any]) -> tuple[Any, ...]:
+    return tuple(base64.b64decode(one["bytes"]) if isinstance(one, dict) else one for one in handle)

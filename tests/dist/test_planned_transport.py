@@ -1,0 +1,194 @@
+"""Planned pushes between stand-ins: what arrives, what travels and is allocated for it, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.weights.held import SourceLayout
+from megatron_dypo.weights.served import EngineLayout
+from tests.dist.planned_ranks import BUCKET_MB, Push, rank_push
+from tests.dist.spawn import run_ranks
+from tests.refit_standins import (
+    StandInEngine,
+    hf_tensors,
+    served_params,
+    served_shapes,
+    standin_engine,
+)
+from tests.unit.weights.architectures import make_arch
+
+WIDE = {
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "ffn_hidden_size": 8192,
+    "vocab_size": 1031,
+}
+DENSE = make_arch("qwen3", **WIDE)
+TIED = make_arch("qwen2", tied_embeddings=True, **WIDE)
+MIXTURE = make_arch(
+    "qwen3_moe",
+    experts=Experts(num_experts=4, per_token=2, ffn_hidden_size=40, normalized=True, balance_coef=0.0),
+    **WIDE,
+)
+
+
+@contextlib.contextmanager
+def engines(arch: Architecture, layouts: Sequence[EngineLayout], **changes: Any) -> Iterator[list[StandInEngine]]:
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                standin_engine(
+                    arch, layout, [served_shapes(arch, layout, rank) for rank in range(layout.tensor)], **changes
+                )
+            )
+            for layout in layouts
+        ]
+
+
+def assert_served(running: Sequence[StandInEngine], layouts: Sequence[EngineLayout], arch: Architecture, seed: int):
+    model = hf_tensors(arch, seed)
+    for engine, layout in zip(running, layouts, strict=True):
+        for rank in range(layout.tensor):
+            expected, held = served_params(arch, layout, rank, model), engine.params(rank)
+            assert [name for name in expected if held[name] != expected[name]] == []
+            assert held.keys() == expected.keys()
+
+
+CASES = {
+    "dense": (DENSE, SourceLayout(tensor=2, pipeline=2), (EngineLayout(tensor=1), EngineLayout(tensor=2))),
+    "tied": (TIED, SourceLayout(pipeline=2, data=2), (EngineLayout(tensor=2), EngineLayout(tensor=2))),
+    "experts": (MIXTURE, SourceLayout(tensor=2, data=2, expert=4), (EngineLayout(tensor=2, expert=2),)),
+}
+
+
+@pytest.mark.parametrize("kind", ["p2p", "local"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
+    """In two pushes, the second over the connections of the first; nothing but its own bytes comes to a rank."""
+    arch, axes, layouts = CASES[case]
+    with engines(arch, layouts) as running:
+        push = Push(arch=arch, axes=axes, urls=tuple(engine.url for engine in running), kind=kind)
+        by_rank = run_ranks(axes.world_size, rank_push, push)
+        assert_served(running, layouts, arch, push.seeds[-1])
+    own = sum(
+        size * dtype.itemsize
+        for layout in layouts
+        for rank in range(layout.tensor)
+        for shape, dtype in served_shapes(arch, layout, rank).values()
+        for size in [torch.Size(shape).numel()]
+    )
+    for outcomes in by_rank:
+        for outcome in outcomes:
+            assert outcome["error"] == ""
+            assert outcome["bytes"] <= 1.01 * own
+            # One staging buffer; a whole matrix of an MLP has 4 MiB.
+            assert outcome["largest"][0] <= BUCKET_MB * 2**20 // 3, outcome["largest"]
+
+
+def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
+    layout = EngineLayout(tensor=2)
+    shapes = [served_shapes(DENSE, layout, rank) for rank in range(2)]
+    name = "model.layers.1.mlp.down_proj.weight"
+    shapes[1][name] = ((3, 5), torch.float32)
+    with standin_engine(DENSE, layout, shapes) as engine:
+        push = Push(arch=DENSE, axes=SourceLayout(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
+        ((outcome,), (other,)) = run_ranks(2, rank_push, push)
+        assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
+    assert outcome["error"] == other["error"]
+    for part in (engine.url, "rank 1", name, "(3, 5)", str((128, 4096))):
+        assert part in outcome["error"]
+
+
+def corrupt_what_comes() -> None:
+    """In a server's rank: flip a bit of each message on its way."""
+    from megatron_dypo.weights.transports import p2p
+
+    take = p2p._GroupIncoming.take
+
+    def flipped(self: Any) -> torch.Tensor:
+        payload = take(self)
+        payload[len(payload) // 2] ^= 4
+        return payload
+
+    p2p._GroupIncoming.take = flipped  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("verify", ["full", "sampled", "off"])
+def test_what_is_damaged_on_its_way_fails_the_push(verify):
+    with engines(DENSE, [EngineLayout(tensor=1)], prepare=corrupt_what_comes) as (engine,):
+        push = Push(arch=DENSE, axes=SourceLayout(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
+        ((outcome,),) = run_ranks(1, rank_push, push)
+    if verify == "off":
+        assert outcome["error"] == ""
+    else:
+        assert engine.url in outcome["error"]
+        assert "checksums differ: " in outcome["error"]
+        assert "model." in outcome["error"]
+
+
+def die_while_receiving() -> None:
+    from megatron_dypo.weights.transports.links import Incoming
+    from megatron_dypo.weights.transports.local import _LocalIncoming
+    from megatron_dypo.weights.transports.p2p import _GroupIncoming
+
+    def die(self: Incoming) -> torch.Tensor:
+        os._exit(1)
+
+    for end in (_GroupIncoming, _LocalIncoming):
+        end.take = die  # type: ignore[method-assign]
+
+
+def hang_while_receiving() -> None:
+    from megatron_dypo.weights.transports.links import Incoming
+    from megatron_dypo.weights.transports.p2p import _GroupIncoming
+
+    def hang(self: Incoming) -> torch.Tensor:
+        threading.Event().wait()
+        raise AssertionError
+
+    _GroupIncoming.take = hang  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "at_most_s"),
+    [("p2p", die_while_receiving, 14), ("local", die_while_receiving, 14), ("p2p", hang_while_receiving, 29)],
+)
+def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s):
+    layout = EngineLayout(tensor=1)
+    with (
+        engines(DENSE, [layout], prepare=fault) as (faulty,),
+        engines(DENSE, [layout]) as (sound,),
+    ):
+        push = Push(
+            arch=DENSE,
+            axes=SourceLayout(tensor=2),
+            urls=(faulty.url, sound.url),
+            kind=kind,
+            deadline_s=30.0,
+            seeds=(1, 2),
+        )
+        by_rank = run_ranks(2, rank_push, push)
+        assert_served([sound], [layout], DENSE, 2)
+    for outcomes in by_rank:
+        assert [outcome["error"] for outcome in outcomes] == ["", ""]
+        assert outcomes[0]["seconds"] < at_most_s
+        assert outcomes[1]["seconds"] < 5
+
+
+def test_the_loss_of_the_only_engine_fails_the_push_on_all_ranks():
+    with engines(DENSE, [EngineLayout(tensor=2)], prepare=die_while_receiving) as (engine,):
+        push = Push(arch=DENSE, axes=SourceLayout(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
+        by_rank = run_ranks(2, rank_push, push)
+    for first, *_ in by_rank:
+        assert engine.url in first["error"]
+        assert first["seconds"] < 25

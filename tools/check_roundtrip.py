@@ -1,0 +1,65 @@
+"""Convert an HF model folder to a Megatron-Core checkpoint and back, and compare every tensor bit for bit.
+
+python tools/check_roundtrip.py --hf-path models/Qwen2.5-7B --tensor-parallel 2 --pipeline-parallel 2
+python tools/check_roundtrip.py --hf-path models/Qwen2.5-7B --mcore-path models/Qwen2.5-7B-mcore
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_dypo.weights.roundtrip import Difference
+
+
+def main(
+    hf_path: Annotated[Path, typer.Option(help="HF folder: config.json, safetensors.")],
+    mcore_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint that is said to hold the same weights; default: one is made.", show_default=False
+        ),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Tensor-parallel size of the checkpoint that is made.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Its pipeline-parallel size.")] = 1,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where twice the model fits for the while; default: the system's temporary folder."),
+    ] = None,
+) -> None:
+    """Check that a model comes back from a Megatron checkpoint bit for bit; exit code 1 if it does not."""
+    from megatron_dypo.weights.roundtrip import check_roundtrip
+
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+        differences = check_roundtrip(
+            hf_path,
+            Path(folder),
+            mcore_path=mcore_path,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+        )
+    if differences:
+        typer.echo(table(differences))
+        raise typer.Exit(1)
+    typer.echo("every tensor came back bit for bit")
+
+
+def table(differences: list[Difference]) -> str:
+    """A line for each tensor, columns aligned."""
+    rows = [("tensor", "shape", "elements", "largest difference")]
+    for found in differences:
+        rows.append((found.name, "×".join(map(str, found.shape)), str(found.num_elements), f"{found.largest:.3g}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ValueError as error:
+        sys.exit(f"check_roundtrip: ValueError: {error}")
