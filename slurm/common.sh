@@ -91,7 +91,7 @@ divide_nodes() {
 make_log_folder() {
   DYPO_LOGS=$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$ATTEMPT
   [ -z "${DRY_RUN:-}" ] || return 0
-  mkdir -p "$DYPO_LOGS/bad" || fail "LOG_ROOT=$LOG_ROOT: cannot make $DYPO_LOGS"
+  mkdir -p "$DYPO_LOGS"/{bad,ended} || fail "LOG_ROOT=$LOG_ROOT: cannot make $DYPO_LOGS"
   ln -sfn "$JOB.$ATTEMPT" "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/latest"
   echo "$JOB" >"$DYPO_LOGS/canary"
   printf '%s trainer\n' "${TRAIN[@]}" >"$DYPO_LOGS/roles"
@@ -175,15 +175,17 @@ join() {
 
 # step ROLE NODE... -- COMMAND...: run on each of these nodes, with a log for each.
 step() {
-  local role=$1 nodes=() where
+  local role=$1 kill=1 nodes=() where
   shift
   while [ "$1" != -- ]; do
     nodes+=("$1")
     shift
   done
   shift
+  # Servers of other nodes go on when one node's have ended, so that the trainer can finish its step and save.
+  [ "$role" != rollout ] || kill=0
   where=(--nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$(join , "${nodes[@]}")")
-  local command=(srun --overlap --kill-on-bad-exit=1 --cpu-bind=none "${where[@]}" --chdir="$DYPO_HOME"
+  local command=(srun --overlap --kill-on-bad-exit="$kill" --cpu-bind=none "${where[@]}" --chdir="$DYPO_HOME"
     --open-mode=append --output="$DYPO_LOGS/$role.%N.log" "$@")
   if [ -n "${DRY_RUN:-}" ]; then
     printf '\n%s' "${command[0]}"

@@ -79,8 +79,11 @@ serve() {
     spread=(rollout.servers.restarts=0 --engine-args
       "--nnodes $ENGINE_NODES --node-rank $((index % ENGINE_NODES)) --dist-init-addr $first:$((DYPO_PORT + 2))")
   fi
-  exec "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * ENGINES_PER_NODE)) "${spread[@]}" \
-    "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * ENGINES_PER_NODE))"
+  local status=0
+  "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * ENGINES_PER_NODE)) "${spread[@]}" \
+    "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * ENGINES_PER_NODE))" || status=$?
+  echo "$status" >"$DYPO_LOGS/ended/$NODE"
+  exit "$status"
 }
 
 # Python blocks the signal by itself once it runs; until then it must not kill what starts.

@@ -32,6 +32,7 @@ supervise() {
     for role in "${!PID[@]}"; do
       kill -0 "${PID[$role]}" 2>/dev/null || role_ended "$role"
     done
+    notice_ended_servers
     if [ -n "$STOP_AT" ] && [ $((SECONDS % 20)) = 0 ]; then
       kill -USR1 "${PID[trainer]}" || true # again, for a rank that had not yet started when it came first
     fi
@@ -49,12 +50,22 @@ ask_trainer_to_stop() {
   kill -USR1 "${PID[trainer]}" || true # it may have ended just now
 }
 
+# The servers of a node have ended for good, while those of others may go on.
+notice_ended_servers() {
+  local node
+  node=$(find "$DYPO_LOGS/ended" -type f -printf '%f\n' -quit)
+  [ -n "$node" ] && [ -z "${FAILURE:-}" ] || return 0
+  FAILURE="rollout on $node ended with status $(cat "$DYPO_LOGS/ended/$node"); see $DYPO_LOGS/rollout.$node.log"
+  ask_trainer_to_stop "$FAILURE"
+}
+
 role_ended() {
   local role=$1 status=0
   wait "${PID[$role]}" || status=$?
   unset "PID[$role]"
   if [ "$role" != trainer ]; then
-    FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log"
+    notice_ended_servers # says more
+    FAILURE=${FAILURE:-"$role ended with status $status; see $DYPO_LOGS/$role.*.log"}
     ask_trainer_to_stop "$FAILURE"
   elif [ -f "$DYPO_LOGS/stopped" ]; then
     conclude

@@ -54,11 +54,12 @@ def command_lines_with(text: str) -> list[list[str]]:
     return [words for words in found if any(text in word for word in words)]
 
 
+@pytest.mark.timeout(900)
 def test_the_local_executor_trains_with_servers_and_both_tasks_end_well(python, tmp_path):
     lease = lease_port("127.0.0.1", 31500)
     lease.release()
     arguments = [*tiny(tmp_path), f"model.rollout.servers.port={lease.port}"]
-    done = dypo(python, tmp_path / "nemo_home", *arguments, deadline_s=400)
+    done = dypo(python, tmp_path / "nemo_home", *arguments, deadline_s=540)
     assert done.returncode == 0, done.stdout
     assert_trained(tmp_path / "run")
     endings = [json.loads(path.read_text()) for path in (tmp_path / "nemo_home").rglob("SUCCESS")]
@@ -76,6 +77,7 @@ def test_a_trainer_that_fails_fails_the_local_experiment(python, tmp_path):
     assert command_lines_with(str(tmp_path)) == []
 
 
+@pytest.mark.timeout(900)
 def test_the_slurm_executor_trains_on_two_nodes_with_a_third_that_serves(python, tmp_path):
     host = start_slurm(nodes=3)
     try:
@@ -88,12 +90,12 @@ def test_the_slurm_executor_trains_on_two_nodes_with_a_third_that_serves(python,
         (folder,) = home.glob("experiments/dypo/*/dypo")
         name = "dypo-dypo.dypo-0"
         job = Job(host, number, folder / f"sbatch_{name}_{number}.out", logs / name)
-        assert job.wait(400) == "COMPLETED", job.everything()
+        assert job.wait(540) == "COMPLETED", job.everything()
         assert "job exited with code 0" in job.output()
         # No other name of the key occurs: its value is not shown either.
         assert "DYPO_SGLANG_API_KEY" not in job.output()
         assert_trained(tmp_path / "run")
-        assert [path.name for path in (logs / name).glob("*/rollout.node3")] == ["rollout.node3"]
+        assert list((logs / name / f"{number}.0" / "rollout.node3").glob("sglang_*.log"))
         assert len(list((tmp_path / "run" / "logs").glob("rank_*.log"))) == 2
     finally:
         host.stop()

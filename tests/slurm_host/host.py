@@ -96,12 +96,15 @@ class Job:
         return state
 
     def start_again_now(self, deadline_s: float = 120.0, **changes: str) -> None:
-        """Once the job is back in the queue, change it and let it start without Slurm's two minutes of delay."""
+        """Once the job is back in the queue, change it and let it start without Slurm's two minutes of delay.
+
+        Within the second in which it was requeued it must not: nodes still refuse its old credential.
+        """
         deadline = time.monotonic() + deadline_s
         while (state := self.show())["JobState"] != "PENDING" or state["Restarts"] == "0":
             assert time.monotonic() < deadline, f"not requeued\n{self.everything()}"
             time.sleep(0.1)
-        for name, value in {**changes, "StartTime": "now"}.items():
+        for name, value in {**changes, "StartTime": "now+3seconds"}.items():
             self.host.call("scontrol", "update", f"JobId={self.number}", f"{name}={value}")
 
 

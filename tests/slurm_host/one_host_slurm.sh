@@ -10,9 +10,11 @@ ROOT=${FS_ROOT:?a folder} NODES=${FS_NODES:-4} PORT=${FS_PORT:?a port} GPUS=8
 export SLURM_CONF=$ROOT/slurm.conf
 
 write_config() {
-  # Nodes that leave the queue's sight come back by themselves, and a requeued job waits as long as Slurm says: 120 s.
+  # FirstJobId: ports of jobs follow from their numbers, and another Slurm may run on this host.
+  # ReturnToService=0: a node that a test sets down stays so, although its daemon is well.
   cat >"$ROOT/slurm.conf" <<CONF
 ClusterName=onehost
+FirstJobId=$((RANDOM % 30000 + 1))
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=$((PORT + 1))
 SlurmUser=root
@@ -39,7 +41,7 @@ GresTypes=gpu
 MpiDefault=none
 PlugStackConfig=$ROOT/plugstack.conf
 KillWait=10
-ReturnToService=2
+ReturnToService=0
 NodeName=node[1-$NODES] NodeAddr=127.0.0.1 Port=$((PORT + 11))-$((PORT + 10 + NODES)) CPUs=16 RealMemory=1000000 Gres=gpu:h100:$GPUS State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES MaxTime=7-0 State=UP
 CONF

@@ -63,7 +63,7 @@ def test_the_key_is_neither_in_arguments_nor_readable_in_files(python: str, tmp_
         log = tmp_path / "logs/sglang_0.log"
         assert log.read_text().startswith(f"server_args={{'api_key': '{'*' * 32}'}}")
         assert stat.S_IMODE(log.stat().st_mode) == 0o600
-        assert [path.name for path in log.parent.iterdir()] == ["sglang_0.log"]
+        assert [path.name for path in log.parent.iterdir() if path.is_file()] == ["sglang_0.log"]
 
 
 def test_a_key_of_the_environment_is_used(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,3 +246,11 @@ def test_given_servers_with_tempered_log_probs_are_refused(
 def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str, tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9 is not healthy after 0\.3 s"):
         start(python, tmp_path, urls=("http://127.0.0.1:9",), start_deadline_s=0.3)
+
+
+def test_given_servers_may_return_only_where_somebody_starts_them_again() -> None:
+    urls = ("http://node1:30000",)
+    assert not ServerPool(urls, None).may_return()
+    assert ServerPool(urls, None, urls_come_back=True).may_return()
+    with pytest.raises(ValueError, match="urls_come_back=true: needs urls"):
+        ServersConfig(urls_come_back=True)
