@@ -160,10 +160,15 @@ def hang_while_receiving() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault", "at_most_s"),
-    [("p2p", die_while_receiving, 14), ("local", die_while_receiving, 14), ("p2p", hang_while_receiving, 29)],
+    ("kind", "fault", "at_most_s", "next_s"),
+    [
+        ("p2p", die_while_receiving, 14, 5),
+        ("local", die_while_receiving, 14, 5),
+        # It still answers control calls, so that the next push takes it in again.
+        ("p2p", hang_while_receiving, 29, 29),
+    ],
 )
-def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s):
+def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s, next_s):
     layout = EngineLayout(tensor=1)
     with (
         engines(DENSE, [layout], prepare=fault) as (faulty,),
@@ -182,7 +187,7 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
     for outcomes in by_rank:
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
         assert outcomes[0]["seconds"] < at_most_s
-        assert outcomes[1]["seconds"] < 5
+        assert outcomes[1]["seconds"] < next_s
 
 
 def test_the_loss_of_the_only_engine_fails_the_push_on_all_ranks():

@@ -63,7 +63,7 @@ def test_the_key_is_neither_in_arguments_nor_readable_in_files(python: str, tmp_
         log = tmp_path / "logs/sglang_0.log"
         assert log.read_text().startswith(f"server_args={{'api_key': '{'*' * 32}'}}")
         assert stat.S_IMODE(log.stat().st_mode) == 0o600
-        assert [path.name for path in log.parent.iterdir()] == ["sglang_0.log"]
+        assert [path.name for path in log.parent.iterdir() if path.is_file()] == ["sglang_0.log"]
 
 
 def test_a_key_of_the_environment_is_used(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
