@@ -86,7 +86,9 @@ def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(nod
     wait_until(lambda: not is_up(port), "gone")
     wait_until(lambda: is_up(port), "back", 60)
     assert sorted(path.name for path in (tmp_path / "logs").glob("*.log")) == ["sglang_0.log", "sglang_1.log"]
-    wait_until(lambda: all(KEY not in path.read_text() for path in (tmp_path / "logs").glob("sglang_*")), "no key in logs")
+    wait_until(
+        lambda: all(KEY not in path.read_text() for path in (tmp_path / "logs").glob("sglang_*")), "no key in logs"
+    )
 
     os.kill(process.pid, signal.SIGUSR1)
     assert is_up(port)
