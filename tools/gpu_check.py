@@ -25,7 +25,7 @@ def main(
     hidden: Annotated[int, typer.Option(help="Hidden size of the policy.")] = 4096,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
     vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 32_000,
-    tokens: Annotated[int, typer.Option(help="Tokens of one update, about.")] = 16_384,
+    tokens: Annotated[int, typer.Option(help="Tokens of one update, about.")] = 18_432,
     steps: Annotated[int, typer.Option(help="Updates in each precision.")] = 50,
     cpu_smoke: Annotated[bool, typer.Option(help="A tiny run in fp32 and bf16, on a machine without a GPU.")] = False,
 ) -> None:

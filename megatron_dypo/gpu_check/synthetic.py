@@ -22,7 +22,7 @@ class CheckSizes:
     layers: int = 4
     head_dim: int = 128
     vocab: int = 32_000
-    tokens: int = 16_384
+    tokens: int = 18_432
     """In one update, about; a packed row holds up to half of them."""
     length: int = 1024
     """Of each sequence; a quarter is prompt."""
