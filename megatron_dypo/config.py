@@ -5,9 +5,11 @@ A field's docstring is its documentation. Reading YAML and overrides is in :mod:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dypo.config_fp8 import Fp8Config
 from megatron_dypo.config_objective import (
     ObjectiveConfig,
     ScoreConfig,
@@ -51,9 +53,15 @@ class ModelConfig:
     give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
     balance_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
         require(bool(self.hf_path), "hf_path=''", "is required: an HF model folder")
+        require(
+            not self.fp8.is_on or self.dtype == "bfloat16",
+            f"fp8.recipe={self.fp8.recipe}",
+            f"needs dtype=bfloat16 around it, got {self.dtype}",
+        )
         if self.balance_coef is not None:
             require_not_negative(self, "balance_coef")
         if self.logprob_memory_mb is not None:
@@ -264,7 +272,8 @@ class BatchingConfig:
     tokens_per_microbatch: int = 16384
     """Packing budget of one microbatch, over all context-parallel ranks; a longer sequence gets one of its own."""
     row_multiple: int = 1
-    """Tokens that a rank holds of a packed row come in multiples of this: 16 for FP8 matmuls, 32 for MXFP8."""
+    """Tokens that a rank holds of a packed row come in multiples of this; what ``model.fp8.recipe`` asks for is added by
+    itself (``Config.row_multiple``)."""
     max_staleness: int = 4
     """Groups that have waited for more than this many rollout batches are dropped and counted."""
 
@@ -445,3 +454,13 @@ class Config:
             "weights.release_memory=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
+        require(
+            self.optimizer.distributed or not self.model.fp8.param_gather,
+            "model.fp8.param_gather=true",
+            "needs optimizer.distributed=true, which gathers parameters",
+        )
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that a rank holds of a packed row come in multiples of this: the user's and that of the FP8 recipe."""
+        return math.lcm(self.batching.row_multiple, self.model.fp8.row_multiple)

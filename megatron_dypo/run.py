@@ -24,7 +24,7 @@ from megatron_dypo.data.prompts import DropCounts, PromptDataset, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.mcore import checkpoint, features
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
@@ -120,7 +120,7 @@ def open_run(config: Config) -> Iterator[Run]:
 
     Raises:
         ValueError: the run folder holds a checkpoint and ``run.resume`` is false; the policy does not fit into the
-            GPUs (``run.check_memory``); or any input breaks a rule.
+            GPUs (``run.check_memory``); the machine cannot run ``model.fp8.recipe``; or any input breaks a rule.
     """
     objective = build_objective(config.objective)
     with contextlib.ExitStack() as stack:
@@ -128,6 +128,7 @@ def open_run(config: Config) -> Iterator[Run]:
         patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
         layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
+        features.require_fp8(config.model.fp8, features.probe())
         if config.run.check_memory and (memory := memory_bytes()) is not None:
             fused = features.probe().transformer_engine
             check_memory(config, trainer_gpus=layout.world_size, memory=memory, fused=fused)
@@ -240,15 +241,19 @@ def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
     )
     load_initial_weights(chunks, config.model, arch, layout)
+    optimizer = build_optimizer(
+        chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps, fp8=config.model.fp8
+    )
     reads_reference = objective.needs_reference() and config.objective.reference.mode != "old"
+    rewrite = optimizer.rewrite_weights if config.model.fp8.param_gather else None
     return Run(
         config=config,
         layout=layout,
         arch=arch,
         chunks=chunks,
-        optimizer=build_optimizer(chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps),
+        optimizer=optimizer,
         objective=objective,
-        reference=ReferencePolicy(chunks) if reads_reference else None,
+        reference=ReferencePolicy(chunks, rewrite=rewrite) if reads_reference else None,
         leader=None,
         bridge=None,
         router=None,
@@ -346,7 +351,7 @@ def _connect(
     bridge = Bridge(
         run.layout,
         run.arch,
-        lambda: named_global_parameters(run.chunks),
+        lambda: named_values(run.chunks),
         urls=urls,
         api_key=api_key,
         config=config.weights,

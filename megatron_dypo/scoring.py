@@ -84,5 +84,5 @@ def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None
         broadcast_samples(bare, run.layout.replica_group),
         layout=run.layout,
         budget=run.config.batching.tokens_per_microbatch,
-        row_multiple=run.config.batching.row_multiple,
+        row_multiple=run.config.row_multiple,
     )

@@ -140,4 +140,4 @@ def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[M
     lengths = padded_lengths(samples, sequence_alignment(layout.context))
     count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)
     bins = plan_microbatches(lengths, budget=budget, count=count, costs=costs)
-    return pack_rows(samples, bins, layout, batching.row_multiple)
+    return pack_rows(samples, bins, layout, run.config.row_multiple)

@@ -10,7 +10,7 @@ from megatron_dypo.collecting import fill_queues
 from megatron_dypo.config import Config
 from megatron_dypo.evaluate import evaluate
 from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.metrics import summary_line
 from megatron_dypo.parallel.agree import any_rank
 from megatron_dypo.parallel.device import peak_memory_gib
@@ -113,7 +113,7 @@ def finish(run: Run) -> None:
     _save_unless_saved(run)
     if run.config.export.hf:
         export_hf(
-            named_global_parameters(run.chunks),
+            named_values(run.chunks),
             run.arch,
             layout,
             out_dir=run.dir / "hf",

@@ -23,8 +23,7 @@ def alignment(tensor: int, context: int, granule: int = 1) -> int:
     sequence parallelism; a sequence is cut into ``2 · context`` pieces (zig-zag), of which a rank takes two.
 
     Args:
-        granule: tokens of one rank come in multiples of this: 1, or what low-precision matmuls need (16 for FP8, 32 for
-            MXFP8, 128 for blockwise FP8).
+        granule: tokens of one rank come in multiples of this: ``Config.row_multiple``.
     """
     return math.lcm(tensor * context * granule, sequence_alignment(context))
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
+import re
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.config_fp8 import Fp8Config
 from megatron_dypo.parallel import device
+from megatron_dypo.rules import require
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 _GPU_ONLY = ("transformer_engine", "apex")
+_FP8_NEEDS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int] | None]] = {
+    "delayed": ((2, 0), (8, 9), None),
+    "tensorwise": ((2, 2), (8, 9), None),
+    "blockwise": ((2, 3), (9, 0), None),
+    "mxfp8": ((2, 1), (10, 0), (12, 0)),
+}
+"""Recipe → oldest version of Transformer Engine, lowest compute capability, first one that is too high."""
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +39,8 @@ class Features:
     """Layers, attention and fused Adam of Transformer Engine."""
     grad_accumulation_fusion: bool
     """Weight-gradient GEMMs add into the main gradient (Apex' ``fused_weight_gradient_mlp_cuda``)."""
+    fp8_obstacles: Mapping[str, str] = field(default_factory=dict)
+    """FP8 recipe → what it lacks on this machine, for each recipe that cannot run."""
 
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.transformer_engine else "torch, padded causal attention"
@@ -54,10 +68,53 @@ def shield_imports() -> None:
 def probe() -> Features:
     """What can be used on this machine."""
     usable = device.on_gpu()
+    engine = usable and importlib.util.find_spec("transformer_engine") is not None
     return Features(
-        transformer_engine=usable and importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine=engine,
         grad_accumulation_fusion=usable and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        fp8_obstacles=fp8_obstacles(
+            engine=importlib.metadata.version("transformer_engine") if engine else None,
+            capability=device.compute_capability(),
+            toolkit=device.toolkit_version(),
+        ),
     )
+
+
+def fp8_obstacles(
+    *, engine: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
+) -> dict[str, str]:
+    """FP8 recipe → what it lacks, by the rules of Transformer Engine (``pytorch/quantization.py``, ``_compute_*_support``)
+    and Megatron (``fp8_utils.get_fp8_recipe``).
+
+    Args:
+        engine: version of Transformer Engine; None: not in use.
+        capability: of the GPU; None on a CPU.
+        toolkit: version of the toolkit that torch was built with.
+    """
+    obstacles = {}
+    for recipe, (oldest, lowest, below) in _FP8_NEEDS.items():
+        if capability is None:
+            obstacles[recipe] = "a GPU: this machine has none"
+        elif engine is None:
+            obstacles[recipe] = "Transformer Engine, which is not installed"
+        elif _version(engine) < oldest:
+            obstacles[recipe] = f"Transformer Engine {_dotted(oldest)} or newer, found {engine}"
+        elif capability < lowest or (below is not None and capability >= below):
+            limit = "" if below is None else f" and below {_dotted(below)}"
+            obstacles[recipe] = f"compute capability {_dotted(lowest)} or higher{limit}, found {_dotted(capability)}"
+        elif recipe == "blockwise" and toolkit < (12, 9):
+            obstacles[recipe] = f"a torch built with toolkit 12.9 or newer, found {_dotted(toolkit) or 'none'}"
+    return obstacles
+
+
+def require_fp8(fp8: Fp8Config, features: Features) -> None:
+    """Refuse a recipe that cannot run here.
+
+    Raises:
+        ValueError: e.g. ``model.fp8.recipe=mxfp8: needs compute capability 10.0 or higher and below 12.0, found 9.0``.
+    """
+    obstacle = features.fp8_obstacles.get(fp8.recipe)
+    require(obstacle is None, f"model.fp8.recipe={fp8.recipe}", f"needs {obstacle}")
 
 
 def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
@@ -91,3 +148,12 @@ def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
 
 def _is_nvidias(name: str) -> bool:
     return name != "apex" or importlib.util.find_spec("apex.multi_tensor_apply") is not None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 3) of ``2.3.0.dev0+5fdd7bb``."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -30,9 +30,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.config import ModelConfig, ParallelConfig
-from megatron_dypo.mcore import checkpoint
-from megatron_dypo.mcore.chunks import DTYPES, named_global_parameters
-from megatron_dypo.mcore.features import Features, layer_spec, probe
+from megatron_dypo.mcore import checkpoint, fp8
+from megatron_dypo.mcore.chunks import DTYPES
+from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies
 from megatron_dypo.mcore.router import mark_experts, moe_settings
@@ -59,15 +59,18 @@ def build_model(
     tensor, is then ignored; a 2-tuple would be divided by the number of microbatches).
 
     Raises:
-        ValueError: a layout that does not suit the architecture.
+        ValueError: a layout that does not suit the architecture, an FP8 recipe that does not suit it or the machine.
     """
     check_layout(arch, parallel)
+    fp8.check_sizes(arch, parallel, model.fp8)
     features = probe()
+    require_fp8(model.fp8, features)
     config = transformer_config(arch, model, parallel, features)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap_grad_reduce,
         use_distributed_optimizer=distributed_optimizer,
+        **fp8.gather_settings(model.fp8),
     )
     chunks = []
     for stage in range(layout.virtual_pipeline):
@@ -111,6 +114,7 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         **_recompute(model),
         **_experts(arch, model, parallel, features),
+        **fp8.layer_settings(model.fp8),
     )
 
 
@@ -124,10 +128,11 @@ def load_initial_weights(
     """
     if model.mcore_path is not None:
         checkpoint.load_weights(model.mcore_path, chunks)
+        fp8.adopt_initial_values(chunks)
     else:
         reader = HFReader(model.hf_path)
         load_hf_weights(
-            named_global_parameters(chunks),
+            fp8.named_initial_values(chunks),
             reader,
             arch,
             layout.tp_rank,
@@ -135,6 +140,7 @@ def load_initial_weights(
             etp_rank=layout.etp_rank,
             etp_size=layout.expert_tensor,
         )
+        fp8.quantize_initial_values(chunks)
 
 
 def _build_chunk(

@@ -13,7 +13,9 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dypo.config import OptimizerConfig
+from megatron_dypo.config_fp8 import Fp8Config
 from megatron_dypo.mcore.chunks import DTYPES
+from megatron_dypo.mcore.fp8 import optimizer_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,27 @@ class PolicyOptimizer:
         """Copy the model's parameters into the fp32 main parameters, after they were changed from outside."""
         self.megatron.reload_model_params()
 
+    def rewrite_weights(self) -> None:
+        """Copy the fp32 main parameters into the model's, as an update ends. Collective over the world.
+
+        For a distributed optimizer (optimizer/distrib_optimizer.py, ``step_with_ready_grads``).
+        """
+        for optimizer in self.megatron.chained_optimizers:
+            if optimizer.config.reuse_grad_buf_for_mxfp8_param_ag:
+                optimizer._copy_main_params_to_param_buffer()
+            else:
+                optimizer._copy_main_params_to_model_params()
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
 
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, *, dtype: str, total_steps: int
+    chunks: Sequence[DistributedDataParallel],
+    config: OptimizerConfig,
+    *,
+    dtype: str,
+    total_steps: int,
+    fp8: Fp8Config | None = None,
 ) -> PolicyOptimizer:
     """The optimizer of chunks whose weights are loaded already.
 
@@ -84,6 +104,7 @@ def build_optimizer(
     Args:
         dtype: ``ModelConfig.dtype``; main parameters, gradients and moments are fp32 in any case.
         total_steps: updates of the whole run.
+        fp8: ``ModelConfig.fp8``, if any.
 
     Raises:
         ValueError: warm-up longer than the run.
@@ -102,6 +123,7 @@ def build_optimizer(
         bf16=DTYPES[dtype] is torch.bfloat16,
         params_dtype=DTYPES[dtype],
         use_distributed_optimizer=config.distributed,
+        **optimizer_settings(fp8 or Fp8Config()),
     )
     megatron = get_megatron_optimizer(settings, list(chunks))
     return PolicyOptimizer(chunks, megatron, _scheduler(megatron, config, total_steps))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.fp8 import forget_quantized_weights, values
 from megatron_dypo.parallel import device
 
 
@@ -16,10 +17,19 @@ class ReferencePolicy:
 
     Costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size. Weights
     move in place, so that the buffers of DDP and of the distributed optimizer stay what they are, and return bit by bit.
+
+    FP8: what Transformer Engine quantised of the weights that go is forgotten at both ends of the block. Where FP8 is the
+    only copy (``Fp8Config.param_gather``), a second rounding would not give the weights back; ``rewrite`` does.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Capture the weights that the chunks hold now."""
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, rewrite: Callable[[], None] | None = None) -> None:
+        """Capture the weights that the chunks hold now.
+
+        Args:
+            rewrite: fills the parameters from the optimizer's main parameters; needed where parameters are quantised.
+                Collective over the world.
+        """
+        self._chunks, self._rewrite = chunks, rewrite
         self._parameters = [parameter for _, parameter in named_global_parameters(chunks)]
         self._stored = [
             torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=device.on_gpu())
@@ -33,7 +43,7 @@ class ReferencePolicy:
         """Make the current policy the reference."""
         assert not self._is_in, "the reference itself is in the model"
         for stored, parameter in zip(self._stored, self._parameters, strict=True):
-            stored.copy_(parameter)
+            stored.copy_(values(parameter))
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -48,15 +58,19 @@ class ReferencePolicy:
             for index in range(len(self._parameters)):
                 self._exchange(index)
                 exchanged += 1
+            forget_quantized_weights(self._chunks)
             yield
         finally:
             for index in range(exchanged):
                 self._exchange(index)
+            if self._rewrite is not None:
+                self._rewrite()
+            forget_quantized_weights(self._chunks)
             self._is_in = False
 
     @torch.no_grad()
     def _exchange(self, index: int) -> None:
         stored, parameter = self._stored[index], self._parameters[index]
-        policy = parameter.to("cpu", copy=True)
+        policy = values(parameter).to("cpu", copy=True)
         parameter.copy_(stored)
         stored.copy_(policy)

@@ -50,7 +50,7 @@ def sequence_logprobs(
 
     Args:
         budget: tokens in one packed row.
-        row_multiple: ``BatchingConfig.row_multiple``.
+        row_multiple: ``Config.row_multiple``.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.

@@ -112,6 +112,27 @@ def memory_bytes() -> int | None:
     return torch.cuda.get_device_properties(device()).total_memory if on_gpu() else None
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of this rank's GPU, e.g. (9, 0) for Hopper; None on a CPU."""
+    return torch.cuda.get_device_capability(device()) if on_gpu() else None
+
+
+def toolkit_version() -> tuple[int, ...]:
+    """Of the CUDA toolkit that torch was built with; empty without one."""
+    return tuple(int(part) for part in torch.version.cuda.split(".")) if torch.version.cuda else ()
+
+
+def device_name() -> str:
+    """As the vendor calls this rank's GPU, or ``CPU``."""
+    return torch.cuda.get_device_name(device()) if on_gpu() else "CPU"
+
+
+def reset_peak_memory() -> None:
+    """Start :func:`peak_memory_gib` anew on a GPU; a CPU process keeps its maximum."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gib() -> float:
     """The largest memory of this process so far: of its GPU, or resident on a CPU machine."""
     if on_gpu():

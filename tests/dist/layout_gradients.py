@@ -153,7 +153,7 @@ def _pack(samples, count, layout):
 
 def _gradients(chunks, arch, layout, distributed):
     """Whole HF tensors of this stage, each from one of the ranks that hold it."""
-    from megatron_dypo.mcore.model import named_global_parameters
+    from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
 
     if distributed:

@@ -33,6 +33,7 @@ def rank_observe(path: str, root: str) -> dict[str, Any]:
             "swap": _swap(new(distributed=distributed)),
             "uninterrupted": _train(new(distributed=distributed)),
             "overlapped": _train(new(distributed=distributed, overlap_grad_reduce=True)),
+            "rewritten": _rewrite(new(distributed=distributed, dtype="bfloat16")) if distributed else None,
             "nan": _train_on_nan(new(distributed=distributed)),
             "bfloat16": _resume(
                 functools.partial(new, distributed=distributed, dtype="bfloat16"),
@@ -68,6 +69,24 @@ def _swap(session: Session) -> dict[str, Any]:
     session.train(4, 4)
     with reference.swapped_in():
         seen["captured again"] = session.weights()
+    return seen
+
+
+def _rewrite(session: Session) -> dict[str, Any]:
+    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.reference import ReferencePolicy
+
+    at_rewrite: list[Any] = []
+    reference = ReferencePolicy(session.chunks, rewrite=lambda: at_rewrite.append(session.weights()))
+    session.train(1, 2)
+    seen: dict[str, Any] = {"trained": session.weights(), "at rewrite": at_rewrite}
+    with reference.swapped_in():
+        assert not at_rewrite
+    for _, parameter in named_global_parameters(session.chunks):
+        parameter.detach().mul_(1.5)
+    seen["spoilt"] = session.weights()
+    session.optimizer.rewrite_weights()
+    seen["rewritten"] = session.weights()
     return seen
 
 
@@ -123,6 +142,17 @@ def test_the_reference_comes_in_and_the_policy_returns_bit_by_bit(seen, optimize
     assert_same(swap["after"], swap["trained"])
     assert_same(swap["after exception"], swap["trained"])
     assert_same(swap["captured again"], swap["went on"][1])
+
+
+def test_weights_come_back_bit_by_bit_from_the_optimizer(seen) -> None:
+    rewritten = seen["distributed"]["rewritten"]
+    assert_moved({"lm_head.weight": rewritten["spoilt"]["lm_head.weight"]}, rewritten["trained"])
+    assert_same(rewritten["rewritten"], rewritten["trained"])
+
+
+def test_a_swap_ends_with_one_rewrite_when_the_policy_is_back(seen) -> None:
+    (weights,) = seen["distributed"]["rewritten"]["at rewrite"]
+    assert_same(weights, seen["distributed"]["rewritten"]["trained"])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -50,7 +50,7 @@ class Session:
 
     def weights(self) -> dict[str, np.ndarray]:
         """Whole HF tensors of this stage, on its first rank; experts on the first ranks that own them."""
-        from megatron_dypo.mcore.model import named_global_parameters
+        from megatron_dypo.mcore.chunks import named_global_parameters
         from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
 
         layout = self.layout

@@ -58,7 +58,7 @@ class Trainer:
         load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout.tp_rank, layout.tensor)
 
     def params(self) -> Iterator[tuple[str, Any]]:
-        from megatron_dypo.mcore.model import named_global_parameters
+        from megatron_dypo.mcore.chunks import named_global_parameters
 
         return named_global_parameters(self.chunks)
 

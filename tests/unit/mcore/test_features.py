@@ -10,10 +10,11 @@ import torch
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens where there is no GPU")
 
 
-def test_transformer_engine_without_a_gpu_does_not_break_megatron(tmp_path):
+@pytest.mark.parametrize("error", ["RuntimeError", "OSError", "ImportError"])
+def test_transformer_engine_without_a_gpu_does_not_break_megatron(tmp_path, error):
     package = tmp_path / "transformer_engine"
     package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('no CUDA driver')")
+    (package / "__init__.py").write_text(f"raise {error}('no CUDA driver')")
     code = (
         "from megatron_dypo.mcore import features; features.shield_imports(); import megatron.core; "
         "print(features.probe())"
@@ -28,6 +29,15 @@ def test_transformer_engine_without_a_gpu_does_not_break_megatron(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "layers: torch" in result.stdout
     assert "transformer_engine is installed but of no use here" in result.stderr
+
+
+def test_fp8_is_refused_without_a_gpu():
+    from megatron_dypo.config_fp8 import Fp8Config
+    from megatron_dypo.mcore import features
+
+    message = r"^model.fp8.recipe=tensorwise: needs a GPU: this machine has none$"
+    with pytest.raises(ValueError, match=message):
+        features.require_fp8(Fp8Config(recipe="tensorwise"), features.probe())
 
 
 def test_another_version_of_megatron_is_refused_on_a_cpu(monkeypatch):

@@ -1,0 +1,141 @@
+"""What Megatron is told of FP8, what of a model does not suit a recipe, and the weights of which FP8 is the only copy.
+
+Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`. Quantised parameters are those of
+``Fp8Config.param_gather``; every function takes others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.config import ParallelConfig
+from megatron_dypo.config_fp8 import Fp8Config
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.rules import require
+
+
+def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """Arguments of ``TransformerConfig``."""
+    if not fp8.is_on:
+        return {}
+    settings: dict[str, Any] = {
+        "fp8": fp8.element_format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.param_gather,
+        "first_last_layers_bf16": bool(fp8.first_layers_bf16 or fp8.last_layers_bf16),
+        "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
+    }
+    if fp8.recipe == "delayed":
+        settings["fp8_margin"] = fp8.margin
+        settings["fp8_amax_history_len"] = fp8.amax_history_len
+        settings["fp8_amax_compute_algo"] = fp8.amax_compute_algo
+    return settings
+
+
+def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """Arguments of ``DistributedDataParallelConfig``.
+
+    MXFP8 weights have two quantised copies, by rows and by columns: they are gathered in bf16 through the memory of the
+    gradients and quantised on arrival, which Megatron has no other way for.
+    """
+    if not fp8.param_gather:
+        return {}
+    return {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}
+
+
+def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """Arguments of Megatron's ``OptimizerConfig``; it needs none of them where its parameters are bf16."""
+    if not fp8.param_gather:
+        return {}
+    return {"fp8_recipe": fp8.recipe, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}
+
+
+def check_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config) -> None:
+    """Whether the shards of the linear layers suit the recipe.
+
+    Raises:
+        ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``.
+    """
+    if not fp8.is_on:
+        return
+    granule, tensor = fp8.row_multiple, parallel.tensor
+    width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "width of attention heads / parallel.tensor": width // tensor,
+        "width of queries, keys and values / parallel.tensor": (width + 2 * key_values) // tensor,
+    }
+    if arch.experts is None:
+        sizes["intermediate_size / parallel.tensor"] = arch.ffn_hidden_size // tensor
+    else:
+        sizes["moe_intermediate_size / parallel.expert_tensor"] = arch.experts.ffn_hidden_size // parallel.expert_tensor
+    for name, size in sizes.items():
+        require(
+            size % granule == 0, f"model.fp8.recipe={fp8.recipe}: {name} = {size}", f"must be a multiple of {granule}"
+        )
+    per_stage = arch.num_layers // parallel.pipeline
+    for name in ("first_layers_bf16", "last_layers_bf16"):
+        value = getattr(fp8, name)
+        require(
+            value <= per_stage, f"model.fp8.{name}={value}", f"must not exceed a pipeline stage's {per_stage} layers"
+        )
+
+
+def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """As ``named_global_parameters``, with quantised parameters as tensors of their nominal type, one after the other."""
+    for name, parameter in named_global_parameters(chunks):
+        yield name, values(parameter)
+
+
+def values(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter, or a dequantised copy."""
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+
+
+def named_initial_values(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
+    """What initial weights are to be written into: parameters, or the exact values behind quantised ones.
+
+    Transformer Engine keeps those on the CPU until the optimizer makes its main parameters of them. They are what memory
+    held when the model was built, so that whatever writes a quantised parameter must write them too.
+    """
+    return [
+        (name, _exact(parameter) if is_float8tensor(parameter) else parameter)
+        for name, parameter in named_global_parameters(chunks)
+    ]
+
+
+@torch.no_grad()
+def quantize_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill quantised parameters from their exact values, after :func:`named_initial_values` were written."""
+    for _, parameter in named_global_parameters(chunks):
+        if is_float8tensor(parameter):
+            parameter.copy_(_exact(parameter))
+
+
+@torch.no_grad()
+def adopt_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
+    """The other way round, after the quantised parameters themselves were written."""
+    for _, parameter in named_global_parameters(chunks):
+        if is_float8tensor(parameter):
+            _exact(parameter).copy_(values(parameter))
+
+
+def _exact(parameter: Any) -> torch.Tensor:
+    return parameter.get_high_precision_init_val()
+
+
+def forget_quantized_weights(chunks: Sequence[Any]) -> None:
+    """Have the next forward pass quantise bf16 weights anew, after they were changed from outside.
+
+    Transformer Engine quantises them at the first microbatch of a pass and keeps the result for the others
+    (``is_first_microbatch``). Megatron's schedules ask for it at each pass by themselves; whoever changes weights does so
+    here, so that nothing depends on it.
+    """
+    for chunk in chunks:
+        chunk.set_is_first_microbatch()

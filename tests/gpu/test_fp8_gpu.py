@@ -1,0 +1,38 @@
+"""FP8 on a GPU, each case in a process of its own: Transformer Engine's FP8 state is the process's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_dypo.gpu_check.check import compare, compare_tensors, run_part
+from megatron_dypo.gpu_check.synthetic import CheckSizes
+from megatron_dypo.parallel.device import on_gpu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not on_gpu(), reason="needs a GPU")]
+
+SIZES = CheckSizes(hidden=1024, layers=2, vocab=4096, tokens=4800, length=500, steps=10)
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    return measured("none", tmp_path_factory.mktemp("bf16") / "kept")
+
+
+def measured(recipe, keep):
+    spec = {"what": "updates", "sizes": dataclasses.asdict(SIZES), "dtype": "bfloat16", "recipe": recipe}
+    return run_part({**spec, "keep": str(keep)}), torch.load(keep, weights_only=True)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_updates_agree_with_bf16_on_rows_of_any_length(recipe, bf16, tmp_path):
+    obstacle = run_part({"what": "machine"})["fp8_obstacles"].get(recipe)
+    if obstacle:
+        pytest.skip(f"{recipe} needs {obstacle}")
+    result, kept = measured(recipe, tmp_path / "kept")
+    assert compare(bf16[0], result)["loss_gap_max"] < 0.01
+    assert compare_tensors(bf16[1], kept)["gradient_cosine"] > 0.97
+    # Were the recipe not in use, nothing would differ.
+    assert 0 < compare_tensors(bf16[1], kept)["score_gap_mean"] < 0.1
