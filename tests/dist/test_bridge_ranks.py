@@ -28,7 +28,8 @@ def rank_push(
     """A push by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, ParallelConfig, WeightsConfig
-    from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
+    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout
     from megatron_dypo.weights.bridge import Bridge
     from megatron_dypo.weights.transports.base import PushError, Source

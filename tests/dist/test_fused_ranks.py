@@ -111,7 +111,8 @@ def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mb: float | Non
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
-    from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
+    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout
 
     parallel = ParallelConfig(**axes)

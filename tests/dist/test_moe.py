@@ -114,7 +114,8 @@ def rank_balance_gradients(path, axes):
     from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.forward_step import loss_pass
-    from megatron_dypo.mcore.model import build_model, load_initial_weights, named_global_parameters
+    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.router import balance_metrics
     from megatron_dypo.parallel.layout import close, init_layout
