@@ -22,8 +22,8 @@ from megatron_dypo.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RolloutConfig,
 )
+from megatron_dypo.config_serving import RolloutConfig
 from megatron_dypo.mcore import features
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.planning.devices import find_gpu

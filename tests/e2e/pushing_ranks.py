@@ -63,7 +63,7 @@ class Trainer:
         return named_global_parameters(self.chunks)
 
     def bridge(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
-        from megatron_dypo.config import WeightsConfig
+        from megatron_dypo.config_serving import WeightsConfig
         from megatron_dypo.weights.bridge import Bridge
 
         return Bridge(

@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config import BatchingConfig, Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_dypo.config import BatchingConfig, Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dypo.config_io import load_config
+from megatron_dypo.config_serving import RolloutConfig
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.setting import Assumptions, Setting, make_setting
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from megatron_dypo.config import Config, DataConfig, ModelConfig
+from megatron_dypo.config_serving import RolloutConfig
 from megatron_dypo.launch import check_inputs
 
 MISTRAL = {
