@@ -19,25 +19,36 @@ from tests.e2e.parity_task import write_task
 REPOSITORY = Path(__file__).parents[2]
 MAX_GAP = 1e-3
 """Largest mean |log-prob of SGLang − of the trainer|, fp32: a step's update moves it by more."""
+UPDATES = {"p2p": "/update_weights_from_tensor", "broadcast": "/update_weights_from_distributed"}
+"""Transport → the call that announces weights."""
 EVENTS = (
     "generate",
     "/pause_generation",
     "/begin_weight_update",
-    "/update_weights_from_distributed",
+    UPDATES["p2p"],
     "/end_weight_update",
     "/update_weight_version",
     "/continue_generation",
 )
 
 
-def run(folder: Path, moments: list[tuple[str, int, float]], *, ranks: int, steps: int, count: int, deadline_s: float):
+def run(
+    folder: Path,
+    moments: list[tuple[str, int, float]],
+    transport: str,
+    *,
+    ranks: int,
+    steps: int,
+    count: int,
+    deadline_s: float,
+):
     """Log and metrics of a run that must end well."""
     config = write_task(
         folder,
         run={"steps": steps},
         parallel={"pipeline": ranks},
         rollout={"servers": {"count": count, "port": 31000, "restarts": len(moments)}},
-        weights={"deadline_s": 800.0, "bucket_mb": 1},
+        weights={"transport": transport, "deadline_s": 800.0, "bucket_mb": 1},
         checkpoint={"every": 0},
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -71,8 +82,8 @@ def check(folder: Path, log: str, metrics: list[dict], num_moments: int, steps: 
 
 @pytest.mark.timeout(1200)
 def test_a_run_goes_on_when_a_server_is_killed_before_during_and_after_a_push(tmp_path):
-    moments = [("generate", 0, 0.0), ("/update_weights_from_distributed", 1, 0.0), ("/continue_generation", 0, 0.0)]
-    log, metrics = run(tmp_path, moments, ranks=2, steps=5, count=2, deadline_s=1100)
+    moments = [("generate", 0, 0.0), (UPDATES["p2p"], 1, 0.0), ("/continue_generation", 0, 0.0)]
+    log, metrics = run(tmp_path, moments, "p2p", ranks=2, steps=5, count=2, deadline_s=1100)
     check(tmp_path, log, metrics, 3, 5)
     assert sum(record["refit/retries"] for record in metrics) == 2
     assert all(record["refit/pause_s"] > 0 for record in metrics)
@@ -80,8 +91,8 @@ def test_a_run_goes_on_when_a_server_is_killed_before_during_and_after_a_push(tm
 
 @pytest.mark.timeout(1200)
 def test_a_run_whose_only_server_is_killed_waits_for_it_and_pushes_again(tmp_path):
-    moments = [("generate", 0, 0.0), ("/update_weights_from_distributed", 0, 0.0)]
-    log, metrics = run(tmp_path, moments, ranks=2, steps=4, count=1, deadline_s=1100)
+    moments = [("generate", 0, 0.0), (UPDATES["broadcast"], 0, 0.0)]
+    log, metrics = run(tmp_path, moments, "broadcast", ranks=2, steps=4, count=1, deadline_s=1100)
     check(tmp_path, log, metrics, 2, 4)
     assert log.count("no server is left to ask: pushing version") == 1
 
@@ -91,5 +102,5 @@ def test_a_run_whose_only_server_is_killed_waits_for_it_and_pushes_again(tmp_pat
 def test_a_run_goes_on_when_servers_are_killed_at_thirty_random_moments(tmp_path):
     draw = random.Random(4)
     moments = [(draw.choice(EVENTS), draw.randrange(2), draw.choice((0.0, draw.uniform(0, 0.5)))) for _ in range(30)]
-    log, metrics = run(tmp_path, moments, ranks=1, steps=70, count=2, deadline_s=14000)
+    log, metrics = run(tmp_path, moments, "p2p", ranks=1, steps=70, count=2, deadline_s=14000)
     check(tmp_path, log, metrics, 30, 70)
