@@ -63,6 +63,7 @@ def test_evaluation_goes_on_beside_the_rollouts(finished):
     assert all(metrics[step]["eval/held_out/num_samples"] == 16 for step in (0, 2, 3, 4, STEPS))
 
 
+@pytest.mark.slow
 def test_a_synchronous_run_that_oversamples_learns_from_the_weights_just_pushed(tmp_path):
     config = write_task(tmp_path, num_prompts=400, run={"steps": 2}, rollout={"oversample": 1.5})
     train(config)

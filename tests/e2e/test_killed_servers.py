@@ -106,6 +106,7 @@ def test_a_run_goes_on_when_a_server_is_killed_before_during_and_after_a_push(tm
     assert all(record["refit/pause_s"] > 0 for record in metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_whose_only_server_is_killed_waits_for_it_and_pushes_again(tmp_path):
     moments = [("generate", 0, 0.0), (UPDATES["broadcast"], 0, 0.0)]

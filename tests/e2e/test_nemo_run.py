@@ -77,6 +77,7 @@ def test_a_trainer_that_fails_fails_the_local_experiment(python, tmp_path):
     assert command_lines_with(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_slurm_executor_trains_on_two_nodes_with_a_third_that_serves(python, tmp_path):
     host = start_slurm(nodes=3)
