@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_dypo.rules import require, require_not_negative, require_positive
 
@@ -16,6 +16,43 @@ The tokens are the inner dimension of a weight gradient's GEMM, whose FP8 operan
 or whole blocks of scales: 32 of MXFP8, 128 of the blockwise recipe (Transformer Engine's pages on both recipes; its code
 lets other multiples of 16 pass in places, e.g. by gathering such rows in bf16).
 """
+
+
+class Needs(NamedTuple):
+    """Compute capabilities that run a recipe."""
+
+    lowest: tuple[int, int]
+    below: tuple[int, int] | None
+    """The first one that is too high."""
+    generation: str
+
+
+CAPABILITIES: dict[Recipe, Needs] = {
+    "delayed": Needs((8, 9), None, "Ada, Hopper or newer"),
+    "tensorwise": Needs((8, 9), None, "Ada, Hopper or newer"),
+    "blockwise": Needs((9, 0), None, "Hopper or newer"),
+    "mxfp8": Needs((10, 0), (12, 0), "Blackwell"),
+}
+"""By Transformer Engine's ``pytorch/quantization.py``, ``_compute_*_support``."""
+
+
+def missing_capability(recipe: Recipe, capability: tuple[int, int]) -> str | None:
+    """What a GPU of this capability lacks to run a recipe; None: nothing.
+
+    missing_capability("blockwise", (8, 0)) → "compute capability 9.0 or higher, found 8.0"
+    """
+    if recipe == "none":
+        return None
+    lowest, below, _ = CAPABILITIES[recipe]
+    if lowest <= capability and (below is None or capability < below):
+        return None
+    limit = "" if below is None else f" and below {dotted(below)}"
+    return f"compute capability {dotted(lowest)} or higher{limit}, found {dotted(capability)}"
+
+
+def dotted(numbers: tuple[int, ...]) -> str:
+    """(9, 0) → "9.0"."""
+    return ".".join(map(str, numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +81,9 @@ class Fp8Config:
     last_layers_bf16: int = 0
     """Layers at its end that do."""
     param_gather: bool = False
-    """Keep the weights of FP8 layers in FP8 alone and gather them so: half the memory and traffic of bf16 weights; the fp32
-    main parameters are the optimizer's. Servers then get weights rounded to FP8. Needs ``optimizer.distributed``."""
+    """Keep the weights of FP8 layers in FP8 alone, and gather them so (``mxfp8``: in bf16): no bf16 weights beside their FP8
+    copies, half the traffic; the fp32 main parameters are the optimizer's. Servers then get weights rounded to FP8. Needs
+    ``optimizer.distributed``."""
 
     def __post_init__(self) -> None:
         require_not_negative(self, "margin", "first_layers_bf16", "last_layers_bf16")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config_fp8 import Fp8Config
+from megatron_dypo.config_fp8 import Fp8Config, Recipe, dotted, missing_capability
 from megatron_dypo.parallel import device
 from megatron_dypo.rules import require
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 _GPU_ONLY = ("transformer_engine", "apex")
-_FP8_NEEDS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int] | None]] = {
-    "delayed": ((2, 0), (8, 9), None),
-    "tensorwise": ((2, 2), (8, 9), None),
-    "blockwise": ((2, 3), (9, 0), None),
-    "mxfp8": ((2, 1), (10, 0), (12, 0)),
+_OLDEST_ENGINE: dict[Recipe, tuple[int, int]] = {
+    "delayed": (2, 0),
+    "tensorwise": (2, 2),
+    "blockwise": (2, 3),
+    "mxfp8": (2, 1),
 }
-"""Recipe → oldest version of Transformer Engine, lowest compute capability, first one that is too high."""
+"""Recipe → oldest version of Transformer Engine."""
 _log = logging.getLogger(__name__)
 
 
@@ -83,8 +83,8 @@ def probe() -> Features:
 def fp8_obstacles(
     *, engine: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
 ) -> dict[str, str]:
-    """FP8 recipe → what it lacks, by the rules of Transformer Engine (``pytorch/quantization.py``, ``_compute_*_support``)
-    and Megatron (``fp8_utils.get_fp8_recipe``).
+    """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config_fp8.CAPABILITIES`) and
+    Megatron (``fp8_utils.get_fp8_recipe``).
 
     Args:
         engine: version of Transformer Engine; None: not in use.
@@ -92,18 +92,17 @@ def fp8_obstacles(
         toolkit: version of the toolkit that torch was built with.
     """
     obstacles = {}
-    for recipe, (oldest, lowest, below) in _FP8_NEEDS.items():
+    for recipe, oldest in _OLDEST_ENGINE.items():
         if capability is None:
             obstacles[recipe] = "a GPU: this machine has none"
         elif engine is None:
             obstacles[recipe] = "Transformer Engine, which is not installed"
         elif _version(engine) < oldest:
-            obstacles[recipe] = f"Transformer Engine {_dotted(oldest)} or newer, found {engine}"
-        elif capability < lowest or (below is not None and capability >= below):
-            limit = "" if below is None else f" and below {_dotted(below)}"
-            obstacles[recipe] = f"compute capability {_dotted(lowest)} or higher{limit}, found {_dotted(capability)}"
+            obstacles[recipe] = f"Transformer Engine {dotted(oldest)} or newer, found {engine}"
+        elif missing := missing_capability(recipe, capability):
+            obstacles[recipe] = missing
         elif recipe == "blockwise" and toolkit < (12, 9):
-            obstacles[recipe] = f"a torch built with toolkit 12.9 or newer, found {_dotted(toolkit) or 'none'}"
+            obstacles[recipe] = f"a torch built with toolkit 12.9 or newer, found {dotted(toolkit) or 'none'}"
     return obstacles
 
 
@@ -153,7 +152,3 @@ def _is_nvidias(name: str) -> bool:
 def _version(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 3) of ``2.3.0.dev0+5fdd7bb``."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
-
-
-def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))

@@ -4,6 +4,8 @@ Two implementations (``mcore/features.py`` chooses): *fused*, Transformer Engine
 *unfused*, Megatron's local modules around torch's RMSNorm and our packed attention. Neither keeps scores of S × S. Read off
 the saved tensors of the layers (unfused: measured, ``benchmarks/memory_model.py``); symbols: H hidden size, h query heads,
 g key-value heads, d channels of a head, F channels of the feed-forward layer, e bytes of an element.
+
+In FP8 (fused only) a linear layer keeps its input quantised: ``planning/fp8.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.planning.fp8 import Quantized
 
 FP32 = 4
 
@@ -48,15 +51,20 @@ class LayerBytes:
         return backward + (again if recompute == "full" else 0.0)
 
 
-def layer_bytes(arch: Architecture, element: int, *, fused: bool, expert_tensor: int = 1) -> LayerBytes:
+def layer_bytes(
+    arch: Architecture, element: int, *, fused: bool, expert_tensor: int = 1, fp8: Quantized | None = None
+) -> LayerBytes:
     """What a layer of the architecture keeps.
 
     Args:
         element: bytes, 2 for bf16 and 4 for fp32.
         expert_tensor: ranks that split each expert, and gather each other's tokens for it.
+        fp8: of a layer in FP8; fused layers only.
     """
-    make = _fused if fused else _unfused
-    return make(arch, element, _experts(arch.experts, arch.hidden_size, element, expert_tensor, fused=fused))
+    if fused:
+        return _fused(arch, element, expert_tensor, fp8)
+    assert fp8 is None, "FP8 needs Transformer Engine"
+    return _unfused(arch, element, _experts(arch.experts, arch.hidden_size, element, expert_tensor))
 
 
 def norm_bytes(width: int, element: int, *, fused: bool) -> float:
@@ -67,21 +75,32 @@ def norm_bytes(width: int, element: int, *, fused: bool) -> float:
     return width * (3 * FP32 if element == FP32 else 2 * FP32 + element)
 
 
-def _fused(arch: Architecture, e: int, experts: float) -> LayerBytes:
+def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None) -> LayerBytes:
     H, h, g, d = _sizes(arch)
+    saved = fp8.saved_input if fp8 else e
     # Values are a view of the projection's output, so that all of it stays; rotation makes q and k anew.
     q_copy = h * d if arch.qk_norm else 0
     heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + FP32 * h
-    ffn = 0 if arch.experts else 3 * arch.ffn_hidden_size
+    if fp8:
+        heads += fp8.attention_output * h * d
+    # A norm's input and its output, which is a linear layer's input, and of experts the router's too.
+    norms = 2 * e * H + saved * H + (e if arch.experts else saved) * H
+    ffn = 0.0 if arch.experts else (2 * e + saved) * arch.ffn_hidden_size
     return LayerBytes(
-        between=2 * norm_bytes(H, e, fused=True) + experts,
+        between=norms + _fused_experts(arch.experts, H, e, expert_tensor, saved),
         whole=0.0,
-        split=heads + e * ffn,
+        split=heads + ffn,
         # Flash attention keeps its output, the next projection's input, and one number a head.
         attention=0.0,
         input=e * H,
-        backward=e * _widest(arch),
+        backward=_widest(arch) * (e if fp8 is None else max(e, _fp8_backward(fp8, e))),
     )
+
+
+def _fp8_backward(fp8: Quantized, e: int) -> float:
+    """A channel's bytes when the feed-forward layer's first half is at its turn: the gradients of gate and value and their
+    quantised copies stand where the channel's own tensors were freed."""
+    return 2 * (e + fp8.gradient) - (2 * e + fp8.saved_input)
 
 
 def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
@@ -104,13 +123,23 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
     )
 
 
-def _experts(experts: Experts | None, H: int, e: int, split: int, *, fused: bool) -> float:
-    """Of a token's chosen experts, under perfect balance: their inputs, channels and, unfused, outputs."""
+def _experts(experts: Experts | None, H: int, e: int, split: int) -> float:
+    """Of a token's chosen experts, under perfect balance: their inputs, channels and outputs."""
     if experts is None:
         return 0.0
-    F, k = experts.ffn_hidden_size, experts.per_token
-    router = 3 * FP32 * experts.num_experts
-    return router + e * k * (split * H + 3 * F if fused else 2 * split * H + 6 * F)
+    return _router(experts) + e * experts.per_token * (2 * split * H + 6 * experts.ffn_hidden_size)
+
+
+def _fused_experts(experts: Experts | None, H: int, e: int, split: int, saved: float) -> float:
+    """The same without outputs; ``saved``: bytes of an element of a linear layer's input."""
+    if experts is None:
+        return 0.0
+    F = experts.ffn_hidden_size
+    return _router(experts) + experts.per_token * (saved * (split * H + F) + e * 2 * F)
+
+
+def _router(experts: Experts) -> int:
+    return 3 * FP32 * experts.num_experts
 
 
 def _widest(arch: Architecture) -> int:

@@ -1,9 +1,10 @@
 """What a GPU and its links can do, by the vendor's data sheets: dense rates, one direction of a link, SI units.
 
-Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200"; the A800 is an
-A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at 400 GB/s (both directions together). Memory is what the driver
-reports as total, which is less than the name. Network: one port of the customary DGX/HGX node for each GPU (200 Gbit/s
-beside Ampere, 400 Gbit/s after it). The share that kernels reach is no vendor's figure, see ``docs/planning.md``.
+Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S" (without
+NVLink: its GPUs talk over PCIe); the A800 is an A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at 400 GB/s (both
+directions together). Memory is what the driver reports
+as total, which is less than the name. Network: one port of the customary DGX/HGX node for each GPU (200 Gbit/s beside Ampere
+and Ada, 400 Gbit/s after them). The share that kernels reach is no vendor's figure, see ``docs/planning.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from megatron_dypo.rules import require
 
 GIB = 2**30
+FP8_SHARE = 0.8
+"""A guess: of the share of the peak that kernels reach in bf16, what FP8 ones reach of theirs. Quantising and transposing
+are in it, and norms and activations that are no faster in FP8. See ``docs/planning.md`` for published figures beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,8 @@ class Gpu:
     """One GPU in its node."""
 
     name: str
+    capability: tuple[int, int]
+    """Compute capability, as the driver has it."""
     memory: int
     """Bytes in total."""
     bf16: float
@@ -37,14 +43,27 @@ class Gpu:
     matmul: float
     """Share of ``bf16`` that the kernels of a layer reach together in training, norms and attention among them."""
 
+    @property
+    def fp8_gain(self) -> float:
+        """How many times as fast as in bf16 a linear layer is in FP8; 1: the GPU has no FP8."""
+        return 1.0 if self.fp8 is None else self.fp8 * FP8_SHARE / self.bf16
+
 
 def _gpu(
-    name: str, gib: float, bf16: float, fp8: float | None, hbm: float, links: tuple[float, float, float], matmul: float
+    name: str,
+    capability: tuple[int, int],
+    gib: float,
+    bf16: float,
+    fp8: float | None,
+    hbm: float,
+    links: tuple[float, float, float],
+    matmul: float,
 ) -> Gpu:
     """In GiB, TFLOP/s, TB/s and GB/s of NVLink, network and PCIe."""
     nvlink, network, pcie = (rate * 1e9 for rate in links)
     return Gpu(
         name=name,
+        capability=capability,
         memory=int(gib * GIB),
         bf16=bf16 * 1e12,
         fp8=None if fp8 is None else fp8 * 1e12,
@@ -61,19 +80,20 @@ _GEN4, _GEN5 = 25.0, 50.0
 
 _AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
 """Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of Megatron-LM's README;
-the H20, whose matmuls are slow beside its memory, and the B200 are guesses."""
+the H20, whose matmuls are slow beside its memory, the L40S and the B200 are guesses."""
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", 39.4, 312, None, 1.555, (300, 25, _GEN4), _AMPERE),
-        _gpu("a100-80gb", 79.2, 312, None, 2.039, (300, 25, _GEN4), _AMPERE),
-        _gpu("a800-80gb", 79.2, 312, None, 2.039, (200, 25, _GEN4), _AMPERE),
-        _gpu("h100-80gb", 79.1, 989, 1979, 3.35, (450, 50, _GEN5), _HOPPER),
-        _gpu("h800-80gb", 79.1, 989, 1979, 3.35, (200, 50, _GEN5), _HOPPER),
-        _gpu("h20-96gb", 95.1, 148, 296, 4.0, (450, 50, _GEN5), _SLOW),
-        _gpu("h200-141gb", 139.8, 989, 1979, 4.8, (450, 50, _GEN5), _HOPPER),
-        _gpu("b200-180gb", 178.3, 2250, 4500, 8.0, (900, 50, _GEN5), _HOPPER),
+        _gpu("a100-40gb", (8, 0), 39.4, 312, None, 1.555, (300, 25, _GEN4), _AMPERE),
+        _gpu("a100-80gb", (8, 0), 79.2, 312, None, 2.039, (300, 25, _GEN4), _AMPERE),
+        _gpu("a800-80gb", (8, 0), 79.2, 312, None, 2.039, (200, 25, _GEN4), _AMPERE),
+        _gpu("l40s-48gb", (8, 9), 45.0, 362, 733, 0.864, (_GEN4, 25, _GEN4), _HOPPER),
+        _gpu("h100-80gb", (9, 0), 79.1, 989, 1979, 3.35, (450, 50, _GEN5), _HOPPER),
+        _gpu("h800-80gb", (9, 0), 79.1, 989, 1979, 3.35, (200, 50, _GEN5), _HOPPER),
+        _gpu("h20-96gb", (9, 0), 95.1, 148, 296, 4.0, (450, 50, _GEN5), _SLOW),
+        _gpu("h200-141gb", (9, 0), 139.8, 989, 1979, 4.8, (450, 50, _GEN5), _HOPPER),
+        _gpu("b200-180gb", (10, 0), 178.3, 2250, 4500, 8.0, (900, 50, _GEN5), _HOPPER),
     )
 }
 

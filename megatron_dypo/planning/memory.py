@@ -2,15 +2,18 @@
 
 Symbols: T tokens of a row on this rank, t tensor-parallel ranks, e bytes of an element of the model. What Megatron's DDP and
 optimizer hold for each parameter: the parameter e, a gradient of 4 bytes (``grad_reduce_in_fp32``), two moments of 4, and
-for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same parameters.
+for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same parameters. What
+FP8 changes of parameters and activations: ``planning/fp8.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from megatron_dypo.planning.activations import FP32, layer_bytes, norm_bytes
+from megatron_dypo.planning.activations import FP32, LayerBytes, layer_bytes, norm_bytes
 from megatron_dypo.planning.devices import GIB
+from megatron_dypo.planning.fp8 import fp8_layers
 from megatron_dypo.planning.parameters import Counts, stage_parameters
 from megatron_dypo.planning.schedule import chunks_in_flight
 from megatron_dypo.planning.setting import Setting
@@ -83,6 +86,7 @@ def stage_counts(setting: Setting, stage: int) -> Counts:
         layers=arch.num_layers // parallel.pipeline,
         is_first=stage == 0,
         is_last=stage == parallel.pipeline - 1,
+        fp8_layers=_fp8_layers(setting, stage),
     )
 
 
@@ -120,7 +124,7 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
     kind = "main parameter and two moments" if e < FP32 else "two moments"
     sharing = f" shared {shards} ways" if cfg.optimizer.distributed else ", optimizer.distributed=false"
     return [
-        Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B"),
+        *_parameters(setting, counts),
         Term(name="gradients", bytes=counts.total * FP32, why="fp32, all of them on every replica"),
         Term(
             name="optimizer",
@@ -130,18 +134,38 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
     ]
 
 
+def _parameters(setting: Setting, counts: Counts) -> list[Term]:
+    """As the model holds them, and beside bf16 ones the copies that FP8 layers multiply with."""
+    e, fp8 = setting.element, setting.quantized
+    if fp8 is None:
+        return [Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B")]
+    copies = counts.fp8 * fp8.weight
+    in_fp8 = f"{counts.fp8 / 1e9:.3f}e9 × {fp8.weight:.3g} B in FP8"
+    if not setting.config.model.fp8.param_gather:
+        return [
+            Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B"),
+            Term(name="FP8 weights", bytes=copies, why=f"{in_fp8}, beside those"),
+        ]
+    each = e * (2 if fp8.is_buffered else 1)
+    why = f"{in_fp8}, {counts.other / 1e9:.3f}e9 × {each} B"
+    return [Term(name="parameters", bytes=copies + counts.other * each, why=why)]
+
+
+def _fp8_layers(setting: Setting, stage: int) -> int:
+    return fp8_layers(setting.config.model.fp8, setting.config.parallel, setting.arch.num_layers, stage)
+
+
 def _activations(setting: Setting, stage: int) -> Term:
     """What the layers keep from forward to backward pass, of all rows in flight."""
     cfg, arch, e = setting.config, setting.arch, setting.element
-    parallel, recompute = cfg.parallel, cfg.model.recompute
+    parallel = cfg.parallel
     virtual, tokens = parallel.virtual_pipeline or 1, setting.row_tokens / parallel.context
     between = parallel.tensor if parallel.sequence else 1
     in_flight = chunks_in_flight(
         stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
     )
     layers = arch.num_layers // parallel.pipeline // virtual
-    layer = layer_bytes(arch, e, fused=setting.fused, expert_tensor=parallel.expert_tensor)
-    kept = in_flight * layers * layer.kept(recompute, parallel.tensor, parallel.sequence)
+    kept = in_flight * layers * _mean_kept(setting, stage)
     if parallel.pipeline > 1:
         kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
     if stage == parallel.pipeline - 1:
@@ -150,15 +174,35 @@ def _activations(setting: Setting, stage: int) -> Term:
     return Term(
         name="activations",
         bytes=tokens * kept,
-        why=f"{in_flight} {noun} in flight × {layers} layers × {tokens:,.0f} tokens, recompute={recompute}",
+        why=f"{in_flight} {noun} in flight × {layers} layers × {tokens:,.0f} tokens, recompute={cfg.model.recompute}",
     )
+
+
+def _mean_kept(setting: Setting, stage: int) -> float:
+    """Bytes a token that a layer of the stage keeps in the mean, as layers in bf16 and in FP8 are mixed."""
+    parallel, recompute = setting.config.parallel, setting.config.model.recompute
+    narrow = _fp8_layers(setting, stage) * parallel.pipeline / setting.arch.num_layers
+    bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
+    return bf16 + narrow * (fp8 - bf16)
+
+
+def _layers(setting: Setting) -> tuple[LayerBytes, LayerBytes]:
+    """A layer in the type of the parameters, and one in FP8, which without FP8 is the same."""
+    make = partial(
+        layer_bytes,
+        setting.arch,
+        setting.element,
+        fused=setting.fused,
+        expert_tensor=setting.config.parallel.expert_tensor,
+    )
+    return make(), make(fp8=setting.quantized)
 
 
 def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
     """The larger of what the backward pass of a layer adds to that, and what the loss adds."""
     parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
-    layer = layer_bytes(setting.arch, setting.element, fused=setting.fused, expert_tensor=parallel.expert_tensor)
-    working = layer.working(setting.config.model.recompute, parallel.tensor, parallel.sequence)
+    recompute = setting.config.model.recompute
+    working = max(layer.working(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
     backward = tokens * working + setting.element * counts.largest  # a weight's gradient, before it is added
     loss = _loss(setting, tokens) if stage == parallel.pipeline - 1 else 0.0
     why = "backward pass of one layer" if backward > loss else "the loss: logits, gradients of hidden states and weight"

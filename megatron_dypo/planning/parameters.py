@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.weights.families.registry import table
 from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
+from megatron_dypo.weights.quantized_names import Quantization, is_quantized, scale_shape
+
+FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +23,28 @@ class Counts:
     """Replicated over the ranks of a stage that hold the same experts."""
     largest: int
     """Of the largest single tensor."""
+    fp8: int = 0
+    """Of all these, weights of linear layers that are in FP8."""
 
     @property
     def total(self) -> int:
+        return self.dense + self.experts
+
+    @property
+    def other(self) -> int:
+        """Those that are not in FP8."""
+        return self.total - self.fp8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedBytes:
+    """Bytes of the policy's weights on all GPUs of a server together."""
+
+    dense: float
+    experts: float
+
+    @property
+    def total(self) -> float:
         return self.dense + self.experts
 
 
@@ -35,12 +57,13 @@ def stage_parameters(
     is_first: bool,
     is_last: bool,
     expert_tensor: int = 1,
+    fp8_layers: int = 0,
 ) -> Counts:
-    """Parameters on one rank of a pipeline stage that holds ``layers`` layers.
+    """Parameters on one rank of a pipeline stage that holds ``layers`` layers, ``fp8_layers`` of them in FP8.
 
     Stages of tied embeddings that are first and last hold one copy; a last stage that is not first its own.
     """
-    dense = experts = largest = 0
+    dense = experts = largest = fp8 = 0
     for row in table(arch):
         copies = _copies(row, arch, expert, layers, is_first, is_last)
         size = math.prod(row.rule.mcore_shape(arch, expert_tensor if row.is_expert else tensor))
@@ -49,12 +72,35 @@ def stage_parameters(
             experts += copies * size
         else:
             dense += copies * size
-    return Counts(dense=dense, experts=experts, largest=largest)
+        if _is_linear(row):
+            fp8 += copies // layers * fp8_layers * size
+    return Counts(dense=dense, experts=experts, largest=largest, fp8=fp8)
 
 
 def whole_model(arch: Architecture) -> Counts:
     """The policy once, as a server holds it."""
     return stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=True, is_last=True)
+
+
+def served_bytes(arch: Architecture, element: int, quantization: Quantization) -> ServedBytes:
+    """The policy as a server holds it and as a push moves it.
+
+    Args:
+        element: bytes of a value that is not quantised.
+        quantization: of linear weights (``weights/quantized_names.py``): a byte each, and fp32 scales.
+    """
+    dense = experts = 0
+    for row in table(arch):
+        copies = _copies(row, arch, 1, arch.num_layers, is_first=True, is_last=True)
+        is_narrow = quantization != "none" and _is_linear(row)
+        for shape in row.rule.hf_shapes(arch):
+            size = math.prod(shape)
+            each = size + FP32 * math.prod(scale_shape(quantization, shape)) if is_narrow else size * element
+            if row.is_expert:
+                experts += copies * each
+            else:
+                dense += copies * each
+    return ServedBytes(dense=dense, experts=experts)
 
 
 def active_parameters(arch: Architecture) -> int:
@@ -63,6 +109,11 @@ def active_parameters(arch: Architecture) -> int:
     if arch.experts is None:
         return counts.dense
     return counts.dense + counts.experts * arch.experts.per_token // arch.experts.num_experts
+
+
+def _is_linear(row: Row) -> bool:
+    """Whether it is the weight of a linear layer of the transformer, which FP8 is for; both sides agree about which."""
+    return all(is_quantized(name) for name in row.at(0, 0).hf)
 
 
 def _copies(row: Row, arch: Architecture, expert: int, layers: int, is_first: bool, is_last: bool) -> int:

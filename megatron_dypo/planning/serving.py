@@ -1,7 +1,8 @@
 """One GPU of an SGLang server: weights, KV cache, and how fast it decodes. Pure arithmetic.
 
 Decoding reads the weights once and the KV cache of every running request, for one token of each request: it is bound by
-HBM until the batch is large. Requests are as many as the KV cache holds.
+HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``weights.quantize``) are fewer bytes to
+hold and to read; their matmuls are taken for no faster than bf16's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_dypo.planning.memory import RESERVED, Footprint, Term
-from megatron_dypo.planning.parameters import active_parameters, whole_model
+from megatron_dypo.planning.parameters import ServedBytes, active_parameters, served_bytes
 from megatron_dypo.planning.setting import Setting
 
 MEM_FRACTION = 0.85
@@ -27,12 +28,18 @@ ALLREDUCE_S = 15e-6
 class Engine:
     """What one server can do."""
 
-    weights: float
-    """Bytes on one of its GPUs."""
+    weights: ServedBytes
+    """Of all its GPUs together."""
+    tensor: int
+    """GPUs that share them."""
     kv_bytes_per_token: float
     """On one of its GPUs; heads are replicated where the GPUs are more than they."""
     kv_tokens: float
     """Tokens that its KV cache holds."""
+
+    @property
+    def weights_per_gpu(self) -> float:
+        return self.weights.total / self.tensor
 
     def concurrency(self, tokens: float) -> float:
         """Requests of a mean length that run at once."""
@@ -44,18 +51,18 @@ def make_engine(setting: Setting) -> Engine:
     arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
     heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
     per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
-    weights = whole_model(arch).total * e / servers.tensor_parallel
+    weights, tensor = served_bytes(arch, e, setting.config.weights.quantize), servers.tensor_parallel
     static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory
-    tokens = max(0.0, (static - weights) / per_token)
+    tokens = max(0.0, (static - weights.total / tensor) / per_token)
     if servers.max_total_tokens is not None:
         tokens = min(tokens, servers.max_total_tokens)
-    return Engine(weights=weights, kv_bytes_per_token=per_token, kv_tokens=tokens)
+    return Engine(weights=weights, tensor=tensor, kv_bytes_per_token=per_token, kv_tokens=tokens)
 
 
 def server_footprint(setting: Setting) -> Footprint:
     """Memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
     engine, cfg = make_engine(setting), setting.config
-    fraction = cfg.rollout.servers.mem_fraction or MEM_FRACTION
+    fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.weights.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     cache = max(engine.kv_tokens, longest) * engine.kv_bytes_per_token
     outside = min((1 - fraction) * setting.gpu.memory, RESERVED)
@@ -64,8 +71,8 @@ def server_footprint(setting: Setting) -> Footprint:
         terms=(
             Term(
                 name="weights",
-                bytes=engine.weights,
-                why=f"split {cfg.rollout.servers.tensor_parallel} ways",
+                bytes=engine.weights_per_gpu,
+                why=f"split {engine.tensor} ways{'' if quantize == 'none' else f', linear ones in {quantize}'}",
             ),
             Term(
                 name="KV cache",
@@ -85,7 +92,7 @@ def decode_step_s(setting: Setting, engine: Engine, batch: float) -> float:
     """Seconds of one decoding step with ``batch`` running requests, in the middle of their responses."""
     arch, gpu, tensor = setting.arch, setting.gpu, setting.config.rollout.servers.tensor_parallel
     context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
-    read = engine.weights * _read_share(setting, batch) + batch * context * engine.kv_bytes_per_token
+    read = _weights_read(setting, engine, batch) + batch * context * engine.kv_bytes_per_token
     # The output projection is a matmul of every token too.
     work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
     reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)
@@ -98,14 +105,13 @@ def prefill_s(setting: Setting, tokens: float) -> float:
     return 2.0 * tokens * active_parameters(setting.arch) / (tensor * setting.gpu.bf16 * setting.gpu.matmul)
 
 
-def _read_share(setting: Setting, batch: float) -> float:
-    """Share of the weights that a step reads: of experts, those that some token of the batch is sent to."""
+def _weights_read(setting: Setting, engine: Engine, batch: float) -> float:
+    """Bytes of weights that a step reads on a GPU: of experts, those that some token of the batch is sent to."""
     experts = setting.arch.experts
     if experts is None:
-        return 1.0
-    counts = whole_model(setting.arch)
+        return engine.weights_per_gpu
     touched = 1 - (1 - experts.per_token / experts.num_experts) ** max(batch, 1)
-    return (counts.dense + counts.experts * touched) / counts.total
+    return (engine.weights.dense + engine.weights.experts * touched) / engine.tensor
 
 
 def _allreduce_s(setting: Setting, size: float, tensor: int) -> float:

@@ -10,6 +10,7 @@ from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.config import Config
 from megatron_dypo.parallel.rules import check_layout
 from megatron_dypo.planning.devices import Gpu
+from megatron_dypo.planning.fp8 import Quantized, quantized
 from megatron_dypo.rules import require
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -50,6 +51,11 @@ class Setting:
     @property
     def element(self) -> int:
         return BYTES[self.config.model.dtype]
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """What ``model.fp8`` quantises; None: nothing."""
+        return quantized(self.config.model.fp8, self.gpu.capability)
 
     @property
     def replica_gpus(self) -> int:

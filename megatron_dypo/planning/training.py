@@ -9,6 +9,9 @@ et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
 - expert: a token's hidden state to its experts and back, forward and backward.
 - pipeline: hidden states between stages, and the bubble.
 - data: gradients in fp32, once an update, and parameters back where the optimizer is distributed.
+
+FP8 makes linear layers faster (``planning/fp8.py``, ``devices.FP8_SHARE``), their recomputation too, and under ``param_gather``
+parameters smaller to gather. What tensor-parallel ranks exchange is counted in bf16 all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.batching.flops import SequenceCost, sequence_cost
+from megatron_dypo.planning.fp8 import fp8_flops
 from megatron_dypo.planning.memory import stage_counts
+from megatron_dypo.planning.parameters import Counts
 from megatron_dypo.planning.schedule import bubble
 from megatron_dypo.planning.setting import Setting
 
@@ -51,9 +56,9 @@ class PassTime:
 def update_time(setting: Setting) -> PassTime:
     """One optimizer step."""
     cfg = setting.config
-    flops = _flops(setting, sequence_cost(setting.arch, cfg.model.recompute))
+    cost = sequence_cost(setting.arch, cfg.model.recompute)
     passes = 3 + (cfg.model.recompute == "full")
-    return _pass(setting, flops * setting.sequences_per_update, setting.sequences_per_update, passes, is_update=True)
+    return _pass(setting, cost, setting.sequences_per_update, passes, is_update=True)
 
 
 def score_time(setting: Setting, sequences: float) -> PassTime:
@@ -61,7 +66,7 @@ def score_time(setting: Setting, sequences: float) -> PassTime:
     cost = sequence_cost(setting.arch)
     # Of three passes, and of four of the output projection, one.
     forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
-    return _pass(setting, _flops(setting, forward) * sequences, sequences, 1, is_update=False)
+    return _pass(setting, forward, sequences, 1, is_update=False)
 
 
 def swap_time(setting: Setting) -> float:
@@ -79,12 +84,20 @@ def _flops(setting: Setting, cost: SequenceCost) -> float:
     return cost(setting.sequence_tokens, setting.assumed.response_tokens)
 
 
-def _pass(setting: Setting, flops: float, sequences: float, passes: int, *, is_update: bool) -> PassTime:
-    """``passes``: forward passes' worth of work for each token, the backward pass being two."""
+def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
+    """Matmuls of so many sequences, spread over all GPUs."""
+    flops = _flops(setting, cost) * sequences
+    in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * cost.linear * setting.sequence_tokens * sequences
+    flops -= in_fp8 * (1 - 1 / setting.gpu.fp8_gain)
+    return flops / setting.trainer_gpus / (setting.gpu.bf16 * setting.gpu.matmul)
+
+
+def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
+    """``cost``: of a sequence. ``passes``: forward passes' worth of work for each token, the backward pass being two."""
     parallel, arch = setting.config.parallel, setting.arch
     tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
     hidden = tokens * arch.hidden_size * setting.element
-    compute = flops / setting.trainer_gpus / (setting.gpu.bf16 * setting.gpu.matmul)
+    compute = _compute_seconds(setting, cost, sequences)
     layers = arch.num_layers / parallel.pipeline
     tensor = layers * _tensor_seconds(setting, hidden, passes, is_update)
     context = layers * _context_seconds(setting, tokens, is_update)
@@ -141,11 +154,20 @@ def _once(setting: Setting) -> tuple[float, float]:
     """Gradients over the replicas, and the optimizer's reading and writing of its state."""
     cfg, counts = setting.config, stage_counts(setting, 0)
     ranks = setting.data * cfg.parallel.context
-    moved = counts.total * (ranks - 1) / ranks * (4 + setting.element if cfg.optimizer.distributed else 8)
+    gathered = _gathered_bytes(setting, counts)
+    moved = (counts.total * 4 + (gathered if cfg.optimizer.distributed else counts.total * 4)) * (ranks - 1) / ranks
     shards = ranks if cfg.optimizer.distributed else 1
     # Gradient, main parameter and two moments are read, the last three and the parameter written.
-    touched = counts.total / shards * (4 * 4 + 3 * 4 + setting.element)
+    touched = (counts.total * (4 * 4 + 3 * 4) + gathered) / shards
     # Megatron makes a bucket of at least a million parameters for each rank, so that many ranks do not mean many hops.
     hops = 2 * (ranks - 1) * max(1.0, counts.total / max(BUCKET, 1_000_000 * ranks))
     reduced = moved / _link(setting, setting.trainer_gpus // cfg.parallel.pipeline) + hops * HOP_S
     return reduced, touched / setting.gpu.hbm
+
+
+def _gathered_bytes(setting: Setting, counts: Counts) -> float:
+    """Parameters of a rank in the type that they are written and gathered in."""
+    fp8 = setting.quantized
+    if fp8 is None or not setting.config.model.fp8.param_gather:
+        return counts.total * setting.element
+    return counts.fp8 * fp8.gathered + counts.other * setting.element

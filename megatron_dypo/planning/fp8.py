@@ -1,0 +1,98 @@
+"""What FP8 training holds in FP8, and which layers and FLOPs are in it. Pure arithmetic; nobody ran it beside a GPU's counters.
+
+Read off Transformer Engine's sources (release 2.19), with Megatron-Core 0.16.1 around it:
+
+- Each quantised tensor has a rowwise and a columnwise usage ("Performance considerations" of its documentation). With one
+  scale a tensor, GPUs whose GEMMs multiply FP8 operands in any layout read both from one copy, Ada and Hopper want a
+  transposed one (``csrc/quantizer.cpp``, ``nvte_is_non_tn_fp8_gemm_supported``); with scales of blocks (``blockwise``,
+  ``mxfp8``) the two always differ, since the blocks do.
+- Of a linear layer's input one copy is saved, the columnwise one (``module/linear.py``, ``module/layernorm_linear.py``,
+  ``module/grouped_linear.py``: ``update_usage``), or the rowwise one where tensor-parallel ranks gather it again. Inputs that
+  others keep in bf16 stay so: the norm's own input, the activation function's, the router's. The output of attention
+  is kept by attention; Megatron has its projection save that one (``set_save_original_input``, Transformer Engine 2.6), but
+  with ``delayed``, which cannot, an FP8 copy stands beside it.
+- Of weights, both usages are cached from the first microbatch on (``_fp8_workspaces``), beside bf16 parameters. With
+  ``param_gather`` the parameters are these copies, and nothing is in bf16: the rowwise one lies in DDP's buffer, whose
+  gathering moves 1 byte, and ``post_all_gather_processing`` makes the other. ``mxfp8`` cannot be gathered by one copy: bf16
+  values travel through the memory of the gradients (``distributed/param_and_grad_buffer.py``), and the other parameters
+  then have a buffer beside themselves.
+
+Histories of largest values (``delayed``) are kilobytes a layer, and left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.batching.flops import sequence_cost
+from megatron_dypo.config import ParallelConfig
+from megatron_dypo.config_fp8 import Fp8Config, Recipe
+
+_ONE_LAYOUT = ((10, 0), (12, 0))
+"""Compute capabilities, the upper one excluded, whose GEMMs take FP8 operands in any layout."""
+_BF16 = 2
+
+_INPUT_SCALE: dict[Recipe, float] = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
+"""Bytes of scales for an element of an input or gradient: fp32 for 1×128, a byte for 32."""
+_WEIGHT_SCALE: dict[Recipe, float] = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}
+"""Of a weight: fp32 for 128×128, a byte for 32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Bytes of an element of what an FP8 layer quantises, scales included."""
+
+    weight: float
+    """All copies of a weight."""
+    saved_input: float
+    """What is kept of a linear layer's input until the backward pass."""
+    gradient: float
+    """All copies of the gradient of a linear layer's output."""
+    gathered: float
+    """What data-parallel ranks gather of a weight under ``param_gather``."""
+    attention_output: float
+    """What the projection after attention keeps beside what attention does."""
+    is_buffered: bool
+    """Under ``param_gather`` the bf16 parameters have a buffer to be gathered in, as large as they are."""
+
+
+def quantized(fp8: Fp8Config, capability: tuple[int, int]) -> Quantized | None:
+    """What the recipe costs on a GPU of this compute capability; None: no FP8."""
+    if not fp8.is_on:
+        return None
+    in_blocks = fp8.recipe in ("blockwise", "mxfp8")
+    copies = 2 if in_blocks or not _ONE_LAYOUT[0] <= capability < _ONE_LAYOUT[1] else 1
+    value = 1 + _INPUT_SCALE.get(fp8.recipe, 0.0)
+    return Quantized(
+        weight=copies * (1 + _WEIGHT_SCALE.get(fp8.recipe, 0.0)),
+        saved_input=value,
+        gradient=copies * value,
+        gathered=_BF16 if fp8.recipe == "mxfp8" else 1,
+        attention_output=value if fp8.recipe == "delayed" else 0.0,
+        is_buffered=fp8.recipe == "mxfp8",
+    )
+
+
+def fp8_layers(fp8: Fp8Config, parallel: ParallelConfig, num_layers: int, stage: int) -> int:
+    """Layers of a pipeline stage, all its chunks together, that are in FP8."""
+    if not fp8.is_on:
+        return 0
+    chunks = parallel.virtual_pipeline or 1
+    size = num_layers // (parallel.pipeline * chunks)
+    starts = [(chunk * parallel.pipeline + stage) * size for chunk in range(chunks)]
+    inside = range(fp8.first_layers_bf16, num_layers - fp8.last_layers_bf16)
+    return sum(layer in inside for start in starts for layer in range(start, start + size))
+
+
+def fp8_flops(arch: Architecture, fp8: Fp8Config) -> float:
+    """Share of a token's linear FLOPs (``SequenceCost.linear``) that are in FP8: all layers but those in bf16, no router.
+
+    Scores of attention and the output projection, which ``SequenceCost`` counts apart, are in bf16.
+    """
+    if not fp8.is_on:
+        return 0.0
+    layers = max(0, arch.num_layers - fp8.first_layers_bf16 - fp8.last_layers_bf16)
+    per_layer = sequence_cost(arch).linear / 6 / arch.num_layers
+    router = arch.hidden_size * arch.experts.num_experts if arch.experts else 0
+    return layers / arch.num_layers * (1 - router / per_layer)
