@@ -95,7 +95,7 @@ def plan(
 ) -> None:
     """Say without a GPU whether a run fits, what a step takes, and how to divide the GPUs.
 
-    Exit code 1: it does not fit.
+    Exit code 1: it does not fit, or the GPU cannot run it.
     """
     from megatron_dypo.config_io import load_config
     from megatron_dypo.planning.devices import find_gpu
@@ -113,7 +113,7 @@ def plan(
     )
     made = make_plan(setting)
     typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
-    if not made.fits:
+    if made.problems():
         raise typer.Exit(1)
 
 

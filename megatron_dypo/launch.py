@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
-from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 from megatron_dypo.preemption import PREEMPTED_STATUS
 from megatron_dypo.processes import end_with_parent
 
@@ -35,6 +35,7 @@ def check_inputs(config: Config) -> list[str]:
     build_objective(config.objective)
     arch = load_architecture(config.model.hf_path)
     check_layout(arch, config.parallel)
+    check_fp8_sizes(arch, config.parallel, config.model.fp8)
     arch.check_length(
         config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.data.max_trace_tokens),
         "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",

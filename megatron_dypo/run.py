@@ -31,7 +31,7 @@ from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics import MetricsWriter, Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.device import device_kind, memory_bytes
+from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.rollout.client import SGLangClient
@@ -129,9 +129,10 @@ def open_run(config: Config) -> Iterator[Run]:
         layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
         features.require_fp8(config.model.fp8, features.probe())
-        if config.run.check_memory and (memory := memory_bytes()) is not None:
-            fused = features.probe().transformer_engine
-            check_memory(config, trainer_gpus=layout.world_size, memory=memory, fused=fused)
+        memory, capability = memory_bytes(), compute_capability()
+        if config.run.check_memory and memory is not None and capability is not None:
+            fused, size = features.probe().transformer_engine, layout.world_size
+            check_memory(config, trainer_gpus=size, memory=memory, capability=capability, fused=fused)
         latest = _prepare_folder(config, layout)
         with_servers = uses_servers(config, objective, checkpoint.step_of(latest) if latest else 0)
         starting = _start_servers(config, stack) if with_servers and layout.is_global_leader else None

@@ -91,7 +91,7 @@ def fp8_obstacles(
         capability: of the GPU; None on a CPU.
         toolkit: version of the toolkit that torch was built with.
     """
-    obstacles = {}
+    obstacles: dict[str, str] = {}
     for recipe, oldest in _OLDEST_ENGINE.items():
         if capability is None:
             obstacles[recipe] = "a GPU: this machine has none"

@@ -1,7 +1,8 @@
-"""What Megatron is told of FP8, what of a model does not suit a recipe, and the weights of which FP8 is the only copy.
+"""What Megatron is told of FP8, and the weights of which FP8 is the only copy.
 
-Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`. Quantised parameters are those of
-``Fp8Config.param_gather``; every function takes others as they are.
+Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`; which sizes suit a recipe, and which do not,
+says :mod:`megatron_dypo.parallel.rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every function takes
+others as they are.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.config import ParallelConfig
 from megatron_dypo.config_fp8 import Fp8Config
 from megatron_dypo.mcore.chunks import named_global_parameters
-from megatron_dypo.rules import require
 
 
 def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
@@ -54,37 +52,6 @@ def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
     if not fp8.param_gather:
         return {}
     return {"fp8_recipe": fp8.recipe, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}
-
-
-def check_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config) -> None:
-    """Whether the shards of the linear layers suit the recipe.
-
-    Raises:
-        ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``.
-    """
-    if not fp8.is_on:
-        return
-    granule, tensor = fp8.row_multiple, parallel.tensor
-    width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    sizes = {
-        "hidden_size": arch.hidden_size,
-        "width of attention heads / parallel.tensor": width // tensor,
-        "width of queries, keys and values / parallel.tensor": (width + 2 * key_values) // tensor,
-    }
-    if arch.experts is None:
-        sizes["intermediate_size / parallel.tensor"] = arch.ffn_hidden_size // tensor
-    else:
-        sizes["moe_intermediate_size / parallel.expert_tensor"] = arch.experts.ffn_hidden_size // parallel.expert_tensor
-    for name, size in sizes.items():
-        require(
-            size % granule == 0, f"model.fp8.recipe={fp8.recipe}: {name} = {size}", f"must be a multiple of {granule}"
-        )
-    per_stage = arch.num_layers // parallel.pipeline
-    for name in ("first_layers_bf16", "last_layers_bf16"):
-        value = getattr(fp8, name)
-        require(
-            value <= per_stage, f"model.fp8.{name}={value}", f"must not exceed a pipeline stage's {per_stage} layers"
-        )
 
 
 def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:

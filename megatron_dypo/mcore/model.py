@@ -38,7 +38,7 @@ from megatron_dypo.mcore.rope import inverse_frequencies
 from megatron_dypo.mcore.router import mark_experts, moe_settings
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.load import load_hf_weights
 
@@ -62,7 +62,7 @@ def build_model(
         ValueError: a layout that does not suit the architecture, an FP8 recipe that does not suit it or the machine.
     """
     check_layout(arch, parallel)
-    fp8.check_sizes(arch, parallel, model.fp8)
+    check_fp8_sizes(arch, parallel, model.fp8)
     features = probe()
     require_fp8(model.fp8, features)
     config = transformer_config(arch, model, parallel, features)

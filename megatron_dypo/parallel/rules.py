@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.config import ParallelConfig
+from megatron_dypo.config_fp8 import Fp8Config
+from megatron_dypo.rules import require
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
@@ -33,6 +35,37 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
             "the last rank would have none"
         )
     _check_experts(arch, parallel)
+
+
+def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config) -> None:
+    """Whether the shards of the linear layers suit the recipe.
+
+    Raises:
+        ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``.
+    """
+    if not fp8.is_on:
+        return
+    granule, tensor = fp8.row_multiple, parallel.tensor
+    width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "width of attention heads / parallel.tensor": width // tensor,
+        "width of queries, keys and values / parallel.tensor": (width + 2 * key_values) // tensor,
+    }
+    if arch.experts is None:
+        sizes["intermediate_size / parallel.tensor"] = arch.ffn_hidden_size // tensor
+    else:
+        sizes["moe_intermediate_size / parallel.expert_tensor"] = arch.experts.ffn_hidden_size // parallel.expert_tensor
+    for name, size in sizes.items():
+        require(
+            size % granule == 0, f"model.fp8.recipe={fp8.recipe}: {name} = {size}", f"must be a multiple of {granule}"
+        )
+    per_stage = arch.num_layers // parallel.pipeline
+    for name in ("first_layers_bf16", "last_layers_bf16"):
+        value = getattr(fp8, name)
+        require(
+            value <= per_stage, f"model.fp8.{name}={value}", f"must not exceed a pipeline stage's {per_stage} layers"
+        )
 
 
 def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:

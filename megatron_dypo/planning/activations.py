@@ -80,9 +80,8 @@ def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None
     saved = fp8.saved_input if fp8 else e
     # Values are a view of the projection's output, so that all of it stays; rotation makes q and k anew.
     q_copy = h * d if arch.qk_norm else 0
-    heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + FP32 * h
-    if fp8:
-        heads += fp8.attention_output * h * d
+    output_copy = fp8.attention_output * h * d if fp8 else 0.0
+    heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + output_copy + FP32 * h
     # A norm's input and its output, which is a linear layer's input, and of experts the router's too.
     norms = 2 * e * H + saved * H + (e if arch.experts else saved) * H
     ffn = 0.0 if arch.experts else (2 * e + saved) * arch.ffn_hidden_size

@@ -7,15 +7,17 @@ import dataclasses
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config import Config
 from megatron_dypo.planning.devices import find_gpu
-from megatron_dypo.planning.memory import fullest, trainer_footprints
+from megatron_dypo.planning.footprint import fullest
+from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.plan import misfit
 from megatron_dypo.planning.setting import Assumptions, Setting
 
 
-def check_memory(config: Config, *, trainer_gpus: int, memory: int, fused: bool) -> None:
+def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: tuple[int, int], fused: bool) -> None:
     """That the trainer's ranks fit into GPUs of ``memory`` bytes, fragmentation left out of account.
 
     Args:
+        capability: compute capability of the GPUs, which says how many copies FP8 keeps.
         fused: whether Transformer Engine is in use.
 
     Raises:
@@ -25,7 +27,7 @@ def check_memory(config: Config, *, trainer_gpus: int, memory: int, fused: bool)
         config=config,
         arch=load_architecture(config.model.hf_path),
         # Its speed has no part in this.
-        gpu=dataclasses.replace(find_gpu("h100-80gb"), name="this GPU", memory=memory),
+        gpu=dataclasses.replace(find_gpu("h100-80gb"), name="this GPU", memory=memory, capability=capability),
         gpus_per_node=trainer_gpus,
         trainer_gpus=trainer_gpus,
         engines=1,

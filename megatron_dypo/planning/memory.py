@@ -8,11 +8,11 @@ FP8 changes of parameters and activations: ``planning/fp8.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 from megatron_dypo.planning.activations import FP32, LayerBytes, layer_bytes, norm_bytes
 from megatron_dypo.planning.devices import GIB
+from megatron_dypo.planning.footprint import Footprint, Term
 from megatron_dypo.planning.fp8 import fp8_layers
 from megatron_dypo.planning.parameters import Counts, stage_parameters
 from megatron_dypo.planning.schedule import chunks_in_flight
@@ -24,55 +24,9 @@ FRAGMENTATION = 0.05
 """Of what is allocated during an update: memory that the caching allocator holds and cannot give."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Term:
-    """One line of a memory table."""
-
-    name: str
-    bytes: float
-    why: str
-    """How it comes about, in a few words."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Footprint:
-    """What one process wants of one device."""
-
-    where: str
-    terms: tuple[Term, ...]
-    capacity: float
-    """Bytes of the device."""
-    elastic: float = 0.0
-    """Bytes of the terms that are there only because there is room for them."""
-
-    @property
-    def total(self) -> float:
-        return sum(term.bytes for term in self.terms)
-
-    @property
-    def spare(self) -> float:
-        return self.capacity - self.total
-
-    @property
-    def room(self) -> float:
-        """What is spare, or could be made so."""
-        return self.spare + self.elastic
-
-    @property
-    def largest(self) -> Term:
-        return max(self.terms, key=lambda term: term.bytes)
-
-    def __getitem__(self, name: str) -> float:
-        return next(term.bytes for term in self.terms if term.name == name)
-
-
 def trainer_footprints(setting: Setting) -> list[Footprint]:
     """One for each pipeline stage, first to last."""
     return [_stage(setting, stage) for stage in range(setting.config.parallel.pipeline)]
-
-
-def fullest(footprints: list[Footprint]) -> Footprint:
-    return min(footprints, key=lambda footprint: footprint.room)
 
 
 def stage_counts(setting: Setting, stage: int) -> Counts:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.planning.memory import Footprint, fullest, reference_bytes, trainer_footprints
+from megatron_dypo.config_fp8 import CAPABILITIES, missing_capability
+from megatron_dypo.planning.devices import GPUS
+from megatron_dypo.planning.footprint import Footprint, fullest
+from megatron_dypo.planning.memory import reference_bytes, trainer_footprints
 from megatron_dypo.planning.scaling import Scaled, Split, best_split, splits, weak_scaling
 from megatron_dypo.planning.serving import server_footprint
 from megatron_dypo.planning.setting import Setting
@@ -13,6 +16,7 @@ from megatron_dypo.planning.step import StepTime, reads_reference, step_time
 
 REMEDIES = {
     "parameters": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
+    "FP8 weights": "model.fp8.param_gather=true, or a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
     "gradients": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
     "optimizer": "more replicas with optimizer.distributed=true, or a larger parallel.tensor or parallel.pipeline",
     "activations": "model.recompute=full, parallel.sequence=true, a larger parallel.context or parallel.tensor, "
@@ -43,7 +47,7 @@ class Plan:
     balanced: Split | None
     """Best division of the same GPUs with rollouts beside the update; None: no division fits."""
     synchronous: Split | None
-    """Best division for the synchronous loop."""
+    """Best division with one part after the other."""
     scaling: tuple[Scaled, ...]
 
     @property
@@ -54,9 +58,18 @@ class Plan:
     def fits(self) -> bool:
         return self.tightest.spare >= 0
 
-    def problems(self) -> list[str]:
+    def misfits(self) -> list[str]:
         """One line for each role that does not fit: by how much, the largest term, and what to change."""
         return [misfit(footprint) for footprint in (fullest(list(self.stages)), self.server) if footprint.spare < 0]
+
+    def obstacles(self) -> list[str]:
+        """One line for what the GPU cannot do at all."""
+        obstacle = fp8_obstacle(self.setting)
+        return [] if obstacle is None else [obstacle]
+
+    def problems(self) -> list[str]:
+        """Why the run cannot be; empty: it can."""
+        return [*self.obstacles(), *self.misfits()]
 
 
 def make_plan(setting: Setting) -> Plan:
@@ -72,6 +85,17 @@ def make_plan(setting: Setting) -> Plan:
         synchronous=best_split(setting, overlapped=False) if can_divide else None,
         scaling=tuple(weak_scaling(setting)),
     )
+
+
+def fp8_obstacle(setting: Setting) -> str | None:
+    """What the GPU lacks for ``model.fp8.recipe``, and which ones do not; None: nothing."""
+    gpu, recipe = setting.gpu, setting.config.model.fp8.recipe
+    missing = missing_capability(recipe, gpu.capability)
+    if missing is None:
+        return None
+    able = ", ".join(name for name, other in GPUS.items() if missing_capability(recipe, other.capability) is None)
+    lack = "it has no FP8" if gpu.fp8 is None else f"it is not {CAPABILITIES[recipe].generation}"
+    return f"model.fp8.recipe={recipe} on {gpu.name}: needs {missing}: {lack}; those that can: {able}"
 
 
 def misfit(footprint: Footprint) -> str:
@@ -93,6 +117,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "data_parallel": setting.data,
         "microbatches": setting.microbatches,
         "fits": plan.fits,
+        "mode": setting.config.rollout.mode,
         "problems": plan.problems(),
         "memory_bytes": [_memory(footprint) for footprint in (*plan.stages, plan.server)],
         "host_bytes_per_node": {"reference": plan.reference},
@@ -120,6 +145,7 @@ def _memory(footprint: Footprint) -> dict[str, Any]:
 def _step(step: StepTime) -> dict[str, float]:
     return {
         "total_s": step.total,
+        "sequential_s": step.sequential,
         "overlapped_s": step.overlapped,
         "rollout_s": step.rollout,
         "score_s": step.score,
@@ -128,5 +154,6 @@ def _step(step: StepTime) -> dict[str, float]:
         "trainer_idle": step.trainer_idle,
         "rollout_idle": step.rollout_idle,
         "tokens": step.tokens,
+        "aborted_tokens": step.aborted,
         "mfu": step.mfu,
     }

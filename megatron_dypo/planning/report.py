@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_dypo.planning.devices import GIB
-from megatron_dypo.planning.memory import Footprint, fullest
+from megatron_dypo.planning.footprint import Footprint, fullest
 from megatron_dypo.planning.parameters import whole_model
 from megatron_dypo.planning.plan import REMEDIES, Plan
-from megatron_dypo.planning.scaling import Scaled, Split
+from megatron_dypo.planning.scaling import Scaled
 
 _RULE = "-" * 118
 
 
 def render(plan: Plan) -> str:
     """The report, with a final newline; its last lines are the verdict."""
-    parts = (_setting(plan), _memory(plan), _step(plan), _division(plan), _scaling(plan.scaling), _verdict(plan))
+    parts = (
+        _setting(plan),
+        _memory(plan),
+        _step(plan),
+        _division(plan),
+        _scaling(plan.scaling, plan.step.is_async),
+        _verdict(plan),
+    )
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -31,15 +38,24 @@ def _setting(plan: Plan) -> list[str]:
     size = whole_model(setting.arch).total
     servers = cfg.rollout.servers
     return [
-        f"{cfg.model.hf_path}: {setting.arch.family}, {size / 1e9:.2f}e9 parameters, {cfg.model.dtype}",
+        f"{cfg.model.hf_path}: {setting.arch.family}, {size / 1e9:.2f}e9 parameters, {_types(plan)}",
         f"{setting.gpu.name}, {setting.gpu.memory / GIB:.1f} GiB",
         f"trainer  {_nodes(plan, setting.trainer_gpus)}: {', '.join(filter(None, [axes, *extras]))}",
-        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.engines} × TP {servers.tensor_parallel}",
+        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.engines} × TP {servers.tensor_parallel}"
+        + ("" if cfg.weights.quantize == "none" else f", linear weights in {cfg.weights.quantize}"),
         f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
         f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",
         f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens in the mean; "
         f"{assumed.easy:.0%} of prompts Easy, {setting.mid:.0%} Mid, {assumed.hard:.0%} Hard",
     ]
+
+
+def _types(plan: Plan) -> str:
+    """Of the policy in training."""
+    model = plan.setting.config.model
+    if not model.fp8.is_on:
+        return model.dtype
+    return f"{model.dtype}, linear layers in FP8 ({model.fp8.recipe}{', gathered' if model.fp8.param_gather else ''})"
 
 
 def _nodes(plan: Plan, gpus: int) -> str:
@@ -77,10 +93,12 @@ def _distinct(stages: tuple[Footprint, ...]) -> list[Footprint]:
 def _step(plan: Plan) -> list[str]:
     step, setting = plan.step, plan.setting
     gpus = setting.trainer_gpus + setting.rollout_gpus
+    aborted = f" and {step.aborted:,.0f} aborted" if step.aborted else ""
+    waits = ("beside score and update", "beside rollouts") if step.is_async else ("trainer waits", "servers wait")
     parts = {
-        "rollout": (step.rollout, f"{step.generated:,.0f} tokens sampled; trainer waits"),
+        "rollout": (step.rollout, f"{step.generated:,.0f} tokens sampled{aborted}; {waits[0]}"),
         "score": (step.score, "log π_old" + (" and log π_ref" if plan.reference else "")),
-        "update": (step.update.total, f"MFU {step.mfu:.0%}; servers wait"),
+        "update": (step.update.total, f"MFU {step.mfu:.0%}; {waits[1]}"),
         "push": (step.push, f"transport {setting.config.weights.transport}"),
     }
     lines = ["TIME of one optimizer step, s"]
@@ -88,25 +106,28 @@ def _step(plan: Plan) -> list[str]:
         lines.append(f"  {name:<15}{seconds:>9.1f}   {seconds / step.total:>4.0%}   {why}")
         if name == "update":
             lines += [f"    {axis:<13}{value:>9.1f}" for axis, value in vars(step.update).items() if value >= 0.05]
+    other = (
+        f"one part after the other {step.sequential:.1f} s"
+        if step.is_async
+        else f"with rollouts beside the update {step.overlapped:.1f} s"
+    )
     lines.append(
         f"  {'total':<15}{step.total:>9.1f}          {step.tokens / step.total:,.0f} trained tokens/s, "
-        f"{step.tokens / step.total / gpus:,.0f} a GPU; with rollouts beside the update {step.overlapped:.1f} s"
+        f"{step.tokens / step.total / gpus:,.0f} a GPU; {other}"
     )
-    lines.append(f"  idle: trainer {step.trainer_idle:.0%}, servers {step.rollout_idle:.0%} (one after the other)")
+    how = "rollouts beside the update" if step.is_async else "one after the other"
+    lines.append(f"  idle: trainer {step.trainer_idle:.0%}, servers {step.rollout_idle:.0%} ({how})")
     return lines
 
 
 def _division(plan: Plan) -> list[str]:
     lines = ["DIVISION of the same GPUs between trainer and servers"]
-    rows: tuple[tuple[str, Split | None], ...] = (
-        ("synchronous", plan.synchronous),
-        ("overlapped", plan.balanced),
-    )
-    for name, split in rows:
+    rows = [("synchronous", plan.synchronous), ("overlapped", plan.balanced)]
+    for name, split in reversed(rows) if plan.step.is_async else rows:
         if split is None:
             lines.append(f"  {name:<15}no division of these GPUs fits")
             continue
-        seconds = split.time.total if name == "synchronous" else split.time.overlapped
+        seconds = split.time.sequential if name == "synchronous" else split.time.overlapped
         ratio = split.trainer_gpus / split.rollout_gpus
         lines.append(
             f"  {name:<15}{_nodes(plan, split.trainer_gpus)} train, {_nodes(plan, split.rollout_gpus)} serve "
@@ -115,9 +136,10 @@ def _division(plan: Plan) -> list[str]:
     return lines
 
 
-def _scaling(rows: Iterable[Scaled]) -> list[str]:
+def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
+    how = "rollouts beside the update" if is_async else "one part after the other"
     lines = [
-        "WEAK SCALING: prompts, replicas and servers in proportion, one part after the other",
+        f"WEAK SCALING: prompts, replicas and servers in proportion, {how}",
         f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'score s':>9}{'update s':>10}{'push s':>8}"
         f"{'step s':>9}{'tokens/s':>12}{'efficiency':>12}",
     ]
@@ -135,8 +157,11 @@ def _scaling(rows: Iterable[Scaled]) -> list[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    if not plan.fits:
-        return [f"DOES NOT FIT: {problem}" for problem in plan.problems()]
+    if plan.problems():
+        return [
+            *(f"CANNOT RUN: {obstacle}" for obstacle in plan.obstacles()),
+            *(f"DOES NOT FIT: {misfit}" for misfit in plan.misfits()),
+        ]
     tightest = plan.tightest
     largest = tightest.largest
     return [

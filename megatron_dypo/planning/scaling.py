@@ -6,7 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from megatron_dypo.planning.memory import fullest, trainer_footprints
+from megatron_dypo.planning.footprint import fullest
+from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.setting import Setting
 from megatron_dypo.planning.step import StepTime, step_time
 
@@ -45,8 +46,8 @@ def splits(setting: Setting) -> list[Split]:
 
 
 def best_split(setting: Setting, *, overlapped: bool) -> Split:
-    """The one with the shortest step: of the synchronous loop, or with rollouts beside the update."""
-    return min(splits(setting), key=lambda split: split.time.overlapped if overlapped else split.time.total)
+    """The one with the shortest step: one part after the other, or with rollouts beside the update."""
+    return min(splits(setting), key=lambda split: split.time.overlapped if overlapped else split.time.sequential)
 
 
 def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scaled]:

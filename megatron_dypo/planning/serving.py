@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_dypo.planning.memory import RESERVED, Footprint, Term
+from megatron_dypo.planning.footprint import Footprint, Term
+from megatron_dypo.planning.memory import RESERVED
 from megatron_dypo.planning.parameters import ServedBytes, active_parameters, served_bytes
 from megatron_dypo.planning.setting import Setting
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.config import Config
-from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
 from megatron_dypo.rules import require
@@ -127,10 +127,11 @@ def make_setting(
         prompt_tokens, response_tokens: means; None: a quarter of the limits in the config.
 
     Raises:
-        ValueError: a model folder without ``config.json``, a layout that does not suit the model or the GPUs.
+        ValueError: a model folder without ``config.json``, a layout that does not suit the model, the GPUs or the FP8 recipe.
     """
     arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
     check_layout(arch, parallel)
+    check_fp8_sizes(arch, parallel, config.model.fp8)
     asked = nodes * gpus_per_node if nodes else parallel.num_processes
     setting = Setting(
         config=config,

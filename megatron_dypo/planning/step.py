@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.planning.parameters import whole_model
-from megatron_dypo.planning.serving import decode_step_s, make_engine, prefill_s
+from megatron_dypo.planning.parameters import served_bytes
+from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.setting import Setting
 from megatron_dypo.planning.training import PassTime, score_time, swap_time, update_flops, update_time
 
@@ -22,6 +22,8 @@ DISK = 2e9
 class StepTime:
     """Seconds, for one optimizer step; of what is done once a rollout batch, the step's share."""
 
+    is_async: bool
+    """``rollout.mode: async``: the next batch's rollouts are sampled beside score and update."""
     rollout: float
     score: float
     update: PassTime
@@ -30,8 +32,10 @@ class StepTime:
     """Tokens that enter the update."""
     generated: float
     """Tokens sampled for it."""
+    aborted: float
+    """Tokens beside those, of requests that were aborted."""
     mfu: float
-    """FLOPs of the model over those that the trainer's GPUs could do while they score and update: of the update alone."""
+    """FLOPs of the model over those that the trainer's GPUs could do in bf16 during the update; in FP8 too."""
 
     @property
     def trainer(self) -> float:
@@ -39,22 +43,27 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Of the loop that the config asks for."""
+        return self.overlapped if self.is_async else self.sequential
+
+    @property
+    def sequential(self) -> float:
         """The parts one after the other, as the synchronous loop does them."""
         return self.rollout + self.trainer + self.push
 
     @property
     def overlapped(self) -> float:
-        """With the next batch's rollouts beside the update."""
+        """With the next batch's rollouts beside score and update."""
         return max(self.rollout, self.trainer) + self.push
 
     @property
     def trainer_idle(self) -> float:
-        """Share of the synchronous step."""
-        return self.rollout / self.total
+        """Share of ``total``."""
+        return 1 - (self.trainer + self.push) / self.total
 
     @property
     def rollout_idle(self) -> float:
-        return self.trainer / self.total
+        return 1 - (self.rollout + self.push) / self.total
 
 
 def step_time(setting: Setting) -> StepTime:
@@ -62,41 +71,27 @@ def step_time(setting: Setting) -> StepTime:
     batching = cfg.batching
     update = update_time(setting)
     prompts = batching.prompts_per_update / (1 - setting.assumed.easy) / batching.epochs_per_batch
-    rounds = prompts / cfg.rollout.prompts_per_step
+    collected = rollout_round(setting)
+    rounds = prompts / collected.prompts
     updates = batching.updates_per_batch * batching.epochs_per_batch
     peak = setting.trainer_gpus * setting.gpu.bf16
     return StepTime(
-        rollout=rounds * rollout_time(setting),
+        is_async=cfg.rollout.mode == "async",
+        rollout=rounds * collected.seconds,
         score=_score(setting, prompts),
         update=update,
         push=push_time(setting) / updates,
         tokens=setting.sequences_per_update * setting.sequence_tokens,
         generated=prompts * cfg.rollout.group_size * setting.assumed.response_tokens,
+        aborted=rounds * collected.aborted,
         mfu=update_flops(setting) / update.total / peak,
     )
 
 
-def rollout_time(setting: Setting) -> float:
-    """One round of ``rollout.prompts_per_step`` prompts.
-
-    While requests wait, each server runs as many as its KV cache and the clients allow; then the batch shrinks until the
-    longest response, taken to reach the limit, is done.
-    """
-    cfg, engine, assumed = setting.config.rollout, make_engine(setting), setting.assumed
-    requests = cfg.prompts_per_step * cfg.group_size / setting.engines
-    allowed = min(requests, cfg.max_in_flight * setting.data / setting.engines)
-    batch = max(1.0, min(allowed, engine.concurrency(assumed.prompt_tokens + assumed.response_tokens / 2)))
-    full = max(0.0, requests - batch) * assumed.response_tokens / batch * decode_step_s(setting, engine, batch)
-    longest = max(cfg.max_new_tokens, assumed.response_tokens)
-    mean_batch = max(1.0, batch * assumed.response_tokens / longest)
-    drain = longest * decode_step_s(setting, engine, mean_batch)
-    # The responses of a group share their prompt's prefix.
-    return full + drain + prefill_s(setting, requests / cfg.group_size * assumed.prompt_tokens)
-
-
 def push_time(setting: Setting) -> float:
-    """All weights to all servers."""
-    size, transport = whole_model(setting.arch).total * setting.element, setting.config.weights.transport
+    """All weights to all servers, quantised ones in FP8."""
+    weights = setting.config.weights
+    size, transport = served_bytes(setting.arch, setting.element, weights.quantize).total, weights.transport
     rate = PUSH_EFFICIENCY * setting.gpu.network
     if transport == "disk":
         return PUSH_S + 2 * size / DISK

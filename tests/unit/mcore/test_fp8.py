@@ -12,6 +12,7 @@ from megatron_dypo.config_fp8 import Fp8Config
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.features import Features, fp8_obstacles, require_fp8
 from megatron_dypo.mcore.model import transformer_config
+from megatron_dypo.parallel.rules import check_fp8_sizes
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HOPPER, ADA, BLACKWELL, GEFORCE_BLACKWELL, AMPERE = (9, 0), (8, 9), (10, 0), (12, 0), (8, 0)
@@ -103,7 +104,7 @@ def test_gathered_parameters_are_told_to_model_buffers_and_optimizer_alike(recip
 )
 def test_shards_that_a_recipe_cannot_multiply_are_refused(change, axes, settings, message):
     with pytest.raises(ValueError, match=message):
-        fp8.check_sizes(dataclasses.replace(ARCH, **change), ParallelConfig(**axes), Fp8Config(**settings))
+        check_fp8_sizes(dataclasses.replace(ARCH, **change), ParallelConfig(**axes), Fp8Config(**settings))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.scaling import best_split, splits, weak_scaling
 from megatron_dypo.planning.serving import decode_step_s, make_engine
-from megatron_dypo.planning.step import push_time, rollout_time, step_time
+from megatron_dypo.planning.step import push_time, step_time
 from megatron_dypo.planning.training import update_time
 from tests.unit.planning_cases import architecture, from_file, pretraining
 
@@ -49,7 +50,7 @@ def test_the_longest_response_bounds_a_round_from_below():
     setting = from_file("llama3_70b")
     bound = setting.config.rollout.max_new_tokens * decode_step_s(setting, make_engine(setting), 1)
     many = dataclasses.replace(setting, engines=10_000)
-    assert rollout_time(setting) > rollout_time(many) >= bound
+    assert rollout_round(setting).seconds > rollout_round(many).seconds >= bound
 
 
 def test_shards_reach_the_servers_sooner_than_whole_tensors():

@@ -1,0 +1,51 @@
+"""A memory table: what one process wants of one device, term by term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a memory table."""
+
+    name: str
+    bytes: float
+    why: str
+    """How it comes about, in a few words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What one process wants of one device."""
+
+    where: str
+    terms: tuple[Term, ...]
+    capacity: float
+    """Bytes of the device."""
+    elastic: float = 0.0
+    """Bytes of the terms that are there only because there is room for them."""
+
+    @property
+    def total(self) -> float:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def spare(self) -> float:
+        return self.capacity - self.total
+
+    @property
+    def room(self) -> float:
+        """What is spare, or could be made so."""
+        return self.spare + self.elastic
+
+    @property
+    def largest(self) -> Term:
+        return max(self.terms, key=lambda term: term.bytes)
+
+    def __getitem__(self, name: str) -> float:
+        return next(term.bytes for term in self.terms if term.name == name)
+
+
+def fullest(footprints: list[Footprint]) -> Footprint:
+    return min(footprints, key=lambda footprint: footprint.room)

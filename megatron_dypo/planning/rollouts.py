@@ -1,0 +1,70 @@
+"""Seconds of a round of collection, and what it throws away. Pure arithmetic.
+
+A round is ``rollout.prompts_per_step`` prompts, or, where a stream collects (``rollout.oversample`` above 1, or ``mode:
+async``), as many as a rollout batch takes. While requests wait, each server runs as many as its KV cache and the clients
+allow; then the batch shrinks.
+
+Without oversampling a round ends with its last group, whose longest response is taken to reach the limit. With it,
+``oversample`` times the groups are begun and the round ends when the first of them are enough (``rollout/stream.py``). How
+long that takes follows from lengths: they are taken for exponential with the assumed mean r, so that of groups of k
+responses the share s is complete after −r·ln(1 − s^(1/k)) tokens, r at least and the limit at most. What is in flight then
+has about r tokens each: a synchronous loop aborts it, an asynchronous one takes it over into the next round.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.planning.serving import decode_step_s, make_engine, prefill_s
+from megatron_dypo.planning.setting import Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round, over all servers."""
+
+    prompts: float
+    """Whose groups it brings."""
+    seconds: float
+    aborted: float
+    """Tokens that were sampled for nothing."""
+
+
+def rollout_round(setting: Setting) -> Round:
+    """A round of the setting's loop."""
+    cfg, engine, assumed = setting.config.rollout, make_engine(setting), setting.assumed
+    prompts, response = _prompts(setting), assumed.response_tokens
+    requests = prompts * cfg.group_size / setting.engines
+    begun = requests * cfg.oversample
+    allowed = min(begun, cfg.max_in_flight * setting.data / setting.engines)
+    batch = max(1.0, min(allowed, engine.concurrency(assumed.prompt_tokens + response / 2)))
+    done = max(0.0, min(begun - batch, requests))  # while the batch is full
+    drain = drain_tokens(cfg, response, (requests - done) / batch)
+    full_s = done * response / batch * decode_step_s(setting, engine, batch)
+    drain_s = drain * decode_step_s(setting, engine, max(1.0, batch * response / drain))
+    started = min(begun, done + batch)
+    # The responses of a group share their prompt's prefix.
+    seconds = full_s + drain_s + prefill_s(setting, started / cfg.group_size * assumed.prompt_tokens)
+    is_kept = cfg.mode == "async"
+    return Round(
+        prompts=prompts,
+        seconds=seconds * requests / started if is_kept else seconds,
+        aborted=0.0 if is_kept else (started - requests) * response * setting.engines,
+    )
+
+
+def _prompts(setting: Setting) -> float:
+    cfg = setting.config.rollout
+    if cfg.mode == "async" or cfg.oversample > 1:
+        return setting.config.batching.prompts_per_batch / (1 - setting.assumed.easy)
+    return cfg.prompts_per_step
+
+
+def drain_tokens(cfg: RolloutConfig, response: float, share: float) -> float:
+    """Decoding steps from the last full batch until ``share`` of it is done in whole groups."""
+    longest = max(cfg.max_new_tokens, response)
+    if cfg.oversample == 1 or share >= 1:
+        return longest
+    return min(longest, max(response, -response * math.log1p(-(share ** (1 / cfg.group_size)))))
