@@ -1,6 +1,6 @@
 """What FP8 training holds in FP8, and which layers and FLOPs are in it. Pure arithmetic; nobody ran it beside a GPU's counters.
 
-Read off Transformer Engine's sources (release 2.19), with Megatron-Core 0.16.1 around it:
+Read off Transformer Engine's sources (2.20 in development), with Megatron-Core 0.16.1 around it:
 
 - Each quantised tensor has a rowwise and a columnwise usage ("Performance considerations" of its documentation). With one
   scale a tensor, GPUs whose GEMMs multiply FP8 operands in any layout read both from one copy, Ada and Hopper want a
