@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.grading.verify import grade
@@ -12,12 +13,15 @@ from megatron_dypo.progress import Progress, progress
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
-from megatron_dypo.serving import anywhere, push, sample
+from megatron_dypo.scoring import score_early
+from megatron_dypo.serving import push, sample
 from megatron_dypo.tally import tally_groups
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Treatment
 
 _LOOK_EVERY_S = 0.2
 """How long a leader waits for its own groups before it asks the others how far they are."""
+_SCORED_AT_ONCE = 1 / 4
+"""Share of a rollout batch that is worth a forward pass of its own while the rest is sampled."""
 
 
 def fill_queues(run: Run) -> None:
@@ -33,7 +37,7 @@ def fill_queues(run: Run) -> None:
 
 def _fill_in_rounds(run: Run) -> list[SampleRow]:
     batching, rows, rounds = run.config.batching, list[SampleRow](), 0
-    while rounds < batching.max_collect_rounds and _totals(run)[0] < batching.prompts_per_batch:
+    while rounds < batching.max_collect_rounds and _count(run, None, 0).waiting < batching.prompts_per_batch:
         groups = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
         if run.leader:
             rows += _admit(run, run.leader, _graded(run, run.leader, groups))
@@ -50,6 +54,8 @@ def _fill_from_stream(run: Run) -> list[SampleRow]:
     limit = config.rollout.prompts_per_step * config.batching.max_collect_rounds
     stream = _stream(run, run.leader) if run.leader else None
     goes_on = config.rollout.mode == "async" and not _is_last_batch(run)
+    # The next batch's groups are begun before this one is full: else its last ones would be sampled one after the other.
+    enough = 2 * batch if goes_on else batch
     with progress(batch, "rollouts", "prompts to learn from", enabled=run.layout.is_global_leader) as bar:
         shown = 0
         while True:
@@ -57,22 +63,39 @@ def _fill_from_stream(run: Run) -> list[SampleRow]:
                 graded = _taken(run, stream)
                 rows += _admit(run, run.leader, graded)
                 seen += len(graded)
-            waiting, all_seen = _totals(run, seen)
-            shown += _advance(bar, min(waiting, batch) - shown)
-            if waiting >= batch or all_seen >= limit:
+            counts = _count(run, stream, seen)
+            shown += _advance(bar, min(counts.waiting, batch) - shown)
+            if counts.waiting >= batch or counts.seen >= limit:
                 break
-            if anywhere(run, stream is not None and stream.is_unserved):
+            if counts.unserved:
                 push(run)
             if stream:
-                with run.timings.measure("gen"):
-                    stream.want(math.ceil((batch - waiting) / run.layout.data))
-                    stream.start()
-                    stream.wait(_LOOK_EVERY_S)
+                stream.want(_share(run, enough - counts.waiting))
+                stream.start()
+            _score_or_wait(run, stream, counts)
     if stream and goes_on:
-        stream.want(max(0, math.ceil((2 * batch - waiting) / run.layout.data)))
+        stream.want(_share(run, max(0, enough - counts.waiting)))
     elif stream:
         stream.stop()
     return rows
+
+
+def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, counts: _Counts) -> None:
+    """Make use of the wait for the rest of a batch: score what came in, once that is worth a forward pass."""
+    config = run.config
+    missing = config.batching.prompts_per_batch - counts.waiting
+    if config.rollout.mode == "async" and config.score.policy == "trainer":
+        missing = min(missing, math.ceil(_SCORED_AT_ONCE * config.batching.prompts_per_batch) - counts.unscored)
+    if missing <= 0:
+        score_early(run)
+    elif stream:
+        with run.timings.measure("gen"):
+            stream.wait(_LOOK_EVERY_S, _share(run, missing))
+
+
+def _share(run: Run, count: int) -> int:
+    """A replica's part of so many groups."""
+    return math.ceil(count / run.layout.data)
 
 
 def _advance(bar: Progress, count: int) -> int:
@@ -178,10 +201,29 @@ def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leade
         yield sample_row(step, group, treatment, teacher=teacher, trace=trace)
 
 
-def _totals(run: Run, seen: int = 0) -> tuple[int, int]:
-    """Groups in the queues of all replicas and the sum of their ``seen``, on every rank."""
-    counts = (0, 0)
+@dataclass(frozen=True)
+class _Counts:
+    """Of all replicas together."""
+
+    waiting: int = 0
+    """Groups in the queues."""
+    unscored: int = 0
+    """Those of them that have no log-probs yet."""
+    seen: int = 0
+    """Groups that came in since the filling began."""
+    unserved: int = 0
+    """Streams without a server."""
+
+    def __add__(self, other: _Counts) -> _Counts:
+        return _Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+def _count(run: Run, stream: RolloutStream[GradedGroup] | None, seen: int) -> _Counts:
+    """The same on every rank; ``stream`` and ``seen`` are the leader's own."""
+    counts = _Counts()
     if run.leader:
-        by_leader = gather_objects((len(run.leader.queues), seen), run.leader.group)
-        counts = (sum(waiting for waiting, _ in by_leader), sum(count for _, count in by_leader))
+        queues = run.leader.queues
+        unscored = len({sample.order for sample in queues.unscored()})
+        mine = _Counts(len(queues), unscored, seen, int(stream is not None and stream.is_unserved))
+        counts = sum(gather_objects(mine, run.leader.group), counts)
     return broadcast_object(counts, run.layout.replica_group)

@@ -20,12 +20,22 @@ from megatron_dypo.types import Floats, Sample
 
 
 def score(run: Run) -> None:
-    """log π_old and log π_ref of the rollouts that came in since the last rollout batch.
+    """log π_old and log π_ref of the rollouts that have none yet.
 
-    A synchronous run has not changed the weights since those rollouts were sampled: the policy *is* the one that
-    sampled. Else π_old is the policy now, and ``objective.importance`` corrects for the one that sampled.
+    A synchronous run scores all that came in: it has not changed the weights since they were sampled, so that the policy
+    *is* the one that sampled. An asynchronous run scores what enters the next updates; π_old is the policy now, and
+    ``objective.importance`` corrects for the one that sampled.
     """
-    unscored = run.leader.queues.unscored() if run.leader else None
+    is_async = run.config.rollout.mode == "async"
+    _score(run, run.leader.queues.unscored(batch_only=is_async) if run.leader else None)
+
+
+def score_early(run: Run) -> None:
+    """The same for what waits while the rollout batch still fills: the weights will not change until it is full."""
+    _score(run, run.leader.queues.unscored() if run.leader else None)
+
+
+def _score(run: Run, unscored: Sequence[Sample] | None) -> None:
     old = _old_logprobs(run, unscored)
     reference = old
     if run.objective.needs_reference() and run.reference is not None:

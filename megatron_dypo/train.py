@@ -56,8 +56,8 @@ def train_step(run: Run) -> bool:
         if not run.is_mid_batch:
             fill_queues(run)
             release(run)
-            score(run)
             open_batch(run)
+            score(run)
             run.batches += 1
         batch = take_batch(run)
         if batch is None:

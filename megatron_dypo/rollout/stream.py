@@ -134,15 +134,17 @@ class RolloutStream(Generic[T]):
             self._state.wanted = count
         self._notify_loop()
 
-    def wait(self, timeout_s: float) -> None:
-        """Until a group is done that :meth:`take` has not returned, no server is left, or ``timeout_s`` have passed.
+    def wait(self, timeout_s: float, useful: int = 1) -> None:
+        """Until ``useful`` groups that count are done and not taken, no server is left, or ``timeout_s`` have passed.
 
         Raises:
             ServerDiedError, ValueError: as :func:`megatron_dypo.rollout.collect.collect`.
         """
         with self._changed:
             state = self._state
-            self._changed.wait_for(lambda: state.done or state.is_unserved or state.error is not None, timeout_s)
+            self._changed.wait_for(
+                lambda: state.useful >= useful or state.is_unserved or state.error is not None, timeout_s
+            )
             if state.error is not None:
                 raise state.error
 
