@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
 from tests.dist.spawn import run_ranks
 from tests.hf_models import KINDS, make_hf_model
@@ -119,7 +120,7 @@ def ran(
     root = tmp_path_factory.mktemp(request.param)
     (root / "hf").symlink_to(models)
     for kind in kinds_of(axes):
-        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, pipeline_parallel=pp)
+        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, cut=PipelineCut(pipeline=pp))
         (root / "trained" / kind / "mcore").mkdir(parents=True)
     return root, axes, run_ranks(world_size, rank_task, str(root), axes)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
 from tests.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
@@ -25,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def convert(hf: Path, mcore: Path, tp: int = 1, pp: int = 1) -> None:
-    hf_to_mcore(hf, mcore, tensor_parallel=tp, pipeline_parallel=pp, show_progress=False)
+    hf_to_mcore(hf, mcore, tensor_parallel=tp, cut=PipelineCut(pipeline=pp), show_progress=False)
 
 
 def back(mcore: Path, hf: Path, **options) -> None:
@@ -162,7 +163,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         (3, 1, "tensor_parallel=3 does not divide num_attention_heads=8"),
         (8, 1, "tensor_parallel=8 does not divide num_key_value_heads=4"),
         (0, 1, "tensor_parallel=0"),
-        (1, 3, "pipeline_parallel=3 does not divide num_layers=4"),
+        (1, 3, "parallel.pipeline=3 does not divide num_hidden_layers=4"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(tp, pp, message, models, tmp_path):
