@@ -58,7 +58,7 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
         require(
             size % granule == 0, f"model.fp8.recipe={fp8.recipe}: {name} = {size}", f"must be a multiple of {granule}"
         )
-    per_stage = arch.num_layers // parallel.pipeline
+    per_stage = arch.num_layers // parallel.pipeline  # Megatron's limit, also where stages differ
     for name in ("first_layers_bf16", "last_layers_bf16"):
         value = getattr(fp8, name)
         require(
