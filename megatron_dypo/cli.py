@@ -140,7 +140,6 @@ def plan_refit(
     bandwidth_gbs: Annotated[float, typer.Option(help="GB/s that a rank sends and receives at.")] = 50.0,
     world_size: Annotated[int | None, typer.Option(help="Trainer ranks.", show_default="as `train` starts")] = None,
     ep_size: Annotated[int | None, typer.Option(help="SGLang's --ep-size.", show_default="extra_args, or 1")] = None,
-    stage_layers: Annotated[str, typer.Option(help="Layers of each stage, as 23,24,24,23; else equally many.")] = "",
     quantization: Annotated[
         _Quantization, typer.Option(help="Type that linear weights travel in.")
     ] = _Quantization.NONE,
@@ -151,14 +150,13 @@ def plan_refit(
     Reads the config and MODEL/config.json; needs neither weights nor servers.
     """
     from megatron_dypo.config_io import load_config
-    from megatron_dypo.plan_refit import RefitOptions, layers_by_stage, plan_of_config, refusal_of_training
+    from megatron_dypo.plan_refit import RefitOptions, plan_of_config, refusal_of_training
     from megatron_dypo.weights.refit_summary import summarize, to_json, to_text
 
     resolved = load_config(config, overrides or [])
     options = RefitOptions(
         world_size=world_size,
         ep_size=ep_size,
-        stage_layers=layers_by_stage(stage_layers),
         quantization=quantization.value,
     )
     plan = plan_of_config(resolved, options)

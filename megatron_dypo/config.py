@@ -15,6 +15,7 @@ from megatron_dypo.config_objective import (
     ScoreConfig,
 )
 from megatron_dypo.config_serving import RolloutConfig, WeightsConfig
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.rules import require, require_not_negative, require_positive
 
 
@@ -79,6 +80,11 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int | None = None
     """Model chunks on each pipeline rank (interleaved schedule); None: one."""
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline stage (Megatron's ``num_layers_in_first_pipeline_stage``), over all its chunks; stages
+    of which this is not said share out the rest evenly. None: as many as those."""
+    last_stage_layers: int | None = None
+    """The same of the last stage, which has the output layer besides."""
     context: int = 1
     """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
     expert: int = 1
@@ -95,6 +101,7 @@ class ParallelConfig:
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
             require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
+        _ = self.cut  # whose rules hold here
         if self.num_processes is not None:
             model_size = self.tensor * self.pipeline * self.context
             require(
@@ -107,6 +114,16 @@ class ParallelConfig:
                 f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
                 f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
             )
+
+    @property
+    def cut(self) -> PipelineCut:
+        """Which stage holds which layers."""
+        return PipelineCut(
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual_pipeline or 1,
+            first_stage_layers=self.first_stage_layers,
+            last_stage_layers=self.last_stage_layers,
+        )
 
     @property
     def expert_ranks(self) -> int:

@@ -26,8 +26,6 @@ class RefitOptions:
     """Ranks of the trainer; None: ``parallel.num_processes``, or as few as the axes allow."""
     ep_size: int | None = None
     """SGLang's ``--ep-size``; None: that in ``rollout.servers.extra_args``, or 1."""
-    stage_layers: tuple[int, ...] | None = None
-    """Layers of each pipeline stage; None: equally many."""
     quantization: Quantization = "none"
 
 
@@ -42,22 +40,11 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
     engine = EngineLayout(tensor=servers.tensor_parallel, expert=ep_size)
     return make_plan(
         load_architecture(config.model.hf_path),
-        _source_layout(config.parallel, options.world_size or num_processes(config), options.stage_layers),
+        _source_layout(config.parallel, options.world_size or num_processes(config)),
         [engine] * (len(servers.urls) or servers.count),
         quantization=options.quantization,
         element_size=_ELEMENT_SIZES[config.model.dtype],
     )
-
-
-def layers_by_stage(text: str) -> tuple[int, ...] | None:
-    """``"23,24,24,23"`` → (23, 24, 24, 23); None for the empty string.
-
-    Raises:
-        ValueError: anything but numbers with commas between them.
-    """
-    parts = text.split(",") if text else []
-    require(all(part.strip().isdigit() for part in parts), f"stage_layers={text!r}", "must be numbers, as 23,24,24,23")
-    return tuple(int(part) for part in parts) or None
 
 
 def refusal_of_training(config: Config) -> str | None:
@@ -69,7 +56,7 @@ def refusal_of_training(config: Config) -> str | None:
     return None
 
 
-def _source_layout(parallel: ParallelConfig, world_size: int, stage_layers: tuple[int, ...] | None) -> SourceLayout:
+def _source_layout(parallel: ParallelConfig, world_size: int) -> SourceLayout:
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     axes = f"tensor × pipeline × context = {parallel.tensor} × {parallel.pipeline} × {parallel.context} = {model_size}"
     is_multiple = world_size > 0 and world_size % model_size == 0
@@ -82,7 +69,8 @@ def _source_layout(parallel: ParallelConfig, world_size: int, stage_layers: tupl
         data=world_size // model_size,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
-        stage_layers=stage_layers,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
     )
 
 

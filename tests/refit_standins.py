@@ -69,6 +69,8 @@ def plain_layout(axes: SourceLayout, rank: int) -> Layout:
         replica_group=no_group,
         leaders_group=None,
         replica_ranks=(),
+        first_stage_layers=axes.first_stage_layers,
+        last_stage_layers=axes.last_stage_layers,
         expert=axes.expert,
         ep_rank=inside % axes.expert,
         expert_replica=inside // axes.expert,

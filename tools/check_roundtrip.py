@@ -27,21 +27,31 @@ def main(
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Tensor-parallel size of the checkpoint that is made.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Its pipeline-parallel size.")] = 1,
+    first_stage_layers: Annotated[
+        int | None, typer.Option(help="Layers of the first stage, as of a run.", show_default="as the others")
+    ] = None,
+    last_stage_layers: Annotated[
+        int | None, typer.Option(help="Layers of the last stage.", show_default="as the others")
+    ] = None,
     work_dir: Annotated[
         Path | None,
         typer.Option(help="Where twice the model fits for the while; default: the system's temporary folder."),
     ] = None,
 ) -> None:
     """Check that a model comes back from a Megatron checkpoint bit for bit; exit code 1 if it does not."""
+    from megatron_dypo.parallel.cut import PipelineCut
     from megatron_dypo.weights.roundtrip import check_roundtrip
 
+    cut = PipelineCut(
+        pipeline=pipeline_parallel, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers
+    )
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         differences = check_roundtrip(
             hf_path,
             Path(folder),
             mcore_path=mcore_path,
             tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
+            cut=cut,
         )
     if differences:
         typer.echo(table(differences))

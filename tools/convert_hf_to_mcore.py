@@ -18,11 +18,21 @@ def main(
     mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder to create.")],
     tensor_parallel: Annotated[int, typer.Option(help="Tensor-parallel size whose shards are written.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Pipeline-parallel size whose stages are written.")] = 1,
+    first_stage_layers: Annotated[
+        int | None, typer.Option(help="Layers of the first stage, as of a run.", show_default="as the others")
+    ] = None,
+    last_stage_layers: Annotated[
+        int | None, typer.Option(help="Layers of the last stage.", show_default="as the others")
+    ] = None,
 ) -> None:
     """Convert an HF model folder to a Megatron-Core checkpoint."""
+    from megatron_dypo.parallel.cut import PipelineCut
     from megatron_dypo.weights.convert import hf_to_mcore
 
-    hf_to_mcore(hf_path, mcore_path, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+    cut = PipelineCut(
+        pipeline=pipeline_parallel, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers
+    )
+    hf_to_mcore(hf_path, mcore_path, tensor_parallel=tensor_parallel, cut=cut)
     typer.echo(mcore_path)
 
 

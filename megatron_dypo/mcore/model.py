@@ -65,7 +65,7 @@ def build_model(
     check_fp8_sizes(arch, parallel, model.fp8)
     features = probe()
     require_fp8(model.fp8, features)
-    config = transformer_config(arch, model, parallel, features)
+    config, cut = transformer_config(arch, model, parallel, features), parallel.cut.chunks(arch.num_layers)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap_grad_reduce,
@@ -75,6 +75,8 @@ def build_model(
     chunks = []
     for stage in range(layout.virtual_pipeline):
         module = _build_chunk(arch, model, config, features, layout, stage)
+        held = [layer.layer_number - 1 for layer in module.decoder.layers]
+        assert held == list(cut[layout.pp_rank][stage]), "Megatron cuts the pipeline in another way"
         wrapped = Float16Module(config, module) if config.bf16 else module
         # Only the first chunk's gradients are reduced while others still compute, so only it is cut into buckets.
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
@@ -97,6 +99,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        **_cut(parallel),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,
@@ -189,6 +192,16 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
         "init_method": _leave_as_is,
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
+    }
+
+
+def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
+    # Of two stages that are both named, one follows from the other. Interleaved, Megatron would divide by the number of
+    # stages between them, zero (get_transformer_layer_offset, transformer/transformer_layer.py:138 of 0.16.1).
+    implied = parallel.pipeline == 2 and parallel.first_stage_layers is not None
+    return {
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": None if implied else parallel.last_stage_layers,
     }
 
 

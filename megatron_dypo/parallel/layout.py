@@ -43,6 +43,9 @@ class Layout:
     """Global ranks of this replica, ascending."""
     senders_group: dist.ProcessGroup | None = None
     """CPU (gloo) group of the ranks of which ``is_sender`` is true; None on the others."""
+    first_stage_layers: int | None = None
+    """Layers of the first and of the last stage of a pipeline that is cut unevenly, as in ``ParallelConfig``."""
+    last_stage_layers: int | None = None
     expert: int = 1
     """Ranks that share out the experts of a layer: neighbours among the ranks of a stage, across replicas if need be."""
     ep_rank: int = 0
@@ -241,6 +244,8 @@ def _describe(config: ParallelConfig, timeout: datetime.timedelta) -> Layout:
         leaders_group=leaders_group if dist.get_rank() in leaders else None,
         replica_ranks=replicas[dp_rank],
         senders_group=senders_group if dist.get_rank() in senders else None,
+        first_stage_layers=config.first_stage_layers,
+        last_stage_layers=config.last_stage_layers,
         expert=config.expert,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_tensor=config.expert_tensor,

@@ -1,6 +1,6 @@
 """Which layouts are refused for a model, and why: before anything is built, without torch and Megatron.
 
-Rules between the axes alone are those of ``ParallelConfig``; that between axes and world is in ``init_layout``. What
+Rules between the axes alone are those of ``ParallelConfig``, of layers and stages those of ``PipelineCut``; that between axes and world is in ``init_layout``. What
 Megatron allows but gets wrong is not offered: the model's settings choose p2p for interleaving that is not batched.
 """
 
@@ -18,16 +18,14 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
     Raises:
         ValueError: e.g. ``parallel.tensor=3 does not divide num_attention_heads=28``.
     """
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    pipeline = "parallel.pipeline" if parallel.virtual_pipeline is None else "parallel.pipeline × virtual_pipeline"
     for axis, size, name, value in (
         ("parallel.tensor", parallel.tensor, "num_attention_heads", arch.num_attention_heads),
         ("parallel.tensor", parallel.tensor, "num_key_value_heads", arch.num_key_value_heads),
         ("parallel.tensor", 1 if arch.experts else parallel.tensor, "intermediate_size", arch.ffn_hidden_size),
-        (pipeline, stages, "num_hidden_layers", arch.num_layers),
     ):
         if value % size:
             raise ValueError(f"{axis}={size} does not divide {name}={value}")
+    parallel.cut.stage_layers(arch.num_layers)
     width = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
     if width * (parallel.tensor - 1) >= arch.vocab_size:
         raise ValueError(
@@ -60,7 +58,7 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
         require(
             size % granule == 0, f"model.fp8.recipe={fp8.recipe}: {name} = {size}", f"must be a multiple of {granule}"
         )
-    per_stage = arch.num_layers // parallel.pipeline
+    per_stage = arch.num_layers // parallel.pipeline  # Megatron's limit, also where stages differ
     for name in ("first_layers_bf16", "last_layers_bf16"):
         value = getattr(fp8, name)
         require(

@@ -78,11 +78,8 @@ def fp8_layers(fp8: Fp8Config, parallel: ParallelConfig, num_layers: int, stage:
     """Layers of a pipeline stage, all its chunks together, that are in FP8."""
     if not fp8.is_on:
         return 0
-    chunks = parallel.virtual_pipeline or 1
-    size = num_layers // (parallel.pipeline * chunks)
-    starts = [(chunk * parallel.pipeline + stage) * size for chunk in range(chunks)]
     inside = range(fp8.first_layers_bf16, num_layers - fp8.last_layers_bf16)
-    return sum(layer in inside for start in starts for layer in range(start, start + size))
+    return sum(layer in inside for chunk in parallel.cut.chunks(num_layers)[stage] for layer in chunk)
 
 
 def fp8_flops(arch: Architecture, fp8: Fp8Config) -> float:

@@ -37,17 +37,22 @@ def stage_counts(setting: Setting, stage: int) -> Counts:
         tensor=parallel.tensor,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
-        layers=arch.num_layers // parallel.pipeline,
+        layers=parallel.cut.stage_layers(arch.num_layers)[stage],
         is_first=stage == 0,
         is_last=stage == parallel.pipeline - 1,
         fp8_layers=_fp8_layers(setting, stage),
     )
 
 
+def largest_counts(setting: Setting) -> Counts:
+    """Parameters of one rank of the stage that has the most."""
+    stages = range(setting.config.parallel.pipeline)
+    return max((stage_counts(setting, stage) for stage in stages), key=lambda counts: counts.total)
+
+
 def reference_bytes(setting: Setting) -> float:
     """Host memory of the reference policy's copies on one node (``mcore/reference.py``)."""
-    largest = max(stage_counts(setting, stage).total for stage in range(setting.config.parallel.pipeline))
-    return largest * setting.element * min(setting.gpus_per_node, setting.trainer_gpus)
+    return largest_counts(setting).total * setting.element * min(setting.gpus_per_node, setting.trainer_gpus)
 
 
 def _stage(setting: Setting, stage: int) -> Footprint:
@@ -118,7 +123,7 @@ def _activations(setting: Setting, stage: int) -> Term:
     in_flight = chunks_in_flight(
         stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
     )
-    layers = arch.num_layers // parallel.pipeline // virtual
+    layers = parallel.cut.stage_layers(arch.num_layers)[stage] // virtual
     kept = in_flight * layers * _mean_kept(setting, stage)
     if parallel.pipeline > 1:
         kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
@@ -135,7 +140,7 @@ def _activations(setting: Setting, stage: int) -> Term:
 def _mean_kept(setting: Setting, stage: int) -> float:
     """Bytes a token that a layer of the stage keeps in the mean, as layers in bf16 and in FP8 are mixed."""
     parallel, recompute = setting.config.parallel, setting.config.model.recompute
-    narrow = _fp8_layers(setting, stage) * parallel.pipeline / setting.arch.num_layers
+    narrow = _fp8_layers(setting, stage) / parallel.cut.stage_layers(setting.arch.num_layers)[stage]
     bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
     return bf16 + narrow * (fp8 - bf16)
 

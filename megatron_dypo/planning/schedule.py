@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def chunks_in_flight(*, stage: int, pipeline: int, virtual_pipeline: int, microbatches: int) -> int:
     """Forward passes through a model chunk whose backward pass has not been made yet, at most, on one rank.
@@ -17,6 +19,11 @@ def chunks_in_flight(*, stage: int, pipeline: int, virtual_pipeline: int, microb
     return min(total, 2 * (pipeline - stage - 1) + (virtual_pipeline - 1) * pipeline + 1)
 
 
-def bubble(*, pipeline: int, virtual_pipeline: int, microbatches: int) -> float:
-    """Idle time over working time: (p − 1)/(m·v) (Narayanan et al. 2021, section 2.2)."""
-    return (pipeline - 1) / (microbatches * virtual_pipeline)
+def pipeline_seconds(stages: Sequence[float], *, virtual_pipeline: int, microbatches: int) -> float:
+    """Time of a pass of all rows through the pipeline, from what each stage works on them: the slowest one's work, and
+    while the pipeline fills and drains the other stages' on one row, of one chunk.
+
+    Of equal stages the idle share of the work is (p − 1)/(m·v) (Narayanan et al. 2021, section 2.2).
+    """
+    slowest = max(stages)
+    return slowest + (sum(stages) - slowest) / (microbatches * virtual_pipeline)

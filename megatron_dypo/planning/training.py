@@ -7,7 +7,7 @@ et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
   each of the two inputs; each moves (t − 1)/t of T·H elements a rank.
 - context: keys and values go round the ring once forward and, with their gradients, twice backward.
 - expert: a token's hidden state to its experts and back, forward and backward.
-- pipeline: hidden states between stages, and the bubble.
+- pipeline: hidden states between stages, the bubble, and waiting for the stage with the most layers.
 - data: gradients in fp32, once an update, and parameters back where the optimizer is distributed.
 
 FP8 makes linear layers faster (``planning/fp8.py``, ``devices.FP8_SHARE``), their recomputation too, and under ``param_gather``
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from megatron_dypo.batching.flops import SequenceCost, sequence_cost
 from megatron_dypo.planning.fp8 import fp8_flops
-from megatron_dypo.planning.memory import stage_counts
+from megatron_dypo.planning.memory import largest_counts
 from megatron_dypo.planning.parameters import Counts
-from megatron_dypo.planning.schedule import bubble
+from megatron_dypo.planning.schedule import pipeline_seconds
 from megatron_dypo.planning.setting import Setting
 
 LINK_EFFICIENCY = 0.8
@@ -43,7 +43,7 @@ class PassTime:
     context: float
     expert: float
     pipeline: float
-    """The bubble, and sending hidden states."""
+    """The bubble, waiting for the slowest stage, and sending hidden states."""
     data: float = 0.0
     """Reducing gradients and gathering parameters, once."""
     optimizer: float = 0.0
@@ -71,7 +71,7 @@ def score_time(setting: Setting, sequences: float) -> PassTime:
 
 def swap_time(setting: Setting) -> float:
     """π_ref into the model and out again: each way this rank's parameters go to the host and from it."""
-    counts = stage_counts(setting, 0)
+    counts = largest_counts(setting)
     return 4 * counts.total * setting.element / setting.gpu.pcie
 
 
@@ -102,8 +102,9 @@ def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *
     tensor = layers * _tensor_seconds(setting, hidden, passes, is_update)
     context = layers * _context_seconds(setting, tokens, is_update)
     expert = layers * _expert_seconds(setting, hidden, is_update)
-    idle = bubble(
-        pipeline=parallel.pipeline,
+    busy = compute + tensor + context + expert
+    whole = pipeline_seconds(
+        [busy * count / layers for count in parallel.cut.stage_layers(arch.num_layers)],
         virtual_pipeline=parallel.virtual_pipeline or 1,
         microbatches=setting.microbatches,
     )
@@ -116,7 +117,7 @@ def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *
         tensor=tensor,
         context=context,
         expert=expert,
-        pipeline=(compute + tensor + context + expert) * idle + sent,
+        pipeline=whole - busy + sent,
         data=data,
         optimizer=optimizer,
     )
@@ -152,7 +153,7 @@ def _expert_seconds(setting: Setting, hidden: float, is_update: bool) -> float:
 
 def _once(setting: Setting) -> tuple[float, float]:
     """Gradients over the replicas, and the optimizer's reading and writing of its state."""
-    cfg, counts = setting.config, stage_counts(setting, 0)
+    cfg, counts = setting.config, largest_counts(setting)
     ranks = setting.data * cfg.parallel.context
     gathered = _gathered_bytes(setting, counts)
     moved = (counts.total * 4 + (gathered if cfg.optimizer.distributed else counts.total * 4)) * (ranks - 1) / ranks

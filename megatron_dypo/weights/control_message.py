@@ -20,7 +20,7 @@ from megatron_dypo.weights.checksums import Verify
 from megatron_dypo.weights.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
 from megatron_dypo.weights.quantized_names import Quantization
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of this message and of what follows it on the store and the links; both sides must have the same."""
 
 
@@ -98,7 +98,5 @@ def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     if arch["experts"] is not None:
         arch["experts"] = Experts(**arch["experts"])
     engines = tuple(EngineLayout(**engine) for engine in fields["engines"])
-    source = dict(fields["source"])
-    if source["stage_layers"] is not None:
-        source["stage_layers"] = tuple(source["stage_layers"])
-    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": SourceLayout(**source), "engines": engines})
+    source = SourceLayout(**fields["source"])
+    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "engines": engines})

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.progress import progress
+from megatron_dypo.rules import require
 from megatron_dypo.weights.families.registry import family_rows, stacked_shape, state_keys, stored_key
 from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.folders import new_folder
@@ -24,9 +26,9 @@ from megatron_dypo.weights.rules import Chunk, check_tensor_parallel
 
 
 def hf_to_mcore(
-    hf_path: Path, mcore_path: Path, *, tensor_parallel: int, pipeline_parallel: int, show_progress: bool = True
+    hf_path: Path, mcore_path: Path, *, tensor_parallel: int, cut: PipelineCut, show_progress: bool = True
 ) -> None:
-    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that so many ranks would write.
+    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks so laid out would write.
 
     The checkpoint loads at any parallel sizes; a run at these sizes reads each file on one rank only. Types are kept.
     ``<mcore_path>/hf`` keeps configuration and tokenizer for the way back.
@@ -36,7 +38,8 @@ def hf_to_mcore(
             not vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
-    check_sizes(arch, tensor_parallel, pipeline_parallel)
+    check_tensor_parallel(arch, tensor_parallel)
+    stage_of = {layer: s for s, chunks in enumerate(cut.chunks(arch.num_layers)) for chunk in chunks for layer in chunk}
     reader = HFReader(hf_path)
     reader.check_complete(arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
@@ -46,8 +49,8 @@ def hf_to_mcore(
     )
     with new_folder(mcore_path) as folder, progress(total, "HF → Megatron", "bytes", enabled=show_progress) as bar:
         writer = MCoreWriter(folder)
-        for pp_rank in range(pipeline_parallel):
-            stage = [row for row in rows if _stage(row, arch, pipeline_parallel) == pp_rank]
+        for pp_rank in range(cut.pipeline):
+            stage = [row for row in rows if _stage(row, arch, stage_of) == pp_rank]
             layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
             for tp_rank in range(tensor_parallel):
                 states = [key for layer in layers for key in state_keys(layer, arch)] if tp_rank == 0 else []
@@ -83,7 +86,12 @@ def mcore_to_hf(
     reader = MCoreReader(mcore_path)
     reference = _reference(reader, hf_reference)
     arch = load_architecture(reference)
-    check_sizes(arch, tensor_parallel, pipeline_parallel)
+    check_tensor_parallel(arch, tensor_parallel)
+    require(
+        1 <= pipeline_parallel <= arch.num_layers,
+        f"pipeline_parallel={pipeline_parallel}",
+        f"must be from 1 to num_hidden_layers={arch.num_layers}",
+    )
     reader.check_complete(arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
     plain = [
@@ -112,13 +120,6 @@ def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
     return reference
 
 
-def check_sizes(arch: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raise ValueError unless both sizes divide what they split."""
-    check_tensor_parallel(arch, tensor_parallel)
-    if pipeline_parallel < 1 or arch.num_layers % pipeline_parallel:
-        raise ValueError(f"pipeline_parallel={pipeline_parallel} does not divide num_layers={arch.num_layers}")
-
-
 def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
     """A checkpoint stacks all layers (and experts) of a parameter in one tensor, so they must be of one type."""
     type_of: dict[str, torch.dtype] = {}
@@ -130,11 +131,11 @@ def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
                 raise ValueError(f"{reader.path}: tensor {name} is {dtype}, others of {key} are {type_of[key]}")
 
 
-def _stage(row: Row, arch: Architecture, pipeline_parallel: int) -> int:
+def _stage(row: Row, arch: Architecture, stage_of: Mapping[int, int]) -> int:
     index = stored_key(row.mcore, arch)[1]
     if index:
-        return index[0] * pipeline_parallel // arch.num_layers
-    return 0 if row.mcore.startswith("embedding.") else pipeline_parallel - 1
+        return stage_of[index[0]]
+    return min(stage_of.values()) if row.mcore.startswith("embedding.") else max(stage_of.values())
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:

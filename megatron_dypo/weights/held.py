@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.rules import require, require_positive
 from megatron_dypo.weights.families.registry import table
 from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
@@ -33,8 +34,9 @@ class SourceLayout:
     data: int = 1
     expert: int = 1
     expert_tensor: int = 1
-    stage_layers: tuple[int, ...] | None = None
-    """Layers of each stage of a pipeline that is cut unevenly; None: as many on each."""
+    first_stage_layers: int | None = None
+    """Layers of the first and of the last stage of a pipeline that is cut unevenly, as in ``ParallelConfig``."""
+    last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
         axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
@@ -45,10 +47,7 @@ class SourceLayout:
             f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
             f"does not divide the {self.stage_size} ranks of a pipeline stage",
         )
-        if self.stage_layers is not None:
-            layers = f"stage_layers={self.stage_layers}"
-            require(len(self.stage_layers) == self.pipeline, layers, f"must name {self.pipeline} stages")
-            require(self.virtual_pipeline == 1, layers, "needs virtual_pipeline=1")
+        _ = self.cut  # whose rules hold here
 
     @property
     def stage_size(self) -> int:
@@ -59,22 +58,23 @@ class SourceLayout:
     def world_size(self) -> int:
         return self.stage_size * self.pipeline
 
+    @property
+    def cut(self) -> PipelineCut:
+        """Which stage holds which layers."""
+        return PipelineCut(
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual_pipeline,
+            first_stage_layers=self.first_stage_layers,
+            last_stage_layers=self.last_stage_layers,
+        )
+
     def layers_of(self, stage: int, num_layers: int) -> list[int]:
         """Global indices of the layers of a stage, ascending.
 
         Raises:
-            ValueError: the pipeline does not divide the layers.
+            ValueError: layers that cannot be laid out over the pipeline.
         """
-        if self.stage_layers is not None:
-            total = sum(self.stage_layers)
-            require(total == num_layers, f"stage_layers={self.stage_layers}", f"must add up to num_layers={num_layers}")
-            start = sum(self.stage_layers[:stage])
-            return list(range(start, start + self.stage_layers[stage]))
-        chunks = self.pipeline * self.virtual_pipeline
-        axes = f"pipeline × virtual_pipeline = {self.pipeline} × {self.virtual_pipeline}"
-        require(num_layers % chunks == 0, axes, f"does not divide num_layers={num_layers}")
-        size = num_layers // chunks
-        return [chunk * size + i for chunk in range(stage, chunks, self.pipeline) for i in range(size)]
+        return [layer for chunk in self.cut.chunks(num_layers)[stage] for layer in chunk]
 
 
 @dataclass(frozen=True)

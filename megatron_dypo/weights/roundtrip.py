@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.architecture import load_architecture
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.progress import progress
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.weights.families.registry import family_rows
@@ -35,7 +36,7 @@ def check_roundtrip(
     *,
     mcore_path: Path | None = None,
     tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
+    cut: PipelineCut | None = None,
     show_progress: bool = True,
 ) -> list[Difference]:
     """Convert an HF folder to a Megatron checkpoint at these sizes and back, and compare every tensor.
@@ -52,7 +53,7 @@ def check_roundtrip(
             hf_path,
             mcore_path,
             tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
+            cut=cut or PipelineCut(),
             show_progress=show_progress,
         )
     mcore_to_hf(mcore_path, work_dir / "hf", hf_reference=hf_path, show_progress=show_progress)

@@ -15,7 +15,7 @@ from tests.unit.weights.fake_sglang import KEY, fake_servers
 
 CASES = {
     "interleaved": ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}),
-    "experts over replicas": ("qwen3_moe", {"pipeline": 2, "expert": 2}),
+    "experts over replicas": ("qwen3_moe", {"pipeline": 2, "first_stage_layers": 1, "expert": 2}),
     "experts split over replicas": ("qwen3_moe", {"pipeline": 2, "expert_tensor": 2}),
     "experts spread and split": ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
 }

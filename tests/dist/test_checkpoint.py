@@ -82,7 +82,7 @@ def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 CASES = {
-    "plain": ("llama_tied", {"tensor": 2, "pipeline": 2}, {}, 2, {}),
+    "plain": ("llama_tied", {"tensor": 2, "pipeline": 2, "first_stage_layers": 3}, {}, 2, {}),
     "distributed": (
         "qwen2",
         {"tensor": 2},
@@ -92,7 +92,7 @@ CASES = {
     ),
     "experts": (
         "qwen3_moe",
-        {"pipeline": 2, "expert": 2},
+        {"pipeline": 2, "expert": 2, "last_stage_layers": 3},
         {"distributed": True},
         2,
         {"tensor": 2, "sequence": True, "expert": 2},
@@ -104,7 +104,13 @@ CASES = {
         2,
         {"tensor": 2, "sequence": True, "expert_tensor": 2},
     ),
-    "context": ("qwen3", {"tensor": 2, "context": 2}, {"distributed": True}, 2, {"context": 2}),
+    "context": (
+        "qwen3",
+        {"tensor": 2, "context": 2},
+        {"distributed": True},
+        4,
+        {"context": 2, "pipeline": 2, "last_stage_layers": 1},
+    ),
 }
 
 
@@ -120,7 +126,7 @@ def test_resumed_run_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     same = joined([resumed[0][1] for _, _, resumed in written])
     for tensor_name, tensor in weights.items():
         np.testing.assert_array_equal(same[tensor_name], tensor, err_msg=tensor_name)
-    replicas = 4 // math.prod(size for axis, size in axes.items() if not axis.startswith("expert"))
+    replicas = 4 // math.prod(axes.get(axis, 1) for axis in ("tensor", "pipeline", "context"))
     assert restored == (2, STATE, [b"queue of replica %d" % i for i in range(replicas)])
     assert [resumed[0][0] for _, _, resumed in written] == [steps] * 4
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
 from tests.dist.spawn import run_ranks
 from tests.hf_models import KINDS, make_hf_model
@@ -16,7 +17,7 @@ LAYOUTS = {
     "one": (1, {}, (2, 2)),
     "tp2": (2, {"tensor": 2}, (1, 1)),
     "vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, (4, 1)),
-    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}, (1, 2)),
+    "tp2_pp2_3_1": (4, {"tensor": 2, "pipeline": 2, "first_stage_layers": 3}, (1, 2)),
     "dp2": (2, {}, (4, 4)),
     "ep2": (2, {"expert": 2}, (2, 2)),
     "ep2_etp2": (4, {"expert": 2, "expert_tensor": 2}, (2, 1)),
@@ -119,7 +120,7 @@ def ran(
     root = tmp_path_factory.mktemp(request.param)
     (root / "hf").symlink_to(models)
     for kind in kinds_of(axes):
-        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, pipeline_parallel=pp)
+        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, cut=PipelineCut(pipeline=pp))
         (root / "trained" / kind / "mcore").mkdir(parents=True)
     return root, axes, run_ranks(world_size, rank_task, str(root), axes)
 
@@ -178,7 +179,8 @@ def writer_of(name: str, axes: dict) -> tuple[int, int]:
     if parts[1] != "layers":
         return 0 if parts[1] == "embed_tokens" else stages - 1, 0
     chunks = stages * axes.get("virtual_pipeline", 1)
-    stage = int(parts[2]) * chunks // 4 % stages
+    layer, in_first = int(parts[2]), axes.get("first_stage_layers")
+    stage = layer * chunks // 4 % stages if in_first is None else int(layer >= in_first)
     return stage, int(parts[5]) * owners // 4 if parts[4] == "experts" else 0
 
 

@@ -49,6 +49,9 @@ PADDED = ((SUM, None),)
 WHOLE = tuple((objective, 2) for objective in range(CONSTANT + 1, len(OBJECTIVES)))
 SHARDED = {"distributed": True}
 
+DEEPER = {"qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6})}
+"""Kinds of rows that four layers are too few for."""
+
 ROWS = {
     "one process": Row(ranks=1, passes=EVERY),
     "one process, by sequence": Row(ranks=1, passes=WHOLE),
@@ -63,6 +66,10 @@ ROWS = {
     "pp2, padded": Row(ranks=2, axes=PP, passes=PADDED),
     "pp2 vpp2": Row(ranks=2, axes=VPP, passes=((TOKEN, 2), (CONSTANT, 4))),
     "pp2 vpp2, full, tied": Row(ranks=2, axes=VPP, recompute="full", kind="llama_tied", passes=((MEAN, 6),)),
+    "pp2, 1 + 3 layers, tied": Row(ranks=2, axes=PP | {"first_stage_layers": 1}, kind="llama_tied"),
+    "pp2 vpp2, 2 + 4 layers": Row(
+        ranks=2, axes=VPP | {"first_stage_layers": 2, "last_stage_layers": 4}, kind="qwen3, 6 layers", passes=((TOKEN, 2),)
+    ),
     "dp2": Row(ranks=2, passes=EVERY),
     "dp2, sharded": Row(ranks=2, **SHARDED, passes=((CONSTANT, 2),)),
     "dp2, sharded, overlap, tied": Row(ranks=2, **SHARDED, overlap=True, kind="llama_tied", passes=((TOKEN, 3),)),
@@ -81,6 +88,9 @@ ROWS = {
     "tp2 sp dp2, sharded, overlap": Row(ranks=4, axes=SP, **SHARDED, overlap=True, passes=((SUM, 3),)),
     "tp4 sp": Row(ranks=4, axes={"tensor": 4, "sequence": True}, passes=((TOKEN, 2),)),
     "pp4": Row(ranks=4, axes={"pipeline": 4}, passes=((MEAN, 3),)),
+    "pp4, 2 + 1 + 1 + 2 layers": Row(
+        ranks=4, axes={"pipeline": 4, "first_stage_layers": 2, "last_stage_layers": 2}, kind="qwen3, 6 layers"
+    ),
     "pp2 dp2, full, sharded, tied": Row(ranks=4, axes=PP, recompute="full", **SHARDED, kind="llama_tied"),
     "pp2 vpp2 dp2, sharded, overlap, tied": Row(
         ranks=4, axes=VPP, **SHARDED, overlap=True, kind="llama_tied", passes=((CONSTANT, 4),)
@@ -109,6 +119,7 @@ ROWS = {
     "experts, tp2 sp ep2": Row(ranks=2, axes=SP | EP, kind="qwen3_moe", passes=((SUM, 1), (TOKEN, 2))),
     "experts, tp2 sp ep2, raw weights": Row(ranks=2, axes=SP | EP, kind="qwen3_moe_raw_weights"),
     "experts, pp2": Row(ranks=2, axes=PP, kind="qwen3_moe"),
+    "experts, pp2, 3 + 1 layers": Row(ranks=2, axes=PP | {"last_stage_layers": 1}, kind="qwen3_moe"),
     "experts, cp2": Row(ranks=2, axes=CP, kind="qwen3_moe"),
     "experts, cp2 ep2": Row(ranks=2, axes=CP | EP, kind="qwen3_moe", passes=((TOKEN, 2),)),
     "experts, tp2 sp cp2 ep4": Row(ranks=4, axes=SP | CP | {"expert": 4}, kind="qwen3_moe"),
@@ -142,7 +153,8 @@ def groups():
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    return {kind: str(make_hf_model(kind, root / kind)) for kind in {row.kind for row in ROWS.values()}}
+    made = {kind: DEEPER.get(kind, (kind, {})) for kind in {row.kind for row in ROWS.values()}}
+    return {name: str(make_hf_model(kind, root / name, **sizes)) for name, (kind, sizes) in made.items()}
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def expected(models: dict[str, Path]) -> dict[str, list[np.ndarray]]:
         (2, {"tensor": 2}),
         (2, {"pipeline": 2}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
-        (4, {"tensor": 2, "pipeline": 2}),
+        (4, {"tensor": 2, "pipeline": 2, "first_stage_layers": 3}),
         (2, {"tensor": 2, "sequence": True}),
     ],
 )

@@ -65,7 +65,10 @@ def assert_served(running: Sequence[StandInEngine], layouts: Sequence[EngineLayo
 
 
 CASES = {
-    "dense": (DENSE, SourceLayout(tensor=2, pipeline=2), (EngineLayout(tensor=1), EngineLayout(tensor=2))),
+    "dense, uneven stages": (
+        DENSE,
+        SourceLayout(tensor=2, pipeline=2, first_stage_layers=3),
+        (EngineLayout(tensor=1), EngineLayout(tensor=2))),
     "tied": (TIED, SourceLayout(pipeline=2, data=2), (EngineLayout(tensor=2), EngineLayout(tensor=2))),
     "experts": (MIXTURE, SourceLayout(tensor=2, data=2, expert=4), (EngineLayout(tensor=2, expert=2),)),
 }

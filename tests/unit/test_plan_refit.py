@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config_io import load_config
-from megatron_dypo.plan_refit import RefitOptions, layers_by_stage, plan_of_config
+from megatron_dypo.plan_refit import RefitOptions, plan_of_config
 from megatron_dypo.weights.plan import EngineLayout, SourceLayout
 from tests.unit.weights.big_models import QWEN3_235B_A22B
 
@@ -46,6 +46,16 @@ def test_the_plan_is_that_of_the_configs_trainer_and_servers(config_path):
     assert made.encoding.element_size == 4
 
 
+def test_a_rank_sends_the_layers_of_its_stage(config_path):
+    """Each layer once, and the first and last stage what stands before and after the layers."""
+    stages = ["parallel.pipeline=2", "parallel.first_stage_layers=1", "model.dtype=float32"]
+    result = invoke(config_path(), *stages, "--json")
+    assert result.exit_code == 0, result.output
+    layer, vocabulary = 2 * 64 + 4 * 64 * 64 + 3 * 64 * 128, 100 * 64
+    sent = [row["bytes"] for row in json.loads(result.stdout)["sent"]]
+    assert sent == [4 * (vocabulary + layer), 4 * (3 * layer + 64 + vocabulary)]
+
+
 @pytest.mark.parametrize("extra", ["[--ep-size, '2']", "[--ep-size=2]"])
 def test_servers_that_the_run_starts_have_the_expert_parallelism_of_their_arguments(config_path, extra):
     overrides = ["rollout.servers.tensor_parallel=4", f"rollout.servers.extra_args={extra}"]
@@ -72,8 +82,8 @@ def test_the_text_names_limit_and_prediction_at_the_bandwidth(config_path):
 
 
 def test_a_layout_that_only_the_plan_knows_is_planned_with_a_note(config_path):
-    overrides = ["parallel.tensor=8", "parallel.pipeline=4", "parallel.expert=8"]
-    result = invoke(config_path(QWEN3_235B_A22B), *overrides, "--stage-layers", "23,24,24,23")
+    stages = ["parallel.pipeline=4", "parallel.first_stage_layers=23", "parallel.last_stage_layers=23"]
+    result = invoke(config_path(QWEN3_235B_A22B), "parallel.tensor=8", "parallel.expert=8", *stages)
     assert result.exit_code == 0, result.output
     assert "note: `train` refuses this layout: parallel.tensor=8 does not divide num_key_value_heads=4" in result.stderr
 
@@ -85,10 +95,3 @@ def test_what_does_not_fit_is_one_line_of_error(config_path):
     assert result.stderr == "megatron-dypo: error: tensor_parallel=3 does not divide num_attention_heads=4\n"
     with pytest.raises(ValueError, match="world_size=3: must be a multiple of tensor × pipeline × context = 2 × 1 × 1"):
         plan_of_config(load_config(config_path(), ["parallel.tensor=2"]), RefitOptions(world_size=3))
-
-
-def test_stage_layers_are_numbers_with_commas():
-    assert layers_by_stage("23,24") == (23, 24)
-    assert layers_by_stage("") is None
-    with pytest.raises(ValueError, match="stage_layers='23,,24': must be numbers"):
-        layers_by_stage("23,,24")

@@ -195,6 +195,8 @@ def source_layout(layout: Layout) -> SourceLayout:
         data=layout.data,
         expert=layout.expert,
         expert_tensor=layout.expert_tensor,
+        first_stage_layers=layout.first_stage_layers,
+        last_stage_layers=layout.last_stage_layers,
     )
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_dypo.architecture import Architecture, Experts
 from megatron_dypo.config import ModelConfig, ParallelConfig
@@ -65,3 +67,27 @@ def test_interleaving_never_meets_batched_p2p(virtual_pipeline):
     config = transformer_config(ARCH, ModelConfig(hf_path="x"), parallel, features)
     assert config.batch_p2p_comm == (virtual_pipeline is None)
     assert config.overlap_p2p_comm == (virtual_pipeline is not None)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "axes"),
+    [
+        (94, {"pipeline": 4, "first_stage_layers": 23, "last_stage_layers": 23}),
+        (94, {"pipeline": 8, "first_stage_layers": 10}),
+        (94, {"pipeline": 2, "last_stage_layers": 44}),
+        (12, {"pipeline": 2, "first_stage_layers": 4, "last_stage_layers": 8}),
+        (12, {"pipeline": 2, "virtual_pipeline": 3}),
+        (12, {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 4, "last_stage_layers": 8}),
+        (20, {"pipeline": 4, "virtual_pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 6}),
+        (16, {"pipeline": 3, "virtual_pipeline": 2, "last_stage_layers": 4}),
+    ],
+)
+def test_megatron_builds_the_layers_of_the_cut(num_layers, axes):
+    parallel, arch = ParallelConfig(**axes), dataclasses.replace(ARCH, num_layers=num_layers)
+    features = Features(transformer_engine=False, grad_accumulation_fusion=False)
+    config = transformer_config(arch, ModelConfig(hf_path="x"), parallel, features)
+    for stage, chunks in enumerate(parallel.cut.chunks(num_layers)):
+        for number, chunk in enumerate(chunks):
+            vp_stage = number if len(chunks) > 1 else None
+            first = get_transformer_layer_offset(config, vp_stage, stage)
+            assert chunk == range(first, first + get_num_layers_to_build(config, vp_stage, stage))

@@ -28,6 +28,15 @@ def test_an_axis_that_does_not_divide_is_named(axes, message):
         check_layout(ARCH, ParallelConfig(**axes))
 
 
+def test_stages_with_layers_of_their_own_are_the_way_out_of_94_layers():
+    arch, parallel = dataclasses.replace(ARCH, num_layers=94), ParallelConfig(pipeline=4)
+    with pytest.raises(
+        ValueError, match=r"parallel\.pipeline=4 .*=94; parallel\.first_stage_layers and parallel\.last_stage"
+    ):
+        check_layout(arch, parallel)
+    check_layout(arch, dataclasses.replace(parallel, first_stage_layers=23, last_stage_layers=23))
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -46,6 +55,8 @@ def test_a_model_that_tensor_parallelism_cannot_split_is_refused(sizes, message)
         ({"sequence": True}, "sequence=true: needs tensor > 1, got 1"),
         ({"virtual_pipeline": 2}, "virtual_pipeline=2: needs pipeline > 1"),
         ({"pipeline": 2, "virtual_pipeline": 1}, "virtual_pipeline=1: must be at least 2"),
+        ({"first_stage_layers": 2}, "first_stage_layers=2: needs pipeline > 1"),
+        ({"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 3}, "virtual_pipeline=2 must divide it"),
         ({"context": 0}, "context=0: must be positive"),
         (
             {"num_processes": 4, "expert": 2, "expert_tensor": 4},

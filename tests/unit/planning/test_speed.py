@@ -6,6 +6,7 @@ import pytest
 
 from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.scaling import best_split, splits, weak_scaling
+from megatron_dypo.planning.schedule import pipeline_seconds
 from megatron_dypo.planning.serving import decode_step_s, make_engine
 from megatron_dypo.planning.step import push_time, step_time
 from megatron_dypo.planning.training import update_time
@@ -29,6 +30,23 @@ def test_an_update_takes_what_korthikanti_publish_within_15_percent(name):
     parallel = {**parallel, "sequence": True}
     setting = pretraining(arch, parallel, gpus=gpus, batch=batch, row_sequences=row_sequences)
     assert update_time(setting).total == pytest.approx(seconds, rel=0.15)
+
+
+@pytest.mark.parametrize(("virtual", "rows"), [(1, 1), (1, 8), (3, 8)])
+def test_equal_stages_are_idle_for_the_published_share(virtual, rows):
+    """(p − 1)/(m·v) of the work (Narayanan et al. 2021, section 2.2)."""
+    seconds = pipeline_seconds([2.0] * 4, virtual_pipeline=virtual, microbatches=rows)
+    assert seconds == pytest.approx(2.0 * (1 + 3 / (rows * virtual)))
+
+
+def test_the_stage_with_the_most_layers_sets_the_pace():
+    uneven = ("parallel.first_stage_layers=17", "parallel.last_stage_layers=15")  # and 24 on the two between, not 20
+    times = [
+        update_time(from_file("llama3_70b", *overrides, "batching.prompts_per_update=4096"))
+        for overrides in ((), uneven)
+    ]
+    even, slowed = (time.total - time.data - time.optimizer for time in times)
+    assert slowed == pytest.approx(even * 24 / 20, rel=0.01)
 
 
 def test_kv_cache_of_llama_3_70b_is_320_kib_a_token():

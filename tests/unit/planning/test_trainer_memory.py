@@ -34,15 +34,29 @@ def test_state_is_that_of_megatrons_own_estimate(is_distributed, bytes_each):
     assert state == pytest.approx(bytes_each * stage_counts(setting, 0).total)
 
 
-@pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b"])
-def test_stages_together_hold_the_model_once(name):
-    setting = from_file(name)
+UNEVEN = ("parallel.pipeline=4", "parallel.first_stage_layers=23", "parallel.last_stage_layers=23")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("llama3_70b", ()), ("qwen3_235b_a22b", ()), ("qwen3_235b_a22b", UNEVEN)]
+)
+def test_stages_together_hold_the_model_once(name, overrides):
+    setting = from_file(name, *overrides)
     parallel = setting.config.parallel
     stages = [stage_counts(setting, stage) for stage in range(parallel.pipeline)]
     assert sum(s.experts for s in stages) * parallel.expert == whole_model(setting.arch).experts
     # Norms and routers are on every tensor-parallel rank.
     dense = sum(s.dense for s in stages) * parallel.tensor
     assert 1 <= dense / whole_model(setting.arch).dense < 1.02
+
+
+def test_a_stage_is_charged_for_its_own_layers():
+    first, second, third, last = trainer_footprints(from_file("qwen3_235b_a22b", *UNEVEN))
+    layers = [next(t.why for t in f.terms if t.name == "activations") for f in (first, second, third, last)]
+    assert [int(why.partition(" layers")[0].split()[-1]) for why in layers] == [23, 24, 24, 23]
+    assert second["parameters"] == third["parameters"]
+    # Three rows are in flight on the second stage, two on the third.
+    assert second["activations"] == pytest.approx(1.5 * third["activations"])
 
 
 def test_interleaved_175b_fits_where_it_was_trained_and_twice_the_row_does_not():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.weights.convert import hf_to_mcore
 from megatron_dypo.weights.roundtrip import Difference, check_roundtrip, differing_tensors
 from tests.hf_models import make_hf_model
@@ -41,7 +42,7 @@ def test_a_sound_model_passes_and_leaves_nothing_behind(model, tmp_path):
 
 def test_a_checkpoint_of_other_weights_fails_with_a_table(model, tmp_path):
     other = damaged(model, tmp_path / "other")
-    hf_to_mcore(other, tmp_path / "mcore", tensor_parallel=1, pipeline_parallel=2, show_progress=False)
+    hf_to_mcore(other, tmp_path / "mcore", tensor_parallel=1, cut=PipelineCut(pipeline=2), show_progress=False)
     result = run_tool("check_roundtrip.py", "--hf-path", model, "--mcore-path", tmp_path / "mcore")
     assert result.returncode == 1, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -63,7 +64,7 @@ def test_bad_input_ends_with_one_line(model):
 @pytest.mark.parametrize("kind", ["qwen3_moe", "llama_tied", "llama2"])
 def test_other_models_come_back_too(kind, tmp_path):
     source = make_hf_model(kind, tmp_path / kind)
-    sizes = {"tensor_parallel": 4, "pipeline_parallel": 2}
+    sizes = {"tensor_parallel": 4, "cut": PipelineCut(pipeline=2)}
     assert check_roundtrip(source, tmp_path / "work", **sizes, show_progress=False) == []
 
 

@@ -30,12 +30,12 @@ CASES: dict[str, tuple[dict[str, object], SourceLayout, EngineLayout]] = {
     "llama-3-70b": (LLAMA_3_70B, SourceLayout(tensor=8, pipeline=4), EngineLayout(tensor=8)),
     "qwen3-235b-a22b": (
         QWEN3_235B_A22B,
-        SourceLayout(tensor=8, pipeline=4, expert=8, stage_layers=(23, 24, 24, 23)),
+        SourceLayout(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
         EngineLayout(tensor=8),
     ),
     "qwen3-235b-a22b-ep8": (
         QWEN3_235B_A22B,
-        SourceLayout(tensor=8, pipeline=4, expert=8, stage_layers=(23, 24, 24, 23)),
+        SourceLayout(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
         EngineLayout(tensor=8, expert=8),
     ),
 }

@@ -23,6 +23,8 @@ class Case:
     arch: Architecture
     source: SourceLayout
     engines: tuple[EngineLayout, ...]
+    stage_layers: tuple[int, ...]
+    """Layers of each stage of the trainer."""
 
 
 def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
@@ -36,10 +38,14 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", 
     """Architectures of which every size that may be cut is a multiple of ``unit`` on each rank."""
     family = draw(st.sampled_from(families))
     tensor = draw(st.sampled_from([1, 2, 4] if unit == 1 else [1, 2]))
+    pipeline, virtual_pipeline = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 1, 2]))
+    uneven = [virtual_pipeline * count for count in (1, 3)] if pipeline > 1 else []
     source = SourceLayout(
         tensor=tensor,
-        pipeline=draw(st.sampled_from([1, 2, 3])),
-        virtual_pipeline=draw(st.sampled_from([1, 1, 2])),
+        pipeline=pipeline,
+        virtual_pipeline=virtual_pipeline,
+        first_stage_layers=draw(st.sampled_from([None, *uneven])),
+        last_stage_layers=draw(st.sampled_from([None, *uneven])),
         context=draw(st.sampled_from([1, 1, 2])),
         data=draw(st.sampled_from([1, 2, 3])),
     )
@@ -50,12 +56,22 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", 
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
         source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
         engines = tuple(dataclasses.replace(e, expert=draw(st.sampled_from(divisors(e.tensor)))) for e in engines)
-    return Case(arch=draw(_architectures(family, source, engines, unit)), source=source, engines=engines)
+    each = virtual_pipeline * draw(st.integers(1, 2))
+    stage_layers = [each] * pipeline
+    stage_layers[0] = source.first_stage_layers or each
+    stage_layers[-1] = source.last_stage_layers or stage_layers[-1]
+    arch = draw(_architectures(family, source, engines, unit, sum(stage_layers)))
+    return Case(arch=arch, source=source, engines=engines, stage_layers=tuple(stage_layers))
 
 
 @st.composite
 def _architectures(
-    draw: st.DrawFn, family: str, source: SourceLayout, engines: tuple[EngineLayout, ...], unit: int
+    draw: st.DrawFn,
+    family: str,
+    source: SourceLayout,
+    engines: tuple[EngineLayout, ...],
+    unit: int,
+    num_layers: int,
 ) -> Architecture:
     sizes = [source.tensor, *(engine.tensor for engine in engines)]
     common = math.lcm(*sizes)
@@ -71,7 +87,7 @@ def _architectures(
         overrides["experts"] = qwen3_moe_experts(num_experts * draw(st.integers(1, 2)), width * draw(st.integers(1, 2)))
     return make_arch(
         family,
-        num_layers=source.pipeline * source.virtual_pipeline * draw(st.integers(1, 2)),
+        num_layers=num_layers,
         hidden_size=draw(st.integers(4, 7)) if unit == 1 else unit * 2,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
 from tests.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
@@ -25,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def convert(hf: Path, mcore: Path, tp: int = 1, pp: int = 1) -> None:
-    hf_to_mcore(hf, mcore, tensor_parallel=tp, pipeline_parallel=pp, show_progress=False)
+    hf_to_mcore(hf, mcore, tensor_parallel=tp, cut=PipelineCut(pipeline=pp), show_progress=False)
 
 
 def back(mcore: Path, hf: Path, **options) -> None:
@@ -151,6 +153,18 @@ def test_a_checkpoint_that_lacks_a_file_names_it(models, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_each_stage_of_an_uneven_pipeline_has_a_file_with_its_layers(models, tmp_path):
+    cut = PipelineCut(pipeline=3, last_stage_layers=2)
+    hf_to_mcore(models["llama"], tmp_path / "mcore", tensor_parallel=1, cut=cut, show_progress=False)
+    stored = FileSystemReader(tmp_path / "mcore").read_metadata().storage_data
+    file_of = {
+        index.offset[0]: where.relative_path
+        for index, where in stored.items()
+        if index.fqn == "decoder.layers.mlp.linear_fc2.weight"
+    }
+    assert file_of == {0: "__0_0.distcp", 1: "__1_0.distcp", 2: "__2_0.distcp", 3: "__2_0.distcp"}
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no \.metadata file"):
         back(tmp_path, tmp_path / "hf")
@@ -162,7 +176,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         (3, 1, "tensor_parallel=3 does not divide num_attention_heads=8"),
         (8, 1, "tensor_parallel=8 does not divide num_key_value_heads=4"),
         (0, 1, "tensor_parallel=0"),
-        (1, 3, "pipeline_parallel=3 does not divide num_layers=4"),
+        (1, 0, "pipeline=0: must be positive"),
+        (1, 3, "parallel.pipeline=3 does not divide num_hidden_layers=4"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(tp, pp, message, models, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dypo.architecture import load_architecture
+from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.weights.quantize import quantize
 from megatron_dypo.weights.quantized_folder import quantization_config, quantize_hf
@@ -63,7 +64,9 @@ def test_linear_weights_are_quantised_and_the_rest_is_copied(model, kind, folder
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_checkpoint_converts_to_what_its_conversion_quantises_to(model, kind, folders, tmp_path):
-    hf_to_mcore(folders[model, "none"], tmp_path / "mcore", tensor_parallel=2, pipeline_parallel=2, show_progress=False)
+    hf_to_mcore(
+        folders[model, "none"], tmp_path / "mcore", tensor_parallel=2, cut=PipelineCut(pipeline=2), show_progress=False
+    )
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", quantization=kind, show_progress=False)
     names = sorted(file.name for file in folders[model, kind].iterdir())
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == names

@@ -70,7 +70,7 @@ def test_a_row_that_fits_in_no_message_is_refused():
 def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_plain_data():
     plan = PlanInputs(
         arch=make_arch("qwen3_moe"),
-        source=SourceLayout(tensor=2, pipeline=2, stage_layers=(1, 3)),
+        source=SourceLayout(tensor=2, pipeline=2, first_stage_layers=1),
         engines=(EngineLayout(tensor=4, expert=2), EngineLayout(tensor=1)),
         quantization="fp8_block",
         element_size=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -57,10 +58,12 @@ class Trainer:
     def _held(self, rank: int) -> dict[str, int]:
         source, arch = self._case.source, self._case.arch
         stage, inside = divmod(rank, source.stage_size)
-        layers, chunk_size = set(), arch.num_layers // (source.pipeline * source.virtual_pipeline)
-        for chunk in range(source.virtual_pipeline):
-            first = (chunk * source.pipeline + stage) * chunk_size
-            layers |= set(range(first, first + chunk_size))
+        layers: set[int] = set()
+        numbers = iter(range(arch.num_layers))
+        for _ in range(source.virtual_pipeline):
+            for other, count in enumerate(self._case.stage_layers):
+                chunk = set(itertools.islice(numbers, count // source.virtual_pipeline))
+                layers |= chunk if other == stage else set()
         experts: set[int] = set()
         if arch.experts is not None:
             count = arch.experts.num_experts // source.expert

@@ -16,9 +16,13 @@ from tests.unit.weights.refit_cases import qwen3_moe_experts
     ("source", "engine", "message"),
     [
         ({"tensor": 3}, {}, "tensor_parallel=3 does not divide num_attention_heads=8"),
-        ({"pipeline": 3}, {}, "pipeline × virtual_pipeline = 3 × 1: does not divide num_layers=4"),
-        ({"pipeline": 2, "virtual_pipeline": 4}, {}, "2 × 4: does not divide num_layers=4"),
-        ({"pipeline": 2, "stage_layers": (2, 3)}, {}, "stage_layers=(2, 3): must add up to num_layers=4"),
+        ({"pipeline": 3}, {}, "parallel.pipeline=3 does not divide num_hidden_layers=4"),
+        (
+            {"pipeline": 2, "virtual_pipeline": 4},
+            {},
+            "parallel.pipeline × virtual_pipeline=8 does not divide num_hidden_layers=4",
+        ),
+        ({"pipeline": 2, "first_stage_layers": 4}, {}, "first_stage_layers=4: leaves none of num_hidden_layers=4"),
         ({}, {"tensor": 5}, "engine tensor=5: does not divide num_attention_heads=8"),
         ({}, {"tensor": 0}, "tensor=0: must be positive"),
         ({}, {"tensor": 2, "expert": 2}, "engine expert=2: a llama model has no experts"),
@@ -50,11 +54,7 @@ def test_a_layout_of_experts_that_does_not_fit_is_refused(source, engine, messag
     [
         ({"tensor": 0}, "tensor=0: must be positive"),
         ({"tensor": 2, "expert": 3}, "expert × expert_tensor = 3 × 1: does not divide the 2 ranks of a pipeline stage"),
-        ({"pipeline": 2, "stage_layers": (4,)}, "stage_layers=(4,): must name 2 stages"),
-        (
-            {"pipeline": 2, "virtual_pipeline": 2, "stage_layers": (2, 2)},
-            "stage_layers=(2, 2): needs virtual_pipeline=1",
-        ),
+        ({"last_stage_layers": 4}, "last_stage_layers=4: needs pipeline > 1"),
     ],
 )
 def test_axes_that_contradict_each_other_are_refused(axes: dict[str, Any], message: str):
