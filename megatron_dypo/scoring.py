@@ -26,8 +26,12 @@ def score(run: Run) -> None:
     *is* the one that sampled. An asynchronous run scores what enters the next updates; π_old is the policy now, and
     ``objective.importance`` corrects for the one that sampled.
     """
-    is_async = run.config.rollout.mode == "async"
-    _score(run, run.leader.queues.unscored(batch_only=is_async) if run.leader else None)
+    unscored = None
+    if run.leader:
+        scores_by_itself = run.config.rollout.mode == "async" and run.config.score.policy == "trainer"
+        queues = run.leader.queues
+        unscored = queues.not_scored_by(run.step) if scores_by_itself else queues.unscored()
+    _score(run, unscored)
 
 
 def score_early(run: Run) -> None:

@@ -47,11 +47,15 @@ class Queues:
             self.waiting[treatment] = [g for g in queue if version - g[0].policy_version <= max_staleness]
         return before - len(self)
 
-    def unscored(self, *, batch_only: bool = False) -> list[Sample]:
+    def unscored(self) -> list[Sample]:
         """Samples for RL that have no log-probs under π_old yet, oldest first: of the batch, and of what waits."""
-        groups = [*self.batch, *([] if batch_only else self.groups())]
+        groups = [*self.batch, *self.groups()]
         found = [s for g in groups for s in g if s.treatment is Treatment.REINFORCE and s.old_logp is None]
         return sorted(found, key=lambda sample: sample.order)
+
+    def not_scored_by(self, version: int) -> list[Sample]:
+        """Samples for RL of the batch whose log-probs under π_old are not those of this version's weights."""
+        return [s for g in self.batch for s in g if s.treatment is Treatment.REINFORCE and s.scored_version != version]
 
     def open_batch(self, orders: Iterable[int], *, epochs: int) -> None:
         """Move the groups with these orders into the batch, for ``epochs`` updates each; orders of others are ignored."""

@@ -41,6 +41,13 @@ def test_a_batch_is_collected_while_the_one_before_is_learnt_from(finished):
     assert max(ages.values()) > 0
 
 
+def test_the_old_policy_is_the_one_that_the_update_starts_from(finished):
+    run_dir, _, _ = finished
+    metrics = steps_of(run_dir)
+    assert all(abs(metrics[step]["train/ppo_kl"]) < 1e-6 for step in range(1, STEPS + 1))
+    assert max(metrics[step]["train/train_rollout_logprob_abs_diff"] for step in range(1, STEPS + 1)) > 1e-5
+
+
 def test_every_draw_is_sampled_once_over_a_resumption(finished):
     run_dir, output, _ = finished
     assert "resuming from" in output

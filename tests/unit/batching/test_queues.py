@@ -81,6 +81,19 @@ def test_unscored_are_the_rollouts_without_old_log_probs():
     group = next(g for g in queues.groups() if g[0].treatment is Treatment.REINFORCE)
     group[1].old_logp = None
     assert queues.unscored() == [group[1]]
+    queues.open_batch([group[0].order], epochs=1)
+    assert queues.unscored() == [group[1]]
+
+
+def test_a_batch_is_scored_by_one_version_whatever_was_scored_before():
+    queues = filled([0] * 5)
+    reinforced, other = [g for g in queues.groups() if g[0].treatment is Treatment.REINFORCE][:2]
+    for sample in (*reinforced, *other):
+        sample.scored_version = 3
+    assert queues.not_scored_by(4) == []
+    queues.open_batch([reinforced[0].order], epochs=1)
+    assert queues.not_scored_by(4) == reinforced
+    assert queues.not_scored_by(3) == []
 
 
 def test_samples_survive_the_wire_bit_for_bit():

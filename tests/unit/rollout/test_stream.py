@@ -98,6 +98,21 @@ def test_groups_that_are_of_no_use_are_returned_and_made_up_for() -> None:
     assert sorted(taken) == draw.orders
 
 
+def test_a_wait_ends_with_as_many_useful_groups_as_it_asks_for() -> None:
+    with FakeSGLang() as fake:
+        stream = make_stream(fake, Draws(), is_useful=lambda order: order % 2 == 1)
+        stream.want(3)
+        stream.start()
+        stream.wait(10.0, useful=3)
+        done, _ = stream.take()
+        begun = time.monotonic()
+        stream.wait(0.2)
+        waited = time.monotonic() - begun
+        stream.stop()
+    assert sum(order % 2 for order in done) == 3
+    assert waited >= 0.2, "nothing that counts is wanted any more"
+
+
 def test_what_was_in_flight_at_a_stop_is_drawn_first_at_the_next_start(held: FakeSGLang) -> None:
     draw = Draws()
     stream = make_stream(held, draw)
