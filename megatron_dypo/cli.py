@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | serve | plan | report | plan-refit``."""
+"""The command line: ``megatron-dypo train | serve | route | plan | report | plan-refit``."""
 
 from __future__ import annotations
 
@@ -80,6 +80,22 @@ def serve(
         )
     except (ServerDiedError, TimeoutError) as error:
         sys.exit(f"megatron-dypo: error: {error}")
+
+
+@app.command()
+def route(
+    config: Annotated[Path, typer.Argument(help="The trainer's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+) -> None:
+    """Run the router at `rollout.servers.router`, for a trainer that names its servers, until SIGTERM.
+
+    It is sglang-router. The API key comes from the environment variable that `rollout.servers` names.
+    """
+    hold_requests()
+    from megatron_dypo.config_io import load_config
+    from megatron_dypo.rollout.route import route as route_requests
+
+    route_requests(load_config(config, overrides or []).rollout)
 
 
 @app.command()

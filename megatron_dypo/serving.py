@@ -25,7 +25,7 @@ def push(run: Run) -> dict[str, float]:
     """Bring the servers to the weights of ``run.step``, and send requests to those alone; nothing to do without servers."""
     if run.bridge is None:
         return {}
-    before, leader = run.bridge.serving, run.leader
+    leader = run.leader
     # What a stream has in flight may end before the push or after it.
     recent = range(run.served_version, run.step + 1)
     if leader and leader.background:
@@ -35,7 +35,7 @@ def push(run: Run) -> dict[str, float]:
     if run.layout.is_global_leader:
         tally_push(run.tally, pushed)
     if run.router is not None:
-        run.router.move(before, run.bridge.serving)
+        run.router.serve(run.bridge.serving)
     if leader and leader.client and leader.background_client:
         leader.client.serve(run.bridge.serving, range(run.step, run.step + 1))
         serve = leader.background.serve if leader.background else leader.background_client.serve

@@ -11,7 +11,8 @@
 #   GPUS_PER_NODE          8
 #   TRAIN_PER_NODE         ranks on each trainer node; GPUS_PER_NODE, or half of it when colocated
 #   LOG_ROOT               folder for logs, runs/slurm
-#   ROUTER=1               put sglang-router in front of the servers; else the trainer sends to the least loaded one
+#   ROUTER=1               put sglang-router in front of the servers, on the first rollout node; else the trainer sends to
+#                          the least loaded one
 #   GRACE_S                seconds that the trainer gets to finish its step and save, 270; below the lead of --signal
 #   MAX_REQUEUES           50
 
@@ -85,6 +86,7 @@ divide_nodes() {
     TRAIN=("${NODES[@]:0:count-ROLLOUT_NODES}")
     ROLLOUT=("${NODES[@]:count-ROLLOUT_NODES}")
   fi
+  [ "${ROUTER:-0}:$ROLLOUT_NODES" != 1:0 ] || fail "ROUTER=1 needs ROLLOUT_NODES: servers of the run itself have none"
   OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
 }
 
@@ -225,9 +227,9 @@ start_rollouts() {
   mapfile -t urls < <(server_urls)
   OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]" "rollout.servers.urls_come_back=true")
   [ "${ROUTER:-0}" = 1 ] || return 0
-  start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m sglang_router.launch_router \
-    --host "${ROLLOUT[0]}" --port $((DYPO_PORT + 1)) --worker-urls "${urls[@]}"
   OVERRIDES+=("rollout.servers.router=http://${ROLLOUT[0]}:$((DYPO_PORT + 1))")
+  start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m megatron_dypo.cli route "$CONFIG" \
+    "${OVERRIDES[@]}"
 }
 
 start_trainer() {

@@ -22,6 +22,7 @@ from megatron_dypo.rollout.responses import (
     parse_group,
     request_body,
 )
+from megatron_dypo.rollout.router import NO_SERVER
 from megatron_dypo.types import Rollout, Tokens
 
 _CONNECT_S = 10.0
@@ -47,7 +48,7 @@ class SGLangClient:
     """Samples groups from one or several servers, or from one router.
 
     A server that refuses connections, or serves other weights than it should, gets no more requests until
-    :meth:`serve` names it again.
+    :meth:`serve` names it again; so does a router that refuses them, or has no server to ask.
 
     Use it as an async context manager around :meth:`generate`. One request samples a whole group, so that its prompt
     is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests:
@@ -199,6 +200,8 @@ class SGLangClient:
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise _AttemptError(f"{url}: {error!r}") from error
         message = f"{url}: HTTP {response.status}: {text[:500].decode(errors='replace')}"
+        if response.headers.get(NO_SERVER[0]) == NO_SERVER[1]:
+            raise self._lost(url, message)
         if response.status == 429 or response.status >= 500:
             raise _AttemptError(message)
         if response.status != 200:

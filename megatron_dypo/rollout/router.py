@@ -1,33 +1,64 @@
-"""A router (``sglang-router``) that requests go through, told which of its servers may get them."""
+"""A router (``sglang-router``) that requests go through, told which servers may get them."""
 
 from __future__ import annotations
 
 import logging
-import urllib.parse
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_dypo.rollout.probe import post_status
+from megatron_dypo.rollout.probe import request_json
+
+NO_SERVER = ("X-SMG-Error-Code", "no_available_workers")
+"""Header of an answer of a router that has no server to ask."""
+_POLL_S = 0.05
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Router:
-    """A router and the key that it asks for."""
+    """A router and the key that it and its servers ask for."""
 
     url: str
     api_key: str | None
+    deadline_s: float = 60.0
+    """Time that it gets to start, and to know its servers."""
 
-    def move(self, before: Iterable[str], after: Iterable[str]) -> None:
-        """Take out the servers that are in ``before`` alone, and in those that are in ``after`` alone.
+    def serve(self, servers: Iterable[str]) -> None:
+        """Have requests go to these servers, which answer, and to no others; returns when it is so.
 
-        A refusal goes to the log only: rollouts of other weights than they should be of are dropped wherever they come
-        from. ``POST /remove_worker?url=…`` and ``/add_worker?url=…`` are those of sglang-router 0.3.
+        A router that does not get there in time goes to the log only: rollouts of other weights than they should be of are
+        dropped wherever they come from. ``/workers`` is that of sglang-router 0.3, which queues what it is asked for.
         """
-        old, new = set(before), set(after)
-        for route, urls in (("remove_worker", old - new), ("add_worker", new - old)):
-            for url in sorted(urls):
-                status = post_status(f"{self.url}/{route}?url={urllib.parse.quote(url, safe='')}", self.api_key)
-                level = logging.INFO if status in (200, 202) else logging.WARNING
-                _log.log(level, "router %s: %s %s: %s", self.url, route, url, status or "no answer")
+        wanted, asked = set(servers), set[str]()
+        deadline = time.monotonic() + self.deadline_s
+        while (known := self._workers()) is None or known.keys() != wanted:
+            if time.monotonic() > deadline:
+                has = "does not answer" if known is None else f"has {sorted(known)}"
+                _log.warning("router %s %s after %g s, not %s", self.url, has, self.deadline_s, sorted(wanted))
+                return
+            if known is not None:
+                changes = (known.keys() ^ wanted) - asked
+                for url in sorted(changes):
+                    self._add(url) if url in wanted else self._remove(url, known[url])
+                asked |= changes
+            time.sleep(_POLL_S)
+
+    def _workers(self) -> dict[str, str] | None:
+        """URL → id of its servers; None while it does not answer."""
+        status, payload = request_json("GET", f"{self.url}/workers", self.api_key)
+        return {worker["url"]: worker["id"] for worker in payload["workers"]} if status == 200 else None
+
+    def _add(self, url: str) -> None:
+        body = {"url": url, "api_key": self.api_key}
+        status, _ = request_json("POST", f"{self.url}/workers", self.api_key, body)
+        self._log_answer(f"add {url}", status)
+
+    def _remove(self, url: str, worker_id: str) -> None:
+        status, _ = request_json("DELETE", f"{self.url}/workers/{worker_id}", self.api_key)
+        self._log_answer(f"remove {url}", status)
+
+    def _log_answer(self, request: str, status: int | None) -> None:
+        level = logging.INFO if status in (200, 202) else logging.WARNING
+        _log.log(level, "router %s: %s: %s", self.url, request, status or "no answer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,14 @@ def sample(body: dict[str, Any], index: int, **meta: Any) -> dict[str, Any]:
             **meta,
         },
     }
+
+
+_ABOUT = {"/health": {}, "/model_info": {"is_generation": True}, "/server_info": {"tp_size": 1}}
+"""What a router asks a server before it takes it."""
+
+
+async def _tell(answer: dict[str, Any], request: web.Request) -> web.Response:
+    return web.json_response(answer)
 
 
 class FakeSGLang:
@@ -70,6 +79,8 @@ class FakeSGLang:
     async def _start(self) -> None:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
+        for path, answer in _ABOUT.items():
+            app.router.add_get(path, functools.partial(_tell, answer))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, "127.0.0.1", 0)

@@ -39,14 +39,19 @@ def make_prompts(count: int) -> list[Prompt]:
 
 
 def make_client(
-    urls: Sequence[str], check: Callable[[], None] | None = None, *, router: str | None = None, **fields: Any
+    urls: Sequence[str],
+    check: Callable[[], None] | None = None,
+    *,
+    router: str | None = None,
+    api_key: str = "key",
+    **fields: Any,
 ) -> SGLangClient:
     def decode(tokens: Tokens) -> str:
         return " ".join(map(str, tokens))
 
     cfg = RolloutConfig(**{"max_new_tokens": 16, "request_deadline_s": 20.0, **fields})
     return SGLangClient(
-        urls, "key", cfg=cfg, decode=decode, stop_token_ids=(2, 5), check=check, router=router, backoff_s=0.02
+        urls, api_key, cfg=cfg, decode=decode, stop_token_ids=(2, 5), check=check, router=router, backoff_s=0.02
     )
 
 

@@ -1,0 +1,117 @@
+"""``megatron-dypo route``: the real router, in front of stand-ins for servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatron_dypo.config_serving import RolloutConfig, ServersConfig
+from megatron_dypo.rollout.collect import collect
+from megatron_dypo.rollout.launch import lease_port
+from megatron_dypo.rollout.probe import http_status
+from megatron_dypo.rollout.route import route, router_options
+from megatron_dypo.rollout.router import Router
+from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+from tests.unit.rollout.test_collect import make_client, make_prompts
+
+REPOSITORY = Path(__file__).parents[3]
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture
+def router_process(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    lease = lease_port("127.0.0.1", 31800)
+    url = f"http://127.0.0.1:{lease.port}"
+    servers = {"urls": ["http://127.0.0.1:9"], "router": url, "stop_grace_s": 1}
+    config = {"model": {"hf_path": str(tmp_path), "dtype": "float32"}, "data": {"prompts": ["none.jsonl"]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "rollout": {"servers": servers}}))
+    with (tmp_path / "router.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_dypo.cli", "route", str(tmp_path / "config.yaml")],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DYPO_SGLANG_API_KEY": KEY},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    wait_until(lambda: http_status(f"{url}/health", None) == 200, "the router answers", 60)
+    yield url, process
+    process.terminate()
+    process.wait(30)
+    lease.release()
+
+
+def test_the_router_shares_requests_among_the_servers_that_it_is_told_and_hands_the_key_on(
+    router_process: tuple[str, subprocess.Popen], tmp_path: Path
+) -> None:
+    url, process = router_process
+    with FakeSGLang(version="4") as one, FakeSGLang(version="4") as other:
+        client = make_client([one.url, other.url], router=url, api_key=KEY)
+        assert len(collect(make_prompts(2), client, group_size=2, progress=False)[1].unserved) == 2
+
+        Router(url, KEY).serve([one.url, other.url])
+        client.serve([one.url, other.url], range(4, 5))
+        groups, stats = collect(make_prompts(12), client, group_size=3, progress=False)
+        assert (len(groups), stats.retries) == (12, 0)
+        assert min(len(one.requests), len(other.requests)) >= 4
+        assert set(one.authorization + other.authorization) == {f"Bearer {KEY}"}
+
+        before = len(one.requests)
+        Router(url, KEY).serve([other.url])
+        assert len(collect(make_prompts(3), client, group_size=3, progress=False)[0]) == 3
+        assert (len(one.requests), len(other.requests)) == (before, 15 - before)
+    assert KEY not in " ".join(psutil.Process(process.pid).cmdline())
+    assert KEY not in (tmp_path / "router.log").read_text()
+
+
+def test_the_router_refuses_who_does_not_know_the_key(router_process: tuple[str, subprocess.Popen]) -> None:
+    url, _ = router_process
+    assert http_status(f"{url}/workers", KEY) == 200
+    for key in (None, "wrong"):
+        assert http_status(f"{url}/workers", key) == 401
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        body = json.dumps({"input_ids": [1]}).encode()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(f"{url}/generate", data=body, headers=headers), timeout=10)
+
+
+def test_a_dead_server_behind_the_router_costs_no_group(router_process: tuple[str, subprocess.Popen]) -> None:
+    url, _ = router_process
+    with FakeSGLang(lambda index, body: "die" if index == 1 else "ok") as mortal, FakeSGLang() as other:
+        Router(url, KEY).serve([mortal.url, other.url])
+        client = make_client([mortal.url, other.url], router=url, api_key=KEY)
+        assert len(collect(make_prompts(12), client, group_size=2, progress=False)[0]) == 12
+
+
+def test_requests_to_a_router_have_the_deadline_of_a_group_and_no_name_for_a_host() -> None:
+    cfg = RolloutConfig(request_deadline_s=12.5)
+    options = router_options(cfg, "http://localhost:31811", KEY)
+    assert (options["host"], options["port"], options["request_timeout_secs"]) == ("127.0.0.1", 31811, 13)
+
+
+@pytest.mark.parametrize(
+    "url", ["node9", "https://node9:1", "http://node9", "http://node9:1/path", "http://absent.invalid:1"]
+)
+def test_a_router_that_cannot_be_is_named(url: str) -> None:
+    with pytest.raises(ValueError, match=f"rollout.servers.router='{url}': "):
+        router_options(RolloutConfig(), url, KEY)
+
+
+def test_a_router_needs_the_key_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYPO_SGLANG_API_KEY", raising=False)
+    servers = ServersConfig(urls=("http://a:1",), router="http://127.0.0.1:31812")
+    with pytest.raises(ValueError, match="DYPO_SGLANG_API_KEY is not set"):
+        route(RolloutConfig(servers=servers))
+
+
+def test_a_config_without_a_router_starts_none() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.servers\.router is not set"):
+        route(RolloutConfig())
