@@ -86,12 +86,22 @@ serve() {
   exit "$status"
 }
 
+# Again when it dies: it keeps nothing, since every push of the trainer tells it the servers.
+route() {
+  local restarts=3
+  until "$@"; do
+    [ "$restarts" -gt 0 ] || exit 1
+    echo "node.sh: the router ended; starting it again ($restarts more times)" >&2
+    restarts=$((restarts - 1))
+  done
+}
+
 # Python blocks the signal by itself once it runs; until then it must not kill what starts.
 trap '' USR1
 case ${1:-} in
   preflight) preflight ;;
   rollout) serve "${@:2}" ;;
   trainer) train "${@:2}" ;;
-  router) exec "${@:2}" ;;
+  router) route "${@:2}" ;;
   *) echo "usage: node.sh preflight | rollout COMMAND... | trainer COMMAND... | router COMMAND..." >&2; exit 2 ;;
 esac

@@ -22,7 +22,7 @@ class Router:
 
     url: str
     api_key: str | None
-    deadline_s: float = 60.0
+    deadline_s: float = 30.0
     """Time that it gets to start, and to know its servers."""
 
     def serve(self, servers: Iterable[str]) -> None:

@@ -101,7 +101,7 @@ def test_a_70b_job_trains_a_tiny_model_on_two_trainer_nodes_and_a_rollout_node(s
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_job_with_a_router_uses_the_servers_of_all_nodes_and_shows_nobody_their_key(slurm, task, tmp_path):
+def test_a_job_with_a_router_uses_all_servers_shows_nobody_their_key_and_outlives_it(slurm, task, tmp_path):
     job = submit(slurm, task, tmp_path, "run.steps=6", nodes=3, rollout_nodes=2, ROUTER="1")
     job.wait_until(lambda: 2 in steps_of(tmp_path), "step 2", DEADLINE_S)
     router = job_process(job, "megatron_dypo.cli", "route")
@@ -110,8 +110,10 @@ def test_a_job_with_a_router_uses_the_servers_of_all_nodes_and_shows_nobody_thei
     assert [http_status(f"{url}/workers", known) for known in (key, None)] == [200, 401]
     for process in psutil.process_iter(["cmdline"]):
         assert key not in " ".join(process.info["cmdline"] or []), process
+    router.kill()
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
     assert sorted(steps_of(tmp_path)) == list(range(1, 7))
+    assert "starting it again" in (job.logs / "latest" / "router.node2.log").read_text()
     for node in ("node2", "node3"):
         assert "Prefill batch" in (job.logs / "latest" / f"rollout.{node}" / "sglang_0.log").read_text()
     for path in tmp_path.rglob("*"):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,40 +11,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from megatron_dypo.config_serving import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.collect import collect
-from megatron_dypo.rollout.launch import lease_port
 from megatron_dypo.rollout.probe import http_status
 from megatron_dypo.rollout.route import route, router_options
 from megatron_dypo.rollout.router import Router
-from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+from tests.routers import running_router
+from tests.unit.rollout.fake_sglang import FakeSGLang
 from tests.unit.rollout.test_collect import make_client, make_prompts
 
-REPOSITORY = Path(__file__).parents[3]
 KEY = "0123456789abcdef"
 
 
 @pytest.fixture
 def router_process(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    lease = lease_port("127.0.0.1", 31800)
-    url = f"http://127.0.0.1:{lease.port}"
-    servers = {"urls": ["http://127.0.0.1:9"], "router": url, "stop_grace_s": 1}
-    config = {"model": {"hf_path": str(tmp_path), "dtype": "float32"}, "data": {"prompts": ["none.jsonl"]}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "rollout": {"servers": servers}}))
-    with (tmp_path / "router.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dypo.cli", "route", str(tmp_path / "config.yaml")],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "DYPO_SGLANG_API_KEY": KEY},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    wait_until(lambda: http_status(f"{url}/health", None) == 200, "the router answers", 60)
-    yield url, process
-    process.terminate()
-    process.wait(30)
-    lease.release()
+    with running_router(tmp_path, ["http://127.0.0.1:9"], KEY) as started:
+        yield started
 
 
 def test_the_router_shares_requests_among_the_servers_that_it_is_told_and_hands_the_key_on(
