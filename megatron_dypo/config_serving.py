@@ -18,7 +18,8 @@ class ServersConfig:
     """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
     for one until ``weights.deadline_s``."""
     router: str | None = None
-    """A router in front of ``urls``: requests go to it, pushes of weights still to each server."""
+    """A router (sglang-router, as ``megatron-dypo route`` runs it) in front of ``urls``: requests go to it, pushes of weights
+    still to each server. The trainer tells it which of them hold the weights of the last push."""
     count: int = 1
     tensor_parallel: int = 1
     """SGLang's ``--tp-size`` of each server."""

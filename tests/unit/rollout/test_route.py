@@ -15,6 +15,7 @@ import pytest
 from megatron_dypo.config_serving import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.probe import http_status
+from megatron_dypo.rollout.responses import request_body
 from megatron_dypo.rollout.route import route, router_options
 from megatron_dypo.rollout.router import Router
 from tests.routers import running_router
@@ -51,6 +52,18 @@ def test_the_router_shares_requests_among_the_servers_that_it_is_told_and_hands_
         assert (len(one.requests), len(other.requests)) == (before, 15 - before)
     assert KEY not in " ".join(psutil.Process(process.pid).cmdline())
     assert KEY not in (tmp_path / "router.log").read_text()
+
+
+def test_a_request_arrives_with_all_that_it_asks_for(router_process: tuple[str, subprocess.Popen]) -> None:
+    """The router reads it into a type of its own, and would drop a field that this does not have."""
+    url, _ = router_process
+    (prompt,) = make_prompts(1)
+    with FakeSGLang() as server:
+        Router(url, KEY).serve([server.url])
+        client = make_client([server.url], router=url, api_key=KEY, temperature=0.7, top_p=0.9, top_k=50)
+        assert len(collect([prompt], client, group_size=3, progress=False)[0]) == 1
+        (arrived,) = server.requests
+    assert request_body(prompt.tokens, client.sampling(3)).items() <= arrived.items()
 
 
 def test_the_router_refuses_who_does_not_know_the_key(router_process: tuple[str, subprocess.Popen]) -> None:
