@@ -35,6 +35,13 @@ class SlurmHost:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
+    def wait_until_idle(self, deadline_s: float = 180.0) -> None:
+        """Until a job may get any node; one that ended badly holds its nodes for a while."""
+        deadline = time.monotonic() + deadline_s
+        while set(states := self.call("sinfo", "--noheader", "--Node", "--format=%t").split()) != {"idle"}:
+            assert time.monotonic() < deadline, f"nodes after {deadline_s:g} s: {states}"
+            time.sleep(0.2)
+
     def submit(self, folder: Path, script: str, *overrides: str, nodes: int, options=(), **environment: str) -> Job:
         """``sbatch slurm/<script>`` on nodes of 2 GPUs, with this interpreter's environment; logs are in ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
