@@ -124,9 +124,11 @@ class Verifier:
             if worker.is_overdue():
                 error = f"no verdict within deadline_s={self._cfg.deadline_s:g}"
                 done += self._bury(worker, todo, error)
-            elif worker.connection.poll() and not worker.is_ready:
+            elif not worker.connection.poll():
+                continue
+            elif not worker.is_ready:
                 self._await_start(worker)
-            elif worker.connection.poll():
+            else:
                 try:
                     index, (is_correct, reward, problem) = worker.receive()
                     done.append((index, Verdict(is_correct=is_correct, reward=reward, error=problem)))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,34 @@ def test_a_process_that_dies_while_idle_costs_nothing() -> None:
         after = verifier.verify([("", "")] * 5)
     assert all(v.error is None for v in after)
     assert before.reward not in {v.reward for v in after}
+
+
+class _Late:
+    """A connection on which a message comes just after the first look."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._looks = connection, 0
+        self.recv, self.send, self.close, self.fileno = (
+            connection.recv,
+            connection.send,
+            connection.close,
+            connection.fileno,
+        )
+
+    def poll(self, timeout_s: float = 0.0) -> bool:
+        self._looks += 1
+        return self._connection.poll(None) and self._looks > 1
+
+
+def test_a_process_that_is_ready_between_two_looks_is_not_taken_for_a_verdict() -> None:
+    with Verifier(_config(workers=1)) as verifier:
+        (first,) = verifier._workers
+        first.stop()
+        second = verifier._new_worker()
+        second.connection = _Late(second.connection)
+        verifier._workers = [second]
+        (verdict,) = verifier.verify([("x", "x")])
+    assert verdict.is_correct
 
 
 def test_results_become_correctness_and_reward() -> None:
