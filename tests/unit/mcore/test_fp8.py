@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_dypo.architecture import Architecture
 from megatron_dypo.batching.pack import alignment
 from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.config_fp8 import Fp8Config
@@ -13,26 +12,11 @@ from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.features import Features, fp8_obstacles, require_fp8
 from megatron_dypo.mcore.model import transformer_config
 from megatron_dypo.parallel.rules import check_fp8_sizes
+from tests.unit.weights.architectures import make_arch
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HOPPER, ADA, BLACKWELL, GEFORCE_BLACKWELL, AMPERE = (9, 0), (8, 9), (10, 0), (12, 0), (8, 0)
-ARCH = Architecture(
-    family="llama",
-    num_layers=4,
-    hidden_size=512,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    ffn_hidden_size=1024,
-    vocab_size=131,
-    max_position_embeddings=512,
-    norm_epsilon=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    tied_embeddings=False,
-    qkv_bias=False,
-    qk_norm=False,
-)
+ARCH = make_arch(hidden_size=512, head_dim=64, ffn_hidden_size=1024, vocab_size=131, max_position_embeddings=512)
 
 
 def config_of(settings, **axes):

@@ -6,28 +6,15 @@ import pytest
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.architecture import Experts
 from megatron_dypo.config import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
 from megatron_dypo.mcore.model import transformer_config
 from megatron_dypo.parallel.rules import check_layout
+from tests.unit.weights.architectures import make_arch
 
-ARCH = Architecture(
-    family="qwen2",
-    num_layers=12,
-    hidden_size=56,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    head_dim=8,
-    ffn_hidden_size=96,
-    vocab_size=131,
-    max_position_embeddings=512,
-    norm_epsilon=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    tied_embeddings=False,
-    qkv_bias=True,
-    qk_norm=False,
+ARCH = make_arch(
+    "qwen2", num_layers=12, hidden_size=56, num_attention_heads=28, head_dim=8, ffn_hidden_size=96, vocab_size=131
 )
 
 
