@@ -159,6 +159,8 @@ class StandInEngine(FakeServer):
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        for pipe in self.pipes:
+            pipe.recv()  # it is ready: a server answers only then
 
     def stop_ranks(self) -> None:
         for process in self.processes:
@@ -215,6 +217,7 @@ def _serve_rank(pipe: Connection, shapes: Shapes, prepare: Prepare | None) -> No
     if prepare is not None:
         prepare()
     model = Bag(shapes)
+    pipe.send(None)
     while True:
         try:
             command, argument = pipe.recv()

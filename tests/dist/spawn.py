@@ -1,4 +1,7 @@
-"""Run a function on N ranks: real processes over gloo, each with one thread, a deadline and its own rendezvous."""
+"""Run a function on N ranks: real processes over gloo, each with one thread, a deadline and its own rendezvous.
+
+They are forked from a process that has imported Megatron and has done nothing else: the import takes longer than most tests.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -35,14 +38,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
     """
     # The parent keeps the store, as torchrun's agent does, so that no port is chosen before it is bound.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.dist.preloaded"])
     processes, pipes = [], []
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)
         # Not daemonic: Megatron's checkpoint writer starts processes of its own.
-        process = context.Process(target=_run, args=(sending, function, args))
-        with _environment(rank, world_size, store.port):
-            process.start()
+        process = context.Process(
+            target=_run, args=(sending, _environment(rank, world_size, store.port), function, args)
+        )
+        process.start()
         sending.close()
         processes.append(process)
         pipes.append(receiving)
@@ -57,8 +62,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
             process.join()
 
 
-def _run(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
     try:
         features.shield_imports()
         pipe.send((True, function(*args)))
@@ -92,10 +101,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-@contextlib.contextmanager
-def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """A spawned process copies the environment when it starts, before it imports torch."""
-    ours = {
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """This process's, and what torchrun adds to it."""
+    added = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": world_size,
@@ -105,10 +113,4 @@ def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
         "TORCHELASTIC_RESTART_COUNT": 0,
         "OMP_NUM_THREADS": 1,
     }
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in ours.items()})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return {**os.environ, **{name: str(value) for name, value in added.items()}}
