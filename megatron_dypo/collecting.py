@@ -13,7 +13,7 @@ from megatron_dypo.progress import Progress, progress
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, sample_row
-from megatron_dypo.scoring import score_early
+from megatron_dypo.scoring import score_early, scores_batch_by_batch
 from megatron_dypo.serving import push, sample
 from megatron_dypo.tally import tally_groups
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Treatment
@@ -37,7 +37,7 @@ def fill_queues(run: Run) -> None:
 
 def _fill_in_rounds(run: Run) -> list[SampleRow]:
     batching, rows, rounds = run.config.batching, list[SampleRow](), 0
-    while rounds < batching.max_collect_rounds and _count(run, None, 0).waiting < batching.prompts_per_batch:
+    while rounds < batching.max_collect_rounds and _count(run).waiting < batching.prompts_per_batch:
         groups = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
         if run.leader:
             rows += _admit(run, run.leader, _graded(run, run.leader, groups))
@@ -82,10 +82,10 @@ def _fill_from_stream(run: Run) -> list[SampleRow]:
 
 def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, counts: _Counts) -> None:
     """Make use of the wait for the rest of a batch: score what came in, once that is worth a forward pass."""
-    config = run.config
-    missing = config.batching.prompts_per_batch - counts.waiting
-    if config.rollout.mode == "async" and config.score.policy == "trainer":
-        missing = min(missing, math.ceil(_SCORED_AT_ONCE * config.batching.prompts_per_batch) - counts.unscored)
+    batch = run.config.batching.prompts_per_batch
+    missing = batch - counts.waiting
+    if scores_batch_by_batch(run.config):
+        missing = min(missing, math.ceil(_SCORED_AT_ONCE * batch) - counts.unscored)
     if missing <= 0:
         score_early(run)
     elif stream:
@@ -218,7 +218,7 @@ class _Counts:
         return _Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
-def _count(run: Run, stream: RolloutStream[GradedGroup] | None, seen: int) -> _Counts:
+def _count(run: Run, stream: RolloutStream[GradedGroup] | None = None, seen: int = 0) -> _Counts:
     """The same on every rank; ``stream`` and ``seen`` are the leader's own."""
     counts = _Counts()
     if run.leader:

@@ -12,11 +12,17 @@ import numpy as np
 
 from megatron_dypo.batching.exchange import broadcast_samples
 from megatron_dypo.batching.queues import without_arrays
+from megatron_dypo.config import Config
 from megatron_dypo.mcore.score import sequence_logprobs
 from megatron_dypo.run import Run
 from megatron_dypo.stages import Batch
 from megatron_dypo.tally import tally_score_error
 from megatron_dypo.types import Floats, Sample
+
+
+def scores_batch_by_batch(config: Config) -> bool:
+    """Whether the trainer scores what enters the next updates, and no more: asynchronous runs with log-probs of their own."""
+    return config.rollout.mode == "async" and config.score.policy == "trainer"
 
 
 def score(run: Run) -> None:
@@ -28,9 +34,8 @@ def score(run: Run) -> None:
     """
     unscored = None
     if run.leader:
-        scores_by_itself = run.config.rollout.mode == "async" and run.config.score.policy == "trainer"
         queues = run.leader.queues
-        unscored = queues.not_scored_by(run.step) if scores_by_itself else queues.unscored()
+        unscored = queues.not_scored_by(run.step) if scores_batch_by_batch(run.config) else queues.unscored()
     _score(run, unscored)
 
 

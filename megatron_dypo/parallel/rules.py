@@ -1,7 +1,8 @@
 """Which layouts are refused for a model, and why: before anything is built, without torch and Megatron.
 
-Rules between the axes alone are those of ``ParallelConfig``, of layers and stages those of ``PipelineCut``; that between axes and world is in ``init_layout``. What
-Megatron allows but gets wrong is not offered: the model's settings choose p2p for interleaving that is not batched.
+Rules between the axes alone are those of ``ParallelConfig``, of layers and stages those of ``PipelineCut``; that between axes
+and world is in ``init_layout``. What Megatron allows but gets wrong is not offered: the model's settings choose p2p for
+interleaving that is not batched.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S" (without
 NVLink: its GPUs talk over PCIe); the A800 is an A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at 400 GB/s (both
-directions together). Memory is what the driver reports
-as total, which is less than the name. Network: one port of the customary DGX/HGX node for each GPU (200 Gbit/s beside Ampere
-and Ada, 400 Gbit/s after them). The share that kernels reach is no vendor's figure, see ``docs/planning.md``.
+directions together). Memory is what the driver reports as total, which is less than the name. Network: one port of the
+customary DGX/HGX node for each GPU (200 Gbit/s beside Ampere and Ada, 400 Gbit/s after them). The share that kernels reach is
+no vendor's figure, see ``docs/planning.md``.
 """
 
 from __future__ import annotations

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.planning.activations import FP32
 from megatron_dypo.weights.families.registry import table
 from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
 from megatron_dypo.weights.quantized_names import Quantization, is_quantized, scale_shape
-
-FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
