@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.batching.pack import pack, plan_microbatches, row_length
-from megatron_dypo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore import features
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.layout import Layout, close, init_layout

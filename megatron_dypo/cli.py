@@ -22,7 +22,7 @@ def _about() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file with the sections of megatron_dypo.config.Config.")],
+    config: Annotated[Path, typer.Argument(help="YAML file with the sections of megatron_dypo.config.tree.Config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, print, stop.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="In a dry run, a missing file is an error too.")] = False,
@@ -33,7 +33,7 @@ def train(
     ranks finish the step, write a checkpoint and end with status 75: the same command goes on from there.
     """
     hold_requests()  # before torch starts threads
-    from megatron_dypo.config_io import dump_config, load_config
+    from megatron_dypo.config.load import dump_config, load_config
     from megatron_dypo.launch import check_inputs, launch
 
     resolved = load_config(config, overrides or [])
@@ -63,7 +63,7 @@ def serve(
     They are what `rollout.servers` describes. The API key comes from the environment variable that it names.
     """
     hold_requests()
-    from megatron_dypo.config_io import load_config
+    from megatron_dypo.config.load import load_config
     from megatron_dypo.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
     from megatron_dypo.rollout.process import ServerDiedError
@@ -92,7 +92,7 @@ def route(
     It is sglang-router. The API key comes from the environment variable that `rollout.servers` names.
     """
     hold_requests()
-    from megatron_dypo.config_io import load_config
+    from megatron_dypo.config.load import load_config
     from megatron_dypo.rollout.route import route as route_requests
 
     route_requests(load_config(config, overrides or []).rollout)
@@ -113,7 +113,7 @@ def plan(
 
     Exit code 1: it does not fit, or the GPU cannot run it.
     """
-    from megatron_dypo.config_io import load_config
+    from megatron_dypo.config.load import load_config
     from megatron_dypo.planning.devices import find_gpu
     from megatron_dypo.planning.plan import as_data, make_plan
     from megatron_dypo.planning.report import render
@@ -165,7 +165,7 @@ def plan_refit(
 
     Reads the config and MODEL/config.json; needs neither weights nor servers.
     """
-    from megatron_dypo.config_io import load_config
+    from megatron_dypo.config.load import load_config
     from megatron_dypo.plan_refit import RefitOptions, plan_of_config, refusal_of_training
     from megatron_dypo.weights.refit_summary import summarize, to_json, to_text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
-from megatron_dypo.config import Config
+from megatron_dypo.config.tree import Config
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 from megatron_dypo.preemption import PREEMPTED_STATUS
 from megatron_dypo.processes import end_with_parent

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from megatron_dypo.config import LoggingConfig
+from megatron_dypo.config.tree import LoggingConfig
 from megatron_dypo.metric_names import lookup
 
 METRICS_FILE = "metrics.jsonl"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_dypo.architecture import load_architecture
-from megatron_dypo.config import Config, ParallelConfig
+from megatron_dypo.config.rules import require
+from megatron_dypo.config.tree import Config, ParallelConfig
 from megatron_dypo.launch import num_processes
 from megatron_dypo.parallel.rules import check_layout
-from megatron_dypo.rules import require
 from megatron_dypo.weights.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
 from megatron_dypo.weights.quantized_names import Quantization
 

@@ -18,8 +18,8 @@ import yaml
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
-from megatron_dypo.config import Config
-from megatron_dypo.config_io import changed_lines, dump_config
+from megatron_dypo.config.load import changed_lines, dump_config
+from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts, PromptDataset, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_dypo.batching.exchange import broadcast_samples
 from megatron_dypo.batching.queues import without_arrays
-from megatron_dypo.config import Config
+from megatron_dypo.config.tree import Config
 from megatron_dypo.mcore.score import sequence_logprobs
 from megatron_dypo.run import Run
 from megatron_dypo.stages import Batch

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.collecting import fill_queues
-from megatron_dypo.config import Config
+from megatron_dypo.config.tree import Config
 from megatron_dypo.evaluate import evaluate
 from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
 from megatron_dypo.mcore.fp8 import named_values

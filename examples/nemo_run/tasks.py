@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import nemo_run as run
 from recipes import Recipe
 
-from megatron_dypo.rules import require
+from megatron_dypo.config.rules import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dypo.config import DataFieldsConfig
+from megatron_dypo.config.data import DataFieldsConfig
 from megatron_dypo.data.files import RowFile, open_rows
 from megatron_dypo.data.rows import BadRow, PromptRow, parse_row
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dypo.config import DataConfig
+from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.data.tokenizers import Tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.config import DataFieldsConfig
+from megatron_dypo.config.data import DataFieldsConfig
 from megatron_dypo.data.chat import Message
 
 

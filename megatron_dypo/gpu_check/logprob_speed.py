@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dypo.config.rules import require_positive
 from megatron_dypo.objective.fused_logprobs import fused_logprobs
 from megatron_dypo.parallel import device
-from megatron_dypo.rules import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_dypo.config import ParallelConfig
-from megatron_dypo.config_fp8 import Fp8Config
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.gpu_check.logprob_speed import ProjectionSizes, measure_logprobs
 from megatron_dypo.gpu_check.synthetic import CheckSizes
 from megatron_dypo.parallel.layout import Layout, close, init_layout

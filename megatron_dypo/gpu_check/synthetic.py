@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.rules import require, require_positive
+from megatron_dypo.config.rules import require, require_positive
 from megatron_dypo.types import Sample, Totals, Treatment
 
 GROUP_SIZE, NUM_CORRECT = 8, 3

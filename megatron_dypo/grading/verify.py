@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from types import TracebackType
 
-from megatron_dypo.config import GradingConfig
+from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.processes import WorkerDied, WorkerProcess
 from megatron_dypo.grading.tiers import grade_tier
 from megatron_dypo.progress import Progress, progress

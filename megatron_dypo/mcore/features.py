@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config_fp8 import Fp8Config, Recipe, dotted, missing_capability
+from megatron_dypo.config.fp8 import Fp8Config, Recipe, dotted, missing_capability
+from megatron_dypo.config.rules import require
 from megatron_dypo.parallel import device
-from megatron_dypo.rules import require
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -83,7 +83,7 @@ def probe() -> Features:
 def fp8_obstacles(
     *, engine: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
 ) -> dict[str, str]:
-    """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config_fp8.CAPABILITIES`) and
+    """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config.fp8.CAPABILITIES`) and
     Megatron (``fp8_utils.get_fp8_recipe``).
 
     Args:

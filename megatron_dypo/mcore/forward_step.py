@@ -14,7 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.mcore.attention import packed_seq_params
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.router import begin_update

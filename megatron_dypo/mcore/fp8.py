@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 
-from megatron_dypo.config_fp8 import Fp8Config
+from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.mcore.chunks import named_global_parameters
 
 

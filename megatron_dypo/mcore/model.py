@@ -29,7 +29,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config import ModelConfig, ParallelConfig
+from megatron_dypo.config.tree import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import checkpoint, fp8
 from megatron_dypo.mcore.chunks import DTYPES
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8

@@ -32,7 +32,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_dypo.architecture import Experts
-from megatron_dypo.config import ParallelConfig
+from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.parallel.device import device
 
 

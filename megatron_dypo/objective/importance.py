@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dypo.config_objective import ImportanceConfig
+from megatron_dypo.config.objective import ImportanceConfig
 from megatron_dypo.objective.sequences import Sequences
 
 

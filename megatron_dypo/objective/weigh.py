@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.advantage import group_advantages
 from megatron_dypo.objective.gal import GalStatistics, gal_coefficients, gal_statistics
 from megatron_dypo.types import Sample, TokenWeights, Totals

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_dypo.config import ParallelConfig
+from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.parallel import device
 
 

@@ -8,9 +8,9 @@ interleaving that is not batched.
 from __future__ import annotations
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config import ParallelConfig
-from megatron_dypo.config_fp8 import Fp8Config
-from megatron_dypo.rules import require
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.rules import require
+from megatron_dypo.config.tree import ParallelConfig
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:

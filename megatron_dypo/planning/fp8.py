@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.batching.flops import sequence_cost
-from megatron_dypo.config import ParallelConfig
-from megatron_dypo.config_fp8 import Fp8Config, Recipe
+from megatron_dypo.config.fp8 import Fp8Config, Recipe
+from megatron_dypo.config.tree import ParallelConfig
 
 _ONE_LAYOUT = ((10, 0), (12, 0))
 """Compute capabilities, the upper one excluded, whose GEMMs take FP8 operands in any layout."""

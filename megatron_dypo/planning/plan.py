@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.config_fp8 import CAPABILITIES, missing_capability
+from megatron_dypo.config.fp8 import CAPABILITIES, missing_capability
 from megatron_dypo.planning.devices import GPUS
 from megatron_dypo.planning.footprint import Footprint, fullest
 from megatron_dypo.planning.memory import reference_bytes, trainer_footprints

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.planning.serving import decode_step_s, make_engine, prefill_s
 from megatron_dypo.planning.setting import Setting
 

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture, load_architecture
-from megatron_dypo.config import Config
+from megatron_dypo.config.rules import require
+from megatron_dypo.config.tree import Config
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
-from megatron_dypo.rules import require
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """``ModelConfig.dtype`` → bytes of an element."""

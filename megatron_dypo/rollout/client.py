@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.responses import (
     IncompleteGroupError,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 
 WEIGHT_LOADER = "megatron_dypo.weights.receiver.load"
 """What servers import to receive planned pushes."""

@@ -13,7 +13,7 @@ import socket
 import urllib.parse
 from typing import Any
 
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig
 
 
 def route(cfg: RolloutConfig) -> None:

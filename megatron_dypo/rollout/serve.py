@@ -11,8 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dypo.config import Config
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.rollout.launch import lease_port
 from megatron_dypo.rollout.servers import start_servers
 

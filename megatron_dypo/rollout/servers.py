@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.launch import available_cores, lease_port, link_package, server_command, server_environment
 from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerProcess

@@ -24,7 +24,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config_serving import WeightsConfig
+from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.engines import Engines, PushReport, Watch, answering

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.config.rules import require
 from megatron_dypo.parallel.cut import PipelineCut
 from megatron_dypo.progress import progress
-from megatron_dypo.rules import require
 from megatron_dypo.weights.families.registry import family_rows, stacked_shape, state_keys, stored_key
 from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.folders import new_folder

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.config.rules import require, require_positive
 from megatron_dypo.parallel.cut import PipelineCut
-from megatron_dypo.rules import require, require_positive
 from megatron_dypo.weights.families.registry import table
 from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
 from megatron_dypo.weights.rectangles import Rectangle, matrix_shape

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.rules import require, require_positive
+from megatron_dypo.config.rules import require, require_positive
 from megatron_dypo.weights.families.table import LAYER
 from megatron_dypo.weights.held import SourceLayout
 from megatron_dypo.weights.quantized_names import BLOCK, Quantization, scale_name, scale_shape

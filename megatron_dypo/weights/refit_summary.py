@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.rules import require
+from megatron_dypo.config.rules import require
 from megatron_dypo.weights.plan import RefitPlan
 
 _LARGEST = 8

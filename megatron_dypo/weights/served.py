@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.rules import require, require_positive
+from megatron_dypo.config.rules import require, require_positive
 from megatron_dypo.weights.families.table import LAYER
 from megatron_dypo.weights.rectangles import Rectangle
 

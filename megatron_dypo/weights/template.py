@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_dypo.rules import require
+from megatron_dypo.config.rules import require
 from megatron_dypo.weights.families.table import LAYER
 from megatron_dypo.weights.quantized_names import BLOCK, Quantization, is_quantized
 from megatron_dypo.weights.rectangles import Rectangle, overlaps

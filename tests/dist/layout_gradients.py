@@ -57,7 +57,7 @@ def rank_rows(rows, ports, paths, groups, objectives):
 
 def _row(row, port, path, groups, objectives):
     from megatron_dypo.architecture import load_architecture
-    from megatron_dypo.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.parallel.layout import close, init_layout

@@ -7,18 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dypo.config import (
-    BatchingConfig,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    ScoreConfig,
-)
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.objective import ObjectiveConfig, ScoreConfig
+from megatron_dypo.config.tree import BatchingConfig, CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from tests.unit.objective_cases import random_groups
 
 PROMPTS = 4

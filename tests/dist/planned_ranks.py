@@ -74,7 +74,7 @@ class Allocations(TorchDispatchMode):
 
 def rank_push(push: Push) -> list[dict[str, Any]]:
     """One push for each seed; what each came to."""
-    from megatron_dypo.config_serving import WeightsConfig
+    from megatron_dypo.config.refit import WeightsConfig
     from megatron_dypo.weights.bridge import Bridge
     from megatron_dypo.weights.transports.base import PushError
 

@@ -27,8 +27,8 @@ def rank_push(
 ) -> tuple[tuple[str, int], list[list[str]]]:
     """A push by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.architecture import load_architecture
-    from megatron_dypo.config import ModelConfig, ParallelConfig
-    from megatron_dypo.config_serving import WeightsConfig
+    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.refit import WeightsConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout

@@ -15,7 +15,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.parallel.layout import close, init_layout
 
     layout = init_layout(ParallelConfig(**axes))
@@ -46,7 +46,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
 def rank_with_a_fault() -> None:
     import torch.distributed as dist
 
-    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.parallel.layout import close, init_layout
 
     with contextlib.ExitStack() as stack:
@@ -58,7 +58,7 @@ def rank_with_a_fault() -> None:
 
 
 def rank_too_few(axes: dict[str, int]) -> str:
-    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.parallel.layout import init_layout
 
     with pytest.raises(ValueError, match="=") as error:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_dypo.config import ObjectiveConfig
-from megatron_dypo.config_objective import ImportanceConfig
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.objective import ImportanceConfig
 from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.types import Treatment
 from tests.dist.layout_gradients import Row, rank_rows

@@ -14,7 +14,7 @@ import torch
 
 from megatron_dypo.batching.pack import alignment, pack, padded_lengths, row_length, sequence_alignment
 from megatron_dypo.batching.zigzag import shard
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from tests.dist.literal_objective import float64_model, hf_gradients, response_logp
 from tests.dist.spawn import run_ranks
 from tests.dist.test_logits import rank_logits, rows
@@ -73,7 +73,7 @@ def _path(root):
 def rank_scores(path, axes, samples):
     """Log-probs of the samples, all of which the first replica holds."""
     from megatron_dypo.architecture import load_architecture
-    from megatron_dypo.config import ModelConfig, ParallelConfig
+    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.score import sequence_logprobs
     from megatron_dypo.parallel.layout import close, init_layout
@@ -112,7 +112,7 @@ def balance_samples():
 def rank_balance_gradients(path, axes):
     """Gradients of the load-balancing loss alone, as every token weight is zero; the gradient norm; the metric."""
     from megatron_dypo.architecture import load_architecture
-    from megatron_dypo.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights

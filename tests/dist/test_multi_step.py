@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.types import Treatment
 from tests.dist.literal_objective import literal_loss, log_ratios, response_logp
 from tests.dist.multi_step import MODES, PROMPTS, config_of, rank_train

@@ -17,7 +17,7 @@ OPTIMIZERS = ("plain", "distributed")
 
 
 def rank_observe(path: str, root: str) -> dict[str, Any]:
-    from megatron_dypo.config import ParallelConfig
+    from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.parallel.layout import close, init_layout
 
     parallel = ParallelConfig()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.servers import ServerPool, start_servers
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.config_io import load_config
+from megatron_dypo.config.load import load_config
 from megatron_dypo.launch import launch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.probe import http_status

@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, target: Target, **axes: int) -> None:
         """``axes``: of the trainer, TP2 × PP2 if none is given."""
         from megatron_dypo.architecture import load_architecture
-        from megatron_dypo.config import ModelConfig, ParallelConfig
+        from megatron_dypo.config.tree import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
         from megatron_dypo.parallel.layout import init_layout
 
@@ -63,7 +63,7 @@ class Trainer:
         return named_global_parameters(self.chunks)
 
     def bridge(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
-        from megatron_dypo.config_serving import WeightsConfig
+        from megatron_dypo.config.refit import WeightsConfig
         from megatron_dypo.weights.bridge import Bridge
 
         return Bridge(

@@ -27,8 +27,8 @@ def target(sglang_servers, tmp_path_factory):
 def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
     """Load ``model`` and push it twice, the second time over the connections of the first."""
     from megatron_dypo.architecture import load_architecture
-    from megatron_dypo.config import ModelConfig, ParallelConfig
-    from megatron_dypo.config_serving import WeightsConfig
+    from megatron_dypo.config.refit import WeightsConfig
+    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout

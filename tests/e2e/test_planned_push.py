@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.servers import start_servers
 from tests.dist.spawn import run_ranks
 from tests.e2e.pushing_ranks import PROMPT, Target, Trainer, ask, checksums_by_rank

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_dypo.config_serving import RolloutConfig, ServersConfig
+from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.probe import log_probs_are_untempered
@@ -199,7 +199,7 @@ def test_a_trainer_that_is_killed_leaves_no_process_of_its_server(model_path: Pa
     code = f"""
 import signal
 from pathlib import Path
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.servers import start_servers
 cfg = ServersConfig(port=31000)
 start_servers(cfg, Path({str(model_path)!r}), "float32", Path({str(tmp_path)!r}), seed=1, device="cpu")

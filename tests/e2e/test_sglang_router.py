@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.router import Router

@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from megatron_dypo.architecture import Architecture
-from megatron_dypo.config import BatchingConfig, Config, DataConfig, ModelConfig, ParallelConfig
-from megatron_dypo.config_io import load_config
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.load import load_config
+from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, ParallelConfig
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.setting import Assumptions, Setting, make_setting
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.config import Config, DataConfig, ModelConfig
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.tree import Config, ModelConfig
 from megatron_dypo.launch import check_inputs
 
 MISTRAL = {

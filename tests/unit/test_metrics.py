@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dypo.config import LoggingConfig
+from megatron_dypo.config.tree import LoggingConfig
 from megatron_dypo.metric_names import METRICS, lookup, markdown
 from megatron_dypo.metrics import MetricsWriter, Timings, read_metrics, summary_line, wandb_run_id
 

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
-from megatron_dypo.config_io import load_config
+from megatron_dypo.config.load import load_config
 from megatron_dypo.plan_refit import RefitOptions, plan_of_config
 from megatron_dypo.weights.plan import EngineLayout, SourceLayout
 from tests.unit.weights.big_models import QWEN3_235B_A22B

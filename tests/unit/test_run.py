@@ -3,7 +3,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_dypo.batching.queues import Queues, dump_samples
-from megatron_dypo.config import Config, DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, RunConfig
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.tree import Config, EvalConfig, ModelConfig, RunConfig
 from megatron_dypo.objective.recipes.registry import build_objective
 from tests.unit.objective_cases import random_groups
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.metrics import Timings
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.serving import push, sample

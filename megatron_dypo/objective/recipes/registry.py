@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.dypo import Dypo
 from megatron_dypo.objective.recipes.grpo import Grpo

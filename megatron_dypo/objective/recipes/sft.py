@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.base import WeighedGroup
 from megatron_dypo.objective.weigh import sft_weights
 from megatron_dypo.types import Sample, Tier, Totals, Treatment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.base import Objective, WeighedGroup
 from megatron_dypo.objective.recipes.grpo import Grpo
 from megatron_dypo.objective.recipes.sft import Sft

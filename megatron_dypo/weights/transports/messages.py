@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dypo.rules import require
+from megatron_dypo.config.rules import require
 from megatron_dypo.weights.plan import Transfer
 
 _ALIGN = 16

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples, oldest
-from megatron_dypo.config import BatchingConfig
+from megatron_dypo.config.tree import BatchingConfig
 from megatron_dypo.types import TokenWeights, Treatment
 from tests.unit.objective_cases import random_groups
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.config import DataConfig, DataFieldsConfig
+from megatron_dypo.config.data import DataConfig, DataFieldsConfig
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, epoch_order
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 

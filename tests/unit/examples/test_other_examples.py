@@ -9,7 +9,7 @@ import pytest
 from prepare import HERE, prepare, prompt_row, read_gsm8k
 
 from megatron_dypo.architecture import load_architecture
-from megatron_dypo.config_io import load_config
+from megatron_dypo.config.load import load_config
 from megatron_dypo.data.tokenizers import load_tokenizer
 from megatron_dypo.grading.exact import verify_exact
 from megatron_dypo.weights.hf_io import HFReader

@@ -10,7 +10,7 @@ import pytest
 import run
 from summary import Summary, summarize
 
-from megatron_dypo.config_io import load_config
+from megatron_dypo.config.load import load_config
 from megatron_dypo.report.plots import wilson_interval
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dypo.config import GradingConfig
+from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.types import Prompt, Rollout, RolloutGroup, Tier
 
@@ -210,7 +210,7 @@ def test_a_module_beside_the_run_is_found(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def score(response, answer):\n    return len(response) == int(answer)\n")
     code = (
         "import sys; sys.path.remove('')\n"  # as under a console script
-        "from megatron_dypo.config import GradingConfig\n"
+        "from megatron_dypo.config.tree import GradingConfig\n"
         "from megatron_dypo.grading.verify import Verifier\n"
         "with Verifier(GradingConfig(verifier='my_rewards:score')) as v: print(v.verify([('abc', '3')])[0].is_correct)\n"
     )

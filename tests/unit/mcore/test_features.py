@@ -32,7 +32,7 @@ def test_transformer_engine_without_a_gpu_does_not_break_megatron(tmp_path, erro
 
 
 def test_fp8_is_refused_without_a_gpu():
-    from megatron_dypo.config_fp8 import Fp8Config
+    from megatron_dypo.config.fp8 import Fp8Config
     from megatron_dypo.mcore import features
 
     message = r"^model.fp8.recipe=tensorwise: needs a GPU: this machine has none$"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.loss import STATISTICS, token_loss
 from tests.unit.objective_cases import loss_inputs
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ScoreConfig
-from megatron_dypo.config_objective import ImportanceConfig
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ScoreConfig
+from megatron_dypo.config.tree import Config, ModelConfig
 from megatron_dypo.objective.loss import STATISTICS, token_loss
 from tests.unit.objective_cases import loss_inputs
 

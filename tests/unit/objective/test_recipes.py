@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import OBJECTIVES, build_objective
 from megatron_dypo.types import Tier, Treatment
 from tests.unit.objective_cases import random_groups, totals_of

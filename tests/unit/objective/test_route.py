@@ -1,6 +1,6 @@
 import numpy as np
 
-from megatron_dypo.config import ObjectiveConfig
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
 from megatron_dypo.types import GradedGroup, Prompt, Rollout, Tier, Treatment, Verdict

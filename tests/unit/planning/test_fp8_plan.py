@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
-from megatron_dypo.config import OptimizerConfig, ParallelConfig
-from megatron_dypo.config_fp8 import Fp8Config
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.tree import OptimizerConfig, ParallelConfig
 from megatron_dypo.planning.activations import layer_bytes
 from megatron_dypo.planning.devices import GPUS, find_gpu
 from megatron_dypo.planning.fit import check_memory

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dypo.config import LoggingConfig
+from megatron_dypo.config.tree import LoggingConfig
 from megatron_dypo.metrics import MetricsWriter
 from megatron_dypo.samples import RolloutRow, SampleLog, SampleRow
 

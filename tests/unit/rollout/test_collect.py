@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import megatron_dypo.rollout.collect as collect_module
-from megatron_dypo.config_serving import RolloutConfig
+from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.progress import progress
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout import launch
 from megatron_dypo.rollout.launch import WEIGHT_LOADER, lease_port, link_package, server_command, server_environment
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dypo.config_serving import RolloutConfig, ServersConfig
+from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.probe import http_status
 from megatron_dypo.rollout.responses import request_body

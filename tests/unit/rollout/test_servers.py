@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_dypo.config_serving import ServersConfig
+from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.probe import http_status
 from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.servers import ServerPool, start_servers

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_dypo.architecture import load_architecture
-from megatron_dypo.config_serving import WeightsConfig
+from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.bridge import Bridge
 from megatron_dypo.weights.engines import Watch

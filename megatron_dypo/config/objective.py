@@ -1,11 +1,11 @@
-"""The objective's part of the configuration tree; see :mod:`megatron_dypo.config`."""
+"""The objective's part of the configuration tree; see :mod:`megatron_dypo.config.tree`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from megatron_dypo.rules import require, require_not_negative, require_positive
+from megatron_dypo.config.rules import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

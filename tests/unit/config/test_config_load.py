@@ -5,8 +5,8 @@ import sys
 import pytest
 import yaml
 
-from megatron_dypo.config import Config
-from megatron_dypo.config_io import changed_lines, dump_config, load_config, override_lines
+from megatron_dypo.config.load import changed_lines, dump_config, load_config, override_lines
+from megatron_dypo.config.tree import Config
 
 MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 
@@ -91,7 +91,7 @@ def test_every_field_is_documented():
     import ast
     import inspect
 
-    import megatron_dypo.config as module
+    import megatron_dypo.config.tree as module
 
     tree = ast.parse(inspect.getsource(module))
     assert all(ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef))
@@ -99,7 +99,7 @@ def test_every_field_is_documented():
 
 
 def test_importing_the_config_loads_nothing_heavy():
-    code = "import sys, megatron_dypo.config_io, megatron_dypo.cli\nprint([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
+    code = "import sys, megatron_dypo.config.load, megatron_dypo.cli\nprint([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
 

@@ -1,6 +1,6 @@
 """The configuration tree: frozen dataclasses, one default in one place, a ValueError for each broken rule.
 
-A field's docstring is its documentation. Reading YAML and overrides is in :mod:`megatron_dypo.config_io`.
+A field's docstring is its documentation. Reading YAML and overrides is in :mod:`megatron_dypo.config.load`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dypo.config_fp8 import Fp8Config
-from megatron_dypo.config_objective import (
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.grading import GradingConfig
+from megatron_dypo.config.objective import (
     ObjectiveConfig,
     ScoreConfig,
 )
-from megatron_dypo.config_serving import RolloutConfig, WeightsConfig
+from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.rules import require, require_not_negative, require_positive
 from megatron_dypo.parallel.cut import PipelineCut
-from megatron_dypo.rules import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,65 +132,6 @@ class ParallelConfig:
     def expert_ranks(self) -> int:
         """Ranks that hold all experts of a layer once."""
         return self.expert * self.expert_tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFieldsConfig:
-    """Names of the columns of a prompt file."""
-
-    prompt: str = "prompt"
-    """A string, or a list of chat messages ``{"role", "content"}``."""
-    answer: str = "answer"
-    source: str = "source"
-    """Optional column."""
-    traces: str = "traces"
-    """Optional column: an object, teacher name → trace text."""
-    id: str = "id"
-    """Optional column."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Prompts, answers and teacher traces."""
-
-    prompts: tuple[str, ...] = ()
-    """JSONL or Parquet files."""
-    fields: DataFieldsConfig = field(default_factory=DataFieldsConfig)
-    teachers: tuple[str, ...] | None = None
-    """Teachers to use, by name; None: every teacher that a row has."""
-    chat_template: bool = True
-    """Render prompts with the tokenizer's chat template; False: as they are. Needs a template when messages are given."""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are counted and dropped."""
-    max_trace_tokens: int = 8192
-    """Longer traces are counted and dropped."""
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_prompt_tokens", "max_trace_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradingConfig:
-    """How answers are verified."""
-
-    verifier: str = "math"
-    """``math``, ``exact``, ``choice``, or an import path ``pkg.module:function`` of ``(response, answer) -> bool | float | dict``."""
-    workers: int = 2
-    """Verifier processes on each data-parallel rank."""
-    deadline_s: float = 10.0
-    """A verification that takes longer is stopped and counted as an error."""
-    truncated_is_wrong: bool = True
-    """A rollout that hit the length limit is incorrect whatever it says."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "workers", "deadline_s")
-        known = ("math", "exact", "choice")
-        require(
-            self.verifier in known or ":" in self.verifier,
-            f"verifier={self.verifier!r}",
-            f"must be one of {', '.join(known)} or an import path pkg.module:function",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

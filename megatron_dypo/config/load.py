@@ -1,4 +1,4 @@
-"""YAML and ``dotted.key=value`` overrides → :class:`megatron_dypo.config.Config`, and back to YAML."""
+"""YAML and ``dotted.key=value`` overrides → :class:`megatron_dypo.config.tree.Config`, and back to YAML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_dypo.config import Config
+from megatron_dypo.config.tree import Config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

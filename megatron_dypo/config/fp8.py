@@ -1,11 +1,11 @@
-"""FP8 training's part of the configuration tree; see :mod:`megatron_dypo.config`."""
+"""FP8 training's part of the configuration tree; see :mod:`megatron_dypo.config.tree`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_dypo.rules import require, require_not_negative, require_positive
+from megatron_dypo.config.rules import require, require_not_negative, require_positive
 
 Recipe = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
 

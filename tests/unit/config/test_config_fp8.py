@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from megatron_dypo.config import BatchingConfig, Config, DataConfig, ModelConfig, OptimizerConfig
-from megatron_dypo.config_fp8 import Fp8Config
-from megatron_dypo.config_io import load_config
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.load import load_config
+from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, OptimizerConfig
 
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
