@@ -46,6 +46,25 @@ class Treatment(enum.Enum):
     """Learn from the group's own rollouts."""
 
 
+class DropReason(enum.Enum):
+    """Why a draw of a prompt came to nothing; each draw has one at most (see :mod:`megatron_dypo.ledger`)."""
+
+    EASY = "easy"
+    """Graded, and the objective learns nothing from its tier."""
+    NO_TEACHER = "no_teacher"
+    """It was to be distilled and has no trace."""
+    TOO_LONG = "too_long"
+    """The prompt is longer than ``data.max_prompt_tokens``."""
+    INCOMPLETE = "incomplete"
+    """Its group stayed incomplete after all retries, or at its deadline."""
+    REFUSED = "refused"
+    """A server refused the request for good (HTTP 400, 413 or 422)."""
+    NO_VERDICT = "no_verdict"
+    """The verifier failed on a rollout of its group."""
+    STALE = "stale"
+    """It waited for longer than ``batching.max_staleness``."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
     """One row of the training data, tokenised."""
@@ -91,7 +110,7 @@ class Verdict:
     reward: float
     """Shaped reward, for the advantage only; the gate reads ``is_correct``."""
     error: str | None = None
-    """Why the verifier could not answer (exception or deadline); ``is_correct`` is then False."""
+    """Why there is no verdict (an exception or a deadline); ``is_correct`` is then False and says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +123,11 @@ class RolloutGroup:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GradedGroup:
-    """A group with its verdicts and its tier (None where there was nothing to grade)."""
+    """A group with its verdicts and its tier.
+
+    ``tier`` is None where there was nothing to grade, and where a rollout has no verdict: such a group says nothing of
+    the prompt's difficulty and is dropped.
+    """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]

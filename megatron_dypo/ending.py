@@ -1,0 +1,166 @@
+"""How a run ends: one named cause, with an exit status of its own. ``docs/exit_statuses.md`` is this table, rendered.
+
+Whoever knows why a run cannot go on raises :class:`RunEnded` with a cause; other errors are sorted by :func:`cause_of`.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).resolve().parent)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What one cause says to a person and to a scheduler."""
+
+    status: int
+    """Exit status of the run's processes."""
+    requeue: bool
+    """Whether a scheduler should start the same command again without anybody's help."""
+    meaning: str
+    advice: str
+    """What to do; empty where there is nothing to do."""
+
+
+class Cause(enum.Enum):
+    """Why a run ended. The statuses of ``sysexits.h`` are used where they fit."""
+
+    DONE = Meaning(0, False, "all optimizer steps of run.steps are done", "")
+    NOTHING_LEFT = Meaning(
+        10,
+        False,
+        "every prompt was graded, and none can be learned from: all are Easy, or Hard without a teacher's trace",
+        "add harder prompts or teachers' traces; if a verifier accepts everything, fix it",
+    )
+    GROUPS_LOST = Meaning(
+        11,
+        False,
+        "no group of rollouts came back whole, so nothing was graded",
+        "read the last reason; check rollout.request_deadline_s, rollout.retries and the servers' logs in run.dir/logs",
+    )
+    NO_VERDICTS = Meaning(
+        12,
+        False,
+        "the verifier gave no verdict on any rollout of a whole round",
+        "fix the verifier that grading.verifier names; `megatron-dypo grade` runs it on a file",
+    )
+    NOT_FINITE = Meaning(
+        13,
+        False,
+        "gradients or weights were not finite for optimizer.max_bad_steps steps in a row",
+        "look at the parameter and the samples that are named; lower optimizer.lr, or resume from an older checkpoint",
+    )
+    BAD_INPUT = Meaning(
+        65,
+        False,
+        "a config, a data file, a model folder or another input breaks a rule",
+        "mend what the message names",
+    )
+    SERVERS_GONE = Meaning(
+        69,
+        False,
+        "no SGLang server is left, or none could be reached",
+        "read the servers' logs in run.dir/logs, then start the run again: it resumes",
+    )
+    BUG = Meaning(
+        70,
+        False,
+        "an error of megatron-dypo itself",
+        "report it with the traceback and run.dir/config.yaml at the project's issue tracker",
+    )
+    OUT_OF_MEMORY = Meaning(
+        71,
+        False,
+        "a training process ran out of memory",
+        "lower batching.tokens_per_microbatch or split the model further; `megatron-dypo plan` estimates what fits",
+    )
+    IN_USE = Meaning(
+        73,
+        False,
+        "another run uses the same run.dir",
+        "wait for it, stop it, or choose another run.dir",
+    )
+    DISK_FULL = Meaning(
+        74,
+        False,
+        "the file system of the run folder is full or over its quota",
+        "make room, then start the run again: it resumes from its last whole checkpoint",
+    )
+    STOPPED = Meaning(
+        75,
+        True,
+        "the run was asked to stop (SIGUSR1, SIGTERM, SIGINT or SIGHUP) and saved a checkpoint",
+        "start the same command again: it goes on from there",
+    )
+    RANK_HUNG = Meaning(
+        76,
+        False,
+        "a rank did not answer for run.watchdog_s seconds",
+        "look at the rank and the operation that are named; start the run again: it resumes",
+    )
+    RANK_LOST = Meaning(
+        77,
+        False,
+        "a rank was killed from outside (often by the kernel, for memory) or its node was lost",
+        "look at the node's kernel log; start the run again: it resumes",
+    )
+
+    @property
+    def status(self) -> int:
+        return self.value.status
+
+    @property
+    def requeue(self) -> bool:
+        return self.value.requeue
+
+    @property
+    def label(self) -> str:
+        """The name that people and ``status.json`` see: ``nothing_left``."""
+        return self.name.lower()
+
+
+class RunEnded(Exception):  # noqa: N818 (not every end is an error)
+    """A run that cannot or need not go on, for ``cause``; the message says what was found, in one line or a few."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def cause_of_status(status: int) -> Cause | None:
+    """The cause that ends with this exit status; None where no cause does."""
+    return next((cause for cause in Cause if cause.status == status), None)
+
+
+def cause_of(error: BaseException) -> Cause:
+    """Sort an error that ended a run.
+
+    An exception class may name its cause in an attribute ``cause``. A ValueError is the user's where this package
+    raised it itself, and a bug where it comes from a library that the package called.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Cause):
+        return cause
+    if isinstance(error, MemoryError) or _is_device_memory(error):
+        return Cause.OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Cause.DISK_FULL
+    if isinstance(error, ValueError) and _is_raised_here(error):
+        return Cause.BAD_INPUT
+    return Cause.BUG
+
+
+def _is_device_memory(error: BaseException) -> bool:
+    # By name: this module must not import torch.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_PACKAGE)
