@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dypo.repeats import flush_repeated as flush_repeated
+from megatron_dypo.repeats import warn_often as warn_often
+
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+_DATE = "%Y-%m-%d %H:%M:%S%z"  # a run passes midnight, and its nodes may be in several zones
 
 
 def set_up_logging(run_dir: str | Path) -> None:
@@ -32,7 +36,7 @@ def log_to_terminal() -> None:
 
 def _log_to(handlers: Sequence[logging.Handler]) -> None:
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt=_DATE))
     logger = logging.getLogger("megatron_dypo")
     logger.handlers[:] = handlers
     logger.setLevel(logging.INFO)
