@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from statistics import fmean, median
 
+from megatron_dypo.intervals import wilson_interval
 from megatron_dypo.metrics import read_metrics
-from megatron_dypo.report.plots import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"

@@ -1,22 +1,35 @@
-"""Filling the queues: rounds of collection, or a stream of it in the background (``rollout.mode``). Called by all ranks."""
+"""Filling the queues: rounds of collection, or a stream of it in the background (``rollout.mode``). Called by all ranks.
+
+A collection ends with something to learn from, or with the end of the run: see :mod:`megatron_dypo.outcomes`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
+from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.grading.verify import grade
+from megatron_dypo.ledger import Balance, Ledger, OpenDraws, balance, dropped_words
+from megatron_dypo.logs import warn_often
 from megatron_dypo.objective.route import Routed, route
+from megatron_dypo.outcomes import Outcomes, count_verdicts, end_without_samples, end_without_verdicts
 from megatron_dypo.progress import Progress, progress
+from megatron_dypo.rollout.collect import DroppedGroup
+from megatron_dypo.rollout.process import ServerDiedError
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.run import Leader, Run
-from megatron_dypo.samples import SampleRow, sample_row
+from megatron_dypo.samples import SampleRow, dropped_row, sample_row
 from megatron_dypo.scoring import score_early, scores_batch_by_batch
-from megatron_dypo.serving import push, sample
-from megatron_dypo.tally import tally_groups
-from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Treatment
+from megatron_dypo.serving import Sampled, push, sample
+from megatron_dypo.tally import tally_dropped, tally_groups, tally_stream
+from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
+
+log = logging.getLogger("megatron_dypo")
 
 _LOOK_EVERY_S = 0.2
 """How long a leader waits for its own groups before it asks the others how far they are."""
@@ -25,71 +38,149 @@ _SCORED_AT_ONCE = 1 / 4
 
 
 def fill_queues(run: Run) -> None:
-    """Collect, grade and route prompts until the queues hold a rollout batch, or ``max_collect_rounds`` are drawn."""
+    """Collect, grade and route prompts until the queues hold a rollout batch, or ``max_collect_rounds`` are drawn.
+
+    While nothing at all is found to learn from, collection goes on until every prompt was looked at once.
+
+    Raises:
+        RunEnded: on all ranks: nothing is left to learn from, no group comes back whole, no verdict is given, no
+            server is left, or every prompt is too long. The samples of the collection are written all the same.
+    """
     leader, cfg, rows = run.leader, run.config.rollout, list[SampleRow]()
     if leader:
-        run.tally.add("stale", leader.queues.drop_stale(run.step, run.config.batching.max_version_lag))
+        stale = leader.queues.drop_stale(run.step, run.config.batching.max_version_lag)
+        run.tally.add("stale", stale)
+        leader.ledger.drop(DropReason.STALE, stale)
+        leader.outcomes = Outcomes()
     streams = (cfg.mode == "async" or cfg.oversample > 1) and run.objective.needs_rollouts(run.step)
-    rows += _fill_from_stream(run) if streams else _fill_in_rounds(run)
-    if leader:
-        leader.sample_log.write(run.step + 1, rows)
+    try:
+        _fill_from_stream(run, rows) if streams else _fill_in_rounds(run, rows)
+    finally:
+        if leader:
+            leader.sample_log.write(run.step + 1, rows)
 
 
-def _fill_in_rounds(run: Run) -> list[SampleRow]:
-    batching, rows, rounds = run.config.batching, list[SampleRow](), 0
-    while rounds < batching.max_collect_rounds and _count(run).waiting < batching.prompts_per_batch:
-        groups = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
+def books(run: Run) -> Balance:
+    """The books of all replicas together, held against what queues and streams hold. Collective; on leaders complete."""
+    leader = run.leader
+    if leader is None:
+        return balance([])
+    stream = leader.background
+    if stream is None:
+        mine = _own_books(run, leader, len(leader.unfinished))
+    else:
+        with stream.still():
+            mine = _own_books(run, leader, len(leader.unfinished) + len(stream.unfinished()))
+    return balance(gather_objects(mine, leader.group))
+
+
+def _own_books(run: Run, leader: Leader, in_flight: int) -> tuple[Ledger, OpenDraws]:
+    _count_long_prompts(run, leader)
+    waiting = len(leader.queues) + len(leader.queues.batch)
+    return leader.ledger, OpenDraws(waiting=waiting, in_flight=in_flight)
+
+
+def _fill_in_rounds(run: Run, rows: list[SampleRow]) -> None:
+    batching, rounds = run.config.batching, 0
+    look = _look(run)
+    while look.waiting < batching.prompts_per_batch and (
+        rounds < batching.max_collect_rounds or _looks_further(run, look)
+    ):
+        before = look.outcomes
+        sampled = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
         if run.leader:
-            rows += _admit(run, run.leader, _graded(run, run.leader, groups))
+            rows += _admit(run, run.leader, _graded(run, run.leader, sampled), sampled.dropped)
         rounds += 1
+        look = _look(run)
+        _end_if(end_without_verdicts(look.outcomes, before, at_least=1))
     if run.leader:
         run.tally.extreme("max:rounds", rounds)
-    return rows
+    _warn_of_losses(run, look.outcomes)
 
 
-def _fill_from_stream(run: Run) -> list[SampleRow]:
+def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
     """Take what the streams have finished until that is a rollout batch; with ``async`` they go on with the next one."""
-    config, rows, seen = run.config, list[SampleRow](), 0
-    batch = config.batching.prompts_per_batch
+    config, batch = run.config, run.config.batching.prompts_per_batch
     limit = config.rollout.prompts_per_step * config.batching.max_collect_rounds
     stream = _stream(run, run.leader) if run.leader else None
     goes_on = config.rollout.mode == "async" and not _is_last_batch(run)
     # The next batch's groups are begun before this one is full: else its last ones would be sampled one after the other.
     enough = 2 * batch if goes_on else batch
+    judged = Outcomes()
     with progress(batch, "rollouts", "prompts to learn from", enabled=run.layout.is_global_leader) as bar:
         shown = 0
         while True:
-            if run.leader and stream:
-                graded = _taken(run, stream)
-                rows += _admit(run, run.leader, graded)
-                seen += len(graded)
-            counts = _count(run, stream, seen)
-            shown += _advance(bar, min(counts.waiting, batch) - shown)
-            if counts.waiting >= batch or counts.seen >= limit:
+            failure = _take(run, run.leader, stream, rows) if run.leader and stream else None
+            look = _look(run, stream, failure)
+            shown += _advance(bar, min(look.waiting, batch) - shown)
+            if look.waiting >= batch:
                 break
-            if counts.unserved:
+            if look.outcomes.seen >= limit and not _looks_further(run, look):
+                break
+            judged = look.outcomes if look.outcomes.verdicts > judged.verdicts else judged
+            _end_if(end_without_verdicts(look.outcomes, judged, at_least=config.rollout.prompts_per_step))
+            if look.unserved:
                 push(run)
             if stream:
-                stream.want(_share(run, enough - counts.waiting))
+                stream.want(_share(run, enough - look.waiting))
                 stream.start()
-            _score_or_wait(run, stream, counts)
+            _score_or_wait(run, stream, look)
+    _warn_of_losses(run, look.outcomes)
     if stream and goes_on:
-        stream.want(_share(run, max(0, enough - counts.waiting)))
+        stream.want(_share(run, max(0, enough - look.waiting)))
     elif stream:
         stream.stop()
-    return rows
 
 
-def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, counts: _Counts) -> None:
+def _looks_further(run: Run, look: Look) -> bool:
+    """Whether a collection at its limit goes on: it has found nothing yet, and has not looked at every prompt.
+
+    Raises:
+        RunEnded: there is nothing to look further for.
+    """
+    if look.waiting:
+        return False
+    _end_if(
+        end_without_samples(
+            look.outcomes,
+            num_prompts=look.num_prompts,
+            step=run.step,
+            max_prompt_tokens=run.config.data.max_prompt_tokens,
+        )
+    )
+    if run.layout.is_global_leader:
+        words = ", ".join(dropped_words(look.outcomes.dropped))
+        warn_often(log, "step %d: no trainable prompt among %d draws so far: %s", run.step, look.outcomes.seen, words)
+    return True
+
+
+def _end_if(end: RunEnded | None) -> None:
+    if end is not None:
+        raise end
+
+
+def _warn_of_losses(run: Run, outcomes: Outcomes) -> None:
+    """Say loudly when much of what was collected came to nothing for other reasons than its difficulty."""
+    failed = outcomes.seen - outcomes.graded
+    if run.layout.is_global_leader and failed * 4 > outcomes.seen:
+        words = ", ".join(dropped_words(outcomes.dropped))
+        reason = f"; the last reason: {outcomes.last_reason}" if outcomes.last_reason else ""
+        warn_often(
+            log, "step %d: %d of %d prompts could not be used: %s%s", run.step, failed, outcomes.seen, words, reason
+        )
+
+
+def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, look: Look) -> None:
     """Make use of the wait for the rest of a batch: score what came in, once that is worth a forward pass."""
     batch = run.config.batching.prompts_per_batch
-    missing = batch - counts.waiting
+    missing = batch - look.waiting
     if scores_batch_by_batch(run.config):
-        missing = min(missing, math.ceil(_SCORED_AT_ONCE * batch) - counts.unscored)
+        missing = min(missing, math.ceil(_SCORED_AT_ONCE * batch) - look.unscored)
     if missing <= 0:
         score_early(run)
     elif stream:
-        with run.timings.measure("gen"):
+        # An end that the stream met is told to all ranks at the next look.
+        with run.timings.measure("gen"), contextlib.suppress(ServerDiedError):
             stream.wait(_LOOK_EVERY_S, _share(run, missing))
 
 
@@ -128,16 +219,23 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
     return leader.background
 
 
-def _taken(run: Run, stream: RolloutStream[GradedGroup]) -> list[GradedGroup]:
+def _take(run: Run, leader: Leader, stream: RolloutStream[GradedGroup], rows: list[SampleRow]) -> RunEnded | None:
+    """Admit what the stream has finished; the end of the run, if the stream has failed for one."""
     graded, counts = stream.take()
-    run.tally.add("retries", counts.retries)
-    run.tally.add("incomplete_groups", counts.dropped_groups)
-    run.tally.add("wrong_versions", counts.wrong_versions)
-    return graded
+    tally_stream(run.tally, counts)
+    rows += _admit(run, leader, graded, counts.dropped)
+    error = stream.error
+    if isinstance(error, ServerDiedError):
+        return RunEnded(Cause.SERVERS_GONE, str(error))
+    if error is not None:
+        raise error
+    return None
 
 
 def _is_useful(run: Run, group: GradedGroup) -> bool:
     """Whether a group will wait in a queue."""
+    if group.tier is None:
+        return False
     treatment = run.objective.treat(group.tier, run.step)
     return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTIL and bool(group.prompt.traces))
 
@@ -150,21 +248,24 @@ def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
 
 
 def _draw(leader: Leader, count: int, shard: int, num_shards: int) -> list[Prompt]:
-    """This replica's share of the next ``count`` draws. A stream calls it in its own thread."""
-    prompts, drops = leader.stream.take(leader.cursor, count, shard, num_shards)
+    """This replica's share of the next ``count`` draws. A stream calls it in its own thread, under its lock."""
+    start = leader.cursor
+    prompts, drops = leader.stream.take(start, count, shard, num_shards)
     leader.cursor += count
+    leader.ledger.draw(len(range(start + (shard - start) % num_shards, start + count, num_shards)))
     leader.drops.append(drops)
     return prompts
 
 
-def _collect(run: Run, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+def _collect(run: Run, prompts: Sequence[Prompt]) -> Sampled:
     """Groups of the prompts, without rollouts where the objective needs none. Collective over the world."""
     if not run.objective.needs_rollouts(run.step):
-        return [RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts]
+        return Sampled.without_rollouts(prompts)
     return sample(run, prompts, "gen", group_size=run.config.rollout.group_size)
 
 
-def _graded(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
+    groups = sampled.groups
     if not run.objective.needs_rollouts(run.step):
         return [GradedGroup(prompt=group.prompt, rollouts=(), verdicts=(), tier=None) for group in groups]
     with run.timings.measure("reward"):
@@ -177,53 +278,121 @@ def _graded(run: Run, leader: Leader, groups: Sequence[RolloutGroup]) -> list[Gr
         )
 
 
-def _admit(run: Run, leader: Leader, graded: Sequence[GradedGroup]) -> Iterator[SampleRow]:
-    """Put what can be learnt from into the queues; yields the row of each prompt for people to read."""
+def _admit(run: Run, leader: Leader, graded: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]) -> list[SampleRow]:
+    """Put what can be learned from into the queues, enter the rest in the books; returns the rows of ``samples/``."""
     tally_groups(run.tally, graded)
+    tally_dropped(run.tally, dropped)
     run.tally.extreme("max:epoch", max((group.prompt.visit for group in graded), default=0))
-    while leader.drops:
-        drops = leader.drops.popleft()
-        run.tally.add("dropped_prompts", drops.prompts)
-        run.tally.add("dropped_traces", drops.traces)
-    routed = route(graded, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
+    _count_long_prompts(run, leader)
+    stale = [group for group in graded if _is_stale(run, group)]
+    usable = [group for group in graded if (group.tier is not None or not group.rollouts) and group not in stale]
+    run.tally.add("stale", len(stale))
+    routed = route(usable, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
     for samples in filter(None, routed.samples):
         leader.queues.put(samples)
+    reasons = [(reason, "") for reason in routed.reasons if reason is not None]
+    reasons += [(DropReason.STALE, "") for _ in stale]
+    reasons += [(DropReason.NO_VERDICT, problem) for problem in map(_problem, graded) if problem]
+    reasons += [(group.reason, group.message) for group in dropped]
+    for reason, message in reasons:
+        leader.ledger.drop(reason)
+        leader.outcomes.drop(reason, message=message)
+    leader.outcomes.graded += len(usable)
+    leader.outcomes.verdicts += count_verdicts(graded, run.config.grading.truncated_is_wrong)
     run.tally.add("hard_without_teacher", routed.without_teacher)
     for teacher, count in routed.teacher_counts().items():
         run.tally.add(f"teacher/{teacher}", count)
         run.tally.add("teachers", count)
-    return _sample_rows(run.step + 1, graded, routed, leader)
+    return _sample_rows(run.step + 1, usable, routed, leader) + _unused_rows(run.step + 1, graded, stale, dropped)
 
 
-def _sample_rows(step: int, graded: Sequence[GradedGroup], routed: Routed, leader: Leader) -> Iterator[SampleRow]:
-    for group, treatment, teacher in zip(graded, routed.treatments, routed.teachers, strict=True):
+def _is_stale(run: Run, group: GradedGroup) -> bool:
+    """Whether the oldest weights that sampled a graded group are too old for an update."""
+    oldest = min((rollout.policy_version for rollout in group.rollouts), default=run.step)
+    return group.tier is not None and run.step - oldest > run.config.batching.max_version_lag
+
+
+def _problem(group: GradedGroup) -> str | None:
+    """Why a group has no tier; None where it has one, or needs none."""
+    if group.tier is not None or not group.rollouts:
+        return None
+    return next((verdict.error for verdict in group.verdicts if verdict.error is not None), "no verdict")
+
+
+def _count_long_prompts(run: Run, leader: Leader) -> None:
+    """Enter the prompts that draws left out for their length. A stream's thread adds to ``drops``."""
+    while leader.drops:
+        drops = leader.drops.popleft()
+        leader.ledger.drop(DropReason.TOO_LONG, drops.prompts)
+        leader.outcomes.drop(DropReason.TOO_LONG, drops.prompts)
+        run.tally.add("dropped_prompts", drops.prompts)
+        run.tally.add("dropped_traces", drops.traces)
+
+
+def _sample_rows(step: int, groups: Sequence[GradedGroup], routed: Routed, leader: Leader) -> list[SampleRow]:
+    rows = []
+    pairs = zip(groups, routed.treatments, routed.teachers, routed.reasons, strict=True)
+    for group, treatment, teacher, reason in pairs:
         trace = None if teacher is None else leader.tokenizer.decode(group.prompt.traces[teacher].tolist())
-        yield sample_row(step, group, treatment, teacher=teacher, trace=trace)
+        rows.append(sample_row(step, group, treatment, teacher=teacher, trace=trace, dropped=reason))
+    return rows
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Of all replicas together."""
+def _unused_rows(
+    step: int, graded: Sequence[GradedGroup], stale: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]
+) -> list[SampleRow]:
+    rows = [sample_row(step, group, Treatment.DROP, dropped=DropReason.STALE) for group in stale]
+    for group in filter(_problem, graded):
+        rows.append(sample_row(step, group, Treatment.DROP, dropped=DropReason.NO_VERDICT))
+    return rows + [dropped_row(step, group.prompt, group.reason) for group in dropped]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How far a collection is, over all replicas; the same on every rank."""
 
     waiting: int = 0
     """Groups in the queues."""
     unscored: int = 0
     """Those of them that have no log-probs yet."""
-    seen: int = 0
-    """Groups that came in since the filling began."""
     unserved: int = 0
     """Streams without a server."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    num_prompts: int = 0
+    """Rows of the data."""
+    failure: RunEnded | None = None
+    """Why a replica cannot go on."""
 
-    def __add__(self, other: _Counts) -> _Counts:
-        return _Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: Look) -> Look:
+        return Look(
+            waiting=self.waiting + other.waiting,
+            unscored=self.unscored + other.unscored,
+            unserved=self.unserved + other.unserved,
+            outcomes=self.outcomes + other.outcomes,
+            num_prompts=max(self.num_prompts, other.num_prompts),
+            failure=self.failure or other.failure,
+        )
 
 
-def _count(run: Run, stream: RolloutStream[GradedGroup] | None = None, seen: int = 0) -> _Counts:
-    """The same on every rank; ``stream`` and ``seen`` are the leader's own."""
-    counts = _Counts()
+def _look(run: Run, stream: RolloutStream[GradedGroup] | None = None, failure: RunEnded | None = None) -> Look:
+    """Ask all leaders how far they are; ``stream`` and ``failure`` are the leader's own. Collective over the world.
+
+    Raises:
+        RunEnded: on all ranks, where one leader has a ``failure``.
+    """
+    look = Look()
     if run.leader:
-        queues = run.leader.queues
-        unscored = len({sample.order for sample in queues.unscored()})
-        mine = _Counts(len(queues), unscored, seen, int(stream is not None and stream.is_unserved))
-        counts = sum(gather_objects(mine, run.leader.group), counts)
-    return broadcast_object(counts, run.layout.replica_group)
+        leader = run.leader
+        _count_long_prompts(run, leader)
+        mine = Look(
+            waiting=len(leader.queues),
+            unscored=len({sample.order for sample in leader.queues.unscored()}),
+            unserved=int(stream is not None and stream.is_unserved),
+            outcomes=leader.outcomes,
+            num_prompts=len(leader.stream),
+            failure=failure,
+        )
+        look = sum(gather_objects(mine, leader.group), look)
+    look = broadcast_object(look, run.layout.replica_group)
+    _end_if(look.failure)
+    return look

@@ -128,8 +128,11 @@ class RunEnded(Exception):  # noqa: N818 (not every end is an error)
     """A run that cannot or need not go on, for ``cause``; the message says what was found, in one line or a few."""
 
     def __init__(self, cause: Cause, message: str) -> None:
-        super().__init__(message)
+        super().__init__(cause, message)  # both: it travels between ranks, pickled
         self.cause = cause
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def cause_of_status(status: int) -> Cause | None:

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.tree import Config
+from megatron_dypo.ending import RunEnded
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
-from megatron_dypo.preemption import PREEMPTED_STATUS
 from megatron_dypo.processes import end_with_parent
 
 
@@ -26,7 +26,7 @@ def check_inputs(config: Config) -> list[str]:
 
     notes = [
         f"{field}={path!r}: no such file"
-        for field, paths in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts))
+        for field, paths in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.sets.values()))
         for path in paths
         if not Path(path).is_file()
     ]
@@ -70,9 +70,12 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
     shield_imports()  # before anything imports Megatron
     from megatron_dypo.train import train
 
-    is_done = train(config)
-    if not is_done and os.environ.get("RANK", "0") == "0":
-        sys.exit(PREEMPTED_STATUS)
+    try:
+        train(config)
+    except RunEnded as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-dypo: {end.cause.label}: {end}", file=sys.stderr)
+            sys.exit(end.cause.status)
 
 
 def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> NoReturn:

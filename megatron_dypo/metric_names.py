@@ -27,6 +27,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/sft_loss", "nats", "its distillation term, weighted as in the objective"),
     Metric("train/kl_loss", "nats", "its k3 estimate of KL(π_θ‖π_ref), weighted as in the objective"),
     Metric("train/sft_nll", "nats/token", "mean −log π_θ over the tokens of teachers' traces"),
+    Metric("train/skipped", "", "1 where the update was skipped because its gradients were not finite, else 0"),
     Metric("train/grad_norm", "", "global gradient norm before clipping"),
     Metric(
         "train/load_balancing_loss", "", "experts: mean over layers, 1 under perfect balance; without its coefficient"
@@ -52,8 +53,8 @@ METRICS: tuple[Metric, ...] = (
         "largest share of the update's FLOPs on a replica over the mean one, less 1",
     ),
     Metric("train/staleness", "versions", "mean age of the weights that made this update's samples"),
-    Metric("rollout/reward", "", "mean shaped reward of the rollouts"),
-    Metric("rollout/accuracy", "fraction", "rollouts that the verifier found correct"),
+    Metric("rollout/reward", "", "mean shaped reward of the rollouts that have a verdict"),
+    Metric("rollout/accuracy", "fraction", "rollouts that the verifier found correct, of those with a verdict"),
     Metric("rollout/truncated_ratio", "fraction", "rollouts that hit the response limit"),
     Metric("rollout/response_len/mean", "tokens", "mean length of the responses"),
     Metric("rollout/response_len/max", "tokens", "longest response"),
@@ -65,6 +66,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/num_rounds", "rounds", "rounds of collection until the queues held an update"),
     Metric("rollout/retries", "requests", "requests sent again after an error"),
     Metric("rollout/incomplete_groups", "prompts", "prompts dropped because their group stayed incomplete"),
+    Metric("rollout/refused_prompts", "prompts", "prompts dropped because a server refused the request for good"),
+    Metric("rollout/groups_without_verdict", "prompts", "prompts dropped because a rollout of theirs has no verdict"),
     Metric(
         "rollout/wrong_versions",
         "rollouts",
@@ -75,6 +78,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("data/epoch", "epochs", "passes over the prompts that are complete"),
     Metric("data/dropped_prompts", "prompts", "prompts over the length limit"),
     Metric("data/dropped_traces", "traces", "teachers' traces over the length limit"),
+    Metric("ledger/drawn", "prompts", "draws of prompts since the run began: the sum of all accounts below"),
+    Metric("ledger/trained_rl", "prompts", "draws that were learned from by their own rollouts"),
+    Metric("ledger/trained_sft", "prompts", "draws that were learned from by a teacher's trace"),
+    Metric("ledger/dropped_easy", "prompts", "draws dropped as Easy"),
+    Metric("ledger/dropped_no_teacher", "prompts", "draws to be distilled that have no trace"),
+    Metric("ledger/dropped_too_long", "prompts", "draws longer than data.max_prompt_tokens"),
+    Metric("ledger/dropped_incomplete", "prompts", "draws whose group stayed incomplete"),
+    Metric("ledger/dropped_refused", "prompts", "draws that a server refused for good"),
+    Metric("ledger/dropped_no_verdict", "prompts", "draws with a rollout that the verifier failed on"),
+    Metric("ledger/dropped_stale", "prompts", "draws that waited for longer than batching.max_staleness"),
+    Metric("ledger/waiting", "prompts", "draws that wait for an update, or for their last one"),
+    Metric("ledger/in_flight", "prompts", "draws that are being sampled or graded, or will be first after a resume"),
     Metric("gate/easy", "fraction", "graded prompts with every rollout correct"),
     Metric("gate/mid", "fraction", "graded prompts with some rollouts correct"),
     Metric("gate/hard", "fraction", "graded prompts with no rollout correct"),
@@ -125,8 +140,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/overhead_ratio", "fraction", "timing_s/other over timing_s/step"),
     Metric("perf/weight_bytes", "bytes", "weights pushed to one server"),
     Metric("perf/peak_memory_gib", "GiB", "largest memory of a training process"),
-    Metric("eval/<set>/accuracy", "fraction", "held-out responses that are correct"),
-    Metric("eval/<set>/num_samples", "responses", "held-out responses graded"),
+    Metric("eval/<set>/accuracy", "fraction", "held-out responses that are correct, of those with a verdict"),
+    Metric("eval/<set>/accuracy_low", "fraction", "lower end of its 95% interval (Wilson's, prompts as clusters)"),
+    Metric("eval/<set>/accuracy_high", "fraction", "upper end of that interval"),
+    Metric("eval/<set>/num_samples", "responses", "held-out responses with a verdict"),
+    Metric("eval/<set>/num_prompts", "prompts", "prompts of the set"),
+    Metric("eval/<set>/num_lost", "prompts", "of these, prompts without a group: too long, refused or incomplete"),
+    Metric("eval/<set>/num_without_verdict", "responses", "held-out responses that the verifier failed on"),
+    Metric(
+        "eval/<set>/<source>/accuracy", "fraction", "accuracy of the prompts of one source, where a set has several"
+    ),
+    Metric("eval/<set>/<source>/num_samples", "responses", "held-out responses of that source with a verdict"),
     Metric("eval/<set>/truncated_ratio", "fraction", "held-out responses that hit the response limit"),
     Metric("eval/<set>/response_len/mean", "tokens", "mean length of the held-out responses"),
 )
@@ -148,9 +172,14 @@ def _patterns() -> tuple[tuple[Metric, re.Pattern[str]], ...]:
     return tuple((metric, _pattern(metric.name)) for metric in METRICS)
 
 
+def name_part(text: str) -> str:
+    """``text`` as one part of a metric's name: without a slash, and different for different texts."""
+    return text.replace("%", "%25").replace("/", "%2F")
+
+
 def _pattern(name: str) -> re.Pattern[str]:
     parts = re.split(r"<\w+>", name)
-    return re.compile("[^/]+".join(re.escape(part) for part in parts))
+    return re.compile("[^/]+".join(re.escape(part) for part in parts), re.DOTALL)
 
 
 def markdown() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 import uuid
@@ -17,6 +18,8 @@ from typing import IO, Any, Protocol
 
 from megatron_dypo.config.tree import LoggingConfig
 from megatron_dypo.metric_names import lookup
+
+log = logging.getLogger("megatron_dypo")
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -52,17 +55,29 @@ class MetricsWriter:
         if cfg.tensorboard:
             self._sinks.append(_TensorBoardSink(run_dir / TENSORBOARD_DIR, resume_step))
         self._last_step = jsonl.last_step
+        self._unknown: set[str] = set()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the record of ``step``; ValueError for an unknown name or a step that is not after the last one."""
+        """Write the record of ``step``; ValueError for a step that is not after the last one.
+
+        A name that is in no table is written all the same, and said once: a metric's name must not end a run.
+        """
         if step <= self._last_step:
             raise ValueError(f"step={step}: must come after the last step written, {self._last_step}")
         for name in metrics:
-            lookup(name)
+            self._require_known(name)
         record = {name: float(value) for name, value in metrics.items()}
         for sink in self._sinks:
             sink.write(step, record)
         self._last_step = step
+
+    def _require_known(self, name: str) -> None:
+        try:
+            lookup(name)
+        except ValueError as error:
+            if name not in self._unknown:
+                self._unknown.add(name)
+                log.error("%s: please report this; it is written all the same", error)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +20,11 @@ from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
+from megatron_dypo.data.dataset import compare_fingerprints
 from megatron_dypo.data.prompts import DropCounts, PromptDataset, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.ledger import Ledger
 from megatron_dypo.mcore import checkpoint, features
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.mcore.model import build_model, load_initial_weights
@@ -31,6 +33,7 @@ from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics import MetricsWriter, Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.outcomes import Outcomes
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.planning.fit import check_memory
@@ -40,7 +43,7 @@ from megatron_dypo.rollout.servers import ServerPool, start_servers
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.samples import SampleLog, discard_samples
 from megatron_dypo.tally import Tally
-from megatron_dypo.types import GradedGroup, Prompt
+from megatron_dypo.types import DropReason, GradedGroup, Prompt
 from megatron_dypo.versions import write_versions
 from megatron_dypo.weights.bridge import Bridge
 from megatron_dypo.weights.engines import Watch
@@ -63,6 +66,10 @@ class Leader:
     verifier: Verifier | None
     sample_log: SampleLog
     queues: Queues = field(default_factory=Queues)
+    ledger: Ledger = field(default_factory=Ledger)
+    """What became of this replica's draws; on the global leader, of all draws before a resume too."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    """Of the collection under way."""
     cursor: int = 0
     """Position of the next draw from ``stream``; replicas that collect in the background are not in step."""
     drops: deque[DropCounts] = field(default_factory=deque)
@@ -72,6 +79,10 @@ class Leader:
     background_client: SGLangClient | None = None
     """For ``background`` alone, which runs while ``client`` evaluates."""
     background: RolloutStream[GradedGroup] | None = None
+
+    def long_prompts(self) -> Ledger:
+        """The prompts of ``drops``, which are in no other account yet."""
+        return Ledger(dropped=Counter({DropReason.TOO_LONG: sum(drops.prompts for drops in self.drops)}))
 
 
 @dataclass(kw_only=True)
@@ -100,6 +111,10 @@ class Run:
     """Of the last push."""
     is_mid_batch: bool = False
     """The open rollout batch has updates left: nothing is collected and nothing pushed before they are made."""
+    bad_steps: int = 0
+    """Updates in a row that were skipped because their gradients were not finite."""
+    last_problem: str = ""
+    """Of the last update that was skipped."""
     timings: Timings = field(default_factory=Timings)
     tally: Tally = field(default_factory=Tally)
 
@@ -171,6 +186,7 @@ def save_checkpoint(run: Run) -> Path:
             **(_drawn(leader, run.layout) if leader else {}),
             "batches": run.batches,
             "is_mid_batch": run.is_mid_batch,
+            "data": _data_identity(run.config, leader.stream) if leader else {},
         },
         leader_state=dump_samples(kept),
         reference=run.reference if refreshed else None,
@@ -184,12 +200,42 @@ def _drawn(leader: Leader, layout: Layout) -> dict[str, Any]:
     stream = leader.background
     with stream.still() if stream else contextlib.nullcontext():
         unfinished = [prompt.order for prompt in leader.unfinished] + (stream.unfinished() if stream else [])
-        cursor = leader.cursor
-    by_leader = gather_objects((cursor, unfinished), leader.group)
-    end = max(cursor for cursor, _ in by_leader)
-    for rank, (cursor, orders) in enumerate(by_leader):
-        orders += range(cursor + (rank - cursor) % layout.data, end, layout.data)
-    return {"cursor": end, "unfinished": sorted(order for _, orders in by_leader for order in orders)}
+        cursor, ledger = leader.cursor, leader.ledger + leader.long_prompts()
+    by_leader = gather_objects((cursor, unfinished, ledger), leader.group)
+    end = max(cursor for cursor, _, _ in by_leader)
+    ledger = sum((ledger for _, _, ledger in by_leader), Ledger())
+    for rank, (cursor, orders, _) in enumerate(by_leader):
+        # Draws that a replica is behind with are in flight for the run that resumes.
+        behind = range(cursor + (rank - cursor) % layout.data, end, layout.data)
+        ledger.draw(len(behind))
+        orders += behind
+    unfinished = sorted(order for _, orders, _ in by_leader for order in orders)
+    return {"cursor": end, "unfinished": unfinished, "ledger": ledger.as_json()}
+
+
+def _data_identity(config: Config, stream: PromptStream) -> dict[str, Any]:
+    """What gives a position of the run its row: a resumed run must find the same."""
+    return {"files": stream.fingerprint(), "shuffle": config.data.shuffle, "seed": config.run.seed}
+
+
+def require_same_data(stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]) -> None:
+    """Hold the data of a checkpoint against that of this run.
+
+    Raises:
+        ValueError: they differ, and ``run.allow_changed`` does not name ``data``.
+    """
+    changes = compare_fingerprints(stored["files"], current["files"])
+    changes += [
+        f"{key}: {stored[key]!r} → {current[key]!r}" for key in ("shuffle", "seed") if stored[key] != current[key]
+    ]
+    if not changes:
+        return
+    words = "the data is not that of the run which is resumed, so that its positions mean other rows: " + "; ".join(
+        changes
+    )
+    if "data" not in allow_changed:
+        raise ValueError(f"{words}. Restore it, choose another run.dir, or set run.allow_changed=[data]")
+    log.warning("%s (run.allow_changed)", words)
 
 
 def _prepare_folder(config: Config, layout: Layout) -> Path | None:
@@ -294,10 +340,15 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | No
         ),
     )
     if restored is not None:
+        identity = _data_identity(config, leader.stream)
+        require_same_data(restored.trainer_state["data"], identity, config.run.allow_changed)
         leader.cursor = int(restored.trainer_state["cursor"])
         orders = restored.trainer_state["unfinished"]
         mine = [order for order in orders if order % layout.data == layout.dp_rank]
-        leader.unfinished, _ = leader.stream.at(mine)
+        leader.unfinished, drops = leader.stream.at(mine)
+        leader.drops.append(drops)
+        if layout.is_global_leader:
+            leader.ledger = Ledger.from_json(restored.trainer_state["ledger"])
         _share_queues(leader.queues, restored.leader_states, layout)
     return leader
 
@@ -305,8 +356,8 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | No
 def _held_out(config: Config, tokenizer: Tokenizer) -> dict[str, PromptStream]:
     data = replace(config.data, teachers=None)
     return {
-        Path(path).stem: PromptStream(PromptDataset([path], data.fields), tokenizer, data, config.run.seed)
-        for path in config.eval.prompts
+        name: PromptStream(PromptDataset([path], data.fields), tokenizer, data, config.run.seed)
+        for name, path in config.eval.sets.items()
     }
 
 

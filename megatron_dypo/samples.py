@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from megatron_dypo.types import GradedGroup, Rollout, Treatment, Verdict
+from megatron_dypo.metric_names import name_part
+from megatron_dypo.types import DropReason, GradedGroup, Prompt, Rollout, Treatment, Verdict
 
 SAMPLES_DIR = "samples"
 _FILE_NAME = re.compile(r"step_(\d+)(?:\.(\d+))?\.jsonl")
@@ -46,10 +47,18 @@ class SampleRow(TypedDict):
     rollouts: list[RolloutRow]
     trace: str | None
     """The teacher's text."""
+    dropped: str | None
+    """Why nothing is learned from the prompt; None where something is."""
 
 
 def sample_row(
-    step: int, graded: GradedGroup, treatment: Treatment, *, teacher: str | None = None, trace: str | None = None
+    step: int,
+    graded: GradedGroup,
+    treatment: Treatment,
+    *,
+    teacher: str | None = None,
+    trace: str | None = None,
+    dropped: DropReason | None = None,
 ) -> SampleRow:
     """The row of a graded group; ``teacher`` and ``trace`` (text) if it is distilled."""
     prompt = graded.prompt
@@ -66,7 +75,14 @@ def sample_row(
         policy_version=min((rollout.policy_version for rollout in graded.rollouts), default=None),
         rollouts=[_rollout_row(rollout, verdict) for rollout, verdict in pairs],
         trace=trace,
+        dropped=dropped.value if dropped else None,
     )
+
+
+def dropped_row(step: int, prompt: Prompt, reason: DropReason) -> SampleRow:
+    """The row of a prompt whose group never came back."""
+    group = GradedGroup(prompt=prompt, rollouts=(), verdicts=(), tier=None)
+    return sample_row(step, group, Treatment.DROP, dropped=reason)
 
 
 def _rollout_row(rollout: Rollout, verdict: Verdict) -> RolloutRow:
@@ -84,9 +100,12 @@ def _rollout_row(rollout: Rollout, verdict: Verdict) -> RolloutRow:
 class SampleLog:
     """Writes the samples of one replica; ``shard`` is its data-parallel rank, None when it is the only one."""
 
-    def __init__(self, run_dir: Path, *, shard: int | None = None, max_rows: int = 0) -> None:
-        """``max_rows``: rows to keep of each step (the first ones); 0: all."""
-        self._dir = run_dir / SAMPLES_DIR
+    def __init__(
+        self, run_dir: Path, *, shard: int | None = None, max_rows: int = 0, folder: str = SAMPLES_DIR
+    ) -> None:
+        """``max_rows``: rows to keep of each step (the first ones); 0: all. ``folder``: of the run, for the files."""
+        self.shard = shard
+        self._dir = run_dir / folder
         self._suffix = "" if shard is None else f".{shard:05d}"
         self._max_rows = max_rows
 
@@ -101,22 +120,28 @@ class SampleLog:
         return path
 
 
+def eval_folder(name: str) -> str:
+    """Folder of a run that holds the responses to one evaluation set."""
+    return f"{SAMPLES_DIR}/eval/{name_part(name)}"
+
+
 def discard_samples(run_dir: Path, from_step: int) -> None:
     """Remove the samples of ``from_step`` and later, whichever replica wrote them: a resumed run makes them anew."""
-    for step, paths in _files(run_dir).items():
-        if step >= from_step:
-            for path in paths:
-                path.unlink()
+    for folder in (run_dir / SAMPLES_DIR, *(run_dir / SAMPLES_DIR / "eval").glob("*")):
+        for step, paths in _files(folder).items():
+            if step >= from_step:
+                for path in paths:
+                    path.unlink()
 
 
 def sample_steps(run_dir: Path) -> list[int]:
     """The steps that have samples, in order."""
-    return sorted(_files(run_dir))
+    return sorted(_files(run_dir / SAMPLES_DIR))
 
 
 def read_samples(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of ``steps`` (default: all) in order of step, then replica; ValueError (file, line) for a bad line."""
-    files = _files(run_dir)
+    files = _files(run_dir / SAMPLES_DIR)
     for step in sorted(files) if steps is None else steps:
         for path in files.get(step, ()):
             with path.open(encoding="utf-8") as lines:
@@ -131,10 +156,10 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
 
 
-def _files(run_dir: Path) -> dict[int, list[Path]]:
+def _files(folder: Path) -> dict[int, list[Path]]:
     """Step → the files of its replicas, in order of replica."""
     found: dict[int, list[tuple[int, Path]]] = {}
-    for path in (run_dir / SAMPLES_DIR).glob("step_*.jsonl"):
+    for path in folder.glob("step_*.jsonl"):
         match = _FILE_NAME.fullmatch(path.name)
         if match:
             found.setdefault(int(match[1]), []).append((int(match[2] or -1), path))

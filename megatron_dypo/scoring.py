@@ -98,9 +98,14 @@ def _server_logp(sample: Sample) -> Floats:
 def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None:
     """Log-probs under the weights that the chunks hold now; answered on the leader that gave the samples."""
     bare = None if samples is None else [without_arrays(sample) for sample in samples]
+    return logprobs_of_all(run, broadcast_samples(bare, run.layout.replica_group))
+
+
+def logprobs_of_all(run: Run, samples: Sequence[Sample]) -> list[Floats] | None:
+    """As :func:`_logprobs`, of samples that every rank of the replica has already."""
     return sequence_logprobs(
         run.chunks,
-        broadcast_samples(bare, run.layout.replica_group),
+        samples,
         layout=run.layout,
         budget=run.config.batching.tokens_per_microbatch,
         row_multiple=run.config.row_multiple,

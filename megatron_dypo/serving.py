@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
-from megatron_dypo.rollout.collect import collect
+from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.rollout.collect import DroppedGroup, collect
+from megatron_dypo.rollout.process import ServerDiedError
 from megatron_dypo.run import Run
 from megatron_dypo.tally import tally_collection, tally_push
 from megatron_dypo.types import Prompt, RolloutGroup
@@ -50,8 +53,21 @@ def release(run: Run) -> None:
         run.bridge.release()
 
 
-def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> list[RolloutGroup]:
-    """The groups of this replica's ``prompts``, oldest first, however many servers die meanwhile.
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What came of the prompts of one replica."""
+
+    groups: list[RolloutGroup] = field(default_factory=list)
+    """Complete groups, by the order of their draws."""
+    dropped: list[DroppedGroup] = field(default_factory=list)
+
+    @classmethod
+    def without_rollouts(cls, prompts: Sequence[Prompt]) -> Sampled:
+        return cls(groups=[RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts])
+
+
+def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> Sampled:
+    """Sample the groups of this replica's ``prompts``, however many servers die meanwhile. Collective over the world.
 
     Args:
         prompts: () off the leaders.
@@ -59,27 +75,51 @@ def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> li
         options: of :func:`megatron_dypo.rollout.collect.collect`.
 
     Raises:
-        ConnectionError: pushes go well, but this rank cannot reach the servers.
+        RunEnded: on all ranks: no server is left, or pushes go well and a rank cannot reach the servers.
     """
-    groups: list[RolloutGroup] = []
+    sampled = Sampled()
     fruitless = 0
     while True:
-        num_before = len(groups)
-        if run.leader and prompts:
-            with run.timings.measure(part):
-                assert run.leader.client is not None
-                found, stats = collect(prompts, run.leader.client, progress=run.layout.is_global_leader, **options)
-            tally_collection(run.tally, stats)
-            groups += found
-            prompts = stats.unserved
+        found, prompts, failure = _ask(run, prompts, part, options)
+        sampled.groups.extend(found.groups)
+        sampled.dropped.extend(found.dropped)
+        if failures := gather_anywhere(run, failure):
+            raise RunEnded(Cause.SERVERS_GONE, failures[0])
         if not anywhere(run, bool(prompts)):
-            return sorted(groups, key=lambda group: group.prompt.order)
-        fruitless = 0 if anywhere(run, len(groups) > num_before) else fruitless + 1
+            sampled.groups.sort(key=lambda group: group.prompt.order)
+            return sampled
+        came_back = len(found.groups) + len(found.dropped)
+        fruitless = 0 if anywhere(run, came_back > 0) else fruitless + 1
         if fruitless == _MAX_FRUITLESS:
-            raise ConnectionError(f"no SGLang server can be reached, though {fruitless - 1} pushes in a row went well")
+            raise RunEnded(
+                Cause.SERVERS_GONE,
+                f"no SGLang server can be reached, though {fruitless - 1} pushes in a row went well",
+            )
         if run.layout.is_global_leader:
-            log.warning("no server is left to ask: pushing version %d once more before going on", run.step)
+            log.warning("no server is reachable; pushing version %d again", run.step)
         push(run)
+
+
+def _ask(
+    run: Run, prompts: Sequence[Prompt], part: str, options: dict[str, Any]
+) -> tuple[Sampled, Sequence[Prompt], str | None]:
+    """One attempt: what came back, the prompts that no server took, and why no server will ever take one."""
+    if not run.leader or not prompts:
+        return Sampled(), prompts, None
+    assert run.leader.client is not None
+    try:
+        with run.timings.measure(part):
+            groups, stats = collect(prompts, run.leader.client, progress=run.layout.is_global_leader, **options)
+    except ServerDiedError as error:
+        return Sampled(), prompts, str(error)
+    tally_collection(run.tally, stats)
+    return Sampled(groups=groups, dropped=list(stats.dropped)), stats.unserved, None
+
+
+def gather_anywhere(run: Run, value: str | None) -> list[str]:
+    """The values of all leaders that have one; the same answer on every rank."""
+    found = gather_objects(value, run.leader.group) if run.leader else []
+    return broadcast_object([one for one in found if one is not None], run.layout.replica_group)
 
 
 def anywhere(run: Run, value: bool) -> bool:

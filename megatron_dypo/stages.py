@@ -26,6 +26,7 @@ from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.router import balance_metrics
 from megatron_dypo.mcore.score import largest_count, pack_rows, round_up_microbatches
+from megatron_dypo.not_finite import explain_bad_update
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
 from megatron_dypo.progress import progress
@@ -55,18 +56,22 @@ def open_batch(run: Run) -> None:
         queues.open_batch(oldest(orders, batching.prompts_per_batch), epochs=batching.epochs_per_batch)
 
 
-def take_batch(run: Run) -> Batch | None:
-    """The next mini-batch of the rollout batch; None, on every rank, when it is empty everywhere."""
+def take_batch(run: Run) -> Batch:
+    """The next mini-batch of the rollout batch."""
     groups, counted = [], None
     if run.leader:
         leaders, queues = run.leader.group, run.leader.queues
         groups = queues.draw(oldest(gather_objects(queues.turns(), leaders), run.config.batching.prompts_per_update))
+        for group in groups:
+            if not group[0].updates_left:
+                run.leader.ledger.train(group[0].treatment)
         counts = gather_objects((_counts(groups), len(queues.batch)), leaders)
         counted = _totals([of_kind for of_kind, _ in counts]), not any(left for _, left in counts)
         for treatment, queue in queues.waiting.items():
             run.tally.add(f"queue/{treatment.value}", len(queue))
     totals, is_last = broadcast_object(counted, run.layout.replica_group)
-    return Batch(groups=groups, totals=totals, is_last=is_last) if totals.num_prompts else None
+    assert totals.num_prompts, "a collection ends with something to learn from, or ends the run"
+    return Batch(groups=groups, totals=totals, is_last=is_last)
 
 
 def weigh(run: Run, batch: Batch) -> list[Sample]:
@@ -82,12 +87,24 @@ def weigh(run: Run, batch: Batch) -> list[Sample]:
     return weighed
 
 
-def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str, float]]:
-    """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UpdateReport:
+    """What one update did, the same on every rank."""
 
-    Returns:
-        The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``), and optimizer metrics.
-    """
+    is_applied: bool
+    """False: the gradients were not finite, and the weights stay as they were."""
+    sums: torch.Tensor
+    """[len(STATISTICS)] The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``)."""
+    metrics: dict[str, float]
+    """Of the optimizer and of packing."""
+    problem: str = ""
+    """Where it was not applied: the first parameter and the samples that are not finite."""
+    has_bad_weights: bool = False
+    """Weights themselves are not finite, so that no update will ever be."""
+
+
+def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
+    """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step."""
     cost = sequence_cost(run.arch, run.config.model.recompute)
     samples = balance(weighed, run.leader.group, cost.of) if run.leader else None
     samples = broadcast_samples(samples, run.layout.replica_group)
@@ -100,18 +117,23 @@ def update(run: Run, weighed: Sequence[Sample]) -> tuple[torch.Tensor, dict[str,
         with progress(len(rows), "update", "microbatches", enabled=layout.is_global_leader) as bar:
             sums = loss_pass(run.chunks, parts, cfg=run.config.objective, context_group=layout.cp_group, bar=bar)
         applied = run.optimizer.step()
-    if not applied.ok and layout.is_global_leader:
-        log.warning("step %d: gradient norm %s; the weights stay as they were", run.step + 1, applied.grad_norm)
+    problem, has_bad_weights = ("", False) if applied.ok else explain_bad_update(run, samples)
+    if problem and layout.is_global_leader:
+        log.warning("step %d: gradient norm %s; update skipped: %s", run.step + 1, applied.grad_norm, problem)
     sums = sums.to(device()) * (layout.tp_rank == 0)
     dist.all_reduce(sums)
     padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)
-    return sums.cpu(), {
+    metrics = {
         "train/grad_norm": applied.grad_norm,
         "train/lr": applied.lr,
+        "train/skipped": float(not applied.ok),
         "train/num_microbatches": len(rows),
         "train/padding_ratio": padding,
         **balance_metrics(run.chunks),
     }
+    return UpdateReport(
+        is_applied=applied.ok, sums=sums.cpu(), metrics=metrics, problem=problem, has_bad_weights=has_bad_weights
+    )
 
 
 def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from megatron_dypo.metric_names import name_part
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
-from megatron_dypo.rollout.collect import CollectStats
+from megatron_dypo.rollout.collect import CollectStats, DroppedGroup
+from megatron_dypo.rollout.stream import StreamCounts
 from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
 from megatron_dypo.weights.engines import PushReport
 
@@ -35,16 +37,28 @@ class Tally(dict[str, float]):
     def add(self, key: str, value: float = 1.0) -> None:
         self[key] += value
 
-    def ratio(self, numerator: str, denominator: str) -> float:
-        """One sum over another; 0 where there is nothing to divide by."""
-        return self[numerator] / self[denominator] if self[denominator] else 0.0
+    def ratio(self, numerator: str, denominator: str) -> float | None:
+        """One sum over another; None where there is nothing to divide by, which is no number."""
+        return self[numerator] / self[denominator] if self[denominator] else None
 
 
 def tally_collection(tally: Tally, stats: CollectStats) -> None:
-    """Count what went wrong while groups were collected."""
+    """Count what went wrong while groups were collected; :func:`tally_dropped` counts the prompts without a group."""
     tally.add("retries", stats.retries)
-    tally.add("incomplete_groups", stats.dropped_groups)
     tally.add("wrong_versions", stats.wrong_versions)
+
+
+def tally_stream(tally: Tally, counts: StreamCounts) -> None:
+    """Count the same of groups that were collected in the background."""
+    tally.add("retries", counts.retries)
+    tally.add("wrong_versions", counts.wrong_versions)
+
+
+def tally_dropped(tally: Tally, dropped: Iterable[DroppedGroup]) -> None:
+    """Count prompts that have no group."""
+    for group in dropped:
+        tally.add("asked")
+        tally.add(f"dropped/{group.reason.value}")
 
 
 def tally_push(tally: Tally, pushed: PushReport) -> None:
@@ -55,23 +69,30 @@ def tally_push(tally: Tally, pushed: PushReport) -> None:
 
 
 def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
-    """Count tiers, verdicts and lengths of freshly graded groups."""
+    """Count tiers, verdicts and lengths of freshly graded groups. A rollout without a verdict is neither right nor wrong."""
     for group in groups:
         tally.add("groups")
         tally.add("prompt_tokens", len(group.prompt.tokens))
         if group.tier is not None:
             tally.add(f"tier/{group.tier.value}")
             tally.add("graded")
+        elif group.rollouts:
+            tally.add("without_verdict")
+        if group.rollouts:
+            tally.add("asked")
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
             tally.add("rollouts")
-            tally.add("reward", verdict.reward)
-            tally.add("correct", verdict.is_correct)
             tally.add("truncated", rollout.finish == "length")
-            tally.add("verifier_errors", verdict.error is not None)
             tally.add("sampled_tokens", len(rollout.tokens))
             tally.extreme("max:response_len", len(rollout.tokens))
             tally.extreme("min:response_len", len(rollout.tokens))
             tally.add("rollout_version", rollout.policy_version)
+            if verdict.error is not None:
+                tally.add("verifier_errors")
+                continue
+            tally.add("verdicts")
+            tally.add("reward", verdict.reward)
+            tally.add("correct", verdict.is_correct)
 
 
 def tally_gal(tally: Tally, statistics: GalStatistics, log_ratio_sum: float, num_members: int) -> None:
@@ -117,8 +138,8 @@ def tally_work(tally: Tally, flops: float) -> None:
 
 
 def rollout_metrics(tally: Tally) -> dict[str, float]:
-    """What collection and grading counted; nothing for a step without rollouts."""
-    metrics = {
+    """What collection and grading counted. A mean over nothing is left out; a count of nothing is 0."""
+    metrics: dict[str, float | None] = {
         "data/dropped_prompts": tally["dropped_prompts"],
         "data/dropped_traces": tally["dropped_traces"],
         "gate/hard_without_teacher": tally["hard_without_teacher"],
@@ -129,34 +150,39 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
     metrics |= {name: count for name, count in tally.items() if name.startswith("refit/")}
     if "max:epoch" in tally:
         metrics["data/epoch"] = tally["max:epoch"]
-    if tally["score_error/rollouts"]:
-        metrics |= {
-            "score/rollout_policy_error/mean": tally.ratio("score_error/mean", "score_error/tokens"),
-            "score/rollout_policy_error/max": tally["max:score_error"],
-            "score/rollout_policy_error/sequence": tally.ratio("score_error/sequence", "score_error/rollouts"),
-        }
-    if tally["graded"]:
-        metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
-    if tally["rollouts"]:
-        metrics |= {
-            "rollout/reward": tally.ratio("reward", "rollouts"),
-            "rollout/accuracy": tally.ratio("correct", "rollouts"),
-            "rollout/truncated_ratio": tally.ratio("truncated", "rollouts"),
-            "rollout/response_len/mean": tally.ratio("sampled_tokens", "rollouts"),
-            "rollout/response_len/max": tally["max:response_len"],
-            "rollout/response_len/min": tally["min:response_len"],
-            "rollout/prompt_len/mean": tally.ratio("prompt_tokens", "groups"),
-            "rollout/num_prompts": tally["groups"],
-            "rollout/num_rollouts": tally["rollouts"],
-            "rollout/num_tokens": tally["sampled_tokens"],
-            "rollout/num_rounds": tally["max:rounds"],
-            "rollout/retries": tally["retries"],
-            "rollout/incomplete_groups": tally["incomplete_groups"],
-            "rollout/wrong_versions": tally["wrong_versions"],
-            "rollout/verifier_errors": tally["verifier_errors"],
-            "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),
-        }
-    return {name: float(value) for name, value in metrics.items()}
+    metrics |= {
+        "score/rollout_policy_error/mean": tally.ratio("score_error/mean", "score_error/tokens"),
+        "score/rollout_policy_error/max": tally.get("max:score_error"),
+        "score/rollout_policy_error/sequence": tally.ratio("score_error/sequence", "score_error/rollouts"),
+    }
+    metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
+    if tally["asked"]:
+        metrics |= _collection_metrics(tally)
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _collection_metrics(tally: Tally) -> dict[str, float | None]:
+    """Of a step that asked servers."""
+    return {
+        "rollout/reward": tally.ratio("reward", "verdicts"),
+        "rollout/accuracy": tally.ratio("correct", "verdicts"),
+        "rollout/truncated_ratio": tally.ratio("truncated", "rollouts"),
+        "rollout/response_len/mean": tally.ratio("sampled_tokens", "rollouts"),
+        "rollout/response_len/max": tally.get("max:response_len"),
+        "rollout/response_len/min": tally.get("min:response_len"),
+        "rollout/prompt_len/mean": tally.ratio("prompt_tokens", "groups"),
+        "rollout/num_prompts": tally["groups"],
+        "rollout/num_rollouts": tally["rollouts"],
+        "rollout/num_tokens": tally["sampled_tokens"],
+        "rollout/num_rounds": tally["max:rounds"],
+        "rollout/retries": tally["retries"],
+        "rollout/incomplete_groups": tally["dropped/incomplete"],
+        "rollout/refused_prompts": tally["dropped/refused"],
+        "rollout/wrong_versions": tally["wrong_versions"],
+        "rollout/verifier_errors": tally["verifier_errors"],
+        "rollout/groups_without_verdict": tally["without_verdict"],
+        "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),
+    }
 
 
 def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, float]:
@@ -165,7 +191,7 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, floa
     distil, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTIL, Treatment.REINFORCE))
     tokens = totals.num_response_tokens
     all_tokens = max(sum(tokens.values()), 1)
-    metrics = {
+    metrics: dict[str, float | None] = {
         "train/loss": total["surrogate"] + total["kl"] + total["sft"] + tally["gal_loss_share"],
         "train/num_prompts": totals.num_prompts,
         "train/num_sequences": tally["sequences"],
@@ -193,8 +219,8 @@ def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, floa
         metrics["gal/anchor_drift"] = total["anchor_drift"] / total["anchored"]
         metrics["gal/clipfrac"] = total["anchored_clipped"] / total["anchored_tokens"]
     for key in [key for key in tally if key.startswith("teacher/")]:
-        metrics[f"{key}/share"] = tally.ratio(key, "teachers")
-    return {name: float(value) for name, value in metrics.items()}
+        metrics[f"teacher/{name_part(key.removeprefix('teacher/'))}/share"] = tally.ratio(key, "teachers")
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 def _rollout_token_metrics(total: dict[str, float]) -> dict[str, float]:
@@ -213,16 +239,14 @@ def _rollout_token_metrics(total: dict[str, float]) -> dict[str, float]:
 
 def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
     """Rates of one step; ``timings`` are those of ``Timings.take``."""
-    step = timings["timing_s/step"]
-    rate = _ratio(tally["tokens"], step)
-    return {
-        "perf/tokens_per_sec": rate,
-        "perf/tokens_per_gpu_per_sec": rate / world_size,
-        "perf/rollout_tokens_per_sec": _ratio(tally["sampled_tokens"], timings.get("timing_s/gen", 0.0)),
-        "perf/update_tokens_per_sec": _ratio(tally["tokens"], timings.get("timing_s/update_actor", 0.0)),
-        "perf/wait_time_ratio": _ratio(timings.get("timing_s/gen", 0.0), step),
-    }
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
+    step, gen, update = (timings.get(f"timing_s/{part}", 0.0) for part in ("step", "gen", "update_actor"))
+    metrics = {}
+    if step:
+        metrics["perf/tokens_per_sec"] = tally["tokens"] / step
+        metrics["perf/tokens_per_gpu_per_sec"] = tally["tokens"] / step / world_size
+        metrics["perf/wait_time_ratio"] = gen / step
+    if gen:
+        metrics["perf/rollout_tokens_per_sec"] = tally["sampled_tokens"] / gen
+    if update:
+        metrics["perf/update_tokens_per_sec"] = tally["tokens"] / update
+    return metrics

@@ -6,51 +6,67 @@ import logging
 from collections.abc import Mapping
 
 from megatron_dypo.batching.exchange import gather_objects
-from megatron_dypo.collecting import fill_queues
+from megatron_dypo.collecting import books, fill_queues
 from megatron_dypo.config.tree import Config
+from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.evaluate import evaluate
+from megatron_dypo.ledger import Balance
 from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.metrics import summary_line
+from megatron_dypo.not_finite import bad_weight
 from megatron_dypo.parallel.agree import any_rank
 from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.preemption import is_requested
 from megatron_dypo.run import Run, open_run, save_checkpoint
 from megatron_dypo.scoring import rescore_stale, score
 from megatron_dypo.serving import push, release
-from megatron_dypo.stages import open_batch, take_batch, update, weigh
+from megatron_dypo.stages import UpdateReport, open_batch, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.weights.export import export_hf
 
 log = logging.getLogger("megatron_dypo")
 
 
-def train(config: Config) -> bool:
+def train(config: Config) -> None:
     """Train until ``run.steps`` optimizer steps are done, then export; this process is one rank of the run.
 
-    Returns:
-        False when a rank was asked to stop before the last step (see :mod:`megatron_dypo.preemption`): what was done
-        is in a checkpoint, from which the next start of the same run goes on.
+    Raises:
+        RunEnded: on all ranks: the run ended before that, for its cause. What was done is in a checkpoint, unless the
+            weights are not finite. A model is exported only if the run was trained until nothing was left to learn.
     """
     with open_run(config) as run:
-        push(run)
-        if run.step == 0:
-            _write(run, evaluate(run))
-        run.timings.take()
-        while run.step < config.run.steps:
-            if any_rank(is_requested()):
-                stop(run)
-                return False
-            if not train_step(run):
-                break
+        try:
+            _train(run)
+        except RunEnded as end:
+            _end(run, end)
+            raise
         finish(run)
-    return True
 
 
-def train_step(run: Run) -> bool:
-    """One optimizer step, its metrics and what is due after it; False when nothing was left to learn from.
+def _train(run: Run) -> None:
+    _require_finite_weights(run)
+    push(run)
+    if run.step == 0:
+        _write(run, evaluate(run))
+    run.timings.take()
+    while run.step < run.config.run.steps:
+        if any_rank(is_requested()):
+            raise RunEnded(Cause.STOPPED, f"stopped on request: {run.step} of {run.config.run.steps} steps are done")
+        train_step(run)
+    if run.bad_steps:
+        raise RunEnded(
+            Cause.NOT_FINITE, f"the last {run.bad_steps} updates of the run were skipped: {run.last_problem}"
+        )
+
+
+def train_step(run: Run) -> None:
+    """One optimizer step, its metrics and what is due after it.
 
     The first step of a rollout batch collects it; the servers get the weights after its last, or for an evaluation.
+
+    Raises:
+        RunEnded: on all ranks: nothing can be learned from what was collected, or updates are not finite.
     """
     with run.timings.measure("step"):
         if not run.is_mid_batch:
@@ -60,22 +76,37 @@ def train_step(run: Run) -> bool:
             score(run)
             run.batches += 1
         batch = take_batch(run)
-        if batch is None:
-            log.info("step %d: every prompt is Easy or without a teacher; nothing is left to learn from", run.step)
-            return False
         rescore_stale(run, batch)
         samples = weigh(run, batch)
-        sums, metrics = update(run, samples)
+        report = update(run, samples)
         run.step += 1
         run.is_mid_batch = not batch.is_last
-        if batch.is_last or _evaluation_is_due(run):
+        metrics = report.metrics
+        end = count_bad_steps(run, report)
+        if end is None and (batch.is_last or _evaluation_is_due(run)):
             metrics |= push(run)
     timings, tally = run.timings.take(), _total_tally(run)
-    metrics |= rollout_metrics(tally) | update_metrics(tally, batch.totals, sums)
+    metrics |= rollout_metrics(tally) | update_metrics(tally, batch.totals, report.sums)
     metrics |= timings | performance_metrics(tally, timings, run.layout.world_size)
+    metrics |= _books(run).metrics()
     metrics["perf/peak_memory_gib"] = peak_memory_gib()
+    if end is not None:
+        _write(run, metrics)
+        raise end
     after_step(run, metrics)
-    return True
+
+
+def count_bad_steps(run: Run, report: UpdateReport) -> RunEnded | None:
+    """Count an update that was skipped; the end of the run where too many were, or where the weights themselves are bad."""
+    run.bad_steps = 0 if report.is_applied else run.bad_steps + 1
+    run.last_problem = report.problem
+    if report.has_bad_weights:
+        return RunEnded(Cause.NOT_FINITE, f"step {run.step}: {report.problem}")
+    if run.bad_steps >= run.config.optimizer.max_bad_steps:
+        return RunEnded(
+            Cause.NOT_FINITE, f"step {run.step}: {run.bad_steps} updates in a row were skipped: {report.problem}"
+        )
+    return None
 
 
 def after_step(run: Run, metrics: dict[str, float]) -> None:
@@ -94,33 +125,64 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
         metrics |= evaluate(run)
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     _write(run, metrics | run.timings.take())
-    if is_last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+    is_due = is_last or (config.checkpoint.every > 0 and run.step % config.checkpoint.every == 0)
+    if is_due and run.bad_steps == 0:
         with run.timings.measure("save_checkpoint"):
             save_checkpoint(run)
 
 
-def stop(run: Run) -> None:
-    """Save what was done since the last checkpoint, if anything was, so that the run can go on elsewhere."""
-    if run.step > 0:
-        _save_unless_saved(run)
-    if run.layout.is_global_leader:
-        log.info("stopped on request: %d of %d steps are done", run.step, run.config.run.steps)
-
-
 def finish(run: Run) -> None:
-    """Save the policy of a run that ended early, and export it."""
-    layout = run.layout
+    """Save the policy, if that is not done yet, and export it."""
     _save_unless_saved(run)
     if run.config.export.hf:
         export_hf(
             named_values(run.chunks),
             run.arch,
-            layout,
+            run.layout,
             out_dir=run.dir / "hf",
             reference_hf_path=run.config.model.hf_path,
         )
-    if layout.is_global_leader:
-        log.info("done: %d steps; run folder %s", run.step, run.dir)
+    _log_end(run, "done")
+
+
+def _end(run: Run, end: RunEnded) -> None:
+    """Keep what a run did that ends before its last step. Collective over the world."""
+    _write_unfinished_step(run)
+    if end.cause is Cause.NOTHING_LEFT and run.step > 0:
+        finish(run)
+    elif run.step > 0 and end.cause is not Cause.NOT_FINITE:
+        _save_unless_saved(run)
+    _log_end(run, "ended early")
+
+
+def _log_end(run: Run, word: str) -> None:
+    line = _books(run).line()
+    if run.layout.is_global_leader:
+        log.info("%s: %d of %d steps; run folder %s; %s", word, run.step, run.config.run.steps, run.dir, line)
+
+
+def _write_unfinished_step(run: Run) -> None:
+    """Write what a collection counted from which no update was made, as the record of the step that it was for."""
+    timings, tally = run.timings.take(), _total_tally(run)
+    metrics = rollout_metrics(tally)
+    if tally["asked"] or tally["dropped_prompts"]:
+        _write(run, metrics | timings | _books(run).metrics(), step=run.step + 1)
+
+
+def _books(run: Run) -> Balance:
+    """The ledger over all replicas, on the leaders; draws that are on no account, or on several, are a bug of ours."""
+    found = books(run)
+    if found.difference and run.layout.is_global_leader:
+        log.error(
+            "the ledger of prompts does not balance by %d: please report this; %s", found.difference, found.line()
+        )
+    return found
+
+
+def _require_finite_weights(run: Run) -> None:
+    if name := bad_weight(run.chunks):
+        place = "the checkpoint" if run.step else f"model.hf_path={run.config.model.hf_path}"
+        raise RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
 
 
 def _save_unless_saved(run: Run) -> None:
@@ -135,9 +197,9 @@ def _evaluation_is_due(run: Run) -> bool:
     return is_due and bool(cfg.eval.prompts)
 
 
-def _write(run: Run, metrics: Mapping[str, float]) -> None:
+def _write(run: Run, metrics: Mapping[str, float], step: int | None = None) -> None:
     if run.writer and metrics:
-        run.writer.write(run.step, metrics)
+        run.writer.write(run.step if step is None else step, metrics)
 
 
 def _total_tally(run: Run) -> Tally:

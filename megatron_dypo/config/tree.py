@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Literal
 
 from megatron_dypo.config.data import DataConfig
@@ -36,6 +37,9 @@ class RunConfig:
     """False: refuse a run folder that already holds a checkpoint."""
     check_memory: bool = True
     """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
+    allow_changed: tuple[Literal["data"], ...] = ()
+    """What may differ from the run that is resumed. ``data``: the prompt files, their order or ``run.seed``; the positions of
+    the checkpoint then mean other rows, and a warning says so."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
@@ -189,9 +193,11 @@ class OptimizerConfig:
     distributed: bool = False
     """Shard the optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
     overlap_grad_reduce: bool = False
+    max_bad_steps: int = 3
+    """Updates in a row whose gradients are not finite, and which are skipped, that end the run."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "lr", "eps")
+        require_positive(self, "lr", "eps", "max_bad_steps")
         require_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
         require(self.min_lr <= self.lr, f"min_lr={self.min_lr}", f"must not exceed lr={self.lr}")
         for name in ("beta1", "beta2"):
@@ -216,7 +222,8 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out accuracy through the same servers."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] | dict[str, str] = ()
+    """Evaluation sets: a list of JSONL or Parquet files, each named after its file, or a mapping, name → file."""
     every: int = 0
     """Steps between evaluations; 0: before the first and after the last step only."""
     samples: int = 1
@@ -227,6 +234,28 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require_positive(self, "samples")
         require_not_negative(self, "every", "temperature")
+        if self.max_prompts is not None:
+            require_positive(self, "max_prompts")
+        for name, paths in self._paths_by_name().items():
+            require(
+                len(paths) == 1,
+                f"prompts={list(self.prompts)}",
+                f"{len(paths)} sets would be named {name!r}: give them names, as in prompts: {{first: {paths[0]}, "
+                f"second: {paths[-1]}}}",
+            )
+
+    def _paths_by_name(self) -> dict[str, list[str]]:
+        if isinstance(self.prompts, dict):
+            return {name: [path] for name, path in self.prompts.items()}
+        found: dict[str, list[str]] = {}
+        for path in self.prompts:
+            found.setdefault(PurePath(path).stem, []).append(path)
+        return found
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Name → file of each evaluation set."""
+        return {name: paths[0] for name, paths in self._paths_by_name().items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,17 @@ class PromptDataset:
             return self._parse(file, index, file.read(index))
         except BadRow as bad:
             raise ValueError(f"{self._place(row)}: {bad} (the file has changed since it was opened)") from bad
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Name, size in bytes, rows and sha256 of each file."""
+        found = []
+        for file in self._files:
+            with file.path.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found.append(
+                {"name": file.path.name, "bytes": file.path.stat().st_size, "rows": len(file), "sha256": digest}
+            )
+        return found
 
     def close(self) -> None:
         for file in self._files:
@@ -94,6 +106,17 @@ class PromptDataset:
             if first == second:
                 rule = f"{self._fields.id}={second!r}: is the id of {self._place(earlier)} too"
                 problems.add(self._place(later), (rule,))
+
+
+def compare_fingerprints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The differences between two results of :meth:`PromptDataset.fingerprint`, in words."""
+    if [one["name"] for one in old] != [one["name"] for one in new]:
+        return [f"files {[one['name'] for one in old]} → {[one['name'] for one in new]}"]
+    return [
+        f"{a['name']}: {a['rows']} rows, sha256 {a['sha256'][:12]} → {b['rows']} rows, sha256 {b['sha256'][:12]}"
+        for a, b in zip(old, new, strict=True)
+        if a["sha256"] != b["sha256"]
+    ]
 
 
 def _digest(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,18 @@ class PromptStream:
         rows = [self._row_at(position) for position in positions]
         visits = [position // len(self._dataset) for position in positions]
         return self._prompts(rows, positions, visits, with_traces=True)
+
+    def __len__(self) -> int:
+        """Rows of the data: the draws of one epoch."""
+        return len(self._dataset)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """As :meth:`PromptDataset.fingerprint`."""
+        return self._dataset.fingerprint()
+
+    def id_of(self, position: int) -> str:
+        """``prompt_id`` of the draw at a position."""
+        return self._dataset[self._row_at(position)].prompt_id
 
     def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]:
         """The first ``limit`` rows in the order of the files, without traces: a set to evaluate on."""

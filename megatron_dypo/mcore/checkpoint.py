@@ -145,7 +145,7 @@ def load(
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
     loaded = dist_checkpointing.load(state, str(path / _WEIGHTS))
     _fill(chunks, loaded)
-    optimizer.megatron.load_state_dict(loaded["optimizer"])
+    optimizer.load_state(loaded["optimizer"])
     optimizer.num_updates = int(header["num_updates"])
     if same_axes:
         rng.restore(loaded["rng"])

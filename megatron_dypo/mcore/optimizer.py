@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -61,7 +62,7 @@ class PolicyOptimizer:
         self.num_updates += 1
         self._scheduler.num_steps = self.num_updates
         self._scheduler.step(0)
-        lr = float(self._scheduler.get_lr({}))
+        lr = float(self.megatron.param_groups[0]["lr"])
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())
         # Without a loss scaler Megatron would multiply a NaN norm into every weight.
@@ -69,6 +70,17 @@ class PolicyOptimizer:
             return StepResult(ok=False, grad_norm=grad_norm, lr=lr)
         ok, _, _ = self.megatron.step()
         return StepResult(ok=bool(ok), grad_norm=grad_norm, lr=lr)
+
+    def load_state(self, state: Any) -> None:
+        """Take the moments and main parameters of a checkpoint; every setting stays that of this run's config.
+
+        Megatron's ``load_state_dict`` would bring the parameter groups' old learning rates, betas, epsilon and weight
+        decay back, and the schedule reads its bounds from the groups.
+        """
+        settings = [_settings(group) for group in self.megatron.param_groups]
+        self.megatron.load_state_dict(state)
+        for group, own in zip(self.megatron.param_groups, settings, strict=True):
+            group.update(own)
 
     def reload_weights(self) -> None:
         """Copy the model's parameters into the fp32 main parameters, after they were changed from outside."""
@@ -86,6 +98,11 @@ class PolicyOptimizer:
                 optimizer._copy_main_params_to_model_params()
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds besides its parameters and how many steps it has made."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def build_optimizer(

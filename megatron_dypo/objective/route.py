@@ -10,20 +10,25 @@ import numpy as np
 
 from megatron_dypo.data.teachers import draw_trace
 from megatron_dypo.objective.recipes.base import Objective
-from megatron_dypo.types import GradedGroup, Sample, Treatment
+from megatron_dypo.types import DropReason, GradedGroup, Sample, Treatment
 
 
 @dataclass(kw_only=True)
 class Routed:
-    """What became of one round of groups; the three lists are parallel to the groups."""
+    """What became of one round of groups; the lists are parallel to the groups."""
 
     treatments: list[Treatment] = field(default_factory=list)
     samples: list[list[Sample]] = field(default_factory=list)
     """Empty for a group that was dropped."""
     teachers: list[str | None] = field(default_factory=list)
     """The teacher drawn."""
-    without_teacher: int = 0
-    """Groups that should have been distilled and have no trace; dropped."""
+    reasons: list[DropReason | None] = field(default_factory=list)
+    """Why a group was dropped; None where it was not."""
+
+    @property
+    def without_teacher(self) -> int:
+        """Groups that should have been distilled and have no trace; dropped."""
+        return self.reasons.count(DropReason.NO_TEACHER)
 
     def teacher_counts(self) -> Counter[str]:
         return Counter(name for name in self.teachers if name is not None)
@@ -40,19 +45,20 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     routed = Routed()
     for group in groups:
         treatment, teacher, samples = objective.treat(group.tier, step), None, []
+        reason = DropReason.EASY if treatment is Treatment.DROP else None
         if treatment is Treatment.REINFORCE:
             samples = _rollout_samples(group)
         elif treatment is Treatment.DISTIL:
             drawn = draw_trace(group.prompt, seed)
             if drawn is None:
-                routed.without_teacher += 1
-                treatment = Treatment.DROP
+                treatment, reason = Treatment.DROP, DropReason.NO_TEACHER
             else:
                 teacher, trace = drawn
                 samples = [_trace_sample(group, trace, version)]
         routed.treatments.append(treatment)
         routed.samples.append(samples)
         routed.teachers.append(teacher)
+        routed.reasons.append(reason)
     return routed
 
 

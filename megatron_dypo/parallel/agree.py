@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -13,3 +15,10 @@ def any_rank(mine: bool) -> bool:
     flag = torch.tensor([float(mine)], device=device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def gather_world(value: Any) -> list[Any]:
+    """``value`` of every rank, in rank order; for a word or a few numbers a rank, on rare occasions."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

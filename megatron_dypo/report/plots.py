@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
-from scipy.stats import binomtest
 
+from megatron_dypo.intervals import wilson_interval
 from megatron_dypo.report.panels import CYCLE, PANELS, Line, Panel
 
 Records = Sequence[dict[str, Any]]
@@ -40,12 +40,6 @@ def thin(items: Sequence[Any], limit: int) -> list[Any]:
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
-    """95% Wilson score interval of a share of independent trials."""
-    interval = binomtest(round(accuracy * num_samples), num_samples).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _panel_plot(panel: Panel, records: Records) -> Plot | None:
@@ -86,8 +80,7 @@ def _eval_plot(records: Records) -> Plot | None:
     for name, color in zip(sets, CYCLE * (len(sets) // len(CYCLE) + 1), strict=False):
         rows = thin([r for r in records if r.get(f"eval/{name}/accuracy") is not None], MAX_POINTS)
         accuracy = [float(record[f"eval/{name}/accuracy"]) for record in rows]
-        counts = [int(record.get(f"eval/{name}/num_samples") or 0) for record in rows]
-        bounds = [wilson_interval(a, n) if n else (a, a) for a, n in zip(accuracy, counts, strict=True)]
+        bounds = [_bounds(record, name) for record in rows]
         figure.add_scatter(
             x=_steps(rows),
             y=[_rounded(value) for value in accuracy],
@@ -147,3 +140,12 @@ def _steps(records: Records) -> list[int]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
+
+
+def _bounds(record: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """The 95% interval that the record gives, else Wilson's."""
+    low, high = (record.get(f"eval/{name}/accuracy_{end}") for end in ("low", "high"))
+    if low is not None and high is not None:
+        return float(low), float(high)
+    accuracy, count = float(record[f"eval/{name}/accuracy"]), int(record.get(f"eval/{name}/num_samples") or 0)
+    return wilson_interval(accuracy, count) if count else (accuracy, accuracy)

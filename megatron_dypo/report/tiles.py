@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from megatron_dypo.report.plots import Records, wilson_interval
+from megatron_dypo.intervals import wilson_interval
+from megatron_dypo.report.plots import Records
 
 _TIERS = ("easy", "mid", "hard")
 NUM_EDGE_STEPS = 5

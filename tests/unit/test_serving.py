@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.ending import RunEnded
 from megatron_dypo.metrics import Timings
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.serving import push, sample
@@ -72,17 +73,17 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_push() -> None:
     with dies_after(2) as one, dies_after(0) as two, dies_after(99) as three:
         run = make_run([one.url, two.url, three.url])
         push(run)
-        groups = sample(run, make_prompts(6), "gen", group_size=2)
+        groups = sample(run, make_prompts(6), "gen", group_size=2).groups
     assert [group.prompt.order for group in groups] == list(range(6))
     assert run.bridge.pushed == [3, 3, 3]
     assert run.tally["refit/fenced"] == 3
-    assert run.tally["incomplete_groups"] == 0
+    assert run.tally["dropped/incomplete"] == 0
     assert {"timing_s/gen", "timing_s/update_weights"} <= run.timings.take().keys()
 
 
 def test_a_rank_that_cannot_reach_what_takes_pushes_says_so_in_the_end() -> None:
     run = make_run([closed_url() for _ in range(9)])
-    with pytest.raises(ConnectionError, match="no SGLang server can be reached, though 2 pushes in a row went well"):
+    with pytest.raises(RunEnded, match="no SGLang server can be reached, though 2 pushes in a row went well"):
         sample(run, make_prompts(2), "gen", group_size=2)
     assert len(run.bridge.pushed) == 2
 
@@ -91,7 +92,7 @@ def test_requests_and_router_follow_each_push() -> None:
     with FakeSGLang(version="3") as fake:
         run = make_run([fake.url])
         metrics = push(run)
-        assert len(sample(run, make_prompts(1), "gen", group_size=2)) == 1
+        assert len(sample(run, make_prompts(1), "gen", group_size=2).groups) == 1
     assert run.router.served == [(fake.url,)]
     assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
     assert (run.tally["refit/fenced"], run.tally["refit/rejoined"], run.tally["refit/retries"]) == (1, 1, 2)

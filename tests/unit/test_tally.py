@@ -17,7 +17,7 @@ def test_merging_adds_sums_and_keeps_extremes():
             tally.extreme("min:n", value)
     one.merge(other)
     assert one == {"n": 21, "max:n": 9, "min:n": 3}
-    assert one.ratio("n", "absent") == 0
+    assert one.ratio("n", "absent") is None, "a mean over nothing is no number"
 
 
 def test_tiers_are_fractions_of_the_graded_prompts():

@@ -76,7 +76,7 @@ def test_groups_come_in_the_order_of_prompts_whatever_the_order_of_answers() -> 
         assert group.rollouts[0].text == f"{100 + i} 0 2"
         np.testing.assert_array_equal(group.rollouts[0].logp, np.array([-1, -2, -3], dtype=np.float32))
     assert (stats.prompts, stats.rollouts, stats.tokens) == (6, 18, 54)
-    assert (stats.dropped_groups, stats.retries, stats.truncated) == (0, 0, 0)
+    assert (len(stats.dropped), stats.retries, stats.truncated) == (0, 0, 0)
 
 
 def test_a_request_carries_tokens_sampling_and_key() -> None:
@@ -98,7 +98,7 @@ def test_a_failed_attempt_is_retried_and_the_group_is_whole(failure: str) -> Non
     with FakeSGLang(lambda index, body: failure if index < 2 else "ok") as fake:
         groups, stats = collect(make_prompts(1), make_client([fake.url]), group_size=4, progress=False)
     assert [len(group.rollouts) for group in groups] == [4]
-    assert (stats.retries, stats.dropped_groups) == (2, 0)
+    assert (stats.retries, len(stats.dropped)) == (2, 0)
     assert len(fake.requests) == 3
 
 
@@ -111,7 +111,7 @@ def test_a_group_that_stays_incomplete_is_dropped_whole_and_counted(failure: str
         groups, stats = collect(make_prompts(3), make_client([fake.url], retries=2), group_size=4, progress=False)
     assert [group.prompt.order for group in groups] == [0, 2]
     assert all(len(group.rollouts) == 4 for group in groups)
-    assert (stats.prompts, stats.rollouts, stats.dropped_groups, stats.retries) == (3, 8, 1, 2)
+    assert (stats.prompts, stats.rollouts, len(stats.dropped), stats.retries) == (3, 8, 1, 2)
 
 
 def test_the_wait_before_a_retry_doubles() -> None:
@@ -130,7 +130,7 @@ def test_a_group_past_its_deadline_is_dropped_and_its_request_aborted() -> None:
         groups, stats = collect(make_prompts(2), client, group_size=2, progress=False)
         wait_until(lambda: fake.cancelled == 1, "the connection is closed")
     assert [group.prompt.order for group in groups] == [1]
-    assert stats.dropped_groups == 1
+    assert len(stats.dropped) == 1
 
 
 def test_a_refused_request_is_an_error_with_the_servers_words() -> None:
@@ -167,7 +167,7 @@ def test_without_a_server_the_prompts_are_handed_back() -> None:
     groups, stats = collect(prompts, make_client([closed_url()], retries=0), group_size=2, progress=False)
     assert groups == []
     assert stats.unserved == tuple(prompts)
-    assert (stats.prompts, stats.dropped_groups) == (0, 0)
+    assert (stats.prompts, len(stats.dropped)) == (0, 0)
 
 
 def test_when_the_last_server_dies_what_it_answered_is_kept() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from megatron_dypo.rollout.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream, StreamCounts
-from megatron_dypo.types import Prompt, RolloutGroup
+from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
 from tests.unit.rollout.test_collect import make_client, make_prompts
 
@@ -162,9 +162,11 @@ def test_a_dropped_group_is_counted_and_made_up_for() -> None:
         stream.start()
         wait_until(lambda: len(stream._state.done) == 2 and not stream._state.in_flight, "two groups are done")
         stream.stop()
+    assert stream.unfinished() == [0, 1, 2], "whoever saves before it takes draws a dropped group again"
     taken, counts = stream.take()
     assert taken == [1, 2]
-    assert counts == StreamCounts(retries=1, dropped_groups=1)
+    assert counts.retries == 1
+    assert [(group.prompt.order, group.reason) for group in counts.dropped] == [(0, DropReason.INCOMPLETE)]
     assert stream.unfinished() == []
 
 

@@ -1,0 +1,35 @@
+"""Confidence intervals of accuracies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+
+
+def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
+    """95% Wilson score interval of a share of independent trials."""
+    interval = binomtest(round(accuracy * num_samples), num_samples).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def accuracy_interval(correct_P: Sequence[int], samples_P: Sequence[int]) -> tuple[float, float]:
+    """95% interval of the accuracy over P prompts, of which each was answered several times.
+
+    Responses to one prompt are alike, so they are not independent trials: the variance is that of prompts as clusters,
+    and Wilson's interval is taken for as many independent trials as have that variance (Kish's effective sample size).
+
+    Args:
+        correct_P: [P] correct responses of each prompt.
+        samples_P: [P] its responses, each at least 1.
+    """
+    correct, samples = np.asarray(correct_P, float), np.asarray(samples_P, float)
+    total, prompts = samples.sum(), len(samples)
+    accuracy = correct.sum() / total
+    if total == prompts or prompts == 1:
+        return wilson_interval(accuracy, int(total))
+    residuals = (correct - accuracy * samples) / total
+    variance = float((residuals**2).sum()) * prompts / (prompts - 1)
+    effective = accuracy * (1 - accuracy) / variance if variance > 0 else float(prompts)
+    return wilson_interval(accuracy, round(min(max(effective, 1.0), total)))
