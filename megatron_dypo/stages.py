@@ -26,7 +26,6 @@ from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.router import balance_metrics
 from megatron_dypo.mcore.score import largest_count, pack_rows, round_up_microbatches
-from megatron_dypo.not_finite import explain_bad_update
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
 from megatron_dypo.progress import progress
@@ -97,10 +96,8 @@ class UpdateReport:
     """[len(STATISTICS)] The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``)."""
     metrics: dict[str, float]
     """Of the optimizer and of packing."""
-    problem: str = ""
-    """Where it was not applied: the first parameter and the samples that are not finite."""
-    has_bad_weights: bool = False
-    """Weights themselves are not finite, so that no update will ever be."""
+    samples: Sequence[Sample]
+    """Those of this replica."""
 
 
 def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
@@ -117,9 +114,6 @@ def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
         with progress(len(rows), "update", "microbatches", enabled=layout.is_global_leader) as bar:
             sums = loss_pass(run.chunks, parts, cfg=run.config.objective, context_group=layout.cp_group, bar=bar)
         applied = run.optimizer.step()
-    problem, has_bad_weights = ("", False) if applied.ok else explain_bad_update(run, samples)
-    if problem and layout.is_global_leader:
-        log.warning("step %d: gradient norm %s; update skipped: %s", run.step + 1, applied.grad_norm, problem)
     sums = sums.to(device()) * (layout.tp_rank == 0)
     dist.all_reduce(sums)
     padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)
@@ -131,9 +125,7 @@ def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
         "train/padding_ratio": padding,
         **balance_metrics(run.chunks),
     }
-    return UpdateReport(
-        is_applied=applied.ok, sums=sums.cpu(), metrics=metrics, problem=problem, has_bad_weights=has_bad_weights
-    )
+    return UpdateReport(is_applied=applied.ok, sums=sums.cpu(), metrics=metrics, samples=samples)
 
 
 def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:

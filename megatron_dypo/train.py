@@ -14,7 +14,7 @@ from megatron_dypo.ledger import Balance
 from megatron_dypo.mcore.checkpoint_folder import find_latest, step_of
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.metrics import summary_line
-from megatron_dypo.not_finite import bad_weight
+from megatron_dypo.not_finite import bad_weight, explain_bad_update
 from megatron_dypo.parallel.agree import any_rank
 from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.preemption import is_requested
@@ -98,15 +98,18 @@ def train_step(run: Run) -> None:
 
 def count_bad_steps(run: Run, report: UpdateReport) -> RunEnded | None:
     """Count an update that was skipped; the end of the run where too many were, or where the weights themselves are bad."""
-    run.bad_steps = 0 if report.is_applied else run.bad_steps + 1
-    run.last_problem = report.problem
-    if report.has_bad_weights:
-        return RunEnded(Cause.NOT_FINITE, f"step {run.step}: {report.problem}")
-    if run.bad_steps >= run.config.optimizer.max_bad_steps:
-        return RunEnded(
-            Cause.NOT_FINITE, f"step {run.step}: {run.bad_steps} updates in a row were skipped: {report.problem}"
-        )
-    return None
+    if report.is_applied:
+        run.bad_steps = 0
+        return None
+    run.bad_steps += 1
+    run.last_problem, has_bad_weights = explain_bad_update(run, report.samples)
+    if run.layout.is_global_leader:
+        norm = report.metrics["train/grad_norm"]
+        log.warning("step %d: gradient norm %s; update skipped: %s", run.step, norm, run.last_problem)
+    if not has_bad_weights and run.bad_steps < run.config.optimizer.max_bad_steps:
+        return None
+    skipped = "an update was" if run.bad_steps == 1 else f"{run.bad_steps} updates in a row were"
+    return RunEnded(Cause.NOT_FINITE, f"step {run.step}: {skipped} skipped: {run.last_problem}")
 
 
 def after_step(run: Run, metrics: dict[str, float]) -> None:

@@ -42,6 +42,9 @@ class Recorder:
 class NoRows:
     """Stands for the prompts, which come from nowhere here."""
 
+    def __len__(self) -> int:
+        return 0
+
     def fingerprint(self) -> list[dict[str, Any]]:
         return []
 

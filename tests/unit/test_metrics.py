@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dypo.config.tree import LoggingConfig
-from megatron_dypo.metric_names import METRICS, lookup, name_part, markdown
+from megatron_dypo.metric_names import METRICS, lookup, markdown, name_part
 from megatron_dypo.metrics import MetricsWriter, Timings, read_metrics, summary_line, wandb_run_id
 
 JSONL_ONLY = LoggingConfig(tensorboard=False)
