@@ -90,6 +90,7 @@ def _fill_in_rounds(run: Run, rows: list[SampleRow]) -> None:
         sampled = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
         if run.leader:
             rows += _admit(run, run.leader, _graded(run, run.leader, sampled), sampled.dropped)
+            run.leader.unfinished = []
         rounds += 1
         look = _look(run)
         _end_if(end_without_verdicts(look.outcomes, before, at_least=1))
@@ -101,7 +102,7 @@ def _fill_in_rounds(run: Run, rows: list[SampleRow]) -> None:
 def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
     """Take what the streams have finished until that is a rollout batch; with ``async`` they go on with the next one."""
     config, batch = run.config, run.config.batching.prompts_per_batch
-    limit = config.rollout.prompts_per_step * config.batching.max_collect_rounds
+    limit = _limit(run)
     stream = _stream(run, run.leader) if run.leader else None
     goes_on = config.rollout.mode == "async" and not _is_last_batch(run)
     # The next batch's groups are begun before this one is full: else its last ones would be sampled one after the other.
@@ -181,7 +182,12 @@ def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, look: Lo
     elif stream:
         # An end that the stream met is told to all ranks at the next look.
         with run.timings.measure("gen"), contextlib.suppress(ServerDiedError):
-            stream.wait(_LOOK_EVERY_S, _share(run, missing))
+            stream.wait(_LOOK_EVERY_S, _share(run, missing), resolved=_share(run, _limit(run)))
+
+
+def _limit(run: Run) -> int:
+    """Prompts after which a collection makes do with what it has found."""
+    return run.config.rollout.prompts_per_step * run.config.batching.max_collect_rounds
 
 
 def _share(run: Run, count: int) -> int:
@@ -206,13 +212,15 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
         assert leader.background_client is not None
         assert leader.verifier is not None
         client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.truncated_is_wrong
+        cfg, batch = run.config.rollout, run.config.batching.prompts_per_batch
         leader.background = RolloutStream(
             client,
-            client.sampling(run.config.rollout.group_size),
+            client.sampling(cfg.group_size),
             draw=lambda count: _draw(leader, count * run.layout.data, run.layout.dp_rank, run.layout.data),
             finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
             is_useful=lambda group: _is_useful(run, group),
-            oversample=run.config.rollout.oversample,
+            oversample=cfg.oversample,
+            max_unread=_share(run, max(_limit(run), math.ceil(2 * cfg.oversample * batch))),
         )
         leader.background.postpone(leader.unfinished)
         leader.unfinished = []
@@ -241,10 +249,13 @@ def _is_useful(run: Run, group: GradedGroup) -> bool:
 
 
 def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
-    """The next round of draws, after those that a resumed run had drawn and not finished."""
-    unfinished, leader.unfinished = leader.unfinished, []
+    """The next round of draws, after those that a resumed run had drawn and not finished.
+
+    They count as unfinished until they are graded, so that an end of the run in between loses none.
+    """
     count = run.config.rollout.prompts_per_step
-    return [*unfinished, *_draw(leader, count, run.layout.dp_rank, run.layout.data)]
+    leader.unfinished = [*leader.unfinished, *_draw(leader, count, run.layout.dp_rank, run.layout.data)]
+    return leader.unfinished
 
 
 def _draw(leader: Leader, count: int, shard: int, num_shards: int) -> list[Prompt]:

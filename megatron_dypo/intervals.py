@@ -31,5 +31,8 @@ def accuracy_interval(correct_P: Sequence[int], samples_P: Sequence[int]) -> tup
         return wilson_interval(accuracy, int(total))
     residuals = (correct - accuracy * samples) / total
     variance = float((residuals**2).sum()) * prompts / (prompts - 1)
-    effective = accuracy * (1 - accuracy) / variance if variance > 0 else float(prompts)
+    spread = accuracy * (1 - accuracy)
+    if spread == 0:  # all right or all wrong: nothing tells how alike the responses to one prompt are
+        return wilson_interval(accuracy, prompts)
+    effective = spread / variance if variance > 0 else total
     return wilson_interval(accuracy, round(min(max(effective, 1.0), total)))

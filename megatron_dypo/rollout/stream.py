@@ -63,6 +63,11 @@ class _State(Generic[T]):
     is_unserved: bool = False
     error: BaseException | None = None
 
+    @property
+    def unread(self) -> int:
+        """Groups of any kind that have ended and were not taken."""
+        return len(self.done) + len(self.counts.dropped)
+
 
 class RolloutStream(Generic[T]):
     """Groups of rollouts, sampled and finished in a thread of its own from :meth:`start` to :meth:`stop`.
@@ -74,6 +79,8 @@ class RolloutStream(Generic[T]):
         finish: makes of a group what :meth:`take` returns (grades it); called in a worker thread, one group at a time.
         is_useful: whether a finished group counts towards what is wanted.
         oversample: groups in flight for each group that is still wanted; at least 1.
+        max_unread: groups of any kind that :meth:`take` has not returned, at which nothing more is drawn; None: no limit.
+            Without it a stream whose groups all fail would draw without end while the trainer is busy.
     """
 
     def __init__(
@@ -85,9 +92,11 @@ class RolloutStream(Generic[T]):
         finish: Callable[[RolloutGroup], T],
         is_useful: Callable[[T], bool],
         oversample: float = 1.0,
+        max_unread: int | None = None,
     ) -> None:
         self._client, self._sampling, self._draw = client, sampling, draw
         self._finish, self._is_useful, self._oversample = finish, is_useful, oversample
+        self._max_unread = max_unread
         self._changed = threading.Condition()
         self._state: _State[T] = _State()
         self._postponed: deque[Prompt] = deque()
@@ -157,7 +166,7 @@ class RolloutStream(Generic[T]):
             self._changed.wait_for(
                 lambda: (
                     state.useful >= useful
-                    or len(state.done) + len(state.counts.dropped) >= resolved
+                    or state.unread >= resolved
                     or state.is_unserved
                     or state.error is not None
                 ),
@@ -233,6 +242,8 @@ class RolloutStream(Generic[T]):
         with self._changed:
             state = self._state
             room = math.ceil(self._oversample * (state.wanted - state.useful)) - len(state.in_flight)
+            if self._max_unread is not None:
+                room = min(room, self._max_unread - state.unread - len(state.in_flight))
             room = 0 if state.is_unserved else max(room, 0)
             prompts = [self._postponed.popleft() for _ in range(min(room, len(self._postponed)))]
             if room > len(prompts):

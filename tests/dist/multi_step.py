@@ -45,6 +45,9 @@ class NoRows:
     def __len__(self) -> int:
         return 0
 
+    def id_of(self, position: int) -> str:
+        return f"p{position}"
+
     def fingerprint(self) -> list[dict[str, Any]]:
         return []
 

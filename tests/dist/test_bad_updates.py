@@ -1,0 +1,89 @@
+"""Updates that are not finite: skipped, explained, and the end of the run when there are too many."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.multi_step import _put, _run, batch_of, config_of
+from tests.dist.spawn import run_ranks
+from tests.hf_models import make_hf_model
+
+
+def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
+    """Updates of a run with a NaN in one of its weights, or with rewards that are infinite."""
+    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.ending import RunEnded
+    from megatron_dypo.mcore.checkpoint import find_latest
+    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.train import _require_finite_weights, train_step
+
+    layout = init_layout(ParallelConfig(**axes))
+    config = config_of(path, folder, axes, "exact")
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1))
+    run, recorder = _run(config, layout)
+    if where == "weight":
+        _spoil_weight(run.chunks)
+    result: dict[str, Any] = {"start": None, "end": None}
+    try:
+        _require_finite_weights(run)
+    except RunEnded as end:
+        result["start"] = str(end)
+    try:
+        for step in range(4):
+            if not run.is_mid_batch:
+                _put(run, batch_of(step // 2) if where == "weight" else _spoilt(batch_of(step // 2)))
+            train_step(run)
+    except RunEnded as end:
+        result["end"] = (run.step, end.cause.label, str(end))
+    saved = find_latest(Path(folder) / "checkpoints")
+    close(layout)
+    return result | {"pushed": recorder.pushed, "saved": saved is not None, "metrics": recorder.metrics}
+
+
+def _spoil_weight(chunks: Any) -> None:
+    import torch
+
+    from megatron_dypo.mcore.chunks import named_global_parameters
+
+    for name, parameter in named_global_parameters(chunks):
+        if name == "decoder.layers.1.mlp.linear_fc2.weight":
+            with torch.no_grad():
+                parameter[0, 0] = float("nan")
+
+
+def _spoilt(groups: list[list[Any]]) -> list[list[Any]]:
+    return [[dataclasses.replace(s, reward=math.inf if s.is_correct else 0.0) for s in group] for group in groups]
+
+
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=["one process", "two stages"])
+def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
+    tmp_path: Path, axes: dict[str, int]
+) -> None:
+    path = str(make_hf_model("qwen2", tmp_path / "hf"))
+    results = run_ranks(axes.get("pipeline", 1), rank_spoil, path, str(tmp_path / "run"), axes, "weight")
+    for result in results:
+        assert "weight decoder.layers.1.mlp.linear_fc2.weight holds a value that is not finite" in result["start"]
+        step, label, message = result["end"]
+        assert (step, label) == (1, "not_finite")
+        assert "the first that is not finite: weight decoder.layers.1.mlp.linear_fc2.weight" in message
+        assert "log-probs are not finite for 4 of 4 prompts" in message
+        assert result["pushed"] == []
+        assert not result["saved"]
+    assert results[0]["metrics"][1]["train/skipped"] == 1.0
+
+
+def test_gradients_that_are_not_finite_end_the_run_after_as_many_updates_as_the_config_says(tmp_path: Path) -> None:
+    path = str(make_hf_model("qwen2", tmp_path / "hf"))
+    (result,) = run_ranks(1, rank_spoil, path, str(tmp_path / "run"), {}, "rewards")
+    assert result["start"] is None
+    step, label, message = result["end"]
+    assert (step, label) == (3, "not_finite"), "optimizer.max_bad_steps is 3"
+    assert message.startswith("step 3: 3 updates in a row were skipped: the first that is not finite: gradient of ")
+    assert "the log-probs of all 4 prompts of the update are finite" in message
+    assert [result["metrics"][i]["train/skipped"] for i in (1, 2, 3)] == [1.0, 1.0, 1.0]
+    assert not result["saved"], "no checkpoint while updates are skipped"

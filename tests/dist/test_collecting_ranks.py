@@ -1,0 +1,77 @@
+"""Collections of two replicas: what one leader finds out, both ranks do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.spawn import run_ranks
+
+
+def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, Any]:
+    """One collection on this rank of two; how it ended, and the books of both."""
+    import torch.distributed as dist
+
+    from megatron_dypo.collecting import books, fill_queues
+    from megatron_dypo.ending import RunEnded
+    from megatron_dypo.ledger import Ledger
+    from megatron_dypo.rollout.process import ServerDiedError
+    from megatron_dypo.run import _drawn
+    from tests.unit.loop_cases import make_config, make_run, mixed, right
+    from tests.unit.rollout.fake_sglang import FakeSGLang
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+
+    def gone() -> None:
+        raise ServerDiedError("SGLang server 0 ended with status 137")
+
+    # Replica 1 is slow: its queues fill by what replica 0 collects.
+    plan = {"slow": lambda index, body: "hang" if rank else "ok"}.get(case, lambda index, body: "ok")
+    with FakeSGLang(plan) as fake:
+        config = make_config(folder, rollout=rollout)
+        judge = right if case == "easy" else mixed
+        run = make_run([fake.url], config, judge=judge, group=dist.group.WORLD, data=2, dp_rank=rank)
+        if case == "gone" and rank == 1:
+            run.leader.client._check = run.leader.background_client._check = gone
+        ended = None
+        try:
+            fill_queues(run)
+        except RunEnded as end:
+            ended = (end.cause.label, str(end))
+        found = books(run)
+        drawn = _drawn(run.leader, run.layout)
+        if run.leader.background is not None:
+            run.leader.background.stop()
+        after = books(run)
+    dist.barrier()
+    dist.destroy_process_group()
+    stored = Ledger.from_json(drawn["ledger"])
+    open_draws = len(drawn["unfinished"]) + found.open.waiting
+    ends = sum(stored.trained.values()) + sum(stored.dropped.values())
+    return {
+        "ended": ended,
+        "differences": (found.difference, after.difference),
+        "waiting": found.open.waiting,
+        "stored": (stored.drawn, ends + open_draws, drawn["cursor"]),
+    }
+
+
+@pytest.mark.parametrize("rollout", [{}, {"mode": "async"}], ids=["sync", "async"])
+@pytest.mark.parametrize("case", ["fine", "easy", "gone", "slow"])
+def test_two_replicas_end_alike_and_their_books_balance(tmp_path: Path, rollout: dict[str, Any], case: str) -> None:
+    if case == "slow" and not rollout:
+        pytest.skip("a synchronous collection waits for all of its groups")
+    results = run_ranks(2, rank_collect, str(tmp_path), rollout, case)
+    expected = {"easy": "nothing_left", "gone": "servers_gone"}.get(case)
+    for result in results:
+        assert (result["ended"] or (None,))[0] == expected, result["ended"]
+        assert result["differences"] == (0, 0)
+        assert result["waiting"] == results[0]["waiting"]
+        drawn, accounted, cursor = result["stored"]
+        assert drawn == accounted == cursor, "a checkpoint accounts for each position below its cursor"
+    if expected is None:
+        assert results[0]["waiting"] >= 4
+    assert results[0]["ended"] == results[1]["ended"]

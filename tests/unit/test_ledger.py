@@ -1,0 +1,48 @@
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dypo.ledger import Ledger, OpenDraws, balance
+from megatron_dypo.metric_names import lookup
+from megatron_dypo.types import DropReason, Treatment
+
+counts = st.integers(0, 1000)
+ledgers = st.builds(
+    Ledger,
+    drawn=counts,
+    trained=st.dictionaries(st.sampled_from([Treatment.REINFORCE, Treatment.DISTIL]), counts).map(Counter),
+    dropped=st.dictionaries(st.sampled_from(DropReason), counts).map(Counter),
+)
+
+
+@given(ledgers)
+def test_a_ledger_survives_a_checkpoint(ledger):
+    assert (
+        balance([(Ledger.from_json(ledger.as_json()), OpenDraws())]).counts()
+        == balance([(ledger, OpenDraws())]).counts()
+    )
+
+
+@given(st.lists(st.tuples(ledgers, counts, counts), max_size=4))
+def test_the_difference_is_what_no_account_holds(books):
+    found = balance([(ledger, OpenDraws(waiting=w, in_flight=f)) for ledger, w, f in books])
+    accounts = found.counts()
+    assert found.difference == accounts["drawn"] - sum(count for name, count in accounts.items() if name != "drawn")
+    assert accounts["drawn"] == sum(ledger.drawn for ledger, _, _ in books)
+
+
+def test_each_account_is_a_metric_of_the_table():
+    metrics = balance([(Ledger(drawn=3), OpenDraws(waiting=3))]).metrics()
+    assert {lookup(name).name for name in metrics} == set(metrics)
+    assert metrics["ledger/waiting"] == 3.0
+
+
+def test_the_line_names_what_is_not_zero():
+    ledger = Ledger(drawn=48)
+    ledger.train(Treatment.REINFORCE, 12)
+    ledger.train(Treatment.DISTIL, 8)
+    ledger.drop(DropReason.EASY, 24)
+    ledger.drop(DropReason.TOO_LONG)
+    line = balance([(ledger, OpenDraws(waiting=3))]).line()
+    assert line == "48 prompts drawn: 20 trained (RL 12, SFT 8), 24 Easy, 1 too long, 3 waiting"
