@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.yaml_text import read_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,17 +28,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: one line for each problem: file or override, field, value, rule.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    tree = read_yaml(_read_text(path), str(path))
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: must be a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, where=str(path))
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
@@ -45,9 +54,15 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
     if problems:
         raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
     try:
-        return TypeAdapter(Config).validate_python(dict(tree))
+        return _adapter().validate_python(dict(tree))
     except ValidationError as error:
         raise ValueError("\n".join(f"{where}: {line}" for line in _explain(error))) from error
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    """Pydantic's validator of the tree; building it takes a tenth of a second."""
+    return TypeAdapter(Config)
 
 
 def dump_config(config: Config) -> str:
@@ -83,18 +98,21 @@ def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"override {override!r}: must have the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ValueError(f"override {_shortened(override)!r}: must have the form section.key=value")
+    value = read_yaml(text, f"override {_shortened(override)!r}")
     *sections, name = key.split(".")
+    if not all((*sections, name)):
+        raise ValueError(f"override {_shortened(override)!r}: a part of the key is empty")
     node = tree
     for depth, section in enumerate(sections):
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section")
     node[name] = value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...]) -> list[str]:
@@ -123,7 +141,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
         elif item["type"] == "missing":
             yield f"{where}: is required"
         else:
-            yield f"{where}={item['input']!r}: {message}"
+            yield f"{where}={_shortened(repr(item['input']))}: {message}"
 
 
 def _plain(value: Any) -> Any:

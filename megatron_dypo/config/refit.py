@@ -38,6 +38,6 @@ class WeightsConfig:
         require_positive(self, "bucket_mb", "deadline_s")
         require(
             self.quantize == "none" or self.transport not in ("broadcast", "disk"),
-            f"weights.quantize={self.quantize}",
+            f"quantize={self.quantize}",
             f"needs transport auto, p2p or local, got {self.transport}",
         )

@@ -19,8 +19,11 @@ from megatron_dypo.config.objective import (
 )
 from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.rules import require, require_not_negative, require_positive
+from megatron_dypo.config.rules import require, require_not_negative, require_positive, require_sound_values
 from megatron_dypo.parallel.cut import PipelineCut
+
+MAX_SEED = 2**31
+"""Servers and NumPy take seeds of 32 bits, and some are the run's plus an index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
+        require(bool(self.dir.strip()), f"dir={self.dir!r}", "is required: the run folder")
+        require(0 <= self.seed < MAX_SEED, f"seed={self.seed}", "must be in [0, 2^31)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +309,14 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        require_sound_values(self)
         require(bool(self.data.prompts), "data.prompts=()", "name at least one JSONL or Parquet file")
+        for name, value in (
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
+            ("objective.sft_steps", self.objective.sft_steps),
+            ("objective.switch_gate", self.objective.switch_gate),
+        ):
+            require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
         require(
             self.score.policy == "trainer" or not self.objective.importance.is_on(),
             "objective.importance",

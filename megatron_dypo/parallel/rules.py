@@ -69,19 +69,19 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
 
 def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     if arch.experts is None:
-        for axis, size in (("expert_parallel", parallel.expert), ("expert_tensor_parallel", parallel.expert_tensor)):
+        for axis, size in (("parallel.expert", parallel.expert), ("parallel.expert_tensor", parallel.expert_tensor)):
             if size > 1:
                 raise ValueError(f"{axis}={size}: a {arch.family} model has no experts")
         return
     if arch.experts.num_experts % parallel.expert:
-        raise ValueError(f"expert_parallel={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
+        raise ValueError(f"parallel.expert={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
     if arch.experts.ffn_hidden_size % parallel.expert_tensor:
         raise ValueError(
-            f"expert_tensor_parallel={parallel.expert_tensor} does not divide "
+            f"parallel.expert_tensor={parallel.expert_tensor} does not divide "
             f"moe_intermediate_size={arch.experts.ffn_hidden_size}"
         )
     if parallel.tensor > 1 and not parallel.sequence:
         raise ValueError(
-            f"tensor_parallel={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "
+            f"parallel.tensor={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "
             "(Megatron refuses to train one otherwise)"
         )

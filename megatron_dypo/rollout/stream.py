@@ -165,10 +165,7 @@ class RolloutStream(Generic[T]):
             state = self._state
             self._changed.wait_for(
                 lambda: (
-                    state.useful >= useful
-                    or state.unread >= resolved
-                    or state.is_unserved
-                    or state.error is not None
+                    state.useful >= useful or state.unread >= resolved or state.is_unserved or state.error is not None
                 ),
                 timeout_s,
             )
