@@ -22,6 +22,7 @@ _MAX_BATCH_BYTES = 2**20
 _MAX_IDLE_DEATHS = 8
 """Processes that may die in a row before they answer for a pair."""
 
+_LOOK_EVERY_S = 0.2
 _GIVE_UP_DEADLINES = 10
 """Deadlines that may pass in one call without a verdict, however many pairs wait: a service that a verifier asks can
 be down for hours."""
@@ -155,13 +156,16 @@ class Pool:
     def _collect(self) -> list[tuple[int, Outcome]]:
         """Wait until some process has something to say, or is overdue."""
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        wait([worker.connection for worker in self._workers], max(0.0, min(deadlines) - time.monotonic()) + 0.001)
+        timeout = min(_LOOK_EVERY_S, max(0.0, min(deadlines) - time.monotonic()) + 0.001)
+        wait([worker.connection for worker in self._workers], timeout)
         done: list[tuple[int, Outcome]] = []
         for worker in list(self._workers):
+            ending = worker.ending_if_dead()
             if worker.is_overdue():
-                done += self._bury(worker, worker.ending_if_dead() or late_error(self._setup.deadline_s))
+                done += self._bury(worker, ending or late_error(self._setup.deadline_s))
             elif not worker.connection.poll():
-                continue
+                # A child that outlives the process keeps the connection open: no end of file comes.
+                done += self._bury(worker, ending) if ending and worker.is_ready else []
             elif not worker.is_ready:
                 self._await_start(worker)
             else:

@@ -52,7 +52,7 @@ def _read_mapping(result: Mapping[Any, Any]) -> tuple[bool, float]:
     flags = {key: _flag(result, key) for key in CORRECTNESS_KEYS if key in result}
     if len(set(flags.values())) > 1:
         raise ValueError(f"the verifier returned {shown(dict(result))}: {' and '.join(flags)} contradict each other")
-    rewards = {key: _finite(result[key], result, f"{key} ") for key in REWARD_KEYS if key in result}
+    rewards = {key: _finite(result[key], result, key) for key in REWARD_KEYS if key in result}
     if len(set(rewards.values())) > 1:
         raise ValueError(f"the verifier returned {shown(dict(result))}: {' and '.join(rewards)} contradict each other")
     reward = next(iter(rewards.values()), None)
@@ -75,8 +75,8 @@ def _flag(result: Mapping[Any, Any], key: str) -> bool:
     raise ValueError(f"the verifier returned {key}={shown(value)}: {key} must be true, false, 0 or 1")
 
 
-def _finite(value: Any, result: Any, name: str = "") -> float:
-    rule = f"the verifier returned {shown(result)}: the reward {name}must be a finite number"
+def _finite(value: Any, result: Any, name: str = "the reward") -> float:
+    rule = f"the verifier returned {shown(result)}: {name} must be a finite number"
     if not isinstance(value, numbers.Real):
         raise TypeError(rule)
     try:

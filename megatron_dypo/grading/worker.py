@@ -110,7 +110,7 @@ class _Judge:
             self._judge_as_lists(caller, items)
         elif caller.signature.mode == "async":
             with self._guarded():
-                self._loop.run_until_complete(asyncio.gather(*(self._judge_async(caller, *item) for item in items)))
+                self._loop.run_until_complete(self._judge_together(caller, items))
         else:
             for number, payload in items:
                 with self._guarded():
@@ -123,6 +123,9 @@ class _Judge:
     def _awaited(self, result: Any) -> Any:
         # A decorator can hide that a function is asynchronous.
         return self._loop.run_until_complete(_settle(result)) if inspect.isawaitable(result) else result
+
+    async def _judge_together(self, caller: Caller, items: Sequence[Item]) -> None:
+        await asyncio.gather(*(self._judge_async(caller, *item) for item in items))
 
     async def _judge_async(self, caller: Caller, number: int, payload: bytes) -> None:
         try:
