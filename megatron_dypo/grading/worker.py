@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,11 @@ class _Judge:
         else:
             for number, payload in items:
                 with self._guarded():
-                    outcome = self._timed(lambda payload=payload: read_result(self._call(caller, payload)))
+                    outcome = self._timed(partial(self._call, caller, payload))
                 self._send(number, outcome)
 
-    def _call(self, caller: Caller, payload: bytes) -> Any:
-        return self._awaited(caller.call(pickle.loads(payload)))
+    def _call(self, caller: Caller, payload: bytes) -> tuple[bool, float]:
+        return read_result(self._awaited(caller.call(pickle.loads(payload))))
 
     def _awaited(self, result: Any) -> Any:
         # A decorator can hide that a function is asynchronous.
@@ -146,7 +147,7 @@ class _Judge:
 
         with self._guarded():
             outcome = self._timed(call)
-            outcomes = [_attempt(lambda result=result: read_result(result)) for result in results]
+            outcomes = [_attempt(partial(read_result, result)) for result in results]
         if outcome[2] is None:
             for (number, _), single in zip(items, outcomes, strict=True):
                 self._send(number, single)

@@ -162,4 +162,16 @@ def wants_more(response: str, answer: str, threshold: float) -> bool:
     return True
 
 
+def always_true(response: str, answer: str) -> bool:
+    return True
+
+
+def never_true(response: str, answer: str) -> bool:
+    return False
+
+
+def wants_object(response: str, answer: dict[str, Any]) -> bool:
+    return len(answer["tests"]) > 0 and response == "all tests pass"
+
+
 NOT_A_FUNCTION = 3
