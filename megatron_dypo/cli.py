@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | serve | route | plan | report | plan-refit``."""
+"""The command line: ``megatron-dypo train | serve | route | plan | report | grade | plan-refit``."""
 
 from __future__ import annotations
 
@@ -141,6 +141,48 @@ def report(
     from megatron_dypo.report.page import render_report
 
     typer.echo(render_report(run_dir))
+
+
+@app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet file, a row for each response.")],
+    verifier: Annotated[str, typer.Option(help="As grading.verifier: math, exact, choice or pkg.module:function.")],
+    field_response: Annotated[str, typer.Option(help="Column with the response.")] = "response",
+    field_answer: Annotated[str, typer.Option(help="Column with the gold answer.")] = "answer",
+    expected: Annotated[
+        str | None,
+        typer.Option(
+            help="Column that says whether the response is correct; disagreements are shown.",
+            show_default="expected, where a row has it",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="As grading.workers.")] = 2,
+    deadline_s: Annotated[float, typer.Option(help="As grading.deadline_s.")] = 10.0,
+    show: Annotated[int, typer.Option(min=0, help="Disagreements and reasons to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run a verifier over a file of responses, in the same processes as in a run, and count its verdicts.
+
+    Exit status 65: the file, a row of it or the verifier cannot be used.
+    """
+    from megatron_dypo.config.grading import GradingConfig
+    from megatron_dypo.ending import Cause
+    from megatron_dypo.grading.command import grade_file, to_data, to_text
+    from megatron_dypo.grading.pair_file import Fields
+
+    try:
+        cfg = GradingConfig(verifier=verifier, workers=workers, deadline_s=deadline_s)
+        fields = Fields(
+            response=field_response,
+            answer=field_answer,
+            expected=expected or "expected",
+            needs_expected=expected is not None,
+        )
+        summary = grade_file(cfg, file, fields, show=show)
+    except ValueError as error:
+        typer.echo(f"megatron-dypo: error: {error}", err=True)
+        raise typer.Exit(Cause.BAD_INPUT.status) from error
+    typer.echo(json.dumps(to_data(summary), indent=2) if as_json else to_text(summary))
 
 
 class _Quantization(str, Enum):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -79,10 +79,15 @@ class Prompt:
     """[L] The prompt, chat template and generation header included."""
     text: str
     """What ``tokens`` decode to."""
-    answer: str
+    answer: Any
+    """The gold answer: text, or an object for a verifier of the user's own."""
     source: str
     traces: Mapping[str, Tokens] = field(default_factory=dict)
     """Teacher name → [R] target tokens, end-of-sequence included. Any subset of the teachers."""
+    verifier: str | None = None
+    """The verifier that the row names for itself; None: the config's (``grading.by_source``, ``grading.verifier``)."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

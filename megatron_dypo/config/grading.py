@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from megatron_dypo.config.rules import require, require_positive
+
+BUILT_IN_VERIFIERS = ("math", "exact", "choice")
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,19 +18,36 @@ class GradingConfig:
     """How answers are verified."""
 
     verifier: str = "math"
-    """``math``, ``exact``, ``choice``, or an import path ``pkg.module:function`` of ``(response, answer) -> bool | float | dict``."""
+    """``math``, ``exact``, ``choice``, or an import path ``pkg.module:function``; ``docs/own_verifier.md`` says what
+    such a function gets and may return."""
     workers: int = 2
     """Verifier processes on each data-parallel rank."""
     deadline_s: float = 10.0
-    """A verification that takes longer is stopped and counted as an error."""
+    """A verification that takes longer is stopped and gives no verdict."""
     truncated_is_wrong: bool = True
     """A rollout that hit the length limit is incorrect whatever it says."""
+    by_source: Mapping[str, str] = field(default_factory=dict)
+    """Source → the verifier of its rows, named as in ``verifier``. Other sources have ``verifier``."""
+    row_verifiers: tuple[str, ...] = ()
+    """Import paths that rows may name as their own verifier, besides the built-in ones and those named above: a data
+    file alone must not decide which code runs."""
+    batch_size: int = 32
+    """Most responses that a batched or asynchronous verifier gets at a time."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "workers", "deadline_s")
-        known = ("math", "exact", "choice")
-        require(
-            self.verifier in known or ":" in self.verifier,
-            f"verifier={self.verifier!r}",
-            f"must be one of {', '.join(known)} or an import path pkg.module:function",
-        )
+        require_positive(self, "workers", "deadline_s", "batch_size")
+        require(math.isfinite(self.deadline_s), f"deadline_s={self.deadline_s}", "must be finite")
+        for key, name in self.named_verifiers():
+            require(
+                name in BUILT_IN_VERIFIERS or _IMPORT_PATH.fullmatch(name) is not None,
+                f"{key}={name!r}",
+                f"must be one of {', '.join(BUILT_IN_VERIFIERS)} or an import path pkg.module:function",
+            )
+
+    def named_verifiers(self) -> list[tuple[str, str]]:
+        """Return (key, verifier) for each key of this section that names one: ``by_source.gsm8k``, ``exact``."""
+        return [
+            ("verifier", self.verifier),
+            *((f"by_source.{source}", name) for source, name in self.by_source.items()),
+            *((f"row_verifiers[{index}]", name) for index, name in enumerate(self.row_verifiers)),
+        ]

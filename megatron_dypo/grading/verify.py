@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Sequence
-from multiprocessing.connection import wait
+from collections.abc import Collection, Sequence
 from types import TracebackType
+from typing import Any
 
-from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.grading.processes import WorkerDied, WorkerProcess
+from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
+from megatron_dypo.grading.error_log import ErrorLog
+from megatron_dypo.grading.naming import import_path, keys_that_name, options_of, verifier_of
+from megatron_dypo.grading.pairs import Pair, pair_of
+from megatron_dypo.grading.pool import Job, Pool
+from megatron_dypo.grading.processes import ImportFailed
 from megatron_dypo.grading.tiers import grade_tier
+from megatron_dypo.grading.worker import Outcome, Setup
 from megatron_dypo.progress import Progress, progress
 from megatron_dypo.types import GradedGroup, RolloutGroup, Verdict
 
-logger = logging.getLogger(__name__)
-
-_KINDS = {
-    "math": "megatron_dypo.grading.math:verify_math",
-    "exact": "megatron_dypo.grading.exact:verify_exact",
-    "choice": "megatron_dypo.grading.choice:verify_choice",
-}
-_MAX_BATCH = 32
-_SHOWN_ERRORS = 10
-_SHOWN_CHARACTERS = 300
+_START_DEADLINE_S = 300.0
+"""Importing sympy takes a second; on a machine that is starting a job, much longer."""
 
 
 class Verifier:
-    """Judges (response, answer) pairs in ``cfg.workers`` processes; a context manager.
+    """Judges responses in ``cfg.workers`` processes; a context manager.
 
-    A verification that raises, outlives ``cfg.deadline_s`` or ends its process costs that one pair: its Verdict is
-    incorrect and carries ``error``, a warning shows its input, and the process is replaced where need be. Entering
-    starts the processes and imports the verifier; it raises ValueError naming ``grading.verifier`` if that fails.
-    Threads that verify at the same time take turns.
+    Each row's verifier is its own, else that of its source, else ``grading.verifier``. A verification that raises,
+    outlives ``cfg.deadline_s`` or ends its process costs that one pair: its Verdict carries ``error``, which means that
+    there is no verdict, and the process is replaced where need be. Entering starts the processes and imports all
+    verifiers that the config and ``row_verifiers`` (names that rows give) name; it raises ValueError naming the key if
+    that fails. Threads that verify at the same time take turns.
     """
 
-    def __init__(self, cfg: GradingConfig) -> None:
-        self._cfg = cfg
-        self._import_path = _KINDS.get(cfg.verifier, cfg.verifier)
-        module, _, function = self._import_path.partition(":")
-        if not module or not function.isidentifier():
-            raise ValueError(f"grading.verifier={cfg.verifier!r}: an import path must look like pkg.module:function")
-        self._workers: list[WorkerProcess] = []
+    def __init__(
+        self,
+        cfg: GradingConfig,
+        row_verifiers: Collection[str] = (),
+        *,
+        start_deadline_s: float = _START_DEADLINE_S,
+    ) -> None:
+        self._cfg, self._start_deadline_s = cfg, start_deadline_s
+        own = {verifier_of(cfg, own=name, source="") for name in row_verifiers}
+        self._names = own | {name for _, name in cfg.named_verifiers()}
+        self._pool: Pool | None = None
         self._turn = threading.Lock()
+        self._errors = ErrorLog()
+        self.num_verified = 0
+        """Verifications since the start that gave a verdict."""
         self.num_errors = 0
-        """Verifications since the start that ended in an error."""
+        """Verifications since the start that gave none."""
+        self.last_error: str | None = None
+        """Why the last of those gave none."""
 
     def __enter__(self) -> Verifier:
-        self._workers = [self._new_worker() for _ in range(self._cfg.workers)]
-        try:
-            for worker in self._workers:
-                self._await_start(worker)
-        except BaseException:
-            self.close()
-            raise
+        self._start()
         return self
 
     def __exit__(
@@ -65,113 +63,104 @@ class Verifier:
 
     def close(self) -> None:
         """Stop the processes."""
-        for worker in self._workers:
-            worker.stop()
-        self._workers = []
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
-    def verify(self, pairs: Sequence[tuple[str, str]], bar: Progress | None = None) -> list[Verdict]:
-        """Verdicts of (response, answer) ``pairs``, in their order; ``bar`` is updated by one for each."""
-        if not self._workers:
+    def verify(self, pairs: Sequence[Pair | tuple[str, Any]], bar: Progress | None = None) -> list[Verdict]:
+        """Return the verdicts of ``pairs``, in their order; ``bar`` is updated by one for each.
+
+        (response, answer) stands for a pair of which no more is known.
+
+        Raises ValueError naming the key if a process that had to be replaced cannot import a verifier any more.
+        """
+        if self._pool is None or not self._pool.is_running:
             raise RuntimeError("the verifier is not running: use it in a `with` block")
+        whole = [Pair(response=pair[0], answer=pair[1]) if isinstance(pair, tuple) else pair for pair in pairs]
         with self._turn:
-            return self._verify(pairs, bar)
+            verdicts = self._verify(whole, bar)
+            self._count(whole, verdicts)
+        return verdicts
 
-    def _verify(self, pairs: Sequence[tuple[str, str]], bar: Progress | None) -> list[Verdict]:
+    def _verify(self, pairs: Sequence[Pair], bar: Progress | None) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(pairs)
-        todo = deque(range(len(pairs)))
-        batch = max(1, min(_MAX_BATCH, len(pairs) // (4 * len(self._workers))))
-        num_done = 0
-        while num_done < len(pairs):
-            self._hand_out(todo, pairs, batch)
-            for index, verdict in self._collect(todo):
-                verdicts[index] = verdict
-                num_done += 1
-                if bar is not None:
-                    bar.update(1)
-        judged = [verdict for verdict in verdicts if verdict is not None]
-        self._report(pairs, judged)
-        return judged
+        jobs: list[Job] = []
+        places: list[int] = []
 
-    def _new_worker(self) -> WorkerProcess:
-        return WorkerProcess(self._import_path, self._cfg.deadline_s)
+        def settle(place: int, outcome: Outcome) -> None:
+            is_correct, reward, error = outcome
+            verdicts[place] = Verdict(is_correct=is_correct, reward=reward, error=error)
+            if bar is not None:
+                bar.update(1)
 
-    def _await_start(self, worker: WorkerProcess) -> None:
-        assert worker.deadline is not None
-        try:
-            if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
-                raise ValueError("its import takes too long")
-            worker.receive_start()
-        except ValueError as error:
-            raise ValueError(f"grading.verifier={self._cfg.verifier!r}: {error}") from error
-
-    def _hand_out(self, todo: deque[int], pairs: Sequence[tuple[str, str]], batch: int) -> None:
-        for worker in list(self._workers):
-            if todo and worker.is_ready and not worker.pending:
-                indices = [todo.popleft() for _ in range(min(batch, len(todo)))]
-                try:
-                    worker.send(indices, [pairs[index] for index in indices])
-                except WorkerDied as death:
-                    logger.warning("%s while idle; starting another", death)
-                    todo.extendleft(reversed(indices))
-                    self._replace(worker)
-
-    def _collect(self, todo: deque[int]) -> list[tuple[int, Verdict]]:
-        """Wait until some worker has something to say, or is overdue."""
-        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        wait([worker.connection for worker in self._workers], max(0.0, min(deadlines) - time.monotonic()) + 0.001)
-        done = []
-        for worker in list(self._workers):
-            if worker.is_overdue():
-                error = f"no verdict within deadline_s={self._cfg.deadline_s:g}"
-                done += self._bury(worker, todo, error)
-            elif not worker.connection.poll():
-                continue
-            elif not worker.is_ready:
-                self._await_start(worker)
+        for place, pair in enumerate(pairs):
+            try:
+                name = verifier_of(self._cfg, own=pair.verifier, source=pair.source)
+            except ValueError as error:
+                settle(place, (False, 0.0, str(error)))
             else:
-                try:
-                    index, (is_correct, reward, problem) = worker.receive()
-                    done.append((index, Verdict(is_correct=is_correct, reward=reward, error=problem)))
-                except WorkerDied as death:
-                    done += self._bury(worker, todo, str(death))
-        return done
+                jobs.append((name, pair))
+                places.append(place)
+        pool = self._pool_with({name for name, _ in jobs})
+        try:
+            pool.run(jobs, lambda number, outcome: settle(places[number], outcome))
+        except ImportFailed as failed:
+            raise self._named(failed) from failed
+        assert all(verdict is not None for verdict in verdicts)
+        return [verdict for verdict in verdicts if verdict is not None]
 
-    def _bury(self, worker: WorkerProcess, todo: deque[int], error: str) -> list[tuple[int, Verdict]]:
-        """Replace a worker that is overdue or dead: the pair it worked on is lost, the rest of its batch goes back."""
-        if not worker.is_ready:
-            raise ValueError(f"grading.verifier={self._cfg.verifier!r}: its import takes too long")
-        lost = [worker.pending.popleft()] if worker.pending else []
-        todo.extendleft(reversed(worker.pending))
-        self._replace(worker)
-        return [(index, Verdict(is_correct=False, reward=0.0, error=error)) for index in lost]
+    def _pool_with(self, names: set[str]) -> Pool:
+        """The processes; others if these have not imported a built-in verifier that a row names."""
+        if not names <= self._names:
+            self.close()
+            self._names |= names
+            self._start()
+        assert self._pool is not None
+        return self._pool
 
-    def _replace(self, worker: WorkerProcess) -> None:
-        worker.stop()
-        self._workers[self._workers.index(worker)] = self._new_worker()
+    def _start(self) -> None:
+        setup = Setup(
+            paths={name: import_path(name) for name in sorted(self._names)},
+            options={name: options_of(self._cfg, name) for name in BUILT_IN_VERIFIERS},
+            built_in=frozenset(BUILT_IN_VERIFIERS),
+            deadline_s=self._cfg.deadline_s,
+            start_deadline_s=self._start_deadline_s,
+        )
+        self._pool = Pool(setup, workers=self._cfg.workers, batch_size=self._cfg.batch_size)
+        try:
+            self._pool.start()
+        except ImportFailed as failed:
+            raise self._named(failed) from failed
 
-    def _report(self, pairs: Sequence[tuple[str, str]], verdicts: Sequence[Verdict]) -> None:
-        failed = [index for index, verdict in enumerate(verdicts) if verdict.error is not None]
+    def _named(self, failed: ImportFailed) -> ValueError:
+        problems = [f"{keys_that_name(self._cfg, name)}: {problem}" for name, problem in failed.problems.items()]
+        return ValueError("\n".join(problems))
+
+    def _count(self, pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> None:
+        failed = [
+            (pair, verdict.error) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.error is not None
+        ]
         self.num_errors += len(failed)
-        for index in failed[:_SHOWN_ERRORS]:
-            response, answer = pairs[index]
-            tail = response[-_SHOWN_CHARACTERS:]
-            logger.warning("verifier failed: %s; answer %r; response ends %r", verdicts[index].error, answer, tail)
-        if len(failed) > _SHOWN_ERRORS:
-            logger.warning("verifier failed on %d more of %d", len(failed) - _SHOWN_ERRORS, len(pairs))
+        self.num_verified += len(pairs) - len(failed)
+        if failed:
+            self.last_error = failed[-1][1]
+        self._errors.report(failed, len(pairs))
 
 
 def grade(
     groups: Sequence[RolloutGroup], verifier: Verifier, truncated_is_wrong: bool, *, show_progress: bool = True
 ) -> list[GradedGroup]:
-    """Verdicts and tiers of ``groups``, in their order; a group without rollouts has tier None.
+    """Return the verdicts and tiers of ``groups``, in their order.
 
-    With ``truncated_is_wrong`` a rollout that hit the length limit is incorrect without being verified.
+    The tier is None for a group without rollouts, and for one in which a rollout has no verdict
+    (:func:`verdict_problem`): its other verdicts alone would say something else of the prompt. With
+    ``truncated_is_wrong`` a rollout that hit the length limit is incorrect without being verified.
     """
     wanted = [
         [not (truncated_is_wrong and rollout.finish == "length") for rollout in group.rollouts] for group in groups
     ]
     pairs = [
-        (rollout.text, group.prompt.answer)
+        pair_of(group.prompt, rollout.text)
         for group, flags in zip(groups, wanted, strict=True)
         for rollout, is_wanted in zip(group.rollouts, flags, strict=True)
         if is_wanted
@@ -179,9 +168,18 @@ def grade(
     with progress(len(pairs), "grading", "responses", enabled=show_progress) as bar:
         judged = iter(verifier.verify(pairs, bar))
     truncated = Verdict(is_correct=False, reward=0.0)
-    graded = []
-    for group, flags in zip(groups, wanted, strict=True):
-        verdicts = tuple(next(judged) if is_wanted else truncated for is_wanted in flags)
-        tier = grade_tier([verdict.is_correct for verdict in verdicts]) if verdicts else None
-        graded.append(GradedGroup(prompt=group.prompt, rollouts=group.rollouts, verdicts=verdicts, tier=tier))
-    return graded
+    return [
+        _graded(group, tuple(next(judged) if is_wanted else truncated for is_wanted in flags))
+        for group, flags in zip(groups, wanted, strict=True)
+    ]
+
+
+def _graded(group: RolloutGroup, verdicts: tuple[Verdict, ...]) -> GradedGroup:
+    is_whole = bool(verdicts) and all(verdict.error is None for verdict in verdicts)
+    tier = grade_tier([verdict.is_correct for verdict in verdicts]) if is_whole else None
+    return GradedGroup(prompt=group.prompt, rollouts=group.rollouts, verdicts=verdicts, tier=tier)
+
+
+def verdict_problem(group: GradedGroup) -> str | None:
+    """Return the error of the group's first rollout without a verdict; None if each one has a verdict."""
+    return next((verdict.error for verdict in group.verdicts if verdict.error is not None), None)

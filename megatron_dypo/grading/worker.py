@@ -1,4 +1,4 @@
-"""What runs in a verifier process: import one function, then judge the pairs that come.
+"""What runs in a verifier process: import the verifiers, then judge the pairs that come.
 
 A process of its own program, not a ``multiprocessing`` child: that would import the trainer's main module, and with
 it torch and Megatron, again at each start.
@@ -6,92 +6,203 @@ it torch and Megatron, again at each start.
 
 from __future__ import annotations
 
-import importlib
-import math
-import numbers
+import asyncio
+import faulthandler
+import inspect
+import json
+import os
+import pickle
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from megatron_dypo.grading.calling import Caller, describe, load_caller
+from megatron_dypo.grading.results import read_result, shown
 
 Outcome = tuple[bool, float, str | None]
 """is_correct, reward, error: the fields of a Verdict."""
 
+Item = tuple[int, bytes]
+"""A pair's number, and field → value for what its verifier asks for, pickled."""
+
+WHOLE_BATCH = -1
+"""Stands for a pair's number in the outcome of a batched call that failed: each of its pairs is then tried alone."""
+
 _GRACE_S = 5.0
-_ROUNDING = 1e-9
-_MAX_ERROR_CHARACTERS = 500
 
 
-def serve(descriptor: int, import_path: str, deadline_s: float) -> None:
-    """Answer batches of (response, answer) on a connection, one :data:`Outcome` for each pair as it is ready.
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a process has to know, the first message that it gets."""
 
-    Sends None when the function is imported, or the reason why it cannot be.
+    paths: Mapping[str, str]
+    """Verifier's name → import path."""
+    options: Mapping[str, Mapping[str, Any]]
+    """Verifier's name → keyword arguments of every call."""
+    built_in: frozenset[str]
+    deadline_s: float
+    start_deadline_s: float
+
+
+def late_error(deadline_s: float) -> str:
+    """Return the error of a verification that took longer than its deadline."""
+    return f"no verdict within deadline_s={deadline_s:g}"
+
+
+def serve(descriptor: int) -> None:
+    """Answer on a connection: first a :class:`Setup` comes, then batches (verifier's name, items).
+
+    The first answer is {"problems": {name: reason}, "callers": {name: [mode, fields]}}; then follows
+    [number, is_correct, reward, error] for each pair as it is ready. Answers are JSON, so that nothing that a verifier
+    does can make the trainer run code.
     """
     # A preemption signal or Ctrl-C is the trainer's business: it closes the connection, and that ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    faulthandler.enable()
+    with suppress(OSError):  # not on Linux, or not allowed
+        # If memory runs out, the kernel is to end a verifier rather than a trainer or a server.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     connection = Connection(descriptor)
     try:
-        function = load_function(import_path)
-    except ValueError as error:
-        connection.send(str(error))
-        return
-    connection.send(None)
-    try:
-        while True:
-            for response, answer in connection.recv():
-                # The trainer enforces the deadline. This alarm, whose default action no Python code can hold up,
-                # ends a verification whose trainer has been killed.
-                signal.setitimer(signal.ITIMER_REAL, deadline_s + _GRACE_S)
-                outcome = judge(function, response, answer)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                connection.send(outcome)
+        setup: Setup = connection.recv()
+        signal.setitimer(signal.ITIMER_REAL, setup.start_deadline_s + _GRACE_S)
+        callers, problems = _load(setup)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        described = {name: (c.signature.mode, c.signature.fields) for name, c in callers.items()}
+        connection.send_bytes(json.dumps({"problems": problems, "callers": described}).encode())
+        judge = _Judge(connection, callers, setup.deadline_s)
+        while not problems:
+            name, items = connection.recv()
+            judge.judge(name, items)
     except (EOFError, ConnectionError):
         return
 
 
-def load_function(import_path: str) -> Callable[[str, str], Any]:
-    """Import ``pkg.module:function``. Raises ValueError naming the part that is wrong."""
-    module_name, _, name = import_path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"module {module_name} has no function {name!r}")
-    return function
+def _load(setup: Setup) -> tuple[dict[str, Caller], dict[str, str]]:
+    callers, problems = {}, {}
+    for name, path in setup.paths.items():
+        try:
+            callers[name] = load_caller(path, setup.options.get(name, {}), wants_text=name in setup.built_in)
+        except ValueError as error:
+            problems[name] = str(error)
+    return callers, problems
 
 
-def judge(function: Callable[[str, str], Any], response: str, answer: str) -> Outcome:
-    """Call the verifier on one pair; whatever it raises becomes an error outcome."""
+class _Judge:
+    """Calls verifiers and sends what came of it."""
+
+    def __init__(self, connection: Connection, callers: Mapping[str, Caller], deadline_s: float) -> None:
+        self._connection, self._callers, self._deadline_s = connection, callers, deadline_s
+        self._pid = os.getpid()
+        self._home = os.open(".", os.O_RDONLY)
+        # One loop for all calls: clients that a verifier keeps between them belong to a loop.
+        self._loop = asyncio.new_event_loop()
+
+    def judge(self, name: str, items: Sequence[Item]) -> None:
+        caller = self._callers[name]
+        if caller.signature.mode == "batch":
+            self._judge_as_lists(caller, items)
+        elif caller.signature.mode == "async":
+            with self._guarded():
+                self._loop.run_until_complete(self._judge_together(caller, items))
+        else:
+            for number, payload in items:
+                with self._guarded():
+                    outcome = self._timed(partial(self._call, caller, payload))
+                self._send(number, outcome)
+
+    def _call(self, caller: Caller, payload: bytes) -> tuple[bool, float]:
+        return read_result(self._awaited(caller.call(pickle.loads(payload))))
+
+    def _awaited(self, result: Any) -> Any:
+        # A decorator can hide that a function is asynchronous.
+        return self._loop.run_until_complete(_settle(result)) if inspect.isawaitable(result) else result
+
+    async def _judge_together(self, caller: Caller, items: Sequence[Item]) -> None:
+        await asyncio.gather(*(self._judge_async(caller, *item) for item in items))
+
+    async def _judge_async(self, caller: Caller, number: int, payload: bytes) -> None:
+        try:
+            outcome = await asyncio.wait_for(_attempt_async(caller, payload), self._deadline_s)
+        except asyncio.TimeoutError:
+            outcome = False, 0.0, late_error(self._deadline_s)
+        except asyncio.CancelledError as error:
+            outcome = False, 0.0, describe(error)
+        self._send(number, outcome)
+
+    def _judge_as_lists(self, caller: Caller, items: Sequence[Item]) -> None:
+        results: list[Any] = []
+
+        def call() -> tuple[bool, float]:
+            returned = self._awaited(caller.call_batch([pickle.loads(payload) for _, payload in items]))
+            results.extend(_one_for_each(returned, len(items)))
+            return True, 0.0
+
+        with self._guarded():
+            outcome = self._timed(call)
+            outcomes = [_attempt(partial(read_result, result)) for result in results]
+        if outcome[2] is None:
+            for (number, _), single in zip(items, outcomes, strict=True):
+                self._send(number, single)
+        else:
+            self._send(items[0][0] if len(items) == 1 else WHOLE_BATCH, outcome)
+
+    def _timed(self, call: Callable[[], tuple[bool, float]]) -> Outcome:
+        start = time.monotonic()
+        outcome = _attempt(call)
+        # The trainer may look a moment late: a verdict is late or not whenever it looks.
+        return outcome if time.monotonic() - start <= self._deadline_s else (False, 0.0, late_error(self._deadline_s))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """End this process when its trainer cannot; undo what a verifier did to the process.
+
+        The trainer enforces the deadline. This alarm, whose default action no Python code can hold up, ends a
+        verification whose trainer has been killed.
+        """
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, self._deadline_s + _GRACE_S)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.fchdir(self._home)
+
+    def _send(self, number: int, outcome: Outcome) -> None:
+        if os.getpid() != self._pid:
+            os._exit(0)  # a verifier forked, and its child came back here: only one of them may answer
+        self._connection.send_bytes(json.dumps([number, *outcome]).encode())
+
+
+async def _settle(result: Any) -> Any:
+    return await result
+
+
+async def _attempt_async(caller: Caller, payload: bytes) -> Outcome:
     try:
-        is_correct, reward = read_result(function(response, answer))
+        return *read_result(await caller.call(pickle.loads(payload))), None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # noqa: BLE001 (a verifier is foreign code: reported)
+        return False, 0.0, describe(error)
+
+
+def _attempt(call: Callable[[], tuple[bool, float]]) -> Outcome:
+    try:
+        return *call(), None
     except BaseException as error:  # noqa: BLE001 (a verifier is foreign code, and some raise BaseException: reported)
-        return False, 0.0, f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS]
-    return is_correct, reward, None
+        return False, 0.0, describe(error)
 
 
-def read_result(result: Any) -> tuple[bool, float]:
-    """(is_correct, reward) of what a verifier returned.
-
-    A bool is both. A number is the reward, and correct from 1 up (within 1e-9). A dict has ``is_correct`` (a bool)
-    and may have ``reward``, for a shaped reward that leaves correctness alone. Raises TypeError for anything else,
-    ValueError for a reward that is not finite.
-    """
-    if isinstance(result, dict):
-        is_correct = result.get("is_correct")
-        if not isinstance(is_correct, bool | np.bool_):
-            raise TypeError(f"the verifier returned {result!r}: is_correct must be a bool")
-        reward = result.get("reward", float(is_correct))
-    elif isinstance(result, bool | np.bool_):
-        is_correct, reward = result, float(result)
-    elif isinstance(result, numbers.Real):
-        is_correct, reward = float(result) >= 1 - _ROUNDING, result
-    else:
-        raise TypeError(f"the verifier returned {result!r}: must be a bool, a number or a dict")
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        raise ValueError(f"the verifier returned {result!r}: the reward must be a finite number")
-    return bool(is_correct), float(reward)
+def _one_for_each(returned: Any, count: int) -> list[Any]:
+    if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
+        raise TypeError(f"the verifier returned {shown(returned)}: must be a list with a result for each response")
+    results = list(returned)
+    if len(results) != count:
+        raise ValueError(f"the verifier returned {len(results)} results for {count} responses: must be one for each")
+    return results

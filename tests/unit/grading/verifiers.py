@@ -1,11 +1,17 @@
-"""Verifiers that misbehave, for the tests: each is told by the response what to do."""
+"""Verifiers for the tests, most of which misbehave: each is told by the response what to do."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +28,60 @@ def obedient(response: str, answer: str) -> object:
         raise GeneratorExit("not even an Exception")
     if response == "exit":
         sys.exit(3)
+    if response == "interrupt":
+        raise KeyboardInterrupt
     if response == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if response == "leave":
         os._exit(7)
     return response == answer
+
+
+def strange(response: str, answer: Any) -> object:
+    """Leaves its process in another state than it found it, or answers in a way that nobody expects."""
+    if response == "fork":
+        os.fork()  # both return
+    if response == "fork and die":
+        if os.fork() == 0:
+            threading.Event().wait()
+        os._exit(9)
+    if response == "move":
+        os.chdir("/")
+    if response == "where":
+        return {"is_correct": Path.cwd() != Path("/")}
+    if response == "print":
+        for _ in range(200):
+            print("x" * 2**19)
+    if response == "large result":
+        return "y" * 10**8
+    if response == "bad repr":
+        return _Unprintable()
+    if response == "bad message":
+        raise _UnprintableError
+    if response == "surrogate":
+        raise ValueError("\ud83d\nsecond line \x1b[31m")
+    if response == "late":
+        deadline = time.monotonic() + 1.2
+        while time.monotonic() < deadline:
+            os.sched_yield()
+        return True
+    if response == "close":
+        os.closerange(3, 64)
+    if response == "alarm":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    if response == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return response == answer or response == str(len(answer))
+
+
+class _Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no representation")
+
+
+class _UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no message")
 
 
 def returns(response: str, answer: str) -> object:
@@ -51,6 +106,72 @@ def returns(response: str, answer: str) -> object:
 def pid(response: str, answer: str) -> float:
     """The reward is the process that judged."""
     return float(os.getpid())
+
+
+def whole_row(response: str, answer: Any, *, prompt: str, source: str, prompt_id: str, row: Mapping[str, Any]) -> bool:
+    """Gets everything, and compares it with what the answer, an object, says."""
+    return answer == {"response": response, "prompt": prompt, "source": source, "id": prompt_id, "row": row}
+
+
+def source_only(response: str, gold: str, source: str = "") -> bool:
+    return response == source
+
+
+def verl_score(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> dict[str, Any]:
+    """In the form of verl."""
+    is_right = solution_str == ground_truth and extra_info == {"split": data_source}
+    return {"score": 1.0 if is_right else -1.0, "acc": is_right, "pred": solution_str}
+
+
+async def asynchronous(response: str, answer: str) -> object:
+    if response == "meet":  # passes only if another one runs at the same time
+        _waiting.append(response)
+        while len(_waiting) < 2:
+            await asyncio.sleep(0.01)
+        return True
+    if response == "wait":
+        await asyncio.sleep(3600)
+    return obedient(response, answer)
+
+
+_waiting: list[str] = []
+
+
+@functools.lru_cache(maxsize=1)
+def hidden_async(response: str, answer: str) -> object:
+    """An asynchronous function that does not look like one."""
+    return asynchronous(response, answer)
+
+
+def batched(responses: list[str], answers: list[str]) -> list[object]:
+    """A batched verifier; the reward is the number of pairs that came at once."""
+    if "too few" in responses:
+        return []
+    return [
+        {"is_correct": obedient(response, answer), "reward": float("nan") if response == "nan" else float(len(answers))}
+        for response, answer in zip(responses, answers, strict=True)
+    ]
+
+
+def hangs_always(response: str, answer: str) -> bool:
+    threading.Event().wait()
+    return True
+
+
+def wants_more(response: str, answer: str, threshold: float) -> bool:
+    return True
+
+
+def always_true(response: str, answer: str) -> bool:
+    return True
+
+
+def never_true(response: str, answer: str) -> bool:
+    return False
+
+
+def wants_object(response: str, answer: dict[str, Any]) -> bool:
+    return len(answer["tests"]) > 0 and response == "all tests pass"
 
 
 NOT_A_FUNCTION = 3

@@ -1,0 +1,135 @@
+"""Files of (response, answer) pairs for ``megatron-dypo grade``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from megatron_dypo.data.files import RowFile, open_rows
+from megatron_dypo.data.rows import BadRow
+from megatron_dypo.grading.pairs import Pair
+from megatron_dypo.grading.results import shown
+
+_SHOWN_PROBLEMS = 20
+_ROW_FIELDS = {"prompt": "prompt", "source": "source", "id": "prompt_id"}
+"""Column → what a verifier gets it as, where it is text; it stays in the row too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Names of the columns."""
+
+    response: str = "response"
+    answer: str = "answer"
+    expected: str = "expected"
+    """What a person says of the response: true, false, 0 or 1; null where nobody has looked."""
+    needs_expected: bool = False
+    """Whether every row must have that column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row."""
+
+    number: int
+    pair: Pair
+    expected: bool | None
+
+
+class PairFile:
+    """A JSONL or Parquet file whose rows are checked at opening.
+
+    Raises ValueError listing the first 20 bad rows: file, line, field, value, rule.
+    """
+
+    def __init__(self, path: Path, fields: Fields) -> None:
+        self.path, self._fields = path, fields
+        self._rows = _open(path)
+        problems, num_problems = [], 0
+        for line in self._lines():
+            if isinstance(line, str):
+                num_problems += 1
+                problems += [line] if num_problems <= _SHOWN_PROBLEMS else []
+        if problems:
+            more = [f"  and {num_problems - len(problems)} more"] if num_problems > len(problems) else []
+            raise ValueError("\n".join([f"{path}: {num_problems} bad rows:", *problems, *more]))
+        if not len(self._rows):
+            raise ValueError(f"{path}: has no rows")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lines(self) -> Iterator[Line]:
+        """Read the rows in order."""
+        for line in self._lines():
+            if isinstance(line, str):
+                raise ValueError(f"{line.strip()} (the file has changed since it was opened)")
+            yield line
+
+    def _lines(self) -> Iterator[Line | str]:
+        for index, record in enumerate(self._records()):
+            number = self._rows.line(index)
+            try:
+                yield _line(record, number, self._fields)
+            except BadRow as bad:
+                yield f"  {self.path}:{number}: {bad}"
+
+    def _records(self) -> Iterator[Any]:
+        try:
+            yield from self._rows.scan()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{self.path}: cannot be read: {error}") from error
+
+
+def _open(path: Path) -> RowFile:
+    columns: list[str] = []
+    if path.suffix == ".parquet" and path.is_file():
+        try:
+            columns = pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: is not a Parquet file: {error}") from error
+    return open_rows(path, columns, ())
+
+
+def _line(record: Any, number: int, fields: Fields) -> Line:
+    if isinstance(record, BadRow):
+        raise record
+    if not isinstance(record, dict):
+        raise BadRow(f"{shown(record)}: must be an object")
+    wanted = (fields.response, fields.answer, fields.expected)
+    missing = [name for name in (wanted if fields.needs_expected else wanted[:2]) if name not in record]
+    if missing:
+        raise BadRow(f"{', '.join(missing)}: is missing (the row has {', '.join(map(str, record)) or 'no field'})")
+    response, answer = record[fields.response], record[fields.answer]
+    if not isinstance(response, str):
+        raise BadRow(f"{fields.response}={shown(response)}: must be a string")
+    if answer is None:
+        raise BadRow(f"{fields.answer}=None: must not be null")
+    return Line(
+        number=number,
+        pair=Pair(
+            response=response,
+            answer=answer,
+            row={name: value for name, value in record.items() if name not in wanted},
+            **{
+                field: record[name]
+                for name, field in _ROW_FIELDS.items()
+                if isinstance(record.get(name), str) and name not in wanted
+            },
+        ),
+        expected=_expected(record, fields),
+    )
+
+
+def _expected(record: dict[str, Any], fields: Fields) -> bool | None:
+    value = record.get(fields.expected)
+    if value is None:
+        return None
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    raise BadRow(f"{fields.expected}={shown(value)}: must be true, false, 0, 1 or null")

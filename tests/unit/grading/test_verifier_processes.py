@@ -1,0 +1,250 @@
+"""Whatever a verifier does to its process, no other pair pays for it, and no verdict is another pair's."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dypo.config.grading import GradingConfig
+from megatron_dypo.grading.pairs import Pair
+from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.types import Verdict
+
+HERE = "tests.unit.grading.verifiers"
+RIGHT, WRONG = Verdict(is_correct=True, reward=1.0), Verdict(is_correct=False, reward=0.0)
+
+
+def _config(function: str, **changes: Any) -> GradingConfig:
+    return GradingConfig(**{"verifier": f"{HERE}:{function}", "workers": 1, "deadline_s": 1.0, **changes})
+
+
+@pytest.fixture(scope="module")
+def strange() -> Iterator[Verifier]:
+    with Verifier(_config("strange")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        ("fork and die", "verifier process exited with 9"),
+        ("large result", "TypeError: the verifier returned 'yyyy"),
+        ("bad repr", "TypeError: the verifier returned <_Unprintable instance at"),
+        ("bad message", "_UnprintableError: its message cannot be shown, RuntimeError (verifiers.py:"),
+        ("surrogate", "ValueError: \\ud83d second line \\x1b[31m (verifiers.py:"),
+        ("late", "no verdict within deadline_s=1"),
+        ("close", "verifier process exited with"),
+        ("segfault", "verifier process killed by SIGSEGV"),
+    ],
+)
+def test_a_strange_pair_costs_itself_only(strange: Verifier, response: str, error: str) -> None:
+    verdicts = strange.verify([("a", "a"), ("a", "b"), (response, "x"), ("b", "b"), ("b", "a")])
+    assert (verdicts[2].error or "")[: len(error)] == error
+    assert len(verdicts[2].error or "") <= 500
+    assert [verdicts[i] for i in (0, 1, 3, 4)] == [RIGHT, WRONG, RIGHT, WRONG]
+
+
+def test_a_verifier_that_forks_answers_once(strange: Verifier) -> None:
+    pairs = [(text, answer) for i in range(6) for text, answer in (("fork", "x"), (str(i), str(i)), (str(i), "longer"))]
+    verdicts = strange.verify(pairs)
+    assert all(verdict.error is None for verdict in verdicts)
+    assert [verdict.is_correct for verdict in verdicts] == [
+        text in (answer, str(len(answer))) for text, answer in pairs
+    ]
+
+
+def test_children_of_a_verifier_that_ended_are_killed(strange: Verifier) -> None:
+    before = _children_of_groups()
+    strange.verify([("fork and die", "x")])
+    deadline = time.monotonic() + 20
+    while len(_children_of_groups()) > len(before):
+        assert time.monotonic() < deadline, "a child of a verifier still runs"
+        os.sched_yield()
+
+
+def _children_of_groups() -> list[int]:
+    """Processes that run this module's verifiers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if b"grading.worker import serve" in command and state[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_verifier_that_changes_the_directory_changes_it_for_itself(strange: Verifier) -> None:
+    here = Path.cwd()
+    assert strange.verify([("move", "move"), ("where", ""), ("move", "x"), ("where", "")]) == [
+        RIGHT,
+        RIGHT,
+        WRONG,
+        RIGHT,
+    ]
+    assert Path.cwd() == here
+
+
+def test_a_verifier_that_prints_without_end_is_cut_and_judged(capfd: pytest.CaptureFixture[str]) -> None:
+    with Verifier(_config("strange", deadline_s=60.0)) as verifier:
+        assert verifier.verify([("print", "print"), ("a", "a")]) == [RIGHT, RIGHT]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert 65536 <= len(err) < 66000
+    assert err.count("[what verifiers print beyond 65536 bytes is not shown]") == 1
+
+
+def test_a_large_answer_and_a_response_with_lone_surrogates_are_judged(
+    strange: Verifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = "z" * 10**7
+    pairs = [(large, large), (str(10**7), large), ("\ud83d", "\ud83d"), ("\ud83d", "x")]
+    assert strange.verify(pairs) == [RIGHT, RIGHT, RIGHT, WRONG]
+    caplog.clear()
+    strange.verify([("bad repr", large)])
+    assert sum(len(record.getMessage()) for record in caplog.records) < 2000
+
+
+@pytest.mark.parametrize("verifier", ["math", "exact", "choice"])
+def test_a_response_with_lone_surrogates_has_a_verdict_of_a_built_in_verifier(verifier: str) -> None:
+    with Verifier(GradingConfig(verifier=verifier, workers=1)) as running:
+        verdicts = running.verify([("\ud83d \\boxed{\ud83d}", "A"), ("\ud83d so \\boxed{A}", "A")])
+    assert verdicts == [WRONG, RIGHT]
+
+
+class _Unpicklable:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("stays here")
+
+
+class _UnknownThere:
+    """Its class can be found by the trainer alone."""
+
+
+_UnknownThere.__module__ = "no_such_module"
+
+
+def test_an_answer_that_cannot_be_sent_costs_itself_only(strange: Verifier) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    answers: list[Any] = [_Unpicklable(), nested, _UnknownThere(), (lambda: 0), "a", {"b": np.arange(3)}, {"c"}]
+    errors = [verdict.error for verdict in strange.verify([("a", answer) for answer in answers])]
+    # Taken apart without recursion, which would end this process.
+    while nested:
+        nested = nested.pop()
+    assert "RuntimeError: stays here" in (errors[0] or "")
+    assert (errors[1] or "").startswith("cannot be sent to the verifier: RecursionError")
+    assert all((error or "").startswith("cannot be sent to the verifier: ") for error in errors[:4])
+    assert errors[4:] == [None, None, None]
+
+
+def test_asynchronous_verifications_run_at_the_same_time_each_with_its_deadline() -> None:
+    with Verifier(_config("asynchronous")) as verifier:
+        verdicts = verifier.verify([("wait", ""), ("meet", ""), ("a", "a"), ("meet", ""), ("exit", ""), ("raise", "")])
+        assert [verdict.is_correct for verdict in verdicts] == [False, True, True, True, False, False]
+        heads = [(verdict.error or "").split(" (")[0] for verdict in verdicts]
+        assert heads == ["no verdict within deadline_s=1", "", "", "", "SystemExit: 3", "KeyError: 'no such unit'"]
+        assert verifier.verify([("a", "a")]) == [RIGHT]
+
+
+@pytest.mark.parametrize("function", ["asynchronous", "batched"])
+@pytest.mark.parametrize("bad", ["hang", "die", "raise"])
+def test_of_pairs_that_are_judged_together_the_bad_one_alone_is_lost(function: str, bad: str) -> None:
+    pairs = [(str(i), str(i if i % 2 else -1)) for i in range(6)]
+    pairs[3] = (bad, "3")
+    with Verifier(_config(function)) as verifier:
+        verdicts = verifier.verify(pairs)
+    assert [i for i, verdict in enumerate(verdicts) if verdict.error] == [3]
+    assert [verdict.is_correct for verdict in verdicts] == [bool(i % 2) and i != 3 for i in range(6)]
+
+
+def test_a_batched_verifier_gets_lists_of_at_most_batch_size() -> None:
+    with Verifier(_config("batched", batch_size=4, workers=2)) as verifier:
+        sizes = [verdict.reward for verdict in verifier.verify([("a", "a")] * 10)]
+        few = [verdict.reward for verdict in verifier.verify([("a", "a")] * 4)]
+    assert sorted(sizes) == [2.0] * 2 + [4.0] * 8
+    assert few == [2.0] * 4
+
+
+def test_one_bad_result_of_a_batch_is_one_error_and_a_wrong_number_of_results_is_named() -> None:
+    with Verifier(_config("batched")) as verifier:
+        bad_reward, good = verifier.verify([("nan", "nan"), ("a", "a")])
+        too_few, alone = verifier.verify([("too few", ""), ("a", "a")])
+    assert "reward must be a finite number" in (bad_reward.error or "")
+    assert (good.is_correct, good.reward) == (True, 2.0)
+    assert too_few.error == "ValueError: the verifier returned 0 results for 1 responses: must be one for each"
+    assert (alone.is_correct, alone.reward) == (True, 1.0)
+
+
+def test_a_verifier_that_hangs_on_all_pairs_holds_a_call_for_ten_deadlines_at_most() -> None:
+    start = time.monotonic()
+    with Verifier(_config("hangs_always", deadline_s=0.05, workers=2)) as verifier:
+        verdicts = verifier.verify([("a", "a")] * 400)
+    assert time.monotonic() - start < 30
+    assert all(verdict.error for verdict in verdicts)
+    assert verdicts[-1].error == (
+        "not tried: no verdict within 10 × deadline_s, the last error: no verdict within deadline_s=0.05"
+    )
+    assert verifier.num_errors == 400
+
+
+def test_a_process_that_is_stopped_does_not_hold_up_a_large_batch() -> None:
+    with Verifier(_config("pid")) as verifier:
+        (first,) = verifier.verify([("", "")])
+        os.kill(int(first.reward), signal.SIGSTOP)
+        (second,) = verifier.verify([("x" * 10**7, "")])
+    assert second.error is None
+    assert second.reward != first.reward
+
+
+def test_a_call_that_breaks_off_leaves_no_process_with_its_pairs() -> None:
+    class Stop(BaseException):
+        pass
+
+    class Bar:
+        def update(self, n: float | None = 1) -> None:
+            raise Stop
+
+    with Verifier(_config("strange", workers=2)) as verifier:
+        with pytest.raises(Stop):
+            verifier.verify([("a", "a")] * 100, Bar())
+        with pytest.raises(RuntimeError, match="not running"):
+            verifier.verify([("b", "a")])
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_each_pair_has_its_own_verdict_whatever_the_others_do(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    bad = ["fork", "fork and die", "move", "bad repr", "surrogate", "close", "segfault"]
+    count = 300 if seed == 0 else 3000
+    pairs = []
+    for i in range(count):
+        text = bad[rng.integers(len(bad))] if rng.random() < 0.05 else str(i)
+        pairs.append((text, str(i) if rng.random() < 0.5 else "other answer"))
+    with Verifier(_config("strange", workers=2, deadline_s=10.0)) as verifier:
+        verdicts = verifier.verify(pairs)
+    lost = {"fork and die", "bad repr", "surrogate", "close", "segfault"}
+    assert [verdict.error is not None for verdict in verdicts] == [text in lost for text, _ in pairs]
+    expected = [text in (answer, str(len(answer))) for text, answer in pairs]
+    assert [verdict.is_correct for verdict in verdicts] == expected
+
+
+def test_a_decorated_asynchronous_function_is_awaited() -> None:
+    with Verifier(_config("hidden_async")) as verifier:
+        assert verifier.verify([("a", "a"), ("b", "a")]) == [RIGHT, WRONG]
+
+
+def test_only_what_a_verifier_asks_for_travels_to_it() -> None:
+    row = {"large": functools.partial(print), "own": (lambda: 0)}  # could not be sent
+    with Verifier(_config("strange")) as verifier:
+        assert verifier.verify([Pair(response="a", answer="a", row=row)]) == [RIGHT]
