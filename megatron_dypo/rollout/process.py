@@ -9,12 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_dypo.ending import Cause
+
 _GUARD = Path(__file__).with_name("guard.py")
 _TAIL_LINES = 30
 
 
 class ServerDiedError(RuntimeError):
-    """A server of the run has ended by itself; the message names it and quotes the end of its log."""
+    """A server of the run has ended on its own; the message names it and quotes the end of its log."""
+
+    cause = Cause.SERVERS_GONE
 
 
 class ServerProcess:
