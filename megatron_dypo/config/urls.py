@@ -22,8 +22,8 @@ def require_urls(urls: Sequence[str], name: str) -> None:
     places: dict[tuple[str, int], str] = {}
     for url in urls:
         place = _place(url, name)
-        first = places.setdefault(place, url)
-        require(first is url, f"{name}={url!r}", "is there twice" if first == url else f"is the same as {first!r}")
+        require(place not in places, f"{name}={url!r}", f"is there twice: {places.get(place)!r} is the same place")
+        places[place] = url
 
 
 def require_host(host: str, name: str) -> None:
