@@ -27,6 +27,8 @@ class RefitOptions:
     ep_size: int | None = None
     """SGLang's ``--ep-size``; None: that in ``rollout.servers.extra_args``, or 1."""
     quantization: Quantization = "none"
+    gpus_per_node: int = 8
+    """GPUs of a rollout node: a server of more of them spans several nodes."""
 
 
 def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
@@ -41,7 +43,7 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
     return make_plan(
         load_architecture(config.model.hf_path),
         _source_layout(config.parallel, options.world_size or num_processes(config)),
-        [engine] * (len(servers.urls) or servers.count),
+        [engine] * servers.num_servers(options.gpus_per_node),
         quantization=options.quantization,
         element_size=_ELEMENT_SIZES[config.model.dtype],
     )

@@ -109,6 +109,9 @@ class Run:
     """Rollout batches opened."""
     served_version: int = 0
     """Of the last push."""
+    pushed: tuple[int, ...] = ()
+    """Versions of the last push and of the last one before it that was of another version, ascending: what servers may
+    hold while a push is under way."""
     is_mid_batch: bool = False
     """The open rollout batch has updates left: nothing is collected and nothing pushed before they are made."""
     bad_steps: int = 0

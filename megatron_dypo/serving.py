@@ -29,8 +29,10 @@ def push(run: Run) -> dict[str, float]:
     if run.bridge is None:
         return {}
     leader = run.leader
-    # What a stream has in flight may end before the push or after it.
-    recent = range(run.served_version, run.step + 1)
+    # What a stream has in flight may end before the push or after it. A push of the same version, to servers that came
+    # back, narrows nothing: what the one before it allowed may still be in flight.
+    before = [version for version in run.pushed if version != run.step][-1:]
+    recent = range(before[0], run.step + 1, run.step - before[0]) if before else range(run.step, run.step + 1)
     if leader and leader.background:
         leader.background.accept(recent)
     with run.timings.measure("update_weights"):
@@ -43,7 +45,7 @@ def push(run: Run) -> dict[str, float]:
         leader.client.serve(run.bridge.serving, range(run.step, run.step + 1))
         serve = leader.background.serve if leader.background else leader.background_client.serve
         serve(run.bridge.serving, recent)
-    run.served_version = run.step
+    run.served_version, run.pushed = run.step, tuple(recent)
     return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
 
 

@@ -88,7 +88,12 @@ divide_nodes() {
   fi
   [ "${ROUTER:-0}:$ROLLOUT_NODES" != 1:0 ] || fail "ROUTER=1 needs ROLLOUT_NODES: servers of the run itself have none"
   OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
+  # First, so that one of the user's that says another number is seen by read_config, not hidden.
+  OVERRIDES=("rollout.servers.nodes=$(rollout_nodes)" "${OVERRIDES[@]}")
 }
+
+# What rollout.servers.nodes must be: servers of the run itself are on one node.
+rollout_nodes() { echo $((${#ROLLOUT[@]} > 0 ? ${#ROLLOUT[@]} : 1)); }
 
 make_log_folder() {
   DYPO_LOGS=$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$ATTEMPT
@@ -146,15 +151,18 @@ read_config() {
   resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")"
   [ ! -d "$DYPO_LOGS" ] || echo "$resolved" >"$DYPO_LOGS/config.yaml"
   rm "$errors"
-  ENGINES_PER_NODE=$(field count <<<"$resolved")
-  local tensor_parallel
+  ENGINES_PER_NODE=$(field per_node <<<"$resolved")
+  local tensor_parallel nodes
+  nodes=$(field nodes <<<"$resolved")
+  [ "$nodes" = "$(rollout_nodes)" ] \
+    || fail "rollout.servers.nodes=$nodes, but the job has ROLLOUT_NODES=${#ROLLOUT[@]}: leave the override out, or set ROLLOUT_NODES"
   tensor_parallel=$(field tensor_parallel <<<"$resolved")
   ENGINE_NODES=$(((tensor_parallel + GPUS_PER_NODE - 1) / GPUS_PER_NODE))
   export ENGINES_PER_NODE ENGINE_NODES
-  local used=$((ENGINES_PER_NODE * tensor_parallel)) needed="rollout.servers.count=$ENGINES_PER_NODE × rollout.servers.tensor_parallel=$tensor_parallel"
+  local used=$((ENGINES_PER_NODE * tensor_parallel)) needed="rollout.servers.per_node=$ENGINES_PER_NODE × rollout.servers.tensor_parallel=$tensor_parallel"
   if [ "${#ROLLOUT[@]}" -gt 0 ] && [ "$ENGINE_NODES" -gt 1 ]; then
     [ "$ENGINES_PER_NODE:$((${#ROLLOUT[@]} % ENGINE_NODES))" = 1:0 ] \
-      || fail "$needed: an engine takes $ENGINE_NODES nodes of $GPUS_PER_NODE GPUs; needs count=1 and a multiple of that for ROLLOUT_NODES=${#ROLLOUT[@]}"
+      || fail "$needed: an engine takes $ENGINE_NODES nodes of $GPUS_PER_NODE GPUs; needs per_node=1 and a multiple of that for ROLLOUT_NODES=${#ROLLOUT[@]}"
   elif [ "${#ROLLOUT[@]}" -gt 0 ]; then
     [ $((used + COLOCATED * TRAIN_PER_NODE)) -le "$GPUS_PER_NODE" ] \
       || fail "$needed: more than the GPUs of a node, GPUS_PER_NODE=$GPUS_PER_NODE$([ "$COLOCATED" = 0 ] || echo ", less TRAIN_PER_NODE=$TRAIN_PER_NODE")"

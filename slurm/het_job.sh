@@ -12,6 +12,7 @@ read_settings
 mapfile -t TRAIN < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")
 mapfile -t ROLLOUT < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
 NODES=("${TRAIN[@]}" "${ROLLOUT[@]}")
+OVERRIDES=("rollout.servers.nodes=$(rollout_nodes)" "${OVERRIDES[@]}")
 OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
 make_log_folder
 set_environment

@@ -24,7 +24,7 @@ class Recipe(Config):
     """YAML file, from the repository root."""
     trainer_nodes: int = 1
     rollout_nodes: int = 1
-    """Nodes with ``rollout.servers.count`` servers each."""
+    """Nodes with ``rollout.servers.per_node`` servers each."""
 
     def overrides(self) -> list[str]:
         """``section.key=value`` for all that differs from :attr:`file`."""
@@ -41,7 +41,7 @@ def tiny() -> run.Config[Recipe]:
 @run.cli.factory
 def qwen2_5_math_7b() -> run.Config[Recipe]:
     """The paper's setting: a node of eight GPUs that trains, a node of eight servers."""
-    return _recipe("examples/qwen2_5_math_7b/dypo.yaml", ["rollout.servers.count=8"])
+    return _recipe("examples/qwen2_5_math_7b/dypo.yaml", ["rollout.servers.per_node=8"])
 
 
 @run.cli.factory

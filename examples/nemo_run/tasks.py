@@ -31,7 +31,7 @@ def local_tasks(job: Job, executor: run.LocalExecutor) -> tuple[list[run.Script]
     recipe, servers = job.recipe, job.recipe.rollout.servers
     # Both inherit it; NeMo-Run would write a setting of its own down.
     os.environ.setdefault(servers.api_key_env, secrets.token_hex(16))
-    urls = ",".join(f"http://{servers.host}:{servers.port + index}" for index in range(servers.count))
+    urls = ",".join(f"http://{servers.host}:{servers.port + index}" for index in range(servers.per_node))
 
     def task(command: str, *arguments: str) -> run.Script:
         args = ["megatron_dypo.cli", command, recipe.file, *job.overrides, *arguments]

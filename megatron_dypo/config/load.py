@@ -16,6 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_dypo.config.tree import Config
 from megatron_dypo.config.yaml_text import read_yaml
 
+_GONE = {
+    "rollout.servers.count": "did you mean rollout.servers.per_node (servers that one node runs)? The number of rollout "
+    "nodes is rollout.servers.nodes",
+}
+"""Keys that meant two things → what to use instead."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides, check everything.
@@ -120,7 +126,9 @@ def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...])
     hints, problems = get_type_hints(section), []
     for key, value in tree.items():
         dotted = ".".join((*path, str(key)))
-        if key not in hints:
+        if dotted in _GONE:
+            problems.append(f"{dotted}: unknown key; {_GONE[dotted]}")
+        elif key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known keys: {', '.join(hints)}"
             problems.append(f"{dotted}: unknown key; {hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dypo.config.rollout import MAX_DEADLINE_S
 from megatron_dypo.config.rules import require, require_positive
 
 
@@ -35,7 +36,12 @@ class WeightsConfig:
     the time that is left, and the other half is for the push to the rest: allow twice what a push takes."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "bucket_mb", "deadline_s")
+        require_positive(self, "bucket_mb")
+        require(
+            0 < self.deadline_s <= MAX_DEADLINE_S,
+            f"deadline_s={self.deadline_s}",
+            f"must be above 0 and at most {MAX_DEADLINE_S:g} seconds",
+        )
         require(
             self.quantize == "none" or self.transport not in ("broadcast", "disk"),
             f"quantize={self.quantize}",

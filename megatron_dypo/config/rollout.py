@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dypo.config.rules import require, require_not_negative, require_positive
+from megatron_dypo.config.urls import require_host, require_urls
+
+_MAX_PORT = 65535
+MAX_DEADLINE_S = 1e8
+"""Three years. Deadlines become time-outs of libraries, which overflow somewhere above."""
+_OWN_FLAGS = {
+    "--model-path": "model.hf_path",
+    "--model": "model.hf_path",
+    "--dtype": "model.dtype",
+    "--random-seed": "run.seed",
+    "--host": "rollout.servers.host",
+    "--port": "rollout.servers.port",
+    "--tp-size": "rollout.servers.tensor_parallel",
+    "--tensor-parallel-size": "rollout.servers.tensor_parallel",
+    "--base-gpu-id": "rollout.servers.base_gpu",
+    "--mem-fraction-static": "rollout.servers.mem_fraction",
+    "--max-total-tokens": "rollout.servers.max_total_tokens",
+    "--api-key": "the environment variable that rollout.servers.api_key_env names",
+    "--config": None,
+    "--skip-tokenizer-init": None,
+    "--custom-weight-loader": None,
+    "--weight-version": None,
+}
+"""Flags of SGLang that a run sets itself → the key to use in their place; None: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,14 +39,13 @@ class ServersConfig:
     """The SGLang servers: given by URL, or started and stopped by the run."""
 
     urls: tuple[str, ...] = ()
-    """Servers that run already; empty: start ``count`` of them."""
+    """Servers that run already, as ``http://HOST:PORT``; empty: the run starts ``per_node`` of them on its own node."""
     urls_come_back: bool = False
     """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
     for one until ``weights.deadline_s``."""
     router: str | None = None
     """A router (sglang-router, as ``megatron-dypo route`` runs it) in front of ``urls``: requests go to it, pushes of weights
     still to each server. The trainer tells it which of them hold the weights of the last push."""
-    count: int = 1
     tensor_parallel: int = 1
     """SGLang's ``--tp-size`` of each server."""
     python: str | None = None
@@ -28,15 +53,15 @@ class ServersConfig:
     host: str = "127.0.0.1"
     """Address that servers of the run bind to and are reached at; on several nodes, this node's address."""
     port: int = 30000
-    """First port to try, below the ephemeral range."""
+    """First port to try, below the ephemeral range; a node's servers take the next free ones."""
     base_gpu: int = 0
     """First GPU of the servers of the run; each takes the next ``tensor_parallel`` ones."""
     mem_fraction: float | None = None
-    """SGLang's ``--mem-fraction-static``."""
+    """SGLang's ``--mem-fraction-static``, between 0 and 1."""
     max_total_tokens: int | None = None
     """SGLang's ``--max-total-tokens`` (size of the KV cache); on a CPU it is needed and defaults to 20,000."""
     extra_args: tuple[str, ...] = ()
-    """More arguments for ``sglang.launch_server``."""
+    """More arguments for ``sglang.launch_server``, but for those that other keys set."""
     api_key_env: str = "DYPO_SGLANG_API_KEY"
     """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
     start_deadline_s: float = 600.0
@@ -45,13 +70,66 @@ class ServersConfig:
     restarts: int = 3
     """Times that a server which the run started is started again after it died, each server by itself; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
+    per_node: int = 1
+    """Servers that one node runs: those that the run itself starts, or ``megatron-dypo serve`` on each rollout node."""
+    nodes: int = 1
+    """Rollout nodes. Without ``urls`` the servers are ``nodes`` × ``per_node``; a server that needs more GPUs than a node
+    has spans several of them. Above 1, something else than the run starts them: the scripts in ``slurm/`` set it."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "count", "tensor_parallel", "port", "start_deadline_s", "stop_grace_s")
-        require_not_negative(self, "restarts")
+        require_positive(self, "per_node", "nodes", "tensor_parallel")
+        _require_deadlines(self, "start_deadline_s", "stop_grace_s")
+        require_not_negative(self, "restarts", "base_gpu")
+        require_urls(self.urls, "urls")
+        require_host(self.host, "host")
+        last = self.port + self.per_node - 1
+        require(
+            self.port >= 1 and last <= _MAX_PORT,
+            f"port={self.port}",
+            f"must be from 1 to {_MAX_PORT - self.per_node + 1}: {self.per_node} servers take a port each",
+        )
+        if self.mem_fraction is not None:
+            require(0 < self.mem_fraction < 1, f"mem_fraction={self.mem_fraction}", "must be between 0 and 1")
+        if self.max_total_tokens is not None:
+            require_positive(self, "max_total_tokens")
+        require(self.python is None or bool(self.python.strip()), f"python={self.python!r}", "must be a path, or null")
+        is_name = bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env))
+        # A key that was written here by mistake must not be shown.
+        require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
+        _require_free_flags(self.extra_args)
         require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
-        require_not_negative(self, "base_gpu")
+        if self.router is not None:
+            require_urls((self.router,), "router")
+            require_urls((*self.urls, self.router), "router")
+
+    def num_servers(self, gpus_per_node: int) -> int:
+        """Return the number of servers of the run: those of ``urls``, or ``nodes`` × ``per_node``.
+
+        A server of more than ``gpus_per_node`` GPUs takes several nodes.
+        """
+        if self.urls:
+            return len(self.urls)
+        span = -(-self.tensor_parallel // gpus_per_node)
+        return (self.nodes // span if self.nodes % span == 0 else self.nodes) * self.per_node
+
+
+def _require_free_flags(extra_args: tuple[str, ...]) -> None:
+    """Require SGLang's arguments to repeat no flag that the run sets; argparse takes beginnings of flags as well."""
+    for argument in extra_args:
+        flag = argument.split("=", 1)[0].strip().split(" ", 1)[0]
+        own = [name for name in _OWN_FLAGS if name == flag or (len(flag) > 2 and name.startswith(flag))]
+        if flag.startswith("--") and own:
+            key = _OWN_FLAGS[own[0]]
+            advice = f"use {key} instead" if key else "leave it out, the run sets it itself"
+            raise ValueError(f"extra_args={flag!r}: {advice}")
+
+
+def _require_deadlines(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        rule = f"must be above 0 and at most {MAX_DEADLINE_S:g} seconds"
+        require(0 < value <= MAX_DEADLINE_S, f"{name}={value}", rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +154,7 @@ class RolloutConfig:
     """Sampling temperature of training rollouts. Log-probs in the objective are those of temperature 1."""
     top_p: float = 1.0
     top_k: int = -1
+    """Tokens to sample from; -1: all."""
     max_in_flight: int = 256
     """Requests that one data-parallel rank keeps open at once."""
     request_deadline_s: float = 1800.0
@@ -85,9 +164,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
-        require(self.oversample >= 1, f"oversample={self.oversample}", "must be at least 1")
-        require_positive(
-            self, "prompts_per_step", "max_new_tokens", "max_in_flight", "request_deadline_s", "temperature"
-        )
+        is_factor = 1 <= self.oversample < math.inf
+        require(is_factor, f"oversample={self.oversample}", "must be at least 1, and finite")
+        require_positive(self, "prompts_per_step", "max_new_tokens", "max_in_flight")
+        require(0 < self.temperature < math.inf, f"temperature={self.temperature}", "must be positive and finite")
+        _require_deadlines(self, "request_deadline_s")
+        require(self.top_k == -1 or self.top_k >= 1, f"top_k={self.top_k}", "must be at least 1, or -1 for all tokens")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}", "must be in (0, 1]")
         require_not_negative(self, "retries")

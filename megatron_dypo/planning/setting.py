@@ -139,7 +139,7 @@ def make_setting(
         gpu=gpu,
         gpus_per_node=gpus_per_node,
         trainer_gpus=asked or 0,
-        engines=len(servers.urls) or servers.count,
+        engines=servers.num_servers(gpus_per_node),
         assumed=Assumptions(
             prompt_tokens=prompt_tokens or max(1, config.data.max_prompt_tokens // 4),
             response_tokens=response_tokens or max(1, config.rollout.max_new_tokens // 4),

@@ -8,12 +8,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import aiohttp
 
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.rollout.ask import Answer, AttemptError, LostServerError, OwnLackError, RefusedError, ask
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.responses import (
     IncompleteGroupError,
@@ -21,31 +23,35 @@ from megatron_dypo.rollout.responses import (
     WrongVersionError,
     parse_group,
     request_body,
+    sampled_lengths,
 )
-from megatron_dypo.rollout.router import NO_SERVER
 from megatron_dypo.types import DropReason, Rollout, Tokens
 
 _CONNECT_S = 10.0
 _WATCH_EVERY_S = 1.0
 _MAX_BACKOFF_S = 30.0
+_FIRST_LACK_S = 0.05
+_MAX_LACK_S = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 class GroupDroppedError(Exception):
-    """A prompt has no group: it stayed incomplete, or a server refused the request for good."""
+    """A group that there will not be: it stayed incomplete, or a server refuses its prompt."""
 
     def __init__(self, message: str, reason: DropReason = DropReason.INCOMPLETE) -> None:
         super().__init__(message)
         self.reason = reason
+        """``REFUSED``: by a server, for good. ``INCOMPLETE``: after all retries, or at the deadline."""
 
 
-class _AttemptError(Exception):
-    """An attempt that is worth another."""
+@dataclass(kw_only=True)
+class _Request:
+    """One group to be sampled."""
 
-
-class _LostServerError(Exception):
-    """An attempt failed because its server has gone, or serves other weights."""
+    body: bytes
+    sampling: Sampling
+    last_failure: str = "none, no answer came"
 
 
 class SGLangClient:
@@ -56,18 +62,19 @@ class SGLangClient:
 
     Use it as an async context manager around :meth:`generate`. One request samples a whole group, so that its prompt
     is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests:
-    they have no ids of ours that ``/abort_request`` could name.
+    they have no ids of ours that ``/abort_request`` could name. No proxy of the environment is used.
 
     Args:
         urls: servers.
         router: gets the requests in place of ``urls``, which are behind it.
-        api_key: sent as a bearer token; None: none is.
+        api_key: sent as a bearer token, and shown in no message; None: none is.
         cfg: sampling defaults, and limits: ``max_in_flight`` requests (groups) open at once; ``request_deadline_s``
             for a group from its first attempt to its last; ``retries`` attempts after the first.
         decode: token ids → text of a rollout.
         stop_token_ids: end a response; the matched one is its last token.
         check: raises when the run has lost its servers for good; called every second by :meth:`watch`.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
+        vocab_size: a response with a token id from there on is refused; None: none is.
     """
 
     def __init__(
@@ -81,28 +88,42 @@ class SGLangClient:
         check: Callable[[], None] | None = None,
         router: str | None = None,
         backoff_s: float = 0.5,
+        vocab_size: int | None = None,
     ) -> None:
         self._cfg, self._decode, self._check = cfg, decode, check
-        self._stop_token_ids = tuple(stop_token_ids)
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
+        self._api_key = api_key
         self._backoff_s = backoff_s
         self._router = router
         self.serve(urls)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
-        self.retries = 0
-        """Attempts after the first, over all groups, since the context was entered."""
-        self.wrong_versions = 0
-        """Rollouts dropped because other weights than those of the last push sampled them; since the context was entered."""
+        self._reset_counts()
 
-    def serve(self, urls: Sequence[str], versions: range | None = None) -> None:
-        """Send the requests to come to these servers, and :meth:`accept` what weights of these versions end."""
+    def _reset_counts(self) -> None:
+        self.retries = 0
+        """Attempts after the first, over all groups, since the context was entered; so are the other counts."""
+        self.wrong_versions = 0
+        """Rollouts dropped because other weights than those of the last push sampled them."""
+        self.dropped_rollouts = 0
+        """Responses that were sampled, at least in part, and thrown away with their group."""
+        self.dropped_tokens = 0
+        """Tokens of these."""
+        self.dropped_longest = 0
+        """Tokens of the longest of these."""
+        self._lacks = 0
+
+    def serve(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
+        """Send future requests to ``urls``, and :meth:`accept` groups of these ``versions``."""
         targets = [self._router] if self._router is not None else urls
         self._servers = LeastLoaded(targets, rest_s=4 * self._backoff_s, clock=time.monotonic)
         self.accept(versions)
 
-    def accept(self, versions: range | None) -> None:
-        """Take only responses that weights of these versions end, wherever they come from; None: of any."""
+    def accept(self, versions: Sequence[int] | None) -> None:
+        """Take only groups whose newest token one of these versions sampled, wherever they come from; None: any.
+
+        ``versions`` ascend: what servers may hold now, the last push's version last.
+        """
         self._versions = versions
 
     def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
@@ -117,12 +138,14 @@ class SGLangClient:
         )
 
     async def __aenter__(self) -> SGLangClient:
-        self.retries = self.wrong_versions = 0
+        self._reset_counts()
         self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
         self._session = aiohttp.ClientSession(
-            headers=self._headers,
+            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             connector=aiohttp.TCPConnector(limit=0),
+            auto_decompress=False,  # a small answer must not become a huge one
+            trust_env=False,
         )
         return self
 
@@ -137,83 +160,96 @@ class SGLangClient:
         """Sample one group: all ``sampling.n`` rollouts, or an error; never a part of them.
 
         Raises:
-            GroupDroppedError: the group stayed incomplete after all retries, or missed its deadline.
+            GroupDroppedError: the group stayed incomplete after all retries, or missed its deadline; or a server
+                refuses the request for good (HTTP 400, 413, 422), such as a prompt beyond its context length.
             NoServerError: no server is left to ask.
-            ValueError: a server refuses the request for good (HTTP 4xx), such as a prompt beyond its context length.
         """
         assert self._slots is not None, "use `async with client`"
+        request = _Request(body=json.dumps(request_body(prompt_tokens, sampling)).encode(), sampling=sampling)
         async with self._slots:
             try:
-                return await asyncio.wait_for(self._attempts(prompt_tokens, sampling), self._cfg.request_deadline_s)
+                return await asyncio.wait_for(self._attempts(request), self._cfg.request_deadline_s)
             except asyncio.TimeoutError as error:
-                reason = f"no complete group after request_deadline_s={self._cfg.request_deadline_s:g}"
-                raise GroupDroppedError(reason) from error
+                limit = f"request_deadline_s={self._cfg.request_deadline_s:g}"
+                message = f"no complete group after {limit}; last failure: {request.last_failure}"
+                raise GroupDroppedError(message) from error
 
     async def watch(self) -> None:
-        """Run ``check`` every second, for ever; to be awaited beside :meth:`generate`, and cancelled."""
+        """Run ``check`` every second until it is cancelled; to be awaited beside :meth:`generate`."""
         while True:
             if self._check is not None:
                 self._check()
             await asyncio.sleep(_WATCH_EVERY_S)
 
-    async def _attempts(self, prompt_tokens: Tokens, sampling: Sampling) -> tuple[Rollout, ...]:
-        body = json.dumps(request_body(prompt_tokens, sampling)).encode()
-        attempt = 0
+    async def _attempts(self, request: _Request) -> tuple[Rollout, ...]:
+        attempt = lacks = 0
         while True:
             try:
-                return await self._attempt(body, sampling.n)
-            except _LostServerError:
+                return await self._attempt(request)
+            except RefusedError as error:
+                raise GroupDroppedError(str(error), DropReason.REFUSED) from error
+            except LostServerError as error:
+                request.last_failure = str(error)
                 self.retries += 1  # elsewhere at once, and not at the cost of the attempts
                 continue
-            except _AttemptError as error:
-                reason = str(error)
+            except OwnLackError as error:
+                # Others' requests end and leave room; the servers are well, and so is the group.
+                request.last_failure = str(error)
+                self._note_lack(error)
+                await asyncio.sleep(min(_FIRST_LACK_S * 2**lacks, _MAX_LACK_S) * random.uniform(0.5, 1.0))
+                lacks = min(lacks + 1, 30)
+                continue
+            except AttemptError as error:
+                request.last_failure = str(error)
             if attempt == self._cfg.retries:
-                raise GroupDroppedError(f"{attempt + 1} attempts failed, the last: {reason}")
+                raise GroupDroppedError(f"{attempt + 1} attempts failed, the last: {request.last_failure}")
             attempt += 1
-            _log.warning("attempt %d for a group failed, trying again: %s", attempt, reason)
+            _log.warning("attempt %d for a group failed, trying again: %s", attempt, request.last_failure)
             self.retries += 1
-            backoff_s = min(self._backoff_s * 2 ** (attempt - 1), _MAX_BACKOFF_S)
+            backoff_s = min(self._backoff_s * 2 ** min(attempt - 1, 30), _MAX_BACKOFF_S)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
 
-    async def _attempt(self, body: bytes, n: int) -> tuple[Rollout, ...]:
-        with self._servers.server() as url:
+    async def _attempt(self, request: _Request) -> tuple[Rollout, ...]:
+        servers = self._servers  # those of now: what fails here says nothing of a server that a later push names anew
+        with servers.server() as url:
             try:
-                payload = await self._post(url, body)
-            except _AttemptError:
-                self._servers.failed(url)
+                return self._parse(url, request, await self._post(url, request))
+            except AttemptError:
+                servers.failed(url)
                 raise
+            except LostServerError as error:
+                if servers.leave_out(url):
+                    _log.warning("no more requests to %s until the next push: %s", url, error)
+                raise
+
+    def _parse(self, url: str, request: _Request, answer: Answer) -> tuple[Rollout, ...]:
+        sampling = request.sampling
         try:
-            return parse_group(payload, n, self._decode, versions=self._versions)
+            return parse_group(
+                answer.payload, sampling, self._decode, versions=self._versions, vocab_size=self._vocab_size
+            )
         except IncompleteGroupError as error:
-            raise _AttemptError(f"{url}: {error}") from error
+            self._count_dropped(answer.payload)
+            raise AttemptError(f"{error}; {answer.shown}") from error
         except WrongVersionError as error:
-            self.wrong_versions += n
-            _log.warning("dropped %d rollouts of %s: %s", n, url, error)
-            if self._router is not None:
-                raise _AttemptError(f"{url}: {error}") from error
-            raise self._lost(url, str(error)) from error
+            self._count_dropped(answer.payload)
+            self.wrong_versions += sampling.n
+            _log.warning("dropped %d rollouts of %s: %s", sampling.n, url, error)
+            kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
+            raise kind(f"{url}: {error}") from error
 
-    async def _post(self, url: str, body: bytes) -> Any:
+    async def _post(self, url: str, request: _Request) -> Any:
         assert self._session is not None
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with self._session.post(f"{url}/generate", data=body, headers=headers) as response:
-                text = await response.read()
-        except aiohttp.ClientConnectorError as error:
-            raise self._lost(url, str(error)) from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise _AttemptError(f"{url}: {error!r}") from error
-        message = f"{url}: HTTP {response.status}: {text[:500].decode(errors='replace')}"
-        if response.headers.get(NO_SERVER[0]) == NO_SERVER[1]:
-            raise self._lost(url, message)
-        if response.status == 429 or response.status >= 500:
-            raise _AttemptError(message)
-        if response.status != 200:
-            raise ValueError(message)
-        return json.loads(text)
+        max_bytes = request.sampling.max_answer_bytes
+        return await ask(self._session, f"{url}/generate", request.body, max_bytes=max_bytes, api_key=self._api_key)
 
-    def _lost(self, url: str, reason: str) -> _LostServerError:
-        """Send nothing more to a server."""
-        if self._servers.leave_out(url):
-            _log.warning("no more requests to %s until the next push: %s", url, reason)
-        return _LostServerError(reason)
+    def _count_dropped(self, payload: Any) -> None:
+        lengths = sampled_lengths(payload)
+        self.dropped_rollouts += len(lengths)
+        self.dropped_tokens += sum(lengths)
+        self.dropped_longest = max([self.dropped_longest, *lengths])
+
+    def _note_lack(self, error: OwnLackError) -> None:
+        self._lacks += 1
+        if self._lacks == 1:
+            _log.warning("this host cannot open another connection; requests wait for others to end: %s", error)

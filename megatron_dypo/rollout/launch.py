@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.rollout.proxies import direct_hosts
 
 WEIGHT_LOADER = "megatron_dypo.weights.receiver.load"
 """What servers import to receive planned pushes."""
@@ -108,14 +109,22 @@ def link_package(folder: Path) -> Path:
 
 
 def server_environment(
-    inherited: Mapping[str, str], tensor_parallel: int, device: str, cores: Sequence[int], python_path: Path
+    inherited: Mapping[str, str],
+    tensor_parallel: int,
+    device: str,
+    cores: Sequence[int],
+    python_path: Path,
+    *,
+    host: str,
 ) -> dict[str, str]:
     """Environment of a server: the trainer's without torchrun's variables, with what rollouts and pushes need.
 
-    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`. What ``inherited`` sets (``OMP_NUM_THREADS``, …)
-    stays, but for the two that correctness depends on.
+    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`. ``host``: the address of the server, which no proxy stands before: SGLang
+    warms up by a request to itself. What ``inherited`` sets (``OMP_NUM_THREADS``, …) stays, but for what correctness
+    depends on.
     """
     env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
+    env |= direct_hosts(env, [host])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
     # Log-probs of temperature 1, whatever the sampling temperature.
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"

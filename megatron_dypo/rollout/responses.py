@@ -1,18 +1,26 @@
-"""SGLang's ``/generate`` wire format: request bodies out, rollouts in."""
+"""SGLang's ``/generate`` wire format: request bodies out, rollouts in. Every field that is used is checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from megatron_dypo.types import Rollout, Tokens
+from megatron_dypo.types import Floats, Rollout, Tokens
+
+_BYTES_PER_TOKEN = 512
+"""Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""
+_BYTES_PER_ANSWER = 2**20
+_LARGEST_ID = 2**31 - 1
+_LOGP_RANGE = (-1e4, 1e-3)
+"""A rounding error may lift a log-prob above 0. SGLang turns log 0 into the lowest float, which is none."""
+_MAX_QUOTED = 100
 
 
 class IncompleteGroupError(Exception):
-    """A response with fewer rollouts than asked for, or with one that did not end by itself or at the limit."""
+    """An answer that is not a whole group: a response is missing, did not end, or has a field that cannot be right."""
 
 
 class WrongVersionError(Exception):
@@ -29,6 +37,23 @@ class Sampling:
     top_p: float
     top_k: int
     stop_token_ids: tuple[int, ...]
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """Size above which an answer cannot be one to this request."""
+        return _BYTES_PER_ANSWER + self.n * self.max_new_tokens * _BYTES_PER_TOKEN
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Response:
+    """One response whose fields are sound; its versions are not yet compared with those of the pushes."""
+
+    tokens: Tokens
+    logp: Floats
+    finish: Literal["stop", "length"]
+    versions: tuple[str, ...]
+    starts: tuple[int, ...]
+    """Index of the first token of each version."""
 
 
 def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
@@ -49,70 +74,173 @@ def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
 
 
 def parse_group(
-    payload: Any, n: int, decode: Callable[[Tokens], str], *, versions: range | None = None
+    payload: Any,
+    sampling: Sampling,
+    decode: Callable[[Tokens], str],
+    *,
+    versions: Sequence[int] | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Rollout, ...]:
-    """The ``n`` rollouts of a response.
+    """Return the ``sampling.n`` rollouts of an answer.
 
     Args:
-        versions: of which one must end each response; the last of them is that of the last push. A response that a
-            push paused begins with older ones. None: any.
+        payload: the decoded JSON, whatever it is.
+        versions: those that the server may hold now, ascending; the last is that of the last push. The newest version
+            of the group must be one of them. Older tokens may be of any version before: a response that pushes paused
+            begins with older ones, and other members may have ended before. None: any.
+        vocab_size: token ids are below it; None: any id is taken.
 
     Raises:
-        IncompleteGroupError: one is missing or was aborted, or its log-probs do not match its tokens.
-        WrongVersionError: one was sampled, at least in part, by weights that no push made, or ends with older ones.
+        IncompleteGroupError: the answer is not a whole group of sound responses.
+        WrongVersionError: the server holds other weights than it should, or ones that no push made sampled a token.
     """
-    outputs: Sequence[Any] = payload if isinstance(payload, list) else [payload]  # an object when n = 1
-    if len(outputs) != n:
-        raise IncompleteGroupError(f"{len(outputs)} of {n} responses")
-    if versions is not None:
-        for output in outputs:
-            _require_version(output["meta_info"], versions)
-    return tuple(_parse_rollout(output, decode) for output in outputs)
+    outputs = payload if isinstance(payload, list) else [payload]  # an object when n = 1
+    if len(outputs) != sampling.n:
+        raise IncompleteGroupError(f"{len(outputs)} of {sampling.n} responses")
+    limit = _LARGEST_ID + 1 if vocab_size is None else vocab_size
+    responses = [_read(output, sampling, limit) for output in outputs]
+    _require_versions(responses, versions)
+    return tuple(_rollout(response, decode) for response in responses)
 
 
-def _parse_rollout(output: dict[str, Any], decode: Callable[[Tokens], str]) -> Rollout:
-    meta = output["meta_info"]
-    finish = (meta["finish_reason"] or {}).get("type")
-    if finish not in ("stop", "length"):
-        raise IncompleteGroupError(f"a response ended with finish_reason {meta['finish_reason']}")
-    tokens = np.asarray(output["output_ids"], dtype=np.int32)
-    rows = meta["output_token_logprobs"]  # (log-prob, token id, text)
-    if [row[1] for row in rows] != tokens.tolist():
-        raise IncompleteGroupError(f"{len(rows)} log-probs for {len(tokens)} tokens, or of other tokens")
-    if not len(tokens):
-        raise IncompleteGroupError("a response without tokens")
-    spans = tuple((_version_number(span["version"]), int(span["start"])) for span in _spans(meta))
-    return Rollout(
+def sampled_lengths(payload: Any) -> list[int]:
+    """Tokens of each response of an answer, sound or not, as far as it has any."""
+    outputs = payload if isinstance(payload, list) else [payload]
+    ids = [output.get("output_ids") for output in outputs if isinstance(output, dict)]
+    return [len(one) for one in ids if isinstance(one, list) and one]
+
+
+def _read(output: Any, sampling: Sampling, id_limit: int) -> _Response:
+    meta = output.get("meta_info") if isinstance(output, dict) else None
+    if not isinstance(meta, dict):
+        raise IncompleteGroupError(f"a response without meta_info: {_quote(output)}")
+    reason = meta.get("finish_reason")
+    ending: dict[str, Any] = reason if isinstance(reason, dict) else {}
+    finish = ending.get("type")
+    if finish != "stop" and finish != "length":
+        raise IncompleteGroupError(f"a response ended with finish_reason {_quote(reason)}")
+    tokens = _read_tokens(output.get("output_ids"), sampling, id_limit)
+    if finish == "stop":
+        _require_stop(ending.get("matched"), int(tokens[-1]), sampling)
+    versions, starts = _read_spans(meta, len(tokens))
+    return _Response(
         tokens=tokens,
-        logp=np.asarray([row[0] for row in rows], dtype=np.float32),
-        text=decode(tokens),
+        logp=_read_logp(meta.get("output_token_logprobs"), tokens),
         finish=finish,
-        policy_version=min(version for version, _ in spans),
+        versions=versions,
+        starts=starts,
+    )
+
+
+def _read_tokens(ids: Any, sampling: Sampling, id_limit: int) -> Tokens:
+    if not isinstance(ids, list):
+        raise IncompleteGroupError(f"output_ids={_quote(ids)}: must be a list of token ids")
+    if not ids:
+        raise IncompleteGroupError("a response without tokens")
+    if len(ids) > sampling.max_new_tokens:
+        raise IncompleteGroupError(f"{len(ids)} tokens for max_new_tokens={sampling.max_new_tokens}")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < id_limit:
+            raise IncompleteGroupError(f"token id {_quote(token)}: must be an integer in [0, {id_limit})")
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _require_stop(matched: Any, last: int, sampling: Sampling) -> None:
+    """SGLang matches a token. A match of text means another end: ``NaN happened`` where its logits are not numbers."""
+    if matched is not None and (type(matched) is not int or matched != last):
+        raise IncompleteGroupError(f"a response that ends with token {last} stopped at {_quote(matched)}")
+    if sampling.stop_token_ids and last not in sampling.stop_token_ids:
+        raise IncompleteGroupError(
+            f"a response stopped at token {last}, which is not one of stop_token_ids={sampling.stop_token_ids}"
+        )
+
+
+def _read_logp(rows: Any, tokens: Tokens) -> Floats:
+    """Rows are (log-prob, token id, text)."""
+    rows = rows if isinstance(rows, list) else []
+    sound = all(isinstance(row, list | tuple) and len(row) >= 2 and type(row[1]) is int for row in rows)
+    if not sound or [row[1] for row in rows] != tokens.tolist():
+        raise IncompleteGroupError(f"{len(rows)} log-probs for {len(tokens)} tokens, or of other tokens")
+    low, high = _LOGP_RANGE
+    for position, row in enumerate(rows):
+        if type(row[0]) not in (int, float) or not low <= row[0] <= high:  # NaN is in no range
+            raise IncompleteGroupError(f"log-prob {_quote(row[0])} of token {position}: must be finite and at most 0")
+    return np.asarray([row[0] for row in rows], dtype=np.float32)
+
+
+def _read_spans(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Versions and the index of the first token of each; ``weight_version`` alone is that of the last token."""
+    spans = meta.get("weight_versions")
+    if not spans:
+        spans = [{"version": meta.get("weight_version"), "start": 0}]
+    if not (isinstance(spans, list) and all(isinstance(span, dict) for span in spans)):
+        raise IncompleteGroupError(f"weight_versions={_quote(spans)}: must be a list of spans")
+    versions, starts = [span.get("version") for span in spans], [span.get("start") for span in spans]
+    if not all(isinstance(version, str) and version for version in versions):
+        raise IncompleteGroupError(f"weight versions {_quote(versions)}: must be strings")
+    if not all(type(start) is int for start in starts) or starts[0] != 0:
+        raise IncompleteGroupError(f"weight versions begin at tokens {_quote(starts)}: must be integers from 0")
+    if any(a >= b for a, b in zip(starts, [*starts[1:], num_tokens], strict=True)):
+        raise IncompleteGroupError(f"weight versions begin at tokens {_quote(starts)} of {num_tokens}: must ascend")
+    return tuple(versions), tuple(starts)
+
+
+def _require_versions(responses: Sequence[_Response], versions: Sequence[int] | None) -> None:
+    # A server that was started again says ``default``, one that a push failed on ``failed-<version>``.
+    names = [name for response in responses for name in response.versions]
+    unknown = [name for name in names if not _is_number(name) and not (versions is None and name == "default")]
+    if unknown:
+        said = next(response.versions for response in responses if unknown[0] in response.versions)
+        raise WrongVersionError(f"weights of version {_quote_all(said)}; {_expected(versions)}")
+    for response in responses:
+        numbers = [_number(name) for name in response.versions]
+        if numbers != sorted(numbers):
+            raise IncompleteGroupError(f"weight versions {_quote_all(response.versions)}: must ascend")
+    if versions is not None:
+        newest = max(responses, key=lambda response: _number(response.versions[-1]))
+        if _number(newest.versions[-1]) not in versions:
+            raise WrongVersionError(f"weights of version {_quote_all(newest.versions)}; {_expected(versions)}")
+
+
+def _expected(versions: Sequence[int] | None) -> str:
+    if versions is None:
+        return "must be an integer, or 'default' before the first push"
+    before = ", ".join(map(str, versions[:-1]))
+    return f"the last push was of {versions[-1]}" + (f", the one before of {before}" if before else "")
+
+
+def _is_number(version: str) -> bool:
+    return version.isascii() and version.isdecimal() and len(version) <= 18
+
+
+def _number(version: str) -> int:
+    """``default``, the weights that a server started with, is version 0."""
+    return 0 if version == "default" else int(version)
+
+
+def _rollout(response: _Response, decode: Callable[[Tokens], str]) -> Rollout:
+    spans = tuple(zip(map(_number, response.versions), response.starts, strict=True))
+    return Rollout(
+        tokens=response.tokens,
+        logp=response.logp,
+        text=decode(response.tokens),
+        finish=response.finish,
+        policy_version=spans[0][0],
         version_spans=spans,
     )
 
 
-def _spans(meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """``{"version", "start", "end"}`` of all tokens, in their order; ``weight_version`` alone is that of the last one."""
-    return meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": None}]
+def _quote_all(names: Sequence[str]) -> str:
+    return ", ".join(name[:_MAX_QUOTED] for name in names[-8:])
 
 
-def _require_version(meta: dict[str, Any], versions: range) -> None:
-    # A server that was started again says ``default``, one that a push failed on ``failed-<version>``.
-    *before, last = (span["version"] for span in _spans(meta))
-    if not (last.isdecimal() and int(last) in versions and all(one.isdecimal() for one in before)):
-        wanted = f"{versions[-1]}" if len(versions) == 1 else f"{versions[-1]}, {versions[0]} is the oldest to take"
-        raise WrongVersionError(f"weights of version {', '.join([*before, last])}; the last push was of {wanted}")
-
-
-def _version_number(version: str) -> int:
-    """``default``, the weights that a server started with, is version 0.
-
-    Raises:
-        ValueError: neither ``default`` nor an integer.
-    """
-    if version == "default":
-        return 0
-    if not version.isdecimal():
-        raise ValueError(f"weight_version={version!r}: must be an integer, or 'default' before the first push")
-    return int(version)
+def _quote(value: Any) -> str:
+    """A value as text for a message, cut short whatever it is."""
+    if isinstance(value, str | list | tuple):
+        value = value[:_MAX_QUOTED]
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "a huge integer"
+    try:
+        return repr(value)[:_MAX_QUOTED]
+    except ValueError:  # an integer of thousands of digits somewhere in it
+        return f"a {type(value).__name__} that cannot be shown"

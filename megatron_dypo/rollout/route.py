@@ -14,6 +14,9 @@ import urllib.parse
 from typing import Any
 
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.urls import url_host
+from megatron_dypo.rollout.keys import read_api_key
+from megatron_dypo.rollout.proxies import direct_hosts
 
 
 def route(cfg: RolloutConfig) -> None:
@@ -29,8 +32,8 @@ def route(cfg: RolloutConfig) -> None:
     servers = cfg.servers
     if servers.router is None:
         raise ValueError("rollout.servers.router is not set: give the URL that the router is to have")
-    api_key = os.environ.get(servers.api_key_env)
-    if not api_key:
+    api_key = read_api_key(servers.api_key_env)
+    if api_key is None:
         raise ValueError(
             f"{servers.api_key_env} is not set: the trainer, the router and every server need the same key"
         )
@@ -39,6 +42,8 @@ def route(cfg: RolloutConfig) -> None:
     from sglang_router.router import Router
     from sglang_router.router_args import RouterArgs
 
+    # It would go through a proxy to its servers.
+    os.environ.update(direct_hosts(os.environ, [url_host(url) for url in servers.urls]))
     Router.from_args(RouterArgs(**router_options(cfg, servers.router, api_key))).start()
 
 

@@ -46,9 +46,13 @@ class Router:
             time.sleep(_POLL_S)
 
     def _workers(self) -> dict[str, str] | None:
-        """URL → id of its servers; None while it does not answer."""
+        """URL → id of its servers; None while it does not answer, or not as sglang-router does."""
         status, payload = request_json("GET", f"{self.url}/workers", self.api_key)
-        return {worker["url"]: worker["id"] for worker in payload["workers"]} if status == 200 else None
+        workers = payload.get("workers") if status == 200 and isinstance(payload, dict) else None
+        if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):
+            return None
+        known = {worker.get("url"): worker.get("id") for worker in workers}
+        return known if all(isinstance(word, str) for word in (*known.keys(), *known.values())) else None
 
     def _add(self, url: str) -> None:
         body = {"url": url, "api_key": self.api_key}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.config.tree import Config
+from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.launch import lease_port
 from megatron_dypo.rollout.servers import start_servers
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
-    """Keep ``rollout.servers.count`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
+    """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
     One that dies is started again, ``rollout.servers.restarts`` times, with the weights of the model folder: bringing it
     up to date is the trainer's affair.
@@ -37,9 +37,11 @@ def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args
         ValueError: no API key in the environment, or a port is taken.
     """
     cfg = config.rollout.servers
-    if not os.environ.get(cfg.api_key_env):
+    if read_api_key(cfg.api_key_env) is None:
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
-    cfg = replace(cfg, urls=(), router=None, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
+    # This node's servers alone: other nodes have theirs.
+    cfg = replace(cfg, urls=(), urls_come_back=False, router=None, nodes=1)
+    cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
     _require_ports(cfg)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     model, seed = Path(config.model.hf_path), config.run.seed + first
@@ -52,7 +54,7 @@ def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args
 
 def _require_ports(cfg: ServersConfig) -> None:
     """The trainer was told these ports, so that the next free ones will not do."""
-    for port in range(cfg.port, cfg.port + cfg.count):
+    for port in range(cfg.port, cfg.port + cfg.per_node):
         lease = lease_port(cfg.host, port)
         lease.release()
         if lease.port != port:

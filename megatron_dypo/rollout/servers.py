@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.ending import Cause
+from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.launch import available_cores, lease_port, link_package, server_command, server_environment
 from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered
 from megatron_dypo.rollout.process import ServerProcess
@@ -21,6 +23,12 @@ from megatron_dypo.rollout.supervise import Supervised, Supervisor
 _POLL_S = 0.2
 
 _log = logging.getLogger(__name__)
+
+
+class NotHealthyError(TimeoutError):
+    """A server did not become healthy in time."""
+
+    cause = Cause.SERVERS_GONE
 
 
 class ServerPool:
@@ -90,8 +98,8 @@ class ServerPool:
 
     def _start(self, cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, seed: int, device: str) -> None:
         python_path = link_package(log_dir / "python_path")
-        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores(), python_path)
-        for index in range(cfg.count):
+        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores(), python_path, host=cfg.host)
+        for index in range(cfg.per_node):
             lease = lease_port(cfg.host, cfg.port)
             self._on_stop.callback(lease.release)
             url = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{lease.port}"
@@ -121,10 +129,13 @@ class ServerPool:
             while http_status(f"{url}/health", self.api_key) != 200:
                 self.check()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"SGLang server {url} is not healthy after {deadline_s:g} s")
+                    raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s")
                 time.sleep(_POLL_S)
-            if http_status(f"{url}/model_info", self.api_key) in (401, 403):
+            status = http_status(f"{url}/model_info", self.api_key)
+            if status in (401, 403):
                 raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
+            if status not in (200, None):  # None: it died just now; the first push finds out
+                raise ValueError(f"{url}/model_info: HTTP {status}: what answers there is not an SGLang server")
         for process in self._processes:
             assert self.api_key is not None
             process.forget_key(self.api_key)
@@ -164,7 +175,7 @@ def start_servers(
     device: str,
     temperature: float = 1.0,
 ) -> ServerPool:
-    """Start ``cfg.count`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
+    """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
     Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
     ``device``: ``cpu``, or the accelerator, which SGLang finds by itself. ``temperature``: of training rollouts; unless
@@ -172,10 +183,16 @@ def start_servers(
 
     Raises:
         ServerDiedError: a server ended while it started.
-        TimeoutError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype`` or ``cfg.port`` breaks a rule.
+        NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
+        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port`` or
+            the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
     """
-    given_key = os.environ.get(cfg.api_key_env)
+    if not cfg.urls and cfg.nodes > 1:
+        raise ValueError(
+            f"rollout.servers.nodes={cfg.nodes}: a run starts servers on its own node only: set it to 1, or start the "
+            "servers of the other nodes (slurm/, or `megatron-dypo serve` on each) and give their rollout.servers.urls"
+        )
+    given_key = read_api_key(cfg.api_key_env)
     pool = ServerPool(
         cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16), urls_come_back=cfg.urls_come_back
     )

@@ -3,7 +3,7 @@
     @pytest.fixture(scope="module")
     def pool(sglang_servers, tmp_path_factory):
         model = make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
-        return sglang_servers(model, count=2)  # a ServerPool: .urls, .api_key, .check()
+        return sglang_servers(model, per_node=2)  # a ServerPool: .urls, .api_key, .check()
 
 The pool is then that file's own, and stops after its last test.
 """

@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def target(models, sglang_servers, tmp_path_factory):
-    pool = sglang_servers(models[0], count=2)
+    pool = sglang_servers(models[0], per_node=2)
     run_dir = tmp_path_factory.mktemp("run")
     return Target(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
 

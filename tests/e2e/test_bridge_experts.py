@@ -20,7 +20,7 @@ FEATURES = {"moe_intermediate_size": 64}
 @pytest.fixture(scope="module")
 def target(sglang_servers, tmp_path_factory):
     model = make_hf_model("qwen3_moe", tmp_path_factory.mktemp("models") / "served", **FEATURES)
-    pool = sglang_servers(model, count=1)
+    pool = sglang_servers(model, per_node=1)
     return Target(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
 
 

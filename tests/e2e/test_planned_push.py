@@ -31,7 +31,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP1 servers", "TP2 servers"])
 def target(request, models, tmp_path_factory):
-    cfg = ServersConfig(port=31000, start_deadline_s=400.0, count=2, tensor_parallel=request.param)
+    cfg = ServersConfig(port=31000, start_deadline_s=400.0, per_node=2, tensor_parallel=request.param)
     with start_servers(cfg, models[0], "float32", tmp_path_factory.mktemp("sglang"), seed=1, device="cpu") as pool:
         run_dir = tmp_path_factory.mktemp("run")
         yield Target(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))

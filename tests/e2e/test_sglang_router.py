@@ -27,7 +27,7 @@ from tests.unit.rollout.test_collect import make_prompts
 
 @pytest.fixture(scope="module")
 def pool(sglang_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> ServerPool:
-    return sglang_servers(make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2"), count=2)
+    return sglang_servers(make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2"), per_node=2)
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_context_parallel_ranks_train_as_one_process_does(tmp_path):
 
 def test_two_replicas_share_prompts_and_work(tmp_path):
     config = write_task(
-        tmp_path, parallel={"num_processes": 2}, rollout={"servers": {"count": 2}}, checkpoint={"every": 0}
+        tmp_path, parallel={"num_processes": 2}, rollout={"servers": {"per_node": 2}}, checkpoint={"every": 0}
     )
     train(
         config,

@@ -19,7 +19,7 @@ JOBS: dict[str, tuple[str, dict[str, str], list[str]]] = {
     "slurm_dypo_7b_colocated.txt": (
         "dypo_7b.sh",
         {"VENV": sys.prefix, "COLOCATED": "1", "ROLLOUT_NODES": "2"},
-        ["rollout.servers.count=4"],
+        ["rollout.servers.per_node=4"],
     ),
 }
 """Golden file → script, environment, overrides."""

@@ -65,7 +65,7 @@ def test_servers_that_the_run_starts_have_the_expert_parallelism_of_their_argume
 
 
 def test_json_has_every_rank_and_link(config_path):
-    result = invoke(config_path(), "parallel.tensor=2", "rollout.servers.count=2", "--world-size", "4", "--json")
+    result = invoke(config_path(), "parallel.tensor=2", "rollout.servers.per_node=2", "--world-size", "4", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert [row["rank"] for row in report["sent"]] == [0, 1, 2, 3]

@@ -57,6 +57,7 @@ def make_run(urls: Sequence[str]) -> Any:
     return SimpleNamespace(
         step=3,
         served_version=3,
+        pushed=(3,),
         bridge=NextServer(urls),
         router=Routes(),
         leader=SimpleNamespace(client=client, background_client=client, background=None, group=Alone()),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.ending import Cause, cause_of
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.families.registry import match
@@ -27,10 +28,22 @@ T = TypeVar("T")
 class PushError(RuntimeError):
     """A push failed; raised on every rank with the reasons of all of them."""
 
-    def __init__(self, message: str, lost: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, lost: Iterable[str] = (), cause: Cause = Cause.SERVERS_GONE) -> None:
         super().__init__(message)
+        self.cause = cause
+        """Why a run that this error ends does end: that of the first rank that failed."""
         self.lost = tuple(dict.fromkeys(lost))
         """URLs of the servers to blame, as far as the failed calls tell; the same on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """What went wrong on one rank, as the others are told."""
+
+    reason: str
+    urls: tuple[str, ...]
+    """Servers to blame."""
+    cause: Cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +93,7 @@ class Source:
 
 
 class Lockstep:
-    """Steps that all ranks take together: what fails on one is raised on all, and none waits for ever."""
+    """Steps that all ranks take together: what fails on one is raised on all, and none waits indefinitely."""
 
     def __init__(self, timeout_s: float) -> None:
         """Collective over the world. A lost rank is a RuntimeError on the others after at most ``timeout_s``."""
@@ -90,19 +103,36 @@ class Lockstep:
         """Run ``action`` here (None: only wait for the others).
 
         Raises:
-            PushError: it failed here or elsewhere.
+            PushError: it failed here or elsewhere; the message names ranks and reasons.
+            KeyboardInterrupt, SystemExit: it was interrupted here; the other ranks get a PushError.
+            RuntimeError: a rank was lost.
         """
         result, error = None, None
         if action is not None:
             try:
                 result = action()
-            except (RuntimeError, ValueError, OSError) as caught:
+            except BaseException as caught:  # noqa: BLE001, raised below, on all ranks: they wait for this one
                 error = caught
-        if self.total(int(error is not None)):
-            failures = {rank: failure for rank, failure in enumerate(self.gather(error and _failure(error))) if failure}
-            message = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures.items())
-            raise PushError(message, (url for _, urls in failures.values() for url in urls)) from error
+        failures = self._share(None if error is None else _failure(error), error)
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        if failures:
+            message = "; ".join(f"rank {rank}: {failure.reason}" for rank, failure in failures.items())
+            urls = [url for failure in failures.values() for url in failure.urls]
+            raise PushError(message, urls, next(iter(failures.values())).cause) from error
         return result
+
+    def _share(self, failure: _Failure | None, error: BaseException | None) -> dict[int, _Failure]:
+        """What failed on all ranks: rank → failure."""
+        try:
+            if not self.total(int(failure is not None)):
+                return {}
+            failures = self.gather(failure)
+        except RuntimeError as lost:
+            if failure is None:
+                raise
+            raise RuntimeError(f"{failure.reason}; and no word of the other ranks: {lost}") from error
+        return {rank: found for rank, found in enumerate(failures) if found is not None}
 
     def total(self, value: int) -> int:
         """The sum over all ranks."""
@@ -141,6 +171,10 @@ class Transport(ABC):
         collective."""
 
 
-def _failure(error: BaseException) -> tuple[str, tuple[str, ...]]:
-    """What went wrong, and the servers to blame."""
-    return str(error) or type(error).__name__, error.urls if isinstance(error, ServerError) else ()
+def _failure(error: BaseException) -> _Failure:
+    if isinstance(error, ServerError):
+        return _Failure(reason=str(error), urls=error.urls, cause=Cause.SERVERS_GONE)
+    # These speak for themselves, if they say anything; the text of others (a KeyError's key) needs the name.
+    is_clear = isinstance(error, RuntimeError | ValueError | OSError) and bool(str(error))
+    reason = str(error) if is_clear else f"{type(error).__name__}: {error}"
+    return _Failure(reason=reason, urls=(), cause=cause_of(error))

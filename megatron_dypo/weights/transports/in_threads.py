@@ -10,21 +10,30 @@ import torch
 
 
 def run_all(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]:
-    """Run all actions at once, without autograd; what each raised, when all have ended."""
+    """Run all actions at once, without autograd; return what each raised, when all have ended.
+
+    An action whose thread cannot start has raised what kept it from that.
+    """
     errors: list[BaseException | None] = [None] * len(actions)  # without what their frames held
 
     def run(index: int) -> None:
         try:
             with torch.inference_mode():
                 actions[index]()
-        except Exception as error:  # noqa: BLE001, raised or reported by the caller, who knows whose link it was
+        except BaseException as error:  # noqa: BLE001, raised or reported by the caller, who knows whose link it was
             let_go(error)
             errors[index] = error
 
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(actions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    started = []
+    for index in range(len(actions)):
+        thread = threading.Thread(target=run, args=(index,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads, by a limit of the system
+            errors[index] = error
+        else:
+            started.append(thread)
+    for thread in started:
         thread.join()
     return errors
 

@@ -16,7 +16,7 @@ PAPER = (
     "examples/qwen2_5_math_7b/dypo.yaml",
     "model.hf_path=tests/planning_configs/qwen2_5_math_7b",
     "rollout.servers.urls=[]",
-    "rollout.servers.count=8",
+    "rollout.servers.per_node=8",
     "--gpu=a800-80gb",
 )
 GOLDEN = ROOT / "tests" / "golden" / "plan_llama3_70b.txt"

@@ -11,8 +11,9 @@ from typing import Any
 
 from aiohttp import web
 
-Plan = Callable[[int, dict[str, Any]], str]
-"""(index of the request on this server, its body) → a name of ``_REPLIES``."""
+Reply = str | Callable[[dict[str, Any]], web.StreamResponse]
+Plan = Callable[[int, dict[str, Any]], Reply]
+"""(index of the request on this server, its body) → a name that ``_reply`` knows, or what makes the answer of the body."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 10.0) -> None:
@@ -103,7 +104,9 @@ class FakeSGLang:
         finally:
             self.open -= 1
 
-    async def _reply(self, how: str, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    async def _reply(self, how: Reply, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if callable(how):
+            return how(body)
         if how == "500":
             return web.Response(status=500, text="out of luck")
         if how == "400":

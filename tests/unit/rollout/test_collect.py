@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 import megatron_dypo.rollout.collect as collect_module
 from megatron_dypo.config.rollout import RolloutConfig
@@ -133,12 +134,17 @@ def test_a_group_past_its_deadline_is_dropped_and_its_request_aborted() -> None:
     assert len(stats.dropped) == 1
 
 
-def test_a_refused_request_is_an_error_with_the_servers_words() -> None:
-    with (
-        FakeSGLang(lambda index, body: "400") as fake,
-        pytest.raises(ValueError, match=r"HTTP 400: .*the prompt is too long"),
-    ):
-        collect(make_prompts(2), make_client([fake.url]), group_size=2, progress=False)
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_prompt_is_dropped_at_once_and_alone(status: int, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(body: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "the prompt is too long"}}, status=status)
+
+    with FakeSGLang(lambda index, body: refuse if body["input_ids"][-1] == 101 else "ok") as fake:
+        groups, stats = collect(make_prompts(3), make_client([fake.url]), group_size=2, progress=False)
+    assert [group.prompt.order for group in groups] == [0, 2]
+    assert (stats.dropped_groups, stats.retries, len(fake.requests)) == (1, 0, 3)
+    assert f"{fake.url}/generate: HTTP {status}: " in caplog.text
+    assert "the prompt is too long" in caplog.text
 
 
 def test_two_servers_share_the_load_evenly() -> None:

@@ -58,7 +58,7 @@ def test_each_server_has_a_seed_of_its_own() -> None:
 
 
 def test_extra_arguments_come_last() -> None:
-    assert command("cpu", extra_args=("--max-total-tokens", "9"))[-2:] == ["--max-total-tokens", "9"]
+    assert command("cpu", extra_args=("--page-size", "9"))[-2:] == ["--page-size", "9"]
 
 
 def test_a_type_that_the_trainer_lacks_is_refused() -> None:
@@ -70,20 +70,22 @@ def test_a_server_does_not_see_torchruns_variables() -> None:
     ranks = {f"{group}{name}" for group in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")}
     torchrun = {*ranks, "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "TORCHELASTIC_RUN_ID"}
     inherited = dict.fromkeys([*torchrun, "LOCAL_SCRATCH", "HOME"], "x")
-    env = server_environment(inherited, 1, "cpu", [0], PACKAGE)
+    env = server_environment(inherited, 1, "cpu", [0], PACKAGE, host="127.0.0.1")
     assert not env.keys() & torchrun
     assert {"LOCAL_SCRATCH", "HOME"} <= env.keys()
 
 
 def test_log_probs_are_untempered_whatever_the_trainers_environment_says() -> None:
-    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0], PACKAGE)
+    env = server_environment({"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}, 1, "gpu", [0], PACKAGE, host="127.0.0.1")
     assert env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
 
 
 def test_a_server_can_import_what_it_loads_weights_with_and_nothing_else_of_ours(tmp_path: Path) -> None:
     assert value(command("cpu"), "--custom-weight-loader") == WEIGHT_LOADER
     module, function = WEIGHT_LOADER.rsplit(".", 1)
-    env = server_environment({"PYTHONPATH": "/theirs"}, 1, "cpu", [0], link_package(tmp_path / "path"))
+    env = server_environment(
+        {"PYTHONPATH": "/theirs"}, 1, "cpu", [0], link_package(tmp_path / "path"), host="127.0.0.1"
+    )
     assert env["PYTHONPATH"] == f"{tmp_path / 'path'}:/theirs"
     assert [entry.name for entry in (tmp_path / "path").iterdir()] == ["megatron_dypo"]
     heavy = "megatron, sglang, aiohttp, yaml, numpy.f2py"
@@ -98,15 +100,19 @@ def test_a_server_can_import_what_it_loads_weights_with_and_nothing_else_of_ours
 
 
 def test_the_users_thread_count_stays() -> None:
-    assert server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0], PACKAGE)["OMP_NUM_THREADS"] == "4"
-    assert server_environment({}, 1, "cpu", [0], PACKAGE)["OMP_NUM_THREADS"] == "1"
+    assert (
+        server_environment({"OMP_NUM_THREADS": "4"}, 1, "cpu", [0], PACKAGE, host="127.0.0.1")["OMP_NUM_THREADS"] == "4"
+    )
+    assert server_environment({}, 1, "cpu", [0], PACKAGE, host="127.0.0.1")["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "binding"), [([0, 1], 2, "0|1"), ([2, 3, 8, 9], 2, "2,3|8,9"), ([5], 2, "5|5")]
 )
 def test_tensor_parallel_ranks_on_a_cpu_get_cores_of_their_own(cores: list[int], ranks: int, binding: str) -> None:
-    assert server_environment({}, ranks, "cpu", cores, PACKAGE)["SGLANG_CPU_OMP_THREADS_BIND"] == binding
+    assert (
+        server_environment({}, ranks, "cpu", cores, PACKAGE, host="127.0.0.1")["SGLANG_CPU_OMP_THREADS_BIND"] == binding
+    )
 
 
 def test_a_port_that_is_listened_on_is_passed_over() -> None:

@@ -30,7 +30,7 @@ def node(tmp_path: Path):
     started = []
 
     def start(port: int, *options: str, **environment: str) -> subprocess.Popen:
-        servers = {"python": str(python), "count": 2, "port": port}
+        servers = {"python": str(python), "per_node": 2, "port": port}
         config = {"model": {"hf_path": str(tmp_path), "dtype": "float32"}, "data": {"prompts": ["none.jsonl"]}}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "rollout": {"servers": servers}}))
         arguments = ["serve", str(tmp_path / "config.yaml"), "--log-dir", str(tmp_path / "logs")]

@@ -47,7 +47,7 @@ def alive(tmp_path: Path) -> list[psutil.Process]:
 
 
 def test_servers_start_at_ports_of_their_own_and_stop_at_the_end(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path, count=2) as pool:
+    with start(python, tmp_path, per_node=2) as pool:
         assert len(set(pool.urls)) == 2
         assert pool.api_key is not None
         assert len(pool.api_key) == 32
@@ -95,7 +95,7 @@ def kill(tmp_path: Path, url: str) -> None:
 
 
 def test_without_restarts_a_server_that_is_killed_is_an_error_that_names_it(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path, count=2, restarts=0) as pool:
+    with start(python, tmp_path, per_node=2, restarts=0) as pool:
         kill(tmp_path, pool.urls[1])
 
         def dead() -> bool:
@@ -115,7 +115,7 @@ def test_a_server_that_is_killed_is_started_again_at_its_port_with_the_same_key_
 ) -> None:
     caplog.set_level("INFO")
     log = tmp_path / "logs/sglang_1.log"
-    with start(python, tmp_path, count=2) as pool:
+    with start(python, tmp_path, per_node=2) as pool:
         kill(tmp_path, pool.urls[1])
         wait_until(lambda: "runs again" in caplog.text, "the server is back")
         assert http_status(f"{pool.urls[1]}/model_info", pool.api_key) == 200
@@ -142,7 +142,7 @@ def test_a_loss_is_told_before_anybody_can_see_the_server_back(python: str, tmp_
 def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
     python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start(python, tmp_path, count=2, restarts=1) as pool:
+    with start(python, tmp_path, per_node=2, restarts=1) as pool:
         for url in pool.urls:
             assert pool.may_return()
             pool.check()

@@ -1,0 +1,129 @@
+"""One POST to a server: its answer as JSON, or an error that says whose failure it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from megatron_dypo.rollout.descriptors import lacks_descriptors
+from megatron_dypo.rollout.router import NO_SERVER
+
+QUOTED_CHARACTERS = 200
+"""Length of a body's beginning in a message."""
+_QUOTED_BYTES = 4096
+_CHUNK_BYTES = 2**16
+_REFUSALS = (400, 413, 422)
+"""Statuses that say that the request itself is at fault: the same one would be refused again."""
+_OWN_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}
+"""Of descriptors, buffers, memory or ports of this host; says nothing of the server."""
+_GONE = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN}
+"""The server's host says that nothing listens, or its network that the host is down."""
+
+
+class AttemptError(Exception):
+    """An attempt that is worth another."""
+
+
+class LostServerError(Exception):
+    """An attempt failed because its server has gone, or serves other weights."""
+
+
+class RefusedError(Exception):
+    """The server refuses this request for good."""
+
+
+class OwnLackError(Exception):
+    """This host could not open a connection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A decoded answer, and what a message may show of it."""
+
+    payload: Any
+    shown: str
+
+
+def shown(body: bytes, api_key: str | None) -> str:
+    """The first characters of a body on one line, without the key."""
+    text = body[:_QUOTED_BYTES].decode(errors="replace")
+    if api_key:
+        text = text.replace(api_key, "***")
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text[:QUOTED_CHARACTERS] or "an empty body"
+
+
+async def ask(session: aiohttp.ClientSession, url: str, body: bytes, *, max_bytes: int, api_key: str | None) -> Answer:
+    """POST ``body`` to ``url`` and return the decoded answer.
+
+    Args:
+        url: no redirect is followed from it, which would hand the key to another place.
+        max_bytes: a longer answer is cut off.
+
+    Raises:
+        AttemptError: no answer, one of a failing server or of something else than SGLang, or one that is too long.
+        LostServerError: nothing listens there, or the router has no server.
+        RefusedError: the server refuses the request for good.
+        OwnLackError: this host has no descriptor or port left for a connection.
+    """
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    try:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            is_good = response.status == 200
+            text, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
+    except aiohttp.ClientConnectorError as error:
+        raise _connect_failure(url, error) from error
+    except (aiohttp.ClientError, OSError) as error:  # OSError: time-outs are ones
+        raise AttemptError(_without(f"{url}: {error!r}", api_key)) from error
+    beginning = shown(text, api_key)
+    message = f"{url}: HTTP {response.status}: {beginning}"
+    if response.headers.get(NO_SERVER[0]) == NO_SERVER[1]:
+        raise LostServerError(message)
+    if response.status in _REFUSALS:
+        raise RefusedError(message)
+    if not is_good:
+        raise AttemptError(message)
+    if not is_whole:
+        raise AttemptError(f"{url}: HTTP 200: an answer of more than {max_bytes} bytes, cut off: {beginning}")
+    try:
+        return Answer(payload=json.loads(text), shown=f"{url}: HTTP 200: {beginning}")
+    except (ValueError, RecursionError) as error:
+        raise AttemptError(f"{url}: HTTP 200, and no JSON ({type(error).__name__}): {beginning}") from error
+
+
+async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:
+    """The body up to ``max_bytes``, and whether that is all of it; what is left is not read."""
+    chunks, size = [], 0
+    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > max_bytes:
+            response.close()
+            return b"".join(chunks), False
+    return b"".join(chunks), True
+
+
+def _connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception:
+    """Say whose failure it is that a connection was not made."""
+    message = f"{url}: {error}"
+    # A host with several addresses may fail in several ways; they are in the text alone.
+    numbers = {int(found) for found in re.findall(r"\[Errno (-?\d+)\]", str(error.os_error))}
+    numbers |= {error.os_error.errno} if isinstance(error.os_error.errno, int) else set()
+    if numbers & _OWN_LACKS:
+        return OwnLackError(message)
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return OwnLackError(message) if lacks_descriptors() else AttemptError(message)
+    if numbers & _GONE:
+        return LostServerError(message)
+    if errno.EADDRNOTAVAIL in numbers:  # all local ports are in use
+        return OwnLackError(message)
+    return AttemptError(message)
+
+
+def _without(message: str, api_key: str | None) -> str:
+    return message.replace(api_key, "***") if api_key else message

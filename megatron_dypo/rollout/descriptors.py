@@ -1,0 +1,35 @@
+"""Open files: a request is a connection, and a connection is a file descriptor of this process."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+
+_log = logging.getLogger(__name__)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise this process's soft limit of open files to the hard one; return the limit that holds then.
+
+    To be called once at start, before requests are sent. Servers that the run starts inherit it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:  # an unlimited hard limit may lie above the kernel's own (fs.nr_open)
+        _log.warning("the limit of open files stays at %d, the hard limit is %d: %s", soft, hard, error)
+        return soft
+    return hard
+
+
+def lacks_descriptors() -> bool:
+    """Whether this process cannot open another file now."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False

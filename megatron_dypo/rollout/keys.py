@@ -1,0 +1,20 @@
+"""The key that trainer, router and servers share; it comes from the environment and goes into an HTTP header."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_PRINTABLE = re.compile(r"[!-~]+")
+
+
+def read_api_key(name: str) -> str | None:
+    """Return the key in the environment variable ``name``; None where it is not set or empty.
+
+    Raises:
+        ValueError: it cannot be sent in a header (spaces, line ends, other than ASCII); the message does not show it.
+    """
+    key = os.environ.get(name)
+    if key and not _PRINTABLE.fullmatch(key):
+        raise ValueError(f"{name}: must be printable ASCII characters without spaces or line ends, got others as well")
+    return key or None

@@ -1,0 +1,126 @@
+"""Steps that all ranks take together: whatever is raised on one is raised on all, at once."""
+
+import os
+import time
+
+import pytest
+import torch.distributed as dist
+
+from megatron_dypo.ending import Cause, cause_of
+from tests.dist.spawn import RankError, run_ranks
+from tests.unit.rollout.fake_sglang import wait_until
+
+DEADLINE_S = 120.0
+"""Of the steps: the tests take seconds, so that nobody has waited for it."""
+
+
+class Odd(Exception):
+    """Of no kind that anybody expects."""
+
+
+def fail(kind):
+    from megatron_dypo.weights.sglang_control import ServerError
+
+    if kind == "assert":
+        assert 1 == 2, "one is not two"  # noqa: PLR0133
+    if kind == "attribute":
+        None.missing  # noqa: B018
+    if kind == "server":
+        raise ServerError("http://h:1: no answer", "http://h:1")
+    raise {
+        "key": KeyError("layers.7"),
+        "odd": Odd(),
+        "value": ValueError("weights.bucket_mb=0: must be positive"),
+        "memory": MemoryError(),
+        "disk": OSError(28, "No space left on device"),
+        "stop": StopIteration(),
+        "interrupt": KeyboardInterrupt(),
+        "exit": SystemExit(3),
+    }[kind]
+
+
+def step_ranks(kinds, failing):
+    """For each kind, what each rank raised, its cause, and whether the next step is in step."""
+    from megatron_dypo.weights.transports.base import Lockstep
+
+    dist.init_process_group("gloo")
+    lockstep, rank, seen = Lockstep(DEADLINE_S), dist.get_rank(), []
+    for kind in kinds:
+        try:
+            lockstep.run((lambda kind=kind: fail(kind)) if rank in failing else None)
+        except BaseException as error:
+            seen.append((type(error).__name__, str(error), cause_of(error), getattr(error, "lost", ())))
+        else:
+            seen.append(None)
+        assert lockstep.total(1) == dist.get_world_size()
+    assert lockstep.run(lambda: "done") == "done"
+    dist.destroy_process_group()
+    return seen
+
+
+ON_ALL = {
+    "key": ("KeyError: 'layers.7'", Cause.BUG),
+    "assert": ("AssertionError: one is not two", Cause.BUG),
+    "attribute": ("AttributeError: 'NoneType' object has no attribute 'missing'", Cause.BUG),
+    "odd": ("Odd: ", Cause.BUG),
+    "stop": ("StopIteration: ", Cause.BUG),
+    "value": ("weights.bucket_mb=0: must be positive", None),
+    "memory": ("MemoryError: ", Cause.OUT_OF_MEMORY),
+    "disk": ("[Errno 28] No space left on device", Cause.DISK_FULL),
+    "server": ("http://h:1: no answer", Cause.SERVERS_GONE),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank_failed():
+    start = time.monotonic()
+    results = run_ranks(2, step_ranks, [*ON_ALL, "interrupt", "exit"], (1,))
+    assert time.monotonic() - start < DEADLINE_S
+    return [dict(zip([*ON_ALL, "interrupt", "exit"], seen, strict=True)) for seen in results]
+
+
+@pytest.mark.parametrize("kind", ON_ALL)
+def test_whatever_one_rank_raises_is_raised_on_all_with_its_name_and_rank(kind, one_rank_failed):
+    words, cause = ON_ALL[kind]
+    for seen in one_rank_failed:
+        name, message, found, lost = seen[kind]
+        assert (name, message) == ("PushError", f"rank 1: {words}")
+        assert found is cause or cause is None
+        assert lost == (("http://h:1",) if kind == "server" else ())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("interrupt", "KeyboardInterrupt"), ("exit", "SystemExit")])
+def test_an_interrupt_goes_on_where_it_came_and_is_told_to_the_others(kind, name, one_rank_failed):
+    other, interrupted = (seen[kind] for seen in one_rank_failed)
+    assert interrupted[0] == name
+    assert other[:2] == ("PushError", f"rank 1: {name}: {'3' if kind == 'exit' else ''}")
+
+
+def test_failures_of_several_ranks_are_all_named():
+    for ((name, message, *_),) in run_ranks(2, step_ranks, ["key"], (0, 1)):
+        assert (name, message) == ("PushError", "rank 0: KeyError: 'layers.7'; rank 1: KeyError: 'layers.7'")
+
+
+def rank_dies(path):
+    """Rank 1 dies within its action; rank 0 tells what it then saw, and when."""
+    from megatron_dypo.weights.transports.base import Lockstep
+
+    dist.init_process_group("gloo")
+    lockstep = Lockstep(DEADLINE_S)
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        lockstep.run(lambda: os._exit(9))
+    try:
+        lockstep.run(lambda: fail("key"))
+    except BaseException as error:
+        path.write_text(f"{time.monotonic() - start:.1f} {type(error).__name__} {error}")
+    wait_until(lambda: False, "the parent stops this rank", DEADLINE_S)
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others_at_once_beside_their_own(tmp_path):
+    with pytest.raises(RankError, match="rank 1\ndied without a word"):
+        run_ranks(2, rank_dies, tmp_path / "seen")
+    seconds, kind, words = (tmp_path / "seen").read_text().split(" ", 2)
+    assert float(seconds) < DEADLINE_S / 2
+    assert kind == "RuntimeError"
+    assert words.startswith("KeyError: 'layers.7'; and no word of the other ranks: ")

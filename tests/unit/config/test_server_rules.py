@@ -1,0 +1,237 @@
+"""Rules of rollout and refit settings: what cannot be is refused with field, value and rule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dypo.config.load import parse_config
+from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
+
+REQUIRED = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
+
+
+def servers(**fields: Any) -> dict[str, Any]:
+    return {**REQUIRED, "rollout": {"servers": fields}}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "foo",
+        "foo:30000",
+        "10.0.0.1:30000",
+        "",
+        "http://",
+        "http:///x",
+        "//h:1",
+        "ftp://h:1",
+        "http://h:70000",
+        "http://h:0",
+        "http://h:",
+        "http://h:x",
+        "http://h:-1",
+        "http://:30000",
+        "http://h:1/path",
+        "http://h:1/generate",
+        "http://h:1?x=1",
+        "http://h:1/?",
+        "http://h:1#f",
+        "http://h h:1",
+        " http://h:1",
+        "http://h:1\n",
+        "http://h..x:1",
+        "http://1.2.3:1",
+        "http://1.2.3.999:1",
+        "http://[::1:1",
+        "http://[::g]:1",
+        "http://ä:1",
+        "http://h,i:1",
+    ],
+)
+def test_a_url_that_is_no_place_to_listen_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ValueError, match=r"c\.yaml: rollout\.servers\.urls=.*: must be http://HOST:PORT") as caught:
+        parse_config(servers(urls=[url]), where="c.yaml")
+    assert repr(url) in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://u:p4ssword@h", "http://p4ssword@h:1", "http://u:p4ssword@h:1/x"])
+def test_a_url_with_a_password_is_refused_and_the_password_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match=r"urls='http://\*\*\*@h.*api_key_env") as caught:
+        ServersConfig(urls=(url,))
+    assert "p4ssword" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ["http://a:1"],
+        ["https://a.example.org"],
+        ["http://10.0.0.1:30000/", "http://[fd00::1]:30000"],
+        ["http://node_1:1", "http://node-1:1", "http://node_1:2"],
+    ],
+)
+def test_a_url_may_be_any_host_and_port(urls: list[str]) -> None:
+    assert parse_config(servers(urls=urls), where="c").rollout.servers.urls == tuple(urls)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("http://a:1", "http://a:1"),
+        ("http://a:1", "http://a:1/"),
+        ("http://a:1", "http://A:1"),
+        ("http://a", "http://a:80"),
+        ("https://a:443", "https://a"),
+        ("http://a:1", "http://a.:1"),
+    ],
+)
+def test_a_server_is_named_once(first: str, second: str) -> None:
+    with pytest.raises(ValueError, match=r"urls=.*is there twice: 'http.*' is the same place"):
+        ServersConfig(urls=("http://b:1", first, second))
+
+
+def test_a_router_is_a_place_too_and_none_of_its_servers() -> None:
+    with pytest.raises(ValueError, match="router='r:1': must be http"):
+        ServersConfig(urls=("http://a:1",), router="r:1")
+    with pytest.raises(ValueError, match="router='http://a:1/': is there twice"):
+        ServersConfig(urls=("http://a:1",), router="http://a:1/")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"port": 70000}, "port=70000: must be from 1 to 65535"),
+        ({"port": 0}, "port=0: must be from 1 to 65535"),
+        ({"port": 65530, "per_node": 8}, "port=65530: must be from 1 to 65528: 8 servers"),
+        ({"mem_fraction": 7}, "mem_fraction=7.0: must be between 0 and 1"),
+        ({"mem_fraction": 1}, "mem_fraction=1.0: must be between 0 and 1"),
+        ({"mem_fraction": 0}, "mem_fraction=0.0: must be between 0 and 1"),
+        ({"mem_fraction": math.nan}, "mem_fraction=nan: must be between 0 and 1"),
+        ({"max_total_tokens": 0}, "max_total_tokens=0: must be positive"),
+        ({"base_gpu": -1}, "base_gpu=-1: must not be negative"),
+        ({"tensor_parallel": 0}, "tensor_parallel=0: must be positive"),
+        ({"per_node": 0}, "per_node=0: must be positive"),
+        ({"nodes": 0}, "nodes=0: must be positive"),
+        ({"restarts": -1}, "restarts=-1: must not be negative"),
+        ({"start_deadline_s": math.inf}, "start_deadline_s=inf: must be above 0 and at most 1e"),
+        ({"stop_grace_s": math.nan}, "stop_grace_s=nan: must be above 0"),
+        ({"host": ""}, "host='': must be a host name"),
+        ({"host": "http://h"}, "host='http://h': must be a host name"),
+        ({"host": "h:1"}, "host='h:1': must be a host name"),
+        ({"python": ""}, "python='': must be a path, or null"),
+        ({"api_key_env": "sk-secret"}, "api_key_env: must be the name of an environment variable"),
+    ],
+)
+def test_a_setting_of_servers_out_of_its_range_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"rollout\.servers") as caught:
+        parse_config(servers(**fields), where="c.yaml")
+    assert f"c.yaml: rollout.servers.{words}" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ("--port", r"use rollout\.servers\.port"),
+        ("--port=31000", r"use rollout\.servers\.port"),
+        ("--port 31000", r"use rollout\.servers\.port"),
+        ("--host", r"use rollout\.servers\.host"),
+        ("--model-path", r"use model\.hf_path"),
+        ("--model", r"use model\.hf_path"),
+        ("--api-key", r"the environment variable that rollout\.servers\.api_key_env names"),
+        ("--api-key=s3cret", r"the environment variable that rollout\.servers\.api_key_env names"),
+        ("--api-k", r"the environment variable"),
+        ("--tp-size", r"use rollout\.servers\.tensor_parallel"),
+        ("--tp", r"use rollout\.servers\.tensor_parallel"),
+        ("--tensor-parallel-size", r"use rollout\.servers\.tensor_parallel"),
+        ("--random-seed", r"use run\.seed"),
+        ("--dtype", r"use model\.dtype"),
+        ("--mem-fraction-static", r"use rollout\.servers\.mem_fraction"),
+        ("--max-total-tokens", r"use rollout\.servers\.max_total_tokens"),
+        ("--base-gpu-id", r"use rollout\.servers\.base_gpu"),
+        ("--config", "leave it out"),
+        ("--custom-weight-loader", "leave it out"),
+        ("--skip-tokenizer-init", "leave it out"),
+        ("--weight-version", "leave it out"),
+    ],
+)
+def test_a_flag_that_the_run_sets_is_refused_with_the_key_to_use(argument: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=rf"extra_args='--[a-z-]+': .*{advice}") as caught:
+        ServersConfig(extra_args=("--enable-metrics", argument, "x"))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_other_flags_are_the_users() -> None:
+    extra = ("--ep-size", "2", "--enable-memory-saver", "--context-length=4096", "--log-level-http", "info", "-1")
+    assert ServersConfig(extra_args=extra).extra_args == extra
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"top_k": 0}, "top_k=0: must be at least 1, or -1"),
+        ({"top_k": -2}, "top_k=-2: must be at least 1, or -1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"temperature": math.inf}, "temperature=inf: must be positive and finite"),
+        ({"temperature": math.nan}, "temperature=nan: must be positive"),
+        ({"oversample": math.inf}, "oversample=inf: must be at least 1, and finite"),
+        ({"oversample": math.nan}, "oversample=nan"),
+        ({"request_deadline_s": math.inf}, "request_deadline_s=inf: must be above 0 and at most"),
+        ({"request_deadline_s": 0.0}, "request_deadline_s=0.0: must be above 0"),
+        ({"max_in_flight": 0}, "max_in_flight=0: must be positive"),
+        ({"retries": -1}, "retries=-1: must not be negative"),
+    ],
+)
+def test_a_setting_of_rollouts_out_of_its_range_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match="must") as caught:
+        RolloutConfig(**fields)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"deadline_s": math.inf}, {"deadline_s": math.nan}, {"bucket_mb": 0}])
+def test_a_setting_of_pushes_out_of_its_range_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}=.*must be"):
+        WeightsConfig(**fields)
+
+
+def test_the_key_that_meant_two_things_is_unknown_and_both_new_ones_are_named() -> None:
+    words = r"rollout\.servers\.count: unknown key; did you mean rollout\.servers\.per_node .*rollout\.servers\.nodes"
+    with pytest.raises(ValueError, match=words):
+        parse_config(servers(count=4), where="c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus_per_node", "number"),
+    [
+        ({}, 8, 1),
+        ({"per_node": 8}, 8, 8),
+        ({"nodes": 4}, 8, 4),
+        ({"nodes": 4, "per_node": 2}, 8, 8),
+        ({"nodes": 4, "tensor_parallel": 16}, 8, 2),
+        ({"tensor_parallel": 16}, 8, 1),
+        ({"nodes": 4, "tensor_parallel": 2}, 2, 4),
+        ({"nodes": 4, "urls": ("http://a:1", "http://b:1")}, 8, 2),
+    ],
+)
+def test_the_servers_of_a_run_are_its_urls_or_nodes_by_servers_of_a_node(
+    fields: dict[str, Any], gpus_per_node: int, number: int
+) -> None:
+    assert ServersConfig(**fields).num_servers(gpus_per_node) == number
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(
+    st.text(max_size=20) | st.builds("http://{}:{}{}".format, st.text(max_size=8), st.integers(), st.text(max_size=4))
+)
+def test_any_text_is_a_url_or_refused_by_name(text: str) -> None:
+    try:
+        ServersConfig(urls=(text,))
+    except ValueError as error:
+        assert str(error).startswith("urls=")  # noqa: PT017
