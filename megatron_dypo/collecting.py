@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.grading.verify import grade
+from megatron_dypo.grading.verify import grade, verdict_problem
 from megatron_dypo.ledger import Balance, Ledger, OpenDraws, balance, dropped_words
 from megatron_dypo.logs import warn_often
 from megatron_dypo.objective.route import Routed, route
@@ -303,7 +303,7 @@ def _admit(run: Run, leader: Leader, graded: Sequence[GradedGroup], dropped: Seq
         leader.queues.put(samples)
     reasons = [(reason, "") for reason in routed.reasons if reason is not None]
     reasons += [(DropReason.STALE, "") for _ in stale]
-    reasons += [(DropReason.NO_VERDICT, problem) for problem in map(_problem, graded) if problem]
+    reasons += [(DropReason.NO_VERDICT, problem) for problem in map(verdict_problem, graded) if problem]
     reasons += [(group.reason, group.message) for group in dropped]
     for reason, message in reasons:
         leader.ledger.drop(reason)
@@ -321,13 +321,6 @@ def _is_stale(run: Run, group: GradedGroup) -> bool:
     """Whether the oldest weights that sampled a graded group are too old for an update."""
     oldest = min((rollout.policy_version for rollout in group.rollouts), default=run.step)
     return group.tier is not None and run.step - oldest > run.config.batching.max_version_lag
-
-
-def _problem(group: GradedGroup) -> str | None:
-    """Why a group has no tier; None where it has one, or needs none."""
-    if group.tier is not None or not group.rollouts:
-        return None
-    return next((verdict.error for verdict in group.verdicts if verdict.error is not None), "no verdict")
 
 
 def _count_long_prompts(run: Run, leader: Leader) -> None:
@@ -353,7 +346,7 @@ def _unused_rows(
     step: int, graded: Sequence[GradedGroup], stale: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]
 ) -> list[SampleRow]:
     rows = [sample_row(step, group, Treatment.DROP, dropped=DropReason.STALE) for group in stale]
-    for group in filter(_problem, graded):
+    for group in filter(verdict_problem, graded):
         rows.append(sample_row(step, group, Treatment.DROP, dropped=DropReason.NO_VERDICT))
     return rows + [dropped_row(step, group.prompt, group.reason) for group in dropped]
 

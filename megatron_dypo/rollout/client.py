@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.logs import warn_often
 from megatron_dypo.rollout.ask import Answer, AttemptError, LostServerError, OwnLackError, RefusedError, ask
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.responses import (
@@ -204,7 +205,7 @@ class SGLangClient:
             if attempt == self._cfg.retries:
                 raise GroupDroppedError(f"{attempt + 1} attempts failed, the last: {request.last_failure}")
             attempt += 1
-            _log.warning("attempt %d for a group failed, trying again: %s", attempt, request.last_failure)
+            warn_often(_log, "attempt %d for a group failed, trying again: %s", attempt, request.last_failure)
             self.retries += 1
             backoff_s = min(self._backoff_s * 2 ** min(attempt - 1, 30), _MAX_BACKOFF_S)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
@@ -234,7 +235,7 @@ class SGLangClient:
         except WrongVersionError as error:
             self._count_dropped(answer.payload)
             self.wrong_versions += sampling.n
-            _log.warning("dropped %d rollouts of %s: %s", sampling.n, url, error)
+            warn_often(_log, "dropped %d rollouts of %s: %s", sampling.n, url, error)
             kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
             raise kind(f"{url}: {error}") from error
 

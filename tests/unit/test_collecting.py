@@ -106,7 +106,7 @@ def test_one_rollout_without_a_verdict_drops_its_group_and_no_other(tmp_path: Pa
         run = make_run([fake.url], make_config(tmp_path, batching={"prompts_per_update": 3}), judge=judge)
         collect(run)
     assert [group[0].order for group in run.leader.queues.groups()] == [0, 2, 3]
-    assert run.leader.ledger.dropped == {DropReason.NO_VERDICT: 1}
+    assert +run.leader.ledger.dropped == {DropReason.NO_VERDICT: 1}
 
 
 @pytest.mark.parametrize("rollout", MODES)

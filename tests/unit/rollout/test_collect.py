@@ -142,7 +142,7 @@ def test_a_refused_prompt_is_dropped_at_once_and_alone(status: int, caplog: pyte
     with FakeSGLang(lambda index, body: refuse if body["input_ids"][-1] == 101 else "ok") as fake:
         groups, stats = collect(make_prompts(3), make_client([fake.url]), group_size=2, progress=False)
     assert [group.prompt.order for group in groups] == [0, 2]
-    assert (stats.dropped_groups, stats.retries, len(fake.requests)) == (1, 0, 3)
+    assert (len(stats.dropped), stats.retries, len(fake.requests)) == (1, 0, 3)
     assert f"{fake.url}/generate: HTTP {status}: " in caplog.text
     assert "the prompt is too long" in caplog.text
 
