@@ -14,7 +14,7 @@ from tests.unit.data.conftest import variant
     ("changes", "message"),
     [
         ({"eos_token": "<|nope|>"}, r"eos_token='<\|nope\|>': is not in the vocabulary"),
-        ({"eos_token": None}, "neither eos_token"),
+        ({"eos_token": None, "chat_template": None}, "neither eos_token"),
         ({"eos_token": 3}, "eos_token=3: must be a string"),
         ({"add_bos_token": "yes"}, "add_bos_token='yes': must be true or false"),
         ({"add_bos_token": True, "bos_token": None}, "needs a bos_token"),
@@ -42,5 +42,5 @@ def test_bad_files_are_named(bpe_folder: Path, sentencepiece_folder: Path, tmp_p
         load_tokenizer(folder)
     folder = variant(sentencepiece_folder, tmp_path / "s")
     (folder / "added_tokens.json").write_text('{"<|im_start|>": 300}')
-    with pytest.raises(ValueError, match=r"im_start.*only 300 pieces"):
+    with pytest.raises(ValueError, match=r"im_start.*only 300 tokens"):
         load_tokenizer(folder)

@@ -114,7 +114,7 @@ def test_a_template_may_use_what_transformers_offers(bpe_folder: Path, tmp_path:
 
 def test_a_template_cannot_reach_out_of_its_sandbox(bpe_folder: Path, tmp_path: Path) -> None:
     folder = variant(bpe_folder, tmp_path / "t", chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(ValueError, match="refuses"):
+    with pytest.raises(ValueError, match="SecurityError"):
         load_tokenizer(folder).render("hi", True)
 
 
