@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.data.template_process import TEMPLATES, TemplateFailure, TemplateRefusal
+from megatron_dypo.data.template_process import TEMPLATES, TemplateError, TemplateRefusedError
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class ChatTemplate:
         self._values = {"tools": None, "documents": None, **special_tokens, **(arguments or {})}
         try:
             names = TEMPLATES.variables(template)
-        except TemplateFailure as error:
+        except TemplateError as error:
             raise ValueError(f"{place}: chat_template: {error}") from error
         self._require_read(arguments or {}, names, set(special_tokens))
 
@@ -74,11 +73,11 @@ class ChatTemplate:
         """
         try:
             return self._render(messages, for_generation)
-        except TemplateRefusal as error:
+        except TemplateRefusedError as error:
             raise ValueError(
                 f"{self._place}: the chat template refuses messages with roles {_roles(messages)}: {error}"
             ) from error
-        except TemplateFailure as error:
+        except TemplateError as error:
             raise ValueError(
                 f"{self._place}: the chat template fails on messages with roles {_roles(messages)}: {error}"
             ) from error
@@ -95,18 +94,22 @@ class ChatTemplate:
         user, assistant = _message("user", _USER), _message("assistant", _ASSISTANT)
         try:
             prompt = self._render([user], True)
-        except TemplateRefusal as error:
-            log.warning("%s: the chat template refuses one message of a user (%s); eos_token ends turns", self._place, error)
+        except TemplateRefusedError as error:
+            log.warning(
+                "%s: the chat template refuses one message of a user (%s); eos_token ends turns", self._place, error
+            )
             return Turns()
-        except TemplateFailure as error:
+        except TemplateError as error:
             raise ValueError(f"{self._place}: the chat template fails on a message of a user: {error}") from error
         if _USER not in prompt:
             raise ValueError(f"{self._place}: the chat template does not write the text of a user's message")
         try:
             finished = self._render([user, assistant], False)
             earlier = self._render([user, assistant, user], True)
-        except TemplateFailure as error:
-            log.warning("%s: the chat template renders no assistant's turn (%s); eos_token ends turns", self._place, error)
+        except TemplateError as error:
+            log.warning(
+                "%s: the chat template renders no assistant's turn (%s); eos_token ends turns", self._place, error
+            )
             return Turns(generation_suffix=_suffix(prompt.rpartition(_USER)[2], None))
         header = prompt.rpartition(_USER)[2]
         end = finished.rpartition(_ASSISTANT)[2] if _ASSISTANT in finished else ""
@@ -133,7 +136,8 @@ def _suffix(header: str, earlier: str | None) -> str:
     """What ``header``, of the answer to come, has beyond ``earlier``, that of a finished answer, or the tag it opens."""
     tag = _OPEN_TAG.search(header)
     if earlier is not None:
-        common = len(os.path.commonprefix([header, earlier]))
+        shorter = min(len(header), len(earlier))
+        common = next((i for i, (a, b) in enumerate(zip(header, earlier, strict=False)) if a != b), shorter)
         # Where both go on, they are two headers; a template may put a space before a finished answer, though.
         beyond = header[common:] if not earlier[common:].strip() else ""
         if beyond.strip():

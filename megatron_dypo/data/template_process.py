@@ -24,15 +24,15 @@ ANSWER_DEADLINE_S = 300.0
 """Time for an answer. The limit of processor time comes first, unless the process is stopped or the machine is stuck."""
 
 
-class TemplateFailure(ValueError):
+class TemplateError(ValueError):
     """A template is not jinja2, raised an error, or went over a limit; the text is the reason."""
 
 
-class TemplateRefusal(TemplateFailure):
+class TemplateRefusedError(TemplateError):
     """A template called ``raise_exception``: it takes no such messages; the text is the template's own."""
 
 
-class _Gone(Exception):
+class _GoneError(Exception):
     """The process ended without an answer; the argument is its exit status."""
 
 
@@ -40,16 +40,18 @@ class TemplateProcess:
     """A process that renders templates under limits. Threads may share it; a forked process starts its own."""
 
     def __init__(self) -> None:
-        self._forget()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
         os.register_at_fork(after_in_child=self._leave_to_parent)
         atexit.register(self.close)
 
     def variables(self, template: str) -> frozenset[str]:
-        """Names that ``template`` reads from outside. Raises TemplateFailure if it is not valid jinja2."""
+        """Names that ``template`` reads from outside. Raises TemplateError if it is not valid jinja2."""
         return frozenset(self._ask(template, None).split("\n")) - {""}
 
     def render(self, template: str, arguments: Mapping[str, Any]) -> str:
-        """The text that ``template`` writes. Raises TemplateFailure or TemplateRefusal."""
+        """The text that ``template`` writes. Raises TemplateError or TemplateRefusedError."""
         return self._ask(template, dict(arguments))
 
     def close(self) -> None:
@@ -61,16 +63,16 @@ class TemplateProcess:
         with self._lock:
             try:
                 content = self._exchange((template, arguments))
-            except _Gone:
+            except _GoneError:
                 # Somebody may have killed the process; a template that kills it does so again.
                 try:
                     content = self._exchange((template, arguments))
-                except _Gone as error:
-                    raise TemplateFailure(f"its process ended twice without an answer: {error}") from error
+                except _GoneError as error:
+                    raise TemplateError(f"its process ended twice without an answer: {error}") from error
         text = content[1:].decode("utf-8", "surrogatepass")
         if content[:1] == OK:
             return text
-        raise {FAILED: TemplateFailure, REFUSED: TemplateRefusal}[content[:1]](text)
+        raise {FAILED: TemplateError, REFUSED: TemplateRefusedError}[content[:1]](text)
 
     def _exchange(self, request: tuple[str, dict[str, Any] | None]) -> bytes:
         connection = self._connection or self._start()
@@ -81,10 +83,10 @@ class TemplateProcess:
         except (EOFError, ConnectionError):
             status = self._end()
             if status == -signal.SIGPROF:
-                raise TemplateFailure(f"takes more than {CPU_LIMIT_S} s of processor time") from None
-            raise _Gone(_describe(status)) from None
+                raise TemplateError(f"takes more than {CPU_LIMIT_S} s of processor time") from None
+            raise _GoneError(_describe(status)) from None
         self._end()
-        raise TemplateFailure(f"gives no answer in {ANSWER_DEADLINE_S:g} s")
+        raise TemplateError(f"gives no answer in {ANSWER_DEADLINE_S:g} s")
 
     def _start(self) -> Connection:
         ours, theirs = multiprocessing.Pipe()
@@ -112,17 +114,12 @@ class TemplateProcess:
         self._process = self._connection = None
         return status
 
-    def _forget(self) -> None:
-        # The lock may be held by a thread that the forked process does not have.
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-
     def _leave_to_parent(self) -> None:
         if self._process is not None and self._connection is not None:
             self._connection.close()
             self._process.returncode = 0  # not our child: there is nothing to wait for
-        self._forget()
+        # The lock may be held by a thread that the forked process does not have.
+        self._lock, self._process, self._connection = threading.Lock(), None, None
 
 
 def _describe(status: int | None) -> str:

@@ -151,10 +151,10 @@ def _added_tokens(path: Path, config: dict[str, Any], config_path: Path) -> dict
     if not isinstance(declared, dict):
         raise ValueError(f"{config_path}: added_tokens_decoder={_short(declared)}: {rule}")
     for key, entry in declared.items():
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not (key.isascii() and key.isdecimal() and len(key) < 10) or not isinstance(text, str):
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not (key.isascii() and key.isdecimal() and len(key) < 10) or not isinstance(content, str):
             raise ValueError(f"{config_path}: added_tokens_decoder.{key}={_short(entry)}: {rule}")
-        added[text] = int(key)
+        added[content] = int(key)
     return added
 
 

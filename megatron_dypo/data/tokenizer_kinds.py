@@ -54,7 +54,8 @@ def _load_json(file: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{file}: has no object `model`: is not a file of the tokenizers library")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001 (the library raises the bare class for every fault of a file)
+    except Exception as error:
+        # The library raises the bare class for every fault of a file.
         raise ValueError(f"{file}: is not a tokenizer of tokenizers {tokenizers.__version__}: {error}") from error
     # The library numbers added tokens anew where the file leaves holes.
     for token in content.get("added_tokens") or []:
