@@ -27,11 +27,11 @@ import jinja2.meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_LIMIT_S = 10
+CPU_LIMIT_S = 5
 """Processor time of one rendering; a real template takes under a millisecond."""
-MEMORY_LIMIT = 1 << 30
+MEMORY_LIMIT = 512 << 20
 """Address space of the process in bytes."""
-OUTPUT_LIMIT = 64 << 20
+OUTPUT_LIMIT = 32 << 20
 """Bytes of one rendered text."""
 
 OK, REFUSED, FAILED = b"+", b"!", b"-"
