@@ -34,6 +34,8 @@ class TokenizerFolder:
     """``bos_token``, ``eos_token``, ``pad_token``, … → their text."""
     add_bos: bool | None
     """``add_bos_token`` of tokenizer_config.json; None where it says nothing."""
+    legacy: bool
+    """``legacy`` of tokenizer_config.json: a sentencepiece tokenizer puts a space before the text after a special token."""
     stop_ids: Mapping[int, str]
     """``eos_token_id`` of generation_config.json, then of config.json → the file that names it."""
     chat_template: str | None
@@ -59,9 +61,9 @@ def read_folder(path: Path) -> TokenizerFolder:
     """
     config_path = path / "tokenizer_config.json"
     config = read_json(config_path)
-    add_bos = config.get("add_bos_token")
-    if add_bos is not None and not isinstance(add_bos, bool):
-        raise ValueError(f"{config_path}: add_bos_token={add_bos!r}: must be true or false")
+    for name in ("add_bos_token", "legacy"):
+        if not isinstance(config.get(name, False), bool | None):
+            raise ValueError(f"{config_path}: {name}={_short(config[name])}: must be true or false")
     older = path / "special_tokens_map.json"
     template, place = _chat_template(path, config, config_path)
     stop_ids: dict[int, str] = {}
@@ -71,7 +73,8 @@ def read_folder(path: Path) -> TokenizerFolder:
     return TokenizerFolder(
         path=path,
         special_tokens=_special_tokens(read_json(older), older) | _special_tokens(config, config_path),
-        add_bos=add_bos,
+        add_bos=config.get("add_bos_token"),
+        legacy=bool(config.get("legacy")),
         stop_ids=stop_ids,
         chat_template=template,
         template_place=place,

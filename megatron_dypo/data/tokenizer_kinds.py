@@ -78,8 +78,8 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class SentencePieceTokenizer(FolderTokenizer):
     """A sentencepiece ``.model``, with or without the HF configuration files beside it.
 
-    The space that sentencepiece puts before a text is put before the whole text only, not again after each special
-    token in it (HF's ``legacy: false``). A model with a BOS piece starts plain prompts with it, as those of Llama,
+    The space that sentencepiece puts before a text is put before the whole text only, and not again after each special
+    token in it, unless tokenizer_config.json says ``legacy: true`` (Mistral 7B). A model with a BOS piece starts plain prompts with it, as those of Llama,
     Mistral and Gemma do, unless tokenizer_config.json says ``add_bos_token: false``.
     """
 
@@ -114,7 +114,8 @@ class SentencePieceTokenizer(FolderTokenizer):
             if part in self._control:
                 ids.append(self._control[part])
             elif part:
-                ids.extend((self._continued if ids else self._processor).encode(part))
+                goes_on = ids and (part.startswith(" ") or not self._folder.legacy)
+                ids.extend((self._continued if goes_on else self._processor).encode(part))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

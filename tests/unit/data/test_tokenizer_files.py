@@ -19,6 +19,7 @@ from tests.unit.data.conftest import variant
         ({"eos_token": None, "chat_template": None}, "neither eos_token"),
         ({"eos_token": 3}, "eos_token=3: must be a string"),
         ({"add_bos_token": "yes"}, "add_bos_token='yes': must be true or false"),
+        ({"legacy": 1}, "legacy=1: must be true or false"),
         ({"add_bos_token": True, "bos_token": None}, "needs a bos_token"),
         ({"chat_template": "{% if %}"}, "not valid jinja2"),
         ({"chat_template": [{"name": "rag", "template": ""}]}, "must be named `default`"),
