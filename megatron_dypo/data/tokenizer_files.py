@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ TOKENIZER_FILES = (
 )
 """What makes up a tokenizer in an HF model folder."""
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -117,6 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}: holds a lone surrogate, {error.object[error.start]!r}: is no Unicode") from error
     return content
 
 
