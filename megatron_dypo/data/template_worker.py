@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Mapping
 from datetime import datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -30,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 CPU_LIMIT_S = 5
 """Processor time of one rendering; a real template takes under a millisecond."""
 MEMORY_LIMIT = 512 << 20
-"""Address space of the process in bytes."""
+"""Memory for templates in bytes, besides what the interpreter itself has mapped."""
 OUTPUT_LIMIT = 32 << 20
 """Bytes of one rendered text."""
 
@@ -134,7 +135,7 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    _limit_memory()
     connection = Connection(int(sys.argv[1]))
     while True:
         try:
@@ -146,6 +147,14 @@ def main() -> None:
         content = answer(template, arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(content)
+
+
+def _limit_memory() -> None:
+    # A preloaded library may have mapped gigabytes before this line.
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = mapped + MEMORY_LIMIT
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 if __name__ == "__main__":
