@@ -31,7 +31,7 @@ class Turns:
     """Text after the assistant's last message (``<|im_end|>\\n``); empty where the template writes none, or where it
     cannot render an assistant's message."""
     generation_suffix: str = ""
-    """What the header of the answer has beyond the header of an earlier, finished answer: ``<think>\\n`` where the prompt
+    """What the header of the answer has beyond that of an earlier, finished answer: ``<think>\\n`` where the prompt
     opens the thinking itself (Qwen3-Thinking, R1-Distill), else empty. A teacher's trace may begin with it too."""
 
 
@@ -133,7 +133,7 @@ def drop_repeated_start(trace: str, generation_suffix: str) -> str:
 
 
 def _suffix(header: str, earlier: str | None) -> str:
-    """What ``header``, of the answer to come, has beyond ``earlier``, that of a finished answer, or the tag it opens."""
+    """What ``header``, of the next answer, has beyond ``earlier``, of a finished one; else the tag that it opens."""
     tag = _OPEN_TAG.search(header)
     if earlier is not None:
         shorter = min(len(header), len(earlier))

@@ -139,13 +139,13 @@ class FolderTokenizer(ABC):
         return found
 
     def _require_added_tokens(self) -> None:
-        """Raise ValueError if HF adds a token that the vocabulary lacks (it would be read as text) or numbers otherwise."""
+        """Raise ValueError if HF adds a token that the vocabulary lacks (it would be text) or numbers otherwise."""
         for text, token_id in self._folder.added_tokens.items():
             if self._token_id(text) is None:
                 raise ValueError(
                     f"{self._folder.path}: added token {text!r} with id {token_id}: {self._file.name} has only "
-                    f"{self.vocab_size} tokens, without this one; transformers' save_pretrained writes a tokenizer.json "
-                    "that has it"
+                    f"{self.vocab_size} tokens, without this one; transformers' save_pretrained writes a "
+                    "tokenizer.json that has it"
                 )
             if self._token_id(text) != token_id:
                 raise ValueError(

@@ -21,7 +21,7 @@ import megatron_dypo
 from megatron_dypo.data.template_worker import CPU_LIMIT_S, FAILED, MEMORY_LIMIT, OK, OUTPUT_LIMIT, REFUSED
 
 ANSWER_DEADLINE_S = 300.0
-"""Time for an answer. The limit of processor time comes first, unless the process is stopped or the machine is stuck."""
+"""Time for an answer. The limit of processor time comes first, unless the process is stopped."""
 
 
 class TemplateError(ValueError):

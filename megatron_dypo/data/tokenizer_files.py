@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class TokenizerFolder:
     add_bos: bool | None
     """``add_bos_token`` of tokenizer_config.json; None where it says nothing."""
     legacy: bool
-    """``legacy`` of tokenizer_config.json: a sentencepiece tokenizer puts a space before the text after a special token."""
+    """``legacy`` of tokenizer_config.json: sentencepiece puts a space before the text after a special token too."""
     stop_ids: Mapping[int, str]
     """``eos_token_id`` of generation_config.json, then of config.json → the file that names it."""
     chat_template: str | None
@@ -100,7 +101,7 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file in UTF-8, None if there is none. Raises ValueError as :func:`read_bytes`, and for bad UTF-8."""
+    """The text of a UTF-8 file, None if there is none. Raises ValueError as :func:`read_bytes`, and for bad UTF-8."""
     content = read_bytes(path)
     try:
         return None if content is None else content.decode("utf-8-sig")
@@ -109,12 +110,15 @@ def read_text(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file. Raises ValueError naming the file if it holds another thing."""
+    """The object in a JSON file, {} if there is no file.
+
+    Raises ValueError naming the file if it holds another thing, or an object with a key twice.
+    """
     text = read_text(path)
     if text is None:
         return {}
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -124,6 +128,14 @@ def read_json(path: Path) -> dict[str, Any]:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{path}: holds a lone surrogate, {error.object[error.start]!r}: is no Unicode") from error
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return content
 
 

@@ -79,8 +79,9 @@ class SentencePieceTokenizer(FolderTokenizer):
     """A sentencepiece ``.model``, with or without the HF configuration files beside it.
 
     The space that sentencepiece puts before a text is put before the whole text only, and not again after each special
-    token in it, unless tokenizer_config.json says ``legacy: true`` (Mistral 7B). A model with a BOS piece starts plain prompts with it, as those of Llama,
-    Mistral and Gemma do, unless tokenizer_config.json says ``add_bos_token: false``.
+    token in it, unless tokenizer_config.json says ``legacy: true`` (Mistral 7B). A model with a BOS piece starts plain
+    prompts with it, as those of Llama, Mistral and Gemma do, unless tokenizer_config.json says
+    ``add_bos_token: false``.
     """
 
     def __init__(self, file: Path, options: TokenizerOptions) -> None:

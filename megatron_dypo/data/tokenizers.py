@@ -15,8 +15,8 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     eos_id: int
-    """The token that ends a turn, and so a teacher's trace: under a chat template the first special token that it writes
-    after an assistant's message (``<|im_end|>``), else ``eos_token`` of tokenizer_config.json."""
+    """The token that ends a turn, and so a teacher's trace: under a chat template the first special token that it
+    writes after an assistant's message (``<|im_end|>``), else ``eos_token`` of tokenizer_config.json."""
     eos_ids: tuple[int, ...]
     """Every id that stops generation: ``eos_id`` first, then ``eos_token``, those of generation_config.json and of
     config.json, and those of ``rollout.stop_token_ids``."""

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of published model families, each with a tiny tokenizer that has the same special tokens.
+"""Chat templates in the manner of published families, each with a tiny tokenizer that has the same special tokens.
 
 The templates are written for these tests: they give, for plain conversations, the text that the published ones give
 (``test_published_templates.py`` compares the two where a package with the published ones is installed).
@@ -68,7 +68,8 @@ QWEN_3_THINKING = QWEN_3.partition("{%- if add_generation_prompt")[0] + (
 R1_DISTILL = """{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}
 {% for m in messages %}
 {% if m.role == 'user' %}{{ '<｜User｜>' ~ m.content }}
-{%- elif m.role == 'assistant' %}{{ '<｜Assistant｜>' ~ m.content.split('</think>')[-1] ~ '<｜end▁of▁sentence｜>' }}{% endif %}
+{%- elif m.role == 'assistant' %}
+{{- '<｜Assistant｜>' ~ m.content.split('</think>')[-1] ~ '<｜end▁of▁sentence｜>' }}{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
 
@@ -162,7 +163,7 @@ FAMILIES = {
 
 
 def write_family(folder: Path, family: Family, **config: Any) -> Path:
-    """Write an HF tokenizer folder of the family: bytes and special tokens; ``config`` overrides tokenizer_config.json."""
+    """Write a tokenizer folder of the family: bytes and special tokens; ``config`` overrides tokenizer_config.json."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Families of chat templates: against transformers, against the golden file, and the laws of turns, BOS and arguments."""
+"""Families of chat templates: against transformers and the golden file; the laws of turns, BOS and arguments."""
 
 from __future__ import annotations
 
@@ -150,8 +150,9 @@ def test_a_trace_is_whole_where_the_prompt_opens_nothing(tmp_path: Path, name: s
 
 def test_a_template_that_opens_thinking_in_every_turn_is_seen_through(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n{% endif %}"
-        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}<think>\n\n</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     tokenizer = load_tokenizer(write_family(tmp_path / "t", FAMILIES["qwen3"], chat_template=template))
     assert tokenizer.generation_suffix.strip() == "<think>"

@@ -1,6 +1,7 @@
-"""The chat templates that models were published with, as the package ``trl`` carries them (data files; it is not imported).
+"""The chat templates that models were published with, as the package ``trl`` carries them.
 
-Skipped where the package is not installed: the templates are others' work and no part of this repository.
+Its files are read; it is not imported. Skipped where the package is not installed: the templates are others' work and no
+part of this repository.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n"
         (b'{"a": "\xff\xfe"}', "is not UTF-8: invalid start byte at byte 7"),
         (DEEP.encode(), "is not JSON: "),
         (b'{"eos_token_id": ' + b"9" * 5000 + b"}", "is not JSON: "),
+        (b'{"a": {"eos_token": 1, "eos_token": 2}}', "is not JSON: the key 'eos_token' stands twice"),
         (b'{"bos_token": "\\ud83d"}', r"holds a lone surrogate, '\\ud83d'"),
         (LFS.encode(), "is a git-lfs pointer: run `git lfs pull`"),
     ],
