@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_dypo.config.rules import require_positive
+from megatron_dypo.config.rules import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,13 @@ class DataConfig:
     max_trace_tokens: int = 8192
     """Longer traces are counted and dropped."""
     shuffle: bool = True
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
+    """More values for the chat template (``{enable_thinking: false}``). One that the template never reads is an error."""
 
     def __post_init__(self) -> None:
         require_positive(self, "max_prompt_tokens", "max_trace_tokens")
+        require(
+            self.chat_template or not self.chat_template_args,
+            f"chat_template_args={dict(self.chat_template_args)}",
+            "needs chat_template=true",
+        )

@@ -85,7 +85,8 @@ def changed_lines(before: str, after: str) -> list[str]:
 def override_lines(before: Config, after: Config) -> list[str]:
     """The overrides that turn one config into the other: ``section.key=value``, as :func:`load_config` reads them."""
     old, new = (dict(_leaves(yaml.safe_load(dump_config(config)), "")) for config in (before, after))
-    return [f"{key}={_flow_yaml(value)}" for key, value in new.items() if old[key] != value]
+    # A key of a free mapping (data.chat_template_args) may be new.
+    return [f"{key}={_flow_yaml(value)}" for key, value in new.items() if key not in old or old[key] != value]
 
 
 def _flow_yaml(value: Any) -> str:

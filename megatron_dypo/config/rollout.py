@@ -161,8 +161,16 @@ class RolloutConfig:
     retries: int = 3
     """Attempts after the first for a request, and for a group that stays incomplete."""
     servers: ServersConfig = field(default_factory=ServersConfig)
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a response, besides those of the tokenizer: the end of a turn, which its chat template tells,
+    ``eos_token``, and ``eos_token_id`` of the model's configuration."""
 
     def __post_init__(self) -> None:
+        require(
+            all(token_id >= 0 for token_id in self.stop_token_ids),
+            f"stop_token_ids={list(self.stop_token_ids)}",
+            "token ids are not negative",
+        )
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
         is_factor = 1 <= self.oversample < math.inf
         require(is_factor, f"oversample={self.oversample}", "must be at least 1, and finite")

@@ -1,85 +1,153 @@
-"""Chat templates: the jinja2 environment that Hugging Face templates are written for, sandboxed."""
+"""Chat templates: a model's own jinja2 program from messages to the text of a prompt, and what its turns look like."""
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from megatron_dypo.data.template_process import TEMPLATES, TemplateError, TemplateRefusedError
+
+log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 """``{"role": ..., "content": ...}``; a template may read other keys too."""
 
-
-class _GenerationBlock(Extension):
-    """``{% generation %}`` marks assistant text for trainers that mask by template; here it is only its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
-
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_GIVEN = {"messages": "the prompt itself", "add_generation_prompt": "always true for a prompt"}
+"""Names that :meth:`ChatTemplate.render` gives to a template, which nobody else may."""
+_USER, _ASSISTANT = "dypo user text", "dypo assistant text"
+"""Words that no template writes on its own; it must not change them by ``trim``."""
+_OPEN_TAG = re.compile(r"(?:<(\w+)>\s*(?:</\1>\s*)?|\[(\w+)\]\s*(?:\[/\2\]\s*)?)$")
+"""A tag that text ends with, opened or opened and closed: ``<think>\\n``, ``[THINK]``."""
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own tojson escapes HTML, which is no part of a prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """What a template writes around the turns of an assistant."""
 
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+    end: str = ""
+    """Text after the assistant's last message (``<|im_end|>\\n``); empty where the template writes none, or where it
+    cannot render an assistant's message."""
+    generation_suffix: str = ""
+    """What the header of the answer has beyond that of an earlier, finished answer: ``<think>\\n`` where the prompt
+    opens the thinking itself (Qwen3-Thinking, R1-Distill), else empty. A teacher's trace may begin with it too."""
 
 
 class ChatTemplate:
-    """One compiled chat template.
+    """One chat template.
 
-    ``special_tokens`` are the names a template reads besides the messages (``bos_token``, ``eos_token``, …).
-    Raises ValueError naming ``place`` if the template is not valid jinja2.
+    ``special_tokens`` are the names a template reads besides the messages (``bos_token``, ``eos_token``, …), and
+    ``arguments`` those of ``data.chat_template_args``. Raises ValueError naming ``place`` if the template is not valid
+    jinja2, or if it never reads one of the arguments.
     """
 
-    def __init__(self, template: str, special_tokens: Mapping[str, str], place: str) -> None:
-        self._special_tokens = dict(special_tokens)
-        self._place = place
+    def __init__(
+        self, template: str, special_tokens: Mapping[str, str], place: str, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self._template, self._place = template, place
+        self._values = {"tools": None, "documents": None, **special_tokens, **(arguments or {})}
         try:
-            self._template = _environment().from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{place}: chat_template is not valid jinja2: line {error.lineno}: {error}") from error
+            names = TEMPLATES.variables(template)
+        except TemplateError as error:
+            raise ValueError(f"{place}: chat_template: {error}") from error
+        self._require_read(arguments or {}, names, set(special_tokens))
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, up to and with the header of the assistant's next turn.
+    def _require_read(self, arguments: Mapping[str, Any], names: frozenset[str], special_tokens: set[str]) -> None:
+        for name, value in arguments.items():
+            if name in _GIVEN:
+                raise ValueError(f"data.chat_template_args.{name}={value!r}: is not yours to give: {_GIVEN[name]}")
+            if name not in names:
+                others = ", ".join(sorted(names - set(_GIVEN) - special_tokens)) or "no others"
+                raise ValueError(
+                    f"data.chat_template_args.{name}={value!r}: the template of {self._place} never reads it; "
+                    f"besides messages and special tokens it reads {others}"
+                )
 
-        Raises ValueError with the template's own words when it refuses the messages (an unknown role, say).
+    def render(self, messages: Sequence[Message], *, for_generation: bool = True) -> str:
+        """The text of a conversation, up to and with the header of the assistant's next turn if ``for_generation``.
+
+        Raises ValueError with the template's own words when it refuses the messages (an unknown role, say), and with
+        the reason when it fails or takes too much time or memory.
         """
         try:
-            return self._template.render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            roles = [message.get("role") for message in messages]
+            return self._render(messages, for_generation)
+        except TemplateRefusedError as error:
             raise ValueError(
-                f"{self._place}: the chat template refuses messages with roles {roles}: {error}"
+                f"{self._place}: the chat template refuses messages with roles {_roles(messages)}: {error}"
             ) from error
+        except TemplateError as error:
+            raise ValueError(
+                f"{self._place}: the chat template fails on messages with roles {_roles(messages)}: {error}"
+            ) from error
+
+    def _render(self, messages: Sequence[Message], for_generation: bool) -> str:
+        given = {"messages": list(messages), "add_generation_prompt": for_generation}
+        return TEMPLATES.render(self._template, {**self._values, **given})
+
+    def turns(self) -> Turns:
+        """Find out what the template writes around an assistant's turns, by rendering short conversations.
+
+        Raises ValueError if the template fails even on one message of a user (it may refuse it), or loses its text.
+        """
+        user, assistant = _message("user", _USER), _message("assistant", _ASSISTANT)
+        try:
+            prompt = self._render([user], True)
+        except TemplateRefusedError as error:
+            log.warning(
+                "%s: the chat template refuses one message of a user (%s); eos_token ends turns", self._place, error
+            )
+            return Turns()
+        except TemplateError as error:
+            raise ValueError(f"{self._place}: the chat template fails on a message of a user: {error}") from error
+        if _USER not in prompt:
+            raise ValueError(f"{self._place}: the chat template does not write the text of a user's message")
+        try:
+            finished = self._render([user, assistant], False)
+            earlier = self._render([user, assistant, user], True)
+        except TemplateError as error:
+            log.warning(
+                "%s: the chat template renders no assistant's turn (%s); eos_token ends turns", self._place, error
+            )
+            return Turns(generation_suffix=_suffix(prompt.rpartition(_USER)[2], None))
+        header = prompt.rpartition(_USER)[2]
+        end = finished.rpartition(_ASSISTANT)[2] if _ASSISTANT in finished else ""
+        # A template without roles writes the same after each message: the header of an answer, not the end of one.
+        between = earlier.partition(_USER)[2].partition(_ASSISTANT)[0]
+        return Turns(end="" if end == header else end, generation_suffix=_suffix(header, between))
+
+
+def drop_repeated_start(trace: str, generation_suffix: str) -> str:
+    """The part of a teacher's trace that follows ``generation_suffix``, which the prompt has written already.
+
+    The white space around the suffix may differ: ``<think>Let me …`` loses its ``<think>`` under a prompt that ends
+    with ``<think>\\n``. A trace that does not begin with the suffix is returned as it is.
+    """
+    mark, text = generation_suffix.strip(), trace.lstrip()
+    if not mark or not text.startswith(mark):
+        return trace
+    after = text[len(mark) :]
+    space = generation_suffix[len(generation_suffix.rstrip()) :]
+    return after[len(space) :] if after.startswith(space) else after.lstrip("\n")
+
+
+def _suffix(header: str, earlier: str | None) -> str:
+    """What ``header``, of the next answer, has beyond ``earlier``, of a finished one; else the tag that it opens."""
+    tag = _OPEN_TAG.search(header)
+    if earlier is not None:
+        shorter = min(len(header), len(earlier))
+        common = next((i for i, (a, b) in enumerate(zip(header, earlier, strict=False)) if a != b), shorter)
+        # Where both go on, they are two headers; a template may put a space before a finished answer, though.
+        beyond = header[common:] if not earlier[common:].strip() else ""
+        if beyond.strip():
+            return beyond
+    return tag.group() if tag else ""
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _roles(messages: Sequence[Message]) -> list[Any]:
+    return [message.get("role") for message in messages]

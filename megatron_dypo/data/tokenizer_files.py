@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from megatron_dypo.data.chat import ChatTemplate
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,6 +24,9 @@ TOKENIZER_FILES = (
 )
 """What makes up a tokenizer in an HF model folder."""
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFolder:
@@ -32,20 +37,16 @@ class TokenizerFolder:
     """``bos_token``, ``eos_token``, ``pad_token``, … → their text."""
     add_bos: bool | None
     """``add_bos_token`` of tokenizer_config.json; None where it says nothing."""
-    stop_ids: tuple[int, ...]
-    """``eos_token_id`` of generation_config.json, then of config.json."""
-    chat_template: ChatTemplate | None
+    legacy: bool
+    """``legacy`` of tokenizer_config.json: sentencepiece puts a space before the text after a special token too."""
+    stop_ids: Mapping[int, str]
+    """``eos_token_id`` of generation_config.json, then of config.json → the file that names it."""
+    chat_template: str | None
+    """The template's text, not compiled."""
+    template_place: str
+    """The file that holds the chat template."""
     added_tokens: dict[str, int]
     """Tokens that HF adds beside the vocabulary (added_tokens.json, ``added_tokens_decoder``)."""
-
-    def require_inside(self, vocab_size: int, file: Path) -> None:
-        """Raise ValueError if HF adds tokens that the vocabulary of ``file`` lacks (they would be read as text)."""
-        outside = sorted(text for text, token_id in self.added_tokens.items() if token_id >= vocab_size)
-        if outside:
-            raise ValueError(
-                f"{self.path}: added tokens {outside[:5]}: {file.name} has only {vocab_size} pieces; "
-                "such a tokenizer needs a tokenizer.json (transformers' save_pretrained writes one)"
-            )
 
     def copy_to(self, target: Path, extra: tuple[Path, ...] = ()) -> None:
         """Copy the tokenizer's files, and ``extra`` ones, into the folder ``target``."""
@@ -63,30 +64,78 @@ def read_folder(path: Path) -> TokenizerFolder:
     """
     config_path = path / "tokenizer_config.json"
     config = read_json(config_path)
-    special_tokens = _special_tokens(config, config_path)
-    add_bos = config.get("add_bos_token")
-    if add_bos is not None and not isinstance(add_bos, bool):
-        raise ValueError(f"{config_path}: add_bos_token={add_bos!r}: must be true or false")
+    for name in ("add_bos_token", "legacy"):
+        if not isinstance(config.get(name, False), bool | None):
+            raise ValueError(f"{config_path}: {name}={_short(config[name])}: must be true or false")
+    older = path / "special_tokens_map.json"
+    template, place = _chat_template(path, config, config_path)
+    stop_ids: dict[int, str] = {}
+    for name in ("generation_config.json", "config.json"):
+        for token_id in _stop_ids(path / name):
+            stop_ids.setdefault(token_id, name)
     return TokenizerFolder(
         path=path,
-        special_tokens=special_tokens,
-        add_bos=add_bos,
-        stop_ids=tuple(dict.fromkeys(_stop_ids(path / "generation_config.json") + _stop_ids(path / "config.json"))),
-        chat_template=_chat_template(path, config, special_tokens),
-        added_tokens=_added_tokens(path, config),
+        special_tokens=_special_tokens(read_json(older), older) | _special_tokens(config, config_path),
+        add_bos=config.get("add_bos_token"),
+        legacy=bool(config.get("legacy")),
+        stop_ids=stop_ids,
+        chat_template=template,
+        template_place=place,
+        added_tokens=_added_tokens(path, config, config_path),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file. Raises ValueError naming the file if it holds another thing."""
+def read_bytes(path: Path) -> bytes | None:
+    """The content of a file, None if nothing has that name.
+
+    Raises ValueError for a folder, a link to nothing and a git-lfs pointer, which are not an absent file.
+    """
+    if not os.path.lexists(path):
+        return None
     if not path.is_file():
+        raise ValueError(f"{path}: is not a file" + (": a link to nothing" if not path.exists() else ""))
+    content = path.read_bytes()
+    if content.startswith(_LFS_POINTER):
+        raise ValueError(f"{path}: is a git-lfs pointer: run `git lfs pull` in its folder")
+    return content
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a UTF-8 file, None if there is none. Raises ValueError as :func:`read_bytes`, and for bad UTF-8."""
+    content = read_bytes(path)
+    try:
+        return None if content is None else content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no file.
+
+    Raises ValueError naming the file if it holds another thing, or an object with a key twice.
+    """
+    text = read_text(path)
+    if text is None:
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}: holds a lone surrogate, {error.object[error.start]!r}: is no Unicode") from error
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
     return content
 
 
@@ -97,38 +146,74 @@ def _special_tokens(config: dict[str, Any], place: Path) -> dict[str, str]:
             continue
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
-            raise ValueError(f"{place}: {name}={value!r}: must be a string or an object with a string `content`")
+            raise ValueError(f"{place}: {name}={_short(value)}: must be a string or an object with a string `content`")
         tokens[name] = text
     return tokens
 
 
-def _stop_ids(path: Path) -> tuple[int, ...]:
+def _stop_ids(path: Path) -> list[int]:
     value = read_json(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise ValueError(f"{path}: eos_token_id={value!r}: must be a token id or a list of token ids")
-    return tuple(ids)
+        if not _is_token_id(token_id):
+            raise ValueError(f"{path}: eos_token_id={_short(value)}: must be a token id or a list of token ids")
+    return ids
 
 
-def _added_tokens(path: Path, config: dict[str, Any]) -> dict[str, int]:
-    declared = config.get("added_tokens_decoder") or {}
-    return read_json(path / "added_tokens.json") | {entry["content"]: int(key) for key, entry in declared.items()}
+def _added_tokens(path: Path, config: dict[str, Any], config_path: Path) -> dict[str, int]:
+    older = path / "added_tokens.json"
+    added = read_json(older)
+    for text, token_id in added.items():
+        if not _is_token_id(token_id):
+            raise ValueError(f"{older}: {text}={_short(token_id)}: must be a token id")
+    declared = config.get("added_tokens_decoder")
+    if declared is None:
+        return added
+    rule = "must be an object: a token id → an object with a string `content`"
+    if not isinstance(declared, dict):
+        raise ValueError(f"{config_path}: added_tokens_decoder={_short(declared)}: {rule}")
+    for key, entry in declared.items():
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not (key.isascii() and key.isdecimal() and len(key) < 10) or not isinstance(content, str):
+            raise ValueError(f"{config_path}: added_tokens_decoder.{key}={_short(entry)}: {rule}")
+        added[content] = int(key)
+    return added
 
 
-def _chat_template(path: Path, config: dict[str, Any], special_tokens: dict[str, str]) -> ChatTemplate | None:
+def _chat_template(path: Path, config: dict[str, Any], config_path: Path) -> tuple[str | None, str]:
     file = path / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, str(file))
-    place = path / "tokenizer_config.json"
+    text = read_text(file)
+    if text is not None:
+        return text, str(file)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        if "default" not in named:
-            raise ValueError(f"{place}: chat_template names {sorted(named)}: one of them must be named `default`")
-        template = named["default"]
-    if template is None:
-        return None
-    if not isinstance(template, str):
-        raise ValueError(f"{place}: chat_template is a {type(template).__name__}: must be a string or a list")
-    return ChatTemplate(template, special_tokens, str(place))
+        template = _default_template(template, config_path)
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            f"{config_path}: chat_template={_short(template)}: must be a string or a list of named templates"
+        )
+    return template, str(config_path)
+
+
+def _default_template(templates: list[Any], place: Path) -> str:
+    named = {}
+    for entry in templates:
+        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(
+                f"{place}: chat_template={_short(templates)}: each entry of a list must be an object "
+                "with a string `name` and a string `template`"
+            )
+        named[name] = text
+    if "default" not in named:
+        raise ValueError(f"{place}: chat_template names {sorted(named)}: one of them must be named `default`")
+    return named["default"]
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."

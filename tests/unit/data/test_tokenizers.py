@@ -38,15 +38,18 @@ def test_bpe_encodes_and_renders_as_transformers_does(bpe_folder: Path) -> None:
     assert ours.vocab_size == len(theirs)
 
 
-def test_sentencepiece_encodes_as_transformers_does(sentencepiece_folder: Path, tmp_path: Path) -> None:
-    changes = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+@pytest.mark.parametrize("legacy", [False, True, None])
+def test_sentencepiece_encodes_as_transformers_does(
+    sentencepiece_folder: Path, tmp_path: Path, legacy: bool | None
+) -> None:
+    changes = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
     folder = variant(sentencepiece_folder, tmp_path / "llama", **changes)
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("What is 12 + 7?", "The answer is 十", "naïve thinking"):
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    for text in ("<s>What is", "<s> What is 3?</s>", "What</s> is", "a</s><s> b"):
+    for text in ("<s>What is", "<s> What is 3?</s>", "What</s> is", "a</s><s> b", "<s>What</s>is"):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert ours.render("What is 1?", False) == theirs.encode("What is 1?", add_special_tokens=True)
 
@@ -114,7 +117,7 @@ def test_a_template_may_use_what_transformers_offers(bpe_folder: Path, tmp_path:
 
 def test_a_template_cannot_reach_out_of_its_sandbox(bpe_folder: Path, tmp_path: Path) -> None:
     folder = variant(bpe_folder, tmp_path / "t", chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(ValueError, match="refuses"):
+    with pytest.raises(ValueError, match="SecurityError"):
         load_tokenizer(folder).render("hi", True)
 
 
