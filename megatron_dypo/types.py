@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -79,10 +79,15 @@ class Prompt:
     """[L] The prompt, chat template and generation header included."""
     text: str
     """What ``tokens`` decode to."""
-    answer: str
+    answer: Any
+    """A string; an object or a list where the row has one."""
     source: str
     traces: Mapping[str, Tokens] = field(default_factory=dict)
     """Teacher name → [R] target tokens, end-of-sequence included. Any subset of the teachers."""
+    verifier: str | None = None
+    """The row's own verifier, named as ``grading.verifier`` is; None: the run's."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns; empty unless ``data.keep_row`` asks for them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -121,6 +121,10 @@ class _FolderTokenizer:
     def save(self, folder: Path) -> None:
         self._folder.copy_to(folder, extra=(self._file,))
 
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        # Another process loads it anew: compiled templates cannot be sent.
+        return load_tokenizer, (self._file,)
+
 
 class HFTokenizer(_FolderTokenizer):
     """A ``tokenizer.json`` of the `tokenizers` library, with the configuration files beside it."""
