@@ -51,8 +51,9 @@ class PromptDataset:
         self.checked = self._check(data, tokenizer, cache_dir, show_progress)
         """What is known of every row, bad ones included; ``numbers`` are the indices of the others."""
         settle_bad_rows(self.checked.problems, self._source, data.on_bad_row, cache_dir)
-        self.numbers: npt.NDArray[np.int64] = np.delete(
-            np.arange(len(self._source), dtype=np.int64), list(self.checked.problems)
+        index = np.int32 if len(self._source) < 2**31 else np.int64
+        self.numbers: npt.NDArray[np.signedinteger] = np.delete(
+            np.arange(len(self._source), dtype=index), list(self.checked.problems)
         )
         self.teachers: frozenset[str] = frozenset(self.checked.teachers)
         """Every teacher that some row has."""

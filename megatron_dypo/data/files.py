@@ -147,9 +147,7 @@ class JsonlPart:
             for index, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
-                    yield _record(
-                        raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2
-                    )
+                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2)
                 except BadRow as bad:
                     yield bad
 

@@ -37,7 +37,9 @@ class ParquetFile:
         except _UNREADABLE as error:
             raise ValueError(f"{path}: is damaged: {error}") from error
         if sum(sizes) != metadata.num_rows or min(sizes, default=0) < 0:
-            raise ValueError(f"{path}: is damaged: its row groups have {sizes} rows, its footer says {metadata.num_rows}")
+            raise ValueError(
+                f"{path}: is damaged: its row groups have {sizes} rows, its footer says {metadata.num_rows}"
+            )
         missing = [name for name in required if _column_of(name, present) is None]
         if missing:
             raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)}")

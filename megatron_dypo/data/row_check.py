@@ -169,12 +169,10 @@ def _joined(parts: Sequence[Any], kind: type) -> npt.NDArray[Any]:
     return np.concatenate([np.zeros(0, kind), *(np.asarray(part, kind) for part in parts)])
 
 
-def _repeated_ids(
-    digests: npt.NDArray[np.uint64], bad: set[int], source: RowSource
-) -> dict[int, tuple[str, ...]]:
+def _repeated_ids(digests: npt.NDArray[np.uint64], bad: set[int], source: RowSource) -> dict[int, tuple[str, ...]]:
     order = np.argsort(digests, kind="stable")
     order = order[~np.isin(order, list(bad))] if bad else order
-    problems = {}
+    problems: dict[int, tuple[str, ...]] = {}
     start = 0
     # Runs of equal digests; rows are in their order within a run.
     for end in (*(np.flatnonzero(np.diff(digests[order])) + 1), len(order)):
@@ -186,7 +184,7 @@ def _repeated_ids(
 
 def _equal_ids(rows: Sequence[int], source: RowSource) -> dict[int, tuple[str, ...]]:
     first_of: dict[str, int] = {}
-    problems = {}
+    problems: dict[int, tuple[str, ...]] = {}
     for row in rows:
         prompt_id = source.row(row).prompt_id
         first = first_of.setdefault(prompt_id, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -101,10 +102,9 @@ class _Reader:
         traces: dict[str, str] = {}
         num_failed = 0
         for name in columns.traces:
-            found, failed = self.optional(name, lambda value, name=name: read_traces(name, value, given), ({}, 0)) or (
-                {},
-                0,
-            )
+            read = functools.partial(read_traces, name, checks=given)
+            # None where a broken rule was noted.
+            found, failed = self.optional(name, read, None) or ({}, 0)
             twice = sorted(traces.keys() & found.keys())
             if twice:
                 self.problems.append(f"{name}: has a trace of {twice[0]!r}, and so has another column")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +47,17 @@ class RowSource:
         self, paths: Iterable[Path | str], columns: Columns, *, keep_row: bool, show_progress: bool = False
     ) -> None:
         self.columns = columns
-        paths = [Path(path) for path in paths]
+        files = [Path(path) for path in paths]
         read = None if keep_row else columns.names
-        self.files: list[RowFile] = [open_rows(path, read, (columns.prompt, columns.answer)) for path in paths]
-        self.names = distinct_names(paths)
+        self.files: list[RowFile] = [open_rows(path, read, (columns.prompt, columns.answer)) for path in files]
+        self.names = distinct_names(files)
         """What each file is called in ids: its name, after those of its folders where two files have the same."""
         self._parsers = [RowParser(name=name, columns=columns, keep_row=keep_row) for name in self.names]
-        self._stats = [_stat(path) for path in paths]
+        self._stats = [_stat(path) for path in files]
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         total = sum(size for size, _ in self._stats)
         with progress(total, "hashing prompt files", "bytes", enabled=show_progress) as bar:
-            self.hashes = [_sha256(path, bar.update) for path in paths]
+            self.hashes = [_sha256(path, bar.update) for path in files]
             """SHA-256 of each file, in hexadecimal."""
 
     def __len__(self) -> int:
@@ -135,7 +134,7 @@ def distinct_names(paths: list[Path]) -> list[str]:
 
 def _stat(path: Path) -> tuple[int, int]:
     try:
-        stat = os.stat(path)
+        stat = path.stat()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read any more: {error.strerror}") from error
     return stat.st_size, stat.st_mtime_ns
