@@ -35,7 +35,8 @@ _NOT_CHECKED = (
     *("max_prompt_tokens", "max_trace_tokens", "shuffle"),
 )
 """Fields of :class:`DataConfig` that the check does not read, or whose meaning is hashed otherwise."""
-_ARRAYS = ("prompt_tokens", "trace_start", "trace_teacher", "trace_tokens", "verifier", "is_object")
+_ARRAYS = ("prompt_tokens", "trace_start", "trace_teacher", "trace_tokens", "verifier", "source", "is_object")
+_NAMES = ("teachers", "verifiers", "sources", "columns")
 
 
 def check_hash(source: RowSource, tokenizer: Tokenizer, data: DataConfig) -> str:
@@ -68,10 +69,10 @@ def read_check(path: Path, num_rows: int) -> RowsChecked | None:
     if len(arrays["prompt_tokens"]) != num_rows:
         log.warning("%s is of %d rows: checking the rows again", path, len(arrays["prompt_tokens"]))
         return None
+    kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+    kept |= {name: tuple(notes[name]) for name in _NAMES}
     return RowsChecked(
-        **{name: arrays[name] for name in _ARRAYS},
-        teachers=tuple(notes["teachers"]),
-        verifiers=tuple(notes["verifiers"]),
+        **kept,
         num_failed_checks=notes["num_failed_checks"],
         problems={int(row): tuple(problems) for row, problems in notes["problems"].items()},
     )
@@ -80,8 +81,7 @@ def read_check(path: Path, num_rows: int) -> RowsChecked | None:
 def write_check(path: Path, checked: RowsChecked) -> None:
     """Write the result of a check, all of it or nothing."""
     notes = {
-        "teachers": checked.teachers,
-        "verifiers": checked.verifiers,
+        **{name: getattr(checked, name) for name in _NAMES},
         "num_failed_checks": checked.num_failed_checks,
         "problems": checked.problems,
     }

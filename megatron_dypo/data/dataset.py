@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
@@ -42,9 +43,12 @@ class PromptDataset:
         tokenizer: Tokenizer | None = None,
         cache_dir: Path | None = None,
         show_progress: bool = False,
+        held_out: bool = False,
     ) -> None:
         data = data or DataConfig(fields=fields or DataFieldsConfig())
         columns = columns_of(data.format, data.fields)
+        if held_out:
+            columns = dataclasses.replace(columns, traces=(), trace_checks=())
         self._source = RowSource(paths, columns, keep_row=data.keep_row, show_progress=show_progress)
         self.check_file: Path | None = None
         """Where the check's result is kept, for a later opening."""
@@ -59,10 +63,14 @@ class PromptDataset:
         """Every teacher that some row has."""
         self.verifiers: frozenset[str] = frozenset(self.checked.verifiers)
         """Every verifier that some row names."""
+        self.sources: frozenset[str] = frozenset(self.checked.sources)
         self.num_too_long = 0
         """Prompts longer than ``data.max_prompt_tokens``; their draws are dropped."""
+        if not held_out:
+            self._require_named_columns(data.fields)
         if tokenizer is not None:
-            self._settle_lengths(data)
+            self._settle_prompts(data)
+            self._settle_traces(data)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -83,19 +91,20 @@ class PromptDataset:
         start, stop = self.checked.trace_start[self.numbers[row] : self.numbers[row] + 2]
         return {self.checked.teachers[self.checked.trace_teacher[index]]: index for index in range(start, stop)}
 
-    def require_text_answers(self, takes_objects: Callable[[str | None], bool]) -> None:
+    def require_text_answers(self, takes_objects: Callable[[str | None, str], bool]) -> None:
         """Raise ValueError where an answer is an object or a list and the row's verifier takes text only.
 
-        ``takes_objects`` is asked once for each verifier that rows with such answers name, and for None where they name
-        none.
+        ``takes_objects`` gets a row's own verifier (None: it names none) and its source, once for each two that rows
+        with such answers have.
         """
         checked = self.checked
         with_object = self.numbers[checked.is_object[self.numbers]]
-        for code in np.unique(checked.verifier[with_object]):
+        kinds = np.stack([checked.verifier[with_object], checked.source[with_object]], axis=1)
+        for code, source in np.unique(kinds, axis=0):
             verifier = None if code < 0 else checked.verifiers[code]
-            if takes_objects(verifier):
+            if takes_objects(verifier, checked.sources[source]):
                 continue
-            rows = with_object[checked.verifier[with_object] == code]
+            rows = with_object[(kinds == (code, source)).all(axis=1)]
             answer = shown(self._source.row(int(rows[0])).answer)
             raise ValueError(
                 f"{self._source.place(int(rows[0]))}: {self._source.columns.answer}={answer}: "
@@ -137,7 +146,15 @@ class PromptDataset:
             write_check(self.check_file, checked)
         return checked
 
-    def _settle_lengths(self, data: DataConfig) -> None:
+    def _require_named_columns(self, fields: DataFieldsConfig) -> None:
+        """Raise ValueError where the config names a column that no row has: most likely it is misspelt."""
+        for option in dataclasses.fields(fields):
+            value = getattr(fields, option.name)
+            for name in (value,) if isinstance(value, str) else value or ():
+                if name and name not in self.checked.columns:
+                    raise ValueError(f"data.fields.{option.name}={name}: no row of the prompt files has such a field")
+
+    def _settle_prompts(self, data: DataConfig) -> None:
         lengths = self.checked.prompt_tokens[self.numbers]
         self.num_too_long = int((lengths > data.max_prompt_tokens).sum())
         if not self.num_too_long:
@@ -147,6 +164,14 @@ class PromptDataset:
             raise ValueError(f"{text}: the shortest has {lengths.min()} tokens")
         log.warning("%s: their draws are dropped; the longest has %d tokens", text, lengths.max())
 
+    def _settle_traces(self, data: DataConfig) -> None:
+        if self.checked.num_failed_checks:
+            log.warning("%d traces failed a check of data.fields.trace_checks", self.checked.num_failed_checks)
+        num_long = int((self.checked.trace_tokens > data.max_trace_tokens).sum())
+        if num_long:
+            text = "%d of %d teachers' traces are longer than data.max_trace_tokens=%d and dropped"
+            log.warning(text, num_long, len(self.checked.trace_tokens), data.max_trace_tokens)
+
 
 def open_prompts(
     paths: Iterable[Path | str],
@@ -155,11 +180,21 @@ def open_prompts(
     *,
     cache_dir: Path | None = None,
     show_progress: bool = False,
+    held_out: bool = False,
 ) -> PromptDataset:
     """Open prompt files and check every row once: parsed, rendered with its template and tokenised.
 
     The check is kept in ``cache_dir / "data_check"``, so that a second opening of the same files with the same tokenizer
-    and template reads its result. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. Raises ValueError as
-    :class:`PromptDataset`, and where every prompt is longer than ``data.max_prompt_tokens``.
+    and template reads its result. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. Of a set to evaluate on
+    (``held_out``) traces are not read, and it may lack columns that ``data.fields`` names. Raises ValueError as
+    :class:`PromptDataset`, where every prompt is longer than ``data.max_prompt_tokens``, and where no row has a column
+    that ``data.fields`` names.
     """
-    return PromptDataset(paths, data=data, tokenizer=tokenizer, cache_dir=cache_dir, show_progress=show_progress)
+    return PromptDataset(
+        paths,
+        data=data,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        show_progress=show_progress,
+        held_out=held_out,
+    )

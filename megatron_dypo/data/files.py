@@ -88,7 +88,7 @@ class JsonlFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offsets, self._lines = array("q"), array("q")
+        self._offsets, self._lines = array("q"), array("I")
         self._file = path.open("rb")
         offset = 0
         line = b"\n"

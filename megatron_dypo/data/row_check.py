@@ -17,7 +17,7 @@ from megatron_dypo.data.rows import BadRow, PromptRow
 from megatron_dypo.data.source import RowParser, RowSource
 from megatron_dypo.data.tokenising import end_trace, render_prompt, require_target
 from megatron_dypo.data.tokenizers import Tokenizer
-from megatron_dypo.data.values import printable
+from megatron_dypo.data.values import has_field, printable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,8 +37,13 @@ class RowsChecked:
     verifier: npt.NDArray[np.int32]
     """[N] Index into ``verifiers``; −1 where the row names none."""
     verifiers: tuple[str, ...]
+    source: npt.NDArray[np.int32]
+    """[N] Index into ``sources``; −1 for a bad row."""
+    sources: tuple[str, ...]
     is_object: npt.NDArray[np.bool_]
     """[N] Whether the answer is an object or a list."""
+    columns: tuple[str, ...]
+    """Names of :class:`Columns` that some row has, be its value null."""
     num_failed_checks: int
     """Traces left out by ``data.fields.trace_checks``."""
     problems: Mapping[int, Sequence[str]]
@@ -50,9 +55,10 @@ class PartCheck:
 
     def __init__(self) -> None:
         self.prompt_tokens, self.num_traces, self.trace_tokens = array("i"), array("i"), array("i")
-        self.trace_teacher, self.verifier = array("i"), array("i")
+        self.trace_teacher, self.verifier, self.source = array("i"), array("i"), array("i")
         self.names: dict[str, int] = {}
-        """Names of teachers and verifiers → their index in this part."""
+        """Names of teachers, verifiers and sources → their index in this part."""
+        self.columns: set[str] = set()
         self.is_object = array("b")
         self.digests = array("Q")
         self.num_failed_checks = 0
@@ -68,6 +74,7 @@ class PartCheck:
         self.trace_tokens.extend(trace_tokens.values())
         self.trace_teacher.extend(self._index(name) for name in trace_tokens)
         self.verifier.append(-1 if row.verifier is None else self._index(row.verifier))
+        self.source.append(self._index(row.source))
         self.is_object.append(not isinstance(row.answer, str))
         self.digests.append(_digest(row.prompt_id))
         self.num_failed_checks += row.num_failed_checks
@@ -78,8 +85,15 @@ class PartCheck:
         self.prompt_tokens.append(-1)
         self.num_traces.append(0)
         self.verifier.append(-1)
+        self.source.append(-1)
         self.is_object.append(False)
         self.digests.append(0)
+
+    def note_columns(self, record: object, columns: Sequence[str]) -> None:
+        """Note which of these columns a record has."""
+        for name in columns:
+            if name not in self.columns and isinstance(record, dict) and has_field(record, name):
+                self.columns.add(name)
 
     def _index(self, name: str) -> int:
         return self.names.setdefault(name, len(self.names))
@@ -98,6 +112,7 @@ def check_part(
         try:
             if isinstance(record, BadRow):
                 raise record
+            found.note_columns(record, parser.columns.names)
             row = parser.parse(line, record)
             if tokenizer is None:
                 found.add(row, -1, dict.fromkeys(row.traces, -1))
@@ -117,12 +132,13 @@ def _count(row: PromptRow, tokenizer: Tokenizer, data: DataConfig) -> tuple[int,
         raise BadRow(f"prompt: {printable(str(error))}") from error
     counts, problems = {}, []
     for name, text in row.traces.items():
-        target = end_trace(text, tokenizer, prompt)
         try:
+            target = end_trace(text, tokenizer, prompt)
             require_target(target, tokenizer)
         except ValueError as error:
-            problems.append(f"the trace of {name!r}: {error}")
-        counts[name] = len(target)
+            problems.append(f"the trace of {name!r}: {printable(str(error))}")
+        else:
+            counts[name] = len(target)
     if problems:
         raise BadRow(*problems)
     return len(prompt), counts
@@ -132,6 +148,7 @@ def join_parts(parts: Sequence[PartCheck], source: RowSource) -> RowsChecked:
     """Join the checks of all parts, in the order of the rows; rows whose id another has before them become bad."""
     teachers = sorted({name for part in parts for name in _used(part, part.trace_teacher)})
     verifiers = sorted({name for part in parts for name in _used(part, part.verifier)})
+    sources = sorted({name for part in parts for name in _used(part, part.source)})
     problems: dict[int, tuple[str, ...]] = {}
     first = 0
     for part in parts:
@@ -147,6 +164,9 @@ def join_parts(parts: Sequence[PartCheck], source: RowSource) -> RowsChecked:
         teachers=tuple(teachers),
         verifier=_joined([_renumbered(part, part.verifier, verifiers) for part in parts], np.int32),
         verifiers=tuple(verifiers),
+        source=_joined([_renumbered(part, part.source, sources) for part in parts], np.int32),
+        sources=tuple(sources),
+        columns=tuple(sorted({name for part in parts for name in part.columns})),
         is_object=_joined([part.is_object for part in parts], np.bool_),
         num_failed_checks=sum(part.num_failed_checks for part in parts),
         problems=dict(sorted(problems.items())),

@@ -86,6 +86,14 @@ def lookup(record: Mapping[str, Any], name: str) -> Any:
     return Absent.MISSING
 
 
+def has_field(record: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a record has the field ``name``; what cannot be read counts, for it is reported otherwise."""
+    try:
+        return lookup(record, name) is not Absent.MISSING
+    except Broken:
+        return True
+
+
 def check_characters(text: str, part: str = "") -> None:
     """Raise :class:`Broken` where a text has a NUL or a lone surrogate: no tokenizer or server takes them."""
     if "\0" in text:

@@ -121,6 +121,38 @@ def test_prompts_that_are_all_too_long_are_an_error_at_opening(tokenizer: Tokeni
         _open(path, tokenizer, max_prompt_tokens=1)
 
 
+@pytest.mark.parametrize("field", ["traces", "source", "id", "verifier", "trace_checks"])
+def test_a_column_that_the_config_names_and_no_row_has_is_an_error(
+    tokenizer: Tokenizer, tmp_path: Path, field: str
+) -> None:
+    path = _write(tmp_path / "x.jsonl", ROWS)
+    data = DataConfig(fields=DataFieldsConfig(**{field: "tracez"}))
+    with pytest.raises(ValueError, match=rf"data\.fields\.{field}=tracez: no row of the prompt files has such a field"):
+        open_prompts([path], data, tokenizer, cache_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"data\.fields\.{field}=tracez: no row"):
+        open_prompts([path], data, tokenizer, cache_dir=tmp_path / "run")
+    # One row with a null is enough, and a set to evaluate on needs none.
+    assert len(open_prompts([path], data, tokenizer, held_out=True)) == 48
+    _write(path, [*ROWS, {**ROWS[0], "tracez": None}])
+    assert len(open_prompts([path], data, tokenizer, cache_dir=tmp_path / "run")) == 49
+
+
+def test_the_traces_of_a_held_out_set_are_not_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.jsonl", [ROWS[0], {**ROWS[1], "traces": 3}])
+    dataset = open_prompts([path], DataConfig(), tokenizer, held_out=True)
+    assert (len(dataset), dataset.teachers) == (2, frozenset())
+
+
+def test_traces_that_are_too_long_or_fail_a_check_are_said(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "is_right": {"r1": number > 3, "qwen/235B": True}} for number, row in enumerate(ROWS)]
+    fields = DataFieldsConfig(trace_checks="is_right")
+    _open(_write(tmp_path / "x.jsonl", rows), tokenizer, fields=fields, max_trace_tokens=30)
+    assert "4 traces failed a check of data.fields.trace_checks" in caplog.text
+    assert "of 92 teachers' traces are longer than data.max_trace_tokens=30" in caplog.text
+
+
 def test_some_prompts_too_long_are_counted_and_stay_draws(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,7 +209,7 @@ def test_another_content_or_template_is_checked_anew(bpe_folder: Path, tmp_path:
     elif change == "name":
         path = path.rename(tmp_path / "y.jsonl")
     elif change == "fields":
-        data["fields"] = DataFieldsConfig(source="origin")
+        data["fields"] = DataFieldsConfig(source="prompt")
     elif change == "template":
         template = "<|im_start|>{{ messages[0].content }}"
         folder = variant(folder, tmp_path / "t2", chat_template=template)

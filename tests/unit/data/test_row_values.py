@@ -101,20 +101,21 @@ def test_verifiers_that_take_text_refuse_rows_with_objects(tmp_path: Path) -> No
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = PromptDataset([path])
     assert dataset.verifiers == {"pkg:judge"}
+    assert dataset.sources == {"x"}
     asked = []
 
-    def takes_objects(verifier: str | None) -> bool:
-        asked.append(verifier)
+    def takes_objects(verifier: str | None, source: str) -> bool:
+        asked.append((verifier, source))
         return verifier == "pkg:judge"
 
     with pytest.raises(
         ValueError, match=r"x\.jsonl:3: answer=\[2\]: the verifier takes text only; 2 rows have an object"
     ):
         dataset.require_text_answers(takes_objects)
-    dataset.require_text_answers(lambda verifier: True)
+    dataset.require_text_answers(lambda verifier, source: True)
     with pytest.raises(ValueError, match=r"x\.jsonl:2: answer=\{'x': 1\}: pkg:judge takes text only; 1 rows"):
-        dataset.require_text_answers(lambda verifier: verifier is None)
-    assert asked == [None]
+        dataset.require_text_answers(lambda verifier, source: verifier is None)
+    assert asked == [(None, "x")]
 
 
 @pytest.mark.parametrize(
