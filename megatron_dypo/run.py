@@ -20,8 +20,8 @@ from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
-from megatron_dypo.data.dataset import compare_fingerprints
-from megatron_dypo.data.prompts import DropCounts, PromptDataset, PromptStream
+from megatron_dypo.data.fingerprints import compare_fingerprints
+from megatron_dypo.data.prompts import DropCounts, PromptStream, open_prompts
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.ledger import Ledger

@@ -1,145 +1,200 @@
-"""The rows of the prompt files: all checked at opening, each read again when it is asked for."""
+"""The rows of the prompt files: all checked once at opening, each read again when it is asked for."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dypo.config.data import DataFieldsConfig
-from megatron_dypo.data.files import RowFile, open_rows
-from megatron_dypo.data.rows import BadRow, PromptRow, parse_row
+from megatron_dypo.config.data import DataConfig, DataFieldsConfig
+from megatron_dypo.data.bad_rows import settle_bad_rows
+from megatron_dypo.data.check_cache import CHECK_FOLDER, check_hash, read_check, write_check
+from megatron_dypo.data.check_processes import check_rows
+from megatron_dypo.data.formats import columns_of
+from megatron_dypo.data.row_check import RowsChecked
+from megatron_dypo.data.rows import PromptRow
+from megatron_dypo.data.source import RowSource
+from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.values import shown
 
-_SHOWN_PROBLEMS = 20
+log = logging.getLogger(__name__)
 
 
 class PromptDataset:
     """Rows of JSONL and Parquet files by index; every row is checked at opening, and read again when asked for.
 
-    Holds a few bytes a row, never the rows. Raises one ValueError that lists the first 20 bad rows, each with
-    file, line, field, value and rule, and counts the rest; duplicate ids are bad rows too.
+    With a tokenizer the check renders and counts each row too. Holds a few bytes a row, never the rows. Raises one
+    ValueError that lists the first 20 bad rows, each with file, line, field, value and rule, and counts the rest;
+    duplicate ids are bad rows too. With ``data.on_bad_row=skip`` bad rows are no part of it.
     """
 
-    def __init__(self, paths: Iterable[Path | str], fields: DataFieldsConfig | None = None) -> None:
-        self._fields = fields or DataFieldsConfig()
-        names = self._fields
-        columns = (names.prompt, names.answer, names.source, names.traces, names.id)
-        self._files = [open_rows(Path(path), columns, (names.prompt, names.answer)) for path in paths]
-        self._ends = np.cumsum([len(file) for file in self._files])
-        self.teachers: frozenset[str] = frozenset()
+    def __init__(
+        self,
+        paths: Iterable[Path | str],
+        fields: DataFieldsConfig | None = None,
+        *,
+        data: DataConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        cache_dir: Path | None = None,
+        show_progress: bool = False,
+        held_out: bool = False,
+    ) -> None:
+        data = data or DataConfig(fields=fields or DataFieldsConfig())
+        columns = columns_of(data.format, data.fields)
+        if held_out:
+            columns = dataclasses.replace(columns, traces=(), trace_checks=())
+        self._source = RowSource(paths, columns, keep_row=data.keep_row, show_progress=show_progress)
+        self.check_file: Path | None = None
+        """Where the check's result is kept, for a later opening."""
+        self.checked = self._check(data, tokenizer, cache_dir, show_progress)
+        """What is known of every row, bad ones included; ``numbers`` are the indices of the others."""
+        settle_bad_rows(self.checked.problems, self._source, data.on_bad_row, cache_dir)
+        index = np.int32 if len(self._source) < 2**31 else np.int64
+        self.numbers: npt.NDArray[np.signedinteger] = np.delete(
+            np.arange(len(self._source), dtype=index), list(self.checked.problems)
+        )
+        self.teachers: frozenset[str] = frozenset(self.checked.teachers)
         """Every teacher that some row has."""
-        self._check()
+        self.verifiers: frozenset[str] = frozenset(self.checked.verifiers)
+        """Every verifier that some row names."""
+        self.sources: frozenset[str] = frozenset(self.checked.sources)
+        self.num_too_long = 0
+        """Prompts longer than ``data.max_prompt_tokens``; their draws are dropped."""
+        if not held_out:
+            self._require_named_columns(data.fields)
+        if tokenizer is not None:
+            self._settle_prompts(data)
+            self._settle_traces(data)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._files else 0
+        return len(self.numbers)
 
     def __getitem__(self, row: int) -> PromptRow:
         """The row at ``row``, 0 ≤ row < len; rows follow each other in the order of files and lines."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        file, index = self._locate(row)
-        try:
-            return self._parse(file, index, file.read(index))
-        except BadRow as bad:
-            raise ValueError(f"{self._place(row)}: {bad} (the file has changed since it was opened)") from bad
+        return self._source.row(int(self.numbers[row]))
+
+    def prompt_tokens(self, row: int) -> int | None:
+        """Tokens of a row's prompt; None where the data set was opened without a tokenizer."""
+        count = int(self.checked.prompt_tokens[self.numbers[row]])
+        return count if count >= 0 else None
+
+    def trace_indices(self, row: int) -> dict[str, int]:
+        """Teacher name → index into the check's arrays of traces, for the teachers of a row."""
+        start, stop = self.checked.trace_start[self.numbers[row] : self.numbers[row] + 2]
+        return {self.checked.teachers[self.checked.trace_teacher[index]]: index for index in range(start, stop)}
+
+    def require_text_answers(self, takes_objects: Callable[[str | None, str], bool]) -> None:
+        """Raise ValueError where an answer is an object or a list and the row's verifier takes text only.
+
+        ``takes_objects`` gets a row's own verifier (None: it names none) and its source, once for each two that rows
+        with such answers have.
+        """
+        checked = self.checked
+        with_object = self.numbers[checked.is_object[self.numbers]]
+        kinds = np.stack([checked.verifier[with_object], checked.source[with_object]], axis=1)
+        for code, source in np.unique(kinds, axis=0):
+            verifier = None if code < 0 else checked.verifiers[code]
+            if takes_objects(verifier, checked.sources[source]):
+                continue
+            rows = with_object[(kinds == (code, source)).all(axis=1)]
+            answer = shown(self._source.row(int(rows[0])).answer)
+            raise ValueError(
+                f"{self._source.place(int(rows[0]))}: {self._source.columns.answer}={answer}: "
+                f"{verifier or 'the verifier'} takes text only; {len(rows)} rows have an object or a list as their answer"
+            )
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, size in bytes, rows and sha256 of each file."""
-        found = []
-        for file in self._files:
-            with file.path.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            found.append(
-                {"name": file.path.name, "bytes": file.path.stat().st_size, "rows": len(file), "sha256": digest}
+        """Describe each file: name, bytes, rows, sha256, and how many and which of its rows are skipped."""
+        files, first = [], 0
+        source = self._source
+        bad = np.fromiter(self.checked.problems, np.int64)
+        for file, name, size, digest in zip(source.files, source.names, source.sizes, source.hashes, strict=True):
+            inside = bad[(bad >= first) & (bad < first + len(file))] - first
+            files.append(
+                {
+                    "name": name,
+                    "bytes": size,
+                    "rows": len(file),
+                    "sha256": digest,
+                    "skipped": len(inside),
+                    "skipped_sha256": hashlib.sha256(inside.astype("<i8").tobytes()).hexdigest(),
+                }
             )
-        return found
+            first += len(file)
+        return files
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        self._source.close()
 
-    def _locate(self, row: int) -> tuple[RowFile, int]:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        return self._files[number], row - start
+    def _check(
+        self, data: DataConfig, tokenizer: Tokenizer | None, cache_dir: Path | None, show_progress: bool
+    ) -> RowsChecked:
+        if tokenizer is None or cache_dir is None:
+            return check_rows(self._source, tokenizer, data, show_progress=show_progress)
+        self.check_file = cache_dir / CHECK_FOLDER / f"{check_hash(self._source, tokenizer, data)}.npz"
+        checked = read_check(self.check_file, len(self._source))
+        if checked is None:
+            checked = check_rows(self._source, tokenizer, data, show_progress=show_progress)
+            write_check(self.check_file, checked)
+        return checked
 
-    def _place(self, row: int) -> str:
-        file, index = self._locate(row)
-        return f"{file.path}:{file.line(index)}"
+    def _require_named_columns(self, fields: DataFieldsConfig) -> None:
+        """Raise ValueError where the config names a column that no row has: most likely it is misspelt."""
+        for option in dataclasses.fields(fields):
+            value = getattr(fields, option.name)
+            for name in (value,) if isinstance(value, str) else value or ():
+                if name and name not in self.checked.columns:
+                    raise ValueError(f"data.fields.{option.name}={name}: no row of the prompt files has such a field")
 
-    def _parse(self, file: RowFile, index: int, record: object) -> PromptRow:
-        default_id = f"{file.path.name}:{file.line(index)}"
-        return parse_row(record, self._fields, default_id=default_id, default_source=file.path.stem)
-
-    def _check(self) -> None:
-        problems = _Problems()
-        teachers: set[str] = set()
-        digests = np.zeros(len(self), dtype=np.uint64)
-        row = 0
-        for file in self._files:
-            for index, record in enumerate(file.scan()):
-                try:
-                    if isinstance(record, BadRow):
-                        raise record
-                    parsed = self._parse(file, index, record)
-                except BadRow as bad:
-                    problems.add(f"{file.path}:{file.line(index)}", bad.problems)
-                    # No id: give the row a digest that is its own.
-                    digests[row] = _digest(f"\0{row}")
-                else:
-                    teachers.update(parsed.traces)
-                    digests[row] = _digest(parsed.prompt_id)
-                row += 1
-        self._check_ids(digests, problems)
-        problems.raise_if_any()
-        self.teachers = frozenset(teachers)
-
-    def _check_ids(self, digests: npt.NDArray[np.uint64], problems: _Problems) -> None:
-        order = np.argsort(digests, kind="stable")
-        again = np.flatnonzero(digests[order[1:]] == digests[order[:-1]])
-        for earlier, later in sorted(((int(order[i]), int(order[i + 1])) for i in again), key=lambda pair: pair[1]):
-            first, second = self[earlier].prompt_id, self[later].prompt_id
-            if first == second:
-                rule = f"{self._fields.id}={second!r}: is the id of {self._place(earlier)} too"
-                problems.add(self._place(later), (rule,))
-
-
-def compare_fingerprints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The differences between two results of :meth:`PromptDataset.fingerprint`, in words."""
-    if [one["name"] for one in old] != [one["name"] for one in new]:
-        return [f"files {[one['name'] for one in old]} → {[one['name'] for one in new]}"]
-    return [
-        f"{a['name']}: {a['rows']} rows, sha256 {a['sha256'][:12]} → {b['rows']} rows, sha256 {b['sha256'][:12]}"
-        for a, b in zip(old, new, strict=True)
-        if a["sha256"] != b["sha256"]
-    ]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-class _Problems:
-    """Broken rules in the order they were met: the first few in words, the rest as a count."""
-
-    def __init__(self) -> None:
-        self._shown: list[str] = []
-        self._bad_rows = 0
-        self._shown_rows = 0
-
-    def add(self, place: str, problems: Sequence[str]) -> None:
-        self._bad_rows += 1
-        if self._shown_rows < _SHOWN_PROBLEMS:
-            self._shown_rows += 1
-            self._shown += [f"  {place}: {problem}" for problem in problems]
-
-    def raise_if_any(self) -> None:
-        if not self._bad_rows:
+    def _settle_prompts(self, data: DataConfig) -> None:
+        lengths = self.checked.prompt_tokens[self.numbers]
+        self.num_too_long = int((lengths > data.max_prompt_tokens).sum())
+        if not self.num_too_long:
             return
-        rest = self._bad_rows - self._shown_rows
-        tail = [f"  and {rest} more"] if rest else []
-        raise ValueError("\n".join([f"{self._bad_rows} bad rows in the prompt files:", *self._shown, *tail]))
+        text = f"{self.num_too_long} of {len(self)} prompts are longer than data.max_prompt_tokens={data.max_prompt_tokens}"
+        if self.num_too_long == len(self):
+            raise ValueError(f"{text}: the shortest has {lengths.min()} tokens")
+        log.warning("%s: their draws are dropped; the longest has %d tokens", text, lengths.max())
+
+    def _settle_traces(self, data: DataConfig) -> None:
+        if self.checked.num_failed_checks:
+            log.warning("%d traces failed a check of data.fields.trace_checks", self.checked.num_failed_checks)
+        num_long = int((self.checked.trace_tokens > data.max_trace_tokens).sum())
+        if num_long:
+            text = "%d of %d teachers' traces are longer than data.max_trace_tokens=%d and dropped"
+            log.warning(text, num_long, len(self.checked.trace_tokens), data.max_trace_tokens)
+
+
+def open_prompts(
+    paths: Iterable[Path | str],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: Path | None = None,
+    show_progress: bool = False,
+    held_out: bool = False,
+) -> PromptDataset:
+    """Open prompt files and check every row once: parsed, rendered with its template and tokenised.
+
+    The check is kept in ``cache_dir / "data_check"``, so that a second opening of the same files with the same tokenizer
+    and template reads its result. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. Of a set to evaluate on
+    (``held_out``) traces are not read, and it may lack columns that ``data.fields`` names. Raises ValueError as
+    :class:`PromptDataset`, where every prompt is longer than ``data.max_prompt_tokens``, and where no row has a column
+    that ``data.fields`` names.
+    """
+    return PromptDataset(
+        paths,
+        data=data,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        show_progress=show_progress,
+        held_out=held_out,
+    )

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import json
 import os
 from array import array
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow
-import pyarrow.parquet
-
+from megatron_dypo.data.parquet_files import ParquetFile
 from megatron_dypo.data.rows import BadRow
+from megatron_dypo.data.values import Broken, parse_json
+
+
+class RowPart(Protocol):
+    """A run of rows of one file, which another process can read."""
+
+    @property
+    def lines(self) -> Sequence[int]:
+        """1-based line (JSONL) or row (Parquet) of each row."""
+
+    def scan(self) -> Iterator[Any]:
+        """Every record in order; a :class:`BadRow` in place of one that cannot be read."""
 
 
 class RowFile(Protocol):
@@ -31,21 +38,49 @@ class RowFile(Protocol):
     def read(self, index: int) -> Any:
         """The record at ``index``. Raises :class:`BadRow` where the file holds none there."""
 
-    def scan(self) -> Iterator[Any]:
-        """Every record in order; a :class:`BadRow` in place of one that cannot be read."""
+    def parts(self, size: int) -> Sequence[RowPart]:
+        """Return the whole file in parts of about ``size`` bytes."""
 
     def close(self) -> None: ...
 
 
-def open_rows(path: Path, columns: Collection[str], required: Collection[str]) -> RowFile:
-    """Open a ``.jsonl`` or ``.parquet`` file. Raises ValueError naming the file."""
+_MAGICS = {
+    b"version https://git-lfs.github.com/spec/": "is a git-lfs pointer: run `git lfs pull`",
+    b"\x1f\x8b": "is compressed by gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it first",
+    b"BZh": "is compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "is compressed by xz: unpack it first",
+    b"PK\x03\x04": "is a zip archive: unpack it first",
+    b"\xff\xfe": "is text in UTF-16: must be UTF-8",
+    b"\xfe\xff": "is text in UTF-16: must be UTF-8",
+}
+
+
+def open_rows(path: Path, columns: Collection[str] | None, required: Collection[str]) -> RowFile:
+    """Open a ``.jsonl`` or ``.parquet`` file. Raises ValueError naming the file.
+
+    A Parquet file is read by the ``columns`` that are asked for (None: all), and must have the ``required`` ones.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        return JsonlFile(path)
-    if path.suffix == ".parquet":
-        return ParquetFile(path, columns, required)
-    raise ValueError(f"{path}: must end in .jsonl or .parquet")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path}: must end in .jsonl or .parquet")
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if not start:
+            raise ValueError(f"{path}: is empty")
+        for magic, problem in _MAGICS.items():
+            if start.startswith(magic):
+                raise ValueError(f"{path}: {problem}")
+        if path.suffix == ".jsonl" and start.startswith(b"PAR1"):
+            raise ValueError(f"{path}: is a Parquet file: its name must end in .parquet")
+        rows: RowFile = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path, columns, required)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(rows) == 0:
+        raise ValueError(f"{path}: holds no rows")
+    return rows
 
 
 class JsonlFile:
@@ -53,99 +88,77 @@ class JsonlFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offsets, self._lines = array("q"), array("q")
+        self._offsets, self._lines = array("q"), array("I")
         self._file = path.open("rb")
         offset = 0
+        line = b"\n"
         for number, line in enumerate(self._file, start=1):
             if line.strip():
                 self._offsets.append(offset)
                 self._lines.append(number)
             offset += len(line)
-        self._end = offset
+        self._offsets.append(offset)
+        self._is_open_ended = not line.endswith(b"\n")
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._lines)
 
     def line(self, index: int) -> int:
         return self._lines[index]
 
     def read(self, index: int) -> Any:
-        start = self._offsets[index]
-        end = self._offsets[index + 1] if index + 1 < len(self._offsets) else self._end
+        start, end = self._offsets[index], self._offsets[index + 1]
         # pread leaves the shared file position alone: safe from any thread.
         raw = os.pread(self._file.fileno(), end - start, start)
-        try:
-            return json.loads(raw.rstrip().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise BadRow(f"byte {error.start} of the line is not UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from error
-        except RecursionError as error:
-            raise BadRow("is nested too deeply") from error
+        return _record(raw, is_first=start == 0, is_cut=self._is_open_ended and index == len(self) - 1)
 
-    def scan(self) -> Iterator[Any]:
-        for index in range(len(self)):
-            try:
-                yield self.read(index)
-            except BadRow as bad:
-                yield bad
-
-    def close(self) -> None:
-        self._file.close()
-
-
-_CACHED_BYTES = 512 * 2**20
-"""Row groups that a Parquet file keeps in memory, as Arrow tables; one group is kept whatever its size."""
-
-
-class ParquetFile:
-    """Reads only the columns that are asked for; keeps the row groups used last."""
-
-    def __init__(self, path: Path, columns: Collection[str], required: Collection[str]) -> None:
-        self.path = path
-        try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: is not a Parquet file: {error}") from error
-        present = self._file.schema_arrow.names
-        missing = [name for name in required if name not in present]
-        if missing:
-            raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)}")
-        self._columns = [name for name in present if name in columns]
-        metadata = self._file.metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._starts = [0, *itertools.accumulate(sizes)]
-        self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def line(self, index: int) -> int:
-        return index + 1
-
-    def read(self, index: int) -> Any:
-        group = bisect.bisect_right(self._starts, index) - 1
-        return _plain(self._group(group).slice(index - self._starts[group], 1).to_pylist()[0])
-
-    def scan(self) -> Iterator[Any]:
-        for batch in self._file.iter_batches(batch_size=1024, columns=self._columns):
-            yield from map(_plain, batch.to_pylist())
+    def parts(self, size: int) -> list[JsonlPart]:
+        parts = []
+        start = 0
+        for index in range(1, len(self) + 1):
+            if index == len(self) or self._offsets[index + 1] - self._offsets[start] > size:
+                part = JsonlPart(
+                    path=self.path,
+                    offsets=self._offsets[start : index + 1],
+                    lines=self._lines[start:index],
+                    is_cut=self._is_open_ended and index == len(self),
+                )
+                parts.append(part)
+                start = index
+        return parts
 
     def close(self) -> None:
         self._file.close()
 
-    def _group(self, group: int) -> pyarrow.Table:
-        if group not in self._groups:
-            self._groups[group] = self._file.read_row_group(group, columns=self._columns)
-            while len(self._groups) > 1 and sum(table.nbytes for table in self._groups.values()) > _CACHED_BYTES:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        return self._groups[group]
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlPart:
+    """Some of the lines of a JSONL file."""
+
+    path: Path
+    offsets: array[int]
+    """Where each row begins, and where the last ends."""
+    lines: array[int]
+    is_cut: bool
+    """Whether the last row ends without a line break."""
+
+    def scan(self) -> Iterator[Any]:
+        with self.path.open("rb") as file:
+            for index, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+                raw = os.pread(file.fileno(), end - start, start)
+                try:
+                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2)
+                except BadRow as bad:
+                    yield bad
 
 
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """Arrow maps come as lists of pairs: make them dicts, as JSON has them."""
-    return {
-        name: dict(value) if isinstance(value, list) and value and isinstance(value[0], tuple) else value
-        for name, value in record.items()
-    }
+def _record(raw: bytes, *, is_first: bool, is_cut: bool) -> Any:
+    """Read the JSON of one line; ``is_cut``: the file ends there without a line break."""
+    try:
+        # Editors on Windows put a byte order mark before the first line.
+        return parse_json(raw.rstrip().decode("utf-8-sig" if is_first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"byte {error.start} of the line is not UTF-8") from error
+    except Broken as broken:
+        end = "; the file ends here, without a line break: it may have been cut off" if is_cut else ""
+        raise BadRow(f"{broken.rule}{end}") from broken

@@ -73,6 +73,10 @@ class FolderTokenizer(ABC):
             ids = ids[1:]
         return ids
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process loads the file anew: what the libraries made of it cannot be sent.
+        return type(self), (self._file, self._options)
+
     def save(self, folder: Path) -> None:
         self._folder.copy_to(folder, extra=(self._file,))
 

@@ -11,35 +11,66 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.data.dataset import PromptDataset
+from megatron_dypo.data.dataset import PromptDataset, open_prompts
+from megatron_dypo.data.fingerprints import compare_fingerprints
 from megatron_dypo.data.rows import PromptRow
+from megatron_dypo.data.tokenising import end_trace, make_prompt, render_prompt
 from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.verdicts import TraceVerdicts
 from megatron_dypo.types import Prompt, Tokens
 
-__all__ = ["DropCounts", "PromptDataset", "PromptStream", "end_trace", "epoch_order"]
+__all__ = [
+    "DropCounts",
+    "PromptDataset",
+    "PromptStream",
+    "compare_fingerprints",
+    "end_trace",
+    "epoch_order",
+    "open_prompts",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropCounts:
-    """What the length limits dropped."""
+    """What was dropped of some draws."""
 
-    prompts: int = 0
-    """Prompts longer than ``max_prompt_tokens``."""
+    too_long: tuple[int, ...] = ()
+    """Positions (``Prompt.order``) of prompts longer than ``max_prompt_tokens``, in ascending order."""
     traces: int = 0
     """Traces longer than ``max_trace_tokens``; their prompts are kept."""
+    wrong_traces: int = 0
+    """Traces that the verifier calls wrong, where ``drop_wrong_traces`` is on; their prompts are kept."""
+
+    @property
+    def prompts(self) -> int:
+        """Prompts longer than ``max_prompt_tokens``."""
+        return len(self.too_long)
 
     def __add__(self, other: DropCounts) -> DropCounts:
-        return DropCounts(prompts=self.prompts + other.prompts, traces=self.traces + other.traces)
+        return DropCounts(
+            too_long=tuple(sorted(self.too_long + other.too_long)),
+            traces=self.traces + other.traces,
+            wrong_traces=self.wrong_traces + other.wrong_traces,
+        )
 
 
 class PromptStream:
     """The endless sequence of draws of a run: each epoch is a permutation of the rows.
 
     The row at a position is a pure function of (seed, position): the cursor is all there is to save, and shards of
-    any number of ranks agree.
+    any number of ranks agree. ``verdicts`` (:func:`megatron_dypo.data.verdicts.wrong_traces`) are needed where
+    ``data.drop_wrong_traces`` is on and draws come with traces.
     """
 
-    def __init__(self, dataset: PromptDataset, tokenizer: Tokenizer, data: DataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        seed: int,
+        *,
+        verdicts: TraceVerdicts | None = None,
+    ) -> None:
         if len(dataset) == 0:
             raise ValueError("data.prompts: the files hold no rows")
         if seed < 0:
@@ -49,19 +80,21 @@ class PromptStream:
             known = ", ".join(sorted(dataset.teachers)) or "none"
             raise ValueError(f"data.teachers={unknown}: no row has a trace of theirs; the data's teachers are {known}")
         self._dataset, self._tokenizer, self._data, self._seed = dataset, tokenizer, data, seed
+        self._verdicts = verdicts
         # Two epochs: a draw may straddle their boundary.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, seed, len(dataset)))
 
     def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]:
-        """The draws at positions [start, start + count) that are ≡ ``shard`` modulo ``num_shards``, tokenised.
+        """Return the draws at positions [start, start + count) that are ≡ ``shard`` modulo ``num_shards``, tokenised.
 
-        Fewer where prompts were over the length limit; ``Prompt.order`` is the position, ``Prompt.visit`` the epoch.
+        Prompts over the length limit are missing: ``DropCounts.too_long`` has their positions. ``Prompt.order`` is the
+        position, ``Prompt.visit`` the epoch.
         """
         first = start + (shard - start) % num_shards
         return self.at(range(first, start + count, num_shards))
 
     def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
-        """The draws at these positions, as :meth:`take` gives them."""
+        """Return the draws at these positions, as :meth:`take` gives them."""
         rows = [self._row_at(position) for position in positions]
         visits = [position // len(self._dataset) for position in positions]
         return self._prompts(rows, positions, visits, with_traces=True)
@@ -79,7 +112,7 @@ class PromptStream:
         return self._dataset[self._row_at(position)].prompt_id
 
     def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]:
-        """The first ``limit`` rows in the order of the files, without traces: a set to evaluate on."""
+        """Return the first ``limit`` rows in the order of the files, without traces: a set to evaluate on."""
         count = len(self._dataset) if limit is None else min(limit, len(self._dataset))
         return self._prompts(range(count), range(count), [0] * count, with_traces=False)
 
@@ -94,48 +127,48 @@ class PromptStream:
         found: dict[int, Prompt] = {}
         drops = DropCounts()
         for i in sorted(range(len(rows)), key=rows.__getitem__):
-            row = self._dataset[rows[i]]
-            tokens = self._prompt_tokens(row)
-            if len(tokens) > self._data.max_prompt_tokens:
-                drops += DropCounts(prompts=1)
+            tokens = None
+            # A prompt that is known to be too long is not tokenised again at each draw.
+            if (self._dataset.prompt_tokens(rows[i]) or 0) <= self._data.max_prompt_tokens:
+                row = self._dataset[rows[i]]
+                tokens = self._prompt_tokens(row)
+            if tokens is None or len(tokens) > self._data.max_prompt_tokens:
+                drops += DropCounts(too_long=(orders[i],))
                 continue
-            traces = self._traces(row) if with_traces else {}
-            kept = {name: trace for name, trace in traces.items() if len(trace) <= self._data.max_trace_tokens}
-            drops += DropCounts(traces=len(traces) - len(kept))
-            found[i] = Prompt(
-                prompt_id=row.prompt_id,
-                visit=visits[i],
-                order=orders[i],
-                tokens=tokens,
-                text=self._tokenizer.decode(tokens.tolist()),
-                answer=row.answer,
-                source=row.source,
-                traces=kept,
-            )
+            traces, dropped = self._traces(rows[i], row, tokens) if with_traces else ({}, DropCounts())
+            drops += dropped
+            found[i] = make_prompt(row, tokens, self._tokenizer, visit=visits[i], order=orders[i], traces=traces)
         return [found[i] for i in sorted(found)], drops
 
     def _prompt_tokens(self, row: PromptRow) -> Tokens:
         try:
-            return np.asarray(self._tokenizer.render(row.prompt, self._data.chat_template), dtype=np.int32)
+            return render_prompt(row.prompt, self._tokenizer, self._data)
         except ValueError as error:
             raise ValueError(f"prompt {row.prompt_id}: {error}") from error
 
-    def _traces(self, row: PromptRow) -> dict[str, Tokens]:
+    def _traces(self, number: int, row: PromptRow, prompt: Tokens) -> tuple[dict[str, Tokens], DropCounts]:
         wanted = row.traces if self._data.teachers is None else self._data.teachers
-        return {name: end_trace(row.traces[name], self._tokenizer) for name in wanted if name in row.traces}
+        index_of = self._dataset.trace_indices(number)
+        kept, num_long, num_wrong = {}, 0, 0
+        for name in wanted:
+            if name not in row.traces:
+                continue
+            if self._is_wrong(index_of[name]):
+                num_wrong += 1
+                continue
+            if self._dataset.checked.trace_tokens[index_of[name]] <= self._data.max_trace_tokens:
+                target = end_trace(row.traces[name], self._tokenizer, prompt)
+                if len(target) <= self._data.max_trace_tokens:
+                    kept[name] = target
+                    continue
+            num_long += 1
+        return kept, DropCounts(traces=num_long, wrong_traces=num_wrong)
 
-
-def end_trace(text: str, tokenizer: Tokenizer) -> Tokens:
-    """[R] A teacher's trace as a target: it ends with ``eos_id`` exactly once, however the text ended.
-
-    A stop token that the text already ends with, and white space after it, is replaced.
-    """
-    ids = tokenizer.encode(text.rstrip())
-    if not ids or ids[-1] not in tokenizer.eos_ids:
-        ids = tokenizer.encode(text)
-    while ids and ids[-1] in tokenizer.eos_ids:
-        ids.pop()
-    return np.asarray([*ids, tokenizer.eos_id], dtype=np.int32)
+    def _is_wrong(self, index: int) -> bool:
+        if not self._data.drop_wrong_traces:
+            return False
+        assert self._verdicts is not None, "data.drop_wrong_traces is on and nobody judged the traces"
+        return self._verdicts.is_wrong(index)
 
 
 def epoch_order(seed: int, num_rows: int, epoch: int) -> npt.NDArray[np.int64]:

@@ -47,7 +47,7 @@ class Prompts:
     def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]:
         positions = range(start + (shard - start) % num_shards, start + count, num_shards)
         kept = [self.prompt(i) for i in positions if i % PROMPTS not in self.too_long]
-        return kept, DropCounts(prompts=len(positions) - len(kept))
+        return kept, DropCounts(too_long=tuple(i for i in positions if i % PROMPTS in self.too_long))
 
     def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]:
         return self.take(0, PROMPTS if limit is None else limit)

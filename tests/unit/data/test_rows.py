@@ -12,6 +12,7 @@ import pytest
 from megatron_dypo.data.dataset import PromptDataset
 
 GOOD = {"prompt": "p", "answer": "a"}
+ANSWER = "must be a string, a finite number, or an object or list that is not empty"
 
 
 @pytest.mark.parametrize(
@@ -24,14 +25,32 @@ GOOD = {"prompt": "p", "answer": "a"}
         ({"prompt": ["hi"]}, "prompt[0]='hi': must be an object with `role` and `content`"),
         ({"prompt": [{"role": "user"}]}, "prompt[0].content=None: must be a string"),
         ({"prompt": [{"role": "user", "content": "a"}, {"content": "b"}]}, "prompt[1].role=None: must be a string"),
-        ({"answer": None}, "answer=None: must be a string or a finite number"),
-        ({"answer": True}, "answer=True: must be a string or a finite number"),
-        ({"answer": ["1"]}, "answer=['1']: must be a string or a finite number"),
-        ({"answer": float("nan")}, "answer=nan: must be a string or a finite number"),
+        (
+            {"prompt": [{"role": "user", "content": " "}]},
+            "prompt=[{'content': ' ', 'role': 'user'}]: has no message with content",
+        ),
+        ({"answer": None}, f"answer=None: {ANSWER}"),
+        ({"answer": True}, f"answer=True: {ANSWER}"),
+        ({"answer": {}}, f"answer={{}}: {ANSWER}"),
+        ({"answer": []}, f"answer=[]: {ANSWER}"),
+        ({"answer": float("nan")}, f"answer=nan: {ANSWER}"),
+        ({"answer": {"tests": [1, float("inf")]}}, "answer.tests[1]=inf: must be finite"),
+        ({"answer": {"tests": ["a\0"]}}, "answer.tests[0]='a\\x00': has a NUL character at index 1"),
         ({"answer": "  "}, "answer='  ': must not be empty"),
         ({"source": 1}, "source=1: must be a string"),
         ({"id": 1.5}, "id=1.5: must be a string or an integer"),
-        ({"traces": ["x"]}, "traces=['x']: must be an object: teacher name → trace text"),
+        ({"traces": 3}, "traces=3: must be a text, a chat message, a list of them, or an object: teacher name → trace"),
+        ({"traces": {"": "x"}}, "traces='': a teacher's name must be a string that is not empty"),
+        ({"traces": [" "]}, "traces[0]=' ': must not be empty"),
+        (
+            {"traces": '{"r1": "x"}'},
+            'traces=\'{"r1": "x"}\': is an object or a list in a string: write the object itself',
+        ),
+        (
+            {"traces": [[{"role": "user", "content": "x"}]]},
+            "traces[0]=[{'content': 'x', 'role': 'user'}]: a chat must end with its only message of the assistant",
+        ),
+        ({"verifier": 3}, "verifier=3: must be a string"),
         ({"traces": {"r1": 3}}, "traces.r1=3: must be a string"),
         ({"traces": {"r1": ""}}, "traces.r1='': must not be empty"),
     ],
@@ -41,13 +60,18 @@ def test_each_rule_names_file_line_field_and_value(tmp_path: Path, change: dict,
     path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps({**GOOD, **change})}\n")
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole text is compared below)
         PromptDataset([path])
-    assert str(caught.value) == f"1 bad rows in the prompt files:\n  {path}:3: {problem}"
+    assert str(caught.value) == f"1 bad row in the prompt files:\n  {path}:3: {problem}"
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
         (b'{"prompt": "p"', "is not JSON: Expecting ',' delimiter at column 15"),
+        (b'{"prompt": "p", "prompt": "q", "answer": "1"}', "has the key 'prompt' twice"),
+        (
+            b'{"prompt": "p", "answer": ' + b"1" * 5000 + b"}",
+            "answer=<integer of 5000 digits>: is too long for a number: write it as a string",
+        ),
         (b"[1]", "[1]: must be an object"),
         (b'{"prompt": "\xff"}', "byte 12 of the line is not UTF-8"),
         (b"[" * 100_000, "is nested too deeply"),
@@ -105,5 +129,5 @@ def test_a_row_that_changed_under_us_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(GOOD) + "\n")
     dataset = PromptDataset([path])
     path.write_text(" " * 30)
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: is not JSON.*has changed"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: the file has changed since it was opened"):
         dataset[0]

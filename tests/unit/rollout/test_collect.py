@@ -20,7 +20,7 @@ from megatron_dypo.progress import progress
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.process import ServerDiedError
-from megatron_dypo.types import Prompt, Tokens
+from megatron_dypo.types import DropReason, Prompt, Tokens
 from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
 
 
@@ -135,7 +135,7 @@ def test_a_group_past_its_deadline_is_dropped_and_its_request_aborted() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_refused_prompt_is_dropped_at_once_and_alone(status: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_prompt_is_dropped_at_once_and_alone(status: int) -> None:
     def refuse(body: dict[str, Any]) -> web.Response:
         return web.json_response({"error": {"message": "the prompt is too long"}}, status=status)
 
@@ -143,8 +143,10 @@ def test_a_refused_prompt_is_dropped_at_once_and_alone(status: int, caplog: pyte
         groups, stats = collect(make_prompts(3), make_client([fake.url]), group_size=2, progress=False)
     assert [group.prompt.order for group in groups] == [0, 2]
     assert (len(stats.dropped), stats.retries, len(fake.requests)) == (1, 0, 3)
-    assert f"{fake.url}/generate: HTTP {status}: " in caplog.text
-    assert "the prompt is too long" in caplog.text
+    (dropped,) = stats.dropped
+    assert dropped.reason is DropReason.REFUSED
+    assert f"{fake.url}/generate: HTTP {status}: " in dropped.message
+    assert "the prompt is too long" in dropped.message
 
 
 def test_two_servers_share_the_load_evenly() -> None:

@@ -1,0 +1,150 @@
+"""The prompt files of one data set: where each row is, what it is called, and whether the files are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dypo.data.files import RowFile, RowPart, open_rows
+from megatron_dypo.data.formats import Columns
+from megatron_dypo.data.rows import BadRow, PromptRow, parse_row
+from megatron_dypo.progress import progress
+
+_HASH_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowParser:
+    """Parses the records of one file; another process can have it."""
+
+    name: str
+    """What the file is called in ids and sources."""
+    columns: Columns
+    keep_row: bool
+
+    def parse(self, line: int, record: object) -> PromptRow:
+        """Check the record of a line. Raises :class:`BadRow`."""
+        return parse_row(
+            record,
+            self.columns,
+            default_id=f"{self.name}:{line}",
+            default_source=self.name.removesuffix(Path(self.name).suffix),
+            keep_row=self.keep_row,
+        )
+
+
+class RowSource:
+    """Rows of JSONL and Parquet files by index, in the order of files and lines, bad ones included.
+
+    Holds a few bytes a row, never the rows. Raises ValueError naming the file that cannot be used.
+    """
+
+    def __init__(
+        self, paths: Iterable[Path | str], columns: Columns, *, keep_row: bool, show_progress: bool = False
+    ) -> None:
+        self.columns = columns
+        files = [Path(path) for path in paths]
+        read = None if keep_row else columns.names
+        self.files: list[RowFile] = [open_rows(path, read, (columns.prompt, columns.answer)) for path in files]
+        self.names = distinct_names(files)
+        """What each file is called in ids: its name, after those of its folders where two files have the same."""
+        self._parsers = [RowParser(name=name, columns=columns, keep_row=keep_row) for name in self.names]
+        self._stats = [_stat(path) for path in files]
+        self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
+        total = sum(size for size, _ in self._stats)
+        with progress(total, "hashing prompt files", "bytes", enabled=show_progress) as bar:
+            self.hashes = [_sha256(path, bar.update) for path in files]
+            """SHA-256 of each file, in hexadecimal."""
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.files else 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each file."""
+        return [size for size, _ in self._stats]
+
+    def row(self, index: int) -> PromptRow:
+        """Read a row. Raises ValueError where its file is no longer what it was."""
+        number, inside = self._locate(index)
+        file = self.files[number]
+        self._require_unchanged(number, self.place(index))
+        try:
+            return self._parsers[number].parse(file.line(inside), file.read(inside))
+        except BadRow as bad:
+            raise ValueError(f"{self.place(index)}: {bad} (the file has changed since it was opened)") from bad
+
+    def place(self, index: int) -> str:
+        """``file:line`` of a row."""
+        number, inside = self._locate(index)
+        return f"{self.files[number].path}:{self.files[number].line(inside)}"
+
+    def file_and_line(self, index: int) -> tuple[Path, int]:
+        number, inside = self._locate(index)
+        return self.files[number].path, self.files[number].line(inside)
+
+    def parts(self, size: int) -> list[tuple[RowParser, RowPart]]:
+        """Return all rows, in their order, in parts of about ``size`` bytes."""
+        files = zip(self._parsers, self.files, strict=True)
+        return [(parser, part) for parser, file in files for part in file.parts(size)]
+
+    def require_unchanged(self) -> None:
+        """Raise ValueError naming the first file that is no longer what it was when it was opened."""
+        for number, file in enumerate(self.files):
+            self._require_unchanged(number, str(file.path))
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - (int(self._ends[number - 1]) if number else 0)
+
+    def _require_unchanged(self, number: int, place: str) -> None:
+        path = self.files[number].path
+        now = _stat(path)
+        if now == self._stats[number]:
+            return
+        # A copy or a touch changes the time alone.
+        if now[0] != self._stats[number][0] or _sha256(path) != self.hashes[number]:
+            raise ValueError(f"{place}: the file has changed since it was opened")
+        self._stats[number] = now
+
+
+def distinct_names(paths: list[Path]) -> list[str]:
+    """Name each file by the fewest last parts of its path that tell it from the other files.
+
+    The same file given twice has the same name twice.
+    """
+    wholes = [path.absolute() for path in paths]
+    names = []
+    for path in wholes:
+        others = [other for other in wholes if other != path]
+        length = 1
+        while any(other.parts[-length:] == path.parts[-length:] for other in others) and length < len(path.parts):
+            length += 1
+        names.append("/".join(path.parts[-length:]))
+    return names
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read any more: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _sha256(path: Path, update: Callable[[int], object] | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+            if update is not None:
+                update(len(block))
+    return digest.hexdigest()
