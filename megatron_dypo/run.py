@@ -6,9 +6,9 @@ import contextlib
 import functools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
-from megatron_dypo.data.fingerprints import compare_fingerprints
-from megatron_dypo.data.prompts import DropCounts, PromptStream, open_prompts
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.data.prompts import DropCounts, PromptStream
+from megatron_dypo.data.tokenizers import Tokenizer
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.ledger import Ledger
 from megatron_dypo.mcore import checkpoint, features
@@ -33,6 +32,7 @@ from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics import MetricsWriter, Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.open_data import data_identity, open_dataset, open_held_out, open_tokenizer, require_same_data
 from megatron_dypo.outcomes import Outcomes
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
@@ -64,6 +64,8 @@ class Leader:
     client: SGLangClient | None
     """None when the run never asks a server."""
     verifier: Verifier | None
+    row_verifiers: frozenset[str]
+    """Verifiers that rows name for themselves."""
     sample_log: SampleLog
     queues: Queues = field(default_factory=Queues)
     ledger: Ledger = field(default_factory=Ledger)
@@ -158,7 +160,7 @@ def open_run(config: Config) -> Iterator[Run]:
         restored = _restore(run, latest) if latest else None
         run.leader = _build_leader(run, restored)
         if run.leader and with_servers:
-            run.leader.verifier = stack.enter_context(Verifier(config.grading))
+            run.leader.verifier = stack.enter_context(Verifier(config.grading, run.leader.row_verifiers))
         pool = starting.result() if starting else None
         urls, api_key = _share_servers(layout, pool)
         if urls:
@@ -189,7 +191,7 @@ def save_checkpoint(run: Run) -> Path:
             **(_drawn(leader, run.layout) if leader else {}),
             "batches": run.batches,
             "is_mid_batch": run.is_mid_batch,
-            "data": _data_identity(run.config, leader.stream) if leader else {},
+            "data": data_identity(run.config, leader.stream) if leader else {},
         },
         leader_state=dump_samples(kept),
         reference=run.reference if refreshed else None,
@@ -214,31 +216,6 @@ def _drawn(leader: Leader, layout: Layout) -> dict[str, Any]:
         orders += behind
     unfinished = sorted(order for _, orders, _ in by_leader for order in orders)
     return {"cursor": end, "unfinished": unfinished, "ledger": ledger.as_json()}
-
-
-def _data_identity(config: Config, stream: PromptStream) -> dict[str, Any]:
-    """What gives a position of the run its row: a resumed run must find the same."""
-    return {"files": stream.fingerprint(), "shuffle": config.data.shuffle, "seed": config.run.seed}
-
-
-def require_same_data(stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]) -> None:
-    """Hold the data of a checkpoint against that of this run.
-
-    Raises:
-        ValueError: they differ, and ``run.allow_changed`` does not name ``data``.
-    """
-    changes = compare_fingerprints(stored["files"], current["files"])
-    changes += [
-        f"{key}: {stored[key]!r} → {current[key]!r}" for key in ("shuffle", "seed") if stored[key] != current[key]
-    ]
-    if not changes:
-        return
-    words = "the data is not that of the run which is resumed, so that its positions mean other rows: " + "; ".join(
-        changes
-    )
-    if "data" not in allow_changed:
-        raise ValueError(f"{words}. Restore it, choose another run.dir, or set run.allow_changed=[data]")
-    log.warning("%s (run.allow_changed)", words)
 
 
 def _prepare_folder(config: Config, layout: Layout) -> Path | None:
@@ -327,13 +304,14 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | No
     config, layout = run.config, run.layout
     if layout.leaders_group is None:
         return None
-    tokenizer = load_tokenizer(Path(config.model.hf_path))
-    dataset = PromptDataset(config.data.prompts, config.data.fields)
+    tokenizer = open_tokenizer(config, run.arch.vocab_size)
+    dataset = open_dataset(config, layout, tokenizer)
     leader = Leader(
         group=layout.leaders_group,
         tokenizer=tokenizer,
         stream=PromptStream(dataset, tokenizer, config.data, config.run.seed),
-        held_out=_held_out(config, tokenizer),
+        held_out=open_held_out(config, layout, tokenizer),
+        row_verifiers=dataset.verifiers,
         client=None,
         verifier=None,
         sample_log=SampleLog(
@@ -343,7 +321,7 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | No
         ),
     )
     if restored is not None:
-        identity = _data_identity(config, leader.stream)
+        identity = data_identity(config, leader.stream)
         require_same_data(restored.trainer_state["data"], identity, config.run.allow_changed)
         leader.cursor = int(restored.trainer_state["cursor"])
         orders = restored.trainer_state["unfinished"]
@@ -354,14 +332,6 @@ def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | No
             leader.ledger = Ledger.from_json(restored.trainer_state["ledger"])
         _share_queues(leader.queues, restored.leader_states, layout)
     return leader
-
-
-def _held_out(config: Config, tokenizer: Tokenizer) -> dict[str, PromptStream]:
-    data = replace(config.data, teachers=None)
-    return {
-        name: PromptStream(PromptDataset([path], data.fields), tokenizer, data, config.run.seed)
-        for name, path in config.eval.sets.items()
-    }
 
 
 def _share_queues(queues: Queues, states: Sequence[bytes], layout: Layout) -> None:
@@ -398,6 +368,7 @@ def _connect(
             stop_token_ids=tokenizer.eos_ids,
             check=pool.check if pool else None,
             router=router,
+            vocab_size=run.arch.vocab_size,
         )
         run.leader.client, run.leader.background_client = make_client(), make_client()
         stack.callback(_stop_background, run.leader)

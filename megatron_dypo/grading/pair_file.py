@@ -80,10 +80,11 @@ class PairFile:
                 yield f"  {self.path}:{number}: {bad}"
 
     def _records(self) -> Iterator[Any]:
-        try:
-            yield from self._rows.scan()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{self.path}: cannot be read: {error}") from error
+        for index in range(len(self._rows)):
+            try:
+                yield self._rows.read(index)
+            except BadRow as bad:
+                yield bad
 
 
 def _open(path: Path) -> RowFile:
