@@ -83,9 +83,17 @@ def test_messages_without_a_template_are_found_at_opening(tokenizer: Tokenizer, 
 
 @pytest.mark.parametrize("template", ["", "{{ bos_token }}", "{{ bos_token }}\n \n"])
 def test_a_prompt_that_renders_to_nothing_is_found(bpe_folder: Path, tmp_path: Path, template: str) -> None:
+    folder = variant(bpe_folder, tmp_path / "t", chat_template=template)
+    with pytest.raises(ValueError, match="does not write the text of a user's message"):
+        load_tokenizer(folder)
+
+
+def test_a_row_that_renders_to_nothing_is_found_at_opening(bpe_folder: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if m['content'] != 'nothing' %}{{ m['content'] }}{% endif %}{% endfor %}"
     tokenizer = load_tokenizer(variant(bpe_folder, tmp_path / "t", chat_template=template))
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: prompt: renders to nothing but special tokens"):
-        _open(_write(tmp_path / "x.jsonl", [ROWS[0]]), tokenizer)
+    rows = [ROWS[0], {"prompt": "nothing", "answer": "1"}]
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: prompt: renders to nothing but special tokens"):
+        _open(_write(tmp_path / "x.jsonl", rows), tokenizer)
 
 
 @pytest.mark.parametrize(
