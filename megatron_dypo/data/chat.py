@@ -132,6 +132,15 @@ def drop_repeated_start(trace: str, generation_suffix: str) -> str:
     return after[len(space) :] if after.startswith(space) else after.lstrip("\n")
 
 
+def opens_again(trace: str, generation_suffix: str) -> bool:
+    """Whether a trace thinks where the prompt has closed the thinking (``enable_thinking: false``): the two disagree."""
+    tag = _OPEN_TAG.search(generation_suffix)
+    if tag is None:
+        return False
+    opening = f"<{tag.group(1)}>" if tag.group(1) else f"[{tag.group(2)}]"
+    return "/" in tag.group() and trace.lstrip().startswith(opening)
+
+
 def _suffix(header: str, earlier: str | None) -> str:
     """What ``header``, of the next answer, has beyond ``earlier``, of a finished one; else the tag that it opens."""
     tag = _OPEN_TAG.search(header)

@@ -9,7 +9,7 @@ import jinja2
 import pytest
 import transformers
 
-from megatron_dypo.data.chat import drop_repeated_start
+from megatron_dypo.data.chat import drop_repeated_start, opens_again
 from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from tests.golden.render_chats import CHATS, GOLDEN, render_all
@@ -139,6 +139,20 @@ def test_the_beginning_of_a_trace_that_the_prompt_wrote_is_there_once(tmp_path: 
     prompt = tokenizer.encode("<think>\nOne <think> two.</think>3")
     assert ids[-len(prompt) - 1 : -1] == prompt
     assert ids.count(_token(tokenizer, "<think>")) == 2
+
+
+@pytest.mark.parametrize(
+    ("suffix", "trace", "again"),
+    [
+        ("<think>\n\n</think>\n\n", "<think>\nOne and two.</think>3", True),
+        ("[THINK][/THINK]", "\n[THINK]One[/THINK]3", True),
+        ("<think>\n\n</think>\n\n", "One and two: <think>", False),
+        ("<think>\n", "<think>\nOne", False),
+        ("", "<think>\nOne", False),
+    ],
+)
+def test_a_trace_that_thinks_where_the_prompt_has_closed_thinking_is_told(suffix: str, trace: str, again: bool) -> None:
+    assert opens_again(trace, suffix) == again
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2_5_math", "qwen3", "harmony"])
