@@ -103,19 +103,32 @@ class ChatTemplate:
             raise ValueError(f"{self._place}: the chat template fails on a message of a user: {error}") from error
         if _USER not in prompt:
             raise ValueError(f"{self._place}: the chat template does not write the text of a user's message")
-        try:
-            finished = self._render([user, assistant], False)
-            earlier = self._render([user, assistant, user], True)
-        except TemplateError as error:
-            log.warning(
-                "%s: the chat template renders no assistant's turn (%s); eos_token ends turns", self._place, error
-            )
-            return Turns(generation_suffix=_suffix(prompt.rpartition(_USER)[2], None))
         header = prompt.rpartition(_USER)[2]
-        end = finished.rpartition(_ASSISTANT)[2] if _ASSISTANT in finished else ""
+        finished = self._probe([user, assistant], False)
+        earlier = self._probe([user, assistant, user], True)
+        end = finished.rpartition(_ASSISTANT)[2] if finished is not None else ""
+        between = None if earlier is None else earlier.partition(_USER)[2].partition(_ASSISTANT)[0]
         # A template without roles writes the same after each message: the header of an answer, not the end of one.
-        between = earlier.partition(_USER)[2].partition(_ASSISTANT)[0]
         return Turns(end="" if end == header else end, generation_suffix=_suffix(header, between))
+
+    def _probe(self, messages: Sequence[Message], for_generation: bool) -> str | None:
+        """The text of a conversation with an assistant's turn; None, said once, where the template writes none."""
+        try:
+            text = self._render(messages, for_generation)
+        except TemplateError as error:
+            why = str(error)
+        else:
+            if _ASSISTANT in text:
+                return text
+            why = "the text is missing"
+        log.warning(
+            "%s: the chat template renders no assistant's turn among roles %s (%s)%s",
+            self._place,
+            _roles(messages),
+            why,
+            "" if for_generation else ": eos_token ends turns",
+        )
+        return None
 
 
 def drop_repeated_start(trace: str, generation_suffix: str) -> str:
@@ -130,6 +143,15 @@ def drop_repeated_start(trace: str, generation_suffix: str) -> str:
     after = text[len(mark) :]
     space = generation_suffix[len(generation_suffix.rstrip()) :]
     return after[len(space) :] if after.startswith(space) else after.lstrip("\n")
+
+
+def opens_again(trace: str, generation_suffix: str) -> bool:
+    """Whether a trace thinks where the prompt has closed the thinking (``enable_thinking: false``): the two disagree."""
+    tag = _OPEN_TAG.search(generation_suffix)
+    if tag is None:
+        return False
+    opening = f"<{tag.group(1)}>" if tag.group(1) else f"[{tag.group(2)}]"
+    return "/" in tag.group() and trace.lstrip().startswith(opening)
 
 
 def _suffix(header: str, earlier: str | None) -> str:

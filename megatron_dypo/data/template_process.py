@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_dypo
-from megatron_dypo.data.template_worker import CPU_LIMIT_S, FAILED, MEMORY_LIMIT, OK, OUTPUT_LIMIT, REFUSED
+from megatron_dypo.data.template_worker import CPU_LIMIT_S, FAILED, MEMORY_LIMIT, OK, REFUSED, TEXT_LIMIT
 
 ANSWER_DEADLINE_S = 300.0
 """Time for an answer. The limit of processor time comes first, unless the process is stopped."""
@@ -60,13 +61,16 @@ class TemplateProcess:
             self._end()
 
     def _ask(self, template: str, arguments: dict[str, Any] | None) -> str:
+        request = pickle.dumps((template, arguments))
+        if len(request) > TEXT_LIMIT:
+            raise TemplateError(f"messages and template have {len(request)} bytes: they may have at most {TEXT_LIMIT}")
         with self._lock:
             try:
-                content = self._exchange((template, arguments))
+                content = self._exchange(request)
             except _GoneError:
                 # Somebody may have killed the process; a template that kills it does so again.
                 try:
-                    content = self._exchange((template, arguments))
+                    content = self._exchange(request)
                 except _GoneError as error:
                     raise TemplateError(f"its process ended twice without an answer: {error}") from error
         text = content[1:].decode("utf-8", "surrogatepass")
@@ -74,12 +78,12 @@ class TemplateProcess:
             return text
         raise {FAILED: TemplateError, REFUSED: TemplateRefusedError}[content[:1]](text)
 
-    def _exchange(self, request: tuple[str, dict[str, Any] | None]) -> bytes:
+    def _exchange(self, request: bytes) -> bytes:
         connection = self._connection or self._start()
         try:
-            connection.send(request)
+            connection.send_bytes(request)
             if connection.poll(ANSWER_DEADLINE_S):
-                return connection.recv_bytes(OUTPUT_LIMIT + (1 << 20))
+                return connection.recv_bytes(2 * TEXT_LIMIT)
         except (EOFError, ConnectionError):
             status = self._end()
             if status == -signal.SIGPROF:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import resource
 import signal
 import sys
@@ -32,8 +33,8 @@ CPU_LIMIT_S = 5
 """Processor time of one rendering; a real template takes under a millisecond."""
 MEMORY_LIMIT = 512 << 20
 """Memory for templates in bytes, besides what the interpreter itself has mapped."""
-OUTPUT_LIMIT = 32 << 20
-"""Bytes of one rendered text."""
+TEXT_LIMIT = 16 << 20
+"""Bytes of the messages of one prompt, and of one rendered text."""
 
 OK, REFUSED, FAILED = b"+", b"!", b"-"
 """The template did its work; it called ``raise_exception``; it is not jinja2, or broke a rule or a limit."""
@@ -111,8 +112,8 @@ def answer(template: str, arguments: Mapping[str, Any] | None) -> bytes:
         return REFUSED + str(error).encode("utf-8", "replace")
     except TEMPLATE_ERRORS as error:
         return FAILED + _reason(error).encode("utf-8", "replace")
-    if len(content) > OUTPUT_LIMIT:
-        return FAILED + f"writes {len(content)} bytes: a prompt may have at most {OUTPUT_LIMIT}".encode()
+    if len(content) > TEXT_LIMIT:
+        return FAILED + f"writes {len(content)} bytes: a prompt may have at most {TEXT_LIMIT}".encode()
     return OK + content
 
 
@@ -139,7 +140,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     while True:
         try:
-            template, arguments = connection.recv()
+            template, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         # SIGPROF ends the process, in the middle of a C call too.

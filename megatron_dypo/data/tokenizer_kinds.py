@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ class HFTokenizer(FolderTokenizer):
 
     def __init__(self, file: Path, options: TokenizerOptions) -> None:
         self._tokenizer = _load_json(file)
+        self._name = str(file)
         super().__init__(file, max(self._tokenizer.get_vocab().values(), default=-1) + 1, options)
         self._require_added_tokens()
         bos_id = self._special_id("bos_token")
         add_bos = self._folder.add_bos
         if add_bos is None:
             # Llama 3 and others say it in the post-processor of tokenizer.json instead.
-            processed = self._tokenizer.encode("", add_special_tokens=True).ids
+            with _named_panics(self._name):
+                processed = self._tokenizer.encode("", add_special_tokens=True).ids
             add_bos = bos_id is not None and processed[:1] == [bos_id]
         self._finish(self._special_id("eos_token"), bos_id, add_bos, self._special())
 
@@ -42,10 +45,23 @@ class HFTokenizer(FolderTokenizer):
         return self._tokenizer.id_to_token(token_id) if token_id < self.vocab_size else None
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _named_panics(self._name):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+        with _named_panics(self._name):
+            return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _named_panics(file: str) -> Iterator[None]:
+    """Raise ValueError for a panic of the Rust library; the class of a panic is no Exception and has no public name."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{file}: the tokenizers library cannot run this tokenizer: {error}") from error
 
 
 def _load_json(file: Path) -> tokenizers.Tokenizer:
@@ -53,7 +69,10 @@ def _load_json(file: Path) -> tokenizers.Tokenizer:
     if not isinstance(content.get("model"), dict):
         raise ValueError(f"{file}: has no object `model`: is not a file of the tokenizers library")
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        with _named_panics(str(file)):
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except ValueError:
+        raise
     except Exception as error:
         # The library raises the bare class for every fault of a file.
         raise ValueError(f"{file}: is not a tokenizer of tokenizers {tokenizers.__version__}: {error}") from error

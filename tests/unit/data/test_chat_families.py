@@ -1,17 +1,16 @@
-"""Families of chat templates: against transformers and the golden file; the laws of turns, BOS and arguments."""
+"""Families of chat templates: against transformers and the golden file; the laws of turns."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jinja2
 import pytest
 import transformers
 
-from megatron_dypo.data.chat import drop_repeated_start
+from megatron_dypo.data.chat import drop_repeated_start, opens_again
 from megatron_dypo.data.prompts import end_trace
-from megatron_dypo.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from tests.golden.render_chats import CHATS, GOLDEN, render_all
 from tests.unit.data.chat_families import FAMILIES, write_family
 
@@ -116,6 +115,17 @@ def test_a_template_that_tells_no_end_leaves_it_to_eos_token(
     assert ("eos_token ends turns" in caplog.text) == said
 
 
+def test_a_template_for_one_exchange_tells_its_end(tmp_path: Path) -> None:
+    template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one exchange') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role ~ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<think>\n{% endif %}"
+    )
+    tokenizer = load_tokenizer(write_family(tmp_path / "t", FAMILIES["qwen3"], eos_token=None, chat_template=template))
+    assert tokenizer.eos_id == _token(tokenizer, "<|im_end|>")
+    assert tokenizer.generation_suffix == "<think>\n"
+
+
 def test_the_header_of_the_next_answer_is_no_end_of_a_turn(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"  # roles are all one to it
     tokenizer = load_tokenizer(write_family(tmp_path / "t", FAMILIES["qwen2_5_math"], chat_template=template))
@@ -141,6 +151,20 @@ def test_the_beginning_of_a_trace_that_the_prompt_wrote_is_there_once(tmp_path: 
     assert ids.count(_token(tokenizer, "<think>")) == 2
 
 
+@pytest.mark.parametrize(
+    ("suffix", "trace", "again"),
+    [
+        ("<think>\n\n</think>\n\n", "<think>\nOne and two.</think>3", True),
+        ("[THINK][/THINK]", "\n[THINK]One[/THINK]3", True),
+        ("<think>\n\n</think>\n\n", "One and two: <think>", False),
+        ("<think>\n", "<think>\nOne", False),
+        ("", "<think>\nOne", False),
+    ],
+)
+def test_a_trace_that_thinks_where_the_prompt_has_closed_thinking_is_told(suffix: str, trace: str, again: bool) -> None:
+    assert opens_again(trace, suffix) == again
+
+
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2_5_math", "qwen3", "harmony"])
 def test_a_trace_is_whole_where_the_prompt_opens_nothing(tmp_path: Path, name: str) -> None:
     tokenizer = _load(tmp_path, name)
@@ -156,90 +180,3 @@ def test_a_template_that_opens_thinking_in_every_turn_is_seen_through(tmp_path: 
     )
     tokenizer = load_tokenizer(write_family(tmp_path / "t", FAMILIES["qwen3"], chat_template=template))
     assert tokenizer.generation_suffix.strip() == "<think>"
-
-
-@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "r1_distill"])
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_a_plain_prompt_that_begins_with_bos_has_one(tmp_path: Path, name: str, add_bos: bool) -> None:
-    folder = write_family(tmp_path / "t", FAMILIES[name], add_bos_token=add_bos)
-    tokenizer = load_tokenizer(folder, chat_template=False)
-    bos = _token(tokenizer, FAMILIES[name].bos_token or "")
-    assert tokenizer.render(f"{FAMILIES[name].bos_token}hi", False) == [bos, *tokenizer.encode("hi")]
-    assert tokenizer.render("hi", False) == [bos] * add_bos + tokenizer.encode("hi")
-
-
-def test_a_template_that_writes_bos_before_a_text_that_has_it_gives_one(tmp_path: Path) -> None:
-    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    folder = write_family(tmp_path / "t", FAMILIES["mistral"], chat_template=template, add_bos_token=True)
-    tokenizer = load_tokenizer(folder)
-    bos = _token(tokenizer, "<s>")
-    assert tokenizer.render("<s>hi", True) == [bos, *tokenizer.encode("hi")]
-    assert tokenizer.render("hi", True) == [bos, *tokenizer.encode("hi")]
-
-
-def test_arguments_reach_the_template(tmp_path: Path) -> None:
-    with_thinking, without = _load(tmp_path, "qwen3"), _load(tmp_path, "qwen3_without_thinking")
-    opened = without.encode("<think>\n\n</think>\n\n")
-    assert without.render("hi", True) == with_thinking.render("hi", True) + opened
-    tools = [{"type": "function", "function": {"name": "add"}}]
-    template = "{{ messages[0].content }}{% if tools %}{{ tools[0].function.name }}{% endif %}"
-    folder = write_family(tmp_path / "tools", FAMILIES["qwen3"], chat_template=template)
-    tokenizer = load_tokenizer(folder, chat_template_args={"tools": tools})
-    assert tokenizer.decode(tokenizer.render("hi", True)) == "hiadd"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"thinking": False},
-            r"chat_template_args\.thinking=False: the template of .*json never reads it.* enable_thinking",
-        ),
-        ({"messages": []}, r"chat_template_args\.messages=\[\]: is not yours to give"),
-        ({"add_generation_prompt": False}, "is not yours to give"),
-    ],
-)
-def test_an_argument_that_the_template_never_reads_is_refused(
-    tmp_path: Path, arguments: dict[str, object], message: str
-) -> None:
-    folder = write_family(tmp_path / "t", FAMILIES["qwen3"])
-    with pytest.raises(ValueError, match=message):
-        load_tokenizer(folder, chat_template_args=arguments)
-
-
-def test_arguments_without_a_template_are_refused(tmp_path: Path) -> None:
-    folder = write_family(tmp_path / "t", FAMILIES["qwen3"])
-    with pytest.raises(ValueError, match=r"data\.chat_template is false"):
-        load_tokenizer(folder, chat_template=False, chat_template_args={"enable_thinking": True})
-    plain = write_family(tmp_path / "plain", FAMILIES["qwen3"], chat_template=None)
-    with pytest.raises(ValueError, match="plain has none"):
-        load_tokenizer(plain, chat_template_args={"enable_thinking": True})
-
-
-def test_stop_token_ids_are_added_once_and_must_be_in_the_vocabulary(tmp_path: Path) -> None:
-    folder = write_family(tmp_path / "t", FAMILIES["qwen2_5_math"])
-    known = load_tokenizer(folder)
-    tokenizer = load_tokenizer(folder, stop_token_ids=(5, known.eos_id))
-    assert tokenizer.eos_ids == (*known.eos_ids, 5)
-    for token_id in (known.vocab_size, -1, 1 << 40):
-        with pytest.raises(ValueError, match=rf"rollout\.stop_token_ids=\[{token_id}\]: {token_id} is not in"):
-            load_tokenizer(folder, stop_token_ids=(token_id,))
-
-
-def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
-    tokenizer = _load(tmp_path, "qwen3")
-    check_vocabulary(tokenizer, tokenizer.vocab_size, "config.json")
-    check_vocabulary(tokenizer, tokenizer.vocab_size + 128, "config.json")
-    with pytest.raises(ValueError, match=r"m/config\.json: vocab_size=260: the tokenizer has ids up to 260"):
-        check_vocabulary(tokenizer, tokenizer.vocab_size - 1, "m/config.json")
-
-
-def test_special_tokens_map_fills_what_tokenizer_config_leaves_out(tmp_path: Path) -> None:
-    folder = write_family(tmp_path / "t", FAMILIES["mistral"], eos_token=None, chat_template=None)
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<unk>"})
-    )
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.eos_id == _token(tokenizer, "</s>")
-    folder = write_family(tmp_path / "t", FAMILIES["mistral"], add_bos_token=True, chat_template=None)
-    assert load_tokenizer(folder).render("hi", False)[0] == _token(tokenizer, "<s>")

@@ -154,6 +154,12 @@ def test_the_process_ends_with_a_trainer_that_was_killed() -> None:
         os.close(process)
 
 
+def test_messages_over_the_limit_are_refused_before_they_are_sent() -> None:
+    with pytest.raises(ValueError, match=r"fails on messages with roles \['user'\]: messages and template have 17"):
+        ChatTemplate(GOOD, {}, "m").render([{"role": "user", "content": "x" * 17_000_000}])
+    assert ChatTemplate(GOOD, {}, "m").render([{"role": "user", "content": "x" * 16_000_000}]) == "x" * 16_000_000
+
+
 def test_threads_share_the_process() -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda i: TEMPLATES.render(GOOD, {"messages": [{"content": str(i)}]}), range(200)))

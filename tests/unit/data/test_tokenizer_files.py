@@ -169,6 +169,15 @@ def test_an_added_token_that_would_be_numbered_anew_is_named(bpe_folder: Path, t
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_json_that_makes_the_library_panic_is_named(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = variant(bpe_folder, tmp_path / "t")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Prepend", "prepend": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"/tokenizer\.json: the tokenizers library cannot run this tokenizer"):
+        load_tokenizer(folder).encode("What")
+
+
 @pytest.mark.parametrize("value", ["x", [1, "x"], True, [-1], 1.5, {"id": 1}, [[2]], 1 << 40])
 def test_a_stop_id_that_is_none_is_named(bpe_folder: Path, tmp_path: Path, value: object) -> None:
     folder = variant(bpe_folder, tmp_path / "t")

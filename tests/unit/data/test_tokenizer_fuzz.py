@@ -81,7 +81,20 @@ def _run(source: Path, tmp_path: Path, seed: int, rounds: int, damages: list[tup
         shutil.rmtree(folder)
 
 
+POST_PROCESSOR = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]}},
+}
+
+
 def _write_extras(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = POST_PROCESSOR
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "x{2,}"}, "content": "y"}
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     (folder / "added_tokens.json").write_text('{"<|bos|>": 0}')
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
