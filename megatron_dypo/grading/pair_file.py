@@ -64,6 +64,9 @@ class PairFile:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def close(self) -> None:
+        self._rows.close()
+
     def lines(self) -> Iterator[Line]:
         """Read the rows in order."""
         for line in self._lines():

@@ -71,7 +71,7 @@ class WorkerProcess:
         paths = [*sys.path, str(Path.cwd())]
         code = f"import sys; sys.path[:] = {paths!r}; from megatron_dypo.grading.worker import serve; serve({child.fileno()})"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-u", "-c", code],  # unbuffered: what a verifier printed before its end is seen
             pass_fds=(child.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # what a verifier prints is no output of the trainer's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import reprlib
 from collections.abc import Mapping
@@ -15,6 +14,9 @@ CORRECTNESS_KEYS = ("is_correct", "correct", "acc")
 REWARD_KEYS = ("reward", "score")
 """Keys of a dict that hold a shaped reward; ``score`` is verl's. Without a key of correctness ``score`` is read like a
 number."""
+
+LARGEST_REWARD = 1e6
+"""Advantages are differences and squares of rewards in float32."""
 
 _ROUNDING = 1e-9
 _shorten = reprlib.Repr()
@@ -32,7 +34,7 @@ def read_result(result: Any) -> tuple[bool, float]:
 
     A bool is both. A number is the reward, and correct from 1 up (within 1e-9). A dict has ``is_correct`` (or
     ``correct``, ``acc``): a bool, 0 or 1; and may have ``reward`` (or ``score``), a shaped reward that leaves
-    correctness alone. A dict with ``score`` alone is read like that number.
+    correctness alone. A dict with ``score`` alone is read like that number. A reward is at most 1e6 in size.
 
     Raises ValueError, or TypeError for another type, naming the value and the rule.
     """
@@ -76,13 +78,13 @@ def _flag(result: Mapping[Any, Any], key: str) -> bool:
 
 
 def _finite(value: Any, result: Any, name: str = "the reward") -> float:
-    rule = f"the verifier returned {shown(result)}: {name} must be a finite number"
+    rule = f"the verifier returned {shown(result)}: {name} must be a number of at most {LARGEST_REWARD:g} in size"
     if not isinstance(value, numbers.Real):
         raise TypeError(rule)
     try:
         reward = float(value)
     except OverflowError as error:
         raise ValueError(rule) from error
-    if not math.isfinite(reward):
+    if not abs(reward) <= LARGEST_REWARD:  # NaN compares as false
         raise ValueError(rule)
     return reward

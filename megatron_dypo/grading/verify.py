@@ -75,7 +75,9 @@ class Verifier:
         Raises ValueError naming the key if a process that had to be replaced cannot import a verifier any more.
         """
         if self._pool is None or not self._pool.is_running:
-            raise RuntimeError("the verifier is not running: use it in a `with` block")
+            raise RuntimeError(
+                "the verifier is not running: use it in a `with` block, and not after a call that broke off"
+            )
         whole = [Pair(response=pair[0], answer=pair[1]) if isinstance(pair, tuple) else pair for pair in pairs]
         with self._turn:
             verdicts = self._verify(whole, bar)

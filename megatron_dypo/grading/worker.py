@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatron_dypo.grading.calling import Caller, describe, load_caller
@@ -35,6 +36,7 @@ WHOLE_BATCH = -1
 """Stands for a pair's number in the outcome of a batched call that failed: each of its pairs is then tried alone."""
 
 _GRACE_S = 5.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,7 @@ def serve(descriptor: int) -> None:
     [number, is_correct, reward, error] for each pair as it is ready. Answers are JSON, so that nothing that a verifier
     does can make the trainer run code.
     """
-    # A preemption signal or Ctrl-C is the trainer's business: it closes the connection, and that ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    _leave_stopping_to_the_trainer()
     faulthandler.enable()
     with suppress(OSError):  # not on Linux, or not allowed
         # If memory runs out, the kernel is to end a verifier rather than a trainer or a server.
@@ -83,6 +83,33 @@ def serve(descriptor: int) -> None:
             judge.judge(name, items)
     except (EOFError, ConnectionError):
         return
+
+
+def _leave_stopping_to_the_trainer() -> None:
+    """Survive the signals that ask a run to stop: the trainer closes the connection, and that ends this process.
+
+    Processes that a verifier starts do not inherit this: a handler, unlike SIG_IGN, is lost at ``exec``.
+    """
+
+    def survive(number: int, frame: FrameType | None) -> None:
+        pass
+
+    def unset() -> None:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        hold(signal.SIG_UNBLOCK)
+
+    def hold(how: int) -> None:
+        signal.pthread_sigmask(how, _STOP_SIGNALS)
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, survive)
+    # Held back meanwhile: a child that is stopped at once would lose the signal to a handler that it is about to drop.
+    os.register_at_fork(
+        before=partial(hold, signal.SIG_BLOCK),
+        after_in_parent=partial(hold, signal.SIG_UNBLOCK),
+        after_in_child=unset,
+    )
 
 
 def _load(setup: Setup) -> tuple[dict[str, Caller], dict[str, str]]:
@@ -130,7 +157,7 @@ class _Judge:
 
     async def _judge_async(self, caller: Caller, number: int, payload: bytes) -> None:
         try:
-            outcome = await asyncio.wait_for(_attempt_async(caller, payload), self._deadline_s)
+            outcome = await asyncio.wait_for(_attempt_async(caller, payload, self._deadline_s), self._deadline_s)
         except asyncio.TimeoutError:
             outcome = False, 0.0, late_error(self._deadline_s)
         except asyncio.CancelledError as error:
@@ -183,13 +210,17 @@ async def _settle(result: Any) -> Any:
     return await result
 
 
-async def _attempt_async(caller: Caller, payload: bytes) -> Outcome:
+async def _attempt_async(caller: Caller, payload: bytes, deadline_s: float) -> Outcome:
+    start = time.monotonic()
     try:
-        return *read_result(await caller.call(pickle.loads(payload))), None
+        is_correct, reward = read_result(await caller.call(pickle.loads(payload)))
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # noqa: BLE001 (a verifier is foreign code: reported)
         return False, 0.0, describe(error)
+    # One that does not await holds up the loop, and with it the timer.
+    is_late = time.monotonic() - start > deadline_s
+    return (False, 0.0, late_error(deadline_s)) if is_late else (is_correct, reward, None)
 
 
 def _attempt(call: Callable[[], tuple[bool, float]]) -> Outcome:

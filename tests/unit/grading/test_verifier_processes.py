@@ -180,7 +180,7 @@ def test_one_bad_result_of_a_batch_is_one_error_and_a_wrong_number_of_results_is
     with Verifier(_config("batched")) as verifier:
         bad_reward, good = verifier.verify([("nan", "nan"), ("a", "a")])
         too_few, alone = verifier.verify([("too few", ""), ("a", "a")])
-    assert "reward must be a finite number" in (bad_reward.error or "")
+    assert "reward must be a number of at most 1e+06 in size" in (bad_reward.error or "")
     assert (good.is_correct, good.reward) == (True, 2.0)
     assert too_few.error == "ValueError: the verifier returned 0 results for 1 responses: must be one for each"
     assert (alone.is_correct, alone.reward) == (True, 1.0)
@@ -248,3 +248,22 @@ def test_only_what_a_verifier_asks_for_travels_to_it() -> None:
     row = {"large": functools.partial(print), "own": (lambda: 0)}  # could not be sent
     with Verifier(_config("strange")) as verifier:
         assert verifier.verify([Pair(response="a", answer="a", row=row)]) == [RIGHT]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_asks_the_run_to_stop_leaves_its_verifiers_at_work(number: signal.Signals) -> None:
+    with Verifier(_config("pid")) as verifier:
+        (before,) = verifier.verify([("", "")])
+        os.kill(int(before.reward), number)
+        assert verifier.verify([("", "")] * 3) == [before] * 3
+
+
+def test_processes_that_a_verifier_starts_can_be_stopped_as_usual(strange: Verifier) -> None:
+    assert strange.verify([("terminate children", "")]) == [RIGHT]
+
+
+def test_an_asynchronous_verifier_that_blocks_until_after_the_deadline_gives_no_verdict() -> None:
+    with Verifier(_config("asynchronous", deadline_s=0.3)) as verifier:
+        late, good = verifier.verify([("block", ""), ("a", "a")])
+    assert late.error == "no verdict within deadline_s=0.3"
+    assert good == RIGHT

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.load import parse_config
-from megatron_dypo.grading.naming import row_verifier_problem, verifier_of
+from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.types import Prompt, Rollout, RolloutGroup, Verdict
@@ -118,15 +118,22 @@ def test_a_value_that_names_no_verifier_is_refused_by_the_config(grading: dict[s
         parse_config({"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}, "grading": grading}, where="c.yaml")
 
 
-@pytest.mark.parametrize("answer", [{"a": 1}, ["1"], None, True])
 @pytest.mark.parametrize("verifier", ["exact", "choice", "math"])
-def test_a_built_in_verifier_refuses_an_object_as_the_answer(verifier: str, answer: Any) -> None:
+def test_a_built_in_verifier_refuses_an_object_as_the_answer(verifier: str) -> None:
     with Verifier(GradingConfig(verifier=verifier, workers=1)) as running:
-        (verdict,) = running.verify([(str(answer), answer)])
-    assert "a built-in verifier compares text; objects need a verifier of your own" in (verdict.error or "")
+        verdicts = running.verify([(str(answer), answer) for answer in ({"a": 1}, ["1"], None, True)])
+    for verdict in verdicts:
+        assert "a built-in verifier compares text; objects need a verifier of your own" in (verdict.error or "")
 
 
 def test_a_number_as_the_answer_is_its_text() -> None:
     with Verifier(GradingConfig(verifier="exact", workers=1)) as running:
         verdicts = running.verify([("answer: 42", 42), ("answer: 0.5", 0.5)])
     assert [verdict.is_correct for verdict in verdicts] == [True, True]
+
+
+def test_a_source_that_no_row_has_is_named() -> None:
+    cfg = GradingConfig(by_source={"gsm8k": "exact", "arc": "choice"})
+    (line,) = unused_sources(cfg, {"gms8k", "arc"})
+    assert line == "grading.by_source.gsm8k: no row has this source; the data's sources are arc, gms8k"
+    assert unused_sources(cfg, ["arc", "gsm8k"]) == []
