@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import numpy as np
 import pytest
 
 from megatron_dypo.config.grading import GradingConfig
+from megatron_dypo.grading.naming import import_path
+from megatron_dypo.grading.output import OutputTap
 from megatron_dypo.grading.pairs import Pair
+from megatron_dypo.grading.processes import WorkerProcess
 from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.grading.worker import STOP_SIGNALS, Setup
 from megatron_dypo.types import Verdict
 
 HERE = "tests.unit.grading.verifiers"
@@ -267,3 +272,33 @@ def test_an_asynchronous_verifier_that_blocks_until_after_the_deadline_gives_no_
         late, good = verifier.verify([("block", ""), ("a", "a")])
     assert late.error == "no verdict within deadline_s=0.3"
     assert good == RIGHT
+
+
+def test_a_signal_to_stop_does_not_end_a_process_that_is_starting() -> None:
+    setup = Setup(
+        paths={"exact": import_path("exact")}, options={}, built_in=frozenset(), deadline_s=5.0, start_deadline_s=60.0
+    )
+    worker = WorkerProcess(setup, OutputTap())
+    try:
+        for number in STOP_SIGNALS:
+            os.kill(worker._process.pid, number)
+        assert worker.connection.poll(60.0)
+        worker.receive_start()
+        assert worker.is_ready
+    finally:
+        worker.stop()
+
+
+def test_threads_that_verify_at_the_same_time_get_their_own_verdicts() -> None:
+    with Verifier(_config("strange", workers=2)) as verifier, ThreadPoolExecutor(4) as threads:
+        calls = [[(f"{call} {i}", f"{call} {i if i % (call + 2) else -1}") for i in range(30)] for call in range(4)]
+        found = list(threads.map(verifier.verify, calls))
+    for call, verdicts in enumerate(found):
+        assert [verdict.is_correct for verdict in verdicts] == [bool(i % (call + 2)) for i in range(30)]
+
+
+def test_a_verifier_of_a_thousand_different_errors_is_not_a_thousand_lines(caplog: pytest.LogCaptureFixture) -> None:
+    with Verifier(_config("raises_its_response")) as verifier:
+        for call in range(10):
+            verifier.verify([(f"{call} {i}", "") for i in range(100)])
+    assert len([record for record in caplog.records if "no verdict on" in record.getMessage()]) == 2

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.config.load import parse_config
+from megatron_dypo.config.load import dump_config, load_config, parse_config
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.verify import Verifier, grade
@@ -137,3 +139,18 @@ def test_a_source_that_no_row_has_is_named() -> None:
     (line,) = unused_sources(cfg, {"gms8k", "arc"})
     assert line == "grading.by_source.gsm8k: no row has this source; the data's sources are arc, gms8k"
     assert unused_sources(cfg, ["arc", "gsm8k"]) == []
+
+
+def test_verifiers_by_source_survive_the_yaml_of_a_resolved_config() -> None:
+    tree = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
+    tree["grading"] = {"by_source": {"gsm8k": "exact", "aime 24": "math"}, "row_verifiers": ["a.b:c"]}
+    config = parse_config(tree, where="c.yaml")
+    assert parse_config(yaml.safe_load(dump_config(config)), where="c.yaml").grading == config.grading
+
+
+def test_an_override_sets_the_verifier_of_one_source(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: {hf_path: m}\ndata: {prompts: [p.jsonl]}\ngrading: {by_source: {a: exact}}\n"
+    )
+    grading = load_config(tmp_path / "c.yaml", ["grading.by_source.arc=choice", "grading.by_source.a=math"]).grading
+    assert grading.by_source == {"a": "math", "arc": "choice"}

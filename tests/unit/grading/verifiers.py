@@ -177,6 +177,10 @@ def hangs_always(response: str, answer: str) -> bool:
     return True
 
 
+def raises_its_response(response: str, answer: str) -> bool:
+    raise ValueError(f"cannot read {response}")
+
+
 def wants_more(response: str, answer: str, threshold: float) -> bool:
     return True
 
