@@ -43,6 +43,8 @@ class Judge:
         self._connection, self._callers, self._deadline_s = connection, callers, deadline_s
         self._pid = os.getpid()
         self._home = os.open(".", os.O_RDONLY)
+        # A module may have set a handler of its own when it was imported.
+        self._on_alarm = signal.getsignal(signal.SIGALRM) or signal.SIG_DFL
         # One loop for all calls: clients that a verifier keeps between them belong to a loop.
         self._loop = asyncio.new_event_loop()
 
@@ -108,7 +110,7 @@ class Judge:
         The trainer enforces the deadline. This alarm, whose default action no Python code can hold up, ends a
         verification whose trainer has been killed.
         """
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, self._on_alarm)
         signal.setitimer(signal.ITIMER_REAL, self._deadline_s + GRACE_S)
         yield
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import reprlib
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def read_result(result: Any) -> tuple[bool, float]:
         return _read_mapping(result)
     if isinstance(result, bool | np.bool_):
         return bool(result), float(result)
-    if isinstance(result, numbers.Real):
+    if isinstance(result, numbers.Real | Decimal):
         reward = _finite(result, result)
         return reward >= 1 - _ROUNDING, reward
     raise TypeError(
@@ -72,18 +73,18 @@ def _read_mapping(result: Mapping[Any, Any]) -> tuple[bool, float]:
 
 def _flag(result: Mapping[Any, Any], key: str) -> bool:
     value = result[key]
-    if isinstance(value, bool | np.bool_) or (isinstance(value, numbers.Real) and value in (0, 1)):
+    if isinstance(value, bool | np.bool_) or (isinstance(value, numbers.Real | Decimal) and value in (0, 1)):
         return bool(value)
     raise ValueError(f"the verifier returned {key}={shown(value)}: {key} must be true, false, 0 or 1")
 
 
 def _finite(value: Any, result: Any, name: str = "the reward") -> float:
     rule = f"the verifier returned {shown(result)}: {name} must be a number of at most {LARGEST_REWARD:g} in size"
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real | Decimal):
         raise TypeError(rule)
     try:
         reward = float(value)
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:  # an enormous integer, a signalling NaN
         raise ValueError(rule) from error
     if not abs(reward) <= LARGEST_REWARD:  # NaN compares as false
         raise ValueError(rule)

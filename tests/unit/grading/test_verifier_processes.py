@@ -302,3 +302,15 @@ def test_a_verifier_of_a_thousand_different_errors_is_not_a_thousand_lines(caplo
         for call in range(10):
             verifier.verify([(f"{call} {i}", "") for i in range(100)])
     assert len([record for record in caplog.records if "no verdict on" in record.getMessage()]) == 2
+
+
+def test_a_module_that_sets_its_own_alarm_keeps_it() -> None:
+    with Verifier(_config("", verifier="tests.unit.grading.own_alarm:limited", deadline_s=20.0)) as verifier:
+        first, good, second = verifier.verify([("hang", ""), ("a", "a"), ("hang", "")])
+    assert good == RIGHT
+    assert (first.error or "").startswith("TimeoutError: my own limit (own_alarm.py:")
+    assert second.error == first.error
+
+
+def test_a_verifier_that_ignores_the_alarm_does_not_do_so_for_the_next_pair(strange: Verifier) -> None:
+    assert strange.verify([("alarm", "alarm"), ("alarm state", "")]) == [RIGHT, RIGHT]

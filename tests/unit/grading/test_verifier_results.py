@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_dypo.grading.results import read_result, shown
         (0.999, (False, 0.999)),
         (-1, (False, -1.0)),
         (Fraction(3, 2), (True, 1.5)),
+        (Decimal("0.5"), (False, 0.5)),
+        ({"is_correct": Decimal(1), "reward": Decimal("0.25")}, (True, 0.25)),
         (np.float32(1.0), (True, 1.0)),
         ({"is_correct": True}, (True, 1.0)),
         ({"is_correct": 1}, (True, 1.0)),
@@ -51,6 +54,8 @@ def test_a_result_is_correctness_and_a_reward(result: Any, expected: tuple[bool,
         (np.array([1.0]), r"\(ndarray\): must be"),
         (float("nan"), "returned nan: the reward must be a number of at most 1e\\+06 in size"),
         (-math.inf, "returned -inf: the reward must be a number of at most 1e\\+06 in size"),
+        (Decimal("sNaN"), "must be a number of at most"),
+        (Decimal("NaN"), "must be a number of at most"),
         (1.1e6, "returned 1100000.0: the reward must be a number of at most"),
         (10**400, "must be a number of at most 1e\\+06 in size"),
         ({}, r"the keys \[\]: it must have one of is_correct, correct, acc"),

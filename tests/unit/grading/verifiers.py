@@ -70,6 +70,8 @@ def strange(response: str, answer: Any) -> object:
         os.closerange(3, 64)
     if response == "alarm":
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    if response == "alarm state":
+        return signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     if response == "terminate children":
         return _end_of_terminated_children() == [-signal.SIGTERM] * 2
     if response == "segfault":
