@@ -20,6 +20,7 @@ from megatron_dypo.grading.results import CORRECTNESS_KEYS, REWARD_KEYS
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "own_verifier.md").read_text(encoding="utf-8")
+TEXT = " ".join(PAGE.split())
 
 
 def _blocks(language: str) -> list[str]:
@@ -89,11 +90,11 @@ def test_every_config_on_the_page_is_valid() -> None:
 
 def test_keys_defaults_and_statuses_are_those_of_the_code() -> None:
     for key in (*CORRECTNESS_KEYS, *REWARD_KEYS):
-        assert f"`{key}`" in PAGE
-    assert f"(default: {GradingConfig().deadline_s:g} s)" in PAGE
-    assert f"(default: {GradingConfig().batch_size})" in PAGE
-    assert f"exit status {Cause.NO_VERDICTS.status} and the" in PAGE
-    assert f"{Cause.BAD_INPUT.status}: the file, a row or the verifier" in PAGE
+        assert f"`{key}`" in TEXT
+    assert f"(default: {GradingConfig().deadline_s:g} s)" in TEXT
+    assert f"(default: {GradingConfig().batch_size})" in TEXT
+    assert f"exit status {Cause.NO_VERDICTS.status} and the" in TEXT
+    assert f"{Cause.BAD_INPUT.status}: the file, a row or the verifier" in TEXT
 
 
 def test_the_first_example_is_short() -> None:

@@ -15,12 +15,8 @@ import numpy as np
 import pytest
 
 from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.grading.naming import import_path
-from megatron_dypo.grading.output import OutputTap
 from megatron_dypo.grading.pairs import Pair
-from megatron_dypo.grading.processes import WorkerProcess
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.grading.worker import STOP_SIGNALS, Setup
 from megatron_dypo.types import Verdict
 
 HERE = "tests.unit.grading.verifiers"
@@ -153,44 +149,6 @@ def test_an_answer_that_cannot_be_sent_costs_itself_only(strange: Verifier) -> N
     assert errors[4:] == [None, None, None]
 
 
-def test_asynchronous_verifications_run_at_the_same_time_each_with_its_deadline() -> None:
-    with Verifier(_config("asynchronous")) as verifier:
-        verdicts = verifier.verify([("wait", ""), ("meet", ""), ("a", "a"), ("meet", ""), ("exit", ""), ("raise", "")])
-        assert [verdict.is_correct for verdict in verdicts] == [False, True, True, True, False, False]
-        heads = [(verdict.error or "").split(" (")[0] for verdict in verdicts]
-        assert heads == ["no verdict within deadline_s=1", "", "", "", "SystemExit: 3", "KeyError: 'no such unit'"]
-        assert verifier.verify([("a", "a")]) == [RIGHT]
-
-
-@pytest.mark.parametrize("function", ["asynchronous", "batched"])
-@pytest.mark.parametrize("bad", ["hang", "die", "raise"])
-def test_of_pairs_that_are_judged_together_the_bad_one_alone_is_lost(function: str, bad: str) -> None:
-    pairs = [(str(i), str(i if i % 2 else -1)) for i in range(6)]
-    pairs[3] = (bad, "3")
-    with Verifier(_config(function)) as verifier:
-        verdicts = verifier.verify(pairs)
-    assert [i for i, verdict in enumerate(verdicts) if verdict.error] == [3]
-    assert [verdict.is_correct for verdict in verdicts] == [bool(i % 2) and i != 3 for i in range(6)]
-
-
-def test_a_batched_verifier_gets_lists_of_at_most_batch_size() -> None:
-    with Verifier(_config("batched", batch_size=4, workers=2)) as verifier:
-        sizes = [verdict.reward for verdict in verifier.verify([("a", "a")] * 10)]
-        few = [verdict.reward for verdict in verifier.verify([("a", "a")] * 4)]
-    assert sorted(sizes) == [2.0] * 2 + [4.0] * 8
-    assert few == [2.0] * 4
-
-
-def test_one_bad_result_of_a_batch_is_one_error_and_a_wrong_number_of_results_is_named() -> None:
-    with Verifier(_config("batched")) as verifier:
-        bad_reward, good = verifier.verify([("nan", "nan"), ("a", "a")])
-        too_few, alone = verifier.verify([("too few", ""), ("a", "a")])
-    assert "reward must be a number of at most 1e+06 in size" in (bad_reward.error or "")
-    assert (good.is_correct, good.reward) == (True, 2.0)
-    assert too_few.error == "ValueError: the verifier returned 0 results for 1 responses: must be one for each"
-    assert (alone.is_correct, alone.reward) == (True, 1.0)
-
-
 def test_a_verifier_that_hangs_on_all_pairs_holds_a_call_for_ten_deadlines_at_most() -> None:
     start = time.monotonic()
     with Verifier(_config("hangs_always", deadline_s=0.05, workers=2)) as verifier:
@@ -244,49 +202,10 @@ def test_each_pair_has_its_own_verdict_whatever_the_others_do(seed: int) -> None
     assert [verdict.is_correct for verdict in verdicts] == expected
 
 
-def test_a_decorated_asynchronous_function_is_awaited() -> None:
-    with Verifier(_config("hidden_async")) as verifier:
-        assert verifier.verify([("a", "a"), ("b", "a")]) == [RIGHT, WRONG]
-
-
 def test_only_what_a_verifier_asks_for_travels_to_it() -> None:
     row = {"large": functools.partial(print), "own": (lambda: 0)}  # could not be sent
     with Verifier(_config("strange")) as verifier:
         assert verifier.verify([Pair(response="a", answer="a", row=row)]) == [RIGHT]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_that_asks_the_run_to_stop_leaves_its_verifiers_at_work(number: signal.Signals) -> None:
-    with Verifier(_config("pid")) as verifier:
-        (before,) = verifier.verify([("", "")])
-        os.kill(int(before.reward), number)
-        assert verifier.verify([("", "")] * 3) == [before] * 3
-
-
-def test_processes_that_a_verifier_starts_can_be_stopped_as_usual(strange: Verifier) -> None:
-    assert strange.verify([("terminate children", "")]) == [RIGHT]
-
-
-def test_an_asynchronous_verifier_that_blocks_until_after_the_deadline_gives_no_verdict() -> None:
-    with Verifier(_config("asynchronous", deadline_s=0.3)) as verifier:
-        late, good = verifier.verify([("block", ""), ("a", "a")])
-    assert late.error == "no verdict within deadline_s=0.3"
-    assert good == RIGHT
-
-
-def test_a_signal_to_stop_does_not_end_a_process_that_is_starting() -> None:
-    setup = Setup(
-        paths={"exact": import_path("exact")}, options={}, built_in=frozenset(), deadline_s=5.0, start_deadline_s=60.0
-    )
-    worker = WorkerProcess(setup, OutputTap())
-    try:
-        for number in STOP_SIGNALS:
-            os.kill(worker._process.pid, number)
-        assert worker.connection.poll(60.0)
-        worker.receive_start()
-        assert worker.is_ready
-    finally:
-        worker.stop()
 
 
 def test_threads_that_verify_at_the_same_time_get_their_own_verdicts() -> None:
@@ -302,15 +221,3 @@ def test_a_verifier_of_a_thousand_different_errors_is_not_a_thousand_lines(caplo
         for call in range(10):
             verifier.verify([(f"{call} {i}", "") for i in range(100)])
     assert len([record for record in caplog.records if "no verdict on" in record.getMessage()]) == 2
-
-
-def test_a_module_that_sets_its_own_alarm_keeps_it() -> None:
-    with Verifier(_config("", verifier="tests.unit.grading.own_alarm:limited", deadline_s=20.0)) as verifier:
-        first, good, second = verifier.verify([("hang", ""), ("a", "a"), ("hang", "")])
-    assert good == RIGHT
-    assert (first.error or "").startswith("TimeoutError: my own limit (own_alarm.py:")
-    assert second.error == first.error
-
-
-def test_a_verifier_that_ignores_the_alarm_does_not_do_so_for_the_next_pair(strange: Verifier) -> None:
-    assert strange.verify([("alarm", "alarm"), ("alarm state", "")]) == [RIGHT, RIGHT]
