@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from megatron_dypo.config.rules import require, require_positive
 
 BUILT_IN_VERIFIERS = ("math", "exact", "choice")
+_DAY_S = 86400
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -36,7 +36,7 @@ class GradingConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "workers", "deadline_s", "batch_size")
-        require(math.isfinite(self.deadline_s), f"deadline_s={self.deadline_s}", "must be finite")
+        require(self.deadline_s <= _DAY_S, f"deadline_s={self.deadline_s}", f"must be at most {_DAY_S} (a day)")
         for key, name in self.named_verifiers():
             require(
                 name in BUILT_IN_VERIFIERS or _IMPORT_PATH.fullmatch(name) is not None,

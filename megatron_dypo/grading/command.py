@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,17 @@ def grade_file(cfg: GradingConfig, path: Path, fields: Fields, *, show: int) -> 
     At most ``show`` reasons and disagreements are kept. Raises ValueError for a bad file, a bad row or a verifier that does not
     import.
     """
-    file = PairFile(path, fields)
-    summary = Summary(file=str(path), verifier=cfg.verifier, expected_field=fields.expected)
+    with closing(PairFile(path, fields)) as file, Verifier(cfg) as verifier:
+        return _grade(
+            file, verifier, Summary(file=str(path), verifier=cfg.verifier, expected_field=fields.expected), show
+        )
+
+
+def _grade(file: PairFile, verifier: Verifier, summary: Summary, show: int) -> Summary:
     errors: Counter[str] = Counter()
     first_lines: dict[str, int] = {}
     total_reward = 0.0
-    with Verifier(cfg) as verifier, progress(len(file), "grading", "responses") as bar:
+    with progress(len(file), "grading", "responses") as bar:
         for lines in _chunks(file.lines()):
             verdicts = verifier.verify([line.pair for line in lines], bar)
             for line, verdict in zip(lines, verdicts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
@@ -38,6 +39,16 @@ def row_verifier_problem(cfg: GradingConfig, name: str) -> str | None:
         f"verifier={name!r}: a row may name {', '.join(allowed)}; "
         "add others to grading.row_verifiers, so that the config says which code runs"
     )
+
+
+def unused_sources(cfg: GradingConfig, sources: Collection[str]) -> list[str]:
+    """Return the sources of ``grading.by_source`` that no row has, each as a line that names the data's sources."""
+    known = ", ".join(sorted(sources)) or "none"
+    return [
+        f"grading.by_source.{source}: no row has this source; the data's sources are {known}"
+        for source in cfg.by_source
+        if source not in sources
+    ]
 
 
 def import_path(name: str) -> str:

@@ -16,13 +16,14 @@ from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.results import shown
 
 _SHOWN_PROBLEMS = 20
+_MISSING = object()
 _ROW_FIELDS = {"prompt": "prompt", "source": "source", "id": "prompt_id"}
 """Column → what a verifier gets it as, where it is text; it stays in the row too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names of the columns."""
+    """Names of the columns; ``reward_model.ground_truth`` is the part of an object."""
 
     response: str = "response"
     answer: str = "answer"
@@ -64,6 +65,9 @@ class PairFile:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def close(self) -> None:
+        self._rows.close()
+
     def lines(self) -> Iterator[Line]:
         """Read the rows in order."""
         for line in self._lines():
@@ -103,10 +107,11 @@ def _line(record: Any, number: int, fields: Fields) -> Line:
     if not isinstance(record, dict):
         raise BadRow(f"{shown(record)}: must be an object")
     wanted = (fields.response, fields.answer, fields.expected)
-    missing = [name for name in (wanted if fields.needs_expected else wanted[:2]) if name not in record]
+    values = {name: _part(record, name) for name in wanted}
+    missing = [name for name in (wanted if fields.needs_expected else wanted[:2]) if values[name] is _MISSING]
     if missing:
         raise BadRow(f"{', '.join(missing)}: is missing (the row has {', '.join(map(str, record)) or 'no field'})")
-    response, answer = record[fields.response], record[fields.answer]
+    response, answer = values[fields.response], values[fields.answer]
     if not isinstance(response, str):
         raise BadRow(f"{fields.response}={shown(response)}: must be a string")
     if answer is None:
@@ -123,14 +128,22 @@ def _line(record: Any, number: int, fields: Fields) -> Line:
                 if isinstance(record.get(name), str) and name not in wanted
             },
         ),
-        expected=_expected(record, fields),
+        expected=_expected(values[fields.expected], fields.expected),
     )
 
 
-def _expected(record: dict[str, Any], fields: Fields) -> bool | None:
-    value = record.get(fields.expected)
-    if value is None:
+def _part(record: dict[str, Any], name: str) -> Any:
+    """The column ``name``; without one, the part of an object that a dotted name says; else _MISSING."""
+    if name in record:
+        return record[name]
+    head, dot, rest = name.partition(".")
+    inner = record.get(head)
+    return _part(inner, rest) if dot and isinstance(inner, dict) else _MISSING
+
+
+def _expected(value: Any, name: str) -> bool | None:
+    if value is None or value is _MISSING:
         return None
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return bool(value)
-    raise BadRow(f"{fields.expected}={shown(value)}: must be true, false, 0, 1 or null")
+    raise BadRow(f"{name}={shown(value)}: must be true, false, 0, 1 or null")

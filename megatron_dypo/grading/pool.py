@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from megatron_dypo.grading.calling import describe
+from megatron_dypo.grading.judging import WHOLE_BATCH, Item, Outcome, late_error
 from megatron_dypo.grading.output import OutputTap
 from megatron_dypo.grading.pairs import Pair, values_of
 from megatron_dypo.grading.processes import CallerInfo, ImportFailed, WorkerDied, WorkerProcess
-from megatron_dypo.grading.worker import WHOLE_BATCH, Item, Outcome, Setup, late_error
+from megatron_dypo.grading.worker import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,15 @@ class Pool:
         for number, (name, _) in enumerate(jobs):
             self._todo.setdefault(name, deque()).append(number)
         sizes = {name: self._size_of_batch(name, len(numbers)) for name, numbers in self._todo.items()}
-        num_done, last_verdict = 0, time.monotonic()
+        num_done, num_errors, last_verdict = 0, 0, time.monotonic()
         try:
             while num_done < len(jobs):
                 outcomes = self._hand_out(sizes)
                 outcomes += [] if outcomes else self._collect()
+                num_errors += len(outcomes)
                 if any(error is None for _, (_, _, error) in outcomes):
-                    last_verdict = time.monotonic()
-                elif outcomes and time.monotonic() - last_verdict > _GIVE_UP_DEADLINES * self._setup.deadline_s:
+                    num_errors, last_verdict = 0, time.monotonic()
+                elif outcomes and self._is_hopeless(num_errors, time.monotonic() - last_verdict):
                     outcomes += self._give_up(outcomes[-1][1][2])
                 for number, outcome in outcomes:
                     on_outcome(number, outcome)
@@ -96,6 +98,10 @@ class Pool:
         except BaseException:
             self.close()
             raise
+
+    def _is_hopeless(self, num_errors: int, seconds: float) -> bool:
+        # Both: errors can be cheap, and a process can take its time to import a verifier again.
+        return num_errors >= _GIVE_UP_DEADLINES and seconds > _GIVE_UP_DEADLINES * self._setup.deadline_s
 
     def _give_up(self, error: str | None) -> list[tuple[int, Outcome]]:
         waiting = [number for queue in (self._alone, *self._todo.values()) for number in queue]

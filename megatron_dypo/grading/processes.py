@@ -17,9 +17,10 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+from megatron_dypo.grading.judging import WHOLE_BATCH, Item, Outcome
 from megatron_dypo.grading.output import OutputTap
 from megatron_dypo.grading.signature import Mode
-from megatron_dypo.grading.worker import WHOLE_BATCH, Item, Outcome, Setup
+from megatron_dypo.grading.worker import STOP_SIGNALS, Setup
 
 _SLACK_S = 1.0
 """The process keeps ``deadline_s`` itself where it can; the trainer kills it this much later."""
@@ -67,18 +68,7 @@ class WorkerProcess:
         self.pending: deque[int] = deque()
         """Numbers of unanswered pairs. In mode ``one`` the process works on the first; else on all of them."""
         self.connection, child = Pipe()
-        # The verifier's module may lie where the run was started, which a console script's sys.path does not hold.
-        paths = [*sys.path, str(Path.cwd())]
-        code = f"import sys; sys.path[:] = {paths!r}; from megatron_dypo.grading.worker import serve; serve({child.fileno()})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=(child.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,  # what a verifier prints is no output of the trainer's
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # so that a kill reaches the verifier's own children
-        )
+        self._process = _start(child.fileno())
         child.close()
         assert self._process.stdout is not None
         self._output = tap.follow(self._process.stdout)
@@ -173,6 +163,26 @@ class WorkerProcess:
         if code < 0:
             return f"verifier process killed by {_signal_name(-code)}"
         return f"verifier process exited with {code}"
+
+
+def _start(descriptor: int) -> subprocess.Popen[bytes]:
+    # The verifier's module may lie where the run was started, which a console script's sys.path does not hold.
+    paths = [*sys.path, str(Path.cwd())]
+    code = f"import sys; sys.path[:] = {paths!r}; from megatron_dypo.grading.worker import serve; serve({descriptor})"
+    # Until it handles them itself a signal that asks the run to stop would end it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-c", code],  # unbuffered: what a verifier printed before its end is seen
+            pass_fds=(descriptor,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # what a verifier prints is no output of the trainer's
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # so that a kill reaches the verifier's own children
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signal_name(number: int) -> str:

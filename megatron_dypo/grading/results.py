@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import reprlib
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ CORRECTNESS_KEYS = ("is_correct", "correct", "acc")
 REWARD_KEYS = ("reward", "score")
 """Keys of a dict that hold a shaped reward; ``score`` is verl's. Without a key of correctness ``score`` is read like a
 number."""
+
+LARGEST_REWARD = 1e6
+"""Advantages are differences and squares of rewards in float32."""
 
 _ROUNDING = 1e-9
 _shorten = reprlib.Repr()
@@ -32,7 +35,7 @@ def read_result(result: Any) -> tuple[bool, float]:
 
     A bool is both. A number is the reward, and correct from 1 up (within 1e-9). A dict has ``is_correct`` (or
     ``correct``, ``acc``): a bool, 0 or 1; and may have ``reward`` (or ``score``), a shaped reward that leaves
-    correctness alone. A dict with ``score`` alone is read like that number.
+    correctness alone. A dict with ``score`` alone is read like that number. A reward is at most 1e6 in size.
 
     Raises ValueError, or TypeError for another type, naming the value and the rule.
     """
@@ -40,7 +43,7 @@ def read_result(result: Any) -> tuple[bool, float]:
         return _read_mapping(result)
     if isinstance(result, bool | np.bool_):
         return bool(result), float(result)
-    if isinstance(result, numbers.Real):
+    if isinstance(result, numbers.Real | Decimal):
         reward = _finite(result, result)
         return reward >= 1 - _ROUNDING, reward
     raise TypeError(
@@ -70,19 +73,19 @@ def _read_mapping(result: Mapping[Any, Any]) -> tuple[bool, float]:
 
 def _flag(result: Mapping[Any, Any], key: str) -> bool:
     value = result[key]
-    if isinstance(value, bool | np.bool_) or (isinstance(value, numbers.Real) and value in (0, 1)):
+    if isinstance(value, bool | np.bool_) or (isinstance(value, numbers.Real | Decimal) and value in (0, 1)):
         return bool(value)
     raise ValueError(f"the verifier returned {key}={shown(value)}: {key} must be true, false, 0 or 1")
 
 
 def _finite(value: Any, result: Any, name: str = "the reward") -> float:
-    rule = f"the verifier returned {shown(result)}: {name} must be a finite number"
-    if not isinstance(value, numbers.Real):
+    rule = f"the verifier returned {shown(result)}: {name} must be a number of at most {LARGEST_REWARD:g} in size"
+    if not isinstance(value, numbers.Real | Decimal):
         raise TypeError(rule)
     try:
         reward = float(value)
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:  # an enormous integer, a signalling NaN
         raise ValueError(rule) from error
-    if not math.isfinite(reward):
+    if not abs(reward) <= LARGEST_REWARD:  # NaN compares as false
         raise ValueError(rule)
     return reward

@@ -9,12 +9,13 @@ from typing import Any
 
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
 from megatron_dypo.grading.error_log import ErrorLog
+from megatron_dypo.grading.judging import Outcome
 from megatron_dypo.grading.naming import import_path, keys_that_name, options_of, verifier_of
 from megatron_dypo.grading.pairs import Pair, pair_of
 from megatron_dypo.grading.pool import Job, Pool
 from megatron_dypo.grading.processes import ImportFailed
 from megatron_dypo.grading.tiers import grade_tier
-from megatron_dypo.grading.worker import Outcome, Setup
+from megatron_dypo.grading.worker import Setup
 from megatron_dypo.progress import Progress, progress
 from megatron_dypo.types import GradedGroup, RolloutGroup, Verdict
 
@@ -75,7 +76,9 @@ class Verifier:
         Raises ValueError naming the key if a process that had to be replaced cannot import a verifier any more.
         """
         if self._pool is None or not self._pool.is_running:
-            raise RuntimeError("the verifier is not running: use it in a `with` block")
+            raise RuntimeError(
+                "the verifier is not running: use it in a `with` block, and not after a call that broke off"
+            )
         whole = [Pair(response=pair[0], answer=pair[1]) if isinstance(pair, tuple) else pair for pair in pairs]
         with self._turn:
             verdicts = self._verify(whole, bar)

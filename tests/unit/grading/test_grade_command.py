@@ -79,6 +79,16 @@ def test_parquet_rows_bring_objects_and_other_columns_to_the_verifier(tmp_path: 
     assert json.loads(run.stdout)["correct"] == 1, run.stdout
 
 
+def test_a_dotted_name_is_the_part_of_an_object(tmp_path: Path) -> None:
+    row = {"response": "a", "reward_model": {"ground_truth": "a"}, "a.b": "c"}
+    file = _file(tmp_path / "pairs.jsonl", [row])
+    for field, is_right in (("reward_model.ground_truth", True), ("a.b", False)):
+        found = json.loads(_grade(file, "--field-answer", field, "--json").stdout)
+        assert (found["correct"], found["wrong"]) == (int(is_right), int(not is_right))
+    run = _grade(file, "--field-answer", "reward_model.truth")
+    assert "pairs.jsonl:1: reward_model.truth: is missing (the row has response, reward_model, a.b)" in run.stderr
+
+
 def test_what_a_verifier_prints_is_no_part_of_the_output(tmp_path: Path) -> None:
     file = _file(tmp_path / "pairs.jsonl", [{"response": "print", "answer": "print"}])
     run = _grade(file, "--json", "--deadline-s", "60", function=f"{HERE}:strange")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.config.load import parse_config
-from megatron_dypo.grading.naming import row_verifier_problem, verifier_of
+from megatron_dypo.config.load import dump_config, load_config, parse_config
+from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.types import Prompt, Rollout, RolloutGroup, Verdict
@@ -109,7 +111,7 @@ def test_every_verifier_that_is_named_is_imported_at_start(grading: dict[str, An
         ({"row_verifiers": ["x"]}, r"grading.row_verifiers\[0\]='x'"),
         ({"by_source": {"gsm8k": 3}}, "grading.by_source.gsm8k=3"),
         ({"batch_size": 0}, "grading.batch_size=0: must be positive"),
-        ({"deadline_s": float("inf")}, "grading.deadline_s=inf: must be finite"),
+        ({"deadline_s": float("inf")}, r"grading.deadline_s=inf: must be at most 86400 \(a day\)"),
         ({"deadline_s": float("nan")}, "grading.deadline_s=nan"),
     ],
 )
@@ -118,15 +120,37 @@ def test_a_value_that_names_no_verifier_is_refused_by_the_config(grading: dict[s
         parse_config({"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}, "grading": grading}, where="c.yaml")
 
 
-@pytest.mark.parametrize("answer", [{"a": 1}, ["1"], None, True])
 @pytest.mark.parametrize("verifier", ["exact", "choice", "math"])
-def test_a_built_in_verifier_refuses_an_object_as_the_answer(verifier: str, answer: Any) -> None:
+def test_a_built_in_verifier_refuses_an_object_as_the_answer(verifier: str) -> None:
     with Verifier(GradingConfig(verifier=verifier, workers=1)) as running:
-        (verdict,) = running.verify([(str(answer), answer)])
-    assert "a built-in verifier compares text; objects need a verifier of your own" in (verdict.error or "")
+        verdicts = running.verify([(str(answer), answer) for answer in ({"a": 1}, ["1"], None, True)])
+    for verdict in verdicts:
+        assert "a built-in verifier compares text; objects need a verifier of your own" in (verdict.error or "")
 
 
 def test_a_number_as_the_answer_is_its_text() -> None:
     with Verifier(GradingConfig(verifier="exact", workers=1)) as running:
         verdicts = running.verify([("answer: 42", 42), ("answer: 0.5", 0.5)])
     assert [verdict.is_correct for verdict in verdicts] == [True, True]
+
+
+def test_a_source_that_no_row_has_is_named() -> None:
+    cfg = GradingConfig(by_source={"gsm8k": "exact", "arc": "choice"})
+    (line,) = unused_sources(cfg, {"gms8k", "arc"})
+    assert line == "grading.by_source.gsm8k: no row has this source; the data's sources are arc, gms8k"
+    assert unused_sources(cfg, ["arc", "gsm8k"]) == []
+
+
+def test_verifiers_by_source_survive_the_yaml_of_a_resolved_config() -> None:
+    tree = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
+    tree["grading"] = {"by_source": {"gsm8k": "exact", "aime 24": "math"}, "row_verifiers": ["a.b:c"]}
+    config = parse_config(tree, where="c.yaml")
+    assert parse_config(yaml.safe_load(dump_config(config)), where="c.yaml").grading == config.grading
+
+
+def test_an_override_sets_the_verifier_of_one_source(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: {hf_path: m}\ndata: {prompts: [p.jsonl]}\ngrading: {by_source: {a: exact}}\n"
+    )
+    grading = load_config(tmp_path / "c.yaml", ["grading.by_source.arc=choice", "grading.by_source.a=math"]).grading
+    assert grading.by_source == {"a": "math", "arc": "choice"}

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -69,9 +70,24 @@ def strange(response: str, answer: Any) -> object:
         os.closerange(3, 64)
     if response == "alarm":
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    if response == "alarm state":
+        return signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    if response == "terminate children":
+        return _end_of_terminated_children() == [-signal.SIGTERM] * 2
     if response == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     return response == answer or response == str(len(answer))
+
+
+def _end_of_terminated_children() -> list[int]:
+    """Exit codes of a child by ``exec`` and one by ``fork``, both terminated."""
+    started = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+    started.terminate()
+    forked = os.fork()
+    if forked == 0:
+        threading.Event().wait()
+    os.kill(forked, signal.SIGTERM)
+    return [started.wait(), -os.waitpid(forked, 0)[1]]
 
 
 class _Unprintable:
@@ -129,6 +145,11 @@ async def asynchronous(response: str, answer: str) -> object:
         while len(_waiting) < 2:
             await asyncio.sleep(0.01)
         return True
+    if response == "block":
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            os.sched_yield()
+        return True
     if response == "wait":
         await asyncio.sleep(3600)
     return obedient(response, answer)
@@ -156,6 +177,10 @@ def batched(responses: list[str], answers: list[str]) -> list[object]:
 def hangs_always(response: str, answer: str) -> bool:
     threading.Event().wait()
     return True
+
+
+def raises_its_response(response: str, answer: str) -> bool:
+    raise ValueError(f"cannot read {response}")
 
 
 def wants_more(response: str, answer: str, threshold: float) -> bool:
