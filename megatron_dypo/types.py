@@ -80,14 +80,14 @@ class Prompt:
     text: str
     """What ``tokens`` decode to."""
     answer: Any
-    """A string; an object or a list where the row has one."""
+    """The gold answer: text, or an object for a verifier of the user's own."""
     source: str
     traces: Mapping[str, Tokens] = field(default_factory=dict)
     """Teacher name → [R] target tokens, end-of-sequence included. Any subset of the teachers."""
     verifier: str | None = None
-    """The row's own verifier, named as ``grading.verifier`` is; None: the run's."""
+    """The verifier that the row names for itself; None: the config's (``grading.by_source``, ``grading.verifier``)."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The row's other columns; empty unless ``data.keep_row`` asks for them."""
+    """The row's other columns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
