@@ -110,11 +110,14 @@ def test_messages_without_a_template_are_found_at_opening(tokenizer: Tokenizer, 
         _open(path, tokenizer, chat_template=False)
 
 
-@pytest.mark.parametrize("template", ["", "{{ bos_token }}", "{{ bos_token }}\n \n"])
-def test_a_prompt_that_renders_to_nothing_is_found(bpe_folder: Path, tmp_path: Path, template: str) -> None:
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}\n \n"])
+def test_a_prompt_that_renders_to_nothing_is_found(bpe_folder: Path, tmp_path: Path, start: str) -> None:
+    # A template that leaves out what it does not know.
+    template = start + "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     tokenizer = load_tokenizer(variant(bpe_folder, tmp_path / "t", chat_template=template))
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: prompt: renders to nothing but special tokens"):
-        _open(_write(tmp_path / "x.jsonl", [ROWS[0]]), tokenizer)
+    path = _write(tmp_path / "x.jsonl", [ROWS[0], {"prompt": SYSTEM[:1], "answer": "1"}])
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: prompt: renders to nothing but special tokens"):
+        _open(path, tokenizer)
 
 
 @pytest.mark.parametrize(
