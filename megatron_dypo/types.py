@@ -87,7 +87,7 @@ class Prompt:
     verifier: str | None = None
     """The verifier that the row names for itself; None: the config's (``grading.by_source``, ``grading.verifier``)."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The row's other columns; empty unless ``data.keep_row`` asks for them."""
+    """The row's other columns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

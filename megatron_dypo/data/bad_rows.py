@@ -50,7 +50,7 @@ def _listed(problems: Mapping[int, Sequence[str]], source: RowSource) -> str:
 def _write(path: Path, problems: Mapping[int, Sequence[str]], source: RowSource) -> None:
     """Write the bad rows of these files, and keep those of others (a run opens several data sets)."""
     ours = {str(file.path) for file in source.files}
-    lines = [line for line in _lines(path) if _file_of(line) not in ours]
+    lines = _lines_of_others(path, ours)
     for row, found in problems.items():
         file, line = source.file_and_line(row)
         lines.append(json.dumps({"file": str(file), "line": line, "problems": list(found)}))
@@ -63,9 +63,12 @@ def _write(path: Path, problems: Mapping[int, Sequence[str]], source: RowSource)
     temporary.replace(path)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
-def _file_of(line: str) -> str | None:
-    return json.loads(line)["file"]
+def _lines_of_others(path: Path, ours: set[str]) -> list[str]:
+    kept = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["file"] not in ours:
+                kept.append(line.decode())
+        except (ValueError, TypeError, KeyError):
+            log.warning("%s has a line that is not from here: %.80r is left out", path, line)
+    return kept

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.files import RowPart
 from megatron_dypo.data.row_check import PartCheck, RowsChecked, check_part, join_parts
 from megatron_dypo.data.source import RowParser, RowSource
 from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.processes import end_with_parent
 from megatron_dypo.progress import progress
 
 _PART_BYTES = 4 * 2**20
@@ -61,16 +64,30 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(tokenizer, data)) as pool:
         try:
-            yield from pool.map(_check, parts)
+            with _signals_held():  # the processes start here
+                results = pool.map(_check, parts)
+            yield from results
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process that checked rows of the prompt files died; the kernel may have killed it for memory"
+                "a process that checked rows of the prompt files died: the kernel may have killed it for memory, or the "
+                "script that opens them runs without `if __name__ == '__main__'`"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start processes that never get the signals that ask a run to stop: they are for the run, which ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(tokenizer: Tokenizer | None, data: DataConfig) -> None:
+    end_with_parent()
     global _work
     _work = tokenizer, data
 

@@ -64,6 +64,8 @@ class PromptDataset:
         self.verifiers: frozenset[str] = frozenset(self.checked.verifiers)
         """Every verifier that some row names."""
         self.sources: frozenset[str] = frozenset(self.checked.sources)
+        self.num_skipped = len(self.checked.problems)
+        """Bad rows that are left out."""
         self.num_too_long = 0
         """Prompts longer than ``data.max_prompt_tokens``; their draws are dropped."""
         if not held_out:

@@ -61,11 +61,11 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
 
     A Parquet file is read by the ``columns`` that are asked for (None: all), and must have the ``required`` ones.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: must end in .jsonl or .parquet")
     try:
+        if not path.is_file():
+            raise ValueError(f"{path}: {'is a folder: name its files' if path.is_dir() else 'no such file'}")
         with path.open("rb") as file:
             start = file.read(64)
         if not start:

@@ -40,6 +40,9 @@ class ParquetFile:
             raise ValueError(
                 f"{path}: is damaged: its row groups have {sizes} rows, its footer says {metadata.num_rows}"
             )
+        twice = sorted({name for name in present if present.count(name) > 1})
+        if twice:
+            raise ValueError(f"{path}: has the column {twice[0]} twice")
         missing = [name for name in required if _column_of(name, present) is None]
         if missing:
             raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)}")

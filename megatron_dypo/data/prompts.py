@@ -125,7 +125,7 @@ class PromptStream:
     ) -> tuple[list[Prompt], DropCounts]:
         # Rows are read in file order, so that each Parquet row group is decoded once.
         found: dict[int, Prompt] = {}
-        drops = DropCounts()
+        too_long, num_long_traces, num_wrong_traces = [], 0, 0
         for i in sorted(range(len(rows)), key=rows.__getitem__):
             tokens = None
             # A prompt that is known to be too long is not tokenised again at each draw.
@@ -133,11 +133,13 @@ class PromptStream:
                 row = self._dataset[rows[i]]
                 tokens = self._prompt_tokens(row)
             if tokens is None or len(tokens) > self._data.max_prompt_tokens:
-                drops += DropCounts(too_long=(orders[i],))
+                too_long.append(orders[i])
                 continue
-            traces, dropped = self._traces(rows[i], row, tokens) if with_traces else ({}, DropCounts())
-            drops += dropped
+            traces, num_long, num_wrong = self._traces(rows[i], row, tokens) if with_traces else ({}, 0, 0)
+            num_long_traces += num_long
+            num_wrong_traces += num_wrong
             found[i] = make_prompt(row, tokens, self._tokenizer, visit=visits[i], order=orders[i], traces=traces)
+        drops = DropCounts(too_long=tuple(sorted(too_long)), traces=num_long_traces, wrong_traces=num_wrong_traces)
         return [found[i] for i in sorted(found)], drops
 
     def _prompt_tokens(self, row: PromptRow) -> Tokens:
@@ -146,10 +148,12 @@ class PromptStream:
         except ValueError as error:
             raise ValueError(f"prompt {row.prompt_id}: {error}") from error
 
-    def _traces(self, number: int, row: PromptRow, prompt: Tokens) -> tuple[dict[str, Tokens], DropCounts]:
+    def _traces(self, number: int, row: PromptRow, prompt: Tokens) -> tuple[dict[str, Tokens], int, int]:
+        """Return the traces to learn from, and how many are too long and how many are wrong."""
         wanted = row.traces if self._data.teachers is None else self._data.teachers
         index_of = self._dataset.trace_indices(number)
-        kept, num_long, num_wrong = {}, 0, 0
+        kept: dict[str, Tokens] = {}
+        num_long = num_wrong = 0
         for name in wanted:
             if name not in row.traces:
                 continue
@@ -162,7 +166,7 @@ class PromptStream:
                     kept[name] = target
                     continue
             num_long += 1
-        return kept, DropCounts(traces=num_long, wrong_traces=num_wrong)
+        return kept, num_long, num_wrong
 
     def _is_wrong(self, index: int) -> bool:
         if not self._data.drop_wrong_traces:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from megatron_dypo.data.chat import Message
@@ -156,13 +157,13 @@ def _number_or_text(value: Any, rule: str) -> str:
         return _text(value)
     if isinstance(value, HugeInteger):
         raise Broken(value, "is too long for a number: write it as a string")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
         raise Broken(value, rule)
     return str(value)
 
 
 def _identifier(value: Any) -> str:
-    if isinstance(value, float):
+    if isinstance(value, float | Decimal):
         raise Broken(value, "must be a string or an integer")
     return _number_or_text(value, "must be a string or an integer")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -53,11 +55,14 @@ class RowSource:
         self.names = distinct_names(files)
         """What each file is called in ids: its name, after those of its folders where two files have the same."""
         self._parsers = [RowParser(name=name, columns=columns, keep_row=keep_row) for name in self.names]
-        self._stats = [_stat(path) for path in files]
+        _require_once(files)
+        # Held open: a file that is replaced by another of its name stays what it was for this run.
+        self._handles = [path.open("rb") for path in files]
+        self._stats = [_stat(handle) for handle in self._handles]
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         total = sum(size for size, _ in self._stats)
         with progress(total, "hashing prompt files", "bytes", enabled=show_progress) as bar:
-            self.hashes = [_sha256(path, bar.update) for path in files]
+            self.hashes = [_sha256(handle, bar.update) for handle in self._handles]
             """SHA-256 of each file, in hexadecimal."""
 
     def __len__(self) -> int:
@@ -93,34 +98,37 @@ class RowSource:
         return [(parser, part) for parser, file in files for part in file.parts(size)]
 
     def require_unchanged(self) -> None:
-        """Raise ValueError naming the first file that is no longer what it was when it was opened."""
-        for number, file in enumerate(self.files):
+        """Raise ValueError naming the first file that another process would not find as it was when it was opened."""
+        for number, (file, handle) in enumerate(zip(self.files, self._handles, strict=True)):
+            try:
+                is_same = os.path.samestat(file.path.stat(), os.fstat(handle.fileno()))
+            except OSError as error:
+                raise ValueError(f"{file.path}: cannot be read any more: {error.strerror}") from error
+            if not is_same:
+                raise ValueError(f"{file.path}: the file was replaced by another while its rows were checked")
             self._require_unchanged(number, str(file.path))
 
     def close(self) -> None:
-        for file in self.files:
+        for file, handle in zip(self.files, self._handles, strict=True):
             file.close()
+            handle.close()
 
     def _locate(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         return number, index - (int(self._ends[number - 1]) if number else 0)
 
     def _require_unchanged(self, number: int, place: str) -> None:
-        path = self.files[number].path
-        now = _stat(path)
+        now = _stat(self._handles[number])
         if now == self._stats[number]:
             return
         # A copy or a touch changes the time alone.
-        if now[0] != self._stats[number][0] or _sha256(path) != self.hashes[number]:
+        if now[0] != self._stats[number][0] or _sha256(self._handles[number]) != self.hashes[number]:
             raise ValueError(f"{place}: the file has changed since it was opened")
         self._stats[number] = now
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
-    """Name each file by the fewest last parts of its path that tell it from the other files.
-
-    The same file given twice has the same name twice.
-    """
+    """Name each file by the fewest last parts of its path that tell it from the other files."""
     wholes = [path.absolute() for path in paths]
     names = []
     for path in wholes:
@@ -132,19 +140,27 @@ def distinct_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _stat(path: Path) -> tuple[int, int]:
-    try:
+def _require_once(files: list[Path]) -> None:
+    seen: dict[tuple[int, int], Path] = {}
+    for path in files:
         stat = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read any more: {error.strerror}") from error
+        first = seen.setdefault((stat.st_dev, stat.st_ino), path)
+        if first is not path:
+            raise ValueError(f"{path}: is the same file as {first}: name each once")
+
+
+def _stat(handle: BinaryIO) -> tuple[int, int]:
+    stat = os.fstat(handle.fileno())
     return stat.st_size, stat.st_mtime_ns
 
 
-def _sha256(path: Path, update: Callable[[int], object] | None = None) -> str:
+def _sha256(handle: BinaryIO, update: Callable[[int], object] | None = None) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-            if update is not None:
-                update(len(block))
+    offset = 0
+    # By offset, so that threads may share the handle.
+    while block := os.pread(handle.fileno(), _HASH_BYTES, offset):
+        digest.update(block)
+        offset += len(block)
+        if update is not None:
+            update(len(block))
     return digest.hexdigest()

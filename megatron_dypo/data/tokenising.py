@@ -21,7 +21,7 @@ _SPACES_AFTER_TAG = ("\n", "\n\n", "", " ")
 def render_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, data: DataConfig) -> Tokens:
     """Return the [L] token ids of a prompt, with the header of the answer. Raises ValueError where it renders to none."""
     ids = tokenizer.render(prompt, data.chat_template)
-    if not ids or not tokenizer.decode(ids).strip():
+    if not tokenizer.decode(ids[-256:]).strip() and not tokenizer.decode(ids).strip():
         raise ValueError("renders to nothing but special tokens and white space")
     return np.asarray(ids, dtype=np.int32)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,31 @@ class CountingTokenizer:
         return getattr(self._inner, name)
 
 
+class ActingTokenizer(CountingTokenizer):
+    """A tokenizer that does something to the process of the check before it renders."""
+
+    def __init__(self, inner: Tokenizer, action: Callable[[], None]) -> None:
+        super().__init__(inner)
+        self._action = action
+
+    def render(self, *arguments: Any) -> list[int]:
+        assert multiprocessing.parent_process() is not None
+        self._action()
+        return super().render(*arguments)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self._inner, self._action)
+
+
+def ask_to_stop() -> None:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+
+
+def die() -> None:
+    os._exit(9)
+
+
 def test_a_role_that_the_template_refuses_is_found_at_opening(bpe_folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(variant(bpe_folder, tmp_path / "t", chat_template=NO_SYSTEM))
     path = _write(tmp_path / "x.jsonl", [ROWS[0], {"prompt": SYSTEM, "answer": "1"}])
@@ -81,19 +110,14 @@ def test_messages_without_a_template_are_found_at_opening(tokenizer: Tokenizer, 
         _open(path, tokenizer, chat_template=False)
 
 
-@pytest.mark.parametrize("template", ["", "{{ bos_token }}", "{{ bos_token }}\n \n"])
-def test_a_prompt_that_renders_to_nothing_is_found(bpe_folder: Path, tmp_path: Path, template: str) -> None:
-    folder = variant(bpe_folder, tmp_path / "t", chat_template=template)
-    with pytest.raises(ValueError, match="does not write the text of a user's message"):
-        load_tokenizer(folder)
-
-
-def test_a_row_that_renders_to_nothing_is_found_at_opening(bpe_folder: Path, tmp_path: Path) -> None:
-    template = "{% for m in messages %}{% if m['content'] != 'nothing' %}{{ m['content'] }}{% endif %}{% endfor %}"
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}\n \n"])
+def test_a_prompt_that_renders_to_nothing_is_found(bpe_folder: Path, tmp_path: Path, start: str) -> None:
+    # A template that leaves out what it does not know.
+    template = start + "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     tokenizer = load_tokenizer(variant(bpe_folder, tmp_path / "t", chat_template=template))
-    rows = [ROWS[0], {"prompt": "nothing", "answer": "1"}]
+    path = _write(tmp_path / "x.jsonl", [ROWS[0], {"prompt": SYSTEM[:1], "answer": "1"}])
     with pytest.raises(ValueError, match=r"x\.jsonl:2: prompt: renders to nothing but special tokens"):
-        _open(_write(tmp_path / "x.jsonl", rows), tokenizer)
+        _open(path, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +288,26 @@ def test_several_processes_find_what_one_finds(tokenizer: Tokenizer, tmp_path: P
     _assert_same(one, two)
     assert list(one.problems) == [48, 49]
     assert one.problems[49] == (f"id='x.jsonl:2': is the id of {paths[0]}:2 too",)
+
+
+def _two_parts(tmp_path: Path) -> RowSource:
+    path = tmp_path / "y.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:4]), path, row_group_size=2)
+    return RowSource([path], columns_of("plain", DataFieldsConfig()), keep_row=False)
+
+
+def test_signals_that_ask_the_run_to_stop_do_not_break_the_check(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    acting: Any = ActingTokenizer(tokenizer, ask_to_stop)
+    source = _two_parts(tmp_path)
+    checked = check_rows(source, acting, DataConfig(), num_processes=2)
+    _assert_same(checked, check_rows(source, tokenizer, DataConfig()))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_process_of_the_check_that_dies_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    acting: Any = ActingTokenizer(tokenizer, die)
+    with pytest.raises(RuntimeError, match="a process that checked rows of the prompt files died"):
+        check_rows(_two_parts(tmp_path), acting, DataConfig(), num_processes=2)
 
 
 def test_a_damaged_row_group_ends_the_check_in_processes_too(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -57,11 +58,18 @@ def test_a_file_without_rows_is_named(tmp_path: Path, name: str, content: bytes,
     assert str(caught.value).startswith(f"{path}: {problem}")
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
-    # A folder as a part of the path fails in the same way for root, who may read anything.
-    (tmp_path / "x.jsonl").symlink_to("x.jsonl")
-    with pytest.raises(ValueError, match=r"x\.jsonl: (no such file|cannot be read)"):
-        PromptDataset([tmp_path / "x.jsonl"])
+def test_a_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "folder.parquet").mkdir()
+    for name, problem in (
+        ("loop.jsonl", "no such file"),
+        ("folder.parquet", "is a folder: name its files"),
+        ("x" * 300 + ".jsonl", "cannot be read: File name too long"),
+        ("a\0b.jsonl", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=problem) as caught:
+            PromptDataset([tmp_path / name])
+        assert name in str(caught.value)
 
 
 def test_a_last_line_that_was_cut_off_says_so(tmp_path: Path) -> None:
@@ -135,9 +143,28 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     assert [row.source for row in rows] == ["aime/test", "math/test"]
 
 
+def test_a_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.jsonl", _lines(GOOD))
+    (tmp_path / "y.jsonl").symlink_to(path)
+    with pytest.raises(ValueError, match=r"y\.jsonl: is the same file as .*x\.jsonl: name each once"):
+        PromptDataset([path, tmp_path / "y.jsonl"])
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "answer", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: has the column prompt twice"):
+        PromptDataset([tmp_path / "x.parquet"])
+
+
+def test_a_decimal_is_a_number(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], "answer": [Decimal("1.50")]}), tmp_path / "x.parquet")
+    assert PromptDataset([tmp_path / "x.parquet"])[0].answer == "1.50"
+
+
 def test_the_fewest_parts_of_a_path_name_a_file() -> None:
-    paths = [Path(path) for path in ("/a/b/x.jsonl", "/c/b/x.jsonl", "/c/y.jsonl", "/c/y.jsonl")]
-    assert distinct_names(paths) == ["a/b/x.jsonl", "c/b/x.jsonl", "y.jsonl", "y.jsonl"]
+    paths = [Path(path) for path in ("/a/b/x.jsonl", "/c/b/x.jsonl", "/c/y.jsonl")]
+    assert distinct_names(paths) == ["a/b/x.jsonl", "c/b/x.jsonl", "y.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
@@ -157,3 +184,17 @@ def test_a_file_that_changes_after_opening_ends_reading(tmp_path: Path, name: st
     write(GOOD, {**GOOD, "prompt": "r"})
     with pytest.raises(ValueError, match=rf"{name}:2: the file has changed since it was opened"):
         dataset[1]
+    assert [row.prompt for row in PromptDataset([path])] == ["p", "r"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_a_file_that_is_replaced_by_another_stays_what_it_was(tmp_path: Path, name: str) -> None:
+    path, other = tmp_path / name, tmp_path / f"other-{name}"
+    for file, prompt in ((path, "p"), (other, "q")):
+        rows = [{**GOOD, "prompt": prompt}] * 2
+        _write(file, _lines(*rows)) if file.suffix == ".jsonl" else _parquet(file, rows)
+    dataset = PromptDataset([path])
+    other.replace(path)
+    assert dataset[1].prompt == "p"
+    path.unlink()
+    assert dataset[0].prompt == "p"
