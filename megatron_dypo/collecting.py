@@ -26,7 +26,7 @@ from megatron_dypo.run import Leader, Run
 from megatron_dypo.samples import SampleRow, dropped_row, sample_row
 from megatron_dypo.scoring import score_early, scores_batch_by_batch
 from megatron_dypo.serving import Sampled, push, sample
-from megatron_dypo.tally import tally_dropped, tally_groups, tally_stream
+from megatron_dypo.tally import tally_client, tally_dropped, tally_groups
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 log = logging.getLogger("megatron_dypo")
@@ -230,7 +230,7 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
 def _take(run: Run, leader: Leader, stream: RolloutStream[GradedGroup], rows: list[SampleRow]) -> RunEnded | None:
     """Admit what the stream has finished; the end of the run, if the stream has failed for one."""
     graded, counts = stream.take()
-    tally_stream(run.tally, counts)
+    tally_client(run.tally, counts.client)
     rows += _admit(run, leader, graded, counts.dropped)
     error = stream.error
     if isinstance(error, ServerDiedError):

@@ -37,7 +37,8 @@ class SampleRow(TypedDict):
     prompt_id: str
     source: str
     prompt: str
-    answer: str
+    answer: Any
+    """Text, or what the row has for a verifier of the user's own."""
     tier: str | None
     treatment: str
     teacher: str | None
@@ -115,7 +116,8 @@ class SampleLog:
         path = self._dir / f"step_{step:06d}{self._suffix}.jsonl"
         temporary = path.with_suffix(".tmp")
         kept = rows[: self._max_rows] if self._max_rows else rows
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes JSON's own escape
         temporary.replace(path)
         return path
 

@@ -16,7 +16,7 @@ from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.rollout.collect import DroppedGroup, collect
 from megatron_dypo.rollout.process import ServerDiedError
 from megatron_dypo.run import Run
-from megatron_dypo.tally import tally_collection, tally_push
+from megatron_dypo.tally import tally_client, tally_push
 from megatron_dypo.types import Prompt, RolloutGroup
 
 log = logging.getLogger("megatron_dypo")
@@ -114,7 +114,7 @@ def _ask(
             groups, stats = collect(prompts, run.leader.client, progress=run.layout.is_global_leader, **options)
     except ServerDiedError as error:
         return Sampled(), prompts, str(error)
-    tally_collection(run.tally, stats)
+    tally_client(run.tally, stats.client)
     return Sampled(groups=groups, dropped=list(stats.dropped)), stats.unserved, None
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_dypo.metric_names import name_part
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
-from megatron_dypo.rollout.collect import CollectStats, DroppedGroup
-from megatron_dypo.rollout.stream import StreamCounts
+from megatron_dypo.rollout.client import ClientCounts
+from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
 from megatron_dypo.weights.engines import PushReport
 
@@ -42,16 +42,11 @@ class Tally(dict[str, float]):
         return self[numerator] / self[denominator] if self[denominator] else None
 
 
-def tally_collection(tally: Tally, stats: CollectStats) -> None:
+def tally_client(tally: Tally, counts: ClientCounts) -> None:
     """Count what went wrong while groups were collected; :func:`tally_dropped` counts the prompts without a group."""
-    tally.add("retries", stats.retries)
-    tally.add("wrong_versions", stats.wrong_versions)
-
-
-def tally_stream(tally: Tally, counts: StreamCounts) -> None:
-    """Count the same of groups that were collected in the background."""
-    tally.add("retries", counts.retries)
-    tally.add("wrong_versions", counts.wrong_versions)
+    for name in ("retries", "wrong_versions", "dropped_rollouts", "dropped_tokens"):
+        tally.add(name, getattr(counts, name))
+    tally.extreme("max:dropped_longest", counts.dropped_longest)
 
 
 def tally_dropped(tally: Tally, dropped: Iterable[DroppedGroup]) -> None:
@@ -179,6 +174,9 @@ def _collection_metrics(tally: Tally) -> dict[str, float | None]:
         "rollout/incomplete_groups": tally["dropped/incomplete"],
         "rollout/refused_prompts": tally["dropped/refused"],
         "rollout/wrong_versions": tally["wrong_versions"],
+        "rollout/dropped_rollouts": tally["dropped_rollouts"],
+        "rollout/dropped_tokens": tally["dropped_tokens"],
+        "rollout/dropped_longest": tally["max:dropped_longest"],
         "rollout/verifier_errors": tally["verifier_errors"],
         "rollout/groups_without_verdict": tally["without_verdict"],
         "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),

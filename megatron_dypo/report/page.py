@@ -21,6 +21,7 @@ from megatron_dypo.versions import VERSIONS_FILE
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+STATUS_FILE = "status.json"
 
 
 def render_report(run_dir: Path) -> Path:
@@ -38,7 +39,7 @@ def render_report(run_dir: Path) -> Path:
         .get_template("page.html.j2")
         .render(
             title=run_dir.resolve().name,
-            facts=_facts(records),
+            facts=_facts(records) + _ending(_read_json(run_dir / STATUS_FILE)),
             tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
             versions=_read_json(run_dir / VERSIONS_FILE),
             config=_read_text(run_dir / CONFIG_FILE),
@@ -87,6 +88,13 @@ def _facts(records: list[dict[str, Any]]) -> list[str]:
         facts.append(f"{duration(times[-1] - times[0])} from the first record to the last")
         facts.append(f"last record {datetime.fromtimestamp(times[-1], tz=timezone.utc):%Y-%m-%d %H:%M} UTC")
     return facts
+
+
+def _ending(status: dict[str, Any]) -> list[str]:
+    """How the run ended, if ``status.json`` says that it did."""
+    if status.get("state") != "ended":
+        return []
+    return [f"ended: {status.get('cause')} ({status.get('message')})"]
 
 
 def _read_text(path: Path) -> str:

@@ -142,6 +142,26 @@ PANELS = (
         ),
     ),
     Panel(
+        title="What became of the prompts",
+        unit="draws since the start",
+        note="Each draw is on one account. Dropped for other reasons than Easy means that data, servers or the verifier "
+        "need a look.",
+        stacked=True,
+        lines=(
+            Line("ledger/trained_rl", "trained on rollouts", _BLUE),
+            Line("ledger/trained_sft", "trained on a trace", _PURPLE),
+            Line("ledger/dropped_easy", "Easy", TIER_COLORS["easy"]),
+            Line("ledger/dropped_no_teacher", "no teacher", TIER_COLORS["hard"]),
+            Line("ledger/dropped_too_long", "too long", _BROWN),
+            Line("ledger/dropped_incomplete", "incomplete group", _ORANGE),
+            Line("ledger/dropped_refused", "refused", "#c2528b"),
+            Line("ledger/dropped_no_verdict", "no verdict", "#eab587"),
+            Line("ledger/dropped_stale", "stale", "#6b8e23"),
+            Line("ledger/waiting", "waiting", _GRAY),
+            Line("ledger/in_flight", "in flight", "#9fc5e8"),
+        ),
+    ),
+    Panel(
         title="Truncated and failed",
         unit="share of rollouts, count",
         lines=(

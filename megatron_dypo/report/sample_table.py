@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ def shorten(text: str, limit: int) -> str:
 
 
 def _shortened(row: dict[str, Any], limit: int) -> dict[str, Any]:
-    texts = {name: shorten(row[name], limit) for name in ("prompt", "answer", "trace") if row.get(name) is not None}
+    texts = {
+        name: shorten(_text(row[name]), limit) for name in ("prompt", "answer", "trace") if row.get(name) is not None
+    }
     rollouts = [{**rollout, "text": shorten(rollout["text"], limit)} for rollout in row["rollouts"]]
     return {**row, **texts, "rollouts": rollouts}
+
+
+def _text(value: Any) -> str:
+    """A text as it is; an answer that is an object as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -46,6 +46,41 @@ class GroupDroppedError(Exception):
         """``REFUSED``: by a server, for good. ``INCOMPLETE``: after all retries, or at the deadline."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClientCounts:
+    """What went wrong on the way to complete groups."""
+
+    retries: int = 0
+    """Attempts after the first, over all groups."""
+    wrong_versions: int = 0
+    """Rollouts dropped because other weights than those of the last push sampled them."""
+    dropped_rollouts: int = 0
+    """Responses that were sampled, at least in part, and thrown away with their group."""
+    dropped_tokens: int = 0
+    """Tokens of these."""
+    dropped_longest: int = 0
+    """Tokens of the longest of these."""
+
+    def __add__(self, other: ClientCounts) -> ClientCounts:
+        return ClientCounts(
+            retries=self.retries + other.retries,
+            wrong_versions=self.wrong_versions + other.wrong_versions,
+            dropped_rollouts=self.dropped_rollouts + other.dropped_rollouts,
+            dropped_tokens=self.dropped_tokens + other.dropped_tokens,
+            dropped_longest=max(self.dropped_longest, other.dropped_longest),
+        )
+
+    def since(self, before: ClientCounts) -> ClientCounts:
+        """The counts after ``before``; the longest stays that of all."""
+        return ClientCounts(
+            retries=self.retries - before.retries,
+            wrong_versions=self.wrong_versions - before.wrong_versions,
+            dropped_rollouts=self.dropped_rollouts - before.dropped_rollouts,
+            dropped_tokens=self.dropped_tokens - before.dropped_tokens,
+            dropped_longest=self.dropped_longest,
+        )
+
+
 @dataclass(kw_only=True)
 class _Request:
     """One group to be sampled."""
@@ -113,6 +148,16 @@ class SGLangClient:
         self.dropped_longest = 0
         """Tokens of the longest of these."""
         self._lacks = 0
+
+    def counts(self) -> ClientCounts:
+        """All counts since the context was entered."""
+        return ClientCounts(
+            retries=self.retries,
+            wrong_versions=self.wrong_versions,
+            dropped_rollouts=self.dropped_rollouts,
+            dropped_tokens=self.dropped_tokens,
+            dropped_longest=self.dropped_longest,
+        )
 
     def serve(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
         """Send future requests to ``urls``, and :meth:`accept` groups of these ``versions``."""

@@ -13,7 +13,7 @@ from megatron_dypo.logs import warn_often
 from megatron_dypo.progress import Progress
 from megatron_dypo.progress import progress as progress_bar
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import ClientCounts, GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 
@@ -46,13 +46,21 @@ class CollectStats:
     """Rollouts that hit the length limit."""
     dropped: tuple[DroppedGroup, ...]
     """Prompts without a group, with the reason."""
-    retries: int
-    """Requests beyond the first of each prompt."""
-    wrong_versions: int
-    """Rollouts dropped because weights of another version than that of the last push sampled them."""
+    client: ClientCounts
+    """What the client counted meanwhile."""
     unserved: tuple[Prompt, ...]
     """Prompts for which no server was left. They are to be asked for again, after a push, and count nowhere above."""
     seconds: float
+
+    @property
+    def retries(self) -> int:
+        """Requests beyond the first of each prompt."""
+        return self.client.retries
+
+    @property
+    def wrong_versions(self) -> int:
+        """Rollouts dropped because weights of another version than that of the last push sampled them."""
+        return self.client.wrong_versions
 
 
 def collect(
@@ -89,8 +97,7 @@ def collect(
         tokens=sum(len(rollout.tokens) for rollout in rollouts),
         truncated=sum(rollout.finish == "length" for rollout in rollouts),
         dropped=tuple(outcome for outcome in outcomes if isinstance(outcome, DroppedGroup)),
-        retries=client.retries,
-        wrong_versions=client.wrong_versions,
+        client=client.counts(),
         unserved=unserved,
         seconds=time.monotonic() - start,
     )

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from megatron_dypo.logs import warn_often
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import ClientCounts, GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import Prompt, RolloutGroup
@@ -34,19 +34,10 @@ _log = logging.getLogger(__name__)
 class StreamCounts:
     """What happened since the counts were last taken."""
 
-    retries: int = 0
-    """Requests beyond the first of each prompt."""
     dropped: list[DroppedGroup] = field(default_factory=list)
     """Prompts without a group, with the reason."""
-    wrong_versions: int = 0
-    """Rollouts dropped because weights of another version than a recent push's sampled them."""
-
-    def add(self, client: SGLangClient, before: tuple[int, int]) -> tuple[int, int]:
-        """Count what the client counted since ``before``; returns what it has counted by now."""
-        retries, wrong_versions = before
-        self.retries += client.retries - retries
-        self.wrong_versions += client.wrong_versions - wrong_versions
-        return client.retries, client.wrong_versions
+    client: ClientCounts = field(default_factory=ClientCounts)
+    """What the client counted."""
 
 
 @dataclass(kw_only=True)
@@ -216,7 +207,7 @@ class RolloutStream(Generic[T]):
     async def _collect(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         tasks: set[asyncio.Task[None]] = set()
-        counted = (0, 0)
+        counted = ClientCounts()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="grading") as worker:
             async with self._client:
                 watch = asyncio.create_task(self._client.watch())
@@ -229,7 +220,9 @@ class RolloutStream(Generic[T]):
                             ended.result()  # raises what it raised
                             tasks.discard(ended)
                         with self._changed:
-                            counted = self._state.counts.add(self._client, counted)
+                            now = self._client.counts()
+                            self._state.counts.client += now.since(counted)
+                            counted = now
                 finally:
                     for task in (*tasks, watch):
                         task.cancel()

@@ -1,10 +1,13 @@
 """The samples of a run, written and read back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from megatron_dypo.samples import SampleLog, SampleRow, discard_samples, read_samples, sample_row, sample_steps
-from megatron_dypo.types import GradedGroup, Prompt, Rollout, Tier, Treatment, Verdict
+from megatron_dypo.types import DropReason, GradedGroup, Prompt, Rollout, Tier, Treatment, Verdict
+from tests.unit.objective.test_route import graded
 
 
 def _row(step: int, prompt_id: str) -> SampleRow:
@@ -95,3 +98,13 @@ def test_the_row_of_a_graded_group_pairs_rollouts_with_verdicts():
         ("two", True, 1.0, 3, None),
         ("three", False, -0.5, 5, "deadline"),
     ]
+
+
+def test_a_response_that_is_no_unicode_and_an_answer_that_is_no_text_are_kept(tmp_path):
+    prompt = graded(0, [True]).prompt
+    group = dataclasses.replace(
+        graded(0, [True]), prompt=dataclasses.replace(prompt, answer={"x": [1, 2]}, text="\ud83d")
+    )
+    SampleLog(tmp_path).write(1, [sample_row(1, group, Treatment.DROP, dropped=DropReason.EASY)])
+    (row,) = read_samples(tmp_path)
+    assert (row["answer"], row["prompt"], row["dropped"]) == ({"x": [1, 2]}, "\ud83d", "easy")

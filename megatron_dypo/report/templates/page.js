@@ -49,7 +49,7 @@ function tableRow(row) {
   const tier = element("td", "", null, row.tier ? element("span", `badge ${row.tier}`, row.tier) : "–");
   const correct = row.rollouts.length ? `${numCorrect(row)}/${row.rollouts.length}` : "–";
   const line = element("tr", "row", null, element("td", "", row.step), tier, element("td", "", correct),
-    element("td", "text", row.prompt), element("td", "text answer", row.answer), element("td", "", row.treatment),
+    element("td", "text", row.prompt), element("td", "text answer", row.answer), element("td", "", row.dropped ? `${row.treatment}: ${row.dropped}` : row.treatment),
     element("td", "", row.teacher ?? "–"), element("td", "", row.policy_version ?? "–"));
   let opened = null;
   const toggle = () => {

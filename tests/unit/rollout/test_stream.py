@@ -165,7 +165,7 @@ def test_a_dropped_group_is_counted_and_made_up_for() -> None:
     assert stream.unfinished() == [0, 1, 2], "whoever saves before it takes draws a dropped group again"
     taken, counts = stream.take()
     assert taken == [1, 2]
-    assert counts.retries == 1
+    assert counts.client.retries == 1
     assert [(group.prompt.order, group.reason) for group in counts.dropped] == [(0, DropReason.INCOMPLETE)]
     assert stream.unfinished() == []
 
