@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.grading.verify import grade
@@ -114,18 +116,50 @@ def _log_score(step: int, name: str, metrics: dict[str, float]) -> None:
 
 def _evaluate_share(run: Run, name: str) -> SetScore:
     """Sample and grade this replica's part of the set: every ``data``-th prompt. Collective over the world."""
-    cfg, mine, too_long = run.config.eval, list[Prompt](), 0
+    cfg, prompts, too_long = run.config.eval, list[Prompt](), 0
     if run.leader:
-        prompts, drops = run.leader.held_out[name].all(cfg.max_prompts)
-        mine = prompts[run.layout.dp_rank :: run.layout.data]
+        whole, drops = run.leader.held_out[name].all(cfg.max_prompts)
+        prompts = whole[run.layout.dp_rank :: run.layout.data]
         too_long = drops.prompts if run.layout.dp_rank == 0 else 0
-    sampled = sample(run, mine, "eval", group_size=cfg.samples, temperature=cfg.temperature, desc=f"eval {name}")
+    # A request for each response: each has a seed of its own.
+    draws = [replace(p, order=i * cfg.samples + s, visit=s) for i, p in enumerate(prompts) for s in range(cfg.samples)]
+    sampled = sample(
+        run,
+        draws,
+        "eval",
+        group_size=1,
+        temperature=cfg.temperature,
+        seed_of=lambda prompt: response_seed(run.config.run.seed, prompt),
+        desc=f"eval {name}",
+    )
     if run.leader is None:
         return SetScore()
-    graded = _graded(run, run.leader, sampled)
+    groups = _joined(_graded(run, run.leader, sampled), cfg.samples)
     log_of_set = SampleLog(run.dir, shard=run.leader.sample_log.shard, folder=eval_folder(name))
-    log_of_set.write(run.step, [_row(run.step, group) for group in graded])
-    return SetScore(prompts=tuple(map(_score, graded)), lost=too_long + len(sampled.dropped))
+    log_of_set.write(run.step, [_row(run.step, group) for group in groups])
+    return SetScore(prompts=tuple(map(_score, groups)), lost=too_long + len(prompts) - len(groups))
+
+
+def response_seed(seed: int, prompt: Prompt) -> int:
+    """The seed of one held-out response: the same in every evaluation of a run, and another for each response."""
+    key = json.dumps([seed, prompt.prompt_id, prompt.visit]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
+
+
+def _joined(graded: Sequence[GradedGroup], samples: int) -> list[GradedGroup]:
+    """All responses to one prompt together, by the order of the prompts; prompts without any are absent."""
+    by_prompt: dict[int, list[GradedGroup]] = {}
+    for group in graded:
+        by_prompt.setdefault(group.prompt.order // samples, []).append(group)
+    return [
+        GradedGroup(
+            prompt=replace(groups[0].prompt, order=number, visit=0),
+            rollouts=tuple(rollout for group in groups for rollout in group.rollouts),
+            verdicts=tuple(verdict for group in groups for verdict in group.verdicts),
+            tier=None,
+        )
+        for number, groups in sorted(by_prompt.items())
+    ]
 
 
 def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:

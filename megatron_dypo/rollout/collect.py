@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from megatron_dypo.logs import warn_often
@@ -70,13 +70,15 @@ def collect(
     group_size: int,
     temperature: float | None = None,
     max_new_tokens: int | None = None,
+    seed_of: Callable[[Prompt], int] | None = None,
     progress: bool = True,
     desc: str = "rollouts",
 ) -> tuple[list[RolloutGroup], CollectStats]:
     """Sample ``group_size`` rollouts of each prompt, many prompts at once, in the order of ``prompts``.
 
     A group is complete or absent: an incomplete one is retried, then dropped and counted. ``temperature`` and
-    ``max_new_tokens`` override the client's configuration (evaluation). Interrupted, it aborts what it had asked for.
+    ``max_new_tokens`` override the client's configuration (evaluation); ``seed_of`` gives the seed of a prompt's one
+    rollout. Interrupted, it aborts what it had asked for.
 
     When no server is left, it returns what there is.
 
@@ -86,7 +88,7 @@ def collect(
     sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
     start = time.monotonic()
     with progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
-        outcomes = asyncio.run(_collect(prompts, client, sampling, bar))
+        outcomes = asyncio.run(_collect(prompts, client, lambda prompt: _seeded(sampling, prompt, seed_of), bar))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     pairs = zip(prompts, outcomes, strict=True)
     unserved = tuple(prompt for prompt, outcome in pairs if isinstance(outcome, NoServerError))
@@ -104,9 +106,15 @@ def collect(
     return groups, stats
 
 
-async def _collect(prompts: Sequence[Prompt], client: SGLangClient, sampling: Sampling, bar: Progress) -> list[Outcome]:
+def _seeded(sampling: Sampling, prompt: Prompt, seed_of: Callable[[Prompt], int] | None) -> Sampling:
+    return sampling if seed_of is None else replace(sampling, seed=seed_of(prompt))
+
+
+async def _collect(
+    prompts: Sequence[Prompt], client: SGLangClient, sampling_of: Callable[[Prompt], Sampling], bar: Progress
+) -> list[Outcome]:
     async with client:
-        tasks = [asyncio.ensure_future(_group(prompt, client, sampling, bar)) for prompt in prompts]
+        tasks = [asyncio.ensure_future(_group(prompt, client, sampling_of(prompt), bar)) for prompt in prompts]
         watch = asyncio.ensure_future(client.watch())
         groups = asyncio.gather(*tasks)
         try:

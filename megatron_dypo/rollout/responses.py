@@ -37,6 +37,8 @@ class Sampling:
     top_p: float
     top_k: int
     stop_token_ids: tuple[int, ...]
+    seed: int | None = None
+    """Of the one rollout (``n`` is 1), for servers that honour it (SGLang's ``--enable-deterministic-inference``)."""
 
     @property
     def max_answer_bytes(self) -> int:
@@ -67,6 +69,7 @@ def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "stop_token_ids": list(sampling.stop_token_ids),
+            **({} if sampling.seed is None else {"sampling_seed": sampling.seed}),
         },
         "return_logprob": True,
         "logprob_start_len": -1,  # none for the prompt

@@ -48,6 +48,19 @@ def test_an_evaluation_counts_every_prompt_and_keeps_its_responses(tmp_path: Pat
     assert metrics["eval/aime/odd/num_samples"] == metrics["eval/aime/even/num_samples"] == PROMPTS
 
 
+def test_each_response_is_asked_for_with_a_seed_that_stays(tmp_path: Path) -> None:
+    with FakeSGLang() as fake:
+        config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples=2))
+        run = make_run([fake.url], config)
+        evaluate(run)
+        evaluate(run)
+    seeds = [body["sampling_params"]["sampling_seed"] for body in fake.requests]
+    first, second = seeds[: 2 * PROMPTS], seeds[2 * PROMPTS :]
+    assert len(set(first)) == 2 * PROMPTS
+    assert sorted(first) == sorted(second)
+    assert {body["sampling_params"]["n"] for body in fake.requests} == {1}
+
+
 def test_a_source_has_the_accuracy_of_its_own_prompts(tmp_path: Path) -> None:
     metrics = evaluated(tmp_path, judge=lambda row, member: right(row, member) if row % 2 else mixed(row, member))
     assert metrics["eval/aime/odd/accuracy"] == 1.0

@@ -120,7 +120,10 @@ class FakeSGLang:
         if how == "hang":
             await self._released.wait()
         n = body["sampling_params"]["n"]
-        samples = [sample(body, index, weight_version=self._version) for index in range(n)]
+        # Requests with a seed are for one response each: the first of a prompt, the second, …
+        is_seeded = "sampling_seed" in body["sampling_params"]
+        first = sum(one["input_ids"] == body["input_ids"] for one in self.requests) - 1 if is_seeded else 0
+        samples = [sample(body, index, weight_version=self._version) for index in range(first, first + n)]
         if how == "partial":
             samples.pop()
         if how == "aborted":
