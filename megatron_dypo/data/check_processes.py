@@ -67,6 +67,9 @@ def _in_processes(
             with _signals_held():  # the processes start here
                 results = pool.map(_check, parts)
             yield from results
+        except ValueError as error:
+            # As this process would say it, without the other's traceback.
+            raise ValueError(str(error)) from None
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a process that checked rows of the prompt files died: the kernel may have killed it for memory, or the "

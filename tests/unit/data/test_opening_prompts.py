@@ -22,6 +22,7 @@ from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, compare_fingerprints, open_prompts
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.ending import Cause, cause_of
 from tests.unit.data.conftest import variant
 
 # As Mistral's: no system role.
@@ -320,8 +321,10 @@ def test_a_damaged_row_group_ends_the_check_in_processes_too(tokenizer: Tokenize
     path.write_bytes(content[:at] + b"w" + content[at + 1 :])
     data = DataConfig()
     source = RowSource([path], columns_of("plain", data.fields), keep_row=False)
-    with pytest.raises(ValueError, match=r"x\.parquet: row group 1 \(rows 7 to 12\) cannot be read"):
-        check_rows(source, tokenizer, data, num_processes=2)
+    for num_processes in (1, 2):
+        with pytest.raises(ValueError, match=r"x\.parquet: row group 1 \(rows 7 to 12\) cannot be read") as caught:
+            check_rows(source, tokenizer, data, num_processes=num_processes)
+        assert cause_of(caught.value) is Cause.BAD_INPUT
 
 
 def test_skipped_rows_are_counted_listed_and_no_part_of_the_data(
