@@ -258,7 +258,7 @@ def test_another_content_or_template_is_checked_anew(bpe_folder: Path, tmp_path:
     _assert_same(dataset.checked, fresh.checked)
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", None])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", b"PK\x05\x06" + bytes(18), None])
 def test_a_damaged_result_is_said_and_made_anew(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes | None
 ) -> None:
