@@ -60,15 +60,12 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def read_check(path: Path, num_rows: int) -> RowsChecked | None:
+def read_check(path: Path) -> RowsChecked | None:
     """Read the result of an earlier check; None where there is none, or (with a warning) none that is whole."""
     arrays = read_arrays(path, (*_ARRAYS, "notes"))
     if arrays is None:
         return None
     notes = json.loads(arrays["notes"].tobytes())
-    if len(arrays["prompt_tokens"]) != num_rows:
-        log.warning("%s is of %d rows: checking the rows again", path, len(arrays["prompt_tokens"]))
-        return None
     kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
     kept |= {name: tuple(notes[name]) for name in _NAMES}
     return RowsChecked(

@@ -142,7 +142,7 @@ class PromptDataset:
         if tokenizer is None or cache_dir is None:
             return check_rows(self._source, tokenizer, data, show_progress=show_progress)
         self.check_file = cache_dir / CHECK_FOLDER / f"{check_hash(self._source, tokenizer, data)}.npz"
-        checked = read_check(self.check_file, len(self._source))
+        checked = read_check(self.check_file)
         if checked is None:
             checked = check_rows(self._source, tokenizer, data, show_progress=show_progress)
             write_check(self.check_file, checked)

@@ -151,11 +151,16 @@ class JsonlPart:
     """Whether the last row ends without a line break."""
 
     def scan(self) -> Iterator[Any]:
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read any more: {error.strerror}") from error
+        with file:
+            last = len(self.lines) - 1
             for index, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
-                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2)
+                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == last)
                 except BadRow as bad:
                     yield bad
 
