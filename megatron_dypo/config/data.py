@@ -1,4 +1,4 @@
-"""The data's part of the configuration tree: prompt files, their columns, templates and limits; see :mod:`megatron_dypo.config.tree`."""
+"""The data's part of the configuration tree (:mod:`megatron_dypo.config.tree`): prompt files, columns, limits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DataConfig:
     keep_row: bool = False
     """Give the verifier the row's other columns too (``Prompt.row``)."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """``skip``: leave out rows that break a rule; they are counted and listed in ``bad_rows.jsonl`` of the run folder."""
+    """``skip``: leave out rows that break a rule; they are counted, and listed in the run folder's ``bad_rows.jsonl``."""
     teachers: tuple[str, ...] | None = None
     """Teachers to use, by name; None: every teacher that a row has."""
     drop_wrong_traces: bool = False

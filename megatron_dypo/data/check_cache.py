@@ -11,9 +11,9 @@ import tempfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -60,15 +60,12 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def read_check(path: Path, num_rows: int) -> RowsChecked | None:
+def read_check(path: Path) -> RowsChecked | None:
     """Read the result of an earlier check; None where there is none, or (with a warning) none that is whole."""
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, (*_ARRAYS, "notes"))
     if arrays is None:
         return None
     notes = json.loads(arrays["notes"].tobytes())
-    if len(arrays["prompt_tokens"]) != num_rows:
-        log.warning("%s is of %d rows: checking the rows again", path, len(arrays["prompt_tokens"]))
-        return None
     kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
     kept |= {name: tuple(notes[name]) for name in _NAMES}
     return RowsChecked(
@@ -89,13 +86,13 @@ def write_check(path: Path, checked: RowsChecked) -> None:
     write_arrays(path, {**arrays, "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8)})
 
 
-def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """Read an ``.npz`` file; None where there is none, or (with a warning) none that is whole."""
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]] | None:
+    """Read arrays of an ``.npz`` file; None where there is no file, or (with a warning) none that is whole."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in names}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("%s cannot be read (%s): checking again", path, error)
         return None
@@ -107,7 +104,7 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **cast(Any, arrays))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

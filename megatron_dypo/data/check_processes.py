@@ -67,10 +67,13 @@ def _in_processes(
             with _signals_held():  # the processes start here
                 results = pool.map(_check, parts)
             yield from results
+        except ValueError as error:
+            # As this process would say it, without the other's traceback.
+            raise ValueError(str(error)) from None
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process that checked rows of the prompt files died: the kernel may have killed it for memory, or the "
-                "script that opens them runs without `if __name__ == '__main__'`"
+                "a process that checked rows of the prompt files died: the kernel may have killed it for memory, or "
+                "the script that opens them runs without `if __name__ == '__main__'`"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -110,7 +110,7 @@ class PromptDataset:
             answer = shown(self._source.row(int(rows[0])).answer)
             raise ValueError(
                 f"{self._source.place(int(rows[0]))}: {self._source.columns.answer}={answer}: "
-                f"{verifier or 'the verifier'} takes text only; {len(rows)} rows have an object or a list as their answer"
+                f"{verifier or 'the verifier'} takes text only; {len(rows)} rows have an object or a list there"
             )
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ class PromptDataset:
         if tokenizer is None or cache_dir is None:
             return check_rows(self._source, tokenizer, data, show_progress=show_progress)
         self.check_file = cache_dir / CHECK_FOLDER / f"{check_hash(self._source, tokenizer, data)}.npz"
-        checked = read_check(self.check_file, len(self._source))
+        checked = read_check(self.check_file)
         if checked is None:
             checked = check_rows(self._source, tokenizer, data, show_progress=show_progress)
             write_check(self.check_file, checked)
@@ -161,7 +161,8 @@ class PromptDataset:
         self.num_too_long = int((lengths > data.max_prompt_tokens).sum())
         if not self.num_too_long:
             return
-        text = f"{self.num_too_long} of {len(self)} prompts are longer than data.max_prompt_tokens={data.max_prompt_tokens}"
+        limit = f"data.max_prompt_tokens={data.max_prompt_tokens}"
+        text = f"{self.num_too_long} of {len(self)} prompts are longer than {limit}"
         if self.num_too_long == len(self):
             raise ValueError(f"{text}: the shortest has {lengths.min()} tokens")
         log.warning("%s: their draws are dropped; the longest has %d tokens", text, lengths.max())
@@ -186,8 +187,8 @@ def open_prompts(
 ) -> PromptDataset:
     """Open prompt files and check every row once: parsed, rendered with its template and tokenised.
 
-    The check is kept in ``cache_dir / "data_check"``, so that a second opening of the same files with the same tokenizer
-    and template reads its result. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. Of a set to evaluate on
+    The check is kept in ``cache_dir / "data_check"``: a second opening of the same files with the same tokenizer and
+    template reads its result. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. Of a set to evaluate on
     (``held_out``) traces are not read, and it may lack columns that ``data.fields`` names. Raises ValueError as
     :class:`PromptDataset`, where every prompt is longer than ``data.max_prompt_tokens``, and where no row has a column
     that ``data.fields`` names.

@@ -38,12 +38,16 @@ class RowFile(Protocol):
     def read(self, index: int) -> Any:
         """The record at ``index``. Raises :class:`BadRow` where the file holds none there."""
 
+    def scan(self) -> Iterator[Any]:
+        """Every record in order; a :class:`BadRow` in place of one that cannot be read."""
+
     def parts(self, size: int) -> Sequence[RowPart]:
         """Return the whole file in parts of about ``size`` bytes."""
 
     def close(self) -> None: ...
 
 
+_SCAN_BYTES = 4 * 2**20
 _MAGICS = {
     b"version https://git-lfs.github.com/spec/": "is a git-lfs pointer: run `git lfs pull`",
     b"\x1f\x8b": "is compressed by gzip: unpack it first",
@@ -69,7 +73,7 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
         with path.open("rb") as file:
             start = file.read(64)
         if not start:
-            raise ValueError(f"{path}: is empty")
+            raise ValueError(f"{path}: is empty, it has no rows")
         for magic, problem in _MAGICS.items():
             if start.startswith(magic):
                 raise ValueError(f"{path}: {problem}")
@@ -79,7 +83,7 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(rows) == 0:
-        raise ValueError(f"{path}: holds no rows")
+        raise ValueError(f"{path}: has no rows")
     return rows
 
 
@@ -112,6 +116,10 @@ class JsonlFile:
         raw = os.pread(self._file.fileno(), end - start, start)
         return _record(raw, is_first=start == 0, is_cut=self._is_open_ended and index == len(self) - 1)
 
+    def scan(self) -> Iterator[Any]:
+        for part in self.parts(_SCAN_BYTES):
+            yield from part.scan()
+
     def parts(self, size: int) -> list[JsonlPart]:
         parts = []
         start = 0
@@ -143,11 +151,16 @@ class JsonlPart:
     """Whether the last row ends without a line break."""
 
     def scan(self) -> Iterator[Any]:
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read any more: {error.strerror}") from error
+        with file:
+            last = len(self.lines) - 1
             for index, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
-                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2)
+                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == last)
                 except BadRow as bad:
                     yield bad
 

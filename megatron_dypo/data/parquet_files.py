@@ -61,6 +61,10 @@ class ParquetFile:
         group = bisect.bisect_right(self._starts, index) - 1
         return _record(self._group(group).slice(index - self._starts[group], 1))
 
+    def scan(self) -> Iterator[Any]:
+        for part in self.parts(0):
+            yield from part.scan()
+
     def parts(self, size: int) -> list[ParquetPart]:
         # A row group is the least that Parquet reads, whatever its size.
         return [

@@ -1,4 +1,4 @@
-"""What a data set holds, for a table at the start of a run: lengths, drops, and each teacher's coverage and accuracy."""
+"""What a data set holds, for a table at a run's start: lengths, drops, and each teacher's coverage and accuracy."""
 
 from __future__ import annotations
 

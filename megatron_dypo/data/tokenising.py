@@ -19,7 +19,7 @@ _SPACES_AFTER_TAG = ("\n", "\n\n", "", " ")
 
 
 def render_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, data: DataConfig) -> Tokens:
-    """Return the [L] token ids of a prompt, with the header of the answer. Raises ValueError where it renders to none."""
+    """Return the [L] token ids of a prompt, with the header of the answer. Raises ValueError where there is no text."""
     ids = tokenizer.render(prompt, data.chat_template)
     if not tokenizer.decode(ids[-256:]).strip() and not tokenizer.decode(ids).strip():
         raise ValueError("renders to nothing but special tokens and white space")

@@ -62,7 +62,7 @@ def wrong_traces(
     used = used_traces(dataset, data)
     key = hashlib.sha256(verifier_key.encode() + b"\0" + used.tobytes()).hexdigest()[:16]
     file = None if dataset.check_file is None else dataset.check_file.with_suffix(f".{key}.npz")
-    arrays = None if file is None else read_arrays(file)
+    arrays = None if file is None else read_arrays(file, ("codes",))
     if arrays is not None and arrays["codes"].shape == used.shape:
         verdicts = TraceVerdicts(codes=arrays["codes"])
     else:

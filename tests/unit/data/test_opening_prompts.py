@@ -22,6 +22,7 @@ from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, compare_fingerprints, open_prompts
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.ending import Cause, cause_of
 from tests.unit.data.conftest import variant
 
 # As Mistral's: no system role.
@@ -201,6 +202,38 @@ def test_some_prompts_too_long_are_counted_and_stay_draws(
     assert sum(sharded, start=type(drops)()) == drops
 
 
+def test_positions_of_long_prompts_come_in_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": "long " * 400, "answer": str(i)} if i % 2 else ROWS[i] for i in range(20)]
+    data = DataConfig(max_prompt_tokens=100)
+    dataset = _open(_write(tmp_path / "x.jsonl", rows), tokenizer, max_prompt_tokens=100)
+    _, drops = PromptStream(dataset, tokenizer, data, 1).take(5, 50)
+    assert list(drops.too_long) == sorted(drops.too_long)
+    assert len(set(drops.too_long)) == 25
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "delete"])
+def test_a_file_that_changes_while_it_is_checked_is_an_error(tokenizer: Tokenizer, tmp_path: Path, change: str) -> None:
+    path = _write(tmp_path / "x.jsonl", ROWS)
+
+    class Changing(CountingTokenizer):
+        def encode(self, text: str) -> list[int]:
+            if self.num_encoded == 10 and change == "append":
+                with path.open("a") as file:
+                    file.write(json.dumps(ROWS[0]) + "\n")
+            elif self.num_encoded == 10 and change == "replace":
+                _write(tmp_path / "y.jsonl", ROWS).replace(path)
+            elif self.num_encoded == 10:
+                path.unlink()
+            return super().encode(text)
+
+    changing: Any = Changing(tokenizer)
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl: (the file has changed|the file was replaced|cannot be read any more)"
+    ):
+        open_prompts([path], DataConfig(), changing, cache_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "data_check").exists()
+
+
 def test_a_prompt_known_to_be_too_long_is_never_tokenised_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [{**ROWS[0], "traces": {"r1": "x y " * 50}}, {"prompt": "long " * 400, "answer": "1"}]
     path = _write(tmp_path / "x.jsonl", rows)
@@ -257,7 +290,7 @@ def test_another_content_or_template_is_checked_anew(bpe_folder: Path, tmp_path:
     _assert_same(dataset.checked, fresh.checked)
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", None])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", b"PK\x05\x06" + bytes(18), None])
 def test_a_damaged_result_is_said_and_made_anew(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes | None
 ) -> None:
@@ -320,8 +353,10 @@ def test_a_damaged_row_group_ends_the_check_in_processes_too(tokenizer: Tokenize
     path.write_bytes(content[:at] + b"w" + content[at + 1 :])
     data = DataConfig()
     source = RowSource([path], columns_of("plain", data.fields), keep_row=False)
-    with pytest.raises(ValueError, match=r"x\.parquet: row group 1 \(rows 7 to 12\) cannot be read"):
-        check_rows(source, tokenizer, data, num_processes=2)
+    for num_processes in (1, 2):
+        with pytest.raises(ValueError, match=r"x\.parquet: row group 1 \(rows 7 to 12\) cannot be read") as caught:
+            check_rows(source, tokenizer, data, num_processes=num_processes)
+        assert cause_of(caught.value) is Cause.BAD_INPUT
 
 
 def test_skipped_rows_are_counted_listed_and_no_part_of_the_data(

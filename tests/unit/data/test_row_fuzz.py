@@ -157,7 +157,7 @@ def test_many_damaged_files_open_or_name_the_file(folder: Path, tokenizer: Token
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
+@settings(max_examples=4_000, deadline=None)
 @given(record=records | values, name=st.sampled_from(sorted(FORMATS)))
 def test_very_many_records_are_rows_or_bad_rows(record: object, name: str) -> None:
     _rows_law(record, name)

@@ -111,6 +111,16 @@ def test_verdicts_are_kept_for_the_same_verifier_and_the_same_traces(tokenizer: 
     assert judged() == 0
 
 
+def test_traces_of_prompts_that_are_too_long_are_not_judged(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [ROWS[1], {**ROWS[2], "prompt": "long " * 300}]
+    data, judge = DataConfig(max_prompt_tokens=100), Judge()
+    verdicts = wrong_traces(
+        _open(tokenizer, tmp_path, rows, data), judge, tokenizer=tokenizer, data=data, verifier_key="judge"
+    )
+    assert {prompt.answer for prompt, _ in judge.pairs} == {"1"}
+    assert sorted(verdicts.codes.tolist()) == [-2, -2, 0, 1]
+
+
 def test_a_verifier_that_calls_every_trace_wrong_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     dataset = _open(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="calls each of the 26 teachers' traces wrong"):
@@ -141,6 +151,15 @@ def test_the_table_of_teachers_has_coverage_lengths_and_accuracy(tokenizer: Toke
     assert slashed.lengths.median in lengths[9:11]
     (unjudged, _) = teacher_statistics(dataset, DataConfig(teachers=("r1",)))
     assert (unjudged.is_used, unjudged.accuracy) == (False, None)
+
+
+def test_the_table_of_teachers_is_of_good_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{**row, "id": "again" if number < 3 else f"u{number}"} for number, row in enumerate(ROWS[:5])]
+    data = DataConfig(on_bad_row="skip")
+    slashed, r1 = teacher_statistics(_open(tokenizer, tmp_path, rows, data), data)
+    # Rows 1 and 2 have the id of row 0; rows 0 and 4 have no trace of r1.
+    assert (slashed.num_traces, slashed.coverage) == (3, 1.0)
+    assert (r1.num_traces, r1.coverage) == (1, 1 / 3)
 
 
 def test_the_table_of_prompts_counts_what_is_left_out(
