@@ -79,6 +79,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes, *, max_byte
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             is_good = response.status == 200
             text, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
+    except aiohttp.ClientSSLError as error:  # also a kind of the next
+        raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
         raise _connect_failure(url, error) from error
     except (aiohttp.ClientError, OSError) as error:  # OSError: time-outs are ones

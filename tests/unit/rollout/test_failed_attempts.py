@@ -194,6 +194,23 @@ def test_tokens_that_are_thrown_away_are_counted_since_the_context_was_entered()
             assert client.retries == 3
 
 
+def test_a_token_outside_the_vocabulary_costs_the_client_an_attempt() -> None:
+    """The prompt's last token, 100, comes back as the first of the response."""
+    with FakeSGLang() as fake:
+        client = make_client([fake.url], vocab_size=100, retries=0)
+        groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
+        assert (groups, stats.dropped_groups, client.dropped_tokens) == ([], 1, 6)
+        client = make_client([fake.url], vocab_size=101, retries=0)
+        assert len(collect(make_prompts(1), client, group_size=2, progress=False)[0]) == 1
+
+
+def test_a_server_without_the_encryption_that_its_url_promises_costs_attempts() -> None:
+    with FakeSGLang() as fake:
+        error = dropped(fake.url.replace("http:", "https:"), retries=1)
+    assert error.reason is DropReason.INCOMPLETE
+    assert "2 attempts failed" in str(error)
+
+
 def test_a_server_that_gives_nonsense_at_once_does_not_get_all_requests() -> None:
     nonsense = with_meta(output_token_logprobs=[[None, 0, None]] * 3)
     with FakeSGLang(lambda index, body: nonsense) as bad, FakeSGLang() as good:
