@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_dypo.metric_names import name_part
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
-from megatron_dypo.rollout.client import ClientCounts
 from megatron_dypo.rollout.collect import DroppedGroup
+from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
 from megatron_dypo.weights.engines import PushReport
 

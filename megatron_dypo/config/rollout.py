@@ -66,9 +66,9 @@ class ServersConfig:
     """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
     start_deadline_s: float = 600.0
     stop_grace_s: float = 20.0
-    """Time that a server of the run gets to end by itself before it is killed."""
+    """Time that a server of the run gets to end on its own before it is killed."""
     restarts: int = 3
-    """Times that a server which the run started is started again after it died, each server by itself; after that it is
+    """Times that a server which the run started is started again after it died, each server on its own; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
     per_node: int = 1
     """Servers that one node runs: those that the run itself starts, or ``megatron-dypo serve`` on each rollout node."""

@@ -49,11 +49,14 @@ class Answer:
     shown: str
 
 
+def without_key(message: str, api_key: str | None) -> str:
+    """The message, which the key must not be in, whatever a server sent."""
+    return message.replace(api_key, "***") if api_key else message
+
+
 def shown(body: bytes, api_key: str | None) -> str:
     """The first characters of a body on one line, without the key."""
-    text = body[:_QUOTED_BYTES].decode(errors="replace")
-    if api_key:
-        text = text.replace(api_key, "***")
+    text = without_key(body[:_QUOTED_BYTES].decode(errors="replace"), api_key)
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text[:QUOTED_CHARACTERS] or "an empty body"
 
@@ -76,10 +79,12 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes, *, max_byte
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             is_good = response.status == 200
             text, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
+    except aiohttp.ClientSSLError as error:  # also a kind of the next
+        raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
         raise _connect_failure(url, error) from error
     except (aiohttp.ClientError, OSError) as error:  # OSError: time-outs are ones
-        raise AttemptError(_without(f"{url}: {error!r}", api_key)) from error
+        raise AttemptError(without_key(f"{url}: {error!r}", api_key)) from error
     beginning = shown(text, api_key)
     message = f"{url}: HTTP {response.status}: {beginning}"
     if response.headers.get(NO_SERVER[0]) == NO_SERVER[1]:
@@ -123,7 +128,3 @@ def _connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception
     if errno.EADDRNOTAVAIL in numbers:  # all local ports are in use
         return OwnLackError(message)
     return AttemptError(message)
-
-
-def _without(message: str, api_key: str | None) -> str:
-    return message.replace(api_key, "***") if api_key else message

@@ -16,15 +16,23 @@ import aiohttp
 
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.logs import warn_often
-from megatron_dypo.rollout.ask import Answer, AttemptError, LostServerError, OwnLackError, RefusedError, ask
+from megatron_dypo.rollout.ask import (
+    Answer,
+    AttemptError,
+    LostServerError,
+    OwnLackError,
+    RefusedError,
+    ask,
+    without_key,
+)
 from megatron_dypo.rollout.balance import LeastLoaded
+from megatron_dypo.rollout.counts import AttemptCounts
 from megatron_dypo.rollout.responses import (
     IncompleteGroupError,
     Sampling,
     WrongVersionError,
     parse_group,
     request_body,
-    sampled_lengths,
 )
 from megatron_dypo.types import DropReason, Rollout, Tokens
 
@@ -46,41 +54,6 @@ class GroupDroppedError(Exception):
         """``REFUSED``: by a server, for good. ``INCOMPLETE``: after all retries, or at the deadline."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientCounts:
-    """What went wrong on the way to complete groups."""
-
-    retries: int = 0
-    """Attempts after the first, over all groups."""
-    wrong_versions: int = 0
-    """Rollouts dropped because other weights than those of the last push sampled them."""
-    dropped_rollouts: int = 0
-    """Responses that were sampled, at least in part, and thrown away with their group."""
-    dropped_tokens: int = 0
-    """Tokens of these."""
-    dropped_longest: int = 0
-    """Tokens of the longest of these."""
-
-    def __add__(self, other: ClientCounts) -> ClientCounts:
-        return ClientCounts(
-            retries=self.retries + other.retries,
-            wrong_versions=self.wrong_versions + other.wrong_versions,
-            dropped_rollouts=self.dropped_rollouts + other.dropped_rollouts,
-            dropped_tokens=self.dropped_tokens + other.dropped_tokens,
-            dropped_longest=max(self.dropped_longest, other.dropped_longest),
-        )
-
-    def since(self, before: ClientCounts) -> ClientCounts:
-        """The counts after ``before``; the longest stays that of all."""
-        return ClientCounts(
-            retries=self.retries - before.retries,
-            wrong_versions=self.wrong_versions - before.wrong_versions,
-            dropped_rollouts=self.dropped_rollouts - before.dropped_rollouts,
-            dropped_tokens=self.dropped_tokens - before.dropped_tokens,
-            dropped_longest=self.dropped_longest,
-        )
-
-
 @dataclass(kw_only=True)
 class _Request:
     """One group to be sampled."""
@@ -90,15 +63,15 @@ class _Request:
     last_failure: str = "none, no answer came"
 
 
-class SGLangClient:
+class SGLangClient(AttemptCounts):
     """Samples groups from one or several servers, or from one router.
 
     A server that refuses connections, or serves other weights than it should, gets no more requests until
     :meth:`serve` names it again; so does a router that refuses them, or has no server to ask.
 
     Use it as an async context manager around :meth:`generate`. One request samples a whole group, so that its prompt
-    is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests:
-    they have no ids of ours that ``/abort_request`` could name. No proxy of the environment is used.
+    is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests.
+    No proxy of the environment is used.
 
     Args:
         urls: servers.
@@ -126,6 +99,7 @@ class SGLangClient:
         backoff_s: float = 0.5,
         vocab_size: int | None = None,
     ) -> None:
+        super().__init__()
         self._cfg, self._decode, self._check = cfg, decode, check
         self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
         self._api_key = api_key
@@ -134,30 +108,7 @@ class SGLangClient:
         self.serve(urls)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
-        self._reset_counts()
-
-    def _reset_counts(self) -> None:
-        self.retries = 0
-        """Attempts after the first, over all groups, since the context was entered; so are the other counts."""
-        self.wrong_versions = 0
-        """Rollouts dropped because other weights than those of the last push sampled them."""
-        self.dropped_rollouts = 0
-        """Responses that were sampled, at least in part, and thrown away with their group."""
-        self.dropped_tokens = 0
-        """Tokens of these."""
-        self.dropped_longest = 0
-        """Tokens of the longest of these."""
-        self._lacks = 0
-
-    def counts(self) -> ClientCounts:
-        """All counts since the context was entered."""
-        return ClientCounts(
-            retries=self.retries,
-            wrong_versions=self.wrong_versions,
-            dropped_rollouts=self.dropped_rollouts,
-            dropped_tokens=self.dropped_tokens,
-            dropped_longest=self.dropped_longest,
-        )
+        self._has_said_lack = False
 
     def serve(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
         """Send future requests to ``urls``, and :meth:`accept` groups of these ``versions``."""
@@ -185,6 +136,7 @@ class SGLangClient:
 
     async def __aenter__(self) -> SGLangClient:
         self._reset_counts()
+        self._has_said_lack = False
         self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
@@ -241,7 +193,9 @@ class SGLangClient:
             except OwnLackError as error:
                 # Others' requests end and leave room; the servers are well, and so is the group.
                 request.last_failure = str(error)
-                self._note_lack(error)
+                if not self._has_said_lack:
+                    _log.warning("this host cannot open another connection; requests wait for others: %s", error)
+                self._has_said_lack = True
                 await asyncio.sleep(min(_FIRST_LACK_S * 2**lacks, _MAX_LACK_S) * random.uniform(0.5, 1.0))
                 lacks = min(lacks + 1, 30)
                 continue
@@ -276,26 +230,16 @@ class SGLangClient:
             )
         except IncompleteGroupError as error:
             self._count_dropped(answer.payload)
-            raise AttemptError(f"{error}; {answer.shown}") from error
+            raise AttemptError(without_key(f"{error}; {answer.shown}", self._api_key)) from error
         except WrongVersionError as error:
             self._count_dropped(answer.payload)
             self.wrong_versions += sampling.n
-            warn_often(_log, "dropped %d rollouts of %s: %s", sampling.n, url, error)
+            message = without_key(str(error), self._api_key)
+            warn_often(_log, "dropped %d rollouts of %s: %s", sampling.n, url, message)
             kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
-            raise kind(f"{url}: {error}") from error
+            raise kind(f"{url}: {message}") from error
 
     async def _post(self, url: str, request: _Request) -> Any:
         assert self._session is not None
         max_bytes = request.sampling.max_answer_bytes
         return await ask(self._session, f"{url}/generate", request.body, max_bytes=max_bytes, api_key=self._api_key)
-
-    def _count_dropped(self, payload: Any) -> None:
-        lengths = sampled_lengths(payload)
-        self.dropped_rollouts += len(lengths)
-        self.dropped_tokens += sum(lengths)
-        self.dropped_longest = max([self.dropped_longest, *lengths])
-
-    def _note_lack(self, error: OwnLackError) -> None:
-        self._lacks += 1
-        if self._lacks == 1:
-            _log.warning("this host cannot open another connection; requests wait for others to end: %s", error)

@@ -13,7 +13,8 @@ from megatron_dypo.logs import warn_often
 from megatron_dypo.progress import Progress
 from megatron_dypo.progress import progress as progress_bar
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import ClientCounts, GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 

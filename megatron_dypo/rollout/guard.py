@@ -4,7 +4,7 @@
 
 The command gets a session of its own. When it ends, the guard ends with its exit status. When the guard gets SIGTERM,
 or the parent is gone (even by SIGKILL, which leaves it no time to clean up), the whole group gets SIGTERM, and after
-``GRACE_S`` seconds SIGKILL: SGLang can hang for ever on a request that arrives while it shuts down.
+``GRACE_S`` seconds SIGKILL: SGLang can hang indefinitely on a request that arrives while it shuts down.
 
 A process and not PR_SET_PDEATHSIG: that signal comes when the *thread* that started the child ends, and cannot be
 followed by SIGKILL.

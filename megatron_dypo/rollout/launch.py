@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -39,7 +40,8 @@ def lease_port(host: str, first: int) -> PortLease:
     """The lowest free and unclaimed port from ``first`` upward.
 
     Raises:
-        ValueError: there is none up to 65535.
+        ValueError: there is none up to 65535, or ``host`` is no address of this machine.
+        OSError: this process may open no socket there.
     """
     for port in range(first, 65536):
         claim = socket.socket(socket.AF_UNIX)
@@ -50,9 +52,11 @@ def lease_port(host: str, first: int) -> PortLease:
                 probe.bind((host, port))
         except OSError as error:
             claim.close()
-            if isinstance(error, socket.gaierror):
-                raise ValueError(f"host={host!r}: {error.strerror}") from error
-            continue
+            if error.errno == errno.EADDRINUSE:
+                continue
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"rollout.servers.host={host!r}: {error.strerror}") from error
+            raise  # a port below 1024, no descriptors: other ports would fail as well
         return PortLease(port, claim)
     raise ValueError(f"rollout.servers.port={first}: no free port from there up to 65535 on {host}")
 

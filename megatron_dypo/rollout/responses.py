@@ -154,7 +154,8 @@ def _require_stop(matched: Any, last: int, sampling: Sampling) -> None:
         raise IncompleteGroupError(f"a response that ends with token {last} stopped at {_quote(matched)}")
     if sampling.stop_token_ids and last not in sampling.stop_token_ids:
         raise IncompleteGroupError(
-            f"a response stopped at token {last}, which is not one of stop_token_ids={sampling.stop_token_ids}"
+            f"a response stopped at token {last}, which is not one of stop_token_ids={sampling.stop_token_ids} "
+            "(rollout.stop_token_ids adds more)"
         )
 
 

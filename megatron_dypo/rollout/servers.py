@@ -126,10 +126,11 @@ class ServerPool:
     def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
         deadline = time.monotonic() + deadline_s
         for url in self.urls:
-            while http_status(f"{url}/health", self.api_key) != 200:
+            while (status := http_status(f"{url}/health", self.api_key)) != 200:
                 self.check()
                 if time.monotonic() > deadline:
-                    raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s")
+                    said = "no answer" if status is None else f"/health answers HTTP {status}"
+                    raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
                 time.sleep(_POLL_S)
             status = http_status(f"{url}/model_info", self.api_key)
             if status in (401, 403):
@@ -178,7 +179,7 @@ def start_servers(
     """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
     Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
-    ``device``: ``cpu``, or the accelerator, which SGLang finds by itself. ``temperature``: of training rollouts; unless
+    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts; unless
     it is 1, given servers are asked whether their log-probs are those of temperature 1.
 
     Raises:

@@ -20,8 +20,9 @@ from typing import Any, Generic, TypeVar
 
 from megatron_dypo.logs import warn_often
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import ClientCounts, GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup
+from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import Prompt, RolloutGroup
 

@@ -86,7 +86,10 @@ class Supervised:
         self._num_starts += 1
         self._is_up, self._started_at = False, time.monotonic()
         _log.warning("%s; starting it again (%d of %d times)", ending, self._num_starts, self._restarts)
-        self._start()
+        try:
+            self._start()
+        except OSError as error:  # no process or descriptor left: as if it had died once more
+            _log.warning("%s could not be started: %s", self.process.name, error)
 
 
 class Supervisor:
@@ -95,6 +98,7 @@ class Supervisor:
     def __init__(self, servers: Sequence[Supervised]) -> None:
         self.servers = tuple(servers)
         self._stopping = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="supervise servers", daemon=True)
         self._thread.start()
 
@@ -103,7 +107,10 @@ class Supervisor:
 
         Raises:
             ServerDiedError: no server is left, and none will be started again.
+            RuntimeError: nobody looks after the servers any more, for a reason that is an error of ours.
         """
+        if self._error is not None:
+            raise RuntimeError("the thread that looks after the servers has ended") from self._error
         for server in self.servers:
             server.notice()
         ends = [server.given_up for server in self.servers]
@@ -116,7 +123,10 @@ class Supervisor:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopping.wait(_POLL_S):
-            for server in self.servers:
-                server.notice()
-                server.await_health()
+        try:
+            while not self._stopping.wait(_POLL_S):
+                for server in self.servers:
+                    server.notice()
+                    server.await_health()
+        except BaseException as error:  # noqa: BLE001, raised by `check`, in the thread that asks
+            self._error = error

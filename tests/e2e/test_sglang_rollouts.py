@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -133,9 +134,14 @@ def test_evaluation_can_be_greedy(pool: ServerPool) -> None:
         np.testing.assert_array_equal(a.rollouts[0].tokens, b.rollouts[0].tokens)
 
 
-def test_a_prompt_beyond_the_context_length_is_an_error_with_sglangs_words(pool: ServerPool) -> None:
-    with pytest.raises(ValueError, match=r"HTTP 400: .*context length"):
-        collect(make_prompts(1, length=600), make_client(pool), group_size=2, progress=False)
+def test_a_prompt_beyond_the_context_length_is_dropped_alone_with_sglangs_words(
+    pool: ServerPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [*make_prompts(1, length=600), *make_prompts(1)]
+    groups, stats = collect(prompts, make_client(pool), group_size=2, progress=False)
+    assert [len(group.prompt.tokens) for group in groups] == [12]
+    assert (stats.dropped_groups, stats.retries) == (1, 0)
+    assert re.search(r"HTTP 400: .*context length", caplog.text)
 
 
 def test_a_cancelled_group_stops_at_the_server(pool: ServerPool) -> None:

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.metrics import Timings
 from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.collect import collect
 from megatron_dypo.serving import push, sample
 from megatron_dypo.tally import Tally
 from megatron_dypo.weights.engines import PushReport
 from tests.unit.rollout.fake_sglang import FakeSGLang
+from tests.unit.rollout.fake_sglang import sample as sample_response
 from tests.unit.rollout.test_collect import closed_url, make_prompts
 
 
@@ -49,6 +52,19 @@ class Routes:
 
     def serve(self, servers: Sequence[str]) -> None:
         self.served.append(tuple(servers))
+
+
+class Accepting:
+    """A stream that keeps which versions it is told to take."""
+
+    def __init__(self) -> None:
+        self.accepted: list[list[int]] = []
+
+    def accept(self, versions: Sequence[int]) -> None:
+        self.accepted.append(list(versions))
+
+    def serve(self, urls: Sequence[str], versions: Sequence[int]) -> None:
+        self.accept(versions)
 
 
 def make_run(urls: Sequence[str]) -> Any:
@@ -101,3 +117,40 @@ def test_requests_and_router_follow_each_push() -> None:
 
 def test_a_run_without_servers_pushes_nothing() -> None:
     assert push(SimpleNamespace(bridge=None)) == {}  # type: ignore[arg-type]
+
+
+def test_a_push_takes_groups_of_its_version_and_of_the_one_before_and_of_none_between() -> None:
+    run = make_run([closed_url() for _ in range(9)])
+    run.pushed, run.leader.background = (), Accepting()
+    for step in (15, 18, 18, 18, 20):
+        run.step = step
+        push(run)
+    before, after = run.leader.background.accepted[::2], run.leader.background.accepted[1::2]
+    assert before == after == [[15], [15, 18], [15, 18], [15, 18], [18, 20]]
+    assert (run.pushed, run.served_version) == ((18, 20), 20)
+
+
+def test_a_push_that_fails_is_not_remembered_as_one() -> None:
+    run = make_run([])  # its bridge has no server left to name
+    run.step = 4
+    with pytest.raises(IndexError):
+        push(run)
+    assert (run.pushed, run.served_version) == ((3,), 3)
+
+
+def test_a_long_answer_that_spans_pushes_is_taken_after_a_rescue_push_of_the_same_version() -> None:
+    """One member ended before two pushes, the other after: the newest version is the server's."""
+    ends = ("20", "23")
+
+    def reply(body: dict[str, Any]) -> web.Response:
+        return web.json_response([sample_response(body, i, weight_version=end) for i, end in enumerate(ends)])
+
+    with FakeSGLang(lambda index, body: reply) as fake:
+        run = make_run([fake.url] * 3)
+        for step in (22, 23, 23):
+            run.step = step
+            push(run)
+        client = run.leader.client
+        groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
+    assert [rollout.policy_version for rollout in groups[0].rollouts] == [20, 23]
+    assert (stats.wrong_versions, stats.unserved, client.dropped_tokens) == (0, (), 0)

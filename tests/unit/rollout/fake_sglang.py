@@ -41,10 +41,6 @@ _ABOUT = {"/health": {}, "/model_info": {"is_generation": True}, "/server_info":
 """What a router asks a server before it takes it."""
 
 
-async def _tell(answer: dict[str, Any], request: web.Request) -> web.Response:
-    return web.json_response(answer)
-
-
 class FakeSGLang:
     """``with FakeSGLang(plan) as fake``: a server at ``fake.url`` that treats each request as ``plan`` says.
 
@@ -61,6 +57,7 @@ class FakeSGLang:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._released = asyncio.Event()
+        self._hidden: set[str] = set()
         self.url = ""
 
     def __enter__(self) -> FakeSGLang:
@@ -81,12 +78,21 @@ class FakeSGLang:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         for path, answer in _ABOUT.items():
-            app.router.add_get(path, functools.partial(_tell, answer))
+            app.router.add_get(path, functools.partial(self._tell, answer))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await self._site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    def hide(self, path: str) -> None:
+        """Know this path no more."""
+        self._hidden.add(path)
+
+    async def _tell(self, answer: dict[str, Any], request: web.Request) -> web.Response:
+        if request.path in self._hidden:
+            raise web.HTTPNotFound
+        return web.json_response(answer)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

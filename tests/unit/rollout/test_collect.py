@@ -45,6 +45,7 @@ def make_client(
     *,
     router: str | None = None,
     api_key: str = "key",
+    vocab_size: int | None = None,
     **fields: Any,
 ) -> SGLangClient:
     def decode(tokens: Tokens) -> str:
@@ -52,7 +53,15 @@ def make_client(
 
     cfg = RolloutConfig(**{"max_new_tokens": 16, "request_deadline_s": 20.0, **fields})
     return SGLangClient(
-        urls, api_key, cfg=cfg, decode=decode, stop_token_ids=(2, 5), check=check, router=router, backoff_s=0.02
+        urls,
+        api_key,
+        cfg=cfg,
+        decode=decode,
+        stop_token_ids=(2, 5),
+        check=check,
+        router=router,
+        backoff_s=0.02,
+        vocab_size=vocab_size,
     )
 
 

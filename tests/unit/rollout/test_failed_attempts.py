@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -20,6 +21,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_dypo.rollout import ask as ask_module
 from megatron_dypo.rollout.ask import AttemptError, LostServerError, OwnLackError, shown
@@ -133,6 +136,17 @@ def test_the_key_is_in_no_message(status: int, caplog: pytest.LogCaptureFixture)
     assert key[:8] not in caplog.text
 
 
+def test_the_key_is_in_no_message_about_a_field(caplog: pytest.LogCaptureFixture) -> None:
+    fields = [{"finish_reason": {"type": "abort", "message": "s3cret"}}, {"weight_version": "s3cret"}]
+    for meta in fields:
+        with FakeSGLang(lambda index, body, meta=meta: with_meta(**meta)) as fake:
+            client = make_client([fake.url], retries=1, api_key="s3cret")
+            collect(make_prompts(1), client, group_size=2, progress=False)
+    assert "'message': '***'" in caplog.text
+    assert "weights of version ***" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
 def test_a_body_is_shown_on_one_line_of_200_characters() -> None:
     assert shown(b"a\n\x1b[31m b\t" + b"c" * 300, None) == "a ?[31m b " + "c" * 190
 
@@ -178,6 +192,23 @@ def test_tokens_that_are_thrown_away_are_counted_since_the_context_was_entered()
             assert len(collect(make_prompts(1), client, group_size=4, progress=False)[0]) == 1
             assert (client.dropped_rollouts, client.dropped_tokens, client.dropped_longest) == (8, 24, 3)
             assert client.retries == 3
+
+
+def test_a_token_outside_the_vocabulary_costs_the_client_an_attempt() -> None:
+    """The prompt's last token, 100, comes back as the first of the response."""
+    with FakeSGLang() as fake:
+        client = make_client([fake.url], vocab_size=100, retries=0)
+        groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
+        assert (groups, stats.dropped_groups, client.dropped_tokens) == ([], 1, 6)
+        client = make_client([fake.url], vocab_size=101, retries=0)
+        assert len(collect(make_prompts(1), client, group_size=2, progress=False)[0]) == 1
+
+
+def test_a_server_without_the_encryption_that_its_url_promises_costs_attempts() -> None:
+    with FakeSGLang() as fake:
+        error = dropped(fake.url.replace("http:", "https:"), retries=1)
+    assert error.reason is DropReason.INCOMPLETE
+    assert "2 attempts failed" in str(error)
 
 
 def test_a_server_that_gives_nonsense_at_once_does_not_get_all_requests() -> None:
@@ -313,3 +344,58 @@ def test_what_fails_after_a_push_says_nothing_of_a_server_that_the_push_named_an
         fake.release()
         worker.join(10)
     assert (len(fake.requests), client.wrong_versions) == (2, 4)
+
+
+STATUSES = st.sampled_from([200, 200, 200, 200, 201, 204, 301, 400, 401, 404, 413, 422, 429, 500, 503])
+BODIES = (
+    st.binary(max_size=64) | st.text(max_size=32).map(str.encode) | st.just(b"[]") | st.just(b'[{"meta_info":{}},7]')
+)
+
+
+def answer_to(reply: Reply) -> DropReason:
+    with FakeSGLang(lambda index, body: reply) as fake:
+        return dropped(fake.url, retries=0).reason
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(STATUSES, BODIES)
+def test_whatever_bytes_a_server_sends_a_group_is_dropped_with_its_reason(status: int, body: bytes) -> None:
+    reason = answer_to(text(body, status))
+    assert reason is (DropReason.REFUSED if status in (400, 413, 422) else DropReason.INCOMPLETE)
+
+
+def raw_server(answer: bytes) -> socket.socket:
+    """A socket that gives these bytes to whoever connects, once it has read a request, and closes."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(2**16)
+                    connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"hello\r\n\r\n",
+        b"\x00\xff" * 100,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n[",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    ],
+)
+def test_what_is_no_http_is_an_attempt_that_failed(answer: bytes) -> None:
+    with raw_server(answer) as listening:
+        error = dropped(f"http://127.0.0.1:{listening.getsockname()[1]}", retries=1)
+    assert error.reason is DropReason.INCOMPLETE
+    assert str(error).startswith("2 attempts failed")

@@ -141,6 +141,11 @@ def test_an_unknown_host_is_named() -> None:
         lease_port("no.such.host.invalid", 32100)
 
 
+def test_a_host_that_is_no_address_of_this_machine_is_named_and_not_taken_for_busy_ports() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.servers\.host='192\.0\.2\.1': Cannot assign"):
+        lease_port("192.0.2.1", 32100)
+
+
 def test_the_launcher_imports_nothing_of_this_package() -> None:
     """Its interpreter may be one that has SGLang but not us."""
     launcher = Path(launch.__file__).with_name("sglang_cpu.py")

@@ -20,7 +20,7 @@ from megatron_dypo.rollout.route import route, router_options
 from megatron_dypo.rollout.router import Router
 from tests.routers import running_router
 from tests.unit.rollout.fake_sglang import FakeSGLang
-from tests.unit.rollout.test_collect import make_client, make_prompts
+from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
 
 KEY = "0123456789abcdef"
 
@@ -83,6 +83,17 @@ def test_a_dead_server_behind_the_router_costs_no_group(router_process: tuple[st
         Router(url, KEY).serve([mortal.url, other.url])
         client = make_client([mortal.url, other.url], router=url, api_key=KEY)
         assert len(collect(make_prompts(12), client, group_size=2, progress=False)[0]) == 12
+
+
+def test_the_router_reaches_its_servers_through_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, closed_url())
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with FakeSGLang() as server, running_router(tmp_path, [server.url], KEY) as (url, _):
+        Router(url, KEY).serve([server.url])
+        client = make_client([server.url], router=url, api_key=KEY, retries=0)
+        assert len(collect(make_prompts(1), client, group_size=2, progress=False)[0]) == 1
 
 
 def test_requests_to_a_router_have_the_deadline_of_a_group_and_no_name_for_a_host() -> None:

@@ -23,14 +23,15 @@ KEY = "0123456789abcdef"
 
 @pytest.fixture
 def node(tmp_path: Path):
-    """Starts ``megatron-dypo serve`` with two stand-ins at the ports after ``port``; all have ended afterwards."""
+    """Starts ``megatron-dypo serve`` with two stand-ins at the ports after ``port``, as on one of four nodes; all have
+    ended afterwards."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@" --mark {tmp_path}\n')
     python.chmod(0o755)
     started = []
 
     def start(port: int, *options: str, **environment: str) -> subprocess.Popen:
-        servers = {"python": str(python), "per_node": 2, "port": port}
+        servers = {"python": str(python), "per_node": 2, "nodes": 4, "port": port}
         config = {"model": {"hf_path": str(tmp_path), "dtype": "float32"}, "data": {"prompts": ["none.jsonl"]}}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "rollout": {"servers": servers}}))
         arguments = ["serve", str(tmp_path / "config.yaml"), "--log-dir", str(tmp_path / "logs")]

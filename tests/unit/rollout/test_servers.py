@@ -17,7 +17,7 @@ from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.probe import http_status
 from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.servers import ServerPool, start_servers
-from tests.unit.rollout.fake_sglang import wait_until
+from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
 
 PROGRAM = Path(__file__).with_name("fake_server_program.py")
 
@@ -254,3 +254,16 @@ def test_given_servers_may_return_only_where_somebody_starts_them_again() -> Non
     assert ServerPool(urls, None, urls_come_back=True).may_return()
     with pytest.raises(ValueError, match="urls_come_back=true: needs urls"):
         ServersConfig(urls_come_back=True)
+
+
+def test_a_run_that_counts_on_servers_of_other_nodes_is_told_that_it_starts_none(python: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rollout\.servers\.nodes=4: a run starts servers on its own node only"):
+        start(python, tmp_path, nodes=4)
+    assert alive(tmp_path) == []
+
+
+def test_what_is_healthy_but_no_sglang_server_is_named(python: str, tmp_path: Path) -> None:
+    with FakeSGLang() as fake:
+        fake.hide("/model_info")
+        with pytest.raises(ValueError, match=f"{fake.url}/model_info: HTTP 404: .* not an SGLang"):
+            start(python, tmp_path, urls=(fake.url,))

@@ -1,0 +1,55 @@
+"""Servers that are looked after by a thread, whatever happens to it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
+from megatron_dypo.rollout.supervise import Supervised, Supervisor
+from tests.unit.rollout.fake_sglang import wait_until
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> ServerProcess:
+    """A server that has ended with status 3."""
+    process = ServerProcess("server", "http://127.0.0.1:9", tmp_path / "server.log", grace_s=0.1)
+    process.start([sys.executable, "-c", "raise SystemExit(3)"], {}, "key")
+    wait_until(lambda: process.ending() is not None, "it has ended")
+    return process
+
+
+def test_a_server_that_cannot_be_started_again_has_died_once_more(ended: ServerProcess) -> None:
+    starts: list[int] = []
+
+    def no_descriptors() -> None:
+        starts.append(1)
+        raise OSError(24, "Too many open files")
+
+    supervisor = Supervisor([Supervised(ended, no_descriptors, lambda: False, restarts=2, deadline_s=60.0)])
+    wait_until(lambda: supervisor.servers[0].given_up is not None, "it is given up")
+    with pytest.raises(ServerDiedError, match="no SGLang server is left"):
+        supervisor.check()
+    supervisor.stop()
+    assert len(starts) == 2
+
+
+def test_an_error_of_the_thread_is_raised_where_servers_are_checked(ended: ServerProcess) -> None:
+    def broken() -> bool:
+        raise KeyError("our own bug")
+
+    supervisor = Supervisor([Supervised(ended, lambda: None, broken, restarts=1000, deadline_s=60.0)])
+
+    def is_noticed() -> bool:
+        try:
+            supervisor.check()
+        except RuntimeError as error:
+            causes.append(error.__cause__)
+        return bool(causes)
+
+    causes: list[BaseException | None] = []
+    wait_until(is_noticed, "the check raises")
+    supervisor.stop()
+    assert isinstance(causes[0], KeyError)
