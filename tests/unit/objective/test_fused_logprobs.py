@@ -19,7 +19,14 @@ def logits_as_hidden(logits_NV):
 
 
 def projected(g, num_rows=7, size=1.0):
-    return size * torch.randn(num_rows, HIDDEN, generator=g), torch.randn(16, HIDDEN, generator=g)
+    """Operands on a grid of 1/8 and 1/32, so coarse that fp32 holds every partial sum of a logit exactly.
+
+    Else the order in which a processor's matmul adds up would move logits by some 1e-5, and entropies by 1e-6 (at a size of
+    20): the matmul's rounding, not that of the code under test.
+    """
+    hidden_NH = torch.randn(num_rows, HIDDEN, generator=g).mul(8).round() / 8
+    weight_VH = torch.randn(16, HIDDEN, generator=g).mul(32).round() / 32
+    return size * hidden_NH, weight_VH
 
 
 CASES = {
@@ -65,6 +72,15 @@ def gradient_error(ours, expected):
     largest = float(expected.abs().max())
     error = float((ours.double() - expected).abs().max())
     return error / largest if largest > 1e-300 else error
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_logits_of_every_case_are_exact_in_fp32(name):
+    """So that the bounds below are those of our own sums: logarithm, exponentials and the entropy's two sums."""
+    hidden, weight = CASES[name](torch.Generator().manual_seed(0))
+    logits = hidden.double() @ weight.double().t()
+    for order in (torch.arange(weight.shape[1]), torch.arange(weight.shape[1]).flip(0)):
+        assert torch.equal((hidden[:, order] @ weight[:, order].t()).double(), logits)
 
 
 @pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
