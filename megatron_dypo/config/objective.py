@@ -46,6 +46,14 @@ class ReferenceConfig:
         _require_finite(self)
         require_positive(self, "refresh_every")
 
+    def keeps_weights(self) -> bool:
+        """Whether π_ref has weights of its own, which the trainer must hold; π_old has none."""
+        return self.mode != "old"
+
+    def is_refreshed_after(self, step: int) -> bool:
+        """Whether the policy becomes π_ref once ``step`` updates are done."""
+        return self.mode == "refreshed" and step % self.refresh_every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
