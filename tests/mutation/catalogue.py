@@ -20,7 +20,7 @@ class Room:
     count: int
     """Mutants drawn from all of its files, beside the ones written by hand."""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """File → further tests."""
+    """File → tests that come first: most mutants die there."""
     without: tuple[str, ...] = ()
     """Tests that are too slow for what they say of these files."""
 
@@ -46,7 +46,8 @@ ROOMS = {
             "megatron_dypo/objective/weigh.py": _OBJECTIVES,
             "megatron_dypo/objective/advantage.py": _OBJECTIVES,
             "megatron_dypo/objective/projection.py": ("tests/unit/objective/test_fused_logprobs.py",),
-            "megatron_dypo/config/objective.py": ("tests/unit/config/test_config_objective.py",),
+            "megatron_dypo/objective/loss.py": _LOSS,
+            "megatron_dypo/config/objective.py": ("tests/unit/config/test_config_objective.py", "tests/unit/objective/test_laws_of_objectives.py"),
         },
         without=("tests/unit/test_tally.py", "tests/unit/test_run.py"),
     ),
@@ -83,7 +84,7 @@ def files_of(room: Room, root: Path) -> list[str]:
 
 
 def tests_of(room: Room, path: str, root: Path) -> list[str]:
-    """Test files that stand for ``path``: those that import it, the shortest first, and what ``also`` names."""
+    """Test files that stand for ``path``: what ``also`` names, and those that import it, the shortest first."""
     module = path.removesuffix(".py").replace("/", ".")
     package, _, name = module.rpartition(".")
     wanted = (f"from {module} import", f"import {module}", f"from {package} import {name}")
@@ -92,4 +93,4 @@ def tests_of(room: Room, path: str, root: Path) -> list[str]:
     if not found and path not in room.also:  # reached through others of its package
         found = [str(test.relative_to(root)) for test in tests if test.parent.name == Path(path).parent.name]
     also = [test for test in room.also.get(path, ()) if (root / test).is_file()]
-    return [test for test in dict.fromkeys([*found, *also]) if test not in room.without]
+    return [test for test in dict.fromkeys([*also, *found]) if test not in room.without]

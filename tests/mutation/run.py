@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,7 @@ def main() -> int:
         print(*(m for mutants in picked.values() for m in mutants), sep="\n")
         print({name: len(mutants) for name, mutants in picked.items()}, *misfits, sep="\n")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
     started, outcomes = time.monotonic(), []
     with workers(arguments.jobs) as idle:
         for name, mutants in picked.items():
