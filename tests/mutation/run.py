@@ -53,7 +53,7 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         shutil.copytree(ROOT, folder, ignore=_NOT_COPIED, symlinks=True)
-        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.mutation.worker"],
             cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -116,25 +116,26 @@ def run_room(name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jo
     equivalent = {(row["path"], row["function"], row["old"], row["new"]) for row in rows}
     sources = {path: (ROOT / path).read_bytes() for path in {m.path for m in mutants}}  # the tree may change meanwhile
     tests = {path: tests_of(ROOMS[name], path, ROOT) for path in sources}
-    limits: dict[tuple[str, ...], float] = {}
-    for names in sorted({tuple(t) for t in tests.values() if t}):
+    alone: dict[str, float] = {}
+    for test in sorted({test for names in tests.values() for test in names}):
         worker = idle.get()
-        answer = worker.ask(names, 600)
+        answer = worker.ask([test], 600)
         idle.put(worker)
         if answer["code"] != 0:
-            raise SystemExit("\n".join([f"these tests fail without a mutant: {' '.join(names)}", *answer["tail"]]))
-        limits[names] = 5 * answer["cpu_s"] + 10
+            raise SystemExit("\n".join([f"{test} fails without a mutant", *answer["tail"]]))
+        alone[test] = answer["cpu_s"]
 
     def one(mutant: Mutant) -> Outcome:
-        names = tuple(tests[mutant.path])
+        names = tests[mutant.path]
         if mutant.key in equivalent:
             return Outcome(room=name, mutant=mutant, state="equivalent")
         if not names:
             return Outcome(room=name, mutant=mutant, state="untested")
         worker = idle.get()
         try:
+            limit = 5 * sum(alone[test] for test in names) + 10
             source = mutant.apply(sources[mutant.path])
-            answer = worker.ask(names, limits[names], path=mutant.path, source=source)
+            answer = worker.ask(names, limit, path=mutant.path, source=source)
         finally:
             idle.put(worker)
         state = "survived" if answer["code"] == 0 else "late" if answer["is_late"] else "killed"

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 PRELOADED = (
+    "_hypothesis_pytestplugin",
+    "pytest_timeout",
     "megatron.core.models.common.embeddings.rope_utils",
     "numpy",
     "torch",
@@ -28,24 +30,27 @@ PRELOADED = (
     "safetensors.numpy",
 )
 _MEMORY = 24 * 2**30
+_EPOCH = 2_000_000_000
+"""Bytecode is told from stale one by a file's time in seconds and its size; each version of a file gets a time of its own."""
 
 
 def main() -> None:
     """Serve tasks until the input ends."""
-    sys.dont_write_bytecode = True
     for name in PRELOADED:
         importlib.import_module(name)
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         task = json.loads(line)
         path = Path(task["path"]) if task["path"] else None
         original = path.read_bytes() if path else b""
         try:
             if path:
                 path.write_bytes(task["source"].encode())
+                os.utime(path, (_EPOCH + number, _EPOCH + number))
             result = _run(task["tests"], task["cpu_s"])
         finally:
             if path:
                 path.write_bytes(original)
+                os.utime(path, (_EPOCH - 1, _EPOCH - 1))
         print(json.dumps(result), flush=True)
 
 
