@@ -1,4 +1,4 @@
-"""Environment of every test: one thread a process, no network, no compile."""
+"""Environment of every test: one thread a process, no network, no compile, no deadline for examples of Hypothesis."""
 
 import os
 
@@ -6,10 +6,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# No deadline: how long an example takes says more of what else the machine does than of the code.
+hypothesis.settings.register_profile("megatron_dypo", deadline=None)
+hypothesis.settings.load_profile("megatron_dypo")
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,7 @@ rank learns of every sample is its cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,14 +52,22 @@ def balance(
     if leaders.size() == 1:
         return sorted(samples, key=_key)
     costs = gather_objects([(*_key(s), cost(s)) for s in samples], leaders)
-    listing = sorted(row for rows in costs for row in rows)
-    bins = bins_balanced([work for *_, work in listing], leaders.size())
-    owner = {tuple(listing[i][:2]): replica for replica, members in enumerate(bins) for i in members}
+    owner = owners((row for rows in costs for row in rows), leaders.size())
     outgoing: list[list[Sample]] = [[] for _ in range(leaders.size())]
     for sample in samples:
         outgoing[owner[_key(sample)]].append(sample)
     received = _all_to_all([dump_samples(part) for part in outgoing], leaders)
     return sorted((s for part in received for s in load_samples(part)), key=_key)
+
+
+def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[int, int], int]:
+    """Replica of each sample, (order, member), from (order, member, cost) of all samples in any order.
+
+    Costs, not numbers of samples, are what comes out about equal.
+    """
+    listing = sorted(work)
+    bins = bins_balanced([cost for *_, cost in listing], replicas)
+    return {listing[i][:2]: replica for replica, members in enumerate(bins) for i in members}
 
 
 def broadcast_samples(samples: Sequence[Sample] | None, replica: dist.ProcessGroup) -> list[Sample]:

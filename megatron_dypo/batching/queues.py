@@ -90,6 +90,11 @@ def oldest(keys_by_replica: Sequence[Sequence[Key]], count: int) -> list[Key]:
     return sorted(key for keys in keys_by_replica for key in keys)[:count]
 
 
+def is_used_up(left_by_replica: Iterable[int]) -> bool:
+    """Whether a rollout batch has no group left on any replica, given how many each has: replicas run out one by one."""
+    return not any(left_by_replica)
+
+
 def dump_samples(samples: Sequence[Sample]) -> bytes:
     """Samples as safetensors bytes: arrays as tensors, scalars as JSON in the header. Weights are included."""
     tensors: dict[str, np.ndarray] = {}

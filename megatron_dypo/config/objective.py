@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_dypo.config.rules import require, require_not_negative, require_positive
+
+LOG_RATIO_LIMIT = 20.0
+"""Ratios of probabilities above e^20 (4.9e8) enter the loss by the tangent of e^x there: an fp32 sum of squares of such
+gradients is finite, and no bound of a clip is beyond it."""
+
+
+_AGREEMENT = "u is 1 where trainer and servers agree"
+_LARGEST_BOUND = 1e8
+"""Of a clip; below e^LOG_RATIO_LIMIT."""
+
+
+def _require_finite(section: object) -> None:
+    """Require each number of ``section``, those in tuples too, to be finite, and a whole one to fit into 64 bits."""
+    for item in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, item.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, float):
+                require(math.isfinite(number), f"{item.name}={value}", "must be finite")
+            elif isinstance(number, int):
+                require(
+                    number.bit_length() < 64,
+                    f"{item.name}: a number of {number.bit_length()} bits",
+                    "must be below 2^63",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +43,16 @@ class ReferenceConfig:
     refresh_every: int = 100
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         require_positive(self, "refresh_every")
+
+    def keeps_weights(self) -> bool:
+        """Whether π_ref has weights of its own, which the trainer must hold; π_old has none."""
+        return self.mode != "old"
+
+    def is_refreshed_after(self, step: int) -> bool:
+        """Whether the policy becomes π_ref once ``step`` updates are done."""
+        return self.mode == "refreshed" and step % self.refresh_every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +65,7 @@ class ScoreConfig:
     """With ``rollout``: rollout batches between two measurements of its error, each a pass over one group; 0: none."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         require_not_negative(self, "check_every")
 
 
@@ -41,23 +77,24 @@ class ImportanceConfig:
     """
 
     cap: float | None = None
-    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1."""
+    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap), cap >= 1; None: by 1."""
     token_bounds: tuple[float, float] | None = None
-    """Masked importance sampling: tokens with u outside [low, high] are masked. IcePop is this with ``cap: <high>``."""
+    """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop is
+    this with ``cap: <high>``."""
     sequence_bounds: tuple[float, float] | None = None
     """Rollouts whose geometric mean of u over their tokens is outside [low, high] are masked whole."""
     sequence_max_gap: float | None = None
     """Rollouts whose mean of |log u| over their tokens, in nats, is above this are masked whole."""
 
     def __post_init__(self) -> None:
-        for name in ("cap", "sequence_max_gap"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}={value}", "must be positive")
+        _require_finite(self)
+        require(self.cap is None or self.cap >= 1, f"cap={self.cap}", f"must be at least 1: {_AGREEMENT}")
+        if self.sequence_max_gap is not None:
+            require_positive(self, "sequence_max_gap")
         for name in ("token_bounds", "sequence_bounds"):
             value = getattr(self, name)
-            require(
-                value is None or 0 <= value[0] < value[1], f"{name}={value}", "must be [low, high], 0 <= low < high"
-            )
+            is_right = value is None or (len(value) == 2 and 0 <= value[0] <= 1 <= value[1] and value[0] < value[1])
+            require(is_right, f"{name}={value}", f"must be [low, high], 0 <= low < high, with 1 inside: {_AGREEMENT}")
 
     def is_on(self) -> bool:
         """Whether anything is corrected."""
@@ -108,9 +145,14 @@ class ObjectiveConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
         require_not_negative(self, "gamma", "kl_coef", "switch_gate", "sft_steps", "clip_low", "clip_high")
         require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
         require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
+        require(
+            self.clip_high <= _LARGEST_BOUND, f"clip_high={self.clip_high}", f"must be at most {_LARGEST_BOUND:.0e}"
+        )
         if self.dual_clip is not None:
-            require(self.dual_clip > 1, f"dual_clip={self.dual_clip}", "must be above 1")
+            rule = f"must be above 1 and at most {_LARGEST_BOUND:.0e}"
+            require(1 < self.dual_clip <= _LARGEST_BOUND, f"dual_clip={self.dual_clip}", rule)

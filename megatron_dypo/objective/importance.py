@@ -24,26 +24,32 @@ class Importance:
     is_kept: Tensor
     """False: the token contributes nothing."""
     is_capped: Tensor
+    """The cap replaced u."""
     is_token_masked: Tensor
     is_sequence_masked: Tensor
 
 
-def importance(log_u_N: Tensor, sequences: Sequences, cfg: ImportanceConfig) -> Importance:
+def importance(log_u_N: Tensor, is_rollout_N: Tensor, sequences: Sequences, cfg: ImportanceConfig) -> Importance:
     """Truncated importance sampling (Yao et al. 2025), IcePop's masks (Ling Team 2025) and masks of whole rollouts.
 
+    Masks ask whether a value is inside: a NaN is inside nothing. Only rollouts are weighted, capped or masked.
+
     Args:
-        log_u_N: [N] log π_old − log π_rollout; 0 on tokens that were not sampled, which keeps them.
+        log_u_N: [N] log π_old − log π_rollout.
+        is_rollout_N: [N] False on tokens that were not sampled.
     """
-    u_N, none_N = log_u_N.exp(), torch.zeros_like(log_u_N, dtype=torch.bool)
-    weight_N, is_capped_N = torch.ones_like(u_N), none_N
+    log_u_N = torch.where(is_rollout_N, log_u_N, 0.0)
+    none_N = torch.zeros_like(is_rollout_N)
+    weight_N, is_capped_N = torch.ones_like(log_u_N), none_N
     if cfg.cap is not None:
-        weight_N, is_capped_N = u_N.clamp(max=cfg.cap), u_N > cfg.cap
-    token_N = none_N if cfg.token_bounds is None else _outside(log_u_N, cfg.token_bounds)
+        is_capped_N = is_rollout_N & (log_u_N > math.log(cfg.cap))
+        weight_N = torch.where(is_capped_N, cfg.cap, log_u_N.exp())
+    token_N = none_N if cfg.token_bounds is None else is_rollout_N & ~_inside(log_u_N, cfg.token_bounds)
     sequence_N = none_N
     if cfg.sequence_bounds is not None:
-        sequence_N = _outside(sequences.mean(log_u_N), cfg.sequence_bounds)
+        sequence_N = is_rollout_N & ~_inside(sequences.mean(log_u_N), cfg.sequence_bounds)
     if cfg.sequence_max_gap is not None:
-        sequence_N = sequence_N | (sequences.mean(log_u_N.abs()) > cfg.sequence_max_gap)
+        sequence_N = sequence_N | (is_rollout_N & ~(sequences.mean(log_u_N.abs()) <= cfg.sequence_max_gap))
     return Importance(
         weight=weight_N,
         is_kept=~(token_N | sequence_N),
@@ -53,6 +59,6 @@ def importance(log_u_N: Tensor, sequences: Sequences, cfg: ImportanceConfig) -> 
     )
 
 
-def _outside(log_N: Tensor, bounds: tuple[float, float]) -> Tensor:
+def _inside(log_N: Tensor, bounds: tuple[float, float]) -> Tensor:
     low, high = bounds
-    return (log_N < (math.log(low) if low > 0 else -math.inf)) | (log_N > math.log(high))
+    return (log_N >= (math.log(low) if low > 0 else -math.inf)) & (log_N <= math.log(high))

@@ -48,17 +48,23 @@ def literal_logprobs(path, groups):
 
 
 def literal_loss(model, groups, cfg):
-    """Eq. 4 and 24: the mean over the prompts of the batch."""
+    """Eq. 4 and 24 under a model's own log-probs."""
+    return loss_of_logprobs([[response_logp(model, sample) for sample in group] for group in groups], groups, cfg)
+
+
+def loss_of_logprobs(logps_by_group, groups, cfg):
+    """Eq. 4 and 24: the mean over the prompts of the batch; and the same mean of the objectives that have one term each."""
     lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.treatment is kind] for kind in Treatment}
     total = torch.zeros((), dtype=torch.float64)
-    for group in groups:
-        logps = [response_logp(model, sample) for sample in group]
+    for group, logps in zip(groups, logps_by_group, strict=True):
         divisors = [divisor(sample, lengths, cfg) for sample in group]
         if group[0].treatment is Treatment.DISTIL:
             total = total - cfg.gamma * logps[0].sum() / divisors[0]
-        else:
+        elif cfg.name == "dypo":
             total = total + cfg.alpha * grpo(group, logps, divisors, cfg)
             total = total + (1 - cfg.alpha) * gal(group, logps, divisors, cfg)
+        else:
+            total = total + grpo(group, logps, divisors, cfg)
     return total / len(groups)
 
 
@@ -81,7 +87,9 @@ def divisor(sample, lengths, cfg):
 
 def grpo(group, logps, divisors, cfg):
     rewards = torch.tensor([s.reward for s in group], dtype=torch.float64)
-    advantages = (rewards - rewards.mean()) / (rewards.std() + cfg.advantage_epsilon)
+    advantages = rewards - rewards.mean()
+    if cfg.normalize_std:
+        advantages = advantages / (rewards.std() + cfg.advantage_epsilon)
     total = 0.0
     for sample, logp, advantage, size in zip(group, logps, advantages, divisors, strict=True):
         moved, trusted = log_moves(sample, logp), is_trusted(sample, cfg.importance)

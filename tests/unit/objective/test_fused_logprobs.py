@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.objective.fused_logprobs import GradientSink, fused_logprobs
+from megatron_dypo.objective.fused_logprobs import GradientSink, _automatic_budget, fused_logprobs
 
 HIDDEN = 24
 ONE_ROW = 1
@@ -19,7 +19,14 @@ def logits_as_hidden(logits_NV):
 
 
 def projected(g, num_rows=7, size=1.0):
-    return size * torch.randn(num_rows, HIDDEN, generator=g), torch.randn(16, HIDDEN, generator=g)
+    """Operands on a grid of 1/8 and 1/32, so coarse that fp32 holds every partial sum of a logit exactly.
+
+    Else the order in which a processor's matmul adds up would move logits by some 1e-5, and entropies by 1e-6 (at a size of
+    20): the matmul's rounding, not that of the code under test.
+    """
+    hidden_NH = torch.randn(num_rows, HIDDEN, generator=g).mul(8).round() / 8
+    weight_VH = torch.randn(16, HIDDEN, generator=g).mul(32).round() / 32
+    return size * hidden_NH, weight_VH
 
 
 CASES = {
@@ -65,6 +72,15 @@ def gradient_error(ours, expected):
     largest = float(expected.abs().max())
     error = float((ours.double() - expected).abs().max())
     return error / largest if largest > 1e-300 else error
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_logits_of_every_case_are_exact_in_fp32(name):
+    """So that the bounds below are those of our own sums: logarithm, exponentials and the entropy's two sums."""
+    hidden, weight = CASES[name](torch.Generator().manual_seed(0))
+    logits = hidden.double() @ weight.double().t()
+    for order in (torch.arange(weight.shape[1]), torch.arange(weight.shape[1]).flip(0)):
+        assert torch.equal((hidden[:, order] @ weight[:, order].t()).double(), logits)
 
 
 @pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
@@ -211,3 +227,12 @@ def test_logits_of_all_rows_never_exist():
             peak = max(peak, allocated)
     small = 3 * width * 8 * 4 + 32 * num_rows * 4
     assert budget // 2 < peak <= budget + small
+
+
+def test_without_a_budget_scratch_is_half_of_the_weight_in_fp32_and_256_mib_at_least():
+    def budget(rows, dtype):
+        return _automatic_budget(torch.empty(rows, 1024, device="meta"), dtype)
+
+    assert budget(2**15, torch.float32) == 256 * 2**20
+    assert budget(2**18, torch.float32) == 512 * 2**20
+    assert budget(2**18, torch.float64) == 1024 * 2**20

@@ -214,3 +214,33 @@ def test_options_that_contradict_each_other_are_refused():
             score=ScoreConfig(policy="rollout"),
             objective=ObjectiveConfig(importance=ImportanceConfig(cap=2.0)),
         )
+
+
+def test_a_value_at_a_bound_is_inside_and_at_the_cap_is_not_capped():
+    logs = [math.log(0.5), math.log(2.0), math.log(0.5) - 1e-9, math.log(2.0) + 1e-9]
+    given = {"old_logp": logs, "sequence": [0, 1, 2, 3]}
+    for option in ({"token_bounds": (0.5, 2.0)}, {"sequence_bounds": (0.5, 2.0)}):
+        *_, sums = ours([0.0] * 4, given, ObjectiveConfig(importance=ImportanceConfig(**option)))
+        assert sums["importance_masked"] + sums["rollouts_masked"] == 2
+    *_, sums = ours([0.0] * 4, given, ObjectiveConfig(importance=ImportanceConfig(cap=2.0)))
+    assert sums["importance_capped"] == 1
+    gap = {"old_logp": [0.25, -0.25, 0.5], "sequence": [0, 0, 1]}
+    *_, sums = ours([0.0] * 3, gap, ObjectiveConfig(importance=ImportanceConfig(sequence_max_gap=0.25)))
+    assert sums["rollouts_masked"] == 1
+
+
+def test_a_ratio_at_a_bound_of_the_clip_is_not_clipped():
+    cfg = ObjectiveConfig(clip_low=0.25, clip_high=0.5, dual_clip=4.0, gal_clip="token")
+    at = [math.log1p(0.5), math.log1p(-0.25), math.log(4.0)]
+    given = {
+        "advantage": [1.0, -1.0, -1.0],
+        "surrogate": [1.0] * 3,
+        "sequence": [0, 1, 2],
+        "nll": [1.0, -1.0, 0.0],
+        "anchor": [1.0] * 3,
+    }
+    *_, sums = ours(np.array(at), given, cfg)
+    assert (sums["clipped"], sums["anchored_clipped"]) == (0, 0)
+    beyond = [at[0] + 1e-9, at[1] - 1e-9, at[2] + 1e-9]
+    *_, sums = ours(np.array(beyond), given, cfg)
+    assert (sums["clipped"], sums["anchored_clipped"]) == (3, 2)

@@ -1,0 +1,50 @@
+"""Ratios of probabilities from their logarithms, without overflow: exponentials, clipped surrogate, k3. Pure.
+
+Every comparison is made on the logarithms, and what a bound replaces is a constant before anything is exponentiated: a
+factor of 0 would make NaN of an infinite ratio. Shape legend: N response tokens of one microbatch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.config.objective import LOG_RATIO_LIMIT, ObjectiveConfig
+
+
+def bounded_exp(log_N: Tensor) -> Tensor:
+    """[N] e^x; above :data:`LOG_RATIO_LIMIT` its tangent there, so that value and gradient stay finite in fp32."""
+    return _continued(torch.exp, log_N)
+
+
+def bounded_k3(delta_N: Tensor) -> Tensor:
+    """[N] e^δ − δ − 1, with :func:`bounded_exp`'s tangent; accurate near δ = 0, where the sum would cancel."""
+    return _continued(torch.expm1, delta_N) - delta_N
+
+
+def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), at most −c·A where A < 0 under dual clip.
+
+    Returns:
+        [N] loss, and [N] where a bound replaced the ratio: the gradient is zero there, however large the ratio is.
+    """
+    is_up_N, is_down_N = advantage_N > 0, advantage_N < 0
+    is_clipped_N = is_up_N & (log_ratio_N > math.log1p(cfg.clip_high))
+    is_clipped_N = is_clipped_N | (is_down_N & (log_ratio_N < math.log1p(-cfg.clip_low)))
+    bound_N = torch.where(is_up_N, 1 + cfg.clip_high, torch.full_like(advantage_N, 1 - cfg.clip_low))
+    if cfg.dual_clip is not None:
+        is_limited_N = is_down_N & (log_ratio_N > math.log(cfg.dual_clip))
+        is_clipped_N = is_clipped_N | is_limited_N
+        bound_N = torch.where(is_limited_N, cfg.dual_clip, bound_N)
+    ratio_N = torch.where(is_clipped_N, bound_N, bounded_exp(torch.where(is_clipped_N, 0.0, log_ratio_N)))
+    return -ratio_N * advantage_N, is_clipped_N
+
+
+def _continued(function: Callable[[Tensor], Tensor], log_N: Tensor) -> Tensor:
+    """``function``, whose derivative is e^x, and from LOG_RATIO_LIMIT on its tangent."""
+    is_far_N = log_N > LOG_RATIO_LIMIT
+    near_N = function(torch.where(is_far_N, LOG_RATIO_LIMIT, log_N))
+    return near_N + torch.where(is_far_N, math.exp(LOG_RATIO_LIMIT) * (log_N - LOG_RATIO_LIMIT), 0.0)

@@ -1,0 +1,96 @@
+"""The rooms that are mutated: which files, how many mutants, and which tests stand for them.
+
+A file's tests are those under ``tests/unit`` that import it, or those of its room where none does; ``also`` adds files that
+reach it through others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """One part of the package."""
+
+    files: tuple[str, ...]
+    """Globs; one that matches nothing is passed over, since files are renamed."""
+    count: int
+    """Mutants drawn from all of its files, beside the ones written by hand."""
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """File → tests that come first: most mutants die there."""
+    without: tuple[str, ...] = ()
+    """Tests that are too slow for what they say of these files."""
+
+
+_LOSS = (
+    "tests/unit/objective/test_loss.py",
+    "tests/unit/objective/test_loss_of_sequences.py",
+    "tests/unit/objective/test_extreme_ratios.py",
+)
+_OBJECTIVES = (
+    "tests/unit/objective/test_recipes.py",
+    "tests/unit/objective/test_laws_of_objectives.py",
+    "tests/unit/objective/test_literal_objectives.py",
+)
+
+ROOMS = {
+    "objective": Room(
+        files=("megatron_dypo/objective/**/*.py", "megatron_dypo/config/objective.py"),
+        count=140,
+        also={
+            **{f"megatron_dypo/objective/{name}.py": _LOSS for name in ("importance", "sequences", "ratios")},
+            **{f"megatron_dypo/objective/recipes/{n}.py": _OBJECTIVES for n in ("dypo", "grpo", "sft", "sft_then_rl", "base")},
+            "megatron_dypo/objective/weigh.py": _OBJECTIVES,
+            "megatron_dypo/objective/advantage.py": _OBJECTIVES,
+            "megatron_dypo/objective/projection.py": ("tests/unit/objective/test_fused_logprobs.py",),
+            "megatron_dypo/objective/loss.py": _LOSS,
+            "megatron_dypo/config/objective.py": ("tests/unit/config/test_config_objective.py", "tests/unit/objective/test_laws_of_objectives.py"),
+        },
+        without=("tests/unit/test_tally.py", "tests/unit/test_run.py"),
+    ),
+    "batching": Room(
+        files=("megatron_dypo/batching/**/*.py",),
+        count=90,
+        also={"megatron_dypo/batching/exchange.py": ("tests/dist/test_exchange.py",)},
+        without=("tests/unit/test_run.py", "tests/unit/mcore/test_fp8.py", "tests/unit/mcore/test_context_attention.py"),
+    ),
+    "grading": Room(files=("megatron_dypo/grading/**/*.py",), count=60),
+    "data": Room(files=("megatron_dypo/data/**/*.py",), count=60),
+    "rollout": Room(files=("megatron_dypo/rollout/**/*.py",), count=60),
+    "metrics": Room(
+        files=("megatron_dypo/tally.py", "megatron_dypo/metrics.py", "megatron_dypo/metric_names.py", "megatron_dypo/ledger.py"),
+        count=50,
+    ),
+    "loop": Room(
+        files=tuple(
+            f"megatron_dypo/{name}.py"
+            for name in ("train", "collecting", "stages", "scoring", "evaluate", "run", "samples", "preemption", "ending", "progress")
+        ),
+        count=60,
+        also={
+            f"megatron_dypo/{name}.py": ("tests/dist/test_multi_step.py",) for name in ("train", "stages", "scoring", "run")
+        },
+    ),
+}  # fmt: skip
+
+
+def files_of(room: Room, root: Path) -> list[str]:
+    """The room's files under ``root``, by name."""
+    found = {str(path.relative_to(root)) for pattern in room.files for path in root.glob(pattern)}
+    return sorted(path for path in found if Path(path).name != "__init__.py")
+
+
+def tests_of(room: Room, path: str, root: Path) -> list[str]:
+    """Test files that stand for ``path``: what ``also`` names, and those that import it, the shortest first."""
+    module = path.removesuffix(".py").replace("/", ".")
+    package, _, name = module.rpartition(".")
+    wanted = (f"from {module} import", f"import {module}", f"from {package} import {name}")
+    tests = sorted((root / "tests/unit").rglob("test_*.py"), key=lambda test: test.stat().st_size)
+    found = [str(test.relative_to(root)) for test in tests if any(words in test.read_text() for words in wanted)]
+    if not found and path not in room.also:  # reached through others of its package
+        found = [str(test.relative_to(root)) for test in tests if test.parent.name == Path(path).parent.name]
+    also = [test for test in room.also.get(path, ()) if (root / test).is_file()]
+    return [test for test in dict.fromkeys([*also, *found]) if test not in room.without]

@@ -1,0 +1,132 @@
+"""The loss of one microbatch as its docstrings put it: Python floats, one token after the other, derivatives by hand."""
+
+import math
+from dataclasses import dataclass, field
+
+FAR = 20.0
+"""Where e^x goes on by its tangent."""
+
+
+def exponential(x):
+    """(e^x, its derivative), by the tangent from FAR on."""
+    if x > FAR:
+        return math.exp(FAR) * (1 + x - FAR), math.exp(FAR)
+    return math.exp(x), math.exp(x)
+
+
+def k3(delta):
+    """(e^δ − δ − 1, its derivative)."""
+    value, slope = exponential(delta)
+    return (value - delta - 1 if delta > FAR else math.expm1(delta) - delta), slope - 1
+
+
+def surrogate(log_rho, advantage, cfg):
+    """(Loss, derivative by log ρ, whether a bound replaced ρ), by eq. 22's cases."""
+    if advantage > 0 and log_rho > math.log(1 + cfg.clip_high):
+        return -advantage * (1 + cfg.clip_high), 0.0, True
+    if advantage < 0 and log_rho < math.log(1 - cfg.clip_low):
+        return -advantage * (1 - cfg.clip_low), 0.0, True
+    if advantage < 0 and cfg.dual_clip and log_rho > math.log(cfg.dual_clip):
+        return -advantage * cfg.dual_clip, 0.0, True
+    value, slope = exponential(log_rho)
+    return -advantage * value, -advantage * slope, False
+
+
+@dataclass
+class Literal:
+    loss: float = 0.0
+    size: float = 0.0
+    """Σ of the terms' absolute values: what rounding is relative to."""
+    gradient: list = field(default_factory=list)
+    gradient_size: list = field(default_factory=list)
+    sums: dict = field(default_factory=dict)
+    distance: float = math.inf
+    """Of the nearest log-ratio from a bound; nearer than rounding, either side is right."""
+
+    def add(self, name, value=1.0):
+        self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def near(self, log, *bounds):
+        self.distance = min([self.distance, *(abs(log - math.log(bound)) for bound in bounds if bound)])
+
+
+def literal_tokens(logp, entropy, x, cfg):
+    """``x``: stream → list, with ``is_trace`` and ``sequence`` of each token."""
+    out, clips = Literal(), (1 + cfg.clip_high, 1 - cfg.clip_low)
+    members = {}
+    for t, sequence in enumerate(x["sequence"]):
+        members.setdefault(sequence, []).append(t)
+    for t in range(len(logp)):
+        whole = members[x["sequence"][t]]
+        out.add("tokens")
+        out.add("anchored_tokens", x["anchor"][t] != 0)
+        out.add("anchored", (x["anchor"][t] != 0) / len(whole))
+        if x["is_trace"][t]:
+            loss = -x["nll"][t] * logp[t]
+            out.add("sft", loss)
+            out.add("trace_nll", -logp[t])
+            _close(out, loss, -x["nll"][t], abs(loss), abs(x["nll"][t]))
+            continue
+        out.add("rollout_tokens")
+        out.add("rollouts", 1 / len(whole))
+        out.add("entropy", entropy[t])
+        moved = [logp[i] - x["old_logp"][i] for i in whole]
+        drift = sum(moved) / len(moved)
+        out.add("ppo_kl", x["old_logp"][t] - logp[t])
+        out.add("anchor_drift", abs(drift * x["anchor"][t]))
+        log_u = [x["old_logp"][i] - x["rollout_logp"][i] for i in whole]
+        own_u = x["old_logp"][t] - x["rollout_logp"][t]
+        out.add("mismatch_abs", abs(own_u))
+        is_token, is_whole = _masks(out, own_u, log_u, cfg.importance)
+        weight = 1.0
+        if cfg.importance.cap is not None:
+            out.near(own_u, cfg.importance.cap)
+            out.add("importance_capped", own_u > math.log(cfg.importance.cap))
+            weight = math.exp(min(own_u, math.log(cfg.importance.cap)))
+        own = logp[t] - x["old_logp"][t]
+        region = drift if cfg.gal_clip == "sequence" else own
+        is_stopped = False
+        if cfg.gal_clip != "none" and x["anchor"][t] != 0 and x["nll"][t] != 0:
+            out.near(region, *clips)
+            is_stopped = region > math.log(clips[0]) if x["nll"][t] > 0 else region < math.log(clips[1])
+        out.add("anchored_clipped", is_stopped)
+        if is_token or is_whole:
+            _close(out, 0.0, 0.0, 0.0, 0.0)
+            continue
+        log_rho = drift if cfg.ratio == "sequence" else own
+        out.near(log_rho, *clips, cfg.dual_clip)
+        value, slope, is_clipped = surrogate(log_rho, x["advantage"][t], cfg)
+        out.add("clipped", is_clipped and x["surrogate"][t] != 0)
+        value, slope = x["surrogate"][t] * weight * value, x["surrogate"][t] * weight * slope
+        out.add("surrogate", value)
+        penalty, pull = k3(x["ref_logp"][t] - logp[t]) if x["kl"][t] else (0.0, 0.0)
+        out.add("kl", x["kl"][t] * penalty)
+        nll = 0.0 if is_stopped else x["nll"][t]
+        parts = (value, x["kl"][t] * penalty, -nll * logp[t])
+        slopes = (slope, -x["kl"][t] * pull, -nll)
+        _close(out, sum(parts), sum(slopes), sum(map(abs, parts)), sum(map(abs, slopes)))
+    return out
+
+
+def _masks(out, own_u, log_u, cfg):
+    mean, gap = sum(log_u) / len(log_u), sum(map(abs, log_u)) / len(log_u)
+    is_token = is_whole = False
+    if cfg.token_bounds:
+        out.near(own_u, *cfg.token_bounds)
+        is_token = not cfg.token_bounds[0] <= math.exp(min(own_u, 99)) <= cfg.token_bounds[1]
+    if cfg.sequence_bounds:
+        out.near(mean, *cfg.sequence_bounds)
+        is_whole = not cfg.sequence_bounds[0] <= math.exp(min(mean, 99)) <= cfg.sequence_bounds[1]
+    if cfg.sequence_max_gap is not None:
+        out.near(gap, math.exp(cfg.sequence_max_gap))
+        is_whole = is_whole or gap > cfg.sequence_max_gap
+    out.add("importance_masked", is_token)
+    out.add("rollouts_masked", is_whole / len(log_u))
+    return is_token, is_whole
+
+
+def _close(out, loss, slope, size, slope_size):
+    out.loss += loss
+    out.size += size
+    out.gradient.append(slope)
+    out.gradient_size.append(slope_size)
