@@ -11,13 +11,17 @@ from typing import BinaryIO
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes the name ``path`` when the block ends well and vanishes when it raises.
 
+    Args:
+        replace: an HF folder that is at ``path`` gives way to it then.
+
     Raises:
-        ValueError: ``path`` is there already and is not an empty folder.
+        ValueError: ``path`` is there already and is not an empty folder (with ``replace``: nor an HF folder).
     """
-    check_vacant(path)
+    if not (replace and (path / "config.json").is_file()):
+        check_vacant(path)
     partial = start_folder(path)
     try:
         yield partial
