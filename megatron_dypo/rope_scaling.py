@@ -94,11 +94,11 @@ def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
         if fields is None:
             continue
         _refuse_partial(fields)
-        if "rope_theta" in fields:
-            thetas.append((f"{section}.rope_theta", fields.number("rope_theta", above=1)))
+        # A section without a rope_theta has that of the whole config, or the default: not that of the other section.
+        theta = fields.number("rope_theta", config.get("rope_theta") or DEFAULT_THETA, above=1)
+        thetas.append((f"{section}.rope_theta", theta))
         scalings.append((section, _scaling(fields, config)))
-    theta = _agreed(thetas, DEFAULT_THETA, config.where)
-    return theta, _agreed(scalings, None, config.where)
+    return _agreed(thetas, DEFAULT_THETA, config.where), _agreed(scalings, None, config.where)
 
 
 def _agreed(said: list[tuple[str, Any]], default: Any, where: str) -> Any:
@@ -116,7 +116,7 @@ def _agreed(said: list[tuple[str, Any]], default: Any, where: str) -> Any:
 def _brief(value: float | RopeScaling | None) -> str:
     if value is None:
         return "rope_type='default'"
-    return str(value) if isinstance(value, float) else ", ".join(f"{k}={v!r}" for k, v in vars(value).items())
+    return str(value) if isinstance(value, (int, float)) else ", ".join(f"{k}={v!r}" for k, v in vars(value).items())
 
 
 def _refuse_partial(fields: Fields) -> None:
