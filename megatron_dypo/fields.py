@@ -48,16 +48,25 @@ class Fields:
         return None if self.values.get(name, default) is None else self.integer(name, default)
 
     def number(
-        self, name: str, default: float | None = None, *, above: float | None = None, least: float | None = None
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        above: float | None = None,
+        least: float | None = None,
+        most: float | None = None,
     ) -> float:
-        """Return a finite number, larger than ``above`` or at least ``least``; ``default`` as of :meth:`integer`."""
+        """Return a finite number within the bounds that are given; ``default`` as of :meth:`integer`."""
         value = self.values.get(name, default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        number = _as_float(value) if is_number else math.nan
-        holds = math.isfinite(number) and (above is None or number > above) and (least is None or number >= least)
-        if not holds:
-            bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
-            self.refuse(name, f"must be a finite number{bound}")
+        number = _as_float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        bounds = {
+            "above": (above, above is None or number > above),
+            "of at least": (least, least is None or number >= least),
+            "of at most": (most, most is None or number <= most),
+        }
+        if not math.isfinite(number) or not all(holds for _, holds in bounds.values()):
+            said = [f"{words} {bound:g}" for words, (bound, _) in bounds.items() if bound is not None]
+            self.refuse(name, f"must be a finite number {' and '.join(said)}".rstrip())
         return number
 
     def flag(self, name: str, default: bool) -> bool:

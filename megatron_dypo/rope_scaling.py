@@ -61,6 +61,8 @@ _CLASSES: dict[str, type[RopeScaling]] = {
 }
 ROPE_SCALINGS = tuple(_CLASSES)
 
+_MOST_FACTOR = 10_000.0
+"""Factors in use are below 100; a larger one than this is a slip of the pen."""
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}  # the last says how it came to be
@@ -150,7 +152,7 @@ def _kind(fields: Fields) -> str:
 
 
 def _linear(fields: Fields, config: Fields) -> LinearRopeScaling:
-    return LinearRopeScaling(factor=fields.number("factor", least=1))
+    return LinearRopeScaling(factor=fields.number("factor", least=1, most=_MOST_FACTOR))
 
 
 def _llama3(fields: Fields, config: Fields) -> Llama3RopeScaling:
@@ -158,7 +160,7 @@ def _llama3(fields: Fields, config: Fields) -> Llama3RopeScaling:
     if high <= low:
         fields.refuse("high_freq_factor", f"must be above low_freq_factor={low:g}")
     return Llama3RopeScaling(
-        factor=fields.number("factor", least=1),
+        factor=fields.number("factor", least=1, most=_MOST_FACTOR),
         low_freq_factor=low,
         high_freq_factor=high,
         original_max_position_embeddings=_original_positions(fields, config),
@@ -170,7 +172,7 @@ def _yarn(fields: Fields, config: Fields) -> YarnRopeScaling:
     if "factor" in fields and fields.get("factor") is None:  # transformers' rule
         factor = config.integer("max_position_embeddings") / original
     else:
-        factor = fields.number("factor", least=1)
+        factor = fields.number("factor", least=1, most=_MOST_FACTOR)
     fast, slow = (
         _number_or_default(fields, name, default) for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
     )

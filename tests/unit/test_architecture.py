@@ -4,7 +4,7 @@ import pytest
 
 from megatron_dypo.architecture import FAMILIES, Experts, architecture_from_hf
 from megatron_dypo.rope_scaling import YarnRopeScaling
-from tests.hf_config_oracle import config_from, differences
+from tests.hf_config_oracle import as_transformers_reads, config_from, differences
 
 QWEN3_MOE = {
     "model_type": "qwen3_moe",
@@ -115,7 +115,7 @@ def smallest(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_config_leaves_out_is_as_transformers_has_it(family):
     raw = smallest(family)
-    assert differences(architecture_from_hf(raw, where="config.json"), config_from(raw)) == []
+    assert differences(architecture_from_hf(raw, where="config.json"), as_transformers_reads(config_from(raw))) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +139,7 @@ def test_sizes_must_be_given(family):
 )
 def test_null_means_what_it_means_to_transformers(family, nulls):
     raw = {**smallest(family), "num_attention_heads": 16, "num_key_value_heads": 8, **dict.fromkeys(nulls)}
-    assert differences(architecture_from_hf(raw, where="config.json"), config_from(raw)) == []
+    assert differences(architecture_from_hf(raw, where="config.json"), as_transformers_reads(config_from(raw))) == []
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_two_places_that_contradict_each_other_are_refused(said):
 )
 def test_rotary_positions_are_read_in_the_words_of_transformers_4_and_5(said):
     raw = {**smallest("qwen2"), **said}
-    assert differences(architecture_from_hf(raw, where="config.json"), config_from(raw)) == []
+    assert differences(architecture_from_hf(raw, where="config.json"), as_transformers_reads(config_from(raw))) == []
 
 
 @pytest.mark.parametrize(
@@ -272,6 +272,10 @@ def test_rotary_positions_are_read_in_the_words_of_transformers_4_and_5(said):
         ({**YARN, "type": "linear"}, "rope_scaling.rope_type='yarn': must be the same as type='linear'"),
         ({"rope_type": "yarn"}, "rope_scaling.factor is missing: must be a finite number of at least 1"),
         ({**YARN, "factor": 0.5}, "rope_scaling.factor=0.5: must be"),
+        (
+            {**YARN, "factor": 1e16},
+            r"rope_scaling.factor=1e\+16: must be a finite number of at least 1 and of at most 10000",
+        ),
         ({**YARN, "factor": "4"}, "rope_scaling.factor='4': must be"),
         ({**YARN, "original_max_position_embeddings": 0}, "rope_scaling.original_max_position_embeddings=0: must be"),
         ({**YARN, "beta_fast": 1, "beta_slow": 32}, "rope_scaling.beta_fast=1: must be at least beta_slow=32"),
