@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from megatron_dypo.weights.convert import mcore_to_hf
+from megatron_dypo.weights.folders import check_vacant
 from megatron_dypo.weights.mcore_io import RUN_STATE, WEIGHTS_FOLDER
 from megatron_dypo.weights.quantized_names import Quantization
 
@@ -56,8 +57,18 @@ def export_run(
     target = out_dir if out_dir is not None else run_dir / EXPORTS / f"step_{chosen:06d}"
     if root.resolve() in (target.resolve(), *target.resolve().parents):
         raise ValueError(f"{target}: must not be among the checkpoints of the run")
+    _check_target(target, overwrite)
     mcore_to_hf(found[chosen], target, overwrite=overwrite, quantization=quantization, show_progress=show_progress)
     return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raise ValueError unless ``target`` is free, an empty folder, or an HF folder that may be replaced."""
+    is_hf = (target / "config.json").is_file()
+    if is_hf and not overwrite:
+        raise ValueError(f"{target}: is there already; --overwrite replaces it")
+    if not is_hf:
+        check_vacant(target)
 
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
