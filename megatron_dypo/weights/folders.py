@@ -43,10 +43,17 @@ def partial_path(path: Path) -> Path:
 
 
 def start_folder(path: Path) -> Path:
-    """Create the empty folder that will become ``path``; what an interrupted attempt left is removed."""
+    """Create the empty folder that will become ``path``; what an interrupted attempt left is removed.
+
+    Raises:
+        ValueError: no folder can be created there.
+    """
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be created: {error.strerror}") from error
     return partial
 
 

@@ -136,7 +136,7 @@ class MCoreReader:
         """Folder of the tensors."""
         self.is_of_run = (self.path.parent / RUN_STATE).is_file()
         """Whether a training run wrote it, so that each pipeline stage wrote its own files."""
-        refuse_lfs_pointer(self.path / ".metadata", (self.path / ".metadata").read_bytes())
+        refuse_lfs_pointer(self.path / ".metadata", _beginning(self.path / ".metadata"))
         try:
             metadata = FileSystemReader(self.path).read_metadata()
         except _DAMAGED as error:
@@ -212,12 +212,18 @@ class MCoreReader:
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._where[MetadataIndex(key, chunk.offsets)]
         file = self.path / info.relative_path
+        refuse_lfs_pointer(file, _beginning(file))
         with file.open("rb") as stream:
             view = _create_file_view(stream, info.offset, info.length)
             try:
                 return torch.load(cast("BinaryIO", view), map_location="cpu", weights_only=True)
             except (RuntimeError, *_DAMAGED) as error:
                 raise ValueError(f"{file}: damaged at {key}: {error}") from error
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(100)
 
 
 def _alone(chunk: StoredChunk) -> Tensor:

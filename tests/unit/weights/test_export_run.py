@@ -109,3 +109,26 @@ def test_the_command_prints_the_folder(run):
     command = [sys.executable, "-m", "megatron_dypo.cli", "export", str(run), "--step", "100"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, str(run / "exports" / "step_000100"))
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 663\n", "a git-lfs pointer, not the file"),
+        (b"", "damaged"),
+        (b"\x80\x02}q\x00(X", "damaged"),
+        (b"version", "damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(file, content, message, run):
+    path = run / "checkpoints" / "step_000100" / "mcore" / file
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        export_run(run, step=100, show_progress=False)
+
+
+def test_a_place_where_no_folder_can_be_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/out: cannot be created: Not a directory"):
+        export_run(run, step=100, out_dir=tmp_path / "file" / "out", show_progress=False)
