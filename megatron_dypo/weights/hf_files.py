@@ -17,20 +17,21 @@ class SafetensorsFiles:
     """The opened files of a folder; tensors are read only where they are sliced.
 
     Raises:
-        ValueError: neither an index nor a single file, or both; an index that is none; a file that is missing, a git-lfs
-            pointer, truncated or damaged; a tensor that the index names and its file lacks, or that stands in two files.
+        ValueError: neither an index nor a single file, or both that do not belong together; an index that is none; a file
+            that is missing, a git-lfs pointer, truncated or damaged; a tensor that the index names and its file lacks, or
+            that stands in two files.
     """
 
     def __init__(self, folder: Path) -> None:
         index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-        if index.is_file() and single.is_file():
-            raise ValueError(
-                f"{folder}: {INDEX_NAME} and {SINGLE_NAME} are both there, and transformers reads the latter: remove the one "
-                "that does not belong to the model"
-            )
         if not index.is_file() and not single.is_file():
             raise ValueError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there; weights must be safetensors")
         named = read_weight_map(index) if index.is_file() else {}
+        if named and single.is_file() and SINGLE_NAME not in named.values():
+            raise ValueError(
+                f"{folder}: {INDEX_NAME} names other files than {SINGLE_NAME}, which is there too and which transformers "
+                "reads: remove what does not belong to the model"
+            )
         self._opened = {file: _open(folder / file) for file in dict.fromkeys(named.values())} or {
             SINGLE_NAME: _open(single)
         }

@@ -75,10 +75,12 @@ def test_a_tensor_that_stands_in_two_files_is_refused(tmp_path):
         HFReader(tmp_path)
 
 
-def test_an_index_beside_a_single_file_is_refused(tmp_path):
+def test_an_index_beside_a_single_file_that_it_does_not_name_is_refused(tmp_path):
     write(tmp_path, {"x": "a.safetensors"}, a=X, model=X)
-    with pytest.raises(ValueError, match=r"model.safetensors are both there"):
+    with pytest.raises(ValueError, match=r"names other files than model.safetensors, which is there too"):
         HFReader(tmp_path)
+    write(tmp_path, {"x": "model.safetensors"})
+    assert HFReader(tmp_path).names() == ["x"]
 
 
 DAMAGES = {
