@@ -34,6 +34,9 @@ $(STAMP):
 	@# A CUDA build of torch does not import without the libraries that --no-deps left out.
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@# An environment of an older set-up has a torchvision that its torch cannot load.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision 2>/dev/null
+	$(BIN)/python -c 'from transformers import Qwen2ForCausalLM; import megatron.core, sglang, megatron_dypo'
 	@rm -f $(VENV)/setup-*.done && touch $@
 
 setup-nemo-run: $(NEMO_RUN_STAMP)  ## Create .venv-nemo-run, from which examples/nemo_run is started (540 MB).

@@ -1,27 +1,26 @@
-"""What an HF ``config.json`` says of a decoder-only model, as plain data: no torch, no Megatron, no transformers."""
+"""What an HF ``config.json`` says of a decoder-only model, as plain data: no torch, no Megatron, no transformers.
+
+Fields that are not there have the defaults of transformers' configuration class of the family; docs/hf_models.md lists
+them, and those that must be there.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+from megatron_dypo.family_defaults import DEFAULTS, head_dim, key_value_heads, refuse_unsupported
+from megatron_dypo.fields import Fields
+from megatron_dypo.json_file import read_json_object, shown
+from megatron_dypo.rope_scaling import LinearRopeScaling, RopeScaling, YarnRopeScaling, read_rope
+
+_NORM_EPSILON = 1e-6
+_MISTRAL_WINDOW = 4096
+
+FAMILIES = tuple(DEFAULTS)
 """Values of ``model_type`` that have a name table (``megatron_dypo.weights.families``)."""
-
-ROPE_SCALINGS = ("llama3",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Frequency scaling of Llama 3.1 (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
+    rope_scaling: RopeScaling | None
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
@@ -76,6 +75,50 @@ class Architecture:
                 "as attention is computed over whole sequences"
             )
 
+    @property
+    def num_positions(self) -> int:
+        """Length of the longest sequence that the model is made for, scaling included."""
+        scaling = self.rope_scaling
+        if isinstance(scaling, LinearRopeScaling):
+            return int(self.max_position_embeddings * scaling.factor)
+        if isinstance(scaling, YarnRopeScaling):
+            # Some configs give the positions before scaling (Qwen2.5), some those after it.
+            reach = int(scaling.original_max_position_embeddings * scaling.factor)
+            return max(self.max_position_embeddings, reach)
+        return self.max_position_embeddings
+
+    def check_positions(self, num_tokens: int) -> str | None:
+        """Return what is to be said of sequences of ``num_tokens`` tokens: None, or that the model has fewer positions."""
+        if num_tokens <= self.num_positions:
+            return None
+        is_scaled = self.rope_scaling is not None and self.num_positions > self.max_position_embeddings
+        scaled = f" under {self.rope_scaling.rope_type} scaling" if self.rope_scaling and is_scaled else ""
+        return (
+            f"sequences of up to {num_tokens} tokens: the model is made for {self.num_positions} "
+            f"(max_position_embeddings={self.max_position_embeddings}{scaled}); answers beyond them are likely to be "
+            "noise, and SGLang may refuse them"
+        )
+
+    def check_serving(self, num_tokens: int) -> str | None:
+        """Return what is to be said of SGLang serving sequences of ``num_tokens`` tokens: None, or what it does otherwise.
+
+        SGLang 0.5 passes over YaRN's ``attention_factor``, and does not multiply ``max_position_embeddings`` by the factor.
+        """
+        scaling = self.rope_scaling
+        if not isinstance(scaling, YarnRopeScaling):
+            return None
+        if abs(scaling.attention_factor - scaling.served_attention_factor) > 1e-6:
+            return (
+                f"attention_factor={scaling.attention_factor:g} of the yarn scaling: SGLang passes over it and takes "
+                f"{scaling.served_attention_factor:g}, so that servers sample from another policy"
+            )
+        if self.max_position_embeddings < num_tokens <= self.num_positions:
+            return (
+                f"sequences of up to {num_tokens} tokens on max_position_embeddings={self.max_position_embeddings}: SGLang "
+                f"needs --context-length {self.num_positions} to serve them, as YaRN's factor does not lengthen its limit"
+            )
+        return None
+
 
 def load_architecture(hf_path: str | Path) -> Architecture:
     """Read ``<hf_path>/config.json``.
@@ -86,116 +129,65 @@ def load_architecture(hf_path: str | Path) -> Architecture:
     path = Path(hf_path) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; model.hf_path must be an HF model folder")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    return architecture_from_hf(raw, where=str(path))
+    return architecture_from_hf(read_json_object(path), where=str(path))
 
 
 def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
-    """The architecture of an HF config given as a mapping; ``where`` names it in errors."""
-    family = raw.get("model_type")
+    """The architecture of an HF config given as a mapping; ``where`` names it in errors.
+
+    Raises:
+        ValueError: as :func:`load_architecture`.
+    """
+    fields, family = Fields(values=raw, where=where), raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type={family!r}: must be one of {', '.join(FAMILIES)}")
-    _refuse_unsupported(raw, where)
-    hidden, heads = _integer(raw, "hidden_size", where), _integer(raw, "num_attention_heads", where)
-    kv_heads = int(raw.get("num_key_value_heads") or heads)
-    if heads % kv_heads:
-        raise ValueError(f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
-    rope = _rope_parameters(raw)
+        raise ValueError(f"{where}: model_type={shown(family)}: must be one of {', '.join(FAMILIES)}")
+    refuse_unsupported(fields, family)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    theta, scaling = read_rope(fields)
     return Architecture(
         family=family,
-        num_layers=_integer(raw, "num_hidden_layers", where),
+        num_layers=fields.integer("num_hidden_layers"),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=int(raw.get("head_dim") or hidden // heads),
-        ffn_hidden_size=_integer(raw, "intermediate_size", where),
-        vocab_size=_integer(raw, "vocab_size", where),
-        max_position_embeddings=_integer(raw, "max_position_embeddings", where),
-        norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope, where),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        num_key_value_heads=key_value_heads(fields, heads, DEFAULTS[family]),
+        head_dim=head_dim(fields, hidden, heads, DEFAULTS[family]),
+        ffn_hidden_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        norm_epsilon=fields.number("rms_norm_eps", _NORM_EPSILON, above=0),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        experts=_experts(raw, where) if family == "qwen3_moe" else None,
-        sliding_window=_sliding_window(raw, where) if family == "mistral" else None,
+        experts=_experts(fields) if family == "qwen3_moe" else None,
+        # Other families name a window that they do not use (``use_sliding_window: false``).
+        sliding_window=fields.optional_integer("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
     )
 
 
-def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
-    # Other families name a window that they do not use (``use_sliding_window: false``).
-    return None if raw.get("sliding_window") is None else _integer(raw, "sliding_window", where)
-
-
-def _experts(raw: Mapping[str, Any], where: str) -> Experts:
+def _experts(fields: Fields) -> Experts:
     # transformers 5 writes the number of experts under either name.
-    name = "num_experts" if "num_experts" in raw else "num_local_experts"
-    num_experts, per_token = _integer(raw, name, where), _integer(raw, "num_experts_per_tok", where)
+    name = "num_experts" if "num_experts" in fields else "num_local_experts"
+    num_experts, per_token = fields.integer(name), fields.integer("num_experts_per_tok")
+    if "num_experts" in fields and "num_local_experts" in fields and fields.integer("num_local_experts") != num_experts:
+        fields.refuse("num_local_experts", f"must be the same as num_experts={num_experts}")
     if per_token > num_experts:
-        raise ValueError(f"{where}: num_experts_per_tok={per_token}: must not exceed {name}={num_experts}")
-    if (raw.get("decoder_sparse_step") or 1) != 1:
-        raise ValueError(f"{where}: decoder_sparse_step={raw['decoder_sparse_step']}: only 1 is supported")
-    if raw.get("mlp_only_layers"):
-        raise ValueError(f"{where}: mlp_only_layers={raw['mlp_only_layers']}: every layer must have experts")
-    normalized = bool(raw.get("norm_topk_prob", False))
+        fields.refuse("num_experts_per_tok", f"must not exceed {name}={num_experts}")
+    if fields.integer("decoder_sparse_step", 1) != 1:
+        fields.refuse("decoder_sparse_step", "only 1 is supported")
+    if fields.get("mlp_only_layers") not in (None, []):
+        fields.refuse("mlp_only_layers", "every layer must have experts")
+    normalized = fields.flag("norm_topk_prob", False)
     if normalized and per_token == 1:
         raise ValueError(
-            f"{where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the router "
+            f"{fields.where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the router "
             "cannot learn"
         )
     return Experts(
         num_experts=num_experts,
         per_token=per_token,
-        ffn_hidden_size=_integer(raw, "moe_intermediate_size", where),
+        ffn_hidden_size=fields.integer("moe_intermediate_size"),
         normalized=normalized,
-        balance_coef=float(raw.get("router_aux_loss_coef", 0.001)),
-    )
-
-
-def _integer(raw: Mapping[str, Any], name: str, where: str) -> int:
-    value = raw.get(name)
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{where}: {name}={value!r}: must be a positive integer")
-    return value
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
-    rules = {
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-    }
-    for name, allowed in rules.items():
-        if raw.get(name) not in allowed:
-            raise ValueError(f"{where}: {name}={raw[name]!r}: only {allowed[0]!r} is supported")
-
-
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5), in one mapping."""
-    rope: dict[str, Any] = {}
-    if "rope_theta" in raw:
-        rope["rope_theta"] = raw["rope_theta"]
-    rope.update(raw.get("rope_scaling") or {})
-    rope.update(raw.get("rope_parameters") or {})
-    return rope
-
-
-def _rope_scaling(rope: Mapping[str, Any], where: str) -> Llama3RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ROPE_SCALINGS:
-        raise ValueError(f"{where}: rope_type={kind!r}: must be 'default' or one of {', '.join(ROPE_SCALINGS)}")
-    missing = [n for n in Llama3RopeScaling.__dataclass_fields__ if n not in rope]
-    if missing:
-        raise ValueError(f"{where}: rope_type='llama3' needs {', '.join(missing)}")
-    return Llama3RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        balance_coef=fields.number("router_aux_loss_coef", 0.001, least=0),
     )

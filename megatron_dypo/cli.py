@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | serve | route | plan | report | grade | plan-refit``."""
+"""The command line: ``megatron-dypo train | serve | route | plan | report | export | grade | plan-refit``."""
 
 from __future__ import annotations
 
@@ -189,6 +189,27 @@ class _Quantization(str, Enum):
     NONE = "none"
     BLOCK = "fp8_block"
     CHANNEL = "fp8_channel"
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of `megatron-dypo train`.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint.", show_default="the newest whole one")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HF folder to create.", show_default="RUN_DIR/exports/step_<step>")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an HF folder that is there.")] = False,
+    quantize: Annotated[_Quantization, typer.Option(help="FP8 for the layers' linear weights.")] = _Quantization.NONE,
+) -> None:
+    """Write the policy of a checkpoint as an HF folder that transformers and SGLang load.
+
+    Its bytes are those of the run's own export of that step. Needs no GPU and none of the run's ranks.
+    """
+    from megatron_dypo.logs import log_to_terminal
+    from megatron_dypo.weights.export_run import export_run
+
+    log_to_terminal()
+    typer.echo(export_run(run_dir, step=step, out_dir=out, overwrite=overwrite, quantization=quantize.value))
 
 
 @app.command("plan-refit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +54,12 @@ SIZES: dict[str, Any] = {
 
 @functools.cache
 def import_transformers() -> Any:
-    """transformers with its model classes importable on a machine without CUDA.
-
-    torchvision's compiled operators link against CUDA and do not load there; its import needs two of them declared.
-    """
+    """transformers, with its model classes importable beside a torchvision that this torch cannot load."""
     if torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT_ALIVE.append(library)
+        sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     import transformers
 
     return transformers
-
-
-_KEPT_ALIVE: list[Any] = []
 
 
 def make_hf_model(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Path:

@@ -71,5 +71,5 @@ def table(differences: list[Difference]) -> str:
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except ValueError as error:
-        sys.exit(f"check_roundtrip: ValueError: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"check_roundtrip: {type(error).__name__}: {error}")

@@ -39,5 +39,5 @@ def main(
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except ValueError as error:
-        sys.exit(f"convert_hf_to_mcore: ValueError: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_hf_to_mcore: {type(error).__name__}: {error}")

@@ -52,5 +52,5 @@ def main(
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except ValueError as error:
-        sys.exit(f"convert_mcore_to_hf: ValueError: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_mcore_to_hf: {type(error).__name__}: {error}")

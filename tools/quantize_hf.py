@@ -30,5 +30,5 @@ def main(
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except ValueError as error:
-        sys.exit(f"quantize_hf: ValueError: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"quantize_hf: {type(error).__name__}: {error}")

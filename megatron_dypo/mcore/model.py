@@ -34,7 +34,7 @@ from megatron_dypo.mcore import checkpoint, fp8
 from megatron_dypo.mcore.chunks import DTYPES
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
 from megatron_dypo.mcore.policy_model import PolicyModel
-from megatron_dypo.mcore.rope import inverse_frequencies
+from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
 from megatron_dypo.mcore.router import mark_experts, moe_settings
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
@@ -177,6 +177,7 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
         "num_attention_heads": arch.num_attention_heads,
         "num_query_groups": arch.num_key_value_heads,
         "kv_channels": arch.head_dim,
+        "softmax_scale": softmax_scale(arch),
         "ffn_hidden_size": arch.ffn_hidden_size,
         "normalization": "RMSNorm",
         "layernorm_epsilon": arch.norm_epsilon,

@@ -1,27 +1,76 @@
-"""Rotary frequencies, as the HF config defines them. Megatron knows only the factor of llama3's four parameters."""
+"""Rotary frequencies and the scale of attention scores, as the HF config defines them.
+
+Megatron knows only the factor of llama3's four parameters, and its YaRN neither ``attention_factor`` nor, in the fused
+kernel for packed rows, any factor at all. So its plain rotary embedding is given our frequencies, and the factor goes into
+the scale of the scores, which every attention takes: the local one, that over context-parallel ranks, Transformer Engine's.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.rope_scaling import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 
 
-def inverse_frequencies(arch: Architecture) -> torch.Tensor:
-    """[head_dim / 2] fp32 angle per position of each rotated pair.
+def inverse_frequencies(arch: Architecture, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return [head_dim / 2], the angle per position of each rotated pair.
 
-    With ``rope_type: llama3`` waves longer than ``original_max / low_freq_factor`` are slowed by ``factor``, waves
-    shorter than ``original_max / high_freq_factor`` are kept, those between are interpolated (Llama 3.1 release;
-    transformers, modeling_rope_utils.py).
+    In float32 the operations are those of transformers (modeling_rope_utils.py), in their order: an angle at position
+    100,000 shows a frequency's last bit.
     """
-    exponent = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
-    frequency = 1.0 / (arch.rope_theta**exponent)
+    exponent = torch.arange(0, arch.head_dim, 2, dtype=dtype) / arch.head_dim
+    period = arch.rope_theta**exponent
     scaling = arch.rope_scaling
-    if scaling is None:
-        return frequency
+    if isinstance(scaling, LinearRopeScaling):
+        return 1.0 / period / scaling.factor
+    if isinstance(scaling, Llama3RopeScaling):
+        return _llama3(1.0 / period, scaling)
+    if isinstance(scaling, YarnRopeScaling):
+        return _yarn(period, scaling, arch)
+    return 1.0 / period
+
+
+def softmax_scale(arch: Architecture) -> float | None:
+    """Return the factor on attention scores; None: 1/√head_dim, the default of every attention.
+
+    YaRN multiplies the cosines and sines of queries and of keys by its attention factor, and so the scores by its square.
+    """
+    if not isinstance(arch.rope_scaling, YarnRopeScaling) or arch.rope_scaling.attention_factor == 1:
+        return None
+    return arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
+
+
+def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
+    """Slow waves longer than ``original_max / low_freq_factor`` by ``factor``, keep those shorter than
+    ``original_max / high_freq_factor``, interpolate between (Llama 3.1 release).
+    """
     periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
     keep = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+def _yarn(period: Tensor, scaling: YarnRopeScaling, arch: Architecture) -> Tensor:
+    """Slow pairs that turn less than ``beta_slow`` times over the original positions by ``factor``, keep those that turn
+    more than ``beta_fast`` times, interpolate linearly in the pair's index between (arXiv 2309.00071, section 3.2).
+    """
+
+    def pair_of(num_turns: float) -> float:
+        """Index of the pair, a fraction, that turns so often over the original positions."""
+        turns_of_first = scaling.original_max_position_embeddings / (num_turns * 2 * math.pi)
+        return arch.head_dim * math.log(turns_of_first) / (2 * math.log(arch.rope_theta))
+
+    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, arch.head_dim - 1)
+    if first == last:
+        last += 0.001  # transformers' way around a division by zero
+    slow = ((torch.arange(len(period), dtype=period.dtype) - first) / (last - first)).clamp(0, 1)
+    kept, slowed = 1.0 / period, 1.0 / (scaling.factor * period)
+    keep = 1 - slow
+    return slowed * (1 - keep) + kept * keep

@@ -5,9 +5,11 @@ Run by path under an interpreter that has SGLang: ``python sglang_cpu.py --model
 level runs again in SGLang's scheduler and detokenizer processes, which multiprocessing spawns: they need it too.
 
 Works around, in SGLang 0.5.23: ``sglang/srt/layers/*`` import names of ``sgl_kernel``, which needs CUDA libraries, and
-``transformers`` imports torchvision, whose PyPI wheel cannot load its operators beside a CPU build of torch.
+``sglang/srt/configs/deepseek_ocr.py`` imports torchvision, for images; its PyPI wheel cannot load its operators beside a
+CPU build of torch, so that the environment has none.
 """
 
+import importlib.abc
 import importlib.machinery
 import os
 import sys
@@ -23,39 +25,56 @@ if sys.path and sys.path[0] == str(Path(__file__).resolve().parent):
     del sys.path[0]
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # read when sglang is imported
 
-import torch  # noqa: E402
 
-
-class _KernelStub(types.ModuleType):
-    """Stands for ``sgl_kernel``: its names can be imported, and fail when called (none is, on a CPU)."""
+class _Stub(types.ModuleType):
+    """A module of which every name can be imported, and fails when called (none is, on a CPU and for text)."""
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
             raise AttributeError(name)
 
         def missing(*args: object, **kwargs: object) -> NoReturn:
-            raise NotImplementedError(f"sgl_kernel.{name} is a stub on CPU")
+            raise NotImplementedError(f"{self.__name__}.{name} is a stub on CPU")
 
         return missing
 
 
-def _declare_torchvision_operators() -> torch.library.Library:
-    """Declare the two operators that torchvision's import registers fakes for; alive as long as the result is."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+class _ImageStubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives stubs for torchvision and all that is in it, whether it is installed or not."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Stub(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
 
 
 def _stub_kernels() -> None:
-    stub = _KernelStub("sgl_kernel")
+    # A module without sub-modules: SGLang has ways around those that are missing.
+    stub = _Stub("sgl_kernel")
     stub.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
     sys.modules.setdefault("sgl_kernel", stub)
 
 
-# A CUDA build of torch on a machine without a GPU loads torchvision's own operators.
-_torchvision_library = _declare_torchvision_operators() if torch.version.cuda is None else None
+def _stub_torchvision() -> None:
+    """Let SGLang import torchvision's names; transformers, which would use them, must not find any."""
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    from transformers.utils import is_torchvision_available
+
+    is_torchvision_available()  # asked once; the answer is kept
+    del sys.modules["torchvision"]
+    sys.meta_path.insert(0, _ImageStubs())
+
+
 _stub_kernels()
+_stub_torchvision()
 
 
 def main() -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dypo.architecture import Architecture, Experts, Llama3RopeScaling
+from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.rope_scaling import rope_scaling_from_data
 from megatron_dypo.weights.checksums import Verify
 from megatron_dypo.weights.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
 from megatron_dypo.weights.quantized_names import Quantization
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of this message and of what follows it on the store and the links; both sides must have the same."""
 
 
@@ -93,8 +94,7 @@ def from_named_tensors(named_tensors: list[tuple[str, Tensor]]) -> ControlMessag
 
 def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     arch = dict(fields["arch"])
-    if arch["rope_scaling"] is not None:
-        arch["rope_scaling"] = Llama3RopeScaling(**arch["rope_scaling"])
+    arch["rope_scaling"] = rope_scaling_from_data(arch["rope_scaling"])
     if arch["experts"] is not None:
         arch["experts"] = Experts(**arch["experts"])
     engines = tuple(EngineLayout(**engine) for engine in fields["engines"])

@@ -19,7 +19,7 @@ from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.folders import new_folder
 from megatron_dypo.weights.hf_io import HFReader
 from megatron_dypo.weights.hf_write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
-from megatron_dypo.weights.mcore_io import HF_FOLDER, MCoreReader, MCoreWriter, StoredChunk
+from megatron_dypo.weights.mcore_io import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, MCoreWriter, StoredChunk
 from megatron_dypo.weights.quantized_folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.weights.quantized_names import Quantization
 from megatron_dypo.weights.rules import Chunk, check_tensor_parallel
@@ -72,13 +72,18 @@ def mcore_to_hf(
     quantization: Quantization = "none",
     max_file_bytes: int = MAX_FILE_BYTES,
     show_progress: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
 
     Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` or a
     training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, except those of
     weights that ``quantization`` puts into FP8, and ``config.json`` says so.
-    The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more.
+    The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more. That of a
+    training run becomes the same files, byte for byte, as the run's own export of that step: one for each stage at least.
+
+    Args:
+        overwrite: replace the HF folder that is at ``hf_path``, once the new one is whole.
 
     Raises:
         ValueError: a tensor missing, unknown or misshapen, no reference, ``hf_path`` not vacant. Nothing is written.
@@ -93,26 +98,45 @@ def mcore_to_hf(
         f"must be from 1 to num_hidden_layers={arch.num_layers}",
     )
     reader.check_complete(arch)
-    rows = [row for row in family_rows(arch) if not row.is_copy]
-    plain = [
-        TensorSpec(name, reader.dtype(row, arch), shape)
-        for row in rows
-        for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)
-    ]
-    specs = quantized_specs(plain, quantization)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for row in rows:
-            yield from zip(row.hf, reader.read_hf(row, arch), strict=True)
-
-    total = sum(spec.num_bytes for spec in specs)
-    with new_folder(hf_path) as folder, progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar:
-        write_parts(folder, "weights", specs, quantized_tensors(tensors(), quantization), bar, max_file_bytes)
+    parts = {
+        stem: [(row, quantized_specs(_specs(row, reader, arch), quantization)) for row in rows]
+        for stem, rows in _rows_by_part(reader, arch).items()
+    }
+    total = sum(spec.num_bytes for rows in parts.values() for _, specs in rows for spec in specs)
+    with (
+        new_folder(hf_path, replace=overwrite) as folder,
+        progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar,
+    ):
+        for stem, rows in parts.items():
+            tensors = (pair for row, _ in rows for pair in zip(row.hf, reader.read_hf(row, arch), strict=True))
+            specs = [spec for _, of_row in rows for spec in of_row]
+            write_parts(folder, stem, specs, quantized_tensors(tensors, quantization), bar, max_file_bytes)
         finish_hf_folder(folder, reference, quantization_config(arch, quantization))
 
 
+def _specs(row: Row, reader: MCoreReader, arch: Architecture) -> list[TensorSpec]:
+    dtype = reader.dtype(row, arch)
+    return [TensorSpec(name, dtype, shape) for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
+
+
+def _rows_by_part(reader: MCoreReader, arch: Architecture) -> dict[str, list[Row]]:
+    """Return the rows of each writer of an export, under the stem of its files, which sort as the writers do.
+
+    A run's export is written by the ranks that hold the weights, and it is they that wrote its checkpoint.
+    """
+    rows = [row for row in family_rows(arch) if not row.is_copy]
+    if not reader.is_of_run:
+        return {"weights": rows}
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(f"rank-{reader.writer(row, arch):08d}", []).append(row)
+    return parts
+
+
 def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
-    reference = hf_reference if hf_reference is not None else reader.path / HF_FOLDER
+    # π_ref of a run's checkpoint has no folder of its own.
+    beside = (reader.path / HF_FOLDER, reader.path.parent / WEIGHTS_FOLDER / HF_FOLDER)
+    reference = hf_reference or next((folder for folder in beside if folder.is_dir()), beside[0])
     if not (reference / "config.json").is_file():
         raise ValueError(
             f"{reference}: no config.json; --hf-reference must name an HF folder with configuration and tokenizer"

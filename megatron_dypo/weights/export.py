@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.progress import progress
+from megatron_dypo.weights.families.registry import family_rows, match
 from megatron_dypo.weights.folders import commit_folder, partial_path, start_folder
 from megatron_dypo.weights.gather import iter_hf_tensors, part_name, sent_params, written_specs
 from megatron_dypo.weights.hf_write import MAX_FILE_BYTES, finish_hf_folder, write_parts
@@ -40,7 +41,7 @@ def export_hf(
     """
     if not layout.is_sender:
         return
-    params = sent_params(named_params, arch, layout)
+    params = _in_table_order(sent_params(named_params, arch, layout), arch)
     specs = quantized_specs(written_specs(params, arch, layout), quantization)
     out_dir = Path(out_dir)
     if layout.is_global_leader:
@@ -56,3 +57,9 @@ def export_hf(
         finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config)
         commit_folder(partial_path(out_dir), out_dir)
     dist.barrier(group=layout.senders_group)
+
+
+def _in_table_order(params: list[tuple[str, Tensor]], arch: Architecture) -> list[tuple[str, Tensor]]:
+    """Sort parameters as the family's table lists them, so that files are cut as the converters cut them."""
+    place = {row.mcore: number for number, row in enumerate(family_rows(arch))}
+    return sorted(params, key=lambda named: place[match(named[0], arch).mcore])

@@ -11,13 +11,17 @@ from typing import BinaryIO
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes the name ``path`` when the block ends well and vanishes when it raises.
 
+    Args:
+        replace: an HF folder that is at ``path`` gives way to it then.
+
     Raises:
-        ValueError: ``path`` is there already and is not an empty folder.
+        ValueError: ``path`` is there already and is not an empty folder (with ``replace``: nor an HF folder).
     """
-    check_vacant(path)
+    if not (replace and (path / "config.json").is_file()):
+        check_vacant(path)
     partial = start_folder(path)
     try:
         yield partial
@@ -39,10 +43,17 @@ def partial_path(path: Path) -> Path:
 
 
 def start_folder(path: Path) -> Path:
-    """Create the empty folder that will become ``path``; what an interrupted attempt left is removed."""
+    """Create the empty folder that will become ``path``; what an interrupted attempt left is removed.
+
+    Raises:
+        ValueError: no folder can be created there.
+    """
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be created: {error.strerror}") from error
     return partial
 
 

@@ -2,68 +2,47 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.weights.families.llama import OUTPUT, TIED_OUTPUT
 from megatron_dypo.weights.families.registry import family_rows, is_redundant_hf_name
+from megatron_dypo.weights.hf_files import SafetensorsFiles
 from megatron_dypo.weights.quantized_names import is_scale
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights, by their names in safetensors headers."""
+
+_ROWS = 4096
+"""Rows of a matrix that are compared at a time."""
+_log = logging.getLogger(__name__)
 
 
 class HFReader:
     """The tensors of an HF folder: opened at once, read only where they are sliced.
 
     Raises:
-        ValueError: no safetensors in the folder, a file that the index names is missing or damaged.
+        ValueError: as :class:`~megatron_dypo.weights.hf_files.SafetensorsFiles`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files: dict[str, Any] = {}
-        self._file_of = self._locate()
-
-    def _locate(self) -> dict[str, str]:
-        index = self.path / INDEX_NAME
-        if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            for name, file in weight_map.items():
-                if name not in self._open(file).keys():  # noqa: SIM118, a safetensors handle is no mapping
-                    raise ValueError(f"{self.path / file}: tensor {name} is missing, although {INDEX_NAME} names it")
-            return weight_map
-        if (self.path / SINGLE_NAME).is_file():
-            return dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
-        raise ValueError(f"{self.path}: neither {INDEX_NAME} nor {SINGLE_NAME} is there; weights must be safetensors")
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            path = self.path / file
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file, although {INDEX_NAME} names it")
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a safetensors file: {error}") from error
-        return self._files[file]
+        self._files = SafetensorsFiles(self.path)
 
     def names(self) -> list[str]:
         """Names of all tensors, in the index's order."""
-        return list(self._file_of)
+        return list(self._files.file_of)
 
     def slice(self, name: str) -> Any:
         """A lazy view of one tensor: indexing it reads that part."""
-        if name not in self._file_of:
+        if name not in self._files.file_of:
             raise ValueError(f"{self.path}: tensor {name} is missing")
-        return self._open(self._file_of[name]).get_slice(name)
+        return self._files.slice(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.slice(name).get_shape())
@@ -81,7 +60,8 @@ class HFReader:
         Raises:
             ValueError: names every offending tensor, or the first scale of weights that are quantised.
         """
-        if scale := next(filter(is_scale, self._file_of), None):
+        file_of = self._files.file_of
+        if scale := next(filter(is_scale, file_of), None):
             raise ValueError(
                 f"{self.path}: tensor {scale}: is a scale of quantised weights, which cannot be trained or converted; "
                 "name the folder that they were made from"
@@ -89,8 +69,8 @@ class HFReader:
         expected: dict[str, tuple[int, ...]] = {}
         for row in family_rows(arch):
             expected.update(zip(row.hf, row.rule.hf_shapes(arch), strict=True))
-        problems = [f"tensor {name} is missing" for name in expected if name not in self._file_of]
-        for name in self._file_of:
+        problems = [f"tensor {name} is missing" for name in expected if name not in file_of]
+        for name in file_of:
             if name in expected:
                 shape = self.shape(name)
                 if shape != expected[name]:
@@ -100,3 +80,31 @@ class HFReader:
                 problems.append(f"tensor {name}: no rule of family {arch.family!r} matches it")
         if problems:
             raise ValueError(f"{self.path}: " + "; ".join(problems))
+        self._say_what_is_passed_over(arch)
+
+    def _say_what_is_passed_over(self, arch: Architecture) -> None:
+        """Warn, once in a process, of an output layer in the file that a tied model does not use."""
+        (output,), (embedding,) = OUTPUT.hf, TIED_OUTPUT.hf
+        if not arch.tied_embeddings or output not in self._files.file_of or self._equal(output, embedding):
+            return
+        warn_once(
+            f"{self.path / self._files.file_of[output]}: tensor {output} differs from {embedding}, and is passed over: "
+            "tie_word_embeddings=true in config.json makes the embedding the output layer (transformers 5 would use the "
+            "tensor; set tie_word_embeddings to false if it was trained)"
+        )
+
+    def _equal(self, name: str, other: str) -> bool:
+        """Whether two matrices are the same; a part of each is in memory at a time."""
+        if self.shape(name) != self.shape(other) or self.dtype(name) != self.dtype(other):
+            return False
+        first, second, num_rows = self.slice(name), self.slice(other), self.shape(name)[0]
+        return all(
+            torch.equal(first[start : start + _ROWS], second[start : start + _ROWS])
+            for start in range(0, num_rows, _ROWS)
+        )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has said the same before."""
+    _log.warning(message)

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dypo.json_file import read_json_object
 from megatron_dypo.progress import Progress
 from megatron_dypo.weights.folders import durable_file
-from megatron_dypo.weights.hf_io import DTYPES, INDEX_NAME, SINGLE_NAME
+from megatron_dypo.weights.hf_files import INDEX_NAME, SINGLE_NAME
+from megatron_dypo.weights.hf_io import DTYPES
 from megatron_dypo.weights.quantized_names import is_scale
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -120,10 +122,11 @@ def copy_beside(
     quantization_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy what an HF folder holds beside its weights: configurations, tokenizer, chat template, licence."""
-    config = json.loads((source / "config.json").read_text())
+    config = read_json_object(source / "config.json")
     if dtype is not None:
         # transformers 5 calls it dtype, 4 torch_dtype; both read the older name
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]:
+            config[name] = str(dtype).removeprefix("torch.")
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     _write_json(target / "config.json", config)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_dypo.architecture import Architecture
 from megatron_dypo.weights.families.registry import match
-from megatron_dypo.weights.hf_io import HFReader
+from megatron_dypo.weights.hf_io import HFReader, warn_once
 
 
 @torch.no_grad()
@@ -26,7 +26,8 @@ def load_hf_weights(
     """Copy into each parameter of this rank its shard, converted to the parameter's dtype and device.
 
     Names carry the global layer index. Experts are split ``etp_size`` ways, everything else ``tp_size`` ways. Everything is
-    checked before the first parameter is written.
+    checked before the first parameter is written. Weights that are NaN or infinite, also for want of range in the
+    parameter's dtype, are loaded with a warning.
 
     Raises:
         ValueError: a parameter that no rule matches or whose shape differs; an HF tensor missing, unknown or misshapen.
@@ -41,3 +42,5 @@ def load_hf_weights(
     for param, row in matched:
         rank, size = (etp_rank, etp_size) if row.is_expert else (tp_rank, tp_size)
         param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, rank, size))
+        if not torch.isfinite(param).all():
+            warn_once(f"{reader.path}: {', '.join(row.hf)}: not every weight is a finite number")

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_dypo.architecture import Architecture
+from megatron_dypo.json_file import refuse_lfs_pointer
 from megatron_dypo.weights.families.registry import family_rows, stacked_shape, stored_key
 from megatron_dypo.weights.families.table import Row
 from megatron_dypo.weights.folders import durable_file
@@ -38,7 +39,17 @@ from megatron_dypo.weights.folders import durable_file
 HF_FOLDER = "hf"
 """Folder inside a converted checkpoint that keeps configuration and tokenizer."""
 
-_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state")
+WEIGHTS_FOLDER = "mcore"
+"""Folder of the tensors inside a step folder of a run."""
+RUN_STATE = "trainer_state.json"
+"""File that a training run writes beside the folder of its checkpoint's tensors."""
+
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng\.|rng_state")
+"""Keys of optimizer and RNG states; the last is Megatron's own name for those."""
+_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+"""Name of a file: the rank that wrote it, and a number."""
+# What an unpickler makes of damaged bytes.
+_DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -118,13 +129,17 @@ class MCoreReader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        folders = [folder for folder in (Path(path), Path(path) / "mcore") if (folder / ".metadata").is_file()]
+        folders = [folder for folder in (Path(path), Path(path) / WEIGHTS_FOLDER) if (folder / ".metadata").is_file()]
         if not folders:
             raise ValueError(f"{path}: no .metadata file; a folder of a torch_dist checkpoint is needed")
         self.path = folders[0]
+        """Folder of the tensors."""
+        self.is_of_run = (self.path.parent / RUN_STATE).is_file()
+        """Whether a training run wrote it, so that each pipeline stage wrote its own files."""
+        refuse_lfs_pointer(self.path / ".metadata", _beginning(self.path / ".metadata"))
         try:
             metadata = FileSystemReader(self.path).read_metadata()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{self.path / '.metadata'}: damaged: {error}") from error
         self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._wholes = {
@@ -164,26 +179,51 @@ class MCoreReader:
         files = {self._where[MetadataIndex(key, chunk.offsets)].relative_path for chunk in whole.chunks}
         return [f"file {file}, which holds {key}, is missing" for file in files if not (self.path / file).is_file()]
 
+    def writer(self, row: Row, arch: Architecture) -> int:
+        """Return the first of the ranks that wrote a parameter: the stage's leader, of an expert that of its owner."""
+        key, index = stored_key(row.mcore, arch)
+        return min(self._rank_of(key, chunk) for chunk in self._chunks_of(key, index))
+
+    def _rank_of(self, key: str, chunk: ChunkStorageMetadata) -> int:
+        name = self._where[MetadataIndex(key, chunk.offsets)].relative_path
+        found = _FILE.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{self.path / name}: must be named after the rank that wrote it, as __0_0.distcp is")
+        return int(found[1])
+
+    def _chunks_of(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """The chunks of a stored tensor that hold a part of the parameter at ``index`` on its first axes."""
+        return [
+            chunk
+            for chunk in self._wholes[key].chunks
+            if all(0 <= at - start < size for at, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False))
+        ]
+
     def read_hf(self, row: Row, arch: Architecture) -> tuple[Tensor, ...]:
         """The HF tensors of a row; one stored chunk is in memory beside them."""
         key, index = stored_key(row.mcore, arch)
         dtype, depth = self.dtype(row, arch), len(index)
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape in row.rule.hf_shapes(arch))
-        for chunk in self._wholes[key].chunks:
+        for chunk in self._chunks_of(key, index):
             inside = tuple(at - start for at, start in zip(index, chunk.offsets[:depth], strict=True))
-            if all(0 <= at < size for at, size in zip(inside, chunk.sizes[:depth], strict=True)):
-                row.rule.scatter(self._load(key, chunk)[inside], tuple(chunk.offsets[depth:]), outputs, arch)
+            row.rule.scatter(self._load(key, chunk)[inside], tuple(chunk.offsets[depth:]), outputs, arch)
         return outputs
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._where[MetadataIndex(key, chunk.offsets)]
         file = self.path / info.relative_path
+        refuse_lfs_pointer(file, _beginning(file))
         with file.open("rb") as stream:
             view = _create_file_view(stream, info.offset, info.length)
             try:
                 return torch.load(cast("BinaryIO", view), map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except (RuntimeError, *_DAMAGED) as error:
                 raise ValueError(f"{file}: damaged at {key}: {error}") from error
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(100)
 
 
 def _alone(chunk: StoredChunk) -> Tensor:

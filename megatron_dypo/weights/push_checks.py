@@ -50,8 +50,10 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
     """That a server serves this architecture, as far as it says (and its model folder, where we can read it).
 
     Raises:
-        ServerError: names the fields that differ.
+        ServerError: names the fields that differ, or what SGLang computes otherwise.
     """
+    if note := arch.check_serving(0):
+        raise ServerError(f"{info.url}: {note}")
     if info.model_type != arch.family:
         raise ServerError(f"{info.url}: serves model_type={info.model_type!r}, the policy is {arch.family!r}")
     if not (Path(info.model_path) / "config.json").is_file():

@@ -14,6 +14,15 @@ from tests.hf_models import KINDS, import_transformers, make_hf_model
 LENGTHS = ((5, 17, 1, 41), (70, 3, 3), (34,), (9, 9, 9, 9))
 """Sequences of each packed row; rows differ in their number of tokens, even for the sake of sequence parallelism."""
 
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+SCALED = {
+    "qwen2_yarn": ("qwen2", YARN),
+    "qwen3_yarn": ("qwen3", {**YARN, "attention_factor": 1.5, "beta_fast": 8, "beta_slow": 2, "truncate": False}),
+    "llama_yarn": ("llama", {**YARN, "mscale": 0.707, "mscale_all_dim": 1.5}),
+    "llama_linear": ("llama", {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
+}
+"""Kinds with scaled positions; two of the rows have sequences longer than the original positions."""
+
 
 def rows() -> list[list[np.ndarray]]:
     generator = np.random.default_rng(3)
@@ -75,7 +84,11 @@ def _whole_vocabulary(logits_1TV: torch.Tensor, layout) -> np.ndarray:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hf")
-    return {kind: make_hf_model(kind, root / kind) for kind in KINDS}
+    plain = {kind: make_hf_model(kind, root / kind) for kind in KINDS}
+    scaled = {
+        name: make_hf_model(kind, root / name, rope_parameters=dict(rope)) for name, (kind, rope) in SCALED.items()
+    }
+    return plain | scaled
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +123,14 @@ def test_packed_logits_equal_transformers(world_size, axes, models, expected) ->
         for kind, logits in zip(models, result, strict=True):
             for ours, theirs in zip(logits, expected[kind], strict=True):
                 np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0, err_msg=kind)
+
+
+def test_without_its_scaling_a_model_has_other_logits(models, expected) -> None:
+    """The tolerance above tells them apart: on short sequences too, by the attention factor."""
+    load = import_transformers().AutoModelForCausalLM.from_pretrained
+    for name in SCALED:
+        plain = load(models[name], dtype=torch.float32, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+        with torch.no_grad():
+            logits = plain(torch.tensor(rows()[0][1])[None]).logits[0].numpy()
+        start = LENGTHS[0][0]
+        assert np.abs(logits - expected[name][0][start : start + LENGTHS[0][1]]).max() > 1e-2, name

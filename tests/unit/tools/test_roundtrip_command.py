@@ -74,3 +74,11 @@ def test_differences_are_counted_bit_by_bit(model, tmp_path):
     assert found[1].largest == 0.5
     assert isinstance(found[0], Difference)
     assert 0 < found[0].largest < 0.01
+
+
+def test_a_work_folder_that_is_not_there_ends_with_one_line(model, tmp_path):
+    result = run_tool("check_roundtrip.py", "--hf-path", model, "--work-dir", tmp_path / "absent")
+    assert result.returncode == 1
+    assert result.stderr.startswith("check_roundtrip: FileNotFoundError: ")
+    assert str(tmp_path / "absent") in result.stderr
+    assert result.stderr.count("\n") == 1
