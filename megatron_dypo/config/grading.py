@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_dypo.config.rules import require, require_positive
+
+AnswerFormat = Literal["auto", "boxed", "answer_tag", "r1_zero", "final_answer", "gsm8k"]
+Thinking = Literal["after", "required", "anywhere"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,14 @@ class GradingConfig:
     """A verification that takes longer is stopped and counted as an error."""
     truncated_is_wrong: bool = True
     """A rollout that hit the length limit is incorrect whatever it says."""
+    answer_format: AnswerFormat = "auto"
+    """Where the built-in verifiers look for the answer: ``boxed`` (``\\boxed{…}``), ``answer_tag`` (``<answer>…</answer>``),
+    ``r1_zero`` (``<think>…</think> <answer>…</answer>`` and nothing else), ``final_answer`` ("Final answer: …"), ``gsm8k``
+    (``#### …``); ``auto`` tries them all. See ``docs/verifiers.md``."""
+    thinking: Thinking = "after"
+    """Which part of a response that thinks in ``<think>…</think>`` the built-in verifiers read. ``after``: what follows the
+    last ``</think>``; thinking that never ends states no answer. ``required``: the same, and a response without
+    ``</think>`` states no answer (for prompts that open ``<think>``). ``anywhere``: the whole response."""
 
     def __post_init__(self) -> None:
         require_positive(self, "workers", "deadline_s")
