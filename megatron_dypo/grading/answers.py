@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from megatron_dypo.grading.cleaning import WORD, cleaned, latex, literal
 from megatron_dypo.grading.rationals import Rational, read_rational, same_number
-from megatron_dypo.grading.splitting import is_balanced, split_list
+from megatron_dypo.grading.splitting import is_balanced, split_list, ungrouped
 from megatron_dypo.grading.units import Unit, read_unit
 
 SameFormula = Callable[[str, str], bool]
@@ -27,6 +27,8 @@ class Quantity:
     number: Rational
     unit: Unit
     name: str | None
+    text: str
+    """The number as it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Unclear:
 Answer = Quantity | Based | Listing | Words | Formula | Unclear
 
 _BASED = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{(\d+)\}|(\d+))")
-_MIXED = re.compile(r"(-?)(\d+) ?(?:\\[dtc]?frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
+_MIXED = re.compile(r"([-+]?)([\d ,\x04]*\d) ?(?:\\[dtc]?frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
 _NAME = re.compile(
     r"(?P<name>\(?\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\)|(?:,\s?[A-Za-z])+\))?)\s?(?:=|\\in(?![A-Za-z])|≈|\\approx(?![A-Za-z]))\s?"
 )
@@ -82,10 +84,10 @@ _LEAD = re.compile(rf"(?:{WORD}?(?:{'|'.join(_LEAD_WORDS)})(?![A-Za-z])[ ,:]*)+"
 _LEAD_END = re.compile(r"(?:is|are|equals?|to|:|get|have|has|so|thus|therefore|hence|answer|answers)[ ,:]*\Z", re.IGNORECASE)
 _WORDS = re.compile(rf"{WORD}?[A-Za-z][A-Za-z'’-]*(?:[ ,.'’&-]+{WORD}?[A-Za-z][A-Za-z'’-]*)*")
 _RATIO = re.compile(r"\d[\d.]*(?:\s?:\s?\d[\d.]*)+")
-_UNCLEAR = re.compile(r"(?<![_^\d.,A-Za-z{])\d[\d.,]*\s+\d|,\s*,|^\s*,|\d_(?![{\d])")
+_UNCLEAR = re.compile(r"(?<![_^\d.,A-Za-z{])\d+(?:[.,]\d+)*\s+\d|,\s*,|^\s*,|\d_(?![{\d])")
 _APPROXIMATION = re.compile(r"\s?(?:\\approx|≈|\\simeq)(?![A-Za-z])")
 _RELATION = re.compile(
-    r"[<>≤≥≠∼→≡]|\\(?:leq?|geq?|leqslant|geqslant|neq?|not|lt|gt|to|rightarrow|mapsto|equiv|p?mod|bmod|sim|propto|mid|nmid)(?![A-Za-z])"
+    r"[<>≤≥≠∼→≡]|!=|\\(?:leq?|geq?|leqslant|geqslant|neq?|not|lt|gt|to|rightarrow|mapsto|equiv|p?mod|bmod|sim|propto|mid|nmid)(?![A-Za-z])"
 )
 """Signs that make a statement of a formula; one side with such a sign equals no side without."""
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z*]+\}(?:\{[a-z|]+\})?")
@@ -109,7 +111,7 @@ def same_answer(gold: str, claim: str, same_formula: SameFormula) -> bool:
 
 def read_answer(text: str) -> Answer:
     """Read a cleaned text; see :func:`megatron_dypo.grading.cleaning.cleaned`."""
-    text = _without_lead(text).strip()
+    text = ungrouped(_without_lead(text).strip())
     quantity = _read_quantity(text)
     if quantity is not None:
         return quantity
@@ -124,10 +126,9 @@ def read_answer(text: str) -> Answer:
     based = _BASED.fullmatch(value)
     if based is not None:
         return Based(digits=based[1].lstrip("0") or "0", base=based[2] or based[3])
-    if name is not None:
-        inner = read_answer(value)
-        if isinstance(inner, Listing | Unclear):
-            return inner
+    listing = split_list(value) if name is not None else None
+    if listing is not None:
+        return Listing(brackets=listing[0], items=listing[1])
     if len(text) > _MAX_FORMULA or _UNCLEAR.search(value) or not is_balanced(value):
         return Unclear()
     value = _without_unit(value)
@@ -194,9 +195,11 @@ def _says_as_much(gold: Formula | Quantity, claim: Formula | Quantity) -> bool:
 
 def _same_named(gold: Formula | Quantity, claim: Formula | Quantity, same_formula: SameFormula) -> bool:
     """``y = 2x`` equals ``2x``, and ``y = 2x`` as a whole equals ``x = y/2``."""
-    if gold.name is None or claim.name is None or gold.name == claim.name:
+    is_equation = any(one.name is None and isinstance(one, Formula) and "=" in one.text for one in (gold, claim))
+    if gold.name == claim.name or (None in (gold.name, claim.name) and not is_equation):
         return same_formula(_formula(gold), _formula(claim))
-    return same_formula(f"{gold.name}={_formula(gold)}", f"{claim.name}={_formula(claim)}")
+    first, second = (_formula(one) if one.name is None else f"{one.name}={_formula(one)}" for one in (gold, claim))
+    return same_formula(first, second)
 
 
 def _same_interval(gold: Answer, claim: Answer, same_formula: SameFormula) -> bool:
@@ -217,6 +220,8 @@ def _same_interval(gold: Answer, claim: Answer, same_formula: SameFormula) -> bo
 def _formula(answer: Formula | Quantity) -> str:
     if isinstance(answer, Formula):
         return latex(answer.text)
+    if answer.number.is_decimal and answer.unit.scale == 1:
+        return latex(answer.text).replace(" ", "")
     value = answer.number.value * answer.unit.scale
     return str(value.numerator) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
@@ -256,7 +261,7 @@ def _read_quantity(text: str) -> Quantity | None:
         rational = _read_mixed(number) or read_rational(number)
         unit = read_unit(tail) if rational is not None else None
         if rational is not None and unit is not None:
-            return Quantity(number=rational, unit=unit, name=name)
+            return Quantity(number=rational, unit=unit, name=name, text=number.strip())
     return None
 
 
@@ -270,11 +275,12 @@ def _read_mixed(text: str) -> Rational | None:
     match = _MIXED.fullmatch(text.strip())
     if match is None:
         return None
-    sign, whole, *parts = (part for part in match.groups() if part is not None)
+    sign, spelled, *parts = (part for part in match.groups() if part is not None)
+    whole = read_rational(spelled)
     above, below = (int(part) for part in parts)
-    if not 0 < above < below:
+    if whole is None or not above < below:
         return None
-    return Rational((int(whole) + Fraction(above, below)) * (-1 if sign else 1), False)
+    return Rational((whole.value + Fraction(above, below)) * (-1 if sign == "-" else 1), False)
 
 
 def _without_unit(text: str) -> str:

@@ -40,7 +40,7 @@ class _Labels:
 
 
 def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
-    bracketed = rf"[(\[]\s{{0,3}}{one}\s{{0,3}}[)\]]"
+    bracketed = rf"(?:[(\[]\s{{0,3}}{one}\s{{0,3}}[)\]]|<<{one}>>)"
     # A small letter outside brackets is a label behind a colon, at the end of its line.
     small = rf"(?<=:)\s?{one}(?=[.)]?\s{{0,9}}(?:\n|\Z))"
     label = rf"(?:{bracketed}|{lone}|{small})"
@@ -112,7 +112,7 @@ def _plain(text: str) -> str:
 
 
 def _name(label: str) -> str:
-    return label.strip("()[] \n").upper()
+    return label.strip("()[]<> \n").upper()
 
 
 def _settled_at_start(text: str, labels: _Labels) -> str | None:

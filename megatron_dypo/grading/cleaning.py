@@ -20,6 +20,8 @@ _LOOKS = re.compile(
     r"|\\?[$€£]|\*\*|`|<<[^<>\n]{0,200}>>"
 )
 _SHORT_FRAC = re.compile(r"\\([dtc]?)frac\s?(\d|\{[^{}]*\})\s?(\d|\{[^{}]*\})")
+_DOUBLED = re.compile(r"\\\\(?:d?frac|sqrt|left|right|text|pi|infty|cdot|times|cup|le|ge|leq|geq|circ|begin)(?![A-Za-z])")
+_MATRIX = re.compile(r"[\[(]\s?\\begin\{array\}(?:\{[a-z| ]*\})?(.*?)\\end\{array\}\s?[\])]", re.DOTALL)
 _TRAILING = " \t\r\n.;:,\\"
 _MAX_LENGTH = 4000
 
@@ -33,6 +35,8 @@ def cleaned(text: str) -> str:
     """
     if len(text) > _MAX_LENGTH:
         return text
+    if _DOUBLED.search(text):  # escaped twice, as in JSON
+        text = text.replace("\\\\", "\\")
     text = tightened(text.translate(_FULL_WIDTH))
     text = _STYLED.sub(r" \1 ", text)
     text = _TEXT.sub(lambda match: f" {re.sub('[A-Za-z]+', lambda word: WORD + word[0], match[1])} ", text)
@@ -40,6 +44,8 @@ def cleaned(text: str) -> str:
     text = _LOOKS.sub(" ", text)
     text = re.sub(r"\\\{|\\lbrace(?![A-Za-z])", SET_OPEN, text)
     text = re.sub(r"\\\}|\\rbrace(?![A-Za-z])", SET_CLOSE, text)
+    text = _MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
+    text = re.sub(r"\\(begin|end)\{[bB]matrix\}", r"\\\1{pmatrix}", text)
     text = _SHORT_FRAC.sub(_long_frac, text)
     return re.sub(r"[ \t]+(\^?)", lambda blank: blank[1] or " ", text).rstrip(_TRAILING).lstrip(" \t\r\n:")
 

@@ -15,7 +15,7 @@ _TAG = re.compile(r"<(/?)[ \t]{0,9}answer[ \t]{0,9}>", re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]{0,99}(\S[^\n]*)")
 _NUMBER_FIRST = re.compile(r"[\s$€£+\-−.\\({\[]{0,9}\d")
 _END_TOKEN = re.compile(r"(?:<\|[^<>|]{1,40}\|>|<｜[^<>｜]{1,40}｜>|</s>)\Z")
-_BETWEEN_BOXES = re.compile(r"[,;]?(?:and|or|\\text\{(?:and|or)\})?|&|\\q?quad", re.IGNORECASE)
+_BETWEEN_BOXES = re.compile(r"[,;]?(?:and|or|\\text\{(?:and|or)\})?|&", re.IGNORECASE)
 _MAX_BETWEEN = 40
 _VERB = r"(?:is|are|was|would[ ]be|should[ ]be|must[ ]be)\b[ \t]{0,9}:?|是[ ]?:?|为[ ]?:?|[:=：]"
 _NOUN = r"\banswers?(?:[ ](?:choice|option))?[*_`]{0,3}|答案"
@@ -83,7 +83,7 @@ def _last_statement(text: str, found: list[Box]) -> tuple[int, str]:
 def _is_joined(between: str | None) -> bool:
     if between is None or len(between) > _MAX_BETWEEN:
         return False
-    bare = re.sub(r"\s|\$|\\[()\[\],;:! ]", "", between)
+    bare = re.sub(r"\s|\$|\\[()\[\],;:! ]|\\q?quad(?![A-Za-z])", "", between)
     return _BETWEEN_BOXES.fullmatch(bare) is not None and (bool(bare) or "\n" not in between)
 
 

@@ -10,8 +10,8 @@ from fractions import Fraction
 TIGHT_COMMA = "\x04"
 """A comma that can only stand inside a number: ``{,}`` or ``,\\!``; see :func:`tightened`."""
 
-_TIGHT = re.compile(r"\{\s?,\s?\}|,\\!")
-_SPACES = re.compile(r"\\[,;:! >]|\\thinspace(?![A-Za-z])|~|[\u00a0\u2002-\u200a\u202f\u205f]")
+_TIGHT = re.compile(r"\{\s?,\s?\}|,\\!\s?")
+_SPACES = re.compile(r"(?<!\\)\\[,;:! >]|\\thinspace(?![A-Za-z])|~|[\u00a0\u2002-\u200a\u202f\u205f]")
 _THOUSANDS = r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:\x04\d{3})+|(?: \d{3})+)(?![\d]|[,\x04 ]\d)"
 _NUMBER = re.compile(rf"(?P<whole>{_THOUSANDS}|\d*)(?P<decimals>\.\d+)?(?:[eE](?P<exponent>[+-]?\d{{1,4}}))?")
 _POWER = re.compile(r"\^(?:\{([+-]?\d{1,6})\}|([+-]?\d{1,6}))")

@@ -12,6 +12,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)")
 _CONJUNCTION = re.compile(rf"(?<![A-Za-z\\])({WORD}?(?:and|or|or else|和|或))(?![A-Za-z])", re.IGNORECASE)
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])|±")
 _MAX_LENGTH = 4000
+_MAX_GROUPS = 20
 
 
 def split_list(text: str) -> tuple[str, tuple[str, ...]] | None:
@@ -24,21 +25,28 @@ def split_list(text: str) -> tuple[str, tuple[str, ...]] | None:
     >>> split_list("0, 180")
     ('', ('0', '180'))
     """
-    text = text.strip()
     if len(text) > _MAX_LENGTH:
         return None
-    brackets = ""
-    while text and text[0] in _OPENING and _closing_of(text) == len(text) - 1:
+    text = ungrouped(text)
+    if text and text[0] in _OPENING and _closing_of(text) == len(text) - 1:
         pair, inside = text[0] + text[-1], text[1:-1].strip()
-        if pair == "()" and len(_members(inside)) == 1:
-            text = inside
-        elif pair == "{}":
-            text = inside
-        else:
-            brackets = "{}" if pair == SET_OPEN + SET_CLOSE else pair
-            return brackets, tuple(_with_both_signs(_members(inside))) if inside else ()
+        brackets = "{}" if pair == SET_OPEN + SET_CLOSE else pair
+        return brackets, tuple(_with_both_signs(_members(inside))) if inside else ()
     members = _with_both_signs(_members(text))
     return ("", tuple(members)) if len(members) > 1 else None
+
+
+def ungrouped(text: str) -> str:
+    """``text`` without the round brackets around a single thing and the braces without a backslash around anything."""
+    text = text.strip()
+    for _ in range(_MAX_GROUPS):
+        if not text or text[0] not in "({" or _closing_of(text) != len(text) - 1:
+            break
+        inside = text[1:-1].strip()
+        if text[0] + text[-1] not in ("()", "{}") or (text[0] == "(" and len(_members(inside)) != 1) or not inside:
+            break
+        text = inside
+    return text
 
 
 def _closing_of(text: str) -> int:

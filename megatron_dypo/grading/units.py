@@ -55,12 +55,13 @@ _NO_UNIT = frozenset(
     "tenths hundredth hundredths thousandth thousandths dozen dozens mod modulo base choose factorial squared cubed "
     "negative where when if for because since so but with without except between until from at least most about "
     "hundreds thousands millions billions trillions percent percentage pct per cent pi sqrt root sin cos tan cot sec "
-    "csc log ln exp lim inf infty infinity max gcd lcm all any every each other none undefined "
+    "csc log ln exp lim inf infty infinity max gcd lcm none undefined "
     "alpha beta gamma delta epsilon theta lambda sigma omega phi psi rho tau".split()
 )
+_WORD = rf"\(?{WORD}?[A-Za-zµΩ][A-Za-z'’-]*\.?\)?(?:\^(?:\{{-?\d\}}|-?\d)|[²³])?"
 _TAIL = re.compile(
     rf"(?:\s?(?P<percent>%|{WORD}?(?:percent|percentage|pct|per {WORD}?cent)(?![A-Za-z])))?"
-    rf"(?P<words>(?:[\s~/·*]{{0,3}}\(?{WORD}?[A-Za-zµΩ][A-Za-z'’-]*\.?\)?(?:\^(?:\{{-?\d\}}|-?\d)|[²³])?)*)\s?"
+    rf"(?P<words>(?:[\s~/·*]{{0,3}}{_WORD}(?:[\s~/·*]{{1,3}}{_WORD})*)?)\s?"
 )
 _ONE_WORD = re.compile(rf"(?P<glue>[\s~/·*(]*)(?P<mark>{WORD}?)(?P<word>[A-Za-zµΩ][A-Za-z'’-]*)\.?\)?(?P<power>[^\s~/·*\x01]*)")
 _MAX_WORDS = 8
