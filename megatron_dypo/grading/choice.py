@@ -51,7 +51,8 @@ def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
             rf"[\s)\]}}*.]{{0,5}}(?:[,/&;、]|\b(?:and|or)\b|[和或])\s{{0,5}}(?:(?:and|or|option|choice)\s{{1,5}}){{0,2}}[(\[]?{one}(?![\w'’])"
         ),
         line=re.compile(
-            rf"^[ \t*$]{{0,9}}(?:(?P<bracketed>{bracketed})(?P<text>[^\n]*)|(?P<lone>{lone}){rest_of_line})$", re.MULTILINE
+            rf"^[ \t*$]{{0,9}}(?:(?P<bracketed>{bracketed})(?P<text>[^\n]*)|(?P<lone>{lone}){rest_of_line})$",
+            re.MULTILINE,
         ),
     )
 
@@ -63,7 +64,9 @@ _LETTERS = _labels(
     r"[ \t*$]{0,9}(?P<rest>[.):,][^\n]*)?",
 )
 # "3 m/s" and "3.5" are answers, no labels; "3. Then" is a step.
-_DIGITS = _labels("[1-9]", r"[1-9](?![\w'’^=+*/<>{\\%-]|[.,:]\d|\s?[=+*/^<>×÷%-]|\s+[a-z])", r"[ \t*$]{0,9}(?P<rest>)[).]?")
+_DIGITS = _labels(
+    "[1-9]", r"[1-9](?![\w'’^=+*/<>{\\%-]|[.,:]\d|\s?[=+*/^<>×÷%-]|\s+[a-z])", r"[ \t*$]{0,9}(?P<rest>)[).]?"
+)
 
 
 def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:

@@ -47,7 +47,7 @@ def stated_answers(response: str, style: AnswerStyle = AUTO) -> list[str]:
 
 def normalized(text: str) -> str:
     """``text`` in the form in which answers are compared."""
-    text = text.strip(" \t\r\n$*.")
+    text = text.strip(" \t\r\n$*").rstrip(".")
     whole = _ALL_TEXT.fullmatch(text)
     text = unicodedata.normalize("NFKC", whole[1] if whole else text)
     text = " ".join(text.casefold().split())

@@ -21,7 +21,8 @@ _VERB = r"(?:is|are|was|would[ ]be|should[ ]be|must[ ]be)\b[ \t]{0,9}:?|是[ ]?:
 _NOUN = r"\banswers?(?:[ ](?:choice|option))?[*_`]{0,3}|答案"
 _ANSWER = re.compile(rf"(?:{_NOUN})[ \t]{{0,9}}(?:{_VERB})", re.IGNORECASE)
 _FINAL_ANSWER = re.compile(
-    rf"(?:\bfinal[ \t]{{1,9}}answers?[*_`]{{0,3}}|最终答案)[ \t]{{0,9}}(?:{_VERB}|-|(?=[*_ \t]{{0,9}}\n))", re.IGNORECASE
+    rf"(?:\bfinal[ \t]{{1,9}}answers?[*_`]{{0,3}}|最终答案)[ \t]{{0,9}}(?:{_VERB}|-|(?=[*_ \t]{{0,9}}\n))",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z|\*)|。")
 

@@ -141,10 +141,8 @@ class _RationalReader:
         return self._group("}")
 
     def _base(self) -> Fraction:
-        if self._next() in ("(", "{"):
-            base = self._group(")" if self._next() == "(" else "}")
-        else:
-            base = self._number()
+        closing = {"(": ")", "{": "}"}.get(self._next())
+        base = self._number() if closing is None else self._group(closing)
         if self._next() == "!":
             self.at += 1
             if base.denominator != 1 or not 0 <= base <= _MAX_FACTORIAL or self._next() == "!":

@@ -48,22 +48,28 @@ _KNOWN = {
 }
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_MORE_SYMBOLS = frozenset("mph kph rpm Hz kHz kW kWh mA kJ kN Pa kPa atm mol pm am AM PM units unit ohm".split())
-_NO_UNIT = frozenset(
-    "a an and or not no is are to than then less more plus minus times divided by over point half halves third thirds "
-    "quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth "
-    "tenths hundredth hundredths thousandth thousandths dozen dozens mod modulo base choose factorial squared cubed "
-    "negative where when if for because since so but with without except between until from at least most about "
-    "hundreds thousands millions billions trillions percent percentage pct per cent pi sqrt root sin cos tan cot sec "
-    "csc log ln exp lim inf infty infinity max gcd lcm none undefined "
-    "alpha beta gamma delta epsilon theta lambda sigma omega phi psi rho tau".split()
-)
+_MORE_SYMBOLS_TEXT = """
+mph kph rpm Hz kHz kW kWh mA kJ kN Pa kPa atm mol pm am AM PM units unit ohm
+"""
+_MORE_SYMBOLS = frozenset(_MORE_SYMBOLS_TEXT.split())
+_NO_UNIT_TEXT = """
+a an and or not no is are to than then less more plus minus times divided by over point half halves third thirds
+quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth
+tenths hundredth hundredths thousandth thousandths dozen dozens mod modulo base choose factorial squared cubed
+negative where when if for because since so but with without except between until from at least most about
+hundreds thousands millions billions trillions percent percentage pct per cent pi sqrt root sin cos tan cot sec
+csc log ln exp lim inf infty infinity max gcd lcm none undefined alpha beta gamma delta epsilon theta lambda
+sigma omega phi psi rho tau
+"""
+_NO_UNIT = frozenset(_NO_UNIT_TEXT.split())
 _WORD = rf"\(?{WORD}?[A-Za-zµΩ][A-Za-z'’-]*\.?\)?(?:\^(?:\{{-?\d\}}|-?\d)|[²³])?"
 _TAIL = re.compile(
     rf"(?:\s?(?P<percent>%|{WORD}?(?:percent|percentage|pct|per {WORD}?cent)(?![A-Za-z])))?"
     rf"(?P<words>(?:[\s~/·*]{{0,3}}{_WORD}(?:[\s~/·*]{{1,3}}{_WORD})*)?)\s?"
 )
-_ONE_WORD = re.compile(rf"(?P<glue>[\s~/·*(]*)(?P<mark>{WORD}?)(?P<word>[A-Za-zµΩ][A-Za-z'’-]*)\.?\)?(?P<power>[^\s~/·*\x01]*)")
+_ONE_WORD = re.compile(
+    rf"(?P<glue>[\s~/·*(]*)(?P<mark>{WORD}?)(?P<word>[A-Za-zµΩ][A-Za-z'’-]*)\.?\)?(?P<power>[^\s~/·*\x01]*)"
+)
 _MAX_WORDS = 8
 
 

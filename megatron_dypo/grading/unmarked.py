@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from megatron_dypo.grading.answers import Quantity, Words, read_answer
 from megatron_dypo.grading.cleaning import cleaned
 from megatron_dypo.grading.extract import last_phrase
+from megatron_dypo.grading.reading import Quantity, Words, read_answer
 
 _TAIL_CHARACTERS = 4000
 """A response that marks no answer is looked at in its end only."""
@@ -14,15 +14,21 @@ _SHORT = 200
 _ARITHMETIC = re.compile(r"[ \d.,+*/×÷^()=-]*\d[ .)]*")
 _IS = re.compile(r"\b(?:is|are|equals)\b")
 _ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")
-_MATH = re.compile(r"\$\$([^$]{1,400})\$\$|\$((?:[^$\n\\]|\\.){1,400})\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
-_NUMBER = re.compile(r"[-−]?(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d|[, ]\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d{1,4})?(?:/\d+)?\\?%?")
+_MATH = re.compile(
+    r"\$\$([^$]{1,400})\$\$|\$((?:[^$\n\\]|\\.){1,400})\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL
+)
+_NUMBER = re.compile(
+    r"[-−]?(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d|[, ]\d)|\d+)?(?:\.\d+)?(?<=\d)(?:[eE][-+]?\d{1,4})?(?:/\d+)?\\?%?"
+)
 _BEFORE = re.compile(
     r"(?:[\w^_+*/×÷√(\[{<>≤≥≠.\\−-]|\d:)\Z"  # touches the number
     r"|(?:[+*/×÷^<>≤≥≠=]\s?[-−]|[+*/×÷^<>≤≥≠]|[\w)}]\s?[-−]|\d[ ]?[,;]?|\b(?:or|and|not|than|plus|minus|times|over)|n't)[ ]*\Z"
 )
 _BEFORE_MINUS = re.compile(r"(?:\b\w|[)}\d])\s?\Z")
 _BEFORE_FORMULA = re.compile(r"(?:\b(?:or|and|not|than)|n't|[$\d][ ]?[,;])\s*\Z")
-_AFTER = re.compile(r"(?!(?:mm|cm|km|m|in|ft)[²³])[\w^_(\[{:]|\s?[+*×÷=<>≤≥≠!]|\s?[-−/]\s?\w|\s?(?:or|and)\s[-−$]?\d|,\d|[.,]\s?\d")
+_AFTER = re.compile(
+    r"(?!(?:mm|cm|km|m|in|ft)[²³])[\w^_(\[{:]|\s?[+*×÷=<>≤≥≠!]|\s?[-−/]\s?\w|\s?(?:or|and)\s[-−$]?\d|,\d|[.,]\s?\d"
+)
 _REASON = re.compile(r",?\s(?:because|since|which|as|so|for)\b|,\s(?:not|rather)\b", re.IGNORECASE)
 
 
