@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_dypo.config.rules import require, require_positive
 
+AnswerFormat = Literal["auto", "boxed", "answer_tag", "r1_zero", "final_answer", "gsm8k"]
+Thinking = Literal["after", "required", "anywhere"]
 BUILT_IN_VERIFIERS = ("math", "exact", "choice")
 _DAY_S = 86400
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -33,6 +36,14 @@ class GradingConfig:
     file alone must not decide which code runs."""
     batch_size: int = 32
     """Most responses that a batched or asynchronous verifier gets at a time."""
+    answer_format: AnswerFormat = "auto"
+    """Where the built-in verifiers look for the answer: ``boxed`` (``\\boxed{…}``), ``answer_tag`` (``<answer>…</answer>``),
+    ``r1_zero`` (``<think>…</think> <answer>…</answer>`` and nothing else), ``final_answer`` ("Final answer: …"), ``gsm8k``
+    (``#### …``); ``auto`` tries them all. See ``docs/verifiers.md``."""
+    thinking: Thinking = "after"
+    """Which part of a response that thinks in ``<think>…</think>`` the built-in verifiers read. ``after``: what follows the
+    last ``</think>``; thinking that never ends states no answer. ``required``: the same, and a response without
+    ``</think>`` states no answer (for prompts that open ``<think>``). ``anywhere``: the whole response."""
 
     def __post_init__(self) -> None:
         require_positive(self, "workers", "deadline_s", "batch_size")

@@ -1,44 +1,154 @@
-"""Multiple choice: which letter a response settles on."""
+"""Multiple choice: which option a response settles on."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from dataclasses import dataclass
 
-from megatron_dypo.grading.extract import last_boxed
+from megatron_dypo.grading.extract import after_thinking, gold_text, marked_answer, without_end_tokens
+from megatron_dypo.grading.style import AUTO, AnswerStyle
+
+_FORM = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s?\{([^{}]{0,999})\}|\\(?:bf|rm|[ ,;:!])")
+_GOLD = re.compile(r"[\s(\[]*([A-Ja-j1-9])[\s)\].:]*")
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s)?(?:the\s)?(?:(?:correct|final|right|best)\s)?"
+    r"(?:option|choice|answer|letter)(?:\s(?:option|choice|letter))?(?:\sis\b)?\s?:?\s?",
+    re.IGNORECASE,
+)
+_STATED = re.compile(
+    r"\b(?:answer|option|choice)s?(?:\s{1,5}(?:option|choice|letter)\b)?[*_]{0,3}"
+    r"(?:\s{1,5}(?:is|would\s{1,5}be|should\s{1,5}be|must\s{1,5}be)\b)?\s{0,5}[:-]?(?:\s{0,5}(?:option|choice)\b)?"
+    r"|答案\s?[是为选]?|[故应]选|选项",
+    re.IGNORECASE,
+)
+_DECORATION = re.compile(r"[\s:*$_\"'“]{0,20}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Labels:
+    """How the options of a question are labelled."""
+
+    label: re.Pattern[str]
+    """One label in running text."""
+    whole: re.Pattern[str]
+    """A label at the start of a box, and the rest."""
+    more: re.Pattern[str]
+    """A second label behind the first: such a text settles on nothing."""
+    line: re.Pattern[str]
+    """A line that is a label, or begins with one; the rest of the line is the group ``rest``."""
+
+
+def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
+    bracketed = rf"(?:[(\[]\s{{0,3}}{one}\s{{0,3}}[)\]]|<<{one}>>)"
+    # A small letter outside brackets is a label behind a colon, at the end of its line.
+    small = rf"(?<=:)\s?{one}(?=[.)]?\s{{0,9}}(?:\n|\Z))"
+    label = rf"(?:{bracketed}|{lone}|{small})"
+    return _Labels(
+        label=re.compile(label),
+        whole=re.compile(rf"({bracketed}|{one}(?=[).:\]]|\s*\Z)|{lone})(?!\s?[=+*/^_<>|])"),
+        more=re.compile(
+            rf"[\s)\]}}*.]{{0,5}}(?:[,/&;、]|\b(?:and|or)\b|[和或])\s{{0,5}}(?:(?:and|or|option|choice)\s{{1,5}}){{0,2}}[(\[]?{one}(?![\w'’])"
+        ),
+        line=re.compile(
+            rf"^[ \t*$]{{0,9}}(?:(?P<bracketed>{bracketed})(?P<text>[^\n]*)|(?P<lone>{lone}){rest_of_line})$",
+            re.MULTILINE,
+        ),
+    )
+
 
 # A lone capital; "A" and "I" before a lower-case word are English ("the answer is a mystery", "the answer, I think").
-_LONE = r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|and\b|for\b)[a-z]))(?![\w'’])"
-_BRACKETED = r"[(\[]\s*[A-Ja-j]\s*[)\]]"
-_LETTER = rf"(?:{_BRACKETED}|{_LONE})"
-_PREFIX = r"[\s:*$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?"
-
-_STATED = re.compile(
-    rf"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|should\s+be|must\s+be))?)"
-    rf"(?i:\s*:?\s*(?:option|choice)\b)?{_PREFIX}({_LETTER})"
+_LETTERS = _labels(
+    "[A-Ja-j]",
+    r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|and\b|or\b|for\b)[a-z]))(?![\w'’^=+*<>{\\]|-\w)",
+    r"[ \t*$]{0,9}(?P<rest>[.):,][^\n]*)?",
 )
-_WHOLE = re.compile(r"[\s(\[*$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?[(\[]?\s*([A-Ja-j])(?![\w'’]).*", re.DOTALL)
-_LINE = re.compile(rf"^[\s*$]*({_LETTER})[\s*$]*(?:[.):,][^\n]*)?$", re.MULTILINE)
-_GOLD = re.compile(r"[\s(\[]*([A-Za-z])[\s)\].:]*")
+# "3 m/s" and "3.5" are answers, no labels; "3. Then" is a step.
+_DIGITS = _labels(
+    "[1-9]", r"[1-9](?![\w'’^=+*/<>{\\%-]|[.,:]\d|\s?[=+*/^<>×÷%-]|\s+[a-z])", r"[ \t*$]{0,9}(?P<rest>)[).]?"
+)
 
 
-def verify_choice(response: str, answer: str) -> bool:
-    """True if the letter that ``response`` settles on is that of ``answer`` (``B``, ``(B)``, ``b.``).
+def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
+    """True if the option that ``response`` settles on is that of ``answer`` (``B``, ``(B)``, ``b.``, or a digit: ``3``).
 
-    Raises ValueError if ``answer`` is not one letter.
+    Raises ValueError if ``answer`` is not one letter A to J or one digit 1 to 9.
     """
-    gold = _GOLD.fullmatch(answer)
+    gold = _GOLD.fullmatch(gold_text(answer))
     if gold is None:
-        raise ValueError(f"answer={answer!r}: must be one letter")
-    return chosen_letter(response) == gold[1].upper()
+        raise ValueError(f"answer={answer!r}: must be one letter from A to J, or one digit from 1 to 9")
+    return _chosen(response, style, _DIGITS if gold[1].isdigit() else _LETTERS) == gold[1].upper()
 
 
-def chosen_letter(response: str) -> str | None:
-    """The letter A–J of the last ``\\boxed{B}``; without one, of the last "answer is (B)", "Answer: B", "option B";
-    without one, of the last line that is or begins with a letter alone ("B", "(B)", "B. Paris"); else None.
+def chosen_letter(response: str, style: AnswerStyle = AUTO) -> str | None:
+    """The letter A–J of the last ``\\boxed{B}`` or ``<answer>B</answer>``; where that has no letter, of the last "answer
+    is (B)", "Answer: B", "option B", ``答案：B``; without one and without a box, of the last line that is or begins with
+    a letter alone ("B", "(B)", "B. Paris"); else None. Two letters ("A or B", ``\\boxed{A, B}``) are no choice.
     """
-    boxed = last_boxed(response)
-    if boxed is not None:
-        whole = _WHOLE.fullmatch(boxed)
-        return whole[1].upper() if whole else None
-    found = _STATED.findall(response) or _LINE.findall(response)
-    return found[-1].strip("()[] \n").upper() if found else None
+    return _chosen(response, style, _LETTERS)
+
+
+def _chosen(response: str, style: AnswerStyle, labels: _Labels) -> str | None:
+    """As :func:`chosen_letter`, for letters or for digits."""
+    marked = marked_answer(response, style)
+    if marked is not None:
+        plain = _plain(marked)
+        settled = _settled_at_start(plain, labels)
+        if settled is None:
+            settled = _last_stated(plain, labels)
+        if settled is not None:
+            return settled or None
+    text = after_thinking(response, style.thinking) if style.answer_format == "auto" else None
+    if text is None:
+        return None
+    text = _plain(text)
+    settled = _last_stated(text, labels)
+    if settled is None and marked is None:
+        settled = _last_line(text, labels)
+    return settled or None
+
+
+def _plain(text: str) -> str:
+    """``text`` with half-width letters, without font commands and end tokens."""
+    text = unicodedata.normalize("NFKC", without_end_tokens(text))
+    return _FORM.sub(lambda match: match[1] or " ", text.replace("**", ""))
+
+
+def _name(label: str) -> str:
+    return label.strip("()[]<> \n").upper()
+
+
+def _settled_at_start(text: str, labels: _Labels) -> str | None:
+    """The label with which ``text`` begins; empty if two stand there; None if none does."""
+    text = text.strip(" \t\r\n*$")
+    lead = _LEAD.match(text)
+    text = text[lead.end() :].strip(" *$") if lead is not None else text
+    match = labels.whole.match(text)
+    if match is None:
+        return None
+    return "" if labels.more.match(text, match.end()) else _name(match[1])
+
+
+def _last_stated(text: str, labels: _Labels) -> str | None:
+    """As :func:`_settled_at_start`, for the last "answer is B"."""
+    settled = None
+    for statement in _STATED.finditer(text):
+        start = _DECORATION.match(text, statement.end())
+        match = labels.label.match(text, statement.end()) or labels.label.match(text, start.end() if start else 0)
+        if match is not None:
+            settled = "" if labels.more.match(text, match.end()) else _name(match[0])
+    return settled
+
+
+def _last_line(text: str, labels: _Labels) -> str | None:
+    found = list(labels.line.finditer(text.rstrip()))
+    if not found:
+        return None
+    last = found[-1]
+    if any(labels.more.match(text, match.end("bracketed" if match["bracketed"] else "lone")) for match in found):
+        return ""
+    names = [_name(match["bracketed"] or match["lone"]) for match in found]
+    is_alone = not (last["text"] or last["rest"] or "").strip(" .):,*$")
+    if is_alone and last.end() == len(text.rstrip()):
+        return names[-1]
+    return names[0] if len(set(names)) == 1 else ""

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
+from megatron_dypo.grading.style import AnswerStyle
 
 _BUILT_IN_PATHS = {
     "math": "megatron_dypo.grading.math:verify_math",
@@ -58,8 +59,9 @@ def import_path(name: str) -> str:
 
 def options_of(cfg: GradingConfig, name: str) -> dict[str, Any]:
     """Return the keyword arguments that a verifier gets with every pair: a built-in one's style of answers."""
-    del cfg, name
-    return {}
+    if name not in BUILT_IN_VERIFIERS:
+        return {}
+    return {"style": AnswerStyle(answer_format=cfg.answer_format, thinking=cfg.thinking)}
 
 
 def keys_that_name(cfg: GradingConfig, name: str) -> str:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_NUMBER = re.compile(r"(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:[eE](?P<exponent>[+-]?\d{1,4}))?")
+TIGHT_COMMA = "\x04"
+"""A comma that can only stand inside a number: ``{,}`` or ``,\\!``; see :func:`tightened`."""
+
+_TIGHT = re.compile(r"\{\s?,\s?\}|,\\!\s?")
+_SPACES = re.compile(r"(?<!\\)\\[,;:! >]|\\thinspace(?![A-Za-z])|~|[\u00a0\u2002-\u200a\u202f\u205f]")
+_THOUSANDS = r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:\x04\d{3})+|(?: \d{3})+)(?![\d]|[,\x04 ]\d)"
+_NUMBER = re.compile(rf"(?P<whole>{_THOUSANDS}|\d*)(?P<decimals>\.\d+)?(?:[eE](?P<exponent>[+-]?\d{{1,4}}))?")
 _POWER = re.compile(r"\^(?:\{([+-]?\d{1,6})\}|([+-]?\d{1,6}))")
-_FRAC = re.compile(r"\\[dt]?frac")
+_FRAC = re.compile(r"\\[dtc]?frac(?![A-Za-z])")
 _OPERATOR = re.compile(r"/|\\times|\\cdot|\\div|\*|×|÷|·")
-_NOISE = re.compile(r"(?<!\d)\s+|\s+(?!\d)|\\[,;:! ]|\\left|\\right|\\?\$|~")
+_BLANKS = re.compile(r"\s*\n\s*|\s+")
+_NOISE = re.compile(r"(?<![\d,\x04])[ \n]|[ \n](?!\d)|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\?\$")
 """What may stand in a number without changing it; a space between two digits would."""
 _MAX_LENGTH = 400
+_MAX_DEPTH = 20
 _MAX_BITS = 100_000
+_MAX_FACTORIAL = 5000
 
 
 @dataclass(frozen=True)
@@ -25,19 +35,30 @@ class Rational:
     """It has a decimal point, so that it may be a rounded value."""
 
 
+def tightened(text: str) -> str:
+    """``text`` with one spelling for each kind of thousands separator: ``{,}`` and ``,\\!`` become
+    :data:`TIGHT_COMMA`; thin, non-breaking and other LaTeX spaces become a space."""
+    return _SPACES.sub(" ", _TIGHT.sub(TIGHT_COMMA, text)).replace("−", "-")
+
+
 def read_rational(text: str) -> Rational | None:
     """The number that ``text`` is, exactly; None if it is anything but a plain rational.
 
-    Plain: an integer (thousands commas allowed), a decimal, ``1.5e-7``, a quotient ``a/b`` or ``\\frac{a}{b}``, an
-    integer power, and products of these (``1.6 \\times 10^{-19}``), with a sign in front.
+    Plain: an integer, a decimal, ``1.5e-7``, a quotient ``a/b`` or ``\\frac{a}{b}``, an integer power, a factorial, and
+    products of these (``1.6 \\times 10^{-19}``), with a sign in front. Thousands are one to three digits and then groups
+    of three, all after the same separator: a comma without a space, or a thin or plain space. So ``32,349`` and
+    ``32 349`` are numbers, and ``32, 349``, ``0,180`` and ``1,234,56`` are not.
 
     >>> read_rational(r"-\\frac{1}{2^{3}}").value
     Fraction(-1, 8)
     """
-    text = _NOISE.sub("", text.replace("{,}", ",").replace("−", "-"))
+    if len(text) > _MAX_LENGTH:
+        return None
+    text = _BLANKS.sub(lambda blank: "\n" if "\n" in blank[0] else " ", tightened(text).strip())
+    text = _NOISE.sub("", text)
     if text.endswith("."):
         text = text[:-1]
-    if not text or len(text) > _MAX_LENGTH:
+    if not text:
         return None
     reader = _RationalReader(text)
     try:
@@ -68,7 +89,7 @@ class _RationalReader:
     """Recursive descent over one short string."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.depth = text, 0, 0
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         match = pattern.match(self.text, self.at)
@@ -76,30 +97,35 @@ class _RationalReader:
             self.at = match.end()
         return match
 
-    def _expect(self, character: str) -> None:
-        if self.text[self.at : self.at + 1] != character:
-            raise _NotPlain
-        self.at += 1
+    def _next(self) -> str:
+        return self.text[self.at : self.at + 1]
 
     def expression(self) -> Fraction:
-        sign = -1 if self.text[self.at : self.at + 1] == "-" else 1
-        self.at += self.text[self.at : self.at + 1] in ("-", "+")
+        sign = -1 if self._next() == "-" else 1
+        self.at += self._next() in ("-", "+")
         value = self._factor()
         while operator := self._take(_OPERATOR):
             factor = self._factor()
             value = value / factor if operator[0] in ("/", "\\div", "÷") else value * factor
         return sign * value
 
+    def _group(self, closing: str) -> Fraction:
+        self.at += 1
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise _NotPlain
+        value = self.expression()
+        if self._next() != closing:
+            raise _NotPlain
+        self.at += 1
+        self.depth -= 1
+        return value
+
     def _factor(self) -> Fraction:
         if self._take(_FRAC):
-            self._expect("{")
-            numerator = self.expression()
-            self._expect("}")
-            self._expect("{")
-            denominator = self.expression()
-            self._expect("}")
-            return numerator / denominator
-        base = self._number()
+            numerator = self._fraction_part()
+            return numerator / self._fraction_part()
+        base = self._base()
         power = self._take(_POWER)
         if power is None:
             return base
@@ -109,9 +135,25 @@ class _RationalReader:
             raise _NotPlain
         return base**exponent
 
+    def _fraction_part(self) -> Fraction:
+        if self._next() != "{":
+            raise _NotPlain
+        return self._group("}")
+
+    def _base(self) -> Fraction:
+        closing = {"(": ")", "{": "}"}.get(self._next())
+        base = self._number() if closing is None else self._group(closing)
+        if self._next() == "!":
+            self.at += 1
+            if base.denominator != 1 or not 0 <= base <= _MAX_FACTORIAL or self._next() == "!":
+                raise _NotPlain
+            base = Fraction(math.factorial(int(base)))
+        return base
+
     def _number(self) -> Fraction:
         match = self._take(_NUMBER)
         if match is None or not (match["whole"] or match["decimals"]):
             raise _NotPlain
-        mantissa = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
+        whole = re.sub(r"[,\x04 ]", "", match["whole"]) or "0"
+        mantissa = Fraction(whole + (match["decimals"] or ""))
         return mantissa * Fraction(10) ** int(match["exponent"] or 0)
