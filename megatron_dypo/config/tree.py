@@ -36,9 +36,13 @@ class RunConfig:
     """False: refuse a run folder that already holds a checkpoint."""
     check_memory: bool = True
     """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
+    watchdog_s: float = 1800.0
+    """Seconds without a sign of life after which a rank counts as hung and the run ends; 0: wait indefinitely. Waiting
+    for other ranks, and for rollouts that come one by one, is no hang."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
+        require_not_negative(self, "watchdog_s")
 
 
 @dataclass(frozen=True, kw_only=True)

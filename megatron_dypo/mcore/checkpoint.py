@@ -15,9 +15,14 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import multiprocessing
+import os
+import re
+import sys
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
@@ -29,10 +34,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dypo.ending import Cause
 from megatron_dypo.mcore import rng
+from megatron_dypo.mcore.checkpoint_folder import STATE, discard_partial, folder_of, make_partial, partial_of, publish
 from megatron_dypo.mcore.checkpoint_folder import find_latest as find_latest
-from megatron_dypo.mcore.checkpoint_folder import folder_of, make_partial, partial_of, publish
 from megatron_dypo.mcore.checkpoint_folder import step_of as step_of
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
@@ -42,7 +49,9 @@ from megatron_dypo.processes import end_with_parent
 from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
-_WEIGHTS, _REFERENCE, _STATE = "mcore", "reference", "trainer_state.json"
+_WEIGHTS, _REFERENCE = "mcore", "reference"
+_UNWRITTEN = re.compile(r"unexpected pos|failed writing|No space left|File too large|quota exceeded")
+"""What torch's writer says where a file took no more; the operating system's number is lost on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,26 +87,64 @@ def save(
         keep: checkpoints to keep, this one included; 0: all.
     """
     final = folder_of(root, step)
-    partial = partial_of(final)
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
     _on_leader(layout, lambda: make_partial(final, parts))
+    partial = partial_of(final)
+    try:
+        _write_weights(partial, chunks, optimizer, layout, reference)
+    except CheckpointException as error:  # raised on all ranks together; the first one has the reasons
+        raise _failure(error, final, layout) from error
+    try:
+        if layout.is_replica_leader:
+            (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
+        if layout.is_global_leader:
+            header = _header(step, optimizer, layout) | {"trainer": trainer_state}
+            (partial / STATE).write_text(json.dumps(header, indent=1))
+            if hf_path is not None:
+                (partial / _WEIGHTS / HF_FOLDER).mkdir()
+                copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
+        dist.barrier()
+        _on_leader(layout, lambda: publish(final, keep=keep))
+    except OSError:
+        if layout.is_global_leader:
+            discard_partial(final)
+        raise
+    return final
+
+
+class SaveFailedError(RuntimeError):
+    """A checkpoint was not written, for a reason that the first rank has."""
+
+    cause = Cause.RANK_LOST
+
+
+def _write_weights(
+    partial: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    reference: ReferencePolicy | None,
+) -> None:
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
     _start_results_queue()
     dist_checkpointing.save(state, str(partial / _WEIGHTS))
     if reference is not None:
         with reference.swapped_in():
             dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
-    if layout.is_replica_leader:
-        (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
-    if layout.is_global_leader:
-        header = _header(step, optimizer, layout) | {"trainer": trainer_state}
-        (partial / _STATE).write_text(json.dumps(header, indent=1))
-        if hf_path is not None:
-            (partial / _WEIGHTS / HF_FOLDER).mkdir()
-            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
-    dist.barrier()
-    _on_leader(layout, lambda: publish(final, keep=keep))
-    return final
+
+
+def _failure(error: CheckpointException, final: Path, layout: Layout) -> Exception:
+    """What Megatron's writers failed of, as one error; the first rank makes room again."""
+    if not layout.is_global_leader:
+        return SaveFailedError(f"{final}: not written; rank 0 has the reason")
+    discard_partial(final)
+    rank, (reason, _) = next(iter(error.failures.items()))
+    text = f"rank {rank} could not write its part of the checkpoint: {reason}"
+    if isinstance(reason, OSError):
+        return OSError(reason.errno, text, str(final))
+    if _UNWRITTEN.search(str(reason)):
+        return OSError(errno.ENOSPC, f"{text} (the file system took no more: full, a quota, or ulimit -f)", str(final))
+    return RuntimeError(f"{final}: {text}")
 
 
 @functools.cache
@@ -105,9 +152,11 @@ def _start_results_queue() -> SyncManager:
     """Give Megatron's writer a queue whose process ends with this one.
 
     The queue that it would make for itself (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) lives in a
-    process that waits for ever once a trainer was killed.
+    process that waits indefinitely once a trainer was killed. Its address would be a path below TMPDIR, which may be
+    longer than the 107 bytes that a Unix socket's can have: this one has none (unix(7), abstract).
     """
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    address = f"\0megatron-dypo-{os.getpid()}-{uuid.uuid4().hex}" if sys.platform == "linux" else None
+    manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
     manager.start(end_with_parent)
     filesystem_async._results_queue = manager.Queue()
     return manager
@@ -215,9 +264,9 @@ def _header(step: int, optimizer: PolicyOptimizer, layout: Layout) -> dict[str, 
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    if not (path / _STATE).is_file():
-        raise ValueError(f"{path}: not a checkpoint: {_STATE} is missing")
-    header: dict[str, Any] = json.loads((path / _STATE).read_text())
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
+    header: dict[str, Any] = json.loads((path / STATE).read_text())
     return header
 
 
