@@ -17,7 +17,8 @@ from pathlib import Path
 from megatron_dypo import preemption, status, watchdog
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded, cause_of
-from megatron_dypo.logs import append_line, flush_repeated, set_up_logging
+from megatron_dypo.logs import append_line, flush_repeated, set_up_logging, write_crashes
+from megatron_dypo.mcore.checkpoint_folder import remove_partials
 from megatron_dypo.processes import tie_to_parent
 from megatron_dypo.run_folder import make_run_folder
 from megatron_dypo.run_lock import RunLock
@@ -77,11 +78,11 @@ class Attempt:
             self._lock = RunLock(self._run_dir, on_loss=lambda message: self.leave(Cause.IN_USE, message))
             self._lock.acquire()
             self.status.open()
-            from megatron_dypo.mcore.checkpoint_folder import remove_partials
-
-            remove_partials(self._run_dir / "checkpoints")
         preemption.listen(self._answers())
         set_up_logging(self._run_dir)
+        write_crashes(self._run_dir, self.rank)
+        if self.rank == 0:
+            remove_partials(self._run_dir / "checkpoints")
         watchdog.start(self._run_dir, self.status, patience_s=self._watchdog_s, leave=self.leave)
 
     def end(self, error: BaseException) -> int:
@@ -102,9 +103,10 @@ class Attempt:
         self._release()
         return _exit_soon(found)
 
-    def leave(self, cause: Cause, message: str) -> None:
+    def leave(self, cause: Cause, message: str, before_exit: Callable[[], None] = lambda: None) -> None:
         """End this process at once, from whatever thread: tell why, unless another rank has, and exit."""
         found = self._tell(cause, message, None)
+        before_exit()
         self._release()
         _flush()
         os._exit(found)

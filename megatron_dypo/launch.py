@@ -13,7 +13,6 @@ from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.tree import Config
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 
-
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
 """Environment of a launcher whose inputs were checked by the command that became it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -31,6 +32,13 @@ def set_up_logging(run_dir: str | Path) -> None:
 def log_path(run_dir: str | Path, rank: int) -> Path:
     """The log file of a rank."""
     return Path(run_dir) / "logs" / f"rank_{rank:05d}.log"
+
+
+def write_crashes(run_dir: str | Path, rank: int) -> None:
+    """Have a crash of the interpreter (a segmentation fault, an abort) write the stacks to the rank's log."""
+    path = log_path(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faulthandler.enable(path.open("a", encoding="utf-8"))  # open for as long as the process lives
 
 
 def append_line(run_dir: str | Path, rank: int, text: str) -> None:

@@ -75,14 +75,14 @@ class RunStatus:
 
     def __init__(self, run_dir: Path, attempt: str, rank: int) -> None:
         self._path, self._claim = run_dir / NAME, run_dir / _CLAIM
-        self._attempt, self._rank = attempt, rank
+        self.attempt, self._rank = attempt, rank
         self._progress: dict[str, Any] = {}
         self._written_at = -_WRITE_EVERY_S
 
     def open(self) -> None:
         """Start the record of this attempt; only the holder of the run's lock may."""
         self._claim.unlink(missing_ok=True)
-        _write(self._path, Record(attempt=self._attempt, rank=self._rank))
+        _write(self._path, Record(attempt=self.attempt, rank=self._rank))
 
     def report(self, step: int, steps: int, counts: Mapping[str, int | float]) -> None:
         """Note how far the run is. The first rank writes it, at most once a second."""
@@ -138,7 +138,7 @@ class RunStatus:
 
     def _mine(self, path: Path) -> Record | None:
         record = _parse(path)
-        return record if record is not None and record.attempt == self._attempt else None
+        return record if record is not None and record.attempt == self.attempt else None
 
 
 def read_status(run_dir: Path) -> Record | None:

@@ -1,2 +1,274 @@
-def mark(part: str) -> None: ...
-def start(run_dir, run_status, *, patience_s, leave): ...
+"""Notice a rank that hangs, name it and what it was doing, and end the run.
+
+Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` some times within ``run.watchdog_s``: what the
+main thread is at (:func:`mark`), where in the code, and for how long it has not moved. Two rules, both by the clock of
+the rank that looks:
+
+1. Each rank reads the heartbeat of the next one (the last reads the first's). One that does not change for
+   ``run.watchdog_s`` belongs to a process that is stopped, or to a host that is gone.
+2. The first rank, when its own main thread has not moved for that long, reads all of them. If no rank has moved, they
+   wait for one that hangs: the one that is not in a collective.
+
+A main thread moves when it calls :func:`mark` or when its stack changes between two looks. So a rank that waits for
+others does not move, and is not blamed as long as any rank does. The second rule holds from the first mark on: servers
+may take long to start.
+
+A rank of a run that has ended badly ends too, also on a node whose launcher has not noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import linecache
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from megatron_dypo.ending import Cause
+from megatron_dypo.logs import log_path
+from megatron_dypo.processes import ProcessIdentity, own_identity
+from megatron_dypo.status import RunStatus
+
+FOLDER = "heartbeats"
+_LOOKS = 10
+"""Looks within ``run.watchdog_s``."""
+_MAX_INTERVAL_S = 30.0
+_START_S = 300.0
+"""How long a rank may take to its first heartbeat."""
+_NOT_SHARED = "it did not start, or its node has another file system at run.dir"
+_AFTER_END_S = 20.0
+"""How long a rank may take to end on its own once the run has ended badly."""
+
+
+@dataclass
+class _Work:
+    """What the main thread is at."""
+
+    part: str = "starting"
+    marks: int = 0
+
+
+_work = _Work()  # of this process, as the main thread is
+
+
+def mark(part: str) -> None:
+    """Say what the main thread is at, and that it moves: ``mark("collecting")``.
+
+    Call it where a part of a step begins, and in each turn of a loop that waits for the outside (rollouts, servers).
+    It costs nothing.
+    """
+    _work.part = part
+    _work.marks += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """One rank's sign of life."""
+
+    attempt: str
+    rank: int
+    host: str
+    process: ProcessIdentity
+    beats: int
+    part: str
+    where: str
+    """Innermost function of the main thread, with file and line."""
+    is_in_collective: bool
+    idle_s: float
+    """Seconds since the main thread moved."""
+
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host} (process {self.process.pid})"
+
+
+class Leave(Protocol):
+    """Ends this process at once; see :meth:`megatron_dypo.attempt.Attempt.leave`."""
+
+    def __call__(self, cause: Cause, message: str, before_exit: Callable[[], None] = ...) -> None: ...
+
+
+def start(run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Leave) -> None:
+    """Start this rank's thread; call it from the main thread.
+
+    Args:
+        patience_s: ``run.watchdog_s``; 0: no watchdog.
+    """
+    if not patience_s:
+        return
+    (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+    watchdog = Watchdog(run_dir, run_status, patience_s=patience_s, leave=leave)
+    threading.Thread(target=watchdog.run, name="watchdog", daemon=True).start()
+
+
+class Watchdog:
+    """The thread of one rank. Reads nothing of other ranks but the next one's file, unless its own main thread stands."""
+
+    def __init__(self, run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Leave) -> None:
+        self._run_dir, self._status, self._patience_s, self._leave = run_dir, run_status, patience_s, leave
+        self._rank, self._world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self._main, self._identity = threading.main_thread().ident, own_identity()
+        self._beats = 0
+        self._moved_at = self._next_seen_at = time.monotonic()
+        self._ended_at: float | None = None
+        self._last_look: object = None
+        self._next: Heartbeat | None = None
+
+    def run(self) -> None:
+        interval = min(_MAX_INTERVAL_S, self._patience_s / _LOOKS)
+        pause = threading.Event()
+        while not pause.wait(interval):
+            self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """Write the own heartbeat, and look at the others'."""
+        own = self._own(now)
+        _write(self._run_dir, own)
+        self._end_with_run(now)
+        if self._world == 1:
+            if own.idle_s >= self._patience_s and _work.marks:
+                self._end([own], f"{own.name()} has not moved for {own.idle_s:.0f} s: {_place(own)}")
+            return
+        self._look_at_next(now)
+        if self._rank == 0 and _work.marks and own.idle_s >= self._patience_s:
+            self._look_at_all(own)
+
+    def _own(self, now: float) -> Heartbeat:
+        frame = sys._current_frames().get(self._main or 0)
+        look = (_work.marks, *_signature(frame))
+        if look != self._last_look:
+            self._last_look, self._moved_at = look, now
+        self._beats += 1
+        return Heartbeat(
+            attempt=self._status.attempt,
+            rank=self._rank,
+            host=platform.node(),
+            process=self._identity,
+            beats=self._beats,
+            part=_work.part,
+            where=_where(frame),
+            is_in_collective=_is_in_collective(frame),
+            idle_s=now - self._moved_at,
+        )
+
+    def _end_with_run(self, now: float) -> None:
+        ended = self._status.ended()
+        if ended is None or not ended.status:
+            return
+        self._ended_at = self._ended_at or now
+        if now - self._ended_at >= _AFTER_END_S:
+            self._dump_stacks("the run has ended; this rank has not")
+            self._leave(Cause.RANK_LOST, "the run has ended")
+
+    def _look_at_next(self, now: float) -> None:
+        rank = (self._rank + 1) % self._world
+        found = self._read(rank)
+        silence = now - self._next_seen_at
+        if found is not None and (self._next is None or found.beats != self._next.beats):
+            self._next, self._next_seen_at = found, now
+        elif self._next is not None and silence >= self._patience_s:
+            last = self._next
+            self._end([last], f"{last.name()} has given no sign of life for {silence:.0f} s; it was {_place(last)}")
+        elif self._next is None and silence >= max(self._patience_s, _START_S):
+            self._end([], f"rank {rank} has given no sign of life in {_path(self._run_dir, rank)}: {_NOT_SHARED}")
+
+    def _look_at_all(self, own: Heartbeat) -> None:
+        others = [self._read(rank) for rank in range(1, self._world)]
+        beats = [own, *(beat for beat in others if beat is not None)]
+        if min(beat.idle_s for beat in beats) < self._patience_s:
+            return
+        hung = blame(beats)
+        first = hung[0]
+        more = f" (and {len(hung) - 1} more ranks like it)" if len(hung) > 1 else ""
+        self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {_place(first)}")
+
+    def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
+        self._dump_stacks(message)
+        self._leave(Cause.RANK_HUNG, message, lambda: _make_dump(hung, self._identity))
+
+    def _dump_stacks(self, why: str) -> None:
+        with contextlib.suppress(OSError), log_path(self._run_dir, self._rank).open("a", encoding="utf-8") as file:
+            file.write(f"{why}; the stacks of this rank's threads:\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+
+    def _read(self, rank: int) -> Heartbeat | None:
+        try:
+            found = json.loads(_path(self._run_dir, rank).read_text())
+            beat = Heartbeat(**{**found, "process": ProcessIdentity(**found["process"])})
+        except (OSError, ValueError, TypeError, KeyError):  # not written yet, or while it is written
+            return None
+        return beat if beat.attempt == self._status.attempt else None
+
+
+def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
+    """Those for which the others wait: the ranks outside of collectives, or else the fewest that are at one place."""
+    outside = [beat for beat in beats if not beat.is_in_collective]
+    if outside and len(outside) < len(beats):
+        return outside
+    by_place: dict[tuple[str, str], list[Heartbeat]] = defaultdict(list)
+    for beat in beats:
+        by_place[beat.part, beat.where].append(beat)
+    return min(by_place.values(), key=len)
+
+
+def _make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
+    """Have hung ranks of this machine write their stacks (faulthandler, on SIGABRT) and end; a stopped one goes on to."""
+    for beat in hung:
+        if beat.process != own and beat.process.is_on_this_machine() and beat.process.is_alive():
+            os.kill(beat.process.pid, signal.SIGABRT)
+            os.kill(beat.process.pid, signal.SIGCONT)
+
+
+def _place(beat: Heartbeat) -> str:
+    return f"{beat.part} at {beat.where}"
+
+
+def _signature(frame: FrameType | None) -> list[tuple[int, int]]:
+    """Differs between two looks unless the thread stands at the same instruction of the same calls."""
+    signature = []
+    while frame is not None:
+        signature.append((id(frame), frame.f_lasti))
+        frame = frame.f_back
+    return signature
+
+
+def _where(frame: FrameType | None) -> str:
+    if frame is None:
+        return "its end"
+    code = frame.f_code
+    return f"{code.co_name} ({'/'.join(Path(code.co_filename).parts[-3:])}:{frame.f_lineno})"
+
+
+def _is_in_collective(frame: FrameType | None) -> bool:
+    """Whether the main thread waits for other ranks: inside torch.distributed, or in Megatron's wait for a neighbour."""
+    if frame is None:
+        return False
+    name = frame.f_code.co_filename
+    waits = ".wait(" in linecache.getline(name, frame.f_lineno)
+    return "/torch/distributed/" in name or ("/megatron/core/" in name and waits)
+
+
+def _path(run_dir: Path, rank: int) -> Path:
+    return run_dir / FOLDER / f"rank_{rank:05d}.json"
+
+
+def _write(run_dir: Path, beat: Heartbeat) -> None:
+    """Overwrite in place, always as many bytes: it works on a full disk too, where silence would look like a hang."""
+    text = json.dumps(asdict(beat)).ljust(1023) + "\n"
+    path = _path(run_dir, beat.rank)
+    try:
+        with path.open("r+" if path.exists() else "w") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"megatron-dypo: {path} cannot be written: {error}", file=sys.stderr)
