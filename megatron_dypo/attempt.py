@@ -75,8 +75,9 @@ class Attempt:
             tie_to_parent()  # a rank whose torchrun was killed is not to train on unseen
         if self.rank == 0:
             make_run_folder(self._run_dir)
-            self._lock = RunLock(self._run_dir, on_loss=lambda message: self.leave(Cause.IN_USE, message))
-            self._lock.acquire()
+            lock = RunLock(self._run_dir, on_loss=lambda message: self.leave(Cause.IN_USE, message))
+            lock.acquire()
+            self._lock = lock  # until now the folder is not ours to write to
             self.status.open()
         preemption.listen(self._answers())
         set_up_logging(self._run_dir)
@@ -88,7 +89,7 @@ class Attempt:
     def end(self, error: BaseException) -> int:
         """Tell why this rank ends, unless another rank has told it; the exit status."""
         cause, message = cause_of(error), str(error) or type(error).__name__
-        if self.rank == 0 and self._lock is None:  # the folder is not ours to write to
+        if self.rank == 0 and self._lock is None:
             print(_terminal_text(Record(message=message, rank=0), cause, error), file=sys.stderr)
             return _exit_soon(cause.status)
         if cause is Cause.DONE and self.rank != 0:

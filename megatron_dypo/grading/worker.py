@@ -32,6 +32,8 @@ def serve(descriptor: int, import_path: str, deadline_s: float) -> None:
     # A preemption signal or Ctrl-C is the trainer's business: it closes the connection, and that ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # The trainer blocks these for its children too; what a verifier starts must be able to end.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
     connection = Connection(descriptor)
     try:
         function = load_function(import_path)
