@@ -77,19 +77,17 @@ def torchrun(*arguments, cwd, **environment):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("status", [3, 65])
-def test_torchrun_passes_on_the_status_of_the_first_rank_that_failed_and_says_nothing(tmp_path, status):
-    program = f"""
+def test_torchrun_passes_on_the_status_of_the_first_rank_that_failed_and_says_nothing(tmp_path):
+    program = """
 import os, signal, sys
 if os.environ["RANK"] == "1":
-    sys.exit({status})
+    sys.exit(65)
 signal.sigwait([signal.SIGTERM])
 """
     (tmp_path / "program.py").write_text(program)
     code, errors = torchrun("program.py", cwd=tmp_path, MEGATRON_DYPO_END_FILE="end")
-    assert code == status
-    assert errors == ""
-    assert (tmp_path / "end").read_text().startswith(f"{status} ")
+    assert (code, errors) == (65, "")
+    assert (tmp_path / "end").read_text().startswith("65 ")
 
 
 def test_a_mistake_in_the_config_is_one_line_on_any_number_of_ranks(tmp_path):
