@@ -152,7 +152,7 @@ class Attempt:
                 log.warning(preemption.FIRST_ANSWER, number.name)
 
         def on_early_request(number: signal.Signals) -> None:
-            self.leave(Cause.STOPPED, f"stopped on request ({number.name}) before the first step of this start")
+            self.leave(Cause.STOPPED, f"stopped on request ({number.name}) {status.BEFORE_FIRST_STEP}")
 
         def on_insistence(number: signal.Signals) -> None:
             if not is_launched:

@@ -26,6 +26,8 @@ from megatron_dypo.ending import Cause
 from megatron_dypo.exclusive import make_exclusively
 
 NAME = "status.json"
+BEFORE_FIRST_STEP = "before the first step of this start"
+"""Part of the message of an attempt that was stopped while it started."""
 _CLAIM = "status.ended"
 _WRITE_EVERY_S = 1.0
 ATTEMPT_VARIABLE = "MEGATRON_DYPO_ATTEMPT"
@@ -61,6 +63,12 @@ class Record:
     ended: str | None = None
     version: str = field(default_factory=lambda: megatron_dypo.__version__)
     attempt: str = ""
+
+    def steps_here(self) -> int | None:
+        """Optimizer steps of this attempt; None if the loop did not say."""
+        if self.first_step is None:
+            return 0 if BEFORE_FIRST_STEP in self.message else None
+        return self.step - self.first_step
 
     def progress(self) -> str:
         """``12 of 400 steps are done; groups: 48, dropped: 3``; empty before the loop's first report."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_dypo import preemption
 from megatron_dypo.attempt import end_of, last_line, terminal_line
-from megatron_dypo.ending import Cause
+from megatron_dypo.ending import Cause, cause_of
 from megatron_dypo.logs import append_line
 from megatron_dypo.run_folder import make_run_folder
 from megatron_dypo.run_lock import remove_dead, require_free
@@ -31,7 +31,8 @@ _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal
 _AGAIN_S = 2.0
 """A request is passed on again and again: a rank may have been about to start."""
 END_FILE_VARIABLE = "MEGATRON_DYPO_END_FILE"
-"""Environment: a file for one line, ``STATUS CAUSE MESSAGE``, of how the run ended; slurm/node.sh asks for it."""
+"""Environment: a file for one line of how the run ended, ``STATUS STEPS CAUSE: MESSAGE``; slurm/node.sh asks for it.
+STEPS are those of this start, ``?`` where the loop did not say."""
 
 
 def main() -> int:
@@ -40,7 +41,7 @@ def main() -> int:
         launcher = _prepare(sys.argv[1:])
     except BaseException as error:  # noqa: BLE001 (every end of the launcher passes here, and is told)
         status = end_of(error)
-        _write_end_file(f"{status} {error}")
+        _write_end_file(status, None, f"{cause_of(error).label}: {error}")
         return status
     preemption.listen(launcher.answers())
     return launcher.run()
@@ -120,7 +121,8 @@ class Launcher:
         return self._end_with(cause.status, f"{cause.label}: {message}")
 
     def _end_with(self, status: int, text: str) -> int:
-        _write_end_file(f"{status} {text}")
+        record = self.status.read() if self.status else None
+        _write_end_file(status, record, text)
         return status
 
 
@@ -215,10 +217,11 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _write_end_file(line: str) -> None:
+def _write_end_file(status: int, record: Record | None, text: str) -> None:
     path = os.environ.get(END_FILE_VARIABLE)
     if path:
-        Path(path).write_text(line.replace("\n", "; ") + "\n")
+        steps = "?" if record is None or record.steps_here() is None else record.steps_here()
+        Path(path).write_text(f"{status} {steps} {text}".replace("\n", "; ").rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ signal.sigwait([signal.SIGTERM])
     (tmp_path / "program.py").write_text(program)
     code, errors = torchrun("program.py", cwd=tmp_path, MEGATRON_DYPO_END_FILE="end")
     assert (code, errors) == (65, "")
-    assert (tmp_path / "end").read_text().startswith("65 ")
+    assert (tmp_path / "end").read_text().startswith("65 ?")
 
 
 def test_a_mistake_in_the_config_is_one_line_on_any_number_of_ranks(tmp_path):
@@ -99,4 +99,4 @@ def test_a_mistake_in_the_config_is_one_line_on_any_number_of_ranks(tmp_path):
     assert len(errors.splitlines()) == 1
     assert errors.startswith("megatron-dypo: error: ")
     assert "steps=0" in errors
-    assert (tmp_path / "end").read_text().startswith("65 ")
+    assert (tmp_path / "end").read_text().startswith("65 ?")
