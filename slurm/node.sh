@@ -51,6 +51,7 @@ preflight() {
     echo "$fault" >"$DYPO_LOGS/bad/$NODE"
   else
     echo "$NODE is well"
+    touch "$DYPO_LOGS/well/$NODE"
   fi
 }
 

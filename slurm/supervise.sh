@@ -18,7 +18,14 @@ job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; 
 check_nodes() {
   step preflight "${NODES[@]}" -- bash slurm/node.sh preflight &
   wait $! || fail "preflight: a node did not answer; see $DYPO_LOGS/preflight.*.log"
-  local bad
+  # srun ends with 0 too where a node could not start the step, for want of the folder of its output.
+  local bad missing deadline=$((SECONDS + ${MARKS_S:-60})) # a file server may show a new file late
+  mapfile -t missing < <(unmarked_nodes)
+  while [ "${#missing[@]}" -gt 0 ] && [ "$SECONDS" -lt "$deadline" ]; do
+    sleep 1
+    mapfile -t missing < <(unmarked_nodes)
+  done
+  [ "${#missing[@]}" = 0 ] || fail "preflight: nothing was heard of $(join , "${missing[@]}") in $DYPO_LOGS: LOG_ROOT must be on a file system that all nodes share"
   mapfile -t bad < <(ls "$DYPO_LOGS/bad")
   [ "${#bad[@]}" -gt 0 ] || return 0
   local node
@@ -28,6 +35,14 @@ check_nodes() {
   done
   [ "${#bad[@]}" -lt "${#NODES[@]}" ] || fail "preflight: all nodes are bad; ${bad[0]}: $(cat "$DYPO_LOGS/bad/${bad[0]}")"
   requeue "without $(join , "${bad[@]}")" "${bad[@]}"
+}
+
+# Nodes that said neither that they are well nor that they are bad.
+unmarked_nodes() {
+  local node
+  for node in "${NODES[@]}"; do
+    [ -f "$DYPO_LOGS/well/$node" ] || [ -f "$DYPO_LOGS/bad/$node" ] || echo "$node"
+  done
 }
 
 supervise() {

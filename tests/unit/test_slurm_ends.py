@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 def job(tmp_path):
     """``job(SCRIPT)``: what the script says after supervise.sh was sourced, with stand-ins for Slurm's commands."""
     logs = tmp_path / "dypo" / "12.1"
-    for folder in ("ends", "ended", "bad"):
+    for folder in ("ends", "ended", "bad", "well"):
         (logs / folder).mkdir(parents=True)
 
     def run(script, **environment):
@@ -111,3 +111,24 @@ def test_a_termination_of_a_job_that_still_runs_asks_the_trainer_to_stop(job, st
     code, said = job('terminated; [ "$WANTS_STOP" = yes ] && echo stop', STATE=state)
     assert said == answer
     assert code == (0 if answer else 143)
+
+
+PREFLIGHT = """
+NODES=(node1 node2)
+step() { touch "$DYPO_LOGS/well/node1"; [ -z "${SECOND:-}" ] || echo "7 of 8 GPUs" >"$DYPO_LOGS/$SECOND/node2"; }
+check_nodes && echo passed
+"""
+
+
+def test_a_node_that_says_nothing_is_not_well(job):
+    code, said = job(PREFLIGHT, MARKS_S="0")
+    assert code == 1
+    assert "preflight: nothing was heard of node2 in " in said
+    assert "LOG_ROOT must be on a file system that all nodes share" in said
+
+
+def test_nodes_that_are_well_pass_and_bad_ones_are_left_out(job):
+    assert job(PREFLIGHT, MARKS_S="0", SECOND="well") == (0, "passed\n")
+    code, said = job(PREFLIGHT, MARKS_S="0", SECOND="bad")
+    assert "dypo: bad node node2: 7 of 8 GPUs" in said
+    assert "scontrol requeue 12" in said
