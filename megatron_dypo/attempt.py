@@ -120,6 +120,7 @@ class Attempt:
         except OSError as reason:
             print(f"megatron-dypo: {self._run_dir / status.NAME} cannot be written: {reason}", file=sys.stderr)
             record = first = None
+            cause = cause_of(reason) if cause is Cause.DONE else cause
         if record is None and first is not None and first.status:
             self._note_consequence(error, first)
             return first.status
@@ -206,6 +207,18 @@ def end_of(error: BaseException) -> int:
         record = Record(message=str(error) or type(error).__name__)
         print(_terminal_text(record, cause, error), file=sys.stderr, flush=True)
     return cause.status
+
+
+def stop_before_start() -> None:
+    """From now on end this process on the first request to stop: it only reads inputs, and nothing has begun."""
+
+    def leave(number: signal.Signals) -> None:
+        record = Record(message=f"stopped on request ({number.name}) before anything was started")
+        print(terminal_line(record, Cause.STOPPED), file=sys.stderr, flush=True)
+        os._exit(Cause.STOPPED.status)
+
+    answers = preemption.Answers(on_request=leave, on_early_request=leave, on_insistence=leave)
+    preemption.listen(answers)
 
 
 def _attempt_name() -> str:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_dypo.attempt import stop_before_start
 from megatron_dypo.preemption import hold_requests, ignore_requests
 from megatron_dypo.status import ATTEMPT_VARIABLE
 
@@ -40,6 +41,8 @@ def train(
     """
     if not dry_run:
         hold_requests()  # before torch starts threads
+        if "RANK" not in os.environ:
+            stop_before_start()
     from megatron_dypo.config.load import dump_config, load_config
     from megatron_dypo.launch import check_inputs, launch
 

@@ -48,6 +48,7 @@ class _State:
     is_loop_looking: bool = False
     """:func:`is_requested` was called: the loop ends the run in order."""
     heard: dict[signal.Signals, float] = field(default_factory=dict)
+    answers: Answers | None = None
 
 
 _state = _State()
@@ -96,15 +97,18 @@ class Answers:
 
 
 def listen(answers: Answers) -> None:
-    """Answer signals from now on, in a thread of their own."""
-    parent = os.getppid()
-    threading.Thread(target=_listen, args=(answers, parent), name="signals", daemon=True).start()
+    """Answer signals like this from now on, in a thread of their own."""
+    is_first = _state.answers is None
+    _state.answers = answers
+    if is_first:
+        threading.Thread(target=_listen, args=(os.getppid(),), name="signals", daemon=True).start()
 
 
-def _listen(answers: Answers, parent: int) -> None:
+def _listen(parent: int) -> None:
     while True:
         received = signal.sigwaitinfo(_state.held)
-        number = signal.Signals(received.si_signo)
+        number, answers = signal.Signals(received.si_signo), _state.answers
+        assert answers is not None
         if answers.on_parent and number == signal.SIGTERM and (received.si_pid == parent or os.getppid() != parent):
             answers.on_parent()
             continue

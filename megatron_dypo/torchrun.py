@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dypo import preemption
-from megatron_dypo.attempt import end_of, last_line, terminal_line
+from megatron_dypo.attempt import end_of, last_line, stop_before_start, terminal_line
 from megatron_dypo.ending import Cause, cause_of
 from megatron_dypo.logs import append_line
 from megatron_dypo.run_folder import make_run_folder
@@ -37,6 +37,7 @@ STEPS are those of this start, ``?`` where the loop did not say."""
 
 def main() -> int:
     preemption.hold_requests()
+    stop_before_start()
     try:
         launcher = _prepare(sys.argv[1:])
     except BaseException as error:  # noqa: BLE001 (every end of the launcher passes here, and is told)
@@ -54,6 +55,8 @@ class Launcher:
     status: RunStatus | None
     """Of the attempt; None where the ranks do something else than train."""
     run_dir: Path | None
+    has_first_rank: bool = False
+    """Whether rank 0 of a run is certainly one of this launcher's."""
 
     def run(self) -> int:
         """Start the ranks and wait for them; the exit status."""
@@ -61,7 +64,6 @@ class Launcher:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         # What torchrun says about ranks that failed is said by the rank that began, or by conclude().
-        logging.getLogger("torch.distributed.elastic").addFilter(lambda _: False)
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.")]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
@@ -72,6 +74,11 @@ class Launcher:
             raise
         except Exception as error:  # noqa: BLE001 (torchrun's own failure, such as a port that is taken: told)
             return self._tell(Cause.RANK_LOST, f"torchrun could not bring the ranks together: {_one_line(error)}")
+        ended = self.status.ended() if self.status else None
+        if ended is not None and ended.status:
+            return self.conclude({})  # the ranks of another node
+        if self.has_first_rank and ended is None:
+            return self._tell(Cause.BUG, "all ranks ended with 0, and none said that the run is done")
         return self._end_with(Cause.DONE.status, "done")
 
     def conclude(self, statuses: Mapping[int, int]) -> int:
@@ -142,11 +149,11 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
     config = load_config(Path(command[0]), command[1:])
     if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):
         raise ValueError("\n".join(notes))
-    run_dir, name = Path(config.run.dir), _attempt_name(arguments)
-    if _has_first_rank(arguments):
+    run_dir, name, has_first_rank = Path(config.run.dir), _attempt_name(arguments), _has_first_rank(arguments)
+    if has_first_rank:
         require_free(make_run_folder(run_dir))
     os.environ[ATTEMPT_VARIABLE] = name
-    return Launcher(status=RunStatus(run_dir, name, rank=-1), run_dir=run_dir)
+    return Launcher(status=RunStatus(run_dir, name, rank=-1), run_dir=run_dir, has_first_rank=has_first_rank)
 
 
 def _train_command(arguments: Sequence[str]) -> list[str] | None:

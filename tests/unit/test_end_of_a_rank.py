@@ -264,3 +264,16 @@ def test_a_run_that_was_killed_leaves_its_folder_to_the_next(tmp_path):
     finish(first)
     assert status_of(tmp_path / "run")["state"] == "running"
     assert finish(start(tmp_path / "run", "pass"))[0] == 0
+
+
+def test_a_request_while_inputs_are_read_ends_the_command(tmp_path):
+    program = "import time; from megatron_dypo.attempt import stop_before_start; from megatron_dypo.preemption import *"
+    program += "; hold_requests(); stop_before_start(); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", f"import sys; {program}"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    code, errors = finish(process)
+    assert code == Cause.STOPPED.status
+    assert errors.startswith(
+        "megatron-dypo: stopped (status 75): stopped on request (SIGINT) before anything was started"
+    )

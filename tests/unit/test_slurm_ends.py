@@ -129,6 +129,6 @@ def test_a_node_that_says_nothing_is_not_well(job):
 
 def test_nodes_that_are_well_pass_and_bad_ones_are_left_out(job):
     assert job(PREFLIGHT, MARKS_S="0", SECOND="well") == (0, "passed\n")
-    code, said = job(PREFLIGHT, MARKS_S="0", SECOND="bad")
+    _, said = job(PREFLIGHT, MARKS_S="0", SECOND="bad")
     assert "dypo: bad node node2: 7 of 8 GPUs" in said
     assert "scontrol requeue 12" in said
