@@ -60,7 +60,7 @@ def hold_requests() -> None:
     A SIGHUP that was set to be ignored (``nohup``) stays ignored.
     """
     held = [s for s in _REQUESTS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)  # torchrun would handle an ignored one
     for number in held:
         # A signal that was set to be ignored (`trap "" USR1` in the shell) need not become pending while it is blocked.
         signal.signal(number, signal.SIG_DFL)

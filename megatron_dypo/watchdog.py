@@ -20,27 +20,33 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
-import linecache
 import os
 import platform
 import signal
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from megatron_dypo.ending import Cause
+from megatron_dypo.heartbeats import (
+    FOLDER,
+    Heartbeat,
+    blame,
+    heartbeat_path,
+    is_in_collective,
+    read_heartbeat,
+    stack_signature,
+    where,
+    write_heartbeat,
+)
 from megatron_dypo.logs import log_path
 from megatron_dypo.processes import ProcessIdentity, own_identity
 from megatron_dypo.status import RunStatus
 
-FOLDER = "heartbeats"
 _LOOKS = 10
 """Looks within ``run.watchdog_s``."""
 _MAX_INTERVAL_S = 30.0
@@ -70,26 +76,6 @@ def mark(part: str) -> None:
     """
     _work.part = part
     _work.marks += 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heartbeat:
-    """One rank's sign of life."""
-
-    attempt: str
-    rank: int
-    host: str
-    process: ProcessIdentity
-    beats: int
-    part: str
-    where: str
-    """Innermost function of the main thread, with file and line."""
-    is_in_collective: bool
-    idle_s: float
-    """Seconds since the main thread moved."""
-
-    def name(self) -> str:
-        return f"rank {self.rank} on {self.host} (process {self.process.pid})"
 
 
 class Leave(Protocol):
@@ -133,11 +119,11 @@ class Watchdog:
     def look(self, now: float) -> None:
         """Write the own heartbeat, and look at the others'."""
         own = self._own(now)
-        _write(self._run_dir, own)
+        write_heartbeat(self._run_dir, own)
         self._end_with_run(now)
         if self._world == 1:
             if own.idle_s >= self._patience_s and _work.marks:
-                self._end([own], f"{own.name()} has not moved for {own.idle_s:.0f} s: {_place(own)}")
+                self._end([own], f"{own.name()} has not moved for {own.idle_s:.0f} s: {own.place()}")
             return
         self._look_at_next(now)
         if self._rank == 0 and _work.marks and own.idle_s >= self._patience_s:
@@ -145,7 +131,7 @@ class Watchdog:
 
     def _own(self, now: float) -> Heartbeat:
         frame = sys._current_frames().get(self._main or 0)
-        look = (_work.marks, *_signature(frame))
+        look = (_work.marks, *stack_signature(frame))
         if look != self._last_look:
             self._last_look, self._moved_at = look, now
         self._beats += 1
@@ -156,8 +142,8 @@ class Watchdog:
             process=self._identity,
             beats=self._beats,
             part=_work.part,
-            where=_where(frame),
-            is_in_collective=_is_in_collective(frame),
+            where=where(frame),
+            is_in_collective=is_in_collective(frame),
             idle_s=now - self._moved_at,
         )
 
@@ -178,9 +164,11 @@ class Watchdog:
             self._next, self._next_seen_at = found, now
         elif self._next is not None and silence >= self._patience_s:
             last = self._next
-            self._end([last], f"{last.name()} has given no sign of life for {silence:.0f} s; it was {_place(last)}")
+            self._end([last], f"{last.name()} has given no sign of life for {silence:.0f} s; it was {last.place()}")
         elif self._next is None and silence >= max(self._patience_s, _START_S):
-            self._end([], f"rank {rank} has given no sign of life in {_path(self._run_dir, rank)}: {_NOT_SHARED}")
+            self._end(
+                [], f"rank {rank} has given no sign of life in {heartbeat_path(self._run_dir, rank)}: {_NOT_SHARED}"
+            )
 
     def _look_at_all(self, own: Heartbeat) -> None:
         others = [self._read(rank) for rank in range(1, self._world)]
@@ -190,7 +178,7 @@ class Watchdog:
         hung = blame(beats)
         first = hung[0]
         more = f" (and {len(hung) - 1} more ranks like it)" if len(hung) > 1 else ""
-        self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {_place(first)}")
+        self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {first.place()}")
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
         self._dump_stacks(message)
@@ -203,23 +191,8 @@ class Watchdog:
             faulthandler.dump_traceback(file)
 
     def _read(self, rank: int) -> Heartbeat | None:
-        try:
-            found = json.loads(_path(self._run_dir, rank).read_text())
-            beat = Heartbeat(**{**found, "process": ProcessIdentity(**found["process"])})
-        except (OSError, ValueError, TypeError, KeyError):  # not written yet, or while it is written
-            return None
-        return beat if beat.attempt == self._status.attempt else None
-
-
-def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
-    """Those for which the others wait: the ranks outside of collectives, or else the fewest that are at one place."""
-    outside = [beat for beat in beats if not beat.is_in_collective]
-    if outside and len(outside) < len(beats):
-        return outside
-    by_place: dict[tuple[str, str], list[Heartbeat]] = defaultdict(list)
-    for beat in beats:
-        by_place[beat.part, beat.where].append(beat)
-    return min(by_place.values(), key=len)
+        beat = read_heartbeat(self._run_dir, rank)
+        return beat if beat is not None and beat.attempt == self._status.attempt else None
 
 
 def _make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
@@ -228,47 +201,3 @@ def _make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
         if beat.process != own and beat.process.is_on_this_machine() and beat.process.is_alive():
             os.kill(beat.process.pid, signal.SIGABRT)
             os.kill(beat.process.pid, signal.SIGCONT)
-
-
-def _place(beat: Heartbeat) -> str:
-    return f"{beat.part} at {beat.where}"
-
-
-def _signature(frame: FrameType | None) -> list[tuple[int, int]]:
-    """Differs between two looks unless the thread stands at the same instruction of the same calls."""
-    signature = []
-    while frame is not None:
-        signature.append((id(frame), frame.f_lasti))
-        frame = frame.f_back
-    return signature
-
-
-def _where(frame: FrameType | None) -> str:
-    if frame is None:
-        return "its end"
-    code = frame.f_code
-    return f"{code.co_name} ({'/'.join(Path(code.co_filename).parts[-3:])}:{frame.f_lineno})"
-
-
-def _is_in_collective(frame: FrameType | None) -> bool:
-    """Whether the main thread waits for other ranks: inside torch.distributed, or in Megatron's wait for a neighbour."""
-    if frame is None:
-        return False
-    name = frame.f_code.co_filename
-    waits = ".wait(" in linecache.getline(name, frame.f_lineno)
-    return "/torch/distributed/" in name or ("/megatron/core/" in name and waits)
-
-
-def _path(run_dir: Path, rank: int) -> Path:
-    return run_dir / FOLDER / f"rank_{rank:05d}.json"
-
-
-def _write(run_dir: Path, beat: Heartbeat) -> None:
-    """Overwrite in place, always as many bytes: it works on a full disk too, where silence would look like a hang."""
-    text = json.dumps(asdict(beat)).ljust(1023) + "\n"
-    path = _path(run_dir, beat.rank)
-    try:
-        with path.open("r+" if path.exists() else "w") as file:
-            file.write(text)
-    except OSError as error:
-        print(f"megatron-dypo: {path} cannot be written: {error}", file=sys.stderr)

@@ -15,12 +15,10 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import multiprocessing
 import os
-import re
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -36,7 +34,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_dypo.ending import Cause
 from megatron_dypo.mcore import rng
 from megatron_dypo.mcore.checkpoint_folder import STATE, discard_partial, folder_of, make_partial, partial_of, publish
 from megatron_dypo.mcore.checkpoint_folder import find_latest as find_latest
@@ -44,14 +41,13 @@ from megatron_dypo.mcore.checkpoint_folder import step_of as step_of
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.save_failure import save_failure
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.processes import end_with_parent
 from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
-_UNWRITTEN = re.compile(r"unexpected pos|failed writing|No space left|File too large|quota exceeded")
-"""What torch's writer says where a file took no more; the operating system's number is lost on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,9 @@ def save(
     try:
         _write_weights(partial, chunks, optimizer, layout, reference)
     except CheckpointException as error:  # raised on all ranks together; the first one has the reasons
-        raise _failure(error, final, layout) from error
+        if layout.is_global_leader:
+            discard_partial(final)
+        raise save_failure(error, final) from error
     try:
         if layout.is_replica_leader:
             (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
@@ -112,12 +110,6 @@ def save(
     return final
 
 
-class SaveFailedError(RuntimeError):
-    """A checkpoint was not written, for a reason that the first rank has."""
-
-    cause = Cause.RANK_LOST
-
-
 def _write_weights(
     partial: Path,
     chunks: Sequence[torch.nn.Module],
@@ -131,20 +123,6 @@ def _write_weights(
     if reference is not None:
         with reference.swapped_in():
             dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
-
-
-def _failure(error: CheckpointException, final: Path, layout: Layout) -> Exception:
-    """What Megatron's writers failed of, as one error; the first rank makes room again."""
-    if not layout.is_global_leader:
-        return SaveFailedError(f"{final}: not written; rank 0 has the reason")
-    discard_partial(final)
-    rank, (reason, _) = next(iter(error.failures.items()))
-    text = f"rank {rank} could not write its part of the checkpoint: {reason}"
-    if isinstance(reason, OSError):
-        return OSError(reason.errno, text, str(final))
-    if _UNWRITTEN.search(str(reason)):
-        return OSError(errno.ENOSPC, f"{text} (the file system took no more: full, a quota, or ulimit -f)", str(final))
-    return RuntimeError(f"{final}: {text}")
 
 
 @functools.cache

@@ -12,9 +12,10 @@ import pytest
 
 from megatron_dypo import watchdog
 from megatron_dypo.ending import Cause
+from megatron_dypo.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, write_heartbeat
 from megatron_dypo.processes import own_identity
 from megatron_dypo.status import RunStatus
-from megatron_dypo.watchdog import FOLDER, Heartbeat, Watchdog, blame, mark
+from megatron_dypo.watchdog import Watchdog, mark
 
 PATIENCE_S = 100.0
 
@@ -88,7 +89,7 @@ def test_a_rank_that_never_came_is_named_after_a_time_for_starting(ranks):
 
 def test_a_heartbeat_of_an_earlier_attempt_is_none(ranks, tmp_path):
     first, _ = ranks(2)
-    watchdog._write(tmp_path, beat(1, attempt="earlier"))
+    write_heartbeat(tmp_path, beat(1, attempt="earlier"))
     first.look(0.0)
     first.look(PATIENCE_S)  # would be silence, were it of this attempt
 
@@ -96,8 +97,8 @@ def test_a_heartbeat_of_an_earlier_attempt_is_none(ranks, tmp_path):
 def test_no_rank_moves_for_the_one_outside_of_collectives(ranks, tmp_path):
     mark("update")
     first, *_ = ranks(3)
-    watchdog._write(tmp_path, beat(1, idle_s=101.0))
-    watchdog._write(tmp_path, beat(2, idle_s=101.0))
+    write_heartbeat(tmp_path, beat(1, idle_s=101.0))
+    write_heartbeat(tmp_path, beat(2, idle_s=101.0))
     with pytest.raises(Left) as left:
         stand(first, tmp_path, 1)
     # This test's main thread waits for another thread, and not in a collective.
@@ -107,14 +108,14 @@ def test_no_rank_moves_for_the_one_outside_of_collectives(ranks, tmp_path):
 def test_a_rank_that_moves_excuses_all_that_wait_for_it(ranks, tmp_path):
     mark("waiting for rollouts")
     first, *_ = ranks(3)
-    watchdog._write(tmp_path, beat(1, idle_s=300.0))
-    watchdog._write(tmp_path, beat(2, idle_s=99.0, is_in_collective=False, part="collecting"))
+    write_heartbeat(tmp_path, beat(1, idle_s=300.0))
+    write_heartbeat(tmp_path, beat(2, idle_s=99.0, is_in_collective=False, part="collecting"))
     stand(first, tmp_path, 1)
 
 
 def test_start_up_may_take_its_time(ranks, tmp_path):
     first, _ = ranks(2)  # no mark yet
-    watchdog._write(tmp_path, beat(1, idle_s=300.0))
+    write_heartbeat(tmp_path, beat(1, idle_s=300.0))
     stand(first, tmp_path, 1)
 
 
@@ -142,7 +143,7 @@ def stand(rank, folder, neighbour, start=0.0):
         for turn in range(3):
             if neighbour:
                 found = rank._read(neighbour)
-                watchdog._write(folder, dataclasses.replace(found, beats=turn + 10))
+                write_heartbeat(folder, dataclasses.replace(found, beats=turn + 10))
             rank.look(start + 1 + turn * PATIENCE_S)
 
     with ThreadPoolExecutor(1) as pool:
@@ -178,10 +179,10 @@ def test_blame_falls_on_ranks_outside_of_collectives_else_on_the_smallest_group(
 
 def test_a_heartbeat_is_overwritten_in_place_with_as_many_bytes(tmp_path):
     (tmp_path / FOLDER).mkdir()
-    watchdog._write(tmp_path, beat(3, part="a long name of a part"))
-    before = watchdog._path(tmp_path, 3).stat()
-    watchdog._write(tmp_path, beat(3, part="short"))
-    after = watchdog._path(tmp_path, 3).stat()
+    write_heartbeat(tmp_path, beat(3, part="a long name of a part"))
+    before = heartbeat_path(tmp_path, 3).stat()
+    write_heartbeat(tmp_path, beat(3, part="short"))
+    after = heartbeat_path(tmp_path, 3).stat()
     assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size) == (after.st_ino, 1024)
 
 
