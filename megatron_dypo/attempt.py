@@ -45,7 +45,7 @@ def run_rank(config: Config, work: Callable[[Config], object]) -> int:
         attempt.begin()
         with status.current(attempt.status):
             if work(config) is False:
-                raise RunEnded(Cause.STOPPED, "stopped on request")
+                raise RunEnded(Cause.STOPPED, f"stopped on request; what was done is in {config.run.dir}/checkpoints")
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 (every end of a rank passes here, and is told)
@@ -88,6 +88,7 @@ class Attempt:
 
     def end(self, error: BaseException) -> int:
         """Tell why this rank ends, unless another rank has told it; the exit status."""
+        watchdog.finish()
         cause, message = cause_of(error), str(error) or type(error).__name__
         if self.rank == 0 and self._lock is None:
             print(_terminal_text(Record(message=message, rank=0), cause, error), file=sys.stderr)

@@ -32,6 +32,8 @@ class Heartbeat:
     is_in_collective: bool
     idle_s: float
     """Seconds since the main thread moved."""
+    is_last: bool = False
+    """The rank has come to its end in order."""
 
     def name(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.process.pid})"

@@ -64,6 +64,9 @@ class Record:
     version: str = field(default_factory=lambda: megatron_dypo.__version__)
     attempt: str = ""
 
+    def who(self) -> str:
+        return "the launcher" if self.rank < 0 else f"rank {self.rank}"
+
     def steps_here(self) -> int | None:
         """Optimizer steps of this attempt; None if the loop did not say."""
         if self.first_step is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
@@ -40,6 +41,8 @@ def main() -> int:
     stop_before_start()
     try:
         launcher = _prepare(sys.argv[1:])
+    except SystemExit:  # torchrun's own arguments
+        raise
     except BaseException as error:  # noqa: BLE001 (every end of the launcher passes here, and is told)
         status = end_of(error)
         _write_end_file(status, None, f"{cause_of(error).label}: {error}")
@@ -86,7 +89,10 @@ class Launcher:
         ended = self.status.ended() if self.status else None
         if self.status and ended is not None and ended.status is not None:
             self.status.settle()
-            return self._end_with(ended.status, f"{ended.cause}: rank {ended.rank} on {ended.host}: {ended.message}")
+            text = f"{ended.cause}: {ended.who()} on {ended.host}: {ended.message}"
+            if ended.host != platform.node():
+                print(f"megatron-dypo: the run has ended: {text}", file=sys.stderr, flush=True)
+            return self._end_with(ended.status, text)
         victims = (-signal.SIGTERM, Cause.TERMINATED.status)
         rank, code = next(((r, c) for r, c in statuses.items() if c not in victims), next(iter(statuses.items())))
         if code >= 0:

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -93,8 +93,18 @@ def start(run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Lea
     if not patience_s:
         return
     (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
-    watchdog = Watchdog(run_dir, run_status, patience_s=patience_s, leave=leave)
-    threading.Thread(target=watchdog.run, name="watchdog", daemon=True).start()
+    global _current
+    _current = Watchdog(run_dir, run_status, patience_s=patience_s, leave=leave)
+    threading.Thread(target=_current.run, name="watchdog", daemon=True).start()
+
+
+def finish() -> None:
+    """Say that this rank ends in order: its silence is no hang, and it watches nobody any more."""
+    if _current is not None:
+        _current.finish()
+
+
+_current: Watchdog | None = None  # of this process
 
 
 class Watchdog:
@@ -105,6 +115,7 @@ class Watchdog:
         self._rank, self._world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._main, self._identity = threading.main_thread().ident, own_identity()
         self._beats = 0
+        self._is_over = threading.Event()
         self._moved_at = self._next_seen_at = time.monotonic()
         self._ended_at: float | None = None
         self._last_look: object = None
@@ -112,9 +123,13 @@ class Watchdog:
 
     def run(self) -> None:
         interval = min(_MAX_INTERVAL_S, self._patience_s / _LOOKS)
-        pause = threading.Event()
-        while not pause.wait(interval):
+        while not self._is_over.wait(interval):
             self.look(time.monotonic())
+
+    def finish(self) -> None:
+        """Write a last heartbeat, and look no more."""
+        self._is_over.set()
+        write_heartbeat(self._run_dir, replace(self._own(time.monotonic()), is_last=True))
 
     def look(self, now: float) -> None:
         """Write the own heartbeat, and look at the others'."""
@@ -160,7 +175,7 @@ class Watchdog:
         rank = (self._rank + 1) % self._world
         found = self._read(rank)
         silence = now - self._next_seen_at
-        if found is not None and (self._next is None or found.beats != self._next.beats):
+        if found is not None and (self._next is None or found.beats != self._next.beats or found.is_last):
             self._next, self._next_seen_at = found, now
         elif self._next is not None and silence >= self._patience_s:
             last = self._next
@@ -172,7 +187,7 @@ class Watchdog:
 
     def _look_at_all(self, own: Heartbeat) -> None:
         others = [self._read(rank) for rank in range(1, self._world)]
-        beats = [own, *(beat for beat in others if beat is not None)]
+        beats = [own, *(beat for beat in others if beat is not None and not beat.is_last)]
         if min(beat.idle_s for beat in beats) < self._patience_s:
             return
         hung = blame(beats)

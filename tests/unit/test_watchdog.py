@@ -79,6 +79,15 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_by_the_one_before_it(ranks, 
     assert "test_watchdog.py" in log
 
 
+def test_a_rank_that_came_to_its_end_in_order_may_be_silent(ranks):
+    first, second = ranks(2)
+    first.look(0.0)
+    second.look(0.0)
+    second.finish()
+    for now in range(0, 2000, 10):
+        first.look(float(now))
+
+
 def test_a_rank_that_never_came_is_named_after_a_time_for_starting(ranks):
     first, _ = ranks(2)
     first.look(0.0)
