@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.preemption import hold_requests
+from megatron_dypo.attempt import stop_before_start
+from megatron_dypo.preemption import hold_requests, ignore_requests
+from megatron_dypo.status import ATTEMPT_VARIABLE
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,24 +33,29 @@ def train(
 ) -> None:
     """Train a model; an existing run folder is resumed.
 
-    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for. On SIGUSR1 the
-    ranks finish the step, write a checkpoint and end with status 75: the same command goes on from there.
+    Under torchrun this process is one rank; alone it starts the local ranks that the config asks for. On SIGUSR1,
+    SIGTERM, SIGHUP or Ctrl-C (to any of the processes) the ranks finish the step, write a checkpoint and end with
+    status 75: the same command goes on from there. A second Ctrl-C or SIGTERM ends the run at once.
+
+    `run.dir`/status.json says how a run ended; the exit statuses are in docs/exit_statuses.md.
     """
-    hold_requests()  # before torch starts threads
+    if not dry_run:
+        hold_requests()  # before torch starts threads
+        if "RANK" not in os.environ:
+            stop_before_start()
     from megatron_dypo.config.load import dump_config, load_config
     from megatron_dypo.launch import check_inputs, launch
 
     resolved = load_config(config, overrides or [])
-    notes = check_inputs(resolved)
-    if strict and notes:
+    is_checked = ATTEMPT_VARIABLE in os.environ  # by the launcher of this node, which says what is wrong once
+    notes = [] if is_checked and not dry_run else check_inputs(resolved)
+    if notes and (strict or not dry_run):
         raise ValueError("\n".join(notes))
     if dry_run:
         typer.echo(dump_config(resolved), nl=False)
         for note in notes:
             typer.echo(f"note: {note}", err=True)
         return
-    if notes:
-        raise ValueError("\n".join(notes))
     launch(resolved, config, overrides or [])
 
 
@@ -62,8 +71,10 @@ def serve(
 
     They are what `rollout.servers` describes. The API key comes from the environment variable that it names.
     """
-    hold_requests()
+    ignore_requests()
+    _end_cleanly_on(signal.SIGINT, signal.SIGHUP)
     from megatron_dypo.config.load import load_config
+    from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
     from megatron_dypo.rollout.process import ServerDiedError
@@ -79,7 +90,7 @@ def serve(
             engine_args=engine_args,
         )
     except (ServerDiedError, TimeoutError) as error:
-        sys.exit(f"megatron-dypo: error: {error}")
+        raise RunEnded(Cause.SERVERS_GONE, str(error)) from error
 
 
 @app.command()
@@ -91,7 +102,7 @@ def route(
 
     It is sglang-router. The API key comes from the environment variable that `rollout.servers` names.
     """
-    hold_requests()
+    ignore_requests()
     from megatron_dypo.config.load import load_config
     from megatron_dypo.rollout.route import route as route_requests
 
@@ -245,12 +256,23 @@ def plan_refit(
         typer.echo(f"note: `train` refuses this layout: {refusal}", err=True)
 
 
+def _end_cleanly_on(*numbers: signal.Signals) -> None:
+    """Have these signals unwind the process, so that it stops its servers; one that is ignored (nohup) stays so."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
 def main() -> None:
-    """Entry point: errors of the user are one line, without a traceback."""
+    """Entry point: the user's errors are one line, without a traceback; the exit status tells the cause."""
     try:
         app()
-    except ValueError as error:
-        sys.exit(f"megatron-dypo: error: {error}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 (every end of the command passes here, and is told)
+        from megatron_dypo.attempt import end_of
+
+        sys.exit(end_of(error))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from megatron_dypo.scoring import score_early, scores_batch_by_batch
 from megatron_dypo.serving import Sampled, push, sample
 from megatron_dypo.tally import tally_client, tally_dropped, tally_groups
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
+from megatron_dypo.watchdog import mark
 
 log = logging.getLogger("megatron_dypo")
 
@@ -86,6 +87,7 @@ def _fill_in_rounds(run: Run, rows: list[SampleRow]) -> None:
     while look.waiting < batching.prompts_per_batch and (
         rounds < batching.max_collect_rounds or _looks_further(run, look)
     ):
+        mark("collecting rollouts")
         before = look.outcomes
         sampled = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
         if run.leader:
@@ -111,6 +113,7 @@ def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
     with progress(batch, "rollouts", "prompts to learn from", enabled=run.layout.is_global_leader) as bar:
         shown = 0
         while True:
+            mark("collecting rollouts")
             failure = _take(run, run.leader, stream, rows) if run.leader and stream else None
             look = _look(run, stream, failure)
             shown += _advance(bar, min(look.waiting, batch) - shown)

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import enum
 import errno
+import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+_LOST = re.compile(
+    r"connection (was likely )?closed|reset by peer|broken pipe|remote process exit|socket closed|ncclRemoteError",
+    re.IGNORECASE,
+)
+_SILENT = re.compile(r"timed out waiting \d+ ?ms for|watchdog caught collective operation timeout", re.IGNORECASE)
 _PACKAGE = str(Path(__file__).resolve().parent)
 
 
@@ -59,7 +65,7 @@ class Cause(enum.Enum):
         65,
         False,
         "a config, a data file, a model folder or another input breaks a rule",
-        "mend what the message names",
+        "correct what the message names",
     )
     SERVERS_GONE = Meaning(
         69,
@@ -110,6 +116,19 @@ class Cause(enum.Enum):
         "look at the node's kernel log; start the run again: it resumes",
     )
 
+    INTERRUPTED = Meaning(
+        130,
+        False,
+        "a second SIGINT (Ctrl-C) ended the run at once",
+        "start the same command again: it goes on from the last checkpoint",
+    )
+    TERMINATED = Meaning(
+        143,
+        False,
+        "a second SIGTERM ended the run at once",
+        "start the same command again: it goes on from the last checkpoint",
+    )
+
     @property
     def status(self) -> int:
         return self.value.status
@@ -151,8 +170,10 @@ def cause_of(error: BaseException) -> Cause:
         return cause
     if isinstance(error, MemoryError) or _is_device_memory(error):
         return Cause.OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Cause.DISK_FULL
+    if peer := _of_lost_peer(error):
+        return peer
     if isinstance(error, ValueError) and _is_raised_here(error):
         return Cause.BAD_INPUT
     return Cause.BUG
@@ -162,6 +183,15 @@ def _is_device_memory(error: BaseException) -> bool:
     # By name: this module must not import torch.
     names = {kind.__name__ for kind in type(error).__mro__}
     return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+
+
+def _of_lost_peer(error: BaseException) -> Cause | None:
+    # What gloo, NCCL and torch's store raise on the ranks that are left when one has gone, or does not answer.
+    if not isinstance(error, RuntimeError):
+        return None
+    if _LOST.search(str(error)):
+        return Cause.RANK_LOST
+    return Cause.RANK_HUNG if _SILENT.search(str(error)) else None
 
 
 def _is_raised_here(error: BaseException) -> bool:

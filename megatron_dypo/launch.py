@@ -11,9 +11,10 @@ from typing import NoReturn
 
 from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.tree import Config
-from megatron_dypo.ending import RunEnded
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
-from megatron_dypo.processes import end_with_parent
+
+CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
+"""Environment of a launcher whose inputs were checked by the command that became it."""
 
 
 def check_inputs(config: Config) -> list[str]:
@@ -50,37 +51,33 @@ def num_processes(config: Config) -> int:
     return parallel.num_processes or parallel.pipeline * stage
 
 
-def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
+def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> NoReturn:
     """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks.
 
-    A run that was asked to stop ends with :data:`~megatron_dypo.preemption.PREEMPTED_STATUS`: its first rank does, so
-    that torchrun, which stops all ranks when one fails, lets that one finish first.
+    The process ends with the status of a :class:`~megatron_dypo.ending.Cause`.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if "RANK" not in os.environ and num_processes(config) > 1:
         _become_local_ranks(num_processes(config), config_path, overrides)
-    if "RANK" in os.environ:
-        end_with_parent()  # a rank whose torchrun was killed is not to train on unseen
-    from megatron_dypo.logs import set_up_logging
+    from megatron_dypo.attempt import run_rank
 
-    set_up_logging(config.run.dir)
+    sys.exit(run_rank(config, _train))
+
+
+def _train(config: Config) -> None:
     from megatron_dypo.mcore.features import shield_imports
 
     shield_imports()  # before anything imports Megatron
     from megatron_dypo.train import train
 
-    try:
-        train(config)
-    except RunEnded as end:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron-dypo: {end.cause.label}: {end}", file=sys.stderr)
-            sys.exit(end.cause.status)
+    train(config)
 
 
 def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> NoReturn:
-    """Turn this process into torchrun, so that a signal to it reaches the ranks."""
+    """Turn this process into torchrun, which passes signals on to the ranks; pending ones stay pending."""
     torchrun = [sys.executable, "-m", "megatron_dypo.torchrun", "--standalone", f"--nproc-per-node={count}"]
     command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
+    os.environ[CHECKED_VARIABLE] = "1"
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -1,24 +1,123 @@
-"""A request to stop after the step under way: SIGUSR1, which Slurm sends ahead of a time limit or a preemption."""
+"""Requests to stop, and how a process of a run hears them.
+
+The first SIGUSR1 (which Slurm sends ahead of a time limit), SIGTERM, SIGINT (Ctrl-C) or SIGHUP asks the run to finish
+its step, save a checkpoint and end. A second SIGINT or SIGTERM ends it at once.
+
+The signals are blocked in every thread and taken by one that waits for them, so that a main thread in a collective
+does not delay the answer. Blocked, not handled: Slurm signals every process of a job step, and Ctrl-C every one of the
+terminal; what a rank starts (verifiers, servers, the writer of checkpoints) inherits the mask, while a handler is lost
+in ``exec``. Servers and verifiers unblock for themselves what they need.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-PREEMPTED_STATUS = 75
-"""Exit status of a run that stopped on request, its checkpoint written: ``EX_TEMPFAIL`` of ``sysexits.h``, try again."""
+from megatron_dypo.ending import Cause
+
+PREEMPTED_STATUS = Cause.STOPPED.status
+"""Exit status of a run that stopped on request, its checkpoint written."""
+
+_REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_TWICE = {signal.SIGINT, signal.SIGTERM}
+_ECHO_S = 0.5
+"""Slurm may send one SIGTERM by two ways: to each process of the step, and through the job's script."""
+
+
+FIRST_ANSWER = "%s: the run finishes its step, saves a checkpoint and ends; a second SIGINT or SIGTERM ends it at once"
+
+
+def end_of_insistence(number: signal.Signals) -> tuple[Cause, str]:
+    """Cause and message of a run that was told twice to end."""
+    cause = Cause.INTERRUPTED if number == signal.SIGINT else Cause.TERMINATED
+    return cause, f"ended at once by a second {number.name}; what was done since the last checkpoint is lost"
+
+
+@dataclass
+class _State:
+    """What the process was asked; module-level, since signals belong to the process."""
+
+    held: frozenset[signal.Signals] = frozenset()
+    first: signal.Signals | None = None
+    """The signal that asked to stop."""
+    is_loop_looking: bool = False
+    """:func:`is_requested` was called: the loop ends the run in order."""
+    heard: dict[signal.Signals, float] = field(default_factory=dict)
+    answers: Answers | None = None
+
+
+_state = _State()
 
 
 def hold_requests() -> None:
-    """Keep SIGUSR1 pending instead of dying of it; call this before any thread starts.
+    """Keep requests pending instead of dying of them; call this before any thread starts.
 
-    Blocked, not handled: Slurm signals every process of a job step, and what a rank starts (verifiers, servers, the
-    writer of checkpoints) inherits the mask, while a handler is lost in ``exec``.
+    A SIGHUP that was set to be ignored (``nohup``) stays ignored.
     """
+    held = [s for s in _REQUESTS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)  # torchrun would handle an ignored one
+    for number in held:
+        # A signal that was set to be ignored (`trap "" USR1` in the shell) need not become pending while it is blocked.
+        signal.signal(number, signal.SIG_DFL)
+    _state.held = frozenset(held)
+
+
+def ignore_requests() -> None:
+    """Do not die of the SIGUSR1 that is meant for a trainer: for servers and routers, which Slurm signals too."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    # A signal that was set to be ignored (`trap "" USR1` in the shell) need not become pending while it is blocked.
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def is_requested() -> bool:
-    """Whether this process was sent SIGUSR1 since :func:`hold_requests`."""
-    return signal.SIGUSR1 in signal.sigpending()
+    """Whether this process was asked to stop since :func:`hold_requests`.
+
+    The loop asks this before each step. From the first question on, ending is the loop's business; a request before
+    it ends the process from the listening thread, since there is nothing to save during start-up.
+    """
+    _state.is_loop_looking = True
+    return _state.first is not None or bool(_state.held & signal.sigpending())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a process does about signals; each is called from the listening thread."""
+
+    on_request: Callable[[signal.Signals], None]
+    """The first request came."""
+    on_early_request: Callable[[signal.Signals], None]
+    """A request came before the loop looks at requests, or was there before the listener."""
+    on_insistence: Callable[[signal.Signals], None]
+    """A second SIGINT or SIGTERM: end at once."""
+    on_parent: Callable[[], None] | None = None
+    """SIGTERM by the process that started this one, or since that is gone: end at once. None: SIGTERM is a request."""
+
+
+def listen(answers: Answers) -> None:
+    """Answer signals like this from now on, in a thread of their own."""
+    is_first = _state.answers is None
+    _state.answers = answers
+    if is_first:
+        threading.Thread(target=_listen, args=(os.getppid(),), name="signals", daemon=True).start()
+
+
+def _listen(parent: int) -> None:
+    while True:
+        received = signal.sigwaitinfo(_state.held)
+        number, answers = signal.Signals(received.si_signo), _state.answers
+        assert answers is not None
+        if answers.on_parent and number == signal.SIGTERM and (received.si_pid == parent or os.getppid() != parent):
+            answers.on_parent()
+            continue
+        now, before = time.monotonic(), _state.heard.get(number)
+        _state.heard[number] = now
+        if before is not None and number in _TWICE and (number == signal.SIGINT or now - before > _ECHO_S):
+            answers.on_insistence(number)
+        elif _state.first is None:
+            _state.first = number
+            answers.on_request(number)
+            if not _state.is_loop_looking:
+                answers.on_early_request(number)

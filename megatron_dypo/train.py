@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from megatron_dypo import status
 from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.collecting import books, fill_queues
 from megatron_dypo.config.tree import Config
@@ -23,6 +24,7 @@ from megatron_dypo.scoring import rescore_stale, score
 from megatron_dypo.serving import push, release
 from megatron_dypo.stages import UpdateReport, open_batch, take_batch, update, weigh
 from megatron_dypo.tally import Tally, performance_metrics, rollout_metrics, update_metrics
+from megatron_dypo.watchdog import mark
 from megatron_dypo.weights.export import export_hf
 
 log = logging.getLogger("megatron_dypo")
@@ -45,14 +47,16 @@ def train(config: Config) -> None:
 
 
 def _train(run: Run) -> None:
+    mark("checking weights")
     _require_finite_weights(run)
+    _report(run)
     push(run)
     if run.step == 0:
         _write(run, evaluate(run))
     run.timings.take()
     while run.step < run.config.run.steps:
         if any_rank(is_requested()):
-            raise RunEnded(Cause.STOPPED, f"stopped on request: {run.step} of {run.config.run.steps} steps are done")
+            raise RunEnded(Cause.STOPPED, f"stopped on request; what was done is in {run.dir}/checkpoints")
         train_step(run)
     if run.bad_steps:
         raise RunEnded(
@@ -70,12 +74,15 @@ def train_step(run: Run) -> None:
     """
     with run.timings.measure("step"):
         if not run.is_mid_batch:
+            mark("collecting rollouts")
             fill_queues(run)
             release(run)
             open_batch(run)
+            mark("computing log-probs")
             score(run)
             run.batches += 1
         batch = take_batch(run)
+        mark("updating")
         rescore_stale(run, batch)
         samples = weigh(run, batch)
         report = update(run, samples)
@@ -84,11 +91,12 @@ def train_step(run: Run) -> None:
         metrics = report.metrics
         end = count_bad_steps(run, report)
         if end is None and (batch.is_last or _evaluation_is_due(run)):
+            mark("pushing weights")
             metrics |= push(run)
     timings, tally = run.timings.take(), _total_tally(run)
     metrics |= rollout_metrics(tally) | update_metrics(tally, batch.totals, report.sums)
     metrics |= timings | performance_metrics(tally, timings, run.layout.world_size)
-    metrics |= _books(run).metrics()
+    metrics |= _report(run).metrics()
     metrics["perf/peak_memory_gib"] = peak_memory_gib()
     if end is not None:
         _write(run, metrics)
@@ -125,17 +133,20 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
     if run.layout.is_global_leader and (is_last or run.step % config.logging.summary_every == 0):
         log.info(summary_line(run.step, metrics))
     if _evaluation_is_due(run):
+        mark("evaluating")
         metrics |= evaluate(run)
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     _write(run, metrics | run.timings.take())
     is_due = is_last or (config.checkpoint.every > 0 and run.step % config.checkpoint.every == 0)
     if is_due and run.bad_steps == 0:
+        mark("saving a checkpoint")
         with run.timings.measure("save_checkpoint"):
             save_checkpoint(run)
 
 
 def finish(run: Run) -> None:
     """Save the policy, if that is not done yet, and export it."""
+    mark("saving and exporting")
     _save_unless_saved(run)
     if run.config.export.hf:
         export_hf(
@@ -159,7 +170,7 @@ def _end(run: Run, end: RunEnded) -> None:
 
 
 def _log_end(run: Run, word: str) -> None:
-    line = _books(run).line()
+    line = _report(run).line()
     if run.layout.is_global_leader:
         log.info("%s: %d of %d steps; run folder %s; %s", word, run.step, run.config.run.steps, run.dir, line)
 
@@ -170,6 +181,14 @@ def _write_unfinished_step(run: Run) -> None:
     metrics = rollout_metrics(tally)
     if tally["asked"] or tally["dropped_prompts"]:
         _write(run, metrics | timings | _books(run).metrics(), step=run.step + 1)
+
+
+def _report(run: Run) -> Balance:
+    """Tell ``status.json`` how far the run is; the ledger over all replicas, on the leaders."""
+    found = _books(run)
+    counts = found.counts() if run.leader else {}
+    status.report(step=run.step, steps=run.config.run.steps, counts=counts)
+    return found
 
 
 def _books(run: Run) -> Balance:

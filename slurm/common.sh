@@ -98,7 +98,7 @@ rollout_nodes() { echo $((${#ROLLOUT[@]} > 0 ? ${#ROLLOUT[@]} : 1)); }
 make_log_folder() {
   DYPO_LOGS=$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$ATTEMPT
   [ -z "${DRY_RUN:-}" ] || return 0
-  mkdir -p "$DYPO_LOGS"/{bad,ended} || fail "LOG_ROOT=$LOG_ROOT: cannot make $DYPO_LOGS"
+  mkdir -p "$DYPO_LOGS"/{bad,well,ended,ends} || fail "LOG_ROOT=$LOG_ROOT: cannot make $DYPO_LOGS"
   ln -sfn "$JOB.$ATTEMPT" "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/latest"
   echo "$JOB" >"$DYPO_LOGS/canary"
   printf '%s trainer\n' "${TRAIN[@]}" >"$DYPO_LOGS/roles"

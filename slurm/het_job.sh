@@ -19,6 +19,17 @@ set_environment
 read_config
 mapfile -t urls < <(server_urls)
 SERVER_URLS="rollout.servers.urls=[$(join , "${urls[@]}")]"
-# node.sh leaves the mark when the trainer wrote a checkpoint because it was asked to stop.
-trap '[ ! -f "$DYPO_LOGS/stopped" ] || scontrol requeue "$SLURM_JOB_ID"' EXIT
+
+# node.sh leaves the mark when the trainer wrote a checkpoint because it was asked to stop, and one line for each node
+# of how the trainer ended.
+conclude_het_job() {
+  local status=$?
+  { set +x; } 2>/dev/null
+  if [ -f "$DYPO_LOGS/stopped" ]; then
+    [ "$(job_state)" = COMPLETING ] || scontrol requeue "$SLURM_JOB_ID"
+  elif grep -qsvE '^0 ' "$DYPO_LOGS/ends"/*; then
+    echo "dypo: error: $(trainer_end "$status")" >&2
+  fi
+}
+trap conclude_het_job EXIT
 set -x

@@ -51,17 +51,20 @@ preflight() {
     echo "$fault" >"$DYPO_LOGS/bad/$NODE"
   else
     echo "$NODE is well"
+    touch "$DYPO_LOGS/well/$NODE"
   fi
 }
 
 # Ends with 0 and leaves a mark when the run stopped on request: any other status would have srun kill the other nodes.
+# How the run ended, for the job's last line, comes from megatron_dypo/torchrun.py in one line.
 train() {
   PET_NODE_RANK=$(index_among $DYPO_TRAIN_NODES) # torchrun's --node-rank
   export PET_NODE_RANK
   export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  export MEGATRON_DYPO_END_FILE=$DYPO_LOGS/ends/$NODE
   local status=0
   "$@" || status=$?
-  if [ "$status" = 75 ]; then # PREEMPTED_STATUS of megatron_dypo/preemption.py
+  if [ "$status" = 75 ]; then # the one status of docs/exit_statuses.md after which the same command is started again
     touch "$DYPO_LOGS/stopped"
     status=0
   fi
@@ -96,7 +99,7 @@ route() {
   done
 }
 
-# Python blocks the signal by itself once it runs; until then it must not kill what starts.
+# Python blocks the signal once it runs; until then it must not kill what starts.
 trap '' USR1
 case ${1:-} in
   preflight) preflight ;;

@@ -5,11 +5,27 @@ STOP_AT='' # SECONDS at which a trainer that was asked to stop has had its time
 WANTS_STOP=''
 trap 'WANTS_STOP=yes' USR1 # from now on: bash dies of a signal without a trap
 
+# SIGTERM comes when Slurm ends the job (scancel, the time limit) and, where the site gives a grace time, ahead of a
+# preemption: then the job still runs.
+terminated() {
+  [ "$(job_state)" = RUNNING ] || exit 143
+  WANTS_STOP=yes
+}
+
+job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }
+
 # Every node looks at itself first. Bad ones are left out, and the job goes back to the queue for others.
 check_nodes() {
   step preflight "${NODES[@]}" -- bash slurm/node.sh preflight &
   wait $! || fail "preflight: a node did not answer; see $DYPO_LOGS/preflight.*.log"
-  local bad
+  # srun ends with 0 too where a node could not start the step, for want of the folder of its output.
+  local bad missing deadline=$((SECONDS + ${MARKS_S:-60})) # a file server may show a new file late
+  mapfile -t missing < <(unmarked_nodes)
+  while [ "${#missing[@]}" -gt 0 ] && [ "$SECONDS" -lt "$deadline" ]; do
+    sleep 1
+    mapfile -t missing < <(unmarked_nodes)
+  done
+  [ "${#missing[@]}" = 0 ] || fail "preflight: nothing was heard of $(join , "${missing[@]}") in $DYPO_LOGS: LOG_ROOT must be on a file system that all nodes share"
   mapfile -t bad < <(ls "$DYPO_LOGS/bad")
   [ "${#bad[@]}" -gt 0 ] || return 0
   local node
@@ -21,9 +37,17 @@ check_nodes() {
   requeue "without $(join , "${bad[@]}")" "${bad[@]}"
 }
 
+# Nodes that said neither that they are well nor that they are bad.
+unmarked_nodes() {
+  local node
+  for node in "${NODES[@]}"; do
+    [ -f "$DYPO_LOGS/well/$node" ] || [ -f "$DYPO_LOGS/bad/$node" ] || echo "$node"
+  done
+}
+
 supervise() {
   trap stop_roles EXIT
-  trap 'exit 143' TERM
+  trap terminated TERM
   local role
   while true; do
     [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "the time limit is near, or the job is preempted"
@@ -55,7 +79,7 @@ notice_ended_servers() {
   local node
   node=$(find "$DYPO_LOGS/ended" -type f -printf '%f\n' -quit)
   [ -n "$node" ] && [ -z "${FAILURE:-}" ] || return 0
-  FAILURE="rollout on $node ended with status $(cat "$DYPO_LOGS/ended/$node"); see $DYPO_LOGS/rollout.$node.log"
+  FAILURE="rollout on $node ended with status $(cat "$DYPO_LOGS/ended/$node"); see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
   ask_trainer_to_stop "$FAILURE"
 }
 
@@ -65,12 +89,12 @@ role_ended() {
   unset "PID[$role]"
   if [ "$role" != trainer ]; then
     notice_ended_servers # says more
-    FAILURE=${FAILURE:-"$role ended with status $status; see $DYPO_LOGS/$role.*.log"}
+    FAILURE=${FAILURE:-"$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"}
     ask_trainer_to_stop "$FAILURE"
   elif [ -f "$DYPO_LOGS/stopped" ]; then
     conclude
   elif [ "$status" != 0 ]; then
-    fail "${FAILURE:-trainer ended with status $status; see $DYPO_LOGS/trainer.*.log}$(quote_last_error)"
+    fail "${FAILURE:+$FAILURE; }$(trainer_end "$status")"
   else
     stop_roles
     say "done; logs in $DYPO_LOGS"
@@ -81,12 +105,16 @@ role_ended() {
 # The trainer has stopped on request, or has had its time: try again, unless a role had failed.
 conclude() {
   [ -z "${FAILURE:-}" ] || fail "$FAILURE; submit again to resume"
+  if made_no_step "$DYPO_LOGS" && made_no_step "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$((ATTEMPT - 1))"; then
+    fail "two attempts in a row ended before they made a step, this one after $SECONDS s: the job needs a longer --time"
+  fi
   stop_roles
   requeue "to go on from the last checkpoint"
 }
 
 # requeue REASON [NODE...]: the next attempt of this job, without those nodes.
 requeue() {
+  [ "$(job_state)" != COMPLETING ] || fail "the job was cancelled; submit again to resume"
   trap '' TERM USR1 # Slurm ends this attempt as soon as it is asked
   say "attempt $ATTEMPT is requeued $1"
   scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue $SLURM_JOB_ID failed; submit again to resume"
@@ -109,9 +137,31 @@ stop_roles() {
   PID=()
 }
 
-# What the trainer said last that looks like a reason.
-quote_last_error() {
+# Why the trainer ended, on which node it began, and where more is to be read. A node that only lost the others
+# (77, rank_lost) counts where no other says why.
+trainer_end() {
+  local file first='' node said=''
+  while read -r file; do
+    first=${first:-$file}
+    case $(cut -d ' ' -f 1 "$DYPO_LOGS/ends/$file") in
+      0 | 75 | 77 | 143) ;;
+      *) first=$file && break ;;
+    esac
+  done < <(find "$DYPO_LOGS/ends" -type f -printf '%T@ %f\n' | sort -n | cut -d ' ' -f 2)
+  node=${first:-'*'}
+  [ -z "$first" ] || said=$(cut -d ' ' -f 3- "$DYPO_LOGS/ends/$first")
+  said=${said:+: $said}
+  echo "trainer${first:+ on $node} ended with status $1; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
+}
+
+# Whether the trainer of an attempt said that it made no optimizer step; its folder is given.
+made_no_step() { [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1/ends"/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1/ends"/*; }
+
+# What a role said first that looks like a reason; its log is named without its ending.
+quote_error() {
   local line
-  line=$(grep -hE '^[A-Za-z_.]*(Error|Exception): |^megatron-dypo: error: ' "$DYPO_LOGS"/trainer.*.log 2>/dev/null | head -n 1)
+  # shellcheck disable=SC2086 # the name may be a pattern
+  line=$(cat "$DYPO_LOGS"/$1.log 2>/dev/null | sed -E 's/^\[rank[0-9]+\]: //' \
+    | grep -E '^[A-Za-z_.]*(Error|Exception): |^megatron-dypo: error: ' | grep -vE 'ChildFailedError|SignalException' | head -n 1)
   echo "${line:+: $line}"
 }

@@ -40,12 +40,16 @@ class RunConfig:
     """False: refuse a run folder that already holds a checkpoint."""
     check_memory: bool = True
     """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
+    watchdog_s: float = 1800.0
+    """Seconds without a sign of life after which a rank counts as hung and the run ends; 0: wait indefinitely. Waiting
+    for other ranks, and for rollouts that come one by one, is no hang."""
     allow_changed: tuple[Literal["data"], ...] = ()
     """What may differ from the run that is resumed. ``data``: the prompt files, their order or ``run.seed``; the positions of
     the checkpoint then mean other rows, and a warning says so."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
+        require_not_negative(self, "watchdog_s")
         require(bool(self.dir.strip()), f"dir={self.dir!r}", "is required: the run folder")
         require(0 <= self.seed < MAX_SEED, f"seed={self.seed}", "must be in [0, 2^31)")
 

@@ -18,6 +18,9 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import os
+import sys
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
@@ -29,20 +32,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore import rng
+from megatron_dypo.mcore.checkpoint_folder import STATE, discard_partial, folder_of, make_partial, partial_of, publish
 from megatron_dypo.mcore.checkpoint_folder import find_latest as find_latest
-from megatron_dypo.mcore.checkpoint_folder import folder_of, make_partial, partial_of, publish
 from megatron_dypo.mcore.checkpoint_folder import step_of as step_of
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.save_failure import save_failure
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.processes import end_with_parent
 from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
-_WEIGHTS, _REFERENCE, _STATE = "mcore", "reference", "trainer_state.json"
+_WEIGHTS, _REFERENCE = "mcore", "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,26 +83,46 @@ def save(
         keep: checkpoints to keep, this one included; 0: all.
     """
     final = folder_of(root, step)
-    partial = partial_of(final)
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
     _on_leader(layout, lambda: make_partial(final, parts))
+    partial = partial_of(final)
+    try:
+        _write_weights(partial, chunks, optimizer, layout, reference)
+    except CheckpointException as error:  # raised on all ranks together; the first one has the reasons
+        if layout.is_global_leader:
+            discard_partial(final)
+        raise save_failure(error, final) from error
+    try:
+        if layout.is_replica_leader:
+            (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
+        if layout.is_global_leader:
+            header = _header(step, optimizer, layout) | {"trainer": trainer_state}
+            (partial / STATE).write_text(json.dumps(header, indent=1))
+            if hf_path is not None:
+                (partial / _WEIGHTS / HF_FOLDER).mkdir()
+                copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
+        dist.barrier()
+        _on_leader(layout, lambda: publish(final, keep=keep))
+    except OSError:
+        if layout.is_global_leader:
+            discard_partial(final)
+        raise
+    return final
+
+
+def _write_weights(
+    partial: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    reference: ReferencePolicy | None,
+) -> None:
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
     _start_results_queue()
     dist_checkpointing.save(state, str(partial / _WEIGHTS))
     if reference is not None:
         with reference.swapped_in():
             dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
-    if layout.is_replica_leader:
-        (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
-    if layout.is_global_leader:
-        header = _header(step, optimizer, layout) | {"trainer": trainer_state}
-        (partial / _STATE).write_text(json.dumps(header, indent=1))
-        if hf_path is not None:
-            (partial / _WEIGHTS / HF_FOLDER).mkdir()
-            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
-    dist.barrier()
-    _on_leader(layout, lambda: publish(final, keep=keep))
-    return final
 
 
 @functools.cache
@@ -105,9 +130,11 @@ def _start_results_queue() -> SyncManager:
     """Give Megatron's writer a queue whose process ends with this one.
 
     The queue that it would make for itself (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) lives in a
-    process that waits for ever once a trainer was killed.
+    process that waits indefinitely once a trainer was killed. Its address would be a path below TMPDIR, which may be
+    longer than the 107 bytes that a Unix socket's can have: this one has none (unix(7), abstract).
     """
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    address = f"\0megatron-dypo-{os.getpid()}-{uuid.uuid4().hex}" if sys.platform == "linux" else None
+    manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
     manager.start(end_with_parent)
     filesystem_async._results_queue = manager.Queue()
     return manager
@@ -215,9 +242,9 @@ def _header(step: int, optimizer: PolicyOptimizer, layout: Layout) -> dict[str, 
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    if not (path / _STATE).is_file():
-        raise ValueError(f"{path}: not a checkpoint: {_STATE} is missing")
-    header: dict[str, Any] = json.loads((path / _STATE).read_text())
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
+    header: dict[str, Any] = json.loads((path / STATE).read_text())
     return header
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+STATE = "trainer_state.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+log = logging.getLogger(__name__)
+
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -23,20 +28,42 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_latest(root: str | Path) -> Path | None:
-    """The newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost."""
+    """The newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost.
+
+    A tracker that is empty, holds no step or names a folder that is not whole was lost: a crash can leave it so. A
+    folder is whole if its ``trainer_state.json``, which is written after the weights, can be read.
+    """
     root = Path(root)
-    if (root / TRACKER).is_file():
-        tracked = folder_of(root, int((root / TRACKER).read_text()))
-        if tracked.is_dir():
-            return tracked
     steps = _steps(root)
+    tracked = _tracked(root)
+    if tracked in steps:
+        return tracked
+    if tracked is not None and steps:
+        log.warning("%s: names no whole checkpoint; taking %s", root / TRACKER, steps[-1])
     return steps[-1] if steps else None
+
+
+def _tracked(root: Path) -> Path | None:
+    """The folder that the tracker names; None without a tracker."""
+    path = root / TRACKER
+    if not path.is_file():
+        return None
+    text = path.read_bytes().strip(b" \t\r\n\0").decode("ascii", errors="replace")
+    return folder_of(root, int(text)) if re.fullmatch(r"[0-9]{1,18}", text) else path
+
+
+def remove_partials(root: str | Path) -> None:
+    """Remove what saves that never ended left behind. Only for who holds the run's lock: no save may be under way."""
+    for partial in Path(root).glob("step_*.tmp"):
+        log.warning("removing %s, which a save that did not end left", partial)
+        _remove(partial)
 
 
 def make_partial(final: Path, parts: Sequence[str]) -> Path:
     """An empty ``<final>.tmp`` with the given sub-folders, to be filled and then published."""
     partial = partial_of(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists() or partial.is_symlink():
+        _remove(partial)
     for part in parts:
         (partial / part).mkdir(parents=True)
     return partial
@@ -45,6 +72,13 @@ def make_partial(final: Path, parts: Sequence[str]) -> Path:
 def partial_of(final: Path) -> Path:
     """Where ``final`` is written before it is whole."""
     return final.with_suffix(".tmp")
+
+
+def discard_partial(final: Path) -> None:
+    """Remove what a save that failed has written, so that the disk has room again."""
+    partial = partial_of(final)
+    if partial.exists():
+        _remove(partial)
 
 
 def publish(final: Path, *, keep: int) -> None:
@@ -56,7 +90,8 @@ def publish(final: Path, *, keep: int) -> None:
     root, partial = final.parent, partial_of(final)
     for file in [*partial.rglob("*"), partial]:
         _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists() or final.is_symlink():
+        _remove(final)
     partial.rename(final)
     new_tracker = root / f"{TRACKER}.tmp"
     new_tracker.write_text(str(step_of(final)))
@@ -66,13 +101,28 @@ def publish(final: Path, *, keep: int) -> None:
     others = [folder for folder in _steps(root) if folder != final]
     surplus = others[: max(0, len(others) + 1 - keep)] if keep else []
     for old in [*surplus, *root.glob("step_*.tmp")]:
-        shutil.rmtree(old)
+        _remove(old)
 
 
 def _steps(root: Path) -> list[Path]:
     """Whole checkpoints, by step."""
-    found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and folder.is_dir()]
+    found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and _is_whole(folder)]
     return sorted(found, key=step_of)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return isinstance(json.loads((folder / STATE).read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or whatever else has its name; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
+from megatron_dypo.watchdog import mark
 
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError"
 
@@ -117,6 +118,7 @@ async def _collect(
     async with client:
         tasks = [asyncio.ensure_future(_group(prompt, client, sampling_of(prompt), bar)) for prompt in prompts]
         watch = asyncio.ensure_future(client.watch())
+        signs_of_life = asyncio.ensure_future(_show_life())
         groups = asyncio.gather(*tasks)
         try:
             either: set[asyncio.Future[Any]] = {groups, watch}
@@ -125,9 +127,16 @@ async def _collect(
                 watch.result()  # raises what the check raised
             return groups.result()
         finally:
-            for task in (*tasks, watch):
+            for task in (*tasks, watch, signs_of_life):
                 task.cancel()
-            await asyncio.gather(*tasks, watch, groups, return_exceptions=True)
+            await asyncio.gather(*tasks, watch, signs_of_life, groups, return_exceptions=True)
+
+
+async def _show_life() -> None:
+    """Tell the watchdog that a wait for rollouts is no hang: requests have a deadline of their own."""
+    while True:
+        mark("collecting rollouts")
+        await asyncio.sleep(1.0)
 
 
 async def _group(prompt: Prompt, client: SGLangClient, sampling: Sampling, bar: Progress) -> Outcome:

@@ -46,7 +46,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(tm
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    for member in psutil.Process(process.pid).children(recursive=True):
+    for member in psutil.Process(process.pid).children(recursive=True):  # as Slurm does
         member.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)

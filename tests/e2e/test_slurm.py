@@ -230,7 +230,7 @@ def test_servers_that_keep_dying_end_the_job_with_a_checkpoint_and_say_who_it_wa
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
     kill_server(job, "node4")
     assert job.wait(DEADLINE_S) == "FAILED", job.everything()
-    assert job.last_line().startswith("dypo: error: rollout on node4 ended with status 1")
+    assert job.last_line().startswith("dypo: error: rollout on node4 ended with status 69")
     assert job.last_line().endswith("submit again to resume")
     assert "stopped on request" in (job.logs / "latest" / "trainer.node1.log").read_text()
     assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").is_file()

@@ -245,7 +245,7 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
 def test_bad_input_is_one_line_before_anything_starts(tmp_path, override, message):
     config = write_task(tmp_path)
     result = subprocess.run([*COMMAND, "train", str(config), override], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
+    assert result.returncode == 65
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()

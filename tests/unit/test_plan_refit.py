@@ -91,7 +91,7 @@ def test_a_layout_that_only_the_plan_knows_is_planned_with_a_note(config_path):
 def test_what_does_not_fit_is_one_line_of_error(config_path):
     command = [sys.executable, "-m", "megatron_dypo.cli", "plan-refit", str(config_path()), "parallel.tensor=3"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 65
     assert result.stderr == "megatron-dypo: error: tensor_parallel=3 does not divide num_attention_heads=4\n"
     with pytest.raises(ValueError, match="world_size=3: must be a multiple of tensor × pipeline × context = 2 × 1 × 1"):
         plan_of_config(load_config(config_path(), ["parallel.tensor=2"]), RefitOptions(world_size=3))

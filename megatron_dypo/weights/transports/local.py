@@ -1,17 +1,20 @@
 """Links between processes on one host: shared buffers, and a Unix socket that says which of them are full or free.
 
 The socket carries one byte for each full buffer and one back for each free one; its end is the loss of the other side.
-A source listens in a folder that only this user can enter, until all its targets have come.
+A source listens in a folder that only this user can enter, until all its targets have come. The folder may have a long
+name (TMPDIR): sockets are bound and called by way of an open descriptor of it, since a Unix socket's address has 107
+bytes at most.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +24,7 @@ from megatron_dypo.weights.deadline import Deadline
 from megatron_dypo.weights.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
 from megatron_dypo.weights.transports.rings import Ring, make_ring, open_ring
 
+_DESCRIPTORS = Path("/proc/self/fd")
 _FULL, _FREE = b"f", b"e"
 
 
@@ -71,10 +75,11 @@ class LocalSender(Sender):
         channels: dict[int, Channel] = {}
         try:
             with socket.socket(socket.AF_UNIX) as listener:
-                path = str(Path(folder) / "refit")
-                listener.bind(path)
+                path = Path(folder) / "refit"
+                with _address(path) as address:
+                    listener.bind(address)
                 listener.listen(links.num_targets)
-                links.store.set(_path_key(links, rank), path)
+                links.store.set(_path_key(links, rank), str(path))
                 while len(channels) < links.num_targets:
                     target, channel = _accept(listener, links.slot_bytes, deadline)
                     channels[target] = channel
@@ -186,12 +191,26 @@ def _accept(listener: socket.socket, slot_bytes: int, deadline: Deadline) -> tup
 def _call(path: str, target: int, slot_bytes: int, deadline: Deadline) -> Channel:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(deadline.remaining())
-    connection.connect(path)
+    with _address(Path(path)) as address:
+        connection.connect(address)
     connection.sendall(str(target).encode())
     offer, fds, _, _ = socket.recv_fds(connection, 4096, 1)
     if not offer:
         raise ConnectionError("closed by peer")
     return Channel(connection, open_ring(offer.decode(), fds[0] if fds else None, DEPTH, slot_bytes))
+
+
+@contextlib.contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """An address for the socket at ``path`` that is short, however long the path is (Linux)."""
+    if not _DESCRIPTORS.is_dir():
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield str(_DESCRIPTORS / str(folder) / path.name)
+    finally:
+        os.close(folder)
 
 
 def _close(channels: Iterable[Channel]) -> None:

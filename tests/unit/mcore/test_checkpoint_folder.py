@@ -59,6 +59,53 @@ def test_without_a_tracker_the_highest_step_counts(tmp_path):
     assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_1000000"
 
 
+@pytest.mark.parametrize(
+    "text", [b"", b"\n", b"\0\0\0", b"-10", b"10.0", b"ten", b"\xff", b"9" * 5000, b"30", "１０".encode()]
+)
+def test_a_tracker_that_names_no_whole_checkpoint_counts_as_lost(tmp_path, text):
+    for step in (10, 20):
+        publish(tmp_path, step)
+    crash(tmp_path, 30)
+    (tmp_path / checkpoint_folder.TRACKER).write_bytes(text)
+    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000020"
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "no state", "empty state", "cut state", "a file", "a dangling link"])
+def test_what_has_a_checkpoints_name_and_is_not_whole_is_never_the_latest(tmp_path, spoil):
+    publish(tmp_path, 10)
+    folder = tmp_path / "step_000020"
+    if spoil in ("a file", "a dangling link"):
+        folder.write_text("") if spoil == "a file" else folder.symlink_to("absent")
+    else:
+        folder.mkdir()
+    if spoil.endswith("state") and spoil != "no state":
+        (folder / checkpoint_folder.STATE).write_text("" if spoil == "empty state" else '{"step": 2')
+    (tmp_path / checkpoint_folder.TRACKER).write_text("20")
+    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000010"
+    publish(tmp_path, 20)  # the run gets there again
+    assert checkpoint_folder.find_latest(tmp_path) == folder
+
+
+def test_what_saves_left_behind_is_removed_and_nothing_else(tmp_path):
+    publish(tmp_path, 10)
+    crash(tmp_path, 20)
+    (tmp_path / "step_000030.tmp").write_text("a file of that name")
+    (tmp_path / "notes.tmp").mkdir()
+    checkpoint_folder.remove_partials(tmp_path)
+    assert names(tmp_path) == ["notes.tmp", "step_000010"]
+    checkpoint_folder.remove_partials(tmp_path / "missing")
+
+
+def test_a_failed_save_can_be_discarded_and_made_again(tmp_path):
+    final = checkpoint_folder.folder_of(tmp_path, 10)
+    crash(tmp_path, 10)
+    checkpoint_folder.discard_partial(final)
+    checkpoint_folder.discard_partial(final)
+    assert names(tmp_path) == []
+    publish(tmp_path, 10)
+    assert names(tmp_path) == ["step_000010"]
+
+
 @pytest.mark.parametrize(("keep", "left"), [(0, [10, 20, 30]), (1, [30]), (2, [20, 30]), (5, [10, 20, 30])])
 def test_the_last_ones_are_kept(tmp_path, keep, left):
     for step in (10, 20, 30):

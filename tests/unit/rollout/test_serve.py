@@ -103,9 +103,9 @@ def test_a_server_that_dies_comes_back_at_its_address_and_all_end_on_sigterm(nod
 def test_a_server_that_cannot_start_ends_the_node_with_the_end_of_its_log(node) -> None:
     process = node(free_pair(), FAKE_SERVER="dies")
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "megatron-dypo: error: SGLang server" in output
-    assert "CUDA out of luck" in output.splitlines()[-1]
+    assert process.returncode == 69
+    assert "megatron-dypo: error: servers_gone (status 69): SGLang server" in output
+    assert "CUDA out of luck" in output
 
 
 def test_a_port_that_is_taken_or_a_missing_key_is_one_line(node) -> None:

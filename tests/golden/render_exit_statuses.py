@@ -1,0 +1,68 @@
+"""Write docs/exit_statuses.md anew: ``python -m tests.golden.render_exit_statuses``."""
+
+from pathlib import Path
+
+from megatron_dypo.ending import Cause
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "exit_statuses.md"
+
+_HEAD = """\
+# How a run ends
+
+`megatron-dypo train` ends with one of these statuses, on one rank and on many, alone, under torchrun and in a Slurm job.
+Every process of a run ends with the status of the cause that came first. This table is `megatron_dypo/ending.py`, rendered.
+
+| status | cause | what happened | what to do | started again by Slurm's scripts |
+|---|---|---|---|---|
+"""
+
+_TAIL = """
+Status 2 is the command line's: an option or an argument that it does not know. `megatron-dypo plan` ends with 1 where a run
+does not fit. A process that was killed by a signal *n* is seen by its shell as 128 + *n*.
+
+## What is said where
+
+- **On the terminal** (the standard error of the command, or `trainer.NODE.log` of a Slurm job): one line,
+  `megatron-dypo: CAUSE (status N): …` with what was found, the steps and counts, and what to do. A mistake in an input is told
+  in its own words, as `megatron-dypo: error: …`. Only a bug prints a traceback.
+- **`run.dir/status.json`**, which is replaced as a whole: `state` (`running` or `ended`), `cause`, `status`, `requeue`,
+  `message`, `what_to_do`, `step` and `steps`, `first_step` (steps that were done before this start), `counts`, the `rank`
+  that wrote it (-1: the launcher), its `host` and `pid`, `started`, `ended`, `version`. The first process that says why the run
+  ended counts; ranks that only lost their connections to it end with the same status and say nothing.
+  A `state` of `running` with no `run.lock` beside it, or with one whose process is gone, is a start that was killed from
+  outside together with its launcher.
+- **`run.dir/logs/rank_00000.log`**: the same line last, whichever rank said it. What another rank saw of the end is in its own log.
+
+## Signals
+
+The first SIGUSR1, SIGTERM, SIGINT (Ctrl-C) or SIGHUP, to the command, to the launcher or to any rank, asks the run to finish its
+step, save a checkpoint and end with 75. Before the first step of a start there is nothing to save, and it ends at once, with 75
+too. A second SIGINT ends it at once with 130, a second SIGTERM with 143. A SIGHUP that `nohup` ignores stays ignored.
+A rank that gets SIGTERM from its launcher ends at once.
+
+## One run for one folder
+
+A run holds `run.dir/run.lock`, which names host, process and time; it is touched every 30 s. A second `train` on the folder is refused
+with status 73 before it touches anything. The lock of a run that has ended without removing it is taken over: at once if its
+process was on this machine and is gone, or if it belongs to an earlier attempt of the same Slurm job; else once it was not
+touched for 180 s.
+
+## A rank that hangs
+
+Each rank writes `run.dir/heartbeats/rank_00003.json`: what its main thread is at, where in the code, and for how long it has not moved.
+After `run.watchdog_s` (1800; 0: never) without a sign of life from a rank, or in which no rank moves, the run ends with 76. The message
+names the rank, its host and process, and what it was doing; the stacks of all its threads are in the ranks' logs. Waiting for
+other ranks, or for rollouts that come one by one, is no hang.
+"""
+
+
+def render() -> str:
+    rows = (
+        f"| {cause.status} | `{cause.label}` | {cause.value.meaning} | {cause.value.advice} | {'yes' if cause.requeue else ''} |"
+        for cause in Cause
+    )
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render())
