@@ -67,7 +67,9 @@ def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> NoRet
 
 def _train(config: Config) -> None:
     from megatron_dypo.mcore.features import shield_imports
+    from megatron_dypo.rollout.descriptors import raise_descriptor_limit
 
+    raise_descriptor_limit()  # servers and checkpoint writers inherit it
     shield_imports()  # before anything imports Megatron
     from megatron_dypo.train import train
 

@@ -1,5 +1,6 @@
 """`megatron-dypo train` as a user runs it: real ranks, real SGLang, real checkpoints."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,11 +37,11 @@ def start(*arguments, **options):
     )
 
 
-def train(config, *overrides, deadline_s=300):
-    """Output of a run that must end well."""
+def train(config, *overrides, deadline_s=300, status=0):
+    """Output of a run that must end with this status."""
     process = start("train", config, *overrides)
     output, _ = process.communicate(timeout=deadline_s)
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
     return output
 
 
@@ -210,14 +211,19 @@ def test_two_replicas_share_prompts_and_work(tmp_path):
     assert len({row["prompt_id"] for row in rows}) == len(rows)
 
 
-def test_a_run_that_solves_everything_ends_early_with_a_model(tmp_path):
+def test_a_run_that_solves_everything_at_once_exports_nothing_and_says_so(tmp_path):
     config = write_task(
         tmp_path, grading={"verifier": "tests.e2e.parity_task:approve"}, batching={"max_collect_rounds": 2}
     )
-    output = train(config)
-    assert "nothing is left to learn from" in output
-    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
-    assert (tmp_path / "run" / "checkpoints" / "step_000000").is_dir()
+    output = train(config, status=10)
+    assert "no trainable prompt left among 48 draws: 48 Easy" in output
+    run_dir = tmp_path / "run"
+    assert not (run_dir / "hf").exists()
+    written = json.loads((run_dir / "status.json").read_text())
+    assert (written["cause"], written["status"], written["counts"]["dropped_easy"]) == ("nothing_left", 10, 48)
+    (record,) = [one for one in read_metrics(run_dir / "metrics.jsonl") if one["step"] == 1]
+    assert (record["gate/easy"], record["ledger/drawn"]) == (1.0, 48.0)
+    assert len(list(read_samples(run_dir))) == 48
 
 
 def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path):
