@@ -77,7 +77,8 @@ class ImportanceConfig:
     """
 
     cap: float | None = None
-    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap), cap >= 1; None: by 1."""
+    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1. A cap
+    below 1 scales tokens down on which trainer and servers agree."""
     token_bounds: tuple[float, float] | None = None
     """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop is
     this with ``cap: <high>``."""
@@ -88,7 +89,8 @@ class ImportanceConfig:
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        require(self.cap is None or self.cap >= 1, f"cap={self.cap}", f"must be at least 1: {_AGREEMENT}")
+        if self.cap is not None:
+            require_positive(self, "cap")
         if self.sequence_max_gap is not None:
             require_positive(self, "sequence_max_gap")
         for name in ("token_bounds", "sequence_bounds"):

@@ -244,3 +244,19 @@ def test_a_ratio_at_a_bound_of_the_clip_is_not_clipped():
     beyond = [at[0] + 1e-9, at[1] - 1e-9, at[2] + 1e-9]
     *_, sums = ours(np.array(beyond), given, cfg)
     assert (sums["clipped"], sums["anchored_clipped"]) == (3, 2)
+
+
+def test_no_token_of_a_trace_is_capped_whatever_the_cap():
+    x = loss_inputs(
+        4,
+        is_trace=[1, 1, 0, 0],
+        nll=[0.5] * 4,
+        sequence=[0, 0, 1, 1],
+        old_logp=[0, 0, -1.0, -1.0],
+        rollout_logp=[0, 0, -1.0, -0.5],
+    )
+    cfg = ObjectiveConfig(importance=ImportanceConfig(cap=0.7))
+    _, sums = token_loss(torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), x, cfg)
+    assert dict(zip(STATISTICS, sums.tolist(), strict=True))["importance_capped"] == 1, (
+        "u is 1 and e^-0.5 on the rollout"
+    )

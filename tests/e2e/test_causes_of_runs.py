@@ -1,0 +1,102 @@
+"""Whole runs that cannot go on: each ends with its own status, says why, and exports nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_dypo.ending import Cause
+from megatron_dypo.metrics import read_metrics
+from tests.e2e.parity_task import write_task
+from tests.e2e.test_train_command import train
+
+SFT = {"objective": {"name": "sft"}}
+
+
+def ended(folder: Path, config: Path, cause: Cause, *overrides: str) -> tuple[str, dict[str, Any]]:
+    """Output and status file of a run that must end for ``cause``."""
+    output = train(config, *overrides, status=cause.status)
+    record = json.loads((folder / "run" / "status.json").read_text())
+    assert (record["state"], record["cause"], record["status"]) == ("ended", cause.label, cause.status)
+    assert record["message"] in output
+    assert "Traceback" not in output
+    assert not (folder / "run" / "hf").exists()
+    return output, record
+
+
+def raises(response: str, answer: str) -> bool:
+    raise KeyError("no such entry")
+
+
+def test_groups_that_never_come_back_end_the_run_with_the_last_reason(tmp_path: Path) -> None:
+    config = write_task(tmp_path, rollout={"request_deadline_s": 0.01, "retries": 0})
+    output, record = ended(tmp_path, config, Cause.GROUPS_LOST)
+    assert "request_deadline_s=0.01" in record["message"]
+    assert record["counts"]["dropped_incomplete"] == record["counts"]["drawn"] > 0
+    assert output.count("dropped the group of prompt") < 10, "a repeated warning is written once, with a count"
+    # In the background too, and without an end to the log.
+    again = train(config, "rollout.mode=async", "objective.importance.cap=2.0", status=Cause.GROUPS_LOST.status)
+    assert len(again.splitlines()) < 200
+
+
+def test_a_verifier_that_always_raises_ends_the_run_with_its_error(tmp_path: Path) -> None:
+    config = write_task(tmp_path, grading={"verifier": "tests.e2e.test_causes_of_runs:raises"})
+    _, record = ended(tmp_path, config, Cause.NO_VERDICTS)
+    assert "KeyError: 'no such entry'" in record["message"]
+    assert record["counts"]["dropped_no_verdict"] == record["counts"]["drawn"] == 8, "after one round"
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_before_anything_is_pushed(tmp_path: Path) -> None:
+    config = write_task(tmp_path, **SFT)
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    _, record = ended(tmp_path, config, Cause.NOT_FINITE)
+    assert "decoder.layers.1.mlp.linear_fc2.weight holds a value that is not finite" in record["message"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_prompts_that_are_all_too_long_are_bad_input(tmp_path: Path) -> None:
+    config = write_task(tmp_path, **SFT)
+    output, _ = ended(tmp_path, config, Cause.BAD_INPUT, "data.max_prompt_tokens=1")
+    assert "48 of 48 prompts are longer than data.max_prompt_tokens=1" in output
+
+
+def test_data_that_changed_is_refused_at_a_resume_unless_it_is_allowed(tmp_path: Path) -> None:
+    config = write_task(tmp_path, **SFT)
+    train(config, "run.steps=1")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    output = train(config, status=Cause.BAD_INPUT.status)
+    assert "not the data of the run that is resumed" in output
+    assert "train.jsonl" in output
+    output = train(config, "run.allow_changed=[data]")
+    assert "allowed by run.allow_changed" in output
+
+
+def test_the_learning_rate_of_a_resumed_run_is_the_config_s(tmp_path: Path) -> None:
+    config = write_task(tmp_path, run={"steps": 4}, checkpoint={"every": 2}, optimizer={"lr": 1e-3}, **SFT)
+    train(config, "run.steps=2")
+    before = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    train(config, "optimizer.lr=1e-9")
+    after = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert moved < 1e-7, "two steps at 1e-9"
+    rates = [record["train/lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"] > 2]
+    assert rates == [1e-9, 1e-9]
+
+
+@pytest.mark.parametrize("name", ["ledger/drawn", "ledger/trained_sft"])
+def test_the_ledger_goes_on_over_a_resume(tmp_path: Path, name: str) -> None:
+    config = write_task(tmp_path, run={"steps": 4}, **SFT)
+    train(config, "run.steps=2")
+    train(config)
+    records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"] > 0]
+    counts = [record[name] for record in records]
+    assert counts == [8.0, 16.0, 24.0, 32.0]
