@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.objective import ObjectiveConfig, ScoreConfig
+from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, ScoreConfig
 from megatron_dypo.config.tree import BatchingConfig, CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from tests.unit.objective_cases import random_groups
 
@@ -85,6 +85,10 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
     servers = ScoreConfig(policy="rollout", check_every=2)
     seen["rollout"] = _train(config_of(path, f"{root}/rollout", axes, "exact", servers), layout)
     seen["epochs"] = _train(config_of(path, f"{root}/epochs", axes, "exact", epochs=2), layout)
+    refreshed = config_of(path, f"{root}/refreshed", axes, "exact")
+    reference = ReferenceConfig(mode="refreshed", refresh_every=2)
+    refreshed = dataclasses.replace(refreshed, objective=dataclasses.replace(refreshed.objective, reference=reference))
+    seen["refreshed"] = _train(refreshed, layout)
     seen["resumed"] = _resume(config_of(path, f"{root}/resumed", axes, "exact"), layout)
     close(layout)
     return seen

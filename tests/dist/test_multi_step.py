@@ -32,7 +32,7 @@ def trained(layout: str, root: Any) -> dict[str, Any]:
     world_size, axes = LAYOUTS[layout]
     ranks = run_ranks(world_size, rank_train, str(path), str(root / layout.replace(" ", "_")), axes)
     seen: dict[str, Any] = {"resumed": [rank["resumed"] for rank in ranks]}
-    for name in (*MODES, "rollout", "epochs"):
+    for name in (*MODES, "rollout", "epochs", "refreshed"):
         runs = [rank[name] for rank in ranks]
         seen[name] = {
             "steps": [
@@ -81,6 +81,23 @@ def test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights(mod
         if i % 2 == 1 and layout == "one process":
             other = dataclasses.replace(cfg, gal_coefficients="stale" if mode == "exact" else "exact")
             assert gradient_error(step["grads"], model, groups, other) > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["exact", "refreshed"])
+def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_every_batch(mode, layout, root) -> None:
+    seen = trained(layout, root)[mode]
+    for batch in (0, 1):
+        old = model_at(seen["steps"][2 * batch]["weights"], root)
+        reference = old if mode == "refreshed" else model_at(seen["steps"][0]["weights"], root)
+        groups = seen["groups"][2 * PROMPTS * batch : 2 * PROMPTS * (batch + 1)]
+        rollouts = [s for g in groups for s in g if s.treatment is Treatment.REINFORCE]
+        assert rollouts
+        for sample in rollouts:
+            for model, ours in ((old, sample.old_logp), (reference, sample.ref_logp)):
+                np.testing.assert_allclose(ours, response_logp(model, sample).detach().numpy(), atol=2e-5, rtol=0)
+    moved = [np.abs(s.old_logp - s.ref_logp).max() for s in rollouts]
+    assert max(moved) > 1e-3 if mode == "exact" else max(moved) == 0, "after two updates the frozen reference is another"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
