@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +40,7 @@ def check_rows(
     """
     if num_processes is None:
         wanted = 1 + sum(source.sizes) // _BYTES_PER_PROCESS
-        num_processes = 1 if tokenizer is None else min(wanted, _MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        num_processes = 1 if tokenizer is None else min(wanted, _MAX_PROCESSES, _num_cores())
     with progress(len(source), "checking prompt rows", "rows", enabled=show_progress) as bar:
         parts = source.parts(_PART_BYTES)
         if num_processes == 1 or len(parts) == 1:
@@ -51,6 +52,10 @@ def check_rows(
                 bar.update(len(checked))
     source.require_unchanged()
     return join_parts(found, source)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 _work: tuple[Tokenizer | None, DataConfig] | None = None

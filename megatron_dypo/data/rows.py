@@ -89,7 +89,7 @@ class _Reader:
         value = self._found(name)
         if value is Absent.MISSING:
             has = ", ".join(printable(str(key)) for key in self._record) or "no field"
-            self.problems.append(f"{name}: is missing (the row has {shown_list(has)})")
+            self.problems.append(f"{name}: is missing (the row has {_shortened(has)})")
             return None
         return self._checked(name, value, check)
 
@@ -134,7 +134,7 @@ class _Reader:
         self.problems.append(f"{name}{printable(broken.part)}={shown(broken.value)}: {broken.rule}")
 
 
-def shown_list(text: str) -> str:
+def _shortened(text: str) -> str:
     """Cut a list of names that is too long to read."""
     return text if len(text) <= 200 else text[:197] + "..."
 

@@ -89,6 +89,7 @@ class RowSource:
         return f"{self.files[number].path}:{self.files[number].line(inside)}"
 
     def file_and_line(self, index: int) -> tuple[Path, int]:
+        """Return the file of a row and its 1-based line (JSONL) or row (Parquet)."""
         number, inside = self._locate(index)
         return self.files[number].path, self.files[number].line(inside)
 

@@ -172,3 +172,14 @@ def test_the_table_of_prompts_counts_what_is_left_out(
     assert (found.num_rows, found.num_skipped, found.num_too_long) == (21, 1, 1)
     assert found.num_without_trace == 21 - 6
     assert found.lengths.longest > 300
+
+
+def test_data_without_traces_has_an_empty_table(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "b"}] * 3
+    dataset, judge = _open(tokenizer, tmp_path, rows), Judge()
+    verdicts = wrong_traces(dataset, judge, tokenizer=tokenizer, data=DATA, verifier_key="judge")
+    assert (verdicts.codes.tolist(), judge.pairs) == ([], [])
+    assert teacher_statistics(dataset, DATA, verdicts) == []
+    assert prompt_statistics(dataset, DATA).num_without_trace == 3
+    prompts, drops = PromptStream(dataset, tokenizer, DATA, 1, verdicts=verdicts).take(0, 3)
+    assert (len(prompts), drops.wrong_traces) == (3, 0)
