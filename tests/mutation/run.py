@@ -89,7 +89,15 @@ def chosen(name: str, room: Room, seed: int, count: int | None) -> tuple[list[Mu
         end = start + len(hand.old.encode())
         mutants.append(
             Mutant(
-                path=hand.path, function="", line=line, start=start, end=end, old=hand.old, new=hand.new, rule=hand.law
+                path=hand.path,
+                function="",
+                line=line,
+                text="",
+                start=start,
+                end=end,
+                old=hand.old,
+                new=hand.new,
+                rule=hand.law,
             )
         )
     return mutants, misfits
@@ -113,7 +121,7 @@ def workers(jobs: int) -> Iterator[SimpleQueue[Worker]]:
 def run_room(name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jobs: int) -> list[Outcome]:
     """Every mutant of a room, after its tests passed without one."""
     rows = json.loads(EQUIVALENTS.read_text())
-    equivalent = {(row["path"], row["function"], row["old"], row["new"]) for row in rows}
+    equivalent = {tuple(row[name] for name in ("path", "function", "text", "old", "new")) for row in rows}
     sources = {path: (ROOT / path).read_bytes() for path in {m.path for m in mutants}}  # the tree may change meanwhile
     tests = {path: tests_of(ROOMS[name], path, ROOT) for path in sources}
     alone: dict[str, float] = {}
