@@ -63,6 +63,8 @@ class Mutant:
     function: str
     """Qualified name, or "" at the top of the module."""
     line: int
+    text: str
+    """The first line that it changes, stripped."""
     start: int
     end: int
     old: str
@@ -70,9 +72,9 @@ class Mutant:
     rule: str
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, ...]:
         """What names it after lines have moved."""
-        return self.path, self.function, self.old, self.new
+        return self.path, self.function, self.text, self.old, self.new
 
     def apply(self, source: bytes) -> bytes:
         """The source with the change."""
@@ -273,8 +275,9 @@ class _Finder(ast.NodeVisitor):
         start = self._starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
         end = self._starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
         old = self.source[start:end].decode()
+        text = self.source.splitlines()[node.lineno - 1].decode().strip()  # type: ignore[attr-defined]
         mutant = Mutant(
-            path=self.path, function=".".join(self._names), line=node.lineno, start=start, end=end, old=old, new=new, rule=rule,  # type: ignore[attr-defined]
+            path=self.path, text=text, function=".".join(self._names), line=node.lineno, start=start, end=end, old=old, new=new, rule=rule,  # type: ignore[attr-defined]
         )  # fmt: skip
         if "".join(old.split()) != "".join(new.split()) and _compiles(mutant.apply(self.source)):
             self.found.append(mutant)

@@ -89,7 +89,15 @@ def chosen(name: str, room: Room, seed: int, count: int | None) -> tuple[list[Mu
         end = start + len(hand.old.encode())
         mutants.append(
             Mutant(
-                path=hand.path, function="", line=line, start=start, end=end, old=hand.old, new=hand.new, rule=hand.law
+                path=hand.path,
+                function="",
+                line=line,
+                text="",
+                start=start,
+                end=end,
+                old=hand.old,
+                new=hand.new,
+                rule=hand.law,
             )
         )
     return mutants, misfits
@@ -110,14 +118,16 @@ def workers(jobs: int) -> Iterator[SimpleQueue[Worker]]:
                 worker.close()
 
 
-def run_room(name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jobs: int) -> list[Outcome]:
+def run_room(
+    name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jobs: int, *, with_baseline: bool
+) -> list[Outcome]:
     """Every mutant of a room, after its tests passed without one."""
     rows = json.loads(EQUIVALENTS.read_text())
-    equivalent = {(row["path"], row["function"], row["old"], row["new"]) for row in rows}
+    equivalent = {tuple(row[name] for name in ("path", "function", "text", "old", "new")) for row in rows}
     sources = {path: (ROOT / path).read_bytes() for path in {m.path for m in mutants}}  # the tree may change meanwhile
     tests = {path: tests_of(ROOMS[name], path, ROOT) for path in sources}
     alone: dict[str, float] = {}
-    for test in sorted({test for names in tests.values() for test in names}):
+    for test in sorted({test for names in tests.values() for test in names} if with_baseline else ()):
         worker = idle.get()
         answer = worker.ask([test], 600)
         idle.put(worker)
@@ -133,14 +143,13 @@ def run_room(name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jo
             return Outcome(room=name, mutant=mutant, state="untested")
         worker = idle.get()
         try:
-            limit = 5 * sum(alone[test] for test in names) + 10
+            limit = 5 * sum(alone.get(test, 10.0) for test in names) + 10
             source = mutant.apply(sources[mutant.path])
             answer = worker.ask(names, limit, path=mutant.path, source=source)
         finally:
             idle.put(worker)
         state = "survived" if answer["code"] == 0 else "late" if answer["is_late"] else "killed"
-        if state == "survived":
-            print(f"survived: {mutant}", flush=True)
+        print(f"survived: {mutant}" if state == "survived" else f"{state}: {mutant.path}:{mutant.line}", flush=True)
         return Outcome(room=name, mutant=mutant, state=state, cpu_s=answer["cpu_s"], tail=answer["tail"][-3:])
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -155,6 +164,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="mutants drawn for each room, instead of the catalogue's")
+    parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass without a mutant")
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
     parser.add_argument("--report", type=Path, help="where every outcome goes, as JSON")
     arguments = parser.parse_args()
@@ -171,7 +181,7 @@ def main() -> int:
     started, outcomes = time.monotonic(), []
     with workers(arguments.jobs) as idle:
         for name, mutants in picked.items():
-            outcomes += run_room(name, mutants, idle, arguments.jobs)
+            outcomes += run_room(name, mutants, idle, arguments.jobs, with_baseline=not arguments.no_baseline)
     if arguments.report:
         rows = [
             {"room": o.room, "state": o.state, "cpu_s": o.cpu_s, "tail": o.tail, **vars(o.mutant)} for o in outcomes

@@ -67,5 +67,5 @@ def test_the_rooms_together_have_more_mutants_than_the_bar_asks_for():
 
 def test_every_equivalent_mutant_has_a_reason():
     for row in json.loads(EQUIVALENTS.read_text()):
-        assert row.keys() == {"path", "function", "old", "new", "reason"}
+        assert row.keys() == {"path", "function", "text", "old", "new", "reason"}
         assert len(row["reason"].split()) >= 4
