@@ -36,7 +36,7 @@ $(STAMP):
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@# An environment of an older set-up has a torchvision that its torch cannot load.
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision 2>/dev/null
-	$(BIN)/python -c 'from transformers import Qwen2ForCausalLM; import megatron.core, sglang, megatron_dypo'
+	$(BIN)/python -W ignore -c 'from transformers import Qwen2ForCausalLM; import megatron.core, sglang, megatron_dypo'
 	@rm -f $(VENV)/setup-*.done && touch $@
 
 setup-nemo-run: $(NEMO_RUN_STAMP)  ## Create .venv-nemo-run, from which examples/nemo_run is started (540 MB).
