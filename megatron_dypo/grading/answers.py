@@ -19,6 +19,7 @@ from megatron_dypo.grading.reading import (
     Quantity,
     Unclear,
     Words,
+    commands_of,
     read_answer,
     variables_of,
 )
@@ -32,6 +33,8 @@ _RELATION = re.compile(
 )
 """Signs that make a statement of a formula; one side with such a sign equals no side without."""
 _UNORDERED = ("", "{}")
+_MAX_WRITTEN_BITS = 4000
+"""Python refuses to write integers of more than 4,300 digits: 5000! stays 5000!."""
 
 
 def same_answer(gold: str, claim: str, same_formula: SameFormula) -> bool:
@@ -113,6 +116,8 @@ def _says_as_much(gold: Formula | Quantity, claim: Formula | Quantity) -> bool:
     related = [_RELATION.search(text) is not None for text in texts]
     is_equation = any("=" in text for text in texts)
     variables = [variables_of(text) for text in texts]
+    if commands_of(texts[0]) != commands_of(texts[1]):
+        return False
     return words[0] == words[1] and related[0] == related[1] and (is_equation or variables[0] == variables[1])
 
 
@@ -143,7 +148,8 @@ def _same_interval(gold: Answer, claim: Answer, same_formula: SameFormula) -> bo
 def _formula(answer: Formula | Quantity) -> str:
     if isinstance(answer, Formula):
         return latex(answer.text)
-    if answer.number.is_decimal and answer.unit.scale == 1:
-        return latex(answer.text).replace(" ", "")
     value = answer.number.value * answer.unit.scale
+    is_long = max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_WRITTEN_BITS
+    if is_long or (answer.number.is_decimal and answer.unit.scale == 1):
+        return latex(answer.text).replace(" ", "")
     return str(value.numerator) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"

@@ -26,6 +26,7 @@ _DOUBLED = re.compile(
     r"\\\\(?:d?frac|sqrt|left|right|text|pi|infty|cdot|times|cup|le|ge|leq|geq|circ|begin)(?![A-Za-z])"
 )
 _MATRIX = re.compile(r"[\[(]\s?\\begin\{array\}(?:\{[a-z| ]*\})?(.*?)\\end\{array\}\s?[\])]", re.DOTALL)
+_ROOT_OF_FRACTION = re.compile(r"\\sqrt\s?(\\[dtc]?frac\{[^{}]*\}\{[^{}]*\})")
 _TRAILING = " \t\r\n.;:,\\"
 MAX_LENGTH = 4000
 """A longer text is no answer, unless it is the gold itself."""
@@ -52,6 +53,7 @@ def cleaned(text: str) -> str:
     text = _MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = re.sub(r"\\(begin|end)\{[bB]matrix\}", r"\\\1{pmatrix}", text)
     text = _SHORT_FRAC.sub(_long_frac, text)
+    text = _ROOT_OF_FRACTION.sub(r"\\sqrt{\1}", text)  # math-verify takes \sqrt\frac{1}{4} for 1/4
     return re.sub(r"[ \t]+(\^?)", lambda blank: blank[1] or " ", text).rstrip(_TRAILING).lstrip(" \t\r\n:")
 
 

@@ -9,7 +9,7 @@ from megatron_dypo.grading.answers import same_answer
 from megatron_dypo.grading.extract import after_thinking, gold_text, marked_answer
 from megatron_dypo.grading.formulas import same_formula
 from megatron_dypo.grading.style import AUTO, AnswerStyle
-from megatron_dypo.grading.unmarked import unmarked_answer
+from megatron_dypo.grading.unmarked import statement, unmarked_answer
 
 
 def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
@@ -21,6 +21,8 @@ def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """
     gold = gold_text(answer)
     claim = marked_answer(response, style)
+    if claim is not None and style.answer_format == "final_answer":
+        claim = statement(claim)
     if claim is None and style.answer_format == "auto":
         text = after_thinking(response, style.thinking)
         claim = None if text is None else unmarked_answer(text, gold)

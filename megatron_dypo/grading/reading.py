@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_dypo.grading.cleaning import WORD, literal
@@ -58,7 +58,8 @@ class Formula:
 
 @dataclass(frozen=True, kw_only=True)
 class Unclear:
-    """A text that states no one thing, such as two numbers with a space between; it equals only the same text."""
+    """A text that states no one thing, such as two numbers with a space between, or that is no good LaTeX; it equals
+    only the same text."""
 
 
 Answer = Quantity | Based | Listing | Words | Formula | Unclear
@@ -80,13 +81,26 @@ _LEAD_END = re.compile(
 )
 _WORDS = re.compile(rf"{WORD}?[A-Za-z][A-Za-z'’-]*(?:[ ,.&]+{WORD}?[A-Za-z][A-Za-z'’-]*)*")
 _RATIO = re.compile(r"\d[\d.]*(?:\s?:\s?\d[\d.]*)+")
-_UNCLEAR = re.compile(r"(?<![_^\d.,A-Za-z{])\d+(?:[.,]\d+)*\s+\d|,\s*,|^\s*,|\d_(?![{\d])")
+_UNCLEAR = re.compile(
+    r"(?<![_^\d.,A-Za-z{])\d+(?:[.,]\d+)*\.?\s+\d"  # two numbers with a space between
+    r"|,\s*,|^\s*,|\d_(?![{\d])|^[_^!*/]|\?|%(?!\s*\Z)|\d\.\s*[-+(\\A-Za-z]"
+    r"|\\[dtc]?frac(?![A-Za-z]|\s?\{)|\\sqrt(?![A-Za-z]|\s?[\[{\d]|\s[A-Za-z])"
+    r"|(?:[-+*/^_=]|\\(?:cdot|times|div|pm|mp)(?![A-Za-z]))\s*\Z"
+)
 _APPROXIMATION = re.compile(r"\s?(?:\\approx|≈|\\simeq)(?![A-Za-z])")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z*]+\}(?:\{[a-z|]+\})?")
 _FUNCTIONS_TEXT = """
 sqrt sinh cosh tanh arcsin arccos arctan exp infty infinity binom sin cos tan cot sec csc log ln pi inf
 """
 _FUNCTIONS = frozenset(_FUNCTIONS_TEXT.split())
+_KNOWN_COMMANDS_TEXT = """
+frac dfrac tfrac cfrac sqrt pi cdot times div pm mp begin end infty cup cap in setminus binom dbinom tbinom
+sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg max min gcd
+alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi chi psi
+omega Gamma Delta Theta Lambda Sigma Phi Psi Omega
+lfloor rfloor lceil rceil vert lvert rvert le leq ge geq ne neq lt gt leqslant geqslant circ mathbb
+"""
+_KNOWN_COMMANDS = frozenset(_KNOWN_COMMANDS_TEXT.split())
 _LETTERS = frozenset("abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _MAX_READ = 400
 _MAX_FORMULA = 2000
@@ -109,6 +123,10 @@ def read_answer(text: str) -> Answer:
     based = _BASED.fullmatch(value)
     if based is not None:
         return Based(digits=based[1].lstrip("0") or "0", base=based[2] or based[3])
+    last = _last_of_chain(name, value)
+    if last is not None:
+        answer = read_answer(last)
+        return replace(answer, name=name) if isinstance(answer, Quantity | Formula) else answer
     listing = split_list(value) if name is not None else None
     if listing is not None:
         return Listing(brackets=listing[0], items=listing[1])
@@ -116,6 +134,13 @@ def read_answer(text: str) -> Answer:
         return Unclear()
     value = _without_unit(value)
     return Formula(text=value, name=name, words=_words_of(value))
+
+
+def _last_of_chain(name: str | None, value: str) -> str | None:
+    """What ``x = 5 + 6 = 11`` ends with; None for one equation, and for inequalities."""
+    if re.search(r"[<>!]", value) or value.count("=") < (1 if name is not None else 2):
+        return None
+    return value.rpartition("=")[2].strip() or None
 
 
 def _without_lead(text: str) -> str:
@@ -136,6 +161,11 @@ def _words_of(formula: str) -> tuple[str, ...]:
     """The words in ``formula`` that are no functions and no products of a few variables."""
     found = re.findall(rf"{WORD}[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z]{{4,}}", _ENVIRONMENT.sub(" ", formula))
     return tuple(word.lstrip(WORD) for word in found if word not in _FUNCTIONS)
+
+
+def commands_of(formula: str) -> set[str]:
+    """The LaTeX commands of ``formula`` that math-verify may skip: all but those it is known to read."""
+    return set(re.findall(r"\\([A-Za-z]+)", formula)) - _KNOWN_COMMANDS
 
 
 def variables_of(formula: str) -> set[str]:

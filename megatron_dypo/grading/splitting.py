@@ -60,25 +60,29 @@ def _closing_of(text: str) -> int:
 
 
 def is_balanced(text: str) -> bool:
-    """True if every bracket of ``text`` is closed; ``[0,1)`` is closed."""
+    """True if every bracket and bar of ``text`` is closed; ``[0,1)`` is closed."""
     depth = 0
     for character in text:
         depth += (character in _OPENING) - (character in _CLOSING)
         if depth < 0:
             return False
-    return depth == 0
+    return depth == 0 and text.count("|") % 2 == 0
 
 
 def _members(text: str) -> list[str]:
     inside_number = {index for match in _THOUSANDS.finditer(text) for index in range(*match.span())}
     conjunctions = {match.start(): match.end() for match in _CONJUNCTION.finditer(text)}
-    members, depth, start, index = [], 0, 0, 0
+    members: list[str] = []
+    depth, start, index = 0, 0, 0
     while index < len(text):
         character = text[index]
         depth += (character in _OPENING) - (character in _CLOSING)
         end = index
         if depth == 0 and index in conjunctions:
             end = conjunctions[index]
+            if members and not text[start:index].strip():  # the comma of "2, 3, and 4" has separated
+                start = index = end
+                continue
         elif depth == 0 and (character == ";" or (character == "," and index not in inside_number)):
             end = index + 1
         if end > index:
@@ -86,9 +90,7 @@ def _members(text: str) -> list[str]:
             start = end
         index = max(end, index + 1)
     members.append(text[start:])
-    members = [member.strip() for member in members]
-    # "2, 3, and 4" has nothing between the comma and the "and".
-    return [member for index, member in enumerate(members) if member or not 0 < index < len(members) - 1]
+    return [member.strip() for member in members]
 
 
 def _with_both_signs(members: list[str]) -> list[str]:

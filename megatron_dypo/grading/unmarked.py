@@ -44,7 +44,7 @@ def unmarked_answer(text: str, gold: str) -> str | None:
         return text
     phrase = last_phrase(text)
     if phrase is not None:
-        phrase = _statement(phrase)
+        phrase = statement(phrase)
         read = read_answer(cleaned(phrase))
         if not isinstance(read, Words) or isinstance(read_answer(cleaned(gold)), Words):
             return phrase
@@ -57,8 +57,11 @@ def _tail(text: str) -> str:
     return tail.partition("\n")[2] if len(tail) < len(text) and "\n" in tail.rstrip() else tail
 
 
-def _statement(phrase: str) -> str:
-    """``phrase`` without its reason, or what its one "is" states ("the largest n is 34"), or the one formula in it that only words follow."""
+def statement(phrase: str) -> str:
+    """Return ``phrase`` without its reason.
+
+    Of "the largest n is 34" that is what the one "is" states; of a formula that only words follow, the formula.
+    """
     reason = _REASON.search(phrase)
     if reason is not None and reason.start() > 0:
         phrase = phrase[: reason.start()]

@@ -67,6 +67,16 @@ def test_each_gold_in_a_box_is_right(folder: Path, name: str) -> None:
         assert verify_math(f"Therefore the answer is $\\boxed{{{gold}}}$.", answer), gold
 
 
+def test_each_solution_of_math_500_states_its_answer_and_no_other_rows(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "math500_test.jsonl").read_text(encoding="utf-8").splitlines()]
+    wrong = [row["answer"] for row in rows if not verify_math(row["solution"], row["answer"])]
+    assert wrong == ["\\frac{639}{40}"]  # it boxes the mixed number too, joined by "or"
+    choice = random.Random(0)
+    for _ in range(NUM_SAMPLED):
+        row, other = choice.sample(rows, 2)
+        assert row["answer"] == other["answer"] or not verify_math(row["solution"], other["answer"])
+
+
 def test_no_gold_is_right_for_another_rows_gold_unless_they_are_the_same_number(folder: Path) -> None:
     golds = sorted({gold_text(answer) for name in FILES for answer in _answers(folder, name)})
     read = {gold: read_answer(cleaned(gold)) for gold in golds}

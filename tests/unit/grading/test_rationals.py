@@ -46,6 +46,14 @@ def test_integers_are_equal_only_if_they_are(a: int, b: int) -> None:
         ("-2^2", Fraction(-4)),
         ("−7", Fraction(-7)),
         (".5", Fraction(1, 2)),
+        ("32,349", Fraction(32349)),
+        ("32,\\!349", Fraction(32349)),
+        ("32\\,349", Fraction(32349)),
+        ("1 000", Fraction(1000)),
+        ("2\u2009000\u2009000.5", Fraction(4000001, 2)),
+        ("1/6!", Fraction(1, 720)),
+        ("(1/2)^{3}", Fraction(1, 8)),
+        ("\\cfrac{1}{(-2)}", Fraction(-1, 2)),
     ],
 )
 def test_notations(text: str, value: Fraction) -> None:
@@ -70,6 +78,19 @@ def test_notations(text: str, value: Fraction) -> None:
             "9^{999999}",
             "1e9999999",
         ),
+        *(
+            "0, 180",
+            "0,180",
+            "32, 349",
+            "1,234,56",
+            "1234,567",
+            "1,234 567",
+            "1\\,234,567",
+            "1{,}5",
+            "1\n000",
+            "1,\\,000",
+        ),
+        *("(" * 200 + "1" + ")" * 200, "{" * 200 + "1" + "}" * 200, "10001!", "3!!", "(-1)!", "(1/2)!"),
         *("\\sqrt{2}", "(1,2)", "1+1", "0^{-1}", "\\frac12", "1/", "^2", "1" * 5000),
     ],
 )
@@ -88,6 +109,9 @@ def test_everything_else_is_left_to_others(text: str) -> None:
         ("0.5", "1/2", True),
         ("10000000000000001", "10000000000000002", False),
         ("0", "0.0000001", False),
+        ("1/2004!", "1/2006!", False),
+        ("1 000", "2 000", False),
+        ("1,000", "1 000", True),
     ],
 )
 def test_rounding_is_forgiven_in_decimals_only(a: str, b: str, same: bool) -> None:
