@@ -113,7 +113,7 @@ def test_a_termination_of_a_job_that_still_runs_asks_the_trainer_to_stop(job, st
     assert code == (0 if answer else 143)
 
 
-@pytest.mark.parametrize(("status", "before"), [("0", ""), ("69", "STOP_AT=5"), ("69", "WANTS_STOP=asked")])
+@pytest.mark.parametrize(("status", "before"), [("0", ":"), ("69", "STOP_AT=5"), ("69", "WANTS_STOP=asked")])
 def test_servers_that_end_because_the_job_ends_are_no_failure(job, status, before):
     (job.logs / "ended" / "node3").write_text(status)
     script = (
