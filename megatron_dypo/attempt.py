@@ -40,13 +40,13 @@ def run_rank(config: Config, work: Callable[[Config], None]) -> int:
     Args:
         work: the loop. It says by :class:`RunEnded` why it ends before its last step.
     """
+    if "RANK" in os.environ:
+        tie_to_parent()  # a rank whose torchrun was killed is not to train on unseen
     attempt = Attempt(Path(config.run.dir), watchdog_s=config.run.watchdog_s)
     try:
         attempt.begin()
         with status.current(attempt.status):
             work(config)
-    except SystemExit:
-        raise
     except BaseException as error:  # noqa: BLE001 (every end of a rank passes here, and is told)
         return attempt.end(error)
     return attempt.end(RunEnded(Cause.DONE, f"run folder {config.run.dir}"))
@@ -70,8 +70,6 @@ class Attempt:
             RunEnded: another run uses the folder.
             ValueError: the folder cannot be used.
         """
-        if "RANK" in os.environ:
-            tie_to_parent()  # a rank whose torchrun was killed is not to train on unseen
         if self.rank == 0:
             make_run_folder(self._run_dir)
             lock = RunLock(self._run_dir, on_loss=lambda message: self.leave(Cause.IN_USE, message))
@@ -88,7 +86,7 @@ class Attempt:
     def end(self, error: BaseException) -> int:
         """Tell why this rank ends, unless another rank has told it; the exit status."""
         watchdog.finish()
-        cause, message = cause_of(error), str(error) or type(error).__name__
+        cause, message = cause_of(error), _message(error)
         if self.rank == 0 and self._lock is None:
             print(_terminal_text(Record(message=message, rank=0), cause, error), file=sys.stderr)
             return _exit_soon(cause.status)
@@ -204,9 +202,13 @@ def end_of(error: BaseException) -> int:
     cause = cause_of(error)
     is_said_elsewhere = cause is Cause.BAD_INPUT and os.environ.get("LOCAL_RANK", "0") != "0"
     if not is_said_elsewhere:  # the ranks of a node read the same files
-        record = Record(message=str(error) or type(error).__name__)
+        record = Record(message=_message(error))
         print(_terminal_text(record, cause, error), file=sys.stderr, flush=True)
     return cause.status
+
+
+def _message(error: BaseException) -> str:
+    return f"sys.exit({error})" if isinstance(error, SystemExit) else str(error) or type(error).__name__
 
 
 def stop_before_start() -> None:

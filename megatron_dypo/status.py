@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import time
@@ -24,6 +25,9 @@ from typing import Any, Literal
 import megatron_dypo
 from megatron_dypo.ending import Cause
 from megatron_dypo.exclusive import make_exclusively
+from megatron_dypo.repeats import warn_often
+
+log = logging.getLogger(__name__)
 
 NAME = "status.json"
 BEFORE_FIRST_STEP = "before the first step of this start"
@@ -104,9 +108,12 @@ class RunStatus:
         now = time.monotonic()
         if self._rank == 0 and now - self._written_at >= _WRITE_EVERY_S:
             self._written_at = now
-            if (record := self.read()) and record.state == "running":
-                _write(self._path, replace(record, **self._progress))
-                self.settle()  # another rank may have ended the run meanwhile
+            try:
+                if (record := self.read()) and record.state == "running":
+                    _write(self._path, replace(record, **self._progress))
+                    self.settle()  # another rank may have ended the run meanwhile
+            except OSError as error:  # the run's own files say whether it can go on
+                warn_often(log, "%s cannot be written: %s", self._path, error)
 
     def read(self) -> Record | None:
         """The record of this attempt; None if it has none (yet), or the file belongs to another attempt."""

@@ -3,13 +3,13 @@
 
 STOP_AT='' # SECONDS at which a trainer that was asked to stop has had its time
 WANTS_STOP=''
-trap 'WANTS_STOP=yes' USR1 # from now on: bash dies of a signal without a trap
+trap 'WANTS_STOP="the time limit is near, or the job is preempted"' USR1 # from now on: bash dies of a signal without a trap
 
 # SIGTERM comes when Slurm ends the job (scancel, the time limit) and, where the site gives a grace time, ahead of a
 # preemption: then the job still runs.
 terminated() {
   [ "$(job_state)" = RUNNING ] || exit 143
-  WANTS_STOP=yes
+  WANTS_STOP='the time limit is near, or the job is preempted'
 }
 
 job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }
@@ -50,7 +50,7 @@ supervise() {
   trap terminated TERM
   local role
   while true; do
-    [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "the time limit is near, or the job is preempted"
+    [ -z "$WANTS_STOP" ] || ask_trainer_to_stop "$WANTS_STOP"
     sleep 1 &
     wait $! || true
     for role in "${!PID[@]}"; do
@@ -74,13 +74,19 @@ ask_trainer_to_stop() {
   kill -USR1 "${PID[trainer]}" || true # it may have ended just now
 }
 
-# The servers of a node have ended for good, while those of others may go on.
+# The servers of a node have ended for good, while those of others may go on. With status 0 they were told to, by a
+# SIGTERM that Slurm sent to all steps; while the trainer is stopping, it is no failure either.
 notice_ended_servers() {
-  local node
+  local node status
   node=$(find "$DYPO_LOGS/ended" -type f -printf '%f\n' -quit)
-  [ -n "$node" ] && [ -z "${FAILURE:-}" ] || return 0
-  FAILURE="rollout on $node ended with status $(cat "$DYPO_LOGS/ended/$node"); see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
-  ask_trainer_to_stop "$FAILURE"
+  [ -n "$node" ] && [ -z "${FAILURE:-}$STOP_AT$WANTS_STOP" ] || return 0
+  status=$(cat "$DYPO_LOGS/ended/$node")
+  if [ "$status" = 0 ]; then
+    WANTS_STOP="rollout on $node was told to end"
+  else
+    FAILURE="rollout on $node ended with status $status; see $DYPO_LOGS/rollout.$node.log$(quote_error "rollout.$node")"
+    ask_trainer_to_stop "$FAILURE"
+  fi
 }
 
 role_ended() {
@@ -89,7 +95,8 @@ role_ended() {
   unset "PID[$role]"
   if [ "$role" != trainer ]; then
     notice_ended_servers # says more
-    FAILURE=${FAILURE:-"$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"}
+    [ -z "${FAILURE:-}$STOP_AT$WANTS_STOP" ] || return 0
+    FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
     ask_trainer_to_stop "$FAILURE"
   elif [ -f "$DYPO_LOGS/stopped" ]; then
     conclude

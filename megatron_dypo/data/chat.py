@@ -131,29 +131,6 @@ class ChatTemplate:
         return None
 
 
-def drop_repeated_start(trace: str, generation_suffix: str) -> str:
-    """The part of a teacher's trace that follows ``generation_suffix``, which the prompt has written already.
-
-    The white space around the suffix may differ: ``<think>Let me …`` loses its ``<think>`` under a prompt that ends
-    with ``<think>\\n``. A trace that does not begin with the suffix is returned as it is.
-    """
-    mark, text = generation_suffix.strip(), trace.lstrip()
-    if not mark or not text.startswith(mark):
-        return trace
-    after = text[len(mark) :]
-    space = generation_suffix[len(generation_suffix.rstrip()) :]
-    return after[len(space) :] if after.startswith(space) else after.lstrip("\n")
-
-
-def opens_again(trace: str, generation_suffix: str) -> bool:
-    """Whether a trace thinks where the prompt has closed the thinking (``enable_thinking: false``): the two disagree."""
-    tag = _OPEN_TAG.search(generation_suffix)
-    if tag is None:
-        return False
-    opening = f"<{tag.group(1)}>" if tag.group(1) else f"[{tag.group(2)}]"
-    return "/" in tag.group() and trace.lstrip().startswith(opening)
-
-
 def _suffix(header: str, earlier: str | None) -> str:
     """What ``header``, of the next answer, has beyond ``earlier``, of a finished one; else the tag that it opens."""
     tag = _OPEN_TAG.search(header)

@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     generation_suffix: str
     """What a rendered prompt writes of the answer itself: ``<think>\\n`` where the template opens the thinking, else
-    empty. :func:`megatron_dypo.data.chat.drop_repeated_start` takes it from a trace that begins with it too."""
+    empty. A trace that begins with it too gets it once (:func:`megatron_dypo.data.tokenising.end_trace`)."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` with no BOS or EOS added; special tokens written in the text become their ids.

@@ -15,15 +15,9 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
-import os
-import sys
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +25,6 @@ import psutil  # noqa: F401, Megatron's writer needs it without saying so, and h
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore import rng
@@ -41,9 +34,9 @@ from megatron_dypo.mcore.checkpoint_folder import step_of as step_of
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.results_queue import start_results_queue
 from megatron_dypo.mcore.save_failure import save_failure
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.processes import end_with_parent
 from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
@@ -81,33 +74,38 @@ def save(
         reference: π_ref, where resuming cannot rebuild it from the initial weights.
         hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts alone.
         keep: checkpoints to keep, this one included; 0: all.
+
+    Raises:
+        OSError: the file system took no more; nothing is left of this checkpoint, and older ones are as they were.
     """
     final = folder_of(root, step)
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
-    _on_leader(layout, lambda: make_partial(final, parts))
-    partial = partial_of(final)
     try:
-        _write_weights(partial, chunks, optimizer, layout, reference)
-    except CheckpointException as error:  # raised on all ranks together; the first one has the reasons
-        if layout.is_global_leader:
-            discard_partial(final)
-        raise save_failure(error, final) from error
-    try:
-        if layout.is_replica_leader:
-            (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
-        if layout.is_global_leader:
-            header = _header(step, optimizer, layout) | {"trainer": trainer_state}
-            (partial / STATE).write_text(json.dumps(header, indent=1))
-            if hf_path is not None:
-                (partial / _WEIGHTS / HF_FOLDER).mkdir()
-                copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
+        _on_leader(layout, lambda: make_partial(final, parts))
+        _write_weights(partial_of(final), chunks, optimizer, layout, reference)
+        header = _header(step, optimizer, layout) | {"trainer": trainer_state}
+        _write_state(partial_of(final), layout, header, leader_state, hf_path)
         dist.barrier()
         _on_leader(layout, lambda: publish(final, keep=keep))
-    except OSError:
+    except (CheckpointException, OSError) as error:
         if layout.is_global_leader:
             discard_partial(final)
+        if isinstance(error, CheckpointException):
+            raise save_failure(error, final) from error
         raise
     return final
+
+
+def _write_state(
+    partial: Path, layout: Layout, header: dict[str, Any], leader_state: bytes, hf_path: str | Path | None
+) -> None:
+    if layout.is_replica_leader:
+        (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
+    if layout.is_global_leader:
+        (partial / STATE).write_text(json.dumps(header, indent=1))
+        if hf_path is not None:
+            (partial / _WEIGHTS / HF_FOLDER).mkdir()
+            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
 
 
 def _write_weights(
@@ -118,26 +116,11 @@ def _write_weights(
     reference: ReferencePolicy | None,
 ) -> None:
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
-    _start_results_queue()
+    start_results_queue()
     dist_checkpointing.save(state, str(partial / _WEIGHTS))
     if reference is not None:
         with reference.swapped_in():
             dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
-
-
-@functools.cache
-def _start_results_queue() -> SyncManager:
-    """Give Megatron's writer a queue whose process ends with this one.
-
-    The queue that it would make for itself (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) lives in a
-    process that waits indefinitely once a trainer was killed. Its address would be a path below TMPDIR, which may be
-    longer than the 107 bytes that a Unix socket's can have: this one has none (unix(7), abstract).
-    """
-    address = f"\0megatron-dypo-{os.getpid()}-{uuid.uuid4().hex}" if sys.platform == "linux" else None
-    manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
-    manager.start(end_with_parent)
-    filesystem_async._results_queue = manager.Queue()
-    return manager
 
 
 def load(

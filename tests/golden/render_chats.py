@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron_dypo.data.chat import drop_repeated_start
 from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizers import load_tokenizer
 from tests.unit.data.chat_families import FAMILIES, write_family
@@ -46,7 +45,7 @@ def render(name: str) -> list[str]:
         lines.append(f"a turn ends with: {backend.id_to_token(tokenizer.eos_id)}")
         lines.append(f"stops: {' '.join(backend.id_to_token(i) for i in tokenizer.eos_ids)}")
         lines.append(f"the prompt opens: {tokenizer.generation_suffix!r}")
-        trace = end_trace(drop_repeated_start(TRACE, tokenizer.generation_suffix), tokenizer)
+        trace = end_trace(TRACE, tokenizer, tokenizer.render(CHATS["user"], True))
         lines.append(f"target of a trace: {backend.decode(trace.tolist(), skip_special_tokens=False)!r}")
     return lines
 

@@ -65,7 +65,7 @@ ENDS = [
     (
         "return False",
         Cause.STOPPED,
-        "stopped (status 75): stopped on request; 3 of 400 steps are done; groups: 48; start",
+        "stopped (status 75): stopped on request; what was done is in ",
     ),
     (
         "raise RunEnded(Cause.NOTHING_LEFT, 'all Easy')",
@@ -93,6 +93,7 @@ ENDS = [
         Cause.BUG,
         "error: bug (status 70): 'absent'; 3 of 400 steps are done; groups: 48; report it with",
     ),
+    ("sys.exit(0)", Cause.BUG, "error: bug (status 70): sys.exit(0); 3 of 400"),
     ("int('a library refuses this')", Cause.BUG, "error: bug (status 70): invalid literal"),
 ]
 

@@ -108,9 +108,23 @@ def test_two_attempts_in_a_row_without_a_step_are_enough(job):
 
 @pytest.mark.parametrize(("state", "answer"), [("RUNNING", "stop\n"), ("COMPLETING", "")])
 def test_a_termination_of_a_job_that_still_runs_asks_the_trainer_to_stop(job, state, answer):
-    code, said = job('terminated; [ "$WANTS_STOP" = yes ] && echo stop', STATE=state)
+    code, said = job('terminated; [ -n "$WANTS_STOP" ] && echo stop', STATE=state)
     assert said == answer
     assert code == (0 if answer else 143)
+
+
+@pytest.mark.parametrize(("status", "before"), [("0", ":"), ("69", "STOP_AT=5"), ("69", "WANTS_STOP=asked")])
+def test_servers_that_end_because_the_job_ends_are_no_failure(job, status, before):
+    (job.logs / "ended" / "node3").write_text(status)
+    script = (
+        f'{before}; ask_trainer_to_stop() {{ echo "$1"; }}; notice_ended_servers; echo "failure: ${{FAILURE:-none}}"'
+    )
+    assert job(script)[1] == "failure: none\n"
+
+
+def test_servers_that_were_told_to_end_ask_the_trainer_to_stop(job):
+    (job.logs / "ended" / "node3").write_text("0")
+    assert job('notice_ended_servers; echo "$WANTS_STOP"')[1] == "rollout on node3 was told to end\n"
 
 
 PREFLIGHT = """

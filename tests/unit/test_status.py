@@ -86,6 +86,16 @@ def test_a_status_file_that_cannot_be_read_is_none(tmp_path, text):
     assert read_status(tmp_path).state == "running"
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, first, monkeypatch):
+    def refuse(path, record):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(status, "_write", refuse)
+    with current(first):
+        report(step=1, steps=2)
+    assert read_status(tmp_path).step == 0
+
+
 def test_reports_outside_of_a_run_go_nowhere():
     report(step=1, steps=2)
 

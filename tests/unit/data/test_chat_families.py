@@ -8,7 +8,6 @@ import jinja2
 import pytest
 import transformers
 
-from megatron_dypo.data.chat import drop_repeated_start, opens_again
 from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from tests.golden.render_chats import CHATS, GOLDEN, render_all
@@ -144,32 +143,19 @@ def test_a_marker_added_as_an_ordinary_token_ends_a_turn(tmp_path: Path) -> None
 @pytest.mark.parametrize("start", ["<think>\n", "<think>", "\n<think>\n", ""])
 def test_the_beginning_of_a_trace_that_the_prompt_wrote_is_there_once(tmp_path: Path, name: str, start: str) -> None:
     tokenizer = _load(tmp_path, name)
-    trace = drop_repeated_start(f"{start}One <think> two.</think>3", tokenizer.generation_suffix)
-    ids = [*tokenizer.render("What is 1 + 2?", True), *end_trace(trace, tokenizer).tolist()]
+    asked = tokenizer.render("What is 1 + 2?", True)
+    ids = [*asked, *end_trace(f"{start}One <think> two.</think>3", tokenizer, asked).tolist()]
     prompt = tokenizer.encode("<think>\nOne <think> two.</think>3")
     assert ids[-len(prompt) - 1 : -1] == prompt
     assert ids.count(_token(tokenizer, "<think>")) == 2
-
-
-@pytest.mark.parametrize(
-    ("suffix", "trace", "again"),
-    [
-        ("<think>\n\n</think>\n\n", "<think>\nOne and two.</think>3", True),
-        ("[THINK][/THINK]", "\n[THINK]One[/THINK]3", True),
-        ("<think>\n\n</think>\n\n", "One and two: <think>", False),
-        ("<think>\n", "<think>\nOne", False),
-        ("", "<think>\nOne", False),
-    ],
-)
-def test_a_trace_that_thinks_where_the_prompt_has_closed_thinking_is_told(suffix: str, trace: str, again: bool) -> None:
-    assert opens_again(trace, suffix) == again
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2_5_math", "qwen3", "harmony"])
 def test_a_trace_is_whole_where_the_prompt_opens_nothing(tmp_path: Path, name: str) -> None:
     tokenizer = _load(tmp_path, name)
     assert tokenizer.generation_suffix == ""
-    assert drop_repeated_start("\n<think>\nOne", tokenizer.generation_suffix) == "\n<think>\nOne"
+    asked = tokenizer.render("What is 1 + 2?", True)
+    assert tokenizer.decode(end_trace("<think>\nOne", tokenizer, asked).tolist()).endswith("<think>\nOne")
 
 
 def test_a_template_that_opens_thinking_in_every_turn_is_seen_through(tmp_path: Path) -> None:
