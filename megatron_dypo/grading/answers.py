@@ -29,7 +29,8 @@ SameFormula = Callable[[str, str], bool]
 """(gold, claim) in LaTeX -> whether they are equal."""
 
 _RELATION = re.compile(
-    r"[<>≤≥≠∼→≡']|!=|\\(?:leq?|geq?|leqslant|geqslant|neq?|not|lt|gt|to|rightarrow|mapsto|equiv|p?mod|bmod|sim|propto|mid|nmid)(?![A-Za-z])"
+    r"[<>≤≥≠∼→≡']|!=|\\(?:leq?|geq?|leqslant|geqslant|neq?|not|lt|gt|to|rightarrow|mapsto|equiv|p?mod|bmod|sim|propto|mid|nmid)"
+    r"(?![A-Za-z])"
 )
 """Signs that make a statement of a formula; one side with such a sign equals no side without."""
 _UNORDERED = ("", "{}")

@@ -48,7 +48,8 @@ def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
         label=re.compile(label),
         whole=re.compile(rf"({bracketed}|{one}(?=[).:\]]|\s*\Z)|{lone})(?!\s?[=+*/^_<>|])"),
         more=re.compile(
-            rf"[\s)\]}}*.]{{0,5}}(?:[,/&;、]|\b(?:and|or)\b|[和或])\s{{0,5}}(?:(?:and|or|option|choice)\s{{1,5}}){{0,2}}[(\[]?{one}(?![\w'’])"
+            rf"[\s)\]}}*.]{{0,5}}(?:[,/&;、]|\b(?:and|or)\b|[和或])"
+            rf"\s{{0,5}}(?:(?:and|or|option|choice)\s{{1,5}}){{0,2}}[(\[]?{one}(?![\w'’])"
         ),
         line=re.compile(
             rf"^[ \t*$]{{0,9}}(?:(?P<bracketed>{bracketed})(?P<text>[^\n]*)|(?P<lone>{lone}){rest_of_line})$",

@@ -68,7 +68,8 @@ _BASED = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{(\d+)\}|(\d+))")
 _MIXED = re.compile(r"([-+]?)([\d ,\x04]*\d) ?(?:\\[dtc]?frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
 _REPEATING = re.compile(r"([-+]?)(\d{0,99})\.(\d{0,99})\\(?:overline|bar)\{(\d{1,99})\}")
 _NAME = re.compile(
-    r"(?P<name>\(?\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\)|(?:,\s?[A-Za-z])+\))?)\s?(?:=|\\in(?![A-Za-z])|≈|\\approx(?![A-Za-z]))\s?"
+    r"(?P<name>\(?\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([A-Za-z]\)|(?:,\s?[A-Za-z])+\))?)"
+    r"\s?(?:=|\\in(?![A-Za-z])|≈|\\approx(?![A-Za-z]))\s?"
 )
 _LEAD_WORDS_TEXT = """
 the final correct answer answers result solution solutions value values total is are equals equal to so

@@ -22,7 +22,8 @@ _NUMBER = re.compile(
 )
 _BEFORE = re.compile(
     r"(?:[\w^_+*/×÷√(\[{<>≤≥≠.\\−-]|\d:)\Z"  # touches the number
-    r"|(?:[+*/×÷^<>≤≥≠=]\s?[-−]|[+*/×÷^<>≤≥≠]|[\w)}]\s?[-−]|\d[ ]?[,;]?|\b(?:or|and|not|than|plus|minus|times|over)|n't)[ ]*\Z"
+    r"|(?:[+*/×÷^<>≤≥≠=]\s?[-−]|[+*/×÷^<>≤≥≠]|[\w)}]\s?[-−]"
+    r"|\d[ ]?[,;]?|\b(?:or|and|not|than|plus|minus|times|over)|n't)[ ]*\Z"
 )
 _BEFORE_MINUS = re.compile(r"(?:\b\w|[)}\d])\s?\Z")
 _BEFORE_FORMULA = re.compile(r"(?:\b(?:or|and|not|than)|n't|[$\d][ ]?[,;])\s*\Z")
