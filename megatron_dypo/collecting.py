@@ -334,6 +334,7 @@ def _count_long_prompts(run: Run, leader: Leader) -> None:
         leader.outcomes.drop(DropReason.TOO_LONG, drops.prompts)
         run.tally.add("dropped_prompts", drops.prompts)
         run.tally.add("dropped_traces", drops.traces)
+        run.tally.add("wrong_traces", drops.wrong_traces)
 
 
 def _sample_rows(step: int, groups: Sequence[GradedGroup], routed: Routed, leader: Leader) -> list[SampleRow]:

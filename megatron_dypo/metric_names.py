@@ -81,6 +81,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("data/epoch", "epochs", "passes over the prompts that are complete"),
     Metric("data/dropped_prompts", "prompts", "prompts over the length limit"),
     Metric("data/dropped_traces", "traces", "teachers' traces over the length limit"),
+    Metric("data/wrong_traces", "traces", "teachers' traces left out because the verifier calls them wrong"),
     Metric("ledger/drawn", "prompts", "draws of prompts since the run began: the sum of all accounts below"),
     Metric("ledger/trained_rl", "prompts", "draws that were learned from by their own rollouts"),
     Metric("ledger/trained_sft", "prompts", "draws that were learned from by a teacher's trace"),

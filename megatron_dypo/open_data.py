@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.batching.exchange import gather_objects
+from megatron_dypo.config.data import DataFieldsConfig
+from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.fingerprints import compare_fingerprints
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
 from megatron_dypo.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_dypo.data.verdicts import TraceVerdicts, wrong_traces
+from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
+from megatron_dypo.grading.pairs import pair_of
+from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.types import Prompt
 
 log = logging.getLogger("megatron_dypo")
 
@@ -54,13 +61,65 @@ def open_dataset(config: Config, layout: Layout, tokenizer: Tokenizer) -> Prompt
 
 def open_held_out(config: Config, layout: Layout, tokenizer: Tokenizer) -> dict[str, PromptStream]:
     """Open the evaluation sets by name; their traces, if they have any, are not read."""
-    data = replace(config.data, teachers=None)
+    data = replace(config.data, teachers=None, drop_wrong_traces=False)
+    if config.eval.format is not None:
+        data = replace(data, format=config.eval.format, fields=DataFieldsConfig())
     streams = {}
     with _first_leader_first(layout):
         for name, path in config.eval.sets.items():
             dataset = open_prompts([path], data, tokenizer, cache_dir=Path(config.run.dir), held_out=True)
             streams[name] = PromptStream(dataset, tokenizer, data, config.run.seed)
     return streams
+
+
+def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Verifier) -> None:
+    """Hold the data against the verifiers that will judge it, before anything is sampled.
+
+    Raises:
+        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or a
+            verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+    """
+    grading = config.grading
+    problems = [found for name in sorted(dataset.verifiers) if (found := row_verifier_problem(grading, name))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    dataset.require_text_answers(
+        lambda own, source: verifier_of(grading, own=own, source=source) not in BUILT_IN_VERIFIERS
+    )
+    takers = [] if config.data.keep_row else verifier.takers_of(("row", "extra_info"))
+    if takers:
+        raise ValueError(f"data.keep_row=false: {', '.join(takers)} asks for the row's other columns: set it to true")
+    for line in unused_sources(grading, dataset.sources):
+        log.warning("%s", line)
+    style = (grading.answer_format, grading.thinking)
+    if style != ("auto", "after") and not any(name in BUILT_IN_VERIFIERS for _, name in grading.named_verifiers()):
+        log.warning(
+            "grading.answer_format=%s and grading.thinking=%s are for built-in verifiers: none is in use", *style
+        )
+
+
+def judge_traces(
+    config: Config, layout: Layout, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
+) -> TraceVerdicts:
+    """Let the verifier judge the teachers' traces, for ``data.drop_wrong_traces``; the result is kept beside the run.
+
+    Raises:
+        ValueError: no trace would be left.
+    """
+
+    def judge(pairs: Sequence[tuple[Prompt, str]]) -> list[bool | None]:
+        verdicts = verifier.verify([pair_of(prompt, response) for prompt, response in pairs])
+        return [None if verdict.error is not None else verdict.is_correct for verdict in verdicts]
+
+    with _first_leader_first(layout):
+        return wrong_traces(
+            dataset,
+            judge,
+            tokenizer=tokenizer,
+            data=config.data,
+            verifier_key=repr(config.grading),
+            show_progress=layout.is_global_leader,
+        )
 
 
 @contextlib.contextmanager

@@ -32,7 +32,15 @@ from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.metrics import MetricsWriter, Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.open_data import data_identity, open_dataset, open_held_out, open_tokenizer, require_same_data
+from megatron_dypo.open_data import (
+    check_against_verifier,
+    data_identity,
+    judge_traces,
+    open_dataset,
+    open_held_out,
+    open_tokenizer,
+    require_same_data,
+)
 from megatron_dypo.outcomes import Outcomes
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
@@ -64,8 +72,6 @@ class Leader:
     client: SGLangClient | None
     """None when the run never asks a server."""
     verifier: Verifier | None
-    row_verifiers: frozenset[str]
-    """Verifiers that rows name for themselves."""
     sample_log: SampleLog
     queues: Queues = field(default_factory=Queues)
     ledger: Ledger = field(default_factory=Ledger)
@@ -158,9 +164,7 @@ def open_run(config: Config) -> Iterator[Run]:
         starting = _start_servers(config, stack) if with_servers and layout.is_global_leader else None
         run = _build_policy(config, layout, objective)
         restored = _restore(run, latest) if latest else None
-        run.leader = _build_leader(run, restored)
-        if run.leader and with_servers:
-            run.leader.verifier = stack.enter_context(Verifier(config.grading, run.leader.row_verifiers))
+        run.leader = _build_leader(run, restored, stack, with_servers=with_servers)
         pool = starting.result() if starting else None
         urls, api_key = _share_servers(layout, pool)
         if urls:
@@ -300,20 +304,27 @@ def _restore(run: Run, latest: Path) -> checkpoint.Restored:
     return restored
 
 
-def _build_leader(run: Run, restored: checkpoint.Restored | None) -> Leader | None:
+def _build_leader(
+    run: Run, restored: checkpoint.Restored | None, stack: contextlib.ExitStack, *, with_servers: bool
+) -> Leader | None:
     config, layout = run.config, run.layout
     if layout.leaders_group is None:
         return None
     tokenizer = open_tokenizer(config, run.arch.vocab_size)
     dataset = open_dataset(config, layout, tokenizer)
+    verifier, verdicts = None, None
+    if with_servers or config.data.drop_wrong_traces:
+        verifier = stack.enter_context(Verifier(config.grading, dataset.verifiers))
+        check_against_verifier(config, dataset, verifier)
+    if verifier is not None and config.data.drop_wrong_traces:
+        verdicts = judge_traces(config, layout, dataset, tokenizer, verifier)
     leader = Leader(
         group=layout.leaders_group,
         tokenizer=tokenizer,
-        stream=PromptStream(dataset, tokenizer, config.data, config.run.seed),
+        stream=PromptStream(dataset, tokenizer, config.data, config.run.seed, verdicts=verdicts),
         held_out=open_held_out(config, layout, tokenizer),
-        row_verifiers=dataset.verifiers,
         client=None,
-        verifier=None,
+        verifier=verifier,
         sample_log=SampleLog(
             run.dir,
             shard=layout.dp_rank if layout.data > 1 else None,

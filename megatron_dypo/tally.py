@@ -137,6 +137,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
     metrics: dict[str, float | None] = {
         "data/dropped_prompts": tally["dropped_prompts"],
         "data/dropped_traces": tally["dropped_traces"],
+        "data/wrong_traces": tally["wrong_traces"],
         "gate/hard_without_teacher": tally["hard_without_teacher"],
         "queue/stale": tally["stale"],
         "queue/distil": tally["queue/distil"],

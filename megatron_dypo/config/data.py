@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from megatron_dypo.config.rules import require, require_positive
 
+Format = Literal["plain", "verl", "slime", "openr1", "deepmath"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataFieldsConfig:
@@ -45,7 +47,7 @@ class DataConfig:
 
     prompts: tuple[str, ...] = ()
     """JSONL or Parquet files."""
-    format: Literal["plain", "verl", "slime", "openr1", "deepmath"] = "plain"
+    format: Format = "plain"
     """Whose columns the files have; what ``fields`` names wins."""
     fields: DataFieldsConfig = field(default_factory=DataFieldsConfig)
     keep_row: bool = False

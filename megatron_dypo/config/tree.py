@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
-from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.data import DataConfig, Format
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.objective import (
@@ -233,6 +233,8 @@ class EvalConfig:
 
     prompts: tuple[str, ...] | dict[str, str] = ()
     """Evaluation sets: a list of JSONL or Parquet files, each named after its file, or a mapping, name → file."""
+    format: Format | None = None
+    """How these files name their columns, as ``data.format``, with its usual names; None: as the training files."""
     every: int = 0
     """Steps between evaluations; 0: before the first and after the last step only."""
     samples: int = 1

@@ -54,6 +54,10 @@ class Pool:
     def is_running(self) -> bool:
         return bool(self._workers)
 
+    def fields(self) -> dict[str, tuple[str, ...]]:
+        """Verifier's name → what its function asks for, once the processes run."""
+        return {name: caller.fields for name, caller in self._callers.items()}
+
     def start(self) -> None:
         """Start the processes. Raises :class:`ImportFailed` if a verifier cannot be imported."""
         try:

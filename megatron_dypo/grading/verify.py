@@ -68,6 +68,11 @@ class Verifier:
             self._pool.close()
             self._pool = None
 
+    def takers_of(self, fields: Collection[str]) -> list[str]:
+        """Return the verifiers in use whose functions ask for one of ``fields`` (``row``, ``extra_info``, …)."""
+        asked = self._pool.fields() if self._pool is not None else {}
+        return [name for name, own in asked.items() if set(own) & set(fields)]
+
     def verify(self, pairs: Sequence[Pair | tuple[str, Any]], bar: Progress | None = None) -> list[Verdict]:
         """Return the verdicts of ``pairs``, in their order; ``bar`` is updated by one for each.
 

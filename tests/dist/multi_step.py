@@ -142,7 +142,7 @@ def _run(config: Config, layout: Any) -> tuple[Any, Recorder]:
         unused: Any = None
         rows: Any = NoRows()
         run.leader = Leader(
-            group=layout.leaders_group, tokenizer=unused, stream=rows, held_out={}, client=None, verifier=None, row_verifiers=frozenset(), sample_log=log
+            group=layout.leaders_group, tokenizer=unused, stream=rows, held_out={}, client=None, verifier=None, sample_log=log
         )  # fmt: skip
     run.writer = recorder if layout.is_global_leader else None  # type: ignore[assignment]
     return run, recorder

@@ -74,7 +74,7 @@ def literal_drift(model: Any, groups: Any) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights(mode, layout, root) -> None:
-    seen, cfg = trained(layout, root)[mode], config_of("m", "", {}, mode).objective
+    seen, cfg = trained(layout, root)[mode], config_of("m", "d", {}, mode).objective
     for i, step in enumerate(seen["steps"]):
         groups, model = seen["groups"][PROMPTS * i : PROMPTS * (i + 1)], model_at(step["weights"], root)
         assert gradient_error(step["grads"], model, groups, cfg) <= 1e-5, f"step {i}"
@@ -102,7 +102,7 @@ def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_eve
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_second_epoch_goes_over_the_same_mini_batches_at_its_own_weights(layout, root) -> None:
-    seen, cfg = trained(layout, root)["epochs"], config_of("m", "", {}, "exact", epochs=2).objective
+    seen, cfg = trained(layout, root)["epochs"], config_of("m", "d", {}, "exact", epochs=2).objective
     assert len(seen["groups"]) == 2 * PROMPTS
     for i, step in enumerate(seen["steps"]):
         first = PROMPTS * (i % 2)
@@ -157,5 +157,5 @@ def test_the_servers_log_probs_can_stand_for_pi_old_and_their_error_is_measured(
     assert not any("train_rollout_logprob" in key for key in metrics[1])
     for i in (0, 1):
         step, groups = seen["steps"][i], seen["groups"][PROMPTS * i : PROMPTS * (i + 1)]
-        cfg = config_of("m", "", {}, "stale" if i == 0 else "exact").objective
+        cfg = config_of("m", "d", {}, "stale" if i == 0 else "exact").objective
         assert gradient_error(step["grads"], model_at(step["weights"], root), groups, cfg) <= 1e-5

@@ -152,7 +152,6 @@ def make_run(
         stream=prompts or Prompts(),
         held_out={name: Prompts() for name in config.eval.sets},  # type: ignore[misc]
         client=client(),
-        row_verifiers=frozenset(),
         verifier=Oracle(judge),  # type: ignore[arg-type]
         sample_log=SampleLog(Path(config.run.dir), shard=dp_rank if data > 1 else None),  # type: ignore[arg-type]
         background_client=client(),
