@@ -1,7 +1,7 @@
 """Ratios of probabilities from their logarithms, without overflow: exponentials, clipped surrogate, k3. Pure.
 
-Every comparison is made on the logarithms, and what a bound replaces is a constant before anything is exponentiated: a
-factor of 0 would make NaN of an infinite ratio. Shape legend: N response tokens of one microbatch.
+Every comparison is made on the logarithms, and every exponential is finite, also where a bound then takes its place: a
+gradient of 0 times an infinite ratio would be NaN. Shape legend: N response tokens of one microbatch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: ObjectiveCo
         is_limited_N = is_down_N & (log_ratio_N > math.log(cfg.dual_clip))
         is_clipped_N = is_clipped_N | is_limited_N
         bound_N = torch.where(is_limited_N, cfg.dual_clip, bound_N)
-    ratio_N = torch.where(is_clipped_N, bound_N, bounded_exp(torch.where(is_clipped_N, 0.0, log_ratio_N)))
+    ratio_N = torch.where(is_clipped_N, bound_N, bounded_exp(log_ratio_N))
     return -ratio_N * advantage_N, is_clipped_N
 
 

@@ -58,6 +58,15 @@ def test_replicas_get_equal_work_in_a_fixed_order(exchanged):
         assert [key(s) for s in balanced] == sorted(key(s) for s in balanced)
 
 
+def test_the_shares_are_those_of_the_given_cost(exchanged):
+    from megatron_dypo.batching.exchange import num_tokens, owners
+
+    results, originals = exchanged
+    by_cost, by_tokens = (owners([(*key(s), cost(s)) for s in originals], 3) for cost in (work, num_tokens))
+    assert by_cost != by_tokens
+    assert {key(s): rank for rank, (balanced, *_) in enumerate(results) for s in balanced} == by_cost
+
+
 def test_a_leaders_samples_reach_its_replica_and_nobody_else(exchanged):
     results, _ = exchanged
     assert [key(s) for s in results[1][1]] == [key(s) for s in results[0][0]]

@@ -51,7 +51,6 @@ HANDWRITTEN = (
     Hand(_O + "importance.py", "is_capped_N = is_rollout_N & (log_u", "is_capped_N = (log_u", "rollouts alone are capped"),
     Hand(_O + "importance.py", "is_rollout_N & ~_inside(log_u_N, cfg.token_bounds)", "~_inside(log_u_N, cfg.token_bounds)", "traces are never masked"),
     Hand(_O + "importance.py", "~(sequences.mean(log_u_N.abs()) <= cfg.sequence_max_gap)", "(sequences.mean(log_u_N.abs()) > cfg.sequence_max_gap)", "NaN is inside nothing"),
-    Hand(_O + "ratios.py", "bounded_exp(torch.where(is_clipped_N, 0.0, log_ratio_N))", "bounded_exp(log_ratio_N)", "no gradient of a clipped token"),
     Hand(_O + "ratios.py", "function(torch.where(is_far_N, LOG_RATIO_LIMIT, log_N))", "function(log_N)", "no overflow"),
     Hand(_O + "ratios.py", "torch.expm1, delta_N", "lambda t: t.exp() - 1, delta_N", "k3 near the reference"),
     Hand(_O + "loss.py", "torch.where(is_rollout_N, _shown(entropy_N, kept_N), 0.0)", "_shown(entropy_N, kept_N)", "entropy over rollouts"),

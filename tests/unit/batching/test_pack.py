@@ -68,7 +68,9 @@ def test_rows_are_rounded_up_to_the_alignment(fullest, alignment, expected):
 def test_every_response_token_is_the_target_of_the_position_before_it(seed):
     samples = [s for g in random_groups(seed) for s in g]
     samples = [
-        dataclasses.replace(s, weights=TokenWeights(advantage=i + 1.0, surrogate=0.5, kl=0.1, nll=-i))
+        dataclasses.replace(
+            s, weights=TokenWeights(advantage=i + 1.0, surrogate=i + 0.5, kl=i + 0.25, nll=-i, anchor=i + 0.125)
+        )
         for i, s in enumerate(samples)
     ]
     row = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples) + 3)
@@ -78,12 +80,25 @@ def test_every_response_token_is_the_target_of_the_position_before_it(seed):
         assert row.positions_T[at].tolist() == list(range(sample.num_prompt_tokens - 1, len(sample.tokens) - 1))
         assert (row.advantage_T[at] == i + 1).all()
         assert (row.nll_T[at] == -i).all()
+        assert (row.surrogate_T[at] == i + 0.5).all()
+        assert (row.kl_T[at] == i + 0.25).all()
+        assert (row.anchor_T[at] == i + 0.125).all()
         if sample.old_logp is not None:
             np.testing.assert_array_equal(row.old_logp_T[at], sample.old_logp)
             np.testing.assert_array_equal(row.ref_logp_T[at], sample.ref_logp)
+            np.testing.assert_array_equal(row.rollout_logp_T[at], sample.rollout_logp)
         assert (row.is_trace_T[at] == (sample.old_logp is None)).all()
     outside = ~row.response_T
-    for name in ("advantage_T", "surrogate_T", "kl_T", "nll_T", "old_logp_T", "ref_logp_T", "rollout_logp_T"):
+    for name in (
+        "advantage_T",
+        "surrogate_T",
+        "kl_T",
+        "nll_T",
+        "anchor_T",
+        "old_logp_T",
+        "ref_logp_T",
+        "rollout_logp_T",
+    ):
         assert (getattr(row, name)[outside] == 0).all()
 
 
