@@ -132,7 +132,9 @@ def test_a_rank_that_stands_still_is_named_with_what_it_was_doing(task):
     assert code == Cause.RANK_HUNG.status, output
     line = rf"error: rank_hung \(status 76\): rank 1 on \S+ \(process {stopped.pid}\) has given no sign of life for 2\d s; "
     assert re.search(line, output)
-    assert "Current thread" in (task.parent / "run" / "logs" / "rank_00001.log").read_text()
+    stacks = (task.parent / "run" / "logs" / "rank_00001.log").read_text()
+    assert "Fatal Python error: Aborted" in stacks
+    assert "megatron_dypo/train.py" in stacks
 
 
 def test_a_disk_that_is_full_ends_the_run_and_leaves_the_older_checkpoint(task):
