@@ -275,7 +275,7 @@ def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
     optimizer = build_optimizer(
         chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps, fp8=config.model.fp8
     )
-    reads_reference = objective.needs_reference() and config.objective.reference.mode != "old"
+    reads_reference = objective.needs_reference() and config.objective.reference.keeps_weights()
     rewrite = optimizer.rewrite_weights if config.model.fp8.param_gather else None
     return Run(
         config=config,

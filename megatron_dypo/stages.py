@@ -21,17 +21,18 @@ from megatron_dypo.batching.pack import (
     plan_microbatches,
     sequence_alignment,
 )
-from megatron_dypo.batching.queues import oldest
+from megatron_dypo.batching.queues import is_used_up, oldest
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.router import balance_metrics
 from megatron_dypo.mcore.score import largest_count, pack_rows, round_up_microbatches
+from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.device import device
 from megatron_dypo.progress import progress
 from megatron_dypo.run import Run
 from megatron_dypo.tally import tally_gal, tally_update, tally_work
-from megatron_dypo.types import Microbatch, Sample, Totals, Treatment
+from megatron_dypo.types import Microbatch, Sample, Totals
 
 log = logging.getLogger("megatron_dypo")
 
@@ -64,8 +65,8 @@ def take_batch(run: Run) -> Batch:
         for group in groups:
             if not group[0].updates_left:
                 run.leader.ledger.train(group[0].treatment)
-        counts = gather_objects((_counts(groups), len(queues.batch)), leaders)
-        counted = _totals([of_kind for of_kind, _ in counts]), not any(left for _, left in counts)
+        counts = gather_objects((count_groups(groups), len(queues.batch)), leaders)
+        counted = add_counts(of_kind for of_kind, _ in counts), is_used_up(left for _, left in counts)
         for treatment, queue in queues.waiting.items():
             run.tally.add(f"queue/{treatment.value}", len(queue))
     totals, is_last = broadcast_object(counted, run.layout.replica_group)
@@ -126,25 +127,6 @@ def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
         **balance_metrics(run.chunks),
     }
     return UpdateReport(is_applied=applied.ok, sums=sums.cpu(), metrics=metrics, samples=samples)
-
-
-def _counts(groups: Sequence[Sequence[Sample]]) -> dict[str, tuple[int, int, int]]:
-    """Treatment → (prompts, sequences, response tokens)."""
-    counts = {}
-    for treatment in (Treatment.DISTIL, Treatment.REINFORCE):
-        of_kind = [g for g in groups if g[0].treatment is treatment]
-        samples = [s for g in of_kind for s in g]
-        counts[treatment.value] = (len(of_kind), len(samples), sum(s.num_response_tokens for s in samples))
-    return counts
-
-
-def _totals(counts: Sequence[dict[str, tuple[int, int, int]]]) -> Totals:
-    kinds = (Treatment.DISTIL, Treatment.REINFORCE)
-    return Totals(
-        num_prompts=sum(c[kind.value][0] for c in counts for kind in kinds),
-        num_sequences={kind: sum(c[kind.value][1] for c in counts) for kind in kinds},
-        num_response_tokens={kind: sum(c[kind.value][2] for c in counts) for kind in kinds},
-    )
 
 
 def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:

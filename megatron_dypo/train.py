@@ -127,8 +127,7 @@ def after_step(run: Run, metrics: dict[str, float]) -> None:
     """
     config = run.config
     is_last = run.step == config.run.steps
-    reference = config.objective.reference
-    if run.reference and reference.mode == "refreshed" and run.step % reference.refresh_every == 0:
+    if run.reference and config.objective.reference.is_refreshed_after(run.step):
         run.reference.capture()
     if run.layout.is_global_leader and (is_last or run.step % config.logging.summary_every == 0):
         log.info(summary_line(run.step, metrics))
@@ -156,7 +155,7 @@ def finish(run: Run) -> None:
             out_dir=run.dir / "hf",
             reference_hf_path=run.config.model.hf_path,
         )
-    _log_end(run, "done")
+    _log_ledger(run)
 
 
 def _end(run: Run, end: RunEnded) -> None:
@@ -164,15 +163,16 @@ def _end(run: Run, end: RunEnded) -> None:
     _write_unfinished_step(run)
     if end.cause is Cause.NOTHING_LEFT and run.step > 0:
         finish(run)
-    elif run.step > 0 and end.cause is not Cause.NOT_FINITE:
+        return
+    if run.step > 0 and end.cause is not Cause.NOT_FINITE:
         _save_unless_saved(run)
-    _log_end(run, "ended early")
+    _log_ledger(run)
 
 
-def _log_end(run: Run, word: str) -> None:
+def _log_ledger(run: Run) -> None:
     line = _report(run).line()
     if run.layout.is_global_leader:
-        log.info("%s: %d of %d steps; run folder %s; %s", word, run.step, run.config.run.steps, run.dir, line)
+        log.info("%d of %d steps are done; %s", run.step, run.config.run.steps, line)
 
 
 def _write_unfinished_step(run: Run) -> None:

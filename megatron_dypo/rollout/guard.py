@@ -2,7 +2,7 @@
 
     python -I guard.py PARENT_PID GRACE_S COMMAND [ARGUMENT …]
 
-The command gets a session of its own. When it ends, the guard ends with its exit status. When the guard gets SIGTERM,
+The command gets a session of its own. When it ends, the guard ends with its exit status. When the parent sends the guard SIGTERM,
 or the parent is gone (even by SIGKILL, which leaves it no time to clean up), the whole group gets SIGTERM, and after
 ``GRACE_S`` seconds SIGKILL: SGLang can hang indefinitely on a request that arrives while it shuts down.
 
@@ -29,7 +29,9 @@ def _wait(child: subprocess.Popen, parent: int) -> None:
     """Return when the child has ended, the parent is gone, or a stop signal has come."""
     while child.poll() is None and os.getppid() == parent:
         received = signal.sigtimedwait([*_STOP, signal.SIGCHLD], _POLL_S)
-        if received is not None and received.si_signo in _STOP:
+        # From the parent alone: Slurm may signal every process of a job step, and the trainer then still needs its
+        # servers, to finish its step.
+        if received is not None and received.si_signo in _STOP and received.si_pid == parent:
             return
 
 

@@ -17,6 +17,7 @@ WEIGHT_LOADER = "megatron_dypo.weights.receiver.load"
 """What servers import to receive planned pushes."""
 _CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
 _CPU_MAX_TOTAL_TOKENS = 20_000
+_MAX_TMPDIR = 60
 _DTYPES = ("float32", "bfloat16")
 _TORCHRUN = re.compile(r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)")
 
@@ -128,6 +129,8 @@ def server_environment(
     depends on.
     """
     env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
+    if len(env.get("TMPDIR", "")) > _MAX_TMPDIR:
+        env["TMPDIR"] = "/tmp"  # SGLang's sockets lie there, and the address of a Unix socket has 107 characters
     env |= direct_hosts(env, [host])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
     # Log-probs of temperature 1, whatever the sampling temperature.

@@ -152,3 +152,10 @@ def test_the_launcher_imports_nothing_of_this_package() -> None:
     code = f"import runpy, sys; runpy.run_path({str(launcher)!r}); print('megatron_dypo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "False"
+
+
+def test_the_sockets_of_a_server_have_short_addresses() -> None:
+    long, short = "/scratch/" + 91 * "x", "/scratch/job"
+    for inherited, expected in ((long, "/tmp"), (short, short)):
+        env = server_environment({"TMPDIR": inherited}, 1, "cpu", [0], PACKAGE, host="127.0.0.1")
+        assert env["TMPDIR"] == expected
