@@ -64,10 +64,10 @@ class RepeatedWarnings:
             kind.num_held, kind.until = 0, now + WINDOW_S
 
     def flush(self) -> None:
-        """Write what is counted and not said yet."""
+        """Write what is counted and not said yet, and begin anew."""
         with self._lock:
-            for kind in self._kinds.values():
-                kind.write_held()
+            while self._kinds:
+                self._kinds.popitem(last=False)[1].write_held()
 
 
 _warnings = RepeatedWarnings()

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from megatron_dypo.repeats import flush_repeated
+
 torch.set_num_threads(1)
 # No deadline: how long an example takes says more of what else the machine does than of the code.
 hypothesis.settings.register_profile("megatron_dypo", deadline=None)
@@ -23,3 +25,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _first_warnings_are_first():
+    """A warning that another test has caused is not counted as repeated."""
+    flush_repeated()

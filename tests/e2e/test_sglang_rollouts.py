@@ -140,7 +140,7 @@ def test_a_prompt_beyond_the_context_length_is_dropped_alone_with_sglangs_words(
     prompts = [*make_prompts(1, length=600), *make_prompts(1)]
     groups, stats = collect(prompts, make_client(pool), group_size=2, progress=False)
     assert [len(group.prompt.tokens) for group in groups] == [12]
-    assert (stats.dropped_groups, stats.retries) == (1, 0)
+    assert (len(stats.dropped), stats.retries) == (1, 0)
     assert re.search(r"HTTP 400: .*context length", caplog.text)
 
 

@@ -63,9 +63,9 @@ def wait_for(condition):
 ENDS = [
     ("pass", Cause.DONE, "done (status 0): run folder "),
     (
-        "return False",
+        "raise RunEnded(Cause.STOPPED, 'stopped on request')",
         Cause.STOPPED,
-        "stopped (status 75): stopped on request; what was done is in ",
+        "stopped (status 75): stopped on request; 3 of 400 steps are done",
     ),
     (
         "raise RunEnded(Cause.NOTHING_LEFT, 'all Easy')",
@@ -165,7 +165,7 @@ LOOP = """
 is_requested()
 open(config.run.dir + '/looping', 'w').close()
 until(is_requested)
-return False
+raise RunEnded(Cause.STOPPED, 'stopped on request')
 """
 
 

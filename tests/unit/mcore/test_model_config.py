@@ -25,11 +25,11 @@ MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
 @pytest.mark.parametrize(
     ("arch", "axes", "message"),
     [
-        (ARCH, {"expert": 2}, "expert_parallel=2: a qwen2 model has no experts"),
-        (ARCH, {"expert_tensor": 2}, "expert_tensor_parallel=2: a qwen2 model has no experts"),
-        (MOE, {"expert_tensor": 3}, "expert_tensor_parallel=3 does not divide moe_intermediate_size=20"),
-        (MOE, {"expert": 4}, "expert_parallel=4 does not divide num_experts=6"),
-        (MOE, {"tensor": 2}, "tensor_parallel=2: a mixture of experts needs parallel.sequence=true"),
+        (ARCH, {"expert": 2}, "parallel.expert=2: a qwen2 model has no experts"),
+        (ARCH, {"expert_tensor": 2}, "parallel.expert_tensor=2: a qwen2 model has no experts"),
+        (MOE, {"expert_tensor": 3}, "parallel.expert_tensor=3 does not divide moe_intermediate_size=20"),
+        (MOE, {"expert": 4}, "parallel.expert=4 does not divide num_experts=6"),
+        (MOE, {"tensor": 2}, "parallel.tensor=2: a mixture of experts needs parallel.sequence=true"),
     ],
 )
 def test_a_layout_that_does_not_suit_experts_is_refused(arch, axes, message):

@@ -76,7 +76,7 @@ def test_an_answer_that_is_none_is_retried_and_said(name: str, caplog: pytest.Lo
     reply, words = FAILURES[name]
     with FakeSGLang(lambda index, body: reply if index == 0 else "ok") as fake:
         groups, stats = collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
-    assert (len(groups), stats.retries, stats.dropped_groups, len(fake.requests)) == (1, 1, 0, 2)
+    assert (len(groups), stats.retries, len(stats.dropped), len(fake.requests)) == (1, 1, 0, 2)
     (record,) = caplog.records
     message = record.getMessage()
     assert fake.url in message
@@ -199,7 +199,7 @@ def test_a_token_outside_the_vocabulary_costs_the_client_an_attempt() -> None:
     with FakeSGLang() as fake:
         client = make_client([fake.url], vocab_size=100, retries=0)
         groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
-        assert (groups, stats.dropped_groups, client.dropped_tokens) == ([], 1, 6)
+        assert (groups, len(stats.dropped), client.dropped_tokens) == ([], 1, 6)
         client = make_client([fake.url], vocab_size=101, retries=0)
         assert len(collect(make_prompts(1), client, group_size=2, progress=False)[0]) == 1
 
@@ -245,7 +245,7 @@ def test_our_own_lack_of_descriptors_waits_and_blames_no_server(tmp_path: Path) 
         "resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
         "client = make_client([sys.argv[1]], max_in_flight=256, retries=0)\n"
         "groups, stats = collect(make_prompts(256), client, group_size=2, progress=False)\n"
-        "print(len(groups), len(stats.unserved), stats.dropped_groups, stats.retries)\n"
+        "print(len(groups), len(stats.unserved), len(stats.dropped), stats.retries)\n"
     )
 
     def plan(index: int, body: dict[str, Any]) -> Reply:
