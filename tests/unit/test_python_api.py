@@ -99,5 +99,5 @@ def test_training_without_its_inputs_is_refused_before_anything_is_loaded(tmp_pa
     config = megatron_dypo.load_config(
         ROOT / "examples" / "quickstart" / "dypo.yaml", ["parallel.pipeline=1", f"model.hf_path={tmp_path}"]
     )
-    with pytest.raises(ValueError, match="no config.json there"):
+    with pytest.raises(ValueError, match=r"no config\.json there"):
         megatron_dypo.train_rank(config)
