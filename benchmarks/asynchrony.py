@@ -11,6 +11,7 @@ ahead, is left out. Held-out accuracy comes with its 95% interval (Wilson).
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,22 +34,18 @@ def run(*command: str) -> None:
 
 def make_warm_start(folder: Path, *, smoke: bool) -> None:
     """The quickstart as far as the first steps of its DYPO run, which are not used here; the model alone for a smoke."""
-    if smoke:
-        sys.path.insert(0, str(QUICKSTART))
-        from run import make_inputs
+    if (folder / "warmup" / "hf" / "config.json").is_file():
+        return
+    if not smoke:
+        steps = ["run.steps=2", "optimizer.warmup_steps=0", "eval.max_prompts=8"]
+        run(str(QUICKSTART / "run.py"), "--out", str(folder), *steps)
+        return
+    sys.path.insert(0, str(QUICKSTART))
+    from run import make_inputs
 
-        make_inputs(folder, seed=1)
-        (folder / "warmup").mkdir()
-        (folder / "model").rename(folder / "warmup" / "hf")
-    elif not (folder / "warmup" / "hf" / "config.json").is_file():
-        run(
-            str(QUICKSTART / "run.py"),
-            "--out",
-            str(folder),
-            "run.steps=2",
-            "optimizer.warmup_steps=0",
-            "eval.max_prompts=8",
-        )
+    make_inputs(folder, seed=1)
+    (folder / "warmup").mkdir(exist_ok=True)
+    (folder / "model").rename(folder / "warmup" / "hf")
 
 
 def train_block(folder: Path, name: str, steps: int, *more: str) -> None:
@@ -67,11 +64,14 @@ def measure(folder: Path, name: str, block: int) -> dict[str, float]:
     steps = [step for step in sorted(rows) if "timing_s/step" in rows[step] and step % block != 1]
     accuracy = rows[max(rows)]["eval/heldout/accuracy"]
     low, high = wilson_interval(accuracy, int(rows[max(rows)]["eval/heldout/num_samples"]))
+    # A step that learns from what the queues held has no rollouts of its own.
+    versions = {step: rows[step].get("rollout/policy_version") for step in steps}
+    ages = [step - 1 - version for step, version in versions.items() if version is not None]
     found = {
         "seconds": median(rows[step]["timing_s/step"] for step in steps),
         "mean_seconds": fmean(rows[step]["timing_s/step"] for step in steps),
         "waiting": fmean(rows[step].get("timing_s/gen", 0.0) for step in steps),
-        "age": fmean(step - 1 - rows[step]["rollout/policy_version"] for step in steps),
+        "age": fmean(ages) if ages else math.nan,
         "accuracy": accuracy,
         "low": low,
         "high": high,
@@ -91,12 +91,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="two blocks of two steps, no warm start: does it run?")
     args = parser.parse_args()
+    args.out = args.out.resolve()  # commands run in the repository, and this one anywhere
     measuring.print_header()
     smoke = (
         [
             "optimizer.warmup_steps=0",
             "rollout.prompts_per_step=4",
-            "batching.prompts_per_update=2",
+            "batching.prompts_per_update=4",
             "eval.max_prompts=4",
         ]
         if args.smoke

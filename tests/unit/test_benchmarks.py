@@ -23,12 +23,13 @@ LAST_LINES = {
 }
 """Benchmark → the names on its last line."""
 CHEAP = ("packing", "logprobs")
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
 def output_of(script, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, timeout=590).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, timeout=1700).stdout
 
 
 def last_line(script, *arguments):
@@ -40,9 +41,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in LAST_LINES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in CHEAP else SLOW) for name in LAST_LINES])
 def test_a_benchmark_says_where_it_ran_and_reaches_its_last_line(name, tmp_path):
     where = ["--out", str(tmp_path / "out")] if name == "asynchrony" else []
     lines = output_of(f"{name}.py", "--smoke", *where).splitlines()
@@ -96,6 +95,7 @@ def test_the_interval_of_an_asynchronous_run_is_that_of_its_own_number_of_sample
         {"step": step, "timing_s/step": float(step), "rollout/policy_version": step - 1, "timing_s/gen": 0.5}
         for step in range(1, 5)
     ]
+    del rows[1]["rollout/policy_version"]  # a step that learned from what the queues held
     rows[-1] |= {"eval/heldout/accuracy": 0.5, "eval/heldout/num_samples": 40}
     (tmp_path / "sync").mkdir()
     (tmp_path / "sync" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

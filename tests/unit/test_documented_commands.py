@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,35 @@ def test_a_command_that_does_not_work_is_found(words: tuple[str, ...], clone: Pa
 
 def test_the_config_of_the_readme_is_the_one_that_commands_run_with(clone: Path) -> None:
     assert yaml.safe_load((clone / "dypo.yaml").read_text())["run"]["dir"] == "runs/math"
+
+
+def _pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("page", _pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_that_is_named_in_a_sentence_exists(page: Path) -> None:
+    named = set(re.findall(r"`megatron-dypo ([a-z][a-z-]*)", page.read_text(encoding="utf-8")))
+    assert named <= set(OURS)
+
+
+# docs/nemo_run.md names keys of NeMo-Run, model.section.key; tests/unit/examples/test_nemo_run_recipes.py tries its calls.
+@pytest.mark.parametrize(
+    "page",
+    [page for page in _pages() if page.name != "nemo_run.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_key_that_is_named_in_a_sentence_exists(page: Path) -> None:
+    config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml")
+    sections = "|".join(vars(config))
+    named = re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)(?=[`:= ])", page.read_text(encoding="utf-8"))
+    assert [key for key in named if not key.endswith(".py") and not _is_key(config, key)] == []
+
+
+def _is_key(config: object, key: str) -> bool:
+    value = config
+    for part in key.split("."):
+        if not is_dataclass(value) or part not in vars(value):
+            return False
+        value = getattr(value, part)
+    return True
