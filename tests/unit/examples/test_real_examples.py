@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,15 @@ def test_the_readme_of_the_7b_example_says_what_the_plan_says() -> None:
     shipped, single = planned(config), planned(config, ["rollout.servers.urls=[http://sglang-0:30000]"])
     assert f"{shipped['step']['total_s']:.0f} s a step, of which {shipped['step']['rollout_s']:.0f} s" in readme
     assert f"{single['step']['total_s']:.0f} s a step" in readme
+
+
+def test_the_page_on_planning_has_the_plans_of_the_70b_example() -> None:
+    page = (ROOT / "docs" / "planning.md").read_text()
+    rows = re.findall(r"\| `(\w+)` \| ([\d,]+)[^|]*\| ([\d.]+) GiB \| ([\d.]+) s \|", page)
+    assert len(rows) == 3
+    for recompute, tokens, spare_gib, update_s in rows:
+        overrides = [f"model.recompute={recompute}", f"batching.tokens_per_microbatch={tokens.replace(',', '')}"]
+        plan = planned("examples/llama3_70b/config.yaml", overrides)
+        fullest = max((f for f in plan["memory_bytes"] if "trainer" in f["where"]), key=lambda f: f["total"])
+        assert f"{(fullest['capacity'] - fullest['total']) / 2**30:.1f}" == spare_gib
+        assert f"{plan['step']['update_s']:.1f}" == update_s
