@@ -29,6 +29,8 @@ COMMANDS = [command for page in PAGES for command in commands_of(page, (ROOT / p
 OURS = typer.main.get_command(app).commands
 RUN = {"plan", "plan-refit", "report", "grade"}
 """These run for real, and ``train --dry-run``; of others the options and the config are checked."""
+FILE_ENDINGS = {"json", "jsonl", "lock", "py", "safetensors", "yaml"}
+"""Of names such as run.lock and model.safetensors, which are no keys."""
 FOREIGN = {"hf", "pytest"}
 """Programs of others, whose options are not ours to check."""
 
@@ -185,7 +187,8 @@ def test_every_key_that_is_named_in_a_sentence_exists(page: Path) -> None:
     config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml")
     sections = "|".join(vars(config))
     named = re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)(?=[`:= ])", page.read_text(encoding="utf-8"))
-    assert [key for key in named if not key.endswith(".py") and not _is_key(config, key)] == []
+    keys = [name for name in named if name.rpartition(".")[2] not in FILE_ENDINGS]
+    assert [key for key in keys if not _is_key(config, key)] == []
 
 
 def _is_key(config: object, key: str) -> bool:

@@ -16,6 +16,16 @@ from tests.unit.report.run_folder import make_run
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "python_api.md").read_text(encoding="utf-8")
+SUPERVISED = """
+run: {dir: runs/sft}
+model: {hf_path: model, dtype: float32}
+data: {prompts: [train.jsonl], chat_template: false, max_prompt_tokens: 16, max_trace_tokens: 48}
+rollout: {prompts_per_step: 2}
+objective: {name: sft}
+batching: {prompts_per_update: 2, tokens_per_microbatch: 256}
+export: {hf: false}
+"""
+"""A run that needs no server."""
 NAMES = [name for name in megatron_dypo.__all__ if name != "__version__"]
 
 
@@ -69,35 +79,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.remove(str(ROOT / "examples" / "quickstart"))
     write_model(place / "model", seed=1)
     write_problems(place / "train.jsonl", [Addition(478, 964), Addition(112, 134)])
+    (place / "dypo.yaml").write_text(SUPERVISED, encoding="utf-8")
     make_run(place / "runs" / "math", num_steps=3)
     return place
 
 
 def examples() -> list[str]:
-    blocks = re.findall(r"(<!-- not run.*?-->\n)?```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    return [code for skipped, code in blocks if not skipped]
+    return re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def test_the_page_has_examples_and_leaves_out_only_the_run() -> None:
-    assert len(examples()) == 3
-    assert PAGE.count("```python") == 4
-
-
-@pytest.mark.parametrize("code", examples(), ids=["one group", "prompt files", "a run"])
+@pytest.mark.parametrize("code", examples(), ids=["one group", "prompt files", "a run that is over", "a run"])
 def test_an_example_of_the_page_runs(code: str, folder: Path) -> None:
     # As a script of a user: the check of the data runs in processes that import it.
-    assert run_python(f"if __name__ == '__main__':\n    exec({code!r})", folder) or "assert" in code
+    printed = run_python(f"if __name__ == '__main__':\n    exec({code!r})", folder)
+    assert printed or "assert" in code
+    if "run_training" in code:
+        assert printed.startswith("done")
+        assert [row["step"] for row in megatron_dypo.read_metrics(folder / "runs" / "sft" / "metrics.jsonl")] == [1, 2]
 
 
-def test_training_without_its_other_ranks_is_refused_and_says_how_to_start_them() -> None:
-    config = megatron_dypo.load_config(ROOT / "examples" / "quickstart" / "dypo.yaml")
-    with pytest.raises(ValueError, match="needs 2 ranks: start them with torchrun --nproc-per-node=2"):
-        megatron_dypo.train_rank(config)
+def test_a_run_without_its_inputs_ends_for_that_cause(tmp_path: Path) -> None:
+    overrides = [f"model.hf_path={tmp_path}", f"run.dir={tmp_path}/run"]
+    config = megatron_dypo.load_config(ROOT / "examples" / "quickstart" / "dypo.yaml", overrides)
+    assert megatron_dypo.run_training(config) is megatron_dypo.Cause.BAD_INPUT
 
 
-def test_training_without_its_inputs_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    config = megatron_dypo.load_config(
-        ROOT / "examples" / "quickstart" / "dypo.yaml", ["parallel.pipeline=1", f"model.hf_path={tmp_path}"]
-    )
-    with pytest.raises(ValueError, match=r"no config\.json there"):
-        megatron_dypo.train_rank(config)
+def test_a_status_that_is_no_causes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = megatron_dypo.load_config(ROOT / "examples" / "quickstart" / "dypo.yaml", [f"run.dir={tmp_path}/run"])
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="ended with status 1, which is that of no cause"):
+        megatron_dypo.run_training(config)
