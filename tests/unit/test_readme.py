@@ -11,6 +11,7 @@ import yaml
 import megatron_dypo
 from megatron_dypo.config.load import parse_config
 from megatron_dypo.grading.math import verify_math
+from megatron_dypo.metric_names import lookup
 from megatron_dypo.samples import RolloutRow, SampleRow
 from megatron_dypo.types import DropReason, Tier, Treatment
 
@@ -80,6 +81,14 @@ def test_defaults_in_the_glossary_are_those_of_the_config():
     for _, _, keys, default in rows:
         for key in re.findall(r"`([\w.]+)`", keys):
             assert operator.attrgetter(key)(config) == float(default)
+
+
+def test_metrics_that_the_glossary_names_are_written():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:train|rollout|gate|gal|eval|perf|score|queue|refit)/[\w/<>]+)`", page))
+    assert len(named) >= 8
+    for name in named:
+        lookup(name.replace("<set>", "held_out"))
 
 
 def test_reasons_and_treatments_in_the_glossary_are_those_of_the_package():
