@@ -48,7 +48,7 @@ $(NEMO_RUN_STAMP):
 	$(NEMO_RUN)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
 	@rm -f $(NEMO_RUN)/setup-*.done && touch $@
 
-quickstart: setup  ## Train a tiny model with DYPO from start to end (about 10 minutes on 2 cores).
+quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup  ## Run the tests that need no GPU and are not marked slow.

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import measure as measuring
 import torch
 from torch import Tensor
 
@@ -134,7 +135,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     }
     print(f"{args.vocab=} {args.hidden=} {args.tokens=} {args.response=} {args.threads=} {args.rounds=}")
     for name, median in medians.items():
-        spread = [round(run["seconds"], 1) for run in results[name]]
+        spread = [round(run["seconds"], 2) for run in results[name]]
         print(f"{name:17} {median['seconds']:7.2f} s {median['bytes'] / 2**20:9.0f} MiB   seconds by round {spread}")
     return {
         f"{what}_vs_{name}": round(medians["fused"][key] / medians[name][key], 4)
@@ -151,9 +152,16 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=2_048, help="how many of the tokens are response")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="one round of a tiny shape: does it run?")
     parser.add_argument("--measure", choices=VARIANTS, help="one pass in this process, as JSON")
     args = parser.parse_args()
-    print(json.dumps(measure(args.measure, args) if args.measure else compare(args)))
+    if args.smoke:
+        args.vocab, args.hidden, args.tokens, args.response, args.rounds = 2_000, 64, 128, 64, 1
+    if args.measure:
+        print(json.dumps(measure(args.measure, args)))
+        return
+    measuring.print_header()
+    measuring.print_result(compare(args))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""Time and peak memory of one process: what the benchmarks share."""
+"""Time and peak memory of one process, and where and how a measurement was made: what the benchmarks share."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LEAN_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 """glibc gives freed blocks of 1 MiB and more back at once, so that resident memory is what is in use."""
@@ -28,6 +34,52 @@ def run_ranks(script: str, arguments: list[str], *, ranks: int = 1, lean: bool =
     command = [sys.executable, *launcher, script, *arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])
+
+
+def print_header() -> None:
+    """Print when, of which commit and on what machine the measurement is made, and the command: a results file's first lines."""
+    moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    print(f"# {moment}, commit {_commit()}, Python {platform.python_version()}, {packages}")
+    print(f"# processor: {_processor()}, {cores} of {os.cpu_count()} cores usable, {memory:.0f} GiB of memory")
+    print(f"# load at the start: {_load()}")
+    print("$ python " + shlex.join([str(_from_root(Path(sys.argv[0]))), *sys.argv[1:]]), flush=True)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Print the load at the end, and the result as the last line."""
+    print(f"# load at the end: {_load()}")
+    print(json.dumps(result), flush=True)
+
+
+def _load() -> str:
+    return "{:.1f} over 1 minute, {:.1f} over 5, {:.1f} over 15".format(*os.getloadavg())
+
+
+def _processor() -> str:
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """The commit that is checked out, and whether files differ from it; "unknown" outside a clone."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    return found.stdout.strip() + (" with changes" if changed else "")
+
+
+def _from_root(path: Path) -> Path:
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def resident_bytes() -> int:
@@ -63,7 +115,7 @@ def interleaved(
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _lines("/proc/self/status"):
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024

@@ -91,6 +91,7 @@ def main() -> None:
     names = {case.name: case for case in CASES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--smoke", action="store_true", help="the first case alone: does it run?")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -98,8 +99,9 @@ def main() -> None:
 
         memory_model_ranks.answer(Case(**json.loads(args.measure)))
         return
-    errors = [compare(names[name]) for name in args.cases]
-    print(json.dumps({part: round(max(error[part] for error in errors), 4) for part in PARTS}))
+    measure.print_header()
+    errors = [compare(names[name]) for name in (args.cases[:1] if args.smoke else args.cases)]
+    measure.print_result({part: round(max(error[part] for error in errors), 4) for part in PARTS})
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def architecture(shape: Any) -> Architecture:
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
+        num_key_value_heads=2,  # what the two tensor-parallel ranks divide
         head_dim=64,
         ffn_hidden_size=shape.ffn,
         vocab_size=shape.vocab,

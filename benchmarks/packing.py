@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import time
 from collections.abc import Callable, Sequence
 
+import measure
 import numpy as np
 
 from megatron_dypo.architecture import Architecture, architecture_from_hf
@@ -191,12 +191,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--budgets", type=int, nargs="+", default=[16_384, 32_768])
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="one draw of a few sequences: does it run?")
     parser.add_argument("--many", type=int, default=100_000, help="sequences of an update that is only planned")
     args = parser.parse_args()
+    if args.smoke:
+        args.sequences, args.draws, args.many = 64, 1, 500
+    measure.print_header()
     result = compare(args)
     print()
     time_many(args.many, 64, args.budgets[0])
-    print(json.dumps({name: round(value, 6) for name, value in result.items()}))
+    measure.print_result({name: round(value, 6) for name, value in result.items()})
 
 
 if __name__ == "__main__":

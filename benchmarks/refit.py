@@ -10,7 +10,12 @@ the same processes; every way ends when all targets hold all their weights in pl
 - ``raw``: gloo's send and receive of as many bytes on each link, one tensor each, into memory that is thrown away.
 - ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each target copies its slices out.
 
-The last line is one JSON object; see README.md. What arrives by ``planned`` and by ``broadcast`` is compared.
+What arrives by ``planned`` and by ``broadcast`` is compared. The last line is one JSON object; see README.md.
+
+All ratios depend on the machine. With one engine 4 processes copy at the same time, with two engines 6. ``raw`` is one copy of
+each byte through gloo; ``planned`` adds a checksum of a sixteenth and a copy into place, which overlap with sending only as far
+as there are cores for them. ``broadcast`` pays for new memory of each tensor and bucket. So a busy machine, or one of few
+cores, changes ``raw`` and ``planned`` by different factors: compare figures of one machine at one load, and read every round.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--smoke", action="store_true", help="one round of a tiny model: does it run?")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -35,20 +41,22 @@ def main() -> None:
 
         answer(json.loads(arguments.measure))
         return
+    if arguments.smoke:
+        arguments.rounds, arguments.layers, arguments.hidden = 1, 1, 512
+    measure.print_header()
     one, two = (run(engines, arguments) for engines in (1, 2))
     for name, result in (("1 engine", one), ("2 engines", two)):
         for variant, seconds in result["seconds"].items():
-            spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+            rounds = " ".join(f"{value:.3f}" for value in seconds)
             rate = result["bytes"] / statistics.median(seconds) / 1e9
-            print(
-                f"{name}: {variant}: median {statistics.median(seconds):.2f} s ({spread}), {rate:.2f} GB/s into place"
-            )
+            print(f"{name}: {variant}: median {statistics.median(seconds):.3f} s, {rate:.2f} GB/s into place")
+            print(f"    by round {rounds}")
     ratios = {
         "bandwidth_vs_raw": ratio(one, "raw", "planned"),
         "time_vs_broadcast": ratio(one, "planned", "broadcast"),
         "time_vs_broadcast_2_engines": ratio(two, "planned", "broadcast"),
     }
-    print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
+    measure.print_result({name: round(value, 3) for name, value in ratios.items()})
 
 
 def run(num_engines: int, arguments: argparse.Namespace) -> Any:

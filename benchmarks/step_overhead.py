@@ -34,6 +34,9 @@ from typing import Any
 import measure
 import overhead_steps
 
+from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.parallel.rules import check_layout
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -58,6 +61,8 @@ SHAPES = {
     "tiny vocabulary": Shape(vocab=1_024),
 }
 K_SHAPE = Shape(rollouts=64, traces=16, length=48)
+SMOKE = {"hidden": 128, "layers": 2, "ffn": 64, "vocab": 500, "length": 16}
+"""What ``--smoke`` makes of every shape."""
 
 
 def ask(what: str, shape: Shape, ranks: int, args: argparse.Namespace) -> Any:
@@ -95,7 +100,8 @@ def compare_memory(name: str, shape: Shape, ranks: int, args: argparse.Namespace
 
 
 def compare_group_sizes(ranks: int, args: argparse.Namespace) -> float:
-    sizes = {k: ask("memory:dypo", replace(K_SHAPE, group_size=k), ranks, args) for k in (4, 16, 64)}
+    shape = replace(K_SHAPE, **(SMOKE if args.smoke else {}))
+    sizes = {k: ask("memory:dypo", replace(shape, group_size=k), ranks, args) for k in (4, 16, 64)}
     print(
         f"\n{K_SHAPE.rollouts} rollouts and {K_SHAPE.traces} traces, {ranks} rank(s), peak memory of a rank by group size, MiB"
     )
@@ -104,12 +110,23 @@ def compare_group_sizes(ranks: int, args: argparse.Namespace) -> float:
     return sizes[64]["total"] / sizes[4]["total"]
 
 
+def check_shapes(names: list[str], ranks: list[int]) -> None:
+    """Raise ValueError where a shape cannot be divided over some number of ranks: at the start, not after minutes."""
+    for name, shape in [*((name, SHAPES[name]) for name in names), ("group sizes", K_SHAPE)]:
+        for size in ranks:
+            try:
+                check_layout(overhead_steps.architecture(shape), ParallelConfig(tensor=size))
+            except ValueError as error:
+                raise ValueError(f"--ranks {size}: shape {name!r}: {error}") from error
+
+
 def compare(args: argparse.Namespace) -> dict[str, float]:
     result = {"time_vs_sft": 0.0, "memory_vs_sft": 0.0, "memory_k64_vs_k4": 0.0}
     for name in args.shapes:
         for ranks in args.ranks:
-            time_ratio = compare_time(name, SHAPES[name], ranks, args)
-            memory_ratio = compare_memory(name, SHAPES[name], ranks, args)
+            shape = replace(SHAPES[name], **(SMOKE if args.smoke else {}))
+            time_ratio = compare_time(name, shape, ranks, args)
+            memory_ratio = compare_memory(name, shape, ranks, args)
             if name == "main" or "main" not in args.shapes:
                 result["time_vs_sft"] = max(result["time_vs_sft"], time_ratio)
                 result["memory_vs_sft"] = max(result["memory_vs_sft"], memory_ratio)
@@ -123,13 +140,18 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="one round of tiny shapes: does it run?")
     parser.add_argument("--measure", help="one measurement in this process: time, or memory:<variant>")
     parser.add_argument("--shape", help="its shape, as JSON")
     args = parser.parse_args()
     if args.measure:
         overhead_steps.answer(args.measure, Shape(**json.loads(args.shape)), args.rounds)
-    else:
-        print("\n" + json.dumps({name: round(value, 4) for name, value in compare(args).items()}))
+        return
+    check_shapes(args.shapes, args.ranks)
+    if args.smoke:
+        args.shapes, args.rounds = args.shapes[:1], 1  # they are all made tiny, and so alike
+    measure.print_header()
+    measure.print_result({name: round(value, 4) for name, value in compare(args).items()})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ def check_inputs(config: Config) -> list[str]:
     ]
     if not (Path(config.model.hf_path) / "config.json").is_file():
         return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
+    if not any(Path(config.model.hf_path).glob("*.safetensors")):
+        notes.append(f"model.hf_path={config.model.hf_path!r}: no *.safetensors there, which a plan does without")
     build_objective(config.objective)
     arch = load_architecture(config.model.hf_path)
     check_layout(arch, config.parallel)

@@ -41,7 +41,7 @@ def tiny() -> run.Config[Recipe]:
 @run.cli.factory
 def qwen2_5_math_7b() -> run.Config[Recipe]:
     """The paper's setting: a node of eight GPUs that trains, a node of eight servers."""
-    return _recipe("examples/qwen2_5_math_7b/dypo.yaml", ["rollout.servers.per_node=8"])
+    return _recipe("examples/qwen2_5_math_7b/dypo.yaml")
 
 
 @run.cli.factory

@@ -26,6 +26,7 @@ MISTRAL = {
 
 def config_of(folder: Path, **lengths: int) -> Config:
     (folder / "config.json").write_text(json.dumps(MISTRAL))
+    (folder / "model.safetensors").touch()
     (folder / "prompts.jsonl").touch()
     return Config(
         model=ModelConfig(hf_path=str(folder)),
@@ -46,3 +47,9 @@ def test_sequences_that_fit_a_sliding_window_are_accepted(tmp_path):
 def test_a_sliding_window_that_cuts_responses_or_traces_is_refused(response, trace, tmp_path):
     with pytest.raises(ValueError, match=r"data\.max_trace_tokens = 129: must not exceed sliding_window=128"):
         check_inputs(config_of(tmp_path, prompt=28, response=response, trace=trace))
+
+
+def test_a_folder_with_sizes_and_without_weights_is_noted(tmp_path):
+    config = config_of(tmp_path, prompt=28, response=100, trace=90)
+    (tmp_path / "model.safetensors").unlink()
+    assert check_inputs(config) == [f"model.hf_path='{tmp_path}': no *.safetensors there, which a plan does without"]

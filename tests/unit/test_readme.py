@@ -1,13 +1,19 @@
 """What the README says of the package is so."""
 
 import json
+import operator
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import megatron_dypo
 from megatron_dypo.config.load import parse_config
+from megatron_dypo.grading.math import verify_math
+from megatron_dypo.metric_names import lookup
+from megatron_dypo.samples import RolloutRow, SampleRow
+from megatron_dypo.types import DropReason, Tier, Treatment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +31,9 @@ def test_the_config_example_is_valid():
 
 def test_the_line_of_data_has_the_fields_that_prompt_files_have():
     (text,) = _blocks("json")
-    assert set(json.loads(text)) == {"prompt", "answer", "source", "traces"}
+    row = json.loads(text)
+    assert set(row) == {"prompt", "answer", "source", "traces"}
+    assert all(verify_math(trace, row["answer"]) for trace in row["traces"].values())
 
 
 def test_every_make_target_that_is_named_exists():
@@ -43,6 +51,52 @@ def test_every_file_that_is_named_exists(page):
     missing = [name for name in sorted(named) if not (ROOT / name).exists()]
     assert named
     assert missing == []
+
+
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
+def test_every_link_of_a_page_leads_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#[\w-]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if link and not (ROOT / "docs" / link).exists()] == []
+
+
+def test_the_first_screen_says_what_has_run_and_what_has_not():
+    box = " ".join(line for line in README.splitlines() if line.startswith("> "))
+    assert f"version {megatron_dypo.__version__}" in box
+    for word in ("CPUs", "gloo", "SGLang", "Slurm", "GPU", "NCCL", "Transformer Engine", "FP8"):
+        assert word in box
+    assert README.index("> **Status") < README.index("## Quickstart")
+
+
+def test_how_long_the_quickstart_takes_is_said_once():
+    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*/README.md"))]
+    pages.append((ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert sum(len(re.findall(r"(?:six|ten|\d+) minutes\b(?! ahead)", page)) for page in pages) == 1
+
+
+def test_defaults_in_the_glossary_are_those_of_the_config():
+    config = parse_config({"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}}, where="test")
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\| [kαγβε]", line)]
+    assert len(rows) >= 6
+    for _, _, keys, default in rows:
+        for key in re.findall(r"`([\w.]+)`", keys):
+            assert operator.attrgetter(key)(config) == float(default)
+
+
+def test_metrics_that_the_glossary_names_are_written():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:train|rollout|gate|gal|eval|perf|score|queue|refit)/[\w/<>]+)`", page))
+    assert len(named) >= 8
+    for name in named:
+        lookup(name.replace("<set>", "held_out"))
+
+
+def test_reasons_and_treatments_in_the_glossary_are_those_of_the_package():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    for value in (*DropReason, *Treatment, *Tier):
+        assert f"`{value.value}`" in page
+    for field in (*SampleRow.__annotations__, *RolloutRow.__annotations__):
+        assert f"`{field}`" in page
 
 
 def test_ranges_are_those_of_the_metadata():

@@ -1,0 +1,41 @@
+"""A run from Python: the same processes as ``megatron-dypo train`` starts, and the cause of their end as a value."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_dypo.config.load import dump_config
+from megatron_dypo.config.tree import Config
+from megatron_dypo.ending import Cause, cause_of_status
+
+
+def run_training(config: Config) -> Cause:
+    """Train as ``megatron-dypo train`` does, in processes of its own, and return why the run ended.
+
+    Starts as many local ranks as the layout needs, or resumes what the run folder holds. What they say goes to this process's
+    standard error and to the run folder. Ctrl-C reaches them too: the first one has the run save and end.
+
+    Raises:
+        RuntimeError: the run ended with a status that is no cause's, as when it was killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron_dypo_") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        process = subprocess.Popen([sys.executable, "-m", "megatron_dypo.cli", "train", str(path)])
+        status = _wait(process)
+    cause = cause_of_status(status)
+    if cause is None:
+        raise RuntimeError(f"run.dir={config.run.dir}: the run ended with status {status}, which is that of no cause")
+    return cause
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end, whatever the keyboard says: the run has heard it and ends when it has saved."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue

@@ -1,0 +1,200 @@
+"""Every command that the README and the pages show: run where it needs neither server nor weights, else parsed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from megatron_dypo.cli import app
+from megatron_dypo.config.load import load_config
+from tests.unit.documented_commands import Command, commands_of
+from tests.unit.report.run_folder import make_run
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("adding_a_model", "glossary", "gpu", "metrics", "planning", "python_api")),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*/README.md")),
+]
+COMMANDS = [command for page in PAGES for command in commands_of(page, (ROOT / page).read_text(encoding="utf-8"))]
+OURS = typer.main.get_command(app).commands
+RUN = {"plan", "plan-refit", "report", "grade"}
+"""These run for real, and ``train --dry-run``; of others the options and the config are checked."""
+FILE_ENDINGS = {"json", "jsonl", "lock", "py", "safetensors", "yaml"}
+"""Of names such as run.lock and model.safetensors, which are no keys."""
+FOREIGN = {"hf", "pytest"}
+"""Programs of others, whose options are not ours to check."""
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone with what the pages assume besides: the README's config, runs that are over, and responses."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "runs":
+            (tmp_path / path.name).symlink_to(path)
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "dypo.yaml").write_text(block, encoding="utf-8")
+    for command in COMMANDS:
+        if command.words[1:2] == ("report",):
+            make_run(tmp_path / command.words[2], num_steps=3)
+    (tmp_path / "responses.jsonl").write_text(json.dumps({"response": "\\boxed{4}", "answer": "4"}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check_ours(name: str, words: tuple[str, ...]) -> None:
+    """Run a command of ours, or parse it and its config."""
+    assert name in OURS, f"megatron-dypo has no command {name}"
+    if any(word.isupper() or word.startswith("[") for word in words):  # how to call it, with names for values
+        known = {option for parameter in OURS[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", " ".join(words))) <= known
+        return
+    if name in RUN or "--dry-run" in words:
+        done = CliRunner().invoke(app, [name, *words])
+        assert done.exit_code == 0, done.output
+        return
+    context = OURS[name].make_context(name, list(words))
+    if "config" in context.params:
+        load_config(context.params["config"], context.params["overrides"] or [])
+
+
+def check_script(path: str, words: tuple[str, ...]) -> None:
+    """A Python script is there, and knows the options that are given."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    declared = source if "add_argument" in source or not options else source + _imported(source)
+    assert [option for option in options if option not in declared and not _is_typer_option(option, declared)] == []
+
+
+def _imported(source: str) -> str:
+    modules = re.findall(r"from (megatron_dypo[\w.]*) import", source)
+    files = [ROOT / f"{module.replace('.', '/')}.py" for module in modules]
+    return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
+
+
+def _is_typer_option(option: str, source: str) -> bool:
+    return re.search(rf"^    {option[2:].replace('-', '_')}: ", source, flags=re.MULTILINE) is not None
+
+
+def check_job(script: str, overrides: tuple[str, ...]) -> None:
+    """A Slurm script is there, and its config takes the overrides."""
+    default = re.search(r"^CONFIG=\$\{CONFIG:-(.*)\}", (ROOT / script).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert default is not None
+    load_config(ROOT / default[1], [override for override in overrides if override != "…"])
+
+
+def check(command: Command) -> None:
+    first, *rest = command.words
+    words = tuple(rest)
+    program = Path(first).name
+    if program == "megatron-dypo":
+        check_ours(words[0], words[1:])
+    elif program == "python" and words[0] == "-m":
+        assert importlib.util.find_spec(words[1]) is not None
+    elif program == "python":
+        check_script(words[0], words[1:])
+    elif program == "sbatch":
+        check_job(words[0], words[1:])
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert words[0] in targets
+    elif program == "pip":
+        extras = re.findall(r"\[([\w,-]+)\]", " ".join(words))
+        declared = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{extra} =", declared, flags=re.MULTILINE) for extra in extras)
+    else:
+        assert program in FOREIGN, f"{command}: no rule for {program}"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_documented_command_works_in_a_fresh_clone(command: Command, clone: Path) -> None:
+    check(command)
+
+
+def test_the_readme_shows_commands_of_every_kind() -> None:
+    shown = {command.words[1] for command in COMMANDS if command.words[0] == "megatron-dypo"}
+    assert {"plan", "plan-refit", "train", "report", "check", "grade", "export", "serve"} <= shown
+    assert len(COMMANDS) > 25
+
+
+def test_every_command_is_in_the_readme_or_a_page() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+    assert [name for name in OURS if f"megatron-dypo {name}" not in text] == []
+
+
+def test_commands_go_over_lines_and_leave_out_comments_prompts_assignments_and_output() -> None:
+    page = "```bash\nA=1 make x \\\n  y  # why\n# no\n```\n```console\n$ z\noutput\n```\ntext\n    megatron-dypo plan\n"
+    assert [command.words for command in commands_of("p", page)] == [
+        ("make", "x", "y"),
+        ("z",),
+        ("megatron-dypo", "plan"),
+    ]
+
+
+def test_a_config_that_is_shown_is_not_accepted_with_a_wrong_key(clone: Path) -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.rl"):
+        check(Command("page", 1, ("megatron-dypo", "train", "dypo.yaml", "optimizer.rl=1")))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("megatron-dypo", "plan", "examples/absent/config.yaml"),
+        ("megatron-dypo", "tarin", "dypo.yaml"),
+        ("megatron-dypo", "plan", "CONFIG", "--knodes", "8"),
+        ("python", "tools/gpu_check.py", "--cpu-smoek"),
+        ("make", "quikstart"),
+        ("pip", "install", ".[sglagn]"),
+        ("frobnicate",),
+    ],
+)
+def test_a_command_that_does_not_work_is_found(words: tuple[str, ...], clone: Path) -> None:
+    with pytest.raises(AssertionError):
+        check(Command("page", 1, words))
+
+
+def test_the_config_of_the_readme_is_the_one_that_commands_run_with(clone: Path) -> None:
+    assert yaml.safe_load((clone / "dypo.yaml").read_text())["run"]["dir"] == "runs/math"
+
+
+def _pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("page", _pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_that_is_named_in_a_sentence_exists(page: Path) -> None:
+    named = set(re.findall(r"`megatron-dypo ([a-z][a-z-]*)", page.read_text(encoding="utf-8")))
+    assert named <= set(OURS)
+
+
+# docs/nemo_run.md names keys of NeMo-Run, model.section.key; tests/unit/examples/test_nemo_run_recipes.py tries its calls.
+@pytest.mark.parametrize(
+    "page",
+    [page for page in _pages() if page.name != "nemo_run.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_key_that_is_named_in_a_sentence_exists(page: Path) -> None:
+    config = load_config(ROOT / "examples" / "llama3_70b" / "config.yaml")
+    sections = "|".join(vars(config))
+    named = re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)(?=[`:= ])", page.read_text(encoding="utf-8"))
+    keys = [name for name in named if name.rpartition(".")[2] not in FILE_ENDINGS]
+    assert [key for key in keys if not _is_key(config, key)] == []
+
+
+def _is_key(config: object, key: str) -> bool:
+    value = config
+    for part in key.split("."):
+        if not is_dataclass(value) or part not in vars(value):
+            return False
+        value = getattr(value, part)
+    return True
