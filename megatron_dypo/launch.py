@@ -9,38 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dypo.architecture import load_architecture
+from megatron_dypo.check.findings import Findings
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import RunEnded
-from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 from megatron_dypo.processes import end_with_parent
 
 
-def check_inputs(config: Config) -> list[str]:
-    """What a dry run notes and a real run refuses: files that are not there.
+def check_inputs(config: Config) -> Findings:
+    """Look at all that is cheap to look at (:func:`megatron_dypo.check.inputs.check_inputs`)."""
+    from megatron_dypo.check.inputs import check_inputs as check  # brings torch, which --help need not wait for
 
-    Raises:
-        ValueError: a model that is there and does not fit the parallel layout or the length of sequences.
-    """
-    from megatron_dypo.objective.recipes.registry import build_objective  # brings torch, which --help need not wait for
-
-    notes = [
-        f"{field}={path!r}: no such file"
-        for field, paths in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.sets.values()))
-        for path in paths
-        if not Path(path).is_file()
-    ]
-    if not (Path(config.model.hf_path) / "config.json").is_file():
-        return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
-    build_objective(config.objective)
-    arch = load_architecture(config.model.hf_path)
-    check_layout(arch, config.parallel)
-    check_fp8_sizes(arch, config.parallel, config.model.fp8)
-    arch.check_length(
-        config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.data.max_trace_tokens),
-        "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
-    )
-    return notes
+    return check(config)
 
 
 def num_processes(config: Config) -> int:

@@ -61,6 +61,18 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
 
     A Parquet file is read by the ``columns`` that are asked for (None: all), and must have the ``required`` ones.
     """
+    require_kind(path)
+    try:
+        rows: RowFile = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path, columns, required)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(rows) == 0:
+        raise ValueError(f"{path}: holds no rows")
+    return rows
+
+
+def require_kind(path: Path) -> None:
+    """Raise ValueError naming the file where its name or its first bytes are of no prompt file."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: must end in .jsonl or .parquet")
     try:
@@ -68,19 +80,15 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
             raise ValueError(f"{path}: {'is a folder: name its files' if path.is_dir() else 'no such file'}")
         with path.open("rb") as file:
             start = file.read(64)
-        if not start:
-            raise ValueError(f"{path}: is empty")
-        for magic, problem in _MAGICS.items():
-            if start.startswith(magic):
-                raise ValueError(f"{path}: {problem}")
-        if path.suffix == ".jsonl" and start.startswith(b"PAR1"):
-            raise ValueError(f"{path}: is a Parquet file: its name must end in .parquet")
-        rows: RowFile = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path, columns, required)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(rows) == 0:
-        raise ValueError(f"{path}: holds no rows")
-    return rows
+    if not start:
+        raise ValueError(f"{path}: is empty")
+    for magic, problem in _MAGICS.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path}: {problem}")
+    if path.suffix == ".jsonl" and start.startswith(b"PAR1"):
+        raise ValueError(f"{path}: is a Parquet file: its name must end in .parquet")
 
 
 class JsonlFile:

@@ -61,6 +61,17 @@ class ParquetFile:
         group = bisect.bisect_right(self._starts, index) - 1
         return _record(self._group(group).slice(index - self._starts[group], 1))
 
+    def head(self, count: int) -> list[Any]:
+        """Read the first records, without the rest of their row group; a :class:`BadRow` for one without a meaning.
+
+        Raises ValueError where the file is damaged there.
+        """
+        try:
+            batches = self._file.iter_batches(batch_size=count, columns=self._columns)
+            return list(_records(pyarrow.Table.from_batches([next(batches)])))
+        except (*_UNREADABLE, StopIteration) as error:
+            raise ValueError(f"{self.path}: its first rows cannot be read, the file is damaged: {error}") from error
+
     def parts(self, size: int) -> list[ParquetPart]:
         # A row group is the least that Parquet reads, whatever its size.
         return [
