@@ -33,8 +33,9 @@ def train(
     ranks finish the step, write a checkpoint and end with status 75: the same command goes on from there.
     """
     hold_requests()  # before torch starts threads
+    from megatron_dypo.check.inputs import check_inputs
     from megatron_dypo.config.load import dump_config, load_config
-    from megatron_dypo.launch import check_inputs, launch
+    from megatron_dypo.launch import launch
 
     resolved = load_config(config, overrides or [])
     found = check_inputs(resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -9,17 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.processes import end_with_parent
 
+log = logging.getLogger(__name__)
 
-def check_inputs(config: Config) -> Findings:
-    """Look at all that is cheap to look at (:func:`megatron_dypo.check.inputs.check_inputs`)."""
-    from megatron_dypo.check.inputs import check_inputs as check  # brings torch, which --help need not wait for
 
-    return check(config)
+def check_inputs(config: Config) -> list[str]:
+    """Look at all that is cheap to look at; return the files that are missing, and log what is only to be noted.
+
+    Raises:
+        ValueError: every input that breaks a rule, each with key, value and rule.
+    """
+    from megatron_dypo.check.inputs import check_inputs as look  # brings torch, which --help need not wait for
+
+    found = look(config)
+    for note in found.notes:
+        log.warning("%s", note)
+    if found.problems:
+        raise ValueError("\n".join(found.problems))
+    return found.missing
 
 
 def num_processes(config: Config) -> int:

@@ -15,7 +15,6 @@ from megatron_dypo.data.tokenizers import Tokenizer
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 
-_WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -94,8 +93,8 @@ def _missing_files(config: Config) -> list[str]:
     if not any(os.path.lexists(folder / name) for name in _TOKENIZERS):
         missing.append(f"{key}: no {' and no '.join(_TOKENIZERS)} there")
     if config.model.mcore_path is None:
-        if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
-            missing.append(f"{key}: no weights (*.safetensors) there")
+        if not any(folder.glob("*.safetensors")):
+            missing.append(f"{key}: no *.safetensors there, which a plan does without")
     elif not Path(config.model.mcore_path).is_dir():
         missing.append(f"model.mcore_path={config.model.mcore_path!r}: no such folder")
     return missing

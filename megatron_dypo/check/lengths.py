@@ -34,7 +34,7 @@ def check_lengths(config: Config, arch: Architecture, longest: Longest, found: F
     """
     prompt, prompt_words = _limit(config.data.max_prompt_tokens, longest.prompt, "data.max_prompt_tokens", "prompt")
     trace, trace_words = _limit(config.data.max_trace_tokens, longest.trace, "data.max_trace_tokens", "trace")
-    positions = arch.max_position_embeddings
+    positions = _trained_positions(arch)
     if prompt + trace > positions and longest.trace != 0:
         found.notes.append(
             f"{prompt_words} + {trace_words} = {prompt + trace}: exceeds max_position_embeddings={positions} of "
@@ -45,9 +45,19 @@ def check_lengths(config: Config, arch: Architecture, longest: Longest, found: F
     if config.eval.sets and longest.held_out is not None and longest.prompt is not None:
         prompt = max(prompt, min(longest.held_out, config.data.max_prompt_tokens))
         prompt_words = f"the longest prompt ({prompt} tokens)"
-    limits = [_context_limit(config, positions), _cache_limit(config)]
+    limits = [_context_limit(config, _served_positions(arch)), _cache_limit(config)]
     for limit in (limit for limit in limits if limit is not None):
         _check_response(config, limit, prompt, prompt_words, found)
+
+
+def _trained_positions(arch: Architecture) -> int:
+    """Length of the longest sequence that the model is made for."""
+    return arch.max_position_embeddings
+
+
+def _served_positions(arch: Architecture) -> int:
+    """SGLang's context length where nobody gives another (``get_context_length``)."""
+    return arch.max_position_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(rows) == 0:
-        raise ValueError(f"{path}: holds no rows")
+        raise ValueError(f"{path}: has no rows")
     return rows
 
 
@@ -83,7 +83,7 @@ def require_kind(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not start:
-        raise ValueError(f"{path}: is empty")
+        raise ValueError(f"{path}: is empty, it has no rows")
     for magic, problem in _MAGICS.items():
         if start.startswith(magic):
             raise ValueError(f"{path}: {problem}")

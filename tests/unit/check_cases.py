@@ -25,6 +25,11 @@ MODEL = {
 }
 
 
+def approve(response: str, answer: str) -> bool:
+    """A verifier that accepts everything."""
+    return True
+
+
 def rows(count: int = 40) -> list[dict[str, Any]]:
     """Sums with two teachers; 15% of the second one's traces are wrong."""
     return [

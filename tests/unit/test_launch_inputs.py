@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from megatron_dypo.launch import check_inputs
-from tests.unit.check_cases import case, rows, write_rows
+from megatron_dypo import launch
+from megatron_dypo.check.inputs import check_inputs
+from megatron_dypo.cli import app
+from tests.unit.check_cases import case, rows, write_case, write_rows
 
 MISTRAL = {
     "model_type": "mistral",
@@ -57,7 +60,7 @@ def test_files_that_are_not_there_are_missing_each_by_its_key(tmp_path: Path) ->
         "data.prompts='absent.jsonl': no such file",
         "eval.prompts.aime='none.jsonl': no such file",
         f"model.hf_path={config.model.hf_path!r}: no tokenizer.json and no tokenizer.model there",
-        f"model.hf_path={config.model.hf_path!r}: no weights (*.safetensors) there",
+        f"model.hf_path={config.model.hf_path!r}: no *.safetensors there, which a plan does without",
     ]
     assert found.refused(dry_run=True, strict=False) == []
     assert found.refused(dry_run=True, strict=True) == found.refused(dry_run=False, strict=False) == found.missing
@@ -70,7 +73,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("verifier", "words"),
-    [("no_such_module:verify", "no_such_module"), ("tests.e2e.parity_task:no_such_function", "no_such_function")],
+    [("no_such_module:verify", "no_such_module"), ("tests.unit.check_cases:no_such_function", "no_such_function")],
 )
 def test_a_verifier_that_does_not_import_is_refused(verifier: str, words: str, tmp_path: Path) -> None:
     (problem,) = check_inputs(case(tmp_path, grading={"verifier": verifier})).problems
@@ -147,12 +150,12 @@ def test_servers_of_others_may_have_another_limit_which_is_only_noted(tmp_path: 
 
 
 def test_traces_beyond_the_models_positions_are_noted_by_their_real_length(tmp_path: Path) -> None:
-    config = case(tmp_path, model={"max_position_embeddings": 130}, rollout={"max_new_tokens": 8})
+    config = case(tmp_path, model={"max_position_embeddings": 120}, rollout={"max_new_tokens": 8})
     assert check_inputs(config).notes == [], "the limits' sum is 300, the rows are short"
     write_rows(tmp_path / "train.jsonl", [{**row, "traces": {"careful": "x " * 45}} for row in rows(4)])
     (note,) = check_inputs(config).notes
     assert "the longest trace (91 tokens)" in note or "the longest trace (90 tokens)" in note
-    assert "exceeds max_position_embeddings=130" in note
+    assert "exceeds max_position_embeddings=120" in note
 
 
 def test_a_run_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -176,6 +179,38 @@ def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
     problems = check_inputs(config).problems
     assert len(problems) == len(words)
     assert all(any(word in problem for problem in problems) for word in words)
+
+
+def test_a_start_refuses_problems_returns_what_is_missing_and_logs_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = case(tmp_path, grading={"by_source": {"gsm": "exact"}}, eval={"prompts": {"aime": "none.jsonl"}})
+    assert launch.check_inputs(config) == ["eval.prompts.aime='none.jsonl': no such file"]
+    assert "grading.by_source.gsm: no row has this source" in caplog.text
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"train\.jsonl:40: is not JSON"):
+        launch.check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "status"), [(["--dry-run"], 0), (["--dry-run", "--strict"], 1), (["--dry-run", "run.dir=f/run"], 1)]
+)
+def test_a_dry_run_prints_the_config_and_notes_unless_it_refuses(
+    options: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").touch()
+    path = write_case(tmp_path, grading={"by_source": {"gsm": "exact"}})
+    result = CliRunner().invoke(app, ["train", str(path), *options])
+    assert result.exit_code == status
+    if status == 0:
+        assert "verifier: exact" in result.stdout
+        assert "note: grading.by_source.gsm: no row has this source" in result.stderr
+    else:
+        assert isinstance(result.exception, ValueError)
+        assert ("run.dir='f/run'" if "run.dir=f/run" in options else "grading.by_source.gsm") in str(result.exception)
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_other_than_the_first_open_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
