@@ -38,14 +38,22 @@ class Ends:
     prompt_tokens: list[int] = field(default_factory=list)
     """Of the good ones that were rendered."""
     teachers: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)
+    """Names of :class:`~megatron_dypo.data.formats.Columns` that some of these rows have."""
 
 
 def look_at_ends(
-    path: Path, name: str, data: DataConfig, tokenizer: Tokenizer | None, *, held_out: bool = False
+    path: Path,
+    name: str,
+    data: DataConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    held_out: bool = False,
+    end_bytes: int = _END_BYTES,
 ) -> Ends:
-    """Check the rows in the first and last megabyte of a JSONL file, or the first rows of a Parquet file.
+    """Check the rows in the first and last ``end_bytes`` of a JSONL file, or the first rows of a Parquet file.
 
-    A few of them are rendered and tokenised too. ``name`` is what ids call the file. Raises ValueError naming the file
+    Where a line is longer than that at the file's end, it is read whole. A few rows are rendered and tokenised too. ``name`` is what ids call the file. Raises ValueError naming the file
     where it cannot be used at all.
     """
     columns = columns_of(data.format, data.fields)
@@ -54,7 +62,7 @@ def look_at_ends(
     parser = RowParser(name=name, columns=columns, keep_row=data.keep_row)
     require_kind(path)
     ends = Ends()
-    for part, places in _parts(path, columns, data.keep_row):
+    for part, places in _parts(path, columns, data.keep_row, end_bytes):
         # Few are rendered: tokenising is the slow part.
         cut = min(_RENDERED_ROWS, len(places))
         _add(ends, check_part(_Rows(part, 0, cut), parser, tokenizer, data), places[:cut])
@@ -67,6 +75,7 @@ def _add(ends: Ends, checked: PartCheck, places: Sequence[str]) -> None:
     ends.num_rows += len(checked)
     ends.problems |= {places[index]: problems for index, problems in checked.problems.items()}
     ends.prompt_tokens += [count for count in checked.prompt_tokens if count >= 0]
+    ends.columns |= checked.columns
     ends.teachers |= {names[index] for index in set(checked.trace_teacher)}
 
 
@@ -104,7 +113,7 @@ class _Records:
         yield from self.records
 
 
-def _parts(path: Path, columns: Columns, keep_row: bool) -> list[tuple[RowPart, list[str]]]:
+def _parts(path: Path, columns: Columns, keep_row: bool, end_bytes: int) -> list[tuple[RowPart, list[str]]]:
     """Return the parts to look at, each with the places of its rows."""
     if path.suffix == ".parquet":
         file = open_rows(path, None if keep_row else columns.names, (columns.prompt, columns.answer))
@@ -117,8 +126,8 @@ def _parts(path: Path, columns: Columns, keep_row: bool) -> list[tuple[RowPart, 
     try:
         size = path.stat().st_size
         with path.open("rb") as raw:
-            head, end = _head(path, os.pread(raw.fileno(), _END_BYTES, 0), size)
-            start = _last_lines_start(raw.fileno(), size)
+            head, end = _head(path, os.pread(raw.fileno(), end_bytes, 0), size)
+            start = _last_lines_start(raw.fileno(), size, end_bytes)
             if start is None or end == size:
                 return [head]
             start = max(start, end)
@@ -138,9 +147,9 @@ def _head(path: Path, content: bytes, size: int) -> tuple[tuple[JsonlPart, list[
 def _tail(path: Path, content: bytes, start: int) -> tuple[JsonlPart, list[str]]:
     """Return the lines from ``start`` to the file's end, whose numbers nobody counted."""
     offsets, lines = _lines_in(content, start)
-    count = len(lines)
-    places = [f"{path}: row {count - index} from the end" for index in range(count - 1)] + [f"{path}: the last row"]
-    return JsonlPart(path=path, offsets=offsets, lines=lines, is_cut=not content.endswith(b"\n")), places[-count:]
+    places = [f"{path}: row {number} from the end" for number in range(len(lines), 1, -1)]
+    part = JsonlPart(path=path, offsets=offsets, lines=lines, is_cut=not content.endswith(b"\n"))
+    return part, [*places, *([f"{path}: the last row"] if len(lines) else [])]
 
 
 def _lines_in(content: bytes, start: int) -> tuple[array[int], array[int]]:
@@ -156,9 +165,8 @@ def _lines_in(content: bytes, start: int) -> tuple[array[int], array[int]]:
     return offsets, lines
 
 
-def _last_lines_start(file: int, size: int) -> int | None:
-    """Where the whole lines of the file's last megabyte begin, or its last line where that is longer; None: too long."""
-    window = _END_BYTES
+def _last_lines_start(file: int, size: int, window: int) -> int | None:
+    """Where the whole lines of the file's last bytes begin, or its last line where that is longer; None: too long."""
     while True:
         start = max(size - window, 0)
         if start == 0:

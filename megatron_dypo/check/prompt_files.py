@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_dypo.check.ends import Ends, look_at_ends
@@ -103,7 +103,7 @@ def _check_ends(
     *,
     held_out: bool,
 ) -> None:
-    teachers: set[str] = set()
+    teachers, columns = set[str](), set[str]()
     is_read = True
     for path, name in zip(paths, distinct_names(list(paths)), strict=True):
         ends = None
@@ -113,19 +113,38 @@ def _check_ends(
             is_read = False
             continue
         teachers |= ends.teachers
+        columns |= ends.columns
         bad = [f"{place}: {problem}" for place, problems in ends.problems.items() for problem in problems]
         shown = bad[:_SHOWN_ROWS] + ([f"{path}: and {len(bad) - _SHOWN_ROWS} more"] if len(bad) > _SHOWN_ROWS else [])
         # Of rows that are skipped the run says how many there are.
         target = found.problems if data.on_bad_row == "error" or ends.num_rows == len(ends.problems) else found.notes
         target += [f"{key}: {line}" if key else line for line in shown]
         _note_long_prompts(path, ends, data, found)
+    if is_read and not held_out:
+        found.notes += _unknown_names(data, teachers, columns)
+
+
+def _unknown_names(data: DataConfig, teachers: set[str], columns: set[str]) -> list[str]:
+    """Say which names of the config no row had that was looked at; other rows may have them."""
+    notes = [
+        f"data.fields.{option.name}={name}: no row at the ends of the prompt files has such a field"
+        for option in fields(data.fields)
+        for name in _as_names(getattr(data.fields, option.name))
+        if name not in columns
+    ]
     unknown = sorted(set(data.teachers or ()) - teachers)
-    if unknown and is_read and not held_out:
+    if unknown:
         known = ", ".join(sorted(teachers)) or "none"
-        found.notes.append(
+        notes.append(
             f"data.teachers={unknown}: no row at the ends of the prompt files has a trace of theirs; the teachers there are "
             f"{known}"
         )
+    return notes
+
+
+def _as_names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value or ()
+    return tuple(name for name in names if name)
 
 
 def _note_long_prompts(path: Path, ends: Ends, data: DataConfig, found: Findings) -> None:

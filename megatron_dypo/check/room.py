@@ -35,6 +35,10 @@ def check_run_folder(config: Config, arch: Architecture | None, found: Findings)
     except OSError as error:
         found.problems.append(f"{key}: cannot be used: {error.strerror or error}")
         return
+    if not config.run.resume and any((folder / "checkpoints").glob("step_*")):
+        found.notes.append(
+            f"run.resume=false: {folder / 'checkpoints'} has checkpoints: choose another run.dir or resume"
+        )
     if arch is None:
         return
     needed, words = room_needed(config, arch)

@@ -54,7 +54,8 @@ def survey(config: Config, *, judge_all: bool = False, show_progress: bool = Tru
             if can_verify:
                 _verify(config, data.train, tokenizer, report, found, limit, show_progress)
     check_rest(config, arch, longest, found)
-    report.problems, report.warnings = [*found.problems, *found.missing], found.notes
+    report.problems = list(dict.fromkeys([*found.problems, *found.missing]))  # one row may break a rule twice
+    report.warnings = list(dict.fromkeys(found.notes))
     return report
 
 

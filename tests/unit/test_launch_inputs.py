@@ -164,6 +164,18 @@ def test_a_run_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert problem.startswith(f"run.dir={config.run.dir!r}: {tmp_path / 'train.jsonl'} is a file")
 
 
+def test_a_run_that_must_not_resume_is_told_of_checkpoints(tmp_path: Path) -> None:
+    config = case(tmp_path, run={"resume": False})
+    (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
+    (note,) = check_inputs(config).notes
+    assert note.startswith(f"run.resume=false: {tmp_path / 'run' / 'checkpoints'} has checkpoints")
+
+
+def test_an_interpreter_for_servers_that_is_not_there_is_missing(tmp_path: Path) -> None:
+    config = case(tmp_path, rollout={"servers": {"python": "/no/python"}})
+    assert check_inputs(config).missing == ["rollout.servers.python='/no/python': no such program"]
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_noted_with_both_sizes(tmp_path: Path) -> None:
     huge = {"hidden_size": 2**16, "num_hidden_layers": 4000, "intermediate_size": 2**18}
     config = case(tmp_path, model=huge, checkpoint={"every": 1, "keep": 0}, run={"steps": 100})
@@ -266,6 +278,13 @@ class TestLargeFiles:
         path = self.large(tmp_path)
         (note,) = check_inputs(config).notes
         assert note.startswith(f"{path}: each of the 16 prompts looked at is longer than data.max_prompt_tokens=1")
+
+    def test_names_of_the_config_that_no_row_has_are_noted(self, tmp_path: Path) -> None:
+        config = case(tmp_path, data={"teachers": ["r1"], "fields": {"id": "uid"}})
+        self.large(tmp_path)
+        column, teacher = check_inputs(config).notes
+        assert column == "data.fields.id=uid: no row at the ends of the prompt files has such a field"
+        assert teacher.endswith("has a trace of theirs; the teachers there are careful, hasty")
 
     def test_the_first_rows_of_a_parquet_file_are_read(self, tmp_path: Path) -> None:
         import pyarrow
