@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.check.findings import Findings
-from megatron_dypo.check.lengths import Longest, check_lengths
+from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
 from megatron_dypo.check.program import missing_program
 from megatron_dypo.check.prompt_files import check_prompt_files, held_out_key
 from megatron_dypo.check.room import check_run_folder
@@ -78,7 +78,8 @@ def load_tokenizer_of(config: Config, arch: Architecture | None, found: Findings
 
 def check_rest(config: Config, arch: Architecture | None, longest: Longest, found: Findings) -> None:
     """Check lengths against the model and the servers, the servers' program, and the run folder against its disk."""
-    found.missing += missing_program(config.rollout.servers)
+    if asks_servers(config):
+        found.missing += missing_program(config.rollout.servers)
     if arch is not None:
         check_lengths(config, arch, longest, found)
     check_run_folder(config, arch, found)

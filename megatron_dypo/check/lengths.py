@@ -40,7 +40,7 @@ def check_lengths(config: Config, arch: Architecture, longest: Longest, found: F
             f"{prompt_words} + {trace_words} = {prompt + trace}: exceeds max_position_embeddings={positions} of "
             f"{config.model.hf_path}/config.json: the model was never trained on positions that far"
         )
-    if not _asks_servers(config):
+    if not asks_servers(config):
         return
     if config.eval.sets and longest.held_out is not None and longest.prompt is not None:
         prompt = max(prompt, min(longest.held_out, config.data.max_prompt_tokens))
@@ -126,7 +126,8 @@ def _is_context_flag(flag: str) -> bool:
     return flag.startswith("--context") and _CONTEXT_FLAG.startswith(flag)
 
 
-def _asks_servers(config: Config) -> bool:
+def asks_servers(config: Config) -> bool:
+    """Tell whether any step or evaluation of the run asks a server."""
     if config.eval.sets:
         return True
     try:

@@ -30,6 +30,11 @@ def held_out_key(config: Config, name: str) -> str:
     return f"eval.prompts.{name}" if isinstance(config.eval.prompts, Mapping) else "eval.prompts"
 
 
+def held_out_data(config: Config) -> DataConfig:
+    """Return how rows of evaluation sets are read: as those of the prompt files, without teachers."""
+    return replace(config.data, teachers=None, drop_wrong_traces=False)
+
+
 def check_prompt_files(config: Config, tokenizer: Tokenizer | None, found: Findings) -> Longest:
     """Check the prompt files and evaluation sets that are there; without a tokenizer nothing is rendered or counted."""
     prompt, trace = _check_set("", config.data.prompts, config, tokenizer, found, held_out=False)
@@ -69,7 +74,7 @@ def _check_set(
     present = [Path(path) for path in paths if os.path.lexists(path)]  # others are noted as missing
     if not present:
         return None, None
-    data = replace(config.data, teachers=None) if held_out else config.data
+    data = held_out_data(config) if held_out else config.data
     if sum(path.stat().st_size for path in present if path.is_file()) > WHOLE_BYTES:
         _check_ends(key, present, data, tokenizer, found, held_out=held_out)
         return None, None

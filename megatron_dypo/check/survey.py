@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dypo.architecture import Architecture
@@ -11,7 +11,7 @@ from megatron_dypo.check.findings import Findings
 from megatron_dypo.check.inputs import check_model, check_rest, load_tokenizer_of
 from megatron_dypo.check.lengths import Longest
 from megatron_dypo.check.overlap import find_overlap
-from megatron_dypo.check.prompt_files import check_dataset, held_out_key, longest_used
+from megatron_dypo.check.prompt_files import check_dataset, held_out_data, held_out_key, longest_used
 from megatron_dypo.check.report import ModelFacts, Report, SetFacts
 from megatron_dypo.check.teachers import judge_teachers
 from megatron_dypo.check.tokenizer import first_prompt, round_trip, stops
@@ -104,7 +104,7 @@ def _open(config: Config, tokenizer: Tokenizer, found: Findings, stack: ExitStac
     held_out = {}
     for name, path in config.eval.sets.items():
         where = f"eval.prompts.{name}"
-        dataset = opened((path,), replace(config.data, teachers=None), held_out_key(config, name), held_out=True)
+        dataset = opened((path,), held_out_data(config), held_out_key(config, name), held_out=True)
         if dataset is not None:
             held_out[where] = dataset
     return _Data(train=train, held_out=held_out)
@@ -123,7 +123,7 @@ def _describe(
 ) -> None:
     sets = {**({"data.prompts": data.train} if data.train else {}), **data.held_out}
     for name, dataset in sets.items():
-        limits = config.data if name == "data.prompts" else replace(config.data, teachers=None)
+        limits = config.data if name == "data.prompts" else held_out_data(config)
         files = (
             config.data.prompts if name == "data.prompts" else (config.eval.sets[name.removeprefix("eval.prompts.")],)
         )

@@ -176,6 +176,18 @@ def test_an_interpreter_for_servers_that_is_not_there_is_missing(tmp_path: Path)
     assert check_inputs(config).missing == ["rollout.servers.python='/no/python': no such program"]
 
 
+def test_a_run_that_asks_no_server_has_no_limits_of_servers(tmp_path: Path) -> None:
+    servers = {"python": "/no/python", "max_total_tokens": 10}
+    config = case(
+        tmp_path,
+        rollout={"max_new_tokens": 9000, "servers": servers},
+        objective={"name": "sft"},
+        eval={"prompts": []},
+    )
+    found = check_inputs(config)
+    assert (found.problems, found.missing, found.notes) == ([], [], [])
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_noted_with_both_sizes(tmp_path: Path) -> None:
     huge = {"hidden_size": 2**16, "num_hidden_layers": 4000, "intermediate_size": 2**18}
     config = case(tmp_path, model=huge, checkpoint={"every": 1, "keep": 0}, run={"steps": 100})
