@@ -29,9 +29,10 @@ class Findings:
         raised.
         """
         prefix = f"{where}: " if where else ""
-        logger, handler = logging.getLogger("megatron_dypo"), _Notes(prefix, self.notes)
-        propagates, logger.propagate = logger.propagate, False
-        logger.addHandler(handler)
+        logger = logging.getLogger("megatron_dypo")
+        propagates, handlers = logger.propagate, logger.handlers
+        # In place of all others: who asked for the check says what it found, once.
+        logger.propagate, logger.handlers = False, [_Notes(prefix, self.notes)]
         try:
             yield
         except ValueError as error:
@@ -39,8 +40,7 @@ class Findings:
                 raise
             self.problems.append(f"{prefix}{error}")
         finally:
-            logger.removeHandler(handler)
-            logger.propagate = propagates
+            logger.propagate, logger.handlers = propagates, handlers
 
     def refused(self, *, dry_run: bool, strict: bool) -> list[str]:
         """Return what ends the command with an error: in a dry run missing files do so only where it is strict."""

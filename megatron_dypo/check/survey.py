@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def _facts(arch: Architecture | None, tokenizer: Tokenizer | None) -> ModelFacts
 def _open(config: Config, tokenizer: Tokenizer, found: Findings, stack: ExitStack, show_progress: bool) -> _Data:
     """Open all sets whose files are there, and check every row."""
     folder = Path(config.run.dir)
-    cache = folder if folder.is_dir() else None
+    cache = folder if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) else None
 
     def opened(paths: tuple[str, ...], data: DataConfig, where: str, *, held_out: bool) -> PromptDataset | None:
         if not all(Path(path).exists() for path in paths):

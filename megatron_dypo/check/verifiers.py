@@ -25,6 +25,8 @@ _TRIED_ROWS = 20
 _MAX_KINDS = 50
 """Pairs of a verifier and a source that are tried; the rest is counted."""
 _CONSTANT = "I do not know."
+_ACCEPTS_EMPTY = ": it accepts an empty response: "
+"""How ``try_verifier`` says that; such rows are counted apart."""
 
 
 def try_verifiers(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, found: Findings) -> list[VerifierFacts]:
@@ -87,7 +89,7 @@ def _prompts(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, rows:
 def _facts(tried: _Tried, verifier: Verifier, complaints: list[str], found: Findings) -> VerifierFacts:
     kind, prompts = tried.kind, tried.prompts
     own = [next((text for text in complaints if text.startswith(f"prompt {p.prompt_id}, ")), None) for p in prompts]
-    of_gold = [text for text in own if text is not None and "empty response" not in text]
+    of_gold = [text for text in own if text is not None and _ACCEPTS_EMPTY not in text]
     facts = VerifierFacts(
         verifier=kind.verifier,
         source=kind.source,
