@@ -61,6 +61,16 @@ class ParquetFile:
         group = bisect.bisect_right(self._starts, index) - 1
         return _record(self._group(group).slice(index - self._starts[group], 1))
 
+    def parts(self, size: int) -> list[ParquetPart]:
+        # A row group is the least that Parquet reads, whatever its size.
+        return [
+            ParquetPart(path=self.path, group=group, start=start, stop=stop, columns=self._columns)
+            for group, (start, stop) in enumerate(itertools.pairwise(self._starts))
+        ]
+
+    def close(self) -> None:
+        self._file.close()
+
     def head(self, count: int) -> list[Any]:
         """Read the first records, without the rest of their row group; a :class:`BadRow` for one without a meaning.
 
@@ -71,16 +81,6 @@ class ParquetFile:
             return list(_records(pyarrow.Table.from_batches([next(batches)])))
         except (*_UNREADABLE, StopIteration) as error:
             raise ValueError(f"{self.path}: its first rows cannot be read, the file is damaged: {error}") from error
-
-    def parts(self, size: int) -> list[ParquetPart]:
-        # A row group is the least that Parquet reads, whatever its size.
-        return [
-            ParquetPart(path=self.path, group=group, start=start, stop=stop, columns=self._columns)
-            for group, (start, stop) in enumerate(itertools.pairwise(self._starts))
-        ]
-
-    def close(self) -> None:
-        self._file.close()
 
     def _group(self, group: int) -> pyarrow.Table:
         if group not in self._groups:

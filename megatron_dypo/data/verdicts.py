@@ -72,14 +72,14 @@ def wrong_traces(
         used = _sampled(used, dataset.checked.trace_teacher, limit_per_teacher, seed)
     is_sample = bool(used.sum() < num_used)
     key = hashlib.sha256(verifier_key.encode() + b"\0" + used.tobytes()).hexdigest()[:16]
-    file = None if dataset.check_file is None or not verifier_key else dataset.check_file.with_suffix(f".{key}.npz")
+    file = None if dataset.check_file is None else dataset.check_file.with_suffix(f".{key}.npz")
     arrays = None if file is None else read_arrays(file)
     if arrays is not None and arrays["codes"].shape == used.shape:
         verdicts = TraceVerdicts(codes=arrays["codes"], is_sample=is_sample)
     else:
         codes = _judge(dataset, verify, used, tokenizer, data, show_progress)
         verdicts = TraceVerdicts(codes=codes, is_sample=is_sample)
-        if file is not None:
+        if file is not None and verifier_key:
             write_arrays(file, {"codes": verdicts.codes})
     num_right, num_wrong, num_failed = verdicts.counts(np.flatnonzero(used))
     if num_failed:

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
 from megatron_dypo.data.statistics import prompt_statistics, teacher_statistics
-from megatron_dypo.data.teacher_table import teacher_table
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_dypo.data.verdicts import TraceVerdicts, wrong_traces
-from megatron_dypo.intervals import wilson_interval
+from megatron_dypo.data.verdicts import wrong_traces
 from megatron_dypo.types import Prompt
 from tests.unit.data.conftest import TEMPLATE, variant
 
@@ -156,77 +153,3 @@ def test_the_table_of_prompts_counts_what_is_left_out(
     assert (found.num_rows, found.num_skipped, found.num_too_long) == (21, 1, 1)
     assert found.num_without_trace == 21 - 6
     assert found.lengths.longest > 300
-
-
-def test_a_sample_judges_that_many_traces_of_each_teacher_and_is_kept_under_its_own_key(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    data = DataConfig(max_trace_tokens=40)
-    dataset, judge = _open(tokenizer, tmp_path, data=data), Judge()
-
-    def sampled(limit: int | None, seed: int = 0) -> TraceVerdicts:
-        return wrong_traces(
-            dataset,
-            judge,
-            tokenizer=tokenizer,
-            data=data,
-            verifier_key="judge",
-            limit_per_teacher=limit,
-            seed=seed,
-        )
-
-    found = sampled(4)
-    judged = dataset.checked.trace_teacher[found.codes != -2]
-    assert np.bincount(judged).tolist() == [4, 4]
-    assert found.is_sample
-    assert len(judge.pairs) == 8
-    assert sampled(4).codes.tolist() == found.codes.tolist()
-    assert len(judge.pairs) == 8, "kept"
-    assert sampled(4, seed=1).codes.tolist() != found.codes.tolist()
-    whole = sampled(None)
-    assert not whole.is_sample
-    assert all(code in (-2, other) for code, other in zip(found.codes, whole.codes, strict=True))
-    # More than there are is all of them.
-    before = len(judge.pairs)
-    assert not sampled(1000).is_sample
-    assert len(judge.pairs) == before
-
-
-def test_no_trace_is_dropped_by_a_sample(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    dataset = _open(tokenizer, tmp_path)
-    # All of the sample is wrong, which says nothing of the rest.
-    verdicts = wrong_traces(
-        dataset,
-        lambda pairs: [False] * len(pairs),
-        tokenizer=tokenizer,
-        data=DATA,
-        verifier_key="no",
-        limit_per_teacher=2,
-    )
-    with pytest.raises(AssertionError, match="only a sample"):
-        PromptStream(dataset, tokenizer, DATA, 1, verdicts=verdicts).take(0, 1)
-
-
-def test_verdicts_without_a_key_are_not_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    dataset, judge = _open(tokenizer, tmp_path), Judge()
-    for _ in range(2):
-        wrong_traces(dataset, judge, tokenizer=tokenizer, data=DATA, verifier_key="")
-    assert len(judge.pairs) == 2 * 26
-
-
-def test_the_table_has_a_line_for_each_teacher_with_the_interval_of_its_accuracy(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    dataset = _open(tokenizer, tmp_path)
-    verdicts = wrong_traces(dataset, Judge(), tokenizer=tokenizer, data=DATA, verifier_key="judge")
-    header, slashed, r1 = teacher_table(dataset, DATA, verdicts)
-    assert header.split()[:4] == ["teacher", "traces", "coverage", "median"]
-    low, high = wilson_interval(0.8, 20)
-    assert slashed.startswith(f"{SLASHED}      20    100.0%")
-    assert slashed.endswith(f"80.0% ({low:.1%} to {high:.1%})      20")
-    assert r1.split()[:3] == ["r1", "15", "75.0%"]
-    _, unjudged, _ = teacher_table(dataset, DATA)
-    assert "not judged" in unjudged
-    assert "(not in data.teachers)" in teacher_table(dataset, DataConfig(teachers=("r1",)), verdicts)[1]
-    bare = _open(tokenizer, tmp_path, [{"prompt": "a", "answer": "b"}], DataConfig())
-    assert teacher_table(bare, DataConfig()) == []
