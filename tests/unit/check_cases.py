@@ -1,4 +1,4 @@
-"""A tiny run for the checks: a model folder without weights that anybody could load, a tokenizer of bytes, prompts, a config."""
+"""A tiny run for the checks: a model folder with one tensor, a tokenizer of bytes, prompts, a config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from safetensors.numpy import save_file
 
 from megatron_dypo.config.load import load_config
 from megatron_dypo.config.tree import Config
@@ -56,7 +58,7 @@ def write_case(folder: Path, *, model: dict[str, Any] | None = None, **sections:
     """Write everything under ``folder``; ``model`` changes config.json, ``sections`` the config. Returns its path."""
     write_family(folder / "model", FAMILIES["qwen3"])
     (folder / "model" / "config.json").write_text(json.dumps({**MODEL, **(model or {})}))
-    (folder / "model" / "model.safetensors").write_bytes(b"nobody reads it")
+    save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, folder / "model" / "model.safetensors")
     write_rows(folder / "train.jsonl", rows())
     held_out = [{"id": "new", "prompt": "What is 500 + 1?", "answer": "501"}]
     held_out += [{"id": "old", "prompt": " what is  7 + 7?", "answer": "14"}]
