@@ -1,4 +1,4 @@
-"""The command line: ``megatron-dypo train | serve | route | plan | report | export | grade | plan-refit``."""
+"""The command line: ``megatron-dypo train | serve | route | plan | report | check | export | grade | plan-refit``."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _about() -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the sections of megatron_dypo.config.tree.Config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, print, stop.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="In a dry run, a missing file is an error too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve, check, print, stop.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Notes and missing files are errors too.")] = False,
 ) -> None:
     """Train a model; an existing run folder is resumed.
 
@@ -43,18 +43,21 @@ def train(
         hold_requests()  # before torch starts threads
         if "RANK" not in os.environ:
             stop_before_start()
+    from megatron_dypo.check.findings import Findings
+    from megatron_dypo.check.inputs import check_inputs
     from megatron_dypo.config.load import dump_config, load_config
-    from megatron_dypo.launch import check_inputs, launch
+    from megatron_dypo.launch import launch
 
     resolved = load_config(config, overrides or [])
     is_checked = ATTEMPT_VARIABLE in os.environ  # by the launcher of this node, which says what is wrong once
-    notes = [] if is_checked and not dry_run else check_inputs(resolved)
-    if notes and (strict or not dry_run):
-        raise ValueError("\n".join(notes))
+    found = Findings() if is_checked and not dry_run else check_inputs(resolved)
+    if refused := found.refused(dry_run=dry_run, strict=strict):
+        raise ValueError("\n".join(refused))
     if dry_run:
         typer.echo(dump_config(resolved), nl=False)
-        for note in notes:
-            typer.echo(f"note: {note}", err=True)
+    for note in [*found.missing, *found.notes]:
+        typer.echo(f"note: {note}", err=True)
+    if dry_run:
         return
     launch(resolved, config, overrides or [])
 
@@ -152,6 +155,33 @@ def report(
     from megatron_dypo.report.page import render_report
 
     typer.echo(render_report(run_dir))
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML file, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    judge_all: Annotated[bool, typer.Option("--all", help="Judge every trace, not 200 of each teacher.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check all that a run reads: rows, lengths, first prompt, tokenizer, teachers' traces, verifiers, contamination.
+
+    Nothing is trained and no server is started. Exit status 65: `train` would refuse to start.
+    """
+    from megatron_dypo.check.report import to_data, to_text
+    from megatron_dypo.check.survey import survey
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.ending import Cause
+
+    try:
+        resolved = load_config(config, overrides or [])
+    except ValueError as error:
+        typer.echo(f"megatron-dypo: error: {error}", err=True)
+        raise typer.Exit(Cause.BAD_INPUT.status) from error
+    found = survey(resolved, judge_all=judge_all)
+    typer.echo(json.dumps(to_data(found), indent=2) if as_json else to_text(found))
+    if found.problems:
+        raise typer.Exit(Cause.BAD_INPUT.status)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -9,41 +10,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.tree import Config
-from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
 """Environment of a launcher whose inputs were checked by the command that became it."""
 
+log = logging.getLogger(__name__)
+
 
 def check_inputs(config: Config) -> list[str]:
-    """What a dry run notes and a real run refuses: files that are not there.
+    """Look at all that is cheap to look at; return the files that are missing, and log what is only to be noted.
 
     Raises:
-        ValueError: a model that is there and does not fit the parallel layout or the length of sequences.
+        ValueError: every input that breaks a rule, each with key, value and rule.
     """
-    from megatron_dypo.objective.recipes.registry import build_objective  # brings torch, which --help need not wait for
+    from megatron_dypo.check.inputs import check_inputs as look  # brings torch, which --help need not wait for
 
-    notes = [
-        f"{field}={path!r}: no such file"
-        for field, paths in (("data.prompts", config.data.prompts), ("eval.prompts", config.eval.sets.values()))
-        for path in paths
-        if not Path(path).is_file()
-    ]
-    if not (Path(config.model.hf_path) / "config.json").is_file():
-        return [*notes, f"model.hf_path={config.model.hf_path!r}: no config.json there"]
-    if not any(Path(config.model.hf_path).glob("*.safetensors")):
-        notes.append(f"model.hf_path={config.model.hf_path!r}: no *.safetensors there, which a plan does without")
-    build_objective(config.objective)
-    arch = load_architecture(config.model.hf_path)
-    check_layout(arch, config.parallel)
-    check_fp8_sizes(arch, config.parallel, config.model.fp8)
-    arch.check_length(
-        config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.data.max_trace_tokens),
-        "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
-    )
-    return notes
+    found = look(config)
+    for note in found.notes:
+        log.warning("%s", note)
+    if found.problems:
+        raise ValueError("\n".join(found.problems))
+    return found.missing
 
 
 def num_processes(config: Config) -> int:

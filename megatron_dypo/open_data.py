@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.batching.exchange import gather_objects
+from megatron_dypo.check.teachers import judge_by, verifier_key
 from megatron_dypo.config.data import DataFieldsConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.fingerprints import compare_fingerprints
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
+from megatron_dypo.data.teacher_table import teacher_table
 from megatron_dypo.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_dypo.data.verdicts import TraceVerdicts, wrong_traces
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
-from megatron_dypo.grading.pairs import pair_of
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.types import Prompt
 
 log = logging.getLogger("megatron_dypo")
+
+_JUDGED_OF_TEACHER = 50
+"""Traces of each teacher that are judged at the start of a run, for a figure in its log."""
 
 
 def open_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
@@ -100,26 +103,35 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
 
 def judge_traces(
     config: Config, layout: Layout, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
-) -> TraceVerdicts:
-    """Let the verifier judge the teachers' traces, for ``data.drop_wrong_traces``; the result is kept beside the run.
+) -> TraceVerdicts | None:
+    """Let the verifier judge the teachers' traces, and log what it says of each teacher.
+
+    Every trace is judged for ``data.drop_wrong_traces``, else a sample. The result is kept beside the run.
+
+    Returns:
+        The verdicts that ``data.drop_wrong_traces`` needs, else None.
 
     Raises:
         ValueError: no trace would be left.
     """
-
-    def judge(pairs: Sequence[tuple[Prompt, str]]) -> list[bool | None]:
-        verdicts = verifier.verify([pair_of(prompt, response) for prompt, response in pairs])
-        return [None if verdict.error is not None else verdict.is_correct for verdict in verdicts]
-
+    if not dataset.teachers:
+        return None
+    judges_all = config.data.drop_wrong_traces
     with _first_leader_first(layout):
-        return wrong_traces(
+        verdicts = wrong_traces(
             dataset,
-            judge,
+            judge_by(verifier),
             tokenizer=tokenizer,
             data=config.data,
-            verifier_key=repr(config.grading),
+            verifier_key=verifier_key(config.grading),
+            limit_per_teacher=None if judges_all else _JUDGED_OF_TEACHER,
+            seed=config.run.seed,
             show_progress=layout.is_global_leader,
         )
+    if layout.is_global_leader:
+        for line in teacher_table(dataset, config.data, verdicts):
+            log.info("%s", line)
+    return verdicts if judges_all else None
 
 
 @contextlib.contextmanager

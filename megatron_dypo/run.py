@@ -316,7 +316,7 @@ def _build_leader(
     if with_servers or config.data.drop_wrong_traces:
         verifier = stack.enter_context(Verifier(config.grading, dataset.verifiers))
         check_against_verifier(config, dataset, verifier)
-    if verifier is not None and config.data.drop_wrong_traces:
+    if verifier is not None:
         verdicts = judge_traces(config, layout, dataset, tokenizer, verifier)
     leader = Leader(
         group=layout.leaders_group,

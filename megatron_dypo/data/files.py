@@ -38,16 +38,12 @@ class RowFile(Protocol):
     def read(self, index: int) -> Any:
         """The record at ``index``. Raises :class:`BadRow` where the file holds none there."""
 
-    def scan(self) -> Iterator[Any]:
-        """Every record in order; a :class:`BadRow` in place of one that cannot be read."""
-
     def parts(self, size: int) -> Sequence[RowPart]:
         """Return the whole file in parts of about ``size`` bytes."""
 
     def close(self) -> None: ...
 
 
-_SCAN_BYTES = 4 * 2**20
 _MAGICS = {
     b"version https://git-lfs.github.com/spec/": "is a git-lfs pointer: run `git lfs pull`",
     b"\x1f\x8b": "is compressed by gzip: unpack it first",
@@ -65,6 +61,18 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
 
     A Parquet file is read by the ``columns`` that are asked for (None: all), and must have the ``required`` ones.
     """
+    require_kind(path)
+    try:
+        rows: RowFile = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path, columns, required)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(rows) == 0:
+        raise ValueError(f"{path}: has no rows")
+    return rows
+
+
+def require_kind(path: Path) -> None:
+    """Raise ValueError naming the file where its name or its first bytes are of no prompt file."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: must end in .jsonl or .parquet")
     try:
@@ -72,19 +80,15 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
             raise ValueError(f"{path}: {'is a folder: name its files' if path.is_dir() else 'no such file'}")
         with path.open("rb") as file:
             start = file.read(64)
-        if not start:
-            raise ValueError(f"{path}: is empty, it has no rows")
-        for magic, problem in _MAGICS.items():
-            if start.startswith(magic):
-                raise ValueError(f"{path}: {problem}")
-        if path.suffix == ".jsonl" and start.startswith(b"PAR1"):
-            raise ValueError(f"{path}: is a Parquet file: its name must end in .parquet")
-        rows: RowFile = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path, columns, required)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(rows) == 0:
-        raise ValueError(f"{path}: has no rows")
-    return rows
+    if not start:
+        raise ValueError(f"{path}: is empty, it has no rows")
+    for magic, problem in _MAGICS.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path}: {problem}")
+    if path.suffix == ".jsonl" and start.startswith(b"PAR1"):
+        raise ValueError(f"{path}: is a Parquet file: its name must end in .parquet")
 
 
 class JsonlFile:
@@ -115,10 +119,6 @@ class JsonlFile:
         # pread leaves the shared file position alone: safe from any thread.
         raw = os.pread(self._file.fileno(), end - start, start)
         return _record(raw, is_first=start == 0, is_cut=self._is_open_ended and index == len(self) - 1)
-
-    def scan(self) -> Iterator[Any]:
-        for part in self.parts(_SCAN_BYTES):
-            yield from part.scan()
 
     def parts(self, size: int) -> list[JsonlPart]:
         parts = []
@@ -151,16 +151,11 @@ class JsonlPart:
     """Whether the last row ends without a line break."""
 
     def scan(self) -> Iterator[Any]:
-        try:
-            file = self.path.open("rb")
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be read any more: {error.strerror}") from error
-        with file:
-            last = len(self.lines) - 1
+        with self.path.open("rb") as file:
             for index, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
                 raw = os.pread(file.fileno(), end - start, start)
                 try:
-                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == last)
+                    yield _record(raw, is_first=start == 0, is_cut=self.is_cut and index == len(self.offsets) - 2)
                 except BadRow as bad:
                     yield bad
 

@@ -75,6 +75,17 @@ class ParquetFile:
     def close(self) -> None:
         self._file.close()
 
+    def head(self, count: int) -> list[Any]:
+        """Read the first records, without the rest of their row group; a :class:`BadRow` for one without a meaning.
+
+        Raises ValueError where the file is damaged there.
+        """
+        try:
+            batches = self._file.iter_batches(batch_size=count, columns=self._columns)
+            return list(_records(pyarrow.Table.from_batches([next(batches)])))
+        except (*_UNREADABLE, StopIteration) as error:
+            raise ValueError(f"{self.path}: its first rows cannot be read, the file is damaged: {error}") from error
+
     def _group(self, group: int) -> pyarrow.Table:
         if group not in self._groups:
             start, stop = self._starts[group : group + 2]

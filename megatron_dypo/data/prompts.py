@@ -171,7 +171,8 @@ class PromptStream:
     def _is_wrong(self, index: int) -> bool:
         if not self._data.drop_wrong_traces:
             return False
-        assert self._verdicts is not None, "data.drop_wrong_traces is on and nobody judged the traces"
+        if self._verdicts is None or self._verdicts.is_sample:
+            raise AssertionError("data.drop_wrong_traces is on and nobody judged the traces, or only a sample of them")
         return self._verdicts.is_wrong(index)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,10 @@ class HFTokenizer(FolderTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         with _named_panics(self._name):
             return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def show(self, ids: Sequence[int]) -> str:
+        with _named_panics(self._name):
+            return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
 
 
 @contextlib.contextmanager
@@ -141,6 +146,17 @@ class SentencePieceTokenizer(FolderTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         # A model whose embedding is padded may sample ids past the vocabulary: they have no text.
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self._unseen])
+
+    def show(self, ids: Sequence[int]) -> str:
+        hidden = self._unseen | set(self._control.values())
+        text = ""
+        for is_hidden, part in itertools.groupby([int(i) for i in ids if i < self.vocab_size], hidden.__contains__):
+            if is_hidden:
+                text += "".join(self._processor.id_to_piece(i) for i in part)
+            else:
+                processor = self._processor if not text or self._folder.legacy else self._continued
+                text += processor.decode(list(part))
+        return text
 
 
 def _load_model(

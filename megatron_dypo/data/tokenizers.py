@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens are left out."""
 
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens included: for people, and to see whether a text comes back."""
+
     def render(self, messages: Sequence[Message] | str, use_chat_template: bool) -> list[int]:
         """Ids of a prompt: chat template with the header of the answer, or plain text with BOS if configured.
 

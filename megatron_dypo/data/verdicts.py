@@ -32,7 +32,9 @@ class TraceVerdicts:
     """One verdict for each of the M traces of a data set's check."""
 
     codes: npt.NDArray[np.int8]
-    """[M] 1: right, 0: wrong, −1: the verifier failed, −2: not judged, since the trace is not used."""
+    """[M] 1: right, 0: wrong, −1: the verifier failed, −2: not judged, since the trace is not used or not in the sample."""
+    is_sample: bool = False
+    """Whether traces that are used were not judged: no trace may be dropped by such verdicts."""
 
     def is_wrong(self, index: int) -> bool:
         """Tell whether the trace at an index of the check was called wrong."""
@@ -52,27 +54,37 @@ def wrong_traces(
     data: DataConfig,
     verifier_key: str,
     show_progress: bool = False,
+    limit_per_teacher: int | None = None,
+    seed: int = 0,
 ) -> TraceVerdicts:
     """Let ``verify`` judge every trace that the run may learn from, as the response to its prompt.
 
     Traces of other teachers and traces over a length limit are not judged. The result is kept beside the row check,
-    where the data set has one, under ``verifier_key``: all that the verdicts depend on besides the data. Raises
-    ValueError where ``data.drop_wrong_traces`` would leave no trace at all.
+    where the data set has one, under ``verifier_key``: all that the verdicts depend on besides the data; '' keeps nothing.
+    Raises ValueError where ``data.drop_wrong_traces`` would leave no trace at all.
+
+    ``limit_per_teacher`` judges that many traces of each teacher, drawn by ``seed``: enough for a table, and no ground
+    to drop traces by (``TraceVerdicts.is_sample``).
     """
     used = used_traces(dataset, data)
+    num_used = int(used.sum())
+    if limit_per_teacher is not None:
+        used = _sampled(used, dataset.checked.trace_teacher, limit_per_teacher, seed)
+    is_sample = bool(used.sum() < num_used)
     key = hashlib.sha256(verifier_key.encode() + b"\0" + used.tobytes()).hexdigest()[:16]
     file = None if dataset.check_file is None else dataset.check_file.with_suffix(f".{key}.npz")
     arrays = None if file is None else read_arrays(file, ("codes",))
     if arrays is not None and arrays["codes"].shape == used.shape:
-        verdicts = TraceVerdicts(codes=arrays["codes"])
+        verdicts = TraceVerdicts(codes=arrays["codes"], is_sample=is_sample)
     else:
-        verdicts = TraceVerdicts(codes=_judge(dataset, verify, used, tokenizer, data, show_progress))
-        if file is not None:
+        codes = _judge(dataset, verify, used, tokenizer, data, show_progress)
+        verdicts = TraceVerdicts(codes=codes, is_sample=is_sample)
+        if file is not None and verifier_key:
             write_arrays(file, {"codes": verdicts.codes})
     num_right, num_wrong, num_failed = verdicts.counts(np.flatnonzero(used))
     if num_failed:
         log.warning("the verifier gave no verdict on %d of %d teachers' traces: they are used", num_failed, used.sum())
-    if data.drop_wrong_traces and num_wrong and not num_right + num_failed:
+    if data.drop_wrong_traces and not is_sample and num_wrong and not num_right + num_failed:
         raise ValueError(
             f"data.drop_wrong_traces=true: the verifier calls each of the {num_wrong} teachers' traces wrong, so none "
             "would be left; look at the answers and at grading.verifier"
@@ -90,6 +102,18 @@ def used_traces(dataset: PromptDataset, data: DataConfig) -> npt.NDArray[np.bool
     in_use = [data.teachers is None or name in data.teachers for name in checked.teachers]
     is_teacher_used = np.array(in_use, np.bool_)[checked.trace_teacher]
     return is_row_used[row_of_trace] & is_teacher_used & (checked.trace_tokens <= data.max_trace_tokens)
+
+
+def _sampled(
+    used: npt.NDArray[np.bool_], teacher: npt.NDArray[np.int32], limit: int, seed: int
+) -> npt.NDArray[np.bool_]:
+    """[M] Keep ``limit`` used traces of each teacher at most. Raw Philox words draw the same in every version of NumPy."""
+    words = np.random.Philox(seed).random_raw(len(used))
+    kept = np.zeros(len(used), np.bool_)
+    for number in np.unique(teacher[used]):
+        indices = np.flatnonzero(used & (teacher == number))
+        kept[indices[np.argsort(words[indices], kind="stable")[:limit]]] = True
+    return kept
 
 
 def _judge(

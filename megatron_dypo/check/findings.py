@@ -1,0 +1,57 @@
+"""What a check found: problems that a run refuses, files that are not there, and notes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_dypo.ending import Cause, cause_of
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """Lists that the checks fill; every entry names file or key, value and rule."""
+
+    problems: list[str] = field(default_factory=list)
+    """A run refuses to start, or can get nowhere."""
+    missing: list[str] = field(default_factory=list)
+    """Files that are not on this machine: a run refuses to start, a dry run may be elsewhere."""
+    notes: list[str] = field(default_factory=list)
+    """A run starts all the same."""
+
+    @contextlib.contextmanager
+    def noting(self, where: str = "") -> Iterator[None]:
+        """Run a block; its error of input becomes a problem, and what the package warns of in it becomes notes.
+
+        ``where`` is put in front of both. An error that is nobody's input (:func:`~megatron_dypo.ending.cause_of`) is
+        raised.
+        """
+        prefix = f"{where}: " if where else ""
+        logger = logging.getLogger("megatron_dypo")
+        propagates, handlers = logger.propagate, logger.handlers
+        # In place of all others: who asked for the check says what it found, once.
+        logger.propagate, logger.handlers = False, [_Notes(prefix, self.notes)]
+        try:
+            yield
+        except ValueError as error:
+            if cause_of(error) is not Cause.BAD_INPUT:
+                raise
+            self.problems.append(f"{prefix}{error}")
+        finally:
+            logger.propagate, logger.handlers = propagates, handlers
+
+    def refused(self, *, dry_run: bool, strict: bool) -> list[str]:
+        """Return what ends the command with an error: in a dry run missing files do so only where it is strict."""
+        missing = [] if dry_run and not strict else self.missing
+        return [*self.problems, *missing, *(self.notes if strict else [])]
+
+
+class _Notes(logging.Handler):
+    def __init__(self, prefix: str, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._prefix, self._notes = prefix, notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notes.append(f"{self._prefix}{record.getMessage()}")

@@ -1,0 +1,114 @@
+"""All that a dry run, and every start of a run, looks at: it is cheap and needs no GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_dypo.architecture import Architecture, load_architecture
+from megatron_dypo.check.findings import Findings
+from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
+from megatron_dypo.check.program import missing_program
+from megatron_dypo.check.prompt_files import check_prompt_files, held_out_key
+from megatron_dypo.check.room import check_run_folder
+from megatron_dypo.config.tree import Config
+from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.grading.trial import check_importable
+from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+def check_inputs(config: Config) -> Findings:
+    """Look at model folder, layout, objective, tokenizer, prompt files, verifiers, lengths and run folder.
+
+    Takes seconds, whatever the size of the files: of large prompt files only both ends are read. Ranks other than the
+    first leave out the files that they never open.
+    """
+    found = Findings()
+    arch = check_model(config, found)
+    if os.environ.get("RANK", "0") != "0":
+        return found
+    check_weights(config, found)
+    tokenizer = load_tokenizer_of(config, arch, found)
+    longest = check_prompt_files(config, tokenizer, found)
+    with found.noting():
+        check_importable(config.grading)
+    check_rest(config, arch, longest, found)
+    return found
+
+
+def check_model(config: Config, found: Findings) -> Architecture | None:
+    """Check the objective, the model's config.json against the layout, and which files are missing."""
+    from megatron_dypo.objective.recipes.registry import build_objective  # brings torch, which --help need not wait for
+
+    found.missing += _missing_files(config)
+    with found.noting():
+        build_objective(config.objective)
+    if not (Path(config.model.hf_path) / "config.json").is_file():
+        return None
+    arch = None
+    with found.noting():
+        arch = load_architecture(config.model.hf_path)
+    if arch is None:
+        return None
+    with found.noting():
+        check_layout(arch, config.parallel)
+        check_fp8_sizes(arch, config.parallel, config.model.fp8)
+    with found.noting():
+        arch.check_length(
+            config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.data.max_trace_tokens),
+            "data.max_prompt_tokens + the larger of rollout.max_new_tokens and data.max_trace_tokens",
+        )
+    return arch
+
+
+def check_weights(config: Config, found: Findings) -> None:
+    """Open every safetensors file of the model folder: headers and index, no weights."""
+    from megatron_dypo.weights.hf_files import SafetensorsFiles
+
+    folder = Path(config.model.hf_path)
+    if config.model.mcore_path is None and any(folder.glob("*.safetensors")):
+        with found.noting():
+            SafetensorsFiles(folder)
+
+
+def load_tokenizer_of(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
+    """Load the policy's tokenizer and hold it against the embedding; None where it is missing or broken."""
+    from megatron_dypo.open_data import open_tokenizer
+
+    folder = Path(config.model.hf_path)
+    if arch is None:
+        return None
+    if not any((folder / name).exists() or (folder / name).is_symlink() for name in _TOKENIZERS):
+        return None  # noted as missing
+    with found.noting():
+        return open_tokenizer(config, arch.vocab_size)
+    return None
+
+
+def check_rest(config: Config, arch: Architecture | None, longest: Longest, found: Findings) -> None:
+    """Check lengths against the model and the servers, the servers' program, and the run folder against its disk."""
+    if asks_servers(config):
+        found.missing += missing_program(config.rollout.servers)
+    if arch is not None:
+        check_lengths(config, arch, longest, found)
+    check_run_folder(config, arch, found)
+
+
+def _missing_files(config: Config) -> list[str]:
+    keys = [("data.prompts", path) for path in config.data.prompts]
+    keys += [(held_out_key(config, name), path) for name, path in config.eval.sets.items()]
+    missing = [f"{key}={path!r}: no such file" for key, path in keys if not os.path.lexists(path)]
+    folder = Path(config.model.hf_path)
+    key = f"model.hf_path={config.model.hf_path!r}"
+    if not (folder / "config.json").is_file():
+        return [*missing, f"{key}: no config.json there"]
+    if not any(os.path.lexists(folder / name) for name in _TOKENIZERS):
+        missing.append(f"{key}: no {' and no '.join(_TOKENIZERS)} there")
+    if config.model.mcore_path is None:
+        if not any(folder.glob("*.safetensors")):
+            missing.append(f"{key}: no *.safetensors there, which a plan does without")
+    elif not Path(config.model.mcore_path).is_dir():
+        missing.append(f"model.mcore_path={config.model.mcore_path!r}: no such folder")
+    return missing

@@ -1,0 +1,162 @@
+"""Prompt files in a dry run: small ones are checked whole, of large ones both ends are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from megatron_dypo.check.ends import Ends, look_at_ends
+from megatron_dypo.check.findings import Findings
+from megatron_dypo.check.lengths import Longest
+from megatron_dypo.config.data import DataConfig, DataFieldsConfig
+from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
+from megatron_dypo.config.tree import Config
+from megatron_dypo.data.dataset import PromptDataset
+from megatron_dypo.data.prompts import PromptStream
+from megatron_dypo.data.source import distinct_names
+from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
+
+WHOLE_BYTES = 2**20
+"""Files of a set that have no more bytes than this together are checked whole: a second."""
+_SHOWN_ROWS = 5
+
+
+def held_out_key(config: Config, name: str) -> str:
+    """Return the key of an evaluation set: ``eval.prompts.aime``, or ``eval.prompts`` where sets are named by files."""
+    return f"eval.prompts.{name}" if isinstance(config.eval.prompts, Mapping) else "eval.prompts"
+
+
+def held_out_data(config: Config) -> DataConfig:
+    """Return how rows of evaluation sets are read: as ``open_held_out`` does, without teachers."""
+    data = replace(config.data, teachers=None, drop_wrong_traces=False)
+    return data if config.eval.format is None else replace(data, format=config.eval.format, fields=DataFieldsConfig())
+
+
+def check_prompt_files(config: Config, tokenizer: Tokenizer | None, found: Findings) -> Longest:
+    """Check the prompt files and evaluation sets that are there; without a tokenizer nothing is rendered or counted."""
+    prompt, trace = _check_set("", config.data.prompts, config, tokenizer, found, held_out=False)
+    held_out: int | None = 0
+    for name, path in config.eval.sets.items():
+        longest, _ = _check_set(held_out_key(config, name), [path], config, tokenizer, found, held_out=True)
+        held_out = None if held_out is None or longest is None else max(held_out, longest)
+    return Longest(prompt=prompt, trace=trace, held_out=held_out)
+
+
+def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, found: Findings) -> None:
+    """Check what the config says of the rows of the prompt files: teachers, verifiers, sources, answers."""
+    with found.noting():
+        PromptStream(dataset, tokenizer, config.data, config.run.seed)  # whose rules hold here
+    problems = [
+        problem for name in sorted(dataset.verifiers) if (problem := row_verifier_problem(config.grading, name))
+    ]
+    found.problems += problems
+    if problems:
+        return
+    with found.noting():
+        dataset.require_text_answers(
+            lambda own, source: verifier_of(config.grading, own=own, source=source) not in BUILT_IN_VERIFIERS
+        )
+
+
+def _check_set(
+    key: str,
+    paths: Sequence[str],
+    config: Config,
+    tokenizer: Tokenizer | None,
+    found: Findings,
+    *,
+    held_out: bool,
+) -> tuple[int | None, int | None]:
+    """Check one set; its longest prompt and trace that are used, None where not every row was looked at."""
+    present = [Path(path) for path in paths if os.path.lexists(path)]  # others are noted as missing
+    if not present:
+        return None, None
+    data = held_out_data(config) if held_out else config.data
+    if sum(path.stat().st_size for path in present if path.is_file()) > WHOLE_BYTES:
+        _check_ends(key, present, data, tokenizer, found, held_out=held_out)
+        return None, None
+    with found.noting(key), contextlib.ExitStack() as stack:
+        dataset = stack.enter_context(
+            contextlib.closing(PromptDataset(present, data=data, tokenizer=tokenizer, held_out=held_out))
+        )
+        if not held_out and tokenizer is not None and len(present) == len(paths):
+            check_dataset(config, dataset, tokenizer, found)
+            found.notes += unused_sources(config.grading, dataset.sources)
+        if tokenizer is not None:
+            return longest_used(dataset, data)
+    return None, None
+
+
+def longest_used(dataset: PromptDataset, data: DataConfig) -> tuple[int, int]:
+    """Return the tokens of the longest prompt and of the longest trace within the limits; 0 where there is none."""
+    prompts, traces = dataset.checked.prompt_tokens, dataset.checked.trace_tokens
+    return (
+        int(prompts[prompts <= data.max_prompt_tokens].max(initial=0)),
+        int(traces[traces <= data.max_trace_tokens].max(initial=0)),
+    )
+
+
+def _check_ends(
+    key: str,
+    paths: Sequence[Path],
+    data: DataConfig,
+    tokenizer: Tokenizer | None,
+    found: Findings,
+    *,
+    held_out: bool,
+) -> None:
+    teachers, columns = set[str](), set[str]()
+    is_read = True
+    for path, name in zip(paths, distinct_names(list(paths)), strict=True):
+        ends = None
+        with found.noting(key):
+            ends = look_at_ends(path, name, data, tokenizer, held_out=held_out)
+        if ends is None:
+            is_read = False
+            continue
+        teachers |= ends.teachers
+        columns |= ends.columns
+        bad = [f"{place}: {problem}" for place, problems in ends.problems.items() for problem in problems]
+        shown = bad[:_SHOWN_ROWS] + ([f"{path}: and {len(bad) - _SHOWN_ROWS} more"] if len(bad) > _SHOWN_ROWS else [])
+        # Of rows that are skipped the run says how many there are.
+        target = found.problems if data.on_bad_row == "error" or ends.num_rows == len(ends.problems) else found.notes
+        target += [f"{key}: {line}" if key else line for line in shown]
+        _note_long_prompts(path, ends, data, found)
+    if is_read and not held_out:
+        found.notes += _unknown_names(data, teachers, columns)
+
+
+def _unknown_names(data: DataConfig, teachers: set[str], columns: set[str]) -> list[str]:
+    """Say which names of the config no row had that was looked at; other rows may have them."""
+    notes = [
+        f"data.fields.{option.name}={name}: no row at the ends of the prompt files has such a field"
+        for option in fields(data.fields)
+        for name in _as_names(getattr(data.fields, option.name))
+        if name not in columns
+    ]
+    unknown = sorted(set(data.teachers or ()) - teachers)
+    if unknown:
+        known = ", ".join(sorted(teachers)) or "none"
+        notes.append(
+            f"data.teachers={unknown}: no row at the ends of the prompt files has a trace of theirs; the teachers there are "
+            f"{known}"
+        )
+    return notes
+
+
+def _as_names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value or ()
+    return tuple(name for name in names if name)
+
+
+def _note_long_prompts(path: Path, ends: Ends, data: DataConfig, found: Findings) -> None:
+    counts = ends.prompt_tokens
+    if counts and min(counts) > data.max_prompt_tokens:
+        found.notes.append(
+            f"{path}: each of the {len(counts)} prompts looked at is longer than data.max_prompt_tokens="
+            f"{data.max_prompt_tokens}: the shortest has {min(counts)} tokens"
+        )

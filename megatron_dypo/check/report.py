@@ -1,0 +1,206 @@
+"""What ``megatron-dypo check`` found, as data, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_dypo.data.statistics import PromptStatistics, TeacherStatistics
+from megatron_dypo.data.teacher_table import render_teachers
+from megatron_dypo.data.values import printable
+
+_SHOWN_IDS = 48
+_SHOWN_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The policy and its tokenizer."""
+
+    family: str
+    num_parameters: int
+    vocab_size: int
+    """Rows of the embedding."""
+    tokenizer_ids: int | None
+    """One more than the tokenizer's largest id; None: it did not load."""
+    max_position_embeddings: int
+    stops: tuple[tuple[int, str], ...] = ()
+    """(id, text) of each token that ends a response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstPrompt:
+    """The first prompt of the run, as the servers get it."""
+
+    prompt_id: str
+    text: str
+    """With special tokens."""
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTrip:
+    """Texts of prompts and traces, encoded by the policy's tokenizer and decoded again."""
+
+    num_texts: int
+    num_changed: int
+    example: str | None
+    """One that came back changed: its row, and where and how it differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFacts:
+    """The prompts of the training files or of one evaluation set."""
+
+    name: str
+    files: tuple[str, ...]
+    prompts: PromptStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierFacts:
+    """One verifier on sampled rows of one source."""
+
+    verifier: str
+    source: str
+    num_rows: int
+    """Rows of the training files that it judges."""
+    num_tried: int
+    """Of those, rows whose own answer it was given, and other responses."""
+    num_gold: int
+    """Rows whose own answer it accepts, in one of the usual forms."""
+    num_empty: int
+    """Rows on which it accepts an empty response."""
+    num_constant: int
+    """Rows on which it accepts "I do not know."."""
+    num_other: int
+    """Rows on which it accepts the answer of another row, which is a different text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Prompts of an evaluation set that the training files have too."""
+
+    name: str
+    num_rows: int
+    num_shared: int
+    examples: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Everything; what could not be looked at is None or empty, and a problem says why."""
+
+    model: ModelFacts | None = None
+    first_prompt: FirstPrompt | None = None
+    round_trip: RoundTrip | None = None
+    sets: list[SetFacts] = field(default_factory=list)
+    teachers: list[TeacherStatistics] = field(default_factory=list)
+    verifiers: list[VerifierFacts] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """A run would refuse to start, or get nowhere."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def to_data(report: Report) -> dict[str, Any]:
+    """Return the report for JSON."""
+    data = asdict(report)
+    for teacher, found in zip(data["teachers"], report.teachers, strict=True):
+        teacher["accuracy"] = found.accuracy
+    return data
+
+
+def to_text(report: Report) -> str:
+    """Return the report for people; its last line counts problems and warnings."""
+    sections = [
+        ("Model", _model(report)),
+        ("First prompt", _first_prompt(report.first_prompt)),
+        ("Prompts", _sets(report.sets)),
+        ("Teachers", render_teachers(report.teachers)),
+        ("Verifiers", _verifiers(report.verifiers)),
+        ("Evaluation prompts that are training prompts too", _overlaps(report.overlaps)),
+        ("Problems", _listed(report.problems)),
+        ("Warnings", _listed(report.warnings)),
+    ]
+    texts = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections if lines]
+    last = f"{_counted(len(report.problems), 'problem')}, {_counted(len(report.warnings), 'warning')}"
+    return "\n\n".join([*texts, last])
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _model(report: Report) -> list[str]:
+    model, trip = report.model, report.round_trip
+    if model is None:
+        return []
+    lines = [
+        f"{model.family}, {model.num_parameters:,} parameters, {model.max_position_embeddings} positions, "
+        f"vocab_size {model.vocab_size}"
+    ]
+    if model.tokenizer_ids is not None:
+        lines.append(f"the tokenizer has ids up to {model.tokenizer_ids - 1}")
+        lines.append("a response ends with " + ", ".join(f"{token_id} {text!r}" for token_id, text in model.stops))
+    if trip is not None:
+        lines.append(f"{trip.num_changed} of {trip.num_texts} texts change when they are encoded and decoded")
+    return lines
+
+
+def _first_prompt(first: FirstPrompt | None) -> list[str]:
+    if first is None:
+        return []
+    text, ids = first.text, " ".join(map(str, first.ids[:_SHOWN_IDS]))
+    more = len(text) - _SHOWN_CHARACTERS
+    lines = [f"| {printable(line)}" for line in text[:_SHOWN_CHARACTERS].split("\n")]
+    return [
+        f"{printable(first.prompt_id)}, {len(first.ids)} tokens, special tokens shown as text:",
+        *lines,
+        *([f"and {more} more characters (--json)"] if more > 0 else []),
+        f"ids {ids}" + (f" and {len(first.ids) - _SHOWN_IDS} more" if len(first.ids) > _SHOWN_IDS else ""),
+    ]
+
+
+def _sets(sets: Sequence[SetFacts]) -> list[str]:
+    lines = []
+    for facts in sets:
+        found, lengths = facts.prompts, facts.prompts.lengths
+        lines.append(f"{facts.name}: {found.num_rows} rows of {_counted(len(facts.files), 'file')}")
+        lines.append(f"  {found.num_skipped} bad rows left out, {found.num_too_long} too long")
+        if facts.name == "data.prompts":
+            lines.append(
+                f"  {found.num_without_trace} without a trace that may be used, {found.num_failed_checks} traces failed "
+                "their checks"
+            )
+        lines.append(
+            f"  tokens: shortest {lengths.shortest}, median {lengths.median}, p90 {lengths.p90}, p99 {lengths.p99}, "
+            f"longest {lengths.longest}"
+        )
+    return lines
+
+
+def _verifiers(verifiers: Sequence[VerifierFacts]) -> list[str]:
+    lines = []
+    for found in verifiers:
+        lines.append(f"{found.verifier} for source {printable(found.source)!r}: {_counted(found.num_rows, 'row')}")
+        if found.num_tried:
+            lines.append(
+                f"  of {found.num_tried} tried it accepts the row's own answer on {found.num_gold}, an empty response on "
+                f"{found.num_empty}, 'I do not know.' on {found.num_constant}, another row's answer on {found.num_other}"
+            )
+    return lines
+
+
+def _overlaps(overlaps: Sequence[Overlap]) -> list[str]:
+    lines = []
+    for found in overlaps:
+        names = f": {', '.join(map(printable, found.examples))}" if found.examples else ""
+        more = ", ..." if found.num_shared > len(found.examples) else ""
+        lines.append(f"{found.name}: {found.num_shared} of {found.num_rows}{names}{more}")
+    return lines
+
+
+def _listed(entries: Sequence[str]) -> list[str]:
+    return [("- " if index == 0 else "  ") + line for text in entries for index, line in enumerate(text.split("\n"))]

@@ -1,0 +1,81 @@
+"""The run folder: whether it can be written, and whether its disk has room for what the run leaves there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_dypo.architecture import Architecture
+from megatron_dypo.check.findings import Findings
+from megatron_dypo.config.tree import Config
+from megatron_dypo.planning.parameters import whole_model
+
+_GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2}
+_MOMENTS = 8
+"""Bytes of Adam's two fp32 moments."""
+_MAIN = 4
+"""Bytes of an fp32 main weight beside a bf16 one."""
+
+
+def check_run_folder(config: Config, arch: Architecture | None, found: Findings) -> None:
+    """Check that ``run.dir`` is, or can become, a folder that this user may write; note where its disk is too small."""
+    folder = Path(config.run.dir).absolute()
+    key = f"run.dir={config.run.dir!r}"
+    try:
+        parent = _nearest(folder)
+        if not parent.is_dir():
+            found.problems.append(f"{key}: {parent} is a file, and must be a folder")
+            return
+        if not os.access(parent, os.W_OK | os.X_OK):
+            found.problems.append(f"{key}: no permission to write in {parent}")
+            return
+        free = shutil.disk_usage(parent).free + _held(folder / "checkpoints")
+    except OSError as error:
+        found.problems.append(f"{key}: cannot be used: {error.strerror or error}")
+        return
+    if not config.run.resume and any((folder / "checkpoints").glob("step_*")):
+        found.notes.append(
+            f"run.resume=false: {folder / 'checkpoints'} has checkpoints: choose another run.dir or resume"
+        )
+    if arch is None:
+        return
+    needed, words = room_needed(config, arch)
+    if needed > free:
+        found.notes.append(
+            f"{key}: {free / _GIB:,.1f} GiB are free on its disk, and the run needs about {needed / _GIB:,.1f} GiB: {words}"
+        )
+
+
+def room_needed(config: Config, arch: Architecture) -> tuple[float, str]:
+    """Return bytes that a run leaves in its folder at most, and what they are: checkpoints and the HF export.
+
+    A checkpoint holds each parameter, Adam's moments and, in bf16, the main weight. One more than ``checkpoint.keep``
+    is there while the next is written.
+    """
+    count = whole_model(arch).total
+    size = _BYTES[config.model.dtype]
+    each = count * (size + _MOMENTS + (_MAIN if size < _MAIN else 0))
+    if config.objective.reference.mode == "refreshed":
+        each += count * size
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    written = 1 if every == 0 else -(-config.run.steps // every)
+    kept = min(written, keep + 1) if keep else written
+    exported = count * size if config.export.hf else 0
+    words = f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / _GIB:,.1f} GiB"
+    return kept * each + exported, words + (f" and hf/ of {exported / _GIB:,.1f} GiB" if exported else "")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _held(checkpoints: Path) -> int:
+    """Bytes of the checkpoints that are there already: they are in the estimate too."""
+    if not checkpoints.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
