@@ -1,6 +1,7 @@
 """Environment of every test: one thread a process, no network, no compile, no deadline for examples of Hypothesis."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -31,3 +32,11 @@ def pytest_collection_modifyitems(items):
 def _first_warnings_are_first():
     """A warning that another test has caused is not counted as repeated."""
     flush_repeated()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hangups_are_heard():
+    """Processes that tests start hear SIGHUP as usual, also where the tests run under ``nohup``."""
+    inherited = signal.signal(signal.SIGHUP, lambda number, frame: None)
+    yield
+    signal.signal(signal.SIGHUP, inherited)

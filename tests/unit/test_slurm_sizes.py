@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -26,16 +27,25 @@ def render(script: str, *overrides: str, **environment: str) -> subprocess.Compl
     )
 
 
+PLAN = ["plan", "examples/llama3_70b/config.yaml", MODEL, "--nodes", "8"]
+
+
+def seconds_of_a_step(plan: str) -> float:
+    (found,) = re.findall(r"synchronous .*: ([0-9.]+) s a step", plan)
+    return float(found)
+
+
 def test_the_plan_of_the_70b_example_is_that_of_its_job(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    done = CliRunner().invoke(app, ["plan", "examples/llama3_70b/config.yaml", MODEL, "--nodes", "8"])
+    done = CliRunner().invoke(app, PLAN)
     assert done.exit_code == 0, done.output
     assert "servers  4 nodes × 8 GPUs: 4 × TP 8" in done.stdout
     job = (FOLDER / "slurm_dypo_70b.txt").read_text()
     assert "rollout.servers.nodes=4" in job
     (urls,) = {line for line in job.splitlines() if "rollout.servers.urls=" in line and "http" in line}
     assert urls.count("http://") == 4
-    assert "208.5 s a step" in done.stdout
+    fewer = CliRunner().invoke(app, [*PLAN, "rollout.servers.nodes=1"])
+    assert seconds_of_a_step(done.stdout) < 0.8 * seconds_of_a_step(fewer.stdout), "one node of servers is another job"
 
 
 def test_plan_refit_counts_the_same_servers(monkeypatch):
