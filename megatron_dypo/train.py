@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 
 from megatron_dypo import status
+from megatron_dypo.admission import books
 from megatron_dypo.batching.exchange import gather_objects
-from megatron_dypo.collecting import books, fill_queues
+from megatron_dypo.collecting import fill_queues
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.evaluate import evaluate

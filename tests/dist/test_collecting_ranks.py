@@ -14,7 +14,8 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     """One collection on this rank of two; how it ended, and the books of both."""
     import torch.distributed as dist
 
-    from megatron_dypo.collecting import books, fill_queues
+    from megatron_dypo.admission import books
+    from megatron_dypo.collecting import fill_queues
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.ledger import Ledger
     from megatron_dypo.rollout.process import ServerDiedError

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.collecting import books, fill_queues
+from megatron_dypo.admission import books
+from megatron_dypo.collecting import fill_queues
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.rollout.process import ServerDiedError
