@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -64,8 +63,9 @@ def test_a_weight_that_is_not_finite_ends_the_run_before_anything_is_pushed(tmp_
 
 def test_prompts_that_are_all_too_long_are_bad_input(tmp_path: Path) -> None:
     config = write_task(tmp_path, **SFT)
-    output, _ = ended(tmp_path, config, Cause.BAD_INPUT, "data.max_prompt_tokens=1")
+    output = train(config, "data.max_prompt_tokens=1", status=Cause.BAD_INPUT.status)
     assert "48 of 48 prompts are longer than data.max_prompt_tokens=1" in output
+    assert not (tmp_path / "run").exists(), "it is found before anything starts"
 
 
 def test_data_that_changed_is_refused_at_a_resume_unless_it_is_allowed(tmp_path: Path) -> None:
@@ -92,11 +92,10 @@ def test_the_learning_rate_of_a_resumed_run_is_the_config_s(tmp_path: Path) -> N
     assert rates == [1e-9, 1e-9]
 
 
-@pytest.mark.parametrize("name", ["ledger/drawn", "ledger/trained_sft"])
-def test_the_ledger_goes_on_over_a_resume(tmp_path: Path, name: str) -> None:
+def test_the_ledger_goes_on_over_a_resume(tmp_path: Path) -> None:
     config = write_task(tmp_path, run={"steps": 4}, **SFT)
     train(config, "run.steps=2")
     train(config)
     records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"] > 0]
-    counts = [record[name] for record in records]
-    assert counts == [8.0, 16.0, 24.0, 32.0]
+    for name in ("ledger/drawn", "ledger/trained_sft"):
+        assert [record[name] for record in records] == [8.0, 16.0, 24.0, 32.0]
