@@ -84,6 +84,7 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
     seen = {mode: _train(config_of(path, f"{root}/{mode}", axes, mode), layout) for mode in MODES}
     servers = ScoreConfig(policy="rollout", check_every=2)
     seen["rollout"] = _train(config_of(path, f"{root}/rollout", axes, "exact", servers), layout)
+    seen["older"] = _train(config_of(path, f"{root}/older", axes, "exact", servers), layout, age=1)
     seen["epochs"] = _train(config_of(path, f"{root}/epochs", axes, "exact", epochs=2), layout)
     refreshed = config_of(path, f"{root}/refreshed", axes, "exact")
     reference = ReferenceConfig(mode="refreshed", refresh_every=2)
@@ -94,7 +95,7 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
     return seen
 
 
-def _train(config: Config, layout: Any) -> dict[str, Any]:
+def _train(config: Config, layout: Any, age: int = 0) -> dict[str, Any]:
     """Four updates from as many rollout batches as they take, each put into the queues when the one before is used up."""
     from megatron_dypo.train import train_step
 
@@ -102,11 +103,16 @@ def _train(config: Config, layout: Any) -> dict[str, Any]:
     steps, given = [], []
     for step in range(4):
         if not run.is_mid_batch:
-            given += _put(run, batch_of(step // 2))
+            given += _put(run, [[_aged(s, age) for s in group] for group in batch_of(step // 2)])
         before = _tensors(run, lambda p: p.detach())
         train_step(run)
         steps.append({"weights": before, "grads": _tensors(run, lambda p: p.main_grad)})
     return {"steps": steps, "groups": given, "pushed": recorder.pushed, "metrics": recorder.metrics}
+
+
+def _aged(sample: Any, age: int) -> Any:
+    """The sample as weights of ``age`` versions before would have made it."""
+    return dataclasses.replace(sample, policy_version=max(0, sample.policy_version - age))
 
 
 def _resume(config: Config, layout: Any) -> Any:

@@ -32,7 +32,7 @@ def trained(layout: str, root: Any) -> dict[str, Any]:
     world_size, axes = LAYOUTS[layout]
     ranks = run_ranks(world_size, rank_train, str(path), str(root / layout.replace(" ", "_")), axes)
     seen: dict[str, Any] = {"resumed": [rank["resumed"] for rank in ranks]}
-    for name in (*MODES, "rollout", "epochs", "refreshed"):
+    for name in (*MODES, "rollout", "older", "epochs", "refreshed"):
         runs = [rank[name] for rank in ranks]
         seen[name] = {
             "steps": [
@@ -98,6 +98,17 @@ def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_eve
                 np.testing.assert_allclose(ours, response_logp(model, sample).detach().numpy(), atol=2e-5, rtol=0)
     moved = [np.abs(s.old_logp - s.ref_logp).max() for s in rollouts]
     assert max(moved) > 1e-3 if mode == "exact" else max(moved) == 0, "after two updates the frozen reference is another"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rollouts_of_older_weights_get_coefficients_of_the_weights_that_learn_from_them(layout, root) -> None:
+    seen = trained(layout, root)["older"]
+    exact, stale = (config_of("m", "d", {}, mode).objective for mode in ("exact", "stale"))
+    first = seen["steps"][2]  # of the second batch, which weights of version 1 made and those of version 2 learn from
+    groups, model = seen["groups"][2 * PROMPTS : 3 * PROMPTS], model_at(first["weights"], root)
+    assert all((s.old_logp == s.rollout_logp).all() for g in groups for s in g if s.treatment is Treatment.REINFORCE)
+    assert gradient_error(first["grads"], model, groups, exact) <= 1e-5
+    assert gradient_error(first["grads"], model, groups, stale) > 1e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
