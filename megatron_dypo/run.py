@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_dypo.data.prompts import DropCounts, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.ledger import Ledger
-from megatron_dypo.mcore import checkpoint, features
+from megatron_dypo.mcore import checkpoint, checkpoint_folder, features
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
@@ -57,6 +57,9 @@ from megatron_dypo.weights.bridge import Bridge
 from megatron_dypo.weights.engines import Watch
 
 log = logging.getLogger("megatron_dypo")
+
+_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "is_mid_batch", "data"}
+"""What resuming reads of the trainer's state in a checkpoint (:func:`save_checkpoint`)."""
 
 
 @dataclass(kw_only=True)
@@ -296,12 +299,24 @@ def _restore(run: Run, latest: Path) -> checkpoint.Restored:
     restored = checkpoint.load(
         latest, chunks=run.chunks, optimizer=run.optimizer, layout=run.layout, reference=run.reference
     )
+    require_known_state(latest, restored.trainer_state)
     run.step, run.batches = restored.step, int(restored.trainer_state["batches"])
     run.is_mid_batch = bool(restored.trainer_state["is_mid_batch"])
     if run.layout.is_global_leader:
         discard_samples(run.dir, restored.step + 1)
         log.info("resuming from %s: %d of %d steps are done", latest, restored.step, run.config.run.steps)
     return restored
+
+
+def require_known_state(checkpoint_path: Path, state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's ``trainer_state.json`` is not what this version writes."""
+    absent = sorted(_STATE_KEYS - state.keys())
+    if absent:
+        raise ValueError(
+            f"{checkpoint_path}/{checkpoint_folder.STATE}: trainer: has no {', '.join(absent)}: another version of "
+            "megatron-dypo wrote it, and this one cannot go on from it. `megatron-dypo export` still writes its weights "
+            "as an HF folder: start from that by model.hf_path, in another run.dir"
+        )
 
 
 def _build_leader(

@@ -324,3 +324,9 @@ class TestLargeFiles:
         path.write_bytes(path.read_bytes()[:-100])
         (problem,) = check_inputs(config).problems
         assert problem.startswith(f"{path}: is not a Parquet file")
+
+
+def test_settings_of_an_evaluation_without_a_set_are_noted(tmp_path: Path) -> None:
+    notes = check_inputs(case(tmp_path, eval={"prompts": [], "every": 5, "samples": 2})).notes
+    assert "eval.every=5: does nothing, for eval.prompts names no set" in notes
+    assert "eval.samples=2: does nothing, for eval.prompts names no set" in notes

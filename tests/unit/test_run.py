@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,3 +52,13 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one():
     assert uses_servers(config(sft, eval_prompts=("e",)), build_objective(sft), 0)
     assert uses_servers(config(both), build_objective(both), 0)
     assert not uses_servers(config(both), build_objective(both), 10)
+
+
+def test_a_checkpoint_that_another_version_wrote_is_named_with_what_it_lacks():
+    from megatron_dypo.run import require_known_state
+
+    whole = {"cursor": 16, "unfinished": [], "ledger": {}, "batches": 2, "is_mid_batch": False, "data": {}}
+    require_known_state(Path("c/step_000002"), whole | {"of_a_later_version": 1})
+    first_release = {key: whole[key] for key in ("cursor", "unfinished", "batches", "is_mid_batch")}
+    with pytest.raises(ValueError, match=r"^c/step_000002/trainer_state.json: trainer: has no data, ledger: another "):
+        require_known_state(Path("c/step_000002"), first_release)
