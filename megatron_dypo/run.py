@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
@@ -173,6 +174,7 @@ def open_run(config: Config) -> Iterator[Run]:
         if urls:
             _connect(run, urls, api_key, pool, stack)
         if layout.is_global_leader:
+            _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
             run.writer = stack.enter_context(
                 MetricsWriter(
                     run.dir,
@@ -231,17 +233,36 @@ def _prepare_folder(config: Config, layout: Layout) -> Path | None:
     found = checkpoint.find_latest(folder / "checkpoints")
     if found and not config.run.resume:
         raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
+    if found and checkpoint.step_of(found) > config.run.steps:
+        raise ValueError(
+            f"run.steps={config.run.steps}: is below the {checkpoint.step_of(found)} steps done in {found}"
+        )
     if layout.is_global_leader:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "config.yaml"
         if found and written.is_file():
-            for line in changed_lines(written.read_text(), dump_config(config)):
-                log.warning("resuming with another configuration: %s", line)
-        temporary = folder / "config.yaml.tmp"
-        temporary.write_text(dump_config(config))
-        temporary.replace(written)
+            _warn_of_changes(written, config)
+        else:
+            _write_config(config)
         write_versions(folder)
     return found
+
+
+def _warn_of_changes(written: Path, config: Config) -> None:
+    try:
+        changes = changed_lines(written.read_text(encoding="utf-8"), dump_config(config))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be read, so what changed since is not known: %s", written, error)
+        return
+    for line in changes:
+        log.warning("resuming with another configuration: %s", line)
+
+
+def _write_config(config: Config) -> None:
+    written = Path(config.run.dir) / "config.yaml"
+    temporary = written.with_suffix(".yaml.tmp")
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    temporary.replace(written)
 
 
 def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
@@ -356,7 +377,11 @@ def _build_leader(
         leader.drops.append(drops)
         if layout.is_global_leader:
             leader.ledger = Ledger.from_json(restored.trainer_state["ledger"])
-        _share_queues(leader.queues, restored.leader_states, layout)
+        try:
+            _share_queues(leader.queues, restored.leader_states, layout)
+        except (ValueError, KeyError, SafetensorError) as error:
+            folder = checkpoint_folder.folder_of(run.dir / "checkpoints", restored.step)
+            raise ValueError(f"{folder}: a file leader_*.bin is damaged: {error}") from error
     return leader
 
 

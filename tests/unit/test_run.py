@@ -62,3 +62,30 @@ def test_a_checkpoint_that_another_version_wrote_is_named_with_what_it_lacks():
     first_release = {key: whole[key] for key in ("cursor", "unfinished", "batches", "is_mid_batch")}
     with pytest.raises(ValueError, match=r"^c/step_000002/trainer_state.json: trainer: has no data, ledger: another "):
         require_known_state(Path("c/step_000002"), first_release)
+
+
+def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path):
+    from megatron_dypo import run
+
+    folder = tmp_path / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("run: {steps: 3}\n")
+    layout = SimpleNamespace(is_global_leader=True)
+
+    def start(steps):
+        return run._prepare_folder(
+            Config(
+                run=RunConfig(dir=str(tmp_path), steps=steps),
+                model=ModelConfig(hf_path="m"),
+                data=DataConfig(prompts=("p",)),
+            ),
+            layout,
+        )
+
+    with pytest.raises(ValueError, match=r"run\.steps=2: is below the 3 steps done in .*step_000003"):
+        start(2)
+    assert start(3) == folder
+    assert (tmp_path / "config.yaml").read_text() == "run: {steps: 3}\n"
+    (tmp_path / "config.yaml").write_text("[")
+    assert start(4) == folder
