@@ -176,7 +176,7 @@ def _place(loc: Sequence[str | int]) -> Iterable[str]:
     hint: Any = Config
     for part in loc:
         if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint)[part]
+            hint = get_type_hints(hint)[str(part)]
         elif get_origin(hint) in (Union, types.UnionType):
             several = [kind for kind in get_args(hint) if kind is not type(None)]
             hint = several[0] if len(several) == 1 else None
