@@ -208,7 +208,7 @@ def grade(
 ) -> None:
     """Run a verifier over a file of responses, in the same processes as in a run, and count its verdicts.
 
-    Exit status 65: the file, a row of it or the verifier cannot be used.
+    Exit status 65: the file, a row of it or the verifier cannot be used; 12: no response got a verdict.
     """
     from megatron_dypo.config.grading import GradingConfig
     from megatron_dypo.ending import Cause
@@ -228,6 +228,8 @@ def grade(
         typer.echo(f"megatron-dypo: error: {error}", err=True)
         raise typer.Exit(Cause.BAD_INPUT.status) from error
     typer.echo(json.dumps(to_data(summary), indent=2) if as_json else to_text(summary))
+    if summary.no_verdict == summary.rows:
+        raise typer.Exit(Cause.NO_VERDICTS.status)
 
 
 class _Quantization(str, Enum):
