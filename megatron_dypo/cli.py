@@ -66,7 +66,7 @@ def train(
 def serve(
     config: Annotated[Path, typer.Argument(help="The trainer's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
-    first: Annotated[int, typer.Option(help="Number of this node's first server among all.")] = 0,
+    first: Annotated[int, typer.Option(min=0, help="Number of this node's first server among all.")] = 0,
     log_dir: Annotated[Path, typer.Option(help="Where each server has its log.")] = Path("logs"),
     engine_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one string.")] = "",
 ) -> None:
@@ -117,10 +117,14 @@ def plan(
     config: Annotated[Path, typer.Argument(help="YAML file, as for train.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
     gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
-    nodes: Annotated[int | None, typer.Option(help="Of the trainer; default: what the config asks for.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Mean prompt; default: a quarter of the limit.")] = None,
-    response_tokens: Annotated[int | None, typer.Option(help="Mean response; default: a quarter of the limit.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Of the trainer; default: what the config asks for.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean prompt; default: a quarter of the limit.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean response; default: a quarter of the limit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
     """Say without a GPU whether a run fits, what a step takes, and how to divide the GPUs.
@@ -204,7 +208,7 @@ def grade(
 ) -> None:
     """Run a verifier over a file of responses, in the same processes as in a run, and count its verdicts.
 
-    Exit status 65: the file, a row of it or the verifier cannot be used.
+    Exit status 65: the file, a row of it or the verifier cannot be used; 12: no response got a verdict.
     """
     from megatron_dypo.config.grading import GradingConfig
     from megatron_dypo.ending import Cause
@@ -224,6 +228,8 @@ def grade(
         typer.echo(f"megatron-dypo: error: {error}", err=True)
         raise typer.Exit(Cause.BAD_INPUT.status) from error
     typer.echo(json.dumps(to_data(summary), indent=2) if as_json else to_text(summary))
+    if summary.no_verdict == summary.rows:
+        raise typer.Exit(Cause.NO_VERDICTS.status)
 
 
 class _Quantization(str, Enum):
@@ -258,8 +264,12 @@ def plan_refit(
     config: Annotated[Path, typer.Argument(help="YAML file as of `train`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
     bandwidth_gbs: Annotated[float, typer.Option(help="GB/s that a rank sends and receives at.")] = 50.0,
-    world_size: Annotated[int | None, typer.Option(help="Trainer ranks.", show_default="as `train` starts")] = None,
-    ep_size: Annotated[int | None, typer.Option(help="SGLang's --ep-size.", show_default="extra_args, or 1")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Trainer ranks.", show_default="as `train` starts")
+    ] = None,
+    ep_size: Annotated[
+        int | None, typer.Option(min=1, help="SGLang's --ep-size.", show_default="extra_args, or 1")
+    ] = None,
     quantization: Annotated[
         _Quantization, typer.Option(help="Type that linear weights travel in.")
     ] = _Quantization.NONE,

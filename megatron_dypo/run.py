@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 
 from megatron_dypo.architecture import Architecture, load_architecture
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
@@ -24,7 +25,7 @@ from megatron_dypo.data.prompts import DropCounts, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.ledger import Ledger
-from megatron_dypo.mcore import checkpoint, features
+from megatron_dypo.mcore import checkpoint, checkpoint_folder, features
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
@@ -57,6 +58,9 @@ from megatron_dypo.weights.bridge import Bridge
 from megatron_dypo.weights.engines import Watch
 
 log = logging.getLogger("megatron_dypo")
+
+_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "is_mid_batch", "data"}
+"""What resuming reads of the trainer's state in a checkpoint (:func:`save_checkpoint`)."""
 
 
 @dataclass(kw_only=True)
@@ -170,6 +174,7 @@ def open_run(config: Config) -> Iterator[Run]:
         if urls:
             _connect(run, urls, api_key, pool, stack)
         if layout.is_global_leader:
+            _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
             run.writer = stack.enter_context(
                 MetricsWriter(
                     run.dir,
@@ -228,17 +233,36 @@ def _prepare_folder(config: Config, layout: Layout) -> Path | None:
     found = checkpoint.find_latest(folder / "checkpoints")
     if found and not config.run.resume:
         raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
+    if found and checkpoint.step_of(found) > config.run.steps:
+        raise ValueError(
+            f"run.steps={config.run.steps}: is below the {checkpoint.step_of(found)} steps done in {found}"
+        )
     if layout.is_global_leader:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "config.yaml"
         if found and written.is_file():
-            for line in changed_lines(written.read_text(), dump_config(config)):
-                log.warning("resuming with another configuration: %s", line)
-        temporary = folder / "config.yaml.tmp"
-        temporary.write_text(dump_config(config))
-        temporary.replace(written)
+            _warn_of_changes(written, config)
+        else:
+            _write_config(config)
         write_versions(folder)
     return found
+
+
+def _warn_of_changes(written: Path, config: Config) -> None:
+    try:
+        changes = changed_lines(written.read_text(encoding="utf-8"), dump_config(config))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be read, so what changed since is not known: %s", written, error)
+        return
+    for line in changes:
+        log.warning("resuming with another configuration: %s", line)
+
+
+def _write_config(config: Config) -> None:
+    written = Path(config.run.dir) / "config.yaml"
+    temporary = written.with_suffix(".yaml.tmp")
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    temporary.replace(written)
 
 
 def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
@@ -296,12 +320,24 @@ def _restore(run: Run, latest: Path) -> checkpoint.Restored:
     restored = checkpoint.load(
         latest, chunks=run.chunks, optimizer=run.optimizer, layout=run.layout, reference=run.reference
     )
+    require_known_state(latest, restored.trainer_state)
     run.step, run.batches = restored.step, int(restored.trainer_state["batches"])
     run.is_mid_batch = bool(restored.trainer_state["is_mid_batch"])
     if run.layout.is_global_leader:
         discard_samples(run.dir, restored.step + 1)
         log.info("resuming from %s: %d of %d steps are done", latest, restored.step, run.config.run.steps)
     return restored
+
+
+def require_known_state(checkpoint_path: Path, state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's ``trainer_state.json`` is not what this version writes."""
+    absent = sorted(_STATE_KEYS - state.keys())
+    if absent:
+        raise ValueError(
+            f"{checkpoint_path}/{checkpoint_folder.STATE}: trainer: has no {', '.join(absent)}: another version of "
+            "megatron-dypo wrote it, and this one cannot go on from it. `megatron-dypo export` still writes its weights "
+            "as an HF folder: start from that by model.hf_path, in another run.dir"
+        )
 
 
 def _build_leader(
@@ -341,7 +377,11 @@ def _build_leader(
         leader.drops.append(drops)
         if layout.is_global_leader:
             leader.ledger = Ledger.from_json(restored.trainer_state["ledger"])
-        _share_queues(leader.queues, restored.leader_states, layout)
+        try:
+            _share_queues(leader.queues, restored.leader_states, layout)
+        except (ValueError, KeyError, SafetensorError) as error:
+            folder = checkpoint_folder.folder_of(run.dir / "checkpoints", restored.step)
+            raise ValueError(f"{folder}: a file leader_*.bin is damaged: {error}") from error
     return leader
 
 

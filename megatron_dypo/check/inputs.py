@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
 from megatron_dypo.check.program import missing_program
 from megatron_dypo.check.prompt_files import check_prompt_files, held_out_key
 from megatron_dypo.check.room import check_run_folder
-from megatron_dypo.config.tree import Config
+from megatron_dypo.config.tree import Config, EvalConfig
 from megatron_dypo.data.tokenizers import Tokenizer
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
@@ -89,6 +90,13 @@ def load_tokenizer_of(config: Config, arch: Architecture | None, found: Findings
 
 def check_rest(config: Config, arch: Architecture | None, longest: Longest, found: Findings) -> None:
     """Check lengths against the model and the servers, the servers' program, and the run folder against its disk."""
+    if not config.eval.sets:
+        defaults = EvalConfig()
+        found.notes += [
+            f"eval.{option.name}={getattr(config.eval, option.name)}: does nothing, for eval.prompts names no set"
+            for option in dataclasses.fields(defaults)
+            if option.name != "prompts" and getattr(config.eval, option.name) != getattr(defaults, option.name)
+        ]
     if asks_servers(config):
         found.missing += missing_program(config.rollout.servers)
     if arch is not None:

@@ -19,6 +19,7 @@ from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.source import distinct_names
 from megatron_dypo.data.tokenizers import Tokenizer
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
+from megatron_dypo.objective.recipes.registry import OBJECTIVES
 
 WHOLE_BYTES = 2**20
 """Files of a set that have no more bytes than this together are checked whole: a second."""
@@ -50,6 +51,11 @@ def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, 
     """Check what the config says of the rows of the prompt files: teachers, verifiers, sources, answers."""
     with found.noting():
         PromptStream(dataset, tokenizer, config.data, config.run.seed)  # whose rules hold here
+    objective = OBJECTIVES.get(config.objective.name)
+    if objective and not dataset.teachers and not objective(config.objective).needs_rollouts(0):
+        found.problems.append(
+            f"objective.name={config.objective.name}: begins with teachers' traces, and no row of the prompt files has one"
+        )
     problems = [
         problem for name in sorted(dataset.verifiers) if (problem := row_verifier_problem(config.grading, name))
     ]

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 import functools
 import math
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -60,9 +61,26 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
     if problems:
         raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
     try:
-        return _adapter().validate_python(dict(tree))
+        config = _adapter().validate_python(dict(tree))
     except ValidationError as error:
         raise ValueError("\n".join(f"{where}: {line}" for line in _explain(error))) from error
+    problems = list(_booleans_for_numbers(tree, config, ""))
+    if problems:
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
+    return config
+
+
+def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:
+    """Name each ``true`` or ``false`` of the file that pydantic took for the number 1 or 0."""
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        yield f"{path}={str(given).lower()}: must be a number"
+    elif isinstance(given, Mapping):
+        for key, value in given.items():
+            inner = getattr(read, key) if dataclasses.is_dataclass(read) else read[key]
+            yield from _booleans_for_numbers(value, inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for value, inner in zip(given, read, strict=True):
+            yield from _booleans_for_numbers(value, inner, path)
 
 
 @functools.cache
@@ -143,7 +161,7 @@ def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...])
 
 def _explain(error: ValidationError) -> Iterable[str]:
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
+        where = ".".join(_place(item["loc"]))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "value_error":  # a rule of ours: it names field and value itself
             yield f"{where}.{message}" if where else message
@@ -151,6 +169,20 @@ def _explain(error: ValidationError) -> Iterable[str]:
             yield f"{where}: is required"
         else:
             yield f"{where}={_shortened(repr(item['input']))}: {message}"
+
+
+def _place(loc: Sequence[str | int]) -> Iterable[str]:
+    """The parts of a dotted key. Pydantic adds which type of a union it tried, which is no key of the file."""
+    hint: Any = Config
+    for part in loc:
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint)[str(part)]
+        elif get_origin(hint) in (Union, types.UnionType):
+            several = [kind for kind in get_args(hint) if kind is not type(None)]
+            hint = several[0] if len(several) == 1 else None
+            if hint is None:
+                continue
+        yield str(part)
 
 
 def _plain(value: Any) -> Any:

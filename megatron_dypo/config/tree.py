@@ -22,6 +22,9 @@ from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.rules import require, require_not_negative, require_positive, require_sound_values
 from megatron_dypo.parallel.cut import PipelineCut
 
+_MAX_SET_NAME = 80
+"""Bytes of an evaluation set's name: escaped, it is a folder's name."""
+
 MAX_SEED = 2**31
 """Servers and NumPy take seeds of 32 bits, and some are the run's plus an index."""
 
@@ -248,6 +251,11 @@ class EvalConfig:
         if self.max_prompts is not None:
             require_positive(self, "max_prompts")
         for name, paths in self._paths_by_name().items():
+            require(
+                bool(name.strip()) and name not in (".", "..") and len(name.encode(errors="replace")) <= _MAX_SET_NAME,
+                f"prompts: a set named {name!r} ({paths[0]})",
+                f"a name is a part of metrics and a folder: at most {_MAX_SET_NAME} bytes, not blank, and neither . nor ..",
+            )
             require(
                 len(paths) == 1,
                 f"prompts={list(self.prompts)}",

@@ -168,5 +168,6 @@ def _record(raw: bytes, *, is_first: bool, is_cut: bool) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow(f"byte {error.start} of the line is not UTF-8") from error
     except Broken as broken:
+        is_cut = is_cut and broken.rule.startswith("is not JSON")  # other rules are of a whole value
         end = "; the file ends here, without a line break: it may have been cut off" if is_cut else ""
         raise BadRow(f"{broken.rule}{end}") from broken

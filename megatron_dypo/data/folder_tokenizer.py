@@ -57,16 +57,16 @@ class FolderTokenizer(ABC):
 
     def render(self, messages: Sequence[Message] | str, use_chat_template: bool) -> list[int]:
         if use_chat_template and not self._options.chat_template:
-            raise ValueError("prompt: is to be rendered by a chat template, but the tokenizer was loaded without")
+            raise ValueError("is to be rendered by a chat template, but the tokenizer was loaded without")
         if isinstance(messages, str):
             if not use_chat_template or self._template is None:
                 ids = self.encode(messages)
                 return ids if ids[:1] == self._prompt_prefix else self._prompt_prefix + ids
             messages = [{"role": "user", "content": messages}]
         if not use_chat_template:
-            raise ValueError("prompt: is a list of chat messages, which chat_template=false cannot render")
+            raise ValueError("is a list of chat messages, which chat_template=false cannot render")
         if self._template is None:
-            raise ValueError(f"prompt: is a list of chat messages, but the tokenizer {self._file} has no chat template")
+            raise ValueError(f"is a list of chat messages, but the tokenizer {self._file} has no chat template")
         ids = self.encode(self._template.render(messages))
         # The template writes BOS, and so may the text of the first message.
         while len(ids) > 1 and ids[0] == ids[1] == self._bos_id:

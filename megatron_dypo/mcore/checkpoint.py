@@ -16,6 +16,7 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import psutil  # noqa: F401, Megatron's writer needs it without saying so, and h
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore import rng
@@ -41,6 +43,7 @@ from megatron_dypo.weights.hf_write import copy_beside
 from megatron_dypo.weights.mcore_io import HF_FOLDER
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
+_RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,7 @@ def load(
     """
     path = Path(path)
     header = _read_header(path)
+    leaders = _leader_states(path, header)
     if header["optimizer"] != optimizer.kind:
         raise ValueError(
             f"{path}: holds the state of a {header['optimizer']}, this run has a {optimizer.kind}: "
@@ -153,14 +157,38 @@ def load(
         reference.capture()
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
-    loaded = dist_checkpointing.load(state, str(path / _WEIGHTS))
+    loaded = _load_parts(state, path)
     _fill(chunks, loaded)
     optimizer.load_state(loaded["optimizer"])
     optimizer.num_updates = int(header["num_updates"])
     if same_axes:
         rng.restore(loaded["rng"])
-    leaders = [file.read_bytes() for file in sorted(path.glob("leader_*.bin"))]
     return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
+
+
+def _load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path / _WEIGHTS))
+    except (
+        CheckpointException,
+        CheckpointingException,
+        pickle.UnpicklingError,
+        EOFError,
+        json.JSONDecodeError,
+    ) as error:
+        # torch gives the ranks' reasons to the first one alone.
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
+        raise ValueError(f"{path}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
+    return loaded
+
+
+def _leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
+    files = sorted(path.glob("leader_*.bin"))
+    expected = header.get("data", len(files))
+    if len(files) != expected:
+        raise ValueError(f"{path}: has {len(files)} files leader_*.bin of {expected}: {_RESTORE}")
+    return [file.read_bytes() for file in files]
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
@@ -221,6 +249,7 @@ def _header(step: int, optimizer: PolicyOptimizer, layout: Layout) -> dict[str, 
         "optimizer": optimizer.kind,
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
+        "data": layout.data,
     }
 
 

@@ -324,3 +324,21 @@ class TestLargeFiles:
         path.write_bytes(path.read_bytes()[:-100])
         (problem,) = check_inputs(config).problems
         assert problem.startswith(f"{path}: is not a Parquet file")
+
+
+def test_settings_of_an_evaluation_without_a_set_are_noted(tmp_path: Path) -> None:
+    notes = check_inputs(case(tmp_path, eval={"prompts": [], "every": 5, "samples": 2})).notes
+    assert "eval.every=5: does nothing, for eval.prompts names no set" in notes
+    assert "eval.samples=2: does nothing, for eval.prompts names no set" in notes
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_refused"),
+    [({"name": "sft"}, True), ({"name": "sft_then_rl", "sft_steps": 1}, True), ({"name": "grpo"}, False)],
+)
+def test_an_objective_that_begins_with_traces_needs_one(
+    objective: dict[str, Any], is_refused: bool, tmp_path: Path
+) -> None:
+    problems = check_inputs(case(tmp_path, objective=objective, data={"fields": {"traces": ""}})).problems
+    words = "begins with teachers' traces, and no row of the prompt files has one"
+    assert problems == ([f"objective.name={objective['name']}: {words}"] if is_refused else [])

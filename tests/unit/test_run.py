@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,3 +52,40 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one():
     assert uses_servers(config(sft, eval_prompts=("e",)), build_objective(sft), 0)
     assert uses_servers(config(both), build_objective(both), 0)
     assert not uses_servers(config(both), build_objective(both), 10)
+
+
+def test_a_checkpoint_that_another_version_wrote_is_named_with_what_it_lacks():
+    from megatron_dypo.run import require_known_state
+
+    whole = {"cursor": 16, "unfinished": [], "ledger": {}, "batches": 2, "is_mid_batch": False, "data": {}}
+    require_known_state(Path("c/step_000002"), whole | {"of_a_later_version": 1})
+    first_release = {key: whole[key] for key in ("cursor", "unfinished", "batches", "is_mid_batch")}
+    with pytest.raises(ValueError, match=r"^c/step_000002/trainer_state.json: trainer: has no data, ledger: another "):
+        require_known_state(Path("c/step_000002"), first_release)
+
+
+def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path):
+    from megatron_dypo import run
+
+    folder = tmp_path / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("run: {steps: 3}\n")
+    layout = SimpleNamespace(is_global_leader=True)
+
+    def start(steps):
+        return run._prepare_folder(
+            Config(
+                run=RunConfig(dir=str(tmp_path), steps=steps),
+                model=ModelConfig(hf_path="m"),
+                data=DataConfig(prompts=("p",)),
+            ),
+            layout,
+        )
+
+    with pytest.raises(ValueError, match=r"run\.steps=2: is below the 3 steps done in .*step_000003"):
+        start(2)
+    assert start(3) == folder
+    assert (tmp_path / "config.yaml").read_text() == "run: {steps: 3}\n"
+    (tmp_path / "config.yaml").write_text("[")
+    assert start(4) == folder

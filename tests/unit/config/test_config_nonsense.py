@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.load import dump_config, load_config, parse_config
-from megatron_dypo.config.tree import Config
+from megatron_dypo.config.tree import Config, EvalConfig
 
 MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 TEXT = "model: {hf_path: m}\ndata: {prompts: [p.jsonl]}\n"
@@ -155,3 +155,32 @@ def test_any_text_is_a_config_or_refused_in_words(tmp_path_factory: pytest.TempP
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"fuzz\.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr", "rollout.temperature", "run.steps", "optimizer.eps"])
+def test_a_boolean_is_no_number(key: str, tmp_path: Path) -> None:
+    assert f"{key}=true: must be a number" in problem_of(tmp_path, TEXT, (f"{key}=true",))
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("data.fields.traces=5", "data.fields.traces=5: "),
+        ("data.teachers=5", "data.teachers=5: "),
+        ("eval.prompts={a: [x, y]}", "eval.prompts.a=['x', 'y']: "),
+        ("eval.prompts=5", "eval.prompts=5: "),
+        ("parallel.num_processes=[1]", "parallel.num_processes=[1]: "),
+    ],
+)
+def test_an_error_names_keys_of_the_file_alone(override: str, place: str, tmp_path: Path) -> None:
+    problem = problem_of(tmp_path, TEXT, (override,))
+    assert f"config.yaml: {place}" in problem
+    assert "tuple[" not in problem
+    assert ".str=" not in problem
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "x" * 81])
+def test_an_evaluation_set_has_a_name_that_is_a_folder_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match="a name is a part of metrics and a folder"):
+        EvalConfig(prompts={name: "p.jsonl"})
+    EvalConfig(prompts={"a/b": "p.jsonl", "a b": "q.jsonl", "…": "r.jsonl"})

@@ -159,3 +159,10 @@ def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
     assert (run.exit_code, run.stdout) == (65, "")
     assert "pairs.parquet: no such file" in run.stderr
     assert _grade(_file(tmp_path / "pairs.jsonl", ROWS), "--expected", "typo").exit_code == 65
+
+
+def test_a_file_without_any_verdict_ends_as_a_round_without_any_does(tmp_path: Path) -> None:
+    rows = [{"response": "5", "answer": "5"}, {"response": "6", "answer": "7"}]
+    run = _grade(_file(tmp_path / "pairs.jsonl", rows), "--json", function=f"{HERE}:never_judges")
+    assert run.exit_code == 12, run.stderr
+    assert json.loads(run.stdout)["no_verdict"] == 2

@@ -77,3 +77,22 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones(plan):
     done = plan("tests/planning_configs/llama3_70b.yaml", "--gpu", "h1000")
     assert isinstance(done.exception, ValueError)
     assert str(done.exception).startswith("gpu='h1000': must be one of a100-40gb,")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "--nodes=0"),
+        ("plan", "--gpus-per-node=0"),
+        ("plan", "--prompt-tokens=-5"),
+        ("plan", "--response-tokens=0"),
+        ("plan-refit", "--world-size=0"),
+        ("plan-refit", "--ep-size=0"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_counts_nothing_is_refused_by_its_name(arguments):
+    command, option = arguments
+    done = CliRunner().invoke(app, [command, "tests/planning_configs/llama3_70b.yaml", option])
+    assert done.exit_code == 2
+    assert option.partition("=")[0] in done.output
