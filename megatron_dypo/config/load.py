@@ -95,9 +95,17 @@ def dump_config(config: Config) -> str:
 
 
 def changed_lines(before: str, after: str) -> list[str]:
-    """``section.key: old → new`` for each value that differs between two dumped configs."""
+    """``section.key: old → new`` for each value that differs between two dumped configs.
+
+    A key that one of them does not have is shown as absent: another version wrote that config.
+    """
     old, new = (dict(_leaves(yaml.safe_load(text), "")) for text in (before, after))
-    return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+    def text(values: dict[str, Any], key: str) -> str:
+        return repr(values[key]) if key in values else "absent"
+
+    lines = ((key, text(old, key), text(new, key)) for key in {**old, **new})
+    return [f"{key}: {one} → {other}" for key, one, other in lines if one != other]
 
 
 def override_lines(before: Config, after: Config) -> list[str]:

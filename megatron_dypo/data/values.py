@@ -7,6 +7,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 MAX_DEPTH = 32
@@ -33,10 +34,24 @@ class HugeInteger:
         return f"<integer of {self._digits} digits>"
 
 
+class LongFloat(float):
+    """A number with more digits than a float holds: it counts as the float, and is written as the row has it."""
+
+    def __new__(cls, text: str) -> LongFloat:
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    _text: str
+
+    def __str__(self) -> str:
+        return self._text
+
+
 def parse_json(text: str) -> Any:
     """Read one JSON value. Raises :class:`Broken` where it is none, or where an object has a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_float=_float)
     except json.JSONDecodeError as error:
         raise Broken(text, f"is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
@@ -54,6 +69,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(text: str) -> int | HugeInteger:
     return int(text) if len(text) <= _MAX_DIGITS else HugeInteger(len(text.lstrip("-")))
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        return number  # It is refused where it is used.
+    try:
+        exact = Decimal(text) == Decimal(repr(number))
+    except InvalidOperation:  # An exponent of twenty digits.
+        exact = False
+    return number if exact else LongFloat(text)
 
 
 class Absent(enum.Enum):

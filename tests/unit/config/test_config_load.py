@@ -46,6 +46,7 @@ def test_changed_lines_name_old_and_new_value(write):
     after = dump_config(load_config(write(MINIMAL), ["optimizer.lr=1e-5", "data.prompts=[a, b]"]))
     assert changed_lines(before, after) == ["data.prompts: ['p.jsonl'] → ['a', 'b']", "optimizer.lr: 1e-06 → 1e-05"]
     assert changed_lines(before, before) == []
+    assert changed_lines("run: {old: 1}", "run: {dir: null}") == ["run.old: 1 → absent", "run.dir: absent → None"]
 
 
 @pytest.mark.parametrize(

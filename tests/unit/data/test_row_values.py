@@ -74,6 +74,15 @@ def test_an_integer_of_5000_digits_names_its_field(tmp_path: Path, field: str) -
         PromptDataset([path])
 
 
+@pytest.mark.parametrize(
+    "number", ["12345678901234567890.5", "0." + "1" * 34, "1e-400", "1e-" + "9" * 20, "-0.30000000000000001"]
+)
+def test_a_number_with_more_digits_than_a_float_keeps_them_as_an_answer(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"prompt": "p", "answer": {number}}}\n{{"prompt": "q", "answer": 0.5}}\n')
+    assert [row.answer for row in PromptDataset([path])] == [number, "0.5"]
+
+
 def test_deep_nesting_is_a_bad_row_and_no_recursion_error() -> None:
     _parse({**GOOD, "answer": {"a": _nested(MAX_DEPTH - 1)}})
     for depth in (MAX_DEPTH + 1, 400):
