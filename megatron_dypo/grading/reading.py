@@ -110,6 +110,9 @@ _MAX_FORMULA = 2000
 def read_answer(text: str) -> Answer:
     """Read a cleaned text; see :func:`megatron_dypo.grading.cleaning.cleaned`."""
     text = ungrouped(_without_lead(text).strip())
+    listing = split_list(text) if text.startswith("(") else None
+    if listing is not None and listing[0]:  # Before numbers are read: (1,100) is no 1100.
+        return Listing(brackets=listing[0], items=listing[1])
     quantity = _read_quantity(text)
     if quantity is not None:
         return quantity

@@ -20,10 +20,13 @@ def split_list(text: str) -> tuple[str, tuple[str, ...]] | None:
 
     Members are separated by a comma that is not inside a number, a semicolon, "and" or "or", outside all brackets.
     ``a \\pm b`` is two members. Brackets are those around the whole: ``()``, ``(]``, ``[)``, ``[]``, ``{}`` for a set;
-    empty for none. Round brackets around a single thing, and braces without a backslash, are only grouping.
+    empty for none. Round brackets around a single thing, and braces without a backslash, are only grouping. Brackets
+    around nothing but a number with thousands, ``(1,100)``, are an interval or a point.
 
     >>> split_list("0, 180")
     ('', ('0', '180'))
+    >>> split_list("(1,100)")
+    ('()', ('1', '100'))
     """
     if len(text) > _MAX_LENGTH:
         return None
@@ -31,7 +34,7 @@ def split_list(text: str) -> tuple[str, tuple[str, ...]] | None:
     if text and text[0] in _OPENING and _closing_of(text) == len(text) - 1:
         pair, inside = text[0] + text[-1], text[1:-1].strip()
         brackets = "{}" if pair == SET_OPEN + SET_CLOSE else pair
-        return brackets, tuple(_with_both_signs(_members(inside))) if inside else ()
+        return brackets, tuple(_with_both_signs(_bracketed(inside))) if inside else ()
     members = _with_both_signs(_members(text))
     return ("", tuple(members)) if len(members) > 1 else None
 
@@ -43,7 +46,7 @@ def ungrouped(text: str) -> str:
         if not text or text[0] not in "({" or _closing_of(text) != len(text) - 1:
             break
         inside = text[1:-1].strip()
-        if text[0] + text[-1] not in ("()", "{}") or (text[0] == "(" and len(_members(inside)) != 1) or not inside:
+        if text[0] + text[-1] not in ("()", "{}") or (text[0] == "(" and len(_bracketed(inside)) != 1) or not inside:
             break
         text = inside
     return text
@@ -69,8 +72,15 @@ def is_balanced(text: str) -> bool:
     return depth == 0 and text.count("|") % 2 == 0
 
 
-def _members(text: str) -> list[str]:
-    inside_number = {index for match in _THOUSANDS.finditer(text) for index in range(*match.span())}
+def _bracketed(text: str) -> list[str]:
+    """Members of what stands in brackets: where every comma could be one of thousands, every comma separates."""
+    members = _members(text)
+    return members if len(members) > 1 else _members(text, thousands=None)
+
+
+def _members(text: str, thousands: re.Pattern[str] | None = _THOUSANDS) -> list[str]:
+    numbers = thousands.finditer(text) if thousands else ()
+    inside_number = {index for match in numbers for index in range(*match.span())}
     conjunctions = {match.start(): match.end() for match in _CONJUNCTION.finditer(text)}
     members: list[str] = []
     depth, start, index = 0, 0, 0
