@@ -41,7 +41,11 @@ _ANSWERS = (
     "tests/unit/grading/test_gold_answers.py",
     "tests/unit/grading/test_answer_laws.py",
 )
-_VERIFIERS = ("tests/unit/grading/test_verify.py", "tests/unit/grading/test_verifier_processes.py")
+_VERIFIERS = (
+    "tests/unit/grading/test_verifier_batches.py",
+    "tests/unit/grading/test_verify.py",
+    "tests/unit/grading/test_verifier_processes.py",
+)
 _STEPS = (
     "tests/dist/test_bad_updates.py",
     "tests/dist/test_multi_step.py::test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights",

@@ -57,3 +57,8 @@ def test_a_letter_behind_a_number_is_a_variable(unit: str) -> None:
         assert not same_answer("5", text, same_formula)
         assert same_answer(text, f"5{unit}", same_formula)
     assert same_answer("5", f"5\\text{{ {unit}}}", same_formula)
+
+
+def test_a_decimal_makes_a_small_formula_no_less_exact() -> None:
+    assert same_formula("1.5 \\cdot 10^{-9} \\sqrt{2}", "3.0 \\cdot 10^{-9} \\sqrt{2} / 2")
+    assert not same_formula("1.5 \\cdot 10^{-9} \\sqrt{2}", "1.6 \\cdot 10^{-9} \\sqrt{2}")
