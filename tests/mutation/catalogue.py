@@ -46,10 +46,7 @@ _VERIFIERS = (
     "tests/unit/grading/test_verify.py",
     "tests/unit/grading/test_verifier_processes.py",
 )
-_STEPS = (
-    "tests/dist/test_bad_updates.py",
-    "tests/dist/test_multi_step.py::test_each_update_has_the_gradient_of_the_literal_loss_at_its_own_weights",
-)
+_STEPS = ("tests/dist/test_after_steps.py", "tests/dist/test_bad_updates.py", "tests/dist/test_multi_step.py")
 
 ROOMS = {
     "objective": Room(
@@ -139,7 +136,8 @@ ROOMS = {
         count=60,
         also={
             **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "stages", "scoring", "not_finite")},
-            "megatron_dypo/run.py": ("tests/unit/test_run.py", *_STEPS),
+            "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
+            "megatron_dypo/collecting.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
             "megatron_dypo/outcomes.py": ("tests/unit/test_outcomes.py",),
             "megatron_dypo/ending.py": ("tests/unit/test_ending.py",),
         },

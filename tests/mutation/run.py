@@ -167,7 +167,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="mutants drawn for each room, instead of the catalogue's")
     parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass without a mutant")
-    parser.add_argument("--cpu-s", type=float, default=60.0, help="CPU time of one mutant's tests; more is taken for a hang")
+    parser.add_argument(
+        "--cpu-s", type=float, default=60.0, help="CPU time of one mutant's tests; more is taken for a hang"
+    )
     parser.add_argument("--again", type=Path, help="only what survived by this report of an earlier run")
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
     parser.add_argument("--report", type=Path, help="where every outcome goes, as JSON")

@@ -107,5 +107,7 @@ def test_room_that_fits_exactly_is_used():
 
 
 def test_an_item_beyond_the_capacity_gets_no_bin_that_holds_another():
-    assert bins_within([5.0, 1.0], [2, 9], count=1, capacity=4) is None, "the cheap one comes last, and is the large one"
+    assert bins_within([5.0, 1.0], [2, 9], count=1, capacity=4) is None, (
+        "the cheap one comes last, and is the large one"
+    )
     assert bins_within([5.0, 1.0], [2, 9], count=2, capacity=4) == [[0], [1]]

@@ -11,7 +11,8 @@ from megatron_dypo.grading.unmarked import _last_value
 
 
 @pytest.mark.parametrize(
-    ("text", "name"), [("x = 5 + 6 = 11", "x"), ("5 + 6 = 10 + 1 = 11", None), ("x = y = 2 + 9 = 11", "x"), ("x = 11", "x")]
+    ("text", "name"),
+    [("x = 5 + 6 = 11", "x"), ("5 + 6 = 10 + 1 = 11", None), ("x = y = 2 + 9 = 11", "x"), ("x = 11", "x")],
 )
 def test_a_chain_of_equations_is_its_last_value_under_the_first_name(text: str, name: str | None) -> None:
     answer = read_answer(cleaned(text))
@@ -34,3 +35,8 @@ def test_empty_brackets_have_no_member(text: str, brackets: str) -> None:
 )
 def test_a_minus_after_a_term_is_a_difference_and_no_sign(text: str, value: str | None) -> None:
     assert _last_value(text) == value
+
+
+def test_a_number_is_read_up_to_400_characters() -> None:
+    assert isinstance(read_answer("1" * 400), Quantity)
+    assert not isinstance(read_answer("1" * 401), Quantity)

@@ -9,9 +9,7 @@ OTHER = ClientCounts(retries=10, wrong_versions=30, dropped_rollouts=50, dropped
 
 
 def test_counts_of_two_clients_add_up_and_the_longest_is_that_of_both() -> None:
-    expected = ClientCounts(
-        retries=11, wrong_versions=32, dropped_rollouts=53, dropped_tokens=740, dropped_longest=20
-    )
+    expected = ClientCounts(retries=11, wrong_versions=32, dropped_rollouts=53, dropped_tokens=740, dropped_longest=20)
     assert ONE + OTHER == OTHER + ONE == expected
 
 
