@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_dypo.collecting import Look, _draw, _is_useful, books, fill_queues
+from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.outcomes import Outcomes
 from megatron_dypo.types import DropReason, Tier
@@ -55,6 +56,14 @@ def test_prompts_that_are_too_long_are_draws_and_count_as_such(tmp_path: Path) -
     assert found.ledger.dropped[DropReason.TOO_LONG] == run.tally["dropped_prompts"] == 2
     assert run.leader.outcomes.seen == 2
     assert found.difference == 4, "the draws of no collection"
+
+
+def test_prompts_and_traces_that_draws_left_out_are_three_counts(tmp_path: Path) -> None:
+    run = make_run([NOWHERE], make_config(tmp_path))
+    run.leader.drops += [DropCounts(too_long=(1, 2), traces=3, wrong_traces=5), DropCounts(traces=10)]
+    books(run)
+    assert [run.tally[name] for name in ("dropped_prompts", "dropped_traces", "wrong_traces")] == [2, 13, 5]
+    assert not run.leader.drops
 
 
 @pytest.mark.parametrize(("start", "count", "shard", "own"), [(0, 7, 0, 3), (0, 7, 2, 2), (5, 4, 1, 1), (4, 2, 0, 0)])

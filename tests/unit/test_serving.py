@@ -69,14 +69,17 @@ class Accepting:
 
 def make_run(urls: Sequence[str]) -> Any:
     cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0)
-    client = SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
+
+    def client() -> SGLangClient:
+        return SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
+
     return SimpleNamespace(
         step=3,
         served_version=3,
         pushed=(3,),
         bridge=NextServer(urls),
         router=Routes(),
-        leader=SimpleNamespace(client=client, background_client=client, background=None, group=Alone()),
+        leader=SimpleNamespace(client=client(), background_client=client(), background=None, group=Alone()),
         layout=SimpleNamespace(is_global_leader=True, replica_group=Alone()),
         tally=Tally(),
         timings=Timings(),
@@ -110,6 +113,8 @@ def test_requests_and_router_follow_each_push() -> None:
         run = make_run([fake.url])
         metrics = push(run)
         assert len(sample(run, make_prompts(1), "gen", group_size=2).groups) == 1
+        of_the_background = collect(make_prompts(1), run.leader.background_client, group_size=2, progress=False)
+        assert len(of_the_background[0]) == 1
     assert run.router.served == [(fake.url,)]
     assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
     assert (run.tally["refit/fenced"], run.tally["refit/rejoined"], run.tally["refit/retries"]) == (1, 1, 2)
