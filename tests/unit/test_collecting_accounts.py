@@ -14,9 +14,11 @@ from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.outcomes import Outcomes
 from megatron_dypo.types import DropReason, Tier
-from tests.unit.loop_cases import PROMPTS, ROUND, Prompts, make_config, make_run, mixed, right
+from tests.unit.loop_cases import PROMPTS, ROUND, Prompts, make_config, make_run, mixed, right, silent
 from tests.unit.objective.test_route import graded
-from tests.unit.rollout.fake_sglang import FakeSGLang
+from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+from tests.unit.rollout.test_collect import closed_url
+from tests.unit.test_serving import NextServer
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -152,3 +154,31 @@ def test_a_second_round_is_collected_only_while_the_first_is_not_enough(tmp_path
         fill_queues(short)
     assert (enough.tally["max:rounds"], enough.leader.cursor) == (1, ROUND)
     assert (short.tally["max:rounds"], short.leader.cursor) == (2, 2 * ROUND)
+
+
+def test_an_asynchronous_run_begins_the_groups_of_the_next_batch(tmp_path: Path) -> None:
+    with FakeSGLang() as fake:
+        run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}))
+        fill_queues(run)
+        try:
+            wait_until(lambda: len(fake.requests) >= 2 * ROUND, "the next batch is begun")
+        finally:
+            run.leader.background.stop()
+
+
+def test_rollouts_without_a_verdict_are_losses_that_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with FakeSGLang() as fake, caplog.at_level("WARNING", logger="megatron_dypo"):
+        config = make_config(tmp_path, batching={"prompts_per_update": 2})
+        run = make_run([fake.url], config, judge=lambda row, n: silent(row, n) if row < 2 else mixed(row, n))
+        fill_queues(run)
+    assert "2 of 4 prompts could not be used: 2 without a verdict" in caplog.text
+
+
+def test_a_stream_that_lost_its_servers_gets_a_push_and_goes_on(tmp_path: Path) -> None:
+    with FakeSGLang(version="0") as fake:
+        run = make_run([closed_url()], make_config(tmp_path, rollout={"mode": "async"}))
+        run.pushed, run.bridge = (), NextServer([fake.url] * 9)
+        fill_queues(run)
+        run.leader.background.stop()
+    assert run.bridge.pushed
+    assert len(run.leader.queues) >= ROUND

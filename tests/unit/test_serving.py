@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -67,8 +68,8 @@ class Accepting:
         self.accept(versions)
 
 
-def make_run(urls: Sequence[str]) -> Any:
-    cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0)
+def make_run(urls: Sequence[str], **options: Any) -> Any:
+    cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0, **options)
 
     def client() -> SGLangClient:
         return SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
@@ -159,3 +160,46 @@ def test_a_long_answer_that_spans_pushes_is_taken_after_a_rescue_push_of_the_sam
         groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
     assert [rollout.policy_version for rollout in groups[0].rollouts] == [20, 23]
     assert (stats.wrong_versions, stats.unserved, client.dropped_tokens) == (0, (), 0)
+
+
+def test_prompts_that_a_server_refuses_are_among_what_came_back() -> None:
+    def refuse(body: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "too long"}}, status=400)
+
+    with FakeSGLang(lambda index, body: refuse if body["input_ids"][-1] == 101 else "ok", version="3") as fake:
+        run = make_run([fake.url])
+        push(run)
+        sampled = sample(run, make_prompts(3), "gen", group_size=2)
+    assert [group.prompt.order for group in sampled.groups] == [0, 2]
+    assert [dropped.prompt.order for dropped in sampled.dropped] == [1]
+
+
+def test_pushes_that_bring_a_group_each_are_never_too_many() -> None:
+    def dies_after_one() -> FakeSGLang:
+        return FakeSGLang(lambda index, body: "ok" if index < 1 else "die", version="3")
+
+    with contextlib.ExitStack() as stack:
+        dying = [stack.enter_context(dies_after_one()) for _ in range(5)]
+        last = stack.enter_context(FakeSGLang(version="3"))
+        run = make_run([fake.url for fake in (*dying, last)], max_in_flight=1)
+        push(run)
+        groups = sample(run, make_prompts(7), "gen", group_size=2).groups
+    assert [group.prompt.order for group in groups] == list(range(7))
+    assert run.bridge.pushed == [3] * 6
+
+
+def test_groups_come_in_the_order_of_their_draws_and_attempts_that_failed_are_counted() -> None:
+    seen: list[int] = []
+
+    def plan(index: int, body: dict[str, Any]) -> str:
+        if body["input_ids"][-1] != 100:
+            return "ok"
+        seen.append(index)
+        return "500" if len(seen) == 1 else "die"
+
+    with FakeSGLang(plan, version="3") as one, FakeSGLang(version="3") as two:
+        run = make_run([one.url, two.url])
+        push(run)
+        groups = sample(run, make_prompts(3), "gen", group_size=2).groups
+    assert [group.prompt.order for group in groups] == [0, 1, 2]
+    assert run.tally["retries"] >= 1
