@@ -234,3 +234,11 @@ def test_a_run_without_earlier_records_writes_no_step_before_its_first(tmp_path,
         with pytest.raises(ValueError, match=f"step={resume_step - 1}: must come after the last step written"):
             writer.write(resume_step - 1, {"train/loss": 1.0})
         writer.write(resume_step, {"train/loss": 1.0})
+
+
+def test_a_run_that_resumes_writes_after_the_last_record_that_it_keeps(tmp_path):
+    _write(tmp_path, range(5), JSONL_ONLY)
+    with MetricsWriter(tmp_path, JSONL_ONLY, resume_step=4) as writer:
+        with pytest.raises(ValueError, match="step=3: must come after the last step written, 3"):
+            writer.write(3, {"train/loss": 1.0})
+        writer.write(4, {"train/loss": 1.0})

@@ -46,15 +46,15 @@ def test_a_rollout_without_a_verdict_is_neither_right_nor_wrong() -> None:
 
 
 def test_rollouts_are_counted_by_their_tokens_their_ends_and_their_weights() -> None:
-    group = graded(0, [True, False], versions=[3, 6])
+    group = graded(0, [True, False, False], versions=[3, 6, 6])
     long = replace(group.rollouts[0], tokens=[5, 6, 7, 8], finish="length")  # type: ignore[arg-type]
     tally = Tally()
-    tally_groups(tally, [replace(group, rollouts=(long, group.rollouts[1]))])
+    tally_groups(tally, [replace(group, rollouts=(long, *group.rollouts[1:]))])
     metrics = rollout_metrics(tally)
-    assert metrics["rollout/truncated_ratio"] == 0.5
+    assert metrics["rollout/truncated_ratio"] == pytest.approx(1 / 3)
     lengths = [metrics[f"rollout/response_len/{name}"] for name in ("mean", "max", "min")]
-    assert (lengths, metrics["rollout/num_tokens"]) == ([3, 4, 2], 6)
-    assert metrics["rollout/policy_version"] == 4.5
+    assert (lengths, metrics["rollout/num_tokens"]) == ([pytest.approx(8 / 3), 4, 2], 8)
+    assert metrics["rollout/policy_version"] == 5
     assert metrics["rollout/prompt_len/mean"] == 3
 
 

@@ -12,7 +12,10 @@ from megatron_dypo.data.rows import BadRow
 
 
 def test_counts_of_draws_add_up_and_positions_come_in_order() -> None:
-    one, other = DropCounts(too_long=(5, 9), traces=2, wrong_traces=3), DropCounts(too_long=(7,), traces=20, wrong_traces=30)
+    one, other = (
+        DropCounts(too_long=(5, 9), traces=2, wrong_traces=3),
+        DropCounts(too_long=(7,), traces=20, wrong_traces=30),
+    )
     total = one + other
     assert total == other + one == DropCounts(too_long=(5, 7, 9), traces=22, wrong_traces=33)
     assert total.prompts == 3
