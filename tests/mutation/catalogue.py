@@ -91,7 +91,7 @@ ROOMS = {
             "megatron_dypo/data/dataset.py": ("tests/unit/data/test_opening_prompts.py",),
             "megatron_dypo/data/files.py": ("tests/unit/data/test_prompt_files.py", "tests/unit/data/test_opening_prompts.py"),
             "megatron_dypo/data/fingerprints.py": ("tests/unit/data/test_opening_prompts.py",),
-            "megatron_dypo/data/folder_tokenizer.py": ("tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
+            "megatron_dypo/data/folder_tokenizer.py": ("tests/unit/data/test_template_settings.py", "tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
             "megatron_dypo/data/parquet_files.py": ("tests/unit/data/test_prompt_files.py", "tests/unit/data/test_row_values.py"),
             "megatron_dypo/data/row_check.py": ("tests/unit/data/test_opening_prompts.py", "tests/unit/data/test_trace_verdicts.py"),
             "megatron_dypo/data/source.py": ("tests/unit/data/test_row_values.py",),
