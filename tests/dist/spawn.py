@@ -19,6 +19,9 @@ import torch.distributed as dist
 
 from megatron_dypo.mcore import features
 
+START_METHOD = "TESTS_START_METHOD"
+"""Variable: ``fork`` for a process that has imported Megatron, done nothing else and ends after one file of tests."""
+
 
 class RankError(AssertionError):
     """Some rank raised, died or did not finish; the message holds what each of them said."""
@@ -38,8 +41,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
     """
     # The parent keeps the store, as torchrun's agent does, so that no port is chosen before it is bound.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.dist.preloaded"])
+    context: Any = mp.get_context(os.environ.get(START_METHOD, "forkserver"))
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["tests.dist.preloaded"])
     processes, pipes = [], []
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)

@@ -35,6 +35,18 @@ _OBJECTIVES = (
     "tests/unit/objective/test_laws_of_objectives.py",
     "tests/unit/objective/test_literal_objectives.py",
 )
+_ANSWERS = (
+    "tests/unit/grading/test_answers.py",
+    "tests/unit/grading/test_answer_formats.py",
+    "tests/unit/grading/test_gold_answers.py",
+    "tests/unit/grading/test_answer_laws.py",
+)
+_VERIFIERS = (
+    "tests/unit/grading/test_verifier_batches.py",
+    "tests/unit/grading/test_verify.py",
+    "tests/unit/grading/test_verifier_processes.py",
+)
+_STEPS = ("tests/dist/test_after_steps.py", "tests/dist/test_bad_updates.py", "tests/dist/test_multi_step.py")
 
 ROOMS = {
     "objective": Room(
@@ -57,22 +69,83 @@ ROOMS = {
         also={"megatron_dypo/batching/exchange.py": ("tests/dist/test_exchange.py",)},
         without=("tests/unit/test_run.py", "tests/unit/mcore/test_fp8.py", "tests/unit/mcore/test_context_attention.py"),
     ),
-    "grading": Room(files=("megatron_dypo/grading/**/*.py",), count=60),
-    "data": Room(files=("megatron_dypo/data/**/*.py",), count=60),
-    "rollout": Room(files=("megatron_dypo/rollout/**/*.py",), count=60),
+    "grading": Room(
+        files=("megatron_dypo/grading/**/*.py",),
+        count=60,
+        also={
+            **{f"megatron_dypo/grading/{name}.py": _ANSWERS for name in ("splitting", "units", "unmarked", "extract", "choice")},
+            **{f"megatron_dypo/grading/{name}.py": _VERIFIERS for name in ("judging", "pool", "error_log", "processes", "worker")},
+            "megatron_dypo/grading/calling.py": ("tests/unit/grading/test_verifier_rows.py",),
+            "megatron_dypo/grading/command.py": ("tests/unit/grading/test_grade_command.py",),
+            "megatron_dypo/grading/pair_file.py": ("tests/unit/grading/test_grade_command.py",),
+        },
+        without=("tests/unit/test_readme.py", "tests/unit/examples/test_other_examples.py"),
+    ),
+    "data": Room(
+        files=("megatron_dypo/data/**/*.py",),
+        count=60,
+        also={
+            "megatron_dypo/data/bad_rows.py": ("tests/unit/data/test_opening_prompts.py",),
+            "megatron_dypo/data/chat.py": ("tests/unit/data/test_chat_families.py", "tests/unit/data/test_prompts.py"),
+            "megatron_dypo/data/check_cache.py": ("tests/unit/data/test_opening_prompts.py",),
+            "megatron_dypo/data/dataset.py": ("tests/unit/data/test_opening_prompts.py",),
+            "megatron_dypo/data/files.py": ("tests/unit/data/test_prompt_files.py", "tests/unit/data/test_opening_prompts.py"),
+            "megatron_dypo/data/fingerprints.py": ("tests/unit/data/test_opening_prompts.py",),
+            "megatron_dypo/data/folder_tokenizer.py": ("tests/unit/data/test_template_settings.py", "tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
+            "megatron_dypo/data/parquet_files.py": ("tests/unit/data/test_prompt_files.py", "tests/unit/data/test_row_values.py"),
+            "megatron_dypo/data/row_check.py": ("tests/unit/data/test_opening_prompts.py", "tests/unit/data/test_trace_verdicts.py"),
+            "megatron_dypo/data/source.py": ("tests/unit/data/test_row_values.py",),
+            "megatron_dypo/data/statistics.py": ("tests/unit/data/test_opening_prompts.py",),
+            "megatron_dypo/data/tokenising.py": ("tests/unit/data/test_prompts.py",),
+            "megatron_dypo/data/tokenizer_files.py": ("tests/unit/data/test_tokenizer_files.py",),
+            "megatron_dypo/data/tokenizer_kinds.py": ("tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
+            "megatron_dypo/data/tokenizers.py": ("tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
+            "megatron_dypo/data/traces.py": ("tests/unit/data/test_trace_targets.py", "tests/unit/data/test_prompts.py"),
+            "megatron_dypo/data/values.py": ("tests/unit/data/test_rows.py",),
+        },
+        without=(
+            "tests/unit/data/test_tokenizer_fuzz.py",
+            "tests/unit/data/test_real_configs.py",
+            "tests/unit/data/test_data_guide.py",
+            "tests/unit/examples/test_other_examples.py",
+            "tests/unit/examples/test_quickstart_task.py",
+        ),
+    ),
+    "rollout": Room(
+        files=("megatron_dypo/rollout/**/*.py",),
+        count=60,
+        also={
+            "megatron_dypo/rollout/counts.py": ("tests/unit/rollout/test_client_counts.py", "tests/unit/rollout/test_failed_attempts.py"),
+            "megatron_dypo/rollout/keys.py": ("tests/unit/rollout/test_direct_hosts.py",),
+            "megatron_dypo/rollout/serve.py": ("tests/unit/rollout/test_serve.py",),
+        },
+        without=("tests/unit/test_collecting.py", "tests/unit/weights/test_choose_transport.py"),
+    ),
     "metrics": Room(
         files=("megatron_dypo/tally.py", "megatron_dypo/metrics.py", "megatron_dypo/metric_names.py", "megatron_dypo/ledger.py"),
         count=50,
+        without=("tests/unit/test_serving.py", "tests/unit/test_readme.py", "tests/unit/test_evaluate.py"),
     ),
     "loop": Room(
         files=tuple(
             f"megatron_dypo/{name}.py"
-            for name in ("train", "collecting", "stages", "scoring", "evaluate", "run", "samples", "preemption", "ending", "progress")
+            for name in (
+                *("train", "collecting", "stages", "scoring", "serving", "evaluate", "outcomes", "not_finite", "run"),
+                *("samples", "preemption", "ending", "progress"),
+            )
         ),
         count=60,
         also={
-            f"megatron_dypo/{name}.py": ("tests/dist/test_multi_step.py",) for name in ("train", "stages", "scoring", "run")
+            **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "stages", "scoring", "not_finite")},
+            "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
+            "megatron_dypo/collecting.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
+            "megatron_dypo/outcomes.py": ("tests/unit/test_outcomes.py",),
+            "megatron_dypo/ending.py": ("tests/unit/test_ending.py",),
         },
+        without=(
+            *("tests/unit/mcore/test_save_failure.py", "tests/unit/grading/test_own_verifier_page.py"),
+            *("tests/unit/test_launcher_of_ranks.py", "tests/unit/test_readme.py", "tests/unit/weights/test_hf_io.py"),
+        ),
     ),
 }  # fmt: skip
 
@@ -92,5 +165,5 @@ def tests_of(room: Room, path: str, root: Path) -> list[str]:
     found = [str(test.relative_to(root)) for test in tests if any(words in test.read_text() for words in wanted)]
     if not found and path not in room.also:  # reached through others of its package
         found = [str(test.relative_to(root)) for test in tests if test.parent.name == Path(path).parent.name]
-    also = [test for test in room.also.get(path, ()) if (root / test).is_file()]
+    also = [test for test in room.also.get(path, ()) if (root / test.partition("::")[0]).is_file()]
     return [test for test in dict.fromkeys([*also, *found]) if test not in room.without]

@@ -33,6 +33,8 @@ from tests.mutation.operators import Mutant, mutants_of, sample
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENTS = Path(__file__).with_name("equivalents.json")
 BAR = 0.95
+KEY = ("path", "function", "text", "old", "new")
+"""What names a mutant in a report and among the equivalents (see ``Mutant.key``)."""
 _NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".hypothesis", ".*_cache", "runs", "shared")
 
 
@@ -119,11 +121,11 @@ def workers(jobs: int) -> Iterator[SimpleQueue[Worker]]:
 
 
 def run_room(
-    name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jobs: int, *, with_baseline: bool
+    name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jobs: int, *, with_baseline: bool, cpu_s: float
 ) -> list[Outcome]:
-    """Every mutant of a room, after its tests passed without one."""
+    """Every mutant of a room, after its tests passed without one; ``cpu_s`` is the most that one may take."""
     rows = json.loads(EQUIVALENTS.read_text())
-    equivalent = {tuple(row[name] for name in ("path", "function", "text", "old", "new")) for row in rows}
+    equivalent = {tuple(row[part] for part in KEY) for row in rows}
     sources = {path: (ROOT / path).read_bytes() for path in {m.path for m in mutants}}  # the tree may change meanwhile
     tests = {path: tests_of(ROOMS[name], path, ROOT) for path in sources}
     alone: dict[str, float] = {}
@@ -143,7 +145,7 @@ def run_room(
             return Outcome(room=name, mutant=mutant, state="untested")
         worker = idle.get()
         try:
-            limit = 5 * sum(alone.get(test, 10.0) for test in names) + 10
+            limit = min(cpu_s, 5 * sum(alone.get(test, 10.0) for test in names) + 10)
             source = mutant.apply(sources[mutant.path])
             answer = worker.ask(names, limit, path=mutant.path, source=source)
         finally:
@@ -165,6 +167,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="mutants drawn for each room, instead of the catalogue's")
     parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass without a mutant")
+    parser.add_argument(
+        "--cpu-s", type=float, default=60.0, help="CPU time of one mutant's tests; more is taken for a hang"
+    )
+    parser.add_argument("--again", type=Path, help="only what survived by this report of an earlier run")
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
     parser.add_argument("--report", type=Path, help="where every outcome goes, as JSON")
     arguments = parser.parse_args()
@@ -173,6 +179,10 @@ def main() -> int:
         mutants, unfit = chosen(name, ROOMS[name], arguments.seed, arguments.count)
         picked[name] = [m for m in mutants if not arguments.file or m.path in arguments.file]
         misfits += unfit
+    if arguments.again:
+        rows = json.loads(arguments.again.read_text())
+        left = {tuple(row[part] for part in KEY) for row in rows if row["state"] == "survived"}
+        picked = {name: [m for m in mutants if m.key in left] for name, mutants in picked.items()}
     if arguments.list:
         print(*(m for mutants in picked.values() for m in mutants), sep="\n")
         print({name: len(mutants) for name, mutants in picked.items()}, *misfits, sep="\n")
@@ -181,7 +191,8 @@ def main() -> int:
     started, outcomes = time.monotonic(), []
     with workers(arguments.jobs) as idle:
         for name, mutants in picked.items():
-            outcomes += run_room(name, mutants, idle, arguments.jobs, with_baseline=not arguments.no_baseline)
+            options = {"with_baseline": not arguments.no_baseline, "cpu_s": arguments.cpu_s}
+            outcomes += run_room(name, mutants, idle, arguments.jobs, **options)
     if arguments.report:
         rows = [
             {"room": o.room, "state": o.state, "cpu_s": o.cpu_s, "tail": o.tail, **vars(o.mutant)} for o in outcomes

@@ -123,3 +123,16 @@ def test_replicas_scores_add_up() -> None:
     assert (metrics["eval/set/num_prompts"], metrics["eval/set/num_lost"]) == (6, 3)
     assert (metrics["eval/set/accuracy"], metrics["eval/set/truncated_ratio"]) == (0.5, 0.5)
     assert metrics["eval/set/response_len/mean"] == 3.5
+
+
+def test_replicas_share_the_prompts_and_count_those_over_the_limit_once(tmp_path: Path) -> None:
+    found = []
+    for rank in (0, 1):
+        with FakeSGLang() as fake:
+            config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples=1))
+            run = make_run([fake.url], config, data=2, dp_rank=rank)
+            run.leader.held_out["aime"] = Prompts(too_long=[0, 1, 2])
+            metrics = evaluate(run)
+            asked = sorted(body["input_ids"][-1] - 100 for body in fake.requests)
+        found.append((metrics["eval/aime/num_lost"], metrics["eval/aime/num_samples"], asked))
+    assert found == [(3, 5, [3, 5, 7, 9, 11]), (0, 4, [4, 6, 8, 10])]

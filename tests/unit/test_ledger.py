@@ -46,3 +46,16 @@ def test_the_line_names_what_is_not_zero():
     ledger.drop(DropReason.TOO_LONG)
     line = balance([(ledger, OpenDraws(waiting=3))]).line()
     assert line == "48 prompts drawn: 20 trained (RL 12, SFT 8), 24 Easy, 1 too long, 3 waiting"
+
+
+def test_each_account_is_counted_under_its_own_name():
+    ledger = Ledger(drawn=100)
+    ledger.train(Treatment.REINFORCE, 1)
+    ledger.train(Treatment.DISTIL, 2)
+    for count, reason in enumerate(DropReason, start=3):
+        ledger.drop(reason, count)
+    found = balance([(ledger, OpenDraws(waiting=11, in_flight=12))])
+    expected = {"drawn": 100, "trained_rl": 1, "trained_sft": 2, "waiting": 11, "in_flight": 12}
+    expected |= {f"dropped_{reason.value}": count for count, reason in enumerate(DropReason, start=3)}
+    assert found.counts() == expected
+    assert found.difference == 2 * 100 - sum(expected.values())

@@ -226,3 +226,19 @@ def test_the_summary_line_holds_what_is_known():
         " | entropy 0.750 | 2,310 tokens/s | sync 0.21 s"
     )
     assert summary_line(8, {}) == "step    8"
+
+
+@pytest.mark.parametrize("resume_step", [0, 3])
+def test_a_run_without_earlier_records_writes_no_step_before_its_first(tmp_path, resume_step):
+    with MetricsWriter(tmp_path, JSONL_ONLY, resume_step=resume_step) as writer:
+        with pytest.raises(ValueError, match=f"step={resume_step - 1}: must come after the last step written"):
+            writer.write(resume_step - 1, {"train/loss": 1.0})
+        writer.write(resume_step, {"train/loss": 1.0})
+
+
+def test_a_run_that_resumes_writes_after_the_last_record_that_it_keeps(tmp_path):
+    _write(tmp_path, range(5), JSONL_ONLY)
+    with MetricsWriter(tmp_path, JSONL_ONLY, resume_step=4) as writer:
+        with pytest.raises(ValueError, match="step=3: must come after the last step written, 3"):
+            writer.write(3, {"train/loss": 1.0})
+        writer.write(4, {"train/loss": 1.0})

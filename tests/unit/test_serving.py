@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -67,16 +68,19 @@ class Accepting:
         self.accept(versions)
 
 
-def make_run(urls: Sequence[str]) -> Any:
-    cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0)
-    client = SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
+def make_run(urls: Sequence[str], **options: Any) -> Any:
+    cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0, **options)
+
+    def client() -> SGLangClient:
+        return SGLangClient([closed_url()], None, cfg=cfg, decode=str, stop_token_ids=(2,), backoff_s=0.02)
+
     return SimpleNamespace(
         step=3,
         served_version=3,
         pushed=(3,),
         bridge=NextServer(urls),
         router=Routes(),
-        leader=SimpleNamespace(client=client, background_client=client, background=None, group=Alone()),
+        leader=SimpleNamespace(client=client(), background_client=client(), background=None, group=Alone()),
         layout=SimpleNamespace(is_global_leader=True, replica_group=Alone()),
         tally=Tally(),
         timings=Timings(),
@@ -110,6 +114,8 @@ def test_requests_and_router_follow_each_push() -> None:
         run = make_run([fake.url])
         metrics = push(run)
         assert len(sample(run, make_prompts(1), "gen", group_size=2).groups) == 1
+        of_the_background = collect(make_prompts(1), run.leader.background_client, group_size=2, progress=False)
+        assert len(of_the_background[0]) == 1
     assert run.router.served == [(fake.url,)]
     assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
     assert (run.tally["refit/fenced"], run.tally["refit/rejoined"], run.tally["refit/retries"]) == (1, 1, 2)
@@ -154,3 +160,38 @@ def test_a_long_answer_that_spans_pushes_is_taken_after_a_rescue_push_of_the_sam
         groups, stats = collect(make_prompts(1), client, group_size=2, progress=False)
     assert [rollout.policy_version for rollout in groups[0].rollouts] == [20, 23]
     assert (stats.wrong_versions, stats.unserved, client.dropped_tokens) == (0, (), 0)
+
+
+def test_prompts_that_a_server_refuses_are_among_what_came_back() -> None:
+    def refuse(body: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "too long"}}, status=400)
+
+    with FakeSGLang(lambda index, body: refuse if body["input_ids"][-1] == 101 else "ok", version="3") as fake:
+        run = make_run([fake.url])
+        push(run)
+        sampled = sample(run, make_prompts(3), "gen", group_size=2)
+    assert [group.prompt.order for group in sampled.groups] == [0, 2]
+    assert [dropped.prompt.order for dropped in sampled.dropped] == [1]
+
+
+def test_pushes_that_bring_a_group_each_are_never_too_many() -> None:
+    def dies_after_one() -> FakeSGLang:
+        return FakeSGLang(lambda index, body: "ok" if index < 1 else "die", version="3")
+
+    with contextlib.ExitStack() as stack:
+        dying = [stack.enter_context(dies_after_one()) for _ in range(5)]
+        last = stack.enter_context(FakeSGLang(version="3"))
+        run = make_run([fake.url for fake in (*dying, last)], max_in_flight=1)
+        push(run)
+        groups = sample(run, make_prompts(7), "gen", group_size=2).groups
+    assert [group.prompt.order for group in groups] == list(range(7))
+    assert run.bridge.pushed == [3] * 6
+
+
+def test_groups_come_in_the_order_of_their_draws_and_attempts_that_failed_are_counted() -> None:
+    with FakeSGLang(lambda index, body: "500" if index == 0 else "ok", version="3") as fake:
+        run = make_run([fake.url])
+        push(run)
+        groups = sample(run, make_prompts(3)[::-1], "gen", group_size=2).groups
+    assert [group.prompt.order for group in groups] == [0, 1, 2]
+    assert run.tally["retries"] == 1

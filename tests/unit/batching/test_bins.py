@@ -99,3 +99,15 @@ def test_a_full_light_bin_gives_way_to_the_emptiest_one(count):
     bins = bins_within(costs, sizes, count=count, capacity=100)
     assert bins is not None
     assert sorted(loads(sizes, bins)) == [100] * count
+
+
+def test_room_that_fits_exactly_is_used():
+    assert bins_best_fit([3, 2], 5) == [[0, 1]]
+    assert bins_best_fit([4, 3, 2, 1], 5) == [[0, 3], [1, 2]]
+
+
+def test_an_item_beyond_the_capacity_gets_no_bin_that_holds_another():
+    assert bins_within([5.0, 1.0], [2, 9], count=1, capacity=4) is None, (
+        "the cheap one comes last, and is the large one"
+    )
+    assert bins_within([5.0, 1.0], [2, 9], count=2, capacity=4) == [[0], [1]]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.batching.bins import bins_best_fit
+from megatron_dypo.batching.bins import bins_best_fit, bins_within
 from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
 from megatron_dypo.types import TokenWeights
 from tests.unit.objective_cases import random_groups
@@ -22,6 +22,18 @@ def test_planned_microbatches_hold_each_once_within_the_budget_for_any_larger_co
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= budget or len(members) == 1 for members in bins)
     assert bins == plan_microbatches(lengths, budget=budget, count=count, costs=costs)
+
+
+def test_a_count_of_rows_is_kept_where_balance_finds_no_room():
+    lengths, costs = [3, 3, 2, 2, 2], [1.0, 1.0, 9.0, 9.0, 9.0]
+    assert bins_within(costs, lengths, count=2, capacity=6) is None
+    assert plan_microbatches(lengths, budget=6, count=2, costs=costs) == [[2, 3, 4], [0, 1]]
+
+
+def test_rows_are_added_for_balance_by_cost_and_no_more_than_two_of_few():
+    assert num_microbatches([4, 3, 8], budget=8) == 2
+    assert num_microbatches([4, 3, 8], budget=8, costs=[9.0, 9.0, 5.0]) == 3
+    assert num_microbatches([1, 2, 1, 8], budget=8, costs=[9.0, 1.0, 5.0, 1.0]) == 2, "balance would take five"
 
 
 @given(lengths, st.integers(20, 90))

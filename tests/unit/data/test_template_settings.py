@@ -84,6 +84,7 @@ def test_stop_token_ids_are_added_once_and_must_be_in_the_vocabulary(tmp_path: P
     known = load_tokenizer(folder)
     tokenizer = load_tokenizer(folder, stop_token_ids=(5, known.eos_id))
     assert tokenizer.eos_ids == (*known.eos_ids, 5)
+    assert load_tokenizer(folder, stop_token_ids=(0,)).eos_ids == (*known.eos_ids, 0), "0 is an id like any other"
     for token_id in (known.vocab_size, -1, 1 << 40):
         with pytest.raises(ValueError, match=rf"rollout\.stop_token_ids=\[{token_id}\]: {token_id} is not in"):
             load_tokenizer(folder, stop_token_ids=(token_id,))

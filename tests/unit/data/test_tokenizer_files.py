@@ -227,3 +227,11 @@ def test_a_git_lfs_pointer_in_place_of_a_sentencepiece_model_is_named(tmp_path: 
     (tmp_path / "tokenizer.model").write_text(LFS)
     with pytest.raises(ValueError, match=r"tokenizer\.model: is a git-lfs pointer"):
         load_tokenizer(tmp_path)
+
+
+def test_the_end_of_text_that_a_folder_names_comes_before_the_sentencepiece_model_s_own(
+    sentencepiece_folder: Path, tmp_path: Path
+) -> None:
+    own = load_tokenizer(sentencepiece_folder)
+    named = load_tokenizer(variant(sentencepiece_folder, tmp_path / "s", eos_token="<s>"))
+    assert (named.eos_id, own.eos_id) == (1, 2), "<s> and </s>"

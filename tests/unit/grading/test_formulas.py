@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.grading.answers import same_answer
-from megatron_dypo.grading.formulas import same_formula
+from megatron_dypo.grading.formulas import _is_confirmed, same_formula
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,14 @@ def test_a_letter_behind_a_number_is_a_variable(unit: str) -> None:
         assert not same_answer("5", text, same_formula)
         assert same_answer(text, f"5{unit}", same_formula)
     assert same_answer("5", f"5\\text{{ {unit}}}", same_formula)
+
+
+def test_a_decimal_makes_a_small_formula_no_less_exact() -> None:
+    assert same_formula("1.5 \\cdot 10^{-9} \\sqrt{2}", "3.0 \\cdot 10^{-9} \\sqrt{2} / 2")
+    assert not same_formula("1.5 \\cdot 10^{-9} \\sqrt{2}", "1.6 \\cdot 10^{-9} \\sqrt{2}")
+
+
+def test_a_rounded_value_is_confirmed_by_its_size_however_small_it_is() -> None:
+    gold = sympy.sqrt(2) / 1000
+    assert _is_confirmed(gold, sympy.Float("0.00141421356"))
+    assert not _is_confirmed(gold, sympy.Float("0.0014143"))
