@@ -78,6 +78,7 @@ def _fill_in_rounds(run: Run, rows: list[SampleRow]) -> None:
     if run.leader:
         run.tally.extreme("max:rounds", rounds)
     _warn_of_losses(run, look.outcomes)
+    _warn_of_a_short_batch(run, look)
 
 
 def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
@@ -109,6 +110,7 @@ def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
                 stream.start()
             _score_or_wait(run, stream, look)
     _warn_of_losses(run, look.outcomes)
+    _warn_of_a_short_batch(run, look)
     if stream and goes_on:
         stream.want(_share(run, max(0, enough - look.waiting)))
     elif stream:
@@ -150,6 +152,23 @@ def _warn_of_losses(run: Run, outcomes: Outcomes) -> None:
         reason = f"; the last reason: {outcomes.last_reason}" if outcomes.last_reason else ""
         warn_often(
             log, "step %d: %d of %d prompts could not be used: %s%s", run.step, failed, outcomes.seen, words, reason
+        )
+
+
+def _warn_of_a_short_batch(run: Run, look: Look) -> None:
+    """Say when a step trains on fewer prompts than the config asks for, and why."""
+    batch = run.config.batching.prompts_per_batch
+    if run.layout.is_global_leader and look.waiting < batch:
+        words = ", ".join(dropped_words(look.outcomes.dropped)) or "none dropped"
+        warn_often(
+            log,
+            "step %d: %d of %d prompts to learn from after %d draws, the limit of batching.max_collect_rounds=%d: %s",
+            run.step,
+            look.waiting,
+            batch,
+            look.outcomes.seen,
+            run.config.batching.max_collect_rounds,
+            words,
         )
 
 

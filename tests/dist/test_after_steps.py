@@ -66,7 +66,7 @@ def _schedule(run: Any, recorder: Any) -> Any:
 
 def _epochs(run: Any, recorder: Any) -> Any:
     """The books after each of four updates: two passes over a batch of two."""
-    from megatron_dypo.collecting import books
+    from megatron_dypo.admission import books
     from megatron_dypo.train import train_step
 
     _put(run, batch_of(0))

@@ -130,7 +130,7 @@ ROOMS = {
         files=tuple(
             f"megatron_dypo/{name}.py"
             for name in (
-                *("train", "collecting", "stages", "scoring", "serving", "evaluate", "outcomes", "not_finite", "run"),
+                *("train", "collecting", "admission", "stages", "scoring", "serving", "evaluate", "outcomes", "not_finite", "run"),
                 *("samples", "preemption", "ending", "progress"),
             )
         ),
@@ -139,6 +139,7 @@ ROOMS = {
             **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "stages", "scoring", "not_finite")},
             "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
             "megatron_dypo/collecting.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
+            "megatron_dypo/admission.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
             "megatron_dypo/outcomes.py": ("tests/unit/test_outcomes.py",),
             "megatron_dypo/ending.py": ("tests/unit/test_ending.py",),
         },

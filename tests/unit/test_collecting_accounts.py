@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.collecting import Look, _draw, _is_useful, books, fill_queues
+from megatron_dypo.admission import books
+from megatron_dypo.collecting import Look, _draw, _is_useful, fill_queues
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.outcomes import Outcomes
@@ -134,6 +135,23 @@ def test_losses_are_said_where_they_are_more_than_a_quarter(
         run = make_run([fake.url], make_config(tmp_path, batching={"prompts_per_update": 2}))
         fill_queues(run)
     assert ("prompts could not be used" in caplog.text) is is_said
+
+
+@pytest.mark.parametrize("rollout", [{}, {"oversample": 1.5}])
+def test_a_batch_that_stays_short_is_said_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rollout: dict[str, Any]
+) -> None:
+    config = make_config(tmp_path, rollout=rollout, batching={"prompts_per_update": ROUND, "max_collect_rounds": 1})
+    with FakeSGLang() as fake, caplog.at_level("WARNING", logger="megatron_dypo"):
+        run = make_run([fake.url], config, judge=lambda row, n: right(row, n) if row % 2 else mixed(row, n))
+        fill_queues(run)
+        short = caplog.text
+        caplog.clear()
+        fill_queues(make_run([fake.url], config, judge=mixed))
+    assert f"of {ROUND} prompts to learn from after" in short
+    assert "the limit of batching.max_collect_rounds=1" in short
+    assert "Easy" in short
+    assert not caplog.text
 
 
 def test_looks_of_replicas_add_up_but_for_what_they_share() -> None:
