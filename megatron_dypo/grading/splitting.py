@@ -9,6 +9,7 @@ from megatron_dypo.grading.cleaning import SET_CLOSE, SET_OPEN, WORD
 _OPENING = "([{" + SET_OPEN
 _CLOSING = ")]}" + SET_CLOSE
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d]|,\d)")
+_LEADING_ZERO = re.compile(r"0\d")
 _CONJUNCTION = re.compile(rf"(?<![A-Za-z\\])({WORD}?(?:and|or|or else|和|或))(?![A-Za-z])", re.IGNORECASE)
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])|±")
 _MAX_LENGTH = 4000
@@ -73,9 +74,15 @@ def is_balanced(text: str) -> bool:
 
 
 def _bracketed(text: str) -> list[str]:
-    """Members of what stands in brackets: where every comma could be one of thousands, every comma separates."""
+    """Members of what stands in brackets: where every comma could be one of thousands, every comma separates.
+
+    Not where a member would begin with a zero, as in ``(1,000)``: nobody writes a list like that.
+    """
     members = _members(text)
-    return members if len(members) > 1 else _members(text, thousands=None)
+    if len(members) == 1:
+        every = _members(text, thousands=None)
+        members = members if any(_LEADING_ZERO.match(member) for member in every) else every
+    return members
 
 
 def _members(text: str, thousands: re.Pattern[str] | None = _THOUSANDS) -> list[str]:

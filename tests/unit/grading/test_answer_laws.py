@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.grading.answers import same_answer
@@ -32,6 +33,7 @@ SEPARATORS = [
     "\\;",
 ]
 DECORATIONS = ["{}", "${}$", "\\({}\\)", "{}.", " {} ", "({})", "{{{}}}", "\\left({}\\right)", "x = {}", "\\text{{The answer is }}{}", "{}\\text{{ cm}}", "{}~\\text{{apples}}", "\\mathbf{{{}}}", "\\${}", "{} dollars"]  # fmt: skip
+IN_BRACKETS = ["({})", "\\left({}\\right)"]
 LISTS = ["{}", "\\{{{}\\}}", "$\\{{ {} \\}}$", "\\left\\{{{}\\right\\}}"]
 TUPLES = [("(", ")"), ("[", "]"), ("[", ")"), ("(", "]"), ("\\left(", "\\right)")]
 
@@ -93,6 +95,7 @@ def spelled_rationals(draw: st.DrawFn) -> tuple[Fraction, str]:
 @settings(deadline=None, max_examples=400)
 def test_reading_is_the_inverse_of_writing_in_every_spelling(spelled: tuple[Fraction, str], decoration: str) -> None:
     value, text = spelled
+    assume(decoration not in IN_BRACKETS or not re.search(r"\d,\d", text))  # (1,234) is an interval.
     assert _value(decoration.format(text)) == value
 
 
