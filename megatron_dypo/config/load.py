@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,13 @@ def _adapter() -> TypeAdapter[Config]:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every default included, in the order of the dataclasses."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    tree = _plain(dataclasses.asdict(config))
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # PyYAML loses a line break of Unicode (U+0085, U+2028, U+2029) in a key that it does not escape.
+    return yaml.safe_dump(tree, sort_keys=False) if _UNICODE_BREAKS.search(text) else text
+
+
+_UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 
 def changed_lines(before: str, after: str) -> list[str]:

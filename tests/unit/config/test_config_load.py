@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -39,6 +40,14 @@ def test_overrides_win_over_the_file_and_are_yaml(write):
 def test_resolved_config_reads_back_to_itself(write):
     config = load_config(write(MINIMAL), ["parallel.tensor=2", "objective.dual_clip=3"])
     assert load_config(write(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "é"])
+def test_a_line_break_of_unicode_in_a_key_is_read_back(write, character):
+    arguments = json.dumps({character: f"a{character}b"})
+    config = load_config(write(MINIMAL), [f"data.chat_template_args={arguments}"])
+    again = load_config(write(dump_config(config)))
+    assert again.data.chat_template_args == {character: f"a{character}b"} == config.data.chat_template_args
 
 
 def test_changed_lines_name_old_and_new_value(write):
