@@ -1,4 +1,4 @@
-"""Files that one process alone can make, also over NFS, and that appear whole."""
+"""Files that appear whole, and files that one process alone can make, also over NFS."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def make_exclusively(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write ``path`` in UTF-8, all of it or nothing; several processes may write the same one."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

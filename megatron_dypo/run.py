@@ -23,6 +23,7 @@ from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts, PromptStream
 from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.exclusive import replace_file
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.ledger import Ledger
 from megatron_dypo.mcore import checkpoint, checkpoint_folder, features
@@ -259,10 +260,7 @@ def _warn_of_changes(written: Path, config: Config) -> None:
 
 
 def _write_config(config: Config) -> None:
-    written = Path(config.run.dir) / "config.yaml"
-    temporary = written.with_suffix(".yaml.tmp")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    temporary.replace(written)
+    replace_file(Path(config.run.dir) / "config.yaml", dump_config(config))
 
 
 def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:

@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 import megatron_dypo
 from megatron_dypo.ending import Cause
-from megatron_dypo.exclusive import make_exclusively
+from megatron_dypo.exclusive import make_exclusively, replace_file
 from megatron_dypo.repeats import warn_often
 
 log = logging.getLogger(__name__)
@@ -206,13 +205,7 @@ def _text(record: Record) -> str:
 
 
 def _write(path: Path, record: Record) -> None:
-    """Replace the file at once."""
-    temporary = path.with_name(f"{NAME}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(_text(record))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, _text(record))
 
 
 def _now() -> str:

@@ -24,6 +24,8 @@ _GONE = {
 }
 """Keys that meant two things → what to use instead."""
 
+_UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides, check everything.
@@ -96,9 +98,6 @@ def dump_config(config: Config) -> str:
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     # PyYAML loses a line break of Unicode (U+0085, U+2028, U+2029) in a key that it does not escape.
     return yaml.safe_dump(tree, sort_keys=False) if _UNICODE_BREAKS.search(text) else text
-
-
-_UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 
 def changed_lines(before: str, after: str) -> list[str]:

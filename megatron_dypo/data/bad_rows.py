@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from megatron_dypo.data.source import RowSource
+from megatron_dypo.exclusive import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,7 @@ def _write(path: Path, problems: Mapping[int, Sequence[str]], source: RowSource)
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def _lines_of_others(path: Path, ours: set[str]) -> list[str]:

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from megatron_dypo.exclusive import replace_file
 from megatron_dypo.metrics import METRICS_FILE, read_metrics
 from megatron_dypo.report.plots import Plot, build_plots
 from megatron_dypo.report.sample_table import select_samples
@@ -50,9 +51,7 @@ def render_report(run_dir: Path) -> Path:
         )
     )
     path = run_dir / REPORT_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, page)
     return path
 
 
