@@ -168,9 +168,10 @@ class StandInEngine(FakeServer):
             process.join()
 
     def params(self, target: int) -> dict[str, bytes]:
-        """What a rank holds."""
-        self.pipes[target].send(("params", None))
-        params: dict[str, bytes] = self.pipes[target].recv()
+        """What a rank holds, once the push that it is at has ended."""
+        with self.one_at_a_time:
+            self.pipes[target].send(("params", None))
+            params: dict[str, bytes] = self.pipes[target].recv()
         return params
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:

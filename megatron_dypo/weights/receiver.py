@@ -84,11 +84,12 @@ class Session:
         store.set(inventory_key(message.engine, message.target), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
         transfers = plan.receives(message.engine, message.target)
-        self._padded = self._padded_params(transfers)
         links: dict[int, list[Transfer]] = {}
         for transfer in transfers:
             links.setdefault(transfer.source, []).append(transfer)
+        # The trainer says go once it has found every target of the plan in the inventory.
         store.wait([GO], datetime.timedelta(seconds=deadline.remaining()))
+        self._padded = self._padded_params(transfers)
         dtypes = {name: param.dtype for name, param in self._params.items()}
         self._messages = {source: list(cut(of_link, dtypes, message.slot_bytes)) for source, of_link in links.items()}
         links_here = EngineLinks(
