@@ -19,8 +19,8 @@ from statistics import fmean, median
 
 import measure as measuring
 
-from megatron_dypo.intervals import wilson_interval
-from megatron_dypo.metrics import read_metrics
+from megatron_dypo.metrics.intervals import wilson_interval
+from megatron_dypo.metrics.writer import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from live_bytes import LiveBytes, distinct_bytes
 
-from megatron_dypo.architecture import Architecture, architecture_from_hf
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore import features
+from megatron_dypo.models.architecture import Architecture, architecture_from_hf
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.memory import trainer_footprints

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.batching.pack import pack, plan_microbatches, row_length
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore import features
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.types import Microbatch, Sample, Totals, Treatment
@@ -47,7 +47,7 @@ def answer(what: str, shape: Any, rounds: int) -> None:
 
 def measure_time(shape: Any, parallel: ParallelConfig, layout: Layout, rounds: int) -> dict[str, Any]:
     """Seconds of each variant by round, and of what stands beside the update."""
-    from megatron_dypo.mcore.score import sequence_logprobs
+    from megatron_dypo.mcore.logprobs import sequence_logprobs
 
     bench = Bench(shape, parallel, layout)
     steps = {variant: partial(bench.step, variant) for variant in VARIANTS}

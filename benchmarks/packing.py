@@ -28,10 +28,10 @@ from collections.abc import Callable, Sequence
 import measure
 import numpy as np
 
-from megatron_dypo.architecture import Architecture, architecture_from_hf
 from megatron_dypo.batching.bins import bins_balanced, bins_best_fit
-from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.batching.pack import alignment, num_microbatches, plan_microbatches, row_length
+from megatron_dypo.models.architecture import Architecture, architecture_from_hf
+from megatron_dypo.models.flops import sequence_cost
 
 PROMPT = 150
 Plan = list[list[list[int]]]

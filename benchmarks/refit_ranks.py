@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.weights.checksums import checksum
-from megatron_dypo.weights.control_message import ControlMessage, PlanInputs
-from megatron_dypo.weights.deadline import Deadline
-from megatron_dypo.weights.families.registry import family_rows
-from megatron_dypo.weights.families.table import LAYER
-from megatron_dypo.weights.plan import EngineLayout, SourceLayout
-from megatron_dypo.weights.receiver import GO, inventory_key, load, report_key
-from megatron_dypo.weights.served import served_tensors
-from megatron_dypo.weights.slices import ShardSlices, rectangle
-from megatron_dypo.weights.transports.buckets import fill_buckets
-from megatron_dypo.weights.transports.planned import slot_bytes
-from megatron_dypo.weights.transports.sources import SourceRank
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.families.registry import family_rows
+from megatron_dypo.models.families.table import LAYER
+from megatron_dypo.refit.checksums import checksum
+from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout
+from megatron_dypo.refit.plan.served import served_tensors
+from megatron_dypo.refit.receiver import GO, inventory_key, load, report_key
+from megatron_dypo.refit.slices import ShardSlices, rectangle
+from megatron_dypo.refit.transports.buckets import fill_buckets
+from megatron_dypo.refit.transports.planned import slot_bytes
+from megatron_dypo.refit.transports.sources import SourceRank
 
 TENSOR = 2
 BUCKET_BYTES = 512 * 2**20

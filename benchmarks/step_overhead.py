@@ -35,7 +35,7 @@ import measure
 import overhead_steps
 
 from megatron_dypo.config.tree import ParallelConfig
-from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.models.layout_rules import check_layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.attempt import stop_before_start
-from megatron_dypo.preemption import hold_requests, ignore_requests
-from megatron_dypo.status import ATTEMPT_VARIABLE
+from megatron_dypo.launch.attempt import stop_before_start
+from megatron_dypo.metrics.status import ATTEMPT_VARIABLE
+from megatron_dypo.processes.stop_requests import hold_requests, ignore_requests
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -43,10 +43,10 @@ def train(
         hold_requests()  # before torch starts threads
         if "RANK" not in os.environ:
             stop_before_start()
-    from megatron_dypo.check.findings import Findings
     from megatron_dypo.check.inputs import check_inputs
     from megatron_dypo.config.load import dump_config, load_config
-    from megatron_dypo.launch import launch
+    from megatron_dypo.launch.start import launch
+    from megatron_dypo.metrics.findings import Findings
 
     resolved = load_config(config, overrides or [])
     is_checked = ATTEMPT_VARIABLE in os.environ  # by the launcher of this node, which says what is wrong once
@@ -78,10 +78,10 @@ def serve(
     _end_cleanly_on(signal.SIGINT, signal.SIGHUP)
     from megatron_dypo.config.load import load_config
     from megatron_dypo.ending import Cause, RunEnded
-    from megatron_dypo.logs import log_to_terminal
+    from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
-    from megatron_dypo.rollout.process import ServerDiedError
-    from megatron_dypo.rollout.serve import serve as serve_node
+    from megatron_dypo.rollout.server.process import ServerDiedError
+    from megatron_dypo.rollout.server.serve import serve as serve_node
 
     log_to_terminal()
     try:
@@ -107,7 +107,7 @@ def route(
     """
     ignore_requests()
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.rollout.route import route as route_requests
+    from megatron_dypo.rollout.server.route import route as route_requests
 
     route_requests(load_config(config, overrides or []).rollout)
 
@@ -156,7 +156,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Run folder of `megatron-dypo train`.")],
 ) -> None:
     """Write RUN_DIR/report.html: one self-contained page of plots and samples."""
-    from megatron_dypo.report.page import render_report
+    from megatron_dypo.metrics.report.page import render_report
 
     typer.echo(render_report(run_dir))
 
@@ -252,8 +252,8 @@ def export(
 
     Its bytes are those of the run's own export of that step. Needs no GPU and none of the run's ranks.
     """
-    from megatron_dypo.logs import log_to_terminal
-    from megatron_dypo.weights.export_run import export_run
+    from megatron_dypo.metrics.logs import log_to_terminal
+    from megatron_dypo.models.export_run import export_run
 
     log_to_terminal()
     typer.echo(export_run(run_dir, step=step, out_dir=out, overwrite=overwrite, quantization=quantize.value))
@@ -280,8 +280,8 @@ def plan_refit(
     Reads the config and MODEL/config.json; needs neither weights nor servers.
     """
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.plan_refit import RefitOptions, plan_of_config, refusal_of_training
-    from megatron_dypo.weights.refit_summary import summarize, to_json, to_text
+    from megatron_dypo.planning.refit import RefitOptions, plan_of_config, refusal_of_training
+    from megatron_dypo.refit.plan.summary import summarize, to_json, to_text
 
     resolved = load_config(config, overrides or [])
     options = RefitOptions(
@@ -310,7 +310,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 (every end of the command passes here, and is told)
-        from megatron_dypo.attempt import end_of
+        from megatron_dypo.launch.attempt import end_of
 
         sys.exit(end_of(error))
 

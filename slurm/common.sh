@@ -241,7 +241,7 @@ start_rollouts() {
 }
 
 start_trainer() {
-  start trainer "${TRAIN[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh trainer "$PYTHON" -m megatron_dypo.torchrun \
+  start trainer "${TRAIN[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh trainer "$PYTHON" -m megatron_dypo.launch.torchrun \
     --nnodes="${#TRAIN[@]}" --nproc-per-node="$TRAIN_PER_NODE" --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT" \
     --max-restarts=0 -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}"
 }

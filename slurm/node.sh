@@ -56,7 +56,7 @@ preflight() {
 }
 
 # Ends with 0 and leaves a mark when the run stopped on request: any other status would have srun kill the other nodes.
-# How the run ended, for the job's last line, comes from megatron_dypo/torchrun.py in one line.
+# How the run ended, for the job's last line, comes from megatron_dypo/launch/torchrun.py in one line.
 train() {
   PET_NODE_RANK=$(index_among $DYPO_TRAIN_NODES) # torchrun's --node-rank
   export PET_NODE_RANK

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from megatron_dypo.repeats import flush_repeated
+from megatron_dypo.metrics.repeats import flush_repeated
 
 torch.set_num_threads(1)
 # No deadline: how long an example takes says more of what else the machine does than of the code.

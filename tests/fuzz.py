@@ -24,7 +24,7 @@ TARGETS = {
     "rows and prompt files": "tests/unit/data/test_row_fuzz.py",
     "tokenizers and templates": "tests/unit/data/test_tokenizer_fuzz.py",
     "server answers": "tests/unit/rollout/test_group_answers.py",
-    "HF folders": "tests/unit/test_config_fuzz.py",
+    "HF folders": "tests/unit/config/test_config_fuzz.py",
     "answers of responses": "tests/unit/grading/test_answer_laws.py",
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megatron_dypo.weights.roundtrip import Difference
+    from megatron_dypo.models.roundtrip import Difference
 
 
 def main(
@@ -39,8 +39,8 @@ def main(
     ] = None,
 ) -> None:
     """Check that a model comes back from a Megatron checkpoint bit for bit; exit code 1 if it does not."""
+    from megatron_dypo.models.roundtrip import check_roundtrip
     from megatron_dypo.parallel.cut import PipelineCut
-    from megatron_dypo.weights.roundtrip import check_roundtrip
 
     cut = PipelineCut(
         pipeline=pipeline_parallel, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers

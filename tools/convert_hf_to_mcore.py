@@ -26,8 +26,8 @@ def main(
     ] = None,
 ) -> None:
     """Convert an HF model folder to a Megatron-Core checkpoint."""
+    from megatron_dypo.models.convert import hf_to_mcore
     from megatron_dypo.parallel.cut import PipelineCut
-    from megatron_dypo.weights.convert import hf_to_mcore
 
     cut = PipelineCut(
         pipeline=pipeline_parallel, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.weights.quantized_names import Quantization
+from megatron_dypo.models.quantized.names import Quantization
 
 
 def main(
@@ -36,7 +36,7 @@ def main(
     ] = "none",
 ) -> None:
     """Convert a Megatron-Core checkpoint to an HF model folder."""
-    from megatron_dypo.weights.convert import mcore_to_hf
+    from megatron_dypo.models.convert import mcore_to_hf
 
     mcore_to_hf(
         mcore_path,

@@ -16,6 +16,8 @@ from typing import Annotated
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.gpu_parts, which is not installed
+
 
 def main(
     out: Annotated[
@@ -30,9 +32,9 @@ def main(
     cpu_smoke: Annotated[bool, typer.Option(help="A tiny run in fp32 and bf16, on a machine without a GPU.")] = False,
 ) -> None:
     """Exit code 0: every bar is met; 1: some are not; 2: there is no GPU."""
-    from megatron_dypo.gpu_check.check import run_check, run_part
-    from megatron_dypo.gpu_check.logprob_speed import ProjectionSizes
-    from megatron_dypo.gpu_check.synthetic import CheckSizes
+    from tools.gpu_parts.check import run_check, run_part
+    from tools.gpu_parts.logprob_speed import ProjectionSizes
+    from tools.gpu_parts.synthetic import CheckSizes
 
     machine = run_part({"what": "machine"})
     if not machine["on_gpu"] and not cpu_smoke:

@@ -21,7 +21,7 @@ def main(
     ] = "fp8_block",
 ) -> None:
     """Quantise the layers' linear weights of an HF model folder to FP8 e4m3."""
-    from megatron_dypo.weights.quantized_folder import quantize_hf
+    from megatron_dypo.models.quantized.folder import quantize_hf
 
     quantize_hf(hf_path, out_path, quantize)
     typer.echo(out_path)

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 from train_tokenizer import TRAINERS
 
-from megatron_dypo.weights.random_model import write_random_model
+from megatron_dypo.models.random_model import write_random_model
 
 HERE = Path(__file__).parent
 ANNOTATION = re.compile(r"<<(.*?)>>")

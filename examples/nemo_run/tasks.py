@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import nemo_run as run
 from recipes import Recipe
 
-from megatron_dypo.config.rules import require
+from megatron_dypo.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,10 @@ def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script]
     torchrun += ' --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT"'
     train = '-m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" "$SERVER_URLS"'
     serve = '-m megatron_dypo.cli serve "$CONFIG" "${OVERRIDES[@]}"'
-    scripts = [_node_script("trainer", f"-m megatron_dypo.torchrun {torchrun} {train}"), _node_script("rollout", serve)]
+    scripts = [
+        _node_script("trainer", f"-m megatron_dypo.launch.torchrun {torchrun} {train}"),
+        _node_script("rollout", serve),
+    ]
     return scripts, [trainer, servers]
 
 

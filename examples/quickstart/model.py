@@ -9,7 +9,7 @@ import tokenizers
 from task import ANSWER_MARK
 from tokenizers import decoders, models, pre_tokenizers
 
-from megatron_dypo.weights.random_model import write_random_model
+from megatron_dypo.models.random_model import write_random_model
 
 PAD, END = "<pad>", "<end>"
 VOCABULARY = (PAD, END, *"0123456789", "+", "=", ",", ANSWER_MARK)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from megatron_dypo.intervals import wilson_interval
-from megatron_dypo.metrics import read_metrics
+from megatron_dypo.metrics.intervals import wilson_interval
+from megatron_dypo.metrics.writer import read_metrics
 
 TIERS = ("easy", "mid", "hard")
 NUM_EDGE_STEPS = 5

@@ -13,9 +13,9 @@ from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.files import JsonlPart, RowPart, open_rows, require_kind
 from megatron_dypo.data.formats import Columns, columns_of
 from megatron_dypo.data.parquet_files import ParquetFile
-from megatron_dypo.data.row_check import PartCheck, check_part
+from megatron_dypo.data.row_check.check import PartCheck, check_part
 from megatron_dypo.data.source import RowParser
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 
 _END_BYTES = 2**20
 """Bytes that are read at each end of a JSONL file."""

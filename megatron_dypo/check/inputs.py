@@ -6,16 +6,16 @@ import dataclasses
 import os
 from pathlib import Path
 
-from megatron_dypo.architecture import Architecture, load_architecture
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
 from megatron_dypo.check.program import missing_program
 from megatron_dypo.check.prompt_files import check_prompt_files, held_out_key
 from megatron_dypo.check.room import check_run_folder
 from megatron_dypo.config.tree import Config, EvalConfig
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.trial import check_importable
-from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
+from megatron_dypo.metrics.findings import Findings
+from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -66,7 +66,7 @@ def check_model(config: Config, found: Findings) -> Architecture | None:
 
 def check_weights(config: Config, found: Findings) -> None:
     """Open every safetensors file of the model folder: headers and index, no weights."""
-    from megatron_dypo.weights.hf_files import SafetensorsFiles
+    from megatron_dypo.models.hf.files import SafetensorsFiles
 
     folder = Path(config.model.hf_path)
     if config.model.mcore_path is None and any(folder.glob("*.safetensors")):
@@ -76,7 +76,7 @@ def check_weights(config: Config, found: Findings) -> None:
 
 def load_tokenizer_of(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
     """Load the policy's tokenizer and hold it against the embedding; None where it is missing or broken."""
-    from megatron_dypo.open_data import open_tokenizer
+    from megatron_dypo.loop.open_data import open_tokenizer
 
     folder = Path(config.model.hf_path)
     if arch is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.config.tree import Config
+from megatron_dypo.metrics.findings import Findings
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.rope_scaling import LinearRopeScaling
 
 _SERVER_RESERVE = 6
 """Tokens of its KV cache that SGLang never gives to a request (``tp_worker.py``: max_req_input_len)."""

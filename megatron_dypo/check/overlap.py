@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megatron_dypo.check.report import Overlap
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.rows import PromptRow
-from megatron_dypo.progress import progress
+from megatron_dypo.metrics.progress import progress
 
 _SHOWN = 3
 

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_dypo.check.ends import Ends, look_at_ends
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.check.lengths import Longest
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
@@ -17,8 +16,9 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.source import distinct_names
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
+from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.objective.recipes.registry import OBJECTIVES
 
 WHOLE_BYTES = 2**20

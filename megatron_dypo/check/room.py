@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.config.tree import Config
+from megatron_dypo.metrics.findings import Findings
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.parameters import whole_model
 
 _GIB = 2**30

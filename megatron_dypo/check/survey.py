@@ -7,23 +7,23 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.check.inputs import check_model, check_rest, check_weights, load_tokenizer_of
 from megatron_dypo.check.lengths import Longest
 from megatron_dypo.check.overlap import find_overlap
 from megatron_dypo.check.prompt_files import check_dataset, held_out_data, held_out_key, longest_used
 from megatron_dypo.check.report import ModelFacts, Report, SetFacts
-from megatron_dypo.check.teachers import judge_teachers
 from megatron_dypo.check.tokenizer import first_prompt, round_trip, stops
 from megatron_dypo.check.verifiers import try_verifiers
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset, open_prompts
 from megatron_dypo.data.statistics import prompt_statistics
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.naming import unused_sources
 from megatron_dypo.grading.trial import check_importable
+from megatron_dypo.loop.teachers import judge_teachers
+from megatron_dypo.metrics.findings import Findings
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.parameters import whole_model
 
 TRACES_PER_TEACHER = 200

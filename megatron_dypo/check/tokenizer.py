@@ -9,7 +9,7 @@ from megatron_dypo.check.report import FirstPrompt, RoundTrip
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.prompts import PromptStream, epoch_order
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 
 _SAMPLED_ROWS = 200
 _AROUND = 20

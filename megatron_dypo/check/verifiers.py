@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dypo.check.findings import Findings
 from megatron_dypo.check.report import VerifierFacts
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.tokenising import make_prompt, render_prompt
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.naming import verifier_of
 from megatron_dypo.grading.pairs import pair_of
 from megatron_dypo.grading.trial import try_verifier
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.open_data import check_against_verifier
+from megatron_dypo.loop.open_data import check_against_verifier
+from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.types import Prompt
 
 _TRIED_ROWS = 20

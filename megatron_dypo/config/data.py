@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_dypo.config.rules import require, require_positive
+from megatron_dypo.checks import require, require_positive
 
 Format = Literal["plain", "verl", "slime", "openr1", "deepmath"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_dypo.config.rules import require, require_not_negative, require_positive
+from megatron_dypo.checks import require, require_not_negative, require_positive
 
 Recipe = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dypo.config.rules import require, require_positive
+from megatron_dypo.checks import require, require_positive
 
 AnswerFormat = Literal["auto", "boxed", "answer_tag", "r1_zero", "final_answer", "gsm8k"]
 Thinking = Literal["after", "required", "anywhere"]

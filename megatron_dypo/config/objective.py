@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from megatron_dypo.config.rules import require, require_not_negative, require_positive
+from megatron_dypo.checks import require, require_not_negative, require_positive
 
 LOG_RATIO_LIMIT = 20.0
 """Ratios of probabilities above e^20 (4.9e8) enter the loss by the tangent of e^x there: an fp32 sum of squares of such

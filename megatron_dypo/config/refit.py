@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dypo.checks import require, require_positive
 from megatron_dypo.config.rollout import MAX_DEADLINE_S
-from megatron_dypo.config.rules import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dypo.config.rules import require, require_not_negative, require_positive
+from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.urls import require_host, require_urls
 
 _MAX_PORT = 65535

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
+from megatron_dypo.checks import require, require_not_negative, require_positive, require_sound_values
 from megatron_dypo.config.data import DataConfig, Format
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.grading import GradingConfig
@@ -19,7 +20,6 @@ from megatron_dypo.config.objective import (
 )
 from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.rules import require, require_not_negative, require_positive, require_sound_values
 from megatron_dypo.parallel.cut import PipelineCut
 
 _MAX_SET_NAME = 80
@@ -148,6 +148,12 @@ class ParallelConfig:
     def expert_ranks(self) -> int:
         """Ranks that hold all experts of a layer once."""
         return self.expert * self.expert_tensor
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks to start on this machine: ``num_processes``, else one replica."""
+        stage = math.lcm(self.tensor * self.context, self.expert_ranks)
+        return self.num_processes or self.pipeline * stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import SplitResult, urlsplit
 
-from megatron_dypo.config.rules import require
+from megatron_dypo.checks import require
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}

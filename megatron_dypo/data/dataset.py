@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
-from megatron_dypo.data.bad_rows import settle_bad_rows
-from megatron_dypo.data.check_cache import CHECK_FOLDER, check_hash, read_check, write_check
-from megatron_dypo.data.check_processes import check_rows
 from megatron_dypo.data.formats import columns_of
-from megatron_dypo.data.row_check import RowsChecked
+from megatron_dypo.data.row_check.bad_rows import settle_bad_rows
+from megatron_dypo.data.row_check.cache import CHECK_FOLDER, check_hash, read_check, write_check
+from megatron_dypo.data.row_check.check import RowsChecked
+from megatron_dypo.data.row_check.processes import check_rows
 from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.data.source import RowSource
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.data.values import shown
 
 log = logging.getLogger(__name__)

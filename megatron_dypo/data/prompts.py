@@ -13,10 +13,10 @@ import numpy.typing as npt
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.dataset import PromptDataset, open_prompts
 from megatron_dypo.data.fingerprints import compare_fingerprints
+from megatron_dypo.data.row_check.verdicts import TraceVerdicts
 from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.data.tokenising import end_trace, make_prompt, render_prompt
-from megatron_dypo.data.tokenizers import Tokenizer
-from megatron_dypo.data.verdicts import TraceVerdicts
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.types import Prompt, Tokens
 
 __all__ = [
@@ -58,7 +58,7 @@ class PromptStream:
     """The endless sequence of draws of a run: each epoch is a permutation of the rows.
 
     The row at a position is a pure function of (seed, position): the cursor is all there is to save, and shards of
-    any number of ranks agree. ``verdicts`` (:func:`megatron_dypo.data.verdicts.wrong_traces`) are needed where
+    any number of ranks agree. ``verdicts`` (:func:`megatron_dypo.data.row_check.verdicts.wrong_traces`) are needed where
     ``data.drop_wrong_traces`` is on and draws come with traces.
     """
 

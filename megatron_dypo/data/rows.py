@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from megatron_dypo.data.chat import Message
 from megatron_dypo.data.formats import Columns
+from megatron_dypo.data.tokenizer.chat import Message
 from megatron_dypo.data.traces import read_traces
 from megatron_dypo.data.values import (
     Absent,

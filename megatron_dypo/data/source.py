@@ -14,7 +14,7 @@ import numpy as np
 from megatron_dypo.data.files import RowFile, RowPart, open_rows
 from megatron_dypo.data.formats import Columns
 from megatron_dypo.data.rows import BadRow, PromptRow, parse_row
-from megatron_dypo.progress import progress
+from megatron_dypo.metrics.progress import progress
 
 _HASH_BYTES = 8 * 2**20
 

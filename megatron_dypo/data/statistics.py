@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.dataset import PromptDataset
-from megatron_dypo.data.verdicts import TraceVerdicts
+from megatron_dypo.data.row_check.verdicts import TraceVerdicts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.dataset import PromptDataset
+from megatron_dypo.data.row_check.verdicts import TraceVerdicts
 from megatron_dypo.data.statistics import TeacherStatistics, teacher_statistics
 from megatron_dypo.data.values import printable
-from megatron_dypo.data.verdicts import TraceVerdicts
-from megatron_dypo.intervals import wilson_interval
+from megatron_dypo.metrics.intervals import wilson_interval
 
 _HEADER = (
     "teacher",

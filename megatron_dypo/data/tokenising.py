@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.data.chat import Message
 from megatron_dypo.data.rows import PromptRow
-from megatron_dypo.data.tokenizers import Tokenizer
+from megatron_dypo.data.tokenizer.chat import Message
+from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.types import Prompt, Tokens
 
 _TAG = r"(?:<[^<>\s]+>|◁[^◁▷\s]+▷|\[/?[A-Z_]+\])"

@@ -6,8 +6,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from megatron_dypo.grading.extract import after_thinking, gold_text, marked_answer, without_end_tokens
-from megatron_dypo.grading.style import AUTO, AnswerStyle
+from megatron_dypo.grading.answers.extract import after_thinking, gold_text, marked_answer, without_end_tokens
+from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
 
 _FORM = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s?\{([^{}]{0,999})\}|\\(?:bf|rm|[ ,;:!])")
 _GOLD = re.compile(r"[\s(\[]*([A-Ja-j1-9])[\s)\].:]*")

@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.pair_file import Fields, Line, PairFile
-from megatron_dypo.grading.results import shown
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.progress import progress
+from megatron_dypo.grading.workers.results import shown
+from megatron_dypo.metrics.progress import progress
 from megatron_dypo.types import Verdict
 
 _CHUNK = 4096

@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from megatron_dypo.grading.extract import after_thinking, gold_text, last_phrase, marked_answer, without_end_tokens
-from megatron_dypo.grading.style import AUTO, AnswerStyle
+from megatron_dypo.grading.answers.extract import (
+    after_thinking,
+    gold_text,
+    last_phrase,
+    marked_answer,
+    without_end_tokens,
+)
+from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
 
 _DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)")
 _ALL_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}")
@@ -15,7 +21,7 @@ _ALL_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*
 def verify_exact(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """True if the stated answer of ``response`` equals ``answer`` after normalisation.
 
-    The stated answer is the one that the response marks (see :func:`megatron_dypo.grading.extract.marked_answer`);
+    The stated answer is the one that the response marks (see :func:`megatron_dypo.grading.answers.extract.marked_answer`);
     without a mark, and in format ``auto`` only, what follows the last "answer is" or "answer:" in its sentence or
     its line; without one, the last line that is not blank. Normalisation: Unicode NFKC, case folded, runs of white space
     are one space, ``\\text{…}`` around the whole, quotes, ``$``, ``*`` and ``.,;:!`` around the answer are left out, and

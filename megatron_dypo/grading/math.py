@@ -5,18 +5,18 @@ Imported in verifier processes only: math-verify brings sympy, and some inputs k
 
 from __future__ import annotations
 
-from megatron_dypo.grading.answers import same_answer
-from megatron_dypo.grading.extract import after_thinking, gold_text, marked_answer
-from megatron_dypo.grading.formulas import same_formula
-from megatron_dypo.grading.style import AUTO, AnswerStyle
-from megatron_dypo.grading.unmarked import statement, unmarked_answer
+from megatron_dypo.grading.answers.extract import after_thinking, gold_text, marked_answer
+from megatron_dypo.grading.answers.formulas import same_formula
+from megatron_dypo.grading.answers.same import same_answer
+from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
+from megatron_dypo.grading.answers.unmarked import statement, unmarked_answer
 
 
 def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """True if ``response`` ends with an answer equal to ``answer``; ``docs/verifiers.md`` shows what equals what.
 
-    The answer of a response is the one that it marks (see :func:`megatron_dypo.grading.extract.marked_answer`);
-    without a mark, and in format ``auto`` only, what :func:`megatron_dypo.grading.unmarked.unmarked_answer` finds.
+    The answer of a response is the one that it marks (see :func:`megatron_dypo.grading.answers.extract.marked_answer`);
+    without a mark, and in format ``auto`` only, what :func:`megatron_dypo.grading.answers.unmarked.unmarked_answer` finds.
     Raises ValueError if ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
     """
     gold = gold_text(answer)

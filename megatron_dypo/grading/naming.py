@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
-from megatron_dypo.grading.style import AnswerStyle
+from megatron_dypo.grading.answers.style import AnswerStyle
 
 _BUILT_IN_PATHS = {
     "math": "megatron_dypo.grading.math:verify_math",

@@ -13,7 +13,7 @@ import pyarrow.parquet
 from megatron_dypo.data.files import RowFile, open_rows
 from megatron_dypo.data.rows import BadRow
 from megatron_dypo.grading.pairs import Pair
-from megatron_dypo.grading.results import shown
+from megatron_dypo.grading.workers.results import shown
 
 _SHOWN_PROBLEMS = 20
 _MISSING = object()

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.naming import verifier_of
 from megatron_dypo.grading.pairs import pair_of
-from megatron_dypo.grading.results import shown
 from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.grading.workers.results import shown
 from megatron_dypo.types import Prompt, Verdict
 
 _FORMS = ("\\boxed{%s}", "<answer>%s</answer>", "#### %s", "The answer is %s.", "%s")

@@ -8,15 +8,15 @@ from types import TracebackType
 from typing import Any
 
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
-from megatron_dypo.grading.error_log import ErrorLog
-from megatron_dypo.grading.judging import Outcome
 from megatron_dypo.grading.naming import import_path, keys_that_name, options_of, verifier_of
 from megatron_dypo.grading.pairs import Pair, pair_of
-from megatron_dypo.grading.pool import Job, Pool
-from megatron_dypo.grading.processes import ImportFailed
 from megatron_dypo.grading.tiers import grade_tier
-from megatron_dypo.grading.worker import Setup
-from megatron_dypo.progress import Progress, progress
+from megatron_dypo.grading.workers.error_log import ErrorLog
+from megatron_dypo.grading.workers.judging import Outcome
+from megatron_dypo.grading.workers.pool import Job, Pool
+from megatron_dypo.grading.workers.process import ImportFailed
+from megatron_dypo.grading.workers.worker import Setup
+from megatron_dypo.metrics.progress import Progress, progress
 from megatron_dypo.types import GradedGroup, RolloutGroup, Verdict
 
 _START_DEADLINE_S = 300.0

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from megatron_dypo.architecture import Architecture
+from megatron_dypo.checks import require
 from megatron_dypo.config.fp8 import Fp8Config, Recipe, dotted, missing_capability
-from megatron_dypo.config.rules import require
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
 
 def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
     if arch.experts is not None:
-        from megatron_dypo.mcore.router import BalancedRouter
+        from megatron_dypo.mcore.moe_router import BalancedRouter
 
         spec.submodules.mlp.submodules.router = BalancedRouter
         # The local spec would store the norm before experts as fused with their input projection, TE's does not.

@@ -17,10 +17,10 @@ from torch import Tensor
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.mcore.attention import packed_seq_params
 from megatron_dypo.mcore.chunks import unwrap
-from megatron_dypo.mcore.router import begin_update
+from megatron_dypo.mcore.moe_router import begin_update
+from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
 from megatron_dypo.parallel.device import device
-from megatron_dypo.progress import Progress
 from megatron_dypo.types import Microbatch
 
 

@@ -1,7 +1,7 @@
 """What Megatron is told of FP8, and the weights of which FP8 is the only copy.
 
 Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`; which sizes suit a recipe, and which do not,
-says :mod:`megatron_dypo.parallel.rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every function takes
+says :mod:`megatron_dypo.models.layout_rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every function takes
 others as they are.
 """
 

@@ -28,19 +28,20 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dypo.architecture import Architecture
 from megatron_dypo.config.tree import ModelConfig, ParallelConfig
-from megatron_dypo.mcore import checkpoint, fp8
+from megatron_dypo.mcore import fp8
+from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.chunks import DTYPES
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
+from megatron_dypo.mcore.moe_router import mark_experts, moe_settings
 from megatron_dypo.mcore.policy_model import PolicyModel
 from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
-from megatron_dypo.mcore.router import mark_experts, moe_settings
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.hf.read import HFReader
+from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
+from megatron_dypo.models.load import load_hf_weights
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
-from megatron_dypo.weights.hf_io import HFReader
-from megatron_dypo.weights.load import load_hf_weights
 
 
 def build_model(

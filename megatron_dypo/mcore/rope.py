@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.rope_scaling import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 
 
 def inverse_frequencies(arch: Architecture, dtype: torch.dtype = torch.float32) -> Tensor:

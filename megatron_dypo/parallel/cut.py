@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.config.rules import require, require_positive
+from megatron_dypo.checks import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.architecture import Architecture, Experts
+from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.planning.fp8 import Quantized
 
 FP32 = 4

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.config.rules import require
+from megatron_dypo.checks import require
 
 GIB = 2**30
 FP8_SHARE = 0.8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.tree import Config
+from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.footprint import fullest
 from megatron_dypo.planning.memory import trainer_footprints

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.architecture import Architecture
-from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.config.fp8 import Fp8Config, Recipe
 from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.flops import sequence_cost
 
 _ONE_LAYOUT = ((10, 0), (12, 0))
 """Compute capabilities, the upper one excluded, whose GEMMs take FP8 operands in any layout."""

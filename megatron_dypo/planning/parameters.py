@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_dypo.architecture import Architecture
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.families.registry import table
+from megatron_dypo.models.families.table import EXPERT, LAYER, Row
+from megatron_dypo.models.quantized.names import Quantization, is_quantized, scale_shape
 from megatron_dypo.planning.activations import FP32
-from megatron_dypo.weights.families.registry import table
-from megatron_dypo.weights.families.table import EXPERT, LAYER, Row
-from megatron_dypo.weights.quantized_names import Quantization, is_quantized, scale_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def served_bytes(arch: Architecture, element: int, quantization: Quantization) -
 
     Args:
         element: bytes of a value that is not quantised.
-        quantization: of linear weights (``weights/quantized_names.py``): a byte each, and fp32 scales.
+        quantization: of linear weights (``models/quantized/names.py``): a byte each, and fp32 scales.
     """
     dense = experts = 0
     for row in table(arch):

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from megatron_dypo.architecture import Architecture, load_architecture
-from megatron_dypo.config.rules import require
+from megatron_dypo.checks import require
 from megatron_dypo.config.tree import Config
-from megatron_dypo.parallel.rules import check_fp8_sizes, check_layout
+from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
 

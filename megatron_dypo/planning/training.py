@@ -1,6 +1,6 @@
 """Seconds of the trainer's passes: matmuls at a share of the GPU's peak, and the communication that is not hidden. Pure.
 
-FLOPs are those of :mod:`megatron_dypo.batching.flops`. Communication by axis, for each row of T tokens and layer (Korthikanti
+FLOPs are those of :mod:`megatron_dypo.models.flops`. Communication by axis, for each row of T tokens and layer (Korthikanti
 et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
 
 - tensor: four all-gathers or reduce-scatters of T·H forward, and as many backward, with sequence parallelism one more for
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dypo.batching.flops import SequenceCost, sequence_cost
+from megatron_dypo.models.flops import SequenceCost, sequence_cost
 from megatron_dypo.planning.fp8 import fp8_flops
 from megatron_dypo.planning.memory import largest_counts
 from megatron_dypo.planning.parameters import Counts

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.logs import warn_often
+from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.ask import (
     Answer,
     AttemptError,

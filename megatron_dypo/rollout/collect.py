@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from megatron_dypo.logs import warn_often
-from megatron_dypo.progress import Progress
-from megatron_dypo.progress import progress as progress_bar
+from megatron_dypo.metrics.logs import warn_often
+from megatron_dypo.metrics.progress import Progress
+from megatron_dypo.metrics.progress import progress as progress_bar
+from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
-from megatron_dypo.watchdog import mark
 
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError"
 

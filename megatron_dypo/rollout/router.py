@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_dypo.rollout.probe import request_json
+from megatron_dypo.rollout.server.probe import request_json
 
 NO_SERVER = ("X-SMG-Error-Code", "no_available_workers")
 """Header of an answer of a router that has no server to ask."""

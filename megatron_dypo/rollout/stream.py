@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from megatron_dypo.logs import warn_often
+from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.dist.multi_step import PROMPTS, _put, _run, batch_of, config_of
-from tests.dist.spawn import run_ranks
-from tests.hf_models import make_hf_model
+from tests.support.dist.multi_step import PROMPTS, _put, _run, batch_of, config_of
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import make_hf_model
 
 CAUSES = ("STOPPED", "NOT_FINITE", "NOTHING_LEFT")
 
@@ -43,7 +43,7 @@ def rank_finish(path: str, folder: str) -> dict[str, Any]:
 
 
 def _saved(run: Any) -> list[int]:
-    from megatron_dypo.mcore.checkpoint_folder import step_of
+    from megatron_dypo.mcore.checkpoints.folder import step_of
 
     folder = run.dir / "checkpoints"
     return sorted(step_of(path) for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -51,7 +51,7 @@ def _saved(run: Any) -> list[int]:
 
 def _schedule(run: Any, recorder: Any) -> Any:
     """Three steps of a run of three, two of a batch."""
-    from megatron_dypo.train import train_step
+    from megatron_dypo.loop.train import train_step
 
     after = []
     for step in range(3):
@@ -66,8 +66,8 @@ def _schedule(run: Any, recorder: Any) -> Any:
 
 def _epochs(run: Any, recorder: Any) -> Any:
     """The books after each of four updates: two passes over a batch of two."""
-    from megatron_dypo.admission import books
-    from megatron_dypo.train import train_step
+    from megatron_dypo.loop.admission import books
+    from megatron_dypo.loop.train import train_step
 
     _put(run, batch_of(0))
     found = []
@@ -79,7 +79,7 @@ def _epochs(run: Any, recorder: Any) -> Any:
 
 def _skipped(run: Any, recorder: Any) -> Any:
     """Two updates that are not finite, two that are, one that is not."""
-    from megatron_dypo.train import train_step
+    from megatron_dypo.loop.train import train_step
 
     counts = []
     for step, is_bad in enumerate((True, True, False, False, True)):
@@ -97,9 +97,9 @@ def _spoilt(groups: Any) -> Any:
 def _evaluated(run: Any, recorder: Any) -> Any:
     """One step of a batch of two, with an evaluation after every step, against a server."""
     from megatron_dypo.config.tree import EvalConfig
-    from megatron_dypo.train import train_step
-    from tests.unit import loop_cases
-    from tests.unit.rollout.fake_sglang import FakeSGLang
+    from megatron_dypo.loop.train import train_step
+    from tests.support import loop_cases
+    from tests.support.fake_sglang import FakeSGLang
 
     settings = EvalConfig(prompts=("aime.jsonl",), every=1)
     run.config = dataclasses.replace(run.config, eval=settings)
@@ -116,7 +116,7 @@ def _evaluated(run: Any, recorder: Any) -> Any:
 def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
     """A run that resumed at its last step."""
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.train import _train
+    from megatron_dypo.loop.train import _train
 
     run.step, run.bad_steps, run.last_problem = 3, bad_steps, "gradient of x"
     try:
@@ -129,7 +129,7 @@ def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
 def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
     """An end by ``cause`` after so many steps, while a collection has counted something."""
     from megatron_dypo.ending import Cause, RunEnded
-    from megatron_dypo.train import _end, train_step
+    from megatron_dypo.loop.train import _end, train_step
 
     _put(run, batch_of(0))
     for _ in range(steps):
@@ -141,8 +141,8 @@ def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
 
 def _saved_twice(run: Any, recorder: Any) -> Any:
     """A run whose last step is saved before it ends."""
-    from megatron_dypo.mcore.checkpoint_folder import find_latest
-    from megatron_dypo.train import _save_unless_saved, train_step
+    from megatron_dypo.mcore.checkpoints.folder import find_latest
+    from megatron_dypo.loop.train import _save_unless_saved, train_step
 
     _put(run, batch_of(0))
     train_step(run)

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from tests.dist.multi_step import _put, _run, batch_of, config_of
-from tests.dist.spawn import run_ranks
-from tests.hf_models import make_hf_model
+from tests.support.dist.multi_step import _put, _run, batch_of, config_of
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import make_hf_model
 
 
 def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
     """Updates of a run with a NaN in one of its weights, or with rewards that are infinite."""
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.mcore.checkpoint import find_latest
+    from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
     from megatron_dypo.parallel.layout import close, init_layout
-    from megatron_dypo.train import _require_finite_weights, train_step
+    from megatron_dypo.loop.train import _require_finite_weights, train_step
 
     layout = init_layout(ParallelConfig(**axes))
     config = config_of(path, folder, axes, "exact")

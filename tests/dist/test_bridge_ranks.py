@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.spawn import run_ranks
-from tests.hf_models import make_hf_model
-from tests.unit.weights.fake_sglang import KEY, fake_servers
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import make_hf_model
+from tests.support.fake_control import KEY, fake_servers
 
 CASES = {
     "interleaved": ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}),
@@ -26,14 +26,14 @@ def rank_push(
     model: str, axes: dict[str, int], urls: list[str], run_dir: str, misshapen_on: int | None
 ) -> tuple[tuple[str, int], list[list[str]]]:
     """A push by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.config.refit import WeightsConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout
-    from megatron_dypo.weights.bridge import Bridge
-    from megatron_dypo.weights.transports.base import PushError, Source
+    from megatron_dypo.refit.refitter import Bridge
+    from megatron_dypo.refit.transports.base import PushError, Source
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.dist.spawn import run_ranks
-from tests.dist.training import start
-from tests.hf_models import make_hf_model
+from tests.support.dist.spawn import run_ranks
+from tests.support.dist.training import start
+from tests.support.hf_models import make_hf_model
 
 STATE = {"cursor": 17, "policy_version": 2}
 
@@ -19,7 +19,7 @@ STATE = {"cursor": 17, "policy_version": 2}
 def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
     """Weights after 4 uninterrupted updates, saved after 2; and those of a run resumed here from that checkpoint."""
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.mcore import checkpoint
+    from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.reference import ReferencePolicy
     from megatron_dypo.parallel.layout import close, init_layout
 
@@ -49,7 +49,7 @@ def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ..
 def rank_read(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
     """What a run under other axes makes of the checkpoint."""
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.mcore import checkpoint
+    from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.parallel.layout import close, init_layout
 
     parallel = ParallelConfig(**axes)
@@ -60,7 +60,7 @@ def rank_read(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...
 
 
 def _resume(path: str, layout: Any, parallel: Any, options: dict, folder: Path) -> tuple[Any, ...]:
-    from megatron_dypo.mcore import checkpoint
+    from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.reference import ReferencePolicy
 
     session = start(path, layout, parallel, **options)

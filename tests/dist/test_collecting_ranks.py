@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from tests.dist.spawn import run_ranks
+from tests.support.dist.spawn import run_ranks
 
 
 def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, Any]:
     """One collection on this rank of two; how it ended, and the books of both."""
     import torch.distributed as dist
 
-    from megatron_dypo.admission import books
-    from megatron_dypo.collecting import fill_queues
+    from megatron_dypo.loop.admission import books
+    from megatron_dypo.loop.collect import fill_queues
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.ledger import Ledger
-    from megatron_dypo.rollout.process import ServerDiedError
-    from megatron_dypo.run import _drawn
-    from tests.unit.loop_cases import make_config, make_run, mixed, right
-    from tests.unit.rollout.fake_sglang import FakeSGLang
+    from megatron_dypo.loop.ledger import Ledger
+    from megatron_dypo.rollout.server.process import ServerDiedError
+    from megatron_dypo.loop.run import _drawn
+    from tests.support.loop_cases import make_config, make_run, mixed, right
+    from tests.support.fake_sglang import FakeSGLang
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()

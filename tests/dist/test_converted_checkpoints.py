@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_dypo.parallel.cut import PipelineCut
-from megatron_dypo.weights.convert import hf_to_mcore, mcore_to_hf
-from tests.dist.spawn import run_ranks
-from tests.hf_models import KINDS, make_hf_model
+from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import KINDS, make_hf_model
 
 LAYOUTS = {
     "one": (1, {}, (2, 2)),
@@ -50,7 +50,7 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
 
 
 def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.mcore.chunks import named_global_parameters
 
     hf = root / "hf" / kind
@@ -82,7 +82,7 @@ def _save(chunks: list, folder: Path, layout) -> None:
     """As a run does, with something of an optimizer beside the weights."""
     from megatron.core import dist_checkpointing
 
-    from megatron_dypo.mcore.checkpoint import model_state
+    from megatron_dypo.mcore.checkpoints.checkpoint import model_state
 
     state = model_state(chunks)
     key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
@@ -92,7 +92,7 @@ def _save(chunks: list, folder: Path, layout) -> None:
 
 
 def _export(named: dict, arch, layout, out_dir: Path, hf: Path) -> None:
-    from megatron_dypo.weights.export import export_hf
+    from megatron_dypo.models.export import export_hf
 
     export_hf(
         named.items(),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tests.dist.spawn import run_ranks
-from tests.unit.objective_cases import random_groups
+from tests.support.dist.spawn import run_ranks
+from tests.support.objective_cases import random_groups
 
 
 def work(sample):

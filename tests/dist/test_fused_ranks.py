@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.spawn import run_ranks
-from tests.hf_models import make_hf_model
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import make_hf_model
 
 NUM_ROWS, HIDDEN, VOCAB = 9, 16, 21
 BUDGETS = (1, 4 * 11 * 4, 2**20)
@@ -108,7 +108,7 @@ def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mb: float | Non
     """Main gradients (each rank's own) after two backward passes through log-probs, then through whole logits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.chunks import named_global_parameters
@@ -197,7 +197,7 @@ LOGITS_MB = MANY * WIDE * 4 / 2**20
 
 def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
     """MiB at the peak of a forward and a backward pass, under each budget for logits."""
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights

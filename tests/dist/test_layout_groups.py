@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.spawn import RankError, run_ranks
+from tests.support.dist.spawn import RankError, run_ranks
 
 
 def rank_layout(axes: dict[str, int]) -> dict[str, Any]:

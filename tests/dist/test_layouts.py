@@ -16,11 +16,11 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.objective import ImportanceConfig
 from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.types import Treatment
-from tests.dist.layout_gradients import Row, rank_rows
-from tests.dist.literal_objective import is_trusted, literal_gradients, literal_logprobs
-from tests.dist.spawn import RankError, run_ranks
-from tests.hf_models import make_hf_model
-from tests.unit.objective_cases import random_groups
+from tests.support.dist.layout_gradients import Row, rank_rows
+from tests.support.dist.literal_objective import is_trusted, literal_gradients, literal_logprobs
+from tests.support.dist.spawn import RankError, run_ranks
+from tests.support.hf_models import make_hf_model
+from tests.support.objective_cases import random_groups
 
 OBJECTIVES = [
     ObjectiveConfig(length_normalization=mode, constant_length=7, kl_coef=0.1, clip_high=0.28, beta_gal=beta)

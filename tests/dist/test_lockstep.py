@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dypo.ending import Cause, cause_of
-from tests.dist.spawn import RankError, run_ranks
+from tests.support.dist.spawn import RankError, run_ranks
 
 DEADLINE_S = 120.0
 """Of the steps: the tests take seconds, so that nobody has waited for it."""
@@ -18,7 +18,7 @@ class Odd(Exception):
 
 
 def fail(kind):
-    from megatron_dypo.weights.sglang_control import ServerError
+    from megatron_dypo.refit.control import ServerError
 
     if kind == "assert":
         assert 1 == 2, "one is not two"  # noqa: PLR0133
@@ -40,7 +40,7 @@ def fail(kind):
 
 def step_ranks(kinds):
     """For each kind, what this rank raised and its cause; rank 1 fails, and in the last step both do."""
-    from megatron_dypo.weights.transports.base import Lockstep
+    from megatron_dypo.refit.transports.base import Lockstep
 
     dist.init_process_group("gloo")
     lockstep, rank, seen = Lockstep(DEADLINE_S), dist.get_rank(), []
@@ -109,7 +109,7 @@ def test_failures_of_several_ranks_are_all_named(ranks):
 
 def rank_dies(path):
     """Rank 1 dies within its action; rank 0 tells what it then saw, and when."""
-    from megatron_dypo.weights.transports.base import Lockstep
+    from megatron_dypo.refit.transports.base import Lockstep
 
     dist.init_process_group("gloo")
     lockstep = Lockstep(DEADLINE_S)

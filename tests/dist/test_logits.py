@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.spawn import run_ranks
-from tests.hf_models import KINDS, import_transformers, make_hf_model
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import KINDS, import_transformers, make_hf_model
 
 LENGTHS = ((5, 17, 1, 41), (70, 3, 3), (34,), (9, 9, 9, 9))
 """Sequences of each packed row; rows differ in their number of tokens, even for the sake of sequence parallelism."""
@@ -44,7 +44,7 @@ def rank_logits(paths: list[str], axes: dict) -> list[list[np.ndarray]] | None:
 def _model_logits(path: str, parallel, layout) -> list[np.ndarray]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights

@@ -15,11 +15,11 @@ import torch
 from megatron_dypo.batching.pack import alignment, pack, padded_lengths, row_length, sequence_alignment
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.objective import ObjectiveConfig
-from tests.dist.literal_objective import float64_model, hf_gradients, response_logp
-from tests.dist.spawn import run_ranks
+from tests.support.dist.literal_objective import float64_model, hf_gradients, response_logp
+from tests.support.dist.spawn import run_ranks
 from tests.dist.test_logits import rank_logits, rows
-from tests.hf_models import MOE_KINDS, import_transformers, make_hf_model
-from tests.unit.objective_cases import random_groups
+from tests.support.hf_models import MOE_KINDS, import_transformers, make_hf_model
+from tests.support.objective_cases import random_groups
 
 SP = {"tensor": 2, "sequence": True}
 LAYOUTS = {
@@ -72,10 +72,10 @@ def _path(root):
 
 def rank_scores(path, axes, samples):
     """Log-probs of the samples, all of which the first replica holds."""
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.mcore.score import sequence_logprobs
+    from megatron_dypo.mcore.logprobs import sequence_logprobs
     from megatron_dypo.parallel.layout import close, init_layout
 
     parallel = ParallelConfig(**axes)
@@ -111,15 +111,15 @@ def balance_samples():
 
 def rank_balance_gradients(path, axes):
     """Gradients of the load-balancing loss alone, as every token weight is zero; the gradient norm; the metric."""
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
-    from megatron_dypo.mcore.router import balance_metrics
+    from megatron_dypo.mcore.moe_router import balance_metrics
     from megatron_dypo.parallel.layout import close, init_layout
-    from megatron_dypo.weights.gather import iter_hf_tensors, sent_params
+    from megatron_dypo.models.gather import iter_hf_tensors, sent_params
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)

@@ -12,10 +12,10 @@ import torch
 
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.types import Treatment
-from tests.dist.literal_objective import literal_loss, log_ratios, response_logp
-from tests.dist.multi_step import MODES, PROMPTS, config_of, rank_train
-from tests.dist.spawn import run_ranks
-from tests.hf_models import import_transformers, make_hf_model
+from tests.support.dist.literal_objective import literal_loss, log_ratios, response_logp
+from tests.support.dist.multi_step import MODES, PROMPTS, config_of, rank_train
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import import_transformers, make_hf_model
 
 LAYOUTS = {"one process": (1, {}), "pp2": (2, {"pipeline": 2}), "dp2": (2, {})}
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dypo.weights.families.table import LAYER
-from megatron_dypo.weights.held import SourceLayout
-from megatron_dypo.weights.plan import EngineLayout, make_plan
-from megatron_dypo.weights.quantize import quantize
-from megatron_dypo.weights.quantized_names import BLOCK, Quantization, is_quantized, scale_name
-from megatron_dypo.weights.served import served_tensors
-from megatron_dypo.weights.slices import matrix, rectangle
-from megatron_dypo.weights.transports.messages import as_bytes
-from tests.dist.planned_ranks import Push, rank_push
-from tests.dist.spawn import run_ranks
-from tests.refit_standins import Shapes, hf_tensors, standin_engine
-from tests.unit.weights.architectures import make_arch
+from megatron_dypo.models.families.table import LAYER
+from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.refit.plan.plan import EngineLayout, make_plan
+from megatron_dypo.models.quantized.blocks import quantize
+from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name
+from megatron_dypo.refit.plan.served import served_tensors
+from megatron_dypo.refit.slices import matrix, rectangle
+from megatron_dypo.refit.transports.messages import as_bytes
+from tests.support.dist.planned_ranks import Push, rank_push
+from tests.support.dist.spawn import run_ranks
+from tests.support.refit_standins import Shapes, hf_tensors, standin_engine
+from tests.support.architectures import make_arch
 
 ARCH = make_arch(
     "qwen3",

@@ -11,19 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dypo.architecture import Architecture, Experts
-from megatron_dypo.weights.held import SourceLayout
-from megatron_dypo.weights.served import EngineLayout
-from tests.dist.planned_ranks import BUCKET_MB, Push, rank_push
-from tests.dist.spawn import run_ranks
-from tests.refit_standins import (
-    StandInEngine,
-    hf_tensors,
-    served_params,
-    served_shapes,
-    standin_engine,
-)
-from tests.unit.weights.architectures import make_arch
+from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.refit.plan.served import EngineLayout
+from tests.support.dist.planned_ranks import BUCKET_MB, Push, rank_push
+from tests.support.dist.spawn import run_ranks
+from tests.support.refit_standins import StandInEngine, hf_tensors, served_params, served_shapes, standin_engine
+from tests.support.architectures import make_arch
 
 WIDE = {
     "hidden_size": 128,
@@ -114,7 +108,7 @@ def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
 
 def corrupt_what_comes() -> None:
     """In a server's rank: flip a bit of each message on its way."""
-    from megatron_dypo.weights.transports import p2p
+    from megatron_dypo.refit.transports import p2p
 
     take = p2p._GroupIncoming.take
 
@@ -140,9 +134,9 @@ def test_what_is_damaged_on_its_way_fails_the_push(verify):
 
 
 def die_while_receiving() -> None:
-    from megatron_dypo.weights.transports.links import Incoming
-    from megatron_dypo.weights.transports.local import _LocalIncoming
-    from megatron_dypo.weights.transports.p2p import _GroupIncoming
+    from megatron_dypo.refit.transports.links import Incoming
+    from megatron_dypo.refit.transports.local import _LocalIncoming
+    from megatron_dypo.refit.transports.p2p import _GroupIncoming
 
     def die(self: Incoming) -> torch.Tensor:
         os._exit(1)
@@ -152,8 +146,8 @@ def die_while_receiving() -> None:
 
 
 def hang_while_receiving() -> None:
-    from megatron_dypo.weights.transports.links import Incoming
-    from megatron_dypo.weights.transports.p2p import _GroupIncoming
+    from megatron_dypo.refit.transports.links import Incoming
+    from megatron_dypo.refit.transports.p2p import _GroupIncoming
 
     def hang(self: Incoming) -> torch.Tensor:
         threading.Event().wait()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.weights.held import SourceLayout
-from megatron_dypo.weights.plan import Transfer, make_plan
-from megatron_dypo.weights.quantized_folder import quantize_hf
-from megatron_dypo.weights.quantized_names import is_quantized, is_scale, scale_name, scale_shape
-from megatron_dypo.weights.served import EngineLayout
-from tests.dist.spawn import run_ranks
-from tests.hf_models import make_hf_model
+from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.refit.plan.plan import Transfer, make_plan
+from megatron_dypo.models.quantized.folder import quantize_hf
+from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
+from megatron_dypo.refit.plan.served import EngineLayout
+from tests.support.dist.spawn import run_ranks
+from tests.support.hf_models import make_hf_model
 
 LAYOUTS = {
     "tp2": ("qwen2", 2, {"tensor": 2}),
@@ -33,7 +33,7 @@ SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "moe_inte
 
 def slices_of(name: str, param: torch.Tensor, arch, layout, kind: str) -> list[Transfer]:
     """All of a parameter, each piece cut in two at an odd place, and all of its scales."""
-    from megatron_dypo.weights.families.registry import match
+    from megatron_dypo.models.families.registry import match
 
     row = match(name, arch)
     rank, size = (layout.etp_rank, layout.expert_tensor) if row.is_expert else (layout.tp_rank, layout.tensor)
@@ -70,13 +70,13 @@ def planned(arch, layout, kind: str) -> list[Transfer]:
 
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
     """Bytes of every slice that this rank serves, by kind; and exports to ``out``, plain and in each kind."""
-    from megatron_dypo.architecture import load_architecture
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout
-    from megatron_dypo.weights.export import export_hf
-    from megatron_dypo.weights.shard_quantizer import ShardQuantizer
+    from megatron_dypo.models.export import export_hf
+    from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 
     parallel, model = ParallelConfig(**axes), ModelConfig(hf_path=hf, dtype="bfloat16")
     layout, arch = init_layout(parallel), load_architecture(hf)

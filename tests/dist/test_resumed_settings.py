@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.dist.spawn import run_ranks
-from tests.dist.training import start
-from tests.hf_models import make_hf_model
+from tests.support.dist.spawn import run_ranks
+from tests.support.dist.training import start
+from tests.support.hf_models import make_hf_model
 
 OLD: dict[str, Any] = {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.1}
 NEW: dict[str, Any] = {
@@ -20,7 +20,7 @@ NEW: dict[str, Any] = {
 
 def rank_resume(path: str, root: str, options: dict[str, Any]) -> dict[str, Any]:
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.mcore import checkpoint
+    from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.parallel.layout import close, init_layout
 
     parallel = ParallelConfig()

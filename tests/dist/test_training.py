@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.dist.spawn import run_ranks
-from tests.dist.training import Session, start
-from tests.hf_models import make_hf_model
+from tests.support.dist.spawn import run_ranks
+from tests.support.dist.training import Session, start
+from tests.support.hf_models import make_hf_model
 
 OPTIMIZERS = ("plain", "distributed")
 
@@ -101,7 +101,7 @@ def _train_on_nan(session: Session) -> dict[str, Any]:
 
 
 def _resume(new: Any, other: Any, root: str, layout: Any) -> Any:
-    from megatron_dypo.mcore import checkpoint
+    from megatron_dypo.mcore.checkpoints import checkpoint
 
     session = new()
     session.train(1, 1)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.dist.spawn import run_ranks
+from tests.support.dist.spawn import run_ranks
 from tests.dist.test_logits import YARN
-from tests.dist.training import start
-from tests.hf_models import make_hf_model
+from tests.support.dist.training import start
+from tests.support.hf_models import make_hf_model
 
 LAYOUTS = {
     "context": (2, {"context": 2}, "none"),

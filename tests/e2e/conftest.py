@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.rollout.servers import ServerPool, start_servers
+from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from megatron_dypo.samples import read_samples
-from tests.e2e.parity_task import write_task
+from megatron_dypo.metrics.samples import read_samples
 from tests.e2e.test_train_command import steps_of, train
+from tests.support.e2e.parity_task import write_task
 
 STEPS = 5
 ASYNC = {"mode": "async", "prompts_per_step": 8}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.spawn import run_ranks
-from tests.e2e.pushing_ranks import (
+from tests.support.dist.spawn import run_ranks
+from tests.support.e2e.pushing_ranks import (
     IN_FLIGHT_TOKENS,
     PROMPT,
     VERSIONS,
@@ -18,7 +18,7 @@ from tests.e2e.pushing_ranks import (
     rank_push_while_a_server_dies,
     rank_push_while_a_server_hangs,
 )
-from tests.hf_models import import_transformers, make_hf_model
+from tests.support.hf_models import import_transformers, make_hf_model
 
 # About 1.7 MiB for each stage, so that each sends several buckets of 1 MiB.
 SIZES = {

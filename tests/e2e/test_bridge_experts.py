@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.spawn import run_ranks
-from tests.e2e.pushing_ranks import Target, ask
-from tests.hf_models import import_transformers, make_hf_model
+from tests.support.dist.spawn import run_ranks
+from tests.support.e2e.pushing_ranks import Target, ask
+from tests.support.hf_models import import_transformers, make_hf_model
 
 TOKENS = list(range(3, 40))
 # On a CPU SGLang pads experts to a multiple of 64 features, which planned pushes refuse.
@@ -26,13 +26,13 @@ def target(sglang_servers, tmp_path_factory):
 
 def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
     """Load ``model`` and push it twice, the second time over the connections of the first."""
-    from megatron_dypo.architecture import load_architecture
     from megatron_dypo.config.refit import WeightsConfig
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.parallel.layout import close, init_layout
-    from megatron_dypo.weights.bridge import Bridge
+    from megatron_dypo.refit.refitter import Bridge
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from megatron_dypo.ending import Cause
-from megatron_dypo.mcore.checkpoint_folder import find_latest
-from tests.e2e.parity_task import write_task
+from megatron_dypo.mcore.checkpoints.folder import find_latest
+from tests.support.e2e.parity_task import write_task
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_a_rank_that_stands_still_is_named_with_what_it_was_doing(task):
     assert re.search(line, output)
     stacks = (task.parent / "run" / "logs" / "rank_00001.log").read_text()
     assert "Fatal Python error: Aborted" in stacks
-    assert "megatron_dypo/train.py" in stacks
+    assert "megatron_dypo/loop/train.py" in stacks
 
 
 def test_a_disk_that_is_full_ends_the_run_and_leaves_the_older_checkpoint(task):
@@ -155,7 +155,7 @@ def test_an_error_of_one_rank_is_told_once_with_its_traceback(task):
     # Only rank 1 has this module, and it cannot be imported.
     (task.parent / "broken").mkdir()
     (task.parent / "broken" / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.modules['megatron_dypo.train'] = None\n"
+        "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.modules['megatron_dypo.loop.train'] = None\n"
     )
     process = start(task, PYTHONPATH=f"{task.parent / 'broken'}:{REPOSITORY}")
     code, output = finish(process)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.weights.convert import mcore_to_hf
-from tests.e2e.parity_task import write_task
+from megatron_dypo.models.convert import mcore_to_hf
+from tests.support.e2e.parity_task import write_task
 
 REPOSITORY = Path(__file__).parents[2]
 LAYOUTS = {

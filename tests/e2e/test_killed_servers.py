@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.metrics import read_metrics
-from megatron_dypo.samples import read_samples
-from tests.e2e.parity_task import write_task
+from megatron_dypo.metrics.samples import read_samples
+from megatron_dypo.metrics.writer import read_metrics
+from tests.support.e2e.parity_task import write_task
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_GAP = 1e-3
@@ -52,7 +52,7 @@ def run(
         checkpoint={"every": 0},
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "tests.e2e.killing_run", str(config), json.dumps(moments)]
+    command += ["-m", "tests.support.e2e.killing_run", str(config), json.dumps(moments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

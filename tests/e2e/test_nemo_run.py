@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dypo.metrics import read_metrics
-from megatron_dypo.rollout.launch import lease_port
-from tests.e2e.parity_task import write_task
-from tests.nemo_run import PROGRAM, dypo, nemo_run_python
+from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.rollout.server.command import lease_port
 from tests.slurm_host.host import Job, start_slurm
+from tests.support.e2e.parity_task import write_task
+from tests.support.nemo_run import PROGRAM, dypo, nemo_run_python
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def tiny(folder: Path) -> list[str]:
         f"model.data.prompts=[{folder / 'train.jsonl'}]",
         "model.rollout.prompts_per_step=8",
         "model.rollout.max_new_tokens=12",
-        "model.grading.verifier=tests.e2e.parity_task:verify",
+        "model.grading.verifier=tests.support.e2e.parity_task:verify",
         "model.batching.prompts_per_update=8",
         "model.optimizer.warmup_steps=0",
         "model.eval.prompts=[]",

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.rollout.servers import start_servers
-from tests.dist.spawn import run_ranks
-from tests.e2e.pushing_ranks import PROMPT, Target, Trainer, ask, checksums_by_rank
-from tests.hf_models import import_transformers, make_hf_model
+from megatron_dypo.rollout.server.servers import start_servers
+from tests.support.dist.spawn import run_ranks
+from tests.support.e2e.pushing_ranks import PROMPT, Target, Trainer, ask, checksums_by_rank
+from tests.support.hf_models import import_transformers, make_hf_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
 MESHES = {"TP2×PP2": {"tensor": 2, "pipeline": 2}, "PP2×DP2": {"pipeline": 2}}
@@ -39,7 +39,7 @@ def target(request, models, tmp_path_factory):
 
 def rank_push_all_ways(target: Target, models: list[str], axes: dict[str, int]) -> dict[str, Any]:
     """(transport, number of servers) → what they hold then and what they should, and the bytes that were sent."""
-    from megatron_dypo.weights.export import export_hf
+    from megatron_dypo.models.export import export_hf
 
     trainer = Trainer(target, **axes)
     is_first = trainer.layout.rank == 0

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from megatron_dypo.metrics import read_metrics
-from megatron_dypo.preemption import PREEMPTED_STATUS
-from tests.e2e.parity_task import write_task
+from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.processes.stop_requests import PREEMPTED_STATUS
+from tests.support.e2e.parity_task import write_task
 
 REPOSITORY = Path(__file__).parents[2]
 

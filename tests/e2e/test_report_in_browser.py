@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from megatron_dypo.report.page import render_report
-from tests.unit.report.run_folder import HOSTILE, make_run
+from megatron_dypo.metrics.report.page import render_report
+from tests.support.run_folder import HOSTILE, make_run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -21,11 +21,11 @@ import torch
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
-from megatron_dypo.rollout.probe import log_probs_are_untempered
-from megatron_dypo.rollout.process import ServerDiedError
-from megatron_dypo.rollout.servers import ServerPool, start_servers
+from megatron_dypo.rollout.server.probe import log_probs_are_untempered
+from megatron_dypo.rollout.server.process import ServerDiedError
+from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 from megatron_dypo.types import Prompt, RolloutGroup
-from tests.hf_models import import_transformers, make_hf_model
+from tests.support.hf_models import import_transformers, make_hf_model
 
 STOP_IDS = tuple(range(2, 22))
 """Many, so that a random model of 131 tokens stops within a few."""
@@ -206,7 +206,7 @@ def test_a_trainer_that_is_killed_leaves_no_process_of_its_server(model_path: Pa
 import signal
 from pathlib import Path
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.rollout.servers import start_servers
+from megatron_dypo.rollout.server.servers import start_servers
 cfg = ServersConfig(port=31000)
 start_servers(cfg, Path({str(model_path)!r}), "float32", Path({str(tmp_path)!r}), seed=1, device="cpu")
 print("started", flush=True)

@@ -19,9 +19,9 @@ from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.router import Router
-from megatron_dypo.rollout.servers import ServerPool
-from tests.hf_models import make_hf_model
-from tests.routers import running_router
+from megatron_dypo.rollout.server.servers import ServerPool
+from tests.support.hf_models import make_hf_model
+from tests.support.routers import running_router
 from tests.unit.rollout.test_collect import make_prompts
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.architecture import load_architecture
-from tests.hf_models import import_transformers, make_hf_model
+from megatron_dypo.models.architecture import load_architecture
+from tests.support.hf_models import import_transformers, make_hf_model
 
 ROPE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LENGTH = 90

@@ -8,11 +8,11 @@ import sys
 import psutil
 import pytest
 
-from megatron_dypo.metrics import read_metrics
-from megatron_dypo.rollout.probe import http_status
-from tests.e2e.parity_task import write_task
-from tests.hf_models import make_hf_model
+from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.rollout.server.probe import http_status
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
+from tests.support.e2e.parity_task import write_task
+from tests.support.hf_models import make_hf_model
 
 DEADLINE_S = 500.0
 """A job starts and trains in less than a minute; on a machine that is busy otherwise, in several."""
@@ -133,7 +133,7 @@ def test_colocated_nodes_train_on_their_first_gpu_and_serve_on_the_other(slurm, 
     job = submit(slurm, task, tmp_path, "run.steps=3", nodes=2, rollout_nodes=2, COLOCATED="1")
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
     serving = job_process(job, "megatron_dypo.cli", "serve")
-    training = job_process(job, "-m", "megatron_dypo.torchrun")
+    training = job_process(job, "-m", "megatron_dypo.launch.torchrun")
     assert "rollout.servers.base_gpu=1" in serving.cmdline()
     assert "--nproc-per-node=1" in training.cmdline()
     assert [process.environ()["CUDA_VISIBLE_DEVICES"] for process in (serving, training)] == ["0,1", "0,1"]

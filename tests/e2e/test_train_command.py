@@ -13,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron_dypo.metrics import read_metrics
-from megatron_dypo.samples import read_samples
-from tests.e2e.parity_task import write_task
-from tests.hf_models import import_transformers
+from megatron_dypo.metrics.samples import read_samples
+from megatron_dypo.metrics.writer import read_metrics
+from tests.support.e2e.parity_task import write_task
+from tests.support.hf_models import import_transformers
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "megatron_dypo.cli"]
@@ -213,7 +213,7 @@ def test_two_replicas_share_prompts_and_work(tmp_path):
 
 def test_a_run_that_solves_everything_at_once_exports_nothing_and_says_so(tmp_path):
     config = write_task(
-        tmp_path, grading={"verifier": "tests.e2e.parity_task:approve"}, batching={"max_collect_rounds": 2}
+        tmp_path, grading={"verifier": "tests.support.e2e.parity_task:approve"}, batching={"max_collect_rounds": 2}
     )
     output = train(config, status=10)
     assert "no trainable prompt left among 48 draws: 48 Easy" in output

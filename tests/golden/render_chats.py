@@ -11,8 +11,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from megatron_dypo.data.prompts import end_trace
-from megatron_dypo.data.tokenizers import load_tokenizer
-from tests.unit.data.chat_families import FAMILIES, write_family
+from megatron_dypo.data.tokenizer.open import load_tokenizer
+from tests.support.chat_families import FAMILIES, write_family
 
 FOLDER = Path(__file__).parent
 GOLDEN = FOLDER / "chat_families.txt"

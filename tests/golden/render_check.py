@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_dypo.check.report import to_text
 from megatron_dypo.check.survey import survey
-from tests.unit.check_cases import case
+from tests.support.check_cases import case
 
 GOLDEN = Path(__file__).parent / "check_report.txt"
 

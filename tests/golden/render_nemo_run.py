@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from tests.nemo_run import dypo, nemo_run_python
+from tests.support.nemo_run import dypo, nemo_run_python
 
 FOLDER = Path(__file__).parent
 DRY_RUNS: dict[str, list[str]] = {

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_dypo.gpu_check.check import compare, compare_tensors, run_part
-from megatron_dypo.gpu_check.synthetic import CheckSizes
 from megatron_dypo.parallel.device import on_gpu
+from tools.gpu_parts.check import compare, compare_tensors, run_part
+from tools.gpu_parts.synthetic import CheckSizes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not on_gpu(), reason="needs a GPU")]
 

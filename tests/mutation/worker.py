@@ -44,7 +44,7 @@ _EPOCH = 2_000_000_000
 
 def main() -> None:
     """Serve tasks until the input ends."""
-    os.environ["TESTS_START_METHOD"] = "fork"  # ranks need not import everything again (see tests.dist.spawn)
+    os.environ["TESTS_START_METHOD"] = "fork"  # ranks need not import everything again (see tests.support.dist.spawn)
     for name in PRELOADED:
         importlib.import_module(name)
     for number, line in enumerate(sys.stdin):

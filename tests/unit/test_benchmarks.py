@@ -89,7 +89,7 @@ def test_a_number_of_ranks_that_divides_no_shape_is_refused_at_the_start(benchma
 def test_the_interval_of_an_asynchronous_run_is_that_of_its_own_number_of_samples(benchmarks, tmp_path, capsys):
     from asynchrony import measure
 
-    from megatron_dypo.intervals import wilson_interval
+    from megatron_dypo.metrics.intervals import wilson_interval
 
     rows = [
         {"step": step, "timing_s/step": float(step), "rollout/policy_version": step - 1, "timing_s/gen": 0.5}

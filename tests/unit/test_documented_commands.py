@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config.load import load_config
-from tests.unit.documented_commands import Command, commands_of
-from tests.unit.report.run_folder import make_run
+from tests.support.documented_commands import Command, commands_of
+from tests.support.run_folder import make_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from megatron_dypo.config.rules import require
+from megatron_dypo.checks import require
 from megatron_dypo.ending import Cause, RunEnded, cause_of, cause_of_status
 from tests.golden.render_exit_statuses import DOCUMENT, render
 

@@ -11,8 +11,8 @@ import yaml
 import megatron_dypo
 from megatron_dypo.config.load import parse_config
 from megatron_dypo.grading.math import verify_math
-from megatron_dypo.metric_names import lookup
-from megatron_dypo.samples import RolloutRow, SampleRow
+from megatron_dypo.metrics.names import lookup
+from megatron_dypo.metrics.samples import RolloutRow, SampleRow
 from megatron_dypo.types import DropReason, Tier, Treatment
 
 ROOT = Path(__file__).parents[2]

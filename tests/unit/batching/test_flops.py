@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dypo.architecture import Experts, architecture_from_hf
-from megatron_dypo.batching.flops import SequenceCost, sequence_cost
-from tests.hf_models import KINDS, SIZES, import_transformers
+from megatron_dypo.models.architecture import Experts, architecture_from_hf
+from megatron_dypo.models.flops import SequenceCost, sequence_cost
+from tests.support.hf_models import KINDS, SIZES, import_transformers
 
 
 def tiny(kind):

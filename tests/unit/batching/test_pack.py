@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_dypo.batching.bins import bins_best_fit, bins_within
 from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
 from megatron_dypo.types import TokenWeights
-from tests.unit.objective_cases import random_groups
+from tests.support.objective_cases import random_groups
 
 lengths = st.lists(st.integers(1, 40), min_size=0, max_size=40)
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from megatron_dypo.architecture import architecture_from_hf
 from megatron_dypo.batching.bins import bins_balanced
-from megatron_dypo.batching.flops import sequence_cost
 from megatron_dypo.batching.pack import alignment, num_microbatches, plan_microbatches, row_length
+from megatron_dypo.models.architecture import architecture_from_hf
+from megatron_dypo.models.flops import sequence_cost
 
 REPLICAS, PROMPT = 8, 150
 QWEN_7B = {

@@ -5,7 +5,7 @@ import numpy as np
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples, oldest
 from megatron_dypo.config.tree import BatchingConfig
 from megatron_dypo.types import TokenWeights, Treatment
-from tests.unit.objective_cases import random_groups
+from tests.support.objective_cases import random_groups
 
 
 def filled(versions):

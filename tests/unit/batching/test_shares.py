@@ -9,7 +9,7 @@ import pytest
 from megatron_dypo.batching.exchange import balance, num_tokens, owners
 from megatron_dypo.batching.queues import Queues, is_used_up, oldest, without_arrays
 from megatron_dypo.types import TokenWeights
-from tests.unit.objective_cases import random_groups
+from tests.support.objective_cases import random_groups
 
 
 class OneLeader:

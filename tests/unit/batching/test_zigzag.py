@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_dypo.batching.pack import pack, padded_lengths, row_length
 from megatron_dypo.batching.zigzag import held_responses, shard, zigzag_indices, zigzag_positions
 from megatron_dypo.types import Microbatch
-from tests.unit.objective_cases import random_groups
+from tests.support.objective_cases import random_groups
 
 
 def make_row(seed, size, spare=0):

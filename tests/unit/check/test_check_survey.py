@@ -14,7 +14,7 @@ from megatron_dypo.cli import app
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause
 from tests.golden.render_check import GOLDEN, render_check
-from tests.unit.check_cases import case, rows, write_case, write_rows
+from tests.support.check_cases import case, rows, write_case, write_rows
 
 
 def checked(config: Config) -> Report:
@@ -43,7 +43,7 @@ def test_the_share_of_a_teachers_wrong_traces_is_said_with_its_interval(tmp_path
 
 
 def test_a_verifier_that_accepts_everything_is_said(tmp_path: Path) -> None:
-    report = checked(case(tmp_path, grading={"verifier": "tests.unit.check_cases:approve"}))
+    report = checked(case(tmp_path, grading={"verifier": "tests.support.check_cases:approve"}))
     (found,) = report.verifiers
     assert (found.num_tried, found.num_gold, found.num_empty, found.num_constant, found.num_other) == (
         20,

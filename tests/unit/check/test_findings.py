@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from megatron_dypo.check.findings import Findings
-from megatron_dypo.config.rules import require
+from megatron_dypo.checks import require
+from megatron_dypo.metrics.findings import Findings
 
 LOG = logging.getLogger("megatron_dypo.somewhere")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.architecture import load_architecture
 from megatron_dypo.check.room import room_needed
+from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.planning.parameters import whole_model
-from tests.unit.check_cases import case
+from tests.support.check_cases import case
 
 
 @pytest.mark.parametrize(

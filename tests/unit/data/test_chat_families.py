@@ -9,9 +9,9 @@ import pytest
 import transformers
 
 from megatron_dypo.data.prompts import end_trace
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from tests.golden.render_chats import CHATS, GOLDEN, render_all
-from tests.unit.data.chat_families import FAMILIES, write_family
+from tests.support.chat_families import FAMILIES, write_family
 
 
 def _load(tmp_path: Path, name: str, **config: object) -> Tokenizer:

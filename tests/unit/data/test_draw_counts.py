@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.prompts import DropCounts
-from megatron_dypo.data.row_check import check_part
+from megatron_dypo.data.row_check.check import check_part
 from megatron_dypo.data.rows import BadRow
 
 

@@ -17,11 +17,11 @@ import pyarrow.parquet
 import pytest
 
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
-from megatron_dypo.data.check_processes import check_rows
 from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, compare_fingerprints, open_prompts
+from megatron_dypo.data.row_check.processes import check_rows
 from megatron_dypo.data.source import RowSource
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from megatron_dypo.ending import Cause, cause_of
 from tests.unit.data.conftest import variant
 

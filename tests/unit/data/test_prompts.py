@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, epoch_order
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 
 ROWS = [
     {

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from megatron_dypo.data.tokenizers import load_tokenizer
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from tests.golden.render_chats import CHATS
-from tests.unit.data.chat_families import FAMILIES, Family, write_family
+from tests.support.chat_families import FAMILIES, Family, write_family
 
 _TRL = importlib.util.find_spec("trl")
 if _TRL is None or _TRL.origin is None:
@@ -29,7 +29,7 @@ OURS = {
     "qwen3_instruct_2507.jinja": "qwen3",
     "deepseek_r1_distill.jinja": "r1_distill",
 }
-"""Published templates whose text our own of :mod:`tests.unit.data.chat_families` gives, for plain conversations."""
+"""Published templates whose text our own of :mod:`tests.support.chat_families` gives, for plain conversations."""
 _MANY = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|eot_id|>", "<|end_of_text|>")
 _GENERAL = Family(template="", special=(*_MANY, "<s>", "</s>"), bos_token="<s>", eos_token="</s>")
 ENDS = {

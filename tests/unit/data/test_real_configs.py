@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import tests
-from megatron_dypo.data.tokenizer_files import read_folder
-from megatron_dypo.data.tokenizers import check_vocabulary, load_tokenizer
-from tests.unit.data.chat_families import FAMILIES, write_family
+from megatron_dypo.data.tokenizer.files import read_folder
+from megatron_dypo.data.tokenizer.open import check_vocabulary, load_tokenizer
+from tests.support.chat_families import FAMILIES, write_family
 
 MODELS = Path(tests.__file__).parent / "unit" / "models_real"
 EOS = {

@@ -17,7 +17,7 @@ from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.formats import FORMATS, Columns
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
 from megatron_dypo.data.rows import BadRow, parse_row
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 
 GOOD = {"prompt": "What is 1 + 1?", "answer": "2", "traces": {"r1": "It is 2."}}
 PLAIN = FORMATS["plain"]

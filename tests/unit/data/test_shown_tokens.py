@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.data.tokenizers import load_tokenizer
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 
 
 @pytest.mark.parametrize("text", ["plain", " two  spaces ", "<|im_start|>user\nnaïve 十<|im_end|>\n"])

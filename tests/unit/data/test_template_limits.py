@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from megatron_dypo.data.chat import ChatTemplate
-from megatron_dypo.data.template_process import TEMPLATES, TemplateError, TemplateProcess
-from megatron_dypo.data.template_worker import CPU_LIMIT_S
+from megatron_dypo.data.tokenizer.chat import ChatTemplate
+from megatron_dypo.data.tokenizer.template_process import TEMPLATES, TemplateError, TemplateProcess
+from megatron_dypo.data.tokenizer.template_worker import CPU_LIMIT_S
 
 USER = [{"role": "user", "content": "hello"}]
 GOOD = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -137,7 +137,7 @@ def test_signals_for_the_trainer_do_not_end_the_process() -> None:
 def test_the_process_ends_with_a_trainer_that_was_killed() -> None:
     program = (
         "import os, signal\n"
-        "from megatron_dypo.data.template_process import TEMPLATES\n"
+        "from megatron_dypo.data.tokenizer.template_process import TEMPLATES\n"
         "TEMPLATES.render('x', {})\n"
         "print(TEMPLATES._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
-from tests.unit.data.chat_families import FAMILIES, write_family
+from megatron_dypo.data.tokenizer.open import Tokenizer, check_vocabulary, load_tokenizer
+from tests.support.chat_families import FAMILIES, write_family
 
 
 def _load(tmp_path: Path, name: str, **config: object) -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jinja2
 import pytest
 
-from megatron_dypo.data.template_worker import variables
+from megatron_dypo.data.tokenizer.template_worker import variables
 
 
 def test_variables_are_those_that_a_template_reads_and_nobody_defines() -> None:

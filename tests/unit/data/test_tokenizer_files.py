@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.data.tokenizers import load_tokenizer
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from tests.unit.data.conftest import variant
 
 

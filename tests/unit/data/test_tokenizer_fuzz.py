@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.data.tokenizers import load_tokenizer
-from tests.unit.data.chat_families import FAMILIES
+from megatron_dypo.data.tokenizer.open import load_tokenizer
+from tests.support.chat_families import FAMILIES
 
 CHAT = [{"role": "user", "content": "What is 1 + 2?"}]
 JUNK: list[Any] = [

@@ -10,7 +10,7 @@ import sentencepiece
 import transformers
 
 from megatron_dypo.data.prompts import end_trace
-from megatron_dypo.data.tokenizers import load_tokenizer
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from tests.unit.data.conftest import TEMPLATE, train_sentencepiece, variant
 
 CHATS = [

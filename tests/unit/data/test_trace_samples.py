@@ -12,10 +12,10 @@ import pytest
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
+from megatron_dypo.data.row_check.verdicts import TraceVerdicts, wrong_traces
 from megatron_dypo.data.teacher_table import teacher_table
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_dypo.data.verdicts import TraceVerdicts, wrong_traces
-from megatron_dypo.intervals import wilson_interval
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
+from megatron_dypo.metrics.intervals import wilson_interval
 from megatron_dypo.types import Prompt
 
 SLASHED = "Qwen/Qwen3-235B-A22B"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.data.tokenising import end_trace, require_target
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from tests.unit.data.conftest import TEMPLATE, train_bpe, variant
 
 # As Qwen3-Thinking's and R1-Distill's: the header of the answer opens the thinking.

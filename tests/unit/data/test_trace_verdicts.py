@@ -12,9 +12,9 @@ import pytest
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
+from megatron_dypo.data.row_check.verdicts import wrong_traces
 from megatron_dypo.data.statistics import prompt_statistics, teacher_statistics
-from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_dypo.data.verdicts import wrong_traces
+from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from megatron_dypo.types import Prompt
 from tests.unit.data.conftest import TEMPLATE, variant
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.render_nemo_run import DRY_RUNS, FOLDER, render
-from tests.nemo_run import REPOSITORY, dypo, nemo_run_python
+from tests.support.nemo_run import REPOSITORY, dypo, nemo_run_python
 
 PAGE = (REPOSITORY / "docs" / "nemo_run.md").read_text(encoding="utf-8")
 CALL = ".venv-nemo-run/bin/python examples/nemo_run/dypo.py "

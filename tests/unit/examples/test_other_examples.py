@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from prepare import HERE, prepare, prompt_row, read_gsm8k
 
-from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.load import load_config
-from megatron_dypo.data.tokenizers import load_tokenizer
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from megatron_dypo.grading.exact import verify_exact
-from megatron_dypo.weights.hf_io import HFReader
+from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.hf.read import HFReader
 
 EXAMPLES = HERE.parent
 PUBLISHED = {

@@ -12,10 +12,10 @@ import run
 from model import HF_CONFIG, VOCABULARY, write_model
 from task import TEACHERS, Addition, draw_problems, write_problems
 
-from megatron_dypo.architecture import load_architecture
-from megatron_dypo.data.tokenizers import load_tokenizer
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from megatron_dypo.grading.exact import verify_exact
-from megatron_dypo.weights.hf_io import HFReader
+from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.hf.read import HFReader
 
 
 def is_right(teacher: str, problem: Addition) -> bool:

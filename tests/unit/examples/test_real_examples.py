@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.architecture import load_architecture
 from megatron_dypo.config.load import load_config
-from megatron_dypo.launch import check_inputs
+from megatron_dypo.launch.start import check_inputs
+from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.plan import as_data, make_plan
 from megatron_dypo.planning.setting import make_setting

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.grading import AnswerFormat, GradingConfig, Thinking
-from megatron_dypo.grading.choice import chosen_letter, verify_choice
-from megatron_dypo.grading.exact import verify_exact
-from megatron_dypo.grading.extract import (
+from megatron_dypo.grading.answers.extract import (
     after_thinking,
     boxed_answer,
     boxes,
@@ -23,8 +21,10 @@ from megatron_dypo.grading.extract import (
     marked_answer,
     without_end_tokens,
 )
+from megatron_dypo.grading.answers.style import AnswerStyle
+from megatron_dypo.grading.choice import chosen_letter, verify_choice
+from megatron_dypo.grading.exact import verify_exact
 from megatron_dypo.grading.math import verify_math
-from megatron_dypo.grading.style import AnswerStyle
 
 LENGTH = 60_000
 QUADRATIC_S = 20.0

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.grading.answers import same_answer
-from megatron_dypo.grading.cleaning import cleaned
-from megatron_dypo.grading.rationals import Rational, read_rational, same_number
-from megatron_dypo.grading.reading import Quantity, read_answer
+from megatron_dypo.grading.answers.cleaning import cleaned
+from megatron_dypo.grading.answers.rationals import Rational, read_rational, same_number
+from megatron_dypo.grading.answers.reading import Quantity, read_answer
+from megatron_dypo.grading.answers.same import same_answer
 
 SEPARATORS = [
     "",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_dypo.config.grading import GradingConfig
+from megatron_dypo.grading.answers.extract import last_boxed
 from megatron_dypo.grading.choice import chosen_letter, verify_choice
 from megatron_dypo.grading.exact import verify_exact
-from megatron_dypo.grading.extract import last_boxed
 from megatron_dypo.grading.math import verify_math
 from megatron_dypo.grading.verify import Verifier
 

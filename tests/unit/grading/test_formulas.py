@@ -7,8 +7,8 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.grading.answers import same_answer
-from megatron_dypo.grading.formulas import _is_confirmed, same_formula
+from megatron_dypo.grading.answers.formulas import _is_confirmed, same_formula
+from megatron_dypo.grading.answers.same import same_answer
 
 
 @pytest.mark.parametrize(

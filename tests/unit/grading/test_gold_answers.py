@@ -17,12 +17,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dypo.grading.answers import same_answer
+from megatron_dypo.grading.answers.cleaning import cleaned
+from megatron_dypo.grading.answers.extract import gold_text
+from megatron_dypo.grading.answers.reading import Formula, Quantity, read_answer
+from megatron_dypo.grading.answers.same import same_answer
 from megatron_dypo.grading.choice import verify_choice
-from megatron_dypo.grading.cleaning import cleaned
-from megatron_dypo.grading.extract import gold_text
 from megatron_dypo.grading.math import verify_math
-from megatron_dypo.grading.reading import Formula, Quantity, read_answer
 
 pytestmark = pytest.mark.slow
 

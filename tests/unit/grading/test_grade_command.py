@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from megatron_dypo.cli import app
 
-HERE = "tests.unit.grading.verifiers"
+HERE = "tests.support.grading.verifiers"
 ROWS = [
     {"response": "a", "answer": "a", "label": True},
     {"response": "b", "answer": "a", "label": 0},

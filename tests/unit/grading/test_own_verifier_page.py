@@ -16,7 +16,7 @@ import yaml
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.load import parse_config
 from megatron_dypo.ending import Cause
-from megatron_dypo.grading.results import CORRECTNESS_KEYS, REWARD_KEYS
+from megatron_dypo.grading.workers.results import CORRECTNESS_KEYS, REWARD_KEYS
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "own_verifier.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dypo.grading.rationals import read_rational, same_number
+from megatron_dypo.grading.answers.rationals import read_rational, same_number
 
 
 def _same(a: str, b: str) -> bool:

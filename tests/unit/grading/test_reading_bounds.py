@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dypo.grading.cleaning import cleaned
-from megatron_dypo.grading.reading import Quantity, read_answer
-from megatron_dypo.grading.splitting import split_list
-from megatron_dypo.grading.unmarked import _last_value
+from megatron_dypo.grading.answers.cleaning import cleaned
+from megatron_dypo.grading.answers.reading import Quantity, read_answer
+from megatron_dypo.grading.answers.splitting import split_list
+from megatron_dypo.grading.answers.unmarked import _last_value
 
 
 @pytest.mark.parametrize(

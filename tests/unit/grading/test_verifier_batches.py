@@ -10,7 +10,7 @@ from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.types import Verdict
 
-HERE = "tests.unit.grading.verifiers"
+HERE = "tests.support.grading.verifiers"
 RIGHT, WRONG = Verdict(is_correct=True, reward=1.0), Verdict(is_correct=False, reward=0.0)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.grading.style import AnswerStyle
-from tests.unit.grading.verifier_cases import CASES, PAGE, VERIFIERS, page
+from megatron_dypo.grading.answers.style import AnswerStyle
+from tests.support.grading.verifier_cases import CASES, PAGE, VERIFIERS, page
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case['verifier']}-{index}" for index, case in enumerate(CASES)])
@@ -18,7 +18,7 @@ def test_a_verdict_is_the_one_that_the_page_shows(case: dict[str, Any]) -> None:
 
 def test_the_page_shows_these_cases() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert text == page(text), "run: python -m tests.unit.grading.verifier_cases"
+    assert text == page(text), "run: python -m tests.support.grading.verifier_cases"
 
 
 def test_each_verifier_has_cases_of_both_verdicts_for_each_rule() -> None:

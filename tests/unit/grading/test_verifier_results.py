@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.grading.results import read_result, shown
+from megatron_dypo.grading.workers.results import read_result, shown
 
 
 @pytest.mark.parametrize(

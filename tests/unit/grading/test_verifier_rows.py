@@ -17,7 +17,7 @@ from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.types import Prompt, Rollout, RolloutGroup, Verdict
 
-HERE = "tests.unit.grading.verifiers"
+HERE = "tests.support.grading.verifiers"
 
 
 def _verdict(function: str, pair: Pair, **changes: Any) -> Verdict:

@@ -10,13 +10,13 @@ import pytest
 
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.naming import import_path
-from megatron_dypo.grading.output import OutputTap
-from megatron_dypo.grading.processes import WorkerProcess
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.grading.worker import STOP_SIGNALS, Setup
+from megatron_dypo.grading.workers.output import OutputTap
+from megatron_dypo.grading.workers.process import WorkerProcess
+from megatron_dypo.grading.workers.worker import STOP_SIGNALS, Setup
 from megatron_dypo.types import Verdict
 
-HERE = "tests.unit.grading.verifiers"
+HERE = "tests.support.grading.verifiers"
 RIGHT = Verdict(is_correct=True, reward=1.0)
 
 
@@ -53,7 +53,7 @@ def test_a_signal_to_stop_does_not_end_a_process_that_is_starting() -> None:
 
 
 def test_a_module_that_sets_its_own_alarm_keeps_it() -> None:
-    with Verifier(_config("", verifier="tests.unit.grading.own_alarm:limited", deadline_s=20.0)) as verifier:
+    with Verifier(_config("", verifier="tests.support.grading.own_alarm:limited", deadline_s=20.0)) as verifier:
         first, good, second = verifier.verify([("hang", ""), ("a", "a"), ("hang", "")])
     assert good == RIGHT
     assert (first.error or "").startswith("TimeoutError: my own limit (own_alarm.py:")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.grading.calling import Caller
-from megatron_dypo.grading.signature import read_signature
+from megatron_dypo.grading.workers.calling import Caller
+from megatron_dypo.grading.workers.signature import read_signature
 
 VALUES = {
     "response": "R",

@@ -11,7 +11,7 @@ from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.trial import check_importable, try_verifier
 from megatron_dypo.types import Prompt
 
-HERE = "tests.unit.grading.verifiers"
+HERE = "tests.support.grading.verifiers"
 
 
 def _prompt(answer: Any, **changes: Any) -> Prompt:
@@ -79,6 +79,6 @@ def test_a_module_that_is_missing_is_named_with_its_key() -> None:
 
 
 def test_an_import_that_takes_too_long_is_an_error() -> None:
-    cfg = GradingConfig(verifier="tests.unit.grading.hangs_on_import:f")
+    cfg = GradingConfig(verifier="tests.support.grading.hangs_on_import:f")
     with pytest.raises(ValueError, match=r"grading.verifier='.*': its import takes too long"):
         check_importable(cfg, deadline_s=1.0)

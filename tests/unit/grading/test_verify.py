@@ -19,7 +19,7 @@ from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.verify import Verifier, grade, verdict_problem
 from megatron_dypo.types import GradedGroup, Prompt, Rollout, RolloutGroup, Tier
 
-HERE = "tests.unit.grading.verifiers"
+HERE = "tests.support.grading.verifiers"
 ROOT = Path(__file__).parents[3]
 
 
@@ -168,8 +168,8 @@ def test_results_become_correctness_and_reward() -> None:
         (f"{HERE}:nothing", "has no function 'nothing'"),
         (f"{HERE}:NOT_A_FUNCTION", "has no function 'NOT_A_FUNCTION'"),
         (f"{HERE}:wants_more", "function wants_more: its parameter 'threshold' has no default and is none of answer"),
-        ("tests.unit.grading.raises_on_import:f", r"RuntimeError: the licence .* \(raises_on_import.py:3\)"),
-        ("tests.unit.grading.dies_on_import:f", "died while importing it: verifier process exited with 5"),
+        ("tests.support.grading.raises_on_import:f", r"RuntimeError: the licence .* \(raises_on_import.py:3\)"),
+        ("tests.support.grading.dies_on_import:f", "died while importing it: verifier process exited with 5"),
     ],
 )
 def test_a_verifier_that_does_not_import_is_an_error_at_start(path: str, message: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.mcore import checkpoint
+from megatron_dypo.mcore.checkpoints import checkpoint
 
 
 def test_weights_that_cannot_be_read_are_named_by_their_checkpoint(tmp_path: Path) -> None:

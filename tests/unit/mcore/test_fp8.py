@@ -11,8 +11,8 @@ from megatron_dypo.config.tree import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.features import Features, fp8_obstacles, require_fp8
 from megatron_dypo.mcore.model import transformer_config
-from megatron_dypo.parallel.rules import check_fp8_sizes
-from tests.unit.weights.architectures import make_arch
+from megatron_dypo.models.layout_rules import check_fp8_sizes
+from tests.support.architectures import make_arch
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HOPPER, ADA, BLACKWELL, GEFORCE_BLACKWELL, AMPERE = (9, 0), (8, 9), (10, 0), (12, 0), (8, 0)

@@ -6,12 +6,12 @@ import pytest
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_dypo.architecture import Experts
 from megatron_dypo.config.tree import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
 from megatron_dypo.mcore.model import transformer_config
-from megatron_dypo.parallel.rules import check_layout
-from tests.unit.weights.architectures import make_arch
+from megatron_dypo.models.architecture import Experts
+from megatron_dypo.models.layout_rules import check_layout
+from tests.support.architectures import make_arch
 
 ARCH = make_arch(
     "qwen2", num_layers=12, hidden_size=56, num_attention_heads=28, head_dim=8, ffn_hidden_size=96, vocab_size=131

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.architecture import architecture_from_hf
 from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
-from tests.hf_models import LLAMA3_ROPE, import_transformers
+from megatron_dypo.models.architecture import architecture_from_hf
+from tests.support.hf_models import LLAMA3_ROPE, import_transformers
 
 LLAMA_3_1 = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
 LLAMA_3_2 = {**LLAMA_3_1, "factor": 32.0}

@@ -7,7 +7,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.ending import Cause, cause_of
-from megatron_dypo.mcore.save_failure import save_failure
+from megatron_dypo.mcore.checkpoints.save_failure import save_failure
 
 REASONS = [
     (OSError(errno.ENOSPC, "No space left on device"), Cause.DISK_FULL),

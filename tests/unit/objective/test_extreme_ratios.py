@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
-from tests.unit.objective.literal_tokens import literal_tokens
-from tests.unit.objective_cases import loss_inputs
+from tests.support.literal_tokens import literal_tokens
+from tests.support.objective_cases import loss_inputs
 
 STREAMS = ("advantage", "surrogate", "kl", "nll", "anchor", "old_logp", "ref_logp", "rollout_logp")
 ALL_MASKS = ImportanceConfig(cap=1.3, token_bounds=(0.5, 2.0), sequence_bounds=(0.6, 1.7), sequence_max_gap=0.4)

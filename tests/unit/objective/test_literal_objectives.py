@@ -16,8 +16,8 @@ from megatron_dypo.objective.loss import STATISTICS, token_loss
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.types import Treatment
-from tests.dist.literal_objective import loss_of_logprobs
-from tests.unit.objective_cases import loss_inputs, random_groups
+from tests.support.dist.literal_objective import loss_of_logprobs
+from tests.support.objective_cases import loss_inputs, random_groups
 
 MODES = ("sum", "sequence_mean", "token_mean", "constant")
 OPTIONS = {

@@ -5,7 +5,7 @@ import torch
 
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.loss import STATISTICS, token_loss
-from tests.unit.objective_cases import loss_inputs
+from tests.support.objective_cases import loss_inputs
 
 
 def run(logp, cfg=None, **streams):

@@ -10,7 +10,7 @@ from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ScoreConfig
 from megatron_dypo.config.tree import Config, ModelConfig
 from megatron_dypo.objective.loss import STATISTICS, token_loss
-from tests.unit.objective_cases import loss_inputs
+from tests.support.objective_cases import loss_inputs
 
 LENGTHS = (5, 1, 7, 3, 4)
 IS_TRACE = (False, False, False, True, False)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_dypo.config.tree import ParallelConfig
-from megatron_dypo.parallel.rules import check_layout
+from megatron_dypo.models.layout_rules import check_layout
 from tests.unit.mcore.test_model_config import ARCH
 
 
@@ -77,5 +77,5 @@ def test_context_parallelism_suits_every_model_and_axis(axes, context):
 
 
 def test_rules_are_checked_without_torch():
-    code = "import sys, megatron_dypo.parallel.rules; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_dypo.models.layout_rules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

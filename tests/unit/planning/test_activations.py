@@ -4,7 +4,7 @@ import pytest
 
 from megatron_dypo.planning.activations import layer_bytes
 from megatron_dypo.planning.schedule import chunks_in_flight
-from tests.unit.planning_cases import architecture
+from tests.support.planning_cases import architecture
 
 
 @pytest.mark.parametrize("tensor", [1, 8])

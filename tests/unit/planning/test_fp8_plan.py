@@ -14,7 +14,7 @@ from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.planning.fp8 import fp8_layers, quantized
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.training import LINK_EFFICIENCY, score_time, update_time
-from tests.unit.planning_cases import ROOT, architecture, from_file, pretraining
+from tests.support.planning_cases import ROOT, architecture, from_file, pretraining
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HOPPER, BLACKWELL = (9, 0), (10, 0)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.unit.planning_cases import ROOT
+from tests.support.planning_cases import ROOT
 
 QUICK = ("bf16", "fp32, selective")
 SLOW = (

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
-from tests.unit.planning_cases import ROOT
+from tests.support.planning_cases import ROOT
 
 PAPER = (
     "examples/qwen2_5_math_7b/dypo.yaml",

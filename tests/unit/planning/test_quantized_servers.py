@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.architecture import load_architecture
+from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.planning.parameters import served_bytes, whole_model
 from megatron_dypo.planning.serving import decode_step_s, make_engine, server_footprint
 from megatron_dypo.planning.step import PUSH_S, push_time
-from megatron_dypo.weights.quantized_folder import quantize_hf
-from tests.hf_models import make_hf_model
-from tests.unit.planning_cases import from_file
+from tests.support.hf_models import make_hf_model
+from tests.support.planning_cases import from_file
 
 KINDS = ("fp8_block", "fp8_channel")
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "num_hidden_layers": 2}

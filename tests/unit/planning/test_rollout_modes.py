@@ -10,7 +10,7 @@ from megatron_dypo.cli import app
 from megatron_dypo.planning.rollouts import drain_tokens, rollout_round
 from megatron_dypo.planning.serving import decode_step_s, make_engine, prefill_s
 from megatron_dypo.planning.step import step_time
-from tests.unit.planning_cases import ROOT, from_file
+from tests.support.planning_cases import ROOT, from_file
 
 ASYNC = ("rollout.mode=async", "score.policy=rollout")
 

@@ -10,7 +10,7 @@ from megatron_dypo.planning.schedule import pipeline_seconds
 from megatron_dypo.planning.serving import decode_step_s, make_engine
 from megatron_dypo.planning.step import push_time, step_time
 from megatron_dypo.planning.training import update_time
-from tests.unit.planning_cases import architecture, from_file, pretraining
+from tests.support.planning_cases import architecture, from_file, pretraining
 
 # fmt: off
 PUBLISHED = {

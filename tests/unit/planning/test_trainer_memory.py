@@ -8,7 +8,7 @@ from megatron_dypo.config.tree import OptimizerConfig
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.planning.memory import stage_counts, trainer_footprints
 from megatron_dypo.planning.parameters import active_parameters, whole_model
-from tests.unit.planning_cases import architecture, from_file, pretraining
+from tests.support.planning_cases import architecture, from_file, pretraining
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from aiohttp import web
 
 import megatron_dypo.rollout.collect as collect_module
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.progress import progress
+from megatron_dypo.metrics.progress import progress
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
-from megatron_dypo.rollout.process import ServerDiedError
+from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.types import DropReason, Prompt, Tokens
-from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+from tests.support.fake_sglang import FakeSGLang, wait_until
 
 
 def make_prompts(count: int) -> list[Prompt]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.rollout.launch import server_environment
-from megatron_dypo.rollout.probe import http_status, request_json
 from megatron_dypo.rollout.proxies import direct_hosts
-from tests.unit.rollout.fake_sglang import FakeSGLang
+from megatron_dypo.rollout.server.command import server_environment
+from megatron_dypo.rollout.server.probe import http_status, request_json
+from tests.support.fake_sglang import FakeSGLang
 from tests.unit.rollout.test_collect import closed_url
 
 requests = pytest.importorskip("requests", reason="SGLang warms up with it")

@@ -30,7 +30,7 @@ from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.descriptors import lacks_descriptors, raise_descriptor_limit
 from megatron_dypo.types import DropReason
-from tests.unit.rollout.fake_sglang import FakeSGLang, Reply, sample, wait_until
+from tests.support.fake_sglang import FakeSGLang, Reply, sample, wait_until
 from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
 
 HTML = "<html>\n<body>502 Bad Gateway</body></html>"

@@ -21,7 +21,7 @@ from megatron_dypo.rollout.responses import (
     sampled_lengths,
 )
 from megatron_dypo.types import Rollout, Tokens
-from tests.unit.rollout.fake_sglang import sample
+from tests.support.fake_sglang import sample
 
 BODY: dict[str, Any] = {"input_ids": [9]}
 VOCABULARY = 100

@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.rollout import launch
-from megatron_dypo.rollout.launch import WEIGHT_LOADER, lease_port, link_package, server_command, server_environment
+from megatron_dypo.rollout.server import command as command_module
+from megatron_dypo.rollout.server.command import (
+    WEIGHT_LOADER,
+    lease_port,
+    link_package,
+    server_command,
+    server_environment,
+)
 
 PACKAGE = Path("/run/python_path")
 
@@ -148,7 +154,7 @@ def test_a_host_that_is_no_address_of_this_machine_is_named_and_not_taken_for_bu
 
 def test_the_launcher_imports_nothing_of_this_package() -> None:
     """Its interpreter may be one that has SGLang but not us."""
-    launcher = Path(launch.__file__).with_name("sglang_cpu.py")
+    launcher = Path(command_module.__file__).with_name("sglang_cpu.py")
     code = f"import runpy, sys; runpy.run_path({str(launcher)!r}); print('megatron_dypo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "False"

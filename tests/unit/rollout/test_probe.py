@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from megatron_dypo.rollout.keys import read_api_key
-from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered, request_json
 from megatron_dypo.rollout.router import Router
+from megatron_dypo.rollout.server.probe import http_status, log_probs_are_untempered, request_json
 
 
 class Answering:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dypo.rollout.responses import IncompleteGroupError, Sampling, WrongVersionError, parse_group
 from megatron_dypo.types import Tokens
-from tests.unit.rollout.fake_sglang import sample
+from tests.support.fake_sglang import sample
 
 BODY: dict[str, Any] = {"input_ids": [9]}
 

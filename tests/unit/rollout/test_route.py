@@ -14,12 +14,12 @@ import pytest
 
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.collect import collect
-from megatron_dypo.rollout.probe import http_status
 from megatron_dypo.rollout.responses import request_body
-from megatron_dypo.rollout.route import route, router_options
 from megatron_dypo.rollout.router import Router
-from tests.routers import running_router
-from tests.unit.rollout.fake_sglang import FakeSGLang
+from megatron_dypo.rollout.server.probe import http_status
+from megatron_dypo.rollout.server.route import route, router_options
+from tests.support.fake_sglang import FakeSGLang
+from tests.support.routers import running_router
 from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
 
 KEY = "0123456789abcdef"

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import yaml
 
-from megatron_dypo.rollout.launch import lease_port
-from megatron_dypo.rollout.probe import http_status
-from tests.unit.rollout.fake_sglang import wait_until
+from megatron_dypo.rollout.server.command import lease_port
+from megatron_dypo.rollout.server.probe import http_status
+from tests.support.fake_sglang import wait_until
 
 PROGRAM = Path(__file__).with_name("fake_server_program.py")
 REPOSITORY = Path(__file__).parents[3]

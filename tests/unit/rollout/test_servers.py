@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from megatron_dypo.config.rollout import ServersConfig
-from megatron_dypo.rollout.probe import http_status
-from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
-from megatron_dypo.rollout.servers import ServerPool, start_servers
-from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+from megatron_dypo.rollout.server.probe import http_status
+from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
+from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from tests.support.fake_sglang import FakeSGLang, wait_until
 
 PROGRAM = Path(__file__).with_name("fake_server_program.py")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from megatron_dypo.rollout.process import ServerDiedError
+from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
-from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
+from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.unit.rollout.test_collect import make_client, make_prompts
 
 

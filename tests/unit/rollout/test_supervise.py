@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.rollout.process import ServerDiedError, ServerProcess
-from megatron_dypo.rollout.supervise import Supervised, Supervisor
-from tests.unit.rollout.fake_sglang import wait_until
+from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
+from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
+from tests.support.fake_sglang import wait_until
 
 
 @pytest.fixture

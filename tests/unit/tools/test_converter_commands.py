@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_dypo.models.convert import hf_to_mcore
 from megatron_dypo.parallel.cut import PipelineCut
-from megatron_dypo.weights.convert import hf_to_mcore
-from tests.hf_models import make_hf_model
+from tests.support.hf_models import make_hf_model
 
 TOOLS = Path(__file__).parents[3] / "tools"
 

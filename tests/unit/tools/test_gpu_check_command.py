@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from megatron_dypo.gpu_check.check import PartError, compare, compare_tensors, find_rates, precisions, run_check
-from megatron_dypo.gpu_check.logprob_speed import ProjectionSizes
-from megatron_dypo.gpu_check.synthetic import CheckSizes, architecture, count, make_samples
 from megatron_dypo.types import Treatment
 from tests.unit.tools.test_converter_commands import run_tool
+from tools.gpu_parts.check import PartError, compare, compare_tensors, find_rates, precisions, run_check
+from tools.gpu_parts.logprob_speed import ProjectionSizes
+from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
 
 HOPPER = {"device": "NVIDIA H100 80GB HBM3", "on_gpu": True, "fp8_obstacles": {"mxfp8": "…", "blockwise": "…"}}
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens where there is no GPU")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dypo.models.convert import hf_to_mcore
+from megatron_dypo.models.roundtrip import Difference, check_roundtrip, differing_tensors
 from megatron_dypo.parallel.cut import PipelineCut
-from megatron_dypo.weights.convert import hf_to_mcore
-from megatron_dypo.weights.roundtrip import Difference, check_roundtrip, differing_tensors
-from tests.hf_models import make_hf_model
+from tests.support.hf_models import make_hf_model
 from tests.unit.tools.test_converter_commands import run_tool
 
 DOWN, NORM = "model.layers.2.mlp.down_proj.weight", "model.norm.weight"

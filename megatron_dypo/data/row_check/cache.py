@@ -1,0 +1,110 @@
+"""Results of the row check in files beside the run, by a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import tempfile
+import uuid
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_dypo import __version__
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.data.row_check.check import RowsChecked
+from megatron_dypo.data.source import RowSource
+from megatron_dypo.data.tokenizer.open import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CHECK_FOLDER = "data_check"
+_CHECK_VERSION = 1
+"""Raise it when the check learns or refuses something else of the same row."""
+_LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
+_NOT_CHECKED = (
+    *("prompts", "format", "fields", "teachers", "drop_wrong_traces", "on_bad_row"),
+    *("max_prompt_tokens", "max_trace_tokens", "shuffle"),
+)
+"""Fields of :class:`DataConfig` that the check does not read, or whose meaning is hashed otherwise."""
+_ARRAYS = ("prompt_tokens", "trace_start", "trace_teacher", "trace_tokens", "verifier", "source", "is_object")
+_NAMES = ("teachers", "verifiers", "sources", "columns")
+
+
+def check_hash(source: RowSource, tokenizer: Tokenizer, data: DataConfig) -> str:
+    """Hash all that a check depends on: the files' contents and names, columns, template and tokenizer, versions."""
+    parts = {
+        "check": _CHECK_VERSION,
+        "versions": [__version__, *(importlib.metadata.version(library) for library in _LIBRARIES)],
+        "files": list(zip(source.names, source.hashes, strict=True)),
+        "columns": dataclasses.asdict(source.columns),
+        "data": {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_CHECKED},
+        "tokenizer": _tokenizer_files(tokenizer),
+        "stop_ids": list(tokenizer.eos_ids),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        tokenizer.save(Path(folder))
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_check(path: Path) -> RowsChecked | None:
+    """Read the result of an earlier check; None where there is none, or (with a warning) none that is whole."""
+    arrays = read_arrays(path, (*_ARRAYS, "notes"))
+    if arrays is None:
+        return None
+    notes = json.loads(arrays["notes"].tobytes())
+    kept: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+    kept |= {name: tuple(notes[name]) for name in _NAMES}
+    return RowsChecked(
+        **kept,
+        num_failed_checks=notes["num_failed_checks"],
+        problems={int(row): tuple(problems) for row, problems in notes["problems"].items()},
+    )
+
+
+def write_check(path: Path, checked: RowsChecked) -> None:
+    """Write the result of a check, all of it or nothing."""
+    notes = {
+        **{name: getattr(checked, name) for name in _NAMES},
+        "num_failed_checks": checked.num_failed_checks,
+        "problems": checked.problems,
+    }
+    arrays = {name: getattr(checked, name) for name in _ARRAYS}
+    write_arrays(path, {**arrays, "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8)})
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]] | None:
+    """Read arrays of an ``.npz`` file; None where there is no file, or (with a warning) none that is whole."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s cannot be read (%s): checking again", path, error)
+        return None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write an ``.npz`` file, all of it or nothing; several processes may write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **cast(Any, arrays))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""An answer's text without what LaTeX and Markdown add to its looks. Its meaning stays."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_dypo.grading.answers.rationals import tightened
+
+WORD = "\x01"
+"""Stands before each word that was in ``\\text{…}``, so that ``5\\text{ m}`` is not ``5 m``, a number times a variable."""
+SET_OPEN, SET_CLOSE = "\x05", "\x06"
+"""``\\{`` and ``\\}``."""
+
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x3002: ".", 0x3001: ","}
+_TEXT = re.compile(r"\\(?:text|textrm|textnormal|textup|mbox|hbox|mathrm|mathsf|rm)\s?\{([^{}\\]*)\}")
+_STYLED = re.compile(
+    r"\\(?:textbf|textit|emph|underline|mathbf|mathit|boldsymbol|bm|operatorname)\s?\{((?:[^{}\\]|\\.|\{[^{}]*\})*)\}"
+)
+_DEGREES = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\degrees?(?![A-Za-z])|°")
+_LOOKS = re.compile(
+    r"(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm)(?![A-Za-z])|\\q?quad(?![A-Za-z])"
+    r"|\\?[$€£]|\*\*|`|<<[^<>\n]{0,200}>>"
+)
+_SHORT_FRAC = re.compile(r"\\([dtc]?)frac\s?(\d|\{[^{}]*\})\s?(\d|\{[^{}]*\})")
+_DOUBLED = re.compile(
+    r"\\\\(?:d?frac|sqrt|left|right|text|pi|infty|cdot|times|cup|le|ge|leq|geq|circ|begin)(?![A-Za-z])"
+)
+_MATRIX = re.compile(r"[\[(]\s?\\begin\{array\}(?:\{[a-z| ]*\})?(.*?)\\end\{array\}\s?[\])]", re.DOTALL)
+_ROOT_OF_FRACTION = re.compile(r"\\sqrt\s?(\\[dtc]?frac\{[^{}]*\}\{[^{}]*\})")
+_TRAILING = " \t\r\n.;:,\\"
+MAX_LENGTH = 4000
+"""A longer text is no answer, unless it is the gold itself."""
+
+
+def cleaned(text: str) -> str:
+    """``text`` with one spelling for each thing that LaTeX can write in several.
+
+    Words of ``\\text{…}`` are marked by :data:`WORD`, set braces are :data:`SET_OPEN` and :data:`SET_CLOSE`, tight
+    commas and thin spaces are as in :func:`tightened`. Dollar signs, sizes, display marks and a final stop are left out.
+    A text longer than :data:`MAX_LENGTH` is returned as it is.
+    """
+    if len(text) > MAX_LENGTH:
+        return text
+    if _DOUBLED.search(text):  # escaped twice, as in JSON
+        text = text.replace("\\\\", "\\")
+    text = tightened(text.translate(_FULL_WIDTH))
+    text = _STYLED.sub(r" \1 ", text)
+    text = _TEXT.sub(lambda match: f" {re.sub('[A-Za-z]+', lambda word: WORD + word[0], match[1])} ", text)
+    text = _DEGREES.sub(f" {WORD}degrees ", text).replace("\\%", "%")
+    text = _LOOKS.sub(" ", text)
+    text = re.sub(r"\\\{|\\lbrace(?![A-Za-z])", SET_OPEN, text)
+    text = re.sub(r"\\\}|\\rbrace(?![A-Za-z])", SET_CLOSE, text)
+    text = _MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
+    text = re.sub(r"\\(begin|end)\{[bB]matrix\}", r"\\\1{pmatrix}", text)
+    text = _SHORT_FRAC.sub(_long_frac, text)
+    text = _ROOT_OF_FRACTION.sub(r"\\sqrt{\1}", text)  # math-verify takes \sqrt\frac{1}{4} for 1/4
+    return re.sub(r"[ \t]+(\^?)", lambda blank: blank[1] or " ", text).rstrip(_TRAILING).lstrip(" \t\r\n:")
+
+
+_BARE_FUNCTION = re.compile(r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi)(?![A-Za-z])")
+_BARE_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)")
+
+
+def _long_frac(match: re.Match[str]) -> str:
+    above, below = (part if part.startswith("{") else f"{{{part}}}" for part in match.groups()[1:])
+    return f"\\frac{above}{below}"
+
+
+def literal(text: str) -> str:
+    """A cleaned text in the form in which equal texts are equal answers."""
+    return re.sub(r"\s+", " ", text.replace(WORD, "")).rstrip(_TRAILING).lstrip()
+
+
+def latex(text: str) -> str:
+    """A cleaned text as LaTeX again."""
+    for mark, spelling in ((WORD, ""), (SET_OPEN, "\\{"), (SET_CLOSE, "\\}"), ("\x04", ",")):
+        text = text.replace(mark, spelling)
+    return _BARE_FUNCTION.sub(r"\\\1", _BARE_ROOT.sub(r"\\sqrt{\1}", text))

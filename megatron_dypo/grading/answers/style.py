@@ -1,0 +1,31 @@
+"""How a response states its answer: the format that the prompt asks for, and what thinking counts for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from megatron_dypo.checks import require
+from megatron_dypo.config.grading import AnswerFormat, Thinking
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerStyle:
+    """Where the built-in verifiers look for an answer; ``docs/verifiers.md`` states the rules.
+
+    Raises ValueError for a format or a thinking rule that is not known.
+    """
+
+    answer_format: AnswerFormat = "auto"
+    """As ``grading.answer_format``."""
+    thinking: Thinking = "after"
+    """As ``grading.thinking``."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("answer_format", get_args(AnswerFormat)), ("thinking", get_args(Thinking))):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value!r}", f"must be one of {', '.join(known)}")
+
+
+AUTO = AnswerStyle()
+"""The style of a prompt that asks for no special format."""

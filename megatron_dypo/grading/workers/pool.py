@@ -1,0 +1,225 @@
+"""A fixed number of verifier processes that share the pairs of one call."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+
+from megatron_dypo.grading.pairs import Pair, values_of
+from megatron_dypo.grading.workers.calling import describe
+from megatron_dypo.grading.workers.judging import WHOLE_BATCH, Item, Outcome, late_error
+from megatron_dypo.grading.workers.output import OutputTap
+from megatron_dypo.grading.workers.process import CallerInfo, ImportFailed, WorkerDied, WorkerProcess
+from megatron_dypo.grading.workers.worker import Setup
+
+logger = logging.getLogger(__name__)
+
+_MAX_BATCH = 32
+_MAX_BATCH_BYTES = 2**20
+_MAX_IDLE_DEATHS = 8
+"""Processes that may die in a row before they answer for a pair."""
+
+_LOOK_EVERY_S = 0.2
+_GIVE_UP_DEADLINES = 10
+"""Deadlines that may pass in one call without a verdict, however many pairs wait: a service that a verifier asks can
+be down for hours."""
+
+Job = tuple[str, Pair]
+"""A verifier's name and what it is to judge."""
+
+
+class Pool:
+    """``workers`` processes, each of which has imported all verifiers of ``setup``.
+
+    A pair that raises, is late or ends its process costs itself only: the process is replaced, and the other pairs
+    that it held go to another one. Pairs that were judged together when that happened are tried again one at a time.
+    """
+
+    def __init__(self, setup: Setup, *, workers: int, batch_size: int) -> None:
+        self._setup, self._count, self._batch_size = setup, workers, batch_size
+        self._workers: list[WorkerProcess] = []
+        self._callers: dict[str, CallerInfo] = {}
+        self._tap = OutputTap()
+        self._todo: dict[str, deque[int]] = {}
+        self._alone: deque[int] = deque()
+        """Pairs that are tried in a batch of their own."""
+        self._jobs: Sequence[Job] = ()
+        self._idle_deaths = 0
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self._workers)
+
+    def fields(self) -> dict[str, tuple[str, ...]]:
+        """Verifier's name → what its function asks for, once the processes run."""
+        return {name: caller.fields for name, caller in self._callers.items()}
+
+    def start(self) -> None:
+        """Start the processes. Raises :class:`ImportFailed` if a verifier cannot be imported."""
+        try:
+            for _ in range(self._count):
+                self._workers.append(WorkerProcess(self._setup, self._tap))
+            for worker in self._workers:
+                self._await_start(worker)
+        except BaseException:
+            self.close()
+            raise
+        self._callers = self._workers[0].callers
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+
+    def run(self, jobs: Sequence[Job], on_outcome: Callable[[int, Outcome], None]) -> None:
+        """Judge ``jobs``; ``on_outcome`` gets each one's index with what came of it, in any order.
+
+        Once nothing but errors came for 10 deadlines, pairs that wait are given up with the last error. A call that
+        breaks off closes the pool, so that no process goes on with pairs that nobody waits for.
+        """
+        self._jobs, self._todo, self._alone, self._idle_deaths = jobs, {}, deque(), 0
+        for number, (name, _) in enumerate(jobs):
+            self._todo.setdefault(name, deque()).append(number)
+        sizes = {name: self._size_of_batch(name, len(numbers)) for name, numbers in self._todo.items()}
+        num_done, num_errors, last_verdict = 0, 0, time.monotonic()
+        try:
+            while num_done < len(jobs):
+                outcomes = self._hand_out(sizes)
+                outcomes += [] if outcomes else self._collect()
+                num_errors += len(outcomes)
+                if any(error is None for _, (_, _, error) in outcomes):
+                    num_errors, last_verdict = 0, time.monotonic()
+                elif outcomes and self._is_hopeless(num_errors, time.monotonic() - last_verdict):
+                    outcomes += self._give_up(outcomes[-1][1][2])
+                for number, outcome in outcomes:
+                    on_outcome(number, outcome)
+                num_done += len(outcomes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _is_hopeless(self, num_errors: int, seconds: float) -> bool:
+        # Both: errors can be cheap, and a process can take its time to import a verifier again.
+        return num_errors >= _GIVE_UP_DEADLINES and seconds > _GIVE_UP_DEADLINES * self._setup.deadline_s
+
+    def _give_up(self, error: str | None) -> list[tuple[int, Outcome]]:
+        waiting = [number for queue in (self._alone, *self._todo.values()) for number in queue]
+        for queue in (self._alone, *self._todo.values()):
+            queue.clear()
+        problem = f"not tried: no verdict within {_GIVE_UP_DEADLINES} × deadline_s, the last error: {error}"
+        return [(number, (False, 0.0, problem)) for number in waiting]
+
+    def _size_of_batch(self, name: str, count: int) -> int:
+        if self._callers[name].mode == "one":
+            return max(1, min(_MAX_BATCH, count // (4 * self._count)))
+        return max(1, min(self._batch_size, -(-count // self._count)))
+
+    def _await_start(self, worker: WorkerProcess) -> None:
+        assert worker.deadline is not None
+        if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
+            raise ImportFailed(dict.fromkeys(self._setup.paths, "its import takes too long"))
+        worker.receive_start()
+
+    def _hand_out(self, sizes: dict[str, int]) -> list[tuple[int, Outcome]]:
+        """Give idle processes their next batches; returns outcomes of pairs that cannot be sent."""
+        unsent: list[tuple[int, Outcome]] = []
+        for worker in list(self._workers):
+            if not worker.is_ready or worker.pending:
+                continue
+            name, items, failed = self._next_batch(sizes)
+            unsent += failed
+            if not items:
+                continue
+            try:
+                worker.send(name, items)
+            except WorkerDied as death:
+                self._count_idle_death(death)
+                self._put_back(name, [number for number, _ in items])
+                self._replace(worker)
+        return unsent
+
+    def _next_batch(self, sizes: dict[str, int]) -> tuple[str, list[Item], list[tuple[int, Outcome]]]:
+        if self._alone:
+            source, size = self._alone, 1
+        else:
+            source, size = next(((q, sizes[name]) for name, q in self._todo.items() if q), (self._alone, 0))
+        name, num_bytes = "", 0
+        items: list[Item] = []
+        failed: list[tuple[int, Outcome]] = []
+        while source and len(items) < size and num_bytes < _MAX_BATCH_BYTES:
+            number = source.popleft()
+            name, pair = self._jobs[number]
+            try:
+                payload = pickle.dumps(values_of(pair, self._callers[name].fields))
+            except Exception as error:  # noqa: BLE001 (pickling runs code of the answer's class: reported)
+                failed.append((number, (False, 0.0, f"cannot be sent to the verifier: {describe(error)}")))
+                continue
+            items.append((number, payload))
+            num_bytes += len(payload)
+        return name, items, failed
+
+    def _collect(self) -> list[tuple[int, Outcome]]:
+        """Wait until some process has something to say, or is overdue."""
+        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        timeout = min(_LOOK_EVERY_S, max(0.0, min(deadlines) - time.monotonic()) + 0.001)
+        wait([worker.connection for worker in self._workers], timeout)
+        done: list[tuple[int, Outcome]] = []
+        for worker in list(self._workers):
+            ending = worker.ending_if_dead()
+            if worker.is_overdue():
+                done += self._bury(worker, ending or late_error(self._setup.deadline_s))
+            elif not worker.connection.poll():
+                # A child that outlives the process keeps the connection open: no end of file comes.
+                done += self._bury(worker, ending) if ending and worker.is_ready else []
+            elif not worker.is_ready:
+                self._await_start(worker)
+            else:
+                done += self._receive(worker)
+        return done
+
+    def _receive(self, worker: WorkerProcess) -> list[tuple[int, Outcome]]:
+        try:
+            number, outcome = worker.receive()
+        except WorkerDied as death:
+            return self._bury(worker, str(death))
+        if number == WHOLE_BATCH:
+            self._alone.extend(worker.pending)
+            worker.pending.clear()
+            return []
+        self._idle_deaths = 0
+        return [(number, outcome)]
+
+    def _bury(self, worker: WorkerProcess, error: str) -> list[tuple[int, Outcome]]:
+        """Replace a process that is overdue or dead. The pair that it worked on has its outcome; others go back."""
+        if not worker.is_ready:
+            raise ImportFailed(dict.fromkeys(self._setup.paths, "its import takes too long"))
+        pending = list(worker.pending)
+        self._replace(worker)
+        if not pending:
+            self._count_idle_death(error)
+            return []
+        if worker.mode != "one" and len(pending) > 1:  # one of them did it
+            self._alone.extend(pending)
+            return []
+        self._put_back(self._jobs[pending[0]][0], pending[1:])
+        self._idle_deaths = 0
+        return [(pending[0], (False, 0.0, error))]
+
+    def _put_back(self, name: str, numbers: Sequence[int]) -> None:
+        self._todo[name].extendleft(reversed(numbers))
+
+    def _count_idle_death(self, death: object) -> None:
+        logger.warning("%s while idle; starting another", death)
+        self._idle_deaths += 1
+        if self._idle_deaths > _MAX_IDLE_DEATHS:
+            problem = f"{self._idle_deaths} of its processes ended before they judged anything, the last: {death}"
+            raise ImportFailed(dict.fromkeys(self._setup.paths, problem))
+
+    def _replace(self, worker: WorkerProcess) -> None:
+        worker.stop()
+        self._workers[self._workers.index(worker)] = WorkerProcess(self._setup, self._tap)

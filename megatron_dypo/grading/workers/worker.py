@@ -1,0 +1,104 @@
+"""What runs in a verifier process: import the verifiers, then judge the pairs that come.
+
+A process of its own program, not a ``multiprocessing`` child: that would import the trainer's main module, and with
+it torch and Megatron, again at each start.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_dypo.grading.workers.calling import Caller, load_caller
+from megatron_dypo.grading.workers.judging import GRACE_S, Judge
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a process has to know, the first message that it gets."""
+
+    paths: Mapping[str, str]
+    """Verifier's name → import path."""
+    options: Mapping[str, Mapping[str, Any]]
+    """Verifier's name → keyword arguments of every call."""
+    built_in: frozenset[str]
+    deadline_s: float
+    start_deadline_s: float
+
+
+def serve(descriptor: int) -> None:
+    """Answer on a connection: first a :class:`Setup` comes, then batches (verifier's name, items).
+
+    The first answer is {"problems": {name: reason}, "callers": {name: [mode, fields]}}; then follows
+    [number, is_correct, reward, error] for each pair as it is ready. Answers are JSON, so that nothing that a verifier
+    does can make the trainer run code.
+    """
+    _leave_stopping_to_the_trainer()
+    faulthandler.enable()
+    with suppress(OSError):  # not on Linux, or not allowed
+        # If memory runs out, the kernel is to end a verifier rather than a trainer or a server.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    connection = Connection(descriptor)
+    try:
+        setup: Setup = connection.recv()
+        signal.setitimer(signal.ITIMER_REAL, setup.start_deadline_s + GRACE_S)
+        callers, problems = _load(setup)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        described = {name: (c.signature.mode, c.signature.fields) for name, c in callers.items()}
+        connection.send_bytes(json.dumps({"problems": problems, "callers": described}).encode())
+        judge = Judge(connection, callers, setup.deadline_s)
+        while not problems:
+            name, items = connection.recv()
+            judge.judge(name, items)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _leave_stopping_to_the_trainer() -> None:
+    """Survive the signals that ask a run to stop: the trainer closes the connection, and that ends this process.
+
+    The trainer has started this process with these signals blocked. Processes that a verifier starts do not inherit this: a handler, unlike SIG_IGN, is lost at ``exec``.
+    """
+
+    def survive(number: int, frame: FrameType | None) -> None:
+        pass
+
+    def unset() -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        hold(signal.SIG_UNBLOCK)
+
+    def hold(how: int) -> None:
+        signal.pthread_sigmask(how, STOP_SIGNALS)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, survive)
+    # Held back meanwhile: a child that is stopped at once would lose the signal to a handler that it is about to drop.
+    os.register_at_fork(
+        before=partial(hold, signal.SIG_BLOCK),
+        after_in_parent=partial(hold, signal.SIG_UNBLOCK),
+        after_in_child=unset,
+    )
+    hold(signal.SIG_UNBLOCK)
+
+
+def _load(setup: Setup) -> tuple[dict[str, Caller], dict[str, str]]:
+    callers, problems = {}, {}
+    for name, path in setup.paths.items():
+        try:
+            callers[name] = load_caller(path, setup.options.get(name, {}), wants_text=name in setup.built_in)
+        except ValueError as error:
+            problems[name] = str(error)
+    return callers, problems

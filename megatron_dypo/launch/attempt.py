@@ -1,0 +1,248 @@
+"""One rank of one start of a run, from its first line to its exit status: the one place where a rank ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_dypo.config.tree import Config
+from megatron_dypo.ending import Cause, RunEnded, cause_of
+from megatron_dypo.launch.run_folder import make_run_folder
+from megatron_dypo.launch.run_lock import RunLock
+from megatron_dypo.mcore.checkpoints.folder import remove_partials
+from megatron_dypo.metrics import status
+from megatron_dypo.metrics.logs import append_line, flush_repeated, set_up_logging, write_crashes
+from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
+from megatron_dypo.processes import stop_requests, watchdog
+from megatron_dypo.processes.lifetime import tie_to_parent
+
+_VICTIM_WAIT_S = 15.0
+"""How long a rank that lost its connections waits for the rank that caused it to say why."""
+_LEADER_WAIT_S = 60.0
+"""How long a rank of a run that ends on all ranks together waits for the first one, which closes the servers."""
+_EXIT_WAIT_S = 30.0
+"""How long threads that nobody waits for may delay the exit."""
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(config: Config, work: Callable[[Config], None]) -> int:
+    """Do the work of one rank, and return the exit status that its end has in :class:`~megatron_dypo.ending.Cause`.
+
+    Args:
+        work: the loop. It says by :class:`RunEnded` why it ends before its last step.
+    """
+    if "RANK" in os.environ:
+        tie_to_parent()  # a rank whose torchrun was killed is not to train on unseen
+    attempt = Attempt(Path(config.run.dir), watchdog_s=config.run.watchdog_s)
+    try:
+        attempt.begin()
+        with status.current(attempt.status):
+            work(config)
+    except BaseException as error:  # noqa: BLE001 (every end of a rank passes here, and is told)
+        return attempt.end(error)
+    return attempt.end(RunEnded(Cause.DONE, f"run folder {config.run.dir}"))
+
+
+class Attempt:
+    """This rank's part in a start of a run: the lock (on the first rank), the status, signals, the watchdog."""
+
+    def __init__(self, run_dir: Path, *, watchdog_s: float) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.status = RunStatus(run_dir, _attempt_name(), self.rank)
+        self._run_dir = run_dir
+        self._watchdog_s = watchdog_s
+        self._lock: RunLock | None = None
+        self._lock_of_leader = run_dir / "run.lock"
+
+    def begin(self) -> None:
+        """Take the folder, listen to signals, start the log and the watchdog.
+
+        Raises:
+            RunEnded: another run uses the folder.
+            ValueError: the folder cannot be used.
+        """
+        if self.rank == 0:
+            make_run_folder(self._run_dir)
+            lock = RunLock(self._run_dir, on_loss=lambda message: self.leave(Cause.IN_USE, message))
+            lock.acquire()
+            self._lock = lock  # until now the folder is not ours to write to
+            self.status.open()
+        stop_requests.listen(self._answers())
+        set_up_logging(self._run_dir)
+        write_crashes(self._run_dir, self.rank)
+        if self.rank == 0:
+            remove_partials(self._run_dir / "checkpoints")
+        watchdog.start(self._run_dir, self.status, patience_s=self._watchdog_s, leave=self.leave)
+
+    def end(self, error: BaseException) -> int:
+        """Tell why this rank ends, unless another rank has told it; the exit status."""
+        watchdog.finish()
+        cause, message = cause_of(error), _message(error)
+        if self.rank == 0 and self._lock is None:
+            print(_terminal_text(Record(message=message, rank=0), cause, error), file=sys.stderr)
+            return _exit_soon(cause.status)
+        if cause is Cause.DONE and self.rank != 0:
+            return _exit_soon(cause.status)
+        if cause is Cause.RANK_LOST:
+            self._wait_for(lambda: self.status.ended() is not None, _VICTIM_WAIT_S)
+        elif isinstance(error, RunEnded) and self.rank != 0:
+            # All ranks end together. The first one says so, when it has closed the servers; torchrun stops all ranks
+            # when one fails, so let it finish.
+            self._wait_for(lambda: not self._lock_of_leader.exists(), _LEADER_WAIT_S)
+        found = self._tell(cause, message, error)
+        self._release()
+        return _exit_soon(found)
+
+    def leave(self, cause: Cause, message: str, before_exit: Callable[[], None] = lambda: None) -> None:
+        """End this process at once, from whatever thread: tell why, unless another rank has, and exit."""
+        found = self._tell(cause, message, None)
+        before_exit()
+        self._release()
+        _flush()
+        os._exit(found)
+
+    def _tell(self, cause: Cause, message: str, error: BaseException | None) -> int:
+        """Write the end to the status file, the log and the terminal if it is the attempt's first; the exit status."""
+        try:
+            record = self.status.end(cause, message)
+            first = self.status.ended()
+        except OSError as reason:
+            print(f"megatron-dypo: {self._run_dir / status.NAME} cannot be written: {reason}", file=sys.stderr)
+            record = first = None
+            cause = cause_of(reason) if cause is Cause.DONE else cause
+        if record is None and first is not None and first.status:
+            self._note_consequence(error, first)
+            return first.status
+        record = record or Record(message=message, rank=self.rank)
+        print(_terminal_text(record, cause, error), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk: the terminal has it
+            append_line(self._run_dir, 0, f"ended: {last_line(record, cause)}")
+            if error is not None and cause is Cause.BUG:
+                append_line(self._run_dir, self.rank, "".join(traceback.format_exception(error)))
+        return cause.status
+
+    def _note_consequence(self, error: BaseException | None, first: Record) -> None:
+        """Keep what a rank saw of another rank's end in its own log alone."""
+        if error is None or first.cause == cause_of(error).label:
+            return
+        with contextlib.suppress(OSError):
+            text = "".join(traceback.format_exception(error))
+            append_line(self._run_dir, self.rank, f"after the run had ended ({first.cause}, rank {first.rank}): {text}")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # then the next start finds that this process is gone
+                self._lock.release()
+
+    def _answers(self) -> stop_requests.Answers:
+        is_launched = ATTEMPT_VARIABLE in os.environ  # then our launcher speaks to the user, and ends the ranks
+
+        def on_request(number: signal.Signals) -> None:
+            if not is_launched and self.rank == 0:
+                log.warning(stop_requests.FIRST_ANSWER, number.name)
+
+        def on_early_request(number: signal.Signals) -> None:
+            self.leave(Cause.STOPPED, f"stopped on request ({number.name}) {status.BEFORE_FIRST_STEP}")
+
+        def on_insistence(number: signal.Signals) -> None:
+            if not is_launched:
+                self.leave(*stop_requests.end_of_insistence(number))
+
+        def on_parent() -> None:
+            if os.getppid() == parent:  # torchrun ends this rank because another one has failed, or told to
+                self._release()
+                _flush()
+                os._exit(Cause.TERMINATED.status)
+            self.leave(Cause.RANK_LOST, f"the launcher of rank {self.rank} (process {parent}) was killed")
+
+        parent = os.getppid()
+        return stop_requests.Answers(
+            on_request=on_request,
+            on_early_request=on_early_request,
+            on_insistence=on_insistence,
+            on_parent=on_parent if "RANK" in os.environ else None,
+        )
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def last_line(record: Record, cause: Cause) -> str:
+    """Cause, counts and what to do, in one line of the log."""
+    parts = [record.message, record.progress(), cause.value.advice]
+    return f"{cause.label} (status {cause.status}): " + "; ".join(part for part in parts if part)
+
+
+def terminal_line(record: Record, cause: Cause) -> str:
+    """The end of a run for who started it. A user's mistake is told in its own words and no others."""
+    if cause is Cause.BAD_INPUT:
+        return f"megatron-dypo: error: {record.message}"
+    kind = "" if cause in (Cause.DONE, Cause.STOPPED) else "error: "
+    return f"megatron-dypo: {kind}{last_line(record, cause)}"
+
+
+def _terminal_text(record: Record, cause: Cause, error: BaseException | None) -> str:
+    trace = "".join(traceback.format_exception(error)) if error is not None and cause is Cause.BUG else ""
+    return trace + terminal_line(record, cause)
+
+
+def end_of(error: BaseException) -> int:
+    """Tell the end of a process that is not (yet) a rank of a run; the exit status."""
+    cause = cause_of(error)
+    is_said_elsewhere = cause is Cause.BAD_INPUT and os.environ.get("LOCAL_RANK", "0") != "0"
+    if not is_said_elsewhere:  # the ranks of a node read the same files
+        record = Record(message=_message(error))
+        print(_terminal_text(record, cause, error), file=sys.stderr, flush=True)
+    return cause.status
+
+
+def _message(error: BaseException) -> str:
+    return f"sys.exit({error})" if isinstance(error, SystemExit) else str(error) or type(error).__name__
+
+
+def stop_before_start() -> None:
+    """From now on end this process on the first request to stop: it only reads inputs, and nothing has begun."""
+
+    def leave(number: signal.Signals) -> None:
+        record = Record(message=f"stopped on request ({number.name}) before anything was started")
+        print(terminal_line(record, Cause.STOPPED), file=sys.stderr, flush=True)
+        os._exit(Cause.STOPPED.status)
+
+    answers = stop_requests.Answers(on_request=leave, on_early_request=leave, on_insistence=leave)
+    stop_requests.listen(answers)
+
+
+def _attempt_name() -> str:
+    """What the ranks of this start share, and no other start has at the same time."""
+    if "RANK" not in os.environ:
+        return uuid.uuid4().hex
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return os.environ.get(ATTEMPT_VARIABLE) or f"{address}/{os.environ.get('TORCHELASTIC_RUN_ID')}"
+
+
+def _exit_soon(exit_status: int) -> int:
+    """Return the status; end with it even if a thread that nobody waits for would keep the process."""
+    _flush()
+    timer = threading.Timer(_EXIT_WAIT_S, lambda: os._exit(exit_status))
+    timer.daemon = True
+    timer.start()
+    return exit_status
+
+
+def _flush() -> None:
+    flush_repeated()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or a broken pipe
+            stream.flush()

@@ -1,0 +1,177 @@
+"""A lock on a run folder: one run at a time uses it, also where several hosts share the file system.
+
+The lock is the file ``run.lock``, which names its holder. It is made by ``link``, which only one process can do, also
+over NFS. The holder touches it every :data:`BEAT_S` seconds. It is free when its holder has removed it, or is certainly
+gone: a process of this machine that no longer runs; an earlier attempt of the same Slurm job; or one of another machine
+that has not touched the file for :data:`STALE_S` seconds of the file server's clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.fs import make_exclusively, passing
+from megatron_dypo.processes.lifetime import ProcessIdentity, own_identity
+
+NAME = "run.lock"
+BEAT_S = 30.0
+STALE_S = 180.0
+"""More than a beat and the minute for which an NFS client may believe an old time of a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What a lock file says."""
+
+    token: str
+    """Of this one lock."""
+    process: ProcessIdentity
+    since: str
+    job: str
+    """Slurm's job and attempt, ``1234.2``; empty outside of Slurm."""
+
+    def is_before(self, job: str) -> bool:
+        """Whether Slurm has ended the holder's attempt to start that of ``job``."""
+        mine, theirs = job.rpartition("."), self.job.rpartition(".")
+        return bool(job and self.job) and mine[0] == theirs[0] and int(theirs[2]) < int(mine[2])
+
+
+class RunLock:
+    """The lock of one run folder, held from :meth:`acquire` to :meth:`release`."""
+
+    def __init__(self, run_dir: Path, *, on_loss: Callable[[str], None], beat_s: float = BEAT_S) -> None:
+        """
+        Args:
+            on_loss: called from a thread if another process has taken the lock from this one (which must have been
+                asleep for minutes): from then on two runs write to the folder.
+        """
+        self._path = run_dir / NAME
+        self._on_loss, self._beat_s = on_loss, beat_s
+        self._token = uuid.uuid4().hex
+        self._is_released = threading.Event()
+        self._holder = Holder(token=self._token, process=own_identity(), since=_now(), job=_slurm_job())
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            RunEnded: another run holds it (:data:`Cause.IN_USE`); the message names host, process and since when.
+        """
+        while not self._make():
+            require_free(self._path.parent)
+            self._remove_left_behind()
+        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Remove the lock file, if it is still this lock's."""
+        self._is_released.set()
+        found = read_holder(self._path.parent)
+        if found is not None and found.token == self._token:
+            self._path.unlink(missing_ok=True)
+
+    def _make(self) -> bool:
+        """Whether there was no lock file and now there is ours."""
+        return make_exclusively(self._path, json.dumps(asdict(self._holder)))
+
+    def _remove_left_behind(self) -> None:
+        """Take away the lock of a holder that is gone; of several processes that try, one succeeds."""
+        stale = read_holder(self._path.parent)
+        aside = self._path.with_name(f"{NAME}.{self._token}.old")
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            self._path.rename(aside)
+            if _parse(aside) != stale:  # it was first, and this is its new lock: give it back
+                with contextlib.suppress(FileExistsError):  # its owner notices, and ends
+                    os.link(aside, self._path)
+            aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._is_released.wait(self._beat_s):
+            found = read_holder(self._path.parent)
+            if self._is_released.is_set():
+                return
+            if found is not None and found.token != self._token:
+                self._on_loss(f"{self._path} was taken over by {_name(found)}")
+                return
+            with contextlib.suppress(OSError):  # a file server that is away for a moment; the lock is then only old
+                if found is None and not self._path.exists():
+                    self._make()  # somebody tidied it away
+                os.utime(self._path)
+
+
+def require_free(run_dir: Path) -> None:
+    """
+    Raises:
+        RunEnded: a run that may be alive holds the folder's lock (:data:`Cause.IN_USE`).
+    """
+    path = run_dir / NAME
+    if not path.exists():
+        return
+    holder = read_holder(run_dir)
+    if holder is not None and holder.process.is_on_this_machine():
+        if holder.process.is_alive():
+            raise RunEnded(Cause.IN_USE, f"run.dir={str(run_dir)!r}: in use by {_name(holder)}")
+        return
+    if holder is not None and holder.is_before(_slurm_job()):
+        return
+    age = _age(path)
+    if age is not None and age < STALE_S:
+        who = f"in use by {_name(holder)}" if holder else f"{path} is being written"
+        raise RunEnded(
+            Cause.IN_USE,
+            f"run.dir={str(run_dir)!r}: {who}; last sign of life {age:.0f} s ago "
+            f"(if that process is gone, the folder is free after {STALE_S:.0f} s without one)",
+        )
+
+
+def remove_dead(run_dir: Path) -> None:
+    """Remove the lock if its holder was a process of this machine that has ended, so that nobody waits for it."""
+    holder = read_holder(run_dir)
+    if holder is not None and holder.process.is_on_this_machine() and not holder.process.is_alive():
+        (run_dir / NAME).unlink(missing_ok=True)
+
+
+def read_holder(run_dir: Path) -> Holder | None:
+    """What the lock of a run folder says; None if there is none, or one that cannot be read."""
+    return _parse(run_dir / NAME)
+
+
+def _parse(path: Path) -> Holder | None:
+    try:
+        found = json.loads(path.read_text())
+        return Holder(**{**found, "process": ProcessIdentity(**found["process"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _name(holder: Holder) -> str:
+    process = holder.process
+    job = f", Slurm job {holder.job.rpartition('.')[0]}" if holder.job else ""
+    return f"process {process.pid} on {process.host}{job} since {holder.since}"
+
+
+def _age(path: Path) -> float | None:
+    """Seconds since ``path`` was touched, by the clock of its file system; None if it is gone."""
+    with passing(path.with_name(f"{NAME}.{uuid.uuid4().hex}"), "") as fresh:
+        now = fresh.stat().st_mtime
+    try:
+        return now - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _slurm_job() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).astimezone().isoformat(sep=" ", timespec="seconds")

@@ -1,0 +1,67 @@
+"""From one command to the ranks of a run: check the inputs, then be a rank or start the local ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_dypo.config.tree import Config
+
+CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
+"""Environment of a launcher whose inputs were checked by the command that became it."""
+
+log = logging.getLogger(__name__)
+
+
+def check_inputs(config: Config) -> list[str]:
+    """Look at all that is cheap to look at; return the files that are missing, and log what is only to be noted.
+
+    Raises:
+        ValueError: every input that breaks a rule, each with key, value and rule.
+    """
+    from megatron_dypo.check.inputs import check_inputs as look  # brings torch, which --help need not wait for
+
+    found = look(config)
+    for note in found.notes:
+        log.warning("%s", note)
+    if found.problems:
+        raise ValueError("\n".join(found.problems))
+    return found.missing
+
+
+def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> NoReturn:
+    """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks.
+
+    The process ends with the status of a :class:`~megatron_dypo.ending.Cause`.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if "RANK" not in os.environ and config.parallel.local_ranks > 1:
+        _become_local_ranks(config.parallel.local_ranks, config_path, overrides)
+    from megatron_dypo.launch.attempt import run_rank
+
+    sys.exit(run_rank(config, _train))
+
+
+def _train(config: Config) -> None:
+    from megatron_dypo.mcore.features import shield_imports
+    from megatron_dypo.rollout.descriptors import raise_descriptor_limit
+
+    raise_descriptor_limit()  # servers and checkpoint writers inherit it
+    shield_imports()  # before anything imports Megatron
+    from megatron_dypo.loop.train import train
+
+    train(config)
+
+
+def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> NoReturn:
+    """Turn this process into torchrun, which passes signals on to the ranks; pending ones stay pending."""
+    torchrun = [sys.executable, "-m", "megatron_dypo.launch.torchrun", "--standalone", f"--nproc-per-node={count}"]
+    command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
+    os.environ[CHECKED_VARIABLE] = "1"
+    sys.stdout.flush()
+    os.execv(sys.executable, command)

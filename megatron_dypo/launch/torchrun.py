@@ -1,0 +1,241 @@
+"""torchrun for the ranks of a run: it passes on requests to stop, and ends with the status of what ended the run.
+
+``python -m megatron_dypo.launch.torchrun ARGUMENTS -m megatron_dypo.cli train CONFIG …`` takes torchrun's arguments. torchrun
+itself dies of signals that are meant for the ranks, ends with 1 whatever the status of its ranks was, and prints a
+traceback of its own below that of the rank. On each node this process reads config and inputs before it starts ranks,
+so that a mistake there is told once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dypo.ending import Cause, cause_of
+from megatron_dypo.launch.attempt import end_of, last_line, stop_before_start, terminal_line
+from megatron_dypo.launch.run_folder import make_run_folder
+from megatron_dypo.launch.run_lock import remove_dead, require_free
+from megatron_dypo.metrics.logs import append_line
+from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
+from megatron_dypo.processes import stop_requests
+
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_AGAIN_S = 2.0
+"""A request is passed on again and again: a rank may have been about to start."""
+END_FILE_VARIABLE = "MEGATRON_DYPO_END_FILE"
+"""Environment: a file for one line of how the run ended, ``STATUS STEPS CAUSE: MESSAGE``; slurm/node.sh asks for it.
+STEPS are those of this start, ``?`` where the loop did not say."""
+
+
+def main() -> int:
+    stop_requests.hold_requests()
+    stop_before_start()
+    try:
+        launcher = _prepare(sys.argv[1:])
+    except SystemExit:  # torchrun's own arguments
+        raise
+    except BaseException as error:  # noqa: BLE001 (every end of the launcher passes here, and is told)
+        status = end_of(error)
+        _write_end_file(status, None, f"{cause_of(error).label}: {error}")
+        return status
+    stop_requests.listen(launcher.answers())
+    return launcher.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """The launcher of one node's ranks."""
+
+    status: RunStatus | None
+    """Of the attempt; None where the ranks do something else than train."""
+    run_dir: Path | None
+    has_first_rank: bool = False
+    """Whether rank 0 of a run is certainly one of this launcher's."""
+
+    def run(self) -> int:
+        """Start the ranks and wait for them; the exit status."""
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        # What torchrun says about ranks that failed is said by the rank that began, or by conclude().
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.")]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            run.main()
+        except ChildFailedError as error:
+            return self.conclude({rank: failure.exitcode for rank, failure in error.failures.items()})
+        except SystemExit:  # its own arguments
+            raise
+        except Exception as error:  # noqa: BLE001 (torchrun's own failure, such as a port that is taken: told)
+            return self._tell(Cause.RANK_LOST, f"torchrun could not bring the ranks together: {_one_line(error)}")
+        ended = self.status.ended() if self.status else None
+        if ended is not None and ended.status:
+            return self.conclude({})  # the ranks of another node
+        if self.has_first_rank and ended is None:
+            return self._tell(Cause.BUG, "all ranks ended with 0, and none said that the run is done")
+        return self._end_with(Cause.DONE.status, "done")
+
+    def conclude(self, statuses: Mapping[int, int]) -> int:
+        """The exit status of a run whose ranks ended with ``statuses``, the first that failed first."""
+        ended = self.status.ended() if self.status else None
+        if self.status and ended is not None and ended.status is not None:
+            self.status.settle()
+            text = f"{ended.cause}: {ended.who()} on {ended.host}: {ended.message}"
+            if ended.host != platform.node():
+                print(f"megatron-dypo: the run has ended: {text}", file=sys.stderr, flush=True)
+            return self._end_with(ended.status, text)
+        victims = (-signal.SIGTERM, Cause.TERMINATED.status)
+        rank, code = next(((r, c) for r, c in statuses.items() if c not in victims), next(iter(statuses.items())))
+        if code >= 0:
+            has_told = code not in (0, 1, 2)  # a cause's status: the rank has said why; it could not write to run.dir
+            return self._end_with(code, "") if has_told else self._tell(Cause.BUG, f"rank {rank} ended with {code}")
+        number = signal.Signals(-code)
+        if number in _CRASHES:
+            return self._tell(Cause.BUG, f"rank {rank} crashed ({number.name}); see its log in run.dir/logs")
+        return self._tell(Cause.RANK_LOST, f"rank {rank} was killed by {number.name}")
+
+    def answers(self) -> stop_requests.Answers:
+        """What signals to the launcher do to its ranks."""
+
+        def on_request(number: signal.Signals) -> None:
+            print(f"megatron-dypo: {stop_requests.FIRST_ANSWER % number.name}", file=sys.stderr, flush=True)
+            threading.Thread(target=_pass_on, name="requests", daemon=True).start()
+
+        def on_insistence(number: signal.Signals) -> None:
+            cause, message = stop_requests.end_of_insistence(number)
+            status = self._tell(cause, message)
+            _end_ranks()
+            if self.run_dir is not None:
+                remove_dead(self.run_dir)
+            os._exit(status)
+
+        return stop_requests.Answers(on_request=on_request, on_early_request=_ignore, on_insistence=on_insistence)
+
+    def _tell(self, cause: Cause, message: str) -> int:
+        """Say how the run ended, for a rank that could not; the exit status."""
+        record = None
+        try:
+            record = self.status.end(cause, message) if self.status else None
+            if self.run_dir is not None and record is not None:
+                append_line(self.run_dir, 0, f"ended: {last_line(record, cause)}")
+                remove_dead(self.run_dir)
+        except OSError as error:
+            print(f"megatron-dypo: {self.run_dir} cannot be written to: {error}", file=sys.stderr)
+        print(terminal_line(record or Record(message=message), cause), file=sys.stderr, flush=True)
+        return self._end_with(cause.status, f"{cause.label}: {message}")
+
+    def _end_with(self, status: int, text: str) -> int:
+        record = self.status.read() if self.status else None
+        _write_end_file(status, record, text)
+        return status
+
+
+def _prepare(arguments: Sequence[str]) -> Launcher:
+    """Read the command that the ranks will run, and check what it names.
+
+    Raises:
+        ValueError: the config or one of its inputs breaks a rule.
+        RunEnded: the run folder is in use.
+    """
+    command = _train_command(arguments)
+    if command is None:
+        return Launcher(status=None, run_dir=None)
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.launch.start import CHECKED_VARIABLE, check_inputs
+
+    config = load_config(Path(command[0]), command[1:])
+    if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):
+        raise ValueError("\n".join(notes))
+    run_dir, name, has_first_rank = Path(config.run.dir), _attempt_name(arguments), _has_first_rank(arguments)
+    if has_first_rank:
+        require_free(make_run_folder(run_dir))
+    os.environ[ATTEMPT_VARIABLE] = name
+    return Launcher(status=RunStatus(run_dir, name, rank=-1), run_dir=run_dir, has_first_rank=has_first_rank)
+
+
+def _train_command(arguments: Sequence[str]) -> list[str] | None:
+    """CONFIG and overrides of a ``train`` command; None for another program or without a config."""
+    words = list(arguments)
+    for index, word in enumerate(words):
+        if word == "megatron_dypo.cli" and words[index + 1 : index + 2] == ["train"]:
+            return [w for w in words[index + 2 :] if not w.startswith("--")] or None
+    return None
+
+
+def _attempt_name(arguments: Sequence[str]) -> str:
+    """A name that the launchers of all nodes give to this start of the run."""
+    from torch.distributed.run import parse_args
+
+    args = parse_args(list(arguments))
+    if args.standalone or args.nnodes in ("1", "1:1"):
+        return uuid.uuid4().hex
+    slurm = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '')}"
+    return f"{args.rdzv_endpoint or f'{args.master_addr}:{args.master_port}'}/{args.rdzv_id} {slurm}".strip(" .")
+
+
+def _has_first_rank(arguments: Sequence[str]) -> bool:
+    """Whether rank 0 is one of this launcher's: certain where nodes are numbered or there is one."""
+    from torch.distributed.run import parse_args
+
+    args = parse_args(list(arguments))
+    return args.standalone or args.nnodes in ("1", "1:1") or (args.rdzv_backend == "static" and args.node_rank == 0)
+
+
+def _pass_on() -> None:
+    """Send the ranks SIGUSR1 until they have ended."""
+    pause = threading.Event()
+    while True:
+        for rank in _ranks():
+            _send(rank, signal.SIGUSR1)
+        pause.wait(_AGAIN_S)
+
+
+def _end_ranks() -> None:
+    import psutil
+
+    ranks = [psutil.Process(pid) for pid in _ranks()]
+    for rank in ranks:
+        _send(rank.pid, signal.SIGTERM)
+    _, alive = psutil.wait_procs(ranks, timeout=1.0)
+    for rank in alive:
+        _send(rank.pid, signal.SIGKILL)
+
+
+def _ranks() -> list[int]:
+    """Process numbers of the ranks: torchrun starts nothing else."""
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _ignore(_: signal.Signals) -> None:
+    pass
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _write_end_file(status: int, record: Record | None, text: str) -> None:
+    path = os.environ.get(END_FILE_VARIABLE)
+    if path:
+        steps = "?" if record is None or record.steps_here() is None else record.steps_here()
+        Path(path).write_text(f"{status} {steps} {text}".replace("\n", "; ").rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The data of a run on a replica's leader: prompt files, evaluation sets, and whether they are those of before a resume."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.batching.exchange import gather_objects
+from megatron_dypo.config.data import DataFieldsConfig
+from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
+from megatron_dypo.config.tree import Config
+from megatron_dypo.data.fingerprints import compare_fingerprints
+from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
+from megatron_dypo.data.row_check.verdicts import TraceVerdicts, wrong_traces
+from megatron_dypo.data.teacher_table import teacher_table
+from megatron_dypo.data.tokenizer.open import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
+from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.loop.teachers import judge_by, verifier_key
+from megatron_dypo.parallel.layout import Layout
+
+log = logging.getLogger("megatron_dypo")
+
+_JUDGED_OF_TEACHER = 50
+"""Traces of each teacher that are judged at the start of a run, for a figure in its log."""
+
+
+def open_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
+    """Load the policy's tokenizer as the config wants it used.
+
+    Raises:
+        ValueError: a broken file, or ids that the model's embedding of ``vocab_size`` rows lacks.
+    """
+    folder = Path(config.model.hf_path)
+    tokenizer = load_tokenizer(
+        folder,
+        chat_template=config.data.chat_template,
+        chat_template_args=config.data.chat_template_args,
+        stop_token_ids=config.rollout.stop_token_ids,
+    )
+    check_vocabulary(tokenizer, vocab_size, folder / "config.json")
+    return tokenizer
+
+
+def open_dataset(config: Config, layout: Layout, tokenizer: Tokenizer) -> PromptDataset:
+    """Open and check the prompt files; the first leader does the work, and the others read its result.
+
+    Raises:
+        ValueError: bad rows, or every prompt is too long.
+    """
+    with _first_leader_first(layout):
+        return open_prompts(
+            config.data.prompts,
+            config.data,
+            tokenizer,
+            cache_dir=Path(config.run.dir),
+            show_progress=layout.is_global_leader,
+        )
+
+
+def open_held_out(config: Config, layout: Layout, tokenizer: Tokenizer) -> dict[str, PromptStream]:
+    """Open the evaluation sets by name; their traces, if they have any, are not read."""
+    data = replace(config.data, teachers=None, drop_wrong_traces=False)
+    if config.eval.format is not None:
+        data = replace(data, format=config.eval.format, fields=DataFieldsConfig())
+    streams = {}
+    with _first_leader_first(layout):
+        for name, path in config.eval.sets.items():
+            dataset = open_prompts([path], data, tokenizer, cache_dir=Path(config.run.dir), held_out=True)
+            streams[name] = PromptStream(dataset, tokenizer, data, config.run.seed)
+    return streams
+
+
+def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Verifier) -> None:
+    """Hold the data against the verifiers that will judge it, before anything is sampled.
+
+    Raises:
+        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or a
+            verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+    """
+    grading = config.grading
+    problems = [found for name in sorted(dataset.verifiers) if (found := row_verifier_problem(grading, name))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    dataset.require_text_answers(
+        lambda own, source: verifier_of(grading, own=own, source=source) not in BUILT_IN_VERIFIERS
+    )
+    takers = [] if config.data.keep_row else verifier.takers_of(("row", "extra_info"))
+    if takers:
+        raise ValueError(f"data.keep_row=false: {', '.join(takers)} asks for the row's other columns: set it to true")
+    for line in unused_sources(grading, dataset.sources):
+        log.warning("%s", line)
+    style = (grading.answer_format, grading.thinking)
+    if style != ("auto", "after") and not any(name in BUILT_IN_VERIFIERS for _, name in grading.named_verifiers()):
+        log.warning(
+            "grading.answer_format=%s and grading.thinking=%s are for built-in verifiers: none is in use", *style
+        )
+
+
+def judge_traces(
+    config: Config, layout: Layout, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
+) -> TraceVerdicts | None:
+    """Let the verifier judge the teachers' traces, and log what it says of each teacher.
+
+    Every trace is judged for ``data.drop_wrong_traces``, else a sample. The result is kept beside the run.
+
+    Returns:
+        The verdicts that ``data.drop_wrong_traces`` needs, else None.
+
+    Raises:
+        ValueError: no trace would be left.
+    """
+    if not dataset.teachers:
+        return None
+    judges_all = config.data.drop_wrong_traces
+    with _first_leader_first(layout):
+        verdicts = wrong_traces(
+            dataset,
+            judge_by(verifier),
+            tokenizer=tokenizer,
+            data=config.data,
+            verifier_key=verifier_key(config.grading),
+            limit_per_teacher=None if judges_all else _JUDGED_OF_TEACHER,
+            seed=config.run.seed,
+            show_progress=layout.is_global_leader,
+        )
+    if layout.is_global_leader:
+        for line in teacher_table(dataset, config.data, verdicts):
+            log.info("%s", line)
+    return verdicts if judges_all else None
+
+
+@contextlib.contextmanager
+def _first_leader_first(layout: Layout) -> Iterator[None]:
+    """Run the block on the first replica's leader, and then on the others."""
+    assert layout.leaders_group is not None, "leaders open data"
+    if not layout.is_global_leader:
+        gather_objects(None, layout.leaders_group)
+    yield
+    if layout.is_global_leader:
+        gather_objects(None, layout.leaders_group)
+
+
+def data_identity(config: Config, stream: PromptStream) -> dict[str, Any]:
+    """What gives a position of the run its row: a resumed run must find the same."""
+    return {"files": stream.fingerprint(), "shuffle": config.data.shuffle, "seed": config.run.seed}
+
+
+def require_same_data(stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]) -> None:
+    """Hold the data of a checkpoint against that of this run.
+
+    Raises:
+        ValueError: they differ, and ``run.allow_changed`` does not name ``data``.
+    """
+    changes = compare_fingerprints(stored["files"], current["files"])
+    for key in ("shuffle", "seed"):
+        if stored[key] != current[key]:
+            changes.append(f"{key}: {stored[key]!r} → {current[key]!r}")
+    if not changes:
+        return
+    words = f"not the data of the run that is resumed, so that its positions mean other rows: {'; '.join(changes)}"
+    if "data" not in allow_changed:
+        raise ValueError(f"{words}. Restore the data, choose another run.dir, or set run.allow_changed=[data]")
+    log.warning("%s (allowed by run.allow_changed)", words)

@@ -1,0 +1,106 @@
+"""What came of the prompts of one collection, over all replicas, and when that ends the run. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.ledger import dropped_words
+from megatron_dypo.types import DropReason, GradedGroup
+
+_LOST = (DropReason.INCOMPLETE, DropReason.REFUSED)
+_UNGRADED = (*_LOST, DropReason.NO_VERDICT, DropReason.TOO_LONG)
+
+
+@dataclass(kw_only=True)
+class Outcomes:
+    """Counts since a collection began; those of several replicas add up."""
+
+    graded: int = 0
+    """Groups with a tier, and prompts that need no rollouts."""
+    dropped: Counter[DropReason] = field(default_factory=Counter)
+    verdicts: int = 0
+    """Rollouts that the verifier judged."""
+    last_reason: str = ""
+    """Why the last group was lost, or had no verdict."""
+
+    def drop(self, reason: DropReason, count: int = 1, message: str = "") -> None:
+        self.dropped[reason] += count
+        self.last_reason = message or self.last_reason
+
+    @property
+    def seen(self) -> int:
+        """Prompts of which is known what became of them."""
+        return self.graded + sum(self.dropped[reason] for reason in _UNGRADED)
+
+    @property
+    def lost(self) -> int:
+        """Prompts without a whole group."""
+        return sum(self.dropped[reason] for reason in _LOST)
+
+    def __add__(self, other: Outcomes) -> Outcomes:
+        return Outcomes(
+            graded=self.graded + other.graded,
+            dropped=self.dropped + other.dropped,
+            verdicts=self.verdicts + other.verdicts,
+            last_reason=self.last_reason or other.last_reason,
+        )
+
+
+def count_verdicts(groups: Iterable[GradedGroup], truncated_is_wrong: bool) -> int:
+    """Rollouts that the verifier judged: not those that it failed on, nor those that it was not asked about."""
+    return sum(
+        verdict.error is None and not (truncated_is_wrong and rollout.finish == "length")
+        for group in groups
+        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
+    )
+
+
+def end_without_verdicts(now: Outcomes, before: Outcomes, at_least: int) -> RunEnded | None:
+    """The end of a run whose verifier failed on ``at_least`` groups since ``before`` and judged nothing meanwhile."""
+    failed = now.dropped[DropReason.NO_VERDICT] - before.dropped[DropReason.NO_VERDICT]
+    if failed < at_least or now.verdicts > before.verdicts:
+        return None
+    return RunEnded(
+        Cause.NO_VERDICTS,
+        f"the verifier gave no verdict on any rollout of {failed} groups in a row; the last reason: {now.last_reason}",
+    )
+
+
+def end_without_samples(outcomes: Outcomes, *, num_prompts: int, step: int, max_prompt_tokens: int) -> RunEnded | None:
+    """The end of a run whose collection reached its limit and found nothing to learn from; None: look further.
+
+    Args:
+        num_prompts: rows of the data. Only who has graded that many draws may say that nothing is left.
+    """
+    dropped = outcomes.dropped
+    if outcomes.graded == 0:
+        return RunEnded(_cause_without_grades(outcomes), _ungraded(outcomes, step, max_prompt_tokens))
+    if outcomes.seen < num_prompts:
+        return None
+    usable = Counter({reason: dropped[reason] for reason in (DropReason.EASY, DropReason.NO_TEACHER)})
+    failed = outcomes.lost + dropped[DropReason.NO_VERDICT]
+    words = ", ".join(dropped_words(dropped))
+    if failed > usable.total():
+        cause = Cause.NO_VERDICTS if dropped[DropReason.NO_VERDICT] > outcomes.lost else Cause.GROUPS_LOST
+        reason = f"; the last reason: {outcomes.last_reason}"
+        return RunEnded(cause, f"step {step}: no trainable prompt among {outcomes.seen} draws: {words}{reason}")
+    return RunEnded(Cause.NOTHING_LEFT, f"step {step}: no trainable prompt left among {outcomes.seen} draws: {words}")
+
+
+def _cause_without_grades(outcomes: Outcomes) -> Cause:
+    dropped = outcomes.dropped
+    if outcomes.lost == 0 and dropped[DropReason.NO_VERDICT] == 0:
+        return Cause.BAD_INPUT
+    return Cause.GROUPS_LOST if outcomes.lost >= dropped[DropReason.NO_VERDICT] else Cause.NO_VERDICTS
+
+
+def _ungraded(outcomes: Outcomes, step: int, max_prompt_tokens: int) -> str:
+    dropped = outcomes.dropped
+    if dropped[DropReason.TOO_LONG] == outcomes.seen:
+        long = f"{outcomes.seen} of {outcomes.seen} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}"
+        return f"step {step}: {long}"
+    words = ", ".join(dropped_words(dropped))
+    return f"step {step}: none of {outcomes.seen} prompts could be graded: {words}; the last reason: {outcomes.last_reason}"

@@ -1,0 +1,95 @@
+"""The teachers' traces by the verifier: what a run's start and the check judge them with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_dypo import __version__
+from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
+from megatron_dypo.config.tree import Config
+from megatron_dypo.data.dataset import PromptDataset
+from megatron_dypo.data.row_check.verdicts import Verify, wrong_traces
+from megatron_dypo.data.statistics import TeacherStatistics, teacher_statistics
+from megatron_dypo.data.teacher_table import accuracy_text
+from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.grading.pairs import pair_of
+from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.metrics.findings import Findings
+from megatron_dypo.types import Prompt
+
+
+def judge_teachers(
+    config: Config,
+    dataset: PromptDataset,
+    tokenizer: Tokenizer,
+    found: Findings,
+    *,
+    limit_per_teacher: int | None,
+    show_progress: bool,
+) -> list[TeacherStatistics]:
+    """Judge traces of each teacher and note those with wrong ones. Raises ValueError as ``wrong_traces``."""
+    if not dataset.teachers:
+        return []
+    with Verifier(config.grading, dataset.verifiers) as verifier:
+        verdicts = wrong_traces(
+            dataset,
+            judge_by(verifier),
+            tokenizer=tokenizer,
+            data=config.data,
+            verifier_key=verifier_key(config.grading),
+            limit_per_teacher=limit_per_teacher,
+            seed=config.run.seed,
+            show_progress=show_progress,
+        )
+    teachers = teacher_statistics(dataset, config.data, verdicts)
+    for teacher in teachers:
+        if teacher.num_wrong:
+            judged = teacher.num_right + teacher.num_wrong
+            advice = "left out" if config.data.drop_wrong_traces else "trained on, unless data.drop_wrong_traces=true"
+            found.notes.append(
+                f"teacher {teacher.teacher}: the verifier calls {teacher.num_wrong} of {judged} traces judged wrong; right: "
+                f"{accuracy_text(teacher)}; wrong ones are {advice}"
+            )
+    return teachers
+
+
+def judge_by(verifier: Verifier) -> Verify:
+    """Return the function that ``wrong_traces`` asks: a running verifier, with None where it gives no verdict."""
+
+    def judge(pairs: Sequence[tuple[Prompt, str]]) -> list[bool | None]:
+        verdicts = verifier.verify([pair_of(prompt, response) for prompt, response in pairs])
+        return [None if verdict.error is not None else verdict.is_correct for verdict in verdicts]
+
+    return judge
+
+
+def verifier_key(cfg: GradingConfig) -> str:
+    """Return all that verdicts depend on besides the data, as text: verifiers, their files' contents, the version.
+
+    Empty, so that no verdict is kept, where the file of a verifier is not found. Other modules that a verifier's module
+    imports are not looked at: remove ``data_check`` in the run folder after a change of one.
+    """
+    files = {}
+    for _, name in cfg.named_verifiers():
+        if name in BUILT_IN_VERIFIERS:
+            continue
+        file = _file_of(name.partition(":")[0])
+        if file is None:
+            return ""
+        files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return json.dumps({"version": __version__, "grading": asdict(cfg), "files": files}, sort_keys=True, default=repr)
+
+
+def _file_of(module: str) -> Path | None:
+    """Find the file of a module without importing its packages, which may do anything."""
+    for entry in sys.path:
+        path = Path(entry or ".", *module.split("."))
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file
+    return None

@@ -1,0 +1,273 @@
+"""Checkpoints that load at another tensor, pipeline or data parallelism.
+
+One checkpoint is a folder that appears whole or not at all::
+
+    checkpoints/
+      latest_checkpointed_iteration.txt     10
+      step_000010/
+        mcore/                              Megatron dist_checkpointing: weights, optimizer, RNG states
+        reference/                          the same of π_ref, if it is refreshed in the run
+        trainer_state.json                  what the loop needs
+        leader_00000.bin, …                 what each replica's leader needs (its queues)
+
+It is written as ``step_000010.tmp``, synced and renamed. All ranks share the file system.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # noqa: F401, Megatron's writer needs it without saying so, and hangs where it is missing
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dypo.mcore.checkpoints import rng
+from megatron_dypo.mcore.checkpoints.folder import (
+    STATE,
+    discard_partial,
+    folder_of,
+    make_partial,
+    partial_of,
+    publish,
+)
+from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
+from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
+from megatron_dypo.mcore.checkpoints.results_queue import start_results_queue
+from megatron_dypo.mcore.checkpoints.save_failure import save_failure
+from megatron_dypo.mcore.chunks import unwrap
+from megatron_dypo.mcore.optimizer import PolicyOptimizer
+from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.models.hf.write import copy_beside
+from megatron_dypo.models.mcore_ckpt import HF_FOLDER
+from megatron_dypo.parallel.layout import Layout
+
+_WEIGHTS, _REFERENCE = "mcore", "reference"
+_RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a checkpoint holds besides weights, optimizer and RNG, which are in place already."""
+
+    step: int
+    trainer_state: dict[str, Any]
+    leader_states: list[bytes]
+    """By the ``dp_rank`` of the run that wrote them, however many replicas this run has."""
+
+
+def save(
+    root: str | Path,
+    step: int,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    trainer_state: dict[str, Any],
+    leader_state: bytes = b"",
+    reference: ReferencePolicy | None = None,
+    hf_path: str | Path | None = None,
+    keep: int = 0,
+) -> Path:
+    """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
+
+    Args:
+        trainer_state: JSON values; the global leader's counts.
+        leader_state: a replica leader's own bytes; other ranks' are ignored.
+        reference: π_ref, where resuming cannot rebuild it from the initial weights.
+        hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts alone.
+        keep: checkpoints to keep, this one included; 0: all.
+
+    Raises:
+        OSError: the file system took no more; nothing is left of this checkpoint, and older ones are as they were.
+    """
+    final = folder_of(root, step)
+    parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
+    try:
+        _on_leader(layout, lambda: make_partial(final, parts))
+        _write_weights(partial_of(final), chunks, optimizer, layout, reference)
+        header = _header(step, optimizer, layout) | {"trainer": trainer_state}
+        _write_state(partial_of(final), layout, header, leader_state, hf_path)
+        dist.barrier()
+        _on_leader(layout, lambda: publish(final, keep=keep))
+    except (CheckpointException, OSError) as error:
+        if layout.is_global_leader:
+            discard_partial(final)
+        if isinstance(error, CheckpointException):
+            raise save_failure(error, final) from error
+        raise
+    return final
+
+
+def _write_state(
+    partial: Path, layout: Layout, header: dict[str, Any], leader_state: bytes, hf_path: str | Path | None
+) -> None:
+    if layout.is_replica_leader:
+        (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
+    if layout.is_global_leader:
+        (partial / STATE).write_text(json.dumps(header, indent=1))
+        if hf_path is not None:
+            (partial / _WEIGHTS / HF_FOLDER).mkdir()
+            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
+
+
+def _write_weights(
+    partial: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    reference: ReferencePolicy | None,
+) -> None:
+    state = _whole_state(chunks, optimizer, layout, is_loading=False)
+    start_results_queue()
+    dist_checkpointing.save(state, str(partial / _WEIGHTS))
+    if reference is not None:
+        with reference.swapped_in():
+            dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
+
+
+def load(
+    path: str | Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    reference: ReferencePolicy | None = None,
+) -> Restored:
+    """Restore a checkpoint folder into this run's layout, whatever layout wrote it. Collective over the world.
+
+    RNG states come back only under the same tensor and pipeline sizes; under others they stay as seeded.
+
+    Args:
+        reference: filled from the checkpoint if that has one, else left as it is.
+
+    Raises:
+        ValueError: not a whole checkpoint, or one of another kind of optimizer.
+    """
+    path = Path(path)
+    header = _read_header(path)
+    leaders = _leader_states(path, header)
+    if header["optimizer"] != optimizer.kind:
+        raise ValueError(
+            f"{path}: holds the state of a {header['optimizer']}, this run has a {optimizer.kind}: "
+            "keep model.dtype and optimizer.distributed as they were"
+        )
+    if reference is not None and (path / _REFERENCE).is_dir():
+        load_weights(path / _REFERENCE, chunks)
+        reference.capture()
+    same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
+    state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
+    loaded = _load_parts(state, path)
+    _fill(chunks, loaded)
+    optimizer.load_state(loaded["optimizer"])
+    optimizer.num_updates = int(header["num_updates"])
+    if same_axes:
+        rng.restore(loaded["rng"])
+    return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
+
+
+def _load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path / _WEIGHTS))
+    except (
+        CheckpointException,
+        CheckpointingException,
+        pickle.UnpicklingError,
+        EOFError,
+        json.JSONDecodeError,
+    ) as error:
+        # torch gives the ranks' reasons to the first one alone.
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
+        raise ValueError(f"{path}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
+    return loaded
+
+
+def _leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
+    files = sorted(path.glob("leader_*.bin"))
+    expected = header.get("data", len(files))
+    if len(files) != expected:
+        raise ValueError(f"{path}: has {len(files)} files leader_*.bin of {expected}: {_RESTORE}")
+    return [file.read_bytes() for file in files]
+
+
+def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill the chunks from a dist_checkpointing folder, or from one of our checkpoints. Collective over the world.
+
+    Build the optimizer after this, or call its ``reload_weights``.
+
+    Raises:
+        ValueError: no such folder inside ``path``.
+    """
+    folders = [folder for folder in (Path(path), Path(path) / _WEIGHTS) if (folder / "metadata.json").is_file()]
+    if not folders:
+        raise ValueError(f"{path}: not a Megatron dist_checkpointing folder: metadata.json is missing")
+    _fill(chunks, dist_checkpointing.load(model_state(chunks), str(folders[0])))
+
+
+def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages.
+
+    Tensors in the files are named without that prefix and with all layers stacked, the same for every layout.
+    """
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
+    }
+
+
+def _chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{stage}" for stage in range(len(chunks))]
+
+
+def _fill(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        unwrap(chunk).load_state_dict(state[name])
+
+
+def _whole_state(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: Layout,
+    *,
+    is_loading: bool,
+    with_rng: bool = True,
+) -> dict[str, Any]:
+    # Of the optimizer formats only this one can change every axis.
+    metadata = {"dp_cp_group": layout.dp_group, "distrib_optim_sharding_type": "fully_reshardable"}
+    state = model_state(chunks, metadata)
+    state["optimizer"] = optimizer.megatron.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if with_rng:
+        state["rng"] = rng.sharded_state(layout)
+    return state
+
+
+def _header(step: int, optimizer: PolicyOptimizer, layout: Layout) -> dict[str, Any]:
+    return {
+        "step": step,
+        "num_updates": optimizer.num_updates,
+        "optimizer": optimizer.kind,
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+    }
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
+    header: dict[str, Any] = json.loads((path / STATE).read_text())
+    return header
+
+
+def _on_leader(layout: Layout, action: Callable[[], object]) -> None:
+    if layout.is_global_leader:
+        action()
+    dist.barrier()

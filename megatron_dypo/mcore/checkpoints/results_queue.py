@@ -1,0 +1,29 @@
+"""The queue between Megatron's checkpoint writer and its processes."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import sys
+import uuid
+from multiprocessing.managers import SyncManager
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_dypo.processes.lifetime import end_with_parent
+
+
+@functools.cache
+def start_results_queue() -> SyncManager:
+    """Give Megatron's writer a queue whose process ends with this one.
+
+    The queue that it would make for itself (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) lives in a
+    process that waits indefinitely once a trainer was killed. Its address would be a path below TMPDIR, which may be
+    longer than the 107 bytes that a Unix socket's can have: this one has none (unix(7), abstract).
+    """
+    address = f"\0megatron-dypo-{os.getpid()}-{uuid.uuid4().hex}" if sys.platform == "linux" else None
+    manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
+    manager.start(end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+    return manager

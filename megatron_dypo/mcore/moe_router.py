@@ -1,0 +1,134 @@
+"""The router of a mixture of experts: Megatron's, with a load-balancing loss that keeps its own normaliser.
+
+For each layer and each microbatch with n real tokens (padding is no token), over E experts of which a token takes k::
+
+    L = E · Σ_e f_e · P_e      f_e = share of the n·k assignments that expert e got
+                               P_e = mean over the n tokens of the softmax over all experts
+
+so that L = 1 under perfect balance. The objective gains ``coefficient · Σ_layers Σ_microbatches (n/N) · L``, where N counts
+the real tokens of all microbatches of all replicas in the update: a mean, whatever their number and however they are
+spread over ranks. (transformers' ``load_balancing_loss_func`` is k · L for one layer; it pools the layers, which lets one
+layer's imbalance cancel another's.)
+
+Megatron's own loss does not fit here: with ``calculate_per_token_loss`` it is multiplied by the number of tokens, in
+expectation of a division of all gradients by the global number of tokens at the end (transformer/moe/router.py:456-472 of
+0.16.1), which a globally normalised objective does not have.
+
+Routing replay (train with the experts that the rollout servers chose) would enter here: with ``moe_enable_routing_replay``
+Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206), and ``BalancedRouter.routing`` would hand it
+the recorded top-k indices of the microbatch's tokens; they would travel with ``Sample`` through ``batching.pack`` as a
+stream of [T, layers, k].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_tokens_per_expert_and_token_count
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.models.architecture import Experts
+from megatron_dypo.parallel.device import device
+
+
+class BalancedRouter(TopKRouter):
+    """See the module's docstring. Shape legend: T tokens on this rank, E experts."""
+
+    update_tokens: float = 0.0
+    """N of the update, set by :func:`begin_update`; 0 outside of updates, where nothing is to be balanced."""
+    balance: Tensor | float = 0.0
+    """Σ (n/N) · L so far in the update, this rank's part: a tensor once there was a microbatch."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[T, 1, E] logits → [T, E] routing weights, [T, E] whether chosen; the mask is true at padding."""
+        if padding_mask is not None and len(padding_mask) != len(logits):
+            # Megatron cuts the mask for sequence parallelism on the first stage only (models/gpt/gpt_model.py:314).
+            padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
+        routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
+        return routed
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Attach this rank's part of coefficient · (n/N) · L to the routing weights; padding is zero in the inputs."""
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0 or self.update_tokens == 0:
+            return probs
+        counts_E, _, num_tokens = get_tokens_per_expert_and_token_count(
+            routing_map, self.tp_cp_group, topk=self.topk, with_padding_mask=True
+        )
+        # n·L, of which this rank's tokens contribute their softmax; 0 where a row is nothing but padding.
+        total = (scores_for_aux_loss.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
+        loss = total / (self.topk * num_tokens.clamp(min=1)) / self.update_tokens
+        self.balance = self.balance + loss.detach()
+        return MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
+
+
+def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
+    """The routers of this rank's layers; none in a dense model."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, BalancedRouter))
+
+
+def mark_experts(chunk: torch.nn.Module) -> None:
+    """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
+
+    Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it, but
+    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens; and experts that are split
+    would be reduced over ranks with other parts of them.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
+    """Tell the routers how many real tokens the update has. Collective over data-parallel ranks if they balance.
+
+    Args:
+        num_tokens: of this replica's microbatches, all of them; of the parts that this rank holds under context parallelism.
+    """
+    mine = [router for router in routers(chunks) if router.is_aux_loss_enabled()]
+    if not mine:
+        return
+    total = torch.tensor([float(num_tokens)], dtype=torch.float64, device=device())
+    dist.all_reduce(total, group=mine[0].tp_dp_cp_group)
+    for router in mine:
+        router.update_tokens = float(total) / router.tp_group.size()
+        router.balance = 0.0
+
+
+def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+    """The load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there is none.
+
+    Collective over the world after the backward pass.
+    """
+    mine = [router for router in routers(chunks) if router.is_aux_loss_enabled()]
+    if not mine:
+        return {}
+    total = torch.tensor([sum(float(router.balance) for router in mine)], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
+
+
+def moe_settings(experts: Experts, *, grouped: bool, parallel: ParallelConfig, balance_coef: float) -> dict[str, Any]:
+    """Fields of Megatron's configuration."""
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # Softmax over the chosen experts' logits is the softmax over all of them, divided by the chosen ones' sum.
+        "moe_router_pre_softmax": not experts.normalized,
+        # Logits in the model's type, softmax in fp32: as transformers, and as the rollout servers.
+        "moe_router_dtype": None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": balance_coef,
+        "moe_grouped_gemm": grouped,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }

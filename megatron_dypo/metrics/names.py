@@ -1,0 +1,204 @@
+"""Every metric that a run may write: its name, unit and meaning. ``docs/metrics.md`` is this table, rendered.
+
+Names follow what people have dashboards for (``train/``, ``rollout/``, ``timing_s/``, ``perf/``, ``eval/``).
+A part in angle brackets, as in ``eval/<set>/accuracy``, stands for any text without a slash.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    unit: str
+    """Empty for a pure number."""
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("train/loss", "", "the whole objective, summed over the global batch"),
+    Metric("train/pg_loss", "", "its GRPO term (clipped surrogate), weighted as in the objective"),
+    Metric("train/sft_loss", "nats", "its distillation term, weighted as in the objective"),
+    Metric("train/kl_loss", "nats", "its k3 estimate of KL(π_θ‖π_ref), weighted as in the objective"),
+    Metric("train/sft_nll", "nats/token", "mean −log π_θ over the tokens of teachers' traces"),
+    Metric("train/skipped", "", "1 where the update was skipped because its gradients were not finite, else 0"),
+    Metric("train/grad_norm", "", "global gradient norm before clipping"),
+    Metric(
+        "train/load_balancing_loss", "", "experts: mean over layers, 1 under perfect balance; without its coefficient"
+    ),
+    Metric("train/lr", "", "learning rate of this update"),
+    Metric("train/entropy", "nats/token", "mean entropy of π_θ over response tokens of rollouts"),
+    Metric("train/pg_clipfrac", "fraction", "tokens of GRPO whose ratio was clipped"),
+    Metric("train/ppo_kl", "nats/token", "mean of log π_old − log π_θ over tokens of rollouts"),
+    Metric("train/train_rollout_logprob_abs_diff", "nats/token", "mean |log π_trainer − log π_server| of rollouts"),
+    Metric("train/train_rollout_logprob_abs_diff_max", "nats", "the largest such difference"),
+    Metric("train/importance_capped_ratio", "fraction", "tokens of rollouts whose importance weight hit the cap"),
+    Metric("train/importance_masked_ratio", "fraction", "tokens of rollouts outside objective.importance.token_bounds"),
+    Metric("train/importance_masked_rollouts_ratio", "fraction", "rollouts that objective.importance masks whole"),
+    Metric("train/num_prompts", "prompts", "Hard and Mid prompts in this update"),
+    Metric("train/num_sequences", "sequences", "sequences in this update"),
+    Metric("train/num_tokens", "tokens", "tokens in this update, prompts included"),
+    Metric("train/num_response_tokens", "tokens", "tokens in this update that enter the loss"),
+    Metric("train/num_microbatches", "microbatches", "microbatches of this update on one data-parallel rank"),
+    Metric("train/padding_ratio", "fraction", "positions of the microbatches that are padding"),
+    Metric(
+        "train/flops_imbalance",
+        "fraction",
+        "largest share of the update's FLOPs on a replica over the mean one, less 1",
+    ),
+    Metric("train/staleness", "versions", "mean age of the weights that made this update's samples"),
+    Metric("rollout/reward", "", "mean shaped reward of the rollouts that have a verdict"),
+    Metric("rollout/accuracy", "fraction", "rollouts that the verifier found correct, of those with a verdict"),
+    Metric("rollout/truncated_ratio", "fraction", "rollouts that hit the response limit"),
+    Metric("rollout/response_len/mean", "tokens", "mean length of the responses"),
+    Metric("rollout/response_len/max", "tokens", "longest response"),
+    Metric("rollout/response_len/min", "tokens", "shortest response"),
+    Metric("rollout/prompt_len/mean", "tokens", "mean length of the prompts"),
+    Metric("rollout/num_prompts", "prompts", "prompts whose group is complete"),
+    Metric("rollout/num_rollouts", "rollouts", "rollouts of complete groups"),
+    Metric("rollout/num_tokens", "tokens", "sampled tokens"),
+    Metric("rollout/num_rounds", "rounds", "rounds of collection until the queues held an update"),
+    Metric("rollout/retries", "requests", "requests sent again after an error"),
+    Metric("rollout/incomplete_groups", "prompts", "prompts dropped because their group stayed incomplete"),
+    Metric("rollout/refused_prompts", "prompts", "prompts dropped because a server refused the request for good"),
+    Metric("rollout/groups_without_verdict", "prompts", "prompts dropped because a rollout of theirs has no verdict"),
+    Metric(
+        "rollout/wrong_versions",
+        "rollouts",
+        "rollouts dropped because weights of another version than the last push's sampled them",
+    ),
+    Metric("rollout/dropped_rollouts", "rollouts", "responses that were sampled and thrown away with their group"),
+    Metric("rollout/dropped_tokens", "tokens", "tokens of these responses"),
+    Metric("rollout/dropped_longest", "tokens", "longest of these: above the mean, long answers are selected against"),
+    Metric("rollout/verifier_errors", "rollouts", "rollouts whose verifier raised or missed its deadline"),
+    Metric("rollout/policy_version", "", "version of the weights that sampled"),
+    Metric("data/epoch", "epochs", "passes over the prompts that are complete"),
+    Metric("data/dropped_prompts", "prompts", "prompts over the length limit"),
+    Metric("data/dropped_traces", "traces", "teachers' traces over the length limit"),
+    Metric("data/wrong_traces", "traces", "teachers' traces left out because the verifier calls them wrong"),
+    Metric("ledger/drawn", "prompts", "draws of prompts since the run began: the sum of all accounts below"),
+    Metric("ledger/trained_rl", "prompts", "draws that were learned from by their own rollouts"),
+    Metric("ledger/trained_sft", "prompts", "draws that were learned from by a teacher's trace"),
+    Metric("ledger/dropped_easy", "prompts", "draws dropped as Easy"),
+    Metric("ledger/dropped_no_teacher", "prompts", "draws to be distilled that have no trace"),
+    Metric("ledger/dropped_too_long", "prompts", "draws longer than data.max_prompt_tokens"),
+    Metric("ledger/dropped_incomplete", "prompts", "draws whose group stayed incomplete"),
+    Metric("ledger/dropped_refused", "prompts", "draws that a server refused for good"),
+    Metric("ledger/dropped_no_verdict", "prompts", "draws with a rollout that the verifier failed on"),
+    Metric("ledger/dropped_stale", "prompts", "draws that waited for longer than batching.max_staleness"),
+    Metric("ledger/waiting", "prompts", "draws that wait for an update, or for their last one"),
+    Metric("ledger/in_flight", "prompts", "draws that are being sampled or graded, or will be first after a resume"),
+    Metric("gate/easy", "fraction", "graded prompts with every rollout correct"),
+    Metric("gate/mid", "fraction", "graded prompts with some rollouts correct"),
+    Metric("gate/hard", "fraction", "graded prompts with no rollout correct"),
+    Metric("gate/offline_share_prompts", "fraction", "prompts of the update that learn from a teacher"),
+    Metric("gate/offline_share_sequences", "fraction", "sequences of the update that are teachers' traces"),
+    Metric("gate/offline_share_tokens", "fraction", "response tokens of the update that are teachers'"),
+    Metric("gate/hard_without_teacher", "prompts", "Hard prompts skipped for want of a trace"),
+    Metric("queue/distil", "prompts", "prompts that wait in the queue of teachers' traces after the update"),
+    Metric("queue/reinforce", "prompts", "prompts that wait in the queue of rollout groups after the update"),
+    Metric("queue/stale", "prompts", "prompts dropped because they waited for too many versions"),
+    Metric("gal/loss", "nats", "mean −log σ(β·d) over pairs and groups, not weighted"),
+    Metric("gal/eta", "", "η = mean σ(−β·d)² over pairs: ¼ at the reference, 0 when every pair is settled"),
+    Metric("gal/saturation", "fraction", "pairs with |β·d| above 5, whose gradient has all but vanished or saturated"),
+    Metric("gal/margin", "nats", "mean d = ℓ_s − ℓ_f over pairs"),
+    Metric("gal/log_ratio", "nats", "mean scaled ℓ of the coefficients, over the trajectories of Mid groups"),
+    Metric(
+        "gal/anchor_drift",
+        "nats",
+        "mean |ℓ under this update's weights − ℓ under π_old|, scaled, over trajectories with GAL: what stale "
+        "coefficients ignore",
+    ),
+    Metric("gal/clipfrac", "fraction", "tokens with GAL whose gradient objective.gal_clip stopped"),
+    Metric(
+        "score/rollout_policy_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"
+    ),
+    Metric("score/rollout_policy_error/max", "nats", "the largest such difference"),
+    Metric("score/rollout_policy_error/sequence", "nats", "mean |difference of a whole rollout's log-prob|"),
+    Metric("teacher/<name>/share", "fraction", "traces of the update drawn from this teacher"),
+    Metric("refit/pause_s", "s", "from the servers' first pause of the push to the time when all went on"),
+    Metric("refit/fenced", "servers", "servers that pushes since the last update found lost, and fenced"),
+    Metric("refit/rejoined", "servers", "fenced servers that answered again and got the weights"),
+    Metric("refit/retries", "attempts", "attempts of pushes after the first, without the servers just fenced"),
+    Metric("timing_s/gen", "s", "rollouts"),
+    Metric("timing_s/reward", "s", "grading"),
+    Metric("timing_s/old_log_prob", "s", "forward-only passes for log π_old"),
+    Metric("timing_s/ref_log_prob", "s", "forward-only passes for log π_ref"),
+    Metric("timing_s/update_actor", "s", "forward, backward and optimizer"),
+    Metric("timing_s/update_weights", "s", "push of the weights into the servers"),
+    Metric("timing_s/save_checkpoint", "s", "checkpoint"),
+    Metric("timing_s/eval", "s", "held-out evaluation"),
+    Metric("timing_s/step", "s", "the whole step"),
+    Metric("timing_s/other", "s", "the step less every part above"),
+    Metric("perf/tokens_per_sec", "tokens/s", "tokens of the update over the step's time"),
+    Metric("perf/tokens_per_gpu_per_sec", "tokens/s", "the same for each training process"),
+    Metric("perf/rollout_tokens_per_sec", "tokens/s", "sampled tokens over the time of the rollouts"),
+    Metric("perf/update_tokens_per_sec", "tokens/s", "tokens of the update over the time of forward and backward"),
+    Metric("perf/wait_time_ratio", "fraction", "share of the step in which the trainer waits for rollouts"),
+    Metric("perf/overhead_ratio", "fraction", "timing_s/other over timing_s/step"),
+    Metric("perf/weight_bytes", "bytes", "weights pushed to one server"),
+    Metric("perf/peak_memory_gib", "GiB", "largest memory of a training process"),
+    Metric("eval/<set>/accuracy", "fraction", "held-out responses that are correct, of those with a verdict"),
+    Metric("eval/<set>/accuracy_low", "fraction", "lower end of its 95% interval (Wilson's, prompts as clusters)"),
+    Metric("eval/<set>/accuracy_high", "fraction", "upper end of that interval"),
+    Metric("eval/<set>/num_samples", "responses", "held-out responses with a verdict"),
+    Metric("eval/<set>/num_prompts", "prompts", "prompts of the set"),
+    Metric("eval/<set>/num_lost", "prompts", "of these, prompts without a group: too long, refused or incomplete"),
+    Metric("eval/<set>/num_without_verdict", "responses", "held-out responses that the verifier failed on"),
+    Metric(
+        "eval/<set>/<source>/accuracy", "fraction", "accuracy of the prompts of one source, where a set has several"
+    ),
+    Metric("eval/<set>/<source>/num_samples", "responses", "held-out responses of that source with a verdict"),
+    Metric("eval/<set>/truncated_ratio", "fraction", "held-out responses that hit the response limit"),
+    Metric("eval/<set>/response_len/mean", "tokens", "mean length of the held-out responses"),
+)
+
+
+@functools.cache
+def lookup(name: str) -> Metric:
+    """The row that ``name`` belongs to; ValueError, with the nearest name, when there is none."""
+    for metric, pattern in _patterns():
+        if pattern.fullmatch(name):
+            return metric
+    near = difflib.get_close_matches(name, [metric.name for metric in METRICS], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"metric {name!r} is not in the table of megatron_dypo.metrics.names{hint}")
+
+
+@functools.cache
+def _patterns() -> tuple[tuple[Metric, re.Pattern[str]], ...]:
+    return tuple((metric, _pattern(metric.name)) for metric in METRICS)
+
+
+def name_part(text: str) -> str:
+    """``text`` as one part of a metric's name: without a slash, and different for different texts."""
+    return text.replace("%", "%25").replace("/", "%2F")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    parts = re.split(r"<\w+>", name)
+    return re.compile("[^/]+".join(re.escape(part) for part in parts), re.DOTALL)
+
+
+def markdown() -> str:
+    """The table as ``docs/metrics.md`` has it."""
+    rows = [f"| `{metric.name}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |" for metric in METRICS]
+    head = [
+        "# Metrics",
+        "",
+        "Written by `python -m megatron_dypo.metrics.names`; each step is one line of `metrics.jsonl` and one point in TensorBoard.",
+        "",
+        "| name | unit | meaning |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

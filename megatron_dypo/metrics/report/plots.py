@@ -1,0 +1,151 @@
+"""The Plotly figure of each panel of a report, from the records of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from megatron_dypo.metrics.intervals import wilson_interval
+from megatron_dypo.metrics.report.panels import CYCLE, PANELS, Line, Panel
+
+Records = Sequence[dict[str, Any]]
+
+MAX_POINTS = 1000
+"""Points of one line; a longer series is thinned evenly."""
+MAX_BARS = 250
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A panel with data in it."""
+
+    title: str
+    note: str
+    figure: go.Figure
+
+
+def build_plots(records: Records) -> list[Plot]:
+    """Every plot that the records hold data for, in order of the page."""
+    plots = [_eval_plot(records)]
+    plots += [_panel_plot(panel, records) for panel in (*PANELS, _teacher_panel(records))]
+    return [plot for plot in plots if plot is not None]
+
+
+def thin(items: Sequence[Any], limit: int) -> list[Any]:
+    """At most ``limit`` items, spread evenly, the first and the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def _panel_plot(panel: Panel, records: Records) -> Plot | None:
+    figure = go.Figure()
+    known = [line for line in panel.lines if any(record.get(line.metric) is not None for record in records)]
+    if not known:
+        return None
+    if panel.stacked:
+        metrics = [line.metric for line in known]
+        rows = thin([r for r in records if any(r.get(name) is not None for name in metrics)], MAX_BARS)
+        for line in known:
+            heights = [_rounded(record.get(line.metric) or 0.0) for record in rows]
+            figure.add_bar(x=_steps(rows), y=heights, name=line.label, marker={"color": line.color, "line_width": 0})
+        figure.update_layout(barmode="stack", bargap=0.12 if len(rows) <= 60 else 0)
+    else:
+        for line in known:
+            _add_line(figure, line, records)
+    _style(figure, panel)
+    return Plot(panel.title, panel.note, figure)
+
+
+def _add_line(figure: go.Figure, line: Line, records: Records) -> None:
+    rows = thin([record for record in records if record.get(line.metric) is not None], MAX_POINTS)
+    figure.add_scatter(
+        x=_steps(rows),
+        y=[_rounded(record[line.metric]) for record in rows],
+        name=line.label,
+        mode="lines+markers" if len(rows) <= 40 else "lines",
+        line={"color": line.color, "width": 2},
+        marker={"size": 5},
+    )
+
+
+def _eval_plot(records: Records) -> Plot | None:
+    pattern = re.compile(r"eval/([^/]+)/accuracy")
+    sets = sorted({match[1] for record in records for key in record if (match := pattern.fullmatch(key))})
+    figure = go.Figure()
+    for name, color in zip(sets, CYCLE * (len(sets) // len(CYCLE) + 1), strict=False):
+        rows = thin([r for r in records if r.get(f"eval/{name}/accuracy") is not None], MAX_POINTS)
+        accuracy = [float(record[f"eval/{name}/accuracy"]) for record in rows]
+        bounds = [_bounds(record, name) for record in rows]
+        figure.add_scatter(
+            x=_steps(rows),
+            y=[_rounded(value) for value in accuracy],
+            name=name,
+            mode="lines+markers",
+            line={"color": color, "width": 2},
+            marker={"size": 6},
+            error_y={
+                "type": "data",
+                "array": [_rounded(high - a) for a, (_, high) in zip(accuracy, bounds, strict=True)],
+                "arrayminus": [_rounded(a - low) for a, (low, _) in zip(accuracy, bounds, strict=True)],
+                "thickness": 1.2,
+                "width": 4,
+            },
+        )
+    if not sets:
+        return None
+    panel = Panel(title="Held-out accuracy", unit="correct responses", percent=True, lines=())
+    _style(figure, panel)
+    figure.update_layout(showlegend=True)
+    return Plot(panel.title, "Bars: 95% Wilson intervals, responses taken as independent.", figure)
+
+
+def _teacher_panel(records: Records) -> Panel:
+    names = sorted({key for record in records for key in record if re.fullmatch(r"teacher/[^/]+/share", key)})
+    lines = tuple(Line(key, key.split("/")[1], CYCLE[i % len(CYCLE)]) for i, key in enumerate(names))
+    return Panel(title="Teachers drawn", unit="share of traces", stacked=True, percent=True, lines=lines)
+
+
+def _style(figure: go.Figure, panel: Panel) -> None:
+    axis = {"gridcolor": "#e8ebef", "zerolinecolor": "#cfd5dc", "linecolor": "#cfd5dc", "automargin": True}
+    positive = all(value is None or value > 0 for trace in figure.data for value in trace.y)
+    figure.update_layout(
+        template="none",
+        height=300,
+        margin={"l": 56, "r": 16, "t": 8, "b": 40},
+        font={"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 12, "color": "#3b4450"},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        showlegend=len(figure.data) > 1,
+        hovermode="x unified",
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        xaxis={**axis, "title": {"text": "step"}, "showgrid": False, "zeroline": False},
+        yaxis={**axis, "title": {"text": panel.unit}, "tickformat": ".0%" if panel.percent else None},
+    )
+    if panel.log and positive:
+        figure.update_yaxes(type="log", exponentformat="power")
+    elif panel.percent:
+        figure.update_yaxes(range=[0, 1.02])
+    if panel.level is not None:
+        figure.add_hline(y=panel.level, line={"color": "#98a1ab", "width": 1, "dash": "dash"})
+
+
+def _steps(records: Records) -> list[int]:
+    return [record["step"] for record in records]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _bounds(record: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """The 95% interval that the record gives, else Wilson's."""
+    low, high = (record.get(f"eval/{name}/accuracy_{end}") for end in ("low", "high"))
+    if low is not None and high is not None:
+        return float(low), float(high)
+    accuracy, count = float(record[f"eval/{name}/accuracy"]), int(record.get(f"eval/{name}/num_samples") or 0)
+    return wilson_interval(accuracy, count) if count else (accuracy, accuracy)

@@ -1,0 +1,195 @@
+"""HF folder ↔ Megatron checkpoint, one tensor at a time, on the CPU, in one process."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.checks import require
+from megatron_dypo.metrics.progress import progress
+from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.families.registry import family_rows, stacked_shape, state_keys, stored_key
+from megatron_dypo.models.families.table import Row
+from megatron_dypo.models.hf.folders import new_folder
+from megatron_dypo.models.hf.read import HFReader
+from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
+from megatron_dypo.models.mcore_ckpt import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, MCoreWriter, StoredChunk
+from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
+from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.models.rules import Chunk, check_tensor_parallel
+from megatron_dypo.parallel.cut import PipelineCut
+
+
+def hf_to_mcore(
+    hf_path: Path, mcore_path: Path, *, tensor_parallel: int, cut: PipelineCut, show_progress: bool = True
+) -> None:
+    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks so laid out would write.
+
+    The checkpoint loads at any parallel sizes; a run at these sizes reads each file on one rank only. Types are kept.
+    ``<mcore_path>/hf`` keeps configuration and tokenizer for the way back.
+
+    Raises:
+        ValueError: an HF tensor missing, unknown or misshapen, a size that does not divide the model, ``mcore_path``
+            not vacant. Nothing is written then.
+    """
+    arch = load_architecture(hf_path)
+    check_tensor_parallel(arch, tensor_parallel)
+    stage_of = {layer: s for s, chunks in enumerate(cut.chunks(arch.num_layers)) for chunk in chunks for layer in chunk}
+    reader = HFReader(hf_path)
+    reader.check_complete(arch)
+    rows = [row for row in family_rows(arch) if not row.is_copy]
+    _check_types(rows, reader, arch)
+    total = sum(
+        math.prod(row.rule.stored_shape(arch, tensor_parallel)) * reader.dtype(row.hf[0]).itemsize for row in rows
+    )
+    with new_folder(mcore_path) as folder, progress(total, "HF → Megatron", "bytes", enabled=show_progress) as bar:
+        writer = MCoreWriter(folder)
+        for pp_rank in range(cut.pipeline):
+            stage = [row for row in rows if _stage(row, arch, stage_of) == pp_rank]
+            layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
+            for tp_rank in range(tensor_parallel):
+                states = [key for layer in layers for key in state_keys(layer, arch)] if tp_rank == 0 else []
+                chunks = (c for row in stage for c in _chunks(row, reader, arch, tp_rank, tensor_parallel))
+                for num_bytes in writer.write_rank(pp_rank * tensor_parallel + tp_rank, states, chunks):
+                    bar.update(num_bytes)
+        writer.finish()
+        (folder / HF_FOLDER).mkdir()
+        copy_beside(hf_path, folder / HF_FOLDER)
+
+
+def mcore_to_hf(
+    mcore_path: Path,
+    hf_path: Path,
+    *,
+    hf_reference: Path | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    quantization: Quantization = "none",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    show_progress: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
+
+    Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` or a
+    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, except those of
+    weights that ``quantization`` puts into FP8, and ``config.json`` says so.
+    The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more. That of a
+    training run becomes the same files, byte for byte, as the run's own export of that step: one for each stage at least.
+
+    Args:
+        overwrite: replace the HF folder that is at ``hf_path``, once the new one is whole.
+
+    Raises:
+        ValueError: a tensor missing, unknown or misshapen, no reference, ``hf_path`` not vacant. Nothing is written.
+    """
+    reader = MCoreReader(mcore_path)
+    reference = _reference(reader, hf_reference)
+    arch = load_architecture(reference)
+    check_tensor_parallel(arch, tensor_parallel)
+    require(
+        1 <= pipeline_parallel <= arch.num_layers,
+        f"pipeline_parallel={pipeline_parallel}",
+        f"must be from 1 to num_hidden_layers={arch.num_layers}",
+    )
+    reader.check_complete(arch)
+    parts = {
+        stem: [(row, quantized_specs(_specs(row, reader, arch), quantization)) for row in rows]
+        for stem, rows in _rows_by_part(reader, arch).items()
+    }
+    total = sum(spec.num_bytes for rows in parts.values() for _, specs in rows for spec in specs)
+    with (
+        new_folder(hf_path, replace=overwrite) as folder,
+        progress(total, "Megatron → HF", "bytes", enabled=show_progress) as bar,
+    ):
+        for stem, rows in parts.items():
+            tensors = (pair for row, _ in rows for pair in zip(row.hf, reader.read_hf(row, arch), strict=True))
+            specs = [spec for _, of_row in rows for spec in of_row]
+            write_parts(folder, stem, specs, quantized_tensors(tensors, quantization), bar, max_file_bytes)
+        finish_hf_folder(folder, reference, quantization_config(arch, quantization))
+
+
+def _specs(row: Row, reader: MCoreReader, arch: Architecture) -> list[TensorSpec]:
+    dtype = reader.dtype(row, arch)
+    return [TensorSpec(name, dtype, shape) for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
+
+
+def _rows_by_part(reader: MCoreReader, arch: Architecture) -> dict[str, list[Row]]:
+    """Return the rows of each writer of an export, under the stem of its files, which sort as the writers do.
+
+    A run's export is written by the ranks that hold the weights, and it is they that wrote its checkpoint.
+    """
+    rows = [row for row in family_rows(arch) if not row.is_copy]
+    if not reader.is_of_run:
+        return {"weights": rows}
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(f"rank-{reader.writer(row, arch):08d}", []).append(row)
+    return parts
+
+
+def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
+    # π_ref of a run's checkpoint has no folder of its own.
+    beside = (reader.path / HF_FOLDER, reader.path.parent / WEIGHTS_FOLDER / HF_FOLDER)
+    reference = hf_reference or next((folder for folder in beside if folder.is_dir()), beside[0])
+    if not (reference / "config.json").is_file():
+        raise ValueError(
+            f"{reference}: no config.json; --hf-reference must name an HF folder with configuration and tokenizer"
+        )
+    return reference
+
+
+def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
+    """A checkpoint stacks all layers (and experts) of a parameter in one tensor, so they must be of one type."""
+    type_of: dict[str, torch.dtype] = {}
+    for row in rows:
+        key = stored_key(row.mcore, arch)[0]
+        for name in row.hf:
+            dtype = reader.dtype(name)
+            if type_of.setdefault(key, dtype) != dtype:
+                raise ValueError(f"{reader.path}: tensor {name} is {dtype}, others of {key} are {type_of[key]}")
+
+
+def _stage(row: Row, arch: Architecture, stage_of: Mapping[int, int]) -> int:
+    index = stored_key(row.mcore, arch)[1]
+    if index:
+        return stage_of[index[0]]
+    return min(stage_of.values()) if row.mcore.startswith("embedding.") else max(stage_of.values())
+
+
+def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
+    """What one rank writes of one parameter; it is read once, when the first of its chunks is.
+
+    Experts are written whole by the first tensor-parallel rank, as a run without expert tensor parallelism does.
+    """
+    if row.is_expert:
+        if tp_rank > 0:
+            return
+        tp_size = 1
+    key, index = stored_key(row.mcore, arch)
+    whole, dim = row.rule.stored_shape(arch, tp_size), row.rule.tp_dim or 0
+
+    @functools.cache
+    def shard() -> Tensor:
+        return row.rule.shard([reader.slice(name) for name in row.hf], arch, tp_rank, tp_size)
+
+    for chunk in row.rule.chunks(arch, tp_rank, tp_size):
+        sizes, offsets = list(whole), [0] * len(whole)
+        sizes[dim], offsets[dim] = chunk.length, chunk.stored_start
+        yield StoredChunk(
+            key=key,
+            shape=(*stacked_shape(index, arch), *whole),
+            offsets=(*index, *offsets),
+            sizes=(*(1 for _ in index), *sizes),
+            dtype=reader.dtype(row.hf[0]),
+            read=functools.partial(_part, shard, dim, chunk),
+        )
+
+
+def _part(shard: Callable[[], Tensor], dim: int, chunk: Chunk) -> Tensor:
+    return shard().narrow(dim, chunk.local_start, chunk.length)

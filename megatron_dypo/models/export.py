@@ -1,0 +1,65 @@
+"""Exporting a model under training as an HF folder, each pipeline stage writing its own files at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.metrics.progress import progress
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.families.registry import family_rows, match
+from megatron_dypo.models.gather import iter_hf_tensors, part_name, sent_params, written_specs
+from megatron_dypo.models.hf.folders import commit_folder, partial_path, start_folder
+from megatron_dypo.models.hf.write import MAX_FILE_BYTES, finish_hf_folder, write_parts
+from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
+from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.parallel.layout import Layout
+
+
+def export_hf(
+    named_params: Iterable[tuple[str, Tensor]],
+    arch: Architecture,
+    layout: Layout,
+    *,
+    out_dir: str | Path,
+    reference_hf_path: str | Path,
+    quantization: Quantization = "none",
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write the policy as the HF folder ``out_dir``, which appears whole, replacing an older one.
+
+    Every rank passes its parameters, named with global indices; ranks that hold only copies of what others write return
+    at once, the others reach one file system. Tensors are gathered over TP (of experts: ETP) one by one, never over PP;
+    experts are written by the ranks that own them, and ``quantization`` is done by whoever writes. Configuration and
+    tokenizer come from ``reference_hf_path``.
+
+    Raises:
+        ValueError: a parameter that no rule matches, before anything is written.
+    """
+    if not layout.is_sender:
+        return
+    params = _in_table_order(sent_params(named_params, arch, layout), arch)
+    specs = quantized_specs(written_specs(params, arch, layout), quantization)
+    out_dir = Path(out_dir)
+    if layout.is_global_leader:
+        start_folder(out_dir)
+    dist.barrier(group=layout.senders_group)
+    tensors = quantized_tensors(iter_hf_tensors(params, arch, layout), quantization)
+    total = sum(spec.num_bytes for spec in specs)
+    with progress(total, f"export of stage {layout.pp_rank}", "bytes", enabled=layout.is_global_leader) as bar:
+        write_parts(partial_path(out_dir), part_name(layout), specs, tensors, bar, max_file_bytes)
+    dist.barrier(group=layout.senders_group)
+    if layout.is_global_leader:
+        config = quantization_config(arch, quantization)
+        finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config)
+        commit_folder(partial_path(out_dir), out_dir)
+    dist.barrier(group=layout.senders_group)
+
+
+def _in_table_order(params: list[tuple[str, Tensor]], arch: Architecture) -> list[tuple[str, Tensor]]:
+    """Sort parameters as the family's table lists them, so that files are cut as the converters cut them."""
+    place = {row.mcore: number for number, row in enumerate(family_rows(arch))}
+    return sorted(params, key=lambda named: place[match(named[0], arch).mcore])

@@ -1,0 +1,91 @@
+"""Exporting a checkpoint of a training run as an HF folder, in one process and without the run's machines."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from megatron_dypo.models.convert import mcore_to_hf
+from megatron_dypo.models.hf.folders import check_vacant
+from megatron_dypo.models.mcore_ckpt import RUN_STATE, WEIGHTS_FOLDER
+from megatron_dypo.models.quantized.names import Quantization
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
+EXPORTS = "exports"
+"""Folder of a run that exports go to by default."""
+
+_STEP = re.compile(r"step_(\d+)")
+_PARTS = (f"{WEIGHTS_FOLDER}/.metadata", f"{WEIGHTS_FOLDER}/metadata.json", RUN_STATE)
+"""Files of every whole checkpoint."""
+_log = logging.getLogger(__name__)
+
+
+def export_run(
+    run_dir: Path,
+    *,
+    step: int | None = None,
+    out_dir: Path | None = None,
+    overwrite: bool = False,
+    quantization: Quantization = "none",
+    show_progress: bool = True,
+) -> Path:
+    """Write the policy of one checkpoint as an HF folder, byte for byte as the run itself exports that step.
+
+    Args:
+        step: of the checkpoint; None: the newest whole one.
+        out_dir: takes the name when all is written; None: ``run_dir/exports/step_<step>``.
+        overwrite: replace an HF folder that is there already.
+
+    Returns:
+        The HF folder.
+
+    Raises:
+        ValueError: no run folder, no such checkpoint (the message names those that there are), a checkpoint that is damaged,
+            an ``out_dir`` that is not vacant or lies among the checkpoints. Nothing is written then.
+    """
+    root = run_dir / CHECKPOINTS
+    if not root.is_dir():
+        raise ValueError(f"{run_dir}: no folder {CHECKPOINTS} there; a run folder of `megatron-dypo train` is needed")
+    found = whole_checkpoints(root)
+    if not found:
+        raise ValueError(f"{root}: no whole checkpoint there")
+    chosen = max(found) if step is None else step
+    if chosen not in found:
+        raise ValueError(f"step={step}: no whole checkpoint of it in {root}; there are {_listed(sorted(found))}")
+    target = out_dir if out_dir is not None else run_dir / EXPORTS / f"step_{chosen:06d}"
+    if root.resolve() in (target.resolve(), *target.resolve().parents):
+        raise ValueError(f"{target}: must not be among the checkpoints of the run")
+    _check_target(target, overwrite)
+    mcore_to_hf(found[chosen], target, overwrite=overwrite, quantization=quantization, show_progress=show_progress)
+    return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raise ValueError unless ``target`` is free, an empty folder, or an HF folder that may be replaced."""
+    is_hf = (target / "config.json").is_file()
+    if is_hf and not overwrite:
+        raise ValueError(f"{target}: is there already; --overwrite replaces it")
+    if not is_hf:
+        check_vacant(target)
+
+
+def whole_checkpoints(root: Path) -> dict[int, Path]:
+    """Return step → folder of the checkpoints that are whole; warn of folders that bear the name and are not."""
+    found: dict[int, Path] = {}
+    for folder in sorted(root.iterdir()):
+        name = _STEP.fullmatch(folder.name)
+        if name is None:
+            continue
+        missing = [part for part in _PARTS if not (folder / part).is_file()]
+        if missing:
+            _log.warning("%s: is passed over: %s is missing", folder, missing[0])
+        else:
+            found[int(name[1])] = folder
+    return found
+
+
+def _listed(steps: list[int]) -> str:
+    shown = steps if len(steps) <= 20 else [*steps[:5], "…", *steps[-15:]]
+    return ", ".join(map(str, shown))

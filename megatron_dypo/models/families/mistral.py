@@ -1,0 +1,7 @@
+"""Mistral: Llama's tensors under Llama's names; what differs is in its config (``head_dim``, ``sliding_window``)."""
+
+from __future__ import annotations
+
+from megatron_dypo.models.families import llama
+
+ROWS = llama.ROWS

@@ -1,0 +1,137 @@
+"""The name tables by family, and the two ways to ask them: all rows of a model, or the row of one parameter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.families import llama, mistral, qwen2, qwen3, qwen3_moe
+from megatron_dypo.models.families.table import EXPERT, LAYER, Row
+
+FAMILIES = {
+    "llama": llama.ROWS,
+    "mistral": mistral.ROWS,
+    "qwen2": qwen2.ROWS,
+    "qwen3": qwen3.ROWS,
+    "qwen3_moe": qwen3_moe.ROWS,
+}
+"""``model_type`` of the HF config → its table."""
+
+# Transformer Engine fuses a norm into the linear layer that follows it: its name → the local spec's name.
+ALIASES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+_ATTENTION_MODULES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+
+_FUSED = {plain: fused for fused, plain in ALIASES.items()}
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# One expert after the other (the local spec), or all in one module with numbered weights (Transformer Engine).
+_EXPERTS = "mlp.experts"
+_SEQUENTIAL = re.compile(rf"{_EXPERTS}\.local_experts\.(\d+)\.(.+)")
+_GROUPED = re.compile(rf"{_EXPERTS}\.(linear_fc[12]\.weight)(\d+)")
+_ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def table(arch: Architecture) -> tuple[Row, ...]:
+    """The rows of an architecture, ``{layer}`` and ``{expert}`` still in them."""
+    return (*FAMILIES[arch.family], llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
+
+
+def family_rows(arch: Architecture) -> Iterator[Row]:
+    """Every row of a model, concrete: embedding, layer after layer, final norm, output layer."""
+    rows = table(arch)
+    inside = [row for row in rows if LAYER in row.mcore]
+    first = rows.index(inside[0])
+    yield from rows[:first]
+    for layer in range(arch.num_layers):
+        for row in inside:
+            yield from (row.at(layer, expert) for expert in _experts_of(row, arch))
+    yield from (row for row in rows[first:] if LAYER not in row.mcore)
+
+
+def match(mcore_name: str, arch: Architecture) -> Row:
+    """The concrete row of one parameter, named with its global layer index, by the local spec's name or TE's.
+
+    Raises:
+        ValueError: no row of the family matches, or the layer does not exist.
+    """
+    pattern, layer, expert = mcore_name, None, None
+    if found := _LAYER_NAME.fullmatch(mcore_name):
+        layer, inside = int(found[1]), ALIASES.get(found[2], found[2])
+        if layer >= arch.num_layers:
+            raise ValueError(f"{mcore_name}: layer {layer} of a model with num_layers={arch.num_layers}")
+        if of_expert := expert_parameter(inside):
+            expert, inside = of_expert[0], f"{_EXPERTS}.local_experts.{EXPERT}.{of_expert[1]}"
+        pattern = f"decoder.layers.{LAYER}.{inside}"
+    for row in table(arch):
+        if row.mcore == pattern:
+            if expert is not None and expert not in _experts_of(row, arch):
+                raise ValueError(f"{mcore_name}: expert {expert} of a model with num_experts={_num_experts(arch)}")
+            return row.at(layer, expert)
+    raise ValueError(f"{mcore_name}: no rule of family {arch.family!r} matches this Megatron-Core parameter")
+
+
+def expert_parameter(name: str) -> tuple[int, str] | None:
+    """Index of the expert and name within it of an expert's parameter in a layer, by either spec's name; else None.
+
+    expert_parameter("mlp.experts.linear_fc1.weight3") → (3, "linear_fc1.weight")
+    """
+    if found := _SEQUENTIAL.fullmatch(name):
+        return int(found[1]), found[2]
+    if found := _GROUPED.fullmatch(name):
+        return int(found[2]), found[1]
+    return None
+
+
+def _experts_of(row: Row, arch: Architecture) -> Iterable[int | None]:
+    return range(_num_experts(arch)) if EXPERT in row.mcore else (None,)
+
+
+def _num_experts(arch: Architecture) -> int:
+    return arch.experts.num_experts if arch.experts else 0
+
+
+def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...]]:
+    """Key of a parameter in a distributed checkpoint, and its indices on the first axes of the tensor there.
+
+    Megatron-Core stores the layers of a decoder as one tensor, the experts of a layer within it, and norms under TE's
+    names whatever the spec; TE does not fuse the norm before experts.
+
+        stored_key("decoder.layers.3.input_layernorm.weight", arch)
+        → ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (3,))
+    """
+    found = _LAYER_NAME.fullmatch(mcore_name)
+    if found is None:
+        return mcore_name, ()
+    layer, inside = int(found[1]), found[2]
+    if of_expert := expert_parameter(inside):
+        return f"decoder.layers.{_EXPERTS}.experts.{of_expert[1]}", (layer, of_expert[0])
+    is_fused = arch.experts is None or inside != "pre_mlp_layernorm.weight"
+    return f"decoder.layers.{_FUSED.get(inside, inside) if is_fused else inside}", (layer,)
+
+
+def stacked_shape(index: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
+    """Sizes of the first axes of the stored tensor of a parameter that has this ``index`` on them."""
+    return (arch.num_layers, _num_experts(arch))[: len(index)]
+
+
+def state_keys(layer: int, arch: Architecture) -> list[str]:
+    """Keys of states beside the weights of a layer in a distributed checkpoint.
+
+    They are empty except under FP8, but Megatron-Core does not load a checkpoint without them.
+    """
+    mlp = () if arch.experts else ("mlp.linear_fc1", "mlp.linear_fc2")
+    keys = [f"{module}._extra_state/shard_{layer}_{arch.num_layers}" for module in (*_ATTENTION_MODULES, *mlp)]
+    for expert in range(_num_experts(arch)):
+        shard = f"shard_{layer}.{expert}_{arch.num_layers}.{_num_experts(arch)}"
+        keys += [f"{_EXPERTS}.experts.{linear}._extra_state/{shard}" for linear in ("linear_fc1", "linear_fc2")]
+    return [f"decoder.layers.{key}" for key in keys]
+
+
+def is_redundant_hf_name(name: str, arch: Architecture) -> bool:
+    """Whether an HF tensor may be there and is not read: a rotary buffer, or the output layer of a tied model."""
+    is_tied_copy = arch.tied_embeddings and (name,) == llama.OUTPUT.hf
+    return is_tied_copy or _ROTARY_BUFFER.fullmatch(name) is not None

@@ -1,0 +1,80 @@
+"""How the configuration classes of transformers fill what a config.json leaves out, family by family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.models.hf.fields import Fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyDefaults:
+    """What a family's model has where fields are missing or null."""
+
+    key_value_heads: int | None
+    """None: as many as query heads."""
+    null_key_value_heads: bool = False
+    """Null is allowed and means as many as query heads."""
+    head_dim: int | None = None
+    """None: hidden size / heads, also for null."""
+
+
+DEFAULTS = {
+    "llama": FamilyDefaults(key_value_heads=None, null_key_value_heads=True),
+    "mistral": FamilyDefaults(key_value_heads=8),
+    "qwen2": FamilyDefaults(key_value_heads=32, null_key_value_heads=True),
+    "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
+    "qwen3_moe": FamilyDefaults(key_value_heads=4),
+}
+"""``model_type`` → what is assumed."""
+
+
+def key_value_heads(fields: Fields, heads: int, defaults: FamilyDefaults) -> int:
+    """Return ``num_key_value_heads``; ValueError if it does not divide ``num_attention_heads``."""
+    default = defaults.key_value_heads or heads
+    is_null = "num_key_value_heads" in fields and fields.get("num_key_value_heads") is None
+    kv_heads = heads if is_null and defaults.null_key_value_heads else fields.integer("num_key_value_heads", default)
+    if heads % kv_heads:
+        origin = (
+            ""
+            if "num_key_value_heads" in fields
+            else f" (transformers' default for model_type={fields.get('model_type')!r})"
+        )
+        raise ValueError(
+            f"{fields.where}: num_key_value_heads={kv_heads}{origin}: does not divide num_attention_heads={heads}"
+        )
+    return kv_heads
+
+
+def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) -> int:
+    """Return the channels of a head; ValueError for an odd number, or one that does not follow from the other sizes."""
+    if defaults.head_dim is not None or fields.get("head_dim") is not None:
+        channels = fields.integer("head_dim", defaults.head_dim)
+    else:
+        if hidden % heads:
+            fields.refuse(
+                "hidden_size", f"must be a multiple of num_attention_heads={heads} where head_dim is not given"
+            )
+        channels = hidden // heads
+    if channels % 2:
+        raise ValueError(
+            f"{fields.where}: head_dim={channels}: must be even, as rotary positions turn pairs of channels"
+        )
+    return channels
+
+
+def refuse_unsupported(fields: Fields, family: str) -> None:
+    """Raise ValueError for a field that asks for what this package does not compute."""
+    rules = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    for name, allowed in rules.items():
+        value = fields.get(name)
+        if value is not None and (type(value) is not type(allowed) or value != allowed):
+            fields.refuse(name, f"only {allowed!r} is supported")
+    kinds = fields.get("layer_types")
+    # transformers passes over a Mistral's, whose one window is for all layers.
+    if (
+        kinds is not None
+        and family != "mistral"
+        and (not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"})
+    ):
+        fields.refuse("layer_types", "only 'full_attention' is supported")

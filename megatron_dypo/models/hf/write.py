@@ -1,0 +1,163 @@
+"""Writing an HF safetensors folder tensor by tensor.
+
+A safetensors file opens with the table of its tensors, so names, types and shapes are planned before the first byte
+of data is written; then one tensor at a time is in memory, whatever the size of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.metrics.progress import Progress
+from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME
+from megatron_dypo.models.hf.folders import durable_file
+from megatron_dypo.models.hf.json_file import read_json_object
+from megatron_dypo.models.hf.read import DTYPES
+from megatron_dypo.models.quantized.names import is_scale
+
+MAX_FILE_BYTES = 5_000_000_000
+
+_QUANTIZED = "F8_E4M3"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: _QUANTIZED}
+_PART_SUFFIX = ".part"
+_BESIDE = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_files(specs: Iterable[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
+    """Cut ``specs`` into files, in order, each of at most ``max_file_bytes`` or of one tensor."""
+    files: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not files or spec.num_bytes > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(spec)
+        room -= spec.num_bytes
+    return files
+
+
+def write_parts(
+    folder: Path,
+    stem: str,
+    specs: Sequence[TensorSpec],
+    tensors: Iterator[tuple[str, Tensor]],
+    bar: Progress,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write the files of one writer; ``tensors`` must yield what ``specs`` lists, in that order.
+
+    Several processes may write to one folder under different stems, which sort as the files shall be numbered;
+    :func:`finish_hf_folder` gives the files their names. ``bar`` counts bytes.
+    """
+    for number, group in enumerate(plan_files(specs, max_file_bytes)):
+        header, offset_of = _header(group)
+        with durable_file(folder / f"{stem}-{number:05d}{_PART_SUFFIX}") as stream:
+            stream.write(header)
+            for spec in group:
+                name, tensor = next(tensors)
+                assert (name, tensor.dtype, tuple(tensor.shape)) == (spec.name, spec.dtype, spec.shape), spec
+                stream.seek(len(header) + offset_of[name])
+                stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                bar.update(spec.num_bytes)
+    assert next(tensors, None) is None, "more tensors than planned"
+
+
+def finish_hf_folder(folder: Path, reference: Path, quantization_config: Mapping[str, Any] | None = None) -> None:
+    """Name the parts as transformers expects, write the index, and put configuration and tokenizer beside them.
+
+    ``config.json`` and the files beside it come from ``reference``; its dtype becomes that of the weights which are not
+    quantised, and ``quantization_config`` is what it says of those which are.
+    """
+    parts = sorted(folder.glob(f"*{_PART_SUFFIX}"))
+    weight_map: dict[str, str] = {}
+    total_bytes, dtypes = 0, set()
+    for number, part in enumerate(parts, start=1):
+        name = SINGLE_NAME if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.rename(folder / name)
+        for tensor, entry in _read_header(folder / name).items():
+            weight_map[tensor] = name
+            total_bytes += entry["data_offsets"][1] - entry["data_offsets"][0]
+            if entry["dtype"] != _QUANTIZED and not is_scale(tensor):
+                dtypes.add(DTYPES[entry["dtype"]])
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / INDEX_NAME, index)
+    copy_beside(reference, folder, dtypes.pop() if len(dtypes) == 1 else None, quantization_config)
+
+
+def copy_beside(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Copy what an HF folder holds beside its weights: configurations, tokenizer, chat template, licence."""
+    config = read_json_object(source / "config.json")
+    if dtype is not None:
+        # transformers 5 calls it dtype, 4 torch_dtype; both read the older name
+        for name in [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]:
+            config[name] = str(dtype).removeprefix("torch.")
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    _write_json(target / "config.json", config)
+    for pattern in _BESIDE:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file, and the offset of each tensor after them; in the order of the safetensors library."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset_of: dict[str, int] = {}
+    offset = 0
+    for spec in sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
+        offset_of[spec.name] = offset
+        offset += spec.num_bytes
+        data_offsets = [offset - spec.num_bytes, offset]
+        entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": data_offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data that follows is to be aligned
+    return len(text).to_bytes(8, "little") + text, offset_of
+
+
+def _read_header(path: Path) -> dict[str, dict]:
+    with path.open("rb") as stream:
+        entries = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    del entries["__metadata__"]
+    return entries
+
+
+def _write_json(path: Path, value: object) -> None:
+    with durable_file(path) as stream:
+        stream.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,87 @@
+"""``megatron-dypo plan-refit``: what a push of weights would move, from config files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron_dypo.checks import require
+from megatron_dypo.config.tree import Config, ParallelConfig
+from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.models.layout_rules import check_layout
+from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+
+_ELEMENT_SIZES = {"float32": 4, "bfloat16": 2}
+_EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions:
+    """What the config does not say."""
+
+    world_size: int | None = None
+    """Ranks of the trainer; None: ``parallel.num_processes``, or as few as the axes allow."""
+    ep_size: int | None = None
+    """SGLang's ``--ep-size``; None: that in ``rollout.servers.extra_args``, or 1."""
+    quantization: Quantization = "none"
+    gpus_per_node: int = 8
+    """GPUs of a rollout node: a server of more of them spans several nodes."""
+
+
+def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
+    """The plan of a run's pushes; of the model only ``<model.hf_path>/config.json`` is read.
+
+    Raises:
+        ValueError: a trainer or servers that do not suit the architecture or each other.
+    """
+    servers = config.rollout.servers
+    ep_size = options.ep_size or _ep_size(servers.extra_args)
+    engine = EngineLayout(tensor=servers.tensor_parallel, expert=ep_size)
+    return make_plan(
+        load_architecture(config.model.hf_path),
+        _source_layout(config.parallel, options.world_size or config.parallel.local_ranks),
+        [engine] * servers.num_servers(options.gpus_per_node),
+        quantization=options.quantization,
+        element_size=_ELEMENT_SIZES[config.model.dtype],
+    )
+
+
+def refusal_of_training(config: Config) -> str | None:
+    """Why ``train`` would refuse a layout that can be planned for, if it would: the plan knows more layouts."""
+    try:
+        check_layout(load_architecture(config.model.hf_path), config.parallel)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _source_layout(parallel: ParallelConfig, world_size: int) -> SourceLayout:
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    axes = f"tensor × pipeline × context = {parallel.tensor} × {parallel.pipeline} × {parallel.context} = {model_size}"
+    is_multiple = world_size > 0 and world_size % model_size == 0
+    require(is_multiple, f"world_size={world_size}", f"must be a multiple of {axes}")
+    return SourceLayout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline or 1,
+        context=parallel.context,
+        data=world_size // model_size,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+    )
+
+
+def _ep_size(extra_args: Sequence[str]) -> int:
+    """The expert-parallel size among SGLang's arguments, given as ``--ep-size N`` or ``--ep-size=N``."""
+    words = [part for argument in extra_args for part in argument.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag in _EP_FLAGS:
+            require(
+                value.isdigit() and int(value) > 0, f"rollout.servers.extra_args: {flag} {value}", "must be positive"
+            )
+            return int(value)
+    return 1

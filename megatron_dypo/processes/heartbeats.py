@@ -1,0 +1,102 @@
+"""A rank's sign of life: what its main thread is at, in a small file of the run folder (see :mod:`.watchdog`)."""
+
+from __future__ import annotations
+
+import json
+import linecache
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_dypo.processes.lifetime import ProcessIdentity
+
+FOLDER = "heartbeats"
+_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """One rank's sign of life."""
+
+    attempt: str
+    rank: int
+    host: str
+    process: ProcessIdentity
+    beats: int
+    part: str
+    where: str
+    """Innermost function of the main thread, with file and line."""
+    is_in_collective: bool
+    idle_s: float
+    """Seconds since the main thread moved."""
+    is_last: bool = False
+    """The rank has come to its end in order."""
+
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host} (process {self.process.pid})"
+
+    def place(self) -> str:
+        return f"{self.part} at {self.where}"
+
+
+def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
+    """Those for which the others wait: the ranks outside of collectives, or else the fewest that are at one place."""
+    outside = [beat for beat in beats if not beat.is_in_collective]
+    if outside and len(outside) < len(beats):
+        return outside
+    by_place: dict[tuple[str, str], list[Heartbeat]] = defaultdict(list)
+    for beat in beats:
+        by_place[beat.part, beat.where].append(beat)
+    return min(by_place.values(), key=len)
+
+
+def stack_signature(frame: FrameType | None) -> list[tuple[int, int]]:
+    """Differs between two looks unless the thread stands at the same instruction of the same calls."""
+    signature = []
+    while frame is not None:
+        signature.append((id(frame), frame.f_lasti))
+        frame = frame.f_back
+    return signature
+
+
+def where(frame: FrameType | None) -> str:
+    if frame is None:
+        return "its end"
+    code = frame.f_code
+    return f"{code.co_name} ({'/'.join(Path(code.co_filename).parts[-3:])}:{frame.f_lineno})"
+
+
+def is_in_collective(frame: FrameType | None) -> bool:
+    """Whether the main thread waits for other ranks: inside torch.distributed, or in Megatron's wait for a neighbour."""
+    if frame is None:
+        return False
+    name = frame.f_code.co_filename
+    waits = ".wait(" in linecache.getline(name, frame.f_lineno)
+    return "/torch/distributed/" in name or ("/megatron/core/" in name and waits)
+
+
+def heartbeat_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / FOLDER / f"rank_{rank:05d}.json"
+
+
+def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
+    """Overwrite in place, always as many bytes: it works on a full disk too, where silence would look like a hang."""
+    text = json.dumps(asdict(beat)).ljust(_BYTES - 1) + "\n"
+    path = heartbeat_path(run_dir, beat.rank)
+    try:
+        with path.open("r+" if path.exists() else "w") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"megatron-dypo: {path} cannot be written: {error}", file=sys.stderr)
+
+
+def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
+    """A rank's heartbeat; None if it is not written yet, or just being written."""
+    try:
+        found = json.loads(heartbeat_path(run_dir, rank).read_text())
+        return Heartbeat(**{**found, "process": ProcessIdentity(**found["process"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,102 @@
+"""What the trainer tells each rank of a server before it sends weights: plain data, the only thing that SGLang carries.
+
+It travels as the name of an empty tensor in SGLang's update from tensors, since that is what a custom loader is given.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
+from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.refit.checksums import Verify
+from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+
+PROTOCOL = 3
+"""Of this message and of what follows it on the store and the links; both sides must have the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInputs:
+    """All that the plan follows from."""
+
+    arch: Architecture
+    source: SourceLayout
+    engines: tuple[EngineLayout, ...]
+    quantization: Quantization
+    element_size: int
+
+    def make_plan(self) -> RefitPlan:
+        return make_plan(
+            self.arch, self.source, self.engines, quantization=self.quantization, element_size=self.element_size
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlMessage:
+    """One push, as one rank of one engine is told of it."""
+
+    plan: PlanInputs
+    engine: int
+    target: int
+    """Tensor-parallel rank of the engine."""
+    transport: str
+    store_host: str
+    store_port: int
+    connection: str
+    """Names the links, which outlive a push; a receiver that does not hold it makes it."""
+    is_new: bool
+    """Whether no push went over this connection before."""
+    slot_bytes: int
+    """Limit of a message."""
+    push: int
+    """Number of the push on this connection."""
+    version: int
+    verify: Verify
+    timeout_s: float
+
+    def to_json(self) -> str:
+        return json.dumps({"protocol": PROTOCOL, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> ControlMessage:
+        """The message that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the trainer speaks another protocol.
+        """
+        fields = json.loads(text)
+        protocol = fields.pop("protocol")
+        if protocol != PROTOCOL:
+            raise ValueError(f"protocol={protocol}: this server has {PROTOCOL}: install the trainer's megatron_dypo")
+        return cls(**{**fields, "plan": _plan_inputs(fields["plan"])})
+
+
+def to_payload(message: ControlMessage) -> str:
+    """As SGLang's ``serialized_named_tensors`` wants it: base64 of a pickle, by value, of [(name, tensor)]."""
+    return base64.b64encode(pickle.dumps([(message.to_json(), torch.empty(0))])).decode()
+
+
+def from_named_tensors(named_tensors: list[tuple[str, Tensor]]) -> ControlMessage:
+    """The message in what SGLang hands to a custom loader."""
+    ((text, _),) = named_tensors
+    return ControlMessage.from_json(text)
+
+
+def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
+    arch = dict(fields["arch"])
+    arch["rope_scaling"] = rope_scaling_from_data(arch["rope_scaling"])
+    if arch["experts"] is not None:
+        arch["experts"] = Experts(**arch["experts"])
+    engines = tuple(EngineLayout(**engine) for engine in fields["engines"])
+    source = SourceLayout(**fields["source"])
+    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "engines": engines})

@@ -1,0 +1,65 @@
+"""What is checked before the first push: that trainer and servers mean the same model.
+
+SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before these hold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.families.registry import family_rows, match
+from megatron_dypo.refit.control import ServerError, ServerInfo
+
+
+def check_shapes(
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int, etp_size: int = 1
+) -> None:
+    """That the parameters of one rank are what the rules of their family ask for.
+
+    Raises:
+        ValueError: a parameter without a rule, or of another shape than its rule makes.
+    """
+    for name, param in named_params:
+        row = match(name, arch)
+        expected = row.rule.mcore_shape(arch, etp_size if row.is_expert else tp_size)
+        if tuple(param.shape) != expected:
+            raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture asks for {expected}")
+
+
+def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> None:
+    """That every HF tensor of the architecture is sent, and by one stage only.
+
+    Raises:
+        ValueError: names the tensors that are missing, sent twice, or not of this architecture.
+    """
+    counts = Counter(name for names in names_by_stage for name in names)
+    expected = {name for row in family_rows(arch) for name in row.hf}
+    problems = [f"{name} is held by no stage" for name in sorted(expected - counts.keys())]
+    problems += [f"{name} is not of this architecture" for name in sorted(counts.keys() - expected)]
+    problems += [f"{name} is sent {count} times" for name, count in sorted(counts.items()) if count > 1]
+    if problems:
+        raise ValueError("weights to push: " + "; ".join(problems))
+
+
+def check_server(info: ServerInfo, arch: Architecture) -> None:
+    """That a server serves this architecture, as far as it says (and its model folder, where we can read it).
+
+    Raises:
+        ServerError: names the fields that differ, or what SGLang computes otherwise.
+    """
+    if note := arch.check_serving(0):
+        raise ServerError(f"{info.url}: {note}")
+    if info.model_type != arch.family:
+        raise ServerError(f"{info.url}: serves model_type={info.model_type!r}, the policy is {arch.family!r}")
+    if not (Path(info.model_path) / "config.json").is_file():
+        return
+    served = load_architecture(info.model_path)
+    for name in Architecture.__dataclass_fields__:
+        ours, theirs = getattr(arch, name), getattr(served, name)
+        if ours != theirs:
+            raise ServerError(f"{info.url}: serves {info.model_path} with {name}={theirs!r}, the policy has {ours!r}")

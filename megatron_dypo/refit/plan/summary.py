@@ -1,0 +1,158 @@
+"""What a plan costs, for people: bytes of ranks and links, the limit that they set, and the time that the order gives."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dypo.checks import require
+from megatron_dypo.refit.plan.plan import RefitPlan
+
+_LARGEST = 8
+_ROUNDING_BYTES = 1e-3
+
+Link = tuple[int, int, int]
+"""Source rank, engine, rank of the engine."""
+Target = tuple[int, int]
+"""Engine, rank of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitSummary:
+    """Bytes and times of one push."""
+
+    sent: Mapping[int, int]
+    """Bytes by trainer rank; of ranks that send nothing, 0."""
+    received: Mapping[Target, int]
+    links: Mapping[Link, int]
+    bandwidth: float
+    """Bytes a second that a rank can send, and that a rank can receive."""
+    limit_s: float
+    """Bytes of the busiest rank ÷ bandwidth: no order can be faster."""
+    predicted_s: float
+    """:func:`predict`."""
+
+
+def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
+    """Everything that is printed of a plan, at ``bandwidth`` bytes a second for each rank.
+
+    Raises:
+        ValueError: a bandwidth that is not positive.
+    """
+    require(bandwidth > 0, f"bandwidth={bandwidth}", "must be positive")
+    links = plan.link_bytes()
+    sent = Counter(dict.fromkeys(range(plan.source.world_size), 0))
+    received: Counter[Target] = Counter()
+    for (source, engine, target), num_bytes in links.items():
+        sent[source] += num_bytes
+        received[engine, target] += num_bytes
+    return RefitSummary(
+        sent=sent,
+        received=received,
+        links=links,
+        bandwidth=bandwidth,
+        limit_s=max(*sent.values(), *received.values()) / bandwidth,
+        predicted_s=predict(_phases(plan, links), bandwidth),
+    )
+
+
+def predict(phases: Mapping[int, Sequence[Mapping[Target, int]]], bandwidth: float) -> float:
+    """Seconds until all is sent, in a fluid model.
+
+    A source sends its phases one after the other (in a plan: engine after engine) and within a phase to all targets at
+    once, in proportion to their bytes. It sends at ``bandwidth``, divided by the overload of the most loaded of its
+    targets: the sum over the sources of what they would send it at full speed, ÷ ``bandwidth``. What one target's overload
+    thus leaves free at others is not used. Latency, staging copies and shared network links beyond the ranks' own are
+    not modelled.
+    """
+    queues = {source: list(reversed(own)) for source, own in phases.items() if own}
+    shares = {source: _shares(own[-1]) for source, own in queues.items()}
+    left = {source: float(sum(own[-1].values())) for source, own in queues.items()}
+    now = 0.0
+    while left:
+        load: defaultdict[Target, float] = defaultdict(float)
+        for share in shares.values():
+            for target, part in share.items():
+                load[target] += part
+        speeds = {
+            source: bandwidth / max(1.0, max(load[target] for target in share)) for source, share in shares.items()
+        }
+        step = min(num_bytes / speeds[source] for source, num_bytes in left.items())
+        now += step
+        for source in list(left):
+            left[source] -= speeds[source] * step
+            if left[source] <= _ROUNDING_BYTES:
+                queues[source].pop()
+                if queues[source]:
+                    shares[source], left[source] = _shares(queues[source][-1]), float(sum(queues[source][-1].values()))
+                else:
+                    del shares[source], left[source]
+    return now
+
+
+def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
+    """The summary for a terminal."""
+    total, busiest_sent = sum(summary.links.values()), max(summary.sent.values())
+    senders = sum(num_bytes > 0 for num_bytes in summary.sent.values())
+    lines = [
+        f"trainer    {plan.source.world_size} ranks, {senders} of them send",
+        f"servers    {len(plan.engines)} with {len(summary.received)} ranks in all",
+        f"in all     {_size(total)} over {len(summary.links)} links",
+        f"sent       mean {_size(total / len(summary.sent))}, largest {_size(busiest_sent)} a rank",
+        f"received   mean {_size(total / len(summary.received))}, largest {_size(max(summary.received.values()))} a rank",
+        f"limit      {summary.limit_s:.3f} s at {summary.bandwidth / 1e9:g} GB/s a rank (its busiest sends or receives)",
+        f"predicted  {summary.predicted_s:.3f} s, {summary.predicted_s / summary.limit_s:.2f} × the limit",
+    ]
+    groups = {
+        "trainer ranks": {f"rank {rank}": num_bytes for rank, num_bytes in summary.sent.items()},
+        "server ranks": {f"server {engine} rank {at}": size for (engine, at), size in summary.received.items()},
+        "links": {
+            f"rank {source} → server {engine} rank {at}": size for (source, engine, at), size in summary.links.items()
+        },
+    }
+    for title, sizes in groups.items():
+        lines += ["", f"busiest {title}"]
+        lines += [
+            f"  {_size(sizes[name]):>10}  {name}"
+            for name in sorted(sizes, key=sizes.__getitem__, reverse=True)[:_LARGEST]
+        ]
+    return "\n".join(lines)
+
+
+def to_json(summary: RefitSummary) -> dict[str, Any]:
+    """The summary for programs: every rank and every link, in bytes and seconds."""
+    return {
+        "total_bytes": sum(summary.links.values()),
+        "limit_s": summary.limit_s,
+        "predicted_s": summary.predicted_s,
+        "bandwidth_bytes_per_s": summary.bandwidth,
+        "sent": [{"rank": rank, "bytes": size} for rank, size in summary.sent.items()],
+        "received": [
+            {"server": engine, "rank": target, "bytes": size} for (engine, target), size in summary.received.items()
+        ],
+        "links": [
+            {"rank": source, "server": engine, "server_rank": target, "bytes": size}
+            for (source, engine, target), size in summary.links.items()
+        ],
+    }
+
+
+def _phases(plan: RefitPlan, links: Mapping[Link, int]) -> dict[int, list[dict[Target, int]]]:
+    """What each rank sends, engine by engine in the order of the plan."""
+    by_engine: defaultdict[tuple[int, int], dict[Target, int]] = defaultdict(dict)
+    for (source, engine, target), num_bytes in links.items():
+        by_engine[source, engine][engine, target] = num_bytes
+    return {
+        rank: [by_engine[rank, engine] for engine in plan.engines_of(rank)] for rank in range(plan.source.world_size)
+    }
+
+
+def _shares(phase: Mapping[Target, int]) -> dict[Target, float]:
+    total = sum(phase.values())
+    return {target: num_bytes / total for target, num_bytes in phase.items()}
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3f} MB"

@@ -1,0 +1,222 @@
+"""Links between processes on one host: shared buffers, and a Unix socket that says which of them are full or free.
+
+The socket carries one byte for each full buffer and one back for each free one; its end is the loss of the other side.
+A source listens in a folder that only this user can enter, until all its targets have come. The folder may have a long
+name (TMPDIR): sockets are bound and called by way of an open descriptor of it, since a Unix socket's address has 107
+bytes at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_dypo.parallel import device
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
+from megatron_dypo.refit.transports.rings import Ring, make_ring, open_ring
+
+_DESCRIPTORS = Path("/proc/self/fd")
+_FULL, _FREE = b"f", b"e"
+
+
+class Channel:
+    """One link's socket and ring."""
+
+    def __init__(self, connection: socket.socket, ring: Ring) -> None:
+        self._connection = connection
+        self.ring = ring
+
+    def tell(self, what: bytes, deadline: Deadline) -> None:
+        """Send one byte."""
+        try:
+            self._connection.settimeout(deadline.remaining())
+            self._connection.sendall(what)
+        except OSError as error:  # TimeoutError is one
+            raise LinkError(f"shared memory: {_named(error)}") from error
+
+    def hear(self, what: bytes, deadline: Deadline) -> None:
+        """Wait for one byte."""
+        try:
+            self._connection.settimeout(deadline.remaining())
+            heard = self._connection.recv(1)
+        except OSError as error:
+            raise LinkError(f"shared memory: {_named(error)}") from error
+        if heard != what:
+            raise LinkError(
+                f"shared memory: heard {heard!r}, not {what!r}" if heard else "shared memory: closed by peer"
+            )
+
+    def close(self) -> None:
+        # Not only close(): another thread may be waiting in recv, which would hold the connection open.
+        with contextlib.suppress(OSError):  # the other side closed first
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+        self.ring.close()
+
+
+class LocalSender(Sender):
+    """A ring for each rank of the engine."""
+
+    def __init__(self, channels: Mapping[int, Channel]) -> None:
+        self._channels = dict(channels)
+
+    @classmethod
+    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> LocalSender:
+        folder = tempfile.mkdtemp(prefix="megatron-dypo-")
+        channels: dict[int, Channel] = {}
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                path = Path(folder) / "refit"
+                with _address(path) as address:
+                    listener.bind(address)
+                listener.listen(links.num_targets)
+                links.store.set(_path_key(links, rank), str(path))
+                while len(channels) < links.num_targets:
+                    target, channel = _accept(listener, links.slot_bytes, deadline)
+                    channels[target] = channel
+        except OSError as error:
+            _close(channels.values())
+            missing = sorted(set(range(links.num_targets)) - channels.keys())
+            raise LinkError(f"shared memory: ranks {missing} did not come: {_named(error)}") from error
+        finally:
+            shutil.rmtree(folder)
+        return cls(channels)
+
+    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
+        return _LocalOutgoing(self._channels[target], deadline)
+
+    def close(self) -> None:
+        _close(self._channels.values())
+
+
+class LocalReceiver(Receiver):
+    """A ring of each source."""
+
+    def __init__(self, channels: Mapping[int, Channel]) -> None:
+        self._channels = dict(channels)
+
+    @classmethod
+    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> LocalReceiver:
+        channels: dict[int, Channel] = {}
+        for source in links.sources:
+            path = links.store.get(_path_key(links, source)).decode()
+            try:
+                channels[source] = _call(path, target, links.slot_bytes, deadline)
+            except OSError as error:
+                _close(channels.values())
+                raise LinkError(f"shared memory of trainer rank {source}: {path}: {_named(error)}") from error
+        return cls(channels)
+
+    def incoming(self, source: int, deadline: Deadline) -> Incoming:
+        return _LocalIncoming(self._channels[source], deadline)
+
+    def close(self) -> None:
+        _close(self._channels.values())
+
+
+class _LocalOutgoing(Outgoing):
+    def __init__(self, channel: Channel, deadline: Deadline) -> None:
+        self._channel = channel
+        self._deadline = deadline
+        self._num_posted = 0
+        self._num_freed = 0
+
+    def stage(self, num_bytes: int) -> Tensor:
+        self._wait_below(DEPTH)
+        return self._channel.ring.slots[self._num_posted % DEPTH, :num_bytes]
+
+    def post(self, payload: Tensor) -> None:
+        slot = self.stage(payload.numel())
+        if slot.data_ptr() != payload.data_ptr():
+            slot.copy_(payload)
+        device.synchronize()  # the other process has streams of its own
+        self._channel.tell(_FULL, self._deadline)
+        self._num_posted += 1
+
+    def drain(self) -> None:
+        self._wait_below(1)
+
+    def _wait_below(self, limit: int) -> None:
+        while self._num_posted - self._num_freed >= limit:
+            self._channel.hear(_FREE, self._deadline)
+            self._num_freed += 1
+
+
+class _LocalIncoming(Incoming):
+    def __init__(self, channel: Channel, deadline: Deadline) -> None:
+        self._channel = channel
+        self._deadline = deadline
+        self._expected: deque[tuple[int, Tensor | None]] = deque()
+        self._num_taken = 0
+
+    def expect(self, num_bytes: int, into: Tensor | None) -> None:
+        self._expected.append((num_bytes, into))
+
+    def take(self) -> Tensor:
+        num_bytes, into = self._expected.popleft()
+        self._channel.hear(_FULL, self._deadline)
+        slot = self._channel.ring.slots[self._num_taken % DEPTH, :num_bytes]
+        self._num_taken += 1
+        return slot if into is None else into.copy_(slot)
+
+    def release(self) -> None:
+        device.synchronize()
+        self._channel.tell(_FREE, self._deadline)
+
+
+def _path_key(links: EngineLinks, source: int) -> str:
+    return f"socket/{links.engine}/{source}"
+
+
+def _accept(listener: socket.socket, slot_bytes: int, deadline: Deadline) -> tuple[int, Channel]:
+    """The next target that comes, given a new ring."""
+    listener.settimeout(deadline.remaining())
+    connection, _ = listener.accept()
+    connection.settimeout(deadline.remaining())
+    target = int(connection.recv(64))
+    ring = make_ring(DEPTH, slot_bytes)
+    socket.send_fds(connection, [ring.offer.encode()], [] if ring.fd is None else [ring.fd])
+    return target, Channel(connection, ring)
+
+
+def _call(path: str, target: int, slot_bytes: int, deadline: Deadline) -> Channel:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(deadline.remaining())
+    with _address(Path(path)) as address:
+        connection.connect(address)
+    connection.sendall(str(target).encode())
+    offer, fds, _, _ = socket.recv_fds(connection, 4096, 1)
+    if not offer:
+        raise ConnectionError("closed by peer")
+    return Channel(connection, open_ring(offer.decode(), fds[0] if fds else None, DEPTH, slot_bytes))
+
+
+@contextlib.contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """An address for the socket at ``path`` that is short, however long the path is (Linux)."""
+    if not _DESCRIPTORS.is_dir():
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield str(_DESCRIPTORS / str(folder) / path.name)
+    finally:
+        os.close(folder)
+
+
+def _close(channels: Iterable[Channel]) -> None:
+    for channel in channels:
+        channel.close()
+
+
+def _named(error: OSError) -> str:
+    return str(error) or type(error).__name__

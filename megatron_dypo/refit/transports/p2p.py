@@ -1,0 +1,168 @@
+"""Links over torch.distributed: one process group for each engine, of the sources that send to it and its own ranks.
+
+The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every engine has
+its own, so that the loss of one is no error on the links to another. Ranks in a group: the sources in ascending order,
+then the engine's ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dypo.parallel import device
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
+
+
+class GroupSender(Sender):
+    """See the module's docstring."""
+
+    def __init__(self, group: Any, links: EngineLinks) -> None:
+        self._group = group
+        self._links = links
+        self._ends: dict[int, _GroupOutgoing] = {}
+
+    @classmethod
+    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> GroupSender:
+        return cls(_join(links, links.sources.index(rank), deadline), links)
+
+    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
+        peer = len(self._links.sources) + target
+        self._ends[target] = _GroupOutgoing(self._group, peer, self._links.slot_bytes, deadline)
+        return self._ends[target]
+
+    def close(self) -> None:
+        self._group = None  # the sockets close with the last reference
+        for end in self._ends.values():
+            end.abandon()
+
+
+class GroupReceiver(Receiver):
+    """See the module's docstring."""
+
+    def __init__(self, group: Any, links: EngineLinks) -> None:
+        self._group = group
+        self._links = links
+        self._ends: dict[int, _GroupIncoming] = {}
+
+    @classmethod
+    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> GroupReceiver:
+        return cls(_join(links, len(links.sources) + target, deadline), links)
+
+    def incoming(self, source: int, deadline: Deadline) -> Incoming:
+        peer = self._links.sources.index(source)
+        self._ends[source] = _GroupIncoming(self._group, peer, self._links.slot_bytes, deadline)
+        return self._ends[source]
+
+    def close(self) -> None:
+        self._group = None
+        for end in self._ends.values():
+            end.abandon()
+
+
+def _join(links: EngineLinks, rank: int, deadline: Deadline) -> Any:
+    store = dist.PrefixStore(f"engine-{links.engine}", links.store)
+    with _named_errors():
+        return device.separate_group(store, rank, len(links.sources) + links.num_targets, _timeout(deadline))
+
+
+class _GroupOutgoing(Outgoing):
+    def __init__(self, group: Any, peer: int, slot_bytes: int, deadline: Deadline) -> None:
+        self._group = group
+        self._peer = peer
+        self._slot_bytes = slot_bytes
+        self._deadline = deadline
+        self._slots: list[Tensor] = []
+        self._next_slot = 0
+        # Tensors are kept with their work: the group does not keep them alive.
+        self._pending: deque[tuple[Any, Tensor]] = deque()
+
+    def stage(self, num_bytes: int) -> Tensor:
+        """With less than DEPTH messages under way, the slot of DEPTH posts ago is free."""
+        self._wait_below(DEPTH)
+        if len(self._slots) < DEPTH:
+            self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8, device=device.device()))
+        slot = self._slots[self._next_slot % len(self._slots)]
+        self._next_slot += 1
+        return slot[:num_bytes]
+
+    def post(self, payload: Tensor) -> None:
+        self._wait_below(DEPTH)
+        with _named_errors():
+            self._pending.append((self._group.send([payload], self._peer, 0), payload))
+
+    def drain(self) -> None:
+        self._wait_below(1)
+        device.synchronize()
+
+    def abandon(self) -> None:
+        """Let go of the group, and of work under way, which holds its sockets open."""
+        self._group = None
+        self._pending.clear()
+
+    def _wait_below(self, limit: int) -> None:
+        while len(self._pending) >= limit:
+            work, _ = self._pending.popleft()
+            with _named_errors():
+                work.wait(_timeout(self._deadline))
+
+
+class _GroupIncoming(Incoming):
+    def __init__(self, group: Any, peer: int, slot_bytes: int, deadline: Deadline) -> None:
+        self._group = group
+        self._peer = peer
+        self._slot_bytes = slot_bytes
+        self._deadline = deadline
+        self._free: list[Tensor] = []
+        self._num_slots = 0
+        self._pending: deque[tuple[Any, Tensor, Tensor | None]] = deque()
+        self._taken: Tensor | None = None
+
+    def expect(self, num_bytes: int, into: Tensor | None) -> None:
+        slot = None
+        if into is None:
+            if not self._free:
+                assert self._num_slots < DEPTH, "more messages expected than there are buffers"
+                self._free.append(torch.empty(self._slot_bytes, dtype=torch.uint8, device=device.device()))
+                self._num_slots += 1
+            slot = self._free.pop()
+            into = slot[:num_bytes]
+        with _named_errors():
+            self._pending.append((self._group.recv([into], self._peer, 0), into, slot))
+
+    def take(self) -> Tensor:
+        work, buffer, self._taken = self._pending.popleft()
+        with _named_errors():
+            work.wait(_timeout(self._deadline))
+        return buffer
+
+    def abandon(self) -> None:
+        """As of the other end."""
+        self._group = None
+        self._pending.clear()
+
+    def release(self) -> None:
+        if self._taken is not None:
+            self._free.append(self._taken)
+            self._taken = None
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """torch.distributed raises RuntimeError for whatever happens to a connection."""
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        raise LinkError(str(error)) from error
+
+
+def _timeout(deadline: Deadline) -> datetime.timedelta:
+    return datetime.timedelta(seconds=deadline.remaining())

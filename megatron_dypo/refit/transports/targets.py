@@ -1,0 +1,141 @@
+"""The leader's side of planned pushes: which engines there are, what each is told, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
+from megatron_dypo.refit.control_message import ControlMessage, to_payload
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan
+from megatron_dypo.refit.receiver import inventory_key, report_key
+from megatron_dypo.rollout.server.command import WEIGHT_LOADER
+
+_POLL_S = 0.002
+
+
+def engine_layout(info: ServerInfo) -> EngineLayout:
+    """The layout of a server that planned pushes can reach.
+
+    Raises:
+        ServerError: one that they cannot.
+    """
+    for name in ("pipeline_parallel", "data_parallel"):
+        size = getattr(info, name)
+        if size != 1:
+            raise ServerError(f"{info.url}: {name}={size}: planned pushes need 1; use transport=disk", info.url)
+    if WEIGHT_LOADER not in info.custom_loaders:
+        raise ServerError(
+            f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "
+            f"--custom-weight-loader {WEIGHT_LOADER}, or use transport=broadcast",
+            info.url,
+        )
+    return EngineLayout(tensor=info.tensor_parallel, expert=info.expert_parallel)
+
+
+class Targets:
+    """All ranks of the servers of one connection."""
+
+    def __init__(self, control: SGLangControl, store: dist.Store, plan: RefitPlan) -> None:
+        self._control = control
+        self._store = store
+        self._plan = plan
+        self._answers: list[Future[dict[str, Any]]] = []
+
+    def start(self, message: ControlMessage, deadline: Deadline) -> None:
+        """Tell every rank of every engine of a push, each at its own place; does not wait for them."""
+        bodies: list[dict[str, Any]] = [
+            {
+                "serialized_named_tensors": [
+                    to_payload(dataclasses.replace(message, engine=engine, target=target))
+                    for target in range(layout.tensor)
+                ],
+                "load_format": WEIGHT_LOADER,
+                # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
+                "flush_cache": True,
+            }
+            for engine, layout in enumerate(self._plan.engines)
+        ]
+        self._answers = self._control.start_load(bodies, deadline)
+
+    def check_inventories(self, push: int, deadline: Deadline) -> None:
+        """Wait until every rank has said what it holds, and hold that against the plan.
+
+        Raises:
+            ServerError: a rank that failed, or whose parameters are not those of the plan: nothing was sent to any.
+        """
+        for engine, target in self._ranks():
+            parameters = self._inventory(engine, target, push, deadline)["parameters"]
+            shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
+            problems = differences(shapes, self._plan.target_shapes(engine, target))
+            if problems:
+                raise self._error(engine, target, "; ".join(problems))
+
+    def collect(self, push: int) -> None:
+        """Wait for the answers and reports of all.
+
+        Raises:
+            ServerError: names every engine that failed.
+        """
+        errors = []
+        for engine, answer in enumerate(self._answers):
+            try:
+                answer.result()
+                for target in range(self._plan.engines[engine].tensor):
+                    self._read_report(engine, target, push)
+            except ServerError as error:
+                errors.append(error)
+        if errors:
+            raise ServerError("; ".join(map(str, errors)), *(url for error in errors for url in error.urls))
+
+    def close(self) -> None:
+        """Wait for no more answers."""
+        for answer in self._answers:
+            answer.cancel()
+
+    def _ranks(self) -> list[tuple[int, int]]:
+        return [(e, target) for e, layout in enumerate(self._plan.engines) for target in range(layout.tensor)]
+
+    def _inventory(self, engine: int, target: int, push: int, deadline: Deadline) -> dict[str, Any]:
+        key = inventory_key(engine, target)
+        while not self._store.check([key]):
+            if self._answers[engine].done():
+                self._answers[engine].result()
+            if self._answers[engine].done() or self._store.check([report_key(push, engine, target)]):
+                self._read_report(engine, target, push)
+            if deadline.has_passed():
+                raise self._error(engine, target, f"its loader sent no inventory in {deadline.seconds:.1f} s")
+            time.sleep(_POLL_S)
+        inventory: dict[str, Any] = json.loads(self._store.get(key))
+        return inventory
+
+    def _read_report(self, engine: int, target: int, push: int) -> None:
+        key = report_key(push, engine, target)
+        if not self._store.check([key]):
+            raise self._error(engine, target, "its loader ended without a report; its log may say why")
+        report = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        if "error" in report:
+            raise self._error(engine, target, report["error"])
+
+    def _error(self, engine: int, target: int, reason: str) -> ServerError:
+        url = self._control.urls[engine]
+        return ServerError(f"{url}: tensor-parallel rank {target}: {reason}", url)
+
+
+def differences(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[int, ...]]) -> list[str]:
+    """What an engine's rank has otherwise than the plan says, as sentences; at most one for each tensor."""
+    problems = [f"{name} is not among its parameters" for name in sorted(planned.keys() - held.keys())]
+    problems += [f"{name} is a parameter that the plan leaves out" for name in sorted(held.keys() - planned.keys())]
+    problems += [
+        f"{name} has shape {held[name]}, the plan says {planned[name]}"
+        for name in sorted(held.keys() & planned.keys())
+        if held[name] != planned[name]
+    ]
+    return problems

@@ -1,0 +1,160 @@
+"""The process group in which SGLang receives weights: rank 0 is a rank of the trainer, the others are the servers'."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.transports.buckets import Bucket
+
+_POLL_S = 0.0005
+
+
+class UpdateGroup:
+    """A process group of one trainer rank (rank 0) and every rank of every server."""
+
+    def __init__(self, control: SGLangControl, name: str, store: Any, group: dist.ProcessGroup) -> None:
+        self._control = control
+        self._name = name
+        self._store = store  # the servers' side talks to it as long as the group lives
+        self._group = group
+
+    @classmethod
+    def form(cls, control: SGLangControl, backend: str, deadline: Deadline) -> UpdateGroup:
+        """Make a new group, under a name of its own.
+
+        Raises:
+            ServerError: a server did not join.
+        """
+        infos = control.describe(deadline)
+        for info in infos:
+            _require_plain(info)
+        name = f"dypo-{uuid.uuid4().hex}"
+        host, world_size = address_towards(control.urls), 1 + sum(info.tensor_parallel for info in infos)
+        timeout = datetime.timedelta(seconds=deadline.seconds)
+        store = dist.TCPStore(host, 0, world_size, True, timeout=timeout, wait_for_workers=False)
+        common = {"master_address": host, "master_port": store.port, "world_size": world_size}
+        bodies, offset = [], 1
+        for info in infos:
+            bodies.append({**common, "rank_offset": offset, "group_name": name, "backend": backend})
+            offset += info.tensor_parallel
+        joined = control.start_init_group(bodies, deadline)
+        made = _in_daemon_thread(functools.partial(_join, store, world_size, name, backend, timeout))
+        _wait(joined, made.done, deadline)
+        group = made.result()
+        joined.result()
+        return cls(control, name, store, group)
+
+    def send(self, bucket: Bucket, deadline: Deadline) -> None:
+        """Broadcast one bucket; returns when every server has loaded it.
+
+        Raises:
+            ServerError: a server refused, died, or took too long.
+        """
+        body = {
+            "names": bucket.names,
+            "dtypes": bucket.dtypes,
+            "shapes": bucket.shapes,
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
+            "flush_cache": True,
+        }
+        loaded = self._control.start_update(body, deadline)
+        try:
+            work = dist.broadcast(bucket.payload, src=0, group=self._group, async_op=True)
+            _wait(loaded, work.is_completed, deadline)
+            work.wait()
+        except RuntimeError as error:
+            if isinstance(error, ServerError):
+                raise
+            # The connection was cut; the HTTP call says by whom.
+            loaded.result()
+            raise
+        loaded.result()
+
+    def abandon(self) -> None:
+        """Leave at once: closing the connections frees servers that wait for a broadcast.
+
+        A broadcast that is still under way holds the closing up until it times out, hence the thread.
+        """
+        _in_daemon_thread(functools.partial(dist.destroy_process_group, self._group))
+
+    def leave(self) -> None:
+        """Leave in order, telling the servers."""
+        self._control.attempt([("/destroy_weights_update_group", {"group_name": self._name})], timeout_s=10.0)
+        dist.destroy_process_group(self._group)
+
+
+def address_towards(urls: Sequence[str]) -> str:
+    """This host's address on the way to the servers: a loopback address only where all servers are local."""
+    address = "127.0.0.1"
+    for url in urls:
+        parts = urlsplit(url)
+        family, kind, _, _, target = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # a datagram socket sends nothing; it only looks the route up
+            address = probe.getsockname()[0]
+        if not address.startswith("127.") and address != "::1":
+            break
+    return address
+
+
+def _require_plain(info: ServerInfo) -> None:
+    for name in ("pipeline_parallel", "data_parallel"):
+        size = getattr(info, name)
+        if size != 1:
+            raise ServerError(f"{info.url}: {name}={size}: SGLang's distributed update needs 1; use transport=disk")
+
+
+def _join(store: Any, world_size: int, name: str, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """Rank 0 of a group outside the default one, as SGLang makes its other ranks (``init_custom_process_group``)."""
+    make: Any = c10d._new_process_group_helper
+    group, _ = make(
+        world_size,
+        0,
+        [],
+        c10d.Backend(backend),
+        c10d.PrefixStore(name, store),
+        group_name=name,
+        backend_options=None,
+        timeout=timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+def _in_daemon_thread(action: Callable[[], Any]) -> Future[Any]:
+    """Run a call that cannot be interrupted where it holds up neither us nor the end of the process."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _wait(answers: Future[Any], is_done: Callable[[], bool], deadline: Deadline) -> None:
+    """Until ``is_done``, as long as no answer is an error and there is time."""
+    while not is_done():
+        if answers.done():
+            answers.result()
+            deadline.remaining()  # before that the answers' own deadline counts: theirs names the server
+        time.sleep(_POLL_S)

@@ -1,0 +1,157 @@
+"""How one SGLang server is started: command line, environment and port, as plain data."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.rollout.proxies import direct_hosts
+
+WEIGHT_LOADER = "megatron_dypo.refit.receiver.load"
+"""What servers import to receive planned pushes."""
+_CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
+_CPU_MAX_TOTAL_TOKENS = 20_000
+_MAX_TMPDIR = 60
+_DTYPES = ("float32", "bfloat16")
+_TORCHRUN = re.compile(r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)")
+
+
+class PortLease:
+    """A TCP port that nobody listens on, kept from other runs on this host until :meth:`release`.
+
+    A server binds its port some ten seconds after it was chosen. The claim in between is an abstract Unix socket,
+    which the kernel drops with the process.
+    """
+
+    def __init__(self, port: int, claim: socket.socket) -> None:
+        self.port = port
+        self._claim = claim
+
+    def release(self) -> None:
+        self._claim.close()
+
+
+def lease_port(host: str, first: int) -> PortLease:
+    """The lowest free and unclaimed port from ``first`` upward.
+
+    Raises:
+        ValueError: there is none up to 65535, or ``host`` is no address of this machine.
+        OSError: this process may open no socket there.
+    """
+    for port in range(first, 65536):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0megatron-dypo-port-{port}")
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+        except OSError as error:
+            claim.close()
+            if error.errno == errno.EADDRINUSE:
+                continue
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"rollout.servers.host={host!r}: {error.strerror}") from error
+            raise  # a port below 1024, no descriptors: other ports would fail as well
+        return PortLease(port, claim)
+    raise ValueError(f"rollout.servers.port={first}: no free port from there up to 65535 on {host}")
+
+
+def server_command(
+    cfg: ServersConfig,
+    *,
+    index: int,
+    port: int,
+    model_path: Path,
+    dtype: str,
+    seed: int,
+    device: str,
+    key_file: Path,
+) -> list[str]:
+    """Command line of server ``index`` of a run; the API key is in ``key_file``, not here, where ``ps`` would show it.
+
+    SGLang gets no tokenizer: tokens go in and out, so any tokenizer of ours will do.
+
+    Raises:
+        ValueError: ``dtype`` is not one that the trainer has too.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
+    on_cpu = device == "cpu"
+    python = cfg.python or sys.executable
+    command = [python, str(_CPU_LAUNCHER)] if on_cpu else [python, "-m", "sglang.launch_server"]
+    command += ["--config", str(key_file), "--model-path", str(model_path), "--host", cfg.host, "--port", str(port)]
+    command += ["--dtype", dtype, "--tp-size", str(cfg.tensor_parallel), "--random-seed", str(seed + index)]
+    command += ["--skip-tokenizer-init", "--log-level-http", "warning", "--custom-weight-loader", WEIGHT_LOADER]
+    max_total_tokens = cfg.max_total_tokens
+    if on_cpu:
+        command += ["--sleep-on-idle", "--skip-server-warmup"]
+        max_total_tokens = max_total_tokens or _CPU_MAX_TOTAL_TOKENS
+    else:
+        command += ["--base-gpu-id", str(cfg.base_gpu + index * cfg.tensor_parallel)]
+    if max_total_tokens is not None:
+        command += ["--max-total-tokens", str(max_total_tokens)]
+    if cfg.mem_fraction is not None:
+        command += ["--mem-fraction-static", str(cfg.mem_fraction)]
+    return [*command, *cfg.extra_args]
+
+
+def link_package(folder: Path) -> Path:
+    """Make ``folder`` one that shows a server this package and, unlike the folder that it lies in, nothing else.
+
+    The server's interpreter may be another than ours, with packages of its own that ours must not hide.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "megatron_dypo"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    return folder
+
+
+def server_environment(
+    inherited: Mapping[str, str],
+    tensor_parallel: int,
+    device: str,
+    cores: Sequence[int],
+    python_path: Path,
+    *,
+    host: str,
+) -> dict[str, str]:
+    """Environment of a server: the trainer's without torchrun's variables, with what rollouts and pushes need.
+
+    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`. ``host``: the address of the server, which no proxy stands before: SGLang
+    warms up by a request to itself. What ``inherited`` sets (``OMP_NUM_THREADS``, …) stays, but for what correctness
+    depends on.
+    """
+    env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
+    if len(env.get("TMPDIR", "")) > _MAX_TMPDIR:
+        env["TMPDIR"] = "/tmp"  # SGLang's sockets lie there, and the address of a Unix socket has 107 characters
+    env |= direct_hosts(env, [host])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
+    # Log-probs of temperature 1, whatever the sampling temperature.
+    env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
+    env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # else /health makes a token, which takes a second
+    env.setdefault("SGLANG_REQUEST_STATE_WAIT_TIMEOUT", "1")  # seconds until a closed connection aborts its request
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    if device == "cpu":
+        env.setdefault("OMP_NUM_THREADS", "1")
+        env.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if tensor_parallel > 1:
+            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tensor_parallel))
+    return env
+
+
+def _bind(cores: Sequence[int], ranks: int) -> str:
+    """Cores of each rank, such as ``0,1|2,3``; ranks share cores when there are too few."""
+    each = max(1, len(cores) // ranks)
+    starts = [rank * each % len(cores) for rank in range(ranks)]
+    return "|".join(",".join(map(str, cores[start : start + each])) for start in starts)
+
+
+def available_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))

@@ -1,0 +1,97 @@
+"""One SGLang server process under its guard, with its log and its key file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_dypo.ending import Cause
+
+_GUARD = Path(__file__).with_name("guard.py")
+_TAIL_LINES = 30
+
+
+class ServerDiedError(RuntimeError):
+    """A server of the run has ended on its own; the message names it and quotes the end of its log."""
+
+    cause = Cause.SERVERS_GONE
+
+
+class ServerProcess:
+    """A server that stops when :meth:`stop` is called or this process dies (see :mod:`megatron_dypo.rollout.server.guard`)."""
+
+    def __init__(self, name: str, url: str, log_path: Path, *, grace_s: float = 20.0) -> None:
+        self.name, self.url, self.log_path = name, url, log_path
+        self.key_file = log_path.with_suffix(".key.yaml")
+        self._grace_s = grace_s
+        self._guard: subprocess.Popen | None = None
+        self._api_key = ""
+
+    def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
+        """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments.
+
+        Once it has ended it may be started again; the log goes on.
+        """
+        self._api_key = api_key
+        _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
+        if self._guard is None:
+            _write_private(self.log_path, "")
+        with self.log_path.open("ab") as log:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD), str(os.getpid()), str(self._grace_s), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,  # Ctrl-C reaches the trainer alone, which then stops its servers in order
+            )
+
+    def ending(self) -> str | None:
+        """How the server ended, by name and status; None while it runs."""
+        if self._guard is None or self._guard.poll() is None:
+            return None
+        return f"{self.name} ({self.url}) ended with status {self._guard.returncode}"
+
+    def check(self) -> None:
+        """Raises:
+        ServerDiedError: the server has ended; the message quotes its log, without the key.
+        """
+        if self.ending() is not None:
+            words = _tail(self.log_path).replace(self._api_key, "*" * len(self._api_key))
+            raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{words}")
+
+    def forget_key(self, api_key: str) -> None:
+        """Once the server runs: delete the key file, and overwrite the key in the arguments that SGLang logs."""
+        self.key_file.unlink(missing_ok=True)
+        text, key = self.log_path.read_bytes(), api_key.encode()
+        with self.log_path.open("r+b") as log:
+            start = text.find(key)
+            while start >= 0:
+                log.seek(start)
+                log.write(b"*" * len(key))
+                start = text.find(key, start + len(key))
+
+    def stop(self) -> None:
+        """Ask the guard to stop the server; :meth:`join` waits until it has."""
+        if self._guard is not None and self._guard.poll() is None:
+            self._guard.terminate()
+
+    def join(self) -> None:
+        if self._guard is not None:
+            self._guard.wait()
+        self.key_file.unlink(missing_ok=True)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, from its first byte on."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])

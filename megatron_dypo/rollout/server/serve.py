@@ -1,0 +1,61 @@
+"""The servers of one node, for a trainer on other nodes: what ``megatron-dypo serve`` runs."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.config.tree import Config
+from megatron_dypo.rollout.keys import read_api_key
+from megatron_dypo.rollout.server.command import lease_port
+from megatron_dypo.rollout.server.servers import start_servers
+
+_POLL_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
+    """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
+
+    One that dies is started again, ``rollout.servers.restarts`` times, with the weights of the model folder: bringing it
+    up to date is the trainer's affair.
+
+    Args:
+        first: number of this node's first server among those of all nodes; server ``i`` samples with seed + ``i``.
+        engine_args: more arguments for SGLang, after ``rollout.servers.extra_args``, as a shell would read them.
+
+    Raises:
+        ServerDiedError: no server is left; or, with ``restarts=0``, one died.
+        TimeoutError: a server is not healthy in time.
+        ValueError: no API key in the environment, or a port is taken.
+    """
+    cfg = config.rollout.servers
+    if read_api_key(cfg.api_key_env) is None:
+        raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
+    # This node's servers alone: other nodes have theirs.
+    cfg = replace(cfg, urls=(), urls_come_back=False, router=None, nodes=1)
+    cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
+    _require_ports(cfg)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    model, seed = Path(config.model.hf_path), config.run.seed + first
+    with start_servers(cfg, model, config.model.dtype, log_dir, seed=seed, device=device) as pool:
+        log.info("serving at %s", ", ".join(pool.urls))
+        while True:
+            pool.check()
+            time.sleep(_POLL_S)
+
+
+def _require_ports(cfg: ServersConfig) -> None:
+    """The trainer was told these ports, so that the next free ones will not do."""
+    for port in range(cfg.port, cfg.port + cfg.per_node):
+        lease = lease_port(cfg.host, port)
+        lease.release()
+        if lease.port != port:
+            raise ValueError(f"port {port} of {cfg.host} is taken: end what listens there, or set rollout.servers.port")

@@ -1,0 +1,220 @@
+"""SGLang servers: started, health-checked and stopped by the run, or given by URL."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.ending import Cause
+from megatron_dypo.rollout.keys import read_api_key
+from megatron_dypo.rollout.server.command import (
+    available_cores,
+    lease_port,
+    link_package,
+    server_command,
+    server_environment,
+)
+from megatron_dypo.rollout.server.probe import http_status, log_probs_are_untempered
+from megatron_dypo.rollout.server.process import ServerProcess
+from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
+
+_POLL_S = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+class NotHealthyError(TimeoutError):
+    """A server did not become healthy in time."""
+
+    cause = Cause.SERVERS_GONE
+
+
+class ServerPool:
+    """The servers of a run; leaving the context stops those that the run started.
+
+    They also stop when this process dies in any way. One that dies is started again at the same port.
+    """
+
+    def __init__(self, urls: Sequence[str], api_key: str | None, *, urls_come_back: bool = False) -> None:
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self.api_key = api_key
+        self.urls_come_back = urls_come_back
+        self._on_stop = contextlib.ExitStack()
+        self._processes: list[ServerProcess] = []
+        self._starts: list[Callable[[], None]] = []
+        self._supervisor: Supervisor | None = None
+
+    def check(self) -> None:
+        """Look after the started servers (cheap; nothing is sent to one that is up).
+
+        Raises:
+            ServerDiedError: one died and ``restarts`` is 0, or all did and none is started again; the message quotes
+                their logs.
+        """
+        if self._supervisor is not None:
+            self._supervisor.check()
+            return
+        for process in self._processes:
+            process.check()
+
+    def take_lost(self) -> dict[str, str]:
+        """URL → how it ended, of the servers that died since the last call; most of them run again, or soon will.
+
+        Raises:
+            ServerDiedError: as :meth:`check` does.
+        """
+        self.check()
+        servers = self._supervisor.servers if self._supervisor else ()
+        deaths = {server.process.url: server.take_death() for server in servers}
+        return {url: death for url, death in deaths.items() if death is not None}
+
+    def may_return(self) -> bool:
+        """Whether a server that does not answer may do so after a while, without anybody's help."""
+        if self._supervisor is None:
+            return self.urls_come_back
+        return any(server.given_up is None for server in self._supervisor.servers)
+
+    def stop(self) -> None:
+        """Stop started servers: SIGTERM, then SIGKILL to the process group after a grace period. Idempotent."""
+        if self._supervisor is not None:
+            self._supervisor.stop()
+            self._supervisor = None
+        stopping, self._processes = self._processes, []
+        for process in stopping:
+            process.stop()
+        for process in stopping:
+            process.join()
+        self._on_stop.close()
+
+    def __enter__(self) -> ServerPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self, cfg: ServersConfig, model_path: Path, dtype: str, log_dir: Path, seed: int, device: str) -> None:
+        python_path = link_package(log_dir / "python_path")
+        env = server_environment(os.environ, cfg.tensor_parallel, device, available_cores(), python_path, host=cfg.host)
+        for index in range(cfg.per_node):
+            lease = lease_port(cfg.host, cfg.port)
+            self._on_stop.callback(lease.release)
+            url = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{lease.port}"
+            log_path = log_dir / f"sglang_{index}.log"
+            process = ServerProcess(f"SGLang server {index}", url, log_path, grace_s=cfg.stop_grace_s)
+            command = server_command(
+                cfg,
+                index=index,
+                port=lease.port,
+                model_path=model_path,
+                dtype=dtype,
+                seed=seed,
+                device=device,
+                key_file=process.key_file,
+            )
+            assert self.api_key is not None
+            start = functools.partial(process.start, command, env, self.api_key)
+            start()
+            self._processes.append(process)
+            self._starts.append(start)
+            self.urls += (url,)
+            _log.info("starting %s at %s, log %s", process.name, url, process.log_path)
+
+    def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
+        deadline = time.monotonic() + deadline_s
+        for url in self.urls:
+            while (status := http_status(f"{url}/health", self.api_key)) != 200:
+                self.check()
+                if time.monotonic() > deadline:
+                    said = "no answer" if status is None else f"/health answers HTTP {status}"
+                    raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
+                time.sleep(_POLL_S)
+            status = http_status(f"{url}/model_info", self.api_key)
+            if status in (401, 403):
+                raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
+            if status not in (200, None):  # None: it died just now; the first push finds out
+                raise ValueError(f"{url}/model_info: HTTP {status}: what answers there is not an SGLang server")
+        for process in self._processes:
+            assert self.api_key is not None
+            process.forget_key(self.api_key)
+
+    def _supervise(self, restarts: int, deadline_s: float) -> None:
+        if not restarts or not self._processes:
+            return
+        self._supervisor = Supervisor(
+            [
+                Supervised(
+                    process,
+                    start,
+                    functools.partial(self._is_healthy, process),
+                    restarts=restarts,
+                    deadline_s=deadline_s,
+                )
+                for process, start in zip(self._processes, self._starts, strict=True)
+            ]
+        )
+
+    def _is_healthy(self, process: ServerProcess) -> bool:
+        """Whether a server that was started again is up; if so, it keeps no key on disk."""
+        if http_status(f"{process.url}/health", self.api_key) != 200:
+            return False
+        assert self.api_key is not None
+        process.forget_key(self.api_key)
+        return True
+
+
+def start_servers(
+    cfg: ServersConfig,
+    model_path: Path,
+    dtype: str,
+    log_dir: Path,
+    *,
+    seed: int,
+    device: str,
+    temperature: float = 1.0,
+) -> ServerPool:
+    """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
+
+    Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
+    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts; unless
+    it is 1, given servers are asked whether their log-probs are those of temperature 1.
+
+    Raises:
+        ServerDiedError: a server ended while it started.
+        NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
+        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port`` or
+            the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
+    """
+    if not cfg.urls and cfg.nodes > 1:
+        raise ValueError(
+            f"rollout.servers.nodes={cfg.nodes}: a run starts servers on its own node only: set it to 1, or start the "
+            "servers of the other nodes (slurm/, or `megatron-dypo serve` on each) and give their rollout.servers.urls"
+        )
+    given_key = read_api_key(cfg.api_key_env)
+    pool = ServerPool(
+        cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16), urls_come_back=cfg.urls_come_back
+    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(pool.stop)
+        if not cfg.urls:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
+        pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
+        for url in pool.urls if cfg.urls and temperature != 1.0 else ():
+            if not log_probs_are_untempered(url, pool.api_key):
+                raise ValueError(
+                    f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
+                    "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+                )
+        pool._supervise(cfg.restarts, cfg.start_deadline_s)
+        undo.pop_all()
+    return pool

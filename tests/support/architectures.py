@@ -1,0 +1,61 @@
+"""Architectures to test layouts with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from hypothesis import strategies as st
+
+from megatron_dypo.models.architecture import FAMILIES, Architecture, Experts
+
+
+def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
+    """A small architecture of which every size is different."""
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 20,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 3,
+        "ffn_hidden_size": 28,
+        "vocab_size": 31,
+        "max_position_embeddings": 64,
+        "norm_epsilon": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_scaling": None,
+        "tied_embeddings": False,
+    }
+    switches: dict[str, Any] = {"qkv_bias": family == "qwen2", "qk_norm": family.startswith("qwen3"), "experts": None}
+    if family == "qwen3_moe":
+        switches["experts"] = Experts(num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, balance_coef=0.0)
+    return Architecture(**{"family": family, **sizes, **switches, **overrides})
+
+
+def divisors(value: int) -> list[int]:
+    return [d for d in range(1, value + 1) if value % d == 0]
+
+
+@st.composite
+def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
+    """An architecture, and a size that divides it as tensor parallelism and as expert tensor parallelism."""
+    tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    # Megatron-Core lets ranks divide the key heads, or key heads divide the ranks.
+    kv_heads = draw(st.one_of(st.integers(1, 3).map(lambda k: k * tp_size), st.sampled_from(divisors(tp_size))))
+    heads = math.lcm(kv_heads, tp_size) * draw(st.integers(1, 2))
+    arch = make_arch(
+        draw(st.sampled_from(FAMILIES)),
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=draw(st.integers(1, 9)),
+        num_key_value_heads=kv_heads,
+        num_attention_heads=heads,
+        head_dim=tp_size // math.gcd(tp_size, heads + 2 * kv_heads) * draw(st.integers(1, 3)),
+        ffn_hidden_size=tp_size * draw(st.integers(1, 5)),
+        vocab_size=draw(st.integers(1, 40)),
+        tied_embeddings=draw(st.booleans()),
+    )
+    if arch.experts is not None:
+        width = tp_size * draw(st.integers(1, 3))
+        arch = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, ffn_hidden_size=width))
+    return arch, tp_size

@@ -1,0 +1,172 @@
+"""What one rank does for a row of the matrix over layouts: the whole objective, forwards and backwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layout, and how it is fed."""
+
+    ranks: int
+    axes: dict[str, Any] = field(default_factory=dict)
+    """Of ``ParallelConfig``; data parallelism is what is left."""
+    kind: str = "qwen3"
+    """Of ``tests.support.hf_models``."""
+    passes: tuple[tuple[int, int | None], ...] = ((0, 2),)
+    """(Index of the objective, number of packed rows a replica; None: one sequence a row) of each pass."""
+    recompute: str = "none"
+    distributed: bool = False
+    """Distributed optimizer."""
+    overlap: bool = False
+    """Of the gradients' reduction with the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one rank saw of a row."""
+
+    gradients: list[dict[str, Any]]
+    """Of each pass, under HF names, of this rank's stage; {} on ranks that hold the same as others."""
+    statistics: list[Any]
+    """Of each pass, summed over all ranks as the training step does."""
+    grad_norm: float
+    """The optimizer's, of the last pass."""
+    logprobs: dict[tuple[int, int], Any]
+    """On a replica's leader: by (order, member), from a forward-only pass."""
+
+
+def rank_rows(rows, ports, paths, groups, objectives):
+    """Each row in turn, with a store of its own to meet at; ``rows`` and the result are by name."""
+    seen = {}
+    for (name, row), port in zip(rows.items(), ports, strict=True):
+        try:
+            seen[name] = _row(row, port, paths[row.kind], groups, objectives)
+        except BaseException as error:
+            error.add_note(f"in the row {name!r}")
+            raise
+    return seen
+
+
+def _row(row, port, path, groups, objectives):
+    from megatron_dypo.models.architecture import load_architecture
+    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.mcore.optimizer import build_optimizer
+    from megatron_dypo.parallel.layout import close, init_layout
+
+    os.environ["MASTER_PORT"] = str(port)
+    parallel = ParallelConfig(**row.axes)
+    layout = init_layout(parallel)
+    arch = load_architecture(path)
+    model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute, balance_coef=0.0)
+    chunks = build_model(
+        arch, model, parallel, layout, distributed_optimizer=row.distributed, overlap_grad_reduce=row.overlap
+    )
+    load_initial_weights(chunks, model, arch, layout)
+    optimizer = build_optimizer(chunks, OptimizerConfig(distributed=row.distributed), dtype="float32", total_steps=1)
+    mine, logprobs = _scored(chunks, groups, layout)
+    gradients, statistics = [], []
+    for objective, count in row.passes:
+        optimizer.zero_grad()
+        statistics.append(_backward(chunks, mine, groups, objectives[objective], count, layout))
+        gradients.append(_gradients(chunks, arch, layout, row.distributed))
+    grad_norm = optimizer.step().grad_norm
+    close(layout)
+    return Seen(gradients=gradients, statistics=statistics, grad_norm=grad_norm, logprobs=logprobs)
+
+
+def _scored(chunks, groups, layout):
+    """This replica's groups, GAL's log-probs taken from our own forward-only pass; and those log-probs."""
+    from megatron_dypo.mcore.logprobs import sequence_logprobs
+
+    mine = [g for g in groups if g[0].order % layout.data == layout.dp_rank]
+    flat = [s for g in mine for s in g]
+    logps = sequence_logprobs(chunks, flat, layout=layout, budget=48)
+    if logps is None:
+        return None, {}
+    logprobs = {(s.order, s.member): logp for s, logp in zip(flat, logps, strict=True)}
+    scored = [
+        [
+            dataclasses.replace(s, current_logp_sum=float(logprobs[s.order, s.member].sum(dtype="float64")))
+            for s in group
+        ]
+        for group in mine
+    ]
+    return scored, logprobs
+
+
+def _backward(chunks, mine, groups, cfg, count, layout):
+    """Forward and backward passes of one update; the statistics of its loss."""
+    from megatron_dypo.batching.exchange import balance, broadcast_samples
+    from megatron_dypo.batching.zigzag import shard
+    from megatron_dypo.mcore.forward_step import loss_pass
+    from megatron_dypo.objective.recipes.registry import build_objective
+    from tests.support.objective_cases import totals_of
+
+    samples = None
+    if mine is not None:
+        objective, totals, weighed = build_objective(cfg), totals_of(groups), []
+        for group in mine:
+            weights = objective.weigh(group, totals, 0).weights
+            weighed += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
+        samples = balance(weighed, layout.leaders_group)
+    samples = broadcast_samples(samples, layout.replica_group)
+    rows = _pack(samples, count, layout)
+    sums = loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows], cfg=cfg, context_group=layout.cp_group)
+    sums = sums * (layout.tp_rank == 0)
+    dist.all_reduce(sums)
+    return sums.numpy()
+
+
+def _pack(samples, count, layout):
+    from megatron_dypo.batching.pack import (
+        alignment,
+        pack,
+        padded_lengths,
+        plan_microbatches,
+        row_length,
+        sequence_alignment,
+    )
+    from megatron_dypo.mcore.logprobs import round_up_microbatches
+
+    per_sequence = sequence_alignment(layout.context)
+    lengths = padded_lengths(samples, per_sequence)
+    if count is None:
+        most = torch.tensor(len(samples))
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        bins = [[i] for i in range(len(samples))]
+        bins += [[] for _ in range(round_up_microbatches(int(most), layout) - len(bins))]
+    else:
+        assert round_up_microbatches(count, layout) == count, "the interleaved schedule's granularity"
+        bins = plan_microbatches(lengths, budget=10_000, count=count)
+    multiple = alignment(layout.tensor, layout.context)
+    return [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
+
+
+def _gradients(chunks, arch, layout, distributed):
+    """Whole HF tensors of this stage, each from one of the ranks that hold it."""
+    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.models.gather import iter_hf_tensors, sent_params
+
+    if distributed:
+        _gather_shards(chunks)
+    sent = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
+    tensors = iter_hf_tensors(sent, arch, layout)
+    return {name: tensor.numpy().copy() for name, tensor in tensors}
+
+
+def _gather_shards(chunks):
+    """The distributed optimizer leaves each rank the sum of its own part of every bucket."""
+    for buffer in (b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)

@@ -1,0 +1,167 @@
+"""DYPO as the paper writes it: one process, float64, a transformers model, a loop over every pair of every group.
+
+And the options that the paper does not have, as the docstrings of the configuration put them.
+"""
+
+import math
+
+import torch
+
+from megatron_dypo.types import Treatment
+from tests.support.hf_models import import_transformers
+
+
+def float64_model(path):
+    """The model of a folder; grouped matmuls, transformers' way with experts, know no float64."""
+    auto = import_transformers().AutoModelForCausalLM
+    return auto.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+
+
+def literal_gradients(path, groups, cfg):
+    """Loss and HF-named gradients of the whole objective; ``Sample`` gives tokens, rewards, old and reference log-probs."""
+    model = float64_model(path)
+    loss = literal_loss(model, groups, cfg)
+    loss.backward()
+    return loss.item(), hf_gradients(model)
+
+
+def hf_gradients(model):
+    """Gradients under the names of a model folder, in which each expert has tensors of its own."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        head, is_expert, kind = name.partition(".mlp.experts.")
+        if not is_expert:
+            gradients[name] = parameter.grad.numpy()
+            continue
+        for expert, grad in enumerate(parameter.grad):
+            parts = grad.chunk(2) if kind == "gate_up_proj" else (grad,)
+            for part_name, part in zip(kind.replace("gate_up", "gate_proj up").split(), parts, strict=True):
+                gradients[f"{head}.mlp.experts.{expert}.{part_name}.weight"] = part.numpy()
+    return gradients
+
+
+def literal_logprobs(path, groups):
+    """[R] float64 log-probs of each sample's response, by (order, member)."""
+    model = float64_model(path)
+    with torch.no_grad():
+        return {(s.order, s.member): response_logp(model, s).numpy() for group in groups for s in group}
+
+
+def literal_loss(model, groups, cfg):
+    """Eq. 4 and 24 under a model's own log-probs."""
+    return loss_of_logprobs([[response_logp(model, sample) for sample in group] for group in groups], groups, cfg)
+
+
+def loss_of_logprobs(logps_by_group, groups, cfg):
+    """Eq. 4 and 24: the mean over the prompts of the batch; and the same mean of the objectives that have one term each."""
+    lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.treatment is kind] for kind in Treatment}
+    total = torch.zeros((), dtype=torch.float64)
+    for group, logps in zip(groups, logps_by_group, strict=True):
+        divisors = [divisor(sample, lengths, cfg) for sample in group]
+        if group[0].treatment is Treatment.DISTIL:
+            total = total - cfg.gamma * logps[0].sum() / divisors[0]
+        elif cfg.name == "dypo":
+            total = total + cfg.alpha * grpo(group, logps, divisors, cfg)
+            total = total + (1 - cfg.alpha) * gal(group, logps, divisors, cfg)
+        else:
+            total = total + grpo(group, logps, divisors, cfg)
+    return total / len(groups)
+
+
+def response_logp(model, sample):
+    tokens = torch.tensor(sample.tokens.astype("int64"))
+    logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
+    logp_L = logp_LV[:-1].gather(1, tokens[1:, None])[:, 0]
+    return logp_L[sample.num_prompt_tokens - 1 :]
+
+
+def divisor(sample, lengths, cfg):
+    of_kind = lengths[sample.treatment]
+    return {
+        "sum": 1.0,
+        "sequence_mean": float(sample.num_response_tokens),
+        "token_mean": sum(of_kind) / len(of_kind),
+        "constant": float(cfg.constant_length),
+    }[cfg.length_normalization]
+
+
+def grpo(group, logps, divisors, cfg):
+    rewards = torch.tensor([s.reward for s in group], dtype=torch.float64)
+    advantages = rewards - rewards.mean()
+    if cfg.normalize_std:
+        advantages = advantages / (rewards.std() + cfg.advantage_epsilon)
+    total = 0.0
+    for sample, logp, advantage, size in zip(group, logps, advantages, divisors, strict=True):
+        moved, trusted = log_moves(sample, logp), is_trusted(sample, cfg.importance)
+        for t in (t for t in range(len(logp)) if trusted[t]):
+            log = moved[t]
+            if cfg.ratio == "sequence":
+                log = moved.mean().detach() + log - log.detach()
+            ratio = torch.exp(log)
+            clipped = torch.clamp(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
+            token = -torch.minimum(ratio * advantage, clipped * advantage)
+            if cfg.importance.cap is not None:
+                token = token * min(mismatch(sample)[t], cfg.importance.cap)
+            delta = float(sample.ref_logp[t]) - logp[t]
+            total = total + (token + cfg.kl_coef * (torch.exp(delta) - delta - 1)) / size
+    return total / len(group)
+
+
+def log_moves(sample, logp):
+    """log π_θ/π_old of each token."""
+    return logp - torch.tensor(sample.old_logp.astype("float64"))
+
+
+def mismatch(sample):
+    """π_old/π_rollout of each token."""
+    return [math.exp(float(o) - float(r)) for o, r in zip(sample.old_logp, sample.rollout_logp, strict=True)]
+
+
+def is_trusted(sample, cfg):
+    """Of each token whether the mismatch of trainer and servers leaves it in."""
+    us = mismatch(sample)
+    low, high = cfg.sequence_bounds or (0, math.inf)
+    gap = sum(abs(math.log(u)) for u in us) / len(us)
+    whole = low <= math.prod(us) ** (1 / len(us)) <= high and gap <= (cfg.sequence_max_gap or math.inf)
+    low, high = cfg.token_bounds or (0, math.inf)
+    return [whole and low <= u <= high for u in us]
+
+
+def gal(group, logps, divisors, cfg):
+    if cfg.gal_coefficients == "exact" and cfg.gal_clip == "none" and not cfg.importance.is_on():
+        return contrast(group, log_ratios(group, logps, divisors), cfg)
+    at = logps
+    if cfg.gal_coefficients == "stale":
+        at = [torch.tensor(s.old_logp.astype("float64")) for s in group]
+    anchors = [ratio.detach().requires_grad_() for ratio in log_ratios(group, at, divisors)]
+    coefficients = torch.autograd.grad(contrast(group, anchors, cfg), anchors)
+    total = 0.0
+    for sample, logp, c, size in zip(group, logps, coefficients, divisors, strict=True):
+        trusted, stays = is_trusted(sample, cfg.importance), stays_near(sample, logp, cfg)
+        total = total + c * sum(logp[t] for t in range(len(logp)) if trusted[t] and stays[t]) / size
+    return total
+
+
+def stays_near(sample, logp, cfg):
+    """Of each token whether GAL may still push it: successes up, failures down."""
+    moved = log_moves(sample, logp).detach()
+    if cfg.gal_clip == "none":
+        return [True] * len(moved)
+    ratios = torch.exp(moved.mean().expand_as(moved) if cfg.gal_clip == "sequence" else moved)
+    return [r <= 1 + cfg.clip_high if sample.is_correct else r >= 1 - cfg.clip_low for r in ratios.tolist()]
+
+
+def log_ratios(group, logps, divisors):
+    return [
+        (logp.sum() - float(s.ref_logp.sum(dtype="float64"))) / size
+        for s, logp, size in zip(group, logps, divisors, strict=True)
+    ]
+
+
+def contrast(group, ratios, cfg):
+    pairs = []
+    for s, success in enumerate(group):
+        for f, failure in enumerate(group):
+            if success.is_correct and not failure.is_correct:
+                pairs.append(-torch.nn.functional.logsigmoid(cfg.beta_gal * (ratios[s] - ratios[f])))
+    return sum(pairs) / len(pairs)

@@ -1,0 +1,119 @@
+"""What the ranks of planned pushes between stand-ins do; they return plain data, which the tests judge."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.refit.plan.held import SourceLayout
+from tests.support.refit_standins import held_names, plain_layout, shard
+from tests.support.fake_control import KEY
+
+BUCKET_MB = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Push:
+    """What each rank of a test pushes, and how."""
+
+    arch: Architecture
+    axes: SourceLayout
+    urls: tuple[str, ...]
+    kind: str
+    dtype: torch.dtype = torch.float32
+    verify: str = "full"
+    quantize: str = "none"
+    deadline_s: float = 60.0
+    seeds: tuple[int, ...] = (1, 2)
+    """Of the models, one after the other."""
+
+
+class Allocations(TorchDispatchMode):
+    """The largest memory that any operator asked for, in bytes, and the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = (0, "")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, (made.untyped_storage().nbytes(), str(func)))
+        return result
+
+    @contextlib.contextmanager
+    def in_all_threads(self) -> Iterator[None]:
+        """A dispatch mode holds for one thread: enter it in this one and in those that start meanwhile."""
+        mode, plain = self, threading.Thread
+
+        class RecordedThread(threading.Thread):
+            def run(self) -> None:
+                with mode:
+                    super().run()
+
+        threading.Thread = RecordedThread  # type: ignore[misc]
+        try:
+            with mode:
+                yield
+        finally:
+            threading.Thread = plain  # type: ignore[misc]
+
+
+def rank_push(push: Push) -> list[dict[str, Any]]:
+    """One push for each seed; what each came to."""
+    from megatron_dypo.config.refit import WeightsConfig
+    from megatron_dypo.refit.refitter import Bridge
+    from megatron_dypo.refit.transports.base import PushError
+
+    dist.init_process_group("gloo")
+    layout = plain_layout(push.axes, dist.get_rank())
+    params: dict[str, Any] = dict.fromkeys(held_names(push.arch, push.axes, layout))
+    config = WeightsConfig(
+        transport=push.kind,  # type: ignore[arg-type]
+        verify=push.verify,  # type: ignore[arg-type]
+        quantize=push.quantize,  # type: ignore[arg-type]
+        bucket_mb=BUCKET_MB,
+        deadline_s=push.deadline_s,
+    )
+    folder = Path("unused")
+    bridge = Bridge(
+        layout,
+        push.arch,
+        lambda: params.items(),
+        urls=push.urls,
+        api_key=KEY,
+        config=config,
+        run_dir=folder,
+        hf_reference=folder,
+    )
+    dist.barrier()  # the first collective imports a good part of torch, which is no part of a push
+    outcomes = []
+    for version, seed in enumerate(push.seeds):
+        params.update({name: shard(name, push.arch, layout, seed, push.dtype) for name in params})
+        allocations, start, error, num_bytes = Allocations(), time.monotonic(), "", 0
+        try:
+            with allocations.in_all_threads():
+                num_bytes = bridge.push(version).bytes
+        except PushError as caught:
+            error = str(caught)
+        owned = max(param.numel() * param.element_size() for param in params.values())
+        seconds = time.monotonic() - start
+        outcomes.append(
+            {"error": error, "seconds": seconds, "bytes": num_bytes, "largest": allocations.largest, "owned": owned}
+        )
+    bridge.close()
+    dist.destroy_process_group()
+    return outcomes

@@ -1,0 +1,120 @@
+"""Run a function on N ranks: real processes over gloo, each with one thread, a deadline and its own rendezvous.
+
+They are forked from a process that has imported Megatron and has done nothing else: the import takes longer than most tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dypo.mcore import features
+
+START_METHOD = "TESTS_START_METHOD"
+"""Variable: ``fork`` for a process that has imported Megatron, done nothing else and ends after one file of tests."""
+
+
+class RankError(AssertionError):
+    """Some rank raised, died or did not finish; the message holds what each of them said."""
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 240.0) -> list[Any]:
+    """``function(*args)`` on each of ``world_size`` ranks, under the environment that torchrun would give them.
+
+    ``function`` is a module-level function; arguments and results are pickled. ``init_layout`` or
+    ``torch.distributed.init_process_group`` is the function's own affair.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        RankError: a rank raised or died (the others are then stopped), or the deadline passed.
+    """
+    # The parent keeps the store, as torchrun's agent does, so that no port is chosen before it is bound.
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    context: Any = mp.get_context(os.environ.get(START_METHOD, "forkserver"))
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["tests.support.dist.preloaded"])
+    processes, pipes = [], []
+    for rank in range(world_size):
+        receiving, sending = context.Pipe(duplex=False)
+        # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+        process = context.Process(
+            target=_run, args=(sending, _environment(rank, world_size, store.port), function, args)
+        )
+        process.start()
+        sending.close()
+        processes.append(process)
+        pipes.append(receiving)
+    try:
+        return _collect(pipes, time.monotonic() + deadline_s)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            # Whatever is left of the rank's session: the rank itself, or processes that it started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+
+
+def _run(
+    pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        features.shield_imports()
+        pipe.send((True, function(*args)))
+    except BaseException:  # noqa: BLE001, whatever stopped a rank is for the parent to raise
+        pipe.send((False, traceback.format_exc()))
+        # A rank that failed holds collectives open; its peers must not wait for it.
+        pipe.close()
+        os._exit(1)
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {sorted(waiting.values())} did not finish by the deadline")
+        failures = []
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            try:
+                succeeded, value = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                succeeded, value = False, "died without a word"
+            if succeeded:
+                results[rank] = value
+            else:
+                failures.append(f"--- rank {rank}\n{value}")
+        if failures:
+            raise RankError("\n".join(failures))
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """This process's, and what torchrun adds to it."""
+    added = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "OMP_NUM_THREADS": 1,
+    }
+    return {**os.environ, **{name: str(value) for name, value in added.items()}}

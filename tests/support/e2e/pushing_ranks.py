@@ -1,0 +1,226 @@
+"""What trainer ranks do in the push tests: spawned under gloo, TP2 × PP2, against real servers.
+
+Rank functions return plain data; the tests judge it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "hung": 5, "resumed": 8}
+PROMPT = list(range(3, 15))
+IN_FLIGHT_TOKENS = 2000
+"""Enough for a push to begin, on a loaded machine too, before a request ends."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The servers to push to, and where."""
+
+    urls: tuple[str, ...]
+    api_key: str
+    served: str
+    """HF folder that the servers were started with."""
+    run_dir: str
+
+
+class Trainer:
+    """One rank with a model, whose weights are those of any HF folder of the same architecture."""
+
+    def __init__(self, target: Target, **axes: int) -> None:
+        """``axes``: of the trainer, TP2 × PP2 if none is given."""
+        from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+        from megatron_dypo.mcore.model import build_model
+        from megatron_dypo.models.architecture import load_architecture
+        from megatron_dypo.parallel.layout import init_layout
+
+        parallel = ParallelConfig(**(axes or {"tensor": 2, "pipeline": 2}))
+        self.target = target
+        self.layout = init_layout(parallel)
+        self.arch = load_architecture(target.served)
+        model = ModelConfig(hf_path=target.served, dtype="float32")
+        self.chunks = build_model(self.arch, model, parallel, self.layout)
+
+    def become(self, hf_path: str) -> None:
+        from megatron_dypo.models.hf.read import HFReader
+        from megatron_dypo.models.load import load_hf_weights
+
+        layout = self.layout
+        load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout.tp_rank, layout.tensor)
+
+    def params(self) -> Iterator[tuple[str, Any]]:
+        from megatron_dypo.mcore.chunks import named_global_parameters
+
+        return named_global_parameters(self.chunks)
+
+    def bridge(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
+        from megatron_dypo.config.refit import WeightsConfig
+        from megatron_dypo.refit.refitter import Bridge
+
+        return Bridge(
+            self.layout,
+            self.arch,
+            params or self.params,
+            urls=urls or self.target.urls,
+            api_key=self.target.api_key,
+            config=WeightsConfig(**{"bucket_mb": 1, "deadline_s": 60.0, **config}),
+            run_dir=Path(self.target.run_dir),
+            hf_reference=Path(self.target.served),
+        )
+
+
+@dataclass
+class Running:
+    """A streamed request that is under way on one server."""
+
+    target: Target
+    url: str
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        assert self._started.wait(60), "no token came"
+
+    def _read(self) -> None:
+        body = {
+            "input_ids": PROMPT,
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": IN_FLIGHT_TOKENS, "ignore_eos": True},
+            "stream": True,
+        }
+        with urllib.request.urlopen(request(self.target, self.url, "/generate", body), timeout=120) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    self.last = json.loads(line.removeprefix(b"data: "))
+                    self._started.set()
+
+    def meta(self) -> dict[str, Any]:
+        """``meta_info`` of the ended request."""
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        return self.last["meta_info"]
+
+
+def request(target: Target, url: str, path: str, body: dict | None = None) -> urllib.request.Request:
+    headers = {"Authorization": f"Bearer {target.api_key}", "Content-Type": "application/json"}
+    return urllib.request.Request(url + path, json.dumps(body).encode() if body is not None else None, headers)
+
+
+def ask(target: Target, url: str, path: str, body: dict | None = None) -> Any:
+    with urllib.request.urlopen(request(target, url, path, body), timeout=60) as answer:
+        return json.load(answer)
+
+
+def checksums(target: Target, url: str) -> dict[str, str]:
+    """Hash of every parameter of a server's first rank."""
+    return checksums_by_rank(target, url)[0]
+
+
+def checksums_by_rank(target: Target, url: str) -> list[dict[str, str]]:
+    answer = ask(target, url, "/weights_checker", {"action": "checksum"})
+    return [rank["checksums"] for rank in answer["ranks"]]
+
+
+def rank_push(target: Target, first: str, second: str) -> dict[str, Any]:
+    """Pushes by each transport, and with requests in flight; what rank 0 saw."""
+    trainer = Trainer(target)
+    seen: dict[str, Any] = {}
+    is_first = trainer.layout.rank == 0
+    for transport, weights in (("broadcast", first), ("disk", second)):
+        trainer.become(weights)
+        bridge = trainer.bridge(transport=transport)
+        seen[transport] = bridge.push(VERSIONS[transport])
+        if is_first:
+            seen[f"{transport} checksums"] = [checksums(target, url) for url in target.urls]
+            seen[f"{transport} info"] = [ask(target, url, "/model_info") for url in target.urls]
+        bridge.close()
+    trainer.become(first)
+    for in_flight in ("pause", "abort"):
+        bridge = trainer.bridge(in_flight=in_flight)
+        running = [Running(target, url) for url in target.urls] if is_first else []
+        bridge.push(VERSIONS[in_flight])
+        seen[in_flight] = [one.meta() for one in running]
+        bridge.close()
+    return seen
+
+
+def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any]:
+    """A push during which the last server is killed, while requests are in flight on the first."""
+    trainer = Trainer(target)
+    trainer.become(weights)
+    victim, survivor = target.urls[-1], target.urls[0]
+    armed = threading.Event()
+
+    def params() -> Iterator[tuple[str, Any]]:
+        for index, pair in enumerate(trainer.params()):
+            if armed.is_set() and trainer.layout.rank == 0 and index == 10:
+                armed.clear()
+                kill_server(victim)
+            yield pair
+
+    is_first = trainer.layout.rank == 0
+    bridge = trainer.bridge(params=params, deadline_s=80.0)
+    bridge.push(VERSIONS["resumed"])
+    armed.set()
+    running = Running(target, survivor) if is_first else None
+    start = time.monotonic()
+    report = bridge.push(VERSIONS["resumed"] + 1)
+    seen = {"report": report, "serving": bridge.serving, "seconds": time.monotonic() - start}
+    if running is not None:
+        seen["in flight"] = running.meta()
+        seen["version"] = ask(target, survivor, "/model_info")["weight_version"]
+        seen["checksums"] = checksums(target, survivor)
+    bridge.close()
+    return seen
+
+
+def rank_push_while_a_server_hangs(target: Target, weights: str) -> dict[str, Any]:
+    """A push to a server that hangs with a request in flight, and one after it has woken up."""
+    trainer = Trainer(target)
+    trainer.become(weights)
+    victim, is_first = target.urls[-1], trainer.layout.rank == 0
+    bridge = trainer.bridge(deadline_s=60.0)
+    bridge.push(VERSIONS["hung"])
+    running = Running(target, victim) if is_first else None
+    processes = server_family(victim) if is_first else []
+    for process in processes:
+        process.suspend()
+    reports = [bridge.push(VERSIONS["hung"] + 1)]
+    serving = [bridge.serving]
+    for process in processes:
+        process.resume()
+    reports.append(bridge.push(VERSIONS["hung"] + 2))
+    serving.append(bridge.serving)
+    bridge.close()
+    seen: dict[str, Any] = {"reports": reports, "serving": serving}
+    if running is not None:
+        seen["in flight"] = running.meta()
+        seen["versions"] = [ask(target, url, "/model_info")["weight_version"] for url in target.urls]
+        seen["checksums"] = [checksums(target, url) for url in target.urls]
+    return seen
+
+
+def kill_server(url: str) -> None:
+    """SIGKILL to the process that listens there and to all its children."""
+    for process in server_family(url):
+        process.kill()
+
+
+def server_family(url: str) -> list[psutil.Process]:
+    """The process that listens there, after all its children."""
+    port = int(url.rsplit(":", 1)[1])
+    (pid,) = {
+        one.pid for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+    }
+    server = psutil.Process(pid)
+    return [*server.children(recursive=True), server]

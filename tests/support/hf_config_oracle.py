@@ -1,0 +1,86 @@
+"""What transformers reads from a model's configuration, in our words: to compare an Architecture field by field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_dypo.models.architecture import Architecture
+from tests.support.hf_models import import_transformers
+
+
+def config_from(raw: dict[str, Any]) -> Any:
+    """transformers' configuration of the content of a config.json."""
+    transformers = import_transformers()
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoConfig.for_model(**raw)
+
+
+def as_transformers_reads(config: Any) -> dict[str, Any]:
+    """Field of :class:`Architecture` → its value by transformers' configuration; rotary ones by what they amount to."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies, attention_factor = _rotary(config, head_dim)
+    fields = {
+        "family": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "ffn_hidden_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "norm_epsilon": config.rms_norm_eps,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "tied_embeddings": config.tie_word_embeddings,
+        "sliding_window": getattr(config, "sliding_window", None),
+        "frequencies": frequencies,
+        "softmax_scale": attention_factor**2 / math.sqrt(head_dim),
+    }
+    if config.model_type == "qwen3_moe":
+        fields["experts"] = (
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.moe_intermediate_size,
+            config.norm_topk_prob,
+            config.router_aux_loss_coef,
+        )
+    return fields
+
+
+def as_we_read(arch: Architecture) -> dict[str, Any]:
+    """The same of ours."""
+    from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
+
+    passed_over = ("rope_scaling", "qkv_bias", "qk_norm", "experts")
+    fields = {name: value for name, value in vars(arch).items() if name not in passed_over}
+    fields["frequencies"] = inverse_frequencies(arch)
+    fields["softmax_scale"] = softmax_scale(arch) or 1 / math.sqrt(arch.head_dim)
+    if arch.experts is not None:
+        fields["experts"] = tuple(vars(arch.experts).values())
+    return fields
+
+
+def differences(arch: Architecture, theirs: dict[str, Any]) -> list[str]:
+    """Every field that :func:`as_transformers_reads` gives otherwise."""
+    ours = as_we_read(arch)
+    assert ours.keys() == theirs.keys()
+    return [f"{name}: {ours[name]} ≠ {theirs[name]}" for name in ours if not _same(ours[name], theirs[name])]
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, torch.Tensor):
+        return torch.allclose(ours, theirs, rtol=1e-6, atol=0)
+    return math.isclose(ours, theirs, rel_tol=1e-12) if isinstance(ours, float) else ours == theirs
+
+
+def _rotary(config: Any, head_dim: int) -> tuple[torch.Tensor, float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
+        return ROPE_INIT_FUNCTIONS[kind](config)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0

@@ -1,0 +1,182 @@
+"""Random trainers, engines and architectures for the plan of a refit, and a naive account of what SGLang then holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_dypo.models.architecture import Architecture, Experts
+from megatron_dypo.models.families.registry import family_rows
+from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout
+from tests.support.architectures import divisors, make_arch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    arch: Architecture
+    source: SourceLayout
+    engines: tuple[EngineLayout, ...]
+    stage_layers: tuple[int, ...]
+    """Layers of each stage of the trainer."""
+
+
+def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
+    return Experts(
+        num_experts=num_experts, per_token=1, ffn_hidden_size=ffn_hidden_size, normalized=False, balance_coef=0.0
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")) -> Case:
+    """Architectures of which every size that may be cut is a multiple of ``unit`` on each rank."""
+    family = draw(st.sampled_from(families))
+    tensor = draw(st.sampled_from([1, 2, 4] if unit == 1 else [1, 2]))
+    pipeline, virtual_pipeline = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 1, 2]))
+    uneven = [virtual_pipeline * count for count in (1, 3)] if pipeline > 1 else []
+    source = SourceLayout(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual_pipeline,
+        first_stage_layers=draw(st.sampled_from([None, *uneven])),
+        last_stage_layers=draw(st.sampled_from([None, *uneven])),
+        context=draw(st.sampled_from([1, 1, 2])),
+        data=draw(st.sampled_from([1, 2, 3])),
+    )
+    engine_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 8] if unit == 1 else [1, 2, 4]), min_size=1, max_size=3))
+    engines = tuple(EngineLayout(tensor=size) for size in engine_sizes)
+    if family == "qwen3_moe":
+        expert = draw(st.sampled_from(divisors(source.stage_size)))
+        expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
+        source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
+        engines = tuple(dataclasses.replace(e, expert=draw(st.sampled_from(divisors(e.tensor)))) for e in engines)
+    each = virtual_pipeline * draw(st.integers(1, 2))
+    stage_layers = [each] * pipeline
+    stage_layers[0] = source.first_stage_layers or each
+    stage_layers[-1] = source.last_stage_layers or stage_layers[-1]
+    arch = draw(_architectures(family, source, engines, unit, sum(stage_layers)))
+    return Case(arch=arch, source=source, engines=engines, stage_layers=tuple(stage_layers))
+
+
+@st.composite
+def _architectures(
+    draw: st.DrawFn,
+    family: str,
+    source: SourceLayout,
+    engines: tuple[EngineLayout, ...],
+    unit: int,
+    num_layers: int,
+) -> Architecture:
+    sizes = [source.tensor, *(engine.tensor for engine in engines)]
+    common = math.lcm(*sizes)
+    kv_heads = draw(st.sampled_from([k for k in (1, 2, 3, 4, 6, 8) if all(k % s == 0 or s % k == 0 for s in sizes)]))
+    heads = math.lcm(common, kv_heads) * draw(st.integers(1, 2 if unit == 1 else 1))
+    splits = math.lcm(source.tensor, source.tensor // math.gcd(source.tensor, heads + 2 * kv_heads))
+    head_dim = unit * draw(st.integers(1, 2)) if unit > 1 else splits * draw(st.integers(1, 2))
+    assume((heads + 2 * kv_heads) * head_dim % (unit * source.tensor) == 0)
+    overrides: dict[str, Any] = {}
+    if family == "qwen3_moe":
+        num_experts = math.lcm(source.expert, *(engine.expert for engine in engines))
+        width = math.lcm(source.expert_tensor, *(engine.tensor // engine.expert for engine in engines)) * unit
+        overrides["experts"] = qwen3_moe_experts(num_experts * draw(st.integers(1, 2)), width * draw(st.integers(1, 2)))
+    return make_arch(
+        family,
+        num_layers=num_layers,
+        hidden_size=draw(st.integers(4, 7)) if unit == 1 else unit * 2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_hidden_size=common * unit * draw(st.integers(1, 2)),
+        vocab_size=draw(st.integers(8, 200)),
+        tied_embeddings=draw(st.booleans()),
+        **overrides,
+    )
+
+
+def numbered_hf_tensors(arch: Architecture) -> dict[str, Tensor]:
+    """All HF tensors of an architecture; no two of their elements are equal, none is zero."""
+    tensors: dict[str, Tensor] = {}
+    start = 1
+    for row in family_rows(arch):
+        for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True):
+            if name not in tensors:
+                size = math.prod(shape)
+                tensors[name] = torch.arange(start, start + size).reshape(shape)
+                start += size
+    return tensors
+
+
+class NaiveEngine:
+    """What SGLang's loaders make of HF tensors on one rank, written after them and not after the plan."""
+
+    def __init__(self, arch: Architecture, engine: EngineLayout, target: int, *, split_inputs: bool = True) -> None:
+        """``split_inputs=False``: tensors that have one column, scales of rows, which RowParallelLinear does not split."""
+        self._arch, self._size, self._rank = arch, engine.tensor, target
+        self._expert_size, self._split_inputs = engine.expert, split_inputs
+
+    def linear(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
+        """QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear, FusedMoE of one layer: tensors of a kind."""
+        attention = prefix + "self_attn."
+        query, key, value = (hf[f"{attention}{name}_proj.{kind}"] for name in "qkv")
+        tensors = {
+            f"{attention}qkv_proj.{kind}": torch.cat([self._part(query), self._kv_heads(key), self._kv_heads(value)])
+        }
+        if kind == "bias":
+            return tensors
+        tensors[f"{attention}o_proj.{kind}"] = self._inputs(hf[f"{attention}o_proj.{kind}"])
+        if self._arch.experts is not None:
+            return {**tensors, **self._experts(hf, f"{prefix}mlp.experts.", kind)}
+        gate, up, down = (hf[f"{prefix}mlp.{name}_proj.{kind}"] for name in ("gate", "up", "down"))
+        tensors[f"{prefix}mlp.gate_up_proj.{kind}"] = torch.cat([self._part(gate), self._part(up)])
+        tensors[f"{prefix}mlp.down_proj.{kind}"] = self._inputs(down)
+        return tensors
+
+    def whole(self, hf: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Everything of an unquantised model."""
+        arch = self._arch
+        tensors = {name: tensor for name, tensor in hf.items() if "norm" in name or name.endswith("mlp.gate.weight")}
+        tensors["model.embed_tokens.weight"] = self._vocabulary(hf["model.embed_tokens.weight"])
+        if not arch.tied_embeddings:
+            tensors["lm_head.weight"] = self._vocabulary(hf["lm_head.weight"])
+        elif arch.experts is not None:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        for layer in range(arch.num_layers):
+            for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+                tensors.update(self.linear(hf, f"model.layers.{layer}.", kind))
+        return tensors
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        return tensor.tensor_split(self._size)[self._rank]
+
+    def _inputs(self, tensor: Tensor) -> Tensor:
+        return tensor.tensor_split(self._size, 1)[self._rank] if self._split_inputs else tensor
+
+    def _kv_heads(self, tensor: Tensor) -> Tensor:
+        heads = list(tensor.tensor_split(self._arch.num_key_value_heads))
+        if self._size > len(heads):
+            return heads[self._rank // (self._size // len(heads))]
+        return self._part(tensor)
+
+    def _vocabulary(self, tensor: Tensor) -> Tensor:
+        padded = math.ceil(len(tensor) / 64) * 64
+        if padded % self._size:
+            padded = math.ceil(len(tensor) / (64 * self._size)) * 64 * self._size
+        return self._part(torch.cat([tensor, tensor.new_zeros(padded - len(tensor), tensor.shape[1])]))
+
+    def _experts(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
+        assert self._arch.experts is not None
+        split = self._size // self._expert_size
+        expert_rank, rank = divmod(self._rank, split)
+        owned = torch.arange(self._arch.experts.num_experts).tensor_split(self._expert_size)[expert_rank]
+        inputs, outputs = [], []
+        for expert in owned.tolist():
+            gate, up, down = (hf[f"{prefix}{expert}.{name}_proj.{kind}"] for name in ("gate", "up", "down"))
+            inputs.append(torch.cat([gate.tensor_split(split)[rank], up.tensor_split(split)[rank]]))
+            outputs.append(down.tensor_split(split, 1)[rank] if self._split_inputs else down)
+        return {f"{prefix}w13_{kind}": torch.stack(inputs), f"{prefix}w2_{kind}": torch.stack(outputs)}

@@ -1,0 +1,232 @@
+"""Both ends of a refit without Megatron and without SGLang: ranks that hold shards of a random model, and servers over
+real HTTP with a process for each tensor-parallel rank, which runs our loader on a bag of parameters.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import multiprocessing as mp
+import os
+import pickle
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.families.registry import family_rows, match, table
+from megatron_dypo.models.families.table import EXPERT, LAYER
+from megatron_dypo.models.rules import Rule
+from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.refit.plan.served import EngineLayout, served_tensors
+from megatron_dypo.refit.slices import rectangle
+from megatron_dypo.refit.transports.messages import as_bytes
+from tests.support.fake_control import FakeServer
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Parameters of a server's rank: name → shape, dtype."""
+
+
+def hf_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The HF tensor of that name in the random model ``seed``; the same in every process."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    rows = [row for row in family_rows(arch) if not row.is_copy]
+    shapes = {name: shape for row in rows for name, shape in zip(row.hf, row.rule.hf_shapes(arch), strict=True)}
+    return {name: hf_tensor(name, shape, seed, dtype) for name, shape in shapes.items()}
+
+
+def plain_layout(axes: SourceLayout, rank: int) -> Layout:
+    """The layout of one rank of a mesh, without process groups: planned pushes use none of them."""
+    inner, stage = axes.tensor * axes.context, axes.stage_size
+    pp_rank, inside = divmod(rank, stage)
+    no_group: Any = None
+    return Layout(
+        rank=rank,
+        world_size=axes.world_size,
+        tensor=axes.tensor,
+        pipeline=axes.pipeline,
+        virtual_pipeline=axes.virtual_pipeline,
+        context=axes.context,
+        data=axes.data,
+        tp_rank=inside % axes.tensor,
+        pp_rank=pp_rank,
+        cp_rank=inside % inner // axes.tensor,
+        dp_rank=inside // inner,
+        tp_group=no_group,
+        pp_group=no_group,
+        cp_group=no_group,
+        dp_group=no_group,
+        replica_group=no_group,
+        leaders_group=None,
+        replica_ranks=(),
+        first_stage_layers=axes.first_stage_layers,
+        last_stage_layers=axes.last_stage_layers,
+        expert=axes.expert,
+        ep_rank=inside % axes.expert,
+        expert_replica=inside // axes.expert,
+    )
+
+
+def held_names(arch: Architecture, axes: SourceLayout, layout: Layout) -> list[str]:
+    """Megatron-Core parameters of a rank."""
+    layers = axes.layers_of(layout.pp_rank, arch.num_layers)
+    experts = arch.experts.num_experts // axes.expert if arch.experts else 0
+    owned = range(layout.ep_rank * experts, (layout.ep_rank + 1) * experts)
+    names = []
+    for row in table(arch):
+        if LAYER in row.mcore:
+            ours = owned if EXPERT in row.mcore else (None,)
+            names += [row.at(layer, expert).mcore for layer in layers for expert in ours]
+        elif layout.is_first_stage if row.mcore.startswith("embedding") else layout.is_last_stage:
+            names.append(row.mcore)
+    return names
+
+
+def shard(name: str, arch: Architecture, layout: Layout, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One parameter of a rank, cut out of the random model."""
+    row = match(name, arch)
+    tensors = [hf_tensor(n, s, seed, dtype) for n, s in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
+    ranks = (0, 1) if row.is_expert else (layout.tp_rank, layout.tensor)
+    rule: Rule = row.rule
+    return rule.shard(tensors, arch, *ranks)
+
+
+def served_shapes(arch: Architecture, engine: EngineLayout, target: int, dtype: torch.dtype = torch.float32) -> Shapes:
+    return {name: (tuple(shape), dtype) for name, shape, _ in _served(arch, engine, target)}
+
+
+def served_params(arch: Architecture, engine: EngineLayout, target: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
+    """What a rank of a server must hold of a model, put together from whole HF tensors."""
+    params = {}
+    for name, shape, parts in _served(arch, engine, target):
+        param = params[name] = torch.zeros(shape, dtype=next(iter(hf.values())).dtype)
+        for part, hf_name in parts:
+            source = rectangle(hf[hf_name], part.hf_row, part.hf_col, part.rows, part.cols)
+            rectangle(param, part.row, part.col, part.rows, part.cols).copy_(source)
+    return {name: bytes(as_bytes(param).numpy()) for name, param in params.items()}
+
+
+def _served(arch: Architecture, engine: EngineLayout, target: int) -> Iterator[tuple[str, Any, list[tuple[Any, str]]]]:
+    for tensor in served_tensors(arch, engine, target):
+        for layer in range(arch.num_layers) if LAYER in tensor.name else (None,):
+            at = str(layer)
+            parts = [(part, part.hf_name.replace(LAYER, at)) for part in tensor.rectangles]
+            yield tensor.name.replace(LAYER, at), tensor.shape, parts
+
+
+class Bag(torch.nn.Module):
+    """Parameters under any names, filled with a value that no model has."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.held = {
+            name: torch.full((torch.Size(shape).numel() * dtype.itemsize,), 0x55, dtype=torch.uint8)
+            .view(dtype)
+            .view(shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        yield from self.held.items()
+
+
+Prepare = Callable[[], None]
+
+
+class StandInEngine(FakeServer):
+    """A server whose ranks are processes that run our loader, as SGLang's schedulers do."""
+
+    def start_ranks(self, ranks: Sequence[Shapes], prepare: Prepare | None = None) -> None:
+        """``prepare`` runs in each process first: to make it misbehave."""
+        context = mp.get_context("spawn")
+        self.one_at_a_time = threading.Lock()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for shapes in ranks:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve_rank, args=(theirs, shapes, prepare), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        for pipe in self.pipes:
+            pipe.recv()  # it is ready: a server answers only then
+
+    def stop_ranks(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def params(self, target: int) -> dict[str, bytes]:
+        """What a rank holds, once the push that it is at has ended."""
+        with self.one_at_a_time:
+            self.pipes[target].send(("params", None))
+            params: dict[str, bytes] = self.pipes[target].recv()
+        return params
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path != "/update_weights_from_tensor":
+            return super().answer(path, body)
+        self.calls.append((path, {}))
+        with self.one_at_a_time:
+            for pipe, payload in zip(self.pipes, body["serialized_named_tensors"], strict=True):
+                pipe.send(("load", payload))
+            try:
+                for pipe in self.pipes:
+                    pipe.recv()
+            except EOFError:
+                # As SGLang's server, which does not outlive a scheduler; the connection closes without an answer.
+                self.die()
+                raise
+        return 200, {"success": True}
+
+
+@contextlib.contextmanager
+def standin_engine(
+    arch: Architecture, layout: EngineLayout, ranks: Sequence[Shapes], prepare: Prepare | None = None
+) -> Iterator[StandInEngine]:
+    engine = StandInEngine(
+        model_type=arch.family,
+        tp_size=layout.tensor,
+        ep_size=layout.expert,
+        loaders=("megatron_dypo.refit.receiver.load",),
+    )
+    engine.start_ranks(ranks, prepare)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.die()
+        engine.stop_ranks()
+
+
+def _serve_rank(pipe: Connection, shapes: Shapes, prepare: Prepare | None) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    from megatron_dypo.refit.receiver import load
+
+    if prepare is not None:
+        prepare()
+    model = Bag(shapes)
+    pipe.send(None)
+    while True:
+        try:
+            command, argument = pipe.recv()
+        except EOFError:
+            return
+        if command == "load":
+            load(model, pickle.loads(base64.b64decode(argument)))
+            pipe.send(None)
+        elif command == "params":
+            # As bytes: tensors would be sent as shared memory, which needs this process to live on.
+            pipe.send({name: bytes(as_bytes(param).numpy()) for name, param in model.held.items()})

@@ -1,0 +1,147 @@
+"""Control calls to several servers over real HTTP: deadlines, refusals, the key."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from megatron_dypo.refit.control import ServerError, SGLangControl
+from megatron_dypo.refit.deadline import Deadline
+from tests.support.fake_control import KEY, fake_servers
+
+
+@pytest.fixture
+def servers():
+    with fake_servers(2) as running:
+        yield running
+
+
+@pytest.fixture
+def control(servers):
+    control = SGLangControl([server.url for server in servers], KEY)
+    yield control
+    control.close()
+
+
+def test_describe_keeps_the_order_of_the_servers(servers, control):
+    servers[1].tp_size, servers[1].version = 2, "7"
+    infos = control.describe(Deadline(5))
+    assert [info.url for info in infos] == [server.url for server in servers]
+    assert [info.tensor_parallel for info in infos] == [1, 2]
+    assert [info.weight_version for info in infos] == ["default", "7"]
+
+
+def test_every_server_gets_the_call(servers, control):
+    control.pause("retract", Deadline(5))
+    assert all(server.calls == [("/pause_generation", {"mode": "retract"})] for server in servers)
+
+
+def test_success_false_is_a_refusal_even_with_status_200(servers, control):
+    servers[1].answers["/end_weight_update"] = (200, {"success": False, "message": "no session"})
+    with pytest.raises(ServerError, match=f"{servers[1].url}/end_weight_update: status 200: no session"):
+        control.end_update(Deadline(5))
+
+
+def test_a_refusal_in_plain_text_is_quoted(servers, control):
+    servers[0].answers["/update_weights_from_disk"] = (500, "Internal Server Error")
+    with pytest.raises(ServerError, match="status 500: Internal Server Error"):
+        control.update_from_disk("/m", Deadline(5))
+
+
+def test_all_failing_servers_are_named(servers, control):
+    for server in servers:
+        server.answers["/continue_generation"] = (400, {"message": "no"})
+    with pytest.raises(ServerError) as caught:
+        control.resume(Deadline(5))
+    assert all(server.url in str(caught.value) for server in servers)
+
+
+def test_a_wrong_key_is_refused_by_name(servers):
+    control = SGLangControl([servers[0].url], "wrong")
+    with pytest.raises(ServerError, match="status 401"):
+        control.weight_versions(Deadline(5))
+    control.close()
+
+
+def test_a_server_that_is_not_there_is_named_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        control = SGLangControl([url], None)
+        start = time.monotonic()
+        with pytest.raises(ServerError, match=f"GET {url}/model_info: no answer"):
+            control.weight_versions(Deadline(30))
+        assert time.monotonic() - start < 10
+        control.close()
+
+
+def test_a_server_that_hangs_is_named_when_the_deadline_passes(servers, control):
+    release = threading.Event()
+    servers[1].on_call = lambda path: release.wait(20)
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=f"{servers[1].url}/pause_generation: no answer in"):
+        control.pause("retract", Deadline(0.5))
+    assert time.monotonic() - start < 10
+    release.set()
+
+
+def test_after_the_deadline_nothing_is_sent(servers, control):
+    with pytest.raises(ServerError, match=r"was not sent .*: the 0 s that it may take have passed"):
+        control.resume(Deadline(0))
+    assert servers[0].calls == []
+
+
+def test_one_failure_of_a_collective_call_does_not_wait_for_the_others(servers, control):
+    release = threading.Event()
+    servers[0].on_call = lambda path: release.wait(20)
+    servers[1].answers["/update_weights_from_distributed"] = (400, {"success": False, "message": "no group"})
+    start = time.monotonic()
+    with pytest.raises(ServerError, match="no group"):
+        control.start_update({"names": []}, Deadline(15)).result()
+    assert time.monotonic() - start < 10
+    release.set()
+
+
+def test_a_session_left_open_is_closed_and_opened_again(servers, control):
+    def close_session(path):
+        if path == "/end_weight_update":
+            servers[0].answers.clear()
+
+    servers[0].answers["/begin_weight_update"] = (400, {"success": False, "message": "a session is already open"})
+    servers[0].on_call = close_session
+    control.begin_update(Deadline(5))
+    assert servers[0].posts == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+
+
+def test_attempt_goes_on_after_a_refusal(servers, control):
+    servers[0].answers["/a"] = (400, {"message": "no"})
+    errors = control.attempt([("/a", {}), ("/b", {})], 5)
+    assert [server.posts for server in servers] == [["/a", "/b"]] * 2
+    assert len(errors) == 1
+    assert errors[0].url == servers[0].url
+    assert f"{servers[0].url}/a" in str(errors[0])
+
+
+def test_no_server_is_an_error():
+    with pytest.raises(ValueError, match="at least one"):
+        SGLangControl([], None)
+
+
+def test_the_servers_that_refuse_are_to_blame(servers, control):
+    servers[1].answers["/continue_generation"] = (400, {"message": "no"})
+    with pytest.raises(ServerError) as caught:
+        control.resume(Deadline(5))
+    assert caught.value.url == servers[1].url
+    assert caught.value.urls == (servers[1].url,)
+    assert not caught.value.is_silent
+
+
+def test_nobody_is_blamed_for_a_collective_call_that_runs_out_of_time(servers, control):
+    release = threading.Event()
+    for server in servers:
+        server.on_call = lambda path: release.wait(20)
+    with pytest.raises(ServerError, match="no answer in") as caught:
+        control.start_update({"names": []}, Deadline(0.5)).result()
+    assert caught.value.url is None
+    release.set()

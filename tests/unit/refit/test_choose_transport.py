@@ -1,0 +1,67 @@
+"""Which transport a run gets, and what it says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_dypo.refit.control import ServerError, ServerInfo
+from megatron_dypo.refit.transports.choose import choose, is_here
+from megatron_dypo.rollout.server.command import WEIGHT_LOADER
+
+HERE = ServerInfo(
+    url="http://127.0.0.1:1",
+    model_path="m",
+    model_type="qwen3",
+    weight_version="0",
+    tensor_parallel=2,
+    pipeline_parallel=1,
+    data_parallel=1,
+    expert_parallel=1,
+    custom_loaders=(WEIGHT_LOADER,),
+)
+AWAY = dataclasses.replace(HERE, url="http://192.0.2.1:1")
+STOCK = dataclasses.replace(HERE, url="http://127.0.0.1:2", custom_loaders=())
+STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
+ALL = ("local", "p2p", "broadcast")
+
+
+@pytest.mark.parametrize(
+    ("infos", "one_host", "kind", "reason"),
+    [
+        ([HERE, HERE], True, "local", "share this host"),
+        ([HERE, AWAY], True, "p2p", "not local: http://192.0.2.1:1 is on another host"),
+        ([HERE], False, "p2p", "not local: the trainer's ranks are on several hosts"),
+        ([HERE, STOCK], True, "broadcast", "not p2p: http://127.0.0.1:2: custom_weight_loader=[]"),
+        ([STAGED], True, "broadcast", "pipeline_parallel=2"),
+    ],
+)
+def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_host, kind, reason):
+    chosen, why = choose("auto", infos, one_host, ALL)
+    assert chosen == kind
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("requested", "infos", "one_host", "reason"),
+    [
+        ("p2p", [STOCK], True, f"start the server with --custom-weight-loader {WEIGHT_LOADER}"),
+        ("local", [AWAY], True, "is on another host"),
+        ("local", [HERE], False, "on several hosts"),
+    ],
+)
+def test_a_transport_that_was_asked_for_and_cannot_work_is_an_error_that_says_why(requested, infos, one_host, reason):
+    with pytest.raises(ServerError, match=f"weights.transport={requested}: .*{reason}") as error:
+        choose(requested, infos, one_host, ALL)
+    assert error.value.urls == ()
+
+
+def test_quantised_weights_are_not_broadcast():
+    with pytest.raises(ServerError, match=r"not broadcast: it does not quantise"):
+        choose("auto", [STOCK], True, ("local", "p2p"))
+
+
+def test_a_server_is_here_if_its_address_is():
+    assert is_here("http://localhost:1")
+    assert not is_here("http://192.0.2.1:1")

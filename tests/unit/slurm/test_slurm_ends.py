@@ -1,0 +1,148 @@
+"""What the last line of a job says, and which ends are tried again: slurm/supervise.sh without a Slurm."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.ending import Cause
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def job(tmp_path):
+    """``job(SCRIPT)``: what the script says after supervise.sh was sourced, with stand-ins for Slurm's commands."""
+    logs = tmp_path / "dypo" / "12.1"
+    for folder in ("ends", "ended", "bad", "well"):
+        (logs / folder).mkdir(parents=True)
+
+    def run(script, **environment):
+        stand_ins = 'scontrol() { echo "scontrol $*"; }; squeue() { echo "${STATE:-RUNNING}"; }; stop_roles() { :; }\n'
+        source = f"set -euo pipefail; declare -A PID=(); source {REPOSITORY}/slurm/common.sh\n"
+        settings = {"DYPO_HOME": str(REPOSITORY), "DYPO_LOGS": str(logs), "LOG_ROOT": str(tmp_path), "ATTEMPT": "1"}
+        settings |= {"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "dypo", "JOB": "12"}
+        done = subprocess.run(
+            ["bash", "-c", source + stand_ins + script],
+            env={**os.environ, **settings, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    run.logs = logs
+    return run
+
+
+def end(job, node, line, age=0):
+    path = job.logs / "ends" / node
+    path.write_text(line + "\n")
+    os.utime(path, (t := path.stat().st_mtime - age, t))
+
+
+def test_the_one_status_that_is_tried_again_is_the_one_whose_cause_says_so():
+    again = {cause.status for cause in Cause if cause.requeue}
+    (named,) = re.findall(r'if \[ "\$status" = (\d+) \]', (REPOSITORY / "slurm" / "node.sh").read_text())
+    assert again == {int(named)}
+
+
+def test_the_last_line_names_the_cause_and_where_it_began(job):
+    end(job, "node1", "77 3 rank_lost: Connection closed by peer", age=5)
+    end(job, "node2", "70 3 bug: rank 12 on node2: 'absent'")
+    _, said = job('fail "$(trainer_end 77)"')
+    assert said == (
+        f"dypo: error: trainer on node2 ended with status 77; see {job.logs}/trainer.node2.log: "
+        "bug: rank 12 on node2: 'absent'\n"
+    )
+
+
+def test_where_all_lost_each_other_the_first_counts(job):
+    end(job, "node1", "77 3 rank_lost: rank 3 was killed by SIGKILL", age=5)
+    end(job, "node2", "77 3 rank_lost: Connection closed by peer")
+    assert "trainer on node1 " in job("trainer_end 77")[1]
+
+
+def test_without_a_word_of_the_launcher_the_log_is_quoted_past_what_victims_say(job):
+    log = "[rank0]: Traceback (most recent call last):\n[rank0]: KeyError: 'absent'\n"
+    (job.logs / "trainer.node1.log").write_text("SignalException: signal: 15\n" + log + "ChildFailedError: \n")
+    assert job("trainer_end 1")[1].endswith("trainer.*.log: KeyError: 'absent'\n")
+
+
+def test_a_role_that_failed_is_quoted_too(job):
+    (job.logs / "rollout.node3.log").write_text("megatron-dypo: error: port 1 of node3 is taken\n")
+    (job.logs / "ended" / "node3").write_text("65\n")
+    script = 'ask_trainer_to_stop() { echo "$1"; }; notice_ended_servers'
+    line = f"rollout on node3 ended with status 65; see {job.logs}/rollout.node3.log: megatron-dypo: error: port 1"
+    assert job(script)[1].startswith(line)
+
+
+def test_a_stopped_trainer_is_requeued(job):
+    end(job, "node1", "75 4 stopped: asked")
+    code, said = job("conclude")
+    assert code == 0
+    assert said.splitlines()[-1] == "scontrol requeue 12"
+
+
+def test_a_cancelled_job_is_not_requeued(job):
+    code, said = job("conclude", STATE="COMPLETING")
+    assert code == 1
+    assert said == "dypo: error: the job was cancelled; submit again to resume\n"
+
+
+def test_two_attempts_in_a_row_without_a_step_are_enough(job):
+    end(job, "node1", "75 0 stopped: asked")
+    assert "scontrol requeue 12" in job("conclude")[1]
+    earlier = job.logs.with_name("12.0") / "ends"
+    earlier.mkdir(parents=True)
+    (earlier / "node1").write_text("75 5 stopped: asked\n")
+    assert "scontrol requeue 12" in job("conclude")[1]
+    (earlier / "node1").write_text("75 0 stopped: asked\n")
+    code, said = job("conclude")
+    assert code == 1
+    assert "two attempts in a row ended before they made a step" in said
+
+
+@pytest.mark.parametrize(("state", "answer"), [("RUNNING", "stop\n"), ("COMPLETING", "")])
+def test_a_termination_of_a_job_that_still_runs_asks_the_trainer_to_stop(job, state, answer):
+    code, said = job('terminated; [ -n "$WANTS_STOP" ] && echo stop', STATE=state)
+    assert said == answer
+    assert code == (0 if answer else 143)
+
+
+@pytest.mark.parametrize(("status", "before"), [("0", ":"), ("69", "STOP_AT=5"), ("69", "WANTS_STOP=asked")])
+def test_servers_that_end_because_the_job_ends_are_no_failure(job, status, before):
+    (job.logs / "ended" / "node3").write_text(status)
+    script = (
+        f'{before}; ask_trainer_to_stop() {{ echo "$1"; }}; notice_ended_servers; echo "failure: ${{FAILURE:-none}}"'
+    )
+    assert job(script)[1] == "failure: none\n"
+
+
+def test_servers_that_were_told_to_end_ask_the_trainer_to_stop(job):
+    (job.logs / "ended" / "node3").write_text("0")
+    assert job('notice_ended_servers; echo "$WANTS_STOP"')[1] == "rollout on node3 was told to end\n"
+
+
+PREFLIGHT = """
+NODES=(node1 node2)
+step() { touch "$DYPO_LOGS/well/node1"; [ -z "${SECOND:-}" ] || echo "7 of 8 GPUs" >"$DYPO_LOGS/$SECOND/node2"; }
+check_nodes && echo passed
+"""
+
+
+def test_a_node_that_says_nothing_is_not_well(job):
+    code, said = job(PREFLIGHT, MARKS_S="0")
+    assert code == 1
+    assert "preflight: nothing was heard of node2 in " in said
+    assert "LOG_ROOT must be on a file system that all nodes share" in said
+
+
+def test_nodes_that_are_well_pass_and_bad_ones_are_left_out(job):
+    assert job(PREFLIGHT, MARKS_S="0", SECOND="well") == (0, "passed\n")
+    _, said = job(PREFLIGHT, MARKS_S="0", SECOND="bad")
+    assert "dypo: bad node node2: 7 of 8 GPUs" in said
+    assert "scontrol requeue 12" in said

@@ -1,0 +1,71 @@
+"""One measurement in a process of its own: ``python -m tools.gpu_parts.part '{"what": …}'``.
+
+Transformer Engine keeps FP8 state for the whole process, and an error on the GPU spoils it: precisions must not meet. The
+last line of the output is the result, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.parallel.layout import Layout, close, init_layout
+from tools.gpu_parts.logprob_speed import ProjectionSizes, measure_logprobs
+from tools.gpu_parts.synthetic import CheckSizes
+
+
+def machine() -> dict[str, Any]:
+    """Name and generation of the device, and the FP8 recipes that it cannot run."""
+    from megatron_dypo.mcore import features
+    from megatron_dypo.parallel import device
+
+    features.shield_imports()
+    probed = features.probe()
+    return {
+        "device": device.device_name(),
+        "on_gpu": device.on_gpu(),
+        "compute_capability": device.compute_capability(),
+        "memory_bytes": device.memory_bytes(),
+        "toolkit": device.toolkit_version(),
+        "features": str(probed),
+        "fp8_obstacles": dict(probed.fp8_obstacles),
+    }
+
+
+def measure(layout: Layout, spec: dict[str, Any]) -> dict[str, Any]:
+    """What ``spec`` asks for, on the process group that stands."""
+    if spec["what"] == "logprobs":
+        sizes = ProjectionSizes(**spec["sizes"])
+        return measure_logprobs(sizes, getattr(torch, spec["dtype"]), layout.tp_group)
+    from tools.gpu_parts.updates import run_updates
+
+    run = run_updates(
+        CheckSizes(**spec["sizes"]),
+        layout,
+        dtype=spec["dtype"],
+        fp8=Fp8Config(recipe=spec["recipe"]),
+        keep=Path(spec["keep"]),
+    )
+    return dataclasses.asdict(run)
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    if spec["what"] == "machine":
+        print(json.dumps(machine()))
+        return
+    layout = init_layout(ParallelConfig())
+    result = measure(layout, spec)
+    close(layout)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

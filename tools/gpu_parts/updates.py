@@ -1,0 +1,149 @@
+"""DYPO updates of a synthetic policy on fixed samples, in one precision: what they compute and what they cost.
+
+Everything between samples and weights is what a run does: the scoring pass, the objective's weights, packing with the
+recipe's alignment, ``loss_pass`` and the optimizer. Only servers, data and exchange between replicas are missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from megatron_dypo.batching.pack import num_microbatches, plan_microbatches
+from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.forward_step import loss_pass
+from megatron_dypo.mcore.logprobs import pack_rows, sequence_logprobs
+from megatron_dypo.mcore.model import build_model
+from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
+from megatron_dypo.models.flops import sequence_cost
+from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.parallel import device
+from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.types import Floats, Microbatch, Sample, Treatment
+from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
+
+Dtype = Literal["float32", "bfloat16"]
+
+OBJECTIVE = ObjectiveConfig()
+LEARNING_RATE = 1e-5
+_LOSSES = [STATISTICS.index(name) for name in ("surrogate", "kl", "sft")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRun:
+    """Numbers of one precision; ``step_s`` is the median without the first update."""
+
+    losses: list[float]
+    """Of each update: surrogate + KL + distillation."""
+    grad_norms: list[float]
+    step_s: float
+    tokens_per_s: float
+    model_flops_per_s: float
+    """Of the arithmetic that the model needs; the output projection's second forward pass is not counted."""
+    score_s: float
+    peak_gib: float
+
+
+def run_updates(sizes: CheckSizes, layout: Layout, *, dtype: Dtype, fp8: Fp8Config, keep: Path) -> UpdateRun:
+    """Score once, then ``sizes.steps`` updates on the same samples.
+
+    Args:
+        keep: file for what precisions are compared by: log-probs of the scoring pass and the first update's gradient.
+
+    Raises:
+        ValueError: a recipe that suits not the sizes or the machine.
+    """
+    device.reset_peak_memory()
+    chunks, optimizer = _build(sizes, layout, dtype, fp8)
+    samples, budget = make_samples(sizes), max(sizes.tokens // 2, sizes.length)
+    start = _now()
+    logp = sequence_logprobs(chunks, samples, layout=layout, budget=budget, row_multiple=fp8.row_multiple)
+    score_s = _now() - start
+    assert logp is not None, "one rank leads itself"
+    rows = _pack(_weigh(samples, logp), layout, budget, fp8.row_multiple)
+    losses, norms, seconds = [], [], []
+    for step in range(sizes.steps):
+        start = _now()
+        optimizer.zero_grad()
+        sums = loss_pass(chunks, rows, cfg=OBJECTIVE)
+        if step == 0:
+            torch.save({"logp": torch.from_numpy(np.concatenate(logp)), "gradient": _gradient(chunks)}, keep)
+        norms.append(optimizer.step().grad_norm)
+        seconds.append(_now() - start)
+        losses.append(float(sums[_LOSSES].sum()))
+    step_s = statistics.median(seconds[1:] or seconds)
+    cost = sequence_cost(architecture(sizes))
+    needed = replace(cost, response=cost.response * 3 / 4)
+    return UpdateRun(
+        losses=losses,
+        grad_norms=norms,
+        step_s=step_s,
+        tokens_per_s=sum(len(sample.tokens) for sample in samples) / step_s,
+        model_flops_per_s=sum(needed.of(sample) for sample in samples) / step_s,
+        score_s=score_s,
+        peak_gib=device.peak_memory_gib(),
+    )
+
+
+def _build(sizes: CheckSizes, layout: Layout, dtype: Dtype, fp8: Fp8Config) -> tuple[list[Any], PolicyOptimizer]:
+    model = ModelConfig(hf_path="synthetic", dtype=dtype, fp8=fp8)
+    chunks = build_model(architecture(sizes), model, ParallelConfig(), layout)
+    _fill_weights(chunks)
+    config = OptimizerConfig(lr=LEARNING_RATE)
+    return chunks, build_optimizer(chunks, config, dtype=dtype, total_steps=sizes.steps, fp8=fp8)
+
+
+@torch.no_grad()
+def _fill_weights(chunks: Sequence[Any]) -> None:
+    """Norms are one; matrices are normal with standard deviation 0.02, each drawn by a seed of its own name."""
+    for name, parameter in named_global_parameters(chunks):
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def _weigh(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:
+    """The objective's weights, with the policy now for both π_old and π_ref."""
+    objective, totals = build_objective(OBJECTIVE), count(samples)
+    for sample, own in zip(samples, logp, strict=True):
+        sample.old_logp = sample.ref_logp = own
+        if sample.treatment is Treatment.REINFORCE:
+            sample.rollout_logp = own
+    weighed: list[Sample] = []
+    for _, members in itertools.groupby(samples, key=lambda sample: sample.order):
+        group = list(members)
+        weights = objective.weigh(group, totals, 0).weights
+        weighed += [replace(sample, weights=weight) for sample, weight in zip(group, weights, strict=True)]
+    return weighed
+
+
+def _pack(samples: Sequence[Sample], layout: Layout, budget: int, row_multiple: int) -> list[Microbatch]:
+    lengths = [len(sample.tokens) for sample in samples]
+    bins = plan_microbatches(lengths, budget=budget, count=num_microbatches(lengths, budget=budget))
+    return pack_rows(samples, bins, layout, row_multiple)
+
+
+def _gradient(chunks: Sequence[Any]) -> torch.Tensor:
+    """All of it, bf16 on the CPU, in the order of the parameters."""
+    parameters: list[Any] = [parameter for _, parameter in named_global_parameters(chunks)]
+    return torch.cat([parameter.main_grad.flatten().to("cpu", torch.bfloat16) for parameter in parameters])
+
+
+def _now() -> float:
+    device.synchronize()
+    return time.perf_counter()
