@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: must be a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, where=str(path))
+    return parse_config(tree, where=str(path), overrides=overrides)
 
 
 def _read_text(path: Path) -> str:
@@ -58,19 +58,33 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
-    """The config of a nested mapping; ``where`` names it in errors."""
+def parse_config(tree: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """Read the config from a nested mapping.
+
+    Args:
+        where: names the mapping in errors.
+        overrides: ``section.key=value`` of those that are in the mapping already: errors of their keys name them.
+    """
     problems = _unknown_keys(tree, Config, ())
+    if not problems:
+        try:
+            config = _adapter().validate_python(dict(tree))
+        except ValidationError as error:
+            problems = list(_explain(error))
+        else:
+            problems = list(_booleans_for_numbers(tree, config, ""))
     if problems:
-        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
-    try:
-        config = _adapter().validate_python(dict(tree))
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{where}: {line}" for line in _explain(error))) from error
-    problems = list(_booleans_for_numbers(tree, config, ""))
-    if problems:
-        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
+        raise ValueError("\n".join(f"{_origin(problem, overrides) or where}: {problem}" for problem in problems))
     return config
+
+
+def _origin(problem: str, overrides: Sequence[str]) -> str | None:
+    """Return the override that set the key with which a problem begins; None if none did."""
+    for override in reversed(overrides):
+        key = override.partition("=")[0]
+        if problem.startswith(key) and not re.match(r"\w", problem[len(key) :]):
+            return f"override {_shortened(override)!r}"
+    return None
 
 
 def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:

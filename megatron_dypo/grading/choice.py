@@ -19,7 +19,7 @@ _LEAD = re.compile(
 _STATED = re.compile(
     r"\b(?:answer|option|choice)s?(?:\s{1,5}(?:option|choice|letter)\b)?[*_]{0,3}"
     r"(?:\s{1,5}(?:is|would\s{1,5}be|should\s{1,5}be|must\s{1,5}be)\b)?\s{0,5}[:-]?(?:\s{0,5}(?:option|choice)\b)?"
-    r"|答案\s?[是为选]?|[故应]选|选项",
+    r"|(?:答案|回答|解答)\s?[是为為选選]?|[选選][项項择擇]?",
     re.IGNORECASE,
 )
 _DECORATION = re.compile(r"[\s:*$_\"'“]{0,20}")

@@ -126,3 +126,15 @@ def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):
     overrides = ["rollout.mode=async", "objective.importance.cap=2.0", "weights.release_memory=true"]
     with pytest.raises(ValueError, match=r"weights\.release_memory=true: needs rollout\.mode=sync"):
         load_config(write(MINIMAL), overrides)
+
+
+def test_an_error_names_the_override_that_made_it_and_else_the_file(write):
+    path = write({**MINIMAL, "run": {"steps": 0}})
+    with pytest.raises(ValueError) as caught:
+        load_config(path, ["optimizer.lr=1.0", "optimizer.lr=-1"])
+    assert str(caught.value).splitlines() == [
+        f"{path}: run.steps=0: must be positive",
+        "override 'optimizer.lr=-1': optimizer.lr=-1.0: must be positive",
+    ]
+    with pytest.raises(ValueError, match=r"^override 'optimizer\.lrr=1': optimizer\.lrr: unknown key"):
+        load_config(path, ["optimizer.lrr=1"])

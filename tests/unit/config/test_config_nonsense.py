@@ -174,7 +174,7 @@ def test_a_boolean_is_no_number(key: str, tmp_path: Path) -> None:
 )
 def test_an_error_names_keys_of_the_file_alone(override: str, place: str, tmp_path: Path) -> None:
     problem = problem_of(tmp_path, TEXT, (override,))
-    assert f"config.yaml: {place}" in problem
+    assert f"override {override!r}: {place}" in problem
     assert "tuple[" not in problem
     assert ".str=" not in problem
 
