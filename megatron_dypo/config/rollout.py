@@ -146,7 +146,7 @@ class RolloutConfig:
     """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
     collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and
     short responses come first. What a synchronous run then aborts is the first to be drawn in the next batch."""
-    prompts_per_step: int = 128
+    prompts_per_round: int = 128
     """Prompts drawn for one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
     """Response limit (paper: 8,192)."""
@@ -174,7 +174,7 @@ class RolloutConfig:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
         is_factor = 1 <= self.oversample < math.inf
         require(is_factor, f"oversample={self.oversample}", "must be at least 1, and finite")
-        require_positive(self, "prompts_per_step", "max_new_tokens", "max_in_flight")
+        require_positive(self, "prompts_per_round", "max_new_tokens", "max_in_flight")
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}", "must be positive and finite")
         _require_deadlines(self, "request_deadline_s")
         require(self.top_k == -1 or self.top_k >= 1, f"top_k={self.top_k}", "must be at least 1, or -1 for all tokens")
