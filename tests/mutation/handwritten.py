@@ -27,7 +27,7 @@ HANDWRITTEN = (
     Hand(_R + "dypo.py", "totals, cfg, scale=1 - cfg.alpha)", "totals, cfg, scale=cfg.alpha)", "1 - alpha weighs GAL"),
     Hand(_R + "dypo.py", "scale=cfg.gamma)", "scale=1.0)", "gamma scales SFT in dypo"),
     Hand(_R + "dypo.py", "self.cfg.alpha < 1 or self.cfg.kl_coef > 0", "self.cfg.kl_coef > 0", "GAL needs a reference"),
-    Hand(_R + "dypo.py", "step < self.cfg.switch_gate", "step <= self.cfg.switch_gate", "the gate opens at its step"),
+    Hand(_R + "dypo.py", "step < self.cfg.rl_only_steps", "step <= self.cfg.rl_only_steps", "the gate opens at its step"),
     Hand(_R + "dypo.py", "/ totals.num_prompts if statistics", "if statistics", "GAL's share of the loss is a mean"),
     Hand(_R + "grpo.py", "scale=1.0)", "scale=self.cfg.alpha)", "GRPO's own scale is one"),
     Hand(_R + "grpo.py", "return self.cfg.kl_coef > 0", "return False", "a KL term needs a reference"),
