@@ -69,7 +69,7 @@ class ModelConfig:
     """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
-    logprob_memory_mb: float | None = None
+    logprob_memory_mib: float | None = None
     """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
     give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
     balance_coef: float | None = None
@@ -85,8 +85,8 @@ class ModelConfig:
         )
         if self.balance_coef is not None:
             require_not_negative(self, "balance_coef")
-        if self.logprob_memory_mb is not None:
-            require_positive(self, "logprob_memory_mb")
+        if self.logprob_memory_mib is not None:
+            require_positive(self, "logprob_memory_mib")
 
 
 @dataclass(frozen=True, kw_only=True)

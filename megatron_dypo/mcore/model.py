@@ -150,7 +150,7 @@ def load_initial_weights(
 def _build_chunk(
     arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: Layout, stage: int
 ) -> PolicyModel:
-    memory_mb = model.logprob_memory_mb
+    memory_mb = model.logprob_memory_mib
     chunk = PolicyModel(
         config,
         layer_spec(arch, features),
