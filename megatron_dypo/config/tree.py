@@ -72,7 +72,7 @@ class ModelConfig:
     logprob_memory_mib: float | None = None
     """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
     give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
-    balance_coef: float | None = None
+    moe_aux_loss_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
@@ -83,8 +83,8 @@ class ModelConfig:
             f"fp8.recipe={self.fp8.recipe}",
             f"needs dtype=bfloat16 around it, got {self.dtype}",
         )
-        if self.balance_coef is not None:
-            require_not_negative(self, "balance_coef")
+        if self.moe_aux_loss_coef is not None:
+            require_not_negative(self, "moe_aux_loss_coef")
         if self.logprob_memory_mib is not None:
             require_positive(self, "logprob_memory_mib")
 
