@@ -212,7 +212,7 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
     if leader.background is None:
         assert leader.background_client is not None
         assert leader.verifier is not None
-        client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.truncated_is_wrong
+        client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.fail_truncated
         cfg, batch = run.config.rollout, run.config.batching.prompts_per_batch
         leader.background = RolloutStream(
             client,
@@ -285,7 +285,7 @@ def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
         return grade(
             groups,
             leader.verifier,
-            run.config.grading.truncated_is_wrong,
+            run.config.grading.fail_truncated,
             show_progress=run.layout.is_global_leader,
         )
 

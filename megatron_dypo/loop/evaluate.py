@@ -168,7 +168,7 @@ def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
         return grade(
             sampled.groups,
             leader.verifier,
-            run.config.grading.truncated_is_wrong,
+            run.config.grading.fail_truncated,
             show_progress=run.layout.is_global_leader,
         )
 

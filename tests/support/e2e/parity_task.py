@@ -38,7 +38,7 @@ def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **se
         "model": {"hf_path": str(folder / "model"), "dtype": "float32"},
         "data": {"prompts": [str(folder / "train.jsonl")], "chat_template": False},
         "rollout": {"group_size": 4, "prompts_per_round": 8, "max_new_tokens": 12},
-        "grading": {"verifier": "tests.support.e2e.parity_task:verify", "truncated_is_wrong": False},
+        "grading": {"verifier": "tests.support.e2e.parity_task:verify", "fail_truncated": False},
         "batching": {"prompts_per_update": 8, "tokens_per_microbatch": 128},
         "optimizer": {"lr": 1e-3},
         "checkpoint": {"every": 1},
