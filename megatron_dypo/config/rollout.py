@@ -40,7 +40,7 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Servers that run already, as ``http://HOST:PORT``; empty: the run starts ``per_node`` of them on its own node."""
-    urls_come_back: bool = False
+    urls_are_restarted: bool = False
     """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
     for one until ``weights.deadline_s``."""
     router: str | None = None
@@ -97,7 +97,7 @@ class ServersConfig:
         # A key that was written here by mistake must not be shown.
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
         _require_free_flags(self.extra_args)
-        require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
+        require(not self.urls_are_restarted or bool(self.urls), "urls_are_restarted=true", "needs urls: it is said of those")
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         if self.router is not None:
             require_urls((self.router,), "router")

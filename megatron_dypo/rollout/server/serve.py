@@ -40,7 +40,7 @@ def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args
     if read_api_key(cfg.api_key_env) is None:
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
     # This node's servers alone: other nodes have theirs.
-    cfg = replace(cfg, urls=(), urls_come_back=False, router=None, nodes=1)
+    cfg = replace(cfg, urls=(), urls_are_restarted=False, router=None, nodes=1)
     cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
     _require_ports(cfg)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
