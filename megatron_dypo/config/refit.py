@@ -24,7 +24,7 @@ class WeightsConfig:
     quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
     """What ``p2p`` and ``local`` make of linear weights before they send them, for servers of such a model: FP8 e4m3
     with a scale for each block of 128×128 (DeepSeek's format) or for each row."""
-    release_memory: bool = False
+    offload_servers: bool = False
     """Let servers give their memory back while the trainer needs it, for servers that the run starts on its own GPUs
     (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
     bucket_mib: int = 512

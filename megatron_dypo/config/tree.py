@@ -349,13 +349,13 @@ class Config:
             "score.policy=rollout, whose clipped ratio is to the weights that sampled",
         )
         require(
-            not (self.weights.release_memory and self.rollout.servers.urls),
-            "weights.release_memory=true",
+            not (self.weights.offload_servers and self.rollout.servers.urls),
+            "weights.offload_servers=true",
             "needs servers that the run starts: those of rollout.servers.urls may serve others",
         )
         require(
-            not (self.weights.release_memory and self.rollout.mode == "async"),
-            "weights.release_memory=true",
+            not (self.weights.offload_servers and self.rollout.mode == "async"),
+            "weights.offload_servers=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require(

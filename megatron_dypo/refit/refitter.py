@@ -135,7 +135,7 @@ class Bridge:
 
         Collective over the world.
         """
-        if self._config.release_memory:
+        if self._config.offload_servers:
             self._lead(self._release)
 
     def close(self) -> None:
