@@ -67,7 +67,7 @@ class ServersConfig:
     start_deadline_s: float = 600.0
     stop_grace_s: float = 20.0
     """Time that a server of the run gets to end on its own before it is killed."""
-    restarts: int = 3
+    max_restarts: int = 3
     """Times that a server which the run started is started again after it died, each server on its own; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
     per_node: int = 1
@@ -79,7 +79,7 @@ class ServersConfig:
     def __post_init__(self) -> None:
         require_positive(self, "per_node", "nodes", "tensor_parallel")
         _require_deadlines(self, "start_deadline_s", "stop_grace_s")
-        require_not_negative(self, "restarts", "base_gpu")
+        require_not_negative(self, "max_restarts", "base_gpu")
         require_urls(self.urls, "urls")
         require_host(self.host, "host")
         last = self.port + self.per_node - 1

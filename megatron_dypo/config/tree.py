@@ -246,13 +246,13 @@ class EvalConfig:
     """How these files name their columns, as ``data.format``, with its usual names; None: as the training files."""
     every: int = 0
     """Steps between evaluations; 0: before the first and after the last step only."""
-    samples: int = 1
+    samples_per_prompt: int = 1
     """Responses for each prompt."""
     temperature: float = 0.6
     max_prompts: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "samples")
+        require_positive(self, "samples_per_prompt")
         require_not_negative(self, "every", "temperature")
         if self.max_prompts is not None:
             require_positive(self, "max_prompts")

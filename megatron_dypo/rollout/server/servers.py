@@ -56,7 +56,7 @@ class ServerPool:
         """Look after the started servers (cheap; nothing is sent to one that is up).
 
         Raises:
-            ServerDiedError: one died and ``restarts`` is 0, or all did and none is started again; the message quotes
+            ServerDiedError: one died and ``max_restarts`` is 0, or all did and none is started again; the message quotes
                 their logs.
         """
         if self._supervisor is not None:
@@ -215,6 +215,6 @@ def start_servers(
                     f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
                     "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
                 )
-        pool._supervise(cfg.restarts, cfg.start_deadline_s)
+        pool._supervise(cfg.max_restarts, cfg.start_deadline_s)
         undo.pop_all()
     return pool

@@ -153,7 +153,7 @@ def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
         assert not pool.may_return()
         with pytest.raises(ServerDiedError, match=r"(?s)no SGLang server is left: .*server 0 .*server 1 "):
             pool.check()
-    assert caplog.text.count("rollout.servers.restarts=1: it is not started again") == 2
+    assert caplog.text.count("rollout.servers.max_restarts=1: it is not started again") == 2
 
 
 def test_a_pool_that_stops_starts_nothing_again(python: str, tmp_path: Path) -> None:
