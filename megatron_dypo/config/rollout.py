@@ -97,7 +97,9 @@ class ServersConfig:
         # A key that was written here by mistake must not be shown.
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
         _require_free_flags(self.extra_args)
-        require(not self.urls_are_restarted or bool(self.urls), "urls_are_restarted=true", "needs urls: it is said of those")
+        require(
+            not self.urls_are_restarted or bool(self.urls), "urls_are_restarted=true", "needs urls: it is said of those"
+        )
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         if self.router is not None:
             require_urls((self.router,), "router")

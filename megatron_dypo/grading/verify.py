@@ -164,9 +164,7 @@ def grade(
     (:func:`verdict_problem`): its other verdicts alone would say something else of the prompt. With
     ``fail_truncated`` a rollout that hit the length limit is incorrect without being verified.
     """
-    wanted = [
-        [not (fail_truncated and rollout.finish == "length") for rollout in group.rollouts] for group in groups
-    ]
+    wanted = [[not (fail_truncated and rollout.finish == "length") for rollout in group.rollouts] for group in groups]
     pairs = [
         pair_of(group.prompt, rollout.text)
         for group, flags in zip(groups, wanted, strict=True)

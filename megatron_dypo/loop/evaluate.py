@@ -122,7 +122,11 @@ def _evaluate_share(run: Run, name: str) -> SetScore:
         prompts = whole[run.layout.dp_rank :: run.layout.data]
         too_long = drops.prompts if run.layout.dp_rank == 0 else 0
     # A request for each response: each has a seed of its own.
-    draws = [replace(p, order=i * cfg.samples_per_prompt + s, visit=s) for i, p in enumerate(prompts) for s in range(cfg.samples_per_prompt)]
+    draws = [
+        replace(p, order=i * cfg.samples_per_prompt + s, visit=s)
+        for i, p in enumerate(prompts)
+        for s in range(cfg.samples_per_prompt)
+    ]
     sampled = sample(
         run,
         draws,

@@ -116,7 +116,9 @@ def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
 
 
-def moe_settings(experts: Experts, *, grouped: bool, parallel: ParallelConfig, moe_aux_loss_coef: float) -> dict[str, Any]:
+def moe_settings(
+    experts: Experts, *, grouped: bool, parallel: ParallelConfig, moe_aux_loss_coef: float
+) -> dict[str, Any]:
     """Fields of Megatron's configuration."""
     return {
         "num_moe_experts": experts.num_experts,

@@ -201,7 +201,9 @@ def start_servers(
         )
     given_key = read_api_key(cfg.api_key_env)
     pool = ServerPool(
-        cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16), urls_are_restarted=cfg.urls_are_restarted
+        cfg.urls,
+        given_key if cfg.urls else given_key or secrets.token_hex(16),
+        urls_are_restarted=cfg.urls_are_restarted,
     )
     with contextlib.ExitStack() as undo:
         undo.callback(pool.stop)
