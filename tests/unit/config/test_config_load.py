@@ -130,7 +130,7 @@ def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):
 
 def test_an_error_names_the_override_that_made_it_and_else_the_file(write):
     path = write({**MINIMAL, "run": {"steps": 0}})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="override") as caught:
         load_config(path, ["optimizer.lr=1.0", "optimizer.lr=-1"])
     assert str(caught.value).splitlines() == [
         f"{path}: run.steps=0: must be positive",

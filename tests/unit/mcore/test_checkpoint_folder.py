@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_dypo.mcore import checkpoint, checkpoint_folder
+from megatron_dypo.mcore.checkpoints import checkpoint
+from megatron_dypo.mcore.checkpoints import folder as checkpoint_folder
 
 
 def publish(root, step, keep=0):
