@@ -34,14 +34,16 @@ def add_tens_and_ones(question: Question) -> str:
     """Write the trace of the teacher ``tens_and_ones``."""
     (tens, ones), (more_tens, more_ones) = divmod(question.first, 10), divmod(question.second, 10)
     high, low = 10 * (tens + more_tens), ones + more_ones
-    return f"{10 * tens} + {10 * more_tens} = {high}, {ones} + {more_ones} = {low}, {high} + {low} = {question.answer}"
+    steps = f"{10 * tens} + {10 * more_tens} = {high}, {ones} + {more_ones} = {low}, {high} + {low} = {question.answer}"
+    return f"{steps}. The answer is {question.answer}."
 
 
 def add_in_two_steps(question: Question) -> str:
     """Write the trace of the teacher ``two_steps``: first the tens of the second number, then its ones."""
     tens, ones = divmod(question.second, 10)
     half = question.first + 10 * tens
-    return f"{question.first} + {10 * tens} = {half}, {half} + {ones} = {question.answer}"
+    steps = f"{question.first} + {10 * tens} = {half}, {half} + {ones} = {question.answer}"
+    return f"{steps}. The answer is {question.answer}."
 
 
 TEACHERS: Mapping[str, Callable[[Question], str]] = {"tens_and_ones": add_tens_and_ones, "two_steps": add_in_two_steps}
