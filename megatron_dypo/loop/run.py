@@ -16,7 +16,6 @@ import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 
-from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
@@ -48,6 +47,7 @@ from megatron_dypo.metrics.writer import MetricsWriter, Timings
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.planning.fit import check_memory
