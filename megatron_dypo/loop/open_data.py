@@ -21,7 +21,7 @@ from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, v
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.teachers import judge_by, verifier_key
 from megatron_dypo.parallel.collectives import gather_objects
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 
 log = logging.getLogger("megatron_dypo")
 
