@@ -57,15 +57,16 @@ test: setup  ## Run the tests that need no GPU and are not marked slow.
 test-all: setup  ## Run every test that needs no GPU.
 	@$(BIN)/python -m pytest -m "not gpu"
 
-lint: setup  ## Check style, formatting and types.
+lint: setup  ## Check style, formatting, types and the direction of imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: setup  ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## Remove caches; environment and runs stay.
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +

@@ -18,8 +18,9 @@ from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore import features
+from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
-from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.parallel.groups import Layout, close
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.setting import Assumptions, Setting
@@ -30,7 +31,7 @@ def answer(case: Any) -> None:
     """Measure, ask the model, and print both of every rank as JSON on the first."""
     features.shield_imports()
     config = configuration(case)
-    layout = init_layout(config.parallel)
+    layout = start_megatron(config.parallel)
     arch = architecture(case)
     mine = measured(case, config, arch, layout), modelled(case, config, arch, layout)
     everybody: list[Any] = [None] * layout.world_size

@@ -18,10 +18,11 @@ from megatron_dypo.batching.pack import pack, plan_microbatches, row_length
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore import features
+from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.parallel.groups import Layout, close
 from megatron_dypo.types import Microbatch, Sample, Totals, Treatment
 
 VARIANTS = ("dypo", "sft", "sft_unfused")
@@ -33,7 +34,7 @@ def answer(what: str, shape: Any, rounds: int) -> None:
     features.shield_imports()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = ParallelConfig(tensor=size)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     kind, _, variant = what.partition(":")
     result = (
         measure_time(shape, parallel, layout, rounds)

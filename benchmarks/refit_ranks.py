@@ -15,10 +15,11 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import LAYER
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.checksums import checksum
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout
+from megatron_dypo.refit.plan.plan import EngineLayout
 from megatron_dypo.refit.plan.served import served_tensors
 from megatron_dypo.refit.receiver import GO, inventory_key, load, report_key
 from megatron_dypo.refit.slices import ShardSlices, rectangle
@@ -94,7 +95,7 @@ def meeting(arch: Architecture, num_engines: int) -> ControlMessage:
     """What rank 0 tells all others of the connection."""
     inputs = PlanInputs(
         arch=arch,
-        source=SourceLayout(tensor=TENSOR),
+        source=Mesh(tensor=TENSOR),
         engines=(EngineLayout(tensor=TENSOR),) * num_engines,
         quantization="none",
         element_size=DTYPE.itemsize,

@@ -30,6 +30,15 @@ def require_not_negative(section: object, *names: str) -> None:
         require(value >= 0, f"{name}={value}", "must not be negative")
 
 
+def require_divides(axis: str, size: int, name: str, value: int, *, hint: str = "") -> None:
+    """Raise ``ValueError("<axis>=<size> does not divide <name>=<value><hint>")`` unless ``size`` divides ``value``.
+
+    This is the rule of everything that ranks share evenly: heads, features, layers, experts.
+    """
+    if size < 1 or value % size:
+        raise ValueError(f"{axis}={size} does not divide {name}={value}{hint}")
+
+
 def require_sound_values(section: object, path: str = "") -> None:
     """Require every number in a tree of dataclasses to be finite and every text to be free of NUL.
 

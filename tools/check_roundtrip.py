@@ -40,18 +40,20 @@ def main(
 ) -> None:
     """Check that a model comes back from a Megatron checkpoint bit for bit; exit code 1 if it does not."""
     from megatron_dypo.models.roundtrip import check_roundtrip
-    from megatron_dypo.parallel.cut import PipelineCut
+    from megatron_dypo.parallel.mesh import Mesh
 
-    cut = PipelineCut(
-        pipeline=pipeline_parallel, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers
+    mesh = Mesh(
+        tensor=tensor_parallel,
+        pipeline=pipeline_parallel,
+        first_stage_layers=first_stage_layers,
+        last_stage_layers=last_stage_layers,
     )
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         differences = check_roundtrip(
             hf_path,
             Path(folder),
             mcore_path=mcore_path,
-            tensor_parallel=tensor_parallel,
-            cut=cut,
+            mesh=mesh,
         )
     if differences:
         typer.echo(table(differences))

@@ -27,12 +27,15 @@ def main(
 ) -> None:
     """Convert an HF model folder to a Megatron-Core checkpoint."""
     from megatron_dypo.models.convert import hf_to_mcore
-    from megatron_dypo.parallel.cut import PipelineCut
+    from megatron_dypo.parallel.mesh import Mesh
 
-    cut = PipelineCut(
-        pipeline=pipeline_parallel, first_stage_layers=first_stage_layers, last_stage_layers=last_stage_layers
+    mesh = Mesh(
+        tensor=tensor_parallel,
+        pipeline=pipeline_parallel,
+        first_stage_layers=first_stage_layers,
+        last_stage_layers=last_stage_layers,
     )
-    hf_to_mcore(hf_path, mcore_path, tensor_parallel=tensor_parallel, cut=cut)
+    hf_to_mcore(hf_path, mcore_path, mesh=mesh)
     typer.echo(mcore_path)
 
 

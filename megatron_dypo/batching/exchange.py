@@ -7,7 +7,6 @@ rank learns of every sample is its cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,25 +14,8 @@ import torch.distributed as dist
 
 from megatron_dypo.batching.bins import bins_balanced
 from megatron_dypo.batching.queues import dump_samples, load_samples
+from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.types import Sample
-
-
-def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """``value`` of every rank of ``group``, in rank order; for a few numbers a rank, not for tensors."""
-    if group.size() == 1:
-        return [value]
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
-    """The value of the group's rank 0 on every rank; for a few numbers or words."""
-    if group.size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, group_src=0, group=group)
-    return box[0]
 
 
 def num_tokens(sample: Sample) -> float:

@@ -12,7 +12,6 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.parameters import whole_model
 
 _GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2}
 _MOMENTS = 8
 """Bytes of Adam's two fp32 moments."""
 _MAIN = 4
@@ -55,7 +54,7 @@ def room_needed(config: Config, arch: Architecture) -> tuple[float, str]:
     is there while the next is written.
     """
     count = whole_model(arch).total
-    size = _BYTES[config.model.dtype]
+    size = config.model.element_size
     each = count * (size + _MOMENTS + (_MAIN if size < _MAIN else 0))
     if config.objective.reference.mode == "refreshed":
         each += count * size

@@ -20,7 +20,7 @@ from megatron_dypo.config.objective import (
 )
 from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 
 _MAX_SET_NAME = 80
 """Bytes of an evaluation set's name: escaped, it is a folder's name."""
@@ -88,29 +88,36 @@ class ModelConfig:
         if self.logprob_memory_mib is not None:
             require_positive(self, "logprob_memory_mib")
 
+    @property
+    def element_size(self) -> int:
+        """Bytes of one value of type ``dtype``."""
+        return {"float32": 4, "bfloat16": 2}[self.dtype]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the axes of the training mesh; data parallelism is what is left of the world."""
+    """Sizes of the axes of the training mesh. Data parallelism follows from the number of ranks."""
 
     num_processes: int | None = None
-    """Ranks to start when not under torchrun; default: as few as the axes allow."""
+    """Ranks to start when not under torchrun; None: as few as the axes allow."""
     tensor: int = 1
+    """Tensor parallelism: ranks that share the matrices of each layer."""
     pipeline: int = 1
+    """Pipeline parallelism: stages that the layers are spread over."""
     virtual_pipeline: int | None = None
     """Model chunks on each pipeline rank (interleaved schedule); None: one."""
     first_stage_layers: int | None = None
-    """Layers of the first pipeline stage (Megatron's ``num_layers_in_first_pipeline_stage``), over all its chunks; stages
-    of which this is not said share out the rest evenly. None: as many as those."""
+    """Layers of the first pipeline stage, in all its chunks (Megatron's ``num_layers_in_first_pipeline_stage``). None: as
+    many as on the stages between first and last, which share the rest evenly."""
     last_stage_layers: int | None = None
-    """The same of the last stage, which has the output layer besides."""
+    """Layers of the last pipeline stage, which also has the output layer. None: as many as on the stages before it."""
     context: int = 1
-    """Context parallelism: ranks that share each packed row, two chunks of every sequence each (zig-zag)."""
+    """Context parallelism: ranks that share each packed row. Each holds two parts of every sequence (zig-zag)."""
     expert: int = 1
     """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
     expert_tensor: int = 1
-    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage; whatever
-    ``tensor`` is, 1 keeps experts whole."""
+    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage. 1 keeps
+    experts whole, at any ``tensor``."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 
@@ -120,40 +127,51 @@ class ParallelConfig:
         if self.virtual_pipeline is not None:
             require(self.virtual_pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "must be at least 2")
             require(self.pipeline > 1, f"virtual_pipeline={self.virtual_pipeline}", "needs pipeline > 1")
-        _ = self.cut  # whose rules hold here
         if self.num_processes is not None:
-            model_size = self.tensor * self.pipeline * self.context
-            require(
-                self.num_processes > 0 and self.num_processes % model_size == 0,
-                f"num_processes={self.num_processes}",
-                f"must be a multiple of tensor × pipeline × context = {model_size}",
-            )
-            require(
-                self.num_processes // self.pipeline % self.expert_ranks == 0,
-                f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
-                f"does not divide the {self.num_processes // self.pipeline} ranks of a pipeline stage",
-            )
+            self._check_world("num_processes", self.num_processes)
+        _ = self.mesh()  # whose rules hold here
 
-    @property
-    def cut(self) -> PipelineCut:
-        """Which stage holds which layers."""
-        return PipelineCut(
+    def mesh(self, world_size: int | None = None) -> Mesh:
+        """Return the mesh of ``world_size`` ranks, which gives data parallelism what the other axes leave.
+
+        Args:
+            world_size: None: :attr:`local_ranks`; for a caller to whom data parallelism does not matter.
+
+        Raises:
+            ValueError: e.g. ``world_size=6: must be a multiple of tensor × pipeline × context = 2 × 2 × 1 = 4``.
+        """
+        world_size = self.local_ranks if world_size is None else world_size
+        self._check_world("world_size", world_size)
+        return Mesh(
+            tensor=self.tensor,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline or 1,
+            context=self.context,
+            data=world_size // (self.tensor * self.pipeline * self.context),
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
             first_stage_layers=self.first_stage_layers,
             last_stage_layers=self.last_stage_layers,
         )
 
     @property
-    def expert_ranks(self) -> int:
-        """Ranks that hold all experts of a layer once."""
-        return self.expert * self.expert_tensor
+    def fewest_ranks(self) -> int:
+        """The smallest world that the axes can be laid out on; every other one is a multiple of it."""
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert * self.expert_tensor)
 
     @property
     def local_ranks(self) -> int:
-        """Ranks to start on this machine: ``num_processes``, else one replica."""
-        stage = math.lcm(self.tensor * self.context, self.expert_ranks)
-        return self.num_processes or self.pipeline * stage
+        """Ranks to start on this machine."""
+        return self.num_processes or self.fewest_ranks
+
+    def _check_world(self, name: str, size: int) -> None:
+        replica = self.tensor * self.pipeline * self.context
+        require(
+            size > 0 and size % replica == 0,
+            f"{name}={size}",
+            f"must be a multiple of tensor × pipeline × context = "
+            f"{self.tensor} × {self.pipeline} × {self.context} = {replica}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.grading.verify import verdict_problem
 from megatron_dypo.loop.ledger import Balance, Ledger, OpenDraws, balance
 from megatron_dypo.loop.outcomes import count_verdicts
@@ -15,6 +14,7 @@ from megatron_dypo.loop.run import Leader, Run
 from megatron_dypo.loop.tally import tally_dropped, tally_groups
 from megatron_dypo.metrics.samples import SampleRow, dropped_row, sample_row
 from megatron_dypo.objective.route import Routed, route
+from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.types import DropReason, GradedGroup, Treatment
 

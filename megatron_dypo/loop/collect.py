@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.loop.admission import admit, count_long_prompts
@@ -24,6 +23,7 @@ from megatron_dypo.loop.tally import tally_client
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.progress import Progress, progress
 from megatron_dypo.metrics.samples import SampleRow
+from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.rollout.stream import RolloutStream

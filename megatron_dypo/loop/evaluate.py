@@ -8,13 +8,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.grading.verify import grade
 from megatron_dypo.loop.run import Leader, Run
 from megatron_dypo.loop.servers import Sampled, sample
 from megatron_dypo.metrics.intervals import accuracy_interval
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.metrics.samples import SampleLog, SampleRow, eval_folder, sample_row
+from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.types import GradedGroup, Prompt, Treatment
 
 log = logging.getLogger("megatron_dypo")

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.loop.logprobs import logprobs_of_all
 from megatron_dypo.loop.run import Leader, Run
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.fp8 import values
-from megatron_dypo.parallel.agree import gather_world
+from megatron_dypo.parallel.collectives import broadcast_object, gather_objects, gather_world
 from megatron_dypo.types import Sample
 
 _SHOWN = 3

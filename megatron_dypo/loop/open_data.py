@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.config.data import DataFieldsConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.tree import Config
@@ -21,7 +20,8 @@ from megatron_dypo.data.tokenizer.open import Tokenizer, check_vocabulary, load_
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.teachers import judge_by, verifier_key
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.collectives import gather_objects
+from megatron_dypo.parallel.groups import Layout
 
 log = logging.getLogger("megatron_dypo")
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 
-from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
@@ -42,14 +41,16 @@ from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import SampleLog, discard_samples
 from megatron_dypo.metrics.versions import write_versions
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
-from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.parallel.groups import Layout, close
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.refit.refitter import Bridge
 from megatron_dypo.refit.servers import Watch
@@ -158,7 +159,7 @@ def open_run(config: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         # A rank may wait in a collective for as long as the rollouts take; a dead peer is noticed by its socket.
         patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
-        layout = init_layout(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
+        layout = start_megatron(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
         stack.callback(close, layout)
         features.require_fp8(config.model.fp8, features.probe())
         memory, capability = memory_bytes(), compute_capability()

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.run import Run
 from megatron_dypo.loop.tally import tally_client, tally_push
+from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.rollout.collect import DroppedGroup, collect
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.types import Prompt, RolloutGroup

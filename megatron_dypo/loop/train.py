@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from megatron_dypo.batching.exchange import gather_objects
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.admission import books
@@ -23,7 +22,7 @@ from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.metrics import status
 from megatron_dypo.metrics.writer import summary_line
 from megatron_dypo.models.export import export_hf
-from megatron_dypo.parallel.agree import any_rank
+from megatron_dypo.parallel.collectives import any_rank, gather_objects
 from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.processes.stop_requests import is_requested
 from megatron_dypo.processes.watchdog import mark

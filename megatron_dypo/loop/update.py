@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
+from megatron_dypo.batching.exchange import balance, broadcast_samples
 from megatron_dypo.batching.pack import (
     num_microbatches,
     padded_lengths,
@@ -31,6 +31,7 @@ from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.objective.weigh import group_log_ratios
+from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.parallel.device import device
 from megatron_dypo.types import Microbatch, Sample, Totals
 
@@ -69,7 +70,9 @@ def take_batch(run: Run) -> Batch:
         counted = add_counts(of_kind for of_kind, _ in counts), is_used_up(left for _, left in counts)
         for treatment, queue in queues.waiting.items():
             run.tally.add(f"queue/{treatment.value}", len(queue))
-    totals, is_last = broadcast_object(counted, run.layout.replica_group)
+    shared = broadcast_object(counted, run.layout.replica_group)
+    assert shared is not None, "the leader counts"
+    totals, is_last = shared
     assert totals.num_prompts, "a collection ends with something to learn from, or ends the run"
     return Batch(groups=groups, totals=totals, is_last=is_last)
 

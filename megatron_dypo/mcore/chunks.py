@@ -12,9 +12,6 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_dypo.models.families.registry import expert_parameter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""``ModelConfig.dtype`` → type of the parameters."""
-
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel inside the data-parallel and half-precision wrappers."""

@@ -21,7 +21,7 @@ from megatron_dypo.batching.pack import (
 from megatron_dypo.batching.zigzag import held_responses, shard
 from megatron_dypo.mcore.forward_step import logprob_pass
 from megatron_dypo.parallel.device import device
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.types import Floats, Microbatch, Sample
 
 

@@ -31,7 +31,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dypo.config.tree import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints import checkpoint
-from megatron_dypo.mcore.chunks import DTYPES
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
 from megatron_dypo.mcore.moe_router import mark_experts, moe_settings
 from megatron_dypo.mcore.policy_model import PolicyModel
@@ -41,7 +40,7 @@ from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.models.load import load_hf_weights
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 
 
 def build_model(
@@ -66,7 +65,7 @@ def build_model(
     check_fp8_sizes(arch, parallel, model.fp8)
     features = probe()
     require_fp8(model.fp8, features)
-    config, cut = transformer_config(arch, model, parallel, features), parallel.cut.chunks(arch.num_layers)
+    config, layers = transformer_config(arch, model, parallel, features), layout.mesh.chunks(arch.num_layers)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap_grad_reduce,
@@ -77,7 +76,7 @@ def build_model(
     for stage in range(layout.virtual_pipeline):
         module = _build_chunk(arch, model, config, features, layout, stage)
         held = [layer.layer_number - 1 for layer in module.decoder.layers]
-        assert held == list(cut[layout.pp_rank][stage]), "Megatron cuts the pipeline in another way"
+        assert held == list(layers[layout.pp_rank][stage]), "Megatron lays the layers out in another way"
         wrapped = Float16Module(config, module) if config.bf16 else module
         # Only the first chunk's gradients are reduced while others still compute, so only it is cut into buckets.
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
@@ -90,7 +89,7 @@ def transformer_config(
     arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features
 ) -> TransformerConfig:
     """Megatron's configuration of the architecture under these axes."""
-    dtype = DTYPES[model.dtype]
+    dtype = getattr(torch, model.dtype)  # the config's names are torch's
     interleaved = parallel.virtual_pipeline is not None
     return TransformerConfig(
         **_sizes(arch),

@@ -15,7 +15,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.tree import OptimizerConfig
-from megatron_dypo.mcore.chunks import DTYPES
 from megatron_dypo.mcore.fp8 import optimizer_settings
 
 
@@ -137,8 +136,8 @@ def build_optimizer(
         adam_beta2=config.beta2,
         adam_eps=config.eps,
         clip_grad=config.clip_grad,
-        bf16=DTYPES[dtype] is torch.bfloat16,
-        params_dtype=DTYPES[dtype],
+        bf16=dtype == "bfloat16",
+        params_dtype=getattr(torch, dtype),
         use_distributed_optimizer=config.distributed,
         **optimizer_settings(fp8 or Fp8Config()),
     )

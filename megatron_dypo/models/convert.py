@@ -18,19 +18,19 @@ from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.folders import new_folder
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
+from megatron_dypo.models.layout_rules import check_tensor_parallel
 from megatron_dypo.models.mcore_ckpt import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, MCoreWriter, StoredChunk
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.models.rules import Chunk, check_tensor_parallel
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.models.rules import Chunk
+from megatron_dypo.parallel.mesh import Mesh
 
 
-def hf_to_mcore(
-    hf_path: Path, mcore_path: Path, *, tensor_parallel: int, cut: PipelineCut, show_progress: bool = True
-) -> None:
-    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks so laid out would write.
+def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: bool = True) -> None:
+    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks of a mesh would write.
 
-    The checkpoint loads at any parallel sizes; a run at these sizes reads each file on one rank only. Types are kept.
+    Of ``mesh``, tensor and the pipeline's fields matter; one replica writes, and experts are whole. The checkpoint loads
+    at any parallel sizes; a run with these sizes reads each file on one rank only. Types are kept.
     ``<mcore_path>/hf`` keeps configuration and tokenizer for the way back.
 
     Raises:
@@ -38,24 +38,22 @@ def hf_to_mcore(
             not vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
-    check_tensor_parallel(arch, tensor_parallel)
-    stage_of = {layer: s for s, chunks in enumerate(cut.chunks(arch.num_layers)) for chunk in chunks for layer in chunk}
+    check_tensor_parallel(arch, mesh.tensor)
+    stage_of = {layer: s for s in range(mesh.pipeline) for layer in mesh.layers_of(s, arch.num_layers)}
     reader = HFReader(hf_path)
     reader.check_complete(arch)
     rows = [row for row in family_rows(arch) if not row.is_copy]
     _check_types(rows, reader, arch)
-    total = sum(
-        math.prod(row.rule.stored_shape(arch, tensor_parallel)) * reader.dtype(row.hf[0]).itemsize for row in rows
-    )
+    total = sum(math.prod(row.rule.stored_shape(arch, mesh.tensor)) * reader.dtype(row.hf[0]).itemsize for row in rows)
     with new_folder(mcore_path) as folder, progress(total, "HF → Megatron", "bytes", enabled=show_progress) as bar:
         writer = MCoreWriter(folder)
-        for pp_rank in range(cut.pipeline):
+        for pp_rank in range(mesh.pipeline):
             stage = [row for row in rows if _stage(row, arch, stage_of) == pp_rank]
             layers = sorted({index[0] for row in stage if (index := stored_key(row.mcore, arch)[1])})
-            for tp_rank in range(tensor_parallel):
+            for tp_rank in range(mesh.tensor):
                 states = [key for layer in layers for key in state_keys(layer, arch)] if tp_rank == 0 else []
-                chunks = (c for row in stage for c in _chunks(row, reader, arch, tp_rank, tensor_parallel))
-                for num_bytes in writer.write_rank(pp_rank * tensor_parallel + tp_rank, states, chunks):
+                chunks = (c for row in stage for c in _chunks(row, reader, arch, tp_rank, mesh.tensor))
+                for num_bytes in writer.write_rank(pp_rank * mesh.tensor + tp_rank, states, chunks):
                     bar.update(num_bytes)
         writer.finish()
         (folder / HF_FOLDER).mkdir()

@@ -12,7 +12,7 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.write import TensorSpec
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 
 
 @torch.no_grad()

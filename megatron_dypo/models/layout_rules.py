@@ -1,43 +1,52 @@
-"""Which layouts are refused for a model, and why: before anything is built, without torch and Megatron.
+"""The rules between a model and the axes of the mesh: checked before anything is built, without torch and Megatron.
 
-Rules between the axes alone are those of ``ParallelConfig``, of layers and stages those of ``PipelineCut``; that between axes
-and world is in ``init_layout``. What Megatron allows but gets wrong is not offered: the model's settings choose p2p for
-interleaving that is not batched.
+The rules between the axes alone, and between axes and number of ranks, are in ``ParallelConfig`` and ``Mesh``. Some
+combinations that Megatron accepts but computes wrongly cannot be asked for: ``mcore/model.py`` never batches the p2p
+communication of an interleaved schedule.
 """
 
 from __future__ import annotations
 
-from megatron_dypo.checks import require
+from megatron_dypo.checks import require, require_divides
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.models.architecture import Architecture
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Whether the axes suit the architecture; context parallelism suits any, as sequences are padded to it.
+    """Check that the axes suit the architecture. Context parallelism suits any, as sequences are padded to it.
 
     Raises:
         ValueError: e.g. ``parallel.tensor=3 does not divide num_attention_heads=28``.
     """
-    for axis, size, name, value in (
-        ("parallel.tensor", parallel.tensor, "num_attention_heads", arch.num_attention_heads),
-        ("parallel.tensor", parallel.tensor, "num_key_value_heads", arch.num_key_value_heads),
-        ("parallel.tensor", 1 if arch.experts else parallel.tensor, "intermediate_size", arch.ffn_hidden_size),
-    ):
-        if value % size:
-            raise ValueError(f"{axis}={size} does not divide {name}={value}")
-    parallel.cut.stage_layers(arch.num_layers)
+    check_tensor_parallel(arch, parallel.tensor, axis="parallel.tensor")
+    parallel.mesh().stage_layers(arch.num_layers)
     width = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
-    if width * (parallel.tensor - 1) >= arch.vocab_size:
-        raise ValueError(
-            f"parallel.tensor={parallel.tensor}: of vocab_size={arch.vocab_size}, {width} entries a rank, "
-            "the last rank would have none"
-        )
+    require(
+        width * (parallel.tensor - 1) < arch.vocab_size,
+        f"parallel.tensor={parallel.tensor}",
+        f"of vocab_size={arch.vocab_size}, {width} entries a rank, the last rank would have none",
+    )
     _check_experts(arch, parallel)
 
 
+def check_tensor_parallel(arch: Architecture, size: int, *, axis: str = "tensor_parallel") -> None:
+    """Check that ``size`` ranks share heads, groups and a dense MLP evenly, as Megatron-Core requires.
+
+    Args:
+        axis: what errors call the size.
+
+    Raises:
+        ValueError: e.g. ``tensor_parallel=3 does not divide num_attention_heads=28``.
+    """
+    require_divides(axis, size, "num_attention_heads", arch.num_attention_heads)
+    require_divides(axis, size, "num_key_value_heads", arch.num_key_value_heads)
+    if arch.experts is None:
+        require_divides(axis, size, "intermediate_size", arch.ffn_hidden_size)
+
+
 def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config) -> None:
-    """Whether the shards of the linear layers suit the recipe.
+    """Check that the shards of the linear layers suit the FP8 recipe.
 
     Raises:
         ValueError: e.g. ``model.fp8.recipe=mxfp8: intermediate_size / parallel.tensor = 48: must be a multiple of 32``.
@@ -70,18 +79,13 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
 def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     if arch.experts is None:
         for axis, size in (("parallel.expert", parallel.expert), ("parallel.expert_tensor", parallel.expert_tensor)):
-            if size > 1:
-                raise ValueError(f"{axis}={size}: a {arch.family} model has no experts")
+            require(size == 1, f"{axis}={size}", f"a {arch.family} model has no experts")
         return
-    if arch.experts.num_experts % parallel.expert:
-        raise ValueError(f"parallel.expert={parallel.expert} does not divide num_experts={arch.experts.num_experts}")
-    if arch.experts.ffn_hidden_size % parallel.expert_tensor:
-        raise ValueError(
-            f"parallel.expert_tensor={parallel.expert_tensor} does not divide "
-            f"moe_intermediate_size={arch.experts.ffn_hidden_size}"
-        )
-    if parallel.tensor > 1 and not parallel.sequence:
-        raise ValueError(
-            f"parallel.tensor={parallel.tensor}: a mixture of experts needs parallel.sequence=true with it "
-            "(Megatron refuses to train one otherwise)"
-        )
+    width = arch.experts.ffn_hidden_size
+    require_divides("parallel.expert", parallel.expert, "num_experts", arch.experts.num_experts)
+    require_divides("parallel.expert_tensor", parallel.expert_tensor, "moe_intermediate_size", width)
+    require(
+        parallel.tensor == 1 or parallel.sequence,
+        f"parallel.tensor={parallel.tensor}",
+        "a mixture of experts needs parallel.sequence=true with it (Megatron refuses to train one otherwise)",
+    )

@@ -13,7 +13,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.hf.read import HFReader
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,11 +35,10 @@ def check_roundtrip(
     work_dir: Path,
     *,
     mcore_path: Path | None = None,
-    tensor_parallel: int = 1,
-    cut: PipelineCut | None = None,
+    mesh: Mesh | None = None,
     show_progress: bool = True,
 ) -> list[Difference]:
-    """Convert an HF folder to a Megatron checkpoint at these sizes and back, and compare every tensor.
+    """Convert an HF folder to a Megatron checkpoint for this mesh (None: one rank) and back, and compare every tensor.
 
     ``work_dir`` takes both results, together twice the size of the model. With ``mcore_path`` that checkpoint takes the
     place of the first conversion: is it the one of this HF folder?
@@ -52,8 +51,7 @@ def check_roundtrip(
         hf_to_mcore(
             hf_path,
             mcore_path,
-            tensor_parallel=tensor_parallel,
-            cut=cut or PipelineCut(),
+            mesh=mesh or Mesh(),
             show_progress=show_progress,
         )
     mcore_to_hf(mcore_path, work_dir / "hf", hf_reference=hf_path, show_progress=show_progress)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_dypo.checks import require_divides
 from megatron_dypo.models.architecture import Architecture
 
 Shape = tuple[int, ...]
@@ -230,13 +231,6 @@ class GateUp(Rule):
         return [Chunk(0, tp_rank * local, local), Chunk(local, width + tp_rank * local, local)]
 
 
-def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
-    """Raise ValueError unless ``tp_size`` splits heads, groups and a dense MLP evenly, which Megatron-Core asks for."""
-    names = ("num_attention_heads", "num_key_value_heads", *(() if arch.experts else ("ffn_hidden_size",)))
-    for name in names:
-        _divide(getattr(arch, name), tp_size, name)
-
-
 def _check_heads(arch: Architecture, tp_size: int) -> None:
     """What Megatron-Core asks of heads: ranks that divide the groups, or share each of them with others."""
     _divide(arch.num_attention_heads, tp_size, "num_attention_heads")
@@ -246,8 +240,7 @@ def _check_heads(arch: Architecture, tp_size: int) -> None:
 
 
 def _divide(value: int, tp_size: int, name: str) -> int:
-    if tp_size < 1 or value % tp_size:
-        raise ValueError(f"tensor_parallel={tp_size} does not divide {name}={value}")
+    require_divides("tensor_parallel", tp_size, name, value)
     return value // tp_size
 
 

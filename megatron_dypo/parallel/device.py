@@ -49,6 +49,11 @@ def bind() -> None:
     torch.cuda.set_device(local_rank)
 
 
+def world_size() -> int:
+    """Return how many ranks :func:`init_process_group` will join: torchrun's ``WORLD_SIZE``; 1 without ``RANK``."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
 def init_process_group(timeout: datetime.timedelta) -> None:
     """Join the default process group: torchrun's, or a group of one when ``RANK`` is not in the environment."""
     if "RANK" in os.environ:

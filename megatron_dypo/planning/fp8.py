@@ -25,9 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.config.fp8 import Fp8Config, Recipe
-from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.flops import sequence_cost
+from megatron_dypo.parallel.mesh import Mesh
 
 _ONE_LAYOUT = ((10, 0), (12, 0))
 """Compute capabilities, the upper one excluded, whose GEMMs take FP8 operands in any layout."""
@@ -74,12 +74,12 @@ def quantized(fp8: Fp8Config, capability: tuple[int, int]) -> Quantized | None:
     )
 
 
-def fp8_layers(fp8: Fp8Config, parallel: ParallelConfig, num_layers: int, stage: int) -> int:
+def fp8_layers(fp8: Fp8Config, mesh: Mesh, num_layers: int, stage: int) -> int:
     """Layers of a pipeline stage, all its chunks together, that are in FP8."""
     if not fp8.is_on:
         return 0
     inside = range(fp8.first_layers_bf16, num_layers - fp8.last_layers_bf16)
-    return sum(layer in inside for chunk in parallel.cut.chunks(num_layers)[stage] for layer in chunk)
+    return sum(layer in inside for layer in mesh.layers_of(stage, num_layers))
 
 
 def fp8_flops(arch: Architecture, fp8: Fp8Config) -> float:

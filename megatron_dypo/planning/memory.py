@@ -37,7 +37,7 @@ def stage_counts(setting: Setting, stage: int) -> Counts:
         tensor=parallel.tensor,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
-        layers=parallel.cut.stage_layers(arch.num_layers)[stage],
+        layers=setting.mesh.stage_layers(arch.num_layers)[stage],
         is_first=stage == 0,
         is_last=stage == parallel.pipeline - 1,
         fp8_layers=_fp8_layers(setting, stage),
@@ -74,9 +74,8 @@ def _stage(setting: Setting, stage: int) -> Footprint:
 def model_state(setting: Setting, counts: Counts) -> list[Term]:
     """Parameters, gradients, optimizer."""
     cfg, e = setting.config, setting.element
-    parallel = cfg.parallel
-    stage_ranks = setting.trainer_gpus // parallel.pipeline
-    shards, expert_shards = stage_ranks // parallel.tensor, stage_ranks // parallel.expert_ranks
+    mesh = setting.mesh
+    shards, expert_shards = mesh.stage_size // mesh.tensor, mesh.stage_size // mesh.expert_ranks
     if not cfg.optimizer.distributed:
         shards = expert_shards = 1
     state = 2 * FP32 + (FP32 if e < FP32 else 0)
@@ -111,19 +110,19 @@ def _parameters(setting: Setting, counts: Counts) -> list[Term]:
 
 
 def _fp8_layers(setting: Setting, stage: int) -> int:
-    return fp8_layers(setting.config.model.fp8, setting.config.parallel, setting.arch.num_layers, stage)
+    return fp8_layers(setting.config.model.fp8, setting.mesh, setting.arch.num_layers, stage)
 
 
 def _activations(setting: Setting, stage: int) -> Term:
     """What the layers keep from forward to backward pass, of all rows in flight."""
     cfg, arch, e = setting.config, setting.arch, setting.element
     parallel = cfg.parallel
-    virtual, tokens = parallel.virtual_pipeline or 1, setting.row_tokens / parallel.context
+    virtual, tokens = setting.mesh.virtual_pipeline, setting.row_tokens / parallel.context
     between = parallel.tensor if parallel.sequence else 1
     in_flight = chunks_in_flight(
         stage=stage, pipeline=parallel.pipeline, virtual_pipeline=virtual, microbatches=setting.microbatches
     )
-    layers = parallel.cut.stage_layers(arch.num_layers)[stage] // virtual
+    layers = setting.mesh.stage_layers(arch.num_layers)[stage] // virtual
     kept = in_flight * layers * _mean_kept(setting, stage)
     if parallel.pipeline > 1:
         kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
@@ -140,7 +139,7 @@ def _activations(setting: Setting, stage: int) -> Term:
 def _mean_kept(setting: Setting, stage: int) -> float:
     """Bytes a token that a layer of the stage keeps in the mean, as layers in bf16 and in FP8 are mixed."""
     parallel, recompute = setting.config.parallel, setting.config.model.recompute
-    narrow = _fp8_layers(setting, stage) / parallel.cut.stage_layers(setting.arch.num_layers)[stage]
+    narrow = _fp8_layers(setting, stage) / setting.mesh.stage_layers(setting.arch.num_layers)[stage]
     bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
     return bf16 + narrow * (fp8 - bf16)
 

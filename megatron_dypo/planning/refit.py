@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.tree import Config, ParallelConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.layout_rules import check_layout
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, make_plan
 
-_ELEMENT_SIZES = {"float32": 4, "bfloat16": 2}
 _EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
 
 
@@ -41,10 +40,10 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
     engine = EngineLayout(tensor=servers.tensor_parallel, expert=ep_size)
     return make_plan(
         load_architecture(config.model.hf_path),
-        _source_layout(config.parallel, options.world_size or config.parallel.local_ranks),
+        config.parallel.mesh(options.world_size),
         [engine] * servers.num_servers(options.gpus_per_node),
         quantization=options.quantization,
-        element_size=_ELEMENT_SIZES[config.model.dtype],
+        element_size=config.model.element_size,
     )
 
 
@@ -55,24 +54,6 @@ def refusal_of_training(config: Config) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _source_layout(parallel: ParallelConfig, world_size: int) -> SourceLayout:
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    axes = f"tensor × pipeline × context = {parallel.tensor} × {parallel.pipeline} × {parallel.context} = {model_size}"
-    is_multiple = world_size > 0 and world_size % model_size == 0
-    require(is_multiple, f"world_size={world_size}", f"must be a multiple of {axes}")
-    return SourceLayout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline or 1,
-        context=parallel.context,
-        data=world_size // model_size,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-        first_stage_layers=parallel.first_stage_layers,
-        last_stage_layers=parallel.last_stage_layers,
-    )
 
 
 def _ep_size(extra_args: Sequence[str]) -> int:

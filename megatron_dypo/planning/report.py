@@ -30,7 +30,7 @@ def _setting(plan: Plan) -> list[str]:
     setting, cfg = plan.setting, plan.setting.config
     parallel, assumed = cfg.parallel, setting.assumed
     axes = f"TP {parallel.tensor} × PP {parallel.pipeline} × CP {parallel.context} × DP {setting.data}"
-    layers = parallel.cut.stage_layers(setting.arch.num_layers)
+    layers = setting.mesh.stage_layers(setting.arch.num_layers)
     extras = [
         f"EP {parallel.expert}" if parallel.expert > 1 else "",
         f"{parallel.virtual_pipeline} chunks a stage" if parallel.virtual_pipeline else "",

@@ -67,7 +67,8 @@ def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scale
 def _grain(setting: Setting) -> int:
     """Trainer GPUs come in multiples of this."""
     is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
-    return setting.copy_gpus if is_small else math.lcm(setting.copy_gpus, setting.gpus_per_node)
+    fewest = setting.config.parallel.fewest_ranks
+    return fewest if is_small else math.lcm(fewest, setting.gpus_per_node)
 
 
 def _split(setting: Setting, trainer: int, rollout: int) -> Split | None:

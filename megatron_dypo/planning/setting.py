@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -10,11 +11,9 @@ from megatron_dypo.checks import require
 from megatron_dypo.config.tree import Config
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
-
-BYTES = {"float32": 4, "bfloat16": 2}
-"""``ModelConfig.dtype`` → bytes of an element."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +49,22 @@ class Setting:
 
     @property
     def element(self) -> int:
-        return BYTES[self.config.model.dtype]
+        return self.config.model.element_size
 
     @property
     def quantized(self) -> Quantized | None:
         """What ``model.fp8`` quantises; None: nothing."""
         return quantized(self.config.model.fp8, self.gpu.capability)
 
-    @property
-    def replica_gpus(self) -> int:
-        parallel = self.config.parallel
-        return parallel.tensor * parallel.context * parallel.pipeline
-
-    @property
-    def copy_gpus(self) -> int:
-        """Fewest GPUs that the axes can be laid out on; the trainer has a multiple of it."""
-        parallel = self.config.parallel
-        return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert_ranks)
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The trainer's mesh."""
+        return self.config.parallel.mesh(self.trainer_gpus)
 
     @property
     def data(self) -> int:
         """Data-parallel replicas."""
-        return self.trainer_gpus // self.replica_gpus
+        return self.mesh.data
 
     @property
     def rollout_gpus(self) -> int:
@@ -145,7 +138,7 @@ def make_setting(
             response_tokens=response_tokens or max(1, config.rollout.max_new_tokens // 4),
         ),
     )
-    fewest = setting.copy_gpus
+    fewest = parallel.fewest_ranks
     rule = f"must be a multiple of {fewest}, which the axes of parallel need at least"
     require(setting.trainer_gpus % fewest == 0, f"{asked} trainer GPUs", rule)
     return setting if asked else dataclasses.replace(setting, trainer_gpus=fewest)

@@ -104,8 +104,8 @@ def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *
     expert = layers * _expert_seconds(setting, hidden, is_update)
     busy = compute + tensor + context + expert
     whole = pipeline_seconds(
-        [busy * count / layers for count in parallel.cut.stage_layers(arch.num_layers)],
-        virtual_pipeline=parallel.virtual_pipeline or 1,
+        [busy * count / layers for count in setting.mesh.stage_layers(arch.num_layers)],
+        virtual_pipeline=setting.mesh.virtual_pipeline,
         microbatches=setting.microbatches,
     )
     sent = 0.0
@@ -162,7 +162,7 @@ def _once(setting: Setting) -> tuple[float, float]:
     touched = (counts.total * (4 * 4 + 3 * 4) + gathered) / shards
     # Megatron makes a bucket of at least a million parameters for each rank, so that many ranks do not mean many hops.
     hops = 2 * (ranks - 1) * max(1.0, counts.total / max(BUCKET, 1_000_000 * ranks))
-    reduced = moved / _link(setting, setting.trainer_gpus // cfg.parallel.pipeline) + hops * HOP_S
+    reduced = moved / _link(setting, setting.mesh.stage_size) + hops * HOP_S
     return reduced, touched / setting.gpu.hbm
 
 

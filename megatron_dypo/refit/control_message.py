@@ -18,8 +18,9 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.checksums import Verify
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, make_plan
 
 PROTOCOL = 3
 """Of this message and of what follows it on the store and the links; both sides must have the same."""
@@ -30,7 +31,7 @@ class PlanInputs:
     """All that the plan follows from."""
 
     arch: Architecture
-    source: SourceLayout
+    source: Mesh
     engines: tuple[EngineLayout, ...]
     quantization: Quantization
     element_size: int
@@ -98,5 +99,5 @@ def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     if arch["experts"] is not None:
         arch["experts"] = Experts(**arch["experts"])
     engines = tuple(EngineLayout(**engine) for engine in fields["engines"])
-    source = SourceLayout(**fields["source"])
+    source = Mesh(**fields["source"])
     return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "engines": engines})

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.refit.control import Answer, Deadline, ServerError, SGLangControl
 from megatron_dypo.refit.model_checks import check_names, check_server, check_shapes
 from megatron_dypo.refit.servers import Engines, PushReport, Watch, answering

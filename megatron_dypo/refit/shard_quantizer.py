@@ -13,7 +13,7 @@ from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.quantized.blocks import block_amax, quantize_slice, scales_of, touched_blocks
 from megatron_dypo.models.quantized.names import Quantization, block_shape, is_quantized, scale_shape, weight_name
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.refit.plan.plan import Transfer
 
 

@@ -19,9 +19,10 @@ CAUSES = ("STOPPED", "NOT_FINITE", "NOTHING_LEFT")
 def rank_finish(path: str, folder: str) -> dict[str, Any]:
     """All runs of this file, one after the other on one rank."""
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
-    layout = init_layout(ParallelConfig())
+    layout = start_megatron(ParallelConfig())
 
     def start(name: str, every: int = 0, steps: int = 3, **options: Any) -> Any:
         config = config_of(path, f"{folder}/{name}", {}, "exact", **options)

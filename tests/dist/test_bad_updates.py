@@ -19,10 +19,11 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.loop.train import _require_finite_weights, train_step
 
-    layout = init_layout(ParallelConfig(**axes))
+    layout = start_megatron(ParallelConfig(**axes))
     config = config_of(path, folder, axes, "exact")
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1))
     run, recorder = _run(config, layout)

@@ -21,10 +21,11 @@ def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ..
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.reference import ReferencePolicy
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     session = start(path, layout, parallel, **options)
     session.train(1, 1)
     reference = ReferencePolicy(session.chunks)
@@ -50,10 +51,11 @@ def rank_read(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...
     """What a run under other axes makes of the checkpoint."""
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     resumed = _resume(path, layout, parallel, options, checkpoint.find_latest(root))
     close(layout)
     return resumed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import KINDS, make_hf_model
@@ -39,10 +39,11 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
         By model, the parameters that differ between the two, or that loading left untouched.
     """
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     wrong = {kind: _one_model(Path(root), kind, parallel, layout) for kind in kinds_of(axes)}
     torch.distributed.barrier()
     close(layout)
@@ -120,7 +121,7 @@ def ran(
     root = tmp_path_factory.mktemp(request.param)
     (root / "hf").symlink_to(models)
     for kind in kinds_of(axes):
-        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, tensor_parallel=tp, cut=PipelineCut(pipeline=pp))
+        hf_to_mcore(root / "hf" / kind, root / "mcore" / kind, mesh=Mesh(tensor=tp, pipeline=pp))
         (root / "trained" / kind / "mcore").mkdir(parents=True)
     return root, axes, run_ranks(world_size, rank_task, str(root), axes)
 

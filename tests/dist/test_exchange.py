@@ -15,7 +15,8 @@ def work(sample):
 
 def rank_exchange(seed):
     """Three leaders, holding very different shares, balance; then ranks 0 and 1 are one replica of two."""
-    from megatron_dypo.batching.exchange import balance, broadcast_object, broadcast_samples, gather_objects
+    from megatron_dypo.batching.exchange import balance, broadcast_samples
+    from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 
     dist.init_process_group("gloo")
     groups = random_groups(seed, num_hard=4, num_mid=6)

@@ -40,11 +40,12 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.reference import ReferencePolicy
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.models.export import export_hf
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     session = start(path, layout, parallel, **options)
     reference = ReferencePolicy(session.chunks)
 

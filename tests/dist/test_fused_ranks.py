@@ -113,10 +113,11 @@ def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mib: float | No
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, logprob_memory_mib=logprob_memory_mib)
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
@@ -201,9 +202,10 @@ def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
-    layout, arch, peaks = init_layout(ParallelConfig()), load_architecture(path), []
+    layout, arch, peaks = start_megatron(ParallelConfig()), load_architecture(path), []
     tokens = torch.from_numpy(np.random.default_rng(0).integers(3, WIDE, size=MANY))[None]
     positions, boundaries = torch.arange(MANY)[None] % 16, torch.arange(0, MANY + 1, 16)
     for budget_mb in budgets_mb:

@@ -16,9 +16,10 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
-    layout = init_layout(ParallelConfig(**axes))
+    layout = start_megatron(ParallelConfig(**axes))
     replica = torch.tensor([layout.rank])
     dist.broadcast(replica, src=layout.leader_rank, group=layout.replica_group)
     leaders = None
@@ -47,10 +48,11 @@ def rank_with_a_fault() -> None:
     import torch.distributed as dist
 
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     with contextlib.ExitStack() as stack:
-        layout = init_layout(ParallelConfig(tensor=2))
+        layout = start_megatron(ParallelConfig(tensor=2))
         stack.callback(close, layout)
         if layout.rank == 1:
             raise ValueError("the answer column is missing")
@@ -59,10 +61,10 @@ def rank_with_a_fault() -> None:
 
 def rank_too_few(axes: dict[str, int]) -> str:
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import init_layout
+    from megatron_dypo.mcore.start import start_megatron
 
     with pytest.raises(ValueError, match="=") as error:
-        init_layout(ParallelConfig(**axes))
+        start_megatron(ParallelConfig(**axes))
     return str(error.value)
 
 
@@ -112,7 +114,7 @@ def test_a_fault_on_one_rank_ends_the_job_at_once() -> None:
         ({"tensor": 2}, "world_size=1: must be a multiple of tensor × pipeline × context = 2 × 1 × 1 = 2"),
         (
             {"expert_tensor": 2},
-            "parallel.expert × expert_tensor = 1 × 2 does not divide the 1 ranks of a pipeline stage",
+            "expert × expert_tensor = 1 × 2: does not divide the 1 ranks of a pipeline stage",
         ),
     ],
 )

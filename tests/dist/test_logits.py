@@ -32,10 +32,11 @@ def rows() -> list[list[np.ndarray]]:
 def rank_logits(paths: list[str], axes: dict) -> list[list[np.ndarray]] | None:
     """For each model its whole-vocabulary logits [T, V] of each row, from the ranks of the last stage."""
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     results = [_model_logits(path, parallel, layout) for path in paths]
     close(layout)
     return results if layout.is_last_stage else None

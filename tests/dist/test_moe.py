@@ -76,10 +76,11 @@ def rank_scores(path, axes, samples):
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.logprobs import sequence_logprobs
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype="float32")
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
@@ -118,11 +119,12 @@ def rank_balance_gradients(path, axes):
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.moe_router import balance_metrics
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.models.gather import iter_hf_tensors, sent_params
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     arch = load_architecture(path)
     model = ModelConfig(hf_path=path, dtype="float32", moe_aux_loss_coef=BALANCE_COEF, recompute=RECOMPUTE[layout.pipeline])
     chunks = build_model(arch, model, parallel, layout)

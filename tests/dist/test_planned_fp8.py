@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.models.families.table import LAYER
-from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.plan import EngineLayout, make_plan
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name
@@ -29,7 +29,7 @@ ARCH = make_arch(
     ffn_hidden_size=512,
     vocab_size=131,
 )
-AXES = SourceLayout(tensor=2)
+AXES = Mesh(tensor=2)
 ENGINE = EngineLayout(tensor=2)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_dypo.models.architecture import Architecture, Experts
-from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.served import EngineLayout
 from tests.support.dist.planned_ranks import BUCKET_MB, Push, rank_push
 from tests.support.dist.spawn import run_ranks
@@ -61,10 +61,10 @@ def assert_served(running: Sequence[StandInEngine], layouts: Sequence[EngineLayo
 CASES = {
     "dense, uneven stages": (
         DENSE,
-        SourceLayout(tensor=2, pipeline=2, first_stage_layers=3),
+        Mesh(tensor=2, pipeline=2, first_stage_layers=3),
         (EngineLayout(tensor=1), EngineLayout(tensor=2))),
-    "tied": (TIED, SourceLayout(pipeline=2, data=2), (EngineLayout(tensor=2), EngineLayout(tensor=2))),
-    "experts": (MIXTURE, SourceLayout(tensor=2, data=2, expert=4), (EngineLayout(tensor=2, expert=2),)),
+    "tied": (TIED, Mesh(pipeline=2, data=2), (EngineLayout(tensor=2), EngineLayout(tensor=2))),
+    "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (EngineLayout(tensor=2, expert=2),)),
 }
 
 
@@ -98,7 +98,7 @@ def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
     name = "model.layers.1.mlp.down_proj.weight"
     shapes[1][name] = ((3, 5), torch.float32)
     with standin_engine(DENSE, layout, shapes) as engine:
-        push = Push(arch=DENSE, axes=SourceLayout(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
+        push = Push(arch=DENSE, axes=Mesh(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
         ((outcome,), (other,)) = run_ranks(2, rank_push, push)
         assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
     assert outcome["error"] == other["error"]
@@ -123,7 +123,7 @@ def corrupt_what_comes() -> None:
 @pytest.mark.parametrize("verify", ["full", "sampled", "off"])
 def test_what_is_damaged_on_its_way_fails_the_push(verify):
     with engines(DENSE, [EngineLayout(tensor=1)], prepare=corrupt_what_comes) as (engine,):
-        push = Push(arch=DENSE, axes=SourceLayout(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
+        push = Push(arch=DENSE, axes=Mesh(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
         ((outcome,),) = run_ranks(1, rank_push, push)
     if verify == "off":
         assert outcome["error"] == ""
@@ -173,7 +173,7 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
     ):
         push = Push(
             arch=DENSE,
-            axes=SourceLayout(tensor=2),
+            axes=Mesh(tensor=2),
             urls=(faulty.url, sound.url),
             kind=kind,
             deadline_s=30.0,
@@ -189,7 +189,7 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
 
 def test_the_loss_of_the_only_engine_fails_the_push_on_all_ranks():
     with engines(DENSE, [EngineLayout(tensor=2)], prepare=die_while_receiving) as (engine,):
-        push = Push(arch=DENSE, axes=SourceLayout(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
+        push = Push(arch=DENSE, axes=Mesh(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
         by_rank = run_ranks(2, rank_push, push)
     for first, *_ in by_rank:
         assert engine.url in first["error"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.plan import Transfer, make_plan
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
@@ -62,10 +62,8 @@ def planned(arch, layout, kind: str) -> list[Transfer]:
     """What this rank sends to two servers of one and two ranks; the plan refuses shards that cut blocks."""
     if kind == "fp8_block":
         return []
-    axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
-    source = SourceLayout(**{axis: getattr(layout, axis) for axis in axes})
     engines = [EngineLayout(tensor=1), EngineLayout(tensor=2)]
-    return make_plan(arch, source, engines, quantization=kind).sends(layout.rank)
+    return make_plan(arch, layout.mesh, engines, quantization=kind).sends(layout.rank)
 
 
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
@@ -74,12 +72,13 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, n
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.models.export import export_hf
     from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 
     parallel, model = ParallelConfig(**axes), ModelConfig(hf_path=hf, dtype="bfloat16")
-    layout, arch = init_layout(parallel), load_architecture(hf)
+    layout, arch = start_megatron(parallel), load_architecture(hf)
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     named = dict(named_global_parameters(chunks))

@@ -21,10 +21,11 @@ NEW: dict[str, Any] = {
 def rank_resume(path: str, root: str, options: dict[str, Any]) -> dict[str, Any]:
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig()
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     session = start(path, layout, parallel, **OLD, **options)
     session.train(1, 2)
     saved = session.weights()

@@ -18,10 +18,11 @@ OPTIMIZERS = ("plain", "distributed")
 
 def rank_observe(path: str, root: str) -> dict[str, Any]:
     from megatron_dypo.config.tree import ParallelConfig
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig()
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
 
     def new(**options: Any) -> Session:
         return start(path, layout, parallel, **options)

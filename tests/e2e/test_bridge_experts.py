@@ -30,12 +30,13 @@ def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
+    from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.parallel.groups import close
     from megatron_dypo.refit.refitter import Bridge
 
     parallel = ParallelConfig(**axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     arch, config = load_architecture(model), ModelConfig(hf_path=model, dtype="float32")
     chunks = build_model(arch, config, parallel, layout)
     load_initial_weights(chunks, config, arch, layout)

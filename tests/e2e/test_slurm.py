@@ -66,7 +66,11 @@ def names(folder):
 MISTAKES = [
     ({}, ["data.prompts=[/absent.jsonl]"], "data.prompts='/absent.jsonl': no such file"),
     ({}, ["objective.nmae=grpo"], "did you mean objective.name?"),
-    ({}, ["parallel.context=3"], "parallel.num_processes=4: must be a multiple of tensor × pipeline × context = 6"),
+    (
+        {},
+        ["parallel.context=3"],
+        "parallel.num_processes=4: must be a multiple of tensor × pipeline × context = 1 × 2 × 3 = 6",
+    ),
     ({}, ["rollout.servers.tensor_parallel=3"], "an engine takes 2 nodes of 2 GPUs"),
     ({"CONFIG": "absent.yaml"}, [], "CONFIG=absent.yaml: no such file"),
     ({"VENV": "/absent"}, [], "VENV=/absent: no bin/python in it"),

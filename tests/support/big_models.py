@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, make_plan
 from megatron_dypo.refit.plan.summary import summarize
 
 LLAMA_3_70B = {
@@ -26,16 +27,16 @@ QWEN3_235B_A22B = {
 }  # fmt: skip
 
 # Four stages do not divide 94 layers: embedding and output layer count as one each.
-CASES: dict[str, tuple[dict[str, object], SourceLayout, EngineLayout]] = {
-    "llama-3-70b": (LLAMA_3_70B, SourceLayout(tensor=8, pipeline=4), EngineLayout(tensor=8)),
+CASES: dict[str, tuple[dict[str, object], Mesh, EngineLayout]] = {
+    "llama-3-70b": (LLAMA_3_70B, Mesh(tensor=8, pipeline=4), EngineLayout(tensor=8)),
     "qwen3-235b-a22b": (
         QWEN3_235B_A22B,
-        SourceLayout(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
+        Mesh(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
         EngineLayout(tensor=8),
     ),
     "qwen3-235b-a22b-ep8": (
         QWEN3_235B_A22B,
-        SourceLayout(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
+        Mesh(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
         EngineLayout(tensor=8, expert=8),
     ),
 }

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.families.registry import family_rows
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.plan import EngineLayout
 from tests.support.architectures import divisors, make_arch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     arch: Architecture
-    source: SourceLayout
+    source: Mesh
     engines: tuple[EngineLayout, ...]
     stage_layers: tuple[int, ...]
     """Layers of each stage of the trainer."""
@@ -40,7 +41,7 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", 
     tensor = draw(st.sampled_from([1, 2, 4] if unit == 1 else [1, 2]))
     pipeline, virtual_pipeline = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 1, 2]))
     uneven = [virtual_pipeline * count for count in (1, 3)] if pipeline > 1 else []
-    source = SourceLayout(
+    source = Mesh(
         tensor=tensor,
         pipeline=pipeline,
         virtual_pipeline=virtual_pipeline,
@@ -68,7 +69,7 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", 
 def _architectures(
     draw: st.DrawFn,
     family: str,
-    source: SourceLayout,
+    source: Mesh,
     engines: tuple[EngineLayout, ...],
     unit: int,
     num_layers: int,

@@ -22,8 +22,8 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, match, table
 from megatron_dypo.models.families.table import EXPERT, LAYER
 from megatron_dypo.models.rules import Rule
-from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.served import EngineLayout, served_tensors
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
@@ -45,39 +45,15 @@ def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32
     return {name: hf_tensor(name, shape, seed, dtype) for name, shape in shapes.items()}
 
 
-def plain_layout(axes: SourceLayout, rank: int) -> Layout:
-    """The layout of one rank of a mesh, without process groups: planned pushes use none of them."""
-    inner, stage = axes.tensor * axes.context, axes.stage_size
-    pp_rank, inside = divmod(rank, stage)
-    no_group: Any = None
-    return Layout(
-        rank=rank,
-        world_size=axes.world_size,
-        tensor=axes.tensor,
-        pipeline=axes.pipeline,
-        virtual_pipeline=axes.virtual_pipeline,
-        context=axes.context,
-        data=axes.data,
-        tp_rank=inside % axes.tensor,
-        pp_rank=pp_rank,
-        cp_rank=inside % inner // axes.tensor,
-        dp_rank=inside // inner,
-        tp_group=no_group,
-        pp_group=no_group,
-        cp_group=no_group,
-        dp_group=no_group,
-        replica_group=no_group,
-        leaders_group=None,
-        replica_ranks=(),
-        first_stage_layers=axes.first_stage_layers,
-        last_stage_layers=axes.last_stage_layers,
-        expert=axes.expert,
-        ep_rank=inside % axes.expert,
-        expert_replica=inside // axes.expert,
+def plain_layout(axes: Mesh, rank: int) -> Layout:
+    """One rank of a mesh, without process groups: planned pushes use none of them."""
+    groups: dict[str, Any] = dict.fromkeys(
+        ("tp_group", "pp_group", "cp_group", "dp_group", "replica_group", "leaders_group")
     )
+    return Layout(mesh=axes, rank=rank, **groups)
 
 
-def held_names(arch: Architecture, axes: SourceLayout, layout: Layout) -> list[str]:
+def held_names(arch: Architecture, axes: Mesh, layout: Layout) -> list[str]:
     """Megatron-Core parameters of a rank."""
     layers = axes.layers_of(layout.pp_rank, arch.num_layers)
     experts = arch.experts.num_experts // axes.expert if arch.experts else 0

@@ -16,7 +16,8 @@ import torch
 
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.tree import ParallelConfig
-from megatron_dypo.parallel.layout import Layout, close, init_layout
+from megatron_dypo.mcore.start import start_megatron
+from megatron_dypo.parallel.groups import Layout, close
 from tools.gpu_parts.logprob_speed import ProjectionSizes, measure_logprobs
 from tools.gpu_parts.synthetic import CheckSizes
 
@@ -61,7 +62,7 @@ def main() -> None:
     if spec["what"] == "machine":
         print(json.dumps(machine()))
         return
-    layout = init_layout(ParallelConfig())
+    layout = start_megatron(ParallelConfig())
     result = measure(layout, spec)
     close(layout)
     print(json.dumps(result))

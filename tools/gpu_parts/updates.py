@@ -31,7 +31,7 @@ from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.types import Floats, Microbatch, Sample, Treatment
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
 

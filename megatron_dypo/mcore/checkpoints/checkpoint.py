@@ -47,7 +47,7 @@ from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.models.mcore_ckpt import HF_FOLDER
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
 _RESTORE = "restore it, or move the folder away to go on from an older checkpoint"

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 
 
 def sharded_state(layout: Layout) -> dict[str, ShardedTensor]:

@@ -1,7 +1,6 @@
 """How the trainer's ranks hold the tensors of a family: who holds what, and which ranks hold the same. Pure, no torch.
 
-Ranks are numbered as Megatron numbers them: tensor fastest, then context, data, pipeline; the experts of a stage are
-spread over all its ranks, expert-tensor fastest, then expert, then the replicas of the experts.
+Ranks are numbered as :mod:`megatron_dypo.parallel.mesh` says.
 """
 
 from __future__ import annotations
@@ -10,71 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dypo.checks import require, require_positive
+from megatron_dypo.checks import require_divides
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import table
 from megatron_dypo.models.families.table import EXPERT, LAYER, Row
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.rectangles import Rectangle, matrix_shape
 
 Kind = Literal["tensor", "stage", "expert"]
 Place = Literal["first", "layer", "last"]
 """Before the layers (on the first stage), a layer, or after the layers (on the last stage)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceLayout:
-    """Axes of the trainer."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
-    """Model chunks on each pipeline rank."""
-    context: int = 1
-    data: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    first_stage_layers: int | None = None
-    """Layers of the first and of the last stage of a pipeline that is cut unevenly, as in ``ParallelConfig``."""
-    last_stage_layers: int | None = None
-
-    def __post_init__(self) -> None:
-        axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
-        require_positive(self, *axes)
-        size = self.expert * self.expert_tensor
-        require(
-            self.stage_size % size == 0,
-            f"expert × expert_tensor = {self.expert} × {self.expert_tensor}",
-            f"does not divide the {self.stage_size} ranks of a pipeline stage",
-        )
-        _ = self.cut  # whose rules hold here
-
-    @property
-    def stage_size(self) -> int:
-        """Ranks of one pipeline stage."""
-        return self.tensor * self.context * self.data
-
-    @property
-    def world_size(self) -> int:
-        return self.stage_size * self.pipeline
-
-    @property
-    def cut(self) -> PipelineCut:
-        """Which stage holds which layers."""
-        return PipelineCut(
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual_pipeline,
-            first_stage_layers=self.first_stage_layers,
-            last_stage_layers=self.last_stage_layers,
-        )
-
-    def layers_of(self, stage: int, num_layers: int) -> list[int]:
-        """Global indices of the layers of a stage, ascending.
-
-        Raises:
-            ValueError: layers that cannot be laid out over the pipeline.
-        """
-        return [layer for chunk in self.cut.chunks(num_layers)[stage] for layer in chunk]
 
 
 @dataclass(frozen=True)
@@ -90,13 +34,13 @@ class Shard:
     """Global ranks."""
 
 
-def num_shards(arch: Architecture, layout: SourceLayout) -> dict[Kind, int]:
+def num_shards(arch: Architecture, layout: Mesh) -> dict[Kind, int]:
     """Shards of each kind on a stage."""
     sizes: dict[Kind, int] = {"tensor": layout.tensor, "stage": 1}
     return {**sizes, "expert": layout.expert * layout.expert_tensor} if arch.experts else sizes
 
 
-def shards_of_stage(arch: Architecture, layout: SourceLayout, stage: int) -> Iterator[Shard]:
+def shards_of_stage(arch: Architecture, layout: Mesh, stage: int) -> Iterator[Shard]:
     """What a stage's ranks hold; the shards of one rank come in the order of their kinds."""
     first, end = stage * layout.stage_size, (stage + 1) * layout.stage_size
     for kind, size in num_shards(arch, layout).items():
@@ -104,7 +48,7 @@ def shards_of_stage(arch: Architecture, layout: SourceLayout, stage: int) -> Ite
             yield Shard(stage, kind, index, range(first + index, end, size))
 
 
-def held_rectangles(arch: Architecture, layout: SourceLayout, kind: Kind, index: int, place: Place) -> list[Rectangle]:
+def held_rectangles(arch: Architecture, layout: Mesh, kind: Kind, index: int, place: Place) -> list[Rectangle]:
     """What the holders of a shard hold at one place; of a layer, with ``{layer}`` in the names.
 
     Raises:
@@ -130,19 +74,19 @@ def _place(row: Row) -> Place:
     return "first" if row.mcore.startswith("embedding.") else "last"
 
 
-def _of_each_expert(row: Row, arch: Architecture, layout: SourceLayout, index: int) -> Iterator[Row]:
+def _of_each_expert(row: Row, arch: Architecture, layout: Mesh, index: int) -> Iterator[Row]:
     if EXPERT not in row.mcore:
         yield row
         return
     assert arch.experts is not None
     num_experts = arch.experts.num_experts
-    require(num_experts % layout.expert == 0, f"expert={layout.expert}", f"does not divide num_experts={num_experts}")
+    require_divides("expert", layout.expert, "num_experts", num_experts)
     count, ep_rank = num_experts // layout.expert, index // layout.expert_tensor
     for expert in range(ep_rank * count, (ep_rank + 1) * count):
         yield row.at(None, expert)
 
 
-def _rectangles(row: Row, arch: Architecture, layout: SourceLayout, index: int) -> Iterator[Rectangle]:
+def _rectangles(row: Row, arch: Architecture, layout: Mesh, index: int) -> Iterator[Rectangle]:
     """The pieces of a row's rule as rectangles."""
     size = layout.expert_tensor if row.is_expert else layout.tensor
     shapes, along, offset = row.rule.hf_shapes(arch), row.rule.tp_dim or 0, 0

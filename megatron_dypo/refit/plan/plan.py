@@ -17,12 +17,12 @@ from megatron_dypo.checks import require, require_positive
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, scale_name, scale_shape
-from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.served import EngineLayout
 from megatron_dypo.refit.plan.streams import Cut, Streams
 from megatron_dypo.refit.plan.template import SCALE_BYTES, Encoding
 
-__all__ = ["EngineLayout", "RefitPlan", "SourceLayout", "Transfer", "make_plan"]
+__all__ = ["EngineLayout", "RefitPlan", "Transfer", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Transfer:
 
 def make_plan(
     arch: Architecture,
-    source: SourceLayout,
+    source: Mesh,
     engines: Sequence[EngineLayout],
     *,
     quantization: Quantization = "none",
@@ -74,9 +74,7 @@ def make_plan(
 class RefitPlan:
     """What every rank of both sides sends and receives; made by :func:`make_plan`."""
 
-    def __init__(
-        self, arch: Architecture, source: SourceLayout, engines: Sequence[EngineLayout], encoding: Encoding
-    ) -> None:
+    def __init__(self, arch: Architecture, source: Mesh, engines: Sequence[EngineLayout], encoding: Encoding) -> None:
         self.arch = arch
         self.source = source
         self.engines = tuple(engines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_dypo.checks import require, require_positive
+from megatron_dypo.checks import require, require_divides, require_positive
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.refit.plan.rectangles import Rectangle
@@ -63,7 +63,7 @@ def served_tensors(arch: Architecture, engine: EngineLayout, target: int) -> lis
 def check_engine(arch: Architecture, engine: EngineLayout) -> None:
     """Raise ValueError unless SGLang can hold the architecture without padded heads or features."""
     tensor, expert, kv_heads = engine.tensor, engine.expert, arch.num_key_value_heads
-    _require_divides(tensor, "num_attention_heads", arch.num_attention_heads)
+    require_divides("engine tensor", tensor, "num_attention_heads", arch.num_attention_heads)
     require(
         kv_heads % tensor == 0 or tensor % kv_heads == 0,
         f"engine tensor={tensor}",
@@ -71,19 +71,11 @@ def check_engine(arch: Architecture, engine: EngineLayout) -> None:
     )
     if arch.experts is None:
         require(expert == 1, f"engine expert={expert}", f"a {arch.family} model has no experts")
-        _require_divides(tensor, "intermediate_size", arch.ffn_hidden_size)
+        require_divides("engine tensor", tensor, "intermediate_size", arch.ffn_hidden_size)
         return
-    require(tensor % expert == 0, f"engine expert={expert}", f"does not divide engine tensor={tensor}")
-    require(
-        arch.experts.num_experts % expert == 0,
-        f"engine expert={expert}",
-        f"does not divide num_experts={arch.experts.num_experts}",
-    )
-    _require_divides(tensor // expert, "moe_intermediate_size", arch.experts.ffn_hidden_size)
-
-
-def _require_divides(size: int, name: str, value: int) -> None:
-    require(value % size == 0, f"engine tensor={size}", f"does not divide {name}={value}")
+    require_divides("engine expert", expert, "engine tensor", tensor)
+    require_divides("engine expert", expert, "num_experts", arch.experts.num_experts)
+    require_divides("engine tensor", tensor // expert, "moe_intermediate_size", arch.experts.ffn_hidden_size)
 
 
 def _shares_embedding(arch: Architecture) -> bool:

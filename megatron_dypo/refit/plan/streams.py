@@ -15,9 +15,9 @@ from itertools import accumulate
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.refit.plan.held import (
     Kind,
+    Mesh,
     Place,
     Shard,
-    SourceLayout,
     held_rectangles,
     num_shards,
     shards_of_stage,
@@ -44,9 +44,7 @@ class Streams:
         ValueError: a layout that does not suit the architecture, or that cuts blocks of scales.
     """
 
-    def __init__(
-        self, arch: Architecture, source: SourceLayout, engines: Sequence[EngineLayout], encoding: Encoding
-    ) -> None:
+    def __init__(self, arch: Architecture, source: Mesh, engines: Sequence[EngineLayout], encoding: Encoding) -> None:
         self._arch, self._source, self._engines, self._encoding = arch, source, tuple(engines), encoding
         self.served: dict[EngineLayout, list[list[ServedTensor]]] = {
             engine: [served_tensors(arch, engine, target) for target in range(engine.tensor)]

@@ -18,7 +18,7 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.gather import iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.models.hf.write import TensorSpec
-from megatron_dypo.parallel.layout import Layout
+from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.refit.control import ServerError
 from megatron_dypo.refit.deadline import Deadline
 

@@ -17,12 +17,11 @@ from typing import Literal
 import torch.distributed as dist
 
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import RefitPlan, SourceLayout
+from megatron_dypo.refit.plan.plan import RefitPlan
 from megatron_dypo.refit.receiver import GO
 from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 from megatron_dypo.refit.slices import ShardSlices, SliceSource
@@ -112,7 +111,7 @@ class PlannedTransport(Transport):
         engines = tuple(engine_layout(info) for info in self._control.describe(deadline))
         inputs = PlanInputs(
             arch=self._source.arch,
-            source=source_layout(self._source.layout),
+            source=self._source.layout.mesh,
             engines=engines,
             quantization=self._quantization,
             element_size=next(iter(self._source.named_params()))[1].element_size(),
@@ -183,21 +182,6 @@ class PlannedTransport(Transport):
         if self._quantization == "none":
             return ShardSlices(source.named_params(), source.arch)
         return ShardQuantizer(source.named_params(), source.arch, source.layout, self._quantization)
-
-
-def source_layout(layout: Layout) -> SourceLayout:
-    """The trainer's mesh, as plans count it."""
-    return SourceLayout(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline,
-        context=layout.context,
-        data=layout.data,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        first_stage_layers=layout.first_stage_layers,
-        last_stage_layers=layout.last_stage_layers,
-    )
 
 
 def slot_bytes(plan: RefitPlan, bucket_bytes: int) -> int:

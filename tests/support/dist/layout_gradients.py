@@ -60,11 +60,12 @@ def _row(row, port, path, groups, objectives):
     from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
     os.environ["MASTER_PORT"] = str(port)
     parallel = ParallelConfig(**row.axes)
-    layout = init_layout(parallel)
+    layout = start_megatron(parallel)
     arch = load_architecture(path)
     model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute, moe_aux_loss_coef=0.0)
     chunks = build_model(

@@ -78,9 +78,10 @@ def batch_of(index: int) -> list[list[Any]]:
 
 
 def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
-    from megatron_dypo.parallel.layout import close, init_layout
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
 
-    layout = init_layout(ParallelConfig(**axes))
+    layout = start_megatron(ParallelConfig(**axes))
     seen = {mode: _train(config_of(path, f"{root}/{mode}", axes, mode), layout) for mode in MODES}
     servers = ScoreConfig(policy="rollout", check_every=2)
     seen["rollout"] = _train(config_of(path, f"{root}/rollout", axes, "exact", servers), layout)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.plan.held import SourceLayout
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.refit_standins import held_names, plain_layout, shard
 from tests.support.fake_control import KEY
 
@@ -28,7 +28,7 @@ class Push:
     """What each rank of a test pushes, and how."""
 
     arch: Architecture
-    axes: SourceLayout
+    axes: Mesh
     urls: tuple[str, ...]
     kind: str
     dtype: torch.dtype = torch.float32

@@ -30,7 +30,7 @@ class RankError(AssertionError):
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 240.0) -> list[Any]:
     """``function(*args)`` on each of ``world_size`` ranks, under the environment that torchrun would give them.
 
-    ``function`` is a module-level function; arguments and results are pickled. ``init_layout`` or
+    ``function`` is a module-level function; arguments and results are pickled. ``start_megatron`` or
     ``torch.distributed.init_process_group`` is the function's own affair.
 
     Returns:

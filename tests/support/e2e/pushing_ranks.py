@@ -40,12 +40,12 @@ class Trainer:
         """``axes``: of the trainer, TP2 × PP2 if none is given."""
         from megatron_dypo.config.tree import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
+        from megatron_dypo.mcore.start import start_megatron
         from megatron_dypo.models.architecture import load_architecture
-        from megatron_dypo.parallel.layout import init_layout
 
         parallel = ParallelConfig(**(axes or {"tensor": 2, "pipeline": 2}))
         self.target = target
-        self.layout = init_layout(parallel)
+        self.layout = start_megatron(parallel)
         self.arch = load_architecture(target.served)
         model = ModelConfig(hf_path=target.served, dtype="float32")
         self.chunks = build_model(self.arch, model, parallel, self.layout)

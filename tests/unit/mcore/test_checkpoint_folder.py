@@ -2,20 +2,19 @@
 
 import pytest
 
-from megatron_dypo.mcore.checkpoints import checkpoint
-from megatron_dypo.mcore.checkpoints import folder as checkpoint_folder
+from megatron_dypo.mcore.checkpoints import checkpoint, folder
 
 
 def publish(root, step, keep=0):
-    final = checkpoint_folder.folder_of(root, step)
-    partial = checkpoint_folder.make_partial(final, ("mcore",))
+    final = folder.folder_of(root, step)
+    partial = folder.make_partial(final, ("mcore",))
     (partial / "trainer_state.json").write_text("{}")
-    checkpoint_folder.publish(final, keep=keep)
+    folder.publish(final, keep=keep)
 
 
 def crash(root, step):
     """A save that never came to its end."""
-    checkpoint_folder.make_partial(checkpoint_folder.folder_of(root, step), ("mcore",))
+    folder.make_partial(folder.folder_of(root, step), ("mcore",))
 
 
 def names(root):
@@ -23,14 +22,14 @@ def names(root):
 
 
 def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
-    assert checkpoint_folder.find_latest(tmp_path) is None
-    assert checkpoint_folder.find_latest(tmp_path / "missing") is None
+    assert folder.find_latest(tmp_path) is None
+    assert folder.find_latest(tmp_path / "missing") is None
 
 
 def test_a_partial_checkpoint_is_never_the_latest(tmp_path):
     publish(tmp_path, 10)
     crash(tmp_path, 20)
-    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000010"
+    assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
 def test_publishing_clears_what_a_crash_left(tmp_path):
@@ -43,21 +42,21 @@ def test_a_published_folder_is_whole_and_tracked(tmp_path):
     publish(tmp_path, 10)
     assert names(tmp_path) == ["step_000010"]
     assert sorted(p.name for p in (tmp_path / "step_000010").iterdir()) == ["mcore", "trainer_state.json"]
-    assert (tmp_path / checkpoint_folder.TRACKER).read_text() == "10"
+    assert (tmp_path / folder.TRACKER).read_text() == "10"
 
 
 def test_the_tracker_outranks_the_highest_step(tmp_path):
     publish(tmp_path, 10)
     publish(tmp_path, 20)
-    (tmp_path / checkpoint_folder.TRACKER).write_text("10")
-    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000010"
+    (tmp_path / folder.TRACKER).write_text("10")
+    assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
 
 
 def test_without_a_tracker_the_highest_step_counts(tmp_path):
     for step in (9, 10, 1_000_000):
         publish(tmp_path, step)
-    (tmp_path / checkpoint_folder.TRACKER).unlink()
-    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_1000000"
+    (tmp_path / folder.TRACKER).unlink()
+    assert folder.find_latest(tmp_path) == tmp_path / "step_1000000"
 
 
 @pytest.mark.parametrize(
@@ -67,24 +66,24 @@ def test_a_tracker_that_names_no_whole_checkpoint_counts_as_lost(tmp_path, text)
     for step in (10, 20):
         publish(tmp_path, step)
     crash(tmp_path, 30)
-    (tmp_path / checkpoint_folder.TRACKER).write_bytes(text)
-    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000020"
+    (tmp_path / folder.TRACKER).write_bytes(text)
+    assert folder.find_latest(tmp_path) == tmp_path / "step_000020"
 
 
 @pytest.mark.parametrize("spoil", ["nothing", "no state", "empty state", "cut state", "a file", "a dangling link"])
 def test_what_has_a_checkpoints_name_and_is_not_whole_is_never_the_latest(tmp_path, spoil):
     publish(tmp_path, 10)
-    folder = tmp_path / "step_000020"
+    spoilt = tmp_path / "step_000020"
     if spoil in ("a file", "a dangling link"):
-        folder.write_text("") if spoil == "a file" else folder.symlink_to("absent")
+        spoilt.write_text("") if spoil == "a file" else spoilt.symlink_to("absent")
     else:
-        folder.mkdir()
+        spoilt.mkdir()
     if spoil.endswith("state") and spoil != "no state":
-        (folder / checkpoint_folder.STATE).write_text("" if spoil == "empty state" else '{"step": 2')
-    (tmp_path / checkpoint_folder.TRACKER).write_text("20")
-    assert checkpoint_folder.find_latest(tmp_path) == tmp_path / "step_000010"
+        (spoilt / folder.STATE).write_text("" if spoil == "empty state" else '{"step": 2')
+    (tmp_path / folder.TRACKER).write_text("20")
+    assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
     publish(tmp_path, 20)  # the run gets there again
-    assert checkpoint_folder.find_latest(tmp_path) == folder
+    assert folder.find_latest(tmp_path) == spoilt
 
 
 def test_what_saves_left_behind_is_removed_and_nothing_else(tmp_path):
@@ -92,16 +91,16 @@ def test_what_saves_left_behind_is_removed_and_nothing_else(tmp_path):
     crash(tmp_path, 20)
     (tmp_path / "step_000030.tmp").write_text("a file of that name")
     (tmp_path / "notes.tmp").mkdir()
-    checkpoint_folder.remove_partials(tmp_path)
+    folder.remove_partials(tmp_path)
     assert names(tmp_path) == ["notes.tmp", "step_000010"]
-    checkpoint_folder.remove_partials(tmp_path / "missing")
+    folder.remove_partials(tmp_path / "missing")
 
 
 def test_a_failed_save_can_be_discarded_and_made_again(tmp_path):
-    final = checkpoint_folder.folder_of(tmp_path, 10)
+    final = folder.folder_of(tmp_path, 10)
     crash(tmp_path, 10)
-    checkpoint_folder.discard_partial(final)
-    checkpoint_folder.discard_partial(final)
+    folder.discard_partial(final)
+    folder.discard_partial(final)
     assert names(tmp_path) == []
     publish(tmp_path, 10)
     assert names(tmp_path) == ["step_000010"]

@@ -69,11 +69,11 @@ def test_interleaving_never_meets_batched_p2p(virtual_pipeline):
         (16, {"pipeline": 3, "virtual_pipeline": 2, "last_stage_layers": 4}),
     ],
 )
-def test_megatron_builds_the_layers_of_the_cut(num_layers, axes):
+def test_megatron_builds_the_layers_of_the_mesh(num_layers, axes):
     parallel, arch = ParallelConfig(**axes), dataclasses.replace(ARCH, num_layers=num_layers)
     features = Features(transformer_engine=False, grad_accumulation_fusion=False)
     config = transformer_config(arch, ModelConfig(hf_path="x"), parallel, features)
-    for stage, chunks in enumerate(parallel.cut.chunks(num_layers)):
+    for stage, chunks in enumerate(parallel.mesh().chunks(num_layers)):
         for number, chunk in enumerate(chunks):
             vp_stage = number if len(chunks) > 1 else None
             first = get_transformer_layer_offset(config, vp_stage, stage)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
 
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def convert(hf: Path, mcore: Path, tp: int = 1, pp: int = 1) -> None:
-    hf_to_mcore(hf, mcore, tensor_parallel=tp, cut=PipelineCut(pipeline=pp), show_progress=False)
+    hf_to_mcore(hf, mcore, mesh=Mesh(tensor=tp, pipeline=pp), show_progress=False)
 
 
 def back(mcore: Path, hf: Path, **options) -> None:
@@ -154,8 +154,8 @@ def test_a_checkpoint_that_lacks_a_file_names_it(models, tmp_path):
 
 
 def test_each_stage_of_an_uneven_pipeline_has_a_file_with_its_layers(models, tmp_path):
-    cut = PipelineCut(pipeline=3, last_stage_layers=2)
-    hf_to_mcore(models["llama"], tmp_path / "mcore", tensor_parallel=1, cut=cut, show_progress=False)
+    mesh = Mesh(pipeline=3, last_stage_layers=2)
+    hf_to_mcore(models["llama"], tmp_path / "mcore", mesh=mesh, show_progress=False)
     stored = FileSystemReader(tmp_path / "mcore").read_metadata().storage_data
     file_of = {
         index.offset[0]: where.relative_path
@@ -175,7 +175,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     [
         (3, 1, "tensor_parallel=3 does not divide num_attention_heads=8"),
         (8, 1, "tensor_parallel=8 does not divide num_key_value_heads=4"),
-        (0, 1, "tensor_parallel=0"),
+        (0, 1, "tensor=0: must be positive"),
         (1, 0, "pipeline=0: must be positive"),
         (1, 3, "parallel.pipeline=3 does not divide num_hidden_layers=4"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_dypo.models.convert import hf_to_mcore
 from megatron_dypo.models.export_run import export_run, whole_checkpoints
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 
 STEPS = (100, 200, 1_000_000)
@@ -29,7 +29,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (step, model) in enumerate(models(root).items()):
         make_hf_model("qwen2", model, seed=seed, num_hidden_layers=1)
         checkpoint = root / "run" / "checkpoints" / f"step_{step:06d}"
-        hf_to_mcore(model, checkpoint / "mcore", tensor_parallel=1, cut=PipelineCut(), show_progress=False)
+        hf_to_mcore(model, checkpoint / "mcore", mesh=Mesh(), show_progress=False)
         (checkpoint / "trainer_state.json").write_text("{}")
     return root
 

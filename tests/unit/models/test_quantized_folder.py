@@ -17,7 +17,7 @@ from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.folder import quantization_config, quantize_hf
 from megatron_dypo.models.quantized.names import block_shape, is_quantized, is_scale, scale_name
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import import_transformers, make_hf_model
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "num_hidden_layers": 2}
@@ -64,9 +64,7 @@ def test_linear_weights_are_quantised_and_the_rest_is_copied(model, kind, folder
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_checkpoint_converts_to_what_its_conversion_quantises_to(model, kind, folders, tmp_path):
-    hf_to_mcore(
-        folders[model, "none"], tmp_path / "mcore", tensor_parallel=2, cut=PipelineCut(pipeline=2), show_progress=False
-    )
+    hf_to_mcore(folders[model, "none"], tmp_path / "mcore", mesh=Mesh(tensor=2, pipeline=2), show_progress=False)
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", quantization=kind, show_progress=False)
     names = sorted(file.name for file in folders[model, kind].iterdir())
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == names

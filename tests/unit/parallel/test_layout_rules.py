@@ -62,7 +62,10 @@ def test_a_model_that_tensor_parallelism_cannot_split_is_refused(sizes, message)
             {"num_processes": 4, "expert": 2, "expert_tensor": 4},
             "expert × expert_tensor = 2 × 4: does not divide the 4",
         ),
-        ({"tensor": 2, "context": 2, "num_processes": 6}, "must be a multiple of tensor × pipeline × context = 4"),
+        (
+            {"tensor": 2, "context": 2, "num_processes": 6},
+            "num_processes=6: must be a multiple of tensor × pipeline × context = 2 × 1 × 2 = 4",
+        ),
     ],
 )
 def test_axes_that_need_each_other_are_refused_apart(axes, message):

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import OptimizerConfig, ParallelConfig
+from megatron_dypo.config.tree import OptimizerConfig
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.activations import layer_bytes
 from megatron_dypo.planning.devices import GPUS, find_gpu
 from megatron_dypo.planning.fit import check_memory
@@ -168,21 +169,19 @@ def test_activations_of_a_stage_are_between_those_of_its_kinds_of_layers():
     assert mixed == pytest.approx(everywhere + (nowhere - everywhere) / 4)
 
 
-@pytest.mark.parametrize(("pipeline", "virtual"), [(1, None), (4, None), (4, 2), (2, 4)])
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (4, 1), (4, 2), (2, 4)])
 def test_stages_together_hold_all_layers_but_those_in_bf16(pipeline, virtual):
-    fp8, parallel = (
-        Fp8Config(recipe="tensorwise", first_layers_bf16=2, last_layers_bf16=1),
-        ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual),
-    )
-    assert sum(fp8_layers(fp8, parallel, 16, stage) for stage in range(pipeline)) == 13
+    fp8 = Fp8Config(recipe="tensorwise", first_layers_bf16=2, last_layers_bf16=1)
+    mesh = Mesh(pipeline=pipeline, virtual_pipeline=virtual)
+    assert sum(fp8_layers(fp8, mesh, 16, stage) for stage in range(pipeline)) == 13
 
 
 def test_interleaved_chunks_of_a_stage_count_by_their_own_layers():
     """Stage 0 of two holds layers 0, 1, 4, 5 of eight; 0 and 1 are in bf16."""
     fp8 = Fp8Config(recipe="tensorwise", first_layers_bf16=2)
-    assert fp8_layers(fp8, ParallelConfig(pipeline=2, virtual_pipeline=2), 8, 0) == 2
-    assert fp8_layers(fp8, ParallelConfig(pipeline=2), 8, 0) == 2
-    assert fp8_layers(fp8, ParallelConfig(pipeline=2, virtual_pipeline=2), 8, 1) == 4
+    assert fp8_layers(fp8, Mesh(pipeline=2, virtual_pipeline=2), 8, 0) == 2
+    assert fp8_layers(fp8, Mesh(pipeline=2), 8, 0) == 2
+    assert fp8_layers(fp8, Mesh(pipeline=2, virtual_pipeline=2), 8, 1) == 4
 
 
 def test_train_refuses_fp8_weights_that_no_longer_fit_and_a_gpu_with_one_layout_holds_them():

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config.load import load_config
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.refit import RefitOptions, plan_of_config
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout
+from megatron_dypo.refit.plan.plan import EngineLayout
 from tests.support.big_models import QWEN3_235B_A22B
 
 SMALL = {
@@ -41,7 +42,7 @@ def test_the_plan_is_that_of_the_configs_trainer_and_servers(config_path):
         "rollout.servers.urls=[http://a, http://b, http://c]", "rollout.servers.tensor_parallel=4", "model.dtype=float32",
     ]  # fmt: skip
     made = plan_of_config(load_config(config_path(), overrides), RefitOptions(world_size=12))
-    assert made.source == SourceLayout(tensor=2, pipeline=2, virtual_pipeline=2, data=3)
+    assert made.source == Mesh(tensor=2, pipeline=2, virtual_pipeline=2, data=3)
     assert made.engines == (EngineLayout(tensor=4),) * 3
     assert made.encoding.element_size == 4
 

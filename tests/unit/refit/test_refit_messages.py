@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs, from_named_tensors, to_payload
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout, Transfer
+from megatron_dypo.refit.plan.plan import EngineLayout, Transfer
 from megatron_dypo.refit.transports.messages import as_bytes, cut, part_of
 from tests.support.architectures import make_arch
 
@@ -70,7 +71,7 @@ def test_a_row_that_fits_in_no_message_is_refused():
 def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_plain_data():
     plan = PlanInputs(
         arch=make_arch("qwen3_moe"),
-        source=SourceLayout(tensor=2, pipeline=2, first_stage_layers=1),
+        source=Mesh(tensor=2, pipeline=2, first_stage_layers=1),
         engines=(EngineLayout(tensor=4, expert=2), EngineLayout(tensor=1)),
         quantization="fp8_block",
         element_size=4,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout, make_plan
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.plan import EngineLayout, make_plan
 from tests.support.architectures import make_arch
 from tests.support.refit_cases import qwen3_moe_experts
 
@@ -23,30 +24,30 @@ from tests.support.refit_cases import qwen3_moe_experts
             "parallel.pipeline × virtual_pipeline=8 does not divide num_hidden_layers=4",
         ),
         ({"pipeline": 2, "first_stage_layers": 4}, {}, "first_stage_layers=4: leaves none of num_hidden_layers=4"),
-        ({}, {"tensor": 5}, "engine tensor=5: does not divide num_attention_heads=8"),
+        ({}, {"tensor": 5}, "engine tensor=5 does not divide num_attention_heads=8"),
         ({}, {"tensor": 0}, "tensor=0: must be positive"),
         ({}, {"tensor": 2, "expert": 2}, "engine expert=2: a llama model has no experts"),
     ],
 )
 def test_a_dense_layout_that_does_not_fit_is_refused(source, engine, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_plan(make_arch(), SourceLayout(**source), [EngineLayout(**{"tensor": 1, **engine})])
+        make_plan(make_arch(), Mesh(**source), [EngineLayout(**{"tensor": 1, **engine})])
 
 
 @pytest.mark.parametrize(
     ("source", "engine", "message"),
     [
-        ({"data": 3, "expert": 3}, {}, "expert=3: does not divide num_experts=4"),
+        ({"data": 3, "expert": 3}, {}, "expert=3 does not divide num_experts=4"),
         ({"data": 2, "expert_tensor": 2}, {}, "tensor_parallel=2 does not divide ffn_hidden_size=7"),
-        ({}, {"tensor": 4, "expert": 3}, "engine expert=3: does not divide engine tensor=4"),
-        ({}, {"tensor": 8, "expert": 8}, "engine expert=8: does not divide num_experts=4"),
-        ({}, {"tensor": 4, "expert": 2}, "engine tensor=2: does not divide moe_intermediate_size=7"),
+        ({}, {"tensor": 4, "expert": 3}, "engine expert=3 does not divide engine tensor=4"),
+        ({}, {"tensor": 8, "expert": 8}, "engine expert=8 does not divide num_experts=4"),
+        ({}, {"tensor": 4, "expert": 2}, "engine tensor=2 does not divide moe_intermediate_size=7"),
     ],
 )
 def test_a_layout_of_experts_that_does_not_fit_is_refused(source, engine, message):
     arch = make_arch("qwen3_moe", experts=qwen3_moe_experts(4, 7))
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_plan(arch, SourceLayout(**source), [EngineLayout(**{"tensor": 1, **engine})])
+        make_plan(arch, Mesh(**source), [EngineLayout(**{"tensor": 1, **engine})])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_layout_of_experts_that_does_not_fit_is_refused(source, engine, messag
 )
 def test_axes_that_contradict_each_other_are_refused(axes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
-        SourceLayout(**axes)
+        Mesh(**axes)
 
 
 SIZES: dict[str, Any] = {"head_dim": 64, "hidden_size": 256, "ffn_hidden_size": 512}
@@ -80,17 +81,17 @@ SIZES: dict[str, Any] = {"head_dim": 64, "hidden_size": 256, "ffn_hidden_size": 
     ],
 )
 def test_a_cut_through_a_block_of_scales_is_refused(sizes, tensor, engine, message):
-    source, engines = SourceLayout(tensor=tensor), [EngineLayout(tensor=engine)]
+    source, engines = Mesh(tensor=tensor), [EngineLayout(tensor=engine)]
     make_plan(make_arch(**sizes), source, engines, quantization="fp8_channel")
     with pytest.raises(ValueError, match=re.escape(message)):
         make_plan(make_arch(**sizes), source, engines, quantization="fp8_block")
 
 
 def test_ranks_and_engines_that_do_not_exist_are_refused():
-    made = make_plan(make_arch(), SourceLayout(), [EngineLayout(tensor=2)])
+    made = make_plan(make_arch(), Mesh(), [EngineLayout(tensor=2)])
     with pytest.raises(ValueError, match="rank=1: must be below 1"):
         made.sends(1)
     with pytest.raises(ValueError, match="target=2: must be below 2"):
         made.receives(0, 2)
     with pytest.raises(ValueError, match="engines=\\(\\): name at least one"):
-        make_plan(make_arch(), SourceLayout(), [])
+        make_plan(make_arch(), Mesh(), [])

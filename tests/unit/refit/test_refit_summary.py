@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout, make_plan
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.plan import EngineLayout, make_plan
 from megatron_dypo.refit.plan.summary import predict, summarize, to_json, to_text
 from tests.support.architectures import make_arch
 from tests.support.big_models import plan
@@ -52,7 +53,7 @@ def test_ranks_begin_with_different_engines_or_they_would_queue_up():
 
 
 def test_each_holder_of_the_same_data_talks_to_its_own_engines():
-    source = SourceLayout(tensor=2, data=4)
+    source = Mesh(tensor=2, data=4)
     arch = make_arch(num_layers=8, hidden_size=64, vocab_size=64)
     made = make_plan(arch, source, [EngineLayout(tensor=2)] * 4)
     for rank in range(source.world_size):
@@ -61,7 +62,7 @@ def test_each_holder_of_the_same_data_talks_to_its_own_engines():
 
 
 def test_text_and_json_carry_the_totals():
-    made = make_plan(make_arch(), SourceLayout(tensor=2), [EngineLayout(tensor=2), EngineLayout(tensor=1)])
+    made = make_plan(make_arch(), Mesh(tensor=2), [EngineLayout(tensor=2), EngineLayout(tensor=1)])
     summary = summarize(made, bandwidth=1e6)
     total = sum(summary.links.values())
     report = to_json(summary)
@@ -74,4 +75,4 @@ def test_text_and_json_carry_the_totals():
 
 def test_a_bandwidth_of_nothing_is_refused():
     with pytest.raises(ValueError, match="bandwidth=0: must be positive"):
-        summarize(make_plan(make_arch(), SourceLayout(), [EngineLayout(tensor=1)]), bandwidth=0)
+        summarize(make_plan(make_arch(), Mesh(), [EngineLayout(tensor=1)]), bandwidth=0)

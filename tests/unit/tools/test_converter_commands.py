@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_dypo.models.convert import hf_to_mcore
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 
 TOOLS = Path(__file__).parents[3] / "tools"
@@ -36,7 +36,7 @@ def test_both_ways_to_a_quantised_folder_give_the_same_bytes(tmp_path):
     folders = ("--hf-path", source, "--out-path", tmp_path / "direct")
     direct = run_tool("quantize_hf.py", *folders, "--quantize", "fp8_block")
     assert direct.returncode == 0, direct.stderr
-    hf_to_mcore(source, tmp_path / "mcore", tensor_parallel=2, cut=PipelineCut(pipeline=1), show_progress=False)
+    hf_to_mcore(source, tmp_path / "mcore", mesh=Mesh(tensor=2), show_progress=False)
     folders = ("--mcore-path", tmp_path / "mcore", "--hf-path", tmp_path / "hf")
     converted = run_tool("convert_mcore_to_hf.py", *folders, "--quantize", "fp8_block")
     assert converted.returncode == 0, converted.stderr

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dypo.models.convert import hf_to_mcore
 from megatron_dypo.models.roundtrip import Difference, check_roundtrip, differing_tensors
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 from tests.unit.tools.test_converter_commands import run_tool
 
@@ -42,7 +42,7 @@ def test_a_sound_model_passes_and_leaves_nothing_behind(model, tmp_path):
 
 def test_a_checkpoint_of_other_weights_fails_with_a_table(model, tmp_path):
     other = damaged(model, tmp_path / "other")
-    hf_to_mcore(other, tmp_path / "mcore", tensor_parallel=1, cut=PipelineCut(pipeline=2), show_progress=False)
+    hf_to_mcore(other, tmp_path / "mcore", mesh=Mesh(pipeline=2), show_progress=False)
     result = run_tool("check_roundtrip.py", "--hf-path", model, "--mcore-path", tmp_path / "mcore")
     assert result.returncode == 1, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -64,8 +64,8 @@ def test_bad_input_ends_with_one_line(model):
 @pytest.mark.parametrize("kind", ["qwen3_moe", "llama_tied", "llama2"])
 def test_other_models_come_back_too(kind, tmp_path):
     source = make_hf_model(kind, tmp_path / kind)
-    sizes = {"tensor_parallel": 4, "cut": PipelineCut(pipeline=2)}
-    assert check_roundtrip(source, tmp_path / "work", **sizes, show_progress=False) == []
+    mesh = Mesh(tensor=4, pipeline=2)
+    assert check_roundtrip(source, tmp_path / "work", mesh=mesh, show_progress=False) == []
 
 
 def test_differences_are_counted_bit_by_bit(model, tmp_path):

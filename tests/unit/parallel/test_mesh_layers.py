@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_dypo.parallel.cut import PipelineCut
+from megatron_dypo.parallel.mesh import Mesh
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ from megatron_dypo.parallel.cut import PipelineCut
     ],
 )  # fmt: skip
 def test_layers_run_through_the_first_chunk_of_every_stage_then_the_second(fields, num_layers, chunks):
-    cut = PipelineCut(**fields).chunks(num_layers)
-    assert [" ".join("".join(map(str, chunk)) for chunk in stage) for stage in cut] == chunks
+    found = Mesh(**fields).chunks(num_layers)
+    assert [" ".join("".join(map(str, chunk)) for chunk in stage) for stage in found] == chunks
 
 
 def test_94_layers_go_onto_four_stages():
-    cut = PipelineCut(pipeline=4, first_stage_layers=23, last_stage_layers=23)
-    assert cut.stage_layers(94) == [23, 24, 24, 23]
+    mesh = Mesh(pipeline=4, first_stage_layers=23, last_stage_layers=23)
+    assert mesh.stage_layers(94) == [23, 24, 24, 23]
 
 
 sizes = st.one_of(st.none(), st.integers(1, 12))
@@ -48,20 +48,20 @@ def test_every_layer_is_in_one_chunk_and_named_stages_hold_what_they_were_given(
     num_layers, pipeline, virtual_pipeline, first, last
 ):
     try:
-        cut = PipelineCut(
+        mesh = Mesh(
             pipeline=pipeline,
             virtual_pipeline=virtual_pipeline,
             first_stage_layers=first,
             last_stage_layers=last,
         )
-        chunks = cut.chunks(num_layers)
+        chunks = mesh.chunks(num_layers)
     except ValueError:
         assume(False)
     assert [len(stage) for stage in chunks] == [virtual_pipeline] * pipeline
     assert all(len({len(chunk) for chunk in stage}) == 1 for stage in chunks)
     in_order = [layer for number in range(virtual_pipeline) for stage in chunks for layer in stage[number]]
     assert in_order == list(range(num_layers))
-    layers = cut.stage_layers(num_layers)
+    layers = mesh.stage_layers(num_layers)
     assert layers == [sum(map(len, stage)) for stage in chunks]
     assert min(layers) > 0
     assert first in (None, layers[0])
@@ -84,7 +84,7 @@ def test_every_layer_is_in_one_chunk_and_named_stages_hold_what_they_were_given(
 )
 def test_fields_that_contradict_each_other_are_refused(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        PipelineCut(**fields)
+        Mesh(**fields)
 
 
 WAY_OUT = "; parallel.first_stage_layers and parallel.last_stage_layers give these stages layers of their own"
@@ -119,10 +119,10 @@ WAY_OUT = "; parallel.first_stage_layers and parallel.last_stage_layers give the
 )  # fmt: skip
 def test_layers_that_cannot_be_laid_out_are_refused_with_fields_and_rule(fields, num_layers, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        PipelineCut(**fields).stage_layers(num_layers)
+        Mesh(**fields).stage_layers(num_layers)
 
 
 @pytest.mark.parametrize(("pipeline", "virtual_pipeline", "num_layers"), [(5, 1, 4), (2, 2, 5)])
 def test_no_way_out_is_offered_where_there_is_none(pipeline, virtual_pipeline, num_layers):
     with pytest.raises(ValueError, match=r"does not divide num_hidden_layers=[45]$"):
-        PipelineCut(pipeline=pipeline, virtual_pipeline=virtual_pipeline).stage_layers(num_layers)
+        Mesh(pipeline=pipeline, virtual_pipeline=virtual_pipeline).stage_layers(num_layers)

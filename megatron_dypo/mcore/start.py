@@ -1,0 +1,37 @@
+"""The start of Megatron in this process: what has to happen before its first import, then groups and random numbers."""
+
+from __future__ import annotations
+
+import datetime
+
+from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.mcore import cpu, features
+from megatron_dypo.parallel import device, groups
+from megatron_dypo.parallel.groups import Layout
+
+
+def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> Layout:
+    """Join the world, set up Megatron's model-parallel groups and RNG seeds, and return this rank's place in the mesh.
+
+    On a CPU this also installs :mod:`megatron_dypo.mcore.cpu`. Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
+    ``MASTER_PORT`` and ``LOCAL_RANK`` as torchrun sets them; without ``RANK`` the world is this process.
+
+    Raises:
+        ValueError: the world is no multiple of tensor × pipeline × context; expert × expert_tensor does not divide a
+            stage's ranks; an unsupported version of Megatron on a CPU.
+    """
+    mesh = parallel.mesh(device.world_size())
+    features.shield_imports()
+    if not device.on_gpu():
+        cpu.install()
+    device.bind()
+    layout = groups.join(mesh, datetime.timedelta(seconds=timeout_s))
+    _seed(seed, layout)
+    return layout
+
+
+def _seed(seed: int, layout: Layout) -> None:
+    from megatron.core import tensor_parallel
+
+    # Pipeline stages draw from different streams, as in Megatron's own training loop.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * layout.pp_rank)

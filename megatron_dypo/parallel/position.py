@@ -1,0 +1,123 @@
+"""Where one rank stands in the mesh. Pure, without torch and Megatron; :mod:`.mesh` states the order of the axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_dypo.checks import require
+
+if TYPE_CHECKING:
+    from megatron_dypo.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """One rank's place in the mesh: its coordinates, and what its replica and the mesh expect of it."""
+
+    mesh: Mesh
+    rank: int
+    """Global rank."""
+
+    def __post_init__(self) -> None:
+        last = self.mesh.world_size - 1
+        require(0 <= self.rank <= last, f"rank={self.rank}", f"must be from 0 to {last}")
+
+    @property
+    def _in_stage(self) -> int:
+        """Number of this rank among those of its stage."""
+        return self.rank % self.mesh.stage_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.mesh.tensor
+
+    @property
+    def cp_rank(self) -> int:
+        return self._in_stage // self.mesh.tensor % self.mesh.context
+
+    @property
+    def dp_rank(self) -> int:
+        """Number of this rank's replica."""
+        return self._in_stage // (self.mesh.tensor * self.mesh.context)
+
+    @property
+    def pp_rank(self) -> int:
+        """Number of this rank's pipeline stage."""
+        return self.rank // self.mesh.stage_size
+
+    @property
+    def etp_rank(self) -> int:
+        """Which part of each of its experts this rank holds."""
+        return self._in_stage % self.mesh.expert_tensor
+
+    @property
+    def ep_rank(self) -> int:
+        """Which of a layer's experts this rank holds."""
+        return self._in_stage // self.mesh.expert_tensor % self.mesh.expert
+
+    @property
+    def expert_replica(self) -> int:
+        """Number of the copy of all experts, within this stage, that this rank holds a part of."""
+        return self._in_stage // self.mesh.expert_ranks
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.mesh.pipeline - 1
+
+    @property
+    def sends_dense(self) -> bool:
+        """Whether this rank's shards of all parameters but experts leave the mesh (exports, refits): replica 0's do."""
+        return self.dp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def leads_stage(self) -> bool:
+        """Whether this rank gathers its stage's shards into whole tensors and sends them."""
+        return self.sends_dense and self.tp_rank == 0
+
+    @property
+    def sends_experts(self) -> bool:
+        """Whether this rank's shards of experts leave the mesh: those of the first copy do."""
+        return self.expert_replica == 0
+
+    @property
+    def leads_experts(self) -> bool:
+        """Whether this rank gathers its experts into whole tensors and sends them."""
+        return self.sends_experts and self.etp_rank == 0
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether any shard of this rank leaves the mesh."""
+        return self.sends_dense or self.sends_experts
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether this rank computes with other ranks' experts, maybe of other replicas, and so has to wait for them."""
+        return self.mesh.expert_ranks > 1
+
+    @property
+    def replica_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this replica, ascending."""
+        return self.mesh.replica_ranks(self.dp_rank)
+
+    @property
+    def leader_rank(self) -> int:
+        """Global rank of this replica's leader."""
+        return self.replica_ranks[0]
+
+    @property
+    def scoring_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this replica's last pipeline stage with tensor-parallel rank 0, by ``cp_rank``."""
+        return self.replica_ranks[-self.mesh.tensor * self.mesh.context :: self.mesh.tensor]
+
+    @property
+    def is_replica_leader(self) -> bool:
+        return self.rank == self.leader_rank
+
+    @property
+    def is_global_leader(self) -> bool:
+        return self.rank == 0
