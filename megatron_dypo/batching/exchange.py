@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.batching.bins import bins_balanced
-from megatron_dypo.batching.queues import dump_samples, load_samples
+from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.types import Sample
 
 

@@ -334,7 +334,7 @@ class Config:
         for name, value in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
             ("objective.sft_steps", self.objective.sft_steps),
-            ("objective.switch_gate", self.objective.switch_gate),
+            ("objective.rl_only_steps", self.objective.rl_only_steps),
         ):
             require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
         require(

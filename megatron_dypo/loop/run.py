@@ -17,7 +17,8 @@ import yaml
 from safetensors import SafetensorError
 
 from megatron_dypo.batching.exchange import broadcast_object, gather_objects
-from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
+from megatron_dypo.batching.queues import Queues
+from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts, PromptStream
@@ -183,6 +184,7 @@ def open_run(config: Config) -> Iterator[Run]:
                     config.logging,
                     resume_step=run.step + bool(latest),
                     config=yaml.safe_load(dump_config(config)),
+                    declared=objective.metrics,
                 )
             )
         yield run

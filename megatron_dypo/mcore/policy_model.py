@@ -1,6 +1,6 @@
-"""GPTModel whose last stage can answer with log-probs of response tokens, and never makes the logits of a whole row.
+"""GPTModel whose last stage can return log-probs of response tokens, and never makes the logits of a whole microbatch.
 
-Shape legend: T tokens of a packed row, N its response tokens, H hidden size, V vocabulary entries on this rank.
+Shape legend: T tokens of a packed microbatch, N its response tokens, H hidden size, V vocabulary entries on this rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PolicyModel(GPTModel):
     """Hidden states → log-probs of the response tokens; prompts and padding cost nothing after the last layer.
 
     ``model(tokens_1T, positions_1T, None, labels=targets_N, loss_mask=response_N, ...)``, where ``response_N`` are
-    positions in the row and ``targets_N`` the token ids to be scored there, answers on the last stage with
+    positions in the microbatch and ``targets_N`` the token ids there, returns on the last stage
     ``(logp_N, entropy_N)``, fp32 (``entropy_N`` is None in eval mode). Without labels, and on other stages, it is
     GPTModel. Under Megatron's DDP the gradient of the output weight is accumulated in its ``main_grad``.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_dypo.config.objective import LOG_RATIO_LIMIT, ObjectiveConfig
+from megatron_dypo.config.objective import LOG_RATIO_LIMIT, LossConfig
 
 
 def bounded_exp(log_N: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def bounded_k3(delta_N: Tensor) -> Tensor:
     return _continued(torch.expm1, delta_N) - delta_N
 
 
-def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: LossConfig) -> tuple[Tensor, Tensor]:
     """−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), at most −c·A where A < 0 under dual clip.
 
     Returns:

@@ -38,7 +38,7 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     """Turn graded groups into samples that may wait in the queues.
 
     Args:
-        step: the optimizer step that collects, for ``switch_gate`` and phases.
+        step: the optimizer step that collects, for ``rl_only_steps`` and phases.
         version: version of the weights that the servers hold now.
         seed: of the teacher draw, which is a pure function of (seed, prompt id, visit).
     """
@@ -48,7 +48,7 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
         reason = DropReason.EASY if treatment is Treatment.DROP else None
         if treatment is Treatment.REINFORCE:
             samples = _rollout_samples(group)
-        elif treatment is Treatment.DISTIL:
+        elif treatment is Treatment.DISTILL:
             drawn = draw_trace(group.prompt, seed)
             if drawn is None:
                 treatment, reason = Treatment.DROP, DropReason.NO_TEACHER
@@ -84,7 +84,7 @@ def _trace_sample(group: GradedGroup, trace: np.ndarray, version: int) -> Sample
     return Sample(
         order=group.prompt.order,
         member=0,
-        treatment=Treatment.DISTIL,
+        treatment=Treatment.DISTILL,
         tokens=np.concatenate([group.prompt.tokens, trace]).astype(np.int32),
         num_prompt_tokens=len(group.prompt.tokens),
         policy_version=version,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_dypo.types import Sample, Totals, Treatment
 
-_KINDS = (Treatment.DISTIL, Treatment.REINFORCE)
+_KINDS = (Treatment.DISTILL, Treatment.REINFORCE)
 
 
 @dataclass(frozen=True, kw_only=True)
