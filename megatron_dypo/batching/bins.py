@@ -34,7 +34,7 @@ def bins_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Return ``count`` bins of about equal cost: largest first into the lightest bin (Graham's LPT, 4/3 of the optimum)."""
+    """Return ``count`` bins of about equal cost: largest first into the lightest (Graham's LPT, 4/3 of the optimum)."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads = [(0.0, slot) for slot in range(count)]
     for index in _largest_first(costs):

@@ -29,7 +29,7 @@ def alignment(tensor: int, context: int, token_multiple: int = 1) -> int:
 
 
 def sequence_alignment(context: int) -> int:
-    """Return the number that each sequence is padded to a multiple of: it splits into two parts a context-parallel rank."""
+    """Return the number that each sequence is padded to a multiple of: two parts for each context-parallel rank."""
     return 2 * context if context > 1 else 1
 
 

@@ -61,7 +61,7 @@ class ScoreConfig:
     """Where log π_old, and with it GAL's coefficients of fresh rollouts, come from."""
 
     policy: Literal["trainer", "rollout"] = "trainer"
-    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, which saves that pass."""
+    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, without that pass."""
     check_every: int = 1
     """With ``rollout``: rollout batches between two measurements of its error, each a pass over one group; 0: none."""
 
@@ -81,8 +81,8 @@ class ImportanceConfig:
     """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1. A cap
     below 1 scales tokens down on which trainer and servers agree."""
     token_bounds: tuple[float, float] | None = None
-    """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop is
-    this with ``cap: <high>``."""
+    """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop
+    is this with ``cap: <high>``."""
     sequence_bounds: tuple[float, float] | None = None
     """Rollouts whose geometric mean of u over their tokens is outside [low, high] are masked whole."""
     sequence_max_gap: float | None = None
@@ -148,7 +148,7 @@ class ObjectiveConfig(LossConfig):
     beta_gal: float = 1.0
     """β: inverse temperature of GAL (eq. 14)."""
     gal_coefficients: Literal["exact", "stale"] = "exact"
-    """When a batch is older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
+    """For a batch older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
     length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
     constant_length: int = 8192
@@ -160,7 +160,7 @@ class ObjectiveConfig(LossConfig):
     advantage_epsilon: float = 1e-6
     """ξ in (R − mean)/(std + ξ)."""
     rl_only_steps: int = 0
-    """Steps at the beginning in which every prompt goes to RL, whatever its tier (``switch_gate`` of the paper's code)."""
+    """Steps at the beginning in which every prompt goes to RL, whatever its tier (the authors' ``switch_gate``)."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
     options: Mapping[str, float | int | bool | str] = field(default_factory=dict)

@@ -29,8 +29,8 @@ from megatron_dypo.types import Microbatch
 class DeviceMicrobatch:
     """A microbatch as the model reads it; N are its response tokens.
 
-    Streams (:mod:`megatron_dypo.objective.streams`) are for the loss alone, in ``inputs``. A value that the model reads,
-    such as the servers' choice of experts, would be a field of ``Microbatch`` and one beside ``tokens_1T``.
+    Streams (:mod:`megatron_dypo.objective.streams`) are for the loss alone, in ``inputs``. A value that the model
+    reads, such as the servers' choice of experts, would be a field of ``Microbatch`` and one beside ``tokens_1T``.
     """
 
     tokens_1T: Tensor
@@ -86,7 +86,7 @@ def loss_pass(
         context_group: ranks that hold the other parts of the same microbatches (context parallelism).
 
     Returns:
-        The loss's named sums over this replica's tokens on the last pipeline stage; on the others the same names, all 0.
+        The loss's named sums over this replica's tokens on the last pipeline stage; elsewhere the same names, all 0.
 
     Raises:
         ValueError: the loss names its sums differently from one microbatch to the next.

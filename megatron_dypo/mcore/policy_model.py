@@ -21,8 +21,8 @@ _TAKEN = {"hidden_states", "labels", "loss_mask"}
 _missing = _TAKEN - inspect.signature(GPTModel._postprocess).parameters.keys()
 if _missing:
     raise ImportError(
-        f"megatron-core=={megatron.core.__version__}: GPTModel._postprocess has no {sorted(_missing)}, which PolicyModel "
-        "takes from it; it is written for 0.16"
+        f"megatron-core=={megatron.core.__version__}: GPTModel._postprocess has no {sorted(_missing)}, which "
+        "PolicyModel takes from it; it is written for 0.16"
     )
 
 
@@ -39,7 +39,7 @@ class PolicyModel(GPTModel):
         """
         Args:
             num_tokens: entries of the real vocabulary; GPTModel's ``vocab_size`` is the padded one.
-            logprob_memory: ``memory_budget`` of :func:`~megatron_dypo.objective.fused_logprobs.fused_logprobs`, in bytes.
+            logprob_memory: ``memory_budget`` of ``fused_logprobs``, in bytes.
         """
         super().__init__(*args, **kwargs)
         self._num_tokens = num_tokens

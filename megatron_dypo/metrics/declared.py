@@ -1,4 +1,4 @@
-"""``objective_metrics.json``: the metrics that a run's objective declares, for a report that cannot import the objective."""
+"""``objective_metrics.json``: the metrics that a run's objective declares, for a report that cannot import it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where metrics go: ``metrics.jsonl``, TensorBoard and, when asked, Weights & Biases; and how the step's time is kept.
 
-The names are those of :mod:`megatron_dypo.metrics.names` and those that the objective declares; any other is logged as an
-error, so that the tables stay true, and written all the same.
+The names are those of :mod:`megatron_dypo.metrics.names` and those that the objective declares. Any other is
+written all the same, and logged as an error, so that the tables stay true.
 """
 
 from __future__ import annotations

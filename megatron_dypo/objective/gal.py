@@ -23,7 +23,7 @@ class GalStatistics:
 
     loss: float
     eta: float
-    """η = E[w²], which the variance bound of eq. 17 needs to vanish; ¼ where d = 0."""
+    """η = E[w²], which the variance bound of eq. 17 is proportional to; ¼ where d = 0."""
     saturation: float
     """Share of pairs with |β·d| above SATURATED_AT."""
     margin: float
@@ -31,7 +31,7 @@ class GalStatistics:
 
 
 def gal_coefficients(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Tensor:
-    """c_i = ∂L_GAL/∂ℓ_i, the mean over the group's pairs.
+    """Return c_i = ∂L_GAL/∂ℓ_i, the mean over the group's pairs.
 
     Args:
         log_ratio_G: [G] ℓ_i = Σ_t log π_θ − log π_ref, already divided by the length divisor.
@@ -58,7 +58,7 @@ def gal_coefficients(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> 
 
 
 def gal_statistics(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> GalStatistics | None:
-    """Loss, η, saturation and margin of one group; None without a pair. Arguments as in :func:`gal_coefficients`."""
+    """Return diagnostics of one group, None without a pair. Arguments as in :func:`gal_coefficients`."""
     margin_SF = _margins(log_ratio_G, is_success_G, beta)
     if margin_SF.numel() == 0:
         return None
@@ -86,7 +86,9 @@ def gal_sums(statistics: GalStatistics, log_ratio_G: Tensor) -> dict[str, float]
 
 
 GAL_METRICS = (
-    SumMetric("gal/loss", "nats", "mean −log σ(β·d) over pairs and groups, not weighted", of="gal_loss", per="gal_groups"),
+    SumMetric(
+        "gal/loss", "nats", "mean −log σ(β·d) over pairs and groups, not weighted", of="gal_loss", per="gal_groups"
+    ),
     SumMetric(
         "gal/eta", "", "η = mean σ(−β·d)² over pairs: ¼ at the reference, 0 when every pair is settled",
         of="gal_eta", per="gal_groups",
@@ -97,7 +99,7 @@ GAL_METRICS = (
     ),
     SumMetric("gal/margin", "nats", "mean d = ℓ_s − ℓ_f over pairs", of="gal_margin", per="gal_groups"),
     SumMetric(
-        "gal/log_ratio", "nats", "mean scaled ℓ that the coefficients were computed from, over the trajectories of Mid groups",
+        "gal/log_ratio", "nats", "mean scaled ℓ that coefficients are computed from, over trajectories of Mid groups",
         of="gal_log_ratio", per="gal_members",
     ),
     SumMetric(

@@ -23,7 +23,7 @@ Sums = dict[str, Tensor]
 """Named sums over the tokens of a microbatch, for the metrics: scalars without gradient."""
 
 VALUE = "objective"
-"""The sum that is the value of the objective (``train/loss``); what is minimised may be a surrogate with its gradient."""
+"""The sum that is the objective's value (``train/loss``); the loss may hold only the gradient of a term."""
 
 _COMMON = {stream.name for stream in STREAMS}
 
@@ -74,8 +74,8 @@ def token_loss(
     - L_clip = −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A), bounded by −c·A where A < 0 under dual clip (eq. 22). ρ is
       r_t = π_θ/π_old of the token, or s = exp(mean of log r over its sequence) with gradient s·∇log π: GSPO's, for
       pg weights that are the same on all tokens of a sequence (arXiv 2507.18071, sections 4.1, 4.3).
-    - u and the masks are those of :mod:`megatron_dypo.objective.importance`. A masked token adds nothing at all, even if
-      its log-probs are NaN. Where a kept token reads a value that is not finite, loss and gradient are NaN.
+    - u and the masks are those of :mod:`megatron_dypo.objective.importance`. A masked token adds nothing at all, even
+      if its log-probs are NaN. Where a kept token reads a value that is not finite, loss and gradient are NaN.
     - k3 = e^δ − δ − 1 with δ = log π_ref − log π_θ.
     - From a ratio (ρ or π_ref/π_θ) of e^20 on, e^x is continued by its tangent (``LOG_RATIO_LIMIT``): the gradient of
       what no clip bounds stays finite, and keeps its direction.
@@ -89,9 +89,9 @@ def token_loss(
         term: an objective's own part of the loss.
 
     Returns:
-        The scalar loss, attached to the graph even where N = 0, and float64 sums over the tokens: ``objective``, ``pg``,
-        ``kl`` and ``sft`` of weighted losses; ``rollouts``, ``rollouts_masked`` and ``gal_sequences`` count sequences;
-        ``gal_drift`` is Σ over sequences with GAL of |ℓ_θ − ℓ_old|; the others are plain sums or counts. And the term's.
+        The scalar loss, attached to the graph even where N = 0, and float64 sums over the tokens. ``objective``,
+        ``pg``, ``kl`` and ``sft`` are of weighted losses; ``rollouts``, ``rollouts_masked`` and ``gal_sequences`` count
+        sequences; ``gal_drift`` is Σ over sequences with GAL of |ℓ_θ − ℓ_old|; the others are plain sums or counts.
     """
     sequences = Sequences(x.sequence, x.num_sequences, across)
     is_rollout_N = ~x["is_trace"]
@@ -144,7 +144,7 @@ def sum_names(loss: TokenLoss, streams: Sequence[Stream]) -> tuple[str, ...]:
 
 
 def _with_term(loss: Tensor, totals: Sums, own_loss: Tensor, own: Sums) -> tuple[Tensor, Sums]:
-    """Add an objective's own part of the loss, whose value is ``own["objective"]`` if it gives one, else ``own_loss``."""
+    """Add an objective's own term, whose value is ``own["objective"]`` if it gives one, else ``own_loss``."""
     value = own.get(VALUE, own_loss)
     own = {name: total for name, total in own.items() if name != VALUE}
     if taken := own.keys() & totals.keys():

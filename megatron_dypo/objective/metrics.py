@@ -12,8 +12,8 @@ from megatron_dypo.metrics.names import Metric
 class SumMetric(Metric):
     """A metric of an update: one sum over the global batch, or the ratio of two.
 
-    The sums are those that the loss returns for its tokens, those of :attr:`WeightedGroup.sums`, and both added up where
-    they share a name.
+    The sums are those that the loss returns for its tokens and those of ``WeightedGroup.sums``, added up where they
+    share a name.
     """
 
     of: str

@@ -25,8 +25,8 @@ def markdown(metrics: Iterable[Metric]) -> str:
     head = [
         "# Metrics",
         "",
-        "Written by `python -m megatron_dypo.objective.metrics_page`; each step is one line of `metrics.jsonl` and one point in",
-        "TensorBoard. An objective of your own adds metrics of its own: see [adding_an_objective.md](adding_an_objective.md).",
+        "Written by `python -m megatron_dypo.objective.metrics_page`. Each step is one line of `metrics.jsonl` and one",
+        "point in TensorBoard. An objective of yours adds its own: see [adding_an_objective.md](adding_an_objective.md).",
         "",
         "| name | unit | meaning |",
         "|---|---|---|",

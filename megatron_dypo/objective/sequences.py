@@ -27,10 +27,10 @@ class Sequences:
         self._index_N, self._count, self._across = index_N, count, across
         length_S = self._sums(torch.ones_like(index_N, dtype=torch.float64))
         self.share_N = (1 / length_S)[index_N]
-        """[N] float64 1/length of the token's sequence: its sum over tokens counts sequences, wherever they are split."""
+        """[N] float64 1/length of the token's sequence. Its sum over tokens counts sequences, also split ones."""
 
     def mean(self, value_N: Tensor) -> Tensor:
-        """[N] of ``value_N``'s type, without gradient: the mean of ``value_N`` over the token's sequence."""
+        """Return [N] of ``value_N``'s type, without gradient: the mean of ``value_N`` over the token's sequence."""
         return (self._sums(value_N.detach().double())[self._index_N] * self.share_N).to(value_N.dtype)
 
     def _sums(self, value_N: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Per-token streams: the numbers that packing writes beside the tokens, and that the loss reads. The one place for them.
+"""Per-token streams: numbers that packing writes beside the tokens and the loss reads. They are declared here alone.
 
 Packing, the move to the device and the inputs of the loss follow from an objective's tuple of :class:`Stream`; the wire
-carries whatever ``Sample.weights`` holds. An objective with a stream of its own adds it: ``(*STREAMS, Stream("shape"))``.
+carries whatever ``Sample.weights`` holds. An objective adds one of its own: ``(*STREAMS, Stream(name="shape"))``.
 
 Shape legend: R response tokens of one sequence.
 """
@@ -45,8 +45,8 @@ STREAMS = (
     Stream(name="nll_weight", meaning="weight of −log π: positive for a teacher's trace, −(1−α)·c_i/n for GAL"),
     Stream(
         name="gal_scale",
-        meaning="GAL only: 1 / (length divisor of ℓ), to find its tokens and to log how far ℓ has moved; 0 for SFT, whose "
-        "weight does not depend on the policy",
+        meaning="GAL only: 1 / (length divisor of ℓ), to find its tokens and to log how far ℓ has moved; 0 for SFT, "
+        "whose weight does not depend on the policy",
     ),
     Stream(name="old_logp", meaning="log π_old", read=attrgetter("old_logp")),
     Stream(name="ref_logp", meaning="log π_ref", read=attrgetter("ref_logp")),

@@ -11,9 +11,9 @@ from megatron_dypo.metrics.report.panels import CYCLE, PANELS, Line, Panel
 
 
 def all_panels(records: Sequence[Mapping[str, Any]], declared: Sequence[Metric] = ()) -> list[Panel]:
-    """Return the report's own panels, with a line for each declared metric that names its panel, and those that this adds.
+    """Return the report's own panels, with a line for each declared metric that names its panel, and new ones.
 
-    A metric whose name no table has gets a panel to itself.
+    A metric whose name is in no table gets its own panel.
     """
     panels = {panel.title: panel for panel in PANELS}
     drawn = {line.metric for panel in PANELS for line in panel.lines}

@@ -1,4 +1,4 @@
-"""Objectives by name. A new one is a file beside this and a row here; or a class of the user's own, by its import path."""
+"""Objectives by name: a new one is a file beside this and a row here, or a class of the user's by its import path."""
 
 from __future__ import annotations
 

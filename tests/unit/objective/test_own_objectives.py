@@ -1,4 +1,4 @@
-"""Objectives from outside the package: found by their import path, with a stream, a term of the loss and metrics of their own."""
+"""Objectives from outside the package, by import path, with a stream, a term of the loss and metrics of their own."""
 
 import dataclasses
 import math
