@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, Protocol
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 
@@ -104,38 +104,25 @@ class ImportanceConfig:
         return any(getattr(self, f.name) is not None for f in fields(self))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The part of the objective that the loss of a token reads; see :func:`megatron_dypo.objective.loss.token_loss`."""
+class LossConfig(Protocol):
+    """The fields of :class:`ObjectiveConfig` that the loss of a token reads."""
 
-    ratio: Literal["token", "sequence"] = "token"
-    """ρ of GRPO: that of each token, or GSPO's, the geometric mean over the trajectory, which needs a far smaller ε."""
-    clip_low: float = 0.2
-    """ε_low: the ratio is clipped below 1 − ε_low."""
-    clip_high: float = 0.2
-    """ε_high: the ratio is clipped above 1 + ε_high."""
-    dual_clip: float | None = None
-    """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
-    gal_clip: Literal["none", "token", "sequence"] = "none"
-    """Trust region of GAL. ``none``: the paper to the letter. Else GAL gives no gradient to a token of a success whose
-    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low. The ratio is π_θ/π_old of the
-    token (``token``), or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-
-    def __post_init__(self) -> None:
-        _require_finite(self)
-        require_not_negative(self, "clip_low", "clip_high")
-        require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
-        require(
-            self.clip_high <= _LARGEST_BOUND, f"clip_high={self.clip_high}", f"must be at most {_LARGEST_BOUND:.0e}"
-        )
-        if self.dual_clip is not None:
-            rule = f"must be above 1 and at most {_LARGEST_BOUND:.0e}"
-            require(1 < self.dual_clip <= _LARGEST_BOUND, f"dual_clip={self.dual_clip}", rule)
+    @property
+    def ratio(self) -> Literal["token", "sequence"]: ...
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+    @property
+    def dual_clip(self) -> float | None: ...
+    @property
+    def gal_clip(self) -> Literal["none", "token", "sequence"]: ...
+    @property
+    def importance(self) -> ImportanceConfig: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig(LossConfig):
+class ObjectiveConfig:
     """The objective; defaults are the paper's."""
 
     name: str = "dypo"
@@ -149,10 +136,22 @@ class ObjectiveConfig(LossConfig):
     """β: inverse temperature of GAL (eq. 14)."""
     gal_coefficients: Literal["exact", "stale"] = "exact"
     """For a batch older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
+    gal_clip: Literal["none", "token", "sequence"] = "none"
+    """Trust region of GAL. ``none``: the paper to the letter. Else GAL gives no gradient to a token of a success whose
+    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low. The ratio is π_θ/π_old of the
+    token (``token``), or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """ρ of GRPO: that of each token, or GSPO's, the geometric mean over the trajectory, which needs a far smaller ε."""
     length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
     constant_length: int = 8192
     """The divisor of ``constant``."""
+    clip_low: float = 0.2
+    """ε_low: the ratio is clipped below 1 − ε_low."""
+    clip_high: float = 0.2
+    """ε_high: the ratio is clipped above 1 + ε_high."""
+    dual_clip: float | None = None
+    """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
     kl_coef: float = 0.0
     """β_KL of the k3 penalty against π_ref."""
     normalize_std: bool = True
@@ -160,15 +159,23 @@ class ObjectiveConfig(LossConfig):
     advantage_epsilon: float = 1e-6
     """ξ in (R − mean)/(std + ξ)."""
     rl_only_steps: int = 0
-    """Steps at the beginning in which every prompt goes to RL, whatever its tier (the authors' ``switch_gate``)."""
+    """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
     options: Mapping[str, float | int | bool | str] = field(default_factory=dict)
     """Options of an objective of yours, which reads them as ``cfg.options``; the built-in ones have none."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _require_finite(self)
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
-        require_not_negative(self, "gamma", "kl_coef", "rl_only_steps", "sft_steps")
+        require_not_negative(self, "gamma", "kl_coef", "rl_only_steps", "sft_steps", "clip_low", "clip_high")
         require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
+        require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
+        require(
+            self.clip_high <= _LARGEST_BOUND, f"clip_high={self.clip_high}", f"must be at most {_LARGEST_BOUND:.0e}"
+        )
+        if self.dual_clip is not None:
+            rule = f"must be above 1 and at most {_LARGEST_BOUND:.0e}"
+            require(1 < self.dual_clip <= _LARGEST_BOUND, f"dual_clip={self.dual_clip}", rule)
