@@ -20,11 +20,12 @@ from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, Optim
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
+from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.groups import Layout, close
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.setting import Assumptions, Setting
-from megatron_dypo.types import Microbatch, Sample, TokenWeights, Treatment
+from megatron_dypo.types import Microbatch, Sample, Treatment
 
 
 def answer(case: Any) -> None:
@@ -94,7 +95,7 @@ def measured(case: Any, config: Config, arch: Architecture, layout: Layout) -> d
         for _ in range(2):
             optimizer.zero_grad()
             live.reset_peak()
-            loss_pass(chunks, rows, cfg=config.objective, context_group=layout.cp_group)
+            loss_pass(chunks, rows, objective=build_objective(config.objective), context_group=layout.cp_group)
             peak = live.peak
             assert optimizer.step().ok
     state = {
@@ -126,11 +127,11 @@ def _sample(case: Any, generator: Any, index: int) -> Sample:
     return Sample(
         order=index,
         member=0,
-        treatment=Treatment.DISTIL,
+        treatment=Treatment.DISTILL,
         tokens=generator.integers(3, case.vocab, length).astype(np.int32),
         num_prompt_tokens=1,
         policy_version=0,
-        weights=TokenWeights(nll=1e-3),
+        weights={"nll_weight": 1e-3},
     )
 
 

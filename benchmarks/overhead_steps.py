@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.pack import pack, plan_microbatches, row_length
+from megatron_dypo.batching.pack import microbatch_length, pack, plan_microbatches
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore import features
@@ -57,8 +57,8 @@ def measure_time(shape: Any, parallel: ParallelConfig, layout: Layout, rounds: i
     samples = [s for group in bench.groups for s in group if s.treatment is Treatment.REINFORCE]
     beside: dict[str, Callable[[], object]] = {
         "scoring": partial(sequence_logprobs, bench.chunks, samples, layout=layout, budget=budget),
-        "weighing": partial(weigh, bench.groups),
-        "packing": partial(pack_rows, weigh(bench.groups), shape.rows, bench.arch, layout),
+        "weights": partial(token_weights, bench.groups),
+        "packing": partial(pack_microbatches, token_weights(bench.groups), shape.rows, bench.arch, layout),
     }
     beside_wall, _ = measure.interleaved(beside, 3)
     wall, cpu = measure.interleaved(steps, rounds)
@@ -100,7 +100,7 @@ class Bench:
             parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(0, 0.02)
         self.optimizer = build_optimizer(self.chunks, OptimizerConfig(), dtype="float32", total_steps=100)
         self.groups = draw_groups(shape)
-        self.rows = pack_rows(weigh(self.groups), shape.rows, self.arch, layout)
+        self.rows = pack_microbatches(token_weights(self.groups), shape.rows, self.arch, layout)
 
     def step(self, variant: str) -> None:
         """One update."""
@@ -108,7 +108,7 @@ class Bench:
 
         self.optimizer.zero_grad()
         if variant == "dypo":
-            loss_pass(self.chunks, self.rows, cfg=OBJECTIVE)
+            loss_pass(self.chunks, self.rows, objective=build_objective(OBJECTIVE))
         else:
             cross_entropy_pass(self.chunks, self.rows, fused=variant == "sft")
         assert self.optimizer.step().ok
@@ -192,7 +192,7 @@ def _sample(rng: Any, shape: Any, order: int, member: int, length: int, *, is_tr
     return Sample(
         order=order,
         member=member,
-        treatment=Treatment.DISTIL if is_trace else Treatment.REINFORCE,
+        treatment=Treatment.DISTILL if is_trace else Treatment.REINFORCE,
         tokens=rng.integers(3, shape.vocab, length).astype(np.int32),
         num_prompt_tokens=prompt,
         policy_version=0,
@@ -204,10 +204,10 @@ def _sample(rng: Any, shape: Any, order: int, member: int, length: int, *, is_tr
     )
 
 
-def weigh(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+def token_weights(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
     """Every sample with its token weights."""
     by_kind = {
-        kind: [s for g in groups for s in g if s.treatment is kind] for kind in (Treatment.DISTIL, Treatment.REINFORCE)
+        kind: [s for g in groups for s in g if s.treatment is kind] for kind in (Treatment.DISTILL, Treatment.REINFORCE)
     }
     totals = Totals(
         num_prompts=len(groups),
@@ -218,11 +218,11 @@ def weigh(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
     return [
         dataclasses.replace(sample, weights=weights)
         for group in groups
-        for sample, weights in zip(group, objective.weigh(group, totals, 0).weights, strict=True)
+        for sample, weights in zip(group, objective.token_weights(group, totals, 0).weights, strict=True)
     ]
 
 
-def pack_rows(samples: Sequence[Sample], count: int, arch: Architecture, layout: Layout) -> list[Microbatch]:
+def pack_microbatches(samples: Sequence[Sample], count: int, arch: Architecture, layout: Layout) -> list[Microbatch]:
     lengths, cost = [len(s.tokens) for s in samples], sequence_cost(arch)
     bins = plan_microbatches(lengths, budget=sum(lengths), count=count, costs=[cost.of(s) for s in samples])
-    return [pack(samples, members, row_length(lengths, [members], layout.tensor)) for members in bins]
+    return [pack(samples, members, microbatch_length(lengths, [members], layout.tensor)) for members in bins]

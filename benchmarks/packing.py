@@ -29,7 +29,7 @@ import measure
 import numpy as np
 
 from megatron_dypo.batching.bins import bins_balanced, bins_best_fit
-from megatron_dypo.batching.pack import alignment, num_microbatches, plan_microbatches, row_length
+from megatron_dypo.batching.pack import alignment, microbatch_length, num_microbatches, plan_microbatches
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
 from megatron_dypo.models.flops import sequence_cost
 
@@ -134,7 +134,7 @@ def judge(plan: Plan, lengths: Sequence[int], costs: Sequence[float], budget: in
     assert sorted(i for bins in plan for members in bins for i in members) == list(range(len(lengths)))
     work_RM = np.array([[sum(costs[i] for i in members) for members in bins] for bins in plan])
     rows_RM, fp8_RM = (
-        np.array([[row_length(lengths, [members], multiple) for members in bins] for bins in plan])
+        np.array([[microbatch_length(lengths, [members], multiple) for members in bins] for bins in plan])
         for multiple in (alignment(2, 1), alignment(8, 1, 16))
     )
     tokens_R = np.array([sum(lengths[i] for members in bins for i in members) for bins in plan])

@@ -3,7 +3,7 @@
     python benchmarks/step_overhead.py
 
 - ``dypo``: SFT, GRPO and GAL in one update: forward, token loss, backward, optimizer. The scoring passes before it
-  (log π_old) are not in it; their time is printed beside it, as are those of weighing and packing.
+  (log π_old) are not in it; their time is printed beside it, as are those of token weights and packing.
 - ``sft``: Megatron-Core's ``GPTModel`` with labels: logits of the whole row, fused vocab-parallel cross-entropy
   (``cross_entropy_loss_fusion``), mean over response tokens; the same parameters, rows, schedule and optimizer.
 - ``sft_unfused``: the same with Megatron's default cross-entropy, which is the leaner one on a CPU.
@@ -82,7 +82,7 @@ def compare_time(name: str, shape: Shape, ranks: int, args: argparse.Namespace) 
         print(f"  {variant:12} {medians[variant]:7.3f} s, of the processor {cpu[variant]:7.3f} s   by round {rounds}")
     for variant, ratio in ratios.items():
         print(f"  dypo vs {variant}: {ratio:.3f}, of the processor {cpu['dypo'] / cpu[variant]:.3f}")
-    beside = {key: f"{answer[key] / medians['dypo']:.3f}" for key in ("scoring", "weighing", "packing")}
+    beside = {key: f"{answer[key] / medians['dypo']:.3f}" for key in ("scoring", "weights", "packing")}
     print(f"  beside the update, in updates: {beside}", flush=True)
     return max(ratios.values())
 

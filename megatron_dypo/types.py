@@ -1,4 +1,4 @@
-"""The nouns of the pipeline: data → rollout → grading → objective → batching → mcore → weights.
+"""The nouns of the pipeline: data → rollout → grading → objective → batching → mcore → refit.
 
 Shape suffixes, used in the whole package:
 
@@ -24,6 +24,12 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
+StreamValue = float | Floats
+"""Of one stream of one sequence: a number for all its response tokens, or one for each, [R]."""
+TokenWeights = Mapping[str, StreamValue]
+"""What an objective gives the response tokens of one sequence, by the name of the stream; 0 where it gives nothing.
+:data:`megatron_dypo.objective.streams.STREAMS` has the names that every objective may use."""
+
 
 class Tier(enum.Enum):
     """Difficulty of a prompt for the current policy (paper, section 3.1)."""
@@ -40,7 +46,7 @@ class Treatment(enum.Enum):
     """What an objective does with a graded group."""
 
     DROP = "drop"
-    DISTIL = "distil"
+    DISTILL = "distill"
     """Learn from a teacher's trace."""
     REINFORCE = "reinforce"
     """Learn from the group's own rollouts."""
@@ -176,25 +182,6 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenWeights:
-    """Everything that the loss needs of the objective, the same for each response token of one sequence.
-
-    Global normalisers, regime shares and length divisors are folded in, so that the loss is a plain sum:
-    Σ_t surrogate·clip(ρ_t, advantage) + kl·k3_t − nll·log π_t.
-    """
-
-    advantage: float = 0.0
-    surrogate: float = 0.0
-    """Weight of the clipped policy-gradient surrogate."""
-    kl: float = 0.0
-    """Weight of the k3 estimate of KL(π_θ‖π_ref)."""
-    nll: float = 0.0
-    """Coefficient of −log π: positive for a teacher's trace, −(1−α)·c_i/n for GAL."""
-    anchor: float = 0.0
-    """Where ``nll`` is a derivative by a scaled log-ratio ℓ (GAL): 1/divisor of ℓ. 0 where ``nll`` is a constant."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Totals:
     """Counts over the global batch, the only global quantities that the objective reads."""
 
@@ -206,17 +193,17 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Microbatch:
-    """Sequences packed into one row (``thd``), padded to ``T`` tokens; the last sequence may be padding.
+    """Sequences packed for one forward pass (``thd``), padded to ``T`` tokens; the last sequence may be padding.
 
-    With context parallelism each sequence ends in padding up to a multiple of 2·context, and a rank's part of the row
-    (:func:`megatron_dypo.batching.zigzag.shard`) has ``T / context`` tokens.
+    With context parallelism each sequence ends in padding up to a multiple of 2·context, and a rank's part of the
+    microbatch (:func:`megatron_dypo.batching.zigzag.shard`) has ``T / context`` tokens.
     """
 
     tokens_T: Tokens
     positions_T: Tokens
     """Position within the sequence; restarts at 0."""
     cu_seqlens_S: Tokens
-    """[S+1] Boundaries of the sequences in the whole row, padding included; the last is the row's length."""
+    """[S+1] Boundaries of the sequences in the whole microbatch, padding included; the last is its length."""
     targets_T: Tokens
     """The next token of the same sequence; 0 where there is none."""
     response_T: npt.NDArray[np.bool_]
@@ -225,13 +212,5 @@ class Microbatch:
     """Index of the token's sequence in ``cu_seqlens_S``, padding included."""
     sample_T: Tokens
     """Index into the samples that were packed, −1 on padding."""
-    advantage_T: Floats
-    surrogate_T: Floats
-    kl_T: Floats
-    nll_T: Floats
-    anchor_T: Floats
-    old_logp_T: Floats
-    """Log-probs of ``targets_T``; 0 outside the response."""
-    ref_logp_T: Floats
-    rollout_logp_T: Floats
-    is_trace_T: npt.NDArray[np.bool_]
+    streams: Mapping[str, npt.NDArray[Any]]
+    """Name → [T]: values of ``targets_T`` for the loss, the stream's fill outside the response."""

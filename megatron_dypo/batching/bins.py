@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 _TRIES = 16
-"""How many of the lightest bins are asked for room before the emptiest one is."""
+"""Number of the lightest bins that are tried before the emptiest one."""
 
 
 def bins_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """As few bins of at most ``capacity`` as best-fit decreasing finds (11/9 of the fewest, plus 4); a larger item is alone."""
+    """Return the bins of at most ``capacity`` that best-fit decreasing finds (at most 11/9 of the fewest, plus 4).
+
+    An item that is larger than ``capacity`` is alone.
+    """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
     for index in _largest_first(sizes):
@@ -31,7 +34,7 @@ def bins_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Exactly ``count`` bins of about equal cost: largest first into the lightest bin (Graham's LPT, 4/3 of the optimum)."""
+    """Return ``count`` bins of about equal cost: largest first into the lightest (Graham's LPT, 4/3 of the optimum)."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads = [(0.0, slot) for slot in range(count)]
     for index in _largest_first(costs):
@@ -42,10 +45,10 @@ def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
 
 
 def bins_within(costs: Sequence[float], sizes: Sequence[int], *, count: int, capacity: int) -> list[list[int]] | None:
-    """Exactly ``count`` bins of about equal cost and at most ``capacity`` in size; a larger item is alone.
+    """Return ``count`` bins of about equal cost and at most ``capacity`` in size; a larger item is alone.
 
-    Largest cost first into the lightest bin; into the emptiest one where the lightest bins are full. None where that
-    finds no room: with more bins it may.
+    Largest cost first into the lightest bin, or into the emptiest one if the lightest bins are full. None if that finds
+    no room; with more bins it may.
     """
     bins: list[list[int]] = [[] for _ in range(count)]
     loads, rooms = _Queue([0.0] * count), _Queue([float(-capacity)] * count)  # rooms are negative: most room first

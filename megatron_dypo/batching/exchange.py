@@ -1,7 +1,7 @@
-"""Samples move: between replicas, so that each has the same work, and from a replica's leader to its other ranks.
+"""Moves samples between replicas, so that each has the same work, and from a replica's leader to its other ranks.
 
-All traffic is on CPU control groups, in safetensors bytes. Nothing is gathered that only one reader needs: what every
-rank learns of every sample is its cost.
+All traffic is on CPU control groups, in safetensors bytes. Every rank learns the cost of every sample; the samples
+themselves go only to the ranks that need them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.batching.bins import bins_balanced
-from megatron_dypo.batching.queues import dump_samples, load_samples
+from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.types import Sample
 
 
 def num_tokens(sample: Sample) -> float:
-    """The work that a sample is, where that of its attention does not matter."""
+    """Return the work of a sample without that of its attention."""
     return float(len(sample.tokens))
 
 
@@ -28,8 +28,8 @@ def balance(
 ) -> list[Sample]:
     """Give each replica an equal share of the work; called on every leader with the samples that it holds.
 
-    The assignment is computed the same everywhere from the costs alone. The result is ordered by
-    (order, member), so it does not depend on who held what.
+    Every leader computes the same assignment, from the costs alone. The result is ordered by (order, member), and so
+    does not depend on which replica held a sample before.
     """
     if leaders.size() == 1:
         return sorted(samples, key=_key)
@@ -43,9 +43,9 @@ def balance(
 
 
 def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[int, int], int]:
-    """Replica of each sample, (order, member), from (order, member, cost) of all samples in any order.
+    """Return (order, member) → replica, from (order, member, cost) of all samples in any order.
 
-    Costs, not numbers of samples, are what comes out about equal.
+    Replicas get about equal costs, not equal numbers of samples.
     """
     listing = sorted(work)
     bins = bins_balanced([cost for *_, cost in listing], replicas)
@@ -53,7 +53,7 @@ def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[
 
 
 def broadcast_samples(samples: Sequence[Sample] | None, replica: dist.ProcessGroup) -> list[Sample]:
-    """The leader's samples on every rank of its replica; the others pass None. The leader is the group's rank 0."""
+    """Return the samples of the leader, rank 0 of ``replica``, on every rank of its replica; the others pass None."""
     if replica.size() == 1:
         assert samples is not None, "a replica of one rank is its own leader"
         return list(samples)

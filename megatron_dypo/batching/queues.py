@@ -5,18 +5,11 @@ A rollout batch is opened from the oldest of what waits; its mini-batches are dr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-import numpy as np
-from safetensors import numpy as safetensors_numpy
-
-from megatron_dypo.types import Sample, TokenWeights, Treatment
-
-_WEIGHTS = ("advantage", "surrogate", "kl", "nll", "anchor")
-_ARRAYS = ("tokens", "rollout_logp", "old_logp", "ref_logp")
+from megatron_dypo.types import Sample, Treatment
 
 
 @dataclass(kw_only=True)
@@ -24,7 +17,7 @@ class Queues:
     """Groups by treatment; a group is the list of samples that share ``Sample.order``."""
 
     waiting: dict[Treatment, list[list[Sample]]] = field(
-        default_factory=lambda: {Treatment.DISTIL: [], Treatment.REINFORCE: []}
+        default_factory=lambda: {Treatment.DISTILL: [], Treatment.REINFORCE: []}
     )
     batch: list[list[Sample]] = field(default_factory=list)
     """The groups of the rollout batch that updates are being made from; a group leaves with its last update."""
@@ -93,54 +86,3 @@ def oldest(keys_by_replica: Sequence[Sequence[Key]], count: int) -> list[Key]:
 def is_used_up(left_by_replica: Iterable[int]) -> bool:
     """Whether a rollout batch has no group left on any replica, given how many each has: replicas run out one by one."""
     return not any(left_by_replica)
-
-
-def dump_samples(samples: Sequence[Sample]) -> bytes:
-    """Samples as safetensors bytes: arrays as tensors, scalars as JSON in the header. Weights are included."""
-    tensors: dict[str, np.ndarray] = {}
-    rows = []
-    for index, sample in enumerate(samples):
-        for name in _ARRAYS:
-            array = getattr(sample, name)
-            if array is not None:
-                tensors[f"{index}.{name}"] = np.ascontiguousarray(array)
-        rows.append(_scalars(sample))
-    return safetensors_numpy.save(tensors, metadata={"samples": json.dumps(rows)})
-
-
-def load_samples(data: bytes) -> list[Sample]:
-    """The inverse of :func:`dump_samples`."""
-    header_size = int.from_bytes(data[:8], "little")
-    rows = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["samples"])
-    tensors = safetensors_numpy.load(data)
-    return [_sample(row, {n: tensors.get(f"{i}.{n}") for n in _ARRAYS}) for i, row in enumerate(rows)]
-
-
-def without_arrays(sample: Sample) -> Sample:
-    """A copy that carries tokens only, for a forward pass."""
-    return replace(sample, rollout_logp=None, old_logp=None, ref_logp=None, weights=None)
-
-
-def _scalars(sample: Sample) -> dict[str, object]:
-    weights = sample.weights
-    return {
-        "order": sample.order,
-        "member": sample.member,
-        "treatment": sample.treatment.value,
-        "num_prompt_tokens": sample.num_prompt_tokens,
-        "policy_version": sample.policy_version,
-        "scored_version": sample.scored_version,
-        "is_correct": sample.is_correct,
-        "reward": sample.reward,
-        "current_logp_sum": sample.current_logp_sum,
-        "updates_left": sample.updates_left,
-        "weights": None if weights is None else [getattr(weights, name) for name in _WEIGHTS],
-    }
-
-
-def _sample(row: dict[str, Any], arrays: dict[str, Any]) -> Sample:
-    weights = row.pop("weights")
-    return Sample(
-        **{**row, **arrays, "treatment": Treatment(row["treatment"])},
-        weights=None if weights is None else TokenWeights(**dict(zip(_WEIGHTS, weights, strict=True))),
-    )

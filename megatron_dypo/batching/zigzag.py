@@ -1,7 +1,7 @@
-"""Packed rows cut over context-parallel ranks: of each sequence, chunks r and 2n−1−r of 2n (zig-zag). Pure.
+"""Microbatches cut over context-parallel ranks: rank r holds parts r and 2n−1−r of 2n of each sequence (zig-zag). Pure.
 
-So each rank has the same share of a causal mask. It is the order that Megatron-Core's rotary embedding for ``thd``
-(models/common/embeddings/rope_utils.py of 0.16.1) and Transformer Engine's attention take for granted.
+So each rank has the same share of a causal mask. Megatron-Core's rotary embedding for ``thd``
+(models/common/embeddings/rope_utils.py of 0.16.1) and Transformer Engine's attention expect this order.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from megatron_dypo.types import Microbatch, Tokens
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> npt.NDArray[np.int64]:
-    """[length / size] positions of one sequence that ``rank`` of ``size`` holds, ascending; 2·size divides ``length``."""
-    chunk, rest = divmod(length, 2 * size)
+    """Return [length / size] positions of one sequence that ``rank`` holds, ascending; 2·size divides ``length``."""
+    half, rest = divmod(length, 2 * size)
     assert rest == 0, f"length={length}: pack() pads each sequence to a multiple of {2 * size}"
     mirrored = 2 * size - 1 - rank
-    return np.concatenate([np.arange(first * chunk, (first + 1) * chunk) for first in (rank, mirrored)])
+    return np.concatenate([np.arange(first * half, (first + 1) * half) for first in (rank, mirrored)])
 
 
 def zigzag_indices(cu_seqlens_S: Sequence[int] | Tokens, rank: int, size: int) -> npt.NDArray[np.int64]:
-    """[T / size] positions of a row that ``rank`` holds, ascending.
+    """Return [T / size] positions of a microbatch that ``rank`` holds, ascending.
 
     Args:
         cu_seqlens_S: [S+1] boundaries of its sequences; 2·size divides each length.
@@ -36,20 +36,21 @@ def zigzag_indices(cu_seqlens_S: Sequence[int] | Tokens, rank: int, size: int) -
     return np.concatenate([start + zigzag_positions(end - start, rank, size) for start, end in bounds])
 
 
-def shard(row: Microbatch, rank: int, size: int) -> Microbatch:
-    """What ``rank`` of ``size`` context-parallel ranks holds of a row; ``cu_seqlens_S`` stays that of the whole row."""
+def shard(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
+    """Return what ``rank`` of ``size`` context-parallel ranks holds; ``cu_seqlens_S`` stays that of the whole."""
     if size == 1:
-        return row
-    indices = zigzag_indices(row.cu_seqlens_S, rank, size)
-    streams = {f.name: getattr(row, f.name)[indices] for f in fields(row) if f.name.endswith("_T")}
-    return replace(row, **streams)
+        return microbatch
+    held = zigzag_indices(microbatch.cu_seqlens_S, rank, size)
+    per_token = {f.name: getattr(microbatch, f.name)[held] for f in fields(microbatch) if f.name.endswith("_T")}
+    streams = {name: stream_T[held] for name, stream_T in microbatch.streams.items()}
+    return replace(microbatch, **per_token, streams=streams)
 
 
-def held_responses(rows: Sequence[Microbatch], rank: int, size: int) -> npt.NDArray[np.bool_]:
-    """Which of all response tokens of whole ``rows``, in their order, ``rank`` of ``size`` holds."""
-    held = [np.zeros(0, np.bool_)]
-    for row in rows:
-        is_held_T = np.zeros(len(row.response_T), np.bool_)
-        is_held_T[zigzag_indices(row.cu_seqlens_S, rank, size)] = True
-        held.append(is_held_T[row.response_T])
-    return np.concatenate(held)
+def local_response_mask(microbatches: Sequence[Microbatch], rank: int, size: int) -> npt.NDArray[np.bool_]:
+    """Return which of all response tokens of whole ``microbatches``, in their order, ``rank`` of ``size`` holds."""
+    masks = [np.zeros(0, np.bool_)]
+    for microbatch in microbatches:
+        is_held_T = np.zeros(len(microbatch.response_T), np.bool_)
+        is_held_T[zigzag_indices(microbatch.cu_seqlens_S, rank, size)] = True
+        masks.append(is_held_T[microbatch.response_T])
+    return np.concatenate(masks)

@@ -19,7 +19,7 @@ from megatron_dypo.data.source import distinct_names
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.metrics.findings import Findings
-from megatron_dypo.objective.recipes.registry import OBJECTIVES
+from megatron_dypo.objective.recipes.registry import build_objective
 
 WHOLE_BYTES = 2**20
 """Files of a set that have no more bytes than this together are checked whole: a second."""
@@ -51,11 +51,11 @@ def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, 
     """Check what the config says of the rows of the prompt files: teachers, verifiers, sources, answers."""
     with found.noting():
         PromptStream(dataset, tokenizer, config.data, config.run.seed)  # whose rules hold here
-    objective = OBJECTIVES.get(config.objective.name)
-    if objective and not dataset.teachers and not objective(config.objective).needs_rollouts(0):
-        found.problems.append(
-            f"objective.name={config.objective.name}: begins with teachers' traces, and no row of the prompt files has one"
-        )
+    with contextlib.suppress(ValueError):  # an objective that cannot be built is a problem already
+        if not dataset.teachers and not build_objective(config.objective).needs_rollouts(0):
+            found.problems.append(
+                f"objective.name={config.objective.name}: begins with teachers' traces, and no row of the prompt files has one"
+            )
     problems = [
         problem for name in sorted(dataset.verifiers) if (problem := row_verifier_problem(config.grading, name))
     ]

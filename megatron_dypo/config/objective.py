@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, Protocol
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 
@@ -60,7 +61,7 @@ class ScoreConfig:
     """Where log π_old, and with it GAL's coefficients of fresh rollouts, come from."""
 
     policy: Literal["trainer", "rollout"] = "trainer"
-    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, which saves that pass."""
+    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, without that pass."""
     check_every: int = 1
     """With ``rollout``: rollout batches between two measurements of its error, each a pass over one group; 0: none."""
 
@@ -80,8 +81,8 @@ class ImportanceConfig:
     """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1. A cap
     below 1 scales tokens down on which trainer and servers agree."""
     token_bounds: tuple[float, float] | None = None
-    """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop is
-    this with ``cap: <high>``."""
+    """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop
+    is this with ``cap: <high>``."""
     sequence_bounds: tuple[float, float] | None = None
     """Rollouts whose geometric mean of u over their tokens is outside [low, high] are masked whole."""
     sequence_max_gap: float | None = None
@@ -103,26 +104,44 @@ class ImportanceConfig:
         return any(getattr(self, f.name) is not None for f in fields(self))
 
 
+class LossConfig(Protocol):
+    """The fields of :class:`ObjectiveConfig` that the loss of a token reads."""
+
+    @property
+    def ratio(self) -> Literal["token", "sequence"]: ...
+    @property
+    def clip_low(self) -> float: ...
+    @property
+    def clip_high(self) -> float: ...
+    @property
+    def dual_clip(self) -> float | None: ...
+    @property
+    def gal_clip(self) -> Literal["none", "token", "sequence"]: ...
+    @property
+    def importance(self) -> ImportanceConfig: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The objective; defaults are the paper's."""
 
     name: str = "dypo"
-    """A row of the registry in ``megatron_dypo.objective.recipes``."""
+    """``dypo``, ``grpo``, ``sft`` or ``sft_then_rl``; or ``my_package.module:MyObjective``, a class of yours (see
+    docs/adding_an_objective.md). Such a name runs the code of that module in every training process."""
     alpha: float = 0.5
-    """α: weight of GRPO against GAL in the Mid regime (eq. 4)."""
+    """α: weight of GRPO against GAL on Mid prompts (eq. 4)."""
     gamma: float = 1.0
-    """γ: scale of the distillation loss in the Hard regime (eq. 4)."""
+    """γ: scale of the distillation loss on Hard prompts (eq. 4)."""
     beta_gal: float = 1.0
     """β: inverse temperature of GAL (eq. 14)."""
     gal_coefficients: Literal["exact", "stale"] = "exact"
-    """When a batch is older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
+    """For a batch older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
     gal_clip: Literal["none", "token", "sequence"] = "none"
     """Trust region of GAL. ``none``: the paper to the letter. Else GAL gives no gradient to a token of a success whose
-    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low: π_θ/π_old of the token (``token``),
-    or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
+    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low. The ratio is π_θ/π_old of the
+    token (``token``), or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
     ratio: Literal["token", "sequence"] = "token"
-    """ρ of GRPO: of each token, or GSPO's: the geometric mean over the trajectory, which wants a far smaller ε."""
+    """ρ of GRPO: that of each token, or GSPO's, the geometric mean over the trajectory, which needs a far smaller ε."""
     length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
     constant_length: int = 8192
@@ -130,7 +149,7 @@ class ObjectiveConfig:
     clip_low: float = 0.2
     """ε_low: the ratio is clipped below 1 − ε_low."""
     clip_high: float = 0.2
-    """ε_high: and above 1 + ε_high."""
+    """ε_high: the ratio is clipped above 1 + ε_high."""
     dual_clip: float | None = None
     """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
     kl_coef: float = 0.0
@@ -143,6 +162,8 @@ class ObjectiveConfig:
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
+    options: Mapping[str, float | int | bool | str] = field(default_factory=dict)
+    """Options of an objective of yours, which reads them as ``cfg.options``; the built-in ones have none."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 

@@ -246,7 +246,7 @@ def _is_useful(run: Run, group: GradedGroup) -> bool:
     if group.tier is None:
         return False
     treatment = run.objective.treat(group.tier, run.step)
-    return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTIL and bool(group.prompt.traces))
+    return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTILL and bool(group.prompt.traces))
 
 
 def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_dypo.types import DropReason, Treatment
 
-_TRAINED = {Treatment.REINFORCE: "trained_rl", Treatment.DISTIL: "trained_sft"}
+_TRAINED = {Treatment.REINFORCE: "trained_rl", Treatment.DISTILL: "trained_sft"}
 _WORDS = {
     DropReason.EASY: "Easy",
     DropReason.NO_TEACHER: "Hard without a teacher's trace",
@@ -114,7 +114,7 @@ class Balance:
         """One line for people: "48 prompts drawn: 20 trained (RL 12, SFT 8), 25 Easy, 3 waiting"."""
         trained = self.ledger.trained
         parts = [
-            f"{sum(trained.values())} trained (RL {trained[Treatment.REINFORCE]}, SFT {trained[Treatment.DISTIL]})",
+            f"{sum(trained.values())} trained (RL {trained[Treatment.REINFORCE]}, SFT {trained[Treatment.DISTILL]})",
             *dropped_words(self.ledger.dropped),
         ]
         parts += [f"{self.open.waiting} waiting"] if self.open.waiting else []

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_dypo.batching.exchange import broadcast_samples
-from megatron_dypo.batching.queues import without_arrays
+from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.run import Run
 from megatron_dypo.loop.tally import tally_score_error
@@ -108,5 +108,5 @@ def logprobs_of_all(run: Run, samples: Sequence[Sample]) -> list[Floats] | None:
         samples,
         layout=run.layout,
         budget=run.config.batching.tokens_per_microbatch,
-        row_multiple=run.config.row_multiple,
+        token_multiple=run.config.row_multiple,
     )

@@ -16,7 +16,8 @@ import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 
-from megatron_dypo.batching.queues import Queues, dump_samples, load_samples
+from megatron_dypo.batching.queues import Queues
+from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts, PromptStream
@@ -184,6 +185,7 @@ def open_run(config: Config) -> Iterator[Run]:
                     config.logging,
                     resume_step=run.step + bool(latest),
                     config=yaml.safe_load(dump_config(config)),
+                    declared=objective.metrics,
                 )
             )
         yield run

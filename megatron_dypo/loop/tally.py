@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_dypo.metrics.names import name_part
-from megatron_dypo.objective.gal import GalStatistics
-from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.objective.metrics import SumMetric, sum_metrics
 from megatron_dypo.refit.servers import PushReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
@@ -90,13 +87,10 @@ def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
             tally.add("correct", verdict.is_correct)
 
 
-def tally_gal(tally: Tally, statistics: GalStatistics, log_ratio_sum: float, num_members: int) -> None:
-    """Count the diagnostics of one Mid group."""
-    tally.add("gal_groups")
-    for name in ("loss", "eta", "saturation", "margin"):
-        tally.add(f"gal/{name}", getattr(statistics, name))
-    tally.add("gal_log_ratio", log_ratio_sum)
-    tally.add("gal_members", num_members)
+def tally_sums(tally: Tally, sums: Mapping[str, float]) -> None:
+    """Count one group's share of the objective's sums."""
+    for name, value in sums.items():
+        tally.add(f"sum/{name}", value)
 
 
 def tally_score_error(tally: Tally, error: Floats) -> None:
@@ -140,7 +134,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "data/wrong_traces": tally["wrong_traces"],
         "gate/hard_without_teacher": tally["hard_without_teacher"],
         "queue/stale": tally["stale"],
-        "queue/distil": tally["queue/distil"],
+        "queue/distill": tally["queue/distill"],
         "queue/reinforce": tally["queue/reinforce"],
     }
     metrics |= {name: count for name, count in tally.items() if name.startswith("refit/")}
@@ -184,56 +178,38 @@ def _collection_metrics(tally: Tally) -> dict[str, float | None]:
     }
 
 
-def update_metrics(tally: Tally, totals: Totals, sums: Tensor) -> dict[str, float]:
-    """What the update counted; ``sums`` are those of :func:`token_loss` ([len(STATISTICS)]) over all ranks."""
-    total = dict(zip(STATISTICS, sums.tolist(), strict=True))
-    distil, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTIL, Treatment.REINFORCE))
+def update_metrics(
+    tally: Tally, totals: Totals, sums: Mapping[str, float], declared: Iterable[SumMetric]
+) -> dict[str, float]:
+    """What the update counted.
+
+    Args:
+        sums: those of the loss over all ranks; the groups' are in ``tally``.
+        declared: the objective's own metrics.
+    """
+    distill, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTILL, Treatment.REINFORCE))
     tokens = totals.num_response_tokens
     all_tokens = max(sum(tokens.values()), 1)
+    of_groups = {key.removeprefix("sum/"): value for key, value in tally.items() if key.startswith("sum/")}
     metrics: dict[str, float | None] = {
-        "train/loss": total["surrogate"] + total["kl"] + total["sft"] + tally["gal_loss_share"],
         "train/num_prompts": totals.num_prompts,
         "train/num_sequences": tally["sequences"],
         "train/num_tokens": tally["tokens"],
         "train/num_response_tokens": tally["response_tokens"],
         "train/staleness": tally.ratio("staleness", "sequences"),
-        "gate/offline_share_prompts": distil / totals.num_prompts,
-        "gate/offline_share_sequences": distil / (distil + reinforce),
-        "gate/offline_share_tokens": tokens[Treatment.DISTIL] / all_tokens,
+        "gate/offline_share_prompts": distill / totals.num_prompts,
+        "gate/offline_share_sequences": distill / (distill + reinforce),
+        "gate/offline_share_tokens": tokens[Treatment.DISTILL] / all_tokens,
+        **sum_metrics(declared, {n: sums.get(n, 0.0) + of_groups.get(n, 0.0) for n in {**sums, **of_groups}}),
     }
     if tally["flops"]:
         metrics["train/flops_imbalance"] = tally["max:flops"] * tally["replicas"] / tally["flops"] - 1
-    if total["rollout_tokens"]:
-        metrics |= _rollout_token_metrics(total)
     if "max:mismatch" in tally:
-        metrics["train/train_rollout_logprob_abs_diff"] = total["mismatch_abs"] / total["rollout_tokens"]
+        metrics["train/train_rollout_logprob_abs_diff"] = sums["mismatch_abs"] / sums["rollout_tokens"]
         metrics["train/train_rollout_logprob_abs_diff_max"] = tally["max:mismatch"]
-    if total["tokens"] > total["rollout_tokens"]:
-        metrics["train/sft_loss"] = total["sft"]
-        metrics["train/sft_nll"] = total["trace_nll"] / (total["tokens"] - total["rollout_tokens"])
-    if tally["gal_groups"]:
-        metrics |= {f"gal/{n}": tally.ratio(f"gal/{n}", "gal_groups") for n in ("loss", "eta", "saturation", "margin")}
-        metrics["gal/log_ratio"] = tally.ratio("gal_log_ratio", "gal_members")
-    if total["anchored_tokens"]:
-        metrics["gal/anchor_drift"] = total["anchor_drift"] / total["anchored"]
-        metrics["gal/clipfrac"] = total["anchored_clipped"] / total["anchored_tokens"]
     for key in [key for key in tally if key.startswith("teacher/")]:
         metrics[f"teacher/{name_part(key.removeprefix('teacher/'))}/share"] = tally.ratio(key, "teachers")
     return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
-def _rollout_token_metrics(total: dict[str, float]) -> dict[str, float]:
-    tokens = total["rollout_tokens"]
-    return {
-        "train/pg_loss": total["surrogate"],
-        "train/kl_loss": total["kl"],
-        "train/entropy": total["entropy"] / tokens,
-        "train/pg_clipfrac": total["clipped"] / tokens,
-        "train/ppo_kl": total["ppo_kl"] / tokens,
-        "train/importance_capped_ratio": total["importance_capped"] / tokens,
-        "train/importance_masked_ratio": total["importance_masked"] / tokens,
-        "train/importance_masked_rollouts_ratio": total["rollouts_masked"] / total["rollouts"],
-    }
 
 
 def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:

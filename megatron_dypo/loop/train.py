@@ -94,7 +94,7 @@ def train_step(run: Run) -> None:
             mark("pushing weights")
             metrics |= push(run)
     timings, tally = run.timings.take(), _total_tally(run)
-    metrics |= rollout_metrics(tally) | update_metrics(tally, batch.totals, report.sums)
+    metrics |= rollout_metrics(tally) | update_metrics(tally, batch.totals, report.sums, run.objective.metrics)
     metrics |= timings | performance_metrics(tally, timings, run.layout.world_size)
     metrics |= _report(run).metrics()
     metrics["perf/peak_memory_gib"] = peak_memory_gib()

@@ -10,9 +10,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-import torch.distributed as dist
-
 from megatron_dypo.batching.exchange import balance, broadcast_samples
 from megatron_dypo.batching.pack import (
     num_microbatches,
@@ -23,16 +20,14 @@ from megatron_dypo.batching.pack import (
 from megatron_dypo.batching.queues import is_used_up, oldest
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.loop.run import Run
-from megatron_dypo.loop.tally import tally_gal, tally_update, tally_work
-from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.logprobs import largest_count, pack_rows, round_up_microbatches
+from megatron_dypo.loop.tally import tally_sums, tally_update, tally_work
+from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
+from megatron_dypo.mcore.logprobs import largest_count, pack_microbatches, round_up_microbatches
 from megatron_dypo.mcore.moe_router import balance_metrics
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.totals import add_counts, count_groups
-from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
-from megatron_dypo.parallel.device import device
 from megatron_dypo.types import Microbatch, Sample, Totals
 
 log = logging.getLogger("megatron_dypo")
@@ -79,13 +74,11 @@ def take_batch(run: Run) -> Batch:
 
 def weigh(run: Run, batch: Batch) -> list[Sample]:
     """Give every sample of the batch its token weights; on the leaders, [] elsewhere."""
-    cfg, weighed = run.config.objective, []
+    weighed = []
     for group in batch.groups:
-        result = run.objective.weigh(group, batch.totals, run.step)
+        result = run.objective.token_weights(group, batch.totals, run.step)
         weighed += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
-        run.tally.add("gal_loss_share", result.gal_loss)
-        if result.gal is not None:
-            tally_gal(run.tally, result.gal, float(group_log_ratios(group, batch.totals, cfg).sum()), len(group))
+        tally_sums(run.tally, result.sums)
     tally_update(run.tally, weighed, run.step, old_is_rollout=run.config.score.policy == "rollout")
     return weighed
 
@@ -96,8 +89,8 @@ class UpdateReport:
 
     is_applied: bool
     """False: the gradients were not finite, and the weights stay as they were."""
-    sums: torch.Tensor
-    """[len(STATISTICS)] The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``)."""
+    sums: dict[str, float]
+    """The sums of the loss over all ranks, by name."""
     metrics: dict[str, float]
     """Of the optimizer and of packing."""
     samples: Sequence[Sample]
@@ -116,10 +109,8 @@ def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
     with run.timings.measure("update_actor"):
         run.optimizer.zero_grad()
         with progress(len(rows), "update", "microbatches", enabled=layout.is_global_leader) as bar:
-            sums = loss_pass(run.chunks, parts, cfg=run.config.objective, context_group=layout.cp_group, bar=bar)
+            sums = loss_pass(run.chunks, parts, objective=run.objective, context_group=layout.cp_group, bar=bar)
         applied = run.optimizer.step()
-    sums = sums.to(device()) * (layout.tp_rank == 0)
-    dist.all_reduce(sums)
     padding = sum(int((row.sample_T < 0).sum()) for row in rows) / sum(len(row.sample_T) for row in rows)
     metrics = {
         "train/grad_norm": applied.grad_norm,
@@ -129,7 +120,7 @@ def update(run: Run, weighed: Sequence[Sample]) -> UpdateReport:
         "train/padding_ratio": padding,
         **balance_metrics(run.chunks),
     }
-    return UpdateReport(is_applied=applied.ok, sums=sums.cpu(), metrics=metrics, samples=samples)
+    return UpdateReport(is_applied=applied.ok, sums=add_over_ranks(sums, layout), metrics=metrics, samples=samples)
 
 
 def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
@@ -139,4 +130,6 @@ def _pack(run: Run, samples: Sequence[Sample], costs: Sequence[float]) -> list[M
     lengths = padded_lengths(samples, sequence_alignment(layout.context))
     count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)
     bins = plan_microbatches(lengths, budget=budget, count=count, costs=costs)
-    return pack_rows(samples, bins, layout, run.config.row_multiple)
+    return pack_microbatches(
+        samples, bins, layout, token_multiple=run.config.row_multiple, streams=run.objective.streams
+    )

@@ -1,8 +1,8 @@
-"""The token-local loss inside Megatron's pipeline schedules. Shape legend in ``megatron_dypo.types``."""
+"""An objective's loss inside Megatron's pipeline schedules. Shape legend in ``megatron_dypo.types``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,31 +14,32 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.mcore.attention import packed_seq_params
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.moe_router import begin_update
 from megatron_dypo.metrics.progress import Progress
-from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
+from megatron_dypo.objective.loss import LossInputs, sum_names
+from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.device import device
+from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.types import Microbatch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceMicrobatch:
-    """A microbatch as the model wants it; N are its response tokens.
+    """A microbatch as the model reads it; N are its response tokens.
 
-    What the model itself reads of a token is a field beside ``tokens_1T``, made in :func:`to_device` from a stream of
-    ``Microbatch`` (this is where the servers' choice of experts would come in); ``inputs`` are for the loss alone.
+    Streams (:mod:`megatron_dypo.objective.streams`) are for the loss alone, in ``inputs``. A value that the model
+    reads, such as the servers' choice of experts, would be a field of ``Microbatch`` and one beside ``tokens_1T``.
     """
 
     tokens_1T: Tensor
     positions_1T: Tensor
     packed: PackedSeqParams
     padding_1T: Tensor
-    """True where no token of a sequence stands."""
+    """True at padding."""
     response_N: Tensor
-    """Positions in the row whose target is a response token."""
+    """Positions whose target is a response token."""
     targets_N: Tensor
     inputs: LossInputs
 
@@ -50,26 +51,18 @@ def to_device(batch: Microbatch) -> DeviceMicrobatch:
     def at_response(stream_T: np.ndarray) -> Tensor:
         return torch.from_numpy(stream_T[response_N]).to(device())
 
-    def row(stream_T: np.ndarray) -> Tensor:
+    def whole(stream_T: np.ndarray) -> Tensor:
         return torch.from_numpy(stream_T.astype(np.int64))[None].to(device())
 
     return DeviceMicrobatch(
-        tokens_1T=row(batch.tokens_T),
-        positions_1T=row(batch.positions_T),
+        tokens_1T=whole(batch.tokens_T),
+        positions_1T=whole(batch.positions_T),
         packed=packed_seq_params(torch.from_numpy(batch.cu_seqlens_S).to(device())),
         padding_1T=torch.from_numpy(batch.sample_T < 0)[None].to(device()),
         response_N=torch.from_numpy(response_N).to(device()),
         targets_N=at_response(batch.targets_T.astype(np.int64)),
         inputs=LossInputs(
-            advantage=at_response(batch.advantage_T),
-            surrogate=at_response(batch.surrogate_T),
-            kl=at_response(batch.kl_T),
-            nll=at_response(batch.nll_T),
-            anchor=at_response(batch.anchor_T),
-            old_logp=at_response(batch.old_logp_T),
-            ref_logp=at_response(batch.ref_logp_T),
-            rollout_logp=at_response(batch.rollout_logp_T),
-            is_trace=at_response(batch.is_trace_T),
+            streams={name: at_response(stream_T) for name, stream_T in batch.streams.items()},
             sequence=at_response(batch.sequence_T.astype(np.int64)),
             num_sequences=len(batch.cu_seqlens_S) - 1,
         ),
@@ -80,36 +73,52 @@ def loss_pass(
     chunks: Sequence[Any],
     microbatches: Sequence[Microbatch],
     *,
-    cfg: ObjectiveConfig,
+    objective: Objective,
     context_group: dist.ProcessGroup | None = None,
     bar: Progress | None = None,
-) -> Tensor:
-    """Forward and backward over all microbatches; gradients end in the DDP buffers, summed over replicas.
+) -> dict[str, float]:
+    """Run forward and backward over all microbatches; gradients end in the DDP buffers, summed over replicas.
 
     The loss is globally normalised by its weights, so nothing here divides by microbatches, tokens or ranks.
 
     Args:
-        context_group: ranks that hold the other parts of the same rows (context parallelism).
+        microbatches: packed with the objective's streams.
+        context_group: ranks that hold the other parts of the same microbatches (context parallelism).
 
     Returns:
-        [len(STATISTICS)] float64 sums over this replica's tokens on the last pipeline stage, zeros elsewhere.
+        The loss's named sums over this replica's tokens on the last pipeline stage; elsewhere the same names, all 0.
+
+    Raises:
+        ValueError: the loss names its sums differently from one microbatch to the next.
     """
+    names = sum_names(objective.loss, objective.streams)
 
     def loss(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logp_N, entropy_N = output
-        value, sums = token_loss(logp_N, entropy_N, batch.inputs, cfg, across)
-        return value, torch.tensor(1, dtype=torch.int), sums
+        value, sums = objective.loss(logp_N, entropy_N, batch.inputs, across)
+        if sums.keys() != set(names):
+            raise ValueError(f"objective's sums {sorted(sums)}: must be {sorted(names)}, as without tokens")
+        return value, torch.tensor(1, dtype=torch.int), torch.stack([sums[name] for name in names])
 
     across = None
     if context_group is not None and context_group.size() > 1:
         across = partial(_all_reduce, group=context_group)
     begin_update(chunks, sum(int((batch.sample_T >= 0).sum()) for batch in microbatches))
     reports = _run(chunks, microbatches, loss, forward_only=False, bar=bar)
-    return sum(reports, start=torch.zeros(len(STATISTICS), dtype=torch.float64, device=device())).cpu()
+    totals = sum(reports, start=torch.zeros(len(names), dtype=torch.float64, device=device()))
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+def add_over_ranks(sums: Mapping[str, float], layout: Layout) -> dict[str, float]:
+    """Add up the sums of :func:`loss_pass` over the world, each token once. Collective."""
+    totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device())
+    totals *= layout.tp_rank == 0
+    dist.all_reduce(totals)
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def logprob_pass(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> list[Tensor]:
-    """Forward only: [N] fp32 log-probs of each microbatch's response tokens; [] off the last pipeline stage."""
+    """Return [N] fp32 log-probs of each microbatch's response tokens, forward only; [] off the last pipeline stage."""
 
     def collect(batch: DeviceMicrobatch, logp_N: Tensor, non_loss_data: bool) -> Tensor:
         return logp_N.cpu()
@@ -126,7 +135,7 @@ def _run(
     forward_only: bool,
     bar: Progress | None = None,
 ) -> list[Any]:
-    """Megatron's schedule for this layout.
+    """Run Megatron's schedule for this layout.
 
     On the last stage ``finish(batch, (logp_N, entropy_N))`` runs; forward only it gets ``logp_N`` alone, since beside
     experts Megatron asks what a forward-only pass made for its device (pipeline_parallel/schedules.py:286).

@@ -11,15 +11,16 @@ import torch.distributed as dist
 
 from megatron_dypo.batching.pack import (
     alignment,
+    microbatch_length,
     num_microbatches,
     pack,
     padded_lengths,
     plan_microbatches,
-    row_length,
     sequence_alignment,
 )
-from megatron_dypo.batching.zigzag import held_responses, shard
+from megatron_dypo.batching.zigzag import local_response_mask, shard
 from megatron_dypo.mcore.forward_step import logprob_pass
+from megatron_dypo.objective.streams import Stream
 from megatron_dypo.parallel.device import device
 from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.types import Floats, Microbatch, Sample
@@ -31,26 +32,39 @@ def round_up_microbatches(count: int, layout: Layout) -> int:
     return -(-max(count, 1) // step) * step
 
 
-def pack_rows(
-    samples: Sequence[Sample], bins: Sequence[Sequence[int]], layout: Layout, row_multiple: int
+def pack_microbatches(
+    samples: Sequence[Sample],
+    bins: Sequence[Sequence[int]],
+    layout: Layout,
+    *,
+    token_multiple: int,
+    streams: Sequence[Stream],
 ) -> list[Microbatch]:
-    """Rows of the samples in ``bins``, each as long as what it holds, but for the alignment of this layout."""
+    """Pack the samples of each bin; each microbatch is padded only to this layout's alignment.
+
+    Args:
+        token_multiple: ``Config.row_multiple``.
+        streams: the objective's; () for a pass without a loss.
+    """
     per_sequence = sequence_alignment(layout.context)
     lengths = padded_lengths(samples, per_sequence)
-    multiple = alignment(layout.tensor, layout.context, row_multiple)
-    return [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
+    multiple = alignment(layout.tensor, layout.context, token_multiple)
+    return [
+        pack(samples, members, microbatch_length(lengths, [members], multiple), per_sequence, streams)
+        for members in bins
+    ]
 
 
 def sequence_logprobs(
-    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int, row_multiple: int = 1
+    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int, token_multiple: int = 1
 ) -> list[Floats] | None:
     """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
 
     Replicas that share out experts run as many forward passes as the one with the most: then it is collective over all.
 
     Args:
-        budget: tokens in one packed row.
-        row_multiple: ``Config.row_multiple``.
+        budget: tokens in one microbatch.
+        token_multiple: ``Config.row_multiple``.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
@@ -62,13 +76,13 @@ def sequence_logprobs(
     if not count:
         return _nothing(layout)
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
-    rows = pack_rows(samples, bins, layout, row_multiple)
+    packed = pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=())
     set_training(chunks, False)
-    parts = logprob_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows])
+    parts = logprob_pass(chunks, [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed])
     set_training(chunks, True)
     if not samples:
         return _nothing(layout)
-    flat = _to_leader(torch.cat(parts) if parts else None, rows, layout)
+    flat = _to_leader(torch.cat(parts) if parts else None, packed, layout)
     if flat is None:
         return None
     order = [i for members in bins for i in members]
@@ -93,8 +107,8 @@ def set_training(chunks: Sequence[Any], mode: bool) -> None:
         chunk.train(mode)
 
 
-def _to_leader(own: torch.Tensor | None, rows: Sequence[Microbatch], layout: Layout) -> Floats | None:
-    """Log-probs of all response tokens of ``rows``, in their order, on the leader, and nowhere else.
+def _to_leader(own: torch.Tensor | None, packed: Sequence[Microbatch], layout: Layout) -> Floats | None:
+    """Log-probs of all response tokens of the microbatches, in their order, on the leader, and nowhere else.
 
     They come from the last stage's ranks of tensor-parallel rank 0, each with its zig-zag part.
     """
@@ -103,9 +117,9 @@ def _to_leader(own: torch.Tensor | None, rows: Sequence[Microbatch], layout: Lay
             assert own is not None, "the last stage scores"
             dist.send(own, dst=layout.leader_rank, group=layout.replica_group)
         return None
-    flat = np.empty(sum(int(row.response_T.sum()) for row in rows), np.float32)
+    flat = np.empty(sum(int(microbatch.response_T.sum()) for microbatch in packed), np.float32)
     for cp_rank, source in enumerate(layout.scoring_ranks):
-        is_held = held_responses(rows, cp_rank, layout.context)
+        is_held = local_response_mask(packed, cp_rank, layout.context)
         if source == layout.rank:
             assert own is not None, "the last stage scores"
             part = own

@@ -1,6 +1,6 @@
-"""GPTModel whose last stage can answer with log-probs of response tokens, and never makes the logits of a whole row.
+"""GPTModel whose last stage can return log-probs of response tokens, and never makes the logits of a whole microbatch.
 
-Shape legend: T tokens of a packed row, N its response tokens, H hidden size, V vocabulary entries on this rank.
+Shape legend: T tokens of a packed microbatch, N its response tokens, H hidden size, V vocabulary entries on this rank.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _TAKEN = {"hidden_states", "labels", "loss_mask"}
 _missing = _TAKEN - inspect.signature(GPTModel._postprocess).parameters.keys()
 if _missing:
     raise ImportError(
-        f"megatron-core=={megatron.core.__version__}: GPTModel._postprocess has no {sorted(_missing)}, which PolicyModel "
-        "takes from it; it is written for 0.16"
+        f"megatron-core=={megatron.core.__version__}: GPTModel._postprocess has no {sorted(_missing)}, which "
+        "PolicyModel takes from it; it is written for 0.16"
     )
 
 
@@ -30,7 +30,7 @@ class PolicyModel(GPTModel):
     """Hidden states → log-probs of the response tokens; prompts and padding cost nothing after the last layer.
 
     ``model(tokens_1T, positions_1T, None, labels=targets_N, loss_mask=response_N, ...)``, where ``response_N`` are
-    positions in the row and ``targets_N`` the token ids to be scored there, answers on the last stage with
+    positions in the microbatch and ``targets_N`` the token ids there, returns on the last stage
     ``(logp_N, entropy_N)``, fp32 (``entropy_N`` is None in eval mode). Without labels, and on other stages, it is
     GPTModel. Under Megatron's DDP the gradient of the output weight is accumulated in its ``main_grad``.
     """
@@ -39,7 +39,7 @@ class PolicyModel(GPTModel):
         """
         Args:
             num_tokens: entries of the real vocabulary; GPTModel's ``vocab_size`` is the padded one.
-            logprob_memory: ``memory_budget`` of :func:`~megatron_dypo.objective.fused_logprobs.fused_logprobs`, in bytes.
+            logprob_memory: ``memory_budget`` of ``fused_logprobs``, in bytes.
         """
         super().__init__(*args, **kwargs)
         self._num_tokens = num_tokens

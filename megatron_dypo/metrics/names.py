@@ -1,4 +1,4 @@
-"""Every metric that a run may write: its name, unit and meaning. ``docs/metrics.md`` is this table, rendered.
+"""The metrics that the trainer writes: name, unit and meaning of each. An objective adds its own (``SumMetric``).
 
 Names follow what people have dashboards for (``train/``, ``rollout/``, ``timing_s/``, ``perf/``, ``eval/``).
 A part in angle brackets, as in ``eval/<set>/accuracy``, stands for any text without a slash.
@@ -9,38 +9,31 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
-class Metric(NamedTuple):
-    """One row of the table."""
+@dataclass(frozen=True)
+class Metric:
+    """One row of a table of metrics."""
 
     name: str
     unit: str
     """Empty for a pure number."""
     meaning: str
+    panel: str = ""
+    """Title of the report's panel that shows it, where the report's own table does not show it."""
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("train/loss", "", "the whole objective, summed over the global batch"),
-    Metric("train/pg_loss", "", "its GRPO term (clipped surrogate), weighted as in the objective"),
-    Metric("train/sft_loss", "nats", "its distillation term, weighted as in the objective"),
-    Metric("train/kl_loss", "nats", "its k3 estimate of KL(π_θ‖π_ref), weighted as in the objective"),
-    Metric("train/sft_nll", "nats/token", "mean −log π_θ over the tokens of teachers' traces"),
     Metric("train/skipped", "", "1 where the update was skipped because its gradients were not finite, else 0"),
     Metric("train/grad_norm", "", "global gradient norm before clipping"),
     Metric(
         "train/load_balancing_loss", "", "experts: mean over layers, 1 under perfect balance; without its coefficient"
     ),
     Metric("train/lr", "", "learning rate of this update"),
-    Metric("train/entropy", "nats/token", "mean entropy of π_θ over response tokens of rollouts"),
-    Metric("train/pg_clipfrac", "fraction", "tokens of GRPO whose ratio was clipped"),
-    Metric("train/ppo_kl", "nats/token", "mean of log π_old − log π_θ over tokens of rollouts"),
     Metric("train/train_rollout_logprob_abs_diff", "nats/token", "mean |log π_trainer − log π_server| of rollouts"),
     Metric("train/train_rollout_logprob_abs_diff_max", "nats", "the largest such difference"),
-    Metric("train/importance_capped_ratio", "fraction", "tokens of rollouts whose importance weight hit the cap"),
-    Metric("train/importance_masked_ratio", "fraction", "tokens of rollouts outside objective.importance.token_bounds"),
-    Metric("train/importance_masked_rollouts_ratio", "fraction", "rollouts that objective.importance masks whole"),
     Metric("train/num_prompts", "prompts", "Hard and Mid prompts in this update"),
     Metric("train/num_sequences", "sequences", "sequences in this update"),
     Metric("train/num_tokens", "tokens", "tokens in this update, prompts included"),
@@ -101,21 +94,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("gate/offline_share_sequences", "fraction", "sequences of the update that are teachers' traces"),
     Metric("gate/offline_share_tokens", "fraction", "response tokens of the update that are teachers'"),
     Metric("gate/hard_without_teacher", "prompts", "Hard prompts skipped for want of a trace"),
-    Metric("queue/distil", "prompts", "prompts that wait in the queue of teachers' traces after the update"),
+    Metric("queue/distill", "prompts", "prompts that wait in the queue of teachers' traces after the update"),
     Metric("queue/reinforce", "prompts", "prompts that wait in the queue of rollout groups after the update"),
     Metric("queue/stale", "prompts", "prompts dropped because they waited for too many versions"),
-    Metric("gal/loss", "nats", "mean −log σ(β·d) over pairs and groups, not weighted"),
-    Metric("gal/eta", "", "η = mean σ(−β·d)² over pairs: ¼ at the reference, 0 when every pair is settled"),
-    Metric("gal/saturation", "fraction", "pairs with |β·d| above 5, whose gradient has all but vanished or saturated"),
-    Metric("gal/margin", "nats", "mean d = ℓ_s − ℓ_f over pairs"),
-    Metric("gal/log_ratio", "nats", "mean scaled ℓ of the coefficients, over the trajectories of Mid groups"),
-    Metric(
-        "gal/anchor_drift",
-        "nats",
-        "mean |ℓ under this update's weights − ℓ under π_old|, scaled, over trajectories with GAL: what stale "
-        "coefficients ignore",
-    ),
-    Metric("gal/clipfrac", "fraction", "tokens with GAL whose gradient objective.gal_clip stopped"),
     Metric(
         "score/rollout_policy_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"
     ),
@@ -160,45 +141,28 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
-@functools.cache
-def lookup(name: str) -> Metric:
-    """The row that ``name`` belongs to; ValueError, with the nearest name, when there is none."""
-    for metric, pattern in _patterns():
-        if pattern.fullmatch(name):
+def lookup(name: str, metrics: Iterable[Metric] = ()) -> Metric:
+    """Return the row that ``name`` belongs to, of the trainer's table or of ``metrics``, an objective's.
+
+    Raises ValueError, with the nearest name, if there is none.
+    """
+    table = (*METRICS, *metrics)
+    for metric in table:
+        if _pattern(metric.name).fullmatch(name):
             return metric
-    near = difflib.get_close_matches(name, [metric.name for metric in METRICS], n=1)
+    near = difflib.get_close_matches(name, [metric.name for metric in table], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"metric {name!r} is not in the table of megatron_dypo.metrics.names{hint}")
-
-
-@functools.cache
-def _patterns() -> tuple[tuple[Metric, re.Pattern[str]], ...]:
-    return tuple((metric, _pattern(metric.name)) for metric in METRICS)
+    raise ValueError(
+        f"metric {name!r} is neither in the table of megatron_dypo.metrics.names nor one of the objective{hint}"
+    )
 
 
 def name_part(text: str) -> str:
-    """``text`` as one part of a metric's name: without a slash, and different for different texts."""
+    """Return ``text`` as one part of a metric's name: without a slash, and different for different texts."""
     return text.replace("%", "%25").replace("/", "%2F")
 
 
+@functools.cache
 def _pattern(name: str) -> re.Pattern[str]:
     parts = re.split(r"<\w+>", name)
     return re.compile("[^/]+".join(re.escape(part) for part in parts), re.DOTALL)
-
-
-def markdown() -> str:
-    """The table as ``docs/metrics.md`` has it."""
-    rows = [f"| `{metric.name}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |" for metric in METRICS]
-    head = [
-        "# Metrics",
-        "",
-        "Written by `python -m megatron_dypo.metrics.names`; each step is one line of `metrics.jsonl` and one point in TensorBoard.",
-        "",
-        "| name | unit | meaning |",
-        "|---|---|---|",
-    ]
-    return "\n".join([*head, *rows]) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -1,6 +1,7 @@
 """Where metrics go: ``metrics.jsonl``, TensorBoard and, when asked, Weights & Biases; and how the step's time is kept.
 
-The names are those of :mod:`megatron_dypo.metrics.names`; any other is an error, so that the table stays true.
+The names are those of :mod:`megatron_dypo.metrics.names` and those that the objective declares. Any other is
+written all the same, and logged as an error, so that the tables stay true.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
 from megatron_dypo.config.tree import LoggingConfig
-from megatron_dypo.metrics.names import lookup
+from megatron_dypo.metrics.declared import write_declared
+from megatron_dypo.metrics.names import Metric, lookup
 
 log = logging.getLogger("megatron_dypo")
 
@@ -38,14 +40,21 @@ class MetricsWriter:
     """Writes one record a step to every sink of ``cfg``; a context manager.
 
     A run that resumes passes ``resume_step``, the first step that it will write: what an earlier attempt wrote for
-    that step and later ones is taken back, so that ``metrics.jsonl`` has one line a step. ``config`` is shown by W&B.
+    that step and later ones is taken back, so that ``metrics.jsonl`` has one line a step. ``config`` is shown by W&B;
+    ``declared`` are the objective's own metrics.
 
         with MetricsWriter(run_dir, cfg.logging, resume_step=step) as writer:
             writer.write(step, {"train/loss": 0.5})
     """
 
     def __init__(
-        self, run_dir: Path, cfg: LoggingConfig, *, resume_step: int = 0, config: Mapping[str, Any] | None = None
+        self,
+        run_dir: Path,
+        cfg: LoggingConfig,
+        *,
+        resume_step: int = 0,
+        config: Mapping[str, Any] | None = None,
+        declared: Sequence[Metric] = (),
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         # W&B first: it can fail on a missing package, and then nothing has been touched.
@@ -55,7 +64,9 @@ class MetricsWriter:
         if cfg.tensorboard:
             self._sinks.append(_TensorBoardSink(run_dir / TENSORBOARD_DIR, resume_step))
         self._last_step = jsonl.last_step
-        self._unknown: set[str] = set()
+        self._declared, self._checked = declared, set[str]()
+        if declared:
+            write_declared(run_dir, declared)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the record of ``step``; ValueError for a step that is not after the last one.
@@ -65,19 +76,20 @@ class MetricsWriter:
         if step <= self._last_step:
             raise ValueError(f"step={step}: must come after the last step written, {self._last_step}")
         for name in metrics:
-            self._require_known(name)
+            self._check_name(name)
         record = {name: float(value) for name, value in metrics.items()}
         for sink in self._sinks:
             sink.write(step, record)
         self._last_step = step
 
-    def _require_known(self, name: str) -> None:
+    def _check_name(self, name: str) -> None:
+        if name in self._checked:
+            return
+        self._checked.add(name)
         try:
-            lookup(name)
+            lookup(name, self._declared)
         except ValueError as error:
-            if name not in self._unknown:
-                self._unknown.add(name)
-                log.error("%s: please report this; it is written all the same", error)
+            log.error("%s: please report this; it is written all the same", error)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def group_advantages(reward_G: Tensor, *, normalize_std: bool = True, epsilon: float = 1e-6) -> Tensor:
-    """Â_i = (R_i − mean R) / (std R + ξ) within one group.
+    """Return Â_i = (R_i − mean R) / (std R + ξ) within one group.
 
     Args:
         reward_G: [G] rewards of the group's rollouts.
@@ -23,7 +23,7 @@ def group_advantages(reward_G: Tensor, *, normalize_std: bool = True, epsilon: f
     """
     if reward_G.dim() != 1 or len(reward_G) < 2:
         raise ValueError(f"reward_G of shape {tuple(reward_G.shape)}: must be one group of at least 2 rewards")
-    if bool((reward_G == reward_G[0]).all()):  # exactly zero: a mean that rounds must not be blown up by 1/ξ
+    if bool((reward_G == reward_G[0]).all()):  # exactly zero: 1/ξ would enlarge the rounding error of the mean
         return torch.zeros_like(reward_G)
     centred_G = reward_G - reward_G.mean()
     return centred_G / (reward_G.std() + epsilon) if normalize_std else centred_G

@@ -1,7 +1,7 @@
 """Log-prob and entropy of chosen tokens from hidden states, fused with the vocab-parallel output projection.
 
 Logits exist for one chunk of rows at a time and are computed again in the backward pass. The tensor-parallel group is
-an argument.
+passed in.
 
 Shape legend: N rows (response tokens of a microbatch), R rows of one chunk, V vocabulary entries on this rank, H hidden
 size; ranks hold the vocabulary in their order.
@@ -26,12 +26,12 @@ _LOGITS_SHARE, _SCRATCH_SHARE = 0.75, 0.125
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSink:
-    """Where the weight's gradient is accumulated, instead of in a tensor of autograd's."""
+    """A tensor that accumulates the weight's gradient, in place of one of autograd's."""
 
     total_VH: Tensor
     """fp32 (fp64 for an fp64 weight); the gradient is added to it during the backward pass."""
     done: Callable[[], Tensor | None]
-    """Called after that; its result is what autograd sees as the weight's gradient."""
+    """Called after that; autograd gets its result as the weight's gradient."""
 
 
 def fused_logprobs(
@@ -46,9 +46,10 @@ def fused_logprobs(
     memory_budget: int | None = None,
     sink: GradientSink | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log π(target) and the entropy of π = softmax(hidden · weightᵀ / temperature), in fp32 (fp64 for fp64 input).
+    """Return log π(target) and the entropy of π = softmax(hidden · weightᵀ / temperature), in fp32 (fp64 for fp64).
 
-    The gradient of ``hidden_NH`` is this rank's share: its sum over the group is the caller's. Differentiable once.
+    The gradient of ``hidden_NH`` is this rank's share: the caller adds it up over the group. Differentiable
+    once.
 
     Args:
         hidden_NH: [N, H] any float type, the same on every rank of the group.
@@ -56,10 +57,10 @@ def fused_logprobs(
         targets_N: [N] int64 token ids of the whole vocabulary.
         vocab_size: entries of the real vocabulary; rows beyond it are padding: no probability, no gradient, no cost.
         group: tensor-parallel group; None for a whole vocabulary on one rank.
-        with_entropy: whether the entropy is wanted.
-        memory_budget: bytes of scratch beside the gradients, from which the chunk's rows follow; a chunk has one row at
-            least. None for half of the weight in fp32, and 256 MiB at least.
-        sink: takes the weight's gradient; None to let autograd have it.
+        with_entropy: whether to compute the entropy.
+        memory_budget: bytes of scratch beside the gradients. Sets the rows of a chunk, at least one. None: half the
+            size of the weight in fp32, at least 256 MiB.
+        sink: takes the weight's gradient; None: autograd does.
 
     Returns:
         ``logp_N`` (−inf for a target outside the vocabulary) and ``entropy_N`` (without gradient; None if not wanted);
@@ -82,19 +83,19 @@ def fused_logprobs(
         with_entropy=with_entropy,
         memory_budget=_automatic_budget(weight_VH, dtype) if memory_budget is None else memory_budget,
         sink=sink,
-        keeps=torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad),
+        needs_backward=torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad),
     )
     return _FusedLogProbs.apply(hidden_NH, weight_VH, targets_N, call)
 
 
 def _automatic_budget(weight_VH: Tensor, dtype: torch.dtype) -> int:
-    """Each chunk reads and writes the weight's gradient once, so it must have work in proportion to it."""
+    """Size a chunk so that its work is in proportion to the weight's gradient, which it reads and writes once."""
     return max(_AUTOMATIC_FLOOR, weight_VH.numel() * dtype.itemsize // 2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
-    """What one call holds besides its tensors."""
+    """The settings of one call."""
 
     first: int
     """First token id of this rank."""
@@ -106,17 +107,17 @@ class _Call:
     with_entropy: bool
     memory_budget: int
     sink: GradientSink | None
-    keeps: bool
+    needs_backward: bool
     """Whether a backward pass may follow."""
 
     def chunks(self, num_rows: int) -> list[slice]:
-        """Rows in chunks of nearly equal size, none larger than the last, whose logits fit into their share."""
+        """Cut the rows into chunks of nearly equal size, the last the largest, whose logits fit into their share."""
         most = max(1, int(self.memory_budget * _LOGITS_SHARE) // (self.width * self.dtype.itemsize))
         count = -(-num_rows // most)
         return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
 
     def buffer(self, chunks: list[slice], like: Tensor) -> Tensor:
-        """Uninitialised logits of the largest chunk."""
+        """Allocate the logits of the largest chunk."""
         rows = chunks[-1].stop - chunks[-1].start if chunks else 0
         return torch.empty(rows, self.width, dtype=self.dtype, device=like.device)
 
@@ -124,7 +125,7 @@ class _Call:
         return Projection(weight_VH[: self.width], self.dtype, int(self.memory_budget * _SCRATCH_SHARE))
 
     def columns(self, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """[N] column of each target, and whether it is on this rank (its column is 0 if not)."""
+        """Return [N] column of each target, and whether it is on this rank (its column is 0 if not)."""
         local_N = targets_N - self.first
         is_here_N = (local_N >= 0) & (local_N < self.width)
         return torch.where(is_here_N, local_N, 0), is_here_N
@@ -136,7 +137,7 @@ class _Call:
 
 
 class _FusedLogProbs(torch.autograd.Function):
-    """Keeps, of all logits, those of the last chunk: the backward pass starts there and needs the buffer anyway."""
+    """The function and its backward pass. It keeps the logits of the last chunk, where the backward pass starts."""
 
     @staticmethod
     def forward(
@@ -162,8 +163,8 @@ class _FusedLogProbs(torch.autograd.Function):
         weighted_N = lift_N.exp() * (weighted_N + lift_N * sum_N)
         sum_N, weighted_N = call.reduce(torch.stack((lift_N.exp() * sum_N, weighted_N)), dist.ReduceOp.SUM)
 
-        ctx.call, ctx.kept = call, (exp_RV, lift_N) if call.keeps else None
-        if call.keeps:
+        ctx.call, ctx.kept = call, (exp_RV, lift_N) if call.needs_backward else None
+        if call.needs_backward:
             ctx.save_for_backward(hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N)
         entropy_N = sum_N.log() - weighted_N / sum_N if call.with_entropy else None
         if entropy_N is not None:
@@ -193,7 +194,7 @@ class _FusedLogProbs(torch.autograd.Function):
 
 
 def _exp_and_sums(shifted_RV: Tensor, sum_R: Tensor, weighted_R: Tensor | None, call: _Call) -> None:
-    """Exponentiate in place; Σ exp(s), and Σ s·exp(s) over a few rows at a time, in their share of the budget."""
+    """Exponentiate in place; write Σ exp(s), and Σ s·exp(s) a few rows at a time, in their share of the budget."""
     if weighted_R is None:
         torch.sum(shifted_RV.exp_(), dim=1, out=sum_R)
         return
@@ -207,7 +208,7 @@ def _exp_and_sums(shifted_RV: Tensor, sum_R: Tensor, weighted_R: Tensor | None, 
 
 
 def _weight_gradient(ctx: Any, weight_VH: Tensor) -> Tensor | None:
-    """What the weight's gradient is added to; None where it is not wanted."""
+    """Return the tensor that the weight's gradient is added to; None if none is wanted."""
     if not ctx.needs_input_grad[1]:
         return None
     if ctx.call.sink is not None:
@@ -218,7 +219,7 @@ def _weight_gradient(ctx: Any, weight_VH: Tensor) -> Tensor | None:
 def _exponentials(
     ctx: Any, chunks: list[slice], hidden_NH: Tensor, weight_VH: Tensor, top_N: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """exp(logit − top) of each chunk, the last chunk first; all in one buffer, which the caller may overwrite."""
+    """Yield exp(logit − top) of each chunk, the last first; all in one buffer, which the caller may overwrite."""
     if not chunks:
         return
     call: _Call = ctx.call

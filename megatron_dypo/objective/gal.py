@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dypo.objective.metrics import SumMetric
+
 SATURATED_AT = 5.0
 """A pair counts as saturated above this |β·d|: its weight σ(−β·d) is then within 0.007 of 0 or 1."""
 
@@ -21,7 +23,7 @@ class GalStatistics:
 
     loss: float
     eta: float
-    """η = E[w²], which the variance bound of eq. 17 needs to vanish; ¼ where d = 0."""
+    """η = E[w²], which the variance bound of eq. 17 is proportional to; ¼ where d = 0."""
     saturation: float
     """Share of pairs with |β·d| above SATURATED_AT."""
     margin: float
@@ -29,7 +31,7 @@ class GalStatistics:
 
 
 def gal_coefficients(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Tensor:
-    """c_i = ∂L_GAL/∂ℓ_i, the mean over the group's pairs.
+    """Return c_i = ∂L_GAL/∂ℓ_i, the mean over the group's pairs.
 
     Args:
         log_ratio_G: [G] ℓ_i = Σ_t log π_θ − log π_ref, already divided by the length divisor.
@@ -56,7 +58,7 @@ def gal_coefficients(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> 
 
 
 def gal_statistics(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> GalStatistics | None:
-    """Loss, η, saturation and margin of one group; None without a pair. Arguments as in :func:`gal_coefficients`."""
+    """Return diagnostics of one group, None without a pair. Arguments as in :func:`gal_coefficients`."""
     margin_SF = _margins(log_ratio_G, is_success_G, beta)
     if margin_SF.numel() == 0:
         return None
@@ -68,6 +70,50 @@ def gal_statistics(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Ga
         saturation=float(saturated_SF.double().mean()),
         margin=float(margin_SF.mean()),
     )
+
+
+def gal_sums(statistics: GalStatistics, log_ratio_G: Tensor) -> dict[str, float]:
+    """Return one group's share of the sums of :data:`GAL_METRICS`."""
+    return {
+        "gal_groups": 1.0,
+        "gal_loss": statistics.loss,
+        "gal_eta": statistics.eta,
+        "gal_saturation": statistics.saturation,
+        "gal_margin": statistics.margin,
+        "gal_members": float(len(log_ratio_G)),
+        "gal_log_ratio": float(log_ratio_G.sum()),
+    }
+
+
+GAL_METRICS = (
+    SumMetric(
+        "gal/loss", "nats", "mean −log σ(β·d) over pairs and groups, not weighted", of="gal_loss", per="gal_groups"
+    ),
+    SumMetric(
+        "gal/eta", "", "η = mean σ(−β·d)² over pairs: ¼ at the reference, 0 when every pair is settled",
+        of="gal_eta", per="gal_groups",
+    ),
+    SumMetric(
+        "gal/saturation", "fraction", "pairs with |β·d| above 5, whose gradient has all but vanished or saturated",
+        of="gal_saturation", per="gal_groups",
+    ),
+    SumMetric("gal/margin", "nats", "mean d = ℓ_s − ℓ_f over pairs", of="gal_margin", per="gal_groups"),
+    SumMetric(
+        "gal/log_ratio", "nats", "mean scaled ℓ that coefficients are computed from, over trajectories of Mid groups",
+        of="gal_log_ratio", per="gal_members",
+    ),
+    SumMetric(
+        "gal/drift", "nats",
+        "mean |ℓ under this update's weights − ℓ under π_old|, scaled, over trajectories with GAL: what stale "
+        "coefficients ignore",
+        of="gal_drift", per="gal_sequences",
+    ),
+    SumMetric(
+        "gal/clipfrac", "fraction", "tokens with GAL whose gradient objective.gal_clip stopped",
+        of="gal_clipped", per="gal_tokens",
+    ),
+)  # fmt: skip
+"""Diagnostics of GAL; their panels are in the report's own table."""
 
 
 def _margins(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> Tensor:

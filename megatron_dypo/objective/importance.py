@@ -1,4 +1,4 @@
-"""What the mismatch of trainer and servers does to each token: a weight and masks. Pure.
+"""Corrections for a mismatch of trainer and servers: a weight and masks for each token. Pure.
 
 Shape legend: N response tokens of one microbatch.
 """
@@ -17,7 +17,7 @@ from megatron_dypo.objective.sequences import Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """Every field is [N] and without gradient."""
+    """Weight and masks of each token; every field is [N] and without gradient."""
 
     weight: Tensor
     """Of the policy gradient: min(u, cap), or 1."""
@@ -30,9 +30,9 @@ class Importance:
 
 
 def importance(log_u_N: Tensor, is_rollout_N: Tensor, sequences: Sequences, cfg: ImportanceConfig) -> Importance:
-    """Truncated importance sampling (Yao et al. 2025), IcePop's masks (Ling Team 2025) and masks of whole rollouts.
+    """Return truncated importance weights (Yao et al. 2025), IcePop's masks (Ling Team 2025), masks of whole rollouts.
 
-    Masks ask whether a value is inside: a NaN is inside nothing. Only rollouts are weighted, capped or masked.
+    A value must be inside its bounds to be kept, so that NaN is masked. Only rollouts are weighted, capped or masked.
 
     Args:
         log_u_N: [N] log π_old − log π_rollout.

@@ -6,103 +6,170 @@ Shape legend: N response tokens of one microbatch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.objective import LossConfig
 from megatron_dypo.objective.importance import Importance, importance
 from megatron_dypo.objective.ratios import bounded_k3, clipped_surrogate
-from megatron_dypo.objective.sequences import Sequences
+from megatron_dypo.objective.sequences import Across, Sequences
+from megatron_dypo.objective.streams import STREAMS, Stream
 
-STATISTICS = (
-    "surrogate", "kl", "sft", "trace_nll", "tokens", "rollout_tokens", "entropy", "clipped", "ppo_kl",
-    "mismatch_abs", "importance_capped", "importance_masked", "rollouts", "rollouts_masked",
-    "anchored_tokens", "anchored_clipped", "anchored", "anchor_drift",
-)  # fmt: skip
-"""Names of the sums that :func:`token_loss` returns, in its order."""
+Sums = dict[str, Tensor]
+"""Named sums over the tokens of a microbatch, for the metrics: scalars without gradient."""
+
+VALUE = "objective"
+"""The sum that is the objective's value (``train/loss``); the loss may hold only the gradient of a term."""
+
+_COMMON = {stream.name for stream in STREAMS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """What one microbatch's response tokens carry; every tensor is [N] and without gradient."""
+    """The streams of one microbatch's response tokens: ``x["advantage"]`` is [N], without gradient."""
 
-    advantage: Tensor
-    surrogate: Tensor
-    kl: Tensor
-    nll: Tensor
-    anchor: Tensor
-    """1/divisor of the log-ratio by which ``nll`` is a derivative (GAL); 0 where ``nll`` is a constant."""
-    old_logp: Tensor
-    ref_logp: Tensor
-    rollout_logp: Tensor
-    is_trace: Tensor
+    streams: Mapping[str, Tensor]
     sequence: Tensor
-    """int64, in [0, num_sequences)."""
+    """[N] int64 sequence of each token, in [0, num_sequences)."""
     num_sequences: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.streams[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTokens:
+    """The response tokens of one microbatch under the policy, for a term of the loss of an objective's own."""
+
+    logp: Tensor
+    """[N] log π_θ with gradient; 0, without gradient, where ``objective.importance`` masks the token."""
+    entropy: Tensor
+    """[N] without gradient."""
+    is_kept: Tensor
+    """[N] False: masked; such a token must contribute nothing."""
+    sequences: Sequences
+    """Means over the sequences, wherever they are split."""
+
+
+LossTerm = Callable[[PolicyTokens, LossInputs], tuple[Tensor, Sums]]
+"""Gives a scalar to be added to the loss, and named sums of its own. Pure; the same names in every call."""
+TokenLoss = Callable[[Tensor, Tensor, LossInputs, Across | None], tuple[Tensor, Sums]]
+"""``(logp_N, entropy_N, inputs, across)`` → the scalar loss, attached to the graph, and named sums."""
 
 
 def token_loss(
     logp_N: Tensor,
     entropy_N: Tensor,
     x: LossInputs,
-    cfg: ObjectiveConfig,
-    across: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Σ_t surrogate·u·L_clip + kl·k3 − nll·log π over the tokens that ``cfg.importance`` keeps, and sums for the log.
+    cfg: LossConfig,
+    across: Across | None = None,
+    term: LossTerm | None = None,
+) -> tuple[Tensor, Sums]:
+    """Return Σ_t pg_weight·u·L_clip + kl_weight·k3 − nll_weight·log π over the kept tokens, and sums for the metrics.
 
     - L_clip = −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A), bounded by −c·A where A < 0 under dual clip (eq. 22). ρ is
       r_t = π_θ/π_old of the token, or s = exp(mean of log r over its sequence) with gradient s·∇log π: GSPO's, for
-      surrogate weights that are the same on all tokens of a sequence (arXiv 2507.18071, sections 4.1, 4.3).
-    - u and the masks are those of :mod:`megatron_dypo.objective.importance`; a masked token adds nothing at all, were its
-      log-probs NaN. Where a kept token reads a value that is not finite, loss and gradient are NaN.
+      pg weights that are the same on all tokens of a sequence (arXiv 2507.18071, sections 4.1, 4.3).
+    - u and the masks are those of :mod:`megatron_dypo.objective.importance`. A masked token adds nothing at all, even
+      if its log-probs are NaN. Where a kept token reads a value that is not finite, loss and gradient are NaN.
     - k3 = e^δ − δ − 1 with δ = log π_ref − log π_θ.
-    - From a ratio (ρ or π_ref/π_θ) of e^20 on, e^x is continued by its tangent (``LOG_RATIO_LIMIT``): the gradient of what
-      no clip bounds stays finite, and keeps its direction.
-    - Under ``gal_clip`` an anchored nll (GAL) is 0 where the ratio, r_t or s, has left the trust region in the
-      direction of its push: above 1+ε_high where nll > 0, below 1−ε_low where nll < 0.
+    - From a ratio (ρ or π_ref/π_θ) of e^20 on, e^x is continued by its tangent (``LOG_RATIO_LIMIT``): the gradient of
+      what no clip bounds stays finite, and keeps its direction.
+    - Under ``gal_clip`` the nll weight of a GAL token is 0 where the ratio, r_t or s, has left the trust region in the
+      direction of its push: above 1+ε_high where the weight is positive, below 1−ε_low where it is negative.
 
     Args:
         logp_N: [N] log π_θ of the response tokens, with gradient.
-        entropy_N: [N], for the log.
+        entropy_N: [N], for the metrics.
         across: see :class:`Sequences`.
+        term: an objective's own part of the loss.
 
     Returns:
-        The scalar loss, attached to the graph even where N = 0, and [len(STATISTICS)] float64 sums over the tokens:
-        ``surrogate``, ``kl``, ``sft`` of weighted losses; ``rollouts``, ``rollouts_masked``, ``anchored`` count
-        sequences; ``anchor_drift`` is Σ over anchored sequences of |ℓ_θ − ℓ_old|; the others plain sums or counts.
+        The scalar loss, attached to the graph even where N = 0, and float64 sums over the tokens. ``objective``,
+        ``pg``, ``kl`` and ``sft`` are of weighted losses; ``rollouts``, ``rollouts_masked`` and ``gal_sequences`` count
+        sequences; ``gal_drift`` is Σ over sequences with GAL of |ℓ_θ − ℓ_old|; the others are plain sums or counts.
     """
     sequences = Sequences(x.sequence, x.num_sequences, across)
-    is_rollout_N = ~x.is_trace
-    log_u_N = torch.where(is_rollout_N, x.old_logp - x.rollout_logp, 0.0)
+    is_rollout_N = ~x["is_trace"]
+    log_u_N = torch.where(is_rollout_N, x["old_logp"] - x["rollout_logp"], 0.0)
     correction = importance(log_u_N, is_rollout_N, sequences, cfg.importance)
     kept_N, current_N = correction.is_kept, _kept_logp(logp_N, x, correction)
-    log_ratio_N = torch.where(is_rollout_N & kept_N, current_N - x.old_logp, 0.0)
-    moved_N = _shown(torch.where(is_rollout_N, logp_N.detach() - x.old_logp, 0.0), kept_N)
+    log_ratio_N = torch.where(is_rollout_N & kept_N, current_N - x["old_logp"], 0.0)
+    moved_N = _shown(torch.where(is_rollout_N, logp_N.detach() - x["old_logp"], 0.0), kept_N)
     drift_N = sequences.mean(moved_N)
     log_rho_N = log_ratio_N
     if cfg.ratio == "sequence":
         log_rho_N = torch.where(kept_N, drift_N, 0.0) + (log_ratio_N - log_ratio_N.detach())
-    clip_N, is_clipped_N = clipped_surrogate(log_rho_N, x.advantage, cfg)
-    delta_N = torch.where((x.kl != 0) & kept_N, x.ref_logp - current_N, 0.0)
+    clip_N, is_clipped_N = clipped_surrogate(log_rho_N, x["advantage"], cfg)
+    delta_N = torch.where((x["kl_weight"] != 0) & kept_N, x["ref_logp"] - current_N, 0.0)
     is_stopped_N = _left_trust_region(moved_N, drift_N, x, cfg)
-    nll_N = torch.where(kept_N & ~is_stopped_N, x.nll, 0.0)
+    nll_weight_N = torch.where(kept_N & ~is_stopped_N, x["nll_weight"], 0.0)
 
-    loss_surrogate_N = torch.where(kept_N, x.surrogate * correction.weight, 0.0) * clip_N
-    loss_kl_N, loss_nll_N = x.kl * bounded_k3(delta_N), -nll_N * current_N
-    loss = (loss_surrogate_N + loss_kl_N + loss_nll_N).sum()
-    is_anchored_N = x.anchor != 0
-    sums = (
-        loss_surrogate_N, loss_kl_N, torch.where(x.is_trace, loss_nll_N, 0.0),
-        torch.where(x.is_trace, -current_N, 0.0), torch.ones_like(logp_N), is_rollout_N,
-        torch.where(is_rollout_N, _shown(entropy_N, kept_N), 0.0), is_clipped_N & kept_N & (x.surrogate != 0), -moved_N,
-        _shown(log_u_N, kept_N).abs(), correction.is_capped,
-        correction.is_token_masked, is_rollout_N * sequences.share_N, correction.is_sequence_masked * sequences.share_N,
-        is_anchored_N, is_stopped_N, is_anchored_N * sequences.share_N, (drift_N * x.anchor).abs(),
-    )  # fmt: skip
-    return loss, torch.stack([s.detach().double().sum() for s in sums])
+    pg_N = torch.where(kept_N, x["pg_weight"] * correction.weight, 0.0) * clip_N
+    kl_N, nll_N = x["kl_weight"] * bounded_k3(delta_N), -nll_weight_N * current_N
+    loss = (pg_N + kl_N + nll_N).sum()
+    sums = {
+        "pg": pg_N,
+        "kl": kl_N,
+        "sft": torch.where(x["is_trace"], nll_N, 0.0),
+        "trace_nll": torch.where(x["is_trace"], -current_N, 0.0),
+        "tokens": torch.ones_like(logp_N),
+        "trace_tokens": x["is_trace"],
+        "rollout_tokens": is_rollout_N,
+        "rollouts": is_rollout_N * sequences.share_N,
+        "entropy": torch.where(is_rollout_N, _shown(entropy_N, kept_N), 0.0),
+        "clipped": is_clipped_N & kept_N & (x["pg_weight"] != 0),
+        "ppo_kl": -moved_N,
+        "mismatch_abs": _shown(log_u_N, kept_N).abs(),
+        **_importance_sums(correction, sequences),
+        **_gal_sums(x, drift_N, is_stopped_N, sequences),
+    }
+    totals = {name: value_N.detach().double().sum() for name, value_N in sums.items()}
+    totals[VALUE] = totals["pg"] + totals["kl"] + totals["sft"]
+    if term is None:
+        return loss, totals
+    policy = PolicyTokens(logp=current_N, entropy=entropy_N, is_kept=kept_N, sequences=sequences)
+    return _with_term(loss, totals, *term(policy, x))
+
+
+def sum_names(loss: TokenLoss, streams: Sequence[Stream]) -> tuple[str, ...]:
+    """Return the names of the sums that ``loss`` gives, by asking it for those of no tokens."""
+    empty = {stream.name: torch.from_numpy(np.empty(0, stream.dtype)) for stream in streams}
+    inputs = LossInputs(streams=empty, sequence=torch.empty(0, dtype=torch.int64), num_sequences=0)
+    return tuple(loss(torch.empty(0), torch.empty(0), inputs, None)[1])
+
+
+def _with_term(loss: Tensor, totals: Sums, own_loss: Tensor, own: Sums) -> tuple[Tensor, Sums]:
+    """Add an objective's own term, whose value is ``own["objective"]`` if it gives one, else ``own_loss``."""
+    value = own.get(VALUE, own_loss)
+    own = {name: total for name, total in own.items() if name != VALUE}
+    if taken := own.keys() & totals.keys():
+        raise ValueError(f"sums {sorted(taken)} of the objective's own term: the loss has these names already")
+    totals = totals | {name: total.detach().double() for name, total in own.items()}
+    totals[VALUE] = totals[VALUE] + value.detach().double()
+    return loss + own_loss, totals
+
+
+def _importance_sums(correction: Importance, sequences: Sequences) -> Sums:
+    return {
+        "importance_capped": correction.is_capped,
+        "importance_masked": correction.is_token_masked,
+        "rollouts_masked": correction.is_sequence_masked * sequences.share_N,
+    }
+
+
+def _gal_sums(x: LossInputs, drift_N: Tensor, is_stopped_N: Tensor, sequences: Sequences) -> Sums:
+    is_gal_N = x["gal_scale"] != 0
+    return {
+        "gal_tokens": is_gal_N,
+        "gal_clipped": is_stopped_N,
+        "gal_sequences": is_gal_N * sequences.share_N,
+        "gal_drift": (drift_N * x["gal_scale"]).abs(),
+    }
 
 
 def _kept_logp(logp_N: Tensor, x: LossInputs, correction: Importance) -> Tensor:
@@ -111,8 +178,11 @@ def _kept_logp(logp_N: Tensor, x: LossInputs, correction: Importance) -> Tensor:
     Where a kept token reads anything that is not finite, value *and gradient* are NaN, whatever its weights are: a clip
     or a weight of 0 would hide it, and the optimizer looks at gradients.
     """
-    reads_N = logp_N.detach() + x.advantage + x.surrogate + x.kl + x.nll + correction.weight
-    reads_N = reads_N + torch.where(x.is_trace, 0.0, x.old_logp) + torch.where(x.kl != 0, x.ref_logp, 0.0)
+    reads_N = logp_N.detach() + x["advantage"] + x["pg_weight"] + x["kl_weight"] + x["nll_weight"] + correction.weight
+    reads_N = reads_N + torch.where(x["is_trace"], 0.0, x["old_logp"])
+    reads_N = reads_N + torch.where(x["kl_weight"] != 0, x["ref_logp"], 0.0)
+    for name in x.streams.keys() - _COMMON:
+        reads_N = reads_N + x[name]
     factor_N = torch.where(correction.is_kept & ~reads_N.isfinite(), math.nan, torch.ones_like(reads_N))
     return torch.where(correction.is_kept, logp_N * factor_N, 0.0)
 
@@ -122,12 +192,10 @@ def _shown(value_N: Tensor, kept_N: Tensor) -> Tensor:
     return torch.where(kept_N | value_N.isfinite(), value_N, 0.0)
 
 
-def _left_trust_region(
-    log_ratio_N: Tensor, sequence_log_ratio_N: Tensor, x: LossInputs, cfg: ObjectiveConfig
-) -> Tensor:
-    """[N] where an anchored nll has pushed the ratio out of [1−ε_low, 1+ε_high] already."""
+def _left_trust_region(log_ratio_N: Tensor, sequence_log_ratio_N: Tensor, x: LossInputs, cfg: LossConfig) -> Tensor:
+    """[N] where GAL has pushed the ratio out of [1−ε_low, 1+ε_high] already."""
     if cfg.gal_clip == "none":
-        return torch.zeros_like(x.is_trace)
-    log_N = sequence_log_ratio_N if cfg.gal_clip == "sequence" else log_ratio_N
-    too_far_N = torch.where(x.nll > 0, log_N > math.log1p(cfg.clip_high), log_N < math.log1p(-cfg.clip_low))
-    return too_far_N & (x.anchor != 0) & (x.nll != 0)
+        return torch.zeros_like(x["is_trace"])
+    log_N, weight_N = sequence_log_ratio_N if cfg.gal_clip == "sequence" else log_ratio_N, x["nll_weight"]
+    too_far_N = torch.where(weight_N > 0, log_N > math.log1p(cfg.clip_high), log_N < math.log1p(-cfg.clip_low))
+    return too_far_N & (x["gal_scale"] != 0) & (weight_N != 0)

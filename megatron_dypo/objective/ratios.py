@@ -12,24 +12,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_dypo.config.objective import LOG_RATIO_LIMIT, ObjectiveConfig
+from megatron_dypo.config.objective import LOG_RATIO_LIMIT, LossConfig
 
 
 def bounded_exp(log_N: Tensor) -> Tensor:
-    """[N] e^x; above :data:`LOG_RATIO_LIMIT` its tangent there, so that value and gradient stay finite in fp32."""
+    """Return [N] e^x; above :data:`LOG_RATIO_LIMIT` its tangent, so that value and gradient stay finite in fp32."""
     return _continued(torch.exp, log_N)
 
 
 def bounded_k3(delta_N: Tensor) -> Tensor:
-    """[N] e^δ − δ − 1, with :func:`bounded_exp`'s tangent; accurate near δ = 0, where the sum would cancel."""
+    """Return [N] e^δ − δ − 1, with :func:`bounded_exp`'s tangent; accurate near δ = 0, where the sum would cancel."""
     return _continued(torch.expm1, delta_N) - delta_N
 
 
-def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), at most −c·A where A < 0 under dual clip.
+def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: LossConfig) -> tuple[Tensor, Tensor]:
+    """Return −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), at most −c·A where A < 0 under dual clip.
 
     Returns:
-        [N] loss, and [N] where a bound replaced the ratio: the gradient is zero there, however large the ratio is.
+        [N] loss, and [N] whether a bound replaced the ratio: the gradient is zero there, however large the ratio is.
     """
     is_up_N, is_down_N = advantage_N > 0, advantage_N < 0
     is_clipped_N = is_up_N & (log_ratio_N > math.log1p(cfg.clip_high))
@@ -44,7 +44,7 @@ def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: ObjectiveCo
 
 
 def _continued(function: Callable[[Tensor], Tensor], log_N: Tensor) -> Tensor:
-    """``function``, whose derivative is e^x, and from LOG_RATIO_LIMIT on its tangent."""
+    """Return ``function``, whose derivative is e^x, continued by its tangent from LOG_RATIO_LIMIT on."""
     is_far_N = log_N > LOG_RATIO_LIMIT
     near_N = function(torch.where(is_far_N, LOG_RATIO_LIMIT, log_N))
     return near_N + torch.where(is_far_N, math.exp(LOG_RATIO_LIMIT) * (log_N - LOG_RATIO_LIMIT), 0.0)

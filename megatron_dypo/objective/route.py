@@ -1,4 +1,4 @@
-"""Graded groups → samples: each group gets the objective's treatment, a Hard one a teacher's trace."""
+"""Graded groups → samples: the objective says what becomes of each; one to be distilled gets a teacher's trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dypo.types import DropReason, GradedGroup, Sample, Treatment
 
 @dataclass(kw_only=True)
 class Routed:
-    """What became of one round of groups; the lists are parallel to the groups."""
+    """The outcome of one round of groups; the lists are parallel to the groups."""
 
     treatments: list[Treatment] = field(default_factory=list)
     samples: list[list[Sample]] = field(default_factory=list)
@@ -27,10 +27,11 @@ class Routed:
 
     @property
     def without_teacher(self) -> int:
-        """Groups that should have been distilled and have no trace; dropped."""
+        """The number of groups that were dropped because they have no trace to be distilled from."""
         return self.reasons.count(DropReason.NO_TEACHER)
 
     def teacher_counts(self) -> Counter[str]:
+        """Count the traces drawn from each teacher."""
         return Counter(name for name in self.teachers if name is not None)
 
 
@@ -48,7 +49,7 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
         reason = DropReason.EASY if treatment is Treatment.DROP else None
         if treatment is Treatment.REINFORCE:
             samples = _rollout_samples(group)
-        elif treatment is Treatment.DISTIL:
+        elif treatment is Treatment.DISTILL:
             drawn = draw_trace(group.prompt, seed)
             if drawn is None:
                 treatment, reason = Treatment.DROP, DropReason.NO_TEACHER
@@ -84,7 +85,7 @@ def _trace_sample(group: GradedGroup, trace: np.ndarray, version: int) -> Sample
     return Sample(
         order=group.prompt.order,
         member=0,
-        treatment=Treatment.DISTIL,
+        treatment=Treatment.DISTILL,
         tokens=np.concatenate([group.prompt.tokens, trace]).astype(np.int32),
         num_prompt_tokens=len(group.prompt.tokens),
         policy_version=version,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from megatron_dypo.types import Sample, Totals, Treatment
 
-_KINDS = (Treatment.DISTIL, Treatment.REINFORCE)
+_KINDS = (Treatment.DISTILL, Treatment.REINFORCE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What one replica's groups of one treatment are: three different numbers."""
+    """Three different counts of one replica's groups of one treatment."""
 
     prompts: int = 0
     """A group is one prompt, however many members it has."""

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.objective import ImportanceConfig
-from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.types import Treatment
 from tests.support.dist.layout_gradients import Row, rank_rows
 from tests.support.dist.literal_objective import is_trusted, literal_gradients, literal_logprobs
@@ -219,14 +218,14 @@ def test_log_probs_and_statistics_count_each_token_once(name, seen, paths):
     assert ours.keys() == expected.keys()
     for key, logp in expected.items():
         np.testing.assert_allclose(ours[key], logp, atol=2e-5, err_msg=str(key))
-    traces = [(s.order, s.member) for g in groups() for s in g if s.treatment is Treatment.DISTIL]
+    traces = [(s.order, s.member) for g in groups() for s in g if s.treatment is Treatment.DISTILL]
     rollouts = [s for g in groups() for s in g if s.treatment is Treatment.REINFORCE]
     sums_of_passes = ((index, sums) for rank in ranks for (index, _), sums in zip(row.passes, rank.statistics, strict=True))
     for objective, sums in sums_of_passes:
         bounds = dataclasses.replace(OBJECTIVES[objective].importance, token_bounds=None)
         masked = sum(not any(is_trusted(s, bounds)) for s in rollouts)
-        assert sums[STATISTICS.index("rollouts")] == pytest.approx(len(rollouts))
-        assert sums[STATISTICS.index("rollouts_masked")] == pytest.approx(masked)
-        assert sums[STATISTICS.index("tokens")] == sum(map(len, expected.values()))
+        assert sums["rollouts"] == pytest.approx(len(rollouts))
+        assert sums["rollouts_masked"] == pytest.approx(masked)
+        assert sums["tokens"] == sum(map(len, expected.values()))
         trace_nll = -sum(expected[key].sum() for key in traces)
-        assert sums[STATISTICS.index("trace_nll")] == pytest.approx(trace_nll, rel=1e-6)
+        assert sums["trace_nll"] == pytest.approx(trace_nll, rel=1e-6)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.batching.pack import alignment, pack, padded_lengths, row_length, sequence_alignment
+from megatron_dypo.batching.pack import alignment, pack, padded_lengths, microbatch_length, sequence_alignment
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.objective.recipes.registry import build_objective
 from tests.support.dist.literal_objective import float64_model, hf_gradients, response_logp
 from tests.support.dist.spawn import run_ranks
 from tests.dist.test_logits import rank_logits, rows
@@ -132,10 +133,10 @@ def rank_balance_gradients(path, axes):
     optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-3, eps=1.0), dtype="float32", total_steps=1)
     samples = balance_samples()
     per_sequence = sequence_alignment(layout.context)
-    length = row_length(padded_lengths(samples, per_sequence), MEMBERS, 2 * alignment(layout.tensor, layout.context))
+    length = microbatch_length(padded_lengths(samples, per_sequence), MEMBERS, 2 * alignment(layout.tensor, layout.context))
     mine = [pack(samples, members, length, per_sequence) for members in MEMBERS[layout.dp_rank :: layout.data]]
     optimizer.zero_grad()
-    loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], cfg=ObjectiveConfig())
+    loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], objective=build_objective(ObjectiveConfig()))
     grads = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
     tensors = iter_hf_tensors(grads, arch, layout)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}

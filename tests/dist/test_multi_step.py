@@ -124,12 +124,12 @@ def test_a_second_epoch_goes_over_the_same_mini_batches_at_its_own_weights(layou
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_anchor_drift_is_what_stale_coefficients_ignore(mode, root) -> None:
+def test_gals_drift_is_what_stale_coefficients_ignore(mode, root) -> None:
     seen = trained("one process", root)[mode]
     for i, step in enumerate(seen["steps"]):
         groups = seen["groups"][PROMPTS * i : PROMPTS * (i + 1)]
         expected = literal_drift(model_at(step["weights"], root), groups)
-        assert seen["metrics"][i + 1]["gal/anchor_drift"] == pytest.approx(expected, rel=1e-3, abs=2e-6)
+        assert seen["metrics"][i + 1]["gal/drift"] == pytest.approx(expected, rel=1e-3, abs=2e-6)
         assert expected > 1e-2 if i % 2 == 1 else expected < 2e-6
 
 

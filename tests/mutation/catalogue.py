@@ -29,8 +29,10 @@ _LOSS = (
     "tests/unit/objective/test_loss.py",
     "tests/unit/objective/test_loss_of_sequences.py",
     "tests/unit/objective/test_extreme_ratios.py",
+    "tests/unit/objective/test_own_objectives.py",
 )
 _OBJECTIVES = (
+    "tests/unit/objective/test_own_objectives.py",
     "tests/unit/objective/test_recipes.py",
     "tests/unit/objective/test_laws_of_objectives.py",
     "tests/unit/objective/test_literal_objectives.py",
@@ -55,7 +57,7 @@ ROOMS = {
         also={
             **{f"megatron_dypo/objective/{name}.py": _LOSS for name in ("importance", "sequences", "ratios")},
             **{f"megatron_dypo/objective/recipes/{n}.py": _OBJECTIVES for n in ("dypo", "grpo", "sft", "sft_then_rl", "base")},
-            "megatron_dypo/objective/weigh.py": _OBJECTIVES,
+            "megatron_dypo/objective/token_weights.py": _OBJECTIVES,
             "megatron_dypo/objective/advantage.py": _OBJECTIVES,
             "megatron_dypo/objective/projection.py": ("tests/unit/objective/test_fused_logprobs.py",),
             "megatron_dypo/objective/loss.py": _LOSS,

@@ -47,7 +47,7 @@ ALIKE = (
     ("alpha", "gamma"), ("beta_gal", "kl_coef"), ("reward", "is_correct"), ("surrogate", "kl", "nll"), ("order", "member"),
     ("is_token_masked", "is_sequence_masked", "is_capped"), ("tokens_T", "targets_T"), ("updates_left", "policy_version"),
     ("linear", "quadratic", "response"), ("used", "length"), ("prompts", "sequences", "response_tokens"),
-    ("token_bounds", "sequence_bounds"), ("DISTIL", "REINFORCE", "DROP"), ("EASY", "MID", "HARD"), ("waiting", "batch"),
+    ("token_bounds", "sequence_bounds"), ("DISTILL", "REINFORCE", "DROP"), ("EASY", "MID", "HARD"), ("waiting", "batch"),
     ("num_attention_heads", "num_key_value_heads"), ("hidden_size", "ffn_hidden_size"), ("version", "step"), ("values", "keys"),
     ("old_logp_T", "ref_logp_T", "rollout_logp_T"), ("kl_T", "nll_T", "surrogate_T"), ("visit", "order"), ("append", "extend"),
     ("answer", "source", "text"), ("prompt_tokens", "response_tokens"), ("normalize_std", "is_on"), ("first", "width"),

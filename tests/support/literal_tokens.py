@@ -59,13 +59,15 @@ def literal_tokens(logp, entropy, x, cfg):
     for t in range(len(logp)):
         whole = members[x["sequence"][t]]
         out.add("tokens")
-        out.add("anchored_tokens", x["anchor"][t] != 0)
-        out.add("anchored", (x["anchor"][t] != 0) / len(whole))
+        out.add("gal_tokens", x["gal_scale"][t] != 0)
+        out.add("gal_sequences", (x["gal_scale"][t] != 0) / len(whole))
         if x["is_trace"][t]:
-            loss = -x["nll"][t] * logp[t]
+            loss = -x["nll_weight"][t] * logp[t]
             out.add("sft", loss)
             out.add("trace_nll", -logp[t])
-            _close(out, loss, -x["nll"][t], abs(loss), abs(x["nll"][t]))
+            out.add("trace_tokens")
+            out.add("objective", loss)
+            _close(out, loss, -x["nll_weight"][t], abs(loss), abs(x["nll_weight"][t]))
             continue
         out.add("rollout_tokens")
         out.add("rollouts", 1 / len(whole))
@@ -73,7 +75,7 @@ def literal_tokens(logp, entropy, x, cfg):
         moved = [logp[i] - x["old_logp"][i] for i in whole]
         drift = sum(moved) / len(moved)
         out.add("ppo_kl", x["old_logp"][t] - logp[t])
-        out.add("anchor_drift", abs(drift * x["anchor"][t]))
+        out.add("gal_drift", abs(drift * x["gal_scale"][t]))
         log_u = [x["old_logp"][i] - x["rollout_logp"][i] for i in whole]
         own_u = x["old_logp"][t] - x["rollout_logp"][t]
         out.add("mismatch_abs", abs(own_u))
@@ -86,24 +88,25 @@ def literal_tokens(logp, entropy, x, cfg):
         own = logp[t] - x["old_logp"][t]
         region = drift if cfg.gal_clip == "sequence" else own
         is_stopped = False
-        if cfg.gal_clip != "none" and x["anchor"][t] != 0 and x["nll"][t] != 0:
+        if cfg.gal_clip != "none" and x["gal_scale"][t] != 0 and x["nll_weight"][t] != 0:
             out.near(region, *clips)
-            is_stopped = region > math.log(clips[0]) if x["nll"][t] > 0 else region < math.log(clips[1])
-        out.add("anchored_clipped", is_stopped)
+            is_stopped = region > math.log(clips[0]) if x["nll_weight"][t] > 0 else region < math.log(clips[1])
+        out.add("gal_clipped", is_stopped)
         if is_token or is_whole:
             _close(out, 0.0, 0.0, 0.0, 0.0)
             continue
         log_rho = drift if cfg.ratio == "sequence" else own
         out.near(log_rho, *clips, cfg.dual_clip)
         value, slope, is_clipped = surrogate(log_rho, x["advantage"][t], cfg)
-        out.add("clipped", is_clipped and x["surrogate"][t] != 0)
-        value, slope = x["surrogate"][t] * weight * value, x["surrogate"][t] * weight * slope
-        out.add("surrogate", value)
-        penalty, pull = k3(x["ref_logp"][t] - logp[t]) if x["kl"][t] else (0.0, 0.0)
-        out.add("kl", x["kl"][t] * penalty)
-        nll = 0.0 if is_stopped else x["nll"][t]
-        parts = (value, x["kl"][t] * penalty, -nll * logp[t])
-        slopes = (slope, -x["kl"][t] * pull, -nll)
+        out.add("clipped", is_clipped and x["pg_weight"][t] != 0)
+        value, slope = x["pg_weight"][t] * weight * value, x["pg_weight"][t] * weight * slope
+        out.add("pg", value)
+        penalty, pull = k3(x["ref_logp"][t] - logp[t]) if x["kl_weight"][t] else (0.0, 0.0)
+        out.add("kl", x["kl_weight"][t] * penalty)
+        nll = 0.0 if is_stopped else x["nll_weight"][t]
+        out.add("objective", value + x["kl_weight"][t] * penalty)
+        parts = (value, x["kl_weight"][t] * penalty, -nll * logp[t])
+        slopes = (slope, -x["kl_weight"][t] * pull, -nll)
         _close(out, sum(parts), sum(slopes), sum(map(abs, parts)), sum(map(abs, slopes)))
     return out
 

@@ -4,22 +4,23 @@ import numpy as np
 import torch
 
 from megatron_dypo.objective.loss import LossInputs
+from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.types import Sample, Totals, Treatment
 
 
-def loss_inputs(num_tokens, **streams) -> LossInputs:
+def loss_inputs(num_tokens, *, sequence=None, num_sequences=None, **streams) -> LossInputs:
     """Float64 streams of the loss; what is not given is zero, and all tokens are one sequence."""
-    zeros = dict.fromkeys(LossInputs.__dataclass_fields__, [0.0] * num_tokens)
+    zeros = {stream.name: [0.0] * num_tokens for stream in STREAMS}
     tensors = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in {**zeros, **streams}.items()}
-    sequence = tensors["sequence"].long()
-    count = int(sequence.max()) + 1 if num_tokens else 0
-    typed = {"is_trace": tensors["is_trace"].bool(), "sequence": sequence, "num_sequences": count}
-    return LossInputs(**{**tensors, **typed})
+    tensors["is_trace"] = tensors["is_trace"].bool()
+    index = torch.as_tensor([0] * num_tokens if sequence is None else sequence).long()
+    count = int(index.max()) + 1 if num_tokens else 0
+    return LossInputs(streams=tensors, sequence=index, num_sequences=num_sequences or count)
 
 
 def totals_of(groups) -> Totals:
     """Counts over whole groups, as the trainer makes them."""
-    kinds = (Treatment.DISTIL, Treatment.REINFORCE)
+    kinds = (Treatment.DISTILL, Treatment.REINFORCE)
     by_kind = {kind: [s for g in groups for s in g if s.treatment is kind] for kind in kinds}
     return Totals(
         num_prompts=len(groups),
@@ -46,7 +47,7 @@ def random_groups(seed, *, num_hard=2, num_mid=3, group_size=4, vocab=50, max_re
                 Sample(
                     order=order,
                     member=member,
-                    treatment=Treatment.REINFORCE if is_mid else Treatment.DISTIL,
+                    treatment=Treatment.REINFORCE if is_mid else Treatment.DISTILL,
                     tokens=np.concatenate([prompt, response]),
                     num_prompt_tokens=len(prompt),
                     policy_version=0,

@@ -13,6 +13,7 @@ from megatron_dypo.config.load import parse_config
 from megatron_dypo.grading.math import verify_math
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.metrics.samples import RolloutRow, SampleRow
+from megatron_dypo.objective.metrics_page import all_metrics
 from megatron_dypo.types import DropReason, Tier, Treatment
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def test_metrics_that_the_glossary_names_are_written():
     named = set(re.findall(r"`((?:train|rollout|gate|gal|eval|perf|score|queue|refit)/[\w/<>]+)`", page))
     assert len(named) >= 8
     for name in named:
-        lookup(name.replace("<set>", "held_out"))
+        lookup(name.replace("<set>", "held_out"), all_metrics())
 
 
 def test_reasons_and_treatments_in_the_glossary_are_those_of_the_package():

@@ -71,7 +71,7 @@ def make_samples(sizes: CheckSizes) -> list[Sample]:
                 Sample(
                     order=2 * order + is_trace,
                     member=0 if is_trace else member,
-                    treatment=Treatment.DISTIL if is_trace else Treatment.REINFORCE,
+                    treatment=Treatment.DISTILL if is_trace else Treatment.REINFORCE,
                     tokens=np.concatenate([prompt, response]),
                     num_prompt_tokens=len(prompt),
                     policy_version=0,
@@ -85,7 +85,7 @@ def make_samples(sizes: CheckSizes) -> list[Sample]:
 
 def count(samples: Sequence[Sample]) -> Totals:
     """Of the whole batch."""
-    kinds = (Treatment.DISTIL, Treatment.REINFORCE)
+    kinds = (Treatment.DISTILL, Treatment.REINFORCE)
     return Totals(
         num_prompts=len({sample.order for sample in samples}),
         num_sequences={kind: sum(s.treatment is kind for s in samples) for kind in kinds},

@@ -24,12 +24,12 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.logprobs import pack_rows, sequence_logprobs
+from megatron_dypo.mcore.logprobs import pack_microbatches, sequence_logprobs
 from megatron_dypo.mcore.model import build_model
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
 from megatron_dypo.models.flops import sequence_cost
-from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import Layout
 from megatron_dypo.types import Floats, Microbatch, Sample, Treatment
@@ -39,7 +39,6 @@ Dtype = Literal["float32", "bfloat16"]
 
 OBJECTIVE = ObjectiveConfig()
 LEARNING_RATE = 1e-5
-_LOSSES = [STATISTICS.index(name) for name in ("surrogate", "kl", "sft")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +69,20 @@ def run_updates(sizes: CheckSizes, layout: Layout, *, dtype: Dtype, fp8: Fp8Conf
     chunks, optimizer = _build(sizes, layout, dtype, fp8)
     samples, budget = make_samples(sizes), max(sizes.tokens // 2, sizes.length)
     start = _now()
-    logp = sequence_logprobs(chunks, samples, layout=layout, budget=budget, row_multiple=fp8.row_multiple)
+    logp = sequence_logprobs(chunks, samples, layout=layout, budget=budget, token_multiple=fp8.row_multiple)
     score_s = _now() - start
     assert logp is not None, "one rank leads itself"
-    rows = _pack(_weigh(samples, logp), layout, budget, fp8.row_multiple)
+    rows = _pack(_token_weights(samples, logp), layout, budget, fp8.row_multiple)
     losses, norms, seconds = [], [], []
     for step in range(sizes.steps):
         start = _now()
         optimizer.zero_grad()
-        sums = loss_pass(chunks, rows, cfg=OBJECTIVE)
+        sums = loss_pass(chunks, rows, objective=build_objective(OBJECTIVE))
         if step == 0:
             torch.save({"logp": torch.from_numpy(np.concatenate(logp)), "gradient": _gradient(chunks)}, keep)
         norms.append(optimizer.step().grad_norm)
         seconds.append(_now() - start)
-        losses.append(float(sums[_LOSSES].sum()))
+        losses.append(sums["pg"] + sums["kl"] + sums["sft"])
     step_s = statistics.median(seconds[1:] or seconds)
     cost = sequence_cost(architecture(sizes))
     needed = replace(cost, response=cost.response * 3 / 4)
@@ -117,7 +116,7 @@ def _fill_weights(chunks: Sequence[Any]) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def _weigh(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:
+def _token_weights(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:
     """The objective's weights, with the policy now for both π_old and π_ref."""
     objective, totals = build_objective(OBJECTIVE), count(samples)
     for sample, own in zip(samples, logp, strict=True):
@@ -127,15 +126,15 @@ def _weigh(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:
     weighed: list[Sample] = []
     for _, members in itertools.groupby(samples, key=lambda sample: sample.order):
         group = list(members)
-        weights = objective.weigh(group, totals, 0).weights
+        weights = objective.token_weights(group, totals, 0).weights
         weighed += [replace(sample, weights=weight) for sample, weight in zip(group, weights, strict=True)]
     return weighed
 
 
-def _pack(samples: Sequence[Sample], layout: Layout, budget: int, row_multiple: int) -> list[Microbatch]:
+def _pack(samples: Sequence[Sample], layout: Layout, budget: int, token_multiple: int) -> list[Microbatch]:
     lengths = [len(sample.tokens) for sample in samples]
     bins = plan_microbatches(lengths, budget=budget, count=num_microbatches(lengths, budget=budget))
-    return pack_rows(samples, bins, layout, row_multiple)
+    return pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=STREAMS)
 
 
 def _gradient(chunks: Sequence[Any]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_dypo.fs import replace_file
+from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.report.plots import Plot, build_plots
 from megatron_dypo.metrics.report.sample_table import select_samples
 from megatron_dypo.metrics.report.tiles import build_tiles, duration
@@ -44,7 +45,7 @@ def render_report(run_dir: Path) -> Path:
             tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
             versions=_read_json(run_dir / VERSIONS_FILE),
             config=_read_text(run_dir / CONFIG_FILE),
-            plots=build_plots(records),
+            plots=build_plots(records, read_declared(run_dir)),
             samples=select_samples(run_dir),
             nonce=secrets.token_urlsafe(12),
             plotly_js=Markup(get_plotlyjs()),

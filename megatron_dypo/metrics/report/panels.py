@@ -83,12 +83,12 @@ PANELS = (
     Panel(
         title="GAL: margin and drift",
         unit="nats",
-        note="Margin: success over failure. Log-ratio: of a trajectory to the reference policy. Anchor drift: how far "
+        note="Margin: success over failure. Log-ratio: of a trajectory to the reference policy. Drift: how far "
         "the update's policy is from the one that made its rollouts.",
         lines=(
             Line("gal/margin", "margin", _BLUE),
             Line("gal/log_ratio", "log-ratio", _ORANGE),
-            Line("gal/anchor_drift", "anchor drift", _PURPLE),
+            Line("gal/drift", "drift", _PURPLE),
         ),
     ),
     Panel(title="Policy entropy", unit="nats per token", lines=(Line("train/entropy", "entropy", _BLUE),)),

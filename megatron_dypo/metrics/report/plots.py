@@ -10,7 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from megatron_dypo.metrics.intervals import wilson_interval
-from megatron_dypo.metrics.report.panels import CYCLE, PANELS, Line, Panel
+from megatron_dypo.metrics.names import Metric
+from megatron_dypo.metrics.report.declared import all_panels
+from megatron_dypo.metrics.report.panels import CYCLE, Line, Panel
 
 Records = Sequence[dict[str, Any]]
 
@@ -28,10 +30,10 @@ class Plot:
     figure: go.Figure
 
 
-def build_plots(records: Records) -> list[Plot]:
-    """Every plot that the records hold data for, in order of the page."""
+def build_plots(records: Records, declared: Sequence[Metric] = ()) -> list[Plot]:
+    """Every plot that the records hold data for, in order of the page; ``declared`` are the objective's metrics."""
     plots = [_eval_plot(records)]
-    plots += [_panel_plot(panel, records) for panel in (*PANELS, _teacher_panel(records))]
+    plots += [_panel_plot(panel, records) for panel in (*all_panels(records, declared), _teacher_panel(records))]
     return [plot for plot in plots if plot is not None]
 
 

@@ -1,43 +1,77 @@
-"""The seam of an objective: what it needs, what it does with a graded group, and its weights on the tokens."""
+"""The seam of an objective: which groups it learns from, the weights on their tokens, its streams, loss and metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.objective.gal import GalStatistics
+from megatron_dypo.objective.loss import LossInputs, PolicyTokens, Sums, token_loss
+from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
+from megatron_dypo.objective.sequences import Across
+from megatron_dypo.objective.streams import STREAMS, Stream
 from megatron_dypo.types import Sample, Tier, TokenWeights, Totals, Treatment
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeighedGroup:
-    """Weights for each member of a group, in its order."""
+class WeightedGroup:
+    """Token weights of each member of a group, in its order."""
 
     weights: Sequence[TokenWeights]
-    gal: GalStatistics | None = None
-    """GAL's diagnostics, where the group has a pair."""
-    gal_loss: float = 0.0
-    """The group's share of GAL in the objective's value: the loss itself holds only GAL's gradient."""
+    sums: Mapping[str, float] = field(default_factory=dict)
+    """The group's share of sums for the metrics; ``objective`` is its share of the objective's value (``train/loss``),
+    where the loss holds only the gradient of a term."""
 
 
-class Objective(Protocol):
-    """One objective. The trainer calls these and knows nothing else of it."""
+class Objective(ABC):
+    """One objective. The trainer calls these methods and knows nothing else of it.
 
-    def __init__(self, cfg: ObjectiveConfig) -> None: ...
+    Everything is pure: no ranks, no I/O, no state that one step leaves for another.
+    """
 
+    streams: tuple[Stream, ...] = STREAMS
+    """What each response token carries into the loss. One with more: ``(*STREAMS, Stream(name="shape"))``."""
+    metrics: tuple[SumMetric, ...] = LOSS_METRICS
+    """What an update writes, from the sums of the loss and of the groups."""
+
+    def __init__(self, cfg: ObjectiveConfig) -> None:
+        """Keep the config; ValueError for options that the objective cannot work with."""
+        self.cfg = cfg
+
+    @abstractmethod
     def needs_rollouts(self, step: int) -> bool:
-        """False: the step learns from traces alone, no server is asked."""
+        """Say whether the step samples; False: it learns from traces alone, and no server is asked."""
 
     def needs_reference(self) -> bool:
-        """Whether ``Sample.ref_logp`` is read."""
+        """Say whether ``Sample.ref_logp`` is read."""
+        return False
 
     def needs_current_logprobs(self) -> bool:
-        """Whether ``Sample.current_logp_sum`` is read of samples that older weights made."""
+        """Say whether ``Sample.current_logp_sum`` is read of samples that older weights made."""
+        return False
 
+    @abstractmethod
     def treat(self, tier: Tier | None, step: int) -> Treatment:
-        """What becomes of a group; ``tier`` is None where there were no rollouts."""
+        """Say what becomes of a group; ``tier`` is None where there were no rollouts."""
 
-    def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
-        """Weights of one whole group: one trace, or the k rollouts of one prompt."""
+    @abstractmethod
+    def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
+        """Return the weights of one whole group: one trace, or the k rollouts of one prompt."""
+
+    def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:
+        """Return what the objective adds to the loss of one microbatch, a scalar, and named sums: scalars, [N] summed.
+
+        A token that ``policy.is_kept`` masks must contribute nothing. The names are the same in every call. The term's
+        value is the sum ``objective``, if there is one, else the scalar.
+        """
+        return policy.logp.new_zeros(()), {}
+
+    def loss(
+        self, logp_N: Tensor, entropy_N: Tensor, x: LossInputs, across: Across | None = None
+    ) -> tuple[Tensor, Sums]:
+        """Return the loss of one microbatch and named sums; see :func:`megatron_dypo.objective.loss.token_loss`."""
+        has_term = type(self).loss_term is not Objective.loss_term
+        return token_loss(logp_N, entropy_N, x, self.cfg, across, self.loss_term if has_term else None)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.objective.recipes.base import WeighedGroup
-from megatron_dypo.objective.weigh import add, gal_weights, grpo_weights, sft_weights
+from megatron_dypo.objective.gal import GAL_METRICS
+from megatron_dypo.objective.metrics import LOSS_METRICS
+from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
+from megatron_dypo.objective.token_weights import add_weights, gal_weights, grpo_weights, sft_weights
 from megatron_dypo.types import Sample, Tier, Totals, Treatment
 
-_TREATMENTS = {Tier.EASY: Treatment.DROP, Tier.MID: Treatment.REINFORCE, Tier.HARD: Treatment.DISTIL}
+_TREATMENTS = {Tier.EASY: Treatment.DROP, Tier.MID: Treatment.REINFORCE, Tier.HARD: Treatment.DISTILL}
 
 
-class Dypo:
-    def __init__(self, cfg: ObjectiveConfig) -> None:
-        self.cfg = cfg
+class Dypo(Objective):
+    """The paper's objective (eq. 4, 24).
+
+    Hard: each token of one teacher's trace gets γ/n·1/length of −log π. Mid: each token of rollout i gets α of GRPO's
+    clipped Â_i and 1−α of GAL's c_i = ∂L_GAL/∂ℓ_i on log π (eq. 14, 15), up for a success and down for a failure.
+    """
+
+    metrics = (*LOSS_METRICS, *GAL_METRICS)
 
     def needs_rollouts(self, step: int) -> bool:
         return True
@@ -29,14 +35,12 @@ class Dypo:
         assert tier is not None, "dypo grades every group"
         return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[tier]
 
-    def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
+    def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         cfg = self.cfg
-        if group[0].treatment is Treatment.DISTIL:
-            return WeighedGroup(weights=[sft_weights(group[0], totals, cfg, scale=cfg.gamma)])
+        if group[0].treatment is Treatment.DISTILL:
+            return WeightedGroup(weights=[sft_weights(group[0], totals, cfg, scale=cfg.gamma)])
         grpo = grpo_weights(group, totals, cfg, scale=cfg.alpha)
         if cfg.alpha == 1:
-            return WeighedGroup(weights=grpo)
-        gal, statistics = gal_weights(group, totals, cfg, scale=1 - cfg.alpha)
-        gal_loss = (1 - cfg.alpha) * statistics.loss / totals.num_prompts if statistics else 0.0
-        weights = [add(a, b) for a, b in zip(grpo, gal, strict=True)]
-        return WeighedGroup(weights=weights, gal=statistics, gal_loss=gal_loss)
+            return WeightedGroup(weights=grpo)
+        gal, sums = gal_weights(group, totals, cfg, scale=1 - cfg.alpha)
+        return WeightedGroup(weights=[add_weights(a, b) for a, b in zip(grpo, gal, strict=True)], sums=sums)

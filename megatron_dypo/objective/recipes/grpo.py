@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.objective.recipes.base import WeighedGroup
-from megatron_dypo.objective.weigh import grpo_weights
+from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
+from megatron_dypo.objective.token_weights import grpo_weights
 from megatron_dypo.types import Sample, Tier, Totals, Treatment
 
 
-class Grpo:
-    def __init__(self, cfg: ObjectiveConfig) -> None:
-        self.cfg = cfg
+class Grpo(Objective):
+    """GRPO (eq. 3, 21, 22).
+
+    Each token of rollout i gets the group's Â_i = (R_i − mean R)/(std R + ξ) by the clipped surrogate, and β_KL of k3;
+    1/(n·k·length) each.
+    """
 
     def needs_rollouts(self, step: int) -> bool:
         return True
@@ -20,11 +22,8 @@ class Grpo:
     def needs_reference(self) -> bool:
         return self.cfg.kl_coef > 0
 
-    def needs_current_logprobs(self) -> bool:
-        return False
-
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         return Treatment.REINFORCE
 
-    def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
-        return WeighedGroup(weights=grpo_weights(group, totals, self.cfg, scale=1.0))
+    def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
+        return WeightedGroup(weights=grpo_weights(group, totals, self.cfg, scale=1.0))

@@ -1,8 +1,15 @@
-"""Objectives by name. A new one is a file beside this and a row here."""
+"""Objectives by name: a new one is a file beside this and a row here, or a class of the user's by its import path."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections import Counter
+from pathlib import Path
+
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.metrics.names import METRICS
+from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.dypo import Dypo
 from megatron_dypo.objective.recipes.grpo import Grpo
@@ -13,11 +20,61 @@ OBJECTIVES: dict[str, type[Objective]] = {"dypo": Dypo, "grpo": Grpo, "sft": Sft
 
 
 def build_objective(cfg: ObjectiveConfig) -> Objective:
-    """The objective that ``cfg.name`` names.
+    """Return the objective that ``cfg.name`` names: a row of the registry, or ``package.module:Class``.
+
+    An import path runs the code of that module. It comes from the config alone, never from data.
 
     Raises:
-        ValueError: no such objective, or options that it cannot work with.
+        ValueError: no such objective, module or class, a class that is not an :class:`Objective`, or options that the
+            objective cannot work with.
     """
+    if ":" in cfg.name:
+        return _check_declarations(_import_class(cfg.name)(cfg), f"objective.name={cfg.name!r}")
     if cfg.name not in OBJECTIVES:
-        raise ValueError(f"objective.name={cfg.name!r}: must be one of {', '.join(OBJECTIVES)}")
+        raise ValueError(
+            f"objective.name={cfg.name!r}: must be one of {', '.join(OBJECTIVES)}, or the import path of a class of "
+            "yours, my_package.module:MyObjective"
+        )
+    if cfg.options:
+        raise ValueError(f"objective.options={dict(cfg.options)}: {cfg.name} has none; they are for a class of yours")
     return OBJECTIVES[cfg.name](cfg)
+
+
+def _import_class(path: str) -> type[Objective]:
+    """Import ``package.module:Class`` and require it to be a whole objective."""
+    field, (module_name, _, class_name) = f"objective.name={path!r}", path.partition(":")
+    if not module_name or not class_name.isidentifier():
+        raise ValueError(f"{field}: must have the form my_package.module:MyObjective")
+    if (here := str(Path.cwd())) not in sys.path:  # as for verifiers; a console script's sys.path does not hold it
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's code may raise anything while it is imported
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(
+            f"{field}: module {module_name} cannot be imported: {type(error).__name__}: {error}{hint}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise ValueError(f"{field}: module {module_name} has no {class_name}")
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"{field}: {class_name} must be a subclass of {Objective.__module__}.Objective")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise ValueError(f"{field}: {class_name} does not define {', '.join(missing)}")
+    return found
+
+
+def _check_declarations(objective: Objective, field: str) -> Objective:
+    """Require names of streams and metrics to be unique, and every name to belong to one owner."""
+    streams = [stream.name for stream in objective.streams]
+    metrics = [metric.name for metric in objective.metrics]
+    twice = [name for names in (streams, metrics) for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{field}: declares {', '.join(twice)} twice")
+    if taken := sorted({metric.name for metric in METRICS} & set(metrics)):
+        raise ValueError(f"{field}: metrics {', '.join(taken)} are the trainer's own")
+    sum_names(
+        objective.loss, objective.streams
+    )  # so that a loss that cannot be computed is found before the run starts
+    return objective

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.objective.recipes.base import WeighedGroup
-from megatron_dypo.objective.weigh import sft_weights
+from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
+from megatron_dypo.objective.token_weights import sft_weights
 from megatron_dypo.types import Sample, Tier, Totals, Treatment
 
 
-class Sft:
-    def __init__(self, cfg: ObjectiveConfig) -> None:
-        self.cfg = cfg
+class Sft(Objective):
+    """Supervised fine-tuning (eq. 5, 20).
+
+    Each token of one teacher's trace, drawn anew for every visit of the prompt, gets γ/(n·length) of −log π.
+    """
 
     def needs_rollouts(self, step: int) -> bool:
         return False
 
-    def needs_reference(self) -> bool:
-        return False
-
-    def needs_current_logprobs(self) -> bool:
-        return False
-
     def treat(self, tier: Tier | None, step: int) -> Treatment:
-        return Treatment.DISTIL
+        return Treatment.DISTILL
 
-    def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
-        return WeighedGroup(weights=[sft_weights(group[0], totals, self.cfg, scale=self.cfg.gamma)])
+    def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
+        return WeightedGroup(weights=[sft_weights(group[0], totals, self.cfg, scale=self.cfg.gamma)])

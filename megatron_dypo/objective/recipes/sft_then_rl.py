@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.objective.recipes.base import Objective, WeighedGroup
+from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.recipes.grpo import Grpo
 from megatron_dypo.objective.recipes.sft import Sft
 from megatron_dypo.types import Sample, Tier, Totals, Treatment
 
 
-class SftThenRl:
+class SftThenRl(Objective):
+    """SFT (eq. 5), then GRPO (eq. 3), with one optimizer state and one data set.
+
+    Each token gets what ``sft`` gives the traces of the first ``sft_steps``, then what ``grpo`` gives rollouts.
+    """
+
     def __init__(self, cfg: ObjectiveConfig) -> None:
         if cfg.sft_steps == 0:
             raise ValueError("objective.sft_steps=0: sft_then_rl needs the length of its first phase")
-        self.cfg, self.sft, self.grpo = cfg, Sft(cfg), Grpo(cfg)
+        super().__init__(cfg)
+        self.sft, self.grpo = Sft(cfg), Grpo(cfg)
 
     def _phase(self, step: int) -> Objective:
         return self.sft if step < self.cfg.sft_steps else self.grpo
@@ -26,12 +32,10 @@ class SftThenRl:
     def needs_reference(self) -> bool:
         return self.grpo.needs_reference()
 
-    def needs_current_logprobs(self) -> bool:
-        return False
-
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         return self._phase(step).treat(tier, step)
 
-    def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
+    def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         # By what the group is, not by the phase: traces queued at the end of the first phase stay traces.
-        return (self.sft if group[0].treatment is Treatment.DISTIL else self.grpo).weigh(group, totals, step)
+        own = self.sft if group[0].treatment is Treatment.DISTILL else self.grpo
+        return own.token_weights(group, totals, step)

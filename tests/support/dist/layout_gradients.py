@@ -109,22 +109,21 @@ def _backward(chunks, mine, groups, cfg, count, layout):
     from megatron_dypo.batching.exchange import balance, broadcast_samples
     from megatron_dypo.batching.zigzag import shard
     from megatron_dypo.mcore.forward_step import loss_pass
+    from megatron_dypo.mcore.forward_step import add_over_ranks
     from megatron_dypo.objective.recipes.registry import build_objective
     from tests.support.objective_cases import totals_of
 
-    samples = None
+    samples, objective = None, build_objective(cfg)
     if mine is not None:
-        objective, totals, weighed = build_objective(cfg), totals_of(groups), []
+        totals, weighed = totals_of(groups), []
         for group in mine:
-            weights = objective.weigh(group, totals, 0).weights
+            weights = objective.token_weights(group, totals, 0).weights
             weighed += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
         samples = balance(weighed, layout.leaders_group)
     samples = broadcast_samples(samples, layout.replica_group)
-    rows = _pack(samples, count, layout)
-    sums = loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in rows], cfg=cfg, context_group=layout.cp_group)
-    sums = sums * (layout.tp_rank == 0)
-    dist.all_reduce(sums)
-    return sums.numpy()
+    microbatches = _pack(samples, count, layout)
+    parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
+    return add_over_ranks(loss_pass(chunks, parts, objective=objective, context_group=layout.cp_group), layout)
 
 
 def _pack(samples, count, layout):
@@ -133,7 +132,7 @@ def _pack(samples, count, layout):
         pack,
         padded_lengths,
         plan_microbatches,
-        row_length,
+        microbatch_length,
         sequence_alignment,
     )
     from megatron_dypo.mcore.logprobs import round_up_microbatches
@@ -149,7 +148,7 @@ def _pack(samples, count, layout):
         assert round_up_microbatches(count, layout) == count, "the interleaved schedule's granularity"
         bins = plan_microbatches(lengths, budget=10_000, count=count)
     multiple = alignment(layout.tensor, layout.context)
-    return [pack(samples, members, row_length(lengths, [members], multiple), per_sequence) for members in bins]
+    return [pack(samples, members, microbatch_length(lengths, [members], multiple), per_sequence) for members in bins]
 
 
 def _gradients(chunks, arch, layout, distributed):

@@ -58,7 +58,7 @@ def loss_of_logprobs(logps_by_group, groups, cfg):
     total = torch.zeros((), dtype=torch.float64)
     for group, logps in zip(groups, logps_by_group, strict=True):
         divisors = [divisor(sample, lengths, cfg) for sample in group]
-        if group[0].treatment is Treatment.DISTIL:
+        if group[0].treatment is Treatment.DISTILL:
             total = total - cfg.gamma * logps[0].sum() / divisors[0]
         elif cfg.name == "dypo":
             total = total + cfg.alpha * grpo(group, logps, divisors, cfg)

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.batching.bins import bins_best_fit, bins_within
-from megatron_dypo.batching.pack import alignment, num_microbatches, pack, plan_microbatches, row_length
-from megatron_dypo.types import TokenWeights
+from megatron_dypo.batching.pack import alignment, microbatch_length, num_microbatches, pack, plan_microbatches
+from megatron_dypo.objective.streams import STREAMS, Stream
 from tests.support.objective_cases import random_groups
 
+OFFSETS = {"advantage": 1.0, "pg_weight": 0.5, "kl_weight": 0.25, "nll_weight": -2.0, "gal_scale": 0.125}
 lengths = st.lists(st.integers(1, 40), min_size=0, max_size=40)
 
 
@@ -24,13 +25,13 @@ def test_planned_microbatches_hold_each_once_within_the_budget_for_any_larger_co
     assert bins == plan_microbatches(lengths, budget=budget, count=count, costs=costs)
 
 
-def test_a_count_of_rows_is_kept_where_balance_finds_no_room():
+def test_a_count_of_microbatches_is_kept_where_balance_finds_no_room():
     lengths, costs = [3, 3, 2, 2, 2], [1.0, 1.0, 9.0, 9.0, 9.0]
     assert bins_within(costs, lengths, count=2, capacity=6) is None
     assert plan_microbatches(lengths, budget=6, count=2, costs=costs) == [[2, 3, 4], [0, 1]]
 
 
-def test_rows_are_added_for_balance_by_cost_and_no_more_than_two_of_few():
+def test_microbatches_are_added_for_balance_by_cost_and_no_more_than_two_of_few():
     assert num_microbatches([4, 3, 8], budget=8) == 2
     assert num_microbatches([4, 3, 8], budget=8, costs=[9.0, 9.0, 5.0]) == 3
     assert num_microbatches([1, 2, 1, 8], budget=8, costs=[9.0, 1.0, 5.0, 1.0]) == 2, "balance would take five"
@@ -71,8 +72,8 @@ def test_alignment_divides_into_ranks_chunks_and_granules(arguments, expected):
 
 
 @pytest.mark.parametrize(("fullest", "alignment", "expected"), [(10, 4, 12), (12, 4, 12), (0, 4, 4), (7, 1, 7)])
-def test_rows_are_rounded_up_to_the_alignment(fullest, alignment, expected):
-    assert row_length([fullest], [[0]] if fullest else [[]], alignment) == expected
+def test_microbatches_are_rounded_up_to_the_alignment(fullest, alignment, expected):
+    assert microbatch_length([fullest], [[0]] if fullest else [[]], alignment) == expected
 
 
 @given(st.integers(0, 1000))
@@ -80,49 +81,59 @@ def test_rows_are_rounded_up_to_the_alignment(fullest, alignment, expected):
 def test_every_response_token_is_the_target_of_the_position_before_it(seed):
     samples = [s for g in random_groups(seed) for s in g]
     samples = [
-        dataclasses.replace(
-            s, weights=TokenWeights(advantage=i + 1.0, surrogate=i + 0.5, kl=i + 0.25, nll=-i, anchor=i + 0.125)
-        )
+        dataclasses.replace(s, weights={name: i + offset for name, offset in OFFSETS.items()})
         for i, s in enumerate(samples)
     ]
-    row = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples) + 3)
+    packed = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples) + 3)
     for i, sample in enumerate(samples):
-        at = np.flatnonzero((row.sample_T == i) & row.response_T)
-        assert row.targets_T[at].tolist() == sample.tokens[sample.num_prompt_tokens :].tolist()
-        assert row.positions_T[at].tolist() == list(range(sample.num_prompt_tokens - 1, len(sample.tokens) - 1))
-        assert (row.advantage_T[at] == i + 1).all()
-        assert (row.nll_T[at] == -i).all()
-        assert (row.surrogate_T[at] == i + 0.5).all()
-        assert (row.kl_T[at] == i + 0.25).all()
-        assert (row.anchor_T[at] == i + 0.125).all()
+        at = np.flatnonzero((packed.sample_T == i) & packed.response_T)
+        assert packed.targets_T[at].tolist() == sample.tokens[sample.num_prompt_tokens :].tolist()
+        assert packed.positions_T[at].tolist() == list(range(sample.num_prompt_tokens - 1, len(sample.tokens) - 1))
+        for name, offset in OFFSETS.items():
+            assert (packed.streams[name][at] == i + offset).all()
         if sample.old_logp is not None:
-            np.testing.assert_array_equal(row.old_logp_T[at], sample.old_logp)
-            np.testing.assert_array_equal(row.ref_logp_T[at], sample.ref_logp)
-            np.testing.assert_array_equal(row.rollout_logp_T[at], sample.rollout_logp)
-        assert (row.is_trace_T[at] == (sample.old_logp is None)).all()
-    outside = ~row.response_T
-    for name in (
-        "advantage_T",
-        "surrogate_T",
-        "kl_T",
-        "nll_T",
-        "anchor_T",
-        "old_logp_T",
-        "ref_logp_T",
-        "rollout_logp_T",
+            for name in ("old_logp", "ref_logp", "rollout_logp"):
+                np.testing.assert_array_equal(packed.streams[name][at], getattr(sample, name))
+        assert (packed.streams["is_trace"][at] == (sample.old_logp is None)).all()
+    assert packed.streams.keys() == {stream.name for stream in STREAMS}
+    for stream_T in packed.streams.values():
+        assert (stream_T[~packed.response_T] == 0).all()
+
+
+def test_a_stream_of_ones_own_has_its_type_its_fill_and_a_value_for_each_token():
+    sample, other = (s for g in random_groups(0, num_hard=2, num_mid=0) for s in g)
+    own = Stream(name="rank", dtype=np.int32, fill=-7)
+    values = np.arange(sample.num_response_tokens, dtype=np.int32)
+    sample = dataclasses.replace(sample, weights={"rank": values, "nll_weight": 0.5})
+    length = len(sample.tokens) + len(other.tokens) + 3
+    packed = pack([sample, other], [0, 1], length, streams=(*STREAMS, own))
+    at = packed.response_T & (packed.sample_T == 0)
+    assert packed.streams["rank"].dtype == np.int32
+    assert packed.streams["rank"][at].tolist() == values.tolist()
+    assert (packed.streams["rank"][~at] == -7).all()
+    assert (packed.streams["nll_weight"][at] == 0.5).all()
+    assert pack([sample], [0], length, streams=()).streams == {}
+
+
+def test_weights_without_a_stream_and_values_of_another_length_are_refused():
+    (sample,) = random_groups(0, num_hard=1, num_mid=0)[0]
+    for weights, message in (
+        ({"nll_wieght": 1.0}, r"token weights \['nll_wieght'\]: no stream"),
+        ({"nll_weight": np.ones(99, np.float32)}, rf"nll_weight of shape \(99,\): .*\[{sample.num_response_tokens}\]"),
     ):
-        assert (getattr(row, name)[outside] == 0).all()
+        with pytest.raises(ValueError, match=message):
+            pack([dataclasses.replace(sample, weights=weights)], [0], 200)
 
 
-def test_what_is_left_of_a_row_is_one_padding_sequence():
+def test_what_is_left_of_a_microbatch_is_one_padding_sequence():
     sample = random_groups(0)[0][0]
-    row = pack([sample], [0], len(sample.tokens) + 5)
-    assert row.cu_seqlens_S.tolist() == [0, len(sample.tokens), len(sample.tokens) + 5]
-    assert (row.sample_T[-5:] == -1).all()
-    assert row.positions_T[-5:].tolist() == [0, 1, 2, 3, 4]
+    packed = pack([sample], [0], len(sample.tokens) + 5)
+    assert packed.cu_seqlens_S.tolist() == [0, len(sample.tokens), len(sample.tokens) + 5]
+    assert (packed.sample_T[-5:] == -1).all()
+    assert packed.positions_T[-5:].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_an_empty_row_is_all_padding():
-    row = pack([], [], 4)
-    assert row.cu_seqlens_S.tolist() == [0, 4]
-    assert not row.response_T.any()
+def test_an_empty_microbatch_is_all_padding():
+    packed = pack([], [], 4)
+    assert packed.cu_seqlens_S.tolist() == [0, 4]
+    assert not packed.response_T.any()

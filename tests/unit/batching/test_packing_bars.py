@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_dypo.batching.bins import bins_balanced
-from megatron_dypo.batching.pack import alignment, num_microbatches, plan_microbatches, row_length
+from megatron_dypo.batching.pack import alignment, microbatch_length, num_microbatches, plan_microbatches
 from megatron_dypo.models.architecture import architecture_from_hf
 from megatron_dypo.models.flops import sequence_cost
 
@@ -38,7 +38,7 @@ def test_padding_and_imbalance_are_small_on_reasoning_lengths(config, budget, se
     for replica, (mine, work) in enumerate(held):
         bins = plan_microbatches(mine, budget=budget, count=count, costs=work)
         work_RM[replica] = [sum(work[i] for i in members) for members in bins]
-        positions += sum(row_length(mine, [members], alignment(8, 1, 16)) for members in bins)
+        positions += sum(microbatch_length(mine, [members], alignment(8, 1, 16)) for members in bins)
 
     assert 1 - sum(lengths) / positions <= 0.02
     assert work_RM.sum(1).max() / work_RM.sum(1).mean() - 1 <= 0.03

@@ -1,10 +1,9 @@
 import dataclasses
 
-import numpy as np
-
-from megatron_dypo.batching.queues import Queues, dump_samples, load_samples, oldest
+from megatron_dypo.batching.queues import Queues, oldest
+from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.tree import BatchingConfig
-from megatron_dypo.types import TokenWeights, Treatment
+from megatron_dypo.types import Treatment
 from tests.support.objective_cases import random_groups
 
 
@@ -94,20 +93,3 @@ def test_a_batch_is_scored_by_one_version_whatever_was_scored_before():
     queues.open_batch([reinforced[0].order], epochs=1)
     assert queues.not_scored_by(4) == reinforced
     assert queues.not_scored_by(3) == []
-
-
-def test_samples_survive_the_wire_bit_for_bit():
-    samples = [s for g in random_groups(7) for s in g]
-    samples[0] = dataclasses.replace(
-        samples[0], weights=TokenWeights(advantage=0.1, nll=-1 / 3, anchor=0.2), current_logp_sum=-3.7, updates_left=3
-    )
-    restored = load_samples(dump_samples(samples))
-    assert len(restored) == len(samples)
-    for before, after in zip(samples, restored, strict=True):
-        for field in dataclasses.fields(before):
-            one, other = getattr(before, field.name), getattr(after, field.name)
-            if isinstance(one, np.ndarray):
-                np.testing.assert_array_equal(one, other, strict=True)
-            else:
-                assert one == other, field.name
-    assert load_samples(dump_samples([])) == []

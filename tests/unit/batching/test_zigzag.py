@@ -1,4 +1,4 @@
-"""Rows cut over context-parallel ranks."""
+"""Microbatches cut over context-parallel ranks."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.batching.pack import pack, padded_lengths, row_length
-from megatron_dypo.batching.zigzag import held_responses, shard, zigzag_indices, zigzag_positions
+from megatron_dypo.batching.pack import microbatch_length, pack, padded_lengths
+from megatron_dypo.batching.zigzag import local_response_mask, shard, zigzag_indices, zigzag_positions
 from megatron_dypo.types import Microbatch
 from tests.support.objective_cases import random_groups
 
 
-def make_row(seed, size, spare=0):
+def make_microbatch(seed, size, spare=0):
     samples = [s for g in random_groups(seed) for s in g]
     lengths = padded_lengths(samples, 2 * size)
     return samples, pack(samples, range(len(samples)), sum(lengths) + 2 * size * spare, 2 * size)
@@ -30,7 +30,7 @@ def test_a_length_without_chunks_for_all_is_our_own_bug():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 4))
-def test_each_token_of_a_row_is_held_once_and_causal_work_is_equal(chunks, size):
+def test_each_token_of_a_microbatch_is_held_once_and_causal_work_is_equal(chunks, size):
     bounds = np.cumsum([0, *(2 * size * chunk for chunk in chunks)])
     held = [zigzag_indices(bounds, rank, size) for rank in range(size)]
     assert sorted(np.concatenate(held).tolist()) == list(range(bounds[-1]))
@@ -53,23 +53,27 @@ def test_the_cut_is_the_one_of_megatrons_rotary_embedding(size):
 
 @given(st.integers(0, 500), st.integers(1, 4), st.integers(0, 2))
 @settings(max_examples=40, deadline=None)
-def test_shards_hold_every_stream_of_the_row_once(seed, size, spare):
-    _, row = make_row(seed, size, spare)
-    parts = [shard(row, rank, size) for rank in range(size)]
-    order = np.concatenate([zigzag_indices(row.cu_seqlens_S, rank, size) for rank in range(size)])
-    for field in dataclasses.fields(Microbatch):
-        if field.name != "cu_seqlens_S":
-            whole = np.concatenate([getattr(part, field.name) for part in parts])
-            np.testing.assert_array_equal(whole, getattr(row, field.name)[order], err_msg=field.name)
-    assert {len(part.tokens_T) for part in parts} == {len(row.tokens_T) // size}
-    assert all(part.cu_seqlens_S is row.cu_seqlens_S for part in parts)
+def test_shards_hold_every_stream_of_the_microbatch_once(seed, size, spare):
+    _, microbatch = make_microbatch(seed, size, spare)
+    parts = [shard(microbatch, rank, size) for rank in range(size)]
+    order = np.concatenate([zigzag_indices(microbatch.cu_seqlens_S, rank, size) for rank in range(size)])
+    names = [field.name for field in dataclasses.fields(Microbatch) if field.name.endswith("_T")]
+    assert len(names) == 6
+    for name in names:
+        whole = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(whole, getattr(microbatch, name)[order], err_msg=name)
+    for name, stream_T in microbatch.streams.items():
+        whole = np.concatenate([part.streams[name] for part in parts])
+        np.testing.assert_array_equal(whole, stream_T[order], err_msg=name)
+    assert {len(part.tokens_T) for part in parts} == {len(microbatch.tokens_T) // size}
+    assert all(part.cu_seqlens_S is microbatch.cu_seqlens_S for part in parts)
 
 
 @given(st.integers(0, 500), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_a_target_is_the_next_token_of_its_sequence_on_whichever_rank(seed, size):
-    samples, row = make_row(seed, size)
-    for part in (shard(row, rank, size) for rank in range(size)):
+    samples, microbatch = make_microbatch(seed, size)
+    for part in (shard(microbatch, rank, size) for rank in range(size)):
         for t in np.flatnonzero(part.response_T):
             assert part.targets_T[t] == samples[part.sample_T[t]].tokens[part.positions_T[t] + 1]
 
@@ -77,28 +81,28 @@ def test_a_target_is_the_next_token_of_its_sequence_on_whichever_rank(seed, size
 @given(st.lists(st.integers(0, 500), min_size=0, max_size=3), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_responses_scored_by_ranks_come_back_in_order(seeds, size):
-    rows = [make_row(seed, size)[1] for seed in seeds]
-    flat = np.full(sum(int(row.response_T.sum()) for row in rows), -1)
+    microbatches = [make_microbatch(seed, size)[1] for seed in seeds]
+    flat = np.full(sum(int(microbatch.response_T.sum()) for microbatch in microbatches), -1)
     for rank in range(size):
-        parts = [shard(row, rank, size) for row in rows]
+        parts = [shard(microbatch, rank, size) for microbatch in microbatches]
         scored = [part.targets_T[part.response_T] for part in parts]
-        is_held = held_responses(rows, rank, size)
+        is_held = local_response_mask(microbatches, rank, size)
         assert (flat[is_held] == -1).all()
         flat[is_held] = np.concatenate([np.zeros(0, int), *scored])
-    expected = [row.targets_T[row.response_T] for row in rows]
+    expected = [microbatch.targets_T[microbatch.response_T] for microbatch in microbatches]
     assert flat.tolist() == np.concatenate([np.zeros(0, int), *expected]).tolist()
 
 
 def test_sequences_end_in_padding_that_is_nobodys():
-    samples, row = make_row(0, 2)
+    samples, microbatch = make_microbatch(0, 2)
     lengths = padded_lengths(samples, 4)
-    assert row.cu_seqlens_S.tolist() == np.cumsum([0, *lengths]).tolist()
-    assert sum(lengths) == row_length(lengths, [range(len(samples))], 4)
-    starts = row.cu_seqlens_S[:-1]
+    assert microbatch.cu_seqlens_S.tolist() == np.cumsum([0, *lengths]).tolist()
+    assert sum(lengths) == microbatch_length(lengths, [range(len(samples))], 4)
+    starts = microbatch.cu_seqlens_S[:-1]
     for index, (sample, start, length) in enumerate(zip(samples, starts, lengths, strict=True)):
         own = np.arange(start, start + len(sample.tokens))
         padding = np.arange(own[-1] + 1, start + length)
-        assert (row.sample_T[own] == index).all()
-        assert (row.sample_T[padding] == -1).all()
-        assert not row.response_T[padding].any()
-        assert row.positions_T[start : start + length].tolist() == list(range(length))
+        assert (microbatch.sample_T[own] == index).all()
+        assert (microbatch.sample_T[padding] == -1).all()
+        assert not microbatch.response_T[padding].any()
+        assert microbatch.positions_T[start : start + length].tolist() == list(range(length))

@@ -11,7 +11,7 @@ counts = st.integers(0, 1000)
 ledgers = st.builds(
     Ledger,
     drawn=counts,
-    trained=st.dictionaries(st.sampled_from([Treatment.REINFORCE, Treatment.DISTIL]), counts).map(Counter),
+    trained=st.dictionaries(st.sampled_from([Treatment.REINFORCE, Treatment.DISTILL]), counts).map(Counter),
     dropped=st.dictionaries(st.sampled_from(DropReason), counts).map(Counter),
 )
 
@@ -41,7 +41,7 @@ def test_each_account_is_a_metric_of_the_table():
 def test_the_line_names_what_is_not_zero():
     ledger = Ledger(drawn=48)
     ledger.train(Treatment.REINFORCE, 12)
-    ledger.train(Treatment.DISTIL, 8)
+    ledger.train(Treatment.DISTILL, 8)
     ledger.drop(DropReason.EASY, 24)
     ledger.drop(DropReason.TOO_LONG)
     line = balance([(ledger, OpenDraws(waiting=3))]).line()
@@ -51,7 +51,7 @@ def test_the_line_names_what_is_not_zero():
 def test_each_account_is_counted_under_its_own_name():
     ledger = Ledger(drawn=100)
     ledger.train(Treatment.REINFORCE, 1)
-    ledger.train(Treatment.DISTIL, 2)
+    ledger.train(Treatment.DISTILL, 2)
     for count, reason in enumerate(DropReason, start=3):
         ledger.drop(reason, count)
     found = balance([(ledger, OpenDraws(waiting=11, in_flight=12))])

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dypo.batching.queues import Queues, dump_samples
+from megatron_dypo.batching.queues import Queues
+from megatron_dypo.batching.wire import dump_samples
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import Config, EvalConfig, ModelConfig, RunConfig

@@ -1,16 +1,18 @@
 import pytest
-import torch
 
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.loop.tally import (
     Tally,
     performance_metrics,
     rollout_metrics,
     tally_groups,
+    tally_sums,
     tally_work,
     update_metrics,
 )
 from megatron_dypo.metrics.names import lookup
-from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.objective.loss import sum_names
+from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import Totals, Treatment
 from tests.unit.objective.test_route import graded
 
@@ -49,24 +51,28 @@ def test_imbalance_is_the_largest_replica_over_the_mean_one():
         replica = Tally()
         tally_work(replica, flops)
         total.merge(replica)
-    kinds = {Treatment.DISTIL: 1, Treatment.REINFORCE: 2}
+    kinds = {Treatment.DISTILL: 1, Treatment.REINFORCE: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
-    metrics = update_metrics(total, totals, torch.zeros(len(STATISTICS), dtype=torch.float64))
+    metrics = update_metrics(total, totals, {}, ())
     assert metrics["train/flops_imbalance"] == pytest.approx(1 / 3)
 
 
 def test_every_metric_name_is_in_the_table():
     tally = Tally()
     tally_groups(tally, [graded(0, [True, False])])
-    for key in ("gal_groups", "gal_members", "teachers", "teacher/verbose", "sequences", "tokens"):
+    for key in ("teachers", "teacher/verbose", "sequences", "tokens"):
         tally.add(key)
     tally_work(tally, 1.0)
-    kinds = {Treatment.DISTIL: 1, Treatment.REINFORCE: 2}
+    kinds = {Treatment.DISTILL: 1, Treatment.REINFORCE: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
-    sums = torch.ones(len(STATISTICS), dtype=torch.float64)
-    metrics = rollout_metrics(tally) | update_metrics(tally, totals, sums)
+    dypo = build_objective(ObjectiveConfig())
+    tally_sums(tally, dict.fromkeys([metric.of for metric in dypo.metrics], 1.0))
+    tally_sums(tally, {"gal_groups": 1.0, "gal_members": 4.0})
+    sums = dict.fromkeys(sum_names(dypo.loss, dypo.streams), 1.0)
+    metrics = rollout_metrics(tally) | update_metrics(tally, totals, sums, dypo.metrics)
     metrics |= performance_metrics(tally, {"timing_s/step": 2.0}, 4)
     for name in metrics:
-        lookup(name)
+        lookup(name, dypo.metrics)
+    assert metrics.keys() >= {metric.name for metric in dypo.metrics}
     assert metrics["gate/offline_share_sequences"] == pytest.approx(1 / 3)
     assert metrics["teacher/verbose/share"] == 1

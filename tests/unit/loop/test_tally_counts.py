@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_dypo.loop.tally import (
     Tally,
@@ -19,7 +18,7 @@ from megatron_dypo.loop.tally import (
     tally_score_error,
     update_metrics,
 )
-from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.refit.servers import PushReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
@@ -103,7 +102,7 @@ def test_counts_of_the_data_and_of_the_queues_go_under_their_own_names() -> None
         "data/wrong_traces": "wrong_traces",
         "gate/hard_without_teacher": "hard_without_teacher",
         "queue/stale": "stale",
-        "queue/distil": "queue/distil",
+        "queue/distill": "queue/distill",
         "queue/reinforce": "queue/reinforce",
         "data/epoch": "max:epoch",
     }
@@ -113,13 +112,13 @@ def test_counts_of_the_data_and_of_the_queues_go_under_their_own_names() -> None
 
 
 def test_without_traces_there_is_no_loss_of_traces_and_without_rollouts_none_of_theirs() -> None:
-    kinds = {Treatment.DISTIL: 1, Treatment.REINFORCE: 2}
+    kinds = {Treatment.DISTILL: 1, Treatment.REINFORCE: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
 
     def names(tokens: float, rollout_tokens: float) -> set[str]:
-        sums = torch.ones(len(STATISTICS), dtype=torch.float64)
-        sums[STATISTICS.index("tokens")], sums[STATISTICS.index("rollout_tokens")] = tokens, rollout_tokens
-        return set(update_metrics(Tally(), totals, sums))
+        sums = dict.fromkeys([metric.of for metric in LOSS_METRICS], 1.0)
+        sums |= {"trace_tokens": tokens - rollout_tokens, "rollout_tokens": rollout_tokens, "rollouts": 1.0}
+        return set(update_metrics(Tally(), totals, sums, LOSS_METRICS))
 
     assert "train/sft_loss" not in names(5, 5)
     assert "train/pg_loss" in names(5, 5)

@@ -4,40 +4,44 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.loop.tally import (
     Tally,
     rollout_metrics,
-    tally_gal,
     tally_score_error,
+    tally_sums,
     tally_update,
     update_metrics,
 )
-from megatron_dypo.objective.gal import GalStatistics
-from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.objective.gal import GalStatistics, gal_sums
+from megatron_dypo.objective.loss import sum_names
+from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import Totals, Treatment
 from tests.support.objective_cases import random_groups
 
 TOTALS = Totals(
     num_prompts=5,
-    num_sequences={Treatment.DISTIL: 2, Treatment.REINFORCE: 11},
-    num_response_tokens={Treatment.DISTIL: 70, Treatment.REINFORCE: 230},
+    num_sequences={Treatment.DISTILL: 2, Treatment.REINFORCE: 11},
+    num_response_tokens={Treatment.DISTILL: 70, Treatment.REINFORCE: 230},
 )
-SUMS = {name: 1.0 + 0.1 * i for i, name in enumerate(STATISTICS)} | {
+DYPO = build_objective(ObjectiveConfig())
+SUMS = {name: 1.0 + 0.1 * i for i, name in enumerate(sum_names(DYPO.loss, DYPO.streams))} | {
     "tokens": 300.0,
+    "trace_tokens": 70.0,
     "rollout_tokens": 230.0,
     "rollouts": 11.0,
 }
 
 
 def metrics_of(tally):
-    return update_metrics(tally, TOTALS, torch.tensor([SUMS[name] for name in STATISTICS], dtype=torch.float64))
+    return update_metrics(tally, TOTALS, SUMS, DYPO.metrics)
 
 
 def test_the_loss_is_the_sum_of_all_terms_with_gals():
     tally = Tally()
-    tally.add("gal_loss_share", 0.3)
-    tally.add("gal_loss_share", 0.4)
-    assert metrics_of(tally)["train/loss"] == pytest.approx(SUMS["surrogate"] + SUMS["kl"] + SUMS["sft"] + 0.7)
+    tally_sums(tally, {"objective": 0.3})
+    tally_sums(tally, {"objective": 0.4})
+    assert metrics_of(tally)["train/loss"] == pytest.approx(SUMS["objective"] + 0.7)
 
 
 def test_offline_shares_are_of_prompts_of_sequences_and_of_tokens():
@@ -57,8 +61,8 @@ def test_offline_shares_are_of_prompts_of_sequences_and_of_tokens():
         ("train/importance_capped_ratio", "importance_capped", "rollout_tokens"),
         ("train/importance_masked_ratio", "importance_masked", "rollout_tokens"),
         ("train/importance_masked_rollouts_ratio", "rollouts_masked", "rollouts"),
-        ("gal/anchor_drift", "anchor_drift", "anchored"),
-        ("gal/clipfrac", "anchored_clipped", "anchored_tokens"),
+        ("gal/drift", "gal_drift", "gal_sequences"),
+        ("gal/clipfrac", "gal_clipped", "gal_tokens"),
     ],
 )
 def test_each_ratio_has_its_own_denominator(metric, numerator, denominator):
@@ -67,7 +71,7 @@ def test_each_ratio_has_its_own_denominator(metric, numerator, denominator):
 
 def test_terms_of_the_loss_are_reported_as_they_are_and_the_nll_by_tokens_of_traces():
     metrics = metrics_of(Tally())
-    assert metrics["train/pg_loss"] == SUMS["surrogate"]
+    assert metrics["train/pg_loss"] == SUMS["pg"]
     assert metrics["train/kl_loss"] == SUMS["kl"]
     assert metrics["train/sft_loss"] == SUMS["sft"]
     assert metrics["train/sft_nll"] == pytest.approx(SUMS["trace_nll"] / 70)
@@ -77,7 +81,8 @@ def test_gals_diagnostics_are_means_over_groups_and_its_log_ratio_over_members()
     tally = Tally()
     for scale, members in ((1.0, 4), (3.0, 7)):
         statistics = GalStatistics(loss=0.5 * scale, eta=0.2 * scale, saturation=0.1 * scale, margin=-1.5 * scale)
-        tally_gal(tally, statistics, -2.0 * scale, members)
+        log_ratio_G = torch.full((members,), -2.0 * scale / members, dtype=torch.float64)
+        tally_sums(tally, gal_sums(statistics, log_ratio_G))
     metrics = metrics_of(tally)
     expected = {"loss": 1.0, "eta": 0.4, "saturation": 0.2, "margin": -3.0, "log_ratio": -8.0 / 11}
     assert {name: metrics[f"gal/{name}"] for name in expected} == pytest.approx(expected)

@@ -10,8 +10,16 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dypo.config.tree import LoggingConfig
-from megatron_dypo.metrics.names import METRICS, lookup, markdown, name_part
-from megatron_dypo.metrics.writer import MetricsWriter, Timings, read_metrics, summary_line, wandb_run_id
+from megatron_dypo.metrics.declared import read_declared
+from megatron_dypo.metrics.names import METRICS, Metric, lookup, name_part
+from megatron_dypo.metrics.writer import (
+    MetricsWriter,
+    Timings,
+    read_metrics,
+    summary_line,
+    wandb_run_id,
+)
+from megatron_dypo.objective.metrics_page import all_metrics, markdown
 
 JSONL_ONLY = LoggingConfig(tensorboard=False)
 
@@ -35,7 +43,22 @@ def _tensorboard_losses(run_dir: Path) -> list[tuple[int, float]]:
 def test_metric_names_are_unique_and_have_a_meaning():
     names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names)
-    assert all(metric.meaning for metric in METRICS)
+    assert len(all_metrics()) > len(METRICS)
+    assert all(metric.meaning for metric in all_metrics())
+
+
+def test_metrics_that_an_objective_declares_are_known_to_the_writer_and_to_a_later_report(tmp_path, caplog):
+    declared = [Metric("shape/mean", "fraction", "mean weight", panel="Shape"), Metric("shape/max", "", "largest")]
+    with (
+        MetricsWriter(tmp_path, JSONL_ONLY, declared=declared) as writer,
+        caplog.at_level("ERROR", logger="megatron_dypo"),
+    ):
+        writer.write(0, {"shape/mean": 0.5, "shape/max": 1.0})
+    assert caplog.text == ""
+    assert read_declared(tmp_path) == declared
+    (tmp_path / "objective_metrics.json").write_text('[{"name": 1, "colour": 2}]')
+    with pytest.raises(ValueError, match=r"objective_metrics\.json: not a list of metrics"):
+        read_declared(tmp_path)
 
 
 def test_a_pattern_matches_one_part_of_a_name():
@@ -46,8 +69,10 @@ def test_a_pattern_matches_one_part_of_a_name():
 
 
 def test_an_unknown_name_is_written_and_said_once(tmp_path, caplog):
-    with pytest.raises(ValueError, match=r"'train/los' is not in the table.*did you mean 'train/loss'"):
-        lookup("train/los")
+    with pytest.raises(
+        ValueError, match=r"'train/l' is neither in the table.*nor one of the objective; did you mean 'train/lr'"
+    ):
+        lookup("train/l")
     with MetricsWriter(tmp_path, JSONL_ONLY) as writer, caplog.at_level("ERROR", logger="megatron_dypo"):
         writer.write(0, {"train/los": 1.0})
         writer.write(1, {"train/los": 2.0})
@@ -64,8 +89,8 @@ def test_any_text_can_be_a_part_of_a_metric_s_name():
 
 def test_the_page_of_metrics_is_the_table():
     page = Path(__file__).parents[3] / "docs" / "metrics.md"
-    assert page.read_text(encoding="utf-8") == markdown(), (
-        "run: python -m megatron_dypo.metrics.names > docs/metrics.md"
+    assert page.read_text(encoding="utf-8") == markdown(all_metrics()), (
+        "run: python -m megatron_dypo.objective.metrics_page > docs/metrics.md"
     )
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 
-from megatron_dypo.metrics.names import lookup
+from megatron_dypo.metrics.names import Metric, lookup
 from megatron_dypo.metrics.report.panels import PANELS, TIER_COLORS
 from megatron_dypo.metrics.report.plots import MAX_BARS, MAX_POINTS, build_plots, thin, wilson_interval
 from megatron_dypo.metrics.report.sample_table import MAX_CHARS, MAX_ROWS, select_samples, shorten
+from megatron_dypo.objective.metrics_page import all_metrics
 from tests.support.run_folder import make_run, step_metrics
 
 
@@ -19,7 +20,7 @@ def _by_title(records):
 
 def test_every_metric_of_a_panel_is_in_the_table_of_names():
     names = [line.metric for panel in PANELS for line in panel.lines]
-    assert [lookup(name).name for name in names] == names
+    assert [lookup(name, all_metrics()).name for name in names] == names
 
 
 def test_plots_without_data_are_left_out():
@@ -32,6 +33,24 @@ def test_plots_without_data_are_left_out():
     }
     assert build_plots([]) == []
     assert build_plots([{"step": 0, "train/entropy": None}]) == []
+
+
+def test_declared_metrics_are_drawn_in_the_panel_that_they_name_and_unknown_ones_alone():
+    declared = [
+        Metric("shape/mean", "fraction", "", panel="Shape"),
+        Metric("shape/max", "fraction", "", panel="Shape"),
+        Metric("shape/loss", "nats", "", panel="Loss terms"),
+        Metric("gal/eta", "", "", panel="Shape"),
+        Metric("shape/quiet", "", ""),
+    ]
+    names = [metric.name for metric in declared]
+    records = [{"step": 0, "time": 1.5, **dict.fromkeys(names, 0.5), "train/lr": 1e-6, "mine/odd": 3.0}]
+    figures = {plot.title: plot.figure for plot in build_plots(records, declared)}
+    assert [line.name for line in figures["Shape"].data] == ["mean", "max"]
+    assert figures["Shape"].layout.yaxis.title.text == "fraction"
+    assert [line.name for line in figures["Loss terms"].data] == ["loss"]
+    assert figures["mine/odd"].data[0].y == (3.0,)
+    assert figures.keys() == {"Shape", "Loss terms", "GAL: η and saturation", "mine/odd"}
 
 
 def test_a_plot_holds_the_values_of_the_records():

@@ -25,7 +25,7 @@ def _row(step: int, prompt_id: str) -> SampleRow:
         prompt="1+1=",
         answer="2",
         tier="hard",
-        treatment="distil",
+        treatment="distill",
         teacher="t",
         policy_version=step,
         rollouts=[],

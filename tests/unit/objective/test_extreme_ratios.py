@@ -1,5 +1,6 @@
 """The loss in fp32 where ratios over- or underflow, and where its inputs are not numbers."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,11 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
-from megatron_dypo.objective.loss import STATISTICS, LossInputs, token_loss
+from megatron_dypo.objective.loss import token_loss
 from tests.support.literal_tokens import literal_tokens
 from tests.support.objective_cases import loss_inputs
 
-STREAMS = ("advantage", "surrogate", "kl", "nll", "anchor", "old_logp", "ref_logp", "rollout_logp")
 ALL_MASKS = ImportanceConfig(cap=1.3, token_bounds=(0.5, 2.0), sequence_bounds=(0.6, 1.7), sequence_max_gap=0.4)
 CONFIGS = {
     "plain": ObjectiveConfig(),
@@ -34,26 +34,27 @@ CONFIGS = {
 def run(logp, given, cfg, dtype=torch.float32, entropy=None):
     """Loss, gradient and named sums, of streams in ``dtype``."""
     x = loss_inputs(len(logp), **given)
-    x = LossInputs(**{name: v.to(dtype) if name in STREAMS else v for name, v in vars(x).items()})
+    typed = {name: v if v.dtype == torch.bool else v.to(dtype) for name, v in x.streams.items()}
+    x = dataclasses.replace(x, streams=typed)
     logp_N = torch.tensor(logp, dtype=dtype, requires_grad=True)
     entropy_N = torch.zeros_like(logp_N) if entropy is None else torch.tensor(entropy, dtype=dtype)
     loss, sums = token_loss(logp_N, entropy_N.detach(), x, cfg)
     loss.backward()
-    return loss.item(), logp_N.grad, dict(zip(STATISTICS, sums.tolist(), strict=True))
+    return loss.item(), logp_N.grad, {name: float(value) for name, value in sums.items()}
 
 
-OTHER_TERMS = {"surrogate": [0.5], "kl": [0.25], "nll": [0.125], "anchor": [1.0], "ref_logp": [-1.0]}
+OTHER_TERMS = {"pg_weight": [0.5], "kl_weight": [0.25], "nll_weight": [0.125], "gal_scale": [1.0], "ref_logp": [-1.0]}
 
 
 @pytest.mark.parametrize("options", [{}, {"ratio": "sequence"}, {"gal_clip": "sequence"}, {"dual_clip": 3.0}])
 def test_a_clipped_token_has_no_surrogate_gradient_however_large_its_ratio(options):
-    given = {"old_logp": [-90.0], "advantage": [1.0], "surrogate": [1.0]}
+    given = {"old_logp": [-90.0], "advantage": [1.0], "pg_weight": [1.0]}
     loss, grad, sums = run([-1.0], given, ObjectiveConfig(**options))
     assert (loss, grad.tolist(), sums["clipped"]) == (pytest.approx(-1.2), [0.0], 1.0)
 
 
 def test_a_dual_clipped_token_has_no_gradient_and_one_without_advantage_no_loss():
-    given = {"old_logp": [-900.0], "advantage": [-1.0], "surrogate": [1.0]}
+    given = {"old_logp": [-900.0], "advantage": [-1.0], "pg_weight": [1.0]}
     assert run([-1.0], given, ObjectiveConfig(dual_clip=3.0))[:2] == (3.0, torch.zeros(1))
     for cfg in CONFIGS.values():
         loss, grad, sums = run([-1.0], {**given, "advantage": [0.0]}, cfg)
@@ -68,24 +69,24 @@ def test_the_other_terms_of_a_token_survive_its_clip(advantage):
 
 def test_what_no_clip_bounds_goes_on_by_the_tangent():
     for push in (30.0, 90.0, 700.0):
-        far = {"old_logp": [-push], "advantage": [-2.0], "surrogate": [0.5]}
+        far = {"old_logp": [-push], "advantage": [-2.0], "pg_weight": [0.5]}
         _, grad, sums = run([0.0], far, ObjectiveConfig())
         assert grad.item() == pytest.approx(math.exp(20))
-        assert sums["surrogate"] == pytest.approx(math.exp(20) * (1 + push - 20))
-        _, grad, sums = run([-push], {"ref_logp": [0.0], "kl": [0.5]}, ObjectiveConfig())
+        assert sums["pg"] == pytest.approx(math.exp(20) * (1 + push - 20))
+        _, grad, sums = run([-push], {"ref_logp": [0.0], "kl_weight": [0.5]}, ObjectiveConfig())
         assert grad.item() == pytest.approx(0.5 * (1 - math.exp(20)))
         assert sums["kl"] == pytest.approx(0.5 * (math.exp(20) * (1 + push - 20) - push - 1))
 
 
 def test_value_and_gradient_do_not_jump_where_the_tangent_begins():
     for log in (20.0, np.nextafter(np.float32(20), np.float32(0)), np.nextafter(np.float32(20), np.float32(99))):
-        loss, grad, _ = run([0.0], {"old_logp": [-log], "advantage": [-1.0], "surrogate": [1.0]}, ObjectiveConfig())
+        loss, grad, _ = run([0.0], {"old_logp": [-log], "advantage": [-1.0], "pg_weight": [1.0]}, ObjectiveConfig())
         assert (loss, grad.item()) == (pytest.approx(math.exp(20), rel=1e-5), pytest.approx(math.exp(20), rel=1e-5))
 
 
 def test_k3_keeps_its_digits_near_the_reference():
     for delta in (1e-3, -1e-3, 2.0**-12):
-        loss, _, _ = run([-1.0], {"ref_logp": [delta - 1.0], "kl": [1.0]}, ObjectiveConfig())
+        loss, _, _ = run([-1.0], {"ref_logp": [delta - 1.0], "kl_weight": [1.0]}, ObjectiveConfig())
         exact = float(np.float32(delta - 1.0)) + 1.0
         assert loss == pytest.approx(math.expm1(exact) - exact, rel=1e-3)
 
@@ -111,9 +112,9 @@ def microbatches(draw):
 
     given = {"sequence": sequence, "is_trace": is_trace}
     given["advantage"] = of_sequences(st.sampled_from([0.0, 1.0, -1.0, -0.25, 2.5, -7.0]))
-    given |= {name: of_sequences(st.one_of(st.just(0.0), UNITS)) for name in ("surrogate", "kl", "anchor")}
+    given |= {name: of_sequences(st.one_of(st.just(0.0), UNITS)) for name in ("pg_weight", "kl_weight", "gal_scale")}
     nll = draw(st.lists(st.one_of(UNITS, UNITS.map(lambda v: -v), st.just(0.0)), min_size=count, max_size=count))
-    given["nll"] = [nll[s] for s in sequence]
+    given["nll_weight"] = [nll[s] for s in sequence]
     for name in ("old_logp", "ref_logp", "rollout_logp"):
         given[name] = draw(st.lists(LOGPS, min_size=length, max_size=length))
     if draw(st.booleans()):  # near enough for the masks to keep some
@@ -132,9 +133,9 @@ def compare(name, case, dtype, rtol):
     assert abs(loss - expected.loss) <= rtol * (expected.size + 1)
     size = torch.tensor(expected.gradient_size, dtype=torch.float64) + 1
     assert ((grad.double() - torch.tensor(expected.gradient, dtype=torch.float64)).abs() <= rtol * size).all()
-    for key in STATISTICS:
+    for key in sums:
         wanted = expected.sums.get(key, 0.0)
-        scale = expected.size if key in ("surrogate", "kl", "sft") else sum(map(abs, logp)) + 700 * len(logp)
+        scale = expected.size if key in ("objective", "pg", "kl", "sft") else sum(map(abs, logp)) + 700 * len(logp)
         assert abs(sums[key] - wanted) <= rtol * (scale + 1), key
 
 
@@ -166,7 +167,7 @@ NOT_NUMBERS = (math.nan, math.inf, -math.inf)
 def two_tokens(**changes):
     """One token of each of two rollouts that no mask touches."""
     given = {
-        "advantage": [1.0, -1.0], "surrogate": [0.5, 0.5], "kl": [0.1, 0.1], "nll": [0.2, -0.2], "anchor": [1.0, 1.0],
+        "advantage": [1.0, -1.0], "pg_weight": [0.5, 0.5], "kl_weight": [0.1, 0.1], "nll_weight": [0.2, -0.2], "gal_scale": [1.0, 1.0],
         "old_logp": [-1.0, -1.0], "ref_logp": [-1.2, -1.2], "rollout_logp": [-1.0, -1.0], "sequence": [0, 1],
     }  # fmt: skip
     return {**given, **changes}
@@ -189,7 +190,7 @@ def test_a_masked_token_may_hold_anything(name, stream, bad):
     assert worse[1].tolist() == grad.tolist() == [0.0, grad[1].item()]
     assert all(map(math.isfinite, worse[2].values()))
     assert worse[2]["importance_masked"] == sums["importance_masked"] == 1
-    for key in ("surrogate", "kl", "sft", "clipped", "tokens", "rollouts_masked"):
+    for key in ("pg", "kl", "sft", "clipped", "tokens", "rollouts_masked"):
         assert worse[2][key] == sums[key]
 
 
@@ -206,7 +207,9 @@ def test_a_servers_log_prob_that_is_no_number_is_inside_no_bounds(option, bad):
     assert sums["importance_masked"] + sums["rollouts_masked"] == 1
 
 
-@pytest.mark.parametrize("stream", ["logp", "old_logp", "ref_logp", "advantage", "surrogate", "kl", "nll"])
+@pytest.mark.parametrize(
+    "stream", ["logp", "old_logp", "ref_logp", "advantage", "pg_weight", "kl_weight", "nll_weight"]
+)
 @pytest.mark.parametrize("name", [n for n in CONFIGS if CONFIGS[n].importance == ImportanceConfig()])
 def test_what_is_no_number_on_a_kept_token_shows_in_its_gradient(name, stream):
     for bad, advantage in itertools.product(NOT_NUMBERS, (1.0, 0.0, -1.0)):
@@ -220,7 +223,7 @@ def test_what_is_no_number_on_a_kept_token_shows_in_its_gradient(name, stream):
 
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 def test_a_trace_whose_log_prob_is_no_number_shows_and_its_other_streams_are_not_read(bad):
-    given = {"is_trace": [1, 1], "nll": [0.5, 0.5], "sequence": [0, 1]}
+    given = {"is_trace": [1, 1], "nll_weight": [0.5, 0.5], "sequence": [0, 1]}
     assert math.isnan(run([bad, -1.0], given, ObjectiveConfig())[1][0])
     unread = {name: [bad, 0.0] for name in ("old_logp", "ref_logp", "rollout_logp")}
     for cfg in CONFIGS.values():
@@ -233,7 +236,7 @@ def test_a_trace_whose_log_prob_is_no_number_shows_and_its_other_streams_are_not
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 def test_what_no_option_reads_may_be_missing(bad):
     """A reference without a KL term, the servers' log-probs without a correction."""
-    given = two_tokens(kl=[0.0, 0.0], ref_logp=[bad, bad], rollout_logp=[bad, -1.0])
+    given = two_tokens(kl_weight=[0.0, 0.0], ref_logp=[bad, bad], rollout_logp=[bad, -1.0])
     loss, grad, _ = run([-1.1, -1.1], given, ObjectiveConfig())
     assert math.isfinite(loss)
     assert grad.isfinite().all()

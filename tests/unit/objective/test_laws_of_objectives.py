@@ -12,8 +12,8 @@ from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig
 from megatron_dypo.objective.gal import SATURATED_AT, gal_statistics
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
+from megatron_dypo.objective.token_weights import group_log_ratios
 from megatron_dypo.objective.totals import add_counts, count_groups
-from megatron_dypo.objective.weigh import group_log_ratios
 from megatron_dypo.types import Tier, Treatment, Verdict
 from tests.support.objective_cases import random_groups, totals_of
 from tests.unit.objective.test_route import graded
@@ -51,8 +51,8 @@ def test_an_objective_that_needs_a_reference_reads_it_and_one_that_needs_none_do
     ]
     for name, alpha, kl_coef in itertools.product(("dypo", "grpo", "sft_then_rl"), (0.5, 1.0), (0.0, 0.1)):
         objective = built(name, alpha=alpha, kl_coef=kl_coef)
-        one, two = ([objective.weigh(g, totals_of(gs), 9).weights for g in gs] for gs in (groups, other))
-        reads = one != two or any(w.kl for weights in one for w in weights)
+        one, two = ([objective.token_weights(g, totals_of(gs), 9).weights for g in gs] for gs in (groups, other))
+        reads = one != two or any(w["kl_weight"] for weights in one for w in weights)
         assert reads is objective.needs_reference()
 
 
@@ -91,20 +91,22 @@ def test_traces_left_over_from_the_first_phase_stay_traces():
     groups = random_groups(6, num_hard=1, num_mid=1)
     objective, sft, grpo = (built(name, gamma=0.7) for name in ("sft_then_rl", "sft", "grpo"))
     for step in (0, 1, 2, 50):
-        (trace,) = objective.weigh(groups[0], totals_of(groups), step).weights
-        assert trace == sft.weigh(groups[0], totals_of(groups), step).weights[0]
-        assert trace.nll > 0
-        assert objective.weigh(groups[1], totals_of(groups), step) == grpo.weigh(groups[1], totals_of(groups), step)
+        (trace,) = objective.token_weights(groups[0], totals_of(groups), step).weights
+        assert trace == sft.token_weights(groups[0], totals_of(groups), step).weights[0]
+        assert trace["nll_weight"] > 0
+        assert objective.token_weights(groups[1], totals_of(groups), step) == grpo.token_weights(
+            groups[1], totals_of(groups), step
+        )
 
 
 def test_each_phase_asks_for_what_it_learns_from():
     objective = built("sft_then_rl")
     assert [objective.needs_rollouts(step) for step in range(4)] == [False, False, True, True]
-    assert {objective.treat(tier, 1) for tier in (*Tier, None)} == {Treatment.DISTIL}
+    assert {objective.treat(tier, 1) for tier in (*Tier, None)} == {Treatment.DISTILL}
     assert {objective.treat(tier, 2) for tier in Tier} == {Treatment.REINFORCE}
     assert [built(name).needs_rollouts(0) for name in ("dypo", "grpo", "sft")] == [True, True, False]
     assert {built("grpo").treat(tier, 0) for tier in Tier} == {Treatment.REINFORCE}
-    assert {built("sft").treat(tier, 9) for tier in (*Tier, None)} == {Treatment.DISTIL}
+    assert {built("sft").treat(tier, 9) for tier in (*Tier, None)} == {Treatment.DISTILL}
 
 
 def shaped(order, flags, rewards):
@@ -122,14 +124,14 @@ def test_a_wrong_answer_with_a_positive_reward_is_wrong():
     assert [s.reward for s in group] == rewards
     for sample in group:
         sample.old_logp = sample.ref_logp = sample.rollout_logp
-    weights = built("dypo").weigh(group, totals_of([group]), 0).weights
-    assert [w.nll > 0 for w in weights] == flags
-    assert [w.advantage > 0 for w in weights] == [True, False, False]
+    weights = built("dypo").token_weights(group, totals_of([group]), 0).weights
+    assert [w["nll_weight"] > 0 for w in weights] == flags
+    assert [w["advantage"] > 0 for w in weights] == [True, False, False]
 
 
 def test_a_hard_prompt_is_distilled_whatever_rewards_its_wrong_answers_got():
     routed = route([shaped(0, [False, False], [0.5, 0.1])], built("dypo"), step=0, version=4, seed=1)
-    assert routed.treatments == [Treatment.DISTIL]
+    assert routed.treatments == [Treatment.DISTILL]
 
 
 def test_the_lists_of_a_routed_round_are_parallel_to_its_groups():
@@ -147,8 +149,8 @@ def test_the_lists_of_a_routed_round_are_parallel_to_its_groups():
 def test_prompts_sequences_and_tokens_are_three_counts():
     groups = random_groups(7, num_hard=3, num_mid=2, group_size=4)
     counts = count_groups(groups)
-    assert [counts[k].prompts for k in ("distil", "reinforce")] == [3, 2]
-    assert [counts[k].sequences for k in ("distil", "reinforce")] == [3, 8]
+    assert [counts[k].prompts for k in ("distill", "reinforce")] == [3, 2]
+    assert [counts[k].sequences for k in ("distill", "reinforce")] == [3, 8]
     assert counts["reinforce"].response_tokens == sum(s.num_response_tokens for g in groups[3:] for s in g)
     parts = [groups[:1], groups[1:4], groups[4:], []]
     assert add_counts(count_groups(part) for part in parts) == totals_of(groups)
@@ -172,12 +174,11 @@ def test_each_count_enters_the_weights_where_the_mode_says(mode):
         factor |= {"sequences": 2.0, "tokens": 0.5}
     objective = built("dypo", length_normalization=mode, alpha=1.0, kl_coef=0.5)
     for group in groups:
-        plain = objective.weigh(group, totals, 0).weights[0]
+        plain = objective.token_weights(group, totals, 0).weights[0]
         for count, changed in more.items():
-            weights = objective.weigh(group, changed, 0).weights[0]
-            assert (weights.surrogate, weights.kl, weights.nll) == pytest.approx(
-                tuple(factor[count] * w for w in (plain.surrogate, plain.kl, plain.nll))
-            )
+            weights = objective.token_weights(group, changed, 0).weights[0]
+            names = weights.keys() - {"advantage"}
+            assert {n: weights[n] for n in names} == pytest.approx({n: factor[count] * plain[n] for n in names})
 
 
 def test_diagnostics_of_gal_are_means_over_the_pairs():

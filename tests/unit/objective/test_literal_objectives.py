@@ -12,7 +12,7 @@ import torch
 
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
-from megatron_dypo.objective.loss import STATISTICS, token_loss
+from megatron_dypo.objective.loss import token_loss
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.types import Treatment
@@ -68,30 +68,18 @@ def ours(groups, logps, cfg, step=5):
             group = [
                 dataclasses.replace(s, current_logp_sum=float(logp.sum())) for s, logp in zip(group, it, strict=False)
             ]
-        weights = objective.weigh(group, totals, step).weights
+        weights = objective.token_weights(group, totals, step).weights
         weighed += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
-    row = pack(weighed, range(len(weighed)), sum(len(s.tokens) for s in weighed))
-    at = np.flatnonzero(row.response_T)
-    names = (
-        "advantage",
-        "surrogate",
-        "kl",
-        "nll",
-        "anchor",
-        "old_logp",
-        "ref_logp",
-        "rollout_logp",
-        "is_trace",
-        "sequence",
-    )
-    x = loss_inputs(len(at), **{name: getattr(row, f"{name}_T")[at] for name in names})
+    microbatch = pack(weighed, range(len(weighed)), sum(len(s.tokens) for s in weighed))
+    at = np.flatnonzero(microbatch.response_T)
+    x = loss_inputs(len(at), sequence=microbatch.sequence_T[at], **{n: v[at] for n, v in microbatch.streams.items()})
     logp_N = torch.tensor(np.concatenate(logps), requires_grad=True)
     loss, sums = token_loss(logp_N, torch.zeros_like(logp_N), x, cfg)
     loss.backward()
     return (
         loss.item(),
         logp_N.grad.split([len(logp) for logp in logps]),
-        dict(zip(STATISTICS, sums.tolist(), strict=True)),
+        {name: float(value) for name, value in sums.items()},
     )
 
 
@@ -104,7 +92,7 @@ def literal(groups, logps, cfg):
 
 def kept(name, groups, logps):
     """What an objective may be given: traces, rollouts, or both."""
-    kinds = {"grpo": [Treatment.REINFORCE], "sft": [Treatment.DISTIL]}.get(name, list(Treatment))
+    kinds = {"grpo": [Treatment.REINFORCE], "sft": [Treatment.DISTILL]}.get(name, list(Treatment))
     pairs = zip((s for g in groups for s in g), logps, strict=True)
     return [g for g in groups if g[0].treatment in kinds], [logp for s, logp in pairs if s.treatment in kinds]
 
@@ -149,7 +137,7 @@ def test_the_gradient_is_linear_in_alpha_and_gamma(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loss_of_the_log_is_the_literal_value(mode):
-    """Sums of surrogate, KL and SFT and GAL's share, which the loss itself holds as a gradient only."""
+    """The tokens' share and that of groups with GAL, which the loss itself holds as a gradient only."""
     groups, logps = batch(4)
     cfg = config_of("dypo", mode, "weights")
     objective, totals = build_objective(cfg), add_counts([count_groups(groups)])
@@ -158,9 +146,9 @@ def test_the_loss_of_the_log_is_the_literal_value(mode):
         scored = [
             dataclasses.replace(s, current_logp_sum=float(logp.sum())) for s, logp in zip(group, it, strict=False)
         ]
-        share += objective.weigh(scored, totals, 5).gal_loss
+        share += objective.token_weights(scored, totals, 5).sums.get("objective", 0.0)
     sums = ours(groups, logps, cfg)[2]
     it = iter(torch.tensor(logp) for logp in logps)
     expected = loss_of_logprobs([[next(it) for _ in group] for group in groups], groups, cfg).item()
-    assert sums["surrogate"] + sums["kl"] + sums["sft"] + share == pytest.approx(expected, rel=1e-6)
+    assert sums["objective"] + share == pytest.approx(expected, rel=1e-6)
     assert abs(share) > 1e-3 * abs(expected)

@@ -9,7 +9,7 @@ import torch
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ScoreConfig
 from megatron_dypo.config.tree import Config, ModelConfig
-from megatron_dypo.objective.loss import STATISTICS, token_loss
+from megatron_dypo.objective.loss import token_loss
 from tests.support.objective_cases import loss_inputs
 
 LENGTHS = (5, 1, 7, 3, 4)
@@ -19,11 +19,11 @@ IS_TRACE = (False, False, False, True, False)
 def streams(seed=0, spread=0.4):
     """Sequences of LENGTHS with weights as objectives make them, shuffled over the microbatch; and current log-probs."""
     rng = np.random.default_rng(seed)
-    by_sequence = {name: rng.normal(size=len(LENGTHS)) for name in ("advantage", "nll")}
-    by_sequence |= {name: rng.uniform(0.1, 1, len(LENGTHS)) for name in ("surrogate", "kl")}
-    by_sequence["anchor"] = np.where(IS_TRACE, 0, 1 / np.array(LENGTHS))
+    by_sequence = {name: rng.normal(size=len(LENGTHS)) for name in ("advantage", "nll_weight")}
+    by_sequence |= {name: rng.uniform(0.1, 1, len(LENGTHS)) for name in ("pg_weight", "kl_weight")}
+    by_sequence["gal_scale"] = np.where(IS_TRACE, 0, 1 / np.array(LENGTHS))
     by_sequence["is_trace"] = np.array(IS_TRACE, float)
-    for name in ("advantage", "surrogate", "kl"):
+    for name in ("advantage", "pg_weight", "kl_weight"):
         by_sequence[name][list(IS_TRACE)] = 0
     sequence = rng.permutation(np.repeat(np.arange(len(LENGTHS)), LENGTHS))
     given = {name: values[sequence] for name, values in by_sequence.items()} | {"sequence": sequence}
@@ -42,14 +42,14 @@ def literal(logp, x, cfg):
         logs = [logp[t] - x["old_logp"][t] for t in at]
         u = [math.exp(x["old_logp"][t] - x["rollout_logp"][t]) for t in at]
         if IS_TRACE[i]:
-            total = total - sum(x["nll"][t] * logp[t] for t in at)
+            total = total - sum(x["nll_weight"][t] * logp[t] for t in at)
             continue
         if whole_is_masked(u, cfg.importance):
             continue
         s = torch.exp(sum(logs) / len(at))
         if cfg.ratio == "sequence" and not cfg.importance.is_on():
             # GSPO itself: one ratio, one surrogate; its weight is the sum of its tokens' weights.
-            total = total + sum(x["surrogate"][t] for t in at) * surrogate(s, x["advantage"][at[0]], cfg)
+            total = total + sum(x["pg_weight"][t] for t in at) * surrogate(s, x["advantage"][at[0]], cfg)
         for t, log, value in zip(at, logs, u, strict=True):
             low, high = cfg.importance.token_bounds or (0, math.inf)
             if not low <= value <= high:
@@ -57,13 +57,13 @@ def literal(logp, x, cfg):
             if cfg.ratio == "token" or cfg.importance.is_on():
                 # GSPO-token, where tokens of a sequence differ in weight: s in value, s·∇log π of the token in gradient.
                 rho = log.exp() if cfg.ratio == "token" else s.detach() * (log - log.detach()).exp()
-                total = total + x["surrogate"][t] * capped(value, cfg) * surrogate(rho, x["advantage"][t], cfg)
+                total = total + x["pg_weight"][t] * capped(value, cfg) * surrogate(rho, x["advantage"][t], cfg)
             delta = x["ref_logp"][t] - logp[t]
-            total = total + x["kl"][t] * (delta.exp() - delta - 1)
+            total = total + x["kl_weight"][t] * (delta.exp() - delta - 1)
             ratio = {"none": 1.0, "token": log.exp().item(), "sequence": s.item()}[cfg.gal_clip]
-            stopped = ratio > 1 + cfg.clip_high if x["nll"][t] > 0 else ratio < 1 - cfg.clip_low
+            stopped = ratio > 1 + cfg.clip_high if x["nll_weight"][t] > 0 else ratio < 1 - cfg.clip_low
             if not stopped:
-                total = total - x["nll"][t] * logp[t]
+                total = total - x["nll_weight"][t] * logp[t]
     return total
 
 
@@ -87,7 +87,7 @@ def ours(logp, given, cfg):
     logp_N = torch.tensor(logp, requires_grad=True)
     loss, sums = token_loss(logp_N, torch.zeros_like(logp_N), loss_inputs(len(logp), **given), cfg)
     loss.backward()
-    return loss.item(), logp_N.grad, dict(zip(STATISTICS, sums.tolist(), strict=True))
+    return loss.item(), logp_N.grad, {name: float(value) for name, value in sums.items()}
 
 
 CONFIGS = {
@@ -148,18 +148,17 @@ def test_sequence_means_do_not_care_where_a_sequence_is_split():
                 return sum_S + (other[index] if index < len(other) else 0)
 
             local_N = torch.tensor(logp[half], requires_grad=True)
-            x = loss_inputs(len(local_N), **{k: v[half] for k, v in given.items()})
-            x = type(x)(**{**vars(x), "num_sequences": len(LENGTHS)})
+            x = loss_inputs(len(local_N), num_sequences=len(LENGTHS), **{k: v[half] for k, v in given.items()})
             loss, local_sums = token_loss(local_N, torch.zeros_like(local_N), x, cfg, across)
             loss.backward()
             parts.append((local_N.grad, local_sums))
     torch.testing.assert_close(torch.cat([g for g, _ in parts]), grad_N)
-    torch.testing.assert_close(sum(s for _, s in parts), torch.tensor(list(sums.values()), dtype=torch.float64))
+    assert {name: sum(float(s[name]) for _, s in parts) for name in sums} == pytest.approx(sums)
 
 
 def test_fractions_count_what_was_capped_and_masked():
     logs = [0.0, 0.5, -0.5, 0.1, 2.0, 1.0]
-    given = {"rollout_logp": [-v for v in logs], "sequence": [0, 0, 0, 1, 2, 2], "anchor": [0, 0, 0, 1, 0, 0]}
+    given = {"rollout_logp": [-v for v in logs], "sequence": [0, 0, 0, 1, 2, 2], "gal_scale": [0, 0, 0, 1, 0, 0]}
     cfg = ImportanceConfig(cap=1.2, token_bounds=(0.7, 2.0), sequence_bounds=(0.5, 3.0), sequence_max_gap=0.3)
     *_, sums = ours([0.0] * 6, given, ObjectiveConfig(importance=cfg))
     assert sums["importance_capped"] == 3
@@ -170,8 +169,8 @@ def test_fractions_count_what_was_capped_and_masked():
 
 def test_a_masked_token_contributes_nothing_even_where_its_ratio_is_infinite():
     given = {
-        "old_logp": [-800.0, -1.0], "rollout_logp": [-1.0, -1.0], "ref_logp": [-1.0, -1.0], "nll": [0.5, 0.5],
-        "advantage": [-1.0, -1.0], "surrogate": [1.0, 1.0], "kl": [1.0, 1.0], "sequence": [0, 1],
+        "old_logp": [-800.0, -1.0], "rollout_logp": [-1.0, -1.0], "ref_logp": [-1.0, -1.0], "nll_weight": [0.5, 0.5],
+        "advantage": [-1.0, -1.0], "pg_weight": [1.0, 1.0], "kl_weight": [1.0, 1.0], "sequence": [0, 1],
     }  # fmt: skip
     for option in ({"token_bounds": (0.5, 2.0)}, {"sequence_max_gap": 1.0}):
         for ratio in ("token", "sequence"):
@@ -186,21 +185,21 @@ def test_a_masked_token_contributes_nothing_even_where_its_ratio_is_infinite():
 def test_gal_is_stopped_only_in_the_direction_of_its_push(mode):
     cfg = ObjectiveConfig(gal_clip=mode, clip_low=0.2, clip_high=0.3)
     logs, nll = [0.3, 0.2, -0.3, -0.3, 0.3, -0.2], [1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
-    given = {"nll": nll, "anchor": [1.0] * 6, "sequence": range(6)}
+    given = {"nll_weight": nll, "gal_scale": [1.0] * 6, "sequence": range(6)}
     _, grad_N, sums = ours(logs, given, cfg)
     assert (grad_N == 0).tolist() == [True, False, False, True, False, False]
-    assert (sums["anchored_clipped"], sums["anchored_tokens"]) == (2, 6)
-    constant = {**given, "anchor": [0.0] * 6}  # a likelihood term that no log-ratio stands behind is not GAL's
+    assert (sums["gal_clipped"], sums["gal_tokens"]) == (2, 6)
+    constant = {**given, "gal_scale": [0.0] * 6}  # a likelihood term that no log-ratio stands behind is not GAL's
     assert not (ours(logs, constant, cfg)[1] == 0).any()
 
 
-def test_anchor_drift_is_the_distance_of_scaled_log_ratios():
+def test_gals_drift_is_the_distance_of_scaled_log_ratios():
     logp, given = streams(5)
     *_, sums = ours(logp, given, ObjectiveConfig())
     moved = np.array([(logp - given["old_logp"])[given["sequence"] == i].sum() for i in range(len(LENGTHS))])
     scaled = np.abs(moved / np.array(LENGTHS))[~np.array(IS_TRACE)]
-    assert sums["anchored"] == pytest.approx(4)
-    assert sums["anchor_drift"] == pytest.approx(scaled.sum())
+    assert sums["gal_sequences"] == pytest.approx(4)
+    assert sums["gal_drift"] == pytest.approx(scaled.sum())
 
 
 def test_options_that_contradict_each_other_are_refused():
@@ -234,29 +233,29 @@ def test_a_ratio_at_a_bound_of_the_clip_is_not_clipped():
     at = [math.log1p(0.5), math.log1p(-0.25), math.log(4.0)]
     given = {
         "advantage": [1.0, -1.0, -1.0],
-        "surrogate": [1.0] * 3,
+        "pg_weight": [1.0] * 3,
         "sequence": [0, 1, 2],
-        "nll": [1.0, -1.0, 0.0],
-        "anchor": [1.0] * 3,
+        "nll_weight": [1.0, -1.0, 0.0],
+        "gal_scale": [1.0] * 3,
     }
     *_, sums = ours(np.array(at), given, cfg)
-    assert (sums["clipped"], sums["anchored_clipped"]) == (0, 0)
+    assert (sums["clipped"], sums["gal_clipped"]) == (0, 0)
     beyond = [at[0] + 1e-9, at[1] - 1e-9, at[2] + 1e-9]
     *_, sums = ours(np.array(beyond), given, cfg)
-    assert (sums["clipped"], sums["anchored_clipped"]) == (3, 2)
+    assert (sums["clipped"], sums["gal_clipped"]) == (3, 2)
 
 
 def test_no_token_of_a_trace_is_capped_whatever_the_cap():
     x = loss_inputs(
         4,
         is_trace=[1, 1, 0, 0],
-        nll=[0.5] * 4,
+        nll_weight=[0.5] * 4,
         sequence=[0, 0, 1, 1],
         old_logp=[0, 0, -1.0, -1.0],
         rollout_logp=[0, 0, -1.0, -0.5],
     )
     cfg = ObjectiveConfig(importance=ImportanceConfig(cap=0.7))
     _, sums = token_loss(torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), x, cfg)
-    assert dict(zip(STATISTICS, sums.tolist(), strict=True))["importance_capped"] == 1, (
+    assert {name: float(value) for name, value in sums.items()}["importance_capped"] == 1, (
         "u is 1 and e^-0.5 on the rollout"
     )

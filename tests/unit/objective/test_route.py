@@ -37,7 +37,7 @@ def graded(order, correct, traces=("a", "b"), versions=None):
 def test_each_tier_gets_its_treatment():
     groups = [graded(0, [True, True]), graded(1, [True, False]), graded(2, [False, False])]
     routed = route(groups, DYPO, step=0, version=4, seed=1)
-    assert routed.treatments == [Treatment.DROP, Treatment.REINFORCE, Treatment.DISTIL]
+    assert routed.treatments == [Treatment.DROP, Treatment.REINFORCE, Treatment.DISTILL]
     easy, mid, (trace,) = routed.samples
     assert easy == []
     assert [s.is_correct for s in mid] == [True, False]

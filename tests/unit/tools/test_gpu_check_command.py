@@ -124,7 +124,7 @@ def test_the_batch_has_mid_groups_with_both_verdicts_and_traces():
     sizes = CheckSizes(hidden=64, head_dim=32, vocab=100, tokens=1024, length=32)
     samples = make_samples(sizes)
     totals = count(samples)
-    assert totals.num_sequences == {Treatment.DISTIL: 3, Treatment.REINFORCE: 24}
+    assert totals.num_sequences == {Treatment.DISTILL: 3, Treatment.REINFORCE: 24}
     assert totals.num_prompts == 6
     assert sizes.tokens - 9 * sizes.length < sum(len(s.tokens) for s in samples) <= sizes.tokens
     assert {s.is_correct for s in samples if s.treatment is Treatment.REINFORCE} == {True, False}

@@ -1,4 +1,4 @@
-"""From log-probs of a group to the per-token weights of the loss (dypo.md, sections 3 to 5). Pure.
+"""From log-probs of a group to the token weights of the loss (dypo.md, sections 3 to 5). Pure.
 
 An objective composes these: each function gives one term's share for each member of one group, with the global
 normaliser 1/n, the group's 1/k and the length divisor folded in. Legend: G members of a group.
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.advantage import group_advantages
-from megatron_dypo.objective.gal import GalStatistics, gal_coefficients, gal_statistics
+from megatron_dypo.objective.gal import gal_coefficients, gal_statistics, gal_sums
+from megatron_dypo.objective.loss import VALUE
 from megatron_dypo.types import Sample, TokenWeights, Totals
 
 
 def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig) -> float:
-    """What the token sum of ``sample`` is divided by, the same in GRPO, SFT and ℓ_i (section 4, "one knob")."""
+    """Return the divisor of the token sum of ``sample``, the same in GRPO, SFT and ℓ_i (section 4, "one knob")."""
     match cfg.length_normalization:
         case "sum":
             return 1.0
@@ -32,56 +33,61 @@ def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig) -> floa
 
 
 def sft_weights(trace: Sample, totals: Totals, cfg: ObjectiveConfig, *, scale: float) -> TokenWeights:
-    """``scale``·L_SFT of one prompt (eq. 5, 20), its share of the mean over prompts included."""
-    return TokenWeights(nll=scale / (totals.num_prompts * length_divisor(trace, totals, cfg)))
+    """Return the weights of ``scale``·L_SFT of one prompt (eq. 5, 20), its share of the mean over prompts included."""
+    return {"nll_weight": scale / (totals.num_prompts * length_divisor(trace, totals, cfg))}
 
 
 def grpo_weights(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float) -> list[TokenWeights]:
-    """``scale``·L_GRPO of one prompt (eq. 3, 21, 22), the KL term included."""
+    """Return the weights of ``scale``·L_GRPO of one prompt (eq. 3, 21, 22), the KL term included."""
     reward_G = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
     advantage_G = group_advantages(reward_G, normalize_std=cfg.normalize_std, epsilon=cfg.advantage_epsilon)
-    weights = []
+    weights: list[TokenWeights] = []
     for sample, advantage in zip(group, advantage_G.tolist(), strict=True):
         share = scale / (totals.num_prompts * len(group) * length_divisor(sample, totals, cfg))
-        weights.append(TokenWeights(advantage=advantage, surrogate=share, kl=share * cfg.kl_coef))
+        weights.append({"advantage": advantage, "pg_weight": share, "kl_weight": share * cfg.kl_coef})
     return weights
 
 
 def gal_weights(
     group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float
-) -> tuple[list[TokenWeights], GalStatistics | None]:
-    """``scale``·L_GAL of one prompt (eq. 14, 15): −``scale``·c_i/(n·divisor) on −log π, and the group's diagnostics."""
+) -> tuple[list[TokenWeights], dict[str, float]]:
+    """Return the weights of ``scale``·L_GAL of one prompt (eq. 14, 15), −``scale``·c_i/(n·divisor) on −log π, and sums.
+
+    The sums are those of ``GAL_METRICS``, and the group's share of the objective's value, which the loss does not hold:
+    its nll term has GAL's gradient and not its value. Without a pair there are none.
+    """
     log_ratio_G = group_log_ratios(group, totals, cfg)
     is_success_G = torch.tensor([sample.is_correct for sample in group])
     coef_G = gal_coefficients(log_ratio_G, is_success_G, cfg.beta_gal)
     statistics = gal_statistics(log_ratio_G, is_success_G, cfg.beta_gal)
-    weights = []
+    if statistics is None:
+        return [{} for _ in group], {}
+    weights: list[TokenWeights] = []
     for sample, coef in zip(group, coef_G.tolist(), strict=True):
         unit = 1 / length_divisor(sample, totals, cfg)
-        weights.append(TokenWeights(nll=-scale * coef * unit / totals.num_prompts, anchor=unit if statistics else 0.0))
-    return weights, statistics
+        weights.append({"nll_weight": -scale * coef * unit / totals.num_prompts, "gal_scale": unit})
+    value = scale * statistics.loss / totals.num_prompts
+    return weights, {VALUE: value, **gal_sums(statistics, log_ratio_G)}
 
 
 def group_log_ratios(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig) -> Tensor:
-    """[G] float64 ℓ_i / divisor: under the update's own weights where they were scored again, else under π_old."""
+    """Return [G] float64 ℓ_i / divisor, under the update's own weights where those were computed, else under π_old."""
     return torch.tensor([_log_ratio(s) / length_divisor(s, totals, cfg) for s in group], dtype=torch.float64)
 
 
 def _log_ratio(sample: Sample) -> float:
-    assert sample.old_logp is not None, "score() comes before weigh()"
-    assert sample.ref_logp is not None, "score() comes before weigh()"
+    assert sample.old_logp is not None, "log-probs come before token weights"
+    assert sample.ref_logp is not None, "log-probs come before token weights"
     ref_sum = float(sample.ref_logp.sum(dtype="float64"))
     if sample.current_logp_sum is not None:
         return sample.current_logp_sum - ref_sum
     return float(sample.old_logp.sum(dtype="float64")) - ref_sum
 
 
-def add(first: TokenWeights, second: TokenWeights) -> TokenWeights:
-    """Both terms on one trajectory; at most one of them carries an advantage."""
-    return TokenWeights(
-        advantage=first.advantage or second.advantage,
-        surrogate=first.surrogate + second.surrogate,
-        kl=first.kl + second.kl,
-        nll=first.nll + second.nll,
-        anchor=first.anchor or second.anchor,
-    )
+def add_weights(first: TokenWeights, second: TokenWeights) -> TokenWeights:
+    """Return the weights of both terms on one trajectory; at most one of them has an advantage or GAL's scale."""
+    both = {**first, **second}
+    for name in first.keys() & second.keys():
+        assert name not in ("advantage", "gal_scale"), f"{name} of two terms"
+        both[name] = first[name] + second[name]
+    return both

@@ -1,0 +1,56 @@
+"""Samples as bytes: the form in which they move between ranks and lie in checkpoints.
+
+Every field of :class:`megatron_dypo.types.Sample` is carried, and every token weight, whatever their names: arrays as
+safetensors tensors, all else as JSON in the header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+
+from megatron_dypo.types import Sample, Treatment
+
+_FIELDS = tuple(field.name for field in fields(Sample) if field.name != "weights")
+
+
+def dump_samples(samples: Sequence[Sample]) -> bytes:
+    """Return ``samples`` as safetensors bytes."""
+    tensors: dict[str, np.ndarray] = {}
+    headers = []
+    for index, sample in enumerate(samples):
+        header, arrays = _split({name: getattr(sample, name) for name in _FIELDS})
+        weights, weight_arrays = _split(sample.weights or {})
+        tensors |= {f"{index}.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+        tensors |= {f"{index}.weights.{name}": np.ascontiguousarray(array) for name, array in weight_arrays.items()}
+        header["treatment"] = sample.treatment.value
+        header["weights"] = None if sample.weights is None else weights
+        headers.append(header)
+    return safetensors_numpy.save(tensors, metadata={"samples": json.dumps(headers)})
+
+
+def load_samples(data: bytes) -> list[Sample]:
+    """Return the samples of :func:`dump_samples`."""
+    header_size = int.from_bytes(data[:8], "little")
+    headers = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["samples"])
+    for name, array in safetensors_numpy.load(data).items():
+        index, *sections, field = name.split(".", 2)
+        (headers[int(index)]["weights"] if sections else headers[int(index)])[field] = array
+    return [Sample(**{**header, "treatment": Treatment(header["treatment"])}) for header in headers]
+
+
+def without_arrays(sample: Sample) -> Sample:
+    """Return a copy that carries tokens only, for a forward pass."""
+    return replace(sample, rollout_logp=None, old_logp=None, ref_logp=None, weights=None)
+
+
+def _split(values: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Numbers and words, and arrays."""
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    rest = {name: value for name, value in values.items() if name not in arrays}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in rest.items()}, arrays

@@ -1,0 +1,62 @@
+"""Per-token streams: numbers that packing writes beside the tokens and the loss reads. They are declared here alone.
+
+Packing, the move to the device and the inputs of the loss follow from an objective's tuple of :class:`Stream`; the wire
+carries whatever ``Sample.weights`` holds. An objective adds one of its own: ``(*STREAMS, Stream(name="shape"))``.
+
+Shape legend: R response tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_dypo.types import Sample, StreamValue, Treatment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One value for each response token."""
+
+    name: str
+    """The key of ``Sample.weights``, ``Microbatch.streams`` and ``LossInputs``."""
+    meaning: str = ""
+    dtype: npt.DTypeLike = np.float32
+    fill: float = 0.0
+    """The value of a token that was given none, and of prompts and padding, which the loss never reads."""
+    read: Callable[[Sample], StreamValue | None] | None = None
+    """Takes the value from a sample; None: ``Sample.weights[name]``, which an objective gives."""
+
+    def value_of(self, sample: Sample) -> StreamValue | None:
+        """Return one number for all response tokens of ``sample``, or [R]; None where there is none."""
+        if self.read is not None:
+            return self.read(sample)
+        return None if sample.weights is None else sample.weights.get(self.name)
+
+
+STREAMS = (
+    Stream(name="advantage", meaning="Â of GRPO (eq. 21)"),
+    Stream(name="pg_weight", meaning="weight of the clipped policy-gradient surrogate (eq. 22)"),
+    Stream(name="kl_weight", meaning="weight of the k3 estimate of KL(π_θ‖π_ref)"),
+    Stream(name="nll_weight", meaning="weight of −log π: positive for a teacher's trace, −(1−α)·c_i/n for GAL"),
+    Stream(
+        name="gal_scale",
+        meaning="GAL only: 1 / (length divisor of ℓ), to find its tokens and to log how far ℓ has moved; 0 for SFT, "
+        "whose weight does not depend on the policy",
+    ),
+    Stream(name="old_logp", meaning="log π_old", read=attrgetter("old_logp")),
+    Stream(name="ref_logp", meaning="log π_ref", read=attrgetter("ref_logp")),
+    Stream(name="rollout_logp", meaning="the server's log-prob", read=attrgetter("rollout_logp")),
+    Stream(
+        name="is_trace",
+        meaning="True: a teacher's token; False: a sampled one",
+        dtype=np.bool_,
+        read=lambda sample: sample.treatment is Treatment.DISTILL,
+    ),
+)
+"""The streams that :func:`megatron_dypo.objective.loss.token_loss` reads. A length divisor, 1/n and a tier's share are
+folded into the weights, so that the loss is a plain sum."""

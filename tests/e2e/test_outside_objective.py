@@ -1,0 +1,77 @@
+"""An objective that is one file of the user's, outside the package: it trains, and its stream and metrics are everywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_dypo.metrics.writer import read_metrics
+from tests.support.e2e.parity_task import write_task
+
+REPOSITORY = Path(__file__).parents[2]
+OBJECTIVE = REPOSITORY / "tests" / "support" / "throwaway_objective.py"
+OWN = ("shape/mean", "shape/traces")
+
+
+def command(folder: Path, *arguments: str) -> str:
+    """Output of a command that must succeed, run in the folder that holds ``my_package``."""
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_dypo.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def trained(folder: Path, **sections: object) -> dict[int, dict[str, float]]:
+    """Records of a run with the throw-away objective, by step."""
+    (folder / "my_package").mkdir()
+    shutil.copy(OBJECTIVE, folder / "my_package" / "my_module.py")
+    config = write_task(folder, **sections)
+    output = command(folder, "train", str(config))
+    assert "please report this" not in output
+    return {record["step"]: record for record in read_metrics(folder / "run" / "metrics.jsonl")}
+
+
+def objective(**options: object) -> dict[str, object]:
+    return {"name": "my_package.my_module:ShapedTraces", "options": {"gamma": 0.2, **options}}
+
+
+def test_an_objective_of_one_file_trains_two_steps_on_traces(tmp_path: Path) -> None:
+    records = trained(tmp_path, objective=objective(), parallel={"pipeline": 2})
+    assert sorted(records) == [1, 2]
+    for record in records.values():
+        assert record["shape/traces"] == record["train/num_prompts"] == 8
+        assert 0 < record["shape/mean"] <= 0.25, "γp/(p+γ)² is at most ¼"
+        assert record["train/grad_norm"] > 0
+        assert record["train/loss"] > 0
+    assert records[1]["shape/mean"] != records[2]["shape/mean"], "the weights moved"
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in OWN:
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([records[step][name] for step in (1, 2)])
+    command(tmp_path, "report", "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Shape of traces" in page
+
+
+def test_an_objective_of_one_file_trains_on_rollouts_of_real_servers(tmp_path: Path) -> None:
+    records = trained(tmp_path, objective=objective(rollouts=True))
+    assert sorted(records) == [1, 2]
+    for record in records.values():
+        assert record["rollout/num_rollouts"] >= 32
+        assert record["shape/traces"] == record["train/num_prompts"] * record["gate/offline_share_prompts"]
+    assert any("train/pg_loss" in record for record in records.values())
+    assert any(record["shape/traces"] > 0 for record in records.values())
