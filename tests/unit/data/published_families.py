@@ -259,7 +259,7 @@ def _vocabulary(vocabulary: str) -> tuple[dict[str, int], list[tuple[str, str]]]
 def _write_tokenizer(folder: Path, model: Published) -> None:
     if model.is_sentencepiece:
         shutil.copyfile(sentencepiece_model(model), folder / "tokenizer.model")
-        tokenizer = _from_sentencepiece(folder / "tokenizer.model")
+        tokenizer = convert_sentencepiece(folder / "tokenizer.model")
     else:
         tokenizer = _from_ranks(model)
     if model.bos_token is not None:
@@ -287,7 +287,7 @@ def _from_ranks(model: Published) -> Tokenizer:
     return tokenizer
 
 
-def _from_sentencepiece(file: Path) -> Tokenizer:
+def convert_sentencepiece(file: Path) -> Tokenizer:
     """Return the tokenizer.json that goes with a sentencepiece model, as transformers 4 made the published ones."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
