@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from tests.golden.render_chats import CHATS, TRACE
-from tests.unit.data.published_families import PUBLISHED, write_published
+from tests.unit.data.published_families import PUBLISHED
+from tests.unit.data.published_folders import write_published
 
 GOLDEN = Path(__file__).parent / "published_chats.txt"
 

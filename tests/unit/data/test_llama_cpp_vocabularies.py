@@ -1,7 +1,7 @@
 """Vocabularies of Llama 2, Llama 3 and Qwen, with the ids that llama.cpp's authors recorded from the models' tokenizers.
 
 ``make setup-llama-cpp`` fetches them. Llama 2's is in none of the packages of ``requirements/test_data.txt``; the other
-two show that the tokenizers of ``published_families.py`` are those that were published.
+two show that the tokenizers of ``published_folders.py`` are those that were published.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_dypo.data.tokenizers import load_tokenizer
 from tests.golden.render_chats import CHATS, TRACE
 from tests.published_files import llama_cpp_file
 from tests.unit.data.chat_families import LLAMA_2
-from tests.unit.data.published_families import convert_sentencepiece, write_published
+from tests.unit.data.published_folders import convert_sentencepiece, write_published
 
 PUBLISHED_AS = {"llama-bpe": "llama3_8b_instruct", "qwen2": "qwen2_5_7b_instruct"}
 """Vocabularies and models that have them."""

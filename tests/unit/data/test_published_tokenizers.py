@@ -6,16 +6,12 @@ models are not covered.
 
 from __future__ import annotations
 
-import functools
 import random
-import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import regex
-import sentencepiece
 import transformers
 
 from megatron_dypo.data.chat import ChatTemplate
@@ -23,17 +19,9 @@ from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizers import Tokenizer, load_tokenizer
 from tests.golden.render_chats import CHATS
 from tests.golden.render_published import GOLDEN, render
-from tests.unit.data.published_families import (
-    PUBLISHED,
-    Published,
-    added_tokens,
-    merge_bytes,
-    read_pattern,
-    read_ranks,
-    read_template,
-    sentencepiece_model,
-    write_published,
-)
+from tests.unit.data.independent_encoders import by_byte_pairs, by_sentencepiece
+from tests.unit.data.published_families import PUBLISHED, Published, read_template
+from tests.unit.data.published_folders import write_published
 
 CONVERSATIONS = {
     **CHATS,
@@ -182,47 +170,13 @@ def test_a_text_has_the_ids_and_comes_back_as_in_transformers(loaded: Loaded) ->
 def test_a_text_has_the_ids_that_naive_byte_merging_or_sentencepiece_gives(loaded: Loaded) -> None:
     is_sentencepiece = loaded.model.is_sentencepiece
     ours = load_tokenizer(loaded.folder / "tokenizer.model", chat_template=False) if is_sentencepiece else loaded.ours
-    special, encode = _sentencepiece(loaded.model) if is_sentencepiece else _naive(loaded.model)
+    special, encode = by_sentencepiece(loaded.model) if is_sentencepiece else by_byte_pairs(loaded.model)
     split = regex.compile("(" + "|".join(map(regex.escape, special)) + ")")
     for text in TEXTS:
         expected: list[int] = []
         for part in split.split(text):
             expected += [special[part]] if part in special else encode(part, not expected)
         assert ours.encode(text) == expected, text
-
-
-Encode = Callable[[str, bool], list[int]]
-"""Ids of a text between special tokens, and whether nothing is before it."""
-
-
-def _naive(model: Published) -> tuple[dict[str, int], Encode]:
-    """Encode as tiktoken defines it: a text is cut into words; in each, the pair of the lowest rank merges, repeatedly."""
-    first = len(read_ranks(model.vocabulary))
-    pattern = regex.compile(read_pattern(model.vocabulary))
-
-    def encode(part: str, _is_first: bool) -> list[int]:
-        normal = unicodedata.normalize("NFC", part) if model.vocabulary == "qwen" else part
-        words = [_word_ids(model.vocabulary, word.encode()) for word in pattern.findall(normal)]
-        return [token_id for ids in words for token_id in ids]
-
-    return {text: first + index for index, text in enumerate(added_tokens(model))}, encode
-
-
-@functools.cache
-def _word_ids(vocabulary: str, word: bytes) -> tuple[int, ...]:
-    ranks = read_ranks(vocabulary)
-    return tuple(ranks[part] for part in ([word] if word in ranks else merge_bytes(word, ranks, len(ranks))))
-
-
-def _sentencepiece(model: Published) -> tuple[dict[str, int], Encode]:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model(model)))
-    control = [i for i in range(processor.vocab_size()) if i == processor.unk_id() or processor.is_control(i)]
-
-    def encode(part: str, is_first: bool) -> list[int]:
-        # Only the beginning of a text gets a space before it: further on, that goes before a line break that is added.
-        return processor.encode(part) if is_first else processor.encode("\n" + part)[2:]
-
-    return {processor.id_to_piece(i): i for i in control}, encode
 
 
 MISTRAL_IDS = {
