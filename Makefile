@@ -8,17 +8,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := requirements/cpu.txt
+# Packages whose files tests read; they go beside the environment's own packages, where nothing imports them.
+TEST_DATA := requirements/test_data.txt
 TORCH := $(shell grep '^torch==' $(REQUIREMENTS))
 # Changes with the pins and with the package's metadata, so that either one brings a new set-up.
-SETUP_KEY := $(shell cat $(REQUIREMENTS) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
+SETUP_KEY := $(shell cat $(REQUIREMENTS) $(TEST_DATA) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/setup-$(SETUP_KEY).done
 
 NEMO_RUN := .venv-nemo-run
 NEMO_RUN_EXTRA := $(shell sed -n '/^nemo-run =$$/,/^[^ ]/s/^    //p' setup.cfg)
 NEMO_RUN_STAMP := $(NEMO_RUN)/setup-$(shell echo "$(NEMO_RUN_EXTRA)" | cksum | cut -d ' ' -f 1).done
 
+# Its source archive has vocabularies of published models, with the ids that their tokenizers give.
+LLAMA_CPP_PIN := llama-cpp-python==0.3.36
+LLAMA_CPP := .venv-llama-cpp
+LLAMA_CPP_STAMP := $(LLAMA_CPP)/$(LLAMA_CPP_PIN).done
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run quickstart test test-all lint format clean
+.PHONY: help setup setup-nemo-run setup-llama-cpp quickstart test test-all lint format clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -37,6 +44,8 @@ $(STAMP):
 	@# An environment of an older set-up has a torchvision that its torch cannot load.
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision 2>/dev/null
 	$(BIN)/python -W ignore -c 'from transformers import Qwen2ForCausalLM; import megatron.core, sglang, megatron_dypo'
+	@rm -rf $(VENV)/test_data
+	$(PIP) install --quiet --no-deps --no-compile --target $(VENV)/test_data -r $(TEST_DATA)
 	@rm -f $(VENV)/setup-*.done && touch $@
 
 setup-nemo-run: $(NEMO_RUN_STAMP)  ## Create .venv-nemo-run, from which examples/nemo_run is started (540 MB).
@@ -47,6 +56,15 @@ $(NEMO_RUN_STAMP):
 	@# The package alone: neither torch nor anything that trains is needed where jobs are started from.
 	$(NEMO_RUN)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
 	@rm -f $(NEMO_RUN)/setup-*.done && touch $@
+
+setup-llama-cpp: $(LLAMA_CPP_STAMP)  ## Fetch the vocabularies of llama.cpp, for tests (77 MB, of which 15 MB are kept).
+
+$(LLAMA_CPP_STAMP): | $(STAMP)
+	@rm -rf $(LLAMA_CPP) && mkdir $(LLAMA_CPP)
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_CPP) $(LLAMA_CPP_PIN)
+	@tar -xzf $(LLAMA_CPP)/*.tar.gz -C $(LLAMA_CPP) --strip-components=4 --wildcards \
+		'*/models/ggml-vocab-llama-*' '*/models/ggml-vocab-qwen2.*'
+	@rm $(LLAMA_CPP)/*.tar.gz && touch $@
 
 quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py

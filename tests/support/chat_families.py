@@ -1,7 +1,7 @@
 """Chat templates in the manner of published families, each with a tiny tokenizer that has the same special tokens.
 
 The templates are written for these tests: they give, for plain conversations, the text that the published ones give
-(``test_published_templates.py`` compares the two where a package with the published ones is installed).
+(``test_published_templates.py`` compares the two).
 """
 
 from __future__ import annotations

@@ -114,6 +114,9 @@ class SentencePieceTokenizer(FolderTokenizer):
         super().__init__(file, processor.vocab_size(), options)
         self._require_added_tokens()
         self._control = {processor.id_to_piece(i): i for i in range(processor.vocab_size()) if processor.is_control(i)}
+        # <unk> is no control piece; HF finds it in a text where tokenizer_config.json names it.
+        named = [(text, self._token_id(text)) for text in self._folder.special_tokens.values()]
+        self._control |= {text: token_id for text, token_id in named if token_id is not None}
         # The longest first, so that no control piece hides another that it begins.
         pieces = sorted(self._control, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, pieces)) + ")" if pieces else r"(?!)")

@@ -74,6 +74,13 @@ def test_sentencepiece_control_pieces_in_a_template_become_their_ids(sentencepie
     assert tokenizer.decode(ids).strip() == "What is 1?"
 
 
+def test_the_unknown_piece_that_the_config_names_is_a_special_token(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    named = load_tokenizer(variant(sentencepiece_folder, tmp_path / "t", unk_token="<unk>"))
+    assert named.encode("1<unk>2") == [*named.encode("1"), 0, *named.encode("[INST]2")[1:]]
+    assert (named.decode(named.encode("1<unk>2")), named.show(named.encode("1<unk>2"))) == ("12", "1<unk>2")
+    assert 0 not in load_tokenizer(sentencepiece_folder).encode("1<unk>2")
+
+
 def test_a_string_is_one_user_message_only_under_a_template(bpe_folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(bpe_folder)
     assert tokenizer.render("hi", True) == tokenizer.render([{"role": "user", "content": "hi"}], True)
