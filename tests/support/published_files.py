@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 
 FOLDER = Path(sys.prefix) / "test_data"
-"""Where ``make setup`` puts the packages; on no import path."""
+"""Where ``make setup-test-data`` puts the packages; on no import path."""
 _LLAMA_CPP = Path(__file__).parents[2] / ".venv-llama-cpp"
 
 
@@ -46,7 +46,7 @@ def version_of(package: str) -> str:
 def _find(package: str) -> importlib.metadata.Distribution:
     found = next(iter(importlib.metadata.distributions(name=package, path=[str(FOLDER)])), None)
     if found is None:
-        _miss(f"needs the package {package} in {FOLDER}: make setup puts it there", "DYPO_REQUIRE_TEST_DATA")
+        _miss(f"needs the package {package} in {FOLDER}: make setup-test-data puts it there", "DYPO_REQUIRE_TEST_DATA")
     return found
 
 
