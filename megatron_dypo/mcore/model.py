@@ -134,15 +134,7 @@ def load_initial_weights(
         fp8.adopt_initial_values(chunks)
     else:
         reader = HFReader(model.hf_path)
-        load_hf_weights(
-            fp8.named_initial_values(chunks),
-            reader,
-            arch,
-            layout.tp_rank,
-            layout.tensor,
-            etp_rank=layout.etp_rank,
-            etp_size=layout.expert_tensor,
-        )
+        load_hf_weights(fp8.named_initial_values(chunks), reader, arch, layout)
         fp8.quantize_initial_values(chunks)
 
 

@@ -71,9 +71,7 @@ def part_name(layout: Layout) -> str:
 
 def _axis(row: Row, layout: Layout) -> tuple[int, int, dist.ProcessGroup | None]:
     """Rank, size and group of the axis that may split a parameter."""
-    if row.is_expert:
-        return layout.etp_rank, layout.expert_tensor, layout.etp_group
-    return layout.tp_rank, layout.tensor, layout.tp_group
+    return (*layout.shard(is_expert=row.is_expert), layout.etp_group if row.is_expert else layout.tp_group)
 
 
 def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:

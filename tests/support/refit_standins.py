@@ -72,7 +72,7 @@ def shard(name: str, arch: Architecture, layout: Layout, seed: int, dtype: torch
     """One parameter of a rank, cut out of the random model."""
     row = match(name, arch)
     tensors = [hf_tensor(n, s, seed, dtype) for n, s in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
-    ranks = (0, 1) if row.is_expert else (layout.tp_rank, layout.tensor)
+    ranks = layout.shard(is_expert=row.is_expert)
     rule: Rule = row.rule
     return rule.shard(tensors, arch, *ranks)
 
