@@ -31,7 +31,7 @@ from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.loss import STATISTICS
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Floats, Microbatch, Sample, Treatment
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
 
@@ -57,7 +57,7 @@ class UpdateRun:
     peak_gib: float
 
 
-def run_updates(sizes: CheckSizes, layout: Layout, *, dtype: Dtype, fp8: Fp8Config, keep: Path) -> UpdateRun:
+def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Config, keep: Path) -> UpdateRun:
     """Score once, then ``sizes.steps`` updates on the same samples.
 
     Args:
@@ -98,7 +98,7 @@ def run_updates(sizes: CheckSizes, layout: Layout, *, dtype: Dtype, fp8: Fp8Conf
     )
 
 
-def _build(sizes: CheckSizes, layout: Layout, dtype: Dtype, fp8: Fp8Config) -> tuple[list[Any], PolicyOptimizer]:
+def _build(sizes: CheckSizes, layout: MeshRank, dtype: Dtype, fp8: Fp8Config) -> tuple[list[Any], PolicyOptimizer]:
     model = ModelConfig(hf_path="synthetic", dtype=dtype, fp8=fp8)
     chunks = build_model(architecture(sizes), model, ParallelConfig(), layout)
     _fill_weights(chunks)
@@ -132,7 +132,7 @@ def _weigh(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:
     return weighed
 
 
-def _pack(samples: Sequence[Sample], layout: Layout, budget: int, row_multiple: int) -> list[Microbatch]:
+def _pack(samples: Sequence[Sample], layout: MeshRank, budget: int, row_multiple: int) -> list[Microbatch]:
     lengths = [len(sample.tokens) for sample in samples]
     bins = plan_microbatches(lengths, budget=budget, count=num_microbatches(lengths, budget=budget))
     return pack_rows(samples, bins, layout, row_multiple)
