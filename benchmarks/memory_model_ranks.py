@@ -21,7 +21,7 @@ from megatron_dypo.mcore import features
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.groups import Layout, close
+from megatron_dypo.parallel.groups import MeshRank, close
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.setting import Assumptions, Setting
@@ -54,7 +54,7 @@ def configuration(case: Any) -> Config:
     )
 
 
-def modelled(case: Any, config: Config, arch: Architecture, layout: Layout) -> dict[str, float]:
+def modelled(case: Any, config: Config, arch: Architecture, layout: MeshRank) -> dict[str, float]:
     """The terms of this rank's stage."""
     config = dataclasses.replace(
         config,
@@ -77,7 +77,7 @@ def modelled(case: Any, config: Config, arch: Architecture, layout: Layout) -> d
     return {**state, "activations": footprint.total - sum(state.values()), "peak": footprint.total}
 
 
-def measured(case: Any, config: Config, arch: Architecture, layout: Layout) -> dict[str, float]:
+def measured(case: Any, config: Config, arch: Architecture, layout: MeshRank) -> dict[str, float]:
     """Live bytes in the second update, when the optimizer has its state."""
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.model import build_model

@@ -22,7 +22,7 @@ from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.parallel.groups import Layout, close
+from megatron_dypo.parallel.groups import MeshRank, close
 from megatron_dypo.types import Microbatch, Sample, Totals, Treatment
 
 VARIANTS = ("dypo", "sft", "sft_unfused")
@@ -46,7 +46,7 @@ def answer(what: str, shape: Any, rounds: int) -> None:
     close(layout)
 
 
-def measure_time(shape: Any, parallel: ParallelConfig, layout: Layout, rounds: int) -> dict[str, Any]:
+def measure_time(shape: Any, parallel: ParallelConfig, layout: MeshRank, rounds: int) -> dict[str, Any]:
     """Seconds of each variant by round, and of what stands beside the update."""
     from megatron_dypo.mcore.logprobs import sequence_logprobs
 
@@ -70,7 +70,7 @@ def measure_time(shape: Any, parallel: ParallelConfig, layout: Layout, rounds: i
     }
 
 
-def measure_memory(shape: Any, parallel: ParallelConfig, layout: Layout, variant: str) -> dict[str, int]:
+def measure_memory(shape: Any, parallel: ParallelConfig, layout: MeshRank, variant: str) -> dict[str, int]:
     """Peak growth of this rank's resident set over two updates; the largest of the ranks."""
     from megatron_dypo.mcore import forward_step, model, optimizer  # noqa: F401, imports are no part of a step
 
@@ -88,7 +88,7 @@ def measure_memory(shape: Any, parallel: ParallelConfig, layout: Layout, variant
 class Bench:
     """A model with its optimizer, and the packed rows of one update."""
 
-    def __init__(self, shape: Any, parallel: ParallelConfig, layout: Layout) -> None:
+    def __init__(self, shape: Any, parallel: ParallelConfig, layout: MeshRank) -> None:
         from megatron_dypo.mcore.model import build_model
         from megatron_dypo.mcore.optimizer import build_optimizer
 
@@ -222,7 +222,7 @@ def token_weights(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
     ]
 
 
-def pack_microbatches(samples: Sequence[Sample], count: int, arch: Architecture, layout: Layout) -> list[Microbatch]:
+def pack_microbatches(samples: Sequence[Sample], count: int, arch: Architecture, layout: MeshRank) -> list[Microbatch]:
     lengths, cost = [len(s.tokens) for s in samples], sequence_cost(arch)
     bins = plan_microbatches(lengths, budget=sum(lengths), count=count, costs=[cost.of(s) for s in samples])
     return [pack(samples, members, microbatch_length(lengths, [members], layout.tensor)) for members in bins]

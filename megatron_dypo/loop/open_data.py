@@ -21,7 +21,7 @@ from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, v
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.teachers import judge_by, verifier_key
 from megatron_dypo.parallel.collectives import gather_objects
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 log = logging.getLogger("megatron_dypo")
 
@@ -46,7 +46,7 @@ def open_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def open_dataset(config: Config, layout: Layout, tokenizer: Tokenizer) -> PromptDataset:
+def open_dataset(config: Config, layout: MeshRank, tokenizer: Tokenizer) -> PromptDataset:
     """Open and check the prompt files; the first leader does the work, and the others read its result.
 
     Raises:
@@ -62,7 +62,7 @@ def open_dataset(config: Config, layout: Layout, tokenizer: Tokenizer) -> Prompt
         )
 
 
-def open_held_out(config: Config, layout: Layout, tokenizer: Tokenizer) -> dict[str, PromptStream]:
+def open_held_out(config: Config, layout: MeshRank, tokenizer: Tokenizer) -> dict[str, PromptStream]:
     """Open the evaluation sets by name; their traces, if they have any, are not read."""
     data = replace(config.data, teachers=None, drop_wrong_traces=False)
     if config.eval.format is not None:
@@ -102,7 +102,7 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
 
 
 def judge_traces(
-    config: Config, layout: Layout, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
+    config: Config, layout: MeshRank, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
 ) -> TraceVerdicts | None:
     """Let the verifier judge the teachers' traces, and log what it says of each teacher.
 
@@ -135,7 +135,7 @@ def judge_traces(
 
 
 @contextlib.contextmanager
-def _first_leader_first(layout: Layout) -> Iterator[None]:
+def _first_leader_first(layout: MeshRank) -> Iterator[None]:
     """Run the block on the first replica's leader, and then on the others."""
     assert layout.leaders_group is not None, "leaders open data"
     if not layout.is_global_leader:

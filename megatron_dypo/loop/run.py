@@ -51,7 +51,7 @@ from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
-from megatron_dypo.parallel.groups import Layout, close
+from megatron_dypo.parallel.groups import MeshRank, close
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.refit.refitter import Bridge
 from megatron_dypo.refit.servers import Watch
@@ -106,7 +106,7 @@ class Run:
     """One rank's view of a run."""
 
     config: Config
-    layout: Layout
+    layout: MeshRank
     arch: Architecture
     chunks: Sequence[Any]
     optimizer: PolicyOptimizer
@@ -214,7 +214,7 @@ def save_checkpoint(run: Run) -> Path:
     )
 
 
-def _drawn(leader: Leader, layout: Layout) -> dict[str, Any]:
+def _drawn(leader: Leader, layout: MeshRank) -> dict[str, Any]:
     """Where the next draw of the run is, and which draws before it came to nothing yet. Collective over the leaders."""
     stream = leader.background
     with stream.still() if stream else contextlib.nullcontext():
@@ -232,7 +232,7 @@ def _drawn(leader: Leader, layout: Layout) -> dict[str, Any]:
     return {"cursor": end, "unfinished": unfinished, "ledger": ledger.as_json()}
 
 
-def _prepare_folder(config: Config, layout: Layout) -> Path | None:
+def _prepare_folder(config: Config, layout: MeshRank) -> Path | None:
     """Make the run folder; the checkpoint to resume from, if it holds one."""
     folder = Path(config.run.dir)
     found = checkpoint.find_latest(folder / "checkpoints")
@@ -285,7 +285,7 @@ def _start_servers(config: Config, stack: contextlib.ExitStack) -> Future[Server
     return future
 
 
-def _build_policy(config: Config, layout: Layout, objective: Objective) -> Run:
+def _build_policy(config: Config, layout: MeshRank, objective: Objective) -> Run:
     arch = load_architecture(config.model.hf_path)
     if layout.is_global_leader:
         log.info("%s", features.probe())
@@ -387,7 +387,7 @@ def _build_leader(
     return leader
 
 
-def _share_queues(queues: Queues, states: Sequence[bytes], layout: Layout) -> None:
+def _share_queues(queues: Queues, states: Sequence[bytes], layout: MeshRank) -> None:
     """What waited, and what is left of the open batch, goes to the replicas of this run in turn, whole groups, however many wrote it."""
     samples = sorted((s for state in states for s in load_samples(state)), key=lambda s: (s.order, s.member))
     groups: dict[int, list] = {}
@@ -398,7 +398,7 @@ def _share_queues(queues: Queues, states: Sequence[bytes], layout: Layout) -> No
             queues.put(group)
 
 
-def _share_servers(layout: Layout, pool: ServerPool | None) -> tuple[tuple[str, ...], str | None]:
+def _share_servers(layout: MeshRank, pool: ServerPool | None) -> tuple[tuple[str, ...], str | None]:
     """Addresses and key of the servers, from the global leader to every rank."""
     known = (pool.urls, pool.api_key) if pool else ((), None)
     if layout.leaders_group is not None:

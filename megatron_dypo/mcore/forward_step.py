@@ -21,7 +21,7 @@ from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.objective.loss import LossInputs, sum_names
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.device import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Microbatch
 
 
@@ -109,7 +109,7 @@ def loss_pass(
     return dict(zip(names, totals.tolist(), strict=True))
 
 
-def add_over_ranks(sums: Mapping[str, float], layout: Layout) -> dict[str, float]:
+def add_over_ranks(sums: Mapping[str, float], layout: MeshRank) -> dict[str, float]:
     """Add up the sums of :func:`loss_pass` over the world, each token once. Collective."""
     totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device())
     totals *= layout.tp_rank == 0

@@ -22,11 +22,11 @@ from megatron_dypo.batching.zigzag import local_response_mask, shard
 from megatron_dypo.mcore.forward_step import logprob_pass
 from megatron_dypo.objective.streams import Stream
 from megatron_dypo.parallel.device import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Floats, Microbatch, Sample
 
 
-def round_up_microbatches(count: int, layout: Layout) -> int:
+def round_up_microbatches(count: int, layout: MeshRank) -> int:
     """The interleaved schedule takes microbatches in groups of the pipeline size."""
     step = layout.pipeline if layout.virtual_pipeline > 1 else 1
     return -(-max(count, 1) // step) * step
@@ -35,7 +35,7 @@ def round_up_microbatches(count: int, layout: Layout) -> int:
 def pack_microbatches(
     samples: Sequence[Sample],
     bins: Sequence[Sequence[int]],
-    layout: Layout,
+    layout: MeshRank,
     *,
     token_multiple: int,
     streams: Sequence[Stream],
@@ -56,7 +56,7 @@ def pack_microbatches(
 
 
 def sequence_logprobs(
-    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: Layout, budget: int, token_multiple: int = 1
+    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: MeshRank, budget: int, token_multiple: int = 1
 ) -> list[Floats] | None:
     """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
 
@@ -91,7 +91,7 @@ def sequence_logprobs(
     return [by_sample[i] for i in range(len(samples))]
 
 
-def _nothing(layout: Layout) -> list[Floats] | None:
+def _nothing(layout: MeshRank) -> list[Floats] | None:
     return [] if layout.is_replica_leader else None
 
 
@@ -107,7 +107,7 @@ def set_training(chunks: Sequence[Any], mode: bool) -> None:
         chunk.train(mode)
 
 
-def _to_leader(own: torch.Tensor | None, packed: Sequence[Microbatch], layout: Layout) -> Floats | None:
+def _to_leader(own: torch.Tensor | None, packed: Sequence[Microbatch], layout: MeshRank) -> Floats | None:
     """Log-probs of all response tokens of the microbatches, in their order, on the leader, and nowhere else.
 
     They come from the last stage's ranks of tensor-parallel rank 0, each with its zig-zag part.

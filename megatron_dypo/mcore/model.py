@@ -40,14 +40,14 @@ from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.models.load import load_hf_weights
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 
 def build_model(
     arch: Architecture,
     model: ModelConfig,
     parallel: ParallelConfig,
-    layout: Layout,
+    layout: MeshRank,
     *,
     distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
@@ -122,7 +122,7 @@ def transformer_config(
 
 
 def load_initial_weights(
-    chunks: Sequence[torch.nn.Module], model: ModelConfig, arch: Architecture, layout: Layout
+    chunks: Sequence[torch.nn.Module], model: ModelConfig, arch: Architecture, layout: MeshRank
 ) -> None:
     """Fill the parameters from ``model.mcore_path`` if set, else from the safetensors of ``model.hf_path``.
 
@@ -134,20 +134,12 @@ def load_initial_weights(
         fp8.adopt_initial_values(chunks)
     else:
         reader = HFReader(model.hf_path)
-        load_hf_weights(
-            fp8.named_initial_values(chunks),
-            reader,
-            arch,
-            layout.tp_rank,
-            layout.tensor,
-            etp_rank=layout.etp_rank,
-            etp_size=layout.expert_tensor,
-        )
+        load_hf_weights(fp8.named_initial_values(chunks), reader, arch, layout)
         fp8.quantize_initial_values(chunks)
 
 
 def _build_chunk(
-    arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: Layout, stage: int
+    arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: MeshRank, stage: int
 ) -> PolicyModel:
     memory_mb = model.logprob_memory_mib
     chunk = PolicyModel(

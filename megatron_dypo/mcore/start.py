@@ -7,10 +7,10 @@ import datetime
 from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.mcore import cpu, features
 from megatron_dypo.parallel import device, groups
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 
-def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> Layout:
+def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> MeshRank:
     """Join the world, set up Megatron's model-parallel groups and RNG seeds, and return this rank's place in the mesh.
 
     On a CPU this also installs :mod:`megatron_dypo.mcore.cpu`. Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
@@ -30,7 +30,7 @@ def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed:
     return layout
 
 
-def _seed(seed: int, layout: Layout) -> None:
+def _seed(seed: int, layout: MeshRank) -> None:
     from megatron.core import tensor_parallel
 
     # Pipeline stages draw from different streams, as in Megatron's own training loop.

@@ -16,13 +16,13 @@ from megatron_dypo.models.hf.folders import commit_folder, partial_path, start_f
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, finish_hf_folder, write_parts
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 
 def export_hf(
     named_params: Iterable[tuple[str, Tensor]],
     arch: Architecture,
-    layout: Layout,
+    layout: MeshRank,
     *,
     out_dir: str | Path,
     reference_hf_path: str | Path,

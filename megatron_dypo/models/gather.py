@@ -12,12 +12,12 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.write import TensorSpec
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 
 @torch.no_grad()
 def iter_hf_tensors(
-    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
 ) -> Iterator[tuple[str, Tensor]]:
     """HF names and tensors of the given parameters: experts on expert-tensor rank 0, all else on tensor-parallel rank 0.
 
@@ -43,7 +43,7 @@ def iter_hf_tensors(
 
 
 def sent_params(
-    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout
+    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
 ) -> list[tuple[str, Tensor]]:
     """Those of this rank's parameters that it has a part in when the policy leaves the mesh: all of it, once."""
     return [
@@ -53,7 +53,7 @@ def sent_params(
     ]
 
 
-def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout) -> list[TensorSpec]:
+def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank) -> list[TensorSpec]:
     """The HF tensors that this rank gets from :func:`iter_hf_tensors` of its :func:`sent_params`, in that order."""
     return [
         TensorSpec(hf_name, param.dtype, shape)
@@ -63,17 +63,15 @@ def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layo
     ]
 
 
-def part_name(layout: Layout) -> str:
+def part_name(layout: MeshRank) -> str:
     """Stem of the files that this rank writes; sorts by stage."""
     stage = f"stage-{layout.pp_rank:05d}"
     return stage if layout.leads_stage else f"{stage}-experts-{layout.ep_rank:05d}"
 
 
-def _axis(row: Row, layout: Layout) -> tuple[int, int, dist.ProcessGroup | None]:
+def _axis(row: Row, layout: MeshRank) -> tuple[int, int, dist.ProcessGroup | None]:
     """Rank, size and group of the axis that may split a parameter."""
-    if row.is_expert:
-        return layout.etp_rank, layout.expert_tensor, layout.etp_group
-    return layout.tp_rank, layout.tensor, layout.tp_group
+    return (*layout.shard(is_expert=row.is_expert), layout.etp_group if row.is_expert else layout.tp_group)
 
 
 def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Filling the parameters of a model with HF weights."""
+"""The parameters of a model are filled with HF weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.hf.read import HFReader, warn_once
+from megatron_dypo.parallel.position import Position
 
 
 @torch.no_grad()
@@ -17,17 +18,12 @@ def load_hf_weights(
     named_params: Iterable[tuple[str, Tensor]],
     reader: HFReader,
     arch: Architecture,
-    tp_rank: int,
-    tp_size: int,
-    *,
-    etp_rank: int = 0,
-    etp_size: int = 1,
+    position: Position,
 ) -> None:
-    """Copy into each parameter of this rank its shard, converted to the parameter's dtype and device.
+    """Copy into each parameter of the rank at ``position`` its shard, converted to the parameter's dtype and device.
 
-    Names carry the global layer index. Experts are split ``etp_size`` ways, everything else ``tp_size`` ways. Everything is
-    checked before the first parameter is written. Weights that are NaN or infinite, also for want of range in the
-    parameter's dtype, are loaded with a warning.
+    Names carry the global layer index. Everything is checked before the first parameter is written. Weights that are NaN
+    or infinite, perhaps only in the smaller range of the parameter's dtype, are loaded with a warning.
 
     Raises:
         ValueError: a parameter that no rule matches or whose shape differs; an HF tensor missing, unknown or misshapen.
@@ -35,12 +31,14 @@ def load_hf_weights(
     reader.check_complete(arch)
     matched = [(param, match(name, arch)) for name, param in named_params]
     for param, row in matched:
-        size, axis = (etp_size, "expert_tensor_parallel") if row.is_expert else (tp_size, "tensor_parallel")
+        axis, (_, size) = "expert_tensor" if row.is_expert else "tensor", position.shard(is_expert=row.is_expert)
         shape = row.rule.mcore_shape(arch, size)
         if tuple(param.shape) != shape:
-            raise ValueError(f"{row.mcore}: the model holds {tuple(param.shape)}, {axis}={size} asks for {shape}")
+            raise ValueError(
+                f"{row.mcore}: the model holds {tuple(param.shape)}, {axis}_parallel={size} asks for {shape}"
+            )
     for param, row in matched:
-        rank, size = (etp_rank, etp_size) if row.is_expert else (tp_rank, tp_size)
+        rank, size = position.shard(is_expert=row.is_expert)
         param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, rank, size))
         if not torch.isfinite(param).all():
             warn_once(f"{reader.path}: {', '.join(row.hf)}: not every weight is a finite number")

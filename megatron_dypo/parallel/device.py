@@ -14,27 +14,27 @@ import torch.distributed as dist
 
 @functools.cache
 def device_kind() -> str:
-    """``"cuda"`` where torch sees a GPU, else ``"cpu"``; ``CUDA_VISIBLE_DEVICES=""`` forces the CPU."""
+    """Return ``"cuda"`` where torch sees a GPU, else ``"cpu"``; ``CUDA_VISIBLE_DEVICES=""`` forces the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on_gpu() -> bool:
-    """True where the policy trains on a GPU."""
+    """Return whether the policy trains on a GPU."""
     return device_kind() == "cuda"
 
 
 def device() -> torch.device:
-    """This rank's device: its current GPU (see :func:`bind`), or the CPU."""
+    """Return this rank's device: its current GPU (see :func:`bind`), or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
-    """The torch.distributed backend of device tensors: ``nccl`` or ``gloo``."""
+    """Return the torch.distributed backend of device tensors: ``nccl`` or ``gloo``."""
     return "nccl" if on_gpu() else "gloo"
 
 
 def bind() -> None:
-    """Give this rank its GPU, by ``LOCAL_RANK``; on a CPU there is nothing to give.
+    """Give this rank the GPU of its ``LOCAL_RANK``; do nothing on a CPU.
 
     Raises:
         ValueError: more ranks than GPUs on this host.
@@ -63,7 +63,7 @@ def init_process_group(timeout: datetime.timedelta) -> None:
 
 
 def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """A group outside the default one and its registries: it need not exist, and dropping the last reference closes it.
+    """Make a group outside the default one and its registries. Dropping the last reference to it closes it.
 
     Has ``send`` and ``recv`` of lists of tensors, as ``torch.distributed.ProcessGroup`` does.
     """
@@ -75,7 +75,7 @@ def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.ti
 
 
 def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
-    """A handle of memory of a GPU, for :func:`open_storage` in another process on this host.
+    """Return a handle of GPU memory, for :func:`open_storage` in another process on this host.
 
     The GPU is named by its UUID: processes may number GPUs differently. The memory must outlive its use there.
     """
@@ -84,7 +84,7 @@ def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
 
 
 def open_storage(handle: tuple[Any, ...]) -> torch.UntypedStorage:
-    """The memory that another process shared.
+    """Open the memory that another process shared by :func:`share_storage`.
 
     Raises:
         ValueError: this process does not see that GPU.
@@ -97,49 +97,49 @@ def open_storage(handle: tuple[Any, ...]) -> torch.UntypedStorage:
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a wall clock measures what ran; the CPU has nothing to wait for."""
+    """Wait until the GPU has done its work, so that a wall clock measures it. A CPU has nothing to wait for."""
     if on_gpu():
         torch.cuda.synchronize()
 
 
 def get_rng_state() -> torch.Tensor:
-    """The GPU's RNG state, as a CPU tensor of bytes."""
+    """Return the GPU's RNG state, as a CPU tensor of bytes."""
     return torch.cuda.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
-    """Restore what :func:`get_rng_state` gave."""
+    """Restore a state that :func:`get_rng_state` returned."""
     torch.cuda.set_rng_state(state)
 
 
 def memory_bytes() -> int | None:
-    """Memory of this rank's GPU; None on a CPU, whose memory is shared with whatever else runs there."""
+    """Return the memory of this rank's GPU; None on a CPU, which shares its memory with other programs."""
     return torch.cuda.get_device_properties(device()).total_memory if on_gpu() else None
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Of this rank's GPU, e.g. (9, 0) for Hopper; None on a CPU."""
+    """Return the compute capability of this rank's GPU, e.g. (9, 0) for Hopper; None on a CPU."""
     return torch.cuda.get_device_capability(device()) if on_gpu() else None
 
 
 def toolkit_version() -> tuple[int, ...]:
-    """Of the CUDA toolkit that torch was built with; empty without one."""
+    """Return the version of the CUDA toolkit that torch was built with; empty without one."""
     return tuple(int(part) for part in torch.version.cuda.split(".")) if torch.version.cuda else ()
 
 
 def device_name() -> str:
-    """As the vendor calls this rank's GPU, or ``CPU``."""
+    """Return the vendor's name of this rank's GPU, or ``CPU``."""
     return torch.cuda.get_device_name(device()) if on_gpu() else "CPU"
 
 
 def reset_peak_memory() -> None:
-    """Start :func:`peak_memory_gib` anew on a GPU; a CPU process keeps its maximum."""
+    """Start a new maximum for :func:`peak_memory_gib` on a GPU; a CPU process keeps its maximum."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_gib() -> float:
-    """The largest memory of this process so far: of its GPU, or resident on a CPU machine."""
+    """Return the largest memory of this process so far: on its GPU, or resident on a CPU machine."""
     if on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -15,7 +15,7 @@ from megatron_dypo.parallel.position import Position
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout(Position):
+class MeshRank(Position):
     """This rank: its place in the mesh (:class:`Position`) and the process groups that it belongs to."""
 
     tp_group: dist.ProcessGroup
@@ -66,7 +66,7 @@ class Layout(Position):
         return self.mesh.expert_tensor
 
 
-def join(mesh: Mesh, timeout: datetime.timedelta) -> Layout:
+def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
     """Join the world and make all groups of the mesh, Megatron's and ours. Collective over the world.
 
     Imports Megatron, so prepare it first: :func:`megatron_dypo.mcore.start.start_megatron` does both.
@@ -90,7 +90,7 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> Layout:
     replica_groups = [_cpu_group(ranks, timeout) for ranks in replicas]
     leaders_group = _cpu_group([ranks[0] for ranks in replicas], timeout)
     senders_group = _cpu_group(mesh.sender_ranks(), timeout)
-    return Layout(
+    return MeshRank(
         mesh=mesh,
         rank=at.rank,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
@@ -104,7 +104,7 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> Layout:
     )
 
 
-def close(layout: Layout) -> None:
+def close(layout: MeshRank) -> None:
     """Leave all groups. Collective: every rank calls it, after its last collective.
 
     Called while an exception unwinds, it does nothing: peers may be in any collective, so that waiting for them would

@@ -61,6 +61,10 @@ class Position:
         """Number of the copy of all experts, within this stage, that this rank holds a part of."""
         return self._in_stage // self.mesh.expert_ranks
 
+    def shard(self, *, is_expert: bool) -> tuple[int, int]:
+        """Return (number of the shard that this rank holds, number of shards) of a parameter that is split."""
+        return (self.etp_rank, self.mesh.expert_tensor) if is_expert else (self.tp_rank, self.mesh.tensor)
+
     @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0

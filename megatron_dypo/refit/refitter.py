@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.refit.control import Answer, Deadline, ServerError, SGLangControl
 from megatron_dypo.refit.model_checks import check_names, check_server, check_shapes
 from megatron_dypo.refit.servers import Engines, PushReport, Watch, answering
@@ -61,7 +61,7 @@ class Bridge:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: MeshRank,
         arch: Architecture,
         named_params: Callable[[], Iterable[tuple[str, Tensor]]],
         *,

@@ -13,7 +13,7 @@ from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.quantized.blocks import block_amax, quantize_slice, scales_of, touched_blocks
 from megatron_dypo.models.quantized.names import Quantization, block_shape, is_quantized, scale_shape, weight_name
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.refit.plan.plan import Transfer
 
 
@@ -33,7 +33,7 @@ class ShardQuantizer:
         self,
         named_params: Iterable[tuple[str, Tensor]],
         arch: Architecture,
-        layout: Layout,
+        layout: MeshRank,
         quantization: Quantization,
     ) -> None:
         named = [(match(name, arch), param.detach()) for name, param in named_params]

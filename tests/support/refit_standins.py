@@ -22,7 +22,7 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, match, table
 from megatron_dypo.models.families.table import EXPERT, LAYER
 from megatron_dypo.models.rules import Rule
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.served import EngineLayout, served_tensors
 from megatron_dypo.refit.slices import rectangle
@@ -45,15 +45,15 @@ def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32
     return {name: hf_tensor(name, shape, seed, dtype) for name, shape in shapes.items()}
 
 
-def plain_layout(axes: Mesh, rank: int) -> Layout:
+def plain_layout(axes: Mesh, rank: int) -> MeshRank:
     """One rank of a mesh, without process groups: planned pushes use none of them."""
     groups: dict[str, Any] = dict.fromkeys(
         ("tp_group", "pp_group", "cp_group", "dp_group", "replica_group", "leaders_group")
     )
-    return Layout(mesh=axes, rank=rank, **groups)
+    return MeshRank(mesh=axes, rank=rank, **groups)
 
 
-def held_names(arch: Architecture, axes: Mesh, layout: Layout) -> list[str]:
+def held_names(arch: Architecture, axes: Mesh, layout: MeshRank) -> list[str]:
     """Megatron-Core parameters of a rank."""
     layers = axes.layers_of(layout.pp_rank, arch.num_layers)
     experts = arch.experts.num_experts // axes.expert if arch.experts else 0
@@ -68,11 +68,11 @@ def held_names(arch: Architecture, axes: Mesh, layout: Layout) -> list[str]:
     return names
 
 
-def shard(name: str, arch: Architecture, layout: Layout, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def shard(name: str, arch: Architecture, layout: MeshRank, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """One parameter of a rank, cut out of the random model."""
     row = match(name, arch)
     tensors = [hf_tensor(n, s, seed, dtype) for n, s in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
-    ranks = (0, 1) if row.is_expert else (layout.tp_rank, layout.tensor)
+    ranks = layout.shard(is_expert=row.is_expert)
     rule: Rule = row.rule
     return rule.shard(tensors, arch, *ranks)
 

@@ -17,7 +17,7 @@ import torch
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.mcore.start import start_megatron
-from megatron_dypo.parallel.groups import Layout, close
+from megatron_dypo.parallel.groups import MeshRank, close
 from tools.gpu_parts.logprob_speed import ProjectionSizes, measure_logprobs
 from tools.gpu_parts.synthetic import CheckSizes
 
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(layout: Layout, spec: dict[str, Any]) -> dict[str, Any]:
+def measure(layout: MeshRank, spec: dict[str, Any]) -> dict[str, Any]:
     """What ``spec`` asks for, on the process group that stands."""
     if spec["what"] == "logprobs":
         sizes = ProjectionSizes(**spec["sizes"])

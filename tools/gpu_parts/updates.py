@@ -31,7 +31,7 @@ from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Floats, Microbatch, Sample, Treatment
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples
 
@@ -56,7 +56,7 @@ class UpdateRun:
     peak_gib: float
 
 
-def run_updates(sizes: CheckSizes, layout: Layout, *, dtype: Dtype, fp8: Fp8Config, keep: Path) -> UpdateRun:
+def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Config, keep: Path) -> UpdateRun:
     """Score once, then ``sizes.steps`` updates on the same samples.
 
     Args:
@@ -97,7 +97,7 @@ def run_updates(sizes: CheckSizes, layout: Layout, *, dtype: Dtype, fp8: Fp8Conf
     )
 
 
-def _build(sizes: CheckSizes, layout: Layout, dtype: Dtype, fp8: Fp8Config) -> tuple[list[Any], PolicyOptimizer]:
+def _build(sizes: CheckSizes, layout: MeshRank, dtype: Dtype, fp8: Fp8Config) -> tuple[list[Any], PolicyOptimizer]:
     model = ModelConfig(hf_path="synthetic", dtype=dtype, fp8=fp8)
     chunks = build_model(architecture(sizes), model, ParallelConfig(), layout)
     _fill_weights(chunks)
@@ -131,7 +131,7 @@ def _token_weights(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sa
     return weighed
 
 
-def _pack(samples: Sequence[Sample], layout: Layout, budget: int, token_multiple: int) -> list[Microbatch]:
+def _pack(samples: Sequence[Sample], layout: MeshRank, budget: int, token_multiple: int) -> list[Microbatch]:
     lengths = [len(sample.tokens) for sample in samples]
     bins = plan_microbatches(lengths, budget=budget, count=num_microbatches(lengths, budget=budget))
     return pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=STREAMS)

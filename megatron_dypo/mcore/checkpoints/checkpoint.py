@@ -47,7 +47,7 @@ from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.models.mcore_ckpt import HF_FOLDER
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
 _RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
@@ -69,7 +69,7 @@ def save(
     *,
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
-    layout: Layout,
+    layout: MeshRank,
     trainer_state: dict[str, Any],
     leader_state: bytes = b"",
     reference: ReferencePolicy | None = None,
@@ -107,7 +107,7 @@ def save(
 
 
 def _write_state(
-    partial: Path, layout: Layout, header: dict[str, Any], leader_state: bytes, hf_path: str | Path | None
+    partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes, hf_path: str | Path | None
 ) -> None:
     if layout.is_replica_leader:
         (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
@@ -122,7 +122,7 @@ def _write_weights(
     partial: Path,
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
-    layout: Layout,
+    layout: MeshRank,
     reference: ReferencePolicy | None,
 ) -> None:
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
@@ -138,7 +138,7 @@ def load(
     *,
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
-    layout: Layout,
+    layout: MeshRank,
     reference: ReferencePolicy | None = None,
 ) -> Restored:
     """Restore a checkpoint folder into this run's layout, whatever layout wrote it. Collective over the world.
@@ -235,7 +235,7 @@ def _fill(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
 def _whole_state(
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
-    layout: Layout,
+    layout: MeshRank,
     *,
     is_loading: bool,
     with_rng: bool = True,
@@ -249,7 +249,7 @@ def _whole_state(
     return state
 
 
-def _header(step: int, optimizer: PolicyOptimizer, layout: Layout) -> dict[str, Any]:
+def _header(step: int, optimizer: PolicyOptimizer, layout: MeshRank) -> dict[str, Any]:
     return {
         "step": step,
         "num_updates": optimizer.num_updates,
@@ -267,7 +267,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _on_leader(layout: Layout, action: Callable[[], object]) -> None:
+def _on_leader(layout: MeshRank, action: Callable[[], object]) -> None:
     if layout.is_global_leader:
         action()
     dist.barrier()

@@ -9,10 +9,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_dypo.parallel import device
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 
 
-def sharded_state(layout: Layout) -> dict[str, ShardedTensor]:
+def sharded_state(layout: MeshRank) -> dict[str, ShardedTensor]:
     """States of the CPU, the device and Megatron's tracker, one of each for every (pipeline, tensor) rank.
 
     Data- and context-parallel ranks hold the same states, which are stored once.

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.plan.held import (
-    Kind,
-    Mesh,
-    Place,
-    Shard,
-    held_rectangles,
-    num_shards,
-    shards_of_stage,
-)
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.held import Kind, Place, Shard, held_rectangles, num_shards, shards_of_stage
 from megatron_dypo.refit.plan.rectangles import Rectangle
 from megatron_dypo.refit.plan.served import EngineLayout, ServedTensor, served_tensors
 from megatron_dypo.refit.plan.template import Atom, Encoding, Template, check_blocks, make_template

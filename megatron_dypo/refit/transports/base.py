@@ -18,7 +18,7 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.gather import iter_hf_tensors, sent_params, written_specs
 from megatron_dypo.models.hf.write import TensorSpec
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.refit.control import ServerError
 from megatron_dypo.refit.deadline import Deadline
 
@@ -50,7 +50,7 @@ class _Failure:
 class Source:
     """The policy as this rank holds it."""
 
-    layout: Layout
+    layout: MeshRank
     arch: Architecture
     named_params: Callable[[], Iterable[tuple[str, Tensor]]]
     """Megatron-Core names with global layer indices, this rank's shards."""

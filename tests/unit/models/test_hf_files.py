@@ -14,6 +14,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME, SafetensorsFiles
 from megatron_dypo.models.hf.read import HFReader, warn_once
 from megatron_dypo.models.load import load_hf_weights
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 663\n"
@@ -144,7 +145,7 @@ def test_weights_that_are_not_finite_are_said_with_file_and_tensor(tied, caplog)
         ("decoder.final_layernorm.weight", torch.zeros(64)),
     ]
     with caplog.at_level(logging.WARNING, logger="megatron_dypo"):
-        load_hf_weights(params, HFReader(tied), arch, 0, 1)
+        load_hf_weights(params, HFReader(tied), arch, Mesh().at(0))
     assert [record.getMessage() for record in caplog.records] == [
         f"{tied}: {name}: not every weight is a finite number"
     ]

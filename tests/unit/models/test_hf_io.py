@@ -14,6 +14,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import TensorSpec, finish_hf_folder, plan_files, write_parts
 from megatron_dypo.models.load import load_hf_weights
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 
 
@@ -96,14 +97,14 @@ def test_a_parameter_of_another_shape_is_refused_before_any_is_written(model):
     norm = torch.zeros(63)
     params = [("embedding.word_embeddings.weight", embedding), ("decoder.final_layernorm.weight", norm)]
     with pytest.raises(ValueError, match=r"decoder\.final_layernorm\.weight: the model holds \(63,\)"):
-        load_hf_weights(params, reader, arch, 0, 1)
+        load_hf_weights(params, reader, arch, Mesh().at(0))
     assert not embedding.any()
 
 
 def test_loading_converts_to_the_parameters_type(model):
     arch, reader = load_architecture(model), HFReader(model)
     weight = torch.zeros(66, 64, dtype=torch.bfloat16)
-    load_hf_weights([("output_layer.weight", weight)], reader, arch, 1, 2)
+    load_hf_weights([("output_layer.weight", weight)], reader, arch, Mesh(tensor=2).at(1))
     expected = reader.slice("lm_head.weight")[66:].bfloat16()
     assert torch.equal(weight[:65], expected)
     assert not weight[65:].any()

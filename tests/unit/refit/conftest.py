@@ -15,7 +15,7 @@ from megatron_dypo.config.refit import WeightsConfig
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
-from megatron_dypo.parallel.groups import Layout
+from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.refitter import Bridge
 from megatron_dypo.refit.servers import Watch
@@ -37,12 +37,12 @@ HF_CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def layout() -> Iterator[Layout]:
+def layout() -> Iterator[MeshRank]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     groups = dict.fromkeys(
         ("tp_group", "pp_group", "dp_group", "cp_group", "replica_group", "leaders_group"), dist.group.WORLD
     )
-    yield Layout(mesh=Mesh(), rank=0, **groups)
+    yield MeshRank(mesh=Mesh(), rank=0, **groups)
     dist.destroy_process_group()
 
 
@@ -72,7 +72,7 @@ class Setting:
 
 
 @pytest.fixture
-def setting(layout: Layout, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]:
+def setting(layout: MeshRank, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]:
     """Parametrise indirectly with fields of ``WeightsConfig``; pushes go by disk, which needs no receiver."""
     reference = tmp_path / "hf"
     write_random_model(reference, HF_CONFIG, seed=0)
