@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_dypo.batching.bins import bins_best_fit, bins_within
 from megatron_dypo.objective.streams import STREAMS, Stream
@@ -113,7 +115,7 @@ class _Packed:
         self._tokens_T, self._positions_T, self._targets_T = (np.zeros(length, np.int32) for _ in range(3))
         self._response_T = np.zeros(length, np.bool_)
         self._sample_T = np.full(length, -1, np.int32)
-        self._streams = {stream.name: np.full(length, stream.fill, stream.dtype) for stream in streams}
+        self._streams = {stream.name: _filled(length, stream) for stream in streams}
 
     def append(self, sample: Sample, index: int) -> None:
         start, size = self._used, len(sample.tokens)
@@ -155,9 +157,14 @@ class _Packed:
         )
 
 
+def _filled(length: int, stream: Stream) -> npt.NDArray[Any]:
+    # Zeros are memory that the system clears when it is first touched.
+    return np.full(length, stream.fill, stream.dtype) if stream.fill else np.zeros(length, stream.dtype)
+
+
 def _require_length(stream: Stream, value: StreamValue, sample: Sample) -> None:
-    shape, expected = np.shape(value), sample.num_response_tokens
-    if shape not in ((), (expected,)):
+    if isinstance(value, np.ndarray) and value.shape != (sample.num_response_tokens,):
         raise ValueError(
-            f"stream {stream.name} of shape {shape}: must be one number or [{expected}], the response's tokens"
+            f"stream {stream.name} of shape {value.shape}: must be one number or [{sample.num_response_tokens}], the "
+            "response's tokens"
         )

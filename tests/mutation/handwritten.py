@@ -74,7 +74,7 @@ HANDWRITTEN = (
     Hand(_B + "queues.py", "s.scored_version != version]", "s.scored_version is None]", "log-probs of older weights are made anew"),
     Hand(_O + "streams.py", "attrgetter(\"ref_logp\")", "attrgetter(\"old_logp\")", "each stream is its own"),
     Hand(_O + "streams.py", "attrgetter(\"rollout_logp\")", "attrgetter(\"old_logp\")", "each stream is its own"),
-    Hand(_B + "pack.py", "np.full(length, stream.fill, stream.dtype)", "np.full(length, 0, stream.dtype)", "padding has the stream's fill"),
+    Hand(_B + "pack.py", "np.full(length, stream.fill, stream.dtype) if", "np.full(length, 0, stream.dtype) if", "padding has the stream's fill"),
     Hand(_B + "flops.py", "(passes + (recompute == \"full\"))", "passes", "recomputation costs"),
     Hand("megatron_dypo/loop/tally.py", "abs(float(error.sum(dtype=\"float64\")))", "float(abs(error).sum(dtype=\"float64\"))", "a sequence's error has both signs"),
     Hand(_O + "metrics.py", "of=\"entropy\", per=\"rollout_tokens\"", "of=\"entropy\", per=\"tokens\"", "entropy of rollouts"),
