@@ -17,8 +17,12 @@ NEMO_RUN := .venv-nemo-run
 NEMO_RUN_EXTRA := $(shell sed -n '/^nemo-run =$$/,/^[^ ]/s/^    //p' setup.cfg)
 NEMO_RUN_STAMP := $(NEMO_RUN)/setup-$(shell echo "$(NEMO_RUN_EXTRA)" | cksum | cut -d ' ' -f 1).done
 
+DOCS := .venv-docs
+DOCS_REQUIREMENTS := requirements/docs.txt
+DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run quickstart test test-all lint format clean
+.PHONY: help setup setup-nemo-run setup-docs quickstart test test-all lint format docs pictures clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -48,6 +52,13 @@ $(NEMO_RUN_STAMP):
 	$(NEMO_RUN)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
 	@rm -f $(NEMO_RUN)/setup-*.done && touch $@
 
+setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
+
+$(DOCS_STAMP): $(DOCS_REQUIREMENTS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $(DOCS_REQUIREMENTS)
+	@rm -f $(DOCS)/setup-*.done && touch $@
+
 quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py
 
@@ -66,6 +77,12 @@ format: setup  ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup-docs  ## Build the site of docs/ into site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+pictures: setup  ## Draw docs/pictures/*.svg from their sources.
+	$(BIN)/python -m tools.pictures
+
 clean:  ## Remove caches; environment and runs stay.
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
