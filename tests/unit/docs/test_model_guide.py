@@ -29,7 +29,7 @@ def test_every_file_that_is_named_exists():
 
 def test_names_in_the_text_are_names_in_the_code():
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "megatron_dypo").rglob("*.py")))
-    sources += (ROOT / "tests" / "hf_models.py").read_text(encoding="utf-8")
+    sources += (ROOT / "tests" / "support" / "hf_models.py").read_text(encoding="utf-8")
     for name in ("architecture_from_hf", "refuse_unsupported", "check_length", "transformer_config", "layer_spec"):
         assert f"`{name}`" in GUIDE or f".{name}`" in GUIDE
         assert f"def {name}(" in sources

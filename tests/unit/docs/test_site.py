@@ -78,3 +78,23 @@ def test_the_reference_of_the_api_has_every_public_name_at_its_home() -> None:
     public = [name for name in megatron_dypo.__all__ if name != "__version__"]
     homes = {name: getattr(megatron_dypo, name).__module__ for name in public}
     assert sorted(listed) == sorted(f"{home}.{name}" for name, home in homes.items())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_metric_that_a_page_names_is_in_the_reference(page: Path) -> None:
+    reference = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    families = sorted({name.split("/")[0] for name in re.findall(r"^\| `([^`]+)`", reference, flags=re.MULTILINE)})
+    families.remove("data")  # which is also a folder of users
+    named = re.findall(rf"`((?:{'|'.join(families)})/[\w/<>]+)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if f"`{name}`" not in reference] == []
+
+
+def test_the_layers_are_described_in_the_order_of_the_readme() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (sentence,) = re.findall(r"rooms on its left[^:]*: ([^.]+)\.", readme)
+    layers = [re.findall(r"\w+", part) for part in sentence.split("→")]
+    described = re.findall(
+        r"^\| `megatron_dypo/(\w+)", (DOCS / "architecture.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert list(reversed(described))[1:] == [layer for (layer,) in layers[1:]]
+    assert described[-1] in layers[0]
