@@ -26,8 +26,12 @@ LLAMA_CPP_PIN := llama-cpp-python==0.3.36
 LLAMA_CPP := .venv-llama-cpp
 LLAMA_CPP_STAMP := $(LLAMA_CPP)/$(LLAMA_CPP_PIN).done
 
+DOCS := .venv-docs
+DOCS_REQUIREMENTS := requirements/docs.txt
+DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp quickstart test test-all lint format clean
+.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-docs quickstart test test-all lint format docs pictures clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -73,6 +77,13 @@ $(LLAMA_CPP_STAMP): | $(STAMP)
 		'*/models/ggml-vocab-llama-*' '*/models/ggml-vocab-qwen2.*'
 	@rm $(LLAMA_CPP)/*.tar.gz && touch $@
 
+setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
+
+$(DOCS_STAMP): $(DOCS_REQUIREMENTS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $(DOCS_REQUIREMENTS)
+	@rm -f $(DOCS)/setup-*.done && touch $@
+
 quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py
 
@@ -92,6 +103,12 @@ format: setup  ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup-docs  ## Build the site of docs/ into site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+pictures: setup  ## Draw docs/pictures/*.svg from their sources.
+	$(BIN)/python -m tools.pictures
+
 clean:  ## Remove caches; environment and runs stay.
-	rm -rf build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf build dist site .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +

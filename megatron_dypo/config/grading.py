@@ -1,4 +1,4 @@
-"""The verifier's part of the configuration tree; see :mod:`megatron_dypo.config.tree`."""
+"""The section ``grading`` of the configuration tree: how responses are judged."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 @dataclass(frozen=True, kw_only=True)
 class GradingConfig:
-    """How answers are verified."""
+    """How responses are judged right or wrong."""
 
     verifier: str = "math"
-    """``math``, ``exact``, ``choice``, or an import path ``pkg.module:function``; ``docs/own_verifier.md`` says what
-    such a function gets and may return."""
+    """``math``, ``exact``, ``choice``, or the import path ``pkg.module:function`` of a function of yours. See
+    docs/own_verifier.md for its arguments and return values."""
     workers: int = 2
     """Verifier processes on each data-parallel rank."""
     deadline_s: float = 10.0
-    """A verification that takes longer is stopped and gives no verdict."""
+    """Stop a verification after this many seconds. The response then has no verdict."""
     fail_truncated: bool = True
-    """A rollout that hit the length limit is incorrect whatever it says."""
+    """Count every rollout that hit the length limit as wrong, whatever it says."""
     by_source: Mapping[str, str] = field(default_factory=dict)
-    """Source → the verifier of its rows, named as in ``verifier``. Other sources have ``verifier``."""
+    """Verifier for the rows of each source, named as in ``verifier``. Rows of other sources use ``verifier``."""
     row_verifiers: tuple[str, ...] = ()
-    """Import paths that rows may name as their own verifier, besides the built-in ones and those named above: a data
-    file alone must not decide which code runs."""
+    """Import paths that a row may name as its own verifier, besides the built-in verifiers and those named above. A
+    data file alone cannot decide which code runs."""
     batch_size: int = 32
-    """Most responses that a batched or asynchronous verifier gets at a time."""
+    """Most responses that a batched or asynchronous verifier gets in one call."""
     answer_format: AnswerFormat = "auto"
-    """Where the built-in verifiers look for the answer: ``boxed`` (``\\boxed{…}``), ``answer_tag`` (``<answer>…</answer>``),
-    ``r1_zero`` (``<think>…</think> <answer>…</answer>`` and nothing else), ``final_answer`` ("Final answer: …"), ``gsm8k``
-    (``#### …``); ``auto`` tries them all. See ``docs/verifiers.md``."""
+    """Where the built-in verifiers look for the answer: ``boxed`` (``\\boxed{…}``), ``answer_tag``
+    (``<answer>…</answer>``), ``r1_zero`` (``<think>…</think> <answer>…</answer>`` and nothing else),
+    ``final_answer`` ("Final answer: …"), ``gsm8k`` (``#### …``); ``auto`` tries them all. See ``docs/verifiers.md``."""
     thinking: Thinking = "after"
-    """Which part of a response that thinks in ``<think>…</think>`` the built-in verifiers read. ``after``: what follows the
-    last ``</think>``; thinking that never ends states no answer. ``required``: the same, and a response without
-    ``</think>`` states no answer (for prompts that open ``<think>``). ``anywhere``: the whole response."""
+    """Part of a response with ``<think>…</think>`` that the built-in verifiers read. ``after``: the text after the last
+    ``</think>``; a response whose thinking never ends has no answer. ``required``: the same, and a response without
+    ``</think>`` has no answer (for prompts that open ``<think>``). ``anywhere``: the whole response."""
 
     def __post_init__(self) -> None:
         require_positive(self, "workers", "deadline_s", "batch_size")
@@ -56,7 +56,8 @@ class GradingConfig:
             )
 
     def named_verifiers(self) -> list[tuple[str, str]]:
-        """Return (key, verifier) for each key of this section that names one: ``by_source.gsm8k``, ``exact``."""
+        """Return (key, verifier) for each key of this section that names a verifier, such as (``by_source.gsm8k``,
+        ``exact``)."""
         return [
             ("verifier", self.verifier),
             *((f"by_source.{source}", name) for source, name in self.by_source.items()),

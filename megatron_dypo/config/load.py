@@ -1,4 +1,4 @@
-"""YAML and ``dotted.key=value`` overrides → :class:`megatron_dypo.config.tree.Config`, and back to YAML."""
+"""Read YAML and ``section.key=value`` overrides into :class:`megatron_dypo.config.tree.Config`, and write it back."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.config.yaml_text import read_yaml
 
 _GONE = {
-    "rollout.servers.count": "did you mean rollout.servers.per_node (servers that one node runs)? The number of rollout "
-    "nodes is rollout.servers.nodes",
+    "rollout.servers.count": "did you mean rollout.servers.per_node (servers that one node runs)? The number "
+    "of rollout nodes is rollout.servers.nodes",
 }
-"""Keys that meant two things → what to use instead."""
+"""Keys that no longer exist because they meant two things, each with the keys to use instead."""
 
 _UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply overrides, check everything.
+    """Read a YAML file, apply overrides, and check every rule.
 
     Args:
-        path: a YAML mapping with the sections of :class:`Config`; may be partial.
-        overrides: ``section.key=value``; the value is YAML (``[a, b]``, ``null``, ``1e-6``).
+        path: a YAML mapping with sections of :class:`Config`. Sections and keys may be missing.
+        overrides: texts ``section.key=value``; the value is YAML (``[a, b]``, ``null``, ``1e-6``).
 
     Raises:
-        ValueError: one line for each problem: file or override, field, value, rule.
+        ValueError: one line for each problem, with file or override, field, value and rule.
     """
     path = Path(path)
     tree = read_yaml(_read_text(path), str(path))
@@ -88,7 +88,7 @@ def _origin(problem: str, overrides: Sequence[str]) -> str | None:
 
 
 def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:
-    """Name each ``true`` or ``false`` of the file that pydantic took for the number 1 or 0."""
+    """Yield a message for each ``true`` or ``false`` that pydantic read as the number 1 or 0."""
     if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
         yield f"{path}={str(given).lower()}: must be a number"
     elif isinstance(given, Mapping):
@@ -102,12 +102,12 @@ def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Config]:
-    """Pydantic's validator of the tree; building it takes a tenth of a second."""
+    """Build pydantic's validator of the tree, which takes a tenth of a second."""
     return TypeAdapter(Config)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, every default included, in the order of the dataclasses."""
+    """Return the resolved config as YAML, with every default, in the order of the dataclasses."""
     tree = _plain(dataclasses.asdict(config))
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     # PyYAML loses a line break of Unicode (U+0085, U+2028, U+2029) in a key that it does not escape.
@@ -115,9 +115,9 @@ def dump_config(config: Config) -> str:
 
 
 def changed_lines(before: str, after: str) -> list[str]:
-    """``section.key: old → new`` for each value that differs between two dumped configs.
+    """Return ``section.key: old → new`` for each value that differs between two dumped configs.
 
-    A key that one of them does not have is shown as absent: another version wrote that config.
+    A key that only one of them has is shown as absent in the other, which another version wrote.
     """
     old, new = (dict(_leaves(yaml.safe_load(text), "")) for text in (before, after))
 
@@ -129,14 +129,15 @@ def changed_lines(before: str, after: str) -> list[str]:
 
 
 def override_lines(before: Config, after: Config) -> list[str]:
-    """The overrides that turn one config into the other: ``section.key=value``, as :func:`load_config` reads them."""
+    """Return the overrides (``section.key=value``) that turn ``before`` into ``after``."""
     old, new = (dict(_leaves(yaml.safe_load(dump_config(config)), "")) for config in (before, after))
-    # A key of a free mapping (data.chat_template_args) may be new.
-    return [f"{key}={_flow_yaml(value)}" for key, value in new.items() if key not in old or old[key] != value]
+    # A key of a free mapping such as data.chat_template_args may be new.
+    return [f"{key}={flow_yaml(value)}" for key, value in new.items() if key not in old or old[key] != value]
 
 
-def _flow_yaml(value: Any) -> str:
-    """A value as YAML in one line; in a list, for a scalar alone would bring an end-of-document mark."""
+def flow_yaml(value: Any) -> str:
+    """Return a value as YAML in one line. It is dumped in a list, since PyYAML ends a scalar alone with a document
+    mark."""
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
 
 
@@ -169,7 +170,7 @@ def _shortened(text: str) -> str:
 
 
 def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...]) -> list[str]:
-    """One message for each key of ``tree`` that ``section`` lacks, with the nearest known one."""
+    """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
     hints, problems = get_type_hints(section), []
     for key, value in tree.items():
         dotted = ".".join((*path, str(key)))
@@ -191,7 +192,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
     for item in error.errors():
         where = ".".join(_place(item["loc"]))
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "value_error":  # a rule of ours: it names field and value itself
+        if item["type"] == "value_error":  # a rule of ours, whose message names field and value
             yield f"{where}.{message}" if where else message
         elif item["type"] == "missing":
             yield f"{where}: is required"
@@ -200,7 +201,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
 
 
 def _place(loc: Sequence[str | int]) -> Iterable[str]:
-    """The parts of a dotted key. Pydantic adds which type of a union it tried, which is no key of the file."""
+    """Yield the parts of a dotted key, without the names of union types that pydantic adds to them."""
     hint: Any = Config
     for part in loc:
         if dataclasses.is_dataclass(hint):
@@ -214,7 +215,7 @@ def _place(loc: Sequence[str | int]) -> Iterable[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+    """Turn tuples into lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

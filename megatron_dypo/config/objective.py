@@ -42,6 +42,7 @@ class ReferenceConfig:
     mode: Literal["frozen", "refreshed", "old"] = "frozen"
     """``frozen``: the initial policy. ``refreshed``: the policy of every ``refresh_every`` steps. ``old``: π_old."""
     refresh_every: int = 100
+    """Steps between two refreshes, with ``mode: refreshed``."""
 
     def __post_init__(self) -> None:
         _require_finite(self)

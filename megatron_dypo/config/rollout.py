@@ -1,4 +1,4 @@
-"""The servers' part of the configuration tree: rollouts; see :mod:`megatron_dypo.config.tree`."""
+"""The section ``rollout`` of the configuration tree: sampling, and the SGLang servers that do it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dypo.config.urls import require_host, require_urls
 
 _MAX_PORT = 65535
 MAX_DEADLINE_S = 1e8
-"""Three years. Deadlines become time-outs of libraries, which overflow somewhere above."""
+"""Longest deadline: three years. Deadlines become time-outs of libraries, which overflow somewhere above."""
 _OWN_FLAGS = {
     "--model-path": "model.hf_path",
     "--model": "model.hf_path",
@@ -31,50 +31,54 @@ _OWN_FLAGS = {
     "--custom-weight-loader": None,
     "--weight-version": None,
 }
-"""Flags of SGLang that a run sets itself → the key to use in their place; None: there is none."""
+"""Flags of SGLang that a run sets, each with the key to use instead; None: no key sets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServersConfig:
-    """The SGLang servers: given by URL, or started and stopped by the run."""
+    """The SGLang servers: running ones given by URL, or servers that the run starts and stops."""
 
     urls: tuple[str, ...] = ()
-    """Servers that run already, as ``http://HOST:PORT``; empty: the run starts ``per_node`` of them on its own node."""
+    """Servers that run already, as ``http://HOST:PORT``. Empty: the run starts ``per_node`` servers on its own node."""
     urls_are_restarted: bool = False
-    """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
-    for one until ``weights.deadline_s``."""
+    """Say that servers of ``urls`` are started again when they die, as ``megatron-dypo serve`` does. A refit that
+    finds no server then waits for one until its deadline."""
     router: str | None = None
-    """A router (sglang-router, as ``megatron-dypo route`` runs it) in front of ``urls``: requests go to it, pushes of weights
-    still to each server. The trainer tells it which of them hold the weights of the last push."""
+    """URL of a router in front of ``urls`` (sglang-router, as ``megatron-dypo route`` runs it). Requests go to the
+    router, refits to each server. The trainer tells the router which servers hold the newest weights."""
     tensor_parallel: int = 1
-    """SGLang's ``--tp-size`` of each server."""
+    """GPUs of each server over which the model is split (SGLang's ``--tp-size``)."""
     python: str | None = None
-    """Interpreter that has SGLang; None: the trainer's own."""
+    """Python interpreter that has SGLang. ``null``: the trainer's own."""
     host: str = "127.0.0.1"
-    """Address that servers of the run bind to and are reached at; on several nodes, this node's address."""
+    """Address at which the run's servers listen and are reached. On several nodes, this node's address."""
     port: int = 30000
-    """First port to try, below the ephemeral range; a node's servers take the next free ones."""
+    """First port to try. The servers of a node take the next free ports. Stay below the ephemeral range."""
     base_gpu: int = 0
-    """First GPU of the servers of the run; each takes the next ``tensor_parallel`` ones."""
+    """First GPU of the run's servers. Each server takes the next ``tensor_parallel`` GPUs."""
     mem_fraction: float | None = None
-    """SGLang's ``--mem-fraction-static``, between 0 and 1."""
+    """Share of GPU memory for weights and KV cache (SGLang's ``--mem-fraction-static``). ``null``: SGLang's default."""
     max_total_tokens: int | None = None
-    """SGLang's ``--max-total-tokens`` (size of the KV cache); on a CPU it is needed and defaults to 20,000."""
+    """Size of the KV cache in tokens (SGLang's ``--max-total-tokens``). ``null``: on a GPU, SGLang's choice; on a CPU,
+    20,000."""
     extra_args: tuple[str, ...] = ()
-    """More arguments for ``sglang.launch_server``, but for those that other keys set."""
+    """More arguments for ``sglang.launch_server``. Flags that other keys set are refused."""
     api_key_env: str = "DYPO_SGLANG_API_KEY"
-    """Environment variable that holds the API key; servers that the run starts get a random key if it is unset."""
+    """Name of the environment variable with the servers' API key. If it is unset, servers that the run starts get a
+    random key."""
     start_deadline_s: float = 600.0
+    """Seconds within which a server must be ready after it is started."""
     stop_grace_s: float = 20.0
-    """Time that a server of the run gets to end on its own before it is killed."""
+    """Seconds that a server gets to end on its own before it is killed."""
     max_restarts: int = 3
-    """Times that a server which the run started is started again after it died, each server on its own; after that it is
-    left out, and the run ends when none is left. 0: a server that dies ends the run."""
+    """How often the run starts a server of its own again after it died, counted per server. After that the server is
+    left out; with no server left the run ends. 0: the first server that dies ends the run."""
     per_node: int = 1
-    """Servers that one node runs: those that the run itself starts, or ``megatron-dypo serve`` on each rollout node."""
+    """Servers on one node: those that the run starts, or that ``megatron-dypo serve`` starts on each rollout node."""
     nodes: int = 1
-    """Rollout nodes. Without ``urls`` the servers are ``nodes`` × ``per_node``; a server that needs more GPUs than a node
-    has spans several of them. Above 1, something else than the run starts them: the scripts in ``slurm/`` set it."""
+    """Number of rollout nodes. Without ``urls`` there are ``nodes`` × ``per_node`` servers; a server that needs more
+    GPUs than a node has spans several nodes. Above 1 the servers are not started by the run but by the scripts in
+    ``slurm/``."""
 
     def __post_init__(self) -> None:
         require_positive(self, "per_node", "nodes", "tensor_parallel")
@@ -98,7 +102,9 @@ class ServersConfig:
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
         _require_free_flags(self.extra_args)
         require(
-            not self.urls_are_restarted or bool(self.urls), "urls_are_restarted=true", "needs urls: it is said of those"
+            not self.urls_are_restarted or bool(self.urls),
+            "urls_are_restarted=true",
+            "needs urls: it says something about those servers",
         )
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         if self.router is not None:
@@ -117,13 +123,14 @@ class ServersConfig:
 
 
 def _require_free_flags(extra_args: tuple[str, ...]) -> None:
-    """Require SGLang's arguments to repeat no flag that the run sets; argparse takes beginnings of flags as well."""
+    """Require SGLang's arguments to repeat no flag that the run sets. argparse accepts shortened flags, so these
+    count too."""
     for argument in extra_args:
         flag = argument.split("=", 1)[0].strip().split(" ", 1)[0]
         own = [name for name in _OWN_FLAGS if name == flag or (len(flag) > 2 and name.startswith(flag))]
         if flag.startswith("--") and own:
             key = _OWN_FLAGS[own[0]]
-            advice = f"use {key} instead" if key else "leave it out, the run sets it itself"
+            advice = f"use {key} instead" if key else "leave it out, the run sets it"
             raise ValueError(f"extra_args={flag!r}: {advice}")
 
 
@@ -136,36 +143,39 @@ def _require_deadlines(section: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How groups are sampled."""
+    """How groups of responses are sampled."""
 
     group_size: int = 8
-    """k (paper: 8)."""
+    """k: responses sampled for each prompt (paper: 8)."""
     mode: Literal["sync", "async"] = "sync"
-    """``sync``: collect, then learn. ``async``: the next rollout batch is collected while this one is learnt from, so
-    that it is one batch older than the weights that learn from it, and its rollouts may span a push
-    (``weights.in_flight``); ``objective.importance`` corrects for both."""
+    """``sync``: collect a rollout batch, then learn from it. ``async``: collect the next rollout batch while
+    learning from this one. Its samples are then one batch older than the weights, and a response may begin before a
+    refit and end after it; ``objective.importance`` corrects for both."""
     oversample: float = 1.0
-    """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
-    collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and
-    short responses come first. What a synchronous run then aborts is the first to be drawn in the next batch."""
+    """Groups in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
+    collection ends as soon as the queues hold a rollout batch, so that no slow group holds up the step; short
+    responses come first. A synchronous run aborts the groups still in flight and draws their prompts first for the
+    next batch."""
     prompts_per_round: int = 128
-    """Prompts drawn for one round of collection, over all data-parallel ranks."""
+    """Prompts drawn in one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
-    """Response limit (paper: 8,192)."""
+    """Longest response (paper: 8,192)."""
     temperature: float = 1.0
-    """Sampling temperature of training rollouts. Log-probs in the objective are those of temperature 1."""
+    """Sampling temperature of training rollouts. The objective uses the log-probs at temperature 1."""
     top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability. 1: from all."""
     top_k: int = -1
-    """Tokens to sample from; -1: all."""
+    """Sample from this many of the likeliest tokens. -1: from all."""
     max_in_flight: int = 256
-    """Requests that one data-parallel rank keeps open at once."""
+    """Most open requests of one data-parallel rank."""
     request_deadline_s: float = 1800.0
+    """Give up a request after this many seconds, and try it again."""
     retries: int = 3
-    """Attempts after the first for a request, and for a group that stays incomplete."""
+    """Further attempts after the first one, for a request and for a group that stays incomplete."""
     servers: ServersConfig = field(default_factory=ServersConfig)
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a response, besides those of the tokenizer: the end of a turn, which its chat template tells,
-    ``eos_token``, and ``eos_token_id`` of the model's configuration."""
+    """More token ids that end a response. These always do: the end of a turn in the chat template, ``eos_token``, and
+    ``eos_token_id`` of the model's configuration."""
 
     def __post_init__(self) -> None:
         require(

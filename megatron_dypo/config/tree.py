@@ -1,6 +1,8 @@
-"""The configuration tree: frozen dataclasses, one default in one place, a ValueError for each broken rule.
+"""The configuration tree: one frozen dataclass for each section, with every default and every cross-check.
 
-A field's docstring is its documentation. Reading YAML and overrides is in :mod:`megatron_dypo.config.load`.
+A broken rule is a ValueError that names key, value and rule. The docstring of a field is its documentation:
+:mod:`megatron_dypo.config.reference` makes the manual of them. :mod:`megatron_dypo.config.load` reads YAML and
+overrides.
 """
 
 from __future__ import annotations
@@ -23,32 +25,32 @@ from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.parallel.mesh import Mesh
 
 _MAX_SET_NAME = 80
-"""Bytes of an evaluation set's name: escaped, it is a folder's name."""
+"""Largest name of an evaluation set, in bytes: escaped, it becomes the name of a folder."""
 
 MAX_SEED = 2**31
-"""Servers and NumPy take seeds of 32 bits, and some are the run's plus an index."""
+"""Upper bound of seeds. Servers and NumPy take 32 bits, and some seeds are the run's plus an index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives and how long it lasts."""
+    """The run folder and the length of the run."""
 
     dir: str = "runs/default"
-    """Run folder; an existing one is resumed from its last checkpoint."""
+    """Run folder. A run whose folder exists resumes from its last checkpoint."""
     steps: int = 100
-    """Optimizer steps in the whole run, resumed parts included."""
+    """Optimizer steps of the whole run, including the steps before a resume."""
     seed: int = 1
-    """Seeds shuffling, the teacher draw and the model-parallel RNGs."""
+    """Seed of the shuffling, the draw of teachers and Megatron's random number generators."""
     resume: bool = True
-    """False: refuse a run folder that already holds a checkpoint."""
+    """Resume from the run folder's checkpoint. ``false``: refuse a run folder that holds one."""
     check_memory: bool = True
-    """On GPUs: refuse a run that by `megatron-dypo plan`'s arithmetic does not fit."""
+    """On GPUs, refuse a run that does not fit into memory by the arithmetic of ``megatron-dypo plan``."""
     watchdog_s: float = 1800.0
-    """Seconds without a sign of life after which a rank counts as hung and the run ends; 0: wait indefinitely. Waiting
-    for other ranks, and for rollouts that come one by one, is no hang."""
+    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
+    other ranks, or for rollouts that still arrive, does not count as hung."""
     allow_changed: tuple[Literal["data"], ...] = ()
-    """What may differ from the run that is resumed. ``data``: the prompt files, their order or ``run.seed``; the positions of
-    the checkpoint then mean other rows, and a warning says so."""
+    """Parts of the config that may differ from the run that is resumed. ``data``: the prompt files, their order or
+    ``run.seed``. The position in the data that the checkpoint stores then points at other rows; a warning says so."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")
@@ -59,21 +61,22 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy."""
+    """The policy: its weights, its precision and its memory."""
 
     hf_path: str = ""
-    """HF model folder: ``config.json``, safetensors and tokenizer files."""
+    """HF model folder with ``config.json``, safetensors and tokenizer files."""
     mcore_path: str | None = None
-    """Megatron dist_checkpointing folder with initial weights; ``hf_path`` then gives architecture and tokenizer."""
+    """Folder with initial weights in Megatron's dist_checkpointing format. ``hf_path`` then gives only architecture and
+    tokenizer. ``null``: take the weights of ``hf_path``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
+    """Type of the parameters in forward and backward passes. The optimizer's main parameters are always fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation, as Megatron's ``recompute_granularity``."""
+    """Activations that the backward pass computes again instead of keeping (Megatron's ``recompute_granularity``)."""
     logprob_memory_mib: float | None = None
-    """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
-    give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
+    """Scratch memory for logits in MiB. It sets how many response tokens are processed per chunk (at least one); it
+    changes speed, not results. ``null``: half the size of this rank's output weight in fp32, and at least 256."""
     moe_aux_loss_coef: float | None = None
-    """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
+    """Mixture of experts: weight of the load-balancing loss. ``null``: ``router_aux_loss_coef`` of the HF config."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
@@ -176,24 +179,25 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """How samples become microbatches and when an update is made."""
+    """The size of an update, of a rollout batch and of a microbatch."""
 
     prompts_per_update: int = 128
-    """Hard and Mid prompts in one optimizer step."""
+    """Hard and Mid prompts in one minibatch, which one optimizer step learns from."""
     updates_per_batch: int = 1
-    """Mini-batches of ``prompts_per_update`` prompts in one rollout batch. Collection goes on until the queues hold a
-    rollout batch; each mini-batch is an optimizer step; the servers get the weights after the last."""
+    """Minibatches of ``prompts_per_update`` prompts in one rollout batch. The run collects until the queues hold a
+    whole rollout batch, takes one optimizer step for each minibatch, and refits the servers after the last one."""
     epochs_per_batch: int = 1
-    """Passes over the mini-batches of a rollout batch."""
+    """Passes over the minibatches of a rollout batch."""
     max_collect_rounds: int = 8
-    """Rounds of collection after which updates are made with what the queues hold."""
+    """Rounds of collection after which the run updates with fewer prompts than a rollout batch should hold."""
     tokens_per_microbatch: int = 16384
-    """Packing budget of one microbatch, over all context-parallel ranks; a longer sequence gets one of its own."""
+    """Most tokens packed into one microbatch, over all context-parallel ranks. A sequence that is longer gets a
+    microbatch of its own."""
     row_multiple: int = 1
-    """Tokens that a rank holds of a packed row come in multiples of this; what ``model.fp8.recipe`` asks for is added by
-    itself (``Config.row_multiple``)."""
+    """Pad each microbatch so that the tokens on a rank are a multiple of this. The multiple that
+    ``model.fp8.recipe`` needs is applied in addition (``Config.row_multiple``)."""
     max_staleness: int = 4
-    """Groups that have waited for more than this many rollout batches are dropped and counted."""
+    """Drop, and count, groups that have waited for more than this many rollout batches."""
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts_per_update", "updates_per_batch", "epochs_per_batch")
@@ -207,30 +211,38 @@ class BatchingConfig:
 
     @property
     def max_version_lag(self) -> int:
-        """``max_staleness`` in versions, which are optimizer steps."""
+        """``max_staleness`` in versions of the weights; each optimizer step makes one."""
         return self.max_staleness * self.updates_per_batch * self.epochs_per_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam and its schedule."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: float = 1e-6
     """Peak learning rate (paper: 1e-6)."""
     min_lr: float = 0.0
+    """Learning rate at the end of a ``linear`` or ``cosine`` schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate between warm-up and ``run.steps``."""
     warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to ``lr``."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.999
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
+    """Adam's ε, which is added to the root of the second moment."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Scale gradients down to this global norm. 0: do not clip."""
     distributed: bool = False
-    """Shard the optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    """Shard the optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
     max_bad_steps: int = 3
-    """Updates in a row whose gradients are not finite, and which are skipped, that end the run."""
+    """An update whose gradients are not finite is skipped. This many of them in a row end the run."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps", "max_bad_steps")
@@ -243,12 +255,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Megatron dist_checkpointing."""
+    """When checkpoints are saved and how many stay. The format is Megatron's dist_checkpointing."""
 
     every: int = 50
-    """Steps between checkpoints; the last step always saves. 0: only the last."""
+    """Steps between checkpoints. 0: only the last step, which always saves."""
     keep: int = 2
-    """Checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep. 0: all."""
 
     def __post_init__(self) -> None:
         require_not_negative(self, "every", "keep")
@@ -256,18 +268,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out accuracy through the same servers."""
+    """Held-out accuracy, sampled from the servers of the run."""
 
     prompts: tuple[str, ...] | dict[str, str] = ()
-    """Evaluation sets: a list of JSONL or Parquet files, each named after its file, or a mapping, name → file."""
+    """Evaluation sets: a list of JSONL or Parquet files, each set named after its file, or a mapping from name to
+    file."""
     format: Format | None = None
-    """How these files name their columns, as ``data.format``, with its usual names; None: as the training files."""
+    """Column names of these files, as in ``data.format``. ``null``: the same columns as the training files."""
     every: int = 0
-    """Steps between evaluations; 0: before the first and after the last step only."""
+    """Steps between evaluations. 0: only before the first and after the last step."""
     samples_per_prompt: int = 1
-    """Responses for each prompt."""
+    """Responses sampled for each prompt."""
     temperature: float = 0.6
+    """Sampling temperature (paper: 0.6). 0: greedy."""
     max_prompts: int | None = None
+    """Evaluate only the first prompts of each set. ``null``: all."""
 
     def __post_init__(self) -> None:
         require_positive(self, "samples_per_prompt")
@@ -278,7 +293,7 @@ class EvalConfig:
             require(
                 bool(name.strip()) and name not in (".", "..") and len(name.encode(errors="replace")) <= _MAX_SET_NAME,
                 f"prompts: a set named {name!r} ({paths[0]})",
-                f"a name is a part of metrics and a folder: at most {_MAX_SET_NAME} bytes, not blank, and neither . nor ..",
+                f"a name is a part of metrics and a folder: at most {_MAX_SET_NAME} bytes, not blank, neither . nor ..",
             )
             require(
                 len(paths) == 1,
@@ -297,21 +312,24 @@ class EvalConfig:
 
     @property
     def sets(self) -> dict[str, str]:
-        """Name → file of each evaluation set."""
+        """The file of each evaluation set, by name."""
         return {name: paths[0] for name, paths in self._paths_by_name().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where metrics go besides ``metrics.jsonl``."""
+    """Outputs besides ``metrics.jsonl``, which is always written."""
 
     tensorboard: bool = True
+    """Write TensorBoard events to ``<run.dir>/tensorboard``."""
     wandb: bool = False
+    """Log to Weights & Biases; needs the extra ``wandb``."""
     wandb_project: str = "megatron_dypo"
+    """Project of Weights & Biases."""
     summary_every: int = 1
     """Steps between summary lines in the log."""
     samples_per_step: int = 0
-    """Groups a step whose rollouts are written to ``samples/``; 0: all."""
+    """Groups per step whose rollouts are written to ``samples/``. 0: all."""
 
     def __post_init__(self) -> None:
         require_positive(self, "summary_every")
@@ -320,15 +338,15 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What is written after the last step."""
+    """The model that is written after the last step."""
 
     hf: bool = True
-    """An HF model folder ``<run.dir>/hf``."""
+    """Write the policy as an HF model folder ``<run.dir>/hf``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """The whole config of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig
@@ -363,8 +381,8 @@ class Config:
         require(
             self.rollout.mode == "sync" or self.objective.importance.is_on() or self.score.policy == "rollout",
             "rollout.mode=async",
-            "samples from older weights: correct for it with objective.importance (cap: 2.0 is usual), or take "
-            "score.policy=rollout, whose clipped ratio is to the weights that sampled",
+            "samples from older weights: correct for that with objective.importance (cap: 2.0 is usual), or set "
+            "score.policy=rollout, where the clipped ratio is relative to the weights that sampled",
         )
         require(
             not (self.weights.offload_servers and self.rollout.servers.urls),
@@ -384,5 +402,6 @@ class Config:
 
     @property
     def row_multiple(self) -> int:
-        """Tokens that a rank holds of a packed row come in multiples of this: the user's and that of the FP8 recipe."""
+        """Multiple to which the tokens of a microbatch on one rank are padded: the user's and the FP8 recipe's
+        together."""
         return math.lcm(self.batching.row_multiple, self.model.fp8.row_multiple)

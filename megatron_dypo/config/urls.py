@@ -1,4 +1,4 @@
-"""Rules of the URLs in a configuration: where a server or router listens, and nothing more."""
+"""Rules for the URLs in a config: scheme, host and port of a server or router, and nothing more."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def require_urls(urls: Sequence[str], name: str) -> None:
-    """Require each of ``urls`` to be ``http(s)://HOST[:PORT]``, and no two to be the same place.
+    """Require each of ``urls`` to be ``http(s)://HOST[:PORT]``, and all to be different places.
 
     Raises:
-        ValueError: naming the URL, without its password, and the rule that it breaks.
+        ValueError: names the URL, without its password, and the rule that it breaks.
     """
     places: dict[tuple[str, int], str] = {}
     for url in urls:
@@ -27,22 +27,22 @@ def require_urls(urls: Sequence[str], name: str) -> None:
 
 
 def require_host(host: str, name: str) -> None:
-    """Require a host name or IP address, without scheme and port."""
+    """Require ``host`` to be a host name or an IP address, without scheme and port."""
     require(_is_host(host), f"{name}={host!r}", "must be a host name or an IP address, without scheme and port")
 
 
 def url_host(url: str) -> str:
-    """Return the host of a URL that keeps the rules."""
+    """Return the host of a URL that :func:`require_urls` accepted."""
     return urlsplit(url).hostname or ""
 
 
 def _place(url: str, name: str) -> tuple[str, int]:
-    """Host and port of a URL that keeps the rules."""
+    """Return host and port of a URL, or raise ValueError if it breaks a rule."""
     shown = re.sub(r"//[^/]*@", "//***@", url)
     form = "must be http://HOST:PORT or https://HOST:PORT"
     try:
         parts, port = urlsplit(url), urlsplit(url).port
-    except ValueError as error:  # a port that is no number up to 65535, or an odd bracket
+    except ValueError as error:  # the port is no number up to 65535, or a bracket is missing
         raise ValueError(f"{name}={shown!r}: {form}: {error}") from error
     require(parts.scheme in _DEFAULT_PORTS, f"{name}={shown!r}", form)
     require(

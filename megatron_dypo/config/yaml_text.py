@@ -1,8 +1,8 @@
-"""YAML text → plain values, strictly: no duplicate keys, no other way to write a number than the obvious one.
+"""Strict reading of YAML: no duplicate keys, and one way to write a number.
 
-It is PyYAML's safe loader with these changes: a key that stands twice in a mapping is an error (PyYAML keeps the last);
-``010``, ``1:30`` and ``0b1`` are no integers, ``yes`` and ``on`` are no booleans (YAML 1.2); what is nested or repeated
-beyond all reason is an error.
+This is PyYAML's safe loader with three changes. A key that occurs twice in a mapping is an error (PyYAML keeps the last
+one). ``010``, ``1:30`` and ``0b1`` are texts, not integers; ``yes`` and ``on`` are texts, not booleans (YAML 1.2). A
+document that is nested too deeply, or that aliases unfold to too many values, is an error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 _MAX_VALUES = 20_000
-"""Values of one document, those that aliases repeat included; a config has some two hundred."""
+"""Most values in one document, repetitions by aliases included. A config has about two hundred."""
 _MAX_DEPTH = 50
 _MAX_DIGITS = 300
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with the rules of this module."""
+    """PyYAML's safe loader with the rules of this module."""
 
     yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012 (PyYAML's own class attribute)
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "bool")]
@@ -73,10 +73,10 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The value of a YAML document. ``where`` names it in errors.
+    """Return the value of a YAML document. ``where`` names the document in errors.
 
     Raises:
-        ValueError: not YAML, a key that stands twice, or a value beyond the limits above; with the line where it is.
+        ValueError: the text is not YAML, a key occurs twice, or a value exceeds a limit above; the line is named.
     """
     try:
         value = yaml.load(text, Loader=_Loader)
@@ -91,7 +91,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def _require_reasonable(value: Any) -> None:
-    """Walk the document as whoever reads it will, aliases unfolded."""
+    """Raise ValueError if the document, with its aliases unfolded, exceeds a limit above."""
     left, waiting = _MAX_VALUES, [(value, 0)]
     while waiting:
         node, depth = waiting.pop()

@@ -73,3 +73,14 @@ def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path
     assert summary["sync"] <= 0.1
     assert summary["seconds"] <= 12 * 60
     assert "held-out accuracy" in printed
+
+
+def test_two_steps_through_the_python_api_learn_from_teachers(tmp_path):
+    printed = run(REPOSITORY / "examples" / "from_python.py", "--out", tmp_path, deadline_s=420)
+    records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    assert sorted(records) == [0, 1, 2]
+    assert records[2]["gate/hard"] > 0.9
+    assert records[2]["train/sft_nll"] < records[1]["train/sft_nll"]
+    assert "learned from" in printed
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()

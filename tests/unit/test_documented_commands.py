@@ -23,12 +23,15 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{name}.md" for name in ("adding_a_model", "glossary", "gpu", "metrics", "planning", "python_api")),
+    *(f"docs/{name}.md" for name in ("quickstart", "teachers", "troubleshooting")),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*/README.md")),
 ]
 COMMANDS = [command for page in PAGES for command in commands_of(page, (ROOT / page).read_text(encoding="utf-8"))]
 OURS = typer.main.get_command(app).commands
-RUN = {"plan", "plan-refit", "report", "grade"}
+RUN = {"config", "init", "plan", "plan-refit", "report", "grade"}
 """These run for real, and ``train --dry-run``; of others the options and the config are checked."""
+ENDLESS = "--live"
+"""The option of a command that goes on until its run ends; it is parsed only."""
 FILE_ENDINGS = {"json", "jsonl", "lock", "py", "safetensors", "yaml"}
 """Of names such as run.lock and model.safetensors, which are no keys."""
 FOREIGN = {"hf", "pytest"}
@@ -45,7 +48,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dypo.yaml").write_text(block, encoding="utf-8")
     for command in COMMANDS:
         if command.words[1:2] == ("report",):
-            make_run(tmp_path / command.words[2], num_steps=3)
+            for run_dir in (word for word in command.words[2:] if not word.startswith("-")):
+                make_run(tmp_path / run_dir, num_steps=3)
     (tmp_path / "responses.jsonl").write_text(json.dumps({"response": "\\boxed{4}", "answer": "4"}) + "\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -58,7 +62,7 @@ def check_ours(name: str, words: tuple[str, ...]) -> None:
         known = {option for parameter in OURS[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", " ".join(words))) <= known
         return
-    if name in RUN or "--dry-run" in words:
+    if (name in RUN and ENDLESS not in words) or "--dry-run" in words:
         done = CliRunner().invoke(app, [name, *words])
         assert done.exit_code == 0, done.output
         return
@@ -122,7 +126,7 @@ def test_a_documented_command_works_in_a_fresh_clone(command: Command, clone: Pa
 
 def test_the_readme_shows_commands_of_every_kind() -> None:
     shown = {command.words[1] for command in COMMANDS if command.words[0] == "megatron-dypo"}
-    assert {"plan", "plan-refit", "train", "report", "check", "grade", "export", "serve"} <= shown
+    assert {"plan", "plan-refit", "train", "report", "check", "grade", "export", "serve", "init", "config"} <= shown
     assert len(COMMANDS) > 25
 
 

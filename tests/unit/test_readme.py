@@ -4,12 +4,14 @@ import json
 import operator
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import megatron_dypo
 from megatron_dypo.config.load import parse_config
+from megatron_dypo.config.reference import sections
 from megatron_dypo.grading.math import verify_math
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.metrics.samples import RolloutRow, SampleRow
@@ -70,8 +72,34 @@ def test_the_first_screen_says_what_has_run_and_what_has_not():
 
 def test_how_long_the_quickstart_takes_is_said_once():
     pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*/README.md"))]
-    pages.append((ROOT / "Makefile").read_text(encoding="utf-8"))
+    pages += [(ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "docs/index.md", "docs/quickstart.md")]
     assert sum(len(re.findall(r"(?:six|ten|\d+) minutes\b(?! ahead)", page)) for page in pages) == 1
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_verifier_of_the_readme_judges_in_eight_lines():
+    (code,) = _blocks("python")
+    assert len([line for line in code.splitlines() if line]) <= 8
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["score"]("17 + 25 = 42.", "42") == {"is_correct": True, "reward": 1.0}
+    assert names["score"]("41, no: 43", "42") == {"is_correct": False, "reward": 0.0}
+
+
+def test_features_name_keys_with_their_defaults():
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \| `([^|`]+)` \|$", README, flags=re.MULTILINE)
+    defaults = {key.path: key.facts() for section in sections() for key in section.keys}
+    named = [(key, default) for keys, default in rows for key in re.findall(r"`([\w.]+)`", keys)]
+    assert len(named) >= 10
+    assert [key for key, default in named if f"default `{default}`" not in defaults.get(key, "")] == []
+
+
+def test_results_name_commands_that_exist():
+    for script in re.findall(r"`python ([\w/]+\.py)`", README):
+        assert (ROOT / script).is_file()
 
 
 def test_defaults_in_the_glossary_are_those_of_the_config():

@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page of a run's plots and samples, that works without a network."""
+"""``report.html``: one self-contained page with the plots and samples of a run. It needs no network."""
 
 from __future__ import annotations
 
@@ -26,34 +26,61 @@ SUMMARY_FILE = "summary.json"
 STATUS_FILE = "status.json"
 
 
-def render_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html``, all of it or nothing, and return its path.
+def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | None = None) -> Path:
+    """Write the report of a run, all of it or nothing, and return its path.
 
-    Reads ``metrics.jsonl`` and, where there are any, ``samples/``, ``summary.json``, ``config.yaml`` and
-    ``versions.json``. ValueError if the folder is not a run's, or one of these files is damaged.
+    Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``summary.json``, ``config.yaml``, ``versions.json`` and
+    ``status.json``.
+
+    Args:
+        out: the page; None: ``run_dir/report.html``.
+        reload_s: seconds after which a browser loads the page again; None: it does not.
+
+    Raises:
+        ValueError: the folder is not a run's, or one of these files is damaged.
     """
-    metrics_path = run_dir / METRICS_FILE
-    if not metrics_path.is_file():
-        raise ValueError(f"run_dir={run_dir}: not a run folder: it has no {METRICS_FILE}")
-    records = read_metrics(metrics_path)
-    page = (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            title=run_dir.resolve().name,
-            facts=_facts(records) + _ending(_read_json(run_dir / STATUS_FILE)),
-            tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
-            versions=_read_json(run_dir / VERSIONS_FILE),
-            config=_read_text(run_dir / CONFIG_FILE),
-            plots=build_plots(records, read_declared(run_dir)),
-            samples=select_samples(run_dir),
-            nonce=secrets.token_urlsafe(12),
-            plotly_js=Markup(get_plotlyjs()),
-        )
+    records = read_records(run_dir)
+    ending = read_status_text(run_dir)
+    page = render_template(
+        "page.html.j2",
+        title=run_dir.resolve().name,
+        kind="DYPO training report",
+        facts=[
+            *_facts(records),
+            *([f"ended: {ending}"] if ending else []),
+            *([f"live: reloads every {reload_s} s"] if reload_s else []),
+        ],
+        reload_s=reload_s,
+        tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
+        versions=_read_json(run_dir / VERSIONS_FILE),
+        config=_read_text(run_dir / CONFIG_FILE),
+        plots=build_plots(records, read_declared(run_dir)),
+        samples=select_samples(run_dir),
     )
-    path = run_dir / REPORT_FILE
+    path = out or run_dir / REPORT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page)
     return path
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's ``metrics.jsonl``; ValueError if the folder has none."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"run_dir={run_dir}: not a run folder: it has no {METRICS_FILE}")
+    return read_metrics(path)
+
+
+def read_status_text(run_dir: Path) -> str:
+    """Return cause and message of a run's end; empty while it goes on."""
+    status = _read_json(run_dir / STATUS_FILE)
+    return f"{status.get('cause')} ({status.get('message')})" if status.get("state") == "ended" else ""
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Return a page that extends ``base.html.j2``, with Plotly's script in it."""
+    nonce = secrets.token_urlsafe(12)
+    return _environment().get_template(name).render(**values, nonce=nonce, plotly_js=Markup(get_plotlyjs()))
 
 
 def _environment() -> jinja2.Environment:
@@ -70,7 +97,7 @@ def _environment() -> jinja2.Environment:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON for the inside of a ``<script>`` element: no text in it, however hostile, can end the element."""
+    """Return JSON for the inside of a ``<script>`` element. No text in it, however hostile, can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
@@ -88,13 +115,6 @@ def _facts(records: list[dict[str, Any]]) -> list[str]:
         facts.append(f"{duration(times[-1] - times[0])} from the first record to the last")
         facts.append(f"last record {datetime.fromtimestamp(times[-1], tz=timezone.utc):%Y-%m-%d %H:%M} UTC")
     return facts
-
-
-def _ending(status: dict[str, Any]) -> list[str]:
-    """How the run ended, if ``status.json`` says that it did."""
-    if status.get("state") != "ended":
-        return []
-    return [f"ended: {status.get('cause')} ({status.get('message')})"]
 
 
 def _read_text(path: Path) -> str:

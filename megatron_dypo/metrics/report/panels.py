@@ -25,7 +25,8 @@ class Panel:
     """One plot."""
 
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...] = ()
+    """Series of one run; a comparison draws a line for each run instead."""
     unit: str = ""
     """Title of the vertical axis."""
     note: str = ""

@@ -1,9 +1,9 @@
-"""The Plotly figure of each panel of a report, from the records of ``metrics.jsonl``."""
+"""Plotly figures for the panels of a report, made from the records of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from megatron_dypo.metrics.report.panels import CYCLE, Line, Panel
 Records = Sequence[dict[str, Any]]
 
 MAX_POINTS = 1000
-"""Points of one line; a longer series is thinned evenly."""
+"""Most points of one line; a longer series is thinned evenly."""
 MAX_BARS = 250
+"""Most bars of a stacked plot."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,62 @@ class Plot:
 
 
 def build_plots(records: Records, declared: Sequence[Metric] = ()) -> list[Plot]:
-    """Every plot that the records hold data for, in order of the page; ``declared`` are the objective's metrics."""
+    """Return every plot that the records hold data for, in the order of the page.
+
+    ``declared`` are the objective's own metrics.
+    """
     plots = [_eval_plot(records)]
     plots += [_panel_plot(panel, records) for panel in (*all_panels(records, declared), _teacher_panel(records))]
     return [plot for plot in plots if plot is not None]
 
 
 def thin(items: Sequence[Any], limit: int) -> list[Any]:
-    """At most ``limit`` items, spread evenly, the first and the last among them."""
+    """Return at most ``limit`` items, evenly spread, with the first and the last among them."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
+def line_plot(panel: Panel, series: Sequence[tuple[Line, Records]]) -> Plot | None:
+    """Return a plot of one line for each series that has data; None if none has."""
+    figure = go.Figure()
+    for line, records in series:
+        if any(record.get(line.metric) is not None for record in records):
+            _add_line(figure, line, records)
+    if not figure.data:
+        return None
+    _style(figure, panel)
+    return Plot(panel.title, panel.note, figure)
+
+
+def held_out_sets(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the evaluation sets that occur in the records."""
+    pattern = re.compile(r"eval/([^/]+)/accuracy")
+    return sorted({match[1] for record in records for key in record if (match := pattern.fullmatch(key))})
+
+
+def accuracy_bounds(record: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """Return the 95% interval of a set's accuracy: the one in the record, else Wilson's."""
+    low, high = (record.get(f"eval/{name}/accuracy_{end}") for end in ("low", "high"))
+    if low is not None and high is not None:
+        return float(low), float(high)
+    accuracy, count = float(record[f"eval/{name}/accuracy"]), int(record.get(f"eval/{name}/num_samples") or 0)
+    return wilson_interval(accuracy, count) if count else (accuracy, accuracy)
+
+
 def _panel_plot(panel: Panel, records: Records) -> Plot | None:
+    if not panel.stacked:
+        return line_plot(panel, [(line, records) for line in panel.lines])
     figure = go.Figure()
     known = [line for line in panel.lines if any(record.get(line.metric) is not None for record in records)]
     if not known:
         return None
-    if panel.stacked:
-        metrics = [line.metric for line in known]
-        rows = thin([r for r in records if any(r.get(name) is not None for name in metrics)], MAX_BARS)
-        for line in known:
-            heights = [_rounded(record.get(line.metric) or 0.0) for record in rows]
-            figure.add_bar(x=_steps(rows), y=heights, name=line.label, marker={"color": line.color, "line_width": 0})
-        figure.update_layout(barmode="stack", bargap=0.12 if len(rows) <= 60 else 0)
-    else:
-        for line in known:
-            _add_line(figure, line, records)
+    metrics = [line.metric for line in known]
+    rows = thin([r for r in records if any(r.get(name) is not None for name in metrics)], MAX_BARS)
+    for line in known:
+        heights = [_rounded(record.get(line.metric) or 0.0) for record in rows]
+        figure.add_bar(x=_steps(rows), y=heights, name=line.label, marker={"color": line.color, "line_width": 0})
+    figure.update_layout(barmode="stack", bargap=0.12 if len(rows) <= 60 else 0)
     _style(figure, panel)
     return Plot(panel.title, panel.note, figure)
 
@@ -76,13 +105,12 @@ def _add_line(figure: go.Figure, line: Line, records: Records) -> None:
 
 
 def _eval_plot(records: Records) -> Plot | None:
-    pattern = re.compile(r"eval/([^/]+)/accuracy")
-    sets = sorted({match[1] for record in records for key in record if (match := pattern.fullmatch(key))})
+    sets = held_out_sets(records)
     figure = go.Figure()
     for name, color in zip(sets, CYCLE * (len(sets) // len(CYCLE) + 1), strict=False):
         rows = thin([r for r in records if r.get(f"eval/{name}/accuracy") is not None], MAX_POINTS)
         accuracy = [float(record[f"eval/{name}/accuracy"]) for record in rows]
-        bounds = [_bounds(record, name) for record in rows]
+        bounds = [accuracy_bounds(record, name) for record in rows]
         figure.add_scatter(
             x=_steps(rows),
             y=[_rounded(value) for value in accuracy],
@@ -142,12 +170,3 @@ def _steps(records: Records) -> list[int]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def _bounds(record: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """The 95% interval that the record gives, else Wilson's."""
-    low, high = (record.get(f"eval/{name}/accuracy_{end}") for end in ("low", "high"))
-    if low is not None and high is not None:
-        return float(low), float(high)
-    accuracy, count = float(record[f"eval/{name}/accuracy"]), int(record.get(f"eval/{name}/num_samples") or 0)
-    return wilson_interval(accuracy, count) if count else (accuracy, accuracy)

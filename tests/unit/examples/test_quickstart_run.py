@@ -11,7 +11,7 @@ import run
 from summary import Summary, summarize
 
 from megatron_dypo.config.load import load_config
-from megatron_dypo.metrics.report.plots import wilson_interval
+from megatron_dypo.metrics.intervals import wilson_interval
 
 
 def write_metrics(path: Path, num_steps: int) -> Path:

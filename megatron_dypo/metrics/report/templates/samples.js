@@ -1,9 +1,3 @@
-"use strict";
-const read = (id) => JSON.parse(document.getElementById(id).textContent);
-
-read("figures").forEach((figure, index) =>
-  Plotly.newPlot(`plot-${index}`, figure.data, figure.layout, { responsive: true, displaylogo: false, displayModeBar: false }));
-
 // Texts of a run are never parsed as HTML: every one goes through textContent.
 function element(tag, className, text, ...children) {
   const node = document.createElement(tag);

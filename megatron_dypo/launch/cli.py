@@ -1,0 +1,99 @@
+"""The commands that are long-lived processes: ``megatron-dypo train``, ``serve`` and ``route``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_dypo.config.command_line import ConfigFile, Overrides
+from megatron_dypo.launch.attempt import stop_before_start
+from megatron_dypo.metrics.status import ATTEMPT_VARIABLE
+from megatron_dypo.processes.stop_requests import hold_requests, ignore_requests
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the config, end.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat notes and missing files as errors.")] = False,
+) -> None:
+    """Train a model. A run whose folder exists resumes from its last checkpoint.
+
+    Alone, the command starts as many local ranks as the layout needs; under torchrun it is one rank. On SIGUSR1,
+    SIGTERM, SIGHUP or Ctrl-C, to any of the processes, the ranks finish the step, save a checkpoint and end with status
+    75; the same command goes on from there. A second Ctrl-C or SIGTERM ends the run at once.
+
+    `run.dir`/status.json says how a run ended; docs/exit_statuses.md lists the exit statuses.
+    """
+    if not dry_run:
+        hold_requests()  # before torch starts threads
+        if "RANK" not in os.environ:
+            stop_before_start()
+    from megatron_dypo.check.inputs import check_inputs
+    from megatron_dypo.config.load import dump_config, load_config
+    from megatron_dypo.launch.start import launch
+    from megatron_dypo.metrics.findings import Findings
+
+    resolved = load_config(config, overrides or [])
+    is_checked = ATTEMPT_VARIABLE in os.environ  # by the launcher of this node, which reports each finding once
+    found = Findings() if is_checked and not dry_run else check_inputs(resolved)
+    if refused := found.refused(dry_run=dry_run, strict=strict):
+        raise ValueError("\n".join(refused))
+    if dry_run:
+        typer.echo(dump_config(resolved), nl=False)
+    for note in [*found.missing, *found.notes]:
+        typer.echo(f"note: {note}", err=True)
+    if not dry_run:
+        launch(resolved, config, overrides or [])
+
+
+def serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    first: Annotated[int, typer.Option(min=0, help="Number of this node's first server among all servers.")] = 0,
+    log_dir: Annotated[Path, typer.Option(help="Folder for the servers' logs.")] = Path("logs"),
+    engine_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one text.")] = "",
+) -> None:
+    """Keep this node's SGLang servers alive for a trainer on other nodes, until SIGTERM.
+
+    `rollout.servers` describes them. The environment variable that it names holds the API key.
+    """
+    ignore_requests()
+    _end_cleanly_on(signal.SIGINT, signal.SIGHUP)
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.ending import Cause, RunEnded
+    from megatron_dypo.metrics.logs import log_to_terminal
+    from megatron_dypo.parallel.device import device_kind
+    from megatron_dypo.rollout.server.process import ServerDiedError
+    from megatron_dypo.rollout.server.serve import serve as serve_node
+
+    log_to_terminal()
+    resolved = load_config(config, overrides or [])
+    try:
+        serve_node(resolved, device=device_kind(), first=first, log_dir=log_dir, engine_args=engine_args)
+    except (ServerDiedError, TimeoutError) as error:
+        raise RunEnded(Cause.SERVERS_GONE, str(error)) from error
+
+
+def route(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run sglang-router at `rollout.servers.router` for a trainer that names its servers, until SIGTERM.
+
+    The environment variable that `rollout.servers` names holds the API key.
+    """
+    ignore_requests()
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.rollout.server.route import route as route_requests
+
+    route_requests(load_config(config, overrides or []).rollout)
+
+
+def _end_cleanly_on(*numbers: signal.Signals) -> None:
+    """Let these signals unwind the process, so that it stops its servers. A signal that is ignored (nohup) stays so."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))

@@ -1,0 +1,32 @@
+"""``megatron-dypo export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_dypo.config.command_line import Quantization
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of `megatron-dypo train`.")],
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint.", show_default="the newest whole one")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HF folder to create.", show_default="RUN_DIR/exports/step_<step>")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an HF folder that exists.")] = False,
+    quantize: Annotated[Quantization, typer.Option(help="FP8 for the layers' linear weights.")] = Quantization.NONE,
+) -> None:
+    """Write the policy of a checkpoint as an HF folder that transformers and SGLang load.
+
+    The bytes are those of the run's own export at that step. Needs no GPU and none of the run's ranks.
+    """
+    from megatron_dypo.metrics.logs import log_to_terminal
+    from megatron_dypo.models.export_run import export_run
+
+    log_to_terminal()
+    typer.echo(export_run(run_dir, step=step, out_dir=out, overwrite=overwrite, quantization=quantize.value))

@@ -1,0 +1,82 @@
+"""``megatron-dypo plan`` and ``megatron-dypo plan-refit``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from megatron_dypo.config.command_line import ConfigFile, Overrides, Quantization
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="A row of megatron_dypo.planning.devices.")] = "h100-80gb",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes of the trainer.", show_default="as many as the config needs")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean prompt.", show_default="a quarter of the limit")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean response.", show_default="a quarter of the limit")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+) -> None:
+    """Say without a GPU whether a run fits, how long a step takes, and how to divide the GPUs.
+
+    Exit status 1: the run does not fit, or the GPU cannot run it.
+    """
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.planning.devices import find_gpu
+    from megatron_dypo.planning.plan import as_data, make_plan
+    from megatron_dypo.planning.report import render
+    from megatron_dypo.planning.setting import make_setting
+
+    setting = make_setting(
+        load_config(config, overrides or []),
+        find_gpu(gpu),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+    )
+    made = make_plan(setting)
+    typer.echo(json.dumps(as_data(made), indent=2) if as_json else render(made).rstrip("\n"))
+    if made.problems():
+        raise typer.Exit(1)
+
+
+def plan_refit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    bandwidth_gbs: Annotated[float, typer.Option(help="GB/s at which a rank sends and receives.")] = 50.0,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Trainer ranks.", show_default="as `train` starts")
+    ] = None,
+    ep_size: Annotated[
+        int | None, typer.Option(min=1, help="SGLang's --ep-size.", show_default="extra_args, or 1")
+    ] = None,
+    quantization: Annotated[
+        Quantization, typer.Option(help="Format of linear weights on the way.")
+    ] = Quantization.NONE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every rank, every link.")] = False,
+) -> None:
+    """Say what a refit (weight sync) moves: bytes per rank and link, the limit, and the time of the plan's order.
+
+    Reads the config and MODEL/config.json; needs neither weights nor servers.
+    """
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.planning.refit import RefitOptions, plan_of_config, refusal_of_training
+    from megatron_dypo.refit.plan.summary import summarize, to_json, to_text
+
+    resolved = load_config(config, overrides or [])
+    options = RefitOptions(world_size=world_size, ep_size=ep_size, quantization=quantization.value)
+    made = plan_of_config(resolved, options)
+    summary = summarize(made, bandwidth_gbs * 1e9)
+    typer.echo(json.dumps(to_json(summary)) if as_json else to_text(made, summary))
+    if refusal := refusal_of_training(resolved):
+        typer.echo(f"note: `train` refuses this layout: {refusal}", err=True)
