@@ -11,11 +11,12 @@ in ``exec``. Servers and verifiers unblock for themselves what they need.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_dypo.ending import Cause
@@ -38,9 +39,49 @@ def end_of_insistence(number: signal.Signals) -> tuple[Cause, str]:
     return cause, f"ended at once by a second {number.name}; what was done since the last checkpoint is lost"
 
 
+class StopFlag:
+    """A flag that stays up once it is set, and wakes whoever waits: threads and event loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._callbacks: list[Callable[[], None]] = []
+
+    def set(self) -> None:
+        """Raise the flag; call the waiting callbacks in this thread, each once."""
+        with self._lock:
+            self._is_set = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def is_set(self) -> bool:
+        """Return whether the flag is up."""
+        return self._is_set
+
+    @contextlib.contextmanager
+    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call ``callback`` once if the flag is up or is set within the block; in the thread that sets it."""
+        with self._lock:
+            is_late = self._is_set
+            if not is_late:
+                self._callbacks.append(callback)
+        if is_late:
+            callback()
+        try:
+            yield
+        finally:
+            with self._lock, contextlib.suppress(ValueError):  # it was called
+                self._callbacks.remove(callback)
+
+
+STOP = StopFlag()
+"""Set when this process was asked to stop; for waits that must not outlast the request."""
+
+
 @dataclass
 class _State:
-    """What the process was asked; module-level, since signals belong to the process."""
+    """Requests to this process; module-level, since signals belong to the process."""
 
     held: frozenset[signal.Signals] = frozenset()
     first: signal.Signals | None = None
@@ -118,6 +159,7 @@ def _listen(parent: int) -> None:
             answers.on_insistence(number)
         elif _state.first is None:
             _state.first = number
+            STOP.set()
             answers.on_request(number)
             if not _state.is_loop_looking:
                 answers.on_early_request(number)

@@ -25,7 +25,7 @@ class Router:
     deadline_s: float = 30.0
     """Time that it gets to start, and to know its servers."""
 
-    def serve(self, servers: Iterable[str]) -> None:
+    def use_servers(self, servers: Iterable[str]) -> None:
         """Have requests go to these servers, which answer, and to no others; returns when it is so.
 
         A router that does not get there in time goes to the log only: rollouts of other weights than they should be of are

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import megatron_dypo
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.proxies import direct_hosts
 
@@ -109,7 +110,7 @@ def link_package(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "megatron_dypo"
     link.unlink(missing_ok=True)
-    link.symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    link.symlink_to(Path(megatron_dypo.__file__).resolve().parent, target_is_directory=True)
     return folder
 
 
