@@ -73,17 +73,17 @@ def test_a_tracker_that_names_no_whole_checkpoint_counts_as_lost(tmp_path, text)
 @pytest.mark.parametrize("spoil", ["nothing", "no state", "empty state", "cut state", "a file", "a dangling link"])
 def test_what_has_a_checkpoints_name_and_is_not_whole_is_never_the_latest(tmp_path, spoil):
     publish(tmp_path, 10)
-    folder = tmp_path / "step_000020"
+    spoilt = tmp_path / "step_000020"
     if spoil in ("a file", "a dangling link"):
-        folder.write_text("") if spoil == "a file" else folder.symlink_to("absent")
+        spoilt.write_text("") if spoil == "a file" else spoilt.symlink_to("absent")
     else:
-        folder.mkdir()
+        spoilt.mkdir()
     if spoil.endswith("state") and spoil != "no state":
-        (folder / folder.STATE).write_text("" if spoil == "empty state" else '{"step": 2')
+        (spoilt / folder.STATE).write_text("" if spoil == "empty state" else '{"step": 2')
     (tmp_path / folder.TRACKER).write_text("20")
     assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
     publish(tmp_path, 20)  # the run gets there again
-    assert folder.find_latest(tmp_path) == folder
+    assert folder.find_latest(tmp_path) == spoilt
 
 
 def test_what_saves_left_behind_is_removed_and_nothing_else(tmp_path):
