@@ -80,12 +80,12 @@ def serve(
     from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
+    from megatron_dypo.rollout.server.node import keep_servers
     from megatron_dypo.rollout.server.process import ServerDiedError
-    from megatron_dypo.rollout.server.serve import serve as serve_node
 
     log_to_terminal()
     try:
-        serve_node(
+        keep_servers(
             load_config(config, overrides or []),
             device=device_kind(),
             first=first,
@@ -107,9 +107,9 @@ def route(
     """
     ignore_requests()
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.rollout.server.route import route as route_requests
+    from megatron_dypo.rollout.server.run_router import run_router
 
-    route_requests(load_config(config, overrides or []).rollout)
+    run_router(load_config(config, overrides or []).rollout)
 
 
 @app.command()

@@ -23,12 +23,14 @@ from megatron_dypo.metrics import status
 from megatron_dypo.metrics.logs import append_line, flush_repeated, set_up_logging, write_crashes
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
 from megatron_dypo.processes import stop_requests, watchdog
-from megatron_dypo.processes.lifetime import tie_to_parent
+from megatron_dypo.processes.children import tie_to_parent
 
 _VICTIM_WAIT_S = 15.0
 """How long a rank that lost its connections waits for the rank that caused it to say why."""
 _LEADER_WAIT_S = 60.0
 """How long a rank of a run that ends on all ranks together waits for the first one, which closes the servers."""
+_LOOK_EVERY_S = 0.1
+"""Seconds between two looks at a file of the run folder: a shared file system tells no other host of a change."""
 _EXIT_WAIT_S = 30.0
 """How long threads that nobody waits for may delay the exit."""
 
@@ -176,7 +178,7 @@ class Attempt:
     def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(_LOOK_EVERY_S)
 
 
 def last_line(record: Record, cause: Cause) -> str:

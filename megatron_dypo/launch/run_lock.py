@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.fs import make_exclusively, passing
-from megatron_dypo.processes.lifetime import ProcessIdentity, own_identity
+from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 
 NAME = "run.lock"
 BEAT_S = 30.0

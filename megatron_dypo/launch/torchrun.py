@@ -30,7 +30,7 @@ from megatron_dypo.processes import stop_requests
 
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _AGAIN_S = 2.0
-"""A request is passed on again and again: a rank may have been about to start."""
+"""Seconds after which a request is sent again: torchrun does not say when it has started a rank."""
 END_FILE_VARIABLE = "MEGATRON_DYPO_END_FILE"
 """Environment: a file for one line of how the run ended, ``STATUS STEPS CAUSE: MESSAGE``; slurm/node.sh asks for it.
 STEPS are those of this start, ``?`` where the loop did not say."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_dypo.processes.lifetime import ProcessIdentity
+from megatron_dypo.processes.identity import ProcessIdentity
 
 FOLDER = "heartbeats"
 _BYTES = 1024

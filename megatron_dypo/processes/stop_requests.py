@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_dypo.ending import Cause
+from megatron_dypo.processes import children
 
 PREEMPTED_STATUS = Cause.STOPPED.status
 """Exit status of a run that stopped on request, its checkpoint written."""
 
-_REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TWICE = {signal.SIGINT, signal.SIGTERM}
-_ECHO_S = 0.5
+ECHO_S = 0.5
 """Slurm may send one SIGTERM by two ways: to each process of the step, and through the job's script."""
 
 
@@ -45,7 +45,7 @@ class StopFlag:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._is_set = False
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
 
     def set(self) -> None:
         """Raise the flag; call the waiting callbacks in this thread, each once."""
@@ -60,7 +60,7 @@ class StopFlag:
         return self._is_set
 
     @contextlib.contextmanager
-    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
         """Call ``callback`` once if the flag is up or is set within the block; in the thread that sets it."""
         with self._lock:
             is_late = self._is_set
@@ -100,8 +100,8 @@ def hold_requests() -> None:
 
     A SIGHUP that was set to be ignored (``nohup``) stays ignored.
     """
-    held = [s for s in _REQUESTS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)  # torchrun would handle an ignored one
+    held = [s for s in children.STOP if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, children.STOP)  # torchrun would handle an ignored one
     for number in held:
         # A signal that was set to be ignored (`trap "" USR1` in the shell) need not become pending while it is blocked.
         signal.signal(number, signal.SIG_DFL)
@@ -155,7 +155,7 @@ def _listen(parent: int) -> None:
             continue
         now, before = time.monotonic(), _state.heard.get(number)
         _state.heard[number] = now
-        if before is not None and number in _TWICE and (number == signal.SIGINT or now - before > _ECHO_S):
+        if before is not None and number in _TWICE and (number == signal.SIGINT or now - before > ECHO_S):
             answers.on_insistence(number)
         elif _state.first is None:
             _state.first = number

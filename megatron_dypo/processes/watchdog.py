@@ -45,7 +45,7 @@ from megatron_dypo.processes.heartbeats import (
     where,
     write_heartbeat,
 )
-from megatron_dypo.processes.lifetime import ProcessIdentity, own_identity
+from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 
 _LOOKS = 10
 """Looks within ``run.watchdog_s``."""

@@ -22,11 +22,9 @@ from megatron_dypo.rollout.server.command import (
     server_command,
     server_environment,
 )
-from megatron_dypo.rollout.server.probe import http_status, log_probs_are_untempered
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered
 from megatron_dypo.rollout.server.process import ServerProcess
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
-
-_POLL_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +60,16 @@ class ServerPool:
         if self._supervisor is not None:
             self._supervisor.check()
             return
-        for process in self._processes:
+        for process in self._processes:  # they start
             process.check()
 
+    def wait_for_loss(self) -> None:
+        """Wait until :meth:`check` raises, and raise that. Only where this pool has started its servers."""
+        assert self._supervisor is not None
+        self._supervisor.wait_for_loss()
+
     def take_lost(self) -> dict[str, str]:
-        """URL → how it ended, of the servers that died since the last call; most of them run again, or soon will.
+        """Return URL → how it ended, for the servers that died since the last call; most run again, or soon will.
 
         Raises:
             ServerDiedError: as :meth:`check` does.
@@ -77,7 +80,7 @@ class ServerPool:
         return {url: death for url, death in deaths.items() if death is not None}
 
     def may_return(self) -> bool:
-        """Whether a server that does not answer may do so after a while, without anybody's help."""
+        """Return whether a server that does not answer may do so after a while, without anybody's help."""
         if self._supervisor is None:
             return self.urls_come_back
         return any(server.given_up is None for server in self._supervisor.servers)
@@ -137,7 +140,7 @@ class ServerPool:
                 if time.monotonic() > deadline:
                     said = "no answer" if status is None else f"/health answers HTTP {status}"
                     raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
-                time.sleep(_POLL_S)
+                time.sleep(HEALTH_EVERY_S)
             status = http_status(f"{url}/model_info", self.api_key)
             if status in (401, 403):
                 raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
@@ -148,7 +151,7 @@ class ServerPool:
             process.forget_key(self.api_key)
 
     def _supervise(self, restarts: int, deadline_s: float) -> None:
-        if not restarts or not self._processes:
+        if not self._processes:
             return
         self._supervisor = Supervisor(
             [
@@ -160,7 +163,8 @@ class ServerPool:
                     deadline_s=deadline_s,
                 )
                 for process, start in zip(self._processes, self._starts, strict=True)
-            ]
+            ],
+            needs_all=not restarts,
         )
 
     def _is_healthy(self, process: ServerProcess) -> bool:

@@ -17,7 +17,7 @@ from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.responses import request_body
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.probe import http_status
-from megatron_dypo.rollout.server.route import route, router_options
+from megatron_dypo.rollout.server.run_router import router_options, run_router
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.routers import running_router
 from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
@@ -114,9 +114,9 @@ def test_a_router_needs_the_key_of_its_servers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("DYPO_SGLANG_API_KEY", raising=False)
     servers = ServersConfig(urls=("http://a:1",), router="http://127.0.0.1:31812")
     with pytest.raises(ValueError, match="DYPO_SGLANG_API_KEY is not set"):
-        route(RolloutConfig(servers=servers))
+        run_router(RolloutConfig(servers=servers))
 
 
 def test_a_config_without_a_router_starts_none() -> None:
     with pytest.raises(ValueError, match=r"rollout\.servers\.router is not set"):
-        route(RolloutConfig())
+        run_router(RolloutConfig())

@@ -1,4 +1,4 @@
-"""The router in front of the servers: what ``megatron-dypo route`` runs.
+"""The router in front of the servers, which ``megatron-dypo route`` runs.
 
 It is ``sglang-router``, in this process. Its own launcher (``python -m sglang_router.launch_router``) takes the key on the
 command line, where ``ps`` shows it, and imports SGLang, which a CPU needs shims for (see :mod:`.sglang_cpu`).
@@ -19,10 +19,10 @@ from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.proxies import direct_hosts
 
 
-def route(cfg: RolloutConfig) -> None:
+def run_router(cfg: RolloutConfig) -> None:
     """Run the router of ``cfg.servers.router`` until SIGTERM; it asks its clients, and is asked, for the servers' key.
 
-    It has no server until a trainer names some (:meth:`megatron_dypo.rollout.router.Router.serve`), so that no request
+    It has no server until a trainer names some (:meth:`megatron_dypo.rollout.router.Router.use_servers`), so that no request
     gets to one whose weights are not known.
 
     Raises:
