@@ -46,6 +46,7 @@ from megatron_dypo.processes.heartbeats import (
     write_heartbeat,
 )
 from megatron_dypo.processes.identity import ProcessIdentity, own_identity
+from megatron_dypo.words import counted
 
 _LOOKS = 10
 """Looks within ``run.watchdog_s``."""
@@ -192,7 +193,7 @@ class Watchdog:
             return
         hung = blame(beats)
         first = hung[0]
-        more = f" (and {len(hung) - 1} more ranks like it)" if len(hung) > 1 else ""
+        more = f" (and {counted(len(hung) - 1, 'more rank')} like it)" if len(hung) > 1 else ""
         self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {first.place()}")
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:

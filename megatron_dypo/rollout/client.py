@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +21,10 @@ from megatron_dypo.rollout.ask import (
     AttemptError,
     LostServerError,
     OwnLackError,
-    RefusedError,
     ask,
     without_key,
 )
+from megatron_dypo.rollout.attempts import Attempts
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.counts import AttemptCounts
 from megatron_dypo.rollout.responses import (
@@ -35,24 +34,12 @@ from megatron_dypo.rollout.responses import (
     parse_group,
     request_body,
 )
-from megatron_dypo.types import DropReason, Rollout, Tokens
+from megatron_dypo.types import Rollout, Tokens
 from megatron_dypo.words import counted
 
 _WATCH_EVERY_S = 1.0
-_MAX_BACKOFF_S = 30.0
-_FIRST_LACK_S = 0.05
-_MAX_LACK_S = 1.0
 
 _log = logging.getLogger(__name__)
-
-
-class GroupDroppedError(Exception):
-    """The group cannot be had: it stayed incomplete, or a server refuses its prompt."""
-
-    def __init__(self, message: str, reason: DropReason = DropReason.INCOMPLETE) -> None:
-        super().__init__(message)
-        self.reason = reason
-        """``REFUSED``: by a server, for good. ``INCOMPLETE``: after all retries, or at the deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +53,6 @@ class Upstream:
     """Used by the event loop alone."""
     versions: Sequence[int] | None
     """A group counts only if one of these versions sampled its newest token. They ascend. None: any version."""
-
-
-@dataclass(kw_only=True)
-class _Request:
-    """One group to be sampled, from its first attempt to its last."""
-
-    body: bytes
-    sampling: Sampling
-    ends_at: float
-    """Deadline of the group on the monotonic clock."""
-    failures: int = 0
-    """Attempts that count against ``rollout.retries``."""
-    lacks: int = 0
-    """Attempts that this host could not even begin."""
-    last_failure: str = "none, no answer came"
-
-    def left_s(self) -> float:
-        return self.ends_at - time.monotonic()
 
 
 class SGLangClient(AttemptCounts):
@@ -196,8 +165,12 @@ class SGLangClient(AttemptCounts):
         assert self._session is not None
         body = json.dumps(request_body(prompt_tokens, sampling)).encode()
         async with self._slots:
-            ends_at = time.monotonic() + self._cfg.request_deadline_s
-            request = _Request(body=body, sampling=sampling, ends_at=ends_at)
+            attempts = Attempts(
+                retries=self._cfg.retries,
+                deadline_s=self._cfg.request_deadline_s,
+                backoff_s=self._backoff_s,
+                ends_at=time.monotonic() + self._cfg.request_deadline_s,
+            )
             while True:
                 # The servers of now: a failure here says nothing of a server that a later refit names again.
                 servers = self._upstream.servers
@@ -207,14 +180,17 @@ class SGLangClient(AttemptCounts):
                             self._session,
                             f"{url}/generate",
                             body,
-                            timeout_s=self._time_left(request),
+                            timeout_s=attempts.left_s(),
                             max_bytes=sampling.max_answer_bytes,
                             api_key=self._api_key,
                         )
-                        return self._parse(url, request, answer)
+                        return self._parse(url, sampling, answer)
                     except AskError as error:
-                        pause_s = self._pause_after(error, request, url, servers)
-                await asyncio.sleep(min(pause_s, max(0.0, request.left_s())))
+                        attempts.left_s()  # past the deadline no server is to blame
+                        self._blame(error, url, servers)
+                        pause_s = attempts.pause_after(error)
+                        self.retries += not isinstance(error, OwnLackError)
+                await asyncio.sleep(pause_s)
 
     async def watch(self) -> None:
         """Run ``check`` every second until this is cancelled; await it beside :meth:`generate`.
@@ -226,45 +202,20 @@ class SGLangClient(AttemptCounts):
                 await asyncio.to_thread(self._check)
             await asyncio.sleep(_WATCH_EVERY_S)
 
-    def _time_left(self, request: _Request) -> float:
-        left_s = request.left_s()
-        if left_s <= 0:
-            limit = f"request_deadline_s={self._cfg.request_deadline_s:g}"
-            raise GroupDroppedError(f"no complete group after {limit}; last failure: {request.last_failure}")
-        return left_s
-
-    def _pause_after(self, error: AskError, request: _Request, url: str, servers: LeastLoaded) -> float:
-        """Note a failed attempt and return how many seconds to wait before the next.
-
-        Raises:
-            GroupDroppedError: there is no next attempt.
-        """
-        if isinstance(error, RefusedError):
-            raise GroupDroppedError(str(error), DropReason.REFUSED) from error
-        self._time_left(request)
-        request.last_failure = str(error)
+    def _blame(self, error: AskError, url: str, servers: LeastLoaded) -> None:
+        """Send the next requests elsewhere if the server is to blame for a failure."""
         if isinstance(error, OwnLackError):
-            # Other requests end and leave room; the servers are well, and so is the group.
             if not self._has_said_lack:
                 _log.warning("this host cannot open another connection; requests wait for others: %s", error)
             self._has_said_lack = True
-            request.lacks = min(request.lacks + 1, 30)
-            return min(_FIRST_LACK_S * 2 ** (request.lacks - 1), _MAX_LACK_S) * random.uniform(0.5, 1.0)
-        if isinstance(error, LostServerError):
+        elif isinstance(error, LostServerError):
             if servers.leave_out(url):
                 _log.warning("no more requests to %s until the next push: %s", url, error)
-            self.retries += 1
-            return 0.0  # elsewhere at once, and not at the cost of the attempts
-        servers.failed(url)
-        request.failures += 1
-        if request.failures > self._cfg.retries:
-            raise GroupDroppedError(f"{counted(request.failures, 'attempt')} failed, the last: {error}") from error
-        warn_often(_log, "attempt %d for a group failed, trying again: %s", request.failures, error)
-        self.retries += 1
-        return min(self._backoff_s * 2 ** min(request.failures - 1, 30), _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+        elif isinstance(error, AttemptError):
+            warn_often(_log, "an attempt for a group failed: %s", error)
+            servers.failed(url)
 
-    def _parse(self, url: str, request: _Request, answer: Answer) -> tuple[Rollout, ...]:
-        sampling = request.sampling
+    def _parse(self, url: str, sampling: Sampling, answer: Answer) -> tuple[Rollout, ...]:
         try:
             return parse_group(
                 answer.payload, sampling, self._decode, versions=self._upstream.versions, vocab_size=self._vocab_size
@@ -276,6 +227,6 @@ class SGLangClient(AttemptCounts):
             self._count_dropped(answer.payload)
             self.wrong_versions += sampling.n
             message = without_key(str(error), self._api_key)
-            warn_often(_log, "dropped %d rollouts of %s: %s", sampling.n, url, message)
+            warn_often(_log, "dropped %s of %s: %s", counted(sampling.n, "rollout"), url, message)
             kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
             raise kind(f"{url}: {message}") from error

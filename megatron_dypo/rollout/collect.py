@@ -16,8 +16,9 @@ from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.metrics.progress import progress as progress_bar
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.processes.watchdog import mark
+from megatron_dypo.rollout.attempts import GroupDroppedError
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling
 from megatron_dypo.types import DropReason, Prompt, Rollout, RolloutGroup

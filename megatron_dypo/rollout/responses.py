@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_dypo.types import Floats, Rollout, Tokens
+from megatron_dypo.words import counted
 
 _BYTES_PER_TOKEN = 512
 """Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""
@@ -99,7 +100,7 @@ def parse_group(
     """
     outputs = payload if isinstance(payload, list) else [payload]  # an object when n = 1
     if len(outputs) != sampling.n:
-        raise IncompleteGroupError(f"{len(outputs)} of {sampling.n} responses")
+        raise IncompleteGroupError(f"{len(outputs)} of {counted(sampling.n, 'response')}")
     limit = _LARGEST_ID + 1 if vocab_size is None else vocab_size
     responses = [_read(output, sampling, limit) for output in outputs]
     _require_versions(responses, versions)

@@ -22,8 +22,9 @@ from typing import Any, Generic, TypeVar
 
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.processes.stop_requests import StopFlag
+from megatron_dypo.rollout.attempts import GroupDroppedError
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup, dropped_group
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_dypo.grading.workers.calling import Caller, describe
 from megatron_dypo.grading.workers.results import read_result, shown
+from megatron_dypo.words import counted
 
 Outcome = tuple[bool, float, str | None]
 """is_correct, reward, error: the fields of a Verdict."""
@@ -151,5 +152,6 @@ def _one_for_each(returned: Any, count: int) -> list[Any]:
         raise TypeError(f"the verifier returned {shown(returned)}: must be a list with a result for each response")
     results = list(returned)
     if len(results) != count:
-        raise ValueError(f"the verifier returned {len(results)} results for {count} responses: must be one for each")
+        found = f"{counted(len(results), 'result')} for {counted(count, 'response')}"
+        raise ValueError(f"the verifier returned {found}: must be one for each")
     return results

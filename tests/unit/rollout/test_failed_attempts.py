@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from megatron_dypo.rollout import ask as ask_module
 from megatron_dypo.rollout.ask import AttemptError, LostServerError, OwnLackError, shown
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.attempts import GroupDroppedError
+from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.descriptors import lacks_descriptors, raise_descriptor_limit
 from megatron_dypo.types import DropReason
