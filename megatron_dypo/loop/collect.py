@@ -26,7 +26,7 @@ from megatron_dypo.metrics.progress import Progress, progress
 from megatron_dypo.metrics.samples import SampleRow
 from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream import RolloutStream, StreamWork
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 log = logging.getLogger("megatron_dypo")
@@ -214,13 +214,16 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
         assert leader.verifier is not None
         client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.truncated_is_wrong
         cfg, batch = run.config.rollout, run.config.batching.prompts_per_batch
-        leader.background = RolloutStream(
-            client,
-            client.sampling(cfg.group_size),
+        work = StreamWork(
             claim=lambda count: _claim(leader, count * run.layout.data, run.layout.dp_rank, run.layout.data),
             load=leader.stream.at,
             finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
             is_useful=lambda group: _is_useful(run, group),
+        )
+        leader.background = RolloutStream(
+            client,
+            client.sampling(cfg.group_size),
+            work,
             oversample=cfg.oversample,
             max_unread=_share(run, max(_limit(run), math.ceil(2 * cfg.oversample * batch))),
         )

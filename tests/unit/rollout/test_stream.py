@@ -11,7 +11,7 @@ import pytest
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream import RolloutStream, StreamWork
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.unit.rollout.test_collect import make_client, make_prompts
@@ -57,16 +57,8 @@ def make_stream(
     stop: StopFlag | None = None,
 ) -> RolloutStream[int]:
     client = make_client([fake.url], check)
-    return RolloutStream(
-        client,
-        client.sampling(2),
-        claim=draws.claim,
-        load=draws.load,
-        finish=finish,
-        is_useful=is_useful,
-        oversample=oversample,
-        stop=stop,
-    )
+    work = StreamWork(claim=draws.claim, load=draws.load, finish=finish, is_useful=is_useful)
+    return RolloutStream(client, client.sampling(2), work, oversample=oversample, stop=stop)
 
 
 @pytest.fixture
@@ -181,14 +173,8 @@ def test_a_dropped_group_is_counted_and_made_up_for() -> None:
     with FakeSGLang(lambda index, body: "500" if body["input_ids"][-1] == 100 else "ok") as fake:
         client = make_client([fake.url], retries=1)
         draws = Draws()
-        stream = RolloutStream(
-            client,
-            client.sampling(2),
-            claim=draws.claim,
-            load=draws.load,
-            finish=order_of,
-            is_useful=lambda order: True,
-        )
+        work = StreamWork(claim=draws.claim, load=draws.load, finish=order_of, is_useful=lambda order: True)
+        stream = RolloutStream(client, client.sampling(2), work)
         stream.want(2)
         stream.start()
         wait_until(lambda: stream.num_unread == 3 and stream.num_in_flight == 0, "two groups are done")
