@@ -27,14 +27,14 @@ PREEMPTED_STATUS = Cause.STOPPED.status
 
 _TWICE = {signal.SIGINT, signal.SIGTERM}
 ECHO_S = 0.5
-"""Slurm may send one SIGTERM by two ways: to each process of the step, and through the job's script."""
+"""Seconds in which a second SIGTERM is the first one again: Slurm sends it to each process and through the script."""
 
 
 FIRST_ANSWER = "%s: the run finishes its step, saves a checkpoint and ends; a second SIGINT or SIGTERM ends it at once"
 
 
 def end_of_insistence(number: signal.Signals) -> tuple[Cause, str]:
-    """Cause and message of a run that was told twice to end."""
+    """Return cause and message of a run that was told twice to end."""
     cause = Cause.INTERRUPTED if number == signal.SIGINT else Cause.TERMINATED
     return cause, f"ended at once by a second {number.name}; what was done since the last checkpoint is lost"
 
@@ -114,10 +114,10 @@ def ignore_requests() -> None:
 
 
 def is_requested() -> bool:
-    """Whether this process was asked to stop since :func:`hold_requests`.
+    """Return whether this process was asked to stop since :func:`hold_requests`.
 
-    The loop asks this before each step. From the first question on, ending is the loop's business; a request before
-    it ends the process from the listening thread, since there is nothing to save during start-up.
+    The loop asks this before each step. From the first question on, the loop ends the run; an earlier
+    request ends the process from the listening thread, since there is nothing to save during start-up.
     """
     _state.is_loop_looking = True
     return _state.first is not None or bool(_state.held & signal.sigpending())
@@ -125,7 +125,7 @@ def is_requested() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a process does about signals; each is called from the listening thread."""
+    """The answers of a process to signals; each is called from the listening thread."""
 
     on_request: Callable[[signal.Signals], None]
     """The first request came."""
@@ -134,11 +134,11 @@ class Answers:
     on_insistence: Callable[[signal.Signals], None]
     """A second SIGINT or SIGTERM: end at once."""
     on_parent: Callable[[], None] | None = None
-    """SIGTERM by the process that started this one, or since that is gone: end at once. None: SIGTERM is a request."""
+    """SIGTERM came from the process that started this one, or that one is gone: end at once. None: a request."""
 
 
 def listen(answers: Answers) -> None:
-    """Answer signals like this from now on, in a thread of their own."""
+    """Answer signals with ``answers`` from now on, in a thread that only does that."""
     is_first = _state.answers is None
     _state.answers = answers
     if is_first:

@@ -49,7 +49,7 @@ class OwnLackError(AskError):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A decoded answer, and what a message may show of it."""
+    """A decoded answer, with the part that a message may show."""
 
     payload: Any
     shown: str

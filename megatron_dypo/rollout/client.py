@@ -105,7 +105,7 @@ class SGLangClient(AttemptCounts):
 
     @property
     def upstream(self) -> Upstream:
-        """The servers and versions of now."""
+        """The current servers and versions."""
         return self._upstream
 
     def use_servers(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
@@ -210,7 +210,7 @@ class SGLangClient(AttemptCounts):
             self._has_said_lack = True
         elif isinstance(error, LostServerError):
             if servers.leave_out(url):
-                _log.warning("no more requests to %s until the next push: %s", url, error)
+                _log.warning("no more requests to %s until the next refit: %s", url, error)
         elif isinstance(error, AttemptError):
             warn_often(_log, "an attempt for a group failed: %s", error)
             servers.failed(url)

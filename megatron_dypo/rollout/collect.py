@@ -57,7 +57,7 @@ class CollectStats:
     dropped: tuple[DroppedGroup, ...]
     """Prompts without a group, with the reason."""
     client: ClientCounts
-    """What the client counted meanwhile."""
+    """Counts of the client."""
     unserved: tuple[Prompt, ...]
     """Prompts for which no server was left. Ask for them again after a refit; they count nowhere above."""
     unfinished: tuple[Prompt, ...]
@@ -71,7 +71,7 @@ class CollectStats:
 
     @property
     def wrong_versions(self) -> int:
-        """Rollouts dropped because weights of another version than that of the last push sampled them."""
+        """Rollouts dropped because weights of another version than that of the last refit sampled them."""
         return self.client.wrong_versions
 
 
@@ -102,22 +102,28 @@ def collect(
     with progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
         outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
+    return groups, _stats(prompts, outcomes, client.counts(), time.monotonic() - start)
+
+
+def _stats(
+    prompts: Sequence[Prompt], outcomes: Sequence[Outcome], counts: ClientCounts, seconds: float
+) -> CollectStats:
     pairs = list(zip(prompts, outcomes, strict=True))
     unserved = tuple(prompt for prompt, outcome in pairs if isinstance(outcome, NoServerError))
     unfinished = tuple(prompt for prompt, outcome in pairs if outcome is None)
+    groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    stats = CollectStats(
+    return CollectStats(
         prompts=len(prompts) - len(unserved) - len(unfinished),
         rollouts=len(rollouts),
         tokens=sum(len(rollout.tokens) for rollout in rollouts),
         truncated=sum(rollout.finish == "length" for rollout in rollouts),
         dropped=tuple(outcome for outcome in outcomes if isinstance(outcome, DroppedGroup)),
-        client=client.counts(),
+        client=counts,
         unserved=unserved,
         unfinished=unfinished,
-        seconds=time.monotonic() - start,
+        seconds=seconds,
     )
-    return groups, stats
 
 
 def _seeded(sampling: Sampling, prompt: Prompt, seed_of: Callable[[Prompt], int] | None) -> Sampling:

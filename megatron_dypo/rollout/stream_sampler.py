@@ -1,4 +1,4 @@
-"""The thread of a rollout stream: an event loop that draws prompts, samples their groups and hands them to the grader."""
+"""The thread of a rollout stream: its event loop draws prompts, samples their groups and has them graded."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class StreamSampler(Generic[T]):
     def _postpone_unserved(self, prompt: Prompt, error: NoServerError) -> None:
         with self._changed:
             if not self._state.is_unserved:
-                _log.warning("%s; waiting for a push", error)
+                _log.warning("%s; waiting for a refit", error)
             self._state.is_unserved = True
             self._state.postponed.append(self._state.in_flight.pop(prompt.order))
             self._changed.notify_all()

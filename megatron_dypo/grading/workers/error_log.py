@@ -44,5 +44,5 @@ class ErrorLog:
 
 
 def _kind(error: str) -> str:
-    """What stands before the first colon: the exception's name. What follows differs from case to case."""
+    """Return the text before the first colon, the exception's name; the rest differs from case to case."""
     return error.partition(":")[0]

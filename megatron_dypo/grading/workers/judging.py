@@ -38,7 +38,7 @@ def late_error(deadline_s: float) -> str:
 
 
 class Judge:
-    """Calls verifiers and sends what came of it."""
+    """Calls verifiers and sends the outcomes."""
 
     def __init__(self, connection: Connection, callers: Mapping[str, Caller], deadline_s: float) -> None:
         self._connection, self._callers, self._deadline_s = connection, callers, deadline_s
@@ -50,6 +50,7 @@ class Judge:
         self._loop = asyncio.new_event_loop()
 
     def judge(self, name: str, items: Sequence[Item]) -> None:
+        """Judge ``items`` by the verifier of that name, and send each outcome as it is ready."""
         caller = self._callers[name]
         if caller.signature.mode == "batch":
             self._judge_as_lists(caller, items)

@@ -51,6 +51,7 @@ class Pool:
 
     @property
     def is_running(self) -> bool:
+        """Whether there are processes."""
         return bool(self._workers)
 
     def fields(self) -> dict[str, tuple[str, ...]]:

@@ -37,11 +37,11 @@ class WorkerDied(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class CallerInfo:
-    """What the trainer must know of a verifier that a process has imported."""
+    """Facts that the trainer needs about a verifier that a process has imported."""
 
     mode: Mode
     fields: tuple[str, ...]
-    """What it asks for of each pair."""
+    """Fields of a pair that it asks for."""
 
 
 class ImportFailed(ValueError):  # noqa: N818 (a user's mistake, shown by its message)
@@ -146,7 +146,7 @@ class WorkerProcess:
         return number, (is_correct, reward, problem)
 
     def is_overdue(self) -> bool:
-        """The deadline has passed and nothing waits to be read."""
+        """Return whether the deadline has passed and nothing waits to be read."""
         return self.deadline is not None and time.monotonic() > self.deadline and not self.connection.poll()
 
     def ending_if_dead(self) -> str | None:

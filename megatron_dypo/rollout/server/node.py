@@ -48,7 +48,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engi
 
 
 def _require_ports(cfg: ServersConfig) -> None:
-    """The trainer was told these ports, so that the next free ones will not do."""
+    """Raise ValueError if a port is taken: the trainer was told these ports, so others will not do."""
     for port in range(cfg.port, cfg.port + cfg.per_node):
         lease = lease_port(cfg.host, port)
         lease.release()

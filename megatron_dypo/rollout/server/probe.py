@@ -1,4 +1,4 @@
-"""Small requests to one server, before any rollout: does it answer, does it know us, are its log-probs the right ones?"""
+"""Small requests to one server before any rollout: does it answer, take our key, give log-probs of temperature 1?"""
 
 from __future__ import annotations
 

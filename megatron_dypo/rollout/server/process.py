@@ -21,7 +21,7 @@ class ServerDiedError(RuntimeError):
 
 
 class ServerProcess:
-    """A server that stops when :meth:`stop` is called or this process dies (see :mod:`megatron_dypo.processes.guard`)."""
+    """A server that stops when :meth:`stop` is called or this process dies (:mod:`megatron_dypo.processes.guard`)."""
 
     def __init__(self, name: str, url: str, log_path: Path, *, grace_s: float = 20.0) -> None:
         self.name, self.url, self.log_path = name, url, log_path

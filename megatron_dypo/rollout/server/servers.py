@@ -144,7 +144,7 @@ class ServerPool:
             status = http_status(f"{url}/model_info", self.api_key)
             if status in (401, 403):
                 raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
-            if status not in (200, None):  # None: it died just now; the first push finds out
+            if status not in (200, None):  # None: it died just now; the first refit finds out
                 raise ValueError(f"{url}/model_info: HTTP {status}: what answers there is not an SGLang server")
         for process in self._processes:
             assert self.api_key is not None
@@ -168,7 +168,7 @@ class ServerPool:
         )
 
     def _is_healthy(self, process: ServerProcess) -> bool:
-        """Whether a server that was started again is up; if so, it keeps no key on disk."""
+        """Return whether a server that was started again is up; if so, remove its key from the disk."""
         if http_status(f"{process.url}/health", self.api_key) != 200:
             return False
         assert self.api_key is not None
@@ -189,14 +189,14 @@ def start_servers(
     """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
     Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
-    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts; unless
-    it is 1, given servers are asked whether their log-probs are those of temperature 1.
+    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts;
+    unless it is 1, given servers are asked whether their log-probs are those of temperature 1.
 
     Raises:
         ServerDiedError: a server ended while it started.
         NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port`` or
-            the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
+        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port``
+            or the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
     """
     if not cfg.urls and cfg.nodes > 1:
         raise ValueError(
@@ -213,12 +213,17 @@ def start_servers(
             log_dir.mkdir(parents=True, exist_ok=True)
             pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
         pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
-        for url in pool.urls if cfg.urls and temperature != 1.0 else ():
-            if not log_probs_are_untempered(url, pool.api_key):
-                raise ValueError(
-                    f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
-                    "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
-                )
+        if cfg.urls and temperature != 1.0:
+            _require_untempered(pool, temperature)
         pool._supervise(cfg.restarts, cfg.start_deadline_s)
         undo.pop_all()
     return pool
+
+
+def _require_untempered(pool: ServerPool, temperature: float) -> None:
+    for url in pool.urls:
+        if not log_probs_are_untempered(url, pool.api_key):
+            raise ValueError(
+                f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
+                "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+            )

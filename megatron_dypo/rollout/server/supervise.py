@@ -82,7 +82,7 @@ class Supervised:
             if self.process.ending() is not None:
                 return
             if is_healthy:
-                _log.info("%s (%s) runs again; it serves after the next push", self.process.name, self.process.url)
+                _log.info("%s (%s) runs again; it serves after the next refit", self.process.name, self.process.url)
                 return
             if time.monotonic() > self._started_at + self._deadline_s:
                 _log.warning("%s is not healthy after %g s; stopping it", self.process.name, self._deadline_s)

@@ -207,7 +207,7 @@ def test_a_server_of_another_version_is_asked_no_more_and_what_it_gave_is_droppe
     assert [group.prompt.order for group in groups] == list(range(6))
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {3}
     assert (len(restarted.requests), stats.wrong_versions) == (1, 4)
-    assert f"dropped 4 rollouts of {restarted.url}: weights of version default; the last push was of 3" in caplog.text
+    assert f"dropped 4 rollouts of {restarted.url}: weights of version default; the last refit was of 3" in caplog.text
 
 
 def test_a_server_serves_again_once_it_is_named_again() -> None:
