@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import socket
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
@@ -377,3 +379,18 @@ def test_a_bug_in_one_group_ends_the_collection_at_once() -> None:
         client = SGLangClient([fake.url], None, cfg=cfg, decode=decode, stop_token_ids=(2,))
         with pytest.raises(KeyError, match="our own bug"):
             collect(make_prompts(2), client, group_size=2, progress=False)
+
+
+def test_a_request_is_two_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """collect and its loop on one side, :meth:`SGLangClient.generate` and :func:`ask` on the other."""
+    post, calls = aiohttp.ClientSession.post, []
+
+    def noted(self: aiohttp.ClientSession, *args: Any, **options: Any) -> Any:
+        ours = [frame.function for frame in inspect.stack()[1:] if "megatron_dypo/rollout" in frame.filename]
+        calls.append(ours[: ours.index("collect") + 1])
+        return post(self, *args, **options)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
+    with FakeSGLang() as fake:
+        collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
+    assert calls == [["ask", "generate", "collect"]]

@@ -72,7 +72,9 @@ def test_a_response_that_began_and_ended_before_the_last_push_is_taken_where_tha
     response = sample(BODY, 0, weight_version="7", weight_versions=spans("6", "7"))
     (rollout,) = parse_group(response, sampling(), decode, versions=range(7, 9))
     assert rollout.version_spans == ((6, 0), (7, 1))
-    with pytest.raises(WrongVersionError, match="weights of version 6, 7; the last refit was of 9, the one before of 8"):
+    with pytest.raises(
+        WrongVersionError, match="weights of version 6, 7; the last refit was of 9, the one before of 8"
+    ):
         parse_group(response, sampling(), decode, versions=range(8, 10))
 
 
