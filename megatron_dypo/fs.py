@@ -1,19 +1,26 @@
-"""Files that appear whole, and files that one process alone can make, also over NFS."""
+"""Files and folders that appear whole or not at all, and files that one process alone can make; also over NFS.
+
+A reader sees the old content or the new one, whenever it looks. What a durable write has returned from also survives
+a crash of the machine: the content is on the disk before the name, and the name before the return. A cheap write
+(``durable=False``) leaves that to the operating system; it is for files that each step writes anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def make_exclusively(path: Path, text: str) -> bool:
-    """Make ``path`` with this text; False if it is there already. Of several processes one succeeds."""
+    """Make ``path`` with this text; return False if it is there already. Of several processes one succeeds."""
     with passing(path.with_name(f"{path.name}.{uuid.uuid4().hex}"), text) as temporary:
         try:
             os.link(temporary, path)
@@ -32,21 +39,129 @@ def make_exclusively(path: Path, text: str) -> bool:
     return True
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write ``path`` in UTF-8, all of it or nothing; several processes may write the same one."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def passing(path: Path, text: str) -> Iterator[Path]:
-    """A file with this text, removed at the end."""
+    """Make a file with this text for the block, and remove it at its end."""
     try:
         path.write_text(text)
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write ``path`` (text in UTF-8), all of it or nothing; several processes may write the same file."""
+    with new_file(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file to fill, which takes the name ``path`` when the block ends well and vanishes when it raises.
+
+    It replaces a file that is there. Several processes may do so at the same time: the last one counts.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                _flush(file)
+        temporary.replace(path)
+        if durable:
+            sync(path.absolute().parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of a folder that is being filled; its content is on the disk when the block is left."""
+    with path.open("wb") as file:
+        yield file
+        _flush(file)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Make a folder to fill, which takes the name ``path`` when the block ends well and vanishes when it raises.
+
+    Args:
+        replace: an HF folder that is at ``path`` gives way to it then.
+
+    Raises:
+        ValueError: ``path`` is there already and is not an empty folder (with ``replace``: nor an HF folder).
+    """
+    if not (replace and (path / "config.json").is_file()):
+        check_vacant(path)
+    partial = start_folder(path)
+    try:
+        yield partial
+        commit_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_vacant(path: Path) -> None:
+    """Raise ValueError unless ``path`` is free, or an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: is there already and is not an empty folder; choose another or remove it")
+
+
+def partial_path(path: Path) -> Path:
+    """Return where ``path`` is filled before it gets its name: beside it, so that a rename is enough."""
+    return path.absolute().with_name(f".{path.name}.partial")
+
+
+def start_folder(path: Path) -> Path:
+    """Create the empty folder that will become ``path``; remove what an interrupted attempt left there.
+
+    Raises:
+        ValueError: no folder can be created there.
+    """
+    partial = partial_path(path)
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be created: {error.strerror}") from error
+    return partial
+
+
+def commit_folder(partial: Path, path: Path) -> None:
+    """Give a filled folder its name, in the place of what has it already; durable once this returns."""
+    for file in [*partial.rglob("*"), partial]:
+        sync(file)
+    if os.path.lexists(path):
+        # A folder cannot be renamed onto one that is not empty, so the old one steps aside first.
+        old = path.absolute().with_name(f".{path.name}.replaced")
+        remove(old)
+        path.rename(old)
+        partial.rename(path)
+        remove(old)
+    else:
+        partial.rename(path)
+    sync(path.absolute().parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a file or link of that name; of a link, the link. Nothing happens if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

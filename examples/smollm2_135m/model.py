@@ -22,7 +22,7 @@ def write_model(out: Path) -> int:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from megatron_dypo.models.hf.folders import new_folder
+    from megatron_dypo.fs import new_folder
 
     source = _package_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)

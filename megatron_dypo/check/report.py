@@ -9,6 +9,7 @@ from typing import Any
 from megatron_dypo.data.statistics import PromptStatistics, TeacherStatistics
 from megatron_dypo.data.teacher_table import render_teachers
 from megatron_dypo.data.values import printable
+from megatron_dypo.words import counted
 
 _SHOWN_IDS = 48
 _SHOWN_CHARACTERS = 2000
@@ -125,12 +126,8 @@ def to_text(report: Report) -> str:
         ("Warnings", _listed(report.warnings)),
     ]
     texts = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections if lines]
-    last = f"{_counted(len(report.problems), 'problem')}, {_counted(len(report.warnings), 'warning')}"
+    last = f"{counted(len(report.problems), 'problem')}, {counted(len(report.warnings), 'warning')}"
     return "\n\n".join([*texts, last])
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _model(report: Report) -> list[str]:
@@ -167,12 +164,12 @@ def _sets(sets: Sequence[SetFacts]) -> list[str]:
     lines = []
     for facts in sets:
         found, lengths = facts.prompts, facts.prompts.lengths
-        lines.append(f"{facts.name}: {found.num_rows} rows of {_counted(len(facts.files), 'file')}")
-        lines.append(f"  {found.num_skipped} bad rows left out, {found.num_too_long} too long")
+        lines.append(f"{facts.name}: {counted(found.num_rows, 'row')} of {counted(len(facts.files), 'file')}")
+        lines.append(f"  {counted(found.num_skipped, 'bad row')} left out, {found.num_too_long} too long")
         if facts.name == "data.prompts":
             lines.append(
-                f"  {found.num_without_trace} without a trace that may be used, {found.num_failed_checks} traces failed "
-                "their checks"
+                f"  {found.num_without_trace} without a trace that may be used, "
+                f"{counted(found.num_failed_checks, 'trace')} failed their checks"
             )
         lines.append(
             f"  tokens: shortest {lengths.shortest}, median {lengths.median}, p90 {lengths.p90}, p99 {lengths.p99}, "
@@ -184,7 +181,7 @@ def _sets(sets: Sequence[SetFacts]) -> list[str]:
 def _verifiers(verifiers: Sequence[VerifierFacts]) -> list[str]:
     lines = []
     for found in verifiers:
-        lines.append(f"{found.verifier} for source {printable(found.source)!r}: {_counted(found.num_rows, 'row')}")
+        lines.append(f"{found.verifier} for source {printable(found.source)!r}: {counted(found.num_rows, 'row')}")
         if found.num_tried:
             lines.append(
                 f"  of {found.num_tried} tried it accepts the row's own answer on {found.num_gold}, an empty response on "

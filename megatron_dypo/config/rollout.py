@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.urls import require_host, require_urls
+from megatron_dypo.words import counted
 
 _MAX_PORT = 65535
 MAX_DEADLINE_S = 1e8
@@ -90,7 +91,7 @@ class ServersConfig:
         require(
             self.port >= 1 and last <= _MAX_PORT,
             f"port={self.port}",
-            f"must be from 1 to {_MAX_PORT - self.per_node + 1}: {self.per_node} servers take a port each",
+            f"must be from 1 to {_MAX_PORT - self.per_node + 1}: each of {counted(self.per_node, 'server')} takes a port",
         )
         if self.mem_fraction is not None:
             require(0 < self.mem_fraction < 1, f"mem_fraction={self.mem_fraction}", "must be between 0 and 1")

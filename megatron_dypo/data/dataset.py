@@ -22,6 +22,7 @@ from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.data.values import shown
+from megatron_dypo.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class PromptDataset:
             answer = shown(self._source.row(int(rows[0])).answer)
             raise ValueError(
                 f"{self._source.place(int(rows[0]))}: {self._source.columns.answer}={answer}: "
-                f"{verifier or 'the verifier'} takes text only; {len(rows)} rows have an object or a list there"
+                f"{verifier or 'the verifier'} takes text only; {counted(len(rows), 'row')} with an object or a list there"
             )
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -169,7 +170,9 @@ class PromptDataset:
 
     def _settle_traces(self, data: DataConfig) -> None:
         if self.checked.num_failed_checks:
-            log.warning("%d traces failed a check of data.fields.trace_checks", self.checked.num_failed_checks)
+            log.warning(
+                "%s failed a check of data.fields.trace_checks", counted(self.checked.num_failed_checks, "trace")
+            )
         num_long = int((self.checked.trace_tokens > data.max_trace_tokens).sum())
         if num_long:
             text = "%d of %d teachers' traces are longer than data.max_trace_tokens=%d and dropped"

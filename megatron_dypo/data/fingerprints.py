@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_dypo.words import counted
+
 
 def compare_fingerprints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one line for each difference between two of ``PromptDataset.fingerprint()``; [] where they are equal.
@@ -18,7 +20,7 @@ def compare_fingerprints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping
         gone = [f"{name} is gone" for name in old_names if name not in new_names]
         came = [f"{name} is new" for name in new_names if name not in old_names]
         return [f"data.prompts: {difference}" for difference in (*gone, *came)] or [
-            f"data.prompts: {len(old_names)} files before, {len(new_names)} now"
+            f"data.prompts: {counted(len(old_names), 'file')} before, {len(new_names)} now"
         ]
     return [line for before, after in zip(old, new, strict=True) for line in _differences(before, after)]
 
@@ -26,11 +28,11 @@ def compare_fingerprints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     lines = []
     if old["rows"] != new["rows"]:
-        lines.append(f"{new['name']}: had {old['rows']} rows, has {new['rows']}")
+        lines.append(f"{new['name']}: had {counted(old['rows'], 'row')}, has {new['rows']}")
     elif old["sha256"] != new["sha256"]:
         lines.append(f"{new['name']}: has the same number of rows ({new['rows']}) with another content")
     if old["skipped"] != new["skipped"]:
-        lines.append(f"{new['name']}: {old['skipped']} bad rows were skipped, {new['skipped']} are now")
+        lines.append(f"{new['name']}: {counted(old['skipped'], 'bad row')} skipped before, {new['skipped']} now")
     elif old["sha256"] == new["sha256"] and old["skipped_sha256"] != new["skipped_sha256"]:
         lines.append(f"{new['name']}: other rows are bad and skipped than before")
     return lines

@@ -16,6 +16,7 @@ from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.grading.workers.results import shown
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.types import Verdict
+from megatron_dypo.words import counted
 
 _CHUNK = 4096
 _SHOWN_CHARACTERS = 120
@@ -116,21 +117,23 @@ def to_data(summary: Summary) -> dict[str, Any]:
 def to_text(summary: Summary) -> str:
     """Return the summary for people."""
     lines = [
-        f"{summary.file}, verifier {summary.verifier}: {summary.rows} responses",
+        f"{summary.file}, verifier {summary.verifier}: {counted(summary.rows, 'response')}",
         f"  correct     {summary.correct:>8}{_share(summary.correct, summary.rows)}",
         f"  wrong       {summary.wrong:>8}{_share(summary.wrong, summary.rows)}",
         f"  no verdict  {summary.no_verdict:>8}{_share(summary.no_verdict, summary.rows)}",
     ]
     if summary.mean_reward is not None:
-        lines.append(f"  mean reward {summary.mean_reward:>8.3f}, over {summary.correct + summary.wrong} verdicts")
+        lines.append(
+            f"  mean reward {summary.mean_reward:>8.3f}, over {counted(summary.correct + summary.wrong, 'verdict')}"
+        )
     if summary.num_reasons:
         lines.append("why there is no verdict:")
         lines += [f"  {r.count:>6} × {r.error} (first in line {r.first_line})" for r in summary.reasons]
-        lines += _rest(summary.num_reasons, len(summary.reasons), "reasons")
+        lines += _rest(summary.num_reasons, len(summary.reasons), "reason")
     if summary.compared:
         count = summary.accepted_wrong + summary.refused_correct
         lines.append(
-            f"differs from {summary.expected_field!r} in {count} of {summary.compared} verdicts: "
+            f"differs from {summary.expected_field!r} in {count} of {counted(summary.compared, 'verdict')}: "
             f"{summary.accepted_wrong} accepted that are marked wrong, "
             f"{summary.refused_correct} refused that are marked correct"
         )
@@ -139,7 +142,7 @@ def to_text(summary: Summary) -> str:
             lines.append(
                 f"  line {found['line']}: {said}; answer {found['answer']}; response ends {found['response']!r}"
             )
-        lines += _rest(count, len(summary.disagreements), "rows")
+        lines += _rest(count, len(summary.disagreements), "row")
     return "\n".join(lines)
 
 
@@ -148,7 +151,7 @@ def _share(count: int, total: int) -> str:
 
 
 def _rest(count: int, shown_count: int, noun: str) -> list[str]:
-    return [f"  and {count - shown_count} more {noun} (--show)"] if count > shown_count else []
+    return [f"  and {counted(count - shown_count, f'more {noun}')} (--show)"] if count > shown_count else []
 
 
 def _chunks(lines: Iterator[Line]) -> Iterator[list[Line]]:

@@ -14,6 +14,7 @@ from megatron_dypo.data.files import RowFile, open_rows
 from megatron_dypo.data.rows import BadRow
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.workers.results import shown
+from megatron_dypo.words import counted
 
 _SHOWN_PROBLEMS = 20
 _MISSING = object()
@@ -58,7 +59,7 @@ class PairFile:
                 problems += [line] if num_problems <= _SHOWN_PROBLEMS else []
         if problems:
             more = [f"  and {num_problems - len(problems)} more"] if num_problems > len(problems) else []
-            raise ValueError("\n".join([f"{path}: {num_problems} bad rows:", *problems, *more]))
+            raise ValueError("\n".join([f"{path}: {counted(num_problems, 'bad row')}:", *problems, *more]))
         if not len(self._rows):
             raise ValueError(f"{path}: has no rows")
 

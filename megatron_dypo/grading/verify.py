@@ -118,7 +118,7 @@ class Verifier:
         return [verdict for verdict in verdicts if verdict is not None]
 
     def _pool_with(self, names: set[str]) -> Pool:
-        """The processes; others if these have not imported a built-in verifier that a row names."""
+        """Return the processes; start others if these lack a built-in verifier that a row names."""
         if not names <= self._names:
             self.close()
             self._names |= names

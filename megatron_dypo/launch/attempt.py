@@ -23,12 +23,14 @@ from megatron_dypo.metrics import status
 from megatron_dypo.metrics.logs import append_line, flush_repeated, set_up_logging, write_crashes
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
 from megatron_dypo.processes import stop_requests, watchdog
-from megatron_dypo.processes.lifetime import tie_to_parent
+from megatron_dypo.processes.children import tie_to_parent
 
 _VICTIM_WAIT_S = 15.0
 """How long a rank that lost its connections waits for the rank that caused it to say why."""
 _LEADER_WAIT_S = 60.0
 """How long a rank of a run that ends on all ranks together waits for the first one, which closes the servers."""
+_LOOK_EVERY_S = 0.1
+"""Seconds between two looks at a file of the run folder: a shared file system tells no other host of a change."""
 _EXIT_WAIT_S = 30.0
 """How long threads that nobody waits for may delay the exit."""
 
@@ -85,7 +87,7 @@ class Attempt:
         watchdog.start(self._run_dir, self.status, patience_s=self._watchdog_s, leave=self.leave)
 
     def end(self, error: BaseException) -> int:
-        """Tell why this rank ends, unless another rank has told it; the exit status."""
+        """Tell why this rank ends, unless another rank has told it; return the exit status."""
         watchdog.finish()
         cause, message = cause_of(error), _message(error)
         if self.rank == 0 and self._lock is None:
@@ -112,7 +114,7 @@ class Attempt:
         os._exit(found)
 
     def _tell(self, cause: Cause, message: str, error: BaseException | None) -> int:
-        """Write the end to the status file, the log and the terminal if it is the attempt's first; the exit status."""
+        """Write the end to status file, log and terminal if it is the attempt's first; return the exit status."""
         try:
             record = self.status.end(cause, message)
             first = self.status.ended()
@@ -132,7 +134,7 @@ class Attempt:
         return cause.status
 
     def _note_consequence(self, error: BaseException | None, first: Record) -> None:
-        """Keep what a rank saw of another rank's end in its own log alone."""
+        """Write the consequences of another rank's end to this rank's own log alone."""
         if error is None or first.cause == cause_of(error).label:
             return
         with contextlib.suppress(OSError):
@@ -176,17 +178,17 @@ class Attempt:
     def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(_LOOK_EVERY_S)
 
 
 def last_line(record: Record, cause: Cause) -> str:
-    """Cause, counts and what to do, in one line of the log."""
+    """Return cause, counts and advice as one line of the log."""
     parts = [record.message, record.progress(), cause.value.advice]
     return f"{cause.label} (status {cause.status}): " + "; ".join(part for part in parts if part)
 
 
 def terminal_line(record: Record, cause: Cause) -> str:
-    """The end of a run for who started it. A user's mistake is told in its own words and no others."""
+    """Return the end of a run for the one who started it. A user's mistake is told in the words of its error alone."""
     if cause is Cause.BAD_INPUT:
         return f"megatron-dypo: error: {record.message}"
     kind = "" if cause in (Cause.DONE, Cause.STOPPED) else "error: "
@@ -199,7 +201,7 @@ def _terminal_text(record: Record, cause: Cause, error: BaseException | None) ->
 
 
 def end_of(error: BaseException) -> int:
-    """Tell the end of a process that is not (yet) a rank of a run; the exit status."""
+    """Tell the end of a process that is not (yet) a rank of a run; return the exit status."""
     cause = cause_of(error)
     is_said_elsewhere = cause is Cause.BAD_INPUT and os.environ.get("LOCAL_RANK", "0") != "0"
     if not is_said_elsewhere:  # the ranks of a node read the same files
@@ -213,7 +215,7 @@ def _message(error: BaseException) -> str:
 
 
 def stop_before_start() -> None:
-    """From now on end this process on the first request to stop: it only reads inputs, and nothing has begun."""
+    """End this process on the first request to stop, from now on: it only reads inputs, and nothing has begun."""
 
     def leave(number: signal.Signals) -> None:
         record = Record(message=f"stopped on request ({number.name}) before anything was started")
@@ -225,7 +227,7 @@ def stop_before_start() -> None:
 
 
 def _attempt_name() -> str:
-    """What the ranks of this start share, and no other start has at the same time."""
+    """Return a name that the ranks of this start share, and that no other start has at the same time."""
     if "RANK" not in os.environ:
         return uuid.uuid4().hex
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

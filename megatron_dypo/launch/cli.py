@@ -69,13 +69,13 @@ def serve(
     from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
+    from megatron_dypo.rollout.server.node import keep_servers
     from megatron_dypo.rollout.server.process import ServerDiedError
-    from megatron_dypo.rollout.server.serve import serve as serve_node
 
     log_to_terminal()
     resolved = load_config(config, overrides or [])
     try:
-        serve_node(resolved, device=device_kind(), first=first, log_dir=log_dir, engine_args=engine_args)
+        keep_servers(resolved, device=device_kind(), first=first, log_dir=log_dir, engine_args=engine_args)
     except (ServerDiedError, TimeoutError) as error:
         raise RunEnded(Cause.SERVERS_GONE, str(error)) from error
 
@@ -87,9 +87,9 @@ def route(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     ignore_requests()
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.rollout.server.route import route as route_requests
+    from megatron_dypo.rollout.server.run_router import run_router
 
-    route_requests(load_config(config, overrides or []).rollout)
+    run_router(load_config(config, overrides or []).rollout)
 
 
 def _end_cleanly_on(*numbers: signal.Signals) -> None:

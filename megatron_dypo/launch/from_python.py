@@ -15,8 +15,8 @@ from megatron_dypo.ending import Cause, cause_of_status
 def run_training(config: Config) -> Cause:
     """Train as ``megatron-dypo train`` does, in processes of its own, and return why the run ended.
 
-    Starts as many local ranks as the layout needs, or resumes what the run folder holds. What they say goes to this process's
-    standard error and to the run folder. Ctrl-C reaches them too: the first one has the run save and end.
+    It starts as many local ranks as the layout needs, or resumes the run of the run folder. Their messages go to this
+    process's standard error and to the run folder. Ctrl-C reaches them too: the first one has the run save and end.
 
     Raises:
         RuntimeError: the run ended with a status that is no cause's, as when it was killed.
@@ -33,7 +33,7 @@ def run_training(config: Config) -> Cause:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end, whatever the keyboard says: the run has heard it and ends when it has saved."""
+    """Wait for the end in spite of Ctrl-C: the run has heard it too, and ends when it has saved."""
     while True:
         try:
             return process.wait()

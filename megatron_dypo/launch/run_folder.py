@@ -1,4 +1,4 @@
-"""The run folder as a run finds it: made if it is not there, refused if it cannot be used."""
+"""The run folder at the start of a run: made if it is not there, refused if it cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def make_run_folder(run_dir: str | Path) -> Path:
-    """Make the folder, and see that a run can write to it.
+    """Make the folder, and check that a run can write to it.
 
     Raises:
         ValueError: it is a file, is below one, is read-only, or holds a file where a run has a folder, or the reverse.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.fs import make_exclusively, passing
-from megatron_dypo.processes.lifetime import ProcessIdentity, own_identity
+from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 
 NAME = "run.lock"
 BEAT_S = 30.0
@@ -30,17 +30,17 @@ STALE_S = 180.0
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """What a lock file says."""
+    """The content of a lock file."""
 
     token: str
-    """Of this one lock."""
+    """Tells this lock from every other one."""
     process: ProcessIdentity
     since: str
     job: str
     """Slurm's job and attempt, ``1234.2``; empty outside of Slurm."""
 
     def is_before(self, job: str) -> bool:
-        """Whether Slurm has ended the holder's attempt to start that of ``job``."""
+        """Return whether Slurm has ended the holder's attempt and then started that of ``job``."""
         mine, theirs = job.rpartition("."), self.job.rpartition(".")
         return bool(job and self.job) and mine[0] == theirs[0] and int(theirs[2]) < int(mine[2])
 
@@ -49,7 +49,8 @@ class RunLock:
     """The lock of one run folder, held from :meth:`acquire` to :meth:`release`."""
 
     def __init__(self, run_dir: Path, *, on_loss: Callable[[str], None], beat_s: float = BEAT_S) -> None:
-        """
+        """Make a lock that nobody holds yet.
+
         Args:
             on_loss: called from a thread if another process has taken the lock from this one (which must have been
                 asleep for minutes): from then on two runs write to the folder.
@@ -79,7 +80,7 @@ class RunLock:
             self._path.unlink(missing_ok=True)
 
     def _make(self) -> bool:
-        """Whether there was no lock file and now there is ours."""
+        """Make the lock file; return False if there is one."""
         return make_exclusively(self._path, json.dumps(asdict(self._holder)))
 
     def _remove_left_behind(self) -> None:
@@ -108,10 +109,7 @@ class RunLock:
 
 
 def require_free(run_dir: Path) -> None:
-    """
-    Raises:
-        RunEnded: a run that may be alive holds the folder's lock (:data:`Cause.IN_USE`).
-    """
+    """Raise RunEnded (:data:`Cause.IN_USE`) if a run that may be alive holds the folder's lock."""
     path = run_dir / NAME
     if not path.exists():
         return
@@ -140,7 +138,7 @@ def remove_dead(run_dir: Path) -> None:
 
 
 def read_holder(run_dir: Path) -> Holder | None:
-    """What the lock of a run folder says; None if there is none, or one that cannot be read."""
+    """Read the lock of a run folder; None if there is none, or one that cannot be read."""
     return _parse(run_dir / NAME)
 
 
@@ -159,7 +157,7 @@ def _name(holder: Holder) -> str:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since ``path`` was touched, by the clock of its file system; None if it is gone."""
+    """Return the seconds since ``path`` was touched, by the clock of its file system; None if it is gone."""
     with passing(path.with_name(f"{NAME}.{uuid.uuid4().hex}"), "") as fresh:
         now = fresh.stat().st_mtime
     try:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: Config) -> list[str]:
-    """Look at all that is cheap to look at; return the files that are missing, and log what is only to be noted.
+    """Check all that is cheap to check; return the files that are missing, and log the notes.
 
     Raises:
         ValueError: every input that breaks a rule, each with key, value and rule.

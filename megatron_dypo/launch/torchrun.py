@@ -1,9 +1,9 @@
 """torchrun for the ranks of a run: it passes on requests to stop, and ends with the status of what ended the run.
 
-``python -m megatron_dypo.launch.torchrun ARGUMENTS -m megatron_dypo.cli train CONFIG …`` takes torchrun's arguments. torchrun
-itself dies of signals that are meant for the ranks, ends with 1 whatever the status of its ranks was, and prints a
-traceback of its own below that of the rank. On each node this process reads config and inputs before it starts ranks,
-so that a mistake there is told once.
+``python -m megatron_dypo.launch.torchrun ARGUMENTS -m megatron_dypo.cli train CONFIG …`` takes torchrun's arguments.
+torchrun itself dies of signals that are meant for the ranks, ends with 1 whatever the status of its ranks was, and
+prints a traceback of its own below that of the rank. On each node this process reads config and inputs before it
+starts ranks, so that a mistake there is told once.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from megatron_dypo.processes import stop_requests
 
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _AGAIN_S = 2.0
-"""A request is passed on again and again: a rank may have been about to start."""
+"""Seconds after which a request is sent again: torchrun does not say when it has started a rank."""
 END_FILE_VARIABLE = "MEGATRON_DYPO_END_FILE"
 """Environment: a file for one line of how the run ended, ``STATUS STEPS CAUSE: MESSAGE``; slurm/node.sh asks for it.
 STEPS are those of this start, ``?`` where the loop did not say."""
 
 
 def main() -> int:
+    """Check the inputs, start this node's ranks, wait for them, and return the exit status."""
     stop_requests.hold_requests()
     stop_before_start()
     try:
@@ -56,13 +57,13 @@ class Launcher:
     """The launcher of one node's ranks."""
 
     status: RunStatus | None
-    """Of the attempt; None where the ranks do something else than train."""
+    """Status file of the attempt; None where the ranks do something else than train."""
     run_dir: Path | None
     has_first_rank: bool = False
     """Whether rank 0 of a run is certainly one of this launcher's."""
 
     def run(self) -> int:
-        """Start the ranks and wait for them; the exit status."""
+        """Start the ranks and wait for them; return the exit status."""
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -85,7 +86,7 @@ class Launcher:
         return self._end_with(Cause.DONE.status, "done")
 
     def conclude(self, statuses: Mapping[int, int]) -> int:
-        """The exit status of a run whose ranks ended with ``statuses``, the first that failed first."""
+        """Return the exit status of a run whose ranks ended with ``statuses``, the first that failed first."""
         ended = self.status.ended() if self.status else None
         if self.status and ended is not None and ended.status is not None:
             self.status.settle()
@@ -104,7 +105,7 @@ class Launcher:
         return self._tell(Cause.RANK_LOST, f"rank {rank} was killed by {number.name}")
 
     def answers(self) -> stop_requests.Answers:
-        """What signals to the launcher do to its ranks."""
+        """Return how the launcher passes signals on to its ranks."""
 
         def on_request(number: signal.Signals) -> None:
             print(f"megatron-dypo: {stop_requests.FIRST_ANSWER % number.name}", file=sys.stderr, flush=True)
@@ -121,7 +122,7 @@ class Launcher:
         return stop_requests.Answers(on_request=on_request, on_early_request=_ignore, on_insistence=on_insistence)
 
     def _tell(self, cause: Cause, message: str) -> int:
-        """Say how the run ended, for a rank that could not; the exit status."""
+        """Say how the run ended, for a rank that could not; return the exit status."""
         record = None
         try:
             record = self.status.end(cause, message) if self.status else None
@@ -163,7 +164,7 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
 
 
 def _train_command(arguments: Sequence[str]) -> list[str] | None:
-    """CONFIG and overrides of a ``train`` command; None for another program or without a config."""
+    """Return CONFIG and overrides of a ``train`` command; None for another program or without a config."""
     words = list(arguments)
     for index, word in enumerate(words):
         if word == "megatron_dypo.cli" and words[index + 1 : index + 2] == ["train"]:
@@ -172,7 +173,7 @@ def _train_command(arguments: Sequence[str]) -> list[str] | None:
 
 
 def _attempt_name(arguments: Sequence[str]) -> str:
-    """A name that the launchers of all nodes give to this start of the run."""
+    """Return the name that the launchers of all nodes give to this start of the run."""
     from torch.distributed.run import parse_args
 
     args = parse_args(list(arguments))
@@ -183,7 +184,7 @@ def _attempt_name(arguments: Sequence[str]) -> str:
 
 
 def _has_first_rank(arguments: Sequence[str]) -> bool:
-    """Whether rank 0 is one of this launcher's: certain where nodes are numbered or there is one."""
+    """Return whether rank 0 is one of this launcher's: certain where nodes are numbered or there is one."""
     from torch.distributed.run import parse_args
 
     args = parse_args(list(arguments))
@@ -211,7 +212,7 @@ def _end_ranks() -> None:
 
 
 def _ranks() -> list[int]:
-    """Process numbers of the ranks: torchrun starts nothing else."""
+    """Return the process numbers of the ranks: torchrun starts nothing else."""
     import psutil
 
     return [child.pid for child in psutil.Process().children()]

@@ -26,7 +26,7 @@ from megatron_dypo.metrics.samples import SampleRow
 from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream import RolloutStream, StreamWork
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 log = logging.getLogger("megatron_dypo")
@@ -214,12 +214,16 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
         assert leader.verifier is not None
         client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.fail_truncated
         cfg, batch = run.config.rollout, run.config.batching.prompts_per_batch
+        work = StreamWork(
+            claim=lambda count: _claim(leader, count * run.layout.data, run.layout.dp_rank, run.layout.data),
+            load=leader.stream.at,
+            finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
+            is_useful=lambda group: _is_useful(run, group),
+        )
         leader.background = RolloutStream(
             client,
             client.sampling(cfg.group_size),
-            draw=lambda count: _draw(leader, count * run.layout.data, run.layout.dp_rank, run.layout.data),
-            finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
-            is_useful=lambda group: _is_useful(run, group),
+            work,
             oversample=cfg.oversample,
             max_unread=_share(run, max(_limit(run), math.ceil(2 * cfg.oversample * batch))),
         )
@@ -232,6 +236,7 @@ def _take(run: Run, leader: Leader, stream: RolloutStream[GradedGroup], rows: li
     """Admit what the stream has finished; the end of the run, if the stream has failed for one."""
     graded, counts = stream.take()
     tally_client(run.tally, counts.client)
+    leader.drops.append(counts.left_out)
     rows += admit(run, leader, graded, counts.dropped)
     error = stream.error
     if isinstance(error, ServerDiedError):
@@ -260,13 +265,19 @@ def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
 
 
 def _draw(leader: Leader, count: int, shard: int, num_shards: int) -> list[Prompt]:
-    """This replica's share of the next ``count`` draws. A stream calls it in its own thread, under its lock."""
-    start = leader.cursor
-    prompts, drops = leader.stream.take(start, count, shard, num_shards)
-    leader.cursor += count
-    leader.ledger.draw(len(range(start + (shard - start) % num_shards, start + count, num_shards)))
+    """Make the next ``count`` draws, and return this replica's share of them."""
+    prompts, drops = leader.stream.at(_claim(leader, count, shard, num_shards))
     leader.drops.append(drops)
     return prompts
+
+
+def _claim(leader: Leader, count: int, shard: int, num_shards: int) -> range:
+    """Make the next ``count`` draws; return the positions of this replica's share. A stream calls it under its lock."""
+    start = leader.cursor
+    positions = range(start + (shard - start) % num_shards, start + count, num_shards)
+    leader.cursor += count
+    leader.ledger.draw(len(positions))
+    return positions
 
 
 def _collect(run: Run, prompts: Sequence[Prompt]) -> Sampled:

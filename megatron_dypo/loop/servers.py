@@ -40,11 +40,11 @@ def push(run: Run) -> dict[str, float]:
     if run.layout.is_global_leader:
         tally_push(run.tally, pushed)
     if run.router is not None:
-        run.router.serve(run.bridge.serving)
+        run.router.use_servers(run.bridge.serving)
     if leader and leader.client and leader.background_client:
-        leader.client.serve(run.bridge.serving, range(run.step, run.step + 1))
-        serve = leader.background.serve if leader.background else leader.background_client.serve
-        serve(run.bridge.serving, recent)
+        leader.client.use_servers(run.bridge.serving, range(run.step, run.step + 1))
+        background = leader.background or leader.background_client
+        background.use_servers(run.bridge.serving, recent)
     run.served_version, run.pushed = run.step, tuple(recent)
     return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Rollout, Treatment, Verdict
 
@@ -114,11 +115,11 @@ class SampleLog:
         """Write the file of ``step``, all of it or nothing; a file that is there is replaced."""
         self._dir.mkdir(parents=True, exist_ok=True)
         path = self._dir / f"step_{step:06d}{self._suffix}.jsonl"
-        temporary = path.with_suffix(".tmp")
         kept = rows[: self._max_rows] if self._max_rows else rows
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes JSON's own escape
-        temporary.replace(path)
+        # A lone surrogate becomes JSON's own escape. Not durable: each step writes a file, and a resumed run writes
+        # those after its checkpoint anew.
+        replace_file(path, text.encode("utf-8", "backslashreplace"), durable=False)
         return path
 
 

@@ -153,7 +153,7 @@ class RunStatus:
     def settle(self) -> None:
         """Have the status file say what the first end said."""
         if (last := self.ended()) is not None:
-            _write(self._path, last)
+            replace_file(self._path, _text(last))
 
     def _mine(self, path: Path) -> Record | None:
         record = _parse(path)
@@ -205,7 +205,7 @@ def _text(record: Record) -> str:
 
 
 def _write(path: Path, record: Record) -> None:
-    replace_file(path, _text(record))
+    replace_file(path, _text(record), durable=False)  # of the run's progress, which the checkpoints have too
 
 
 def _now() -> str:

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 
 import megatron_dypo
+from megatron_dypo.fs import replace_file
 
 VERSIONS_FILE = "versions.json"
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "sglang", "transformers", "math-verify", "numpy")
@@ -26,4 +27,4 @@ def collect_versions() -> dict[str, str]:
 
 def write_versions(run_dir: Path) -> None:
     """Write ``versions.json`` into the run folder."""
-    (run_dir / VERSIONS_FILE).write_text(json.dumps(collect_versions(), indent=2) + "\n", encoding="utf-8")
+    replace_file(run_dir / VERSIONS_FILE, json.dumps(collect_versions(), indent=2) + "\n")

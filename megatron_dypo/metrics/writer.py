@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol
 
 from megatron_dypo.config.tree import LoggingConfig
+from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.declared import write_declared
 from megatron_dypo.metrics.names import Metric, lookup
 
@@ -125,9 +126,7 @@ class _JsonlSink:
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [record for record in read_metrics(path) if record["step"] < resume_step] if path.exists() else []
         self.last_step: int = kept[-1]["step"] if kept else resume_step - 1
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -140,21 +139,17 @@ class _JsonlSink:
 
 
 class _TensorBoardSink:
-    def __init__(self, directory: Path, resume_step: int) -> None:
-        # Imported here: a command that only reads metrics needs none of it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    """TensorBoard's event files."""
 
-        self._event, self._summary = Event, Summary
-        self._writer = EventFileWriter(str(directory))
-        # Tells TensorBoard to forget what an earlier attempt wrote from this step on.
-        start = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=resume_step, session_log=start))
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # brings torch: a command that only reads metrics needs none
+
+        # purge_step tells TensorBoard to forget the points that an earlier attempt wrote from this step on.
+        self._writer = SummaryWriter(str(directory), purge_step=resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -188,7 +183,7 @@ def wandb_run_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID_FILE
     if not path.exists():
         folder = "".join(c if c.isalnum() and c.isascii() else "-" for c in run_dir.resolve().name)
-        path.write_text(f"{folder[:48]}-{uuid.uuid4().hex[:8]}\n", encoding="utf-8")
+        replace_file(path, f"{folder[:48]}-{uuid.uuid4().hex[:8]}\n")
     return path.read_text(encoding="utf-8").strip()
 
 

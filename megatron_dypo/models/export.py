@@ -8,11 +8,11 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dypo.fs import commit_folder, partial_path, start_folder
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, match
 from megatron_dypo.models.gather import iter_hf_tensors, part_name, sent_params, written_specs
-from megatron_dypo.models.hf.folders import commit_folder, partial_path, start_folder
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, finish_hf_folder, write_parts
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization

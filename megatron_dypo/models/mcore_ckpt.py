@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_dypo.fs import durable_file
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, stacked_shape, stored_key
 from megatron_dypo.models.families.table import Row
-from megatron_dypo.models.hf.folders import durable_file
 from megatron_dypo.models.hf.json_file import refuse_lfs_pointer
 
 HF_FOLDER = "hf"

@@ -1,4 +1,4 @@
-"""A rank's sign of life: what its main thread is at, in a small file of the run folder (see :mod:`.watchdog`)."""
+"""A rank's sign of life: what its main thread does, in a small file of the run folder (see :mod:`.watchdog`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_dypo.processes.lifetime import ProcessIdentity
+from megatron_dypo.processes.identity import ProcessIdentity
 
 FOLDER = "heartbeats"
 _BYTES = 1024
@@ -36,14 +36,16 @@ class Heartbeat:
     """The rank has come to its end in order."""
 
     def name(self) -> str:
+        """Return rank, host and process, as people read them."""
         return f"rank {self.rank} on {self.host} (process {self.process.pid})"
 
     def place(self) -> str:
+        """Return the part of a step and the place in the code."""
         return f"{self.part} at {self.where}"
 
 
 def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
-    """Those for which the others wait: the ranks outside of collectives, or else the fewest that are at one place."""
+    """Return the ranks for which the others wait: those outside of collectives, else the fewest at one place."""
     outside = [beat for beat in beats if not beat.is_in_collective]
     if outside and len(outside) < len(beats):
         return outside
@@ -54,7 +56,7 @@ def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
 
 
 def stack_signature(frame: FrameType | None) -> list[tuple[int, int]]:
-    """Differs between two looks unless the thread stands at the same instruction of the same calls."""
+    """Return a value that stays the same as long as the thread stands at the same instruction of the same calls."""
     signature = []
     while frame is not None:
         signature.append((id(frame), frame.f_lasti))
@@ -63,6 +65,7 @@ def stack_signature(frame: FrameType | None) -> list[tuple[int, int]]:
 
 
 def where(frame: FrameType | None) -> str:
+    """Return the innermost function with file and line, as people read it."""
     if frame is None:
         return "its end"
     code = frame.f_code
@@ -70,7 +73,7 @@ def where(frame: FrameType | None) -> str:
 
 
 def is_in_collective(frame: FrameType | None) -> bool:
-    """Whether the main thread waits for other ranks: inside torch.distributed, or in Megatron's wait for a neighbour."""
+    """Return whether the main thread waits for other ranks: in torch.distributed, or in Megatron for a neighbour."""
     if frame is None:
         return False
     name = frame.f_code.co_filename
@@ -79,11 +82,12 @@ def is_in_collective(frame: FrameType | None) -> bool:
 
 
 def heartbeat_path(run_dir: Path, rank: int) -> Path:
+    """Return the file of a rank's heartbeat."""
     return run_dir / FOLDER / f"rank_{rank:05d}.json"
 
 
 def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
-    """Overwrite in place, always as many bytes: it works on a full disk too, where silence would look like a hang."""
+    """Overwrite the file in place with the same number of bytes: on a full disk, silence would look like a hang."""
     text = json.dumps(asdict(beat)).ljust(_BYTES - 1) + "\n"
     path = heartbeat_path(run_dir, beat.rank)
     try:
@@ -94,7 +98,7 @@ def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
 
 
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
-    """A rank's heartbeat; None if it is not written yet, or just being written."""
+    """Read a rank's heartbeat; None if it is not written yet, or is just being written."""
     try:
         found = json.loads(heartbeat_path(run_dir, rank).read_text())
         return Heartbeat(**{**found, "process": ProcessIdentity(**found["process"])})

@@ -11,36 +11,77 @@ in ``exec``. Servers and verifiers unblock for themselves what they need.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_dypo.ending import Cause
+from megatron_dypo.processes import children
 
 PREEMPTED_STATUS = Cause.STOPPED.status
 """Exit status of a run that stopped on request, its checkpoint written."""
 
-_REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TWICE = {signal.SIGINT, signal.SIGTERM}
-_ECHO_S = 0.5
-"""Slurm may send one SIGTERM by two ways: to each process of the step, and through the job's script."""
+ECHO_S = 0.5
+"""Seconds in which a second SIGTERM is the first one again: Slurm sends it to each process and through the script."""
 
 
 FIRST_ANSWER = "%s: the run finishes its step, saves a checkpoint and ends; a second SIGINT or SIGTERM ends it at once"
 
 
 def end_of_insistence(number: signal.Signals) -> tuple[Cause, str]:
-    """Cause and message of a run that was told twice to end."""
+    """Return cause and message of a run that was told twice to end."""
     cause = Cause.INTERRUPTED if number == signal.SIGINT else Cause.TERMINATED
     return cause, f"ended at once by a second {number.name}; what was done since the last checkpoint is lost"
 
 
+class StopFlag:
+    """A flag that stays up once it is set, and wakes whoever waits: threads and event loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._callbacks: list[Callable[[], object]] = []
+
+    def set(self) -> None:
+        """Raise the flag; call the waiting callbacks in this thread, each once."""
+        with self._lock:
+            self._is_set = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def is_set(self) -> bool:
+        """Return whether the flag is up."""
+        return self._is_set
+
+    @contextlib.contextmanager
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Call ``callback`` once if the flag is up or is set within the block; in the thread that sets it."""
+        with self._lock:
+            is_late = self._is_set
+            if not is_late:
+                self._callbacks.append(callback)
+        if is_late:
+            callback()
+        try:
+            yield
+        finally:
+            with self._lock, contextlib.suppress(ValueError):  # it was called
+                self._callbacks.remove(callback)
+
+
+STOP = StopFlag()
+"""Set when this process was asked to stop; for waits that must not outlast the request."""
+
+
 @dataclass
 class _State:
-    """What the process was asked; module-level, since signals belong to the process."""
+    """Requests to this process; module-level, since signals belong to the process."""
 
     held: frozenset[signal.Signals] = frozenset()
     first: signal.Signals | None = None
@@ -59,8 +100,8 @@ def hold_requests() -> None:
 
     A SIGHUP that was set to be ignored (``nohup``) stays ignored.
     """
-    held = [s for s in _REQUESTS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
-    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)  # torchrun would handle an ignored one
+    held = [s for s in children.STOP if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, children.STOP)  # torchrun would handle an ignored one
     for number in held:
         # A signal that was set to be ignored (`trap "" USR1` in the shell) need not become pending while it is blocked.
         signal.signal(number, signal.SIG_DFL)
@@ -73,10 +114,10 @@ def ignore_requests() -> None:
 
 
 def is_requested() -> bool:
-    """Whether this process was asked to stop since :func:`hold_requests`.
+    """Return whether this process was asked to stop since :func:`hold_requests`.
 
-    The loop asks this before each step. From the first question on, ending is the loop's business; a request before
-    it ends the process from the listening thread, since there is nothing to save during start-up.
+    The loop asks this before each step. From the first question on, the loop ends the run; an earlier
+    request ends the process from the listening thread, since there is nothing to save during start-up.
     """
     _state.is_loop_looking = True
     return _state.first is not None or bool(_state.held & signal.sigpending())
@@ -84,7 +125,7 @@ def is_requested() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a process does about signals; each is called from the listening thread."""
+    """The answers of a process to signals; each is called from the listening thread."""
 
     on_request: Callable[[signal.Signals], None]
     """The first request came."""
@@ -93,11 +134,11 @@ class Answers:
     on_insistence: Callable[[signal.Signals], None]
     """A second SIGINT or SIGTERM: end at once."""
     on_parent: Callable[[], None] | None = None
-    """SIGTERM by the process that started this one, or since that is gone: end at once. None: SIGTERM is a request."""
+    """SIGTERM came from the process that started this one, or that one is gone: end at once. None: a request."""
 
 
 def listen(answers: Answers) -> None:
-    """Answer signals like this from now on, in a thread of their own."""
+    """Answer signals with ``answers`` from now on, in a thread that only does that."""
     is_first = _state.answers is None
     _state.answers = answers
     if is_first:
@@ -114,10 +155,11 @@ def _listen(parent: int) -> None:
             continue
         now, before = time.monotonic(), _state.heard.get(number)
         _state.heard[number] = now
-        if before is not None and number in _TWICE and (number == signal.SIGINT or now - before > _ECHO_S):
+        if before is not None and number in _TWICE and (number == signal.SIGINT or now - before > ECHO_S):
             answers.on_insistence(number)
         elif _state.first is None:
             _state.first = number
+            STOP.set()
             answers.on_request(number)
             if not _state.is_loop_looking:
                 answers.on_early_request(number)

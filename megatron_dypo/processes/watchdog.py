@@ -1,8 +1,8 @@
-"""Notice a rank that hangs, name it and what it was doing, and end the run.
+"""Notices a rank that hangs, names it and what it was doing, and ends the run.
 
-Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` some times within ``run.watchdog_s``: what the
-main thread is at (:func:`mark`), where in the code, and for how long it has not moved. Two rules, both by the clock of
-the rank that looks:
+Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` several times within ``run.watchdog_s``: what
+the main thread does (:func:`mark`), where in the code, and for how long it has not moved. Two rules, both by the clock
+of the rank that looks:
 
 1. Each rank reads the heartbeat of the next one (the last reads the first's). One that does not change for
    ``run.watchdog_s`` belongs to a process that is stopped, or to a host that is gone.
@@ -45,7 +45,8 @@ from megatron_dypo.processes.heartbeats import (
     where,
     write_heartbeat,
 )
-from megatron_dypo.processes.lifetime import ProcessIdentity, own_identity
+from megatron_dypo.processes.identity import ProcessIdentity, own_identity
+from megatron_dypo.words import counted
 
 _LOOKS = 10
 """Looks within ``run.watchdog_s``."""
@@ -59,7 +60,7 @@ _AFTER_END_S = 20.0
 
 @dataclass
 class _Work:
-    """What the main thread is at."""
+    """The part of a step that the main thread does."""
 
     part: str = "starting"
     marks: int = 0
@@ -69,7 +70,7 @@ _work = _Work()  # of this process, as the main thread is
 
 
 def mark(part: str) -> None:
-    """Say what the main thread is at, and that it moves: ``mark("collecting")``.
+    """Say what the main thread does, and that it moves: ``mark("collecting")``.
 
     Call it where a part of a step begins, and in each turn of a loop that waits for the outside (rollouts, servers).
     It costs nothing.
@@ -99,7 +100,7 @@ def start(run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Lea
 
 
 def finish() -> None:
-    """Say that this rank ends in order: its silence is no hang, and it watches nobody any more."""
+    """Say that this rank ends in order: its silence is no hang, and it watches no other rank any more."""
     if _current is not None:
         _current.finish()
 
@@ -108,7 +109,7 @@ _current: Watchdog | None = None  # of this process
 
 
 class Watchdog:
-    """The thread of one rank. Reads nothing of other ranks but the next one's file, unless its own main thread stands."""
+    """The thread of one rank. It reads the next rank's file alone, and all files once its own main thread stands."""
 
     def __init__(self, run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Leave) -> None:
         self._run_dir, self._status, self._patience_s, self._leave = run_dir, run_status, patience_s, leave
@@ -122,6 +123,7 @@ class Watchdog:
         self._next: Heartbeat | None = None
 
     def run(self) -> None:
+        """Look several times within ``run.watchdog_s``, until :meth:`finish`. The body of the thread."""
         interval = min(_MAX_INTERVAL_S, self._patience_s / _LOOKS)
         while not self._is_over.wait(interval):
             self.look(time.monotonic())
@@ -192,7 +194,7 @@ class Watchdog:
             return
         hung = blame(beats)
         first = hung[0]
-        more = f" (and {len(hung) - 1} more ranks like it)" if len(hung) > 1 else ""
+        more = f" (and {counted(len(hung) - 1, 'more rank')} like it)" if len(hung) > 1 else ""
         self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {first.place()}")
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
@@ -211,7 +213,7 @@ class Watchdog:
 
 
 def _make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
-    """Have hung ranks of this machine write their stacks (faulthandler, on SIGABRT) and end; a stopped one goes on to."""
+    """Have hung ranks of this machine write their stacks (faulthandler, on SIGABRT) and end, also stopped ones."""
     for beat in hung:
         if beat.process != own and beat.process.is_on_this_machine() and beat.process.is_alive():
             os.kill(beat.process.pid, signal.SIGABRT)

@@ -1,7 +1,8 @@
-"""One POST to a server: its answer as JSON, or an error that says whose failure it was."""
+"""One POST to a server: its answer as JSON, or an error that says who failed."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import re
@@ -17,73 +18,82 @@ QUOTED_CHARACTERS = 200
 """Length of a body's beginning in a message."""
 _QUOTED_BYTES = 4096
 _CHUNK_BYTES = 2**16
+_CONNECT_S = 10.0
 _REFUSALS = (400, 413, 422)
 """Statuses that say that the request itself is at fault: the same one would be refused again."""
 _OWN_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}
-"""Of descriptors, buffers, memory or ports of this host; says nothing of the server."""
+"""This host lacks descriptors, buffers, memory or ports; that says nothing of the server."""
 _GONE = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN}
 """The server's host says that nothing listens, or its network that the host is down."""
 
 
-class AttemptError(Exception):
-    """An attempt that is worth another."""
+class AskError(Exception):
+    """One attempt that gave no answer to use."""
 
 
-class LostServerError(Exception):
-    """An attempt failed because its server has gone, or serves other weights."""
+class AttemptError(AskError):
+    """A failure that is worth another attempt."""
 
 
-class RefusedError(Exception):
+class LostServerError(AskError):
+    """The server has gone, or serves other weights."""
+
+
+class RefusedError(AskError):
     """The server refuses this request for good."""
 
 
-class OwnLackError(Exception):
+class OwnLackError(AskError):
     """This host could not open a connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A decoded answer, and what a message may show of it."""
+    """A decoded answer, with the part that a message may show."""
 
     payload: Any
     shown: str
 
 
 def without_key(message: str, api_key: str | None) -> str:
-    """The message, which the key must not be in, whatever a server sent."""
+    """Return the message with the key blotted out: a server may have sent it back."""
     return message.replace(api_key, "***") if api_key else message
 
 
 def shown(body: bytes, api_key: str | None) -> str:
-    """The first characters of a body on one line, without the key."""
+    """Return the first characters of a body on one line, without the key."""
     text = without_key(body[:_QUOTED_BYTES].decode(errors="replace"), api_key)
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text[:QUOTED_CHARACTERS] or "an empty body"
 
 
-async def ask(session: aiohttp.ClientSession, url: str, body: bytes, *, max_bytes: int, api_key: str | None) -> Answer:
+async def ask(
+    session: aiohttp.ClientSession, url: str, body: bytes, *, timeout_s: float, max_bytes: int, api_key: str | None
+) -> Answer:
     """POST ``body`` to ``url`` and return the decoded answer.
 
     Args:
         url: no redirect is followed from it, which would hand the key to another place.
+        timeout_s: for the whole answer; a connection gets 10 s of it.
         max_bytes: a longer answer is cut off.
 
     Raises:
-        AttemptError: no answer, one of a failing server or of something else than SGLang, or one that is too long.
+        AttemptError: no answer in time, one of a failing server or of something else than SGLang, or a too long one.
         LostServerError: nothing listens there, or the router has no server.
         RefusedError: the server refuses the request for good.
         OwnLackError: this host has no descriptor or port left for a connection.
     """
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    limit = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_S)
     try:
-        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False, timeout=limit) as response:
             is_good = response.status == 200
             text, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
     except aiohttp.ClientSSLError as error:  # also a kind of the next
         raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
         raise _connect_failure(url, error) from error
-    except (aiohttp.ClientError, OSError) as error:  # OSError: time-outs are ones
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         raise AttemptError(without_key(f"{url}: {error!r}", api_key)) from error
     beginning = shown(text, api_key)
     message = f"{url}: HTTP {response.status}: {beginning}"
@@ -102,7 +112,7 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes, *, max_byte
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:
-    """The body up to ``max_bytes``, and whether that is all of it; what is left is not read."""
+    """Return the body up to ``max_bytes``, and whether that is all of it; the rest is not read."""
     chunks, size = [], 0
     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
         chunks.append(chunk)
@@ -114,7 +124,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes
 
 
 def _connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception:
-    """Say whose failure it is that a connection was not made."""
+    """Return the error that says who is to blame for a connection that was not made."""
     message = f"{url}: {error}"
     # A host with several addresses may fail in several ways; they are in the text alone.
     numbers = {int(found) for found in re.findall(r"\[Errno (-?\d+)\]", str(error.os_error))}

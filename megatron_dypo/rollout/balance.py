@@ -13,8 +13,8 @@ class NoServerError(Exception):
 class LeastLoaded:
     """Own outstanding requests of each server; a server that failed rests for ``rest_s`` seconds.
 
-    Without the rest a failing server, which answers every request at once, would look idle and get them all. One that is
-    left out gets none.
+    Without the rest a failing server, which answers every request at once, would look idle and get them all. A server
+    that is left out gets none.
     """
 
     def __init__(self, urls: Sequence[str], *, rest_s: float, clock: Callable[[], float]) -> None:
@@ -41,10 +41,11 @@ class LeastLoaded:
             self._outstanding[url] -= 1
 
     def failed(self, url: str) -> None:
+        """Let a server rest after a failure."""
         self._rests_until[url] = self._clock() + self._rest_s
 
     def leave_out(self, url: str) -> bool:
-        """Choose this server no more; False if it was left out before."""
+        """Choose this server no more; return False if it was left out before."""
         is_new = url not in self._left_out
         self._left_out.add(url)
         return is_new

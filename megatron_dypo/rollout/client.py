@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 import aiohttp
 
@@ -18,13 +17,14 @@ from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.ask import (
     Answer,
+    AskError,
     AttemptError,
     LostServerError,
     OwnLackError,
-    RefusedError,
     ask,
     without_key,
 )
+from megatron_dypo.rollout.attempts import Attempts
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.counts import AttemptCounts
 from megatron_dypo.rollout.responses import (
@@ -34,44 +34,36 @@ from megatron_dypo.rollout.responses import (
     parse_group,
     request_body,
 )
-from megatron_dypo.types import DropReason, Rollout, Tokens
+from megatron_dypo.types import Rollout, Tokens
+from megatron_dypo.words import counted
 
-_CONNECT_S = 10.0
 _WATCH_EVERY_S = 1.0
-_MAX_BACKOFF_S = 30.0
-_FIRST_LACK_S = 0.05
-_MAX_LACK_S = 1.0
 
 _log = logging.getLogger(__name__)
 
 
-class GroupDroppedError(Exception):
-    """A group that there will not be: it stayed incomplete, or a server refuses its prompt."""
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """The servers that get requests and the versions whose answers count, as one value of one refit.
 
-    def __init__(self, message: str, reason: DropReason = DropReason.INCOMPLETE) -> None:
-        super().__init__(message)
-        self.reason = reason
-        """``REFUSED``: by a server, for good. ``INCOMPLETE``: after all retries, or at the deadline."""
+    The trainer's thread replaces it while the event loop reads it, so that the two never see half of a change.
+    """
 
-
-@dataclass(kw_only=True)
-class _Request:
-    """One group to be sampled."""
-
-    body: bytes
-    sampling: Sampling
-    last_failure: str = "none, no answer came"
+    servers: LeastLoaded
+    """Used by the event loop alone."""
+    versions: Sequence[int] | None
+    """A group counts only if one of these versions sampled its newest token. They ascend. None: any version."""
 
 
 class SGLangClient(AttemptCounts):
     """Samples groups from one or several servers, or from one router.
 
     A server that refuses connections, or serves other weights than it should, gets no more requests until
-    :meth:`serve` names it again; so does a router that refuses them, or has no server to ask.
+    :meth:`use_servers` names it again; so does a router that refuses them, or has no server to ask.
 
     Use it as an async context manager around :meth:`generate`. One request samples a whole group, so that its prompt
     is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests.
-    No proxy of the environment is used.
+    No proxy of the environment is used. Any thread may call :meth:`use_servers` and :meth:`accept`.
 
     Args:
         urls: servers.
@@ -81,7 +73,7 @@ class SGLangClient(AttemptCounts):
             for a group from its first attempt to its last; ``retries`` attempts after the first.
         decode: token ids → text of a rollout.
         stop_token_ids: end a response; the matched one is its last token.
-        check: raises when the run has lost its servers for good; called every second by :meth:`watch`.
+        check: raises when the run has lost its servers for good. :meth:`watch` calls it every second in a thread.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
         vocab_size: a response with a token id from there on is refused; None: none is.
     """
@@ -105,26 +97,34 @@ class SGLangClient(AttemptCounts):
         self._api_key = api_key
         self._backoff_s = backoff_s
         self._router = router
-        self.serve(urls)
+        self._writing = threading.Lock()
+        self.use_servers(urls)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
         self._has_said_lack = False
 
-    def serve(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
-        """Send future requests to ``urls``, and :meth:`accept` groups of these ``versions``."""
+    @property
+    def upstream(self) -> Upstream:
+        """The current servers and versions."""
+        return self._upstream
+
+    def use_servers(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
+        """Send future requests to ``urls``, and accept only groups that one of ``versions`` sampled; None: any."""
         targets = [self._router] if self._router is not None else urls
-        self._servers = LeastLoaded(targets, rest_s=4 * self._backoff_s, clock=time.monotonic)
-        self.accept(versions)
+        servers = LeastLoaded(targets, rest_s=4 * self._backoff_s, clock=time.monotonic)
+        with self._writing:
+            self._upstream = Upstream(servers=servers, versions=versions)
 
     def accept(self, versions: Sequence[int] | None) -> None:
-        """Take only groups whose newest token one of these versions sampled, wherever they come from; None: any.
+        """Accept only groups whose newest token one of these versions sampled, whichever server sent them; None: any.
 
-        ``versions`` ascend: what servers may hold now, the last push's version last.
+        ``versions`` ascend: those that servers may hold now, that of the last refit last.
         """
-        self._versions = versions
+        with self._writing:
+            self._upstream = replace(self._upstream, versions=versions)
 
     def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
-        """The configured sampling with ``n`` rollouts a prompt and the given overrides (evaluation has its own)."""
+        """Return the configured sampling with ``n`` rollouts per prompt and these overrides (evaluation has its own)."""
         return Sampling(
             n=n,
             temperature=self._cfg.temperature if temperature is None else temperature,
@@ -140,7 +140,6 @@ class SGLangClient(AttemptCounts):
         self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             connector=aiohttp.TCPConnector(limit=0),
             auto_decompress=False,  # a small answer must not become a huge one
             trust_env=False,
@@ -163,70 +162,63 @@ class SGLangClient(AttemptCounts):
             NoServerError: no server is left to ask.
         """
         assert self._slots is not None, "use `async with client`"
-        request = _Request(body=json.dumps(request_body(prompt_tokens, sampling)).encode(), sampling=sampling)
+        assert self._session is not None
+        body = json.dumps(request_body(prompt_tokens, sampling)).encode()
         async with self._slots:
-            try:
-                return await asyncio.wait_for(self._attempts(request), self._cfg.request_deadline_s)
-            except asyncio.TimeoutError as error:
-                limit = f"request_deadline_s={self._cfg.request_deadline_s:g}"
-                message = f"no complete group after {limit}; last failure: {request.last_failure}"
-                raise GroupDroppedError(message) from error
+            attempts = Attempts(
+                retries=self._cfg.retries,
+                deadline_s=self._cfg.request_deadline_s,
+                backoff_s=self._backoff_s,
+                ends_at=time.monotonic() + self._cfg.request_deadline_s,
+            )
+            while True:
+                # The servers of now: a failure here says nothing of a server that a later refit names again.
+                servers = self._upstream.servers
+                with servers.server() as url:
+                    try:
+                        answer = await ask(
+                            self._session,
+                            f"{url}/generate",
+                            body,
+                            timeout_s=attempts.left_s(),
+                            max_bytes=sampling.max_answer_bytes,
+                            api_key=self._api_key,
+                        )
+                        return self._parse(url, sampling, answer)
+                    except AskError as error:
+                        attempts.left_s()  # past the deadline no server is to blame
+                        self._blame(error, url, servers)
+                        pause_s = attempts.pause_after(error)
+                        self.retries += not isinstance(error, OwnLackError)
+                await asyncio.sleep(pause_s)
 
     async def watch(self) -> None:
-        """Run ``check`` every second until it is cancelled; to be awaited beside :meth:`generate`."""
+        """Run ``check`` every second until this is cancelled; await it beside :meth:`generate`.
+
+        The check runs in a thread: it may read a log or start a process. Every second, since it has no event.
+        """
         while True:
             if self._check is not None:
-                self._check()
+                await asyncio.to_thread(self._check)
             await asyncio.sleep(_WATCH_EVERY_S)
 
-    async def _attempts(self, request: _Request) -> tuple[Rollout, ...]:
-        attempt = lacks = 0
-        while True:
-            try:
-                return await self._attempt(request)
-            except RefusedError as error:
-                raise GroupDroppedError(str(error), DropReason.REFUSED) from error
-            except LostServerError as error:
-                request.last_failure = str(error)
-                self.retries += 1  # elsewhere at once, and not at the cost of the attempts
-                continue
-            except OwnLackError as error:
-                # Others' requests end and leave room; the servers are well, and so is the group.
-                request.last_failure = str(error)
-                if not self._has_said_lack:
-                    _log.warning("this host cannot open another connection; requests wait for others: %s", error)
-                self._has_said_lack = True
-                await asyncio.sleep(min(_FIRST_LACK_S * 2**lacks, _MAX_LACK_S) * random.uniform(0.5, 1.0))
-                lacks = min(lacks + 1, 30)
-                continue
-            except AttemptError as error:
-                request.last_failure = str(error)
-            if attempt == self._cfg.retries:
-                raise GroupDroppedError(f"{attempt + 1} attempts failed, the last: {request.last_failure}")
-            attempt += 1
-            warn_often(_log, "attempt %d for a group failed, trying again: %s", attempt, request.last_failure)
-            self.retries += 1
-            backoff_s = min(self._backoff_s * 2 ** min(attempt - 1, 30), _MAX_BACKOFF_S)
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+    def _blame(self, error: AskError, url: str, servers: LeastLoaded) -> None:
+        """Send the next requests elsewhere if the server is to blame for a failure."""
+        if isinstance(error, OwnLackError):
+            if not self._has_said_lack:
+                _log.warning("this host cannot open another connection; requests wait for others: %s", error)
+            self._has_said_lack = True
+        elif isinstance(error, LostServerError):
+            if servers.leave_out(url):
+                _log.warning("no more requests to %s until the next refit: %s", url, error)
+        elif isinstance(error, AttemptError):
+            warn_often(_log, "an attempt for a group failed: %s", error)
+            servers.failed(url)
 
-    async def _attempt(self, request: _Request) -> tuple[Rollout, ...]:
-        servers = self._servers  # those of now: what fails here says nothing of a server that a later push names anew
-        with servers.server() as url:
-            try:
-                return self._parse(url, request, await self._post(url, request))
-            except AttemptError:
-                servers.failed(url)
-                raise
-            except LostServerError as error:
-                if servers.leave_out(url):
-                    _log.warning("no more requests to %s until the next push: %s", url, error)
-                raise
-
-    def _parse(self, url: str, request: _Request, answer: Answer) -> tuple[Rollout, ...]:
-        sampling = request.sampling
+    def _parse(self, url: str, sampling: Sampling, answer: Answer) -> tuple[Rollout, ...]:
         try:
             return parse_group(
-                answer.payload, sampling, self._decode, versions=self._versions, vocab_size=self._vocab_size
+                answer.payload, sampling, self._decode, versions=self._upstream.versions, vocab_size=self._vocab_size
             )
         except IncompleteGroupError as error:
             self._count_dropped(answer.payload)
@@ -235,11 +227,6 @@ class SGLangClient(AttemptCounts):
             self._count_dropped(answer.payload)
             self.wrong_versions += sampling.n
             message = without_key(str(error), self._api_key)
-            warn_often(_log, "dropped %d rollouts of %s: %s", sampling.n, url, message)
+            warn_often(_log, "dropped %s of %s: %s", counted(sampling.n, "rollout"), url, message)
             kind = LostServerError if self._router is None else AttemptError  # a router has other servers to ask
             raise kind(f"{url}: {message}") from error
-
-    async def _post(self, url: str, request: _Request) -> Any:
-        assert self._session is not None
-        max_bytes = request.sampling.max_answer_bytes
-        return await ask(self._session, f"{url}/generate", request.body, max_bytes=max_bytes, api_key=self._api_key)

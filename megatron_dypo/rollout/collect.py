@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.metrics.progress import progress as progress_bar
+from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.processes.watchdog import mark
+from megatron_dypo.rollout.attempts import GroupDroppedError
 from megatron_dypo.rollout.balance import NoServerError
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.responses import Sampling
-from megatron_dypo.types import DropReason, Prompt, RolloutGroup
+from megatron_dypo.types import DropReason, Prompt, Rollout, RolloutGroup
 
-Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError"
+Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"
+"""None: the group was not done when the collection stopped."""
+
+_SIGN_OF_LIFE_S = 1.0
+"""The watchdog goes by the clock, so its sign of life does too."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +57,11 @@ class CollectStats:
     dropped: tuple[DroppedGroup, ...]
     """Prompts without a group, with the reason."""
     client: ClientCounts
-    """What the client counted meanwhile."""
+    """Counts of the client."""
     unserved: tuple[Prompt, ...]
-    """Prompts for which no server was left. They are to be asked for again, after a push, and count nowhere above."""
+    """Prompts for which no server was left. Ask for them again after a refit; they count nowhere above."""
+    unfinished: tuple[Prompt, ...]
+    """Prompts whose groups ``stop`` cut off. The run that resumes asks for them again; they count nowhere above."""
     seconds: float
 
     @property
@@ -61,7 +71,7 @@ class CollectStats:
 
     @property
     def wrong_versions(self) -> int:
-        """Rollouts dropped because weights of another version than that of the last push sampled them."""
+        """Rollouts dropped because weights of another version than that of the last refit sampled them."""
         return self.client.wrong_versions
 
 
@@ -75,14 +85,14 @@ def collect(
     seed_of: Callable[[Prompt], int] | None = None,
     progress: bool = True,
     desc: str = "rollouts",
+    stop: StopFlag | None = None,
 ) -> tuple[list[RolloutGroup], CollectStats]:
     """Sample ``group_size`` rollouts of each prompt, many prompts at once, in the order of ``prompts``.
 
     A group is complete or absent: an incomplete one is retried, then dropped and counted. ``temperature`` and
     ``max_new_tokens`` override the client's configuration (evaluation); ``seed_of`` gives the seed of a prompt's one
-    rollout. Interrupted, it aborts what it had asked for.
-
-    When no server is left, it returns what there is.
+    rollout. When no server is left, it returns the groups that it has. So it does when ``stop`` is set: it aborts the
+    requests that are open, and ``stats.unfinished`` holds their prompts. An interrupt aborts them too.
 
     Raises:
         ServerDiedError: the run has lost its servers for good (from the client's ``check``).
@@ -90,22 +100,30 @@ def collect(
     sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
     start = time.monotonic()
     with progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
-        outcomes = asyncio.run(_collect(prompts, client, lambda prompt: _seeded(sampling, prompt, seed_of), bar))
+        outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
-    pairs = zip(prompts, outcomes, strict=True)
+    return groups, _stats(prompts, outcomes, client.counts(), time.monotonic() - start)
+
+
+def _stats(
+    prompts: Sequence[Prompt], outcomes: Sequence[Outcome], counts: ClientCounts, seconds: float
+) -> CollectStats:
+    pairs = list(zip(prompts, outcomes, strict=True))
     unserved = tuple(prompt for prompt, outcome in pairs if isinstance(outcome, NoServerError))
+    unfinished = tuple(prompt for prompt, outcome in pairs if outcome is None)
+    groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    stats = CollectStats(
-        prompts=len(prompts) - len(unserved),
+    return CollectStats(
+        prompts=len(prompts) - len(unserved) - len(unfinished),
         rollouts=len(rollouts),
         tokens=sum(len(rollout.tokens) for rollout in rollouts),
         truncated=sum(rollout.finish == "length" for rollout in rollouts),
         dropped=tuple(outcome for outcome in outcomes if isinstance(outcome, DroppedGroup)),
-        client=client.counts(),
+        client=counts,
         unserved=unserved,
-        seconds=time.monotonic() - start,
+        unfinished=unfinished,
+        seconds=seconds,
     )
-    return groups, stats
 
 
 def _seeded(sampling: Sampling, prompt: Prompt, seed_of: Callable[[Prompt], int] | None) -> Sampling:
@@ -113,40 +131,89 @@ def _seeded(sampling: Sampling, prompt: Prompt, seed_of: Callable[[Prompt], int]
 
 
 async def _collect(
-    prompts: Sequence[Prompt], client: SGLangClient, sampling_of: Callable[[Prompt], Sampling], bar: Progress
+    prompts: Sequence[Prompt],
+    client: SGLangClient,
+    sampling: Sampling,
+    seed_of: Callable[[Prompt], int] | None,
+    bar: Progress,
+    stop: StopFlag | None,
 ) -> list[Outcome]:
+    """Ask for all groups at once; return when each has its outcome, when one fails for a bug, or at ``stop``."""
     async with client:
-        tasks = [asyncio.ensure_future(_group(prompt, client, sampling_of(prompt), bar)) for prompt in prompts]
-        watch = asyncio.ensure_future(client.watch())
-        signs_of_life = asyncio.ensure_future(_show_life())
-        groups = asyncio.gather(*tasks)
+        samplings = [_seeded(sampling, prompt, seed_of) for prompt in prompts]
+        pairs = zip(prompts, samplings, strict=True)
+        groups = [asyncio.ensure_future(client.generate(prompt.tokens, own)) for prompt, own in pairs]
+        watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(_show_life())
+        outcomes = _Outcomes(prompts, bar, sampling.n)
+        for place, group in enumerate(groups):
+            group.add_done_callback(functools.partial(outcomes.note, place))
+        watch.add_done_callback(lambda _: outcomes.over.set())
         try:
-            either: set[asyncio.Future[Any]] = {groups, watch}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            with _setting(outcomes.over, stop):
+                await outcomes.over.wait()
             if watch.done():
-                watch.result()  # raises what the check raised
-            return groups.result()
+                watch.result()  # raises the error of the check
+            return outcomes.take()
         finally:
-            for task in (*tasks, watch, signs_of_life):
+            for task in (*groups, watch, life):
                 task.cancel()
-            await asyncio.gather(*tasks, watch, signs_of_life, groups, return_exceptions=True)
+            await asyncio.gather(*groups, watch, life, return_exceptions=True)
+
+
+class _Outcomes:
+    """The outcomes of a collection as they come in; ``over`` is set with the last one, or with the first bug."""
+
+    def __init__(self, prompts: Sequence[Prompt], bar: Progress, group_size: int) -> None:
+        self._prompts, self._bar, self._group_size = prompts, bar, group_size
+        self._outcomes: list[Outcome] = [None] * len(prompts)
+        self._num_left = len(prompts)
+        self._bug: BaseException | None = None
+        self.over = asyncio.Event()
+        if not prompts:
+            self.over.set()
+
+    def note(self, place: int, group: asyncio.Future[tuple[Rollout, ...]]) -> None:
+        """Enter the outcome of the prompt at ``place``."""
+        if group.cancelled():
+            return
+        error, prompt = group.exception(), self._prompts[place]
+        if error is None:
+            self._outcomes[place] = RolloutGroup(prompt=prompt, rollouts=group.result())
+        elif isinstance(error, GroupDroppedError):
+            self._outcomes[place] = dropped_group(prompt, error)
+        elif isinstance(error, NoServerError):
+            self._outcomes[place] = error
+        else:
+            self._bug = error
+        if not isinstance(error, NoServerError):
+            self._bar.update(self._group_size)
+        self._num_left -= 1
+        if self._num_left == 0 or self._bug is not None:
+            self.over.set()
+
+    def take(self) -> list[Outcome]:
+        """Return the outcomes in the order of the prompts; raise a bug that was met."""
+        if self._bug is not None:
+            raise self._bug
+        return self._outcomes
+
+
+def dropped_group(prompt: Prompt, error: GroupDroppedError) -> DroppedGroup:
+    """Return what is known of a group that cannot be had, and say so in the log."""
+    warn_often(_log, "dropped the group of prompt %s: %s", prompt.prompt_id, error)
+    return DroppedGroup(prompt=prompt, reason=error.reason, message=str(error))
+
+
+@contextlib.contextmanager
+def _setting(event: asyncio.Event, stop: StopFlag | None) -> Iterator[None]:
+    """Set an event of this loop when ``stop`` is set, from whichever thread."""
+    loop = asyncio.get_running_loop()
+    with stop.calling(lambda: loop.call_soon_threadsafe(event.set)) if stop else contextlib.nullcontext():
+        yield
 
 
 async def _show_life() -> None:
     """Tell the watchdog that a wait for rollouts is no hang: requests have a deadline of their own."""
     while True:
         mark("collecting rollouts")
-        await asyncio.sleep(1.0)
-
-
-async def _group(prompt: Prompt, client: SGLangClient, sampling: Sampling, bar: Progress) -> Outcome:
-    outcome: Outcome
-    try:
-        outcome = RolloutGroup(prompt=prompt, rollouts=await client.generate(prompt.tokens, sampling))
-    except NoServerError as error:
-        return error
-    except GroupDroppedError as error:
-        warn_often(_log, "dropped the group of prompt %s: %s", prompt.prompt_id, error)
-        outcome = DroppedGroup(prompt=prompt, reason=error.reason, message=str(error))
-    bar.update(sampling.n)
-    return outcome
+        await asyncio.sleep(_SIGN_OF_LIFE_S)

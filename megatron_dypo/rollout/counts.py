@@ -1,4 +1,4 @@
-"""What a client counts beside the groups that it returns."""
+"""Counts of a client, beside the groups that it returns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_dypo.rollout.responses import sampled_lengths
 
 @dataclass(frozen=True, kw_only=True)
 class ClientCounts:
-    """What went wrong on the way to complete groups."""
+    """Failures on the way to complete groups."""
 
     retries: int = 0
     """Attempts after the first, over all groups."""
     wrong_versions: int = 0
-    """Rollouts dropped because other weights than those of the last push sampled them."""
+    """Rollouts dropped because other weights than those of the last refit sampled them."""
     dropped_rollouts: int = 0
     """Responses that were sampled, at least in part, and thrown away with their group."""
     dropped_tokens: int = 0
@@ -33,7 +33,7 @@ class ClientCounts:
         )
 
     def since(self, before: ClientCounts) -> ClientCounts:
-        """The counts after ``before``; the longest stays that of all."""
+        """Return the counts since ``before``; ``dropped_longest`` stays that of all time."""
         return ClientCounts(
             retries=self.retries - before.retries,
             wrong_versions=self.wrong_versions - before.wrong_versions,
@@ -53,7 +53,7 @@ class AttemptCounts:
         self.retries = 0
         """Attempts after the first, over all groups."""
         self.wrong_versions = 0
-        """Rollouts dropped because other weights than those of the last push sampled them."""
+        """Rollouts dropped because other weights than those of the last refit sampled them."""
         self.dropped_rollouts = 0
         """Responses that were sampled, at least in part, and thrown away with their group."""
         self.dropped_tokens = 0
@@ -62,7 +62,7 @@ class AttemptCounts:
         """Tokens of the longest of these."""
 
     def counts(self) -> ClientCounts:
-        """All counts since the context was entered."""
+        """Return all counts since the context was entered."""
         return ClientCounts(
             retries=self.retries,
             wrong_versions=self.wrong_versions,

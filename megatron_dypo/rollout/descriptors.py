@@ -27,7 +27,7 @@ def raise_descriptor_limit() -> int:
 
 
 def lacks_descriptors() -> bool:
-    """Whether this process cannot open another file now."""
+    """Return whether this process cannot open another file now."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_dypo.types import Floats, Rollout, Tokens
+from megatron_dypo.words import counted
 
 _BYTES_PER_TOKEN = 512
 """Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""
@@ -24,12 +25,12 @@ class IncompleteGroupError(Exception):
 
 
 class WrongVersionError(Exception):
-    """A response of other weights than those of the last push."""
+    """A response of other weights than those of the last refit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one group is sampled."""
+    """The sampling parameters of one group."""
 
     n: int
     temperature: float
@@ -38,7 +39,7 @@ class Sampling:
     top_k: int
     stop_token_ids: tuple[int, ...]
     seed: int | None = None
-    """Of the one rollout (``n`` is 1), for servers that honour it (SGLang's ``--enable-deterministic-inference``)."""
+    """Seed of the one rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
 
     @property
     def max_answer_bytes(self) -> int:
@@ -48,7 +49,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Response:
-    """One response whose fields are sound; its versions are not yet compared with those of the pushes."""
+    """One response whose fields are sound; its versions are not yet compared with those of the refits."""
 
     tokens: Tokens
     logp: Floats
@@ -59,7 +60,7 @@ class _Response:
 
 
 def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
-    """One request for a whole group: SGLang computes the prompt once and shares it among the ``n`` samples."""
+    """Return the body of one request for a whole group: SGLang computes the prompt once for all ``n`` samples."""
     return {
         "input_ids": prompt_tokens.tolist(),
         "sampling_params": {
@@ -88,18 +89,18 @@ def parse_group(
 
     Args:
         payload: the decoded JSON, whatever it is.
-        versions: those that the server may hold now, ascending; the last is that of the last push. The newest version
-            of the group must be one of them. Older tokens may be of any version before: a response that pushes paused
+        versions: those that the server may hold now, ascending; the last is that of the last refit. The newest version
+            of the group must be one of them. Older tokens may be of any version before: a response that refits paused
             begins with older ones, and other members may have ended before. None: any.
         vocab_size: token ids are below it; None: any id is taken.
 
     Raises:
         IncompleteGroupError: the answer is not a whole group of sound responses.
-        WrongVersionError: the server holds other weights than it should, or ones that no push made sampled a token.
+        WrongVersionError: the server holds other weights than it should, or ones that no refit made sampled a token.
     """
     outputs = payload if isinstance(payload, list) else [payload]  # an object when n = 1
     if len(outputs) != sampling.n:
-        raise IncompleteGroupError(f"{len(outputs)} of {sampling.n} responses")
+        raise IncompleteGroupError(f"{len(outputs)} of {counted(sampling.n, 'response')}")
     limit = _LARGEST_ID + 1 if vocab_size is None else vocab_size
     responses = [_read(output, sampling, limit) for output in outputs]
     _require_versions(responses, versions)
@@ -190,7 +191,7 @@ def _read_spans(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[str, ...],
 
 
 def _require_versions(responses: Sequence[_Response], versions: Sequence[int] | None) -> None:
-    # A server that was started again says ``default``, one that a push failed on ``failed-<version>``.
+    # A server that was started again says ``default``, one that a refit failed on ``failed-<version>``.
     names = [name for response in responses for name in response.versions]
     unknown = [name for name in names if not _is_number(name) and not (versions is None and name == "default")]
     if unknown:
@@ -208,9 +209,9 @@ def _require_versions(responses: Sequence[_Response], versions: Sequence[int] | 
 
 def _expected(versions: Sequence[int] | None) -> str:
     if versions is None:
-        return "must be an integer, or 'default' before the first push"
+        return "must be an integer, or 'default' before the first refit"
     before = ", ".join(map(str, versions[:-1]))
-    return f"the last push was of {versions[-1]}" + (f", the one before of {before}" if before else "")
+    return f"the last refit was of {versions[-1]}" + (f", the one before of {before}" if before else "")
 
 
 def _is_number(version: str) -> bool:
@@ -239,7 +240,7 @@ def _quote_all(names: Sequence[str]) -> str:
 
 
 def _quote(value: Any) -> str:
-    """A value as text for a message, cut short whatever it is."""
+    """Return any value as a short text for a message."""
     if isinstance(value, str | list | tuple):
         value = value[:_MAX_QUOTED]
     if isinstance(value, int) and abs(value) >= 10**18:

@@ -11,7 +11,8 @@ from megatron_dypo.rollout.server.probe import request_json
 
 NO_SERVER = ("X-SMG-Error-Code", "no_available_workers")
 """Header of an answer of a router that has no server to ask."""
-_POLL_S = 0.05
+_LOOK_EVERY_S = 0.05
+"""Seconds between two looks at the router's servers: it queues a change and announces nowhere that it is done."""
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +26,11 @@ class Router:
     deadline_s: float = 30.0
     """Time that it gets to start, and to know its servers."""
 
-    def serve(self, servers: Iterable[str]) -> None:
-        """Have requests go to these servers, which answer, and to no others; returns when it is so.
+    def use_servers(self, servers: Iterable[str]) -> None:
+        """Have the router send requests to these servers, which answer, and to no others; return when it does.
 
-        A router that does not get there in time goes to the log only: rollouts of other weights than they should be of are
-        dropped wherever they come from. ``/workers`` is that of sglang-router 0.3, which queues what it is asked for.
+        A router that does not get there in time is only logged: a rollout of the wrong weights is dropped, whichever
+        server it comes from. ``/workers`` is that of sglang-router 0.3, which queues the changes that it is asked for.
         """
         wanted, asked = set(servers), set[str]()
         deadline = time.monotonic() + self.deadline_s
@@ -43,10 +44,10 @@ class Router:
                 for url in sorted(changes):
                     self._add(url) if url in wanted else self._remove(url, known[url])
                 asked |= changes
-            time.sleep(_POLL_S)
+            time.sleep(_LOOK_EVERY_S)
 
     def _workers(self) -> dict[str, str] | None:
-        """URL → id of its servers; None while it does not answer, or not as sglang-router does."""
+        """Return URL → id of its servers; None while it does not answer, or not as sglang-router does."""
         status, payload = request_json("GET", f"{self.url}/workers", self.api_key)
         workers = payload.get("workers") if status == 200 and isinstance(payload, dict) else None
         if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):

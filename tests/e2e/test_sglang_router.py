@@ -56,7 +56,7 @@ def post(pool: ServerPool, url: str, path: str, body: Any = None) -> int:
 
 
 def test_groups_through_the_router_are_those_of_the_servers(pool: ServerPool, router: Router) -> None:
-    router.serve(pool.urls)
+    router.use_servers(pool.urls)
     direct, routed = (
         collect(make_prompts(6), make_client(pool, way), group_size=1, temperature=0.0, progress=False)
         for way in (None, router)
@@ -75,11 +75,11 @@ def test_a_server_that_the_router_is_not_told_of_samples_nothing(pool: ServerPoo
     for url, version in ((fenced, "7"), (good, "8")):
         assert post(pool, url, "/update_weight_version", {"new_version": version}) == 200
     client = make_client(pool, router, retries=20)
-    client.serve([good], range(8, 9))
-    router.serve([good])
+    client.use_servers([good], range(8, 9))
+    router.use_servers([good])
     groups, stats = collect(make_prompts(8), client, group_size=2, progress=False)
     assert (len(groups), stats.wrong_versions) == (8, 0)
-    router.serve(pool.urls)
+    router.use_servers(pool.urls)
     groups, stats = collect(make_prompts(8), client, group_size=2, progress=False)
     assert len(groups) == 8
     assert stats.wrong_versions > 0
@@ -105,12 +105,12 @@ def test_a_group_that_is_cancelled_at_the_router_stops_at_the_server(pool: Serve
             while await is_busy():
                 assert time.monotonic() < deadline
 
-    router.serve([server])
+    router.use_servers([server])
     asyncio.run(cancel_midway())
 
 
 def test_a_server_that_is_killed_behind_the_router_costs_no_group(pool: ServerPool, router: Router) -> None:
-    router.serve(pool.urls)
+    router.use_servers(pool.urls)
     port = pool.urls[0].rpartition(":")[2]
     (server, *_) = [
         process

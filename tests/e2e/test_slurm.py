@@ -274,7 +274,9 @@ def kill_server(job, node):
     log = (job.logs / "latest" / f"rollout.{node}.log").read_text()
     port = log.split(f"http://{node}:")[1].split(",")[0]
     found = [p for p in psutil.process_iter(["cmdline"]) if "sglang_cpu.py" in " ".join(p.info["cmdline"] or [])]
-    (server, *_) = [p for p in found if port in p.info["cmdline"] and "guard.py" not in " ".join(p.info["cmdline"])]
+    (server, *_) = [
+        p for p in found if port in p.info["cmdline"] and "processes.guard" not in " ".join(p.info["cmdline"])
+    ]
     server.kill()
 
 

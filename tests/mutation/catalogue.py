@@ -119,7 +119,7 @@ ROOMS = {
         also={
             "megatron_dypo/rollout/counts.py": ("tests/unit/rollout/test_client_counts.py", "tests/unit/rollout/test_failed_attempts.py"),
             "megatron_dypo/rollout/keys.py": ("tests/unit/rollout/test_direct_hosts.py",),
-            "megatron_dypo/rollout/server/serve.py": ("tests/unit/rollout/test_serve.py",),
+            "megatron_dypo/rollout/server/node.py": ("tests/unit/rollout/test_serve.py",),
         },
         without=("tests/unit/loop/test_collecting.py", "tests/unit/refit/test_choose_transport.py"),
     ),

@@ -45,7 +45,9 @@ class Prompts:
         return PROMPTS
 
     def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]:
-        positions = range(start + (shard - start) % num_shards, start + count, num_shards)
+        return self.at(range(start + (shard - start) % num_shards, start + count, num_shards))
+
+    def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
         kept = [self.prompt(i) for i in positions if i % PROMPTS not in self.too_long]
         return kept, DropCounts(too_long=tuple(i for i in positions if i % PROMPTS in self.too_long))
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.fs import replace_file
+from megatron_dypo.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def settle_bad_rows(
         return
     count, total = len(problems), len(source)
     if on_bad_row == "error":
-        raise ValueError(f"{count} bad row{'s' if count > 1 else ''} in the prompt files:\n{_listed(problems, source)}")
+        raise ValueError(f"{counted(count, 'bad row')} in the prompt files:\n{_listed(problems, source)}")
     if count == total:
         raise ValueError(f"each of the {total} rows in the prompt files is bad:\n{_listed(problems, source)}")
     where = f"listed in {folder / BAD_ROWS_FILE}" if folder is not None else f"the first:\n{_listed(problems, source)}"

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import logging
 import tempfile
-import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.row_check.check import RowsChecked
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.fs import new_file
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +101,5 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write an ``.npz`` file, all of it or nothing; several processes may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **cast(Any, arrays))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as file:
+        np.savez(file, **cast(Any, arrays))

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.data.files import RowPart
@@ -17,7 +16,7 @@ from megatron_dypo.data.row_check.check import PartCheck, RowsChecked, check_par
 from megatron_dypo.data.source import RowParser, RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.metrics.progress import progress
-from megatron_dypo.processes.lifetime import end_with_parent
+from megatron_dypo.processes.children import blocked, end_with_parent
 
 _PART_BYTES = 4 * 2**20
 _BYTES_PER_PROCESS = 16 * 2**20
@@ -69,7 +68,8 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(tokenizer, data)) as pool:
         try:
-            with _signals_held():  # the processes start here
+            # The processes start here. The signals are for the run, which ends them.
+            with blocked((signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)):
                 results = pool.map(_check, parts)
             yield from results
         except ValueError as error:
@@ -82,16 +82,6 @@ def _in_processes(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Start processes that never get the signals that ask a run to stop: they are for the run, which ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(tokenizer: Tokenizer | None, data: DataConfig) -> None:

@@ -11,15 +11,13 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import megatron_dypo
 from megatron_dypo.data.tokenizer.template_worker import CPU_LIMIT_S, FAILED, MEMORY_LIMIT, OK, REFUSED, TEXT_LIMIT
+from megatron_dypo.processes.children import blocked, program
 
 ANSWER_DEADLINE_S = 300.0
 """Time for an answer. The limit of processor time comes first, unless the process is stopped."""
@@ -94,15 +92,9 @@ class TemplateProcess:
 
     def _start(self) -> Connection:
         ours, theirs = multiprocessing.Pipe()
-        root = str(Path(megatron_dypo.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-        command = [sys.executable, "-m", "megatron_dypo.data.tokenizer.template_worker", str(theirs.fileno())]
-        try:
-            self._process = subprocess.Popen(
-                command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
-        finally:
-            theirs.close()
+        command = program("megatron_dypo.data.tokenizer.template_worker:main", theirs.fileno())
+        with theirs, blocked():
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._connection = ours
         return ours
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.workers.results import shown
+from megatron_dypo.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,9 @@ class ErrorLog:
                 continue
             pair, error = cases[0]
             logger.warning(
-                "no verdict on %d of %d responses (%d since the start): %s; answer %s; response ends %r",
+                "no verdict on %d of %s (%d since the start): %s; answer %s; response ends %r",
                 len(cases),
-                num_pairs,
+                counted(num_pairs, "response"),
                 now,
                 error,
                 shown(pair.answer),
@@ -43,5 +44,5 @@ class ErrorLog:
 
 
 def _kind(error: str) -> str:
-    """What stands before the first colon: the exception's name. What follows differs from case to case."""
+    """Return the text before the first colon, the exception's name; the rest differs from case to case."""
     return error.partition(":")[0]

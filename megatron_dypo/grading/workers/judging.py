@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_dypo.grading.workers.calling import Caller, describe
 from megatron_dypo.grading.workers.results import read_result, shown
+from megatron_dypo.words import counted
 
 Outcome = tuple[bool, float, str | None]
 """is_correct, reward, error: the fields of a Verdict."""
@@ -37,7 +38,7 @@ def late_error(deadline_s: float) -> str:
 
 
 class Judge:
-    """Calls verifiers and sends what came of it."""
+    """Calls verifiers and sends the outcomes."""
 
     def __init__(self, connection: Connection, callers: Mapping[str, Caller], deadline_s: float) -> None:
         self._connection, self._callers, self._deadline_s = connection, callers, deadline_s
@@ -49,6 +50,7 @@ class Judge:
         self._loop = asyncio.new_event_loop()
 
     def judge(self, name: str, items: Sequence[Item]) -> None:
+        """Judge ``items`` by the verifier of that name, and send each outcome as it is ready."""
         caller = self._callers[name]
         if caller.signature.mode == "batch":
             self._judge_as_lists(caller, items)
@@ -151,5 +153,6 @@ def _one_for_each(returned: Any, count: int) -> list[Any]:
         raise TypeError(f"the verifier returned {shown(returned)}: must be a list with a result for each response")
     results = list(returned)
     if len(results) != count:
-        raise ValueError(f"the verifier returned {len(results)} results for {count} responses: must be one for each")
+        found = f"{counted(len(results), 'result')} for {counted(count, 'response')}"
+        raise ValueError(f"the verifier returned {found}: must be one for each")
     return results

@@ -1,4 +1,4 @@
-"""What verifiers print: passed on to standard error, up to a limit."""
+"""The output of verifiers: passed on to standard error, up to a limit."""
 
 from __future__ import annotations
 

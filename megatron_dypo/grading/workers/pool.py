@@ -23,7 +23,6 @@ _MAX_BATCH_BYTES = 2**20
 _MAX_IDLE_DEATHS = 8
 """Processes that may die in a row before they answer for a pair."""
 
-_LOOK_EVERY_S = 0.2
 _GIVE_UP_DEADLINES = 10
 """Deadlines that may pass in one call without a verdict, however many pairs wait: a service that a verifier asks can
 be down for hours."""
@@ -52,6 +51,7 @@ class Pool:
 
     @property
     def is_running(self) -> bool:
+        """Whether there are processes."""
         return bool(self._workers)
 
     def fields(self) -> dict[str, tuple[str, ...]]:
@@ -64,7 +64,7 @@ class Pool:
             for _ in range(self._count):
                 self._workers.append(WorkerProcess(self._setup, self._tap))
             for worker in self._workers:
-                self._await_start(worker)
+                worker.await_start()
         except BaseException:
             self.close()
             raise
@@ -90,7 +90,7 @@ class Pool:
         try:
             while num_done < len(jobs):
                 outcomes = self._hand_out(sizes)
-                outcomes += [] if outcomes else self._collect()
+                outcomes += [] if outcomes else self._await_outcomes()
                 num_errors += len(outcomes)
                 if any(error is None for _, (_, _, error) in outcomes):
                     num_errors, last_verdict = 0, time.monotonic()
@@ -119,12 +119,6 @@ class Pool:
             return max(1, min(_MAX_BATCH, count // (4 * self._count)))
         return max(1, min(self._batch_size, -(-count // self._count)))
 
-    def _await_start(self, worker: WorkerProcess) -> None:
-        assert worker.deadline is not None
-        if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
-            raise ImportFailed(dict.fromkeys(self._setup.paths, "its import takes too long"))
-        worker.receive_start()
-
     def _hand_out(self, sizes: dict[str, int]) -> list[tuple[int, Outcome]]:
         """Give idle processes their next batches; returns outcomes of pairs that cannot be sent."""
         unsent: list[tuple[int, Outcome]] = []
@@ -136,7 +130,7 @@ class Pool:
             if not items:
                 continue
             try:
-                worker.send(name, items)
+                worker.give(name, items)
             except WorkerDied as death:
                 self._count_idle_death(death)
                 self._put_back(name, [number for number, _ in items])
@@ -163,21 +157,23 @@ class Pool:
             num_bytes += len(payload)
         return name, items, failed
 
-    def _collect(self) -> list[tuple[int, Outcome]]:
-        """Wait until some process has something to say, or is overdue."""
+    def _await_outcomes(self) -> list[tuple[int, Outcome]]:
+        """Wait until some process has something to say, has ended, or is overdue; return the outcomes."""
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        timeout = min(_LOOK_EVERY_S, max(0.0, min(deadlines) - time.monotonic()) + 0.001)
-        wait([worker.connection for worker in self._workers], timeout)
+        timeout_s = max(0.0, min(deadlines) - time.monotonic()) + 0.001
+        wait([waited for worker in self._workers for waited in (worker.connection, worker.end)], timeout_s)
         done: list[tuple[int, Outcome]] = []
         for worker in list(self._workers):
             ending = worker.ending_if_dead()
             if worker.is_overdue():
                 done += self._bury(worker, ending or late_error(self._setup.deadline_s))
+            elif ending and not worker.is_ready:
+                worker.await_start()
             elif not worker.connection.poll():
                 # A child that outlives the process keeps the connection open: no end of file comes.
-                done += self._bury(worker, ending) if ending and worker.is_ready else []
+                done += self._bury(worker, ending) if ending else []
             elif not worker.is_ready:
-                self._await_start(worker)
+                worker.receive_start()
             else:
                 done += self._receive(worker)
         return done

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -14,13 +13,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import Any
 
 from megatron_dypo.grading.workers.judging import WHOLE_BATCH, Item, Outcome
 from megatron_dypo.grading.workers.output import OutputTap
 from megatron_dypo.grading.workers.signature import Mode
-from megatron_dypo.grading.workers.worker import STOP_SIGNALS, Setup
+from megatron_dypo.grading.workers.worker import Setup
+from megatron_dypo.processes.children import blocked, end_of, program, signal_group
 
 _SLACK_S = 1.0
 """The process keeps ``deadline_s`` itself where it can; the trainer kills it this much later."""
@@ -37,11 +37,11 @@ class WorkerDied(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class CallerInfo:
-    """What the trainer must know of a verifier that a process has imported."""
+    """Facts that the trainer needs about a verifier that a process has imported."""
 
     mode: Mode
     fields: tuple[str, ...]
-    """What it asks for of each pair."""
+    """Fields of a pair that it asks for."""
 
 
 class ImportFailed(ValueError):  # noqa: N818 (a user's mistake, shown by its message)
@@ -55,8 +55,9 @@ class ImportFailed(ValueError):  # noqa: N818 (a user's mistake, shown by its me
 class WorkerProcess:
     """One process with the pairs that it was given and has not answered yet.
 
-    ``connection`` can be waited on; ``deadline`` is the ``time.monotonic()`` by which it must have something to say
-    (None when idle).
+    ``connection`` becomes readable when it has something to say, and ``end`` when it has ended, though its own children
+    may keep the connection open. ``deadline`` is the ``time.monotonic()`` by which one of the two must happen (None
+    when idle).
     """
 
     def __init__(self, setup: Setup, tap: OutputTap) -> None:
@@ -68,15 +69,16 @@ class WorkerProcess:
         self.pending: deque[int] = deque()
         """Numbers of unanswered pairs. In mode ``one`` the process works on the first; else on all of them."""
         self.connection, child = Pipe()
-        self._process = _start(child.fileno())
-        child.close()
+        with child:
+            self._process = _start(child.fileno())
+        self.end = end_of(self._process)
         assert self._process.stdout is not None
         self._output = tap.follow(self._process.stdout)
         self.deadline: float | None = time.monotonic() + setup.start_deadline_s
         with suppress(ConnectionError):  # it has ended: receive_start says how
             self.connection.send(setup)
 
-    def send(self, name: str, items: Sequence[Item]) -> None:
+    def give(self, name: str, items: Sequence[Item]) -> None:
         """Give an idle process ``items`` for one verifier. Raises :class:`WorkerDied` if it has ended."""
         size = sum(len(payload) for _, payload in items)
         watch = threading.Timer(self._setup.deadline_s + _SLACK_S, self._kill)
@@ -92,13 +94,27 @@ class WorkerProcess:
         self.pending = deque(number for number, _ in items)
         self.deadline = self._next_deadline()
 
+    def await_start(self) -> None:
+        """Wait for the first message and read it.
+
+        Raises:
+            ImportFailed: a verifier cannot be imported, or the import takes too long.
+        """
+        assert self.deadline is not None
+        wait([self.connection, self.end], max(0.0, self.deadline - time.monotonic()))
+        if self.connection.poll():
+            self.receive_start()
+        elif ending := self.ending_if_dead():
+            raise self._died_importing(ending)
+        else:
+            raise ImportFailed(dict.fromkeys(self._setup.paths, "its import takes too long"))
+
     def receive_start(self) -> None:
         """Read the first message. Raises :class:`ImportFailed` with the process's reasons, or if it died importing."""
         try:
             message = json.loads(self.connection.recv_bytes())
         except (EOFError, OSError, ValueError) as error:
-            problem = f"the process died while importing it: {self._ending()}, see its output above"
-            raise ImportFailed(dict.fromkeys(self._setup.paths, problem)) from error
+            raise self._died_importing(self._ending()) from error
         if message["problems"]:
             raise ImportFailed(message["problems"])
         self.callers = {
@@ -130,25 +146,29 @@ class WorkerProcess:
         return number, (is_correct, reward, problem)
 
     def is_overdue(self) -> bool:
-        """The deadline has passed and nothing waits to be read."""
+        """Return whether the deadline has passed and nothing waits to be read."""
         return self.deadline is not None and time.monotonic() > self.deadline and not self.connection.poll()
 
     def ending_if_dead(self) -> str | None:
-        """Say how the process ended; None if it runs. Its own children can keep the connection open."""
-        return None if self._process.poll() is None else self._ending()
+        """Return how the process ended; None if it runs."""
+        return self._ending() if self.end.poll() else None
 
     def stop(self) -> None:
         """Kill the process and its children; returns when it is gone."""
         self.connection.close()
         self._kill()
         self._process.wait()
+        self.end.close()
         self._output.join(timeout=1.0)
+
+    def _died_importing(self, ending: str) -> ImportFailed:
+        problem = f"the process died while importing it: {ending}, see its output above"
+        return ImportFailed(dict.fromkeys(self._setup.paths, problem))
 
     def _kill(self) -> None:
         # The children too, and also when the process itself is gone: while a child has its id as that of their group,
         # no other process gets it.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        signal_group(self._process.pid, signal.SIGKILL)
 
     def _next_deadline(self) -> float:
         return time.monotonic() + self._setup.deadline_s + _SLACK_S
@@ -166,14 +186,10 @@ class WorkerProcess:
 
 
 def _start(descriptor: int) -> subprocess.Popen[bytes]:
-    # The verifier's module may lie where the run was started, which a console script's sys.path does not hold.
-    paths = [*sys.path, str(Path.cwd())]
-    code = f"import sys; sys.path[:] = {paths!r}; from megatron_dypo.grading.workers.worker import serve; serve({descriptor})"
-    # Until it handles them itself a signal that asks the run to stop would end it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    # Blocked until the process handles them itself: a signal that asks the run to stop would end it.
+    with blocked():
         return subprocess.Popen(
-            [sys.executable, "-u", "-c", code],  # unbuffered: what a verifier printed before its end is seen
+            program("megatron_dypo.grading.workers.worker:main", descriptor),
             pass_fds=(descriptor,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # what a verifier prints is no output of the trainer's
@@ -181,8 +197,6 @@ def _start(descriptor: int) -> subprocess.Popen[bytes]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # so that a kill reaches the verifier's own children
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signal_name(number: int) -> str:

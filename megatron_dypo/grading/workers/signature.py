@@ -1,4 +1,4 @@
-"""What a verifier's function takes: the names of its parameters say it."""
+"""The signature of a verifier's function: the names of its parameters say what it gets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """How to call one verifier."""
+    """The way to call one verifier."""
 
     mode: Mode
     """``one``: a pair at a time. ``async``: pairs of a batch at the same time. ``batch``: lists."""
@@ -85,7 +85,7 @@ def _leading(parameters: Sequence[inspect.Parameter], known: dict[str, str]) -> 
 def _is_answer_unnamed(
     places: Sequence[inspect.Parameter], parameters: Sequence[inspect.Parameter], known: dict[str, str]
 ) -> bool:
-    """Whether these are ``(response, gold)``: the second has a name of its own, and nothing else is the answer."""
+    """Return whether these are ``(response, gold)``: the second has its own name, and nothing else is the answer."""
     return (
         len(places) == 2
         and known.get(places[0].name) == "response"

@@ -1,8 +1,4 @@
-"""What runs in a verifier process: import the verifiers, then judge the pairs that come.
-
-A process of its own program, not a ``multiprocessing`` child: that would import the trainer's main module, and with
-it torch and Megatron, again at each start.
-"""
+"""The program of a verifier process: it imports the verifiers, then judges the pairs that come."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import faulthandler
 import json
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,13 +18,12 @@ from typing import Any
 
 from megatron_dypo.grading.workers.calling import Caller, load_caller
 from megatron_dypo.grading.workers.judging import GRACE_S, Judge
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from megatron_dypo.processes.children import STOP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a process has to know, the first message that it gets."""
+    """The first message to a process: all that it has to know."""
 
     paths: Mapping[str, str]
     """Verifier's name → import path."""
@@ -38,8 +34,10 @@ class Setup:
     start_deadline_s: float
 
 
-def serve(descriptor: int) -> None:
-    """Answer on a connection: first a :class:`Setup` comes, then batches (verifier's name, items).
+def main() -> None:
+    """Answer on the connection whose descriptor is the first argument, until it is closed.
+
+    First a :class:`Setup` comes, then batches (verifier's name, items).
 
     The first answer is {"problems": {name: reason}, "callers": {name: [mode, fields]}}; then follows
     [number, is_correct, reward, error] for each pair as it is ready. Answers are JSON, so that nothing that a verifier
@@ -50,7 +48,7 @@ def serve(descriptor: int) -> None:
     with suppress(OSError):  # not on Linux, or not allowed
         # If memory runs out, the kernel is to end a verifier rather than a trainer or a server.
         Path("/proc/self/oom_score_adj").write_text("1000")
-    connection = Connection(descriptor)
+    connection = Connection(int(sys.argv[1]))
     try:
         setup: Setup = connection.recv()
         signal.setitimer(signal.ITIMER_REAL, setup.start_deadline_s + GRACE_S)
@@ -69,21 +67,22 @@ def serve(descriptor: int) -> None:
 def _leave_stopping_to_the_trainer() -> None:
     """Survive the signals that ask a run to stop: the trainer closes the connection, and that ends this process.
 
-    The trainer has started this process with these signals blocked. Processes that a verifier starts do not inherit this: a handler, unlike SIG_IGN, is lost at ``exec``.
+    The trainer has started this process with these signals blocked. Processes that a verifier starts do not inherit
+    this: a handler, unlike SIG_IGN, is lost at ``exec``.
     """
 
     def survive(number: int, frame: FrameType | None) -> None:
         pass
 
     def unset() -> None:
-        for number in STOP_SIGNALS:
+        for number in STOP:
             signal.signal(number, signal.SIG_DFL)
         hold(signal.SIG_UNBLOCK)
 
     def hold(how: int) -> None:
-        signal.pthread_sigmask(how, STOP_SIGNALS)
+        signal.pthread_sigmask(how, STOP)
 
-    for number in STOP_SIGNALS:
+    for number in STOP:
         signal.signal(number, survive)
     # Held back meanwhile: a child that is stopped at once would lose the signal to a handler that it is about to drop.
     os.register_at_fork(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_dypo.fs import commit_folder, remove, replace_file
 
 STATE = "trainer_state.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -56,14 +56,13 @@ def remove_partials(root: str | Path) -> None:
     """Remove what saves that never ended left behind. Only for who holds the run's lock: no save may be under way."""
     for partial in Path(root).glob("step_*.tmp"):
         log.warning("removing %s, which a save that did not end left", partial)
-        _remove(partial)
+        remove(partial)
 
 
 def make_partial(final: Path, parts: Sequence[str]) -> Path:
     """An empty ``<final>.tmp`` with the given sub-folders, to be filled and then published."""
     partial = partial_of(final)
-    if partial.exists() or partial.is_symlink():
-        _remove(partial)
+    remove(partial)
     for part in parts:
         (partial / part).mkdir(parents=True)
     return partial
@@ -76,9 +75,7 @@ def partial_of(final: Path) -> Path:
 
 def discard_partial(final: Path) -> None:
     """Remove what a save that failed has written, so that the disk has room again."""
-    partial = partial_of(final)
-    if partial.exists():
-        _remove(partial)
+    remove(partial_of(final))
 
 
 def publish(final: Path, *, keep: int) -> None:
@@ -88,20 +85,12 @@ def publish(final: Path, *, keep: int) -> None:
         keep: checkpoints to keep, this one included; 0: all. What a crash left half written goes too.
     """
     root, partial = final.parent, partial_of(final)
-    for file in [*partial.rglob("*"), partial]:
-        _sync(file)
-    if final.exists() or final.is_symlink():
-        _remove(final)
-    partial.rename(final)
-    new_tracker = root / f"{TRACKER}.tmp"
-    new_tracker.write_text(str(step_of(final)))
-    _sync(new_tracker)
-    new_tracker.replace(root / TRACKER)
-    _sync(root)
+    commit_folder(partial, final)
+    replace_file(root / TRACKER, str(step_of(final)))
     others = [folder for folder in _steps(root) if folder != final]
     surplus = others[: max(0, len(others) + 1 - keep)] if keep else []
     for old in [*surplus, *root.glob("step_*.tmp")]:
-        _remove(old)
+        remove(old)
 
 
 def _steps(root: Path) -> list[Path]:
@@ -115,19 +104,3 @@ def _is_whole(folder: Path) -> bool:
         return isinstance(json.loads((folder / STATE).read_bytes()), dict)
     except (OSError, ValueError):
         return False
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or whatever else has its name; of a link, the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

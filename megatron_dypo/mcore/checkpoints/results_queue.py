@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import uuid
 from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_dypo.processes.lifetime import end_with_parent
+from megatron_dypo.processes.children import blocked, end_with_parent
 
 
 @functools.cache
@@ -24,6 +25,7 @@ def start_results_queue() -> SyncManager:
     """
     address = f"\0megatron-dypo-{os.getpid()}-{uuid.uuid4().hex}" if sys.platform == "linux" else None
     manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
-    manager.start(end_with_parent)
+    with blocked((signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)):  # they are for the rank
+        manager.start(end_with_parent)
     filesystem_async._results_queue = manager.Queue()
     return manager

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dypo.fs import durable_file
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME
-from megatron_dypo.models.hf.folders import durable_file
 from megatron_dypo.models.hf.json_file import read_json_object
 from megatron_dypo.models.hf.read import DTYPES
 from megatron_dypo.models.quantized.names import is_scale

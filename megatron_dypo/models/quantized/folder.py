@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dypo.fs import new_folder
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.families.registry import family_rows
-from megatron_dypo.models.hf.folders import new_folder
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, finish_hf_folder, write_parts
 from megatron_dypo.models.quantized.blocks import quantize

@@ -6,9 +6,9 @@ import functools
 import shutil
 from pathlib import Path
 
+from megatron_dypo.fs import commit_folder, partial_path, start_folder
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.gather import part_name
-from megatron_dypo.models.hf.folders import commit_folder, partial_path, start_folder
 from megatron_dypo.models.hf.write import finish_hf_folder, write_parts
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline

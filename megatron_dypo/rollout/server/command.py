@@ -1,4 +1,4 @@
-"""How one SGLang server is started: command line, environment and port, as plain data."""
+"""The start of one SGLang server as plain data: command line, environment and port."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import megatron_dypo
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.proxies import direct_hosts
 
 WEIGHT_LOADER = "megatron_dypo.refit.receiver.load"
-"""What servers import to receive planned pushes."""
+"""The function that servers import to receive planned refits."""
 _CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
 _CPU_MAX_TOTAL_TOKENS = 20_000
 _MAX_TMPDIR = 60
@@ -34,11 +35,12 @@ class PortLease:
         self._claim = claim
 
     def release(self) -> None:
+        """Give up the claim."""
         self._claim.close()
 
 
 def lease_port(host: str, first: int) -> PortLease:
-    """The lowest free and unclaimed port from ``first`` upward.
+    """Return the lowest free and unclaimed port from ``first`` upward.
 
     Raises:
         ValueError: there is none up to 65535, or ``host`` is no address of this machine.
@@ -73,7 +75,7 @@ def server_command(
     device: str,
     key_file: Path,
 ) -> list[str]:
-    """Command line of server ``index`` of a run; the API key is in ``key_file``, not here, where ``ps`` would show it.
+    """Return the command line of server ``index`` of a run, without the API key, which ``ps`` would show.
 
     SGLang gets no tokenizer: tokens go in and out, so any tokenizer of ours will do.
 
@@ -102,14 +104,14 @@ def server_command(
 
 
 def link_package(folder: Path) -> Path:
-    """Make ``folder`` one that shows a server this package and, unlike the folder that it lies in, nothing else.
+    """Make a folder for the import path of a server: it holds this package and nothing else.
 
     The server's interpreter may be another than ours, with packages of its own that ours must not hide.
     """
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "megatron_dypo"
     link.unlink(missing_ok=True)
-    link.symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    link.symlink_to(Path(megatron_dypo.__file__).resolve().parent, target_is_directory=True)
     return folder
 
 
@@ -122,11 +124,11 @@ def server_environment(
     *,
     host: str,
 ) -> dict[str, str]:
-    """Environment of a server: the trainer's without torchrun's variables, with what rollouts and pushes need.
+    """Return the environment of a server: the trainer's without torchrun's variables, and what rollouts and refits need.
 
-    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`. ``host``: the address of the server, which no proxy stands before: SGLang
-    warms up by a request to itself. What ``inherited`` sets (``OMP_NUM_THREADS``, …) stays, but for what correctness
-    depends on.
+    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`.
+    ``host``: the address of the server, which must be reached without a proxy: SGLang warms up by a request to itself.
+    A variable of ``inherited`` (``OMP_NUM_THREADS``, …) stays, unless correctness depends on it.
     """
     env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
     if len(env.get("TMPDIR", "")) > _MAX_TMPDIR:
@@ -147,11 +149,12 @@ def server_environment(
 
 
 def _bind(cores: Sequence[int], ranks: int) -> str:
-    """Cores of each rank, such as ``0,1|2,3``; ranks share cores when there are too few."""
+    """Return the cores of each rank, such as ``0,1|2,3``; ranks share cores when there are too few."""
     each = max(1, len(cores) // ranks)
     starts = [rank * each % len(cores) for rank in range(ranks)]
     return "|".join(",".join(map(str, cores[start : start + each])) for start in starts)
 
 
 def available_cores() -> list[int]:
+    """Return the CPU cores that this process may use."""
     return sorted(os.sched_getaffinity(0))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_dypo.ending import Cause
+from megatron_dypo.processes.children import program, wait_for_end
 
-_GUARD = Path(__file__).with_name("guard.py")
 _TAIL_LINES = 30
 
 
@@ -22,13 +21,13 @@ class ServerDiedError(RuntimeError):
 
 
 class ServerProcess:
-    """A server that stops when :meth:`stop` is called or this process dies (see :mod:`megatron_dypo.rollout.server.guard`)."""
+    """A server that stops when :meth:`stop` is called or this process dies (:mod:`megatron_dypo.processes.guard`)."""
 
     def __init__(self, name: str, url: str, log_path: Path, *, grace_s: float = 20.0) -> None:
         self.name, self.url, self.log_path = name, url, log_path
         self.key_file = log_path.with_suffix(".key.yaml")
         self._grace_s = grace_s
-        self._guard: subprocess.Popen | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._api_key = ""
 
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
@@ -42,7 +41,7 @@ class ServerProcess:
             _write_private(self.log_path, "")
         with self.log_path.open("ab") as log:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), str(os.getpid()), str(self._grace_s), *command],
+                program("megatron_dypo.processes.guard:main", os.getpid(), self._grace_s, *command, isolated=True),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -51,15 +50,13 @@ class ServerProcess:
             )
 
     def ending(self) -> str | None:
-        """How the server ended, by name and status; None while it runs."""
+        """Return how the server ended, by name and status; None while it runs."""
         if self._guard is None or self._guard.poll() is None:
             return None
         return f"{self.name} ({self.url}) ended with status {self._guard.returncode}"
 
     def check(self) -> None:
-        """Raises:
-        ServerDiedError: the server has ended; the message quotes its log, without the key.
-        """
+        """Raise ServerDiedError if the server has ended; the message quotes its log, without the key."""
         if self.ending() is not None:
             words = _tail(self.log_path).replace(self._api_key, "*" * len(self._api_key))
             raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{words}")
@@ -80,7 +77,13 @@ class ServerProcess:
         if self._guard is not None and self._guard.poll() is None:
             self._guard.terminate()
 
+    def wait(self) -> None:
+        """Wait until the server has ended, for whatever reason."""
+        if self._guard is not None:
+            wait_for_end(self._guard)
+
     def join(self) -> None:
+        """Wait until the server has ended, and forget its key."""
         if self._guard is not None:
             self._guard.wait()
         self.key_file.unlink(missing_ok=True)

@@ -22,11 +22,9 @@ from megatron_dypo.rollout.server.command import (
     server_command,
     server_environment,
 )
-from megatron_dypo.rollout.server.probe import http_status, log_probs_are_untempered
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered
 from megatron_dypo.rollout.server.process import ServerProcess
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
-
-_POLL_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +60,16 @@ class ServerPool:
         if self._supervisor is not None:
             self._supervisor.check()
             return
-        for process in self._processes:
+        for process in self._processes:  # they start
             process.check()
 
+    def wait_for_loss(self) -> None:
+        """Wait until :meth:`check` raises, and raise that. Only where this pool has started its servers."""
+        assert self._supervisor is not None
+        self._supervisor.wait_for_loss()
+
     def take_lost(self) -> dict[str, str]:
-        """URL → how it ended, of the servers that died since the last call; most of them run again, or soon will.
+        """Return URL → how it ended, for the servers that died since the last call; most run again, or soon will.
 
         Raises:
             ServerDiedError: as :meth:`check` does.
@@ -77,7 +80,7 @@ class ServerPool:
         return {url: death for url, death in deaths.items() if death is not None}
 
     def may_return(self) -> bool:
-        """Whether a server that does not answer may do so after a while, without anybody's help."""
+        """Return whether a server that does not answer may do so after a while, without anybody's help."""
         if self._supervisor is None:
             return self.urls_are_restarted
         return any(server.given_up is None for server in self._supervisor.servers)
@@ -137,18 +140,18 @@ class ServerPool:
                 if time.monotonic() > deadline:
                     said = "no answer" if status is None else f"/health answers HTTP {status}"
                     raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
-                time.sleep(_POLL_S)
+                time.sleep(HEALTH_EVERY_S)
             status = http_status(f"{url}/model_info", self.api_key)
             if status in (401, 403):
                 raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
-            if status not in (200, None):  # None: it died just now; the first push finds out
+            if status not in (200, None):  # None: it died just now; the first refit finds out
                 raise ValueError(f"{url}/model_info: HTTP {status}: what answers there is not an SGLang server")
         for process in self._processes:
             assert self.api_key is not None
             process.forget_key(self.api_key)
 
     def _supervise(self, restarts: int, deadline_s: float) -> None:
-        if not restarts or not self._processes:
+        if not self._processes:
             return
         self._supervisor = Supervisor(
             [
@@ -160,11 +163,12 @@ class ServerPool:
                     deadline_s=deadline_s,
                 )
                 for process, start in zip(self._processes, self._starts, strict=True)
-            ]
+            ],
+            needs_all=not restarts,
         )
 
     def _is_healthy(self, process: ServerProcess) -> bool:
-        """Whether a server that was started again is up; if so, it keeps no key on disk."""
+        """Return whether a server that was started again is up; if so, remove its key from the disk."""
         if http_status(f"{process.url}/health", self.api_key) != 200:
             return False
         assert self.api_key is not None
@@ -185,14 +189,14 @@ def start_servers(
     """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
     Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
-    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts; unless
-    it is 1, given servers are asked whether their log-probs are those of temperature 1.
+    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts;
+    unless it is 1, given servers are asked whether their log-probs are those of temperature 1.
 
     Raises:
         ServerDiedError: a server ended while it started.
         NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port`` or
-            the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
+        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port``
+            or the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
     """
     if not cfg.urls and cfg.nodes > 1:
         raise ValueError(
@@ -211,12 +215,17 @@ def start_servers(
             log_dir.mkdir(parents=True, exist_ok=True)
             pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)
         pool._wait_healthy(cfg.start_deadline_s, cfg.api_key_env)
-        for url in pool.urls if cfg.urls and temperature != 1.0 else ():
-            if not log_probs_are_untempered(url, pool.api_key):
-                raise ValueError(
-                    f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
-                    "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
-                )
+        if cfg.urls and temperature != 1.0:
+            _require_untempered(pool, temperature)
         pool._supervise(cfg.max_restarts, cfg.start_deadline_s)
         undo.pop_all()
     return pool
+
+
+def _require_untempered(pool: ServerPool, temperature: float) -> None:
+    for url in pool.urls:
+        if not log_probs_are_untempered(url, pool.api_key):
+            raise ValueError(
+                f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
+                "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+            )

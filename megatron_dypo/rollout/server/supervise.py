@@ -7,9 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
-
-_POLL_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ _log = logging.getLogger(__name__)
 class Supervised:
     """One server that runs, started again when it dies, up to ``restarts`` times.
 
-    A server that came back holds the weights of its model folder, not those of the last push.
+    A server that came back holds the weights of its model folder, not those of the last refit.
     """
 
     def __init__(
@@ -29,15 +28,18 @@ class Supervised:
         restarts: int,
         deadline_s: float,
     ) -> None:
-        """``start`` starts ``process`` again; one that is not healthy after ``deadline_s`` is stopped, as if it had died."""
+        """Look after ``process``, which ``start`` starts again.
+
+        A server that is not healthy ``deadline_s`` after its start is stopped, as if it had died.
+        """
         self.process = process
         self._start, self._is_healthy = start, is_healthy
         self._restarts, self._deadline_s = restarts, deadline_s
         self._num_starts = 0
         self._started_at = 0.0
-        self._is_up = True
         self._given_up: str | None = None
         self._untold: str | None = None
+        self._is_over = threading.Event()
         self._lock = threading.Lock()
 
     @property
@@ -46,34 +48,46 @@ class Supervised:
         return self._given_up
 
     def take_death(self) -> str | None:
-        """How the server last ended, if it did since the last call; it may run again by now."""
+        """Return how the server last ended, if it did since the last call; it may run again by now."""
         with self._lock:
             untold, self._untold = self._untold, None
         return untold
 
     def notice(self) -> None:
-        """Start the server again if it has ended. Returns at once; may be called from any thread."""
+        """Start the server again if it has ended. Returns at once; any thread may call it."""
         with self._lock:
-            ending = None if self._given_up else self.process.ending()
+            ending = None if self._given_up or self._is_over.is_set() else self.process.ending()
             if ending is not None:
                 self._untold = ending
                 self._restart(ending)
 
-    def await_health(self) -> None:
-        """See whether a server that was started again is up; to be called now and then, from one thread."""
-        if self._is_up:
-            return
-        start = self._num_starts
-        is_healthy = self._is_healthy()
+    def look_after(self) -> None:
+        """Start the server again each time that it ends, until it is given up or left alone."""
+        while not self._is_over.is_set() and self._given_up is None:
+            num_starts = self._num_starts
+            self.process.wait()
+            self.notice()
+            if self._num_starts > num_starts:
+                self._await_health()
+
+    def leave_alone(self) -> None:
+        """Start the server no more, from now on."""
         with self._lock:
-            if start != self._num_starts:
-                return  # meanwhile it died once more
+            self._is_over.set()
+
+    def _await_health(self) -> None:
+        """Wait until a server that was started again is up, or has ended; stop one that takes too long."""
+        while not self._is_over.wait(HEALTH_EVERY_S):
+            is_healthy = self._is_healthy()
+            if self.process.ending() is not None:
+                return
             if is_healthy:
-                self._is_up = True
-                _log.info("%s (%s) runs again; it serves after the next push", self.process.name, self.process.url)
-            elif time.monotonic() > self._started_at + self._deadline_s:
+                _log.info("%s (%s) runs again; it serves after the next refit", self.process.name, self.process.url)
+                return
+            if time.monotonic() > self._started_at + self._deadline_s:
                 _log.warning("%s is not healthy after %g s; stopping it", self.process.name, self._deadline_s)
                 self.process.stop()
+                return
 
     def _restart(self, ending: str) -> None:
         if self._num_starts == self._restarts:
@@ -84,7 +98,7 @@ class Supervised:
             _log.error("%s\nrollout.servers.max_restarts=%d: it is not started again", self._given_up, self._restarts)
             return
         self._num_starts += 1
-        self._is_up, self._started_at = False, time.monotonic()
+        self._started_at = time.monotonic()
         _log.warning("%s; starting it again (%d of %d times)", ending, self._num_starts, self._restarts)
         try:
             self._start()
@@ -93,20 +107,23 @@ class Supervised:
 
 
 class Supervisor:
-    """Looks after servers from a thread of its own, until :meth:`stop`."""
+    """Looks after servers, each from a thread of its own that waits for its end, until :meth:`stop`."""
 
-    def __init__(self, servers: Sequence[Supervised]) -> None:
+    def __init__(self, servers: Sequence[Supervised], *, needs_all: bool = False) -> None:
+        """``needs_all``: the loss of one server is the loss of all."""
         self.servers = tuple(servers)
-        self._stopping = threading.Event()
+        self._needs_all = needs_all
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="supervise servers", daemon=True)
-        self._thread.start()
+        self._has_news = threading.Event()
+        for server in self.servers:
+            name = f"supervise {server.process.name}"
+            threading.Thread(target=self._run, args=(server,), name=name, daemon=True).start()
 
     def check(self) -> None:
         """Notice every death now.
 
         Raises:
-            ServerDiedError: no server is left, and none will be started again.
+            ServerDiedError: no server is left (or, with ``needs_all``, one is gone), and none will be started again.
             RuntimeError: nobody looks after the servers any more, for a reason that is an error of ours.
         """
         if self._error is not None:
@@ -114,19 +131,26 @@ class Supervisor:
         for server in self.servers:
             server.notice()
         ends = [server.given_up for server in self.servers]
+        if self._needs_all and any(ends):
+            raise ServerDiedError(next(filter(None, ends)))
         if all(ends):
             raise ServerDiedError("no SGLang server is left: " + "\n".join(filter(None, ends)))
 
-    def stop(self) -> None:
-        """No server is started again once this returns."""
-        self._stopping.set()
-        self._thread.join()
+    def wait_for_loss(self) -> None:
+        """Wait until :meth:`check` raises, and raise that."""
+        while True:
+            self.check()
+            self._has_news.wait()
+            self._has_news.clear()
 
-    def _run(self) -> None:
+    def stop(self) -> None:
+        """Have no server started again once this returns."""
+        for server in self.servers:
+            server.leave_alone()
+
+    def _run(self, server: Supervised) -> None:
         try:
-            while not self._stopping.wait(_POLL_S):
-                for server in self.servers:
-                    server.notice()
-                    server.await_health()
+            server.look_after()
         except BaseException as error:  # noqa: BLE001, raised by `check`, in the thread that asks
             self._error = error
+        self._has_news.set()

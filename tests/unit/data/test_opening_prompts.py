@@ -426,7 +426,7 @@ def test_fingerprints_tell_which_file_differs_in_what(tokenizer: Tokenizer, tmp_
     ]
     _write(a, [*ROWS[:4], {"prompt": "p"}])
     skipping = _open([a, b], tokenizer, on_bad_row="skip").fingerprint()
-    assert compare_fingerprints(old, skipping)[1] == "a.jsonl: 0 bad rows were skipped, 1 are now"
+    assert compare_fingerprints(old, skipping)[1] == "a.jsonl: 0 bad rows skipped before, 1 now"
 
 
 def test_the_same_files_with_other_skipped_rows_differ(tokenizer: Tokenizer, bpe_folder: Path, tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_the_same_files_with_other_skipped_rows_differ(tokenizer: Tokenizer, bpe
     new = [{**old[0], "skipped_sha256": "0"}]
     assert compare_fingerprints(old, new) == ["x.jsonl: other rows are bad and skipped than before"]
     assert compare_fingerprints(old, _open(path, tokenizer).fingerprint()) == [
-        "x.jsonl: 1 bad rows were skipped, 0 are now"
+        "x.jsonl: 1 bad row skipped before, 0 now"
     ]
 
 

@@ -118,11 +118,11 @@ def test_verifiers_that_take_text_refuse_rows_with_objects(tmp_path: Path) -> No
         return verifier == "pkg:judge"
 
     with pytest.raises(
-        ValueError, match=r"x\.jsonl:3: answer=\[2\]: the verifier takes text only; 2 rows have an object"
+        ValueError, match=r"x\.jsonl:3: answer=\[2\]: the verifier takes text only; 2 rows with an object"
     ):
         dataset.require_text_answers(takes_objects)
     dataset.require_text_answers(lambda verifier, source: True)
-    with pytest.raises(ValueError, match=r"x\.jsonl:2: answer=\{'x': 1\}: pkg:judge takes text only; 1 rows"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: answer=\{'x': 1\}: pkg:judge takes text only; 1 row with"):
         dataset.require_text_answers(lambda verifier, source: verifier is None)
     assert asked == [(None, "x")]
 

@@ -62,7 +62,7 @@ def test_people_get_a_table_and_as_many_examples_as_they_ask_for(tmp_path: Path)
     ]
     assert "2 × KeyError: 'no such unit' (verifiers.py:" in run.stdout
     assert "differs from 'label' in 2 of 4 verdicts: 1 accepted that are marked wrong, 1 refused" in run.stdout
-    assert lines[-2:] == ["  line 4: accepts; answer 'b'; response ends 'b'", "  and 1 more rows (--show)"]
+    assert lines[-2:] == ["  line 4: accepts; answer 'b'; response ends 'b'", "  and 1 more row (--show)"]
 
 
 def test_the_column_expected_is_read_where_a_row_has_it(tmp_path: Path) -> None:

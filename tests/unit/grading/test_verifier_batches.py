@@ -52,7 +52,7 @@ def test_one_bad_result_of_a_batch_is_one_error_and_a_wrong_number_of_results_is
         too_few, alone = verifier.verify([("too few", ""), ("a", "a")])
     assert "reward must be a number of at most 1e+06 in size" in (bad_reward.error or "")
     assert (good.is_correct, good.reward) == (True, 2.0)
-    assert too_few.error == "ValueError: the verifier returned 0 results for 1 responses: must be one for each"
+    assert too_few.error == "ValueError: the verifier returned 0 results for 1 response: must be one for each"
     assert (alone.is_correct, alone.reward) == (True, 1.0)
 
 

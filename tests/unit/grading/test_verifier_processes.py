@@ -79,7 +79,7 @@ def _children_of_groups() -> list[int]:
             command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"grading.worker import serve" in command and state[0] != "Z":
+        if b"grading.workers.worker import main" in command and state[0] != "Z":
             found.append(int(folder.name))
     return found
 

@@ -13,7 +13,8 @@ from megatron_dypo.grading.naming import import_path
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.grading.workers.output import OutputTap
 from megatron_dypo.grading.workers.process import WorkerProcess
-from megatron_dypo.grading.workers.worker import STOP_SIGNALS, Setup
+from megatron_dypo.grading.workers.worker import Setup
+from megatron_dypo.processes.children import STOP
 from megatron_dypo.types import Verdict
 
 HERE = "tests.support.grading.verifiers"
@@ -43,7 +44,7 @@ def test_a_signal_to_stop_does_not_end_a_process_that_is_starting() -> None:
     )
     worker = WorkerProcess(setup, OutputTap())
     try:
-        for number in STOP_SIGNALS:
+        for number in STOP:
             os.kill(worker._process.pid, number)
         assert worker.connection.poll(60.0)
         worker.receive_start()

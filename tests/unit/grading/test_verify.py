@@ -87,7 +87,7 @@ def test_an_error_that_comes_again_is_logged_once_with_a_count(caplog: pytest.Lo
     assert heads == [
         "no verdict on 4 of 5 responses (4 since the start): KeyError: 'no such unit'",
         "no verdict on 4 of 5 responses (12 since the start): KeyError: 'no such unit'",
-        "no verdict on 1 of 1 responses (1 since the start): SystemExit: 3",
+        "no verdict on 1 of 1 response (1 since the start): SystemExit: 3",
     ]
     assert caplog.records[0].getMessage().endswith("; answer '17'; response ends 'raise'")
 

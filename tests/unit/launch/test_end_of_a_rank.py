@@ -183,7 +183,7 @@ def test_the_first_signal_asks_the_loop_to_stop(tmp_path, number):
 @pytest.mark.parametrize(("number", "cause"), [(signal.SIGINT, Cause.INTERRUPTED), (signal.SIGTERM, Cause.TERMINATED)])
 def test_the_second_signal_ends_at_once(tmp_path, number, cause):
     body = "is_requested(); open(config.run.dir + '/looping', 'w').close(); until(lambda: False)"
-    process = start(tmp_path / "run", "attempt.stop_requests._ECHO_S = 0\n" + body)
+    process = start(tmp_path / "run", "attempt.stop_requests.ECHO_S = 0\n" + body)
     log = tmp_path / "run" / "logs" / "rank_00000.log"
     wait_for(lambda: (tmp_path / "run" / "looping").exists())
     process.send_signal(number)

@@ -13,7 +13,7 @@ import pytest
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.launch.run_folder import make_run_folder
 from megatron_dypo.launch.run_lock import NAME, STALE_S, RunLock, read_holder, remove_dead, require_free
-from megatron_dypo.processes.lifetime import own_identity
+from megatron_dypo.processes.identity import own_identity
 
 
 def make_lock(folder, **settings):
@@ -37,7 +37,7 @@ def left_by(folder, *, job="", age_s=0.0, **process):
 
 def gone():
     """Identity of a process of this machine that has ended."""
-    code = "import json; from dataclasses import asdict; from megatron_dypo.processes.lifetime import own_identity; "
+    code = "import json; from dataclasses import asdict; from megatron_dypo.processes.identity import own_identity; "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(json.dumps(asdict(own_identity())))"], capture_output=True, check=True
     )

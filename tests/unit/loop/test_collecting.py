@@ -172,7 +172,7 @@ def test_what_waited_for_too_long_is_stale_in_the_books(tmp_path: Path) -> None:
         collect(run)
         run.step = 1
         for client in (run.leader.client, run.leader.background_client):
-            client.serve([fake.url])
+            client.use_servers([fake.url])
         collect_into = books(run)
         assert collect_into.open.waiting == ROUND
         run.leader.queues.drop_stale(1, 0)

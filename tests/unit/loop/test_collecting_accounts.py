@@ -33,7 +33,7 @@ def test_groups_that_waited_too_long_are_stale_in_the_ledger_and_at_the_limit_th
         run = make_run([first.url], config)
         fill_queues(run)
         run.step = 1 if at_limit else 2
-        run.leader.client.serve([second.url])
+        run.leader.client.use_servers([second.url])
         fill_queues(run)
     stale = 0 if at_limit else ROUND
     assert (run.leader.ledger.dropped[DropReason.STALE], run.tally["stale"]) == (stale, stale)
@@ -100,7 +100,7 @@ def test_samples_and_outcomes_are_of_the_collection_and_the_step_to_come(tmp_pat
         run = make_run([first.url], make_config(tmp_path))
         for step, fake in enumerate((first, second)):
             run.step = step
-            run.leader.client.serve([fake.url])
+            run.leader.client.use_servers([fake.url])
             run.leader.queues.waiting = {treatment: [] for treatment in run.leader.queues.waiting}
             fill_queues(run)
             assert run.leader.outcomes.graded == ROUND

@@ -51,7 +51,7 @@ class Routes:
     def __init__(self) -> None:
         self.served: list[tuple[str, ...]] = []
 
-    def serve(self, servers: Sequence[str]) -> None:
+    def use_servers(self, servers: Sequence[str]) -> None:
         self.served.append(tuple(servers))
 
 
@@ -64,7 +64,7 @@ class Accepting:
     def accept(self, versions: Sequence[int]) -> None:
         self.accepted.append(list(versions))
 
-    def serve(self, urls: Sequence[str], versions: Sequence[int]) -> None:
+    def use_servers(self, urls: Sequence[str], versions: Sequence[int]) -> None:
         self.accept(versions)
 
 

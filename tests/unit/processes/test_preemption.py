@@ -60,10 +60,10 @@ def test_a_program_under_the_guard_lives_through_a_request_to_its_trainer():
     program = """
 import os, subprocess, sys
 from megatron_dypo.processes.stop_requests import hold_requests
-from megatron_dypo.rollout.server import guard
+from megatron_dypo.processes.children import program
 hold_requests()
 server = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive', flush=True)"
-command = [sys.executable, "-I", guard.__file__, str(os.getpid()), "5", sys.executable, "-c", server]
+command = program("megatron_dypo.processes.guard:main", os.getpid(), 5, sys.executable, "-c", server, isolated=True)
 sys.exit(subprocess.run(command).returncode)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dypo.processes.lifetime import own_identity
+from megatron_dypo.processes.identity import own_identity
 
-CHILD = "from megatron_dypo.processes.lifetime import end_with_parent; end_with_parent(); print('ready', flush=True); import signal; signal.pause()"
+CHILD = "from megatron_dypo.processes.children import end_with_parent; end_with_parent(); print('ready', flush=True); import signal; signal.pause()"
 PARENT = f"""
 import os, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -46,7 +46,7 @@ def test_a_process_is_known_by_more_than_its_number():
 
 
 def test_a_zombie_is_not_alive():
-    code = "from megatron_dypo.processes.lifetime import own_identity as own; print(own().pid, own().birth, flush=True); input()"
+    code = "from megatron_dypo.processes.identity import own_identity as own; print(own().pid, own().birth, flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     pid, birth = child.stdout.readline().split()
     identity = replace(own_identity(), pid=int(pid), birth=birth)

@@ -14,7 +14,7 @@ from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes import watchdog
 from megatron_dypo.processes.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, write_heartbeat
-from megatron_dypo.processes.lifetime import own_identity
+from megatron_dypo.processes.identity import own_identity
 from megatron_dypo.processes.watchdog import Watchdog, mark
 
 PATIENCE_S = 100.0
@@ -200,7 +200,7 @@ def test_a_stopped_rank_of_this_machine_leaves_its_stacks(tmp_path):
 import signal
 from pathlib import Path
 from megatron_dypo.metrics.logs import write_crashes
-from megatron_dypo.processes.lifetime import own_identity
+from megatron_dypo.processes.identity import own_identity
 write_crashes({str(tmp_path)!r}, 1)
 def stuck_here():
     print(own_identity().pid, own_identity().birth, flush=True)

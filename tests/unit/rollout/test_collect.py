@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
@@ -17,6 +20,7 @@ from aiohttp import web
 import megatron_dypo.rollout.collect as collect_module
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.metrics.progress import progress
+from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.server.process import ServerDiedError
@@ -200,27 +204,27 @@ def test_a_server_of_another_version_is_asked_no_more_and_what_it_gave_is_droppe
 ) -> None:
     with FakeSGLang(version="3") as right, FakeSGLang(version="default") as restarted:
         client = make_client([right.url, restarted.url], max_in_flight=1)
-        client.serve([right.url, restarted.url], range(3, 4))
+        client.use_servers([right.url, restarted.url], range(3, 4))
         groups, stats = collect(make_prompts(6), client, group_size=4, progress=False)
     assert [group.prompt.order for group in groups] == list(range(6))
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {3}
     assert (len(restarted.requests), stats.wrong_versions) == (1, 4)
-    assert f"dropped 4 rollouts of {restarted.url}: weights of version default; the last push was of 3" in caplog.text
+    assert f"dropped 4 rollouts of {restarted.url}: weights of version default; the last refit was of 3" in caplog.text
 
 
 def test_a_server_serves_again_once_it_is_named_again() -> None:
     with FakeSGLang(version="4") as fake:
         client = make_client([fake.url])
-        client.serve([fake.url], range(5, 6))
+        client.use_servers([fake.url], range(5, 6))
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[1].unserved) == 2
-        client.serve([fake.url], range(4, 5))
+        client.use_servers([fake.url], range(4, 5))
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[0]) == 2
 
 
 def test_requests_go_to_the_router_whatever_servers_are_named() -> None:
     with FakeSGLang(version="4") as router:
         client = make_client([closed_url()], router=router.url)
-        client.serve([closed_url()], range(4, 5))
+        client.use_servers([closed_url()], range(4, 5))
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[0]) == 2
 
 
@@ -283,3 +287,110 @@ def test_progress_counts_responses(capsys: pytest.CaptureFixture[str], monkeypat
     with FakeSGLang() as fake:
         collect(make_prompts(2), make_client([fake.url]), group_size=3, desc="evaluation")
     assert "evaluation: 6/6 responses" in capsys.readouterr().err
+
+
+def test_a_stop_request_ends_a_collection_and_keeps_its_open_groups() -> None:
+    stop = StopFlag()
+
+    def plan(index: int, body: dict[str, Any]) -> str:
+        if len(fake.requests) == 4:
+            stop.set()
+        return "hang" if body["input_ids"][-1] != 101 else "ok"
+
+    prompts = make_prompts(4)
+    with FakeSGLang(plan) as fake:
+        client = make_client([fake.url], max_in_flight=4)
+        groups, stats = collect(prompts, client, group_size=2, progress=False, stop=stop)
+        wait_until(lambda: fake.cancelled >= 3, "the open requests are aborted")
+    done = {group.prompt.order for group in groups}
+    assert done <= {1}
+    assert [prompt.order for prompt in stats.unfinished] == [order for order in range(4) if order not in done]
+    assert (stats.prompts, len(stats.dropped), stats.unserved) == (len(done), 0, ())
+
+
+def test_after_a_stop_request_nothing_is_asked() -> None:
+    stop = StopFlag()
+    stop.set()
+    with FakeSGLang(lambda index, body: "hang") as fake:
+        groups, stats = collect(make_prompts(2), make_client([fake.url]), group_size=2, progress=False, stop=stop)
+    assert (groups, [prompt.order for prompt in stats.unfinished]) == ([], [0, 1])
+
+
+def test_a_check_that_takes_its_time_holds_up_no_answer() -> None:
+    """A check may restart a server or read its log."""
+    answered = threading.Event()
+
+    def check() -> None:
+        assert answered.wait(10.0), "no answer came in while the check ran"
+
+    def plan(index: int, body: dict[str, Any]) -> str:
+        if index == 1:
+            answered.set()
+        return "ok"
+
+    with FakeSGLang(plan) as fake:
+        client = make_client([fake.url], check, max_in_flight=1)
+        groups, _ = collect(make_prompts(2), client, group_size=2, progress=False)
+    assert len(groups) == 2
+
+
+def test_no_reader_sees_the_servers_of_one_refit_with_the_versions_of_another() -> None:
+    client = make_client(["http://a:1"])
+    over = threading.Event()
+
+    def refit() -> None:
+        for version in range(20_000):
+            client.use_servers([f"http://{'ab'[version % 2]}:1"], (version,))
+        over.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        client.use_servers(["http://a:1"], (0,))
+        trainer = threading.Thread(target=refit)
+        trainer.start()
+        while not over.is_set():
+            upstream = client.upstream
+            with upstream.servers.server() as url:
+                assert upstream.versions is not None
+                assert url == f"http://{'ab'[upstream.versions[0] % 2]}:1"
+        trainer.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_new_versions_leave_the_servers_as_they_are() -> None:
+    client = make_client(["http://a:1"])
+    before = client.upstream
+    client.accept((3, 4))
+    assert client.upstream.servers is before.servers
+    assert (before.versions, client.upstream.versions) == (None, (3, 4))
+
+
+def test_a_bug_in_one_group_ends_the_collection_at_once() -> None:
+    def decode(tokens: Tokens) -> str:
+        raise KeyError("our own bug")
+
+    def plan(index: int, body: dict[str, Any]) -> str:
+        return "hang" if body["input_ids"][-1] == 100 else "ok"
+
+    with FakeSGLang(plan) as fake:
+        cfg = RolloutConfig(max_new_tokens=16, request_deadline_s=20.0)
+        client = SGLangClient([fake.url], None, cfg=cfg, decode=decode, stop_token_ids=(2,))
+        with pytest.raises(KeyError, match="our own bug"):
+            collect(make_prompts(2), client, group_size=2, progress=False)
+
+
+def test_a_request_is_two_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """collect and its loop on one side, :meth:`SGLangClient.generate` and :func:`ask` on the other."""
+    post, calls = aiohttp.ClientSession.post, []
+
+    def noted(self: aiohttp.ClientSession, *args: Any, **options: Any) -> Any:
+        ours = [frame.function for frame in inspect.stack()[1:] if "megatron_dypo/rollout" in frame.filename]
+        calls.append(ours[: ours.index("collect") + 1])
+        return post(self, *args, **options)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
+    with FakeSGLang() as fake:
+        collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
+    assert calls == [["ask", "generate", "collect"]]

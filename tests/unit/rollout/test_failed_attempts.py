@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from megatron_dypo.rollout import ask as ask_module
 from megatron_dypo.rollout.ask import AttemptError, LostServerError, OwnLackError, shown
-from megatron_dypo.rollout.client import GroupDroppedError, SGLangClient
+from megatron_dypo.rollout.attempts import GroupDroppedError
+from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.descriptors import lacks_descriptors, raise_descriptor_limit
 from megatron_dypo.types import DropReason
@@ -334,13 +335,13 @@ def test_what_fails_after_a_push_says_nothing_of_a_server_that_the_push_named_an
     """The old answer is of wrong weights, and the server is asked once more; the second such answer shuts it out."""
     with FakeSGLang(lambda index, body: "hang" if index == 0 else "ok") as fake:
         client = make_client([fake.url])
-        client.serve([fake.url], (7,))
+        client.use_servers([fake.url], (7,))
         worker = threading.Thread(
             target=collect, args=(make_prompts(1), client), kwargs={"group_size": 2, "progress": False}
         )
         worker.start()
         wait_until(lambda: fake.open == 1, "the request is open")
-        client.serve([fake.url], (7,))
+        client.use_servers([fake.url], (7,))
         fake.release()
         worker.join(10)
     assert (len(fake.requests), client.wrong_versions) == (2, 4)

@@ -183,7 +183,7 @@ def test_only_the_newest_version_of_a_group_says_what_its_server_holds(members: 
 @pytest.mark.parametrize("members", [("21", "20"), ("24", "23"), ("23", "default"), ("23", "failed-22"), ("22", "22")])
 def test_a_group_whose_newest_version_is_not_that_of_the_push_is_of_a_wrong_server(members: tuple[str, str]) -> None:
     whole = [sample(BODY, index, weight_version=version) for index, version in enumerate(members)]
-    with pytest.raises(WrongVersionError, match="the last push was of 23"):
+    with pytest.raises(WrongVersionError, match="the last refit was of 23"):
         parse(whole, versions=(23,))
 
 

@@ -100,7 +100,7 @@ def test_what_answers_but_is_no_router_is_in_the_log(
     fake: Answering, body: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.body = body
-    Router(fake.url, "key", deadline_s=0.1).serve(["http://a:1"])
+    Router(fake.url, "key", deadline_s=0.1).use_servers(["http://a:1"])
     assert f"router {fake.url} does not answer after 0.1 s" in caplog.text
 
 

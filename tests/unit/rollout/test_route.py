@@ -17,7 +17,7 @@ from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.responses import request_body
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.probe import http_status
-from megatron_dypo.rollout.server.route import route, router_options
+from megatron_dypo.rollout.server.run_router import router_options, run_router
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.routers import running_router
 from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
@@ -39,15 +39,15 @@ def test_the_router_shares_requests_among_the_servers_that_it_is_told_and_hands_
         client = make_client([one.url, other.url], router=url, api_key=KEY)
         assert len(collect(make_prompts(2), client, group_size=2, progress=False)[1].unserved) == 2
 
-        Router(url, KEY).serve([one.url, other.url])
-        client.serve([one.url, other.url], range(4, 5))
+        Router(url, KEY).use_servers([one.url, other.url])
+        client.use_servers([one.url, other.url], range(4, 5))
         groups, stats = collect(make_prompts(12), client, group_size=3, progress=False)
         assert (len(groups), stats.retries) == (12, 0)
         assert min(len(one.requests), len(other.requests)) >= 4
         assert set(one.authorization + other.authorization) == {f"Bearer {KEY}"}
 
         before = len(one.requests)
-        Router(url, KEY).serve([other.url])
+        Router(url, KEY).use_servers([other.url])
         assert len(collect(make_prompts(3), client, group_size=3, progress=False)[0]) == 3
         assert (len(one.requests), len(other.requests)) == (before, 15 - before)
     assert KEY not in " ".join(psutil.Process(process.pid).cmdline())
@@ -59,7 +59,7 @@ def test_a_request_arrives_with_all_that_it_asks_for(router_process: tuple[str, 
     url, _ = router_process
     (prompt,) = make_prompts(1)
     with FakeSGLang() as server:
-        Router(url, KEY).serve([server.url])
+        Router(url, KEY).use_servers([server.url])
         client = make_client([server.url], router=url, api_key=KEY, temperature=0.7, top_p=0.9, top_k=50)
         assert len(collect([prompt], client, group_size=3, progress=False)[0]) == 1
         (arrived,) = server.requests
@@ -80,7 +80,7 @@ def test_the_router_refuses_who_does_not_know_the_key(router_process: tuple[str,
 def test_a_dead_server_behind_the_router_costs_no_group(router_process: tuple[str, subprocess.Popen]) -> None:
     url, _ = router_process
     with FakeSGLang(lambda index, body: "die" if index == 1 else "ok") as mortal, FakeSGLang() as other:
-        Router(url, KEY).serve([mortal.url, other.url])
+        Router(url, KEY).use_servers([mortal.url, other.url])
         client = make_client([mortal.url, other.url], router=url, api_key=KEY)
         assert len(collect(make_prompts(12), client, group_size=2, progress=False)[0]) == 12
 
@@ -91,7 +91,7 @@ def test_the_router_reaches_its_servers_through_no_proxy(tmp_path: Path, monkeyp
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with FakeSGLang() as server, running_router(tmp_path, [server.url], KEY) as (url, _):
-        Router(url, KEY).serve([server.url])
+        Router(url, KEY).use_servers([server.url])
         client = make_client([server.url], router=url, api_key=KEY, retries=0)
         assert len(collect(make_prompts(1), client, group_size=2, progress=False)[0]) == 1
 
@@ -114,9 +114,9 @@ def test_a_router_needs_the_key_of_its_servers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("DYPO_SGLANG_API_KEY", raising=False)
     servers = ServersConfig(urls=("http://a:1",), router="http://127.0.0.1:31812")
     with pytest.raises(ValueError, match="DYPO_SGLANG_API_KEY is not set"):
-        route(RolloutConfig(servers=servers))
+        run_router(RolloutConfig(servers=servers))
 
 
 def test_a_config_without_a_router_starts_none() -> None:
     with pytest.raises(ValueError, match=r"rollout\.servers\.router is not set"):
-        route(RolloutConfig())
+        run_router(RolloutConfig())

@@ -76,29 +76,29 @@ def fake() -> Iterator[FakeRouter]:
 
 
 def test_a_router_has_the_servers_of_the_last_push_and_no_others_once_it_is_told(fake: FakeRouter) -> None:
-    Router(fake.url, "key").serve(["http://b:2", "http://d:4"])
+    Router(fake.url, "key").use_servers(["http://b:2", "http://d:4"])
     assert set(fake.servers) == {"http://b:2", "http://d:4"}
     assert fake.told == [("DELETE", "/workers/id-http://a:1", ""), ("POST", "http://d:4", "key")]
     assert fake.keys == {"Bearer key"}
 
 
 def test_a_router_that_has_the_right_servers_is_told_nothing(fake: FakeRouter) -> None:
-    Router(fake.url, "key").serve(["http://b:2", "http://a:1"])
+    Router(fake.url, "key").use_servers(["http://b:2", "http://a:1"])
     assert not fake.told
 
 
 def test_a_router_may_be_left_without_servers(fake: FakeRouter) -> None:
-    Router(fake.url, "key").serve([])
+    Router(fake.url, "key").use_servers([])
     assert not fake.servers
 
 
 def test_a_router_that_does_not_do_as_told_is_in_the_log(caplog: pytest.LogCaptureFixture, fake: FakeRouter) -> None:
     fake.list_servers = lambda: {}  # type: ignore[method-assign]
-    Router(fake.url, "key", deadline_s=0.2).serve(["http://a:1"])
+    Router(fake.url, "key", deadline_s=0.2).use_servers(["http://a:1"])
     assert f"router {fake.url} has [] after 0.2 s, not ['http://a:1']" in caplog.text
     assert len(fake.told) == 1
 
 
 def test_a_router_that_is_gone_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    Router("http://127.0.0.1:9", None, deadline_s=0.1).serve(["http://a:1"])
+    Router("http://127.0.0.1:9", None, deadline_s=0.1).use_servers(["http://a:1"])
     assert "router http://127.0.0.1:9 does not answer after 0.1 s, not ['http://a:1']" in caplog.text

@@ -16,7 +16,7 @@ from megatron_dypo.rollout.server.command import lease_port
 from megatron_dypo.rollout.server.probe import http_status
 from tests.support.fake_sglang import wait_until
 
-PROGRAM = Path(__file__).with_name("fake_server_program.py")
+PROGRAM = Path(__file__).parents[2] / "support/fake_server_program.py"
 REPOSITORY = Path(__file__).parents[3]
 KEY = "0123456789abcdef"
 

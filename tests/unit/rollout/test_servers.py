@@ -19,7 +19,7 @@ from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 from tests.support.fake_sglang import FakeSGLang, wait_until
 
-PROGRAM = Path(__file__).with_name("fake_server_program.py")
+PROGRAM = Path(__file__).parents[2] / "support/fake_server_program.py"
 
 
 @pytest.fixture

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from megatron_dypo.data.prompts import DropCounts
+from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream import RolloutStream, StreamWork
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.unit.rollout.test_collect import make_client, make_prompts
 
 
 class Draws:
-    """Prompts in order, for ever; remembers how many were asked for."""
+    """The first ``limit`` prompts, in order; remembers which were drawn. Those of ``too_long`` are left out."""
 
-    def __init__(self, limit: int = 1000) -> None:
-        self._prompts = iter(make_prompts(limit))
+    def __init__(self, limit: int = 1000, too_long: Sequence[int] = ()) -> None:
+        self._prompts = make_prompts(limit)
+        self._too_long = too_long
         self.orders: list[int] = []
+        self.gate = threading.Event()
+        """Loading waits for it."""
+        self.gate.set()
+        self.failure: Exception | None = None
 
-    def __call__(self, count: int) -> list[Prompt]:
-        drawn = [prompt for _, prompt in zip(range(count), self._prompts, strict=False)]
-        self.orders += [prompt.order for prompt in drawn]
+    def claim(self, count: int) -> Sequence[int]:
+        drawn = range(len(self.orders), min(len(self.orders) + count, len(self._prompts)))
+        self.orders += drawn
         return drawn
+
+    def load(self, orders: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
+        assert self.gate.wait(10.0)
+        if self.failure is not None:
+            raise self.failure
+        kept = [self._prompts[order] for order in orders if order not in self._too_long]
+        return kept, DropCounts(too_long=tuple(order for order in orders if order in self._too_long))
 
 
 def order_of(group: RolloutGroup) -> int:
@@ -33,17 +48,17 @@ def order_of(group: RolloutGroup) -> int:
 
 def make_stream(
     fake: FakeSGLang,
-    draw: Callable[[int], Sequence[Prompt]],
+    draws: Draws,
     *,
     finish: Callable[[RolloutGroup], int] = order_of,
     is_useful: Callable[[int], bool] = lambda order: True,
     oversample: float = 1.0,
     check: Callable[[], None] | None = None,
+    stop: StopFlag | None = None,
 ) -> RolloutStream[int]:
     client = make_client([fake.url], check)
-    return RolloutStream(
-        client, client.sampling(2), draw=draw, finish=finish, is_useful=is_useful, oversample=oversample
-    )
+    work = StreamWork(claim=draws.claim, load=draws.load, finish=finish, is_useful=is_useful)
+    return RolloutStream(client, client.sampling(2), work, oversample=oversample, stop=stop)
 
 
 @pytest.fixture
@@ -147,7 +162,7 @@ def test_unfinished_counts_what_is_done_but_not_taken() -> None:
         stream = make_stream(fake, Draws())
         stream.want(2)
         stream.start()
-        wait_until(lambda: not stream._state.in_flight and len(stream._state.done) == 2, "two groups are done")
+        wait_until(lambda: stream.num_in_flight == 0 and stream.num_unread == 2, "two groups are done")
         assert stream.unfinished() == [0, 1]
         stream.take()
         assert stream.unfinished() == []
@@ -157,10 +172,12 @@ def test_unfinished_counts_what_is_done_but_not_taken() -> None:
 def test_a_dropped_group_is_counted_and_made_up_for() -> None:
     with FakeSGLang(lambda index, body: "500" if body["input_ids"][-1] == 100 else "ok") as fake:
         client = make_client([fake.url], retries=1)
-        stream = RolloutStream(client, client.sampling(2), draw=Draws(), finish=order_of, is_useful=lambda order: True)
+        draws = Draws()
+        work = StreamWork(claim=draws.claim, load=draws.load, finish=order_of, is_useful=lambda order: True)
+        stream = RolloutStream(client, client.sampling(2), work)
         stream.want(2)
         stream.start()
-        wait_until(lambda: len(stream._state.done) == 2 and not stream._state.in_flight, "two groups are done")
+        wait_until(lambda: stream.num_unread == 3 and stream.num_in_flight == 0, "two groups are done")
         stream.stop()
     assert stream.unfinished() == [0, 1, 2], "whoever saves before it takes draws a dropped group again"
     taken, counts = stream.take()
@@ -201,10 +218,95 @@ def test_prompts_that_lost_their_servers_are_asked_again_where_serve_says() -> N
         stream = make_stream(dead, draw)
         stream.want(3)
         stream.start()
-        wait_until(lambda: stream.is_unserved and not stream._state.in_flight, "no server is left")
+        wait_until(lambda: stream.is_unserved and stream.num_in_flight == 0, "no server is left")
         assert stream.unfinished() == [0, 1, 2]
-        stream.serve([other.url], range(3, 5))
+        stream.use_servers([other.url], range(3, 5))
         assert not stream.is_unserved
         assert sorted(take_until(stream, 3)) == [0, 1, 2]
         stream.stop()
     assert draw.orders == [0, 1, 2]
+
+
+def test_slow_tokenising_holds_up_neither_answers_nor_the_trainer(held: FakeSGLang) -> None:
+    draws = Draws()
+    stream = make_stream(held, draws)
+    stream.want(1)
+    stream.start()
+    wait_until(lambda: held.open == 1, "the first request is open")
+    draws.gate.clear()
+    stream.want(2)
+    wait_until(lambda: draws.orders == [0, 1], "the second prompt is being tokenised")
+    assert stream.unfinished() == [0, 1], "a draw counts as unfinished from the moment it is made"
+    held.release()
+    assert take_until(stream, 1) == [0]
+    draws.gate.set()
+    stream.want(1)
+    assert take_until(stream, 1) == [1]
+    stream.stop()
+
+
+def test_prompts_that_are_tokenised_during_a_stop_are_sampled_first_after_it(held: FakeSGLang) -> None:
+    draws = Draws()
+    draws.gate.clear()
+    stream = make_stream(held, draws)
+    stream.want(2)
+    stream.start()
+    wait_until(lambda: draws.orders == [0, 1], "two prompts are being tokenised")
+    stopping = threading.Thread(target=stream.stop)
+    stopping.start()
+    draws.gate.set()
+    stopping.join(10)
+    assert not stopping.is_alive()
+    assert stream.unfinished() == [0, 1]
+    held.release()
+    stream.start()
+    assert sorted(take_until(stream, 2)) == [0, 1]
+    stream.stop()
+    assert draws.orders == [0, 1]
+
+
+def test_prompts_that_are_too_long_are_counted_once_and_made_up_for() -> None:
+    with FakeSGLang() as fake:
+        stream = make_stream(fake, Draws(too_long=[0, 2]))
+        stream.want(2)
+        stream.start()
+        wait_until(lambda: stream.num_unread >= 4, "two groups are done")
+        stream.stop()
+    taken, counts = stream.take()
+    assert taken == [1, 3]
+    assert counts.left_out.too_long == (0, 2)
+    assert stream.take()[1].left_out.too_long == ()
+    assert stream.unfinished() == []
+
+
+def test_draws_that_could_not_be_tokenised_stay_unfinished_and_are_tried_again() -> None:
+    with FakeSGLang() as fake:
+        draws = Draws()
+        draws.failure = ValueError("prompt p0: the template raises")
+        stream = make_stream(fake, draws)
+        stream.want(2)
+        stream.start()
+        with pytest.raises(ValueError, match="the template raises"):
+            stream.wait(10.0)
+        stream.stop()
+        assert stream.unfinished() == [0, 1]
+        draws.failure = None
+        stream.start()
+        assert sorted(take_until(stream, 2)) == [0, 1]
+        stream.stop()
+    assert draws.orders == [0, 1]
+
+
+def test_a_stop_request_ends_a_wait(held: FakeSGLang) -> None:
+    stop = StopFlag()
+    stream = make_stream(held, Draws(), stop=stop)
+    stream.want(2)
+    stream.start()
+    waiting = threading.Thread(target=stream.wait, args=(60.0,))
+    waiting.start()
+    wait_until(lambda: held.open == 2, "two requests are open")
+    stop.set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    stream.stop()
+    assert stream.unfinished() == [0, 1]

@@ -53,3 +53,35 @@ def test_an_error_of_the_thread_is_raised_where_servers_are_checked(ended: Serve
     wait_until(is_noticed, "the check raises")
     supervisor.stop()
     assert isinstance(causes[0], KeyError)
+
+
+def test_whoever_waits_for_a_loss_is_told_of_it(ended: ServerProcess) -> None:
+    supervisor = Supervisor([Supervised(ended, lambda: None, lambda: False, restarts=0, deadline_s=60.0)])
+    with pytest.raises(ServerDiedError, match=r"no SGLang server is left: server .* ended with status 3"):
+        supervisor.wait_for_loss()
+    supervisor.stop()
+
+
+def test_where_all_servers_are_needed_the_loss_of_one_is_a_loss(ended: ServerProcess, tmp_path: Path) -> None:
+    well = ServerProcess("well", "http://127.0.0.1:9", tmp_path / "well.log", grace_s=0.1)
+    well.start([sys.executable, "-c", "import time; time.sleep(600)"], {}, "key")
+    servers = [Supervised(one, lambda: None, lambda: True, restarts=0, deadline_s=60.0) for one in (ended, well)]
+    supervisor = Supervisor(servers, needs_all=True)
+    with pytest.raises(ServerDiedError, match=r"^server .* ended with status 3"):
+        supervisor.wait_for_loss()
+    supervisor.stop()
+    well.stop()
+    well.join()
+
+
+def test_a_server_that_is_left_alone_is_not_started_again(tmp_path: Path) -> None:
+    process = ServerProcess("server", "http://127.0.0.1:9", tmp_path / "server.log", grace_s=0.1)
+    process.start([sys.executable, "-c", "import time; time.sleep(600)"], {}, "key")
+    starts: list[int] = []
+    supervisor = Supervisor([Supervised(process, lambda: starts.append(1), lambda: True, restarts=3, deadline_s=60.0)])
+    supervisor.stop()
+    process.stop()
+    process.join()
+    supervisor.check()
+    assert process.ending() is not None
+    assert starts == []

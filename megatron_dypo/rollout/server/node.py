@@ -1,4 +1,4 @@
-"""The servers of one node, for a trainer on other nodes: what ``megatron-dypo serve`` runs."""
+"""The servers of one node, for a trainer on other nodes: ``megatron-dypo serve`` runs this."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import shlex
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +15,14 @@ from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.server.command import lease_port
 from megatron_dypo.rollout.server.servers import start_servers
 
-_POLL_S = 0.5
-
 log = logging.getLogger(__name__)
 
 
-def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
+def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
-    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: bringing it
-    up to date is the trainer's affair.
+    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: it is the
+    trainer that brings it up to date.
 
     Args:
         first: number of this node's first server among those of all nodes; server ``i`` samples with seed + ``i``.
@@ -47,13 +44,11 @@ def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args
     model, seed = Path(config.model.hf_path), config.run.seed + first
     with start_servers(cfg, model, config.model.dtype, log_dir, seed=seed, device=device) as pool:
         log.info("serving at %s", ", ".join(pool.urls))
-        while True:
-            pool.check()
-            time.sleep(_POLL_S)
+        pool.wait_for_loss()
 
 
 def _require_ports(cfg: ServersConfig) -> None:
-    """The trainer was told these ports, so that the next free ones will not do."""
+    """Raise ValueError if a port is taken: the trainer was told these ports, so others will not do."""
     for port in range(cfg.port, cfg.port + cfg.per_node):
         lease = lease_port(cfg.host, port)
         lease.release()

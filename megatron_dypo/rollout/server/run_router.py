@@ -1,7 +1,7 @@
-"""The router in front of the servers: what ``megatron-dypo route`` runs.
+"""The router in front of the servers, which ``megatron-dypo route`` runs.
 
-It is ``sglang-router``, in this process. Its own launcher (``python -m sglang_router.launch_router``) takes the key on the
-command line, where ``ps`` shows it, and imports SGLang, which a CPU needs shims for (see :mod:`.sglang_cpu`).
+It is ``sglang-router``, in this process. Its own launcher (``python -m sglang_router.launch_router``) takes the key on
+the command line, where ``ps`` shows it, and imports SGLang, for which a CPU needs shims (see :mod:`.sglang_cpu`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.proxies import direct_hosts
 
 
-def route(cfg: RolloutConfig) -> None:
-    """Run the router of ``cfg.servers.router`` until SIGTERM; it asks its clients, and is asked, for the servers' key.
+def run_router(cfg: RolloutConfig) -> None:
+    """Run the router of ``cfg.servers.router`` until SIGTERM; clients need the servers' key to use it.
 
-    It has no server until a trainer names some (:meth:`megatron_dypo.rollout.router.Router.serve`), so that no request
-    gets to one whose weights are not known.
+    It has no server until a trainer names some (:meth:`megatron_dypo.rollout.router.Router.use_servers`), so that no
+    request gets to a server whose weights are not known.
 
     Raises:
         ValueError: the config names no router or one that this host cannot be, the key is not in the environment, or
@@ -48,7 +48,7 @@ def route(cfg: RolloutConfig) -> None:
 
 
 def router_options(cfg: RolloutConfig, url: str, api_key: str) -> dict[str, Any]:
-    """Fields of ``RouterArgs`` (sglang-router 0.3.2) for a router at ``url``."""
+    """Return the fields of ``RouterArgs`` (sglang-router 0.3.2) for a router at ``url``."""
     host, port = _address(url)
     return {
         "host": host,
@@ -57,12 +57,12 @@ def router_options(cfg: RolloutConfig, url: str, api_key: str) -> dict[str, Any]
         "log_level": "warn",  # else two lines for each request
         "request_timeout_secs": math.ceil(cfg.request_deadline_s),
         "shutdown_grace_period_secs": math.ceil(cfg.servers.stop_grace_s),
-        # Requests differ in length, and each has a prompt of its own: the server with the least to do gets the next one,
-        # and a common prefix decides between equals. Only this policy counts open requests.
+        # Requests differ in length, and each has a prompt of its own: the server with the least to do gets the next
+        # one, and a common prefix decides between equals. Only this policy counts open requests.
         "policy": "cache_aware",
         "balance_abs_threshold": 0,
         "balance_rel_threshold": 1.0,
-        # Who serves is the trainer's affair. A server that rests while the ranks train would fail the router's checks.
+        # The trainer decides who serves. A server that rests while the ranks train would fail the router's checks.
         "disable_health_check": True,
         # A dead server has the least to do: after 10 failures it is asked only once a second. A request is tried for
         # longer than that (0.2 + 0.3 + 0.45 + 0.68 s), so that it finds a server that has just come back.
@@ -75,7 +75,7 @@ def router_options(cfg: RolloutConfig, url: str, api_key: str) -> dict[str, Any]
 
 
 def _address(url: str) -> tuple[str, int]:
-    """Host, as an IP address (names are refused), and port of the router's URL."""
+    """Return host, as an IP address (names are refused), and port of the router's URL."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path.strip("/"):
         raise ValueError(f"rollout.servers.router={url!r}: must be http://HOST:PORT")

@@ -1,0 +1,128 @@
+"""Processes that a run starts, and the signals between them.
+
+All starters use the functions of this module. The table says who starts whom, which signals reach the process, and what
+ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the requests of :mod:`megatron_dypo.processes.stop_requests`.
+
+| process | started by | signals | ended by |
+| --- | --- | --- | --- |
+| launcher of a node | user, srun, `run_training` | STOP blocked; a thread takes them: the first is sent on to the
+  ranks as SIGUSR1, a second SIGINT or SIGTERM ends the ranks at once | the end of its ranks |
+| rank | launcher (torchrun), or the user | STOP blocked; a thread takes them: the first ends the run after its step,
+  a second SIGINT or SIGTERM ends it at once | its last step; SIGTERM from its launcher, or because the launcher is
+  gone |
+| `megatron-dypo serve` | user, srun | SIGUSR1 blocked; SIGTERM, SIGINT and SIGHUP stop its servers | a signal; the
+  loss of its servers |
+| `megatron-dypo route` | user, srun | SIGUSR1 blocked; sglang-router takes SIGTERM and SIGINT | a signal |
+| guard of a server | rank, `serve` | STOP blocked; it obeys SIGTERM, SIGINT and SIGHUP of its parent alone | the end
+  of its server; its parent's SIGTERM or end |
+| SGLang server | guard, in a session of its own | SIGUSR1 blocked; SIGTERM by its guard | its guard: SIGTERM to the
+  session, then SIGKILL after `stop_grace_s` |
+| verifier process | rank, `check`, `grade`, in a session of its own | STOP has a handler that does nothing | the end
+  of its connection; SIGKILL to its session at a deadline; SIGALRM if nobody is left to kill it |
+| template process | whoever renders chat templates | STOP and SIGUSR2 ignored | the end of its connection; SIGPROF
+  after 5 s of processor time |
+| row checker | whoever opens prompts (multiprocessing, spawn) | SIGUSR1, SIGUSR2, SIGINT and SIGHUP blocked | the end
+  of the check; SIGTERM, which the kernel sends when its parent is gone |
+| queue of checkpoint writers | rank (multiprocessing, spawn) | SIGUSR1, SIGINT and SIGHUP blocked | its rank's end;
+  SIGTERM, which the kernel sends when its parent is gone |
+| checkpoint writer | rank (Megatron-Core, fork) | STOP blocked | the end of its file |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+STOP = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a run to stop."""
+_PR_SET_PDEATHSIG = 1
+
+
+def program(target: str, *arguments: object, isolated: bool = False) -> list[str]:
+    """Return the command that calls ``target`` (``module:function``), which finds ``arguments`` in ``sys.argv[1:]``.
+
+    The new interpreter has this one's import path. It is not a ``multiprocessing`` child, which would import the
+    trainer's main module, and with it torch and Megatron.
+
+    Args:
+        isolated: no variable of the environment changes the interpreter.
+    """
+    module, function = target.split(":")
+    paths = [*sys.path, str(Path.cwd())]  # a user's module may lie where the run was started
+    code = f"import sys; sys.path[:] = {paths!r}; from {module} import {function}; sys.exit({function}())"
+    flags = ["-u", "-I"] if isolated else ["-u"]  # unbuffered: what was printed before a sudden end is seen
+    return [sys.executable, *flags, "-c", code, *map(str, arguments)]
+
+
+@contextlib.contextmanager
+def blocked(signals: Iterable[signal.Signals] = STOP) -> Iterator[None]:
+    """Block signals in this thread for the block; a process started in it begins with them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock(*signals: signal.Signals) -> None:
+    """Unblock signals that this process may have inherited blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def signal_group(group: int, number: signal.Signals) -> None:
+    """Send a signal to all processes of a group; nothing happens if none is left."""
+    # PermissionError: what is left of the group belongs to another user.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when its parent is gone, even by SIGKILL (Linux, ``prctl(2)``).
+
+    SIGTERM gets its default action, which a trainer's children would otherwise inherit blocked.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    unblock(signal.SIGTERM)
+    tie_to_parent()
+
+
+def tie_to_parent() -> None:
+    """Ask for SIGTERM when the parent is gone; a process that blocks SIGTERM sees it pending."""
+    parent = os.getppid()
+    signal_at_parents_end(signal.SIGTERM)
+    if os.getppid() != parent:  # it went before the signal was asked for
+        sys.exit(128 + signal.SIGTERM)
+
+
+def signal_at_parents_end(number: signal.Signals) -> None:
+    """Ask the kernel for a signal when the parent's thread that started this process ends, and when the parent does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def wait_for_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has ended, and leave it to others to reap it: until then its number is nobody else's."""
+    with contextlib.suppress(ChildProcessError):  # it is reaped
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def end_of(process: subprocess.Popen[bytes]) -> Connection:
+    """Return a connection that becomes readable when the process has ended, even if children of it live on."""
+    ours, theirs = Pipe(duplex=False)
+
+    def tell() -> None:
+        wait_for_end(process)
+        with theirs, contextlib.suppress(OSError):  # nobody wants to know any more
+            theirs.send_bytes(b"ended")
+
+    threading.Thread(target=tell, name=f"end of {process.pid}", daemon=True).start()
+    return ours

@@ -1,0 +1,53 @@
+"""The identity of a process: how to tell one from another, and whether it is alive."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessIdentity:
+    """A process, told from every other one: its number on one boot of one kernel, and when it started."""
+
+    host: str
+    machine: str
+    """Boot and namespace of process numbers: two processes that agree on it can look each other up by ``pid``."""
+    pid: int
+    birth: str
+    """Its start in the kernel's clock ticks since boot; empty where the system does not say."""
+
+    def is_on_this_machine(self) -> bool:
+        """Return whether :meth:`is_alive` can tell."""
+        return bool(self.machine) and self.machine == _machine()
+
+    def is_alive(self) -> bool:
+        """Return whether this very process still runs; ask only on its own machine. A zombie does not run."""
+        birth = _birth(self.pid)
+        return birth is not None and birth == self.birth
+
+
+def own_identity() -> ProcessIdentity:
+    """Return the identity of the calling process."""
+    pid = os.getpid()
+    return ProcessIdentity(host=platform.node(), machine=_machine(), pid=pid, birth=_birth(pid) or "")
+
+
+def _machine() -> str:
+    if not _BOOT_ID.is_file():
+        return ""
+    return f"{_BOOT_ID.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def _birth(pid: int) -> str | None:
+    """Return the start time of a process; None if it has ended."""
+    try:
+        # The name, in parentheses, may hold anything; fields 3 and 22 of proc(5) follow it.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
