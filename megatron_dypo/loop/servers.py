@@ -1,130 +1,272 @@
 """The servers as the loop sees them: weights go there, groups of rollouts come back. Called by all ranks.
 
-Only leaders of replicas ask servers, but a push takes every rank. So when leaders are left without a server, all ranks
-agree to push the weights again, to whatever server has come back meanwhile, and the leaders ask on.
+Only leaders of replicas ask servers, but a refit takes every rank. So when leaders are left without a server, all ranks
+agree to refit again, with whatever server has come back in the meantime, and the leaders ask on.
+
+A run that asks no server has :class:`NoServers`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from megatron_dypo.batching.exchange import broadcast_object, gather_objects
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.run import Run
-from megatron_dypo.loop.tally import tally_client, tally_push
+from megatron_dypo.grading.verify import Verifier, grade
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.tally import Tally, tally_client, tally_push
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup, collect
+from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.types import Prompt, RolloutGroup
+from megatron_dypo.rollout.stream import RolloutStream, StreamCounts
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
 
 log = logging.getLogger("megatron_dypo")
 
 _MAX_FRUITLESS = 3
 
 
-def push(run: Run) -> dict[str, float]:
-    """Bring the servers to the weights of ``run.step``, and send requests to those alone; nothing to do without servers."""
-    if run.bridge is None:
-        return {}
-    leader = run.leader
-    # What a stream has in flight may end before the push or after it. A push of the same version, to servers that came
-    # back, narrows nothing: what the one before it allowed may still be in flight.
-    before = [version for version in run.pushed if version != run.step][-1:]
-    recent = range(before[0], run.step + 1, run.step - before[0]) if before else range(run.step, run.step + 1)
-    if leader and leader.background:
-        leader.background.accept(recent)
-    with run.timings.measure("update_weights"):
-        pushed = run.bridge.push(run.step)
-    if run.layout.is_global_leader:
-        tally_push(run.tally, pushed)
-    if run.router is not None:
-        run.router.serve(run.bridge.serving)
-    if leader and leader.client and leader.background_client:
-        leader.client.serve(run.bridge.serving, range(run.step, run.step + 1))
-        serve = leader.background.serve if leader.background else leader.background_client.serve
-        serve(run.bridge.serving, recent)
-    run.served_version, run.pushed = run.step, tuple(recent)
-    return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
+class Refitter(Protocol):
+    """Brings servers to the trainer's weights; see :class:`megatron_dypo.refit.refitter.Bridge`."""
+
+    @property
+    def serving(self) -> tuple[str, ...]: ...
+
+    def push(self, version: int) -> PushReport: ...
+
+    def release(self) -> None: ...
 
 
-def release(run: Run) -> None:
-    """Let the servers' memory go until the next push, where the config says so."""
-    if run.bridge is not None:
-        run.bridge.release()
+class Router(Protocol):
+    """Sends requests on to servers; see :class:`megatron_dypo.rollout.router.Router`."""
+
+    def serve(self, servers: Sequence[str]) -> None: ...
+
+
+class NoRouter:
+    """Stands where requests go to servers directly, and on all ranks but one."""
+
+    def serve(self, servers: Sequence[str]) -> None: ...
+
+
+class NoStream:
+    """The rollout stream of a rank that asks no server: nothing comes, and nothing is in flight."""
+
+    error: BaseException | None = None
+    is_unserved = False
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def postpone(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def want(self, count: int) -> None: ...
+
+    def wait(self, timeout_s: float, useful: int = 1, resolved: int = 1) -> None: ...
+
+    def take(self) -> tuple[list[GradedGroup], StreamCounts]:
+        return [], StreamCounts()
+
+    def still(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def unfinished(self) -> list[int]:
+        return []
+
+
+Stream = RolloutStream[GradedGroup] | NoStream
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What came of the prompts of one replica."""
+    """Groups of one replica's prompts."""
 
     groups: list[RolloutGroup] = field(default_factory=list)
     """Complete groups, by the order of their draws."""
     dropped: list[DroppedGroup] = field(default_factory=list)
 
-    @classmethod
-    def without_rollouts(cls, prompts: Sequence[Prompt]) -> Sampled:
-        return cls(groups=[RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts])
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What came back when one replica asked its servers once."""
+
+    sampled: Sampled = field(default_factory=Sampled)
+    unserved: Sequence[Prompt] = ()
+    """Prompts that no server took."""
+    counts: ClientCounts = field(default_factory=ClientCounts)
+    failure: str = ""
+    """Why no server will ever take one; empty where nothing speaks against that."""
 
 
-def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> Sampled:
-    """Sample the groups of this replica's ``prompts``, however many servers die meanwhile. Collective over the world.
+@dataclass(frozen=True, kw_only=True)
+class LeaderRequests:
+    """The requests of a replica's leader: groups for the loop, groups in the background, and their verdicts."""
 
-    Args:
-        prompts: () off the leaders.
-        part: of the step's time, to which this counts.
-        options: of :func:`megatron_dypo.rollout.collect.collect`.
+    client: SGLangClient
+    stream: RolloutStream[GradedGroup]
+    """Has a client of its own, since it runs while ``client`` evaluates."""
+    verifier: Verifier
+    fail_truncated: bool
+    show_progress: bool
 
-    Raises:
-        RunEnded: on all ranks: no server is left, or pushes go well and a rank cannot reach the servers.
-    """
-    sampled = Sampled()
-    fruitless = 0
-    while True:
-        found, prompts, failure = _ask(run, prompts, part, options)
-        sampled.groups.extend(found.groups)
-        sampled.dropped.extend(found.dropped)
-        if failures := gather_anywhere(run, failure):
-            raise RunEnded(Cause.SERVERS_GONE, failures[0])
-        if not anywhere(run, bool(prompts)):
-            sampled.groups.sort(key=lambda group: group.prompt.order)
-            return sampled
-        came_back = len(found.groups) + len(found.dropped)
-        fruitless = 0 if anywhere(run, came_back > 0) else fruitless + 1
-        if fruitless == _MAX_FRUITLESS:
-            raise RunEnded(
-                Cause.SERVERS_GONE,
-                f"no SGLang server can be reached, though {fruitless - 1} pushes in a row went well",
-            )
-        if run.layout.is_global_leader:
-            log.warning("no server is reachable; pushing version %d again", run.step)
-        push(run)
+    def ask(self, prompts: Sequence[Prompt], **options: Any) -> Attempt:
+        """Sample the groups of ``prompts`` once; ``options`` are those of ``rollout.collect.collect``."""
+        if not prompts:
+            return Attempt()
+        try:
+            groups, stats = collect(prompts, self.client, progress=self.show_progress, **options)
+        except ServerDiedError as error:
+            return Attempt(unserved=prompts, failure=str(error))
+        sampled = Sampled(groups=groups, dropped=list(stats.dropped))
+        return Attempt(sampled=sampled, unserved=stats.unserved, counts=stats.client)
 
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Give each group its verdicts and its tier."""
+        return grade(groups, self.verifier, self.fail_truncated, show_progress=self.show_progress)
 
-def _ask(
-    run: Run, prompts: Sequence[Prompt], part: str, options: dict[str, Any]
-) -> tuple[Sampled, Sequence[Prompt], str | None]:
-    """One attempt: what came back, the prompts that no server took, and why no server will ever take one."""
-    if not run.leader or not prompts:
-        return Sampled(), prompts, None
-    assert run.leader.client is not None
-    try:
-        with run.timings.measure(part):
-            groups, stats = collect(prompts, run.leader.client, progress=run.layout.is_global_leader, **options)
-    except ServerDiedError as error:
-        return Sampled(), prompts, str(error)
-    tally_client(run.tally, stats.client)
-    return Sampled(groups=groups, dropped=list(stats.dropped)), stats.unserved, None
+    def accept(self, recent: range) -> None:
+        """Take groups of these versions from the stream, before a refit."""
+        self.stream.accept(recent)
+
+    def serve(self, urls: Sequence[str], version: int, recent: range) -> None:
+        """Send requests to ``urls``, after a refit; take groups of ``version``, and of ``recent`` from the stream."""
+        self.client.serve(urls, range(version, version + 1))
+        self.stream.serve(urls, recent)
 
 
-def gather_anywhere(run: Run, value: str | None) -> list[str]:
-    """The values of all leaders that have one; the same answer on every rank."""
-    found = gather_objects(value, run.leader.group) if run.leader else []
-    return broadcast_object([one for one in found if one is not None], run.layout.replica_group)
+@dataclass(frozen=True, kw_only=True)
+class FollowerRequests:
+    """The requests of any other rank: none."""
+
+    stream: NoStream = field(default_factory=NoStream)
+
+    def ask(self, prompts: Sequence[Prompt], **options: Any) -> Attempt:
+        return Attempt()
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        return []
+
+    def accept(self, recent: range) -> None: ...
+
+    def serve(self, urls: Sequence[str], version: int, recent: range) -> None: ...
 
 
-def anywhere(run: Run, value: bool) -> bool:
-    """Whether ``value`` holds on any leader; the same answer on every rank. Other ranks' values do not count."""
-    found = any(gather_objects(value, run.leader.group)) if run.leader else False
-    return broadcast_object(found, run.layout.replica_group)
+@dataclass(kw_only=True)
+class Servers:
+    """The servers of a run that asks some."""
+
+    refitter: Refitter
+    requests: LeaderRequests | FollowerRequests
+    router: Router | NoRouter
+    ranks: Ranks
+    tally: Tally
+    timings: Timings
+    versions: tuple[int, ...] = ()
+    """Versions of the last refit and of the last one before it that was of another version, ascending: what servers may
+    hold while a refit is under way."""
+
+    @property
+    def stream(self) -> Stream:
+        """This replica's groups in the background."""
+        return self.requests.stream
+
+    def refit(self, version: int) -> dict[str, float]:
+        """Bring the servers to the weights of now, named ``version``, and send requests to those alone; return metrics."""
+        # A group that the stream has in flight may end before the refit or after it. A refit of the same version, with
+        # servers that came back, narrows nothing: what the one before it allowed may still be in flight.
+        before = [pushed for pushed in self.versions if pushed != version][-1:]
+        recent = range(before[0], version + 1, version - before[0]) if before else range(version, version + 1)
+        self.requests.accept(recent)
+        with self.timings.measure("update_weights"):
+            report = self.refitter.push(version)
+        if self.ranks.is_global_leader:
+            tally_push(self.tally, report)
+        self.router.serve(self.refitter.serving)
+        self.requests.serve(self.refitter.serving, version, recent)
+        self.versions = tuple(recent)
+        return {"perf/weight_bytes": float(report.bytes), "refit/pause_s": report.pause_seconds}
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Give each of this replica's groups its verdicts and its tier."""
+        return self.requests.grade(groups)
+
+    def release_memory(self) -> None:
+        """Let the servers' memory go until the next refit, where the config says so."""
+        self.refitter.release()
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        version: int,
+        part: str,
+        *,
+        group_size: int,
+        temperature: float | None = None,
+        seed_of: Callable[[Prompt], int] | None = None,
+        desc: str = "rollouts",
+    ) -> Sampled:
+        """Sample the groups of this replica's ``prompts``, however many servers die meanwhile. Collective over the world.
+
+        Args:
+            prompts: () off the leaders.
+            version: of the weights that servers hold, or get where all are lost.
+            part: of the step's time, to which this counts.
+            group_size: rollouts of each prompt; this and the rest are as for ``rollout.collect.collect``.
+
+        Raises:
+            RunEnded: on all ranks: no server is left, or refits go well and a rank cannot reach the servers.
+        """
+        sampled, fruitless = Sampled(), 0
+        while True:
+            with self.timings.measure(part):
+                attempt = self.requests.ask(
+                    prompts, group_size=group_size, temperature=temperature, seed_of=seed_of, desc=desc
+                )
+            prompts = attempt.unserved
+            tally_client(self.tally, attempt.counts)
+            sampled.groups.extend(attempt.sampled.groups)
+            sampled.dropped.extend(attempt.sampled.dropped)
+            came_back = len(attempt.sampled.groups) + len(attempt.sampled.dropped)
+            found = self.ranks.of_leaders((attempt.failure, len(prompts), came_back))
+            if failures := [failure for failure, _, _ in found if failure]:
+                raise RunEnded(Cause.SERVERS_GONE, failures[0])
+            if not any(left for _, left, _ in found):
+                sampled.groups.sort(key=lambda group: group.prompt.order)
+                return sampled
+            fruitless = 0 if any(came_back for _, _, came_back in found) else fruitless + 1
+            if fruitless == _MAX_FRUITLESS:
+                raise RunEnded(
+                    Cause.SERVERS_GONE,
+                    f"no SGLang server can be reached, though {fruitless - 1} refits in a row went well",
+                )
+            if self.ranks.is_global_leader:
+                log.warning("no server is reachable; pushing version %d again", version)
+            self.refit(version)
+
+
+class NoServers:
+    """Stands for the servers in a run that asks none: no step that is left needs rollouts, and nothing is evaluated."""
+
+    stream = NoStream()
+
+    def sample(self, prompts: Sequence[Prompt], version: int, part: str, *, group_size: int) -> Sampled:
+        """Raise RuntimeError: to ask is a bug."""
+        raise RuntimeError(f"step {version} asks for rollouts, and this run has no servers")
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Raise RuntimeError: to ask is a bug."""
+        raise RuntimeError("there is no verifier where nothing is sampled")
+
+    def refit(self, version: int) -> dict[str, float]:
+        """Do nothing: the weights go to no server."""
+        return {}
+
+    def release_memory(self) -> None:
+        """Do nothing."""

@@ -21,6 +21,12 @@ class Tally(dict[str, float]):
     def __missing__(self, key: str) -> float:
         return 0.0
 
+    def take(self) -> Tally:
+        """Return the sums since the last call; they start again at zero."""
+        taken = Tally(self)
+        self.clear()
+        return taken
+
     def merge(self, other: Tally) -> None:
         """Add what another leader counted."""
         for key, value in other.items():
