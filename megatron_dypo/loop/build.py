@@ -14,7 +14,8 @@ from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
 from megatron_dypo.loop.connect import connect, start_in_background
-from megatron_dypo.loop.megatron_policy import MegatronPolicy, build_policy
+from megatron_dypo.loop.foundation import Foundation
+from megatron_dypo.loop.megatron_policy import build_policy
 from megatron_dypo.loop.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.ranks import MeshRanks
 from megatron_dypo.loop.replica import Follower
@@ -23,7 +24,7 @@ from megatron_dypo.loop.servers import NoServers
 from megatron_dypo.loop.state import NoWriter, Progress, Run, Writer
 from megatron_dypo.loop.tally import Tally
 from megatron_dypo.mcore import features
-from megatron_dypo.mcore.checkpoints import checkpoint
+from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.versions import write_versions
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
@@ -50,41 +51,67 @@ def open_run(config: Config) -> Iterator[Run]:
         ValueError: the run folder holds a checkpoint and ``run.resume`` is false; the policy does not fit into the
             GPUs (``run.check_memory``); the machine cannot run ``model.fp8.recipe``; or any input breaks a rule.
     """
-    objective = build_objective(config.objective)
     with contextlib.ExitStack() as stack:
         layout = _join(config, stack)
-        ranks, timings, tally = MeshRanks(layout=layout), Timings(), Tally()
-        latest = prepare_folder(config, is_global_leader=ranks.is_global_leader)
-        progress = Progress(step=checkpoint.step_of(latest) if latest else 0)
-        with_servers = uses_servers(config, objective, progress.step)
-        starting = start_in_background(config, stack) if with_servers and ranks.is_global_leader else None
-        policy = build_policy(config, layout, needs_reference=objective.needs_reference(), timings=timings)
-        restored = _restore(policy, latest, config, progress) if latest else None
-        opened: OpenedLeader | Follower = Follower()
-        if layout.leaders_group is not None:
-            opened = open_leader(
-                config, layout.leaders_group, ranks, policy.arch, restored, stack, keeps_verifier=with_servers
-            )
+        latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
+        objective = build_objective(config.objective)
+        with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
+        starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
+        base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
+        leaders = layout.leaders_group
+        opened = Follower() if leaders is None else open_leader(base, leaders)
         replica = opened.leader if isinstance(opened, OpenedLeader) else opened
-        run = Run(
+        servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
+        writer: Writer = NoWriter()
+        if layout.is_global_leader:
+            _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
+            writer = _open_writer(config, base.progress.step + bool(latest), stack)
+        yield Run(
             config=config,
-            ranks=ranks,
-            policy=policy,
+            ranks=base.ranks,
+            policy=base.policy,
             objective=objective,
             replica=replica,
-            servers=NoServers(),
-            writer=NoWriter(),
-            progress=progress,
-            batch=restore_batch(restored, replica, latest) if restored and latest else RolloutBatch(),
-            timings=timings,
-            tally=tally,
+            servers=servers,
+            writer=writer,
+            progress=base.progress,
+            batch=restore_batch(base.restored, replica, latest) if base.restored and latest else RolloutBatch(),
+            timings=base.timings,
+            tally=base.tally,
         )
-        if with_servers:
-            run.servers = connect(run, opened, policy, starting.result() if starting else None, stack)
-        if ranks.is_global_leader:
-            _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
-            run.writer = _open_writer(config, progress.step + bool(latest), stack)
-        yield run
+
+
+def _lay(
+    config: Config,
+    layout: Layout,
+    objective: Objective,
+    latest: Path | None,
+    stack: contextlib.ExitStack,
+    *,
+    with_servers: bool,
+) -> Foundation:
+    """Build the policy, and bring it to where the checkpoint ``latest`` left it."""
+    timings, progress, restored = Timings(), Progress(), None
+    policy = build_policy(config, layout, needs_reference=objective.needs_reference(), timings=timings)
+    if latest is not None:
+        restored = policy.load(latest)
+        require_known_state(latest, restored.trainer_state)
+        progress = Progress(step=restored.step, batches=int(restored.trainer_state["batches"]))
+        if layout.is_global_leader:
+            discard_samples(Path(config.run.dir), restored.step + 1)
+            log.info("resuming from %s: %d of %d steps are done", latest, restored.step, config.run.steps)
+    return Foundation(
+        config=config,
+        ranks=MeshRanks(layout=layout),
+        objective=objective,
+        policy=policy,
+        progress=progress,
+        restored=restored,
+        with_servers=with_servers,
+        timings=timings,
+        tally=Tally(),
+        stack=stack,
+    )
 
 
 def _join(config: Config, stack: contextlib.ExitStack) -> Layout:
@@ -116,13 +143,11 @@ def prepare_folder(config: Config, *, is_global_leader: bool) -> Path | None:
         ValueError: there is one, and ``run.resume`` is false or ``run.steps`` is below the steps that are done.
     """
     folder = Path(config.run.dir)
-    found = checkpoint.find_latest(folder / "checkpoints")
+    found = find_latest(folder / "checkpoints")
     if found and not config.run.resume:
         raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
-    if found and checkpoint.step_of(found) > config.run.steps:
-        raise ValueError(
-            f"run.steps={config.run.steps}: is below the {checkpoint.step_of(found)} steps done in {found}"
-        )
+    if found and step_of(found) > config.run.steps:
+        raise ValueError(f"run.steps={config.run.steps}: is below the {step_of(found)} steps done in {found}")
     if is_global_leader:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "config.yaml"
@@ -146,17 +171,6 @@ def _warn_of_changes(written: Path, config: Config) -> None:
 
 def _write_config(config: Config) -> None:
     replace_file(Path(config.run.dir) / "config.yaml", dump_config(config))
-
-
-def _restore(policy: MegatronPolicy, latest: Path, config: Config, progress: Progress) -> checkpoint.Restored:
-    """Bring the policy back; fill ``progress``."""
-    restored = policy.load(latest)
-    require_known_state(latest, restored.trainer_state)
-    progress.step, progress.batches = restored.step, int(restored.trainer_state["batches"])
-    if policy.layout.is_global_leader:
-        discard_samples(Path(config.run.dir), restored.step + 1)
-        log.info("resuming from %s: %d of %d steps are done", latest, restored.step, config.run.steps)
-    return restored
 
 
 def _open_writer(config: Config, first_step: int, stack: contextlib.ExitStack) -> Writer:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.background import open_stream
-from megatron_dypo.loop.megatron_policy import MegatronPolicy
+from megatron_dypo.loop.foundation import Foundation
 from megatron_dypo.loop.open_leader import OpenedLeader
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.servers import FollowerRequests, LeaderRequests, NoRouter, Servers
-from megatron_dypo.loop.state import Run
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.parallel.device import device_kind
 from megatron_dypo.refit.refitter import Bridge
@@ -44,20 +43,14 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
     return future
 
 
-def connect(
-    run: Run,
-    opened: OpenedLeader | Follower,
-    policy: MegatronPolicy,
-    pool: ServerPool | None,
-    stack: contextlib.ExitStack,
-) -> Servers:
+def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool | None) -> Servers:
     """Return the servers of a run, connected; ``pool`` is known on the global leader. Collective over the world."""
-    config, ranks = run.config, run.ranks
+    config, ranks, policy = base.config, base.ranks, base.policy
     urls, api_key = ranks.of_leaders((pool.urls, pool.api_key) if pool else ((), None))[0]
     requests: LeaderRequests | FollowerRequests = FollowerRequests()
     if isinstance(opened, OpenedLeader):
-        requests = _requests(run, opened, policy.arch.vocab_size, urls, api_key, pool)
-        stack.callback(requests.stream.stop)
+        requests = _requests(base, opened, urls, api_key, pool)
+        base.stack.callback(requests.stream.stop)
     router = config.rollout.servers.router if ranks.is_global_leader else None
     refitter = Bridge(
         policy.layout,
@@ -66,25 +59,26 @@ def connect(
         urls=urls,
         api_key=api_key,
         config=config.weights,
-        run_dir=run.dir,
+        run_dir=base.run_dir,
         hf_reference=Path(config.model.hf_path),
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
     )
-    stack.enter_context(contextlib.closing(refitter))
+    base.stack.enter_context(contextlib.closing(refitter))
     return Servers(
         refitter=refitter,
         requests=requests,
         router=Router(router, api_key) if router else NoRouter(),
         ranks=ranks,
-        tally=run.tally,
-        timings=run.timings,
+        tally=base.tally,
+        timings=base.timings,
     )
 
 
 def _requests(
-    run: Run, opened: OpenedLeader, vocab_size: int, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None
+    base: Foundation, opened: OpenedLeader, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None
 ) -> LeaderRequests:
-    config, tokenizer, draws = run.config, opened.tokenizer, opened.leader.draws
+    """Return a client and a rollout stream, to the same servers."""
+    config, tokenizer, progress = base.config, opened.tokenizer, base.progress
     make_client = functools.partial(
         SGLangClient,
         urls,
@@ -94,19 +88,20 @@ def _requests(
         stop_token_ids=tokenizer.eos_ids,
         check=pool.check if pool else None,
         router=config.rollout.servers.router,
-        vocab_size=vocab_size,
+        vocab_size=base.policy.arch.vocab_size,
+    )
+    stream = open_stream(
+        make_client(),
+        opened.leader.draws,
+        opened.verifier,
+        base.objective,
+        config,
+        current_step=lambda: progress.step,
     )
     return LeaderRequests(
         client=make_client(),
-        stream=open_stream(
-            make_client(),
-            draws,
-            opened.verifier,
-            run.objective,
-            config,
-            current_step=lambda: run.progress.step,
-        ),
+        stream=stream,
         verifier=opened.verifier,
         fail_truncated=config.grading.truncated_is_wrong,
-        show_progress=run.ranks.is_global_leader,
+        show_progress=base.ranks.is_global_leader,
     )

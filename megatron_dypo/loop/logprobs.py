@@ -53,6 +53,10 @@ class Logprobs:
         """
         return self.is_asynchronous and self.cfg.policy == "trainer"
 
+    def is_check_due(self, number: int) -> bool:
+        """Return whether the servers' log-probs are checked in rollout batch ``number``, from 0."""
+        return self.cfg.check_every > 0 and number % self.cfg.check_every == 0
+
     def complete(self, groups: Sequence[Group], version: int, *, checks_servers: bool = False) -> list[Group]:
         """Return the groups with log π_old and log π_ref where they have none.
 

@@ -19,6 +19,12 @@ log = logging.getLogger("megatron_dypo")
 _SHOWN = 3
 
 
+def require_finite_weights(policy: Policy, place: str) -> None:
+    """Raise RunEnded on all ranks where a weight is not finite; ``place`` says where the weights are from."""
+    if name := policy.bad_weight():
+        raise RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
+
+
 def count_update(
     progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, *, max_bad_steps: int
 ) -> RunEnded | None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from megatron_dypo.batching.queues import Group, dump_samples, load_samples, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
+from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
@@ -75,9 +76,11 @@ def drawn_state(replica: Replica, stream: Stream, ranks: Ranks) -> dict[str, Any
     return {"cursor": end, "unfinished": sorted(orders), "ledger": ledger.as_json()}
 
 
-def restored_ledger(state: Mapping[str, Any], ranks: Ranks) -> Ledger:
-    """Return the books of all draws before a checkpoint on the global leader, empty ones on the other ranks."""
-    return Ledger.from_json(state["ledger"]) if ranks.is_global_leader else Ledger()
+def restore_draws(draws: Draws, state: Mapping[str, Any]) -> None:
+    """Go on with the draws of a checkpoint; the first replica has the books of all draws before it."""
+    draws.resume(int(state["cursor"]), state["unfinished"])
+    if draws.replica == 0:
+        draws.ledger = Ledger.from_json(state["ledger"])
 
 
 def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> RolloutBatch:

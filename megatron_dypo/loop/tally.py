@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
+from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.refit.servers import PushReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
@@ -239,6 +240,19 @@ def _rollout_token_metrics(total: dict[str, float]) -> dict[str, float]:
         "train/importance_capped_ratio": total["importance_capped"] / tokens,
         "train/importance_masked_ratio": total["importance_masked"] / tokens,
         "train/importance_masked_rollouts_ratio": total["rollouts_masked"] / total["rollouts"],
+    }
+
+
+def step_metrics(
+    tally: Tally, timings: dict[str, float], totals: Totals, sums: Tensor, world_size: int
+) -> dict[str, float]:
+    """Return the metrics of one step: of its collection, its update, its time and its memory."""
+    return {
+        **rollout_metrics(tally),
+        **update_metrics(tally, totals, sums),
+        **timings,
+        **performance_metrics(tally, timings, world_size),
+        "perf/peak_memory_gib": peak_memory_gib(),
     }
 
 

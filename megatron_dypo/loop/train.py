@@ -10,13 +10,12 @@ from megatron_dypo.loop.accounts import enter_minibatch
 from megatron_dypo.loop.collect import collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.evaluate import evaluate
-from megatron_dypo.loop.not_finite import count_update
+from megatron_dypo.loop.not_finite import count_update, require_finite_weights
 from megatron_dypo.loop.resume import save_checkpoint, save_unless_saved
 from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.tally import performance_metrics, rollout_metrics, tally_update, tally_work, update_metrics
+from megatron_dypo.loop.tally import rollout_metrics, step_metrics, tally_work
 from megatron_dypo.loop.update import count_totals, open_batch, token_weights
 from megatron_dypo.metrics.writer import summary_line
-from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.processes.stop_requests import is_requested
 from megatron_dypo.processes.watchdog import mark
 
@@ -54,9 +53,8 @@ def make_steps(run: Run) -> None:
     """
     progress, steps = run.progress, run.config.run.steps
     mark("checking weights")
-    if name := run.policy.bad_weight():
-        place = "the checkpoint" if progress.step else f"model.hf_path={run.config.model.hf_path}"
-        raise RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
+    place = "the checkpoint" if progress.step else f"model.hf_path={run.config.model.hf_path}"
+    require_finite_weights(run.policy, place)
     run.accounts.report(progress.step, steps, run.batch)
     run.servers.refit(progress.step)
     if progress.step == 0 and (metrics := evaluate(run.evaluator, 0)):
@@ -81,7 +79,7 @@ def train_step(run: Run) -> None:
     Raises:
         RunEnded: on all ranks: nothing can be learned from what was collected, or updates are not finite.
     """
-    config, progress, objective = run.config, run.progress, run.objective
+    config, progress = run.config, run.progress
     with run.timings.measure("step"):
         if run.batch.is_used_up:
             mark("collecting rollouts")
@@ -90,9 +88,8 @@ def train_step(run: Run) -> None:
             queues = collect(collector, progress.step)
             run.servers.release_memory()
             mark("computing log-probs")
-            checks = config.score.check_every > 0 and progress.batches % config.score.check_every == 0
             run.batch = open_batch(
-                queues, run.logprobs, run.ranks, config.batching, version=progress.step, checks_servers=checks
+                queues, run.logprobs, run.ranks, config.batching, version=progress.step, number=progress.batches
             )
             progress.batches += 1
         minibatch, run.batch = run.batch.next_minibatch(config.batching.prompts_per_update)
@@ -100,9 +97,7 @@ def train_step(run: Run) -> None:
         enter_minibatch(run.replica, minibatch, run.tally)
         totals = count_totals(minibatch.groups, run.ranks)
         groups = run.logprobs.with_current(minibatch.groups, progress.step)
-        weighted = token_weights(groups, totals, objective, config.objective, step=progress.step, tally=run.tally)
-        old_is_rollout = config.score.policy == "rollout"
-        tally_update(run.tally, weighted, progress.step, old_is_rollout=old_is_rollout)
+        weighted = token_weights(groups, totals, run.objective, config, step=progress.step, tally=run.tally)
         report = run.policy.update(weighted)
         tally_work(run.tally, report.flops)
         metrics = dict(report.metrics)
@@ -110,13 +105,10 @@ def train_step(run: Run) -> None:
             progress, report, run.policy, run.replica, run.ranks, max_bad_steps=config.optimizer.max_bad_steps
         )
         if end is None and (minibatch.is_last or run.evaluator.is_due(progress.step, config.run.steps)):
-            mark("pushing weights")
+            mark("refitting the servers")
             metrics |= run.servers.refit(progress.step)
-    timings, tally = run.timings.take(), run.accounts.take_tally()
-    metrics |= rollout_metrics(tally) | update_metrics(tally, totals, report.sums)
-    metrics |= timings | performance_metrics(tally, timings, run.ranks.world_size)
+    metrics |= step_metrics(run.accounts.take_tally(), run.timings.take(), totals, report.sums, run.ranks.world_size)
     metrics |= run.accounts.report(progress.step, config.run.steps, run.batch).metrics()
-    metrics["perf/peak_memory_gib"] = peak_memory_gib()
     if end is not None:
         run.writer.write(progress.step, metrics)
         raise end

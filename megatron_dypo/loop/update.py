@@ -10,11 +10,10 @@ from dataclasses import replace
 
 from megatron_dypo.batching.queues import Group, Queues, oldest
 from megatron_dypo.batching.rollout_batch import RolloutBatch
-from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.tree import BatchingConfig
+from megatron_dypo.config.tree import BatchingConfig, Config
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.ranks import Ranks
-from megatron_dypo.loop.tally import Tally, tally_gal
+from megatron_dypo.loop.tally import Tally, tally_gal, tally_update
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.objective.weigh import group_log_ratios
@@ -28,7 +27,7 @@ def open_batch(
     batching: BatchingConfig,
     *,
     version: int,
-    checks_servers: bool = False,
+    number: int = 0,
 ) -> RolloutBatch:
     """Take the oldest ``prompts_per_batch`` groups over all replicas out of the queues; return them with log-probs.
 
@@ -36,13 +35,13 @@ def open_batch(
 
     Args:
         version: of the policy's weights.
-        checks_servers: as for :meth:`Logprobs.complete`.
+        number: of the rollout batch, from 0; of every ``score.check_every``-th, the servers' log-probs are checked.
     """
     orders = oldest(ranks.of_leaders(queues.orders()), batching.prompts_per_batch)
     if logprobs.are_of_one_version:
         groups = logprobs.renew(queues.take(orders), version)
     else:
-        queues.replace(logprobs.complete(queues.groups(), version, checks_servers=checks_servers))
+        queues.replace(logprobs.complete(queues.groups(), version, checks_servers=logprobs.is_check_due(number)))
         groups = queues.take(orders)
     return RolloutBatch(orders=tuple(orders), groups=tuple(groups), passes=batching.epochs_per_batch)
 
@@ -53,7 +52,7 @@ def count_totals(groups: Sequence[Group], ranks: Ranks) -> Totals:
 
 
 def token_weights(
-    groups: Sequence[Group], totals: Totals, objective: Objective, cfg: ObjectiveConfig, *, step: int, tally: Tally
+    groups: Sequence[Group], totals: Totals, objective: Objective, config: Config, *, step: int, tally: Tally
 ) -> list[Sample]:
     """Return the samples of a minibatch, each with its token weights by the objective."""
     weighted = []
@@ -62,5 +61,7 @@ def token_weights(
         weighted += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
         tally.add("gal_loss_share", result.gal_loss)
         if result.gal is not None:
-            tally_gal(tally, result.gal, float(group_log_ratios(group, totals, cfg).sum()), len(group))
+            log_ratio_sum = float(group_log_ratios(group, totals, config.objective).sum())
+            tally_gal(tally, result.gal, log_ratio_sum, len(group))
+    tally_update(tally, weighted, step, old_is_rollout=config.score.policy == "rollout")
     return weighted

@@ -211,7 +211,7 @@ class FakePolicy:
         self.version += 1
         return UpdateReport(
             is_applied=is_applied,
-            sums=torch.zeros(len(STATISTICS)),
+            sums=torch.ones(len(STATISTICS)),
             metrics={"train/grad_norm": 1.0, "train/skipped": float(not is_applied)},
             flops=1.0,
             samples=list(weighted),
@@ -229,9 +229,8 @@ class FakePolicy:
     def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
         self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
-        if self._is_leader:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "trainer_state.json").write_text("{}")
+        folder.mkdir(parents=True, exist_ok=True)  # on each rank: there is no barrier as in a real one
+        (folder / "trainer_state.json").write_text("{}")
         return folder
 
     def export(self, out_dir: Path) -> None:
@@ -309,10 +308,15 @@ def silent(_row: int, _member: int) -> Verdict:
 
 
 def make_config(
-    run_dir: Any, *, rollout: dict[str, Any] | None = None, batching: dict[str, Any] | None = None, **sections: Any
+    run_dir: Any,
+    *,
+    steps: int = 9,
+    rollout: dict[str, Any] | None = None,
+    batching: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> Config:
     return Config(
-        run=RunConfig(dir=str(run_dir), steps=9),
+        run=RunConfig(dir=str(run_dir), steps=steps),
         model=ModelConfig(hf_path="none"),
         data=DataConfig(prompts=("none",)),
         rollout=RolloutConfig(
@@ -336,9 +340,7 @@ def make_config(
     )
 
 
-def make_client(
-    urls: Sequence[str], config: Config, check: Callable[[], None] | None = None
-) -> SGLangClient:
+def make_client(urls: Sequence[str], config: Config, check: Callable[[], None] | None = None) -> SGLangClient:
     """A client that tries again soon."""
     return SGLangClient(
         urls,

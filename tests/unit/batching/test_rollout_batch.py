@@ -43,7 +43,9 @@ def by_turns(orders, passes, count):
     return found
 
 
-@pytest.mark.parametrize(("orders", "passes", "count"), itertools.product([ORDERS, ORDERS[:3], ORDERS[:1]], [1, 2, 3], range(1, 7)))
+@pytest.mark.parametrize(
+    ("orders", "passes", "count"), itertools.product([ORDERS, ORDERS[:3], ORDERS[:1]], [1, 2, 3], range(1, 7))
+)
 def test_minibatches_go_over_the_groups_pass_after_pass(orders, passes, count):
     found = [orders_of(minibatch.groups) for minibatch in minibatches(whole(passes, orders), count)]
     assert found == by_turns(orders, passes, count)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.data.prompts import DropCounts
-from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.batching.rollout_batch import RolloutBatch
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.data.prompts import DropCounts
+from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.admission import is_useful
 from megatron_dypo.loop.collect import Look
 from megatron_dypo.loop.draws import Draws
@@ -185,7 +185,9 @@ def test_a_batch_that_stays_short_is_said_with_its_reason(
 def test_looks_of_replicas_add_up_but_for_what_they_share() -> None:
     end = RunEnded(Cause.SERVERS_GONE, "gone")
     one = Look(waiting=1, without_logprobs=2, unserved=0, outcomes=Outcomes(graded=3), num_prompts=PROMPTS)
-    other = Look(waiting=10, without_logprobs=20, unserved=1, outcomes=Outcomes(graded=30), num_prompts=PROMPTS, failure=end)
+    other = Look(
+        waiting=10, without_logprobs=20, unserved=1, outcomes=Outcomes(graded=30), num_prompts=PROMPTS, failure=end
+    )
     for total in (one + other, other + one):
         assert (total.waiting, total.without_logprobs, total.unserved, total.outcomes.graded) == (11, 22, 1, 33)
         assert (total.num_prompts, total.failure) == (PROMPTS, end)

@@ -62,7 +62,9 @@ def test_a_follower_knows_where_the_batch_is_and_holds_nothing_of_it(tmp_path: P
 
 def test_a_checkpoint_that_lacks_a_group_of_its_batch_is_named(tmp_path: Path) -> None:
     leader = make_leader(make_config(tmp_path), OneRank(), Prompts())
-    with pytest.raises(ValueError, match=r"c/step_000002: the files leader_\*.bin lack draws \[9\] of the rollout batch"):
+    with pytest.raises(
+        ValueError, match=r"c/step_000002: the files leader_\*.bin lack draws \[9\] of the rollout batch"
+    ):
         restore_batch(stored(RolloutBatch(orders=(0, 9))), leader, Path("c/step_000002"))
     _, open_batch = RolloutBatch(orders=(0, 9), groups=()).next_minibatch(1)
     with pytest.raises(ValueError, match=r"draws \[9\]"):
