@@ -17,8 +17,6 @@ class PromptSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]: ...
-
     def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]: ...
 
     def id_of(self, position: int) -> str: ...
@@ -43,12 +41,17 @@ class Draws:
     left_out: deque[DropCounts] = field(default_factory=deque)
     """Prompts and traces that draws left out and that are on no account yet."""
 
-    def take(self, count: int) -> list[Prompt]:
-        """Return this replica's part of the next ``count`` draws of the run."""
+    def claim(self, count: int) -> range:
+        """Make the next ``count`` draws of the run; return the positions of this replica's part."""
         start = self.cursor
-        prompts, left_out = self.source.take(start, count, self.replica, self.replicas)
         self.cursor += count
-        self.ledger.draw(len(range(start + (self.replica - start) % self.replicas, start + count, self.replicas)))
+        own = range(start + (self.replica - start) % self.replicas, start + count, self.replicas)
+        self.ledger.draw(len(own))
+        return own
+
+    def take(self, count: int) -> list[Prompt]:
+        """Make the next ``count`` draws of the run; return this replica's prompts."""
+        prompts, left_out = self.source.at(self.claim(count))
         self.left_out.append(left_out)
         return prompts
 

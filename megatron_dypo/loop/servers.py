@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.grading.verify import Verifier, grade
@@ -22,7 +22,6 @@ from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.refit.servers import PushReport
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup, collect
-from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.rollout.stream import RolloutStream, StreamCounts
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
@@ -95,14 +94,14 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What came back when one replica asked its servers once."""
+    """How it went when one leader asked its servers once."""
 
-    sampled: Sampled = field(default_factory=Sampled)
-    unserved: Sequence[Prompt] = ()
-    """Prompts that no server took."""
-    counts: ClientCounts = field(default_factory=ClientCounts)
     failure: str = ""
-    """Why no server will ever take one; empty where nothing speaks against that."""
+    """Why no server will ever answer; empty where nothing speaks against that."""
+    unserved: int = 0
+    """Prompts that no server took."""
+    came_back: int = 0
+    """Prompts whose group came back, or was dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +114,6 @@ class LeaderRequests:
     verifier: Verifier
     fail_truncated: bool
     show_progress: bool
-
-    def ask(self, prompts: Sequence[Prompt], **options: Any) -> Attempt:
-        """Sample the groups of ``prompts`` once; ``options`` are those of ``rollout.collect.collect``."""
-        if not prompts:
-            return Attempt()
-        try:
-            groups, stats = collect(prompts, self.client, progress=self.show_progress, **options)
-        except ServerDiedError as error:
-            return Attempt(unserved=prompts, failure=str(error))
-        sampled = Sampled(groups=groups, dropped=list(stats.dropped))
-        return Attempt(sampled=sampled, unserved=stats.unserved, counts=stats.client)
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         """Give each group its verdicts and its tier."""
@@ -146,9 +134,6 @@ class FollowerRequests:
     """The requests of any other rank: none."""
 
     stream: NoStream = field(default_factory=NoStream)
-
-    def ask(self, prompts: Sequence[Prompt], **options: Any) -> Attempt:
-        return Attempt()
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         return []
@@ -225,30 +210,45 @@ class Servers:
         """
         sampled, fruitless = Sampled(), 0
         while True:
-            with self.timings.measure(part):
-                attempt = self.requests.ask(
-                    prompts, group_size=group_size, temperature=temperature, seed_of=seed_of, desc=desc
-                )
-            prompts = attempt.unserved
-            tally_client(self.tally, attempt.counts)
-            sampled.groups.extend(attempt.sampled.groups)
-            sampled.dropped.extend(attempt.sampled.dropped)
-            came_back = len(attempt.sampled.groups) + len(attempt.sampled.dropped)
-            found = self.ranks.of_leaders((attempt.failure, len(prompts), came_back))
-            if failures := [failure for failure, _, _ in found if failure]:
-                raise RunEnded(Cause.SERVERS_GONE, failures[0])
-            if not any(left for _, left, _ in found):
+            failure, came_back = "", 0
+            if prompts and isinstance(self.requests, LeaderRequests):
+                try:
+                    with self.timings.measure(part):
+                        groups, stats = collect(
+                            prompts,
+                            self.requests.client,
+                            group_size=group_size,
+                            temperature=temperature,
+                            seed_of=seed_of,
+                            progress=self.requests.show_progress,
+                            desc=desc,
+                        )
+                except ServerDiedError as error:
+                    failure = str(error)
+                else:
+                    tally_client(self.tally, stats.client)
+                    sampled.groups.extend(groups)
+                    sampled.dropped.extend(stats.dropped)
+                    prompts, came_back = stats.unserved, len(groups) + len(stats.dropped)
+            found = self.ranks.of_leaders(Attempt(failure=failure, unserved=len(prompts), came_back=came_back))
+            if not any(attempt.failure or attempt.unserved for attempt in found):
                 sampled.groups.sort(key=lambda group: group.prompt.order)
                 return sampled
-            fruitless = 0 if any(came_back for _, _, came_back in found) else fruitless + 1
-            if fruitless == _MAX_FRUITLESS:
-                raise RunEnded(
-                    Cause.SERVERS_GONE,
-                    f"no SGLang server can be reached, though {fruitless - 1} refits in a row went well",
-                )
+            fruitless = 0 if any(attempt.came_back for attempt in found) else fruitless + 1
+            _end_if_lost(found, fruitless)
             if self.ranks.is_global_leader:
                 log.warning("no server is reachable; pushing version %d again", version)
             self.refit(version)
+
+
+def _end_if_lost(found: Sequence[Attempt], fruitless: int) -> None:
+    """Raise RunEnded where no server will ever answer; ``fruitless`` attempts in a row brought nothing."""
+    if failures := [attempt.failure for attempt in found if attempt.failure]:
+        raise RunEnded(Cause.SERVERS_GONE, failures[0])
+    if fruitless == _MAX_FRUITLESS:
+        raise RunEnded(
+            Cause.SERVERS_GONE, f"no SGLang server can be reached, though {fruitless - 1} refits in a row went well"
+        )
 
 
 class NoServers:

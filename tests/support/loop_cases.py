@@ -246,9 +246,6 @@ class Prompts:
     def __len__(self) -> int:
         return PROMPTS
 
-    def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]:
-        return self.at(range(start + (shard - start) % num_shards, start + count, num_shards))
-
     def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
         kept = [self.prompt(i) for i in positions if i % PROMPTS not in self.too_long]
         return kept, DropCounts(too_long=tuple(i for i in positions if i % PROMPTS in self.too_long))
@@ -257,7 +254,7 @@ class Prompts:
         return f"p{position % PROMPTS}"
 
     def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]:
-        return self.take(0, PROMPTS if limit is None else limit)
+        return self.at(range(PROMPTS if limit is None else limit))
 
     def prompt(self, order: int) -> Prompt:
         row = order % PROMPTS

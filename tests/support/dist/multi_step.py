@@ -56,9 +56,6 @@ class NoRows:
     def __len__(self) -> int:
         return 0
 
-    def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> Any:
-        return [], DropCounts()
-
     def at(self, positions: Any) -> Any:
         return [], DropCounts()
 
