@@ -1,4 +1,4 @@
-"""Where graded groups wait for a rollout batch: one queue a treatment, oldest first, each replica its own part.
+"""Queues: graded groups wait for a rollout batch, in one queue for each treatment. Each replica has its own.
 
 A :class:`megatron_dypo.batching.rollout_batch.RolloutBatch` is made of the oldest groups over all replicas.
 """
@@ -46,7 +46,7 @@ class Queues:
         return sorted(order_of(group) for queue in self.waiting.values() for group in queue)
 
     def take(self, orders: Collection[int]) -> list[Group]:
-        """Remove and return the groups with these orders, oldest first. Orders that another replica holds are ignored."""
+        """Remove and return the groups with these orders, oldest first; ignore orders that another replica holds."""
         wanted = set(orders)
         taken = [group for group in self.groups() if order_of(group) in wanted]
         for treatment, queue in self.waiting.items():

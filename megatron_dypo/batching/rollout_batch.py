@@ -1,9 +1,9 @@
 """A rollout batch as a value: the groups of one collection, and which minibatch of them comes next. Pure.
 
-The groups of all replicas together, oldest first, are one list of *orders*. It is gone through ``passes`` times, and each
-optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they agree
-on the next minibatch, and on the end of the batch, without a message; each replica holds the samples of its own groups.
-A short last minibatch of one pass is filled up from the next pass.
+The groups of all replicas together, oldest first, are one list of *orders*. Updates go through it ``passes`` times: each
+optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they
+agree on the next minibatch, and on the end of the batch, without a message. Each replica holds the samples of its own
+groups. A short last minibatch of one pass is filled up from the next pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Minibatch:
 
     @property
     def samples(self) -> list[Sample]:
-        """All samples, group after group."""
+        """Return all samples, group after group."""
         return [sample for group in self.groups for sample in group]
 
 
@@ -52,7 +52,7 @@ class RolloutBatch:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether no minibatch is left, on any replica."""
+        """Tell whether no minibatch is left, on any replica."""
         return self.position >= self.passes * len(self.orders)
 
     def open_orders(self) -> list[int]:

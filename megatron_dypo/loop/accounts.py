@@ -12,7 +12,7 @@ from megatron_dypo.loop.ledger import Balance, Ledger, OpenDraws, balance
 from megatron_dypo.loop.outcomes import count_verdicts
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
-from megatron_dypo.loop.servers import Stream
+from megatron_dypo.loop.requests import Stream
 from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics import status
 from megatron_dypo.types import DropReason, GradedGroup

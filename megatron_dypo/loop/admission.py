@@ -1,4 +1,4 @@
-"""What becomes of groups that came in: they wait for an update, or are dropped for a reason. Pure but for the books."""
+"""Admission: groups that came in wait for an update, or are dropped for a reason. Pure, but for a tally."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """Groups that came in together, and what became of each."""
+    """Groups that came in together, sorted by their fate."""
 
     usable: Sequence[GradedGroup]
     """Graded, or without rollouts; not stale."""
@@ -48,7 +48,7 @@ def admit(
     seed: int,
     max_version_lag: int,
 ) -> Admitted:
-    """Decide what becomes of each group.
+    """Decide for each group whether it waits for an update.
 
     Args:
         step: the optimizer step that collects; also the version of the weights that the servers hold.
@@ -80,7 +80,7 @@ def is_useful(group: GradedGroup, objective: Objective, step: int) -> bool:
 
 
 def tally_admitted(tally: Tally, graded: Sequence[GradedGroup], admitted: Admitted) -> None:
-    """Count groups that came in, and what became of them."""
+    """Count groups that came in, and their fates."""
     tally_groups(tally, graded)
     tally_dropped(tally, admitted.dropped)
     tally.extreme("max:epoch", max((group.prompt.visit for group in graded), default=0))

@@ -1,11 +1,12 @@
 """Collection: groups are sampled, graded and admitted until a rollout batch waits. Called by all ranks.
 
-In rounds, or from a stream in the background (``rollout.mode``, ``rollout.oversample``). A collection ends with something
-to learn from, or with the end of the run: see :mod:`megatron_dypo.loop.outcomes`.
+Groups come in rounds, or from a stream in the background (``rollout.mode``, ``rollout.oversample``). A collection ends
+with something to learn from, or with the end of the run: see :mod:`megatron_dypo.loop.outcomes`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.processes.watchdog import mark
-from megatron_dypo.rollout.collect import DroppedGroup
+from megatron_dypo.rollout.collect import DroppedGroup, collect
 from megatron_dypo.types import DropReason, GradedGroup
 
 log = logging.getLogger("megatron_dypo")
@@ -111,9 +112,8 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             mark("collecting rollouts")
             prompts = replica.begin_round(collector.rollout.prompts_per_step)
             if collector.objective.needs_rollouts(step):
-                sampled = collector.servers.sample(
-                    prompts, version=step, part="gen", group_size=collector.rollout.group_size
-                )
+                ask = functools.partial(collect, group_size=collector.rollout.group_size)
+                sampled = collector.servers.sample(prompts, step, "gen", ask)
                 with collector.timings.measure("reward"):
                     graded = collector.servers.grade(sampled.groups)
             else:

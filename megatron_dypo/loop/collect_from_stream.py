@@ -45,7 +45,7 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
         stream.postpone(unfinished)
         collector.replica.end_round()
     goes_on = collector.rollout.mode == "async" and not _is_last_batch(collector, step)
-    # The next batch's groups are begun before this one is full: else its last ones would be sampled one after the other.
+    # The next batch's groups begin before this one is full: else its last ones would be sampled one after the other.
     target = 2 * batch if goes_on else batch
     admitted = list[Admitted]()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from megatron_dypo.loop.servers import NoServers, Servers
 from megatron_dypo.metrics.intervals import accuracy_interval
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.rollout.collect import collect
 from megatron_dypo.types import GradedGroup, Prompt
 
 log = logging.getLogger("megatron_dypo")
@@ -22,7 +24,7 @@ log = logging.getLogger("megatron_dypo")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScore:
-    """What the responses to one held-out prompt came to."""
+    """Counts over the responses to one held-out prompt."""
 
     source: str
     correct: int
@@ -35,7 +37,7 @@ class PromptScore:
 
 @dataclass(frozen=True, kw_only=True)
 class SetScore:
-    """What an evaluation set came to on one replica; those of several replicas add up."""
+    """The results of one replica on an evaluation set; those of several replicas add up."""
 
     prompts: tuple[PromptScore, ...] = ()
     lost: int = 0
@@ -82,7 +84,7 @@ def evaluate(evaluator: Evaluator, step: int) -> dict[str, float]:
 
 
 def score_metrics(name: str, score: SetScore) -> dict[str, float]:
-    """The metrics of one set; those of its sources too, where it has several."""
+    """Return the metrics of one set, and those of its sources where it has several."""
     prefix = f"eval/{name_part(name)}"
     samples = sum(prompt.samples for prompt in score.prompts)
     answered = samples + sum(prompt.without_verdict for prompt in score.prompts)
@@ -136,15 +138,14 @@ def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int
     prompts, too_long = replica.held_out_prompts(name, cfg.max_prompts)
     # A request for each response: each has a seed of its own.
     draws = [replace(p, order=i * cfg.samples + s, visit=s) for i, p in enumerate(prompts) for s in range(cfg.samples)]
-    sampled = servers.sample(
-        draws,
-        step,
-        "eval",
+    ask = functools.partial(
+        collect,
         group_size=1,
         temperature=cfg.temperature,
         seed_of=lambda prompt: response_seed(seed, prompt),
         desc=f"eval {name}",
     )
+    sampled = servers.sample(draws, step, "eval", ask)
     with evaluator.timings.measure("eval"):
         graded = servers.grade(sampled.groups)
     groups = _joined(graded, cfg.samples)
@@ -153,13 +154,13 @@ def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int
 
 
 def response_seed(seed: int, prompt: Prompt) -> int:
-    """The seed of one held-out response: the same in every evaluation of a run, and another for each response."""
+    """Return the seed of one held-out response: the same in every evaluation of a run, another for each response."""
     key = json.dumps([seed, prompt.prompt_id, prompt.visit]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 
 def _joined(graded: Sequence[GradedGroup], samples: int) -> list[GradedGroup]:
-    """All responses to one prompt together, by the order of the prompts; prompts without any are absent."""
+    """Put all responses to one prompt together, in the order of the prompts; leave out prompts without any."""
     by_prompt: dict[int, list[GradedGroup]] = {}
     for group in graded:
         by_prompt.setdefault(group.prompt.order // samples, []).append(group)

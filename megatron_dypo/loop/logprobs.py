@@ -13,7 +13,7 @@ import numpy as np
 from megatron_dypo.batching.queues import Group
 from megatron_dypo.config.objective import ScoreConfig
 from megatron_dypo.loop.policy import Policy
-from megatron_dypo.loop.tally import Tally, tally_score_error
+from megatron_dypo.loop.tally import Tally, tally_logprob_error
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.types import Floats, Sample, Treatment
 
@@ -45,7 +45,7 @@ class Logprobs:
 
     @property
     def are_of_one_version(self) -> bool:
-        """Whether π_old is the policy that begins a rollout batch, and not the one that sampled its groups.
+        """Tell whether π_old is the policy that begins a rollout batch, and not the one that sampled its groups.
 
         A synchronous run has not changed the weights since it sampled, so that it computes the log-probs of all groups
         that came in. An asynchronous one computes those of the groups that enter the batch, and
@@ -104,10 +104,10 @@ class Logprobs:
         )
 
     def _check_servers(self, samples: Sequence[Sample]) -> None:
-        """Compute the log-probs of the oldest group of each replica by the trainer, and count how far the servers are off."""
+        """Compute the log-probs of each replica's oldest group by the trainer, and count how far the servers are off."""
         group = [sample for sample in samples if sample.order == samples[0].order]
         for sample, logp in zip(group, self.policy.logprobs(group), strict=True):
-            tally_score_error(self.tally, logp - _server_logp(sample))
+            tally_logprob_error(self.tally, logp - _server_logp(sample))
 
 
 def _server_logp(sample: Sample) -> Floats:

@@ -44,7 +44,7 @@ def count_update(
 
 
 def explain_bad_update(policy: Policy, replica: Replica, ranks: Ranks, samples: Sequence[Sample]) -> tuple[str, bool]:
-    """Name the first parameter, weight or gradient, and the first samples that are not finite. Collective over the world.
+    """Name the first weight or gradient, and the first samples, that are not finite. Collective over the world.
 
     Args:
         samples: of this replica's update, the same on each of its ranks.

@@ -1,4 +1,4 @@
-"""The data of a run on a replica's leader: prompt files, evaluation sets, and whether they are those of before a resume."""
+"""The data of a run on a replica's leader: prompt files and evaluation sets, and their comparison at a resume."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
     """Hold the data against the verifiers that will judge it, before anything is sampled.
 
     Raises:
-        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or a
-            verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or
+            a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
     """
     grading = config.grading
     problems = [found for name in sorted(dataset.verifiers) if (found := row_verifier_problem(grading, name))]

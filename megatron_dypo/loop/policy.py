@@ -1,4 +1,5 @@
-"""The policy as the loop sees it: log-probs, updates and files. :mod:`megatron_dypo.loop.megatron_policy` is the real one.
+"""The policy as the loop sees it: log-probs, updates and files. :mod:`megatron_dypo.loop.megatron_policy` has the real
+one.
 
 Samples and log-probs are on the leaders of replicas; the other ranks pass () and get []. Every method is called by all
 ranks.
@@ -18,14 +19,14 @@ from megatron_dypo.types import Floats, Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpdateReport:
-    """What one update did, the same on every rank but for ``flops``."""
+    """The result of one update, the same on every rank but for ``flops`` and ``samples``."""
 
     is_applied: bool
     """False: the gradients were not finite, and the weights stay as they were."""
     sums: torch.Tensor
     """[len(STATISTICS)] The loss statistics summed over all ranks (see ``objective.loss.STATISTICS``)."""
     metrics: dict[str, float]
-    """Of the optimizer and of packing."""
+    """Metrics of the optimizer and of packing."""
     flops: float
     """Work of this replica (see ``models.flops``)."""
     samples: Sequence[Sample]
@@ -37,7 +38,7 @@ class Policy(Protocol):
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether π_ref has weights of its own here; else π_old stands for it, or nothing reads it."""
+        """Tell whether π_ref has weights of its own here; else π_old stands for it, or nothing reads it."""
 
     def logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return log π of each sample's response tokens, [R] each, under the weights of now."""
@@ -46,7 +47,7 @@ class Policy(Protocol):
         """Return the same under the reference's weights; only where ``keeps_reference``."""
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        """As :meth:`logprobs`, of samples that every rank of the replica has already, such as an update's."""
+        """Return the same for samples that every rank of the replica has already, such as an update's."""
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         """Make one optimizer step from the samples of all replicas, which have their token weights."""
@@ -58,7 +59,7 @@ class Policy(Protocol):
         """Name the first parameter that holds a value that is not finite, on any rank; None if all are."""
 
     def bad_gradient(self) -> str | None:
-        """The same for the gradients of the last update."""
+        """Name the first parameter whose gradient of the last update is not finite, on any rank; None if all are."""
 
     def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
         """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""

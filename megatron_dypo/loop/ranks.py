@@ -1,4 +1,4 @@
-"""How the ranks of a run agree on small facts: a value that the loop is given, so that tests can run it in threads."""
+"""The ranks of a run, and how they agree on small facts. The loop is given them as a value: tests run it in threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Ranks(Protocol):
 
     @property
     def is_global_leader(self) -> bool:
-        """Whether this is the leader of the first replica, which writes and logs for all."""
+        """Tell whether this is the leader of the first replica, which writes and logs for all."""
 
     def of_leaders(self, mine: T) -> list[T]:
         """Return ``mine`` of every leader, by replica, the same on every rank; what other ranks give is ignored.

@@ -35,7 +35,7 @@ class Decoder(Protocol):
 
 @dataclass(kw_only=True)
 class Books:
-    """What became of a replica's draws: since the run began, and in the collection under way."""
+    """The fates of a replica's draws: since the run began, and in the collection under way."""
 
     ledger: Ledger = field(default_factory=Ledger)
     """On the global leader of a resumed run, with all draws before that."""
@@ -72,11 +72,11 @@ class Leader:
         return self.draws.source.id_of(order)
 
     def begin_round(self, count: int) -> list[Prompt]:
-        """As :meth:`Draws.begin_round`."""
+        """Return the prompts of a round; see :meth:`Draws.begin_round`."""
         return self.draws.begin_round(count)
 
     def end_round(self) -> None:
-        """As :meth:`Draws.end_round`."""
+        """Forget the prompts of the round; see :meth:`Draws.end_round`."""
         self.draws.end_round()
 
     def unfinished(self) -> list[Prompt]:
@@ -84,7 +84,7 @@ class Leader:
         return self.draws.unfinished
 
     def take_left_out(self) -> DropCounts:
-        """Return what draws left out since the last call. A stream's thread may add to it meanwhile."""
+        """Return what draws left out since the last call. A stream's thread may add to it at any time."""
         taken = DropCounts()
         while self.draws.left_out:
             taken += self.draws.left_out.popleft()

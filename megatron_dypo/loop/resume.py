@@ -14,7 +14,7 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
-from megatron_dypo.loop.servers import Stream
+from megatron_dypo.loop.requests import Stream
 from megatron_dypo.loop.state import Run
 from megatron_dypo.mcore.checkpoints import folder
 
@@ -30,7 +30,7 @@ def save_unless_saved(run: Run) -> None:
 
 
 class RestoredState(Protocol):
-    """What :class:`megatron_dypo.mcore.checkpoints.checkpoint.Restored` says beside the weights."""
+    """The loop's part of a :class:`megatron_dypo.mcore.checkpoints.checkpoint.Restored`."""
 
     @property
     def trainer_state(self) -> dict[str, Any]: ...
@@ -127,6 +127,6 @@ def require_known_state(checkpoint_path: Path, state: Mapping[str, Any]) -> None
     if absent:
         raise ValueError(
             f"{checkpoint_path}/{folder.STATE}: trainer: has no {', '.join(absent)}: another version of "
-            "megatron-dypo wrote it, and this one cannot go on from it. `megatron-dypo export` still writes its weights "
-            "as an HF folder: start from that by model.hf_path, in another run.dir"
+            "megatron-dypo wrote it, and this one cannot go on from it. `megatron-dypo export` still writes its "
+            "weights as an HF folder: start from that by model.hf_path, in another run.dir"
         )

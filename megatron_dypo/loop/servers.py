@@ -8,22 +8,19 @@ A run that asks no server has :class:`NoServers`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.loop.ranks import Ranks
-from megatron_dypo.loop.tally import Tally, tally_client, tally_push
+from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests, NoStream, Stream
+from megatron_dypo.loop.tally import Tally, tally_client, tally_refit
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.refit.servers import PushReport
-from megatron_dypo.rollout.client import SGLangClient
-from megatron_dypo.rollout.collect import DroppedGroup, collect
+from megatron_dypo.rollout.collect import CollectStats, DroppedGroup
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream, StreamCounts
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
 
 log = logging.getLogger("megatron_dypo")
@@ -48,39 +45,13 @@ class Router(Protocol):
     def serve(self, servers: Sequence[str]) -> None: ...
 
 
+Ask = Callable[..., tuple[list[RolloutGroup], CollectStats]]
+
+
 class NoRouter:
     """Stands where requests go to servers directly, and on all ranks but one."""
 
     def serve(self, servers: Sequence[str]) -> None: ...
-
-
-class NoStream:
-    """The rollout stream of a rank that asks no server: nothing comes, and nothing is in flight."""
-
-    error: BaseException | None = None
-    is_unserved = False
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def postpone(self, prompts: Sequence[Prompt]) -> None: ...
-
-    def want(self, count: int) -> None: ...
-
-    def wait(self, timeout_s: float, useful: int = 1, resolved: int = 1) -> None: ...
-
-    def take(self) -> tuple[list[GradedGroup], StreamCounts]:
-        return [], StreamCounts()
-
-    def still(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
-
-    def unfinished(self) -> list[int]:
-        return []
-
-
-Stream = RolloutStream[GradedGroup] | NoStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,53 +65,14 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """How it went when one leader asked its servers once."""
+    """The result of one leader's asking its servers once."""
 
     failure: str = ""
-    """Why no server will ever answer; empty where nothing speaks against that."""
+    """The reason for which no server will ever answer; empty without one."""
     unserved: int = 0
     """Prompts that no server took."""
     came_back: int = 0
     """Prompts whose group came back, or was dropped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeaderRequests:
-    """The requests of a replica's leader: groups for the loop, groups in the background, and their verdicts."""
-
-    client: SGLangClient
-    stream: RolloutStream[GradedGroup]
-    """Has a client of its own, since it runs while ``client`` evaluates."""
-    verifier: Verifier
-    fail_truncated: bool
-    show_progress: bool
-
-    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
-        """Give each group its verdicts and its tier."""
-        return grade(groups, self.verifier, self.fail_truncated, show_progress=self.show_progress)
-
-    def accept(self, recent: range) -> None:
-        """Take groups of these versions from the stream, before a refit."""
-        self.stream.accept(recent)
-
-    def serve(self, urls: Sequence[str], version: int, recent: range) -> None:
-        """Send requests to ``urls``, after a refit; take groups of ``version``, and of ``recent`` from the stream."""
-        self.client.serve(urls, range(version, version + 1))
-        self.stream.serve(urls, recent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FollowerRequests:
-    """The requests of any other rank: none."""
-
-    stream: NoStream = field(default_factory=NoStream)
-
-    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
-        return []
-
-    def accept(self, recent: range) -> None: ...
-
-    def serve(self, urls: Sequence[str], version: int, recent: range) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -163,7 +95,7 @@ class Servers:
         return self.requests.stream
 
     def refit(self, version: int) -> dict[str, float]:
-        """Bring the servers to the weights of now, named ``version``, and send requests to those alone; return metrics."""
+        """Bring the servers to the weights of now, ``version``, and send requests to those alone; return metrics."""
         # A group that the stream has in flight may end before the refit or after it. A refit of the same version, with
         # servers that came back, narrows nothing: what the one before it allowed may still be in flight.
         before = [pushed for pushed in self.versions if pushed != version][-1:]
@@ -172,7 +104,7 @@ class Servers:
         with self.timings.measure("update_weights"):
             report = self.refitter.push(version)
         if self.ranks.is_global_leader:
-            tally_push(self.tally, report)
+            tally_refit(self.tally, report)
         self.router.serve(self.refitter.serving)
         self.requests.serve(self.refitter.serving, version, recent)
         self.versions = tuple(recent)
@@ -186,24 +118,14 @@ class Servers:
         """Let the servers' memory go until the next refit, where the config says so."""
         self.refitter.release()
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        version: int,
-        part: str,
-        *,
-        group_size: int,
-        temperature: float | None = None,
-        seed_of: Callable[[Prompt], int] | None = None,
-        desc: str = "rollouts",
-    ) -> Sampled:
-        """Sample the groups of this replica's ``prompts``, however many servers die meanwhile. Collective over the world.
+    def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
+        """Sample the groups of this replica's ``prompts``, even if servers die in between. Collective over the world.
 
         Args:
             prompts: () off the leaders.
             version: of the weights that servers hold, or get where all are lost.
             part: of the step's time, to which this counts.
-            group_size: rollouts of each prompt; this and the rest are as for ``rollout.collect.collect``.
+            ask: :func:`megatron_dypo.rollout.collect.collect` with its options.
 
         Raises:
             RunEnded: on all ranks: no server is left, or refits go well and a rank cannot reach the servers.
@@ -214,15 +136,7 @@ class Servers:
             if prompts and isinstance(self.requests, LeaderRequests):
                 try:
                     with self.timings.measure(part):
-                        groups, stats = collect(
-                            prompts,
-                            self.requests.client,
-                            group_size=group_size,
-                            temperature=temperature,
-                            seed_of=seed_of,
-                            progress=self.requests.show_progress,
-                            desc=desc,
-                        )
+                        groups, stats = ask(prompts, self.requests.client, progress=self.requests.show_progress)
                 except ServerDiedError as error:
                     failure = str(error)
                 else:
@@ -237,7 +151,7 @@ class Servers:
             fruitless = 0 if any(attempt.came_back for attempt in found) else fruitless + 1
             _end_if_lost(found, fruitless)
             if self.ranks.is_global_leader:
-                log.warning("no server is reachable; pushing version %d again", version)
+                log.warning("no server is reachable; refitting version %d again", version)
             self.refit(version)
 
 
@@ -256,7 +170,7 @@ class NoServers:
 
     stream = NoStream()
 
-    def sample(self, prompts: Sequence[Prompt], version: int, part: str, *, group_size: int) -> Sampled:
+    def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
         """Raise RuntimeError: to ask is a bug."""
         raise RuntimeError(f"step {version} asks for rollouts, and this run has no servers")
 

@@ -36,7 +36,7 @@ def train(config: Config) -> None:
 
 
 def train_run(run: Run) -> None:
-    """As :func:`train`, for a run that is built."""
+    """Make the steps of a run that is built, save and export; raise RunEnded as :func:`train`."""
     try:
         make_steps(run)
     except RunEnded as end:

@@ -1,4 +1,4 @@
-"""From what waits to the token weights of one optimizer step. Called by all ranks.
+"""The way from waiting groups to the token weights of one optimizer step. Called by all ranks.
 
 A replica's leader holds the samples; its other ranks join for forward and backward passes.
 """

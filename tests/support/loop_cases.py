@@ -1,4 +1,4 @@
-"""A run for tests of the loop: one rank, fake servers, a verifier that is told what to say; no model and no Megatron."""
+"""Runs for tests of the loop: ranks that are threads, fake servers, a verifier that is told what to say, no Megatron."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.loop.replica import Books, Follower, Leader
-from megatron_dypo.loop.servers import FollowerRequests, LeaderRequests, NoRouter, Servers
+from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
+from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.state import Progress, Run
 from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.samples import SampleLog
@@ -83,7 +84,7 @@ class Meeting:
 
 @dataclass(frozen=True, kw_only=True)
 class ThreadRanks:
-    """One rank of a run whose ranks are threads: ``ranks_per_replica`` neighbours are a replica, the first its leader."""
+    """One rank of a run whose ranks are threads; ``ranks_per_replica`` neighbours are a replica, led by the first."""
 
     meeting: Meeting
     rank: int

@@ -107,7 +107,7 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
 
 
 def _train(config: Config, layout: Any, age: int = 0) -> dict[str, Any]:
-    """Four updates from as many rollout batches as they take, each put into the queues when the one before is used up."""
+    """Make four updates; each rollout batch is put into the queues when the one before is used up."""
     from megatron_dypo.loop.train import train_step
 
     run, recorder, policy = make_run(config, layout)
@@ -172,7 +172,8 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
     from megatron_dypo.loop.megatron_policy import build_policy
     from megatron_dypo.loop.ranks import MeshRanks
     from megatron_dypo.loop.replica import Books, Follower, Leader
-    from megatron_dypo.loop.servers import FollowerRequests, NoRouter, Servers
+    from megatron_dypo.loop.requests import FollowerRequests
+    from megatron_dypo.loop.servers import NoRouter, Servers
     from megatron_dypo.loop.state import NoWriter, Run
     from megatron_dypo.loop.tally import Tally
     from megatron_dypo.metrics.samples import SampleLog

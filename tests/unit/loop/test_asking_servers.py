@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,13 @@ from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.servers import FollowerRequests, LeaderRequests, NoRouter, NoServers, Servers
 from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.rollout.collect import collect
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.fake_sglang import sample as sample_response
 from tests.support.loop_cases import NextServer, OneRank, make_config, make_run, requests_of
 from tests.unit.rollout.test_collect import closed_url, make_prompts
+
+PAIRS = functools.partial(collect, group_size=2)
 
 
 class Routes:
@@ -59,7 +63,7 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_refit() -> None
     with dies_after(2) as one, dies_after(0) as two, dies_after(99) as three:
         servers = of_urls([one.url, two.url, three.url])
         servers.refit(3)
-        groups = servers.sample(make_prompts(6), 3, "gen", group_size=2).groups
+        groups = servers.sample(make_prompts(6), 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == list(range(6))
     assert servers.refitter.pushed == [3, 3, 3]
     assert servers.tally["refit/fenced"] == 3
@@ -70,7 +74,7 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_refit() -> None
 def test_a_rank_that_cannot_reach_what_takes_refits_says_so_in_the_end() -> None:
     servers = of_urls([closed_url() for _ in range(9)])
     with pytest.raises(RunEnded, match="no SGLang server can be reached, though 2 refits in a row went well"):
-        servers.sample(make_prompts(2), 3, "gen", group_size=2)
+        servers.sample(make_prompts(2), 3, "gen", PAIRS)
     assert len(servers.refitter.pushed) == 2
 
 
@@ -79,7 +83,7 @@ def test_requests_and_router_follow_each_refit() -> None:
         servers = of_urls([fake.url])
         router = servers.router = Routes()
         metrics = servers.refit(3)
-        assert len(servers.sample(make_prompts(1), 3, "gen", group_size=2).groups) == 1
+        assert len(servers.sample(make_prompts(1), 3, "gen", PAIRS).groups) == 1
     assert router.served == [(fake.url,)]
     assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
     assert [servers.tally[f"refit/{name}"] for name in ("fenced", "rejoined", "retries")] == [1, 1, 2]
@@ -89,7 +93,7 @@ def test_a_run_without_servers_refits_nothing_and_does_not_ask() -> None:
     assert NoServers().refit(3) == {}
     NoServers().release_memory()
     with pytest.raises(RuntimeError, match="step 4 asks for rollouts, and this run has no servers"):
-        NoServers().sample([], 4, "gen", group_size=2)
+        NoServers().sample([], 4, "gen", PAIRS)
 
 
 def test_a_refit_takes_groups_of_its_version_and_of_the_one_before_and_of_none_between() -> None:
@@ -127,7 +131,7 @@ def test_a_long_answer_that_spans_refits_is_taken_after_a_rescue_refit_of_the_sa
         servers = of_urls([fake.url] * 3)
         for version in (22, 23, 23):
             servers.refit(version)
-        sampled = servers.sample(make_prompts(1), 23, "gen", group_size=2)
+        sampled = servers.sample(make_prompts(1), 23, "gen", PAIRS)
     assert [rollout.policy_version for rollout in sampled.groups[0].rollouts] == [20, 23]
     assert (servers.tally["wrong_versions"], servers.tally["dropped_tokens"]) == (0, 0)
 
@@ -139,7 +143,7 @@ def test_prompts_that_a_server_refuses_are_among_what_came_back() -> None:
     with FakeSGLang(lambda index, body: refuse if body["input_ids"][-1] == 101 else "ok", version="3") as fake:
         servers = of_urls([fake.url])
         servers.refit(3)
-        sampled = servers.sample(make_prompts(3), 3, "gen", group_size=2)
+        sampled = servers.sample(make_prompts(3), 3, "gen", PAIRS)
     assert [group.prompt.order for group in sampled.groups] == [0, 2]
     assert [dropped.prompt.order for dropped in sampled.dropped] == [1]
 
@@ -153,7 +157,7 @@ def test_refits_that_bring_a_group_each_are_never_too_many() -> None:
         last = stack.enter_context(FakeSGLang(version="3"))
         servers = of_urls([fake.url for fake in (*dying, last)], max_in_flight=1)
         servers.refit(3)
-        groups = servers.sample(make_prompts(7), 3, "gen", group_size=2).groups
+        groups = servers.sample(make_prompts(7), 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == list(range(7))
     assert servers.refitter.pushed == [3] * 6
 
@@ -162,7 +166,7 @@ def test_groups_come_in_the_order_of_their_draws_and_attempts_that_failed_are_co
     with FakeSGLang(lambda index, body: "500" if index == 0 else "ok", version="3") as fake:
         servers = of_urls([fake.url])
         servers.refit(3)
-        groups = servers.sample(make_prompts(3)[::-1], 3, "gen", group_size=2).groups
+        groups = servers.sample(make_prompts(3)[::-1], 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == [0, 1, 2]
     assert servers.tally["retries"] == 1
 
@@ -172,7 +176,7 @@ def test_a_follower_asks_nothing_and_joins_the_refits() -> None:
     assert isinstance(run.servers, Servers)
     assert not isinstance(run.servers.requests, LeaderRequests)
     run.servers.refit(1)
-    assert run.servers.sample([], 1, "gen", group_size=2).groups == []
+    assert run.servers.sample([], 1, "gen", PAIRS).groups == []
     assert run.servers.refitter.pushed == [1]
     leads = make_run([closed_url()], make_config("unused"))
     assert isinstance(requests_of(leads), LeaderRequests)

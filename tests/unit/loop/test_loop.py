@@ -1,4 +1,4 @@
-"""Whole runs of the loop without Megatron: fake servers over real sockets, replicas that are threads, a policy without a model."""
+"""Whole runs of the loop without Megatron: fake servers over real sockets, ranks in threads, a policy without a model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def train(
     refitter: Any = None,
     policy: Callable[[bool], FakePolicy] = lambda is_leader: FakePolicy(is_leader=is_leader),
 ) -> list[Ended]:
-    """Train on each rank of (ranks, ranks of a replica); all ask one fake server, which serves what the first rank says."""
+    """Train on each rank of (ranks, ranks of a replica); all ask one fake server, whose version the first rank sets."""
     size, ranks_per_replica = world
     with FakeSGLang(plan) as fake:
 

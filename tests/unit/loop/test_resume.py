@@ -11,8 +11,8 @@ from megatron_dypo.batching.queues import dump_samples
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.replica import Follower
+from megatron_dypo.loop.requests import NoStream
 from megatron_dypo.loop.resume import drawn_state, require_known_state, restore_batch
-from megatron_dypo.loop.servers import NoStream
 from tests.support.loop_cases import OneRank, Prompts, ThreadRanks, make_config, make_leader, run_in_threads
 from tests.support.objective_cases import random_groups
 
