@@ -26,7 +26,7 @@ def require_finite_weights(policy: Policy, place: str) -> None:
 
 
 def count_update(
-    progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, *, max_bad_steps: int
+    progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, max_bad_steps: int
 ) -> RunEnded | None:
     """Count an update; return the end of the run where too many in a row were skipped, or where weights are bad."""
     if report.is_applied:

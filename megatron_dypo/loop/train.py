@@ -101,9 +101,7 @@ def train_step(run: Run) -> None:
         report = run.policy.update(weighted)
         tally_work(run.tally, report.flops)
         metrics = dict(report.metrics)
-        end = count_update(
-            progress, report, run.policy, run.replica, run.ranks, max_bad_steps=config.optimizer.max_bad_steps
-        )
+        end = count_update(progress, report, run.policy, run.replica, run.ranks, config.optimizer.max_bad_steps)
         if end is None and (minibatch.is_last or run.evaluator.is_due(progress.step, config.run.steps)):
             mark("refitting the servers")
             metrics |= run.servers.refit(progress.step)
