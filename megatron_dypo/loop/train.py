@@ -1,4 +1,8 @@
-"""The loop: collect, grade, open a rollout batch, compute log-probs, make its updates, refit."""
+"""The loop: collect, open a rollout batch, compute log-probs, make its updates, refit.
+
+Data flows through the return values: waiting groups → :class:`RolloutBatch` → :class:`Minibatch` → samples with token
+weights → :class:`UpdateReport`. A checkpoint stores the waiting groups and the rest of the rollout batch.
+"""
 
 from __future__ import annotations
 
