@@ -33,11 +33,11 @@ def open_stream(
     cfg, batching, replicas = config.rollout, config.batching, draws.replicas
 
     def graded(group: RolloutGroup) -> GradedGroup:
-        return grade([group], verifier, config.grading.truncated_is_wrong, show_progress=False)[0]
+        return grade([group], verifier, config.grading.fail_truncated, show_progress=False)[0]
 
     # All that a collection may look at, and two batches in flight.
     max_unread = max(
-        cfg.prompts_per_step * batching.max_collect_rounds, math.ceil(2 * cfg.oversample * batching.prompts_per_batch)
+        cfg.prompts_per_round * batching.max_collect_rounds, math.ceil(2 * cfg.oversample * batching.prompts_per_batch)
     )
     return RolloutStream(
         client,

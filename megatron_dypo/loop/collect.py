@@ -57,7 +57,7 @@ class Collector:
     @property
     def max_prompts(self) -> int:
         """Draws after which a collection makes do with what it has found."""
-        return self.rollout.prompts_per_step * self.batching.max_collect_rounds
+        return self.rollout.prompts_per_round * self.batching.max_collect_rounds
 
     def uses_stream(self, step: int) -> bool:
         """Return whether the collection of ``step`` takes its groups from the background."""
@@ -110,7 +110,7 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             rounds < batching.max_collect_rounds or looks_further(collector, look, step)
         ):
             mark("collecting rollouts")
-            prompts = replica.begin_round(collector.rollout.prompts_per_step)
+            prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
                 ask = functools.partial(collect, group_size=collector.rollout.group_size)
                 sampled = collector.servers.sample(prompts, step, "gen", ask)

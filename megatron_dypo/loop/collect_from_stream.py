@@ -74,7 +74,7 @@ def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted]
             if look.waiting >= batch or (is_at_limit and not looks_further(collector, look, step)):
                 return look
             judged = look.outcomes if look.outcomes.verdicts > judged.verdicts else judged
-            end_if(end_without_verdicts(look.outcomes, judged, at_least=collector.rollout.prompts_per_step))
+            end_if(end_without_verdicts(look.outcomes, judged, at_least=collector.rollout.prompts_per_round))
             if look.unserved:
                 collector.servers.refit(step)
             stream.want(own_part(target - look.waiting, ranks))

@@ -103,6 +103,6 @@ def _requests(
         client=make_client(),
         stream=stream,
         verifier=opened.verifier,
-        fail_truncated=config.grading.truncated_is_wrong,
+        fail_truncated=config.grading.fail_truncated,
         show_progress=base.ranks.is_global_leader,
     )

@@ -137,7 +137,11 @@ def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int
     cfg, replica, seed = evaluator.cfg, evaluator.replica, evaluator.seed
     prompts, too_long = replica.held_out_prompts(name, cfg.max_prompts)
     # A request for each response: each has a seed of its own.
-    draws = [replace(p, order=i * cfg.samples + s, visit=s) for i, p in enumerate(prompts) for s in range(cfg.samples)]
+    draws = [
+        replace(p, order=i * cfg.samples_per_prompt + s, visit=s)
+        for i, p in enumerate(prompts)
+        for s in range(cfg.samples_per_prompt)
+    ]
     ask = functools.partial(
         collect,
         group_size=1,
@@ -148,7 +152,7 @@ def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int
     sampled = servers.sample(draws, step, "eval", ask)
     with evaluator.timings.measure("eval"):
         graded = servers.grade(sampled.groups)
-    groups = _joined(graded, cfg.samples)
+    groups = _joined(graded, cfg.samples_per_prompt)
     replica.write_evaluation(step, name, groups)
     return SetScore(prompts=tuple(map(_score, groups)), lost=too_long + len(prompts) - len(groups))
 

@@ -114,7 +114,7 @@ class Servers:
         """Give each of this replica's groups its verdicts and its tier."""
         return self.requests.grade(groups)
 
-    def release_memory(self) -> None:
+    def offload_servers(self) -> None:
         """Let the servers' memory go until the next refit, where the config says so."""
         self.refitter.release()
 
@@ -182,5 +182,5 @@ class NoServers:
         """Do nothing: the weights go to no server."""
         return {}
 
-    def release_memory(self) -> None:
+    def offload_servers(self) -> None:
         """Do nothing."""

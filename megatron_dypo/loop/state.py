@@ -111,7 +111,7 @@ class Run:
             ranks=self.ranks,
             rollout=config.rollout,
             batching=config.batching,
-            fail_truncated=config.grading.truncated_is_wrong,
+            fail_truncated=config.grading.fail_truncated,
             max_prompt_tokens=config.data.max_prompt_tokens,
             seed=config.run.seed,
             total_steps=config.run.steps,

@@ -90,7 +90,7 @@ def train_step(run: Run) -> None:
             collector = run.collector
             collect = collect_from_stream if collector.uses_stream(progress.step) else collect_in_rounds
             queues = collect(collector, progress.step)
-            run.servers.release_memory()
+            run.servers.offload_servers()
             mark("computing log-probs")
             run.batch = open_batch(
                 queues, run.logprobs, run.ranks, config.batching, version=progress.step, number=progress.batches

@@ -320,7 +320,7 @@ def make_config(
         rollout=RolloutConfig(
             **{
                 "group_size": 2,
-                "prompts_per_step": ROUND,
+                "prompts_per_round": ROUND,
                 "max_new_tokens": 16,
                 "request_deadline_s": 20.0,
                 "retries": 0,
@@ -387,7 +387,7 @@ def make_run(
             client=make_client(urls, config, check),
             stream=stream,
             verifier=verifier,
-            fail_truncated=config.grading.truncated_is_wrong,
+            fail_truncated=config.grading.fail_truncated,
             show_progress=ranks.is_global_leader,
         )
     servers = Servers(

@@ -91,7 +91,7 @@ def test_requests_and_router_follow_each_refit() -> None:
 
 def test_a_run_without_servers_refits_nothing_and_does_not_ask() -> None:
     assert NoServers().refit(3) == {}
-    NoServers().release_memory()
+    NoServers().offload_servers()
     with pytest.raises(RuntimeError, match="step 4 asks for rollouts, and this run has no servers"):
         NoServers().sample([], 4, "gen", PAIRS)
 
