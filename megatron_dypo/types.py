@@ -168,13 +168,11 @@ class Sample:
     """[R] log π_old, by the trainer's own forward pass or the servers' (``score.policy``)."""
     current_logp_sum: float | None = None
     """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
-    scored_version: int | None = None
+    logp_version: int | None = None
     """Version of the weights that ``old_logp`` are of; None where there are none."""
     ref_logp: Floats | None = None
     """[R] log π_ref."""
     weights: TokenWeights | None = None
-    updates_left: int = 0
-    """Updates that its group is still to enter as part of the current rollout batch; 0 while it waits for one."""
 
     @property
     def num_response_tokens(self) -> int:

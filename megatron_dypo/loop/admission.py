@@ -1,102 +1,104 @@
-"""What becomes of groups that came in: into the queues, or dropped for a reason; and the books of every draw.
-
-Everything here works on the parts that a replica's leader holds; :func:`books` is collective.
-"""
+"""Admission: groups that came in wait for an update, or are dropped for a reason. Pure, but for a tally."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from megatron_dypo.grading.verify import verdict_problem
-from megatron_dypo.loop.ledger import Balance, Ledger, OpenDraws, balance
-from megatron_dypo.loop.outcomes import count_verdicts
-from megatron_dypo.loop.run import Leader, Run
-from megatron_dypo.loop.tally import tally_dropped, tally_groups
+from megatron_dypo.loop.tally import Tally, tally_dropped, tally_groups
 from megatron_dypo.metrics.samples import SampleRow, dropped_row, sample_row
+from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.route import Routed, route
-from megatron_dypo.parallel.collectives import gather_objects
 from megatron_dypo.rollout.collect import DroppedGroup
-from megatron_dypo.types import DropReason, GradedGroup, Treatment
+from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 
-def books(run: Run) -> Balance:
-    """The books of all replicas together, held against what queues and streams hold. Collective; on leaders complete."""
-    leader = run.leader
-    if leader is None:
-        return balance([])
-    stream = leader.background
-    if stream is None:
-        mine = _own_books(run, leader, len(leader.unfinished))
-    else:
-        with stream.still():
-            mine = _own_books(run, leader, len(leader.unfinished) + len(stream.unfinished()))
-    return balance(gather_objects(mine, leader.group))
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """Groups that came in together, sorted by their fate."""
+
+    usable: Sequence[GradedGroup]
+    """Graded, or without rollouts; not stale."""
+    routed: Routed
+    """Parallel to ``usable``."""
+    stale: Sequence[GradedGroup]
+    """Sampled by weights that are too old for an update."""
+    unjudged: Sequence[GradedGroup]
+    """With a rollout that has no verdict."""
+    dropped: Sequence[DroppedGroup]
+    """Prompts without a group."""
+
+    def drops(self) -> list[tuple[DropReason, str]]:
+        """Return reason and message of each draw that came to nothing."""
+        return [
+            *((reason, "") for reason in self.routed.reasons if reason is not None),
+            *((DropReason.STALE, "") for _ in self.stale),
+            *((DropReason.NO_VERDICT, verdict_problem(group) or "") for group in self.unjudged),
+            *((group.reason, group.message) for group in self.dropped),
+        ]
 
 
-def _own_books(run: Run, leader: Leader, in_flight: int) -> tuple[Ledger, OpenDraws]:
-    count_long_prompts(run, leader)
-    waiting = len(leader.queues) + len(leader.queues.batch)
-    return leader.ledger, OpenDraws(waiting=waiting, in_flight=in_flight)
+def admit(
+    graded: Sequence[GradedGroup],
+    dropped: Sequence[DroppedGroup],
+    objective: Objective,
+    *,
+    step: int,
+    seed: int,
+    max_version_lag: int,
+) -> Admitted:
+    """Decide for each group whether it waits for an update.
 
-
-def admit(run: Run, leader: Leader, graded: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]) -> list[SampleRow]:
-    """Put what can be learned from into the queues, enter the rest in the books; returns the rows of ``samples/``."""
-    tally_groups(run.tally, graded)
-    tally_dropped(run.tally, dropped)
-    run.tally.extreme("max:epoch", max((group.prompt.visit for group in graded), default=0))
-    count_long_prompts(run, leader)
-    stale = [group for group in graded if _is_stale(run, group)]
+    Args:
+        step: the optimizer step that collects; also the version of the weights that the servers hold.
+        seed: of the draw of teachers.
+        max_version_lag: versions that a group's oldest rollout may be behind.
+    """
+    stale = [group for group in graded if _is_stale(group, step, max_version_lag)]
     usable = [group for group in graded if (group.tier is not None or not group.rollouts) and group not in stale]
-    run.tally.add("stale", len(stale))
-    routed = route(usable, run.objective, step=run.step, version=run.step, seed=run.config.run.seed)
-    for samples in filter(None, routed.samples):
-        leader.queues.put(samples)
-    reasons = [(reason, "") for reason in routed.reasons if reason is not None]
-    reasons += [(DropReason.STALE, "") for _ in stale]
-    reasons += [(DropReason.NO_VERDICT, problem) for problem in map(verdict_problem, graded) if problem]
-    reasons += [(group.reason, group.message) for group in dropped]
-    for reason, message in reasons:
-        leader.ledger.drop(reason)
-        leader.outcomes.drop(reason, message=message)
-    leader.outcomes.graded += len(usable)
-    leader.outcomes.verdicts += count_verdicts(graded, run.config.grading.fail_truncated)
-    run.tally.add("hard_without_teacher", routed.without_teacher)
-    for teacher, count in routed.teacher_counts().items():
-        run.tally.add(f"teacher/{teacher}", count)
-        run.tally.add("teachers", count)
-    return _sample_rows(run.step + 1, usable, routed, leader) + _unused_rows(run.step + 1, graded, stale, dropped)
+    return Admitted(
+        usable=usable,
+        routed=route(usable, objective, step=step, version=step, seed=seed),
+        stale=stale,
+        unjudged=[group for group in graded if verdict_problem(group)],
+        dropped=dropped,
+    )
 
 
-def _is_stale(run: Run, group: GradedGroup) -> bool:
-    """Whether the oldest weights that sampled a graded group are too old for an update."""
-    oldest = min((rollout.policy_version for rollout in group.rollouts), default=run.step)
-    return group.tier is not None and run.step - oldest > run.config.batching.max_version_lag
+def _is_stale(group: GradedGroup, version: int, max_version_lag: int) -> bool:
+    oldest = min((rollout.policy_version for rollout in group.rollouts), default=version)
+    return group.tier is not None and version - oldest > max_version_lag
 
 
-def count_long_prompts(run: Run, leader: Leader) -> None:
-    """Enter the prompts that draws left out for their length. A stream's thread adds to ``drops``."""
-    while leader.drops:
-        drops = leader.drops.popleft()
-        leader.ledger.drop(DropReason.TOO_LONG, drops.prompts)
-        leader.outcomes.drop(DropReason.TOO_LONG, drops.prompts)
-        run.tally.add("dropped_prompts", drops.prompts)
-        run.tally.add("dropped_traces", drops.traces)
-        run.tally.add("wrong_traces", drops.wrong_traces)
+def is_useful(group: GradedGroup, objective: Objective, step: int) -> bool:
+    """Return whether a group will wait for an update."""
+    if group.tier is None:
+        return False
+    treatment = objective.treat(group.tier, step)
+    return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTILL and bool(group.prompt.traces))
 
 
-def _sample_rows(step: int, groups: Sequence[GradedGroup], routed: Routed, leader: Leader) -> list[SampleRow]:
-    rows = []
-    pairs = zip(groups, routed.treatments, routed.teachers, routed.reasons, strict=True)
-    for group, treatment, teacher, reason in pairs:
-        trace = None if teacher is None else leader.tokenizer.decode(group.prompt.traces[teacher].tolist())
+def tally_admitted(tally: Tally, graded: Sequence[GradedGroup], admitted: Admitted) -> None:
+    """Count groups that came in, and their fates."""
+    tally_groups(tally, graded)
+    tally_dropped(tally, admitted.dropped)
+    tally.extreme("max:epoch", max((group.prompt.visit for group in graded), default=0))
+    tally.add("stale", len(admitted.stale))
+    tally.add("hard_without_teacher", admitted.routed.without_teacher)
+    for teacher, count in admitted.routed.teacher_counts().items():
+        tally.add(f"teacher/{teacher}", count)
+        tally.add("teachers", count)
+
+
+def sample_rows(step: int, admitted: Admitted, text_of: Callable[[Prompt, str], str]) -> list[SampleRow]:
+    """Return the rows of ``samples/``; ``text_of`` decodes a prompt's trace by the name of its teacher."""
+    routed, rows = admitted.routed, list[SampleRow]()
+    for group, treatment, teacher, reason in zip(
+        admitted.usable, routed.treatments, routed.teachers, routed.reasons, strict=True
+    ):
+        trace = None if teacher is None else text_of(group.prompt, teacher)
         rows.append(sample_row(step, group, treatment, teacher=teacher, trace=trace, dropped=reason))
-    return rows
-
-
-def _unused_rows(
-    step: int, graded: Sequence[GradedGroup], stale: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]
-) -> list[SampleRow]:
-    rows = [sample_row(step, group, Treatment.DROP, dropped=DropReason.STALE) for group in stale]
-    for group in filter(verdict_problem, graded):
-        rows.append(sample_row(step, group, Treatment.DROP, dropped=DropReason.NO_VERDICT))
-    return rows + [dropped_row(step, group.prompt, group.reason) for group in dropped]
+    rows += [sample_row(step, group, Treatment.DROP, dropped=DropReason.STALE) for group in admitted.stale]
+    rows += [sample_row(step, group, Treatment.DROP, dropped=DropReason.NO_VERDICT) for group in admitted.unjudged]
+    return rows + [dropped_row(step, group.prompt, group.reason) for group in admitted.dropped]

@@ -1,304 +1,68 @@
-"""Filling the queues: rounds of collection, or a stream of it in the background (``rollout.mode``). Called by all ranks.
+"""Collection: groups are sampled, graded and admitted until a rollout batch waits. Called by all ranks.
 
-A collection ends with something to learn from, or with the end of the run: see :mod:`megatron_dypo.loop.outcomes`.
+Groups come in rounds, or from a stream in the background (``rollout.mode``, ``rollout.oversample``). A collection ends
+with something to learn from, or with the end of the run: see :mod:`megatron_dypo.loop.outcomes`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.grading.verify import grade
-from megatron_dypo.loop.admission import admit, count_long_prompts
+from megatron_dypo.batching.queues import Queues
+from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.tree import BatchingConfig
+from megatron_dypo.ending import RunEnded
+from megatron_dypo.loop.accounts import enter, enter_left_out
+from megatron_dypo.loop.admission import Admitted, admit, tally_admitted
 from megatron_dypo.loop.ledger import dropped_words
-from megatron_dypo.loop.logprobs import score_early, scores_batch_by_batch
+from megatron_dypo.loop.logprobs import Logprobs, without_logprobs
 from megatron_dypo.loop.outcomes import Outcomes, end_without_samples, end_without_verdicts
-from megatron_dypo.loop.run import Leader, Run
-from megatron_dypo.loop.servers import Sampled, push, sample
-from megatron_dypo.loop.tally import tally_client
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.replica import Replica
+from megatron_dypo.loop.servers import NoServers, Sampled, Servers
+from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.logs import warn_often
-from megatron_dypo.metrics.progress import Progress, progress
-from megatron_dypo.metrics.samples import SampleRow
-from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.processes.watchdog import mark
-from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream, StreamWork
-from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
+from megatron_dypo.rollout.collect import DroppedGroup, collect
+from megatron_dypo.types import DropReason, GradedGroup
 
 log = logging.getLogger("megatron_dypo")
 
-_LOOK_EVERY_S = 0.2
-"""How long a leader waits for its own groups before it asks the others how far they are."""
-_SCORED_AT_ONCE = 1 / 4
-"""Share of a rollout batch that is worth a forward pass of its own while the rest is sampled."""
 
+@dataclass(frozen=True, kw_only=True)
+class Collector:
+    """The parts of a run that a collection uses."""
 
-def fill_queues(run: Run) -> None:
-    """Collect, grade and route prompts until the queues hold a rollout batch, or ``max_collect_rounds`` are drawn.
+    replica: Replica
+    servers: Servers | NoServers
+    objective: Objective
+    logprobs: Logprobs
+    """Computed while a stream still samples."""
+    ranks: Ranks
+    rollout: RolloutConfig
+    batching: BatchingConfig
+    fail_truncated: bool
+    """Rollouts that hit the length limit are not verified; see ``GradingConfig``."""
+    max_prompt_tokens: int
+    seed: int
+    total_steps: int
+    tally: Tally
+    timings: Timings
 
-    While nothing at all is found to learn from, collection goes on until every prompt was looked at once.
+    @property
+    def max_prompts(self) -> int:
+        """Draws after which a collection makes do with what it has found."""
+        return self.rollout.prompts_per_round * self.batching.max_collect_rounds
 
-    Raises:
-        RunEnded: on all ranks: nothing is left to learn from, no group comes back whole, no verdict is given, no
-            server is left, or every prompt is too long. The samples of the collection are written all the same.
-    """
-    leader, cfg, rows = run.leader, run.config.rollout, list[SampleRow]()
-    if leader:
-        stale = leader.queues.drop_stale(run.step, run.config.batching.max_version_lag)
-        run.tally.add("stale", stale)
-        leader.ledger.drop(DropReason.STALE, stale)
-        leader.outcomes = Outcomes()
-    streams = (cfg.mode == "async" or cfg.oversample > 1) and run.objective.needs_rollouts(run.step)
-    try:
-        _fill_from_stream(run, rows) if streams else _fill_in_rounds(run, rows)
-    finally:
-        if leader:
-            leader.sample_log.write(run.step + 1, rows)
-
-
-def _fill_in_rounds(run: Run, rows: list[SampleRow]) -> None:
-    batching, rounds = run.config.batching, 0
-    look = _look(run)
-    while look.waiting < batching.prompts_per_batch and (
-        rounds < batching.max_collect_rounds or _looks_further(run, look)
-    ):
-        mark("collecting rollouts")
-        before = look.outcomes
-        sampled = _collect(run, _next_prompts(run, run.leader) if run.leader else [])
-        if run.leader:
-            rows += admit(run, run.leader, _graded(run, run.leader, sampled), sampled.dropped)
-            run.leader.unfinished = []
-        rounds += 1
-        look = _look(run)
-        _end_if(end_without_verdicts(look.outcomes, before, at_least=1))
-    if run.leader:
-        run.tally.extreme("max:rounds", rounds)
-    _warn_of_losses(run, look.outcomes)
-    _warn_of_a_short_batch(run, look)
-
-
-def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
-    """Take what the streams have finished until that is a rollout batch; with ``async`` they go on with the next one."""
-    config, batch = run.config, run.config.batching.prompts_per_batch
-    limit = _limit(run)
-    stream = _stream(run, run.leader) if run.leader else None
-    goes_on = config.rollout.mode == "async" and not _is_last_batch(run)
-    # The next batch's groups are begun before this one is full: else its last ones would be sampled one after the other.
-    enough = 2 * batch if goes_on else batch
-    judged = Outcomes()
-    with progress(batch, "rollouts", "prompts to learn from", enabled=run.layout.is_global_leader) as bar:
-        shown = 0
-        while True:
-            mark("collecting rollouts")
-            failure = _take(run, run.leader, stream, rows) if run.leader and stream else None
-            look = _look(run, stream, failure)
-            shown += _advance(bar, min(look.waiting, batch) - shown)
-            if look.waiting >= batch:
-                break
-            if look.outcomes.seen >= limit and not _looks_further(run, look):
-                break
-            judged = look.outcomes if look.outcomes.verdicts > judged.verdicts else judged
-            _end_if(end_without_verdicts(look.outcomes, judged, at_least=config.rollout.prompts_per_round))
-            if look.unserved:
-                push(run)
-            if stream:
-                stream.want(_share(run, enough - look.waiting))
-                stream.start()
-            _score_or_wait(run, stream, look)
-    _warn_of_losses(run, look.outcomes)
-    _warn_of_a_short_batch(run, look)
-    if stream and goes_on:
-        stream.want(_share(run, max(0, enough - look.waiting)))
-    elif stream:
-        stream.stop()
-
-
-def _looks_further(run: Run, look: Look) -> bool:
-    """Whether a collection at its limit goes on: it has found nothing yet, and has not looked at every prompt.
-
-    Raises:
-        RunEnded: there is nothing to look further for.
-    """
-    if look.waiting:
-        return False
-    _end_if(
-        end_without_samples(
-            look.outcomes,
-            num_prompts=look.num_prompts,
-            step=run.step,
-            max_prompt_tokens=run.config.data.max_prompt_tokens,
-        )
-    )
-    if run.layout.is_global_leader:
-        words = ", ".join(dropped_words(look.outcomes.dropped))
-        warn_often(log, "step %d: no trainable prompt among %d draws so far: %s", run.step, look.outcomes.seen, words)
-    return True
-
-
-def _end_if(end: RunEnded | None) -> None:
-    if end is not None:
-        raise end
-
-
-def _warn_of_losses(run: Run, outcomes: Outcomes) -> None:
-    """Say loudly when much of what was collected came to nothing for other reasons than its difficulty."""
-    failed = outcomes.seen - outcomes.graded
-    if run.layout.is_global_leader and failed * 4 > outcomes.seen:
-        words = ", ".join(dropped_words(outcomes.dropped))
-        reason = f"; the last reason: {outcomes.last_reason}" if outcomes.last_reason else ""
-        warn_often(
-            log, "step %d: %d of %d prompts could not be used: %s%s", run.step, failed, outcomes.seen, words, reason
-        )
-
-
-def _warn_of_a_short_batch(run: Run, look: Look) -> None:
-    """Say when a step trains on fewer prompts than the config asks for, and why."""
-    batch = run.config.batching.prompts_per_batch
-    if run.layout.is_global_leader and look.waiting < batch:
-        words = ", ".join(dropped_words(look.outcomes.dropped)) or "none dropped"
-        warn_often(
-            log,
-            "step %d: %d of %d prompts to learn from after %d draws, the limit of batching.max_collect_rounds=%d: %s",
-            run.step,
-            look.waiting,
-            batch,
-            look.outcomes.seen,
-            run.config.batching.max_collect_rounds,
-            words,
-        )
-
-
-def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, look: Look) -> None:
-    """Make use of the wait for the rest of a batch: score what came in, once that is worth a forward pass."""
-    batch = run.config.batching.prompts_per_batch
-    missing = batch - look.waiting
-    if scores_batch_by_batch(run.config):
-        missing = min(missing, math.ceil(_SCORED_AT_ONCE * batch) - look.unscored)
-    if missing <= 0:
-        score_early(run)
-    elif stream:
-        # An end that the stream met is told to all ranks at the next look.
-        with run.timings.measure("gen"), contextlib.suppress(ServerDiedError):
-            stream.wait(_LOOK_EVERY_S, _share(run, missing), resolved=_share(run, _limit(run)))
-
-
-def _limit(run: Run) -> int:
-    """Prompts after which a collection makes do with what it has found."""
-    return run.config.rollout.prompts_per_round * run.config.batching.max_collect_rounds
-
-
-def _share(run: Run, count: int) -> int:
-    """A replica's part of so many groups."""
-    return math.ceil(count / run.layout.data)
-
-
-def _advance(bar: Progress, count: int) -> int:
-    bar.update(count)
-    return count
-
-
-def _is_last_batch(run: Run) -> bool:
-    """Whether the updates of this rollout batch are the run's last."""
-    batching = run.config.batching
-    return run.step + batching.updates_per_batch * batching.epochs_per_batch >= run.config.run.steps
-
-
-def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
-    """The replica's stream, made on first use."""
-    if leader.background is None:
-        assert leader.background_client is not None
-        assert leader.verifier is not None
-        client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.fail_truncated
-        cfg, batch = run.config.rollout, run.config.batching.prompts_per_batch
-        work = StreamWork(
-            claim=lambda count: _claim(leader, count * run.layout.data, run.layout.dp_rank, run.layout.data),
-            load=leader.stream.at,
-            finish=lambda group: grade([group], verifier, rule, show_progress=False)[0],
-            is_useful=lambda group: _is_useful(run, group),
-        )
-        leader.background = RolloutStream(
-            client,
-            client.sampling(cfg.group_size),
-            work,
-            oversample=cfg.oversample,
-            max_unread=_share(run, max(_limit(run), math.ceil(2 * cfg.oversample * batch))),
-        )
-        leader.background.postpone(leader.unfinished)
-        leader.unfinished = []
-    return leader.background
-
-
-def _take(run: Run, leader: Leader, stream: RolloutStream[GradedGroup], rows: list[SampleRow]) -> RunEnded | None:
-    """Admit what the stream has finished; the end of the run, if the stream has failed for one."""
-    graded, counts = stream.take()
-    tally_client(run.tally, counts.client)
-    leader.drops.append(counts.left_out)
-    rows += admit(run, leader, graded, counts.dropped)
-    error = stream.error
-    if isinstance(error, ServerDiedError):
-        return RunEnded(Cause.SERVERS_GONE, str(error))
-    if error is not None:
-        raise error
-    return None
-
-
-def _is_useful(run: Run, group: GradedGroup) -> bool:
-    """Whether a group will wait in a queue."""
-    if group.tier is None:
-        return False
-    treatment = run.objective.treat(group.tier, run.step)
-    return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTILL and bool(group.prompt.traces))
-
-
-def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
-    """The next round of draws, after those that a resumed run had drawn and not finished.
-
-    They count as unfinished until they are graded, so that an end of the run in between loses none.
-    """
-    count = run.config.rollout.prompts_per_round
-    leader.unfinished = [*leader.unfinished, *_draw(leader, count, run.layout.dp_rank, run.layout.data)]
-    return leader.unfinished
-
-
-def _draw(leader: Leader, count: int, shard: int, num_shards: int) -> list[Prompt]:
-    """Make the next ``count`` draws, and return this replica's share of them."""
-    prompts, drops = leader.stream.at(_claim(leader, count, shard, num_shards))
-    leader.drops.append(drops)
-    return prompts
-
-
-def _claim(leader: Leader, count: int, shard: int, num_shards: int) -> range:
-    """Make the next ``count`` draws; return the positions of this replica's share. A stream calls it under its lock."""
-    start = leader.cursor
-    positions = range(start + (shard - start) % num_shards, start + count, num_shards)
-    leader.cursor += count
-    leader.ledger.draw(len(positions))
-    return positions
-
-
-def _collect(run: Run, prompts: Sequence[Prompt]) -> Sampled:
-    """Groups of the prompts, without rollouts where the objective needs none. Collective over the world."""
-    if not run.objective.needs_rollouts(run.step):
-        return Sampled.without_rollouts(prompts)
-    return sample(run, prompts, "gen", group_size=run.config.rollout.group_size)
-
-
-def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
-    groups = sampled.groups
-    if not run.objective.needs_rollouts(run.step):
-        return [GradedGroup(prompt=group.prompt, rollouts=(), verdicts=(), tier=None) for group in groups]
-    with run.timings.measure("reward"):
-        assert leader.verifier is not None
-        return grade(
-            groups,
-            leader.verifier,
-            run.config.grading.fail_truncated,
-            show_progress=run.layout.is_global_leader,
-        )
+    def uses_stream(self, step: int) -> bool:
+        """Return whether the collection of ``step`` takes its groups from the background."""
+        has_stream = self.rollout.mode == "async" or self.rollout.oversample > 1
+        return has_stream and self.objective.needs_rollouts(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +71,7 @@ class Look:
 
     waiting: int = 0
     """Groups in the queues."""
-    unscored: int = 0
+    without_logprobs: int = 0
     """Those of them that have no log-probs yet."""
     unserved: int = 0
     """Streams without a server."""
@@ -320,7 +84,7 @@ class Look:
     def __add__(self, other: Look) -> Look:
         return Look(
             waiting=self.waiting + other.waiting,
-            unscored=self.unscored + other.unscored,
+            without_logprobs=self.without_logprobs + other.without_logprobs,
             unserved=self.unserved + other.unserved,
             outcomes=self.outcomes + other.outcomes,
             num_prompts=max(self.num_prompts, other.num_prompts),
@@ -328,25 +92,138 @@ class Look:
         )
 
 
-def _look(run: Run, stream: RolloutStream[GradedGroup] | None = None, failure: RunEnded | None = None) -> Look:
-    """Ask all leaders how far they are; ``stream`` and ``failure`` are the leader's own. Collective over the world.
+def collect_in_rounds(collector: Collector, step: int) -> Queues:
+    """Draw, sample, grade and admit prompts in rounds, until a rollout batch waits; return what waits on this replica.
+
+    At most ``max_collect_rounds`` are drawn, but while nothing at all is found to learn from, collection goes on until
+    every prompt was looked at once.
+
+    Raises:
+        RunEnded: on all ranks: nothing is left to learn from, no group comes back whole, no verdict is given, no
+            server is left, or every prompt is too long. The samples of the collection are written all the same.
+    """
+    replica, batching, rounds = collector.replica, collector.batching, 0
+    begin_collection(collector, step)
+    admitted, look = list[Admitted](), look_around(collector)
+    try:
+        while look.waiting < batching.prompts_per_batch and (
+            rounds < batching.max_collect_rounds or looks_further(collector, look, step)
+        ):
+            mark("collecting rollouts")
+            prompts = replica.begin_round(collector.rollout.prompts_per_round)
+            if collector.objective.needs_rollouts(step):
+                ask = functools.partial(collect, group_size=collector.rollout.group_size)
+                sampled = collector.servers.sample(prompts, step, "gen", ask)
+                with collector.timings.measure("reward"):
+                    graded = collector.servers.grade(sampled.groups)
+            else:
+                sampled = Sampled()
+                graded = [GradedGroup(prompt=prompt, rollouts=(), verdicts=(), tier=None) for prompt in prompts]
+            admitted.append(admit_groups(collector, step, graded, sampled.dropped))
+            replica.end_round()
+            rounds += 1
+            before, look = look, look_around(collector)
+            end_if(end_without_verdicts(look.outcomes, before.outcomes, at_least=1))
+    finally:
+        replica.write_samples(step + 1, admitted)
+    collector.tally.extreme("max:rounds", rounds)
+    warn_of_losses(collector, look, step)
+    return replica.queues
+
+
+def begin_collection(collector: Collector, step: int) -> None:
+    """Drop what has waited for too long, and begin to count."""
+    replica = collector.replica
+    stale = replica.queues.drop_stale(step, collector.batching.max_version_lag)
+    collector.tally.add("stale", stale)
+    replica.books.drop(DropReason.STALE, stale)
+    replica.books.outcomes = Outcomes()
+
+
+def admit_groups(
+    collector: Collector, step: int, graded: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]
+) -> Admitted:
+    """Put groups that came in into the queues or the books; return what became of each."""
+    admitted = admit(
+        graded,
+        dropped,
+        collector.objective,
+        step=step,
+        seed=collector.seed,
+        max_version_lag=collector.batching.max_version_lag,
+    )
+    tally_admitted(collector.tally, graded, admitted)
+    enter_left_out(collector.replica, collector.tally)
+    enter(collector.replica, graded, admitted, fail_truncated=collector.fail_truncated)
+    return admitted
+
+
+def look_around(collector: Collector, failure: RunEnded | None = None) -> Look:
+    """Ask all leaders how far they are; ``failure`` is this replica's own. Collective over the world.
 
     Raises:
         RunEnded: on all ranks, where one leader has a ``failure``.
     """
-    look = Look()
-    if run.leader:
-        leader = run.leader
-        count_long_prompts(run, leader)
-        mine = Look(
-            waiting=len(leader.queues),
-            unscored=len({sample.order for sample in leader.queues.unscored()}),
-            unserved=int(stream is not None and stream.is_unserved),
-            outcomes=leader.outcomes,
-            num_prompts=len(leader.stream),
-            failure=failure,
-        )
-        look = sum(gather_objects(mine, leader.group), look)
-    look = broadcast_object(look, run.layout.replica_group)
-    _end_if(look.failure)
+    replica = collector.replica
+    enter_left_out(replica, collector.tally)
+    mine = Look(
+        waiting=len(replica.queues),
+        without_logprobs=len({sample.order for sample in without_logprobs(replica.queues.groups())}),
+        unserved=int(collector.servers.stream.is_unserved),
+        outcomes=Outcomes() + replica.books.outcomes,
+        num_prompts=replica.num_prompts,
+        failure=failure,
+    )
+    look = sum(collector.ranks.of_leaders(mine), Look())
+    end_if(look.failure)
     return look
+
+
+def looks_further(collector: Collector, look: Look, step: int) -> bool:
+    """Return whether a collection at its limit goes on: it has found nothing yet, and has not looked at every prompt.
+
+    Raises:
+        RunEnded: there is nothing to look further for.
+    """
+    if look.waiting:
+        return False
+    end_if(
+        end_without_samples(
+            look.outcomes,
+            num_prompts=look.num_prompts,
+            step=step,
+            max_prompt_tokens=collector.max_prompt_tokens,
+        )
+    )
+    if collector.ranks.is_global_leader:
+        words = ", ".join(dropped_words(look.outcomes.dropped))
+        warn_often(log, "step %d: no trainable prompt among %d draws so far: %s", step, look.outcomes.seen, words)
+    return True
+
+
+def end_if(end: RunEnded | None) -> None:
+    """Raise ``end``, if there is one."""
+    if end is not None:
+        raise end
+
+
+def warn_of_losses(collector: Collector, look: Look, step: int) -> None:
+    """Say loudly when much was lost for other reasons than its difficulty, and when a batch stays short, and why."""
+    if not collector.ranks.is_global_leader:
+        return
+    outcomes, words = look.outcomes, ", ".join(dropped_words(look.outcomes.dropped))
+    failed = outcomes.seen - outcomes.graded
+    if failed * 4 > outcomes.seen:
+        reason = f"; the last reason: {outcomes.last_reason}" if outcomes.last_reason else ""
+        warn_often(log, "step %d: %d of %d prompts could not be used: %s%s", step, failed, outcomes.seen, words, reason)
+    if look.waiting < collector.batching.prompts_per_batch:
+        warn_often(
+            log,
+            "step %d: %d of %d prompts to learn from after %d draws, the limit of batching.max_collect_rounds=%d: %s",
+            step,
+            look.waiting,
+            collector.batching.prompts_per_batch,
+            outcomes.seen,
+            collector.batching.max_collect_rounds,
+            words or "none dropped",
+        )

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dypo.grading.verify import grade
-from megatron_dypo.loop.run import Leader, Run
-from megatron_dypo.loop.servers import Sampled, sample
+from megatron_dypo.config.tree import EvalConfig
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.replica import Replica
+from megatron_dypo.loop.servers import NoServers, Servers
 from megatron_dypo.metrics.intervals import accuracy_interval
 from megatron_dypo.metrics.names import name_part
-from megatron_dypo.metrics.samples import SampleLog, SampleRow, eval_folder, sample_row
-from megatron_dypo.parallel.collectives import gather_objects
-from megatron_dypo.types import GradedGroup, Prompt, Treatment
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.rollout.collect import collect
+from megatron_dypo.types import GradedGroup, Prompt
 
 log = logging.getLogger("megatron_dypo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScore:
-    """What the responses to one held-out prompt came to."""
+    """Counts over the responses to one held-out prompt."""
 
     source: str
     correct: int
@@ -35,7 +37,7 @@ class PromptScore:
 
 @dataclass(frozen=True, kw_only=True)
 class SetScore:
-    """What an evaluation set came to on one replica; those of several replicas add up."""
+    """The results of one replica on an evaluation set; those of several replicas add up."""
 
     prompts: tuple[PromptScore, ...] = ()
     lost: int = 0
@@ -45,28 +47,44 @@ class SetScore:
         return SetScore(prompts=self.prompts + other.prompts, lost=self.lost + other.lost)
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Accuracy of every evaluation set under the servers' current weights, split over the replicas. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """The parts of a run that an evaluation uses."""
 
-    The responses are written to ``samples/eval/<set>/``.
+    replica: Replica
+    servers: Servers | NoServers
+    ranks: Ranks
+    cfg: EvalConfig
+    seed: int
+    timings: Timings
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Return whether the weights of ``step`` are to be evaluated."""
+        is_due = step == last_step or (self.cfg.every > 0 and step % self.cfg.every == 0)
+        return is_due and bool(self.cfg.prompts)
+
+
+def evaluate(evaluator: Evaluator, step: int) -> dict[str, float]:
+    """Measure the accuracy of every evaluation set under the servers' weights, those of ``step``. Collective.
+
+    The replicas share the prompts of a set. The responses are written to ``samples/eval/<set>/``.
 
     Returns:
-        ``eval/<set>/…`` metrics on the leaders, {} elsewhere and when there is no set. An accuracy of nothing is absent.
+        ``eval/<set>/…`` metrics; {} without a set or servers. An accuracy of nothing is absent.
     """
     metrics: dict[str, float] = {}
-    for name in run.config.eval.sets if run.bridge else ():
-        mine = _evaluate_share(run, name)
-        if run.leader is None:
-            continue
-        score = sum(gather_objects(mine, run.leader.group), SetScore())
-        metrics |= score_metrics(name, score)
-        if run.layout.is_global_leader:
-            _log_score(run.step, name, metrics)
+    if isinstance(evaluator.servers, NoServers):
+        return metrics
+    for name in evaluator.cfg.sets:
+        mine = _evaluate_share(evaluator, evaluator.servers, name, step)
+        metrics |= score_metrics(name, sum(evaluator.ranks.of_leaders(mine), SetScore()))
+        if evaluator.ranks.is_global_leader:
+            _log_score(step, name, metrics)
     return metrics
 
 
 def score_metrics(name: str, score: SetScore) -> dict[str, float]:
-    """The metrics of one set; those of its sources too, where it has several."""
+    """Return the metrics of one set, and those of its sources where it has several."""
     prefix = f"eval/{name_part(name)}"
     samples = sum(prompt.samples for prompt in score.prompts)
     answered = samples + sum(prompt.without_verdict for prompt in score.prompts)
@@ -114,44 +132,39 @@ def _log_score(step: int, name: str, metrics: dict[str, float]) -> None:
         )
 
 
-def _evaluate_share(run: Run, name: str) -> SetScore:
-    """Sample and grade this replica's part of the set: every ``data``-th prompt. Collective over the world."""
-    cfg, prompts, too_long = run.config.eval, list[Prompt](), 0
-    if run.leader:
-        whole, drops = run.leader.held_out[name].all(cfg.max_prompts)
-        prompts = whole[run.layout.dp_rank :: run.layout.data]
-        too_long = drops.prompts if run.layout.dp_rank == 0 else 0
+def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int) -> SetScore:
+    """Sample and grade this replica's part of the set. Collective over the world."""
+    cfg, replica, seed = evaluator.cfg, evaluator.replica, evaluator.seed
+    prompts, too_long = replica.held_out_prompts(name, cfg.max_prompts)
     # A request for each response: each has a seed of its own.
     draws = [
         replace(p, order=i * cfg.samples_per_prompt + s, visit=s)
         for i, p in enumerate(prompts)
         for s in range(cfg.samples_per_prompt)
     ]
-    sampled = sample(
-        run,
-        draws,
-        "eval",
+    ask = functools.partial(
+        collect,
         group_size=1,
         temperature=cfg.temperature,
-        seed_of=lambda prompt: response_seed(run.config.run.seed, prompt),
+        seed_of=lambda prompt: response_seed(seed, prompt),
         desc=f"eval {name}",
     )
-    if run.leader is None:
-        return SetScore()
-    groups = _joined(_graded(run, run.leader, sampled), cfg.samples_per_prompt)
-    log_of_set = SampleLog(run.dir, shard=run.leader.sample_log.shard, folder=eval_folder(name))
-    log_of_set.write(run.step, [_row(run.step, group) for group in groups])
+    sampled = servers.sample(draws, step, "eval", ask)
+    with evaluator.timings.measure("eval"):
+        graded = servers.grade(sampled.groups)
+    groups = _joined(graded, cfg.samples_per_prompt)
+    replica.write_evaluation(step, name, groups)
     return SetScore(prompts=tuple(map(_score, groups)), lost=too_long + len(prompts) - len(groups))
 
 
 def response_seed(seed: int, prompt: Prompt) -> int:
-    """The seed of one held-out response: the same in every evaluation of a run, and another for each response."""
+    """Return the seed of one held-out response: the same in every evaluation of a run, another for each response."""
     key = json.dumps([seed, prompt.prompt_id, prompt.visit]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 
 def _joined(graded: Sequence[GradedGroup], samples: int) -> list[GradedGroup]:
-    """All responses to one prompt together, by the order of the prompts; prompts without any are absent."""
+    """Put all responses to one prompt together, in the order of the prompts; leave out prompts without any."""
     by_prompt: dict[int, list[GradedGroup]] = {}
     for group in graded:
         by_prompt.setdefault(group.prompt.order // samples, []).append(group)
@@ -166,17 +179,6 @@ def _joined(graded: Sequence[GradedGroup], samples: int) -> list[GradedGroup]:
     ]
 
 
-def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
-    assert leader.verifier is not None
-    with run.timings.measure("eval"):
-        return grade(
-            sampled.groups,
-            leader.verifier,
-            run.config.grading.fail_truncated,
-            show_progress=run.layout.is_global_leader,
-        )
-
-
 def _score(group: GradedGroup) -> PromptScore:
     judged = [verdict for verdict in group.verdicts if verdict.error is None]
     return PromptScore(
@@ -187,7 +189,3 @@ def _score(group: GradedGroup) -> PromptScore:
         truncated=sum(rollout.finish == "length" for rollout in group.rollouts),
         tokens=sum(len(rollout.tokens) for rollout in group.rollouts),
     )
-
-
-def _row(step: int, group: GradedGroup) -> SampleRow:
-    return sample_row(step, group, Treatment.DROP)

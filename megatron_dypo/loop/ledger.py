@@ -1,12 +1,12 @@
-"""The books of a run: what became of every draw of a prompt.
+"""The ledger of a run: the fate of every draw of a prompt.
 
 Each draw ends in exactly one of: trained on (its rollouts, or a teacher's trace), dropped for one reason, waiting for
 an update, or in flight. So at any time::
 
     drawn = trained + dropped + waiting + in flight
 
-Each replica's leader keeps the books of its own draws; :func:`balance` adds them up and holds them against what the
-queues and the streams really hold.
+Each replica's leader keeps the ledger of its own draws. :func:`balance` adds them up and compares them with the
+contents of queues and streams.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WORDS = {
 
 @dataclass(kw_only=True)
 class Ledger:
-    """The draws of one replica since the run began; what is still open is not in it."""
+    """The draws of one replica since the run began, but for those that are still open."""
 
     drawn: int = 0
     """Positions of the run's sequence of draws that were taken."""
@@ -57,7 +57,7 @@ class Ledger:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
+        """Return the ledger as a checkpoint stores it."""
         return {
             "drawn": self.drawn,
             "trained": {treatment.value: count for treatment, count in self.trained.items() if count},
@@ -66,7 +66,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Ledger:
-        """The inverse of :meth:`as_json`."""
+        """Read what :meth:`as_json` returned."""
         return cls(
             drawn=int(stored["drawn"]),
             trained=Counter({Treatment(name): int(count) for name, count in stored["trained"].items()}),
@@ -101,7 +101,7 @@ class Balance:
         return self.ledger.drawn - ended - self.open.waiting - self.open.in_flight
 
     def counts(self) -> dict[str, int]:
-        """Every account by name, zeros included."""
+        """Return every account by name, zeros included."""
         trained = {name: self.ledger.trained[treatment] for treatment, name in _TRAINED.items()}
         dropped = {f"dropped_{reason.value}": self.ledger.dropped[reason] for reason in DropReason}
         open_draws = {"waiting": self.open.waiting, "in_flight": self.open.in_flight}
@@ -111,7 +111,7 @@ class Balance:
         return {f"ledger/{name}": float(count) for name, count in self.counts().items()}
 
     def line(self) -> str:
-        """One line for people: "48 prompts drawn: 20 trained (RL 12, SFT 8), 25 Easy, 3 waiting"."""
+        """Return one line for people: "48 prompts drawn: 20 trained (RL 12, SFT 8), 25 Easy, 3 waiting"."""
         trained = self.ledger.trained
         parts = [
             f"{sum(trained.values())} trained (RL {trained[Treatment.REINFORCE]}, SFT {trained[Treatment.DISTILL]})",
@@ -130,5 +130,5 @@ def balance(books: Sequence[tuple[Ledger, OpenDraws]]) -> Balance:
 
 
 def dropped_words(dropped: Mapping[DropReason, int]) -> list[str]:
-    """``["31 Easy", "1 Hard without a teacher's trace"]``, without zeros."""
+    """Return ``["31 Easy", "1 Hard without a teacher's trace"]``, without zeros."""
     return [f"{dropped[reason]} {words}" for reason, words in _WORDS.items() if dropped.get(reason)]

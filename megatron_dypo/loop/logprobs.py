@@ -1,112 +1,122 @@
-"""The scoring verbs of a training step: log π_old, log π_ref, and log π_θ where the weights have moved on.
+"""Log-probs for samples: log π_old, log π_ref, and log π_θ where the weights have moved on. Called by all ranks.
 
-Every function here is called by all ranks; samples and answers are on the replica's leaders.
+The functions return new groups; those that come in stay as they are. Ranks that hold no samples join with none.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_dypo.batching.exchange import broadcast_samples
-from megatron_dypo.batching.wire import without_arrays
-from megatron_dypo.config.tree import Config
-from megatron_dypo.loop.run import Run
-from megatron_dypo.loop.tally import tally_score_error
-from megatron_dypo.loop.update import Batch
-from megatron_dypo.mcore.logprobs import sequence_logprobs
-from megatron_dypo.types import Floats, Sample
+from megatron_dypo.batching.queues import Group
+from megatron_dypo.config.objective import ScoreConfig
+from megatron_dypo.loop.policy import Policy
+from megatron_dypo.loop.tally import Tally, tally_logprob_error
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.types import Floats, Sample, Treatment
 
 
-def scores_batch_by_batch(config: Config) -> bool:
-    """Whether the trainer scores what enters the next updates, and no more: asynchronous runs with log-probs of their own."""
-    return config.rollout.mode == "async" and config.score.policy == "trainer"
+def without_logprobs(groups: Iterable[Group]) -> list[Sample]:
+    """Return the rollouts that have no log-probs under π_old yet."""
+    return [s for group in groups for s in group if s.treatment is Treatment.REINFORCE and s.old_logp is None]
 
 
-def score(run: Run) -> None:
-    """log π_old and log π_ref of the rollouts that have none yet.
-
-    A synchronous run scores all that came in: it has not changed the weights since they were sampled, so that the policy
-    *is* the one that sampled. An asynchronous run scores what enters the next updates; π_old is the policy now, and
-    ``objective.importance`` corrects for the one that sampled.
-    """
-    unscored = None
-    if run.leader:
-        queues = run.leader.queues
-        unscored = queues.not_scored_by(run.step) if scores_batch_by_batch(run.config) else queues.unscored()
-    _score(run, unscored)
+def of_other_versions(groups: Iterable[Group], version: int) -> list[Sample]:
+    """Return the rollouts whose log-probs under π_old are not those of the weights of ``version``."""
+    return [s for group in groups for s in group if s.treatment is Treatment.REINFORCE and s.logp_version != version]
 
 
-def score_early(run: Run) -> None:
-    """The same for what waits while the rollout batch still fills: the weights will not change until it is full."""
-    _score(run, run.leader.queues.unscored() if run.leader else None)
+@dataclass(frozen=True, kw_only=True)
+class Logprobs:
+    """Computes log-probs as a config and an objective want them."""
 
+    policy: Policy
+    cfg: ScoreConfig
+    reads_reference: bool
+    """Whether the objective reads log π_ref."""
+    reads_current: bool
+    """Whether it reads log π_θ of samples that older weights made."""
+    is_asynchronous: bool
+    """Rollouts are sampled while updates change the weights."""
+    tally: Tally
+    timings: Timings
 
-def _score(run: Run, unscored: Sequence[Sample] | None) -> None:
-    old = _old_logprobs(run, unscored)
-    reference = old
-    if run.objective.needs_reference() and run.reference is not None:
-        with run.timings.measure("ref_log_prob"), run.reference.swapped_in():
-            reference = _logprobs(run, unscored)
-    if unscored is not None and old is not None and reference is not None:
-        is_own = run.config.score.policy == "trainer"
-        for sample, old_logp, ref_logp in zip(unscored, old, reference, strict=True):
-            sample.old_logp, sample.ref_logp = old_logp, ref_logp
-            sample.scored_version = run.step if is_own else sample.policy_version
+    @property
+    def are_of_one_version(self) -> bool:
+        """Tell whether π_old is the policy that begins a rollout batch, and not the one that sampled its groups.
 
+        A synchronous run has not changed the weights since it sampled, so that it computes the log-probs of all groups
+        that came in. An asynchronous one computes those of the groups that enter the batch, and
+        ``objective.importance`` corrects for the policy that sampled.
+        """
+        return self.is_asynchronous and self.cfg.policy == "trainer"
 
-def rescore_stale(run: Run, batch: Batch) -> None:
-    """log π_θ of what was scored under older weights, where the objective wants that of this update's policy."""
-    if not run.objective.needs_current_logprobs():
-        return
-    stale = None
-    if run.leader:
-        members = itertools.chain.from_iterable(batch.groups)
-        stale = [s for s in members if s.scored_version is not None and s.scored_version < run.step]
-    with run.timings.measure("old_log_prob"):
-        current = _logprobs(run, stale)
-    if stale is not None and current is not None:
-        for sample, logp in zip(stale, current, strict=True):
-            sample.current_logp_sum = float(logp.sum(dtype="float64"))
+    def is_check_due(self, number: int) -> bool:
+        """Return whether the servers' log-probs are checked in rollout batch ``number``, from 0."""
+        return self.cfg.check_every > 0 and number % self.cfg.check_every == 0
 
+    def complete(self, groups: Sequence[Group], version: int, *, checks_servers: bool = False) -> list[Group]:
+        """Return the groups with log π_old and log π_ref where they have none.
 
-def _old_logprobs(run: Run, unscored: Sequence[Sample] | None) -> Sequence[Floats] | None:
-    """By the trainer, or the servers' own (``score.policy``), with what the latter costs measured when it is due."""
-    cfg = run.config.score
-    with run.timings.measure("old_log_prob"):
-        if cfg.policy == "trainer":
-            return _logprobs(run, unscored)
-        if cfg.check_every and run.batches % cfg.check_every == 0:
-            _check(run, unscored)
-    return None if unscored is None else [_server_logp(sample) for sample in unscored]
+        Args:
+            version: of the policy's weights.
+            checks_servers: measure the error of the servers' log-probs, where those stand for log π_old.
+        """
+        return self._compute(groups, without_logprobs(groups), version, checks_servers)
 
+    def renew(self, groups: Sequence[Group], version: int) -> list[Group]:
+        """Return the groups with log π_old and log π_ref, computed again where π_old was of another version."""
+        return self._compute(groups, of_other_versions(groups, version), version, checks_servers=False)
 
-def _check(run: Run, unscored: Sequence[Sample] | None) -> None:
-    """Score the oldest new group of each replica by the trainer too, and count how far the servers are off."""
-    group = None if unscored is None else [s for s in unscored if s.order == unscored[0].order]
-    for sample, logp in zip(group or (), _logprobs(run, group) or (), strict=True):
-        tally_score_error(run.tally, logp - _server_logp(sample))
+    def with_current(self, groups: Sequence[Group], version: int) -> list[Group]:
+        """Return the groups with log π_θ where π_old is older than the weights, if the objective reads that."""
+        if not self.reads_current:
+            return list(groups)
+        stale = [s for group in groups for s in group if s.logp_version is not None and s.logp_version < version]
+        with self.timings.measure("old_log_prob"):
+            current = self.policy.logprobs(stale)
+        pairs = zip(stale, current, strict=True)
+        return _replaced(groups, [replace(s, current_logp_sum=float(logp.sum(dtype="float64"))) for s, logp in pairs])
+
+    def _compute(
+        self, groups: Sequence[Group], samples: Sequence[Sample], version: int, checks_servers: bool
+    ) -> list[Group]:
+        with self.timings.measure("old_log_prob"):
+            if self.cfg.policy == "trainer":
+                old = self.policy.logprobs(samples)
+            else:
+                if checks_servers:
+                    self._check_servers(samples)
+                old = [_server_logp(sample) for sample in samples]
+        reference = old
+        if self.reads_reference and self.policy.keeps_reference:
+            with self.timings.measure("ref_log_prob"):
+                reference = self.policy.reference_logprobs(samples)
+        is_own = self.cfg.policy == "trainer"
+        return _replaced(
+            groups,
+            [
+                replace(s, old_logp=old_R, ref_logp=ref_R, logp_version=version if is_own else s.policy_version)
+                for s, old_R, ref_R in zip(samples, old, reference, strict=True)
+            ],
+        )
+
+    def _check_servers(self, samples: Sequence[Sample]) -> None:
+        """Compute the log-probs of each replica's oldest group by the trainer, and count how far the servers are off."""
+        group = [sample for sample in samples if sample.order == samples[0].order]
+        for sample, logp in zip(group, self.policy.logprobs(group), strict=True):
+            tally_logprob_error(self.tally, logp - _server_logp(sample))
 
 
 def _server_logp(sample: Sample) -> Floats:
-    assert sample.rollout_logp is not None, "a rollout has the log-probs of its server"
+    if sample.rollout_logp is None:
+        raise RuntimeError(f"the rollout of draw {sample.order} has no log-probs of its server")
     return np.asarray(sample.rollout_logp, np.float32)
 
 
-def _logprobs(run: Run, samples: Sequence[Sample] | None) -> list[Floats] | None:
-    """Log-probs under the weights that the chunks hold now; answered on the leader that gave the samples."""
-    bare = None if samples is None else [without_arrays(sample) for sample in samples]
-    return logprobs_of_all(run, broadcast_samples(bare, run.layout.replica_group))
-
-
-def logprobs_of_all(run: Run, samples: Sequence[Sample]) -> list[Floats] | None:
-    """As :func:`_logprobs`, of samples that every rank of the replica has already."""
-    return sequence_logprobs(
-        run.chunks,
-        samples,
-        layout=run.layout,
-        budget=run.config.batching.tokens_per_microbatch,
-        token_multiple=run.config.row_multiple,
-    )
+def _replaced(groups: Sequence[Group], samples: Iterable[Sample]) -> list[Group]:
+    """Return the groups with ``samples`` in the places of the members that they are copies of."""
+    by_member = {(sample.order, sample.member): sample for sample in samples}
+    return [[by_member.get((sample.order, sample.member), sample) for sample in group] for group in groups]

@@ -2,64 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from megatron_dypo.loop.logprobs import logprobs_of_all
-from megatron_dypo.loop.run import Leader, Run
-from megatron_dypo.mcore.chunks import named_global_parameters
-from megatron_dypo.mcore.fp8 import values
-from megatron_dypo.parallel.collectives import broadcast_object, gather_objects, gather_world
+from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.policy import Policy, UpdateReport
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.replica import Replica
+from megatron_dypo.loop.state import Progress
 from megatron_dypo.types import Sample
+
+log = logging.getLogger("megatron_dypo")
 
 _SHOWN = 3
 
 
-def bad_weight(chunks: Sequence[torch.nn.Module]) -> str | None:
-    """Name the first parameter that holds a value that is not finite; None if all are. Collective over the world."""
-    return _first(chunks, values)
+def require_finite_weights(policy: Policy, place: str) -> None:
+    """Raise RunEnded on all ranks where a weight is not finite; ``place`` says where the weights are from."""
+    if name := policy.bad_weight():
+        raise RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
 
 
-def explain_bad_update(run: Run, samples: Sequence[Sample]) -> tuple[str, bool]:
-    """Name the first parameter, weight or gradient, and the first samples that are not finite. Collective over the world.
+def count_update(
+    progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, max_bad_steps: int
+) -> RunEnded | None:
+    """Count an update; return the end of the run where too many in a row were skipped, or where weights are bad."""
+    if report.is_applied:
+        progress.count_update(None)
+        return None
+    problem, has_bad_weights = explain_bad_update(policy, replica, ranks, report.samples)
+    progress.count_update(problem)
+    if ranks.is_global_leader:
+        norm = report.metrics["train/grad_norm"]
+        log.warning("step %d: gradient norm %s; update skipped: %s", progress.step, norm, problem)
+    if not has_bad_weights and progress.bad_steps < max_bad_steps:
+        return None
+    skipped = "an update was" if progress.bad_steps == 1 else f"{progress.bad_steps} updates in a row were"
+    return RunEnded(Cause.NOT_FINITE, f"step {progress.step}: {skipped} skipped: {problem}")
+
+
+def explain_bad_update(policy: Policy, replica: Replica, ranks: Ranks, samples: Sequence[Sample]) -> tuple[str, bool]:
+    """Name the first weight or gradient, and the first samples, that are not finite. Collective over the world.
 
     Args:
         samples: of this replica's update, the same on each of its ranks.
 
     Returns:
-        What was found in words, and whether a weight itself is not finite.
+        The reason in words, and whether a weight itself is not finite.
     """
-    weight = bad_weight(run.chunks)
-    gradient = None if weight else _first(run.chunks, lambda parameter: parameter.main_grad)
+    weight = policy.bad_weight()
+    gradient = None if weight else policy.bad_gradient()
     if weight or gradient:
         where = f"weight {weight}" if weight else f"gradient of {gradient}"
     else:
         where = "only the norm of all gradients together"
-    return f"the first that is not finite: {where}; {_bad_samples(run, samples)}", weight is not None
+    return f"the first that is not finite: {where}; {_bad_samples(policy, replica, ranks, samples)}", weight is not None
 
 
-def _first(chunks: Sequence[torch.nn.Module], read: Callable[[Any], torch.Tensor]) -> str | None:
-    own = next((name for name, p in named_global_parameters(chunks) if not bool(torch.isfinite(read(p)).all())), None)
-    return next((name for name in gather_world(own) if name is not None), None)
-
-
-def _bad_samples(run: Run, samples: Sequence[Sample]) -> str:
-    logprobs = logprobs_of_all(run, samples)
-    words = ""
-    if run.leader:
-        bad = {s.order for s, logp_R in zip(samples, logprobs or (), strict=True) if not np.isfinite(logp_R).all()}
-        orders = sorted(order for part in gather_objects(sorted(bad), run.leader.group) for order in part)
-        total = sum(gather_objects(len({sample.order for sample in samples}), run.leader.group))
-        words = _describe(run.leader, sorted(set(orders)), total)
-    return broadcast_object(words, run.layout.replica_group)
-
-
-def _describe(leader: Leader, orders: Sequence[int], total: int) -> str:
-    if not orders:
+def _bad_samples(policy: Policy, replica: Replica, ranks: Ranks, samples: Sequence[Sample]) -> str:
+    logprobs = policy.replica_logprobs(samples)
+    bad = {s.order for s, logp_R in zip(samples, logprobs, strict=False) if not np.isfinite(logp_R).all()}
+    found = ranks.of_leaders(
+        ([(order, replica.id_of(order)) for order in sorted(bad)], len({s.order for s in samples}))
+    )
+    total = sum(count for _, count in found)
+    names = dict(sorted(pair for pairs, _ in found for pair in pairs))
+    if not names:
         return f"the log-probs of all {total} prompts of the update are finite"
-    shown = ", ".join(leader.stream.id_of(order) for order in orders[:_SHOWN])
-    more = f" and {len(orders) - _SHOWN} more" if len(orders) > _SHOWN else ""
-    return f"log-probs are not finite for {len(orders)} of {total} prompts: {shown}{more}"
+    shown = ", ".join(list(names.values())[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"log-probs are not finite for {len(names)} of {total} prompts: {shown}{more}"

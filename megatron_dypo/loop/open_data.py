@@ -1,4 +1,4 @@
-"""The data of a run on a replica's leader: prompt files, evaluation sets, and whether they are those of before a resume."""
+"""The data of a run on a replica's leader: prompt files and evaluation sets, and their comparison at a resume."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron_dypo.config.data import DataFieldsConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
@@ -21,7 +23,6 @@ from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, v
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.teachers import judge_by, verifier_key
 from megatron_dypo.parallel.collectives import gather_objects
-from megatron_dypo.parallel.groups import MeshRank
 
 log = logging.getLogger("megatron_dypo")
 
@@ -46,29 +47,29 @@ def open_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def open_dataset(config: Config, layout: MeshRank, tokenizer: Tokenizer) -> PromptDataset:
+def open_dataset(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer) -> PromptDataset:
     """Open and check the prompt files; the first leader does the work, and the others read its result.
 
     Raises:
         ValueError: bad rows, or every prompt is too long.
     """
-    with _first_leader_first(layout):
+    with _first_leader_first(leaders):
         return open_prompts(
             config.data.prompts,
             config.data,
             tokenizer,
             cache_dir=Path(config.run.dir),
-            show_progress=layout.is_global_leader,
+            show_progress=leaders.rank() == 0,
         )
 
 
-def open_held_out(config: Config, layout: MeshRank, tokenizer: Tokenizer) -> dict[str, PromptStream]:
+def open_held_out(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer) -> dict[str, PromptStream]:
     """Open the evaluation sets by name; their traces, if they have any, are not read."""
     data = replace(config.data, teachers=None, drop_wrong_traces=False)
     if config.eval.format is not None:
         data = replace(data, format=config.eval.format, fields=DataFieldsConfig())
     streams = {}
-    with _first_leader_first(layout):
+    with _first_leader_first(leaders):
         for name, path in config.eval.sets.items():
             dataset = open_prompts([path], data, tokenizer, cache_dir=Path(config.run.dir), held_out=True)
             streams[name] = PromptStream(dataset, tokenizer, data, config.run.seed)
@@ -79,8 +80,8 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
     """Hold the data against the verifiers that will judge it, before anything is sampled.
 
     Raises:
-        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or a
-            verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or
+            a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
     """
     grading = config.grading
     problems = [found for name in sorted(dataset.verifiers) if (found := row_verifier_problem(grading, name))]
@@ -102,7 +103,7 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
 
 
 def judge_traces(
-    config: Config, layout: MeshRank, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
+    config: Config, leaders: dist.ProcessGroup, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
 ) -> TraceVerdicts | None:
     """Let the verifier judge the teachers' traces, and log what it says of each teacher.
 
@@ -117,7 +118,7 @@ def judge_traces(
     if not dataset.teachers:
         return None
     judges_all = config.data.drop_wrong_traces
-    with _first_leader_first(layout):
+    with _first_leader_first(leaders):
         verdicts = wrong_traces(
             dataset,
             judge_by(verifier),
@@ -126,27 +127,26 @@ def judge_traces(
             verifier_key=verifier_key(config.grading),
             limit_per_teacher=None if judges_all else _JUDGED_OF_TEACHER,
             seed=config.run.seed,
-            show_progress=layout.is_global_leader,
+            show_progress=leaders.rank() == 0,
         )
-    if layout.is_global_leader:
+    if leaders.rank() == 0:
         for line in teacher_table(dataset, config.data, verdicts):
             log.info("%s", line)
     return verdicts if judges_all else None
 
 
 @contextlib.contextmanager
-def _first_leader_first(layout: MeshRank) -> Iterator[None]:
+def _first_leader_first(leaders: dist.ProcessGroup) -> Iterator[None]:
     """Run the block on the first replica's leader, and then on the others."""
-    assert layout.leaders_group is not None, "leaders open data"
-    if not layout.is_global_leader:
-        gather_objects(None, layout.leaders_group)
+    if leaders.rank() != 0:
+        gather_objects(None, leaders)
     yield
-    if layout.is_global_leader:
-        gather_objects(None, layout.leaders_group)
+    if leaders.rank() == 0:
+        gather_objects(None, leaders)
 
 
 def data_identity(config: Config, stream: PromptStream) -> dict[str, Any]:
-    """What gives a position of the run its row: a resumed run must find the same."""
+    """Return all that gives a position of the run its row: a resumed run must find the same."""
     return {"files": stream.fingerprint(), "shuffle": config.data.shuffle, "seed": config.run.seed}
 
 

@@ -1,4 +1,4 @@
-"""What came of the prompts of one collection, over all replicas, and when that ends the run. Pure."""
+"""The outcomes of one collection, over all replicas, and when they end the run. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Outcomes:
     verdicts: int = 0
     """Rollouts that the verifier judged."""
     last_reason: str = ""
-    """Why the last group was lost, or had no verdict."""
+    """The reason for which the last group was lost, or had no verdict."""
 
     def drop(self, reason: DropReason, count: int = 1, message: str = "") -> None:
         self.dropped[reason] += count
@@ -32,7 +32,7 @@ class Outcomes:
 
     @property
     def seen(self) -> int:
-        """Prompts of which is known what became of them."""
+        """Prompts that are graded, or dropped for whatever reason."""
         return self.graded + sum(self.dropped[reason] for reason in _UNGRADED)
 
     @property
@@ -50,7 +50,7 @@ class Outcomes:
 
 
 def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:
-    """Rollouts that the verifier judged: not those that it failed on, nor those that it was not asked about."""
+    """Count the rollouts that the verifier judged: not those that it failed on, nor those that it never got."""
     return sum(
         verdict.error is None and not (fail_truncated and rollout.finish == "length")
         for group in groups
@@ -59,7 +59,7 @@ def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:
 
 
 def end_without_verdicts(now: Outcomes, before: Outcomes, at_least: int) -> RunEnded | None:
-    """The end of a run whose verifier failed on ``at_least`` groups since ``before`` and judged nothing meanwhile."""
+    """Return the end of a run whose verifier, since ``before``, failed on ``at_least`` groups and judged nothing."""
     failed = now.dropped[DropReason.NO_VERDICT] - before.dropped[DropReason.NO_VERDICT]
     if failed < at_least or now.verdicts > before.verdicts:
         return None
@@ -70,10 +70,10 @@ def end_without_verdicts(now: Outcomes, before: Outcomes, at_least: int) -> RunE
 
 
 def end_without_samples(outcomes: Outcomes, *, num_prompts: int, step: int, max_prompt_tokens: int) -> RunEnded | None:
-    """The end of a run whose collection reached its limit and found nothing to learn from; None: look further.
+    """Return the end of a run whose collection reached its limit and found nothing to learn from; None: look further.
 
     Args:
-        num_prompts: rows of the data. Only who has graded that many draws may say that nothing is left.
+        num_prompts: rows of the data. Only a collection that has graded that many draws may say that nothing is left.
     """
     dropped = outcomes.dropped
     if outcomes.graded == 0:
@@ -103,4 +103,5 @@ def _ungraded(outcomes: Outcomes, step: int, max_prompt_tokens: int) -> str:
         long = f"{outcomes.seen} of {outcomes.seen} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}"
         return f"step {step}: {long}"
     words = ", ".join(dropped_words(dropped))
-    return f"step {step}: none of {outcomes.seen} prompts could be graded: {words}; the last reason: {outcomes.last_reason}"
+    reason = f"the last reason: {outcomes.last_reason}"
+    return f"step {step}: none of {outcomes.seen} prompts could be graded: {words}; {reason}"

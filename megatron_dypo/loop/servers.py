@@ -1,130 +1,186 @@
 """The servers as the loop sees them: weights go there, groups of rollouts come back. Called by all ranks.
 
-Only leaders of replicas ask servers, but a push takes every rank. So when leaders are left without a server, all ranks
-agree to push the weights again, to whatever server has come back meanwhile, and the leaders ask on.
+Only leaders of replicas ask servers, but a refit takes every rank. So when leaders are left without a server, all ranks
+agree to refit again, with whatever server has come back in the meantime, and the leaders ask on.
+
+A run that asks no server has :class:`NoServers`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.run import Run
-from megatron_dypo.loop.tally import tally_client, tally_push
-from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
-from megatron_dypo.rollout.collect import DroppedGroup, collect
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests, NoStream, Stream
+from megatron_dypo.loop.tally import Tally, tally_client, tally_refit
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.rollout.collect import CollectStats, DroppedGroup
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.types import Prompt, RolloutGroup
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
 
 log = logging.getLogger("megatron_dypo")
 
 _MAX_FRUITLESS = 3
 
 
-def push(run: Run) -> dict[str, float]:
-    """Bring the servers to the weights of ``run.step``, and send requests to those alone; nothing to do without servers."""
-    if run.bridge is None:
-        return {}
-    leader = run.leader
-    # What a stream has in flight may end before the push or after it. A push of the same version, to servers that came
-    # back, narrows nothing: what the one before it allowed may still be in flight.
-    before = [version for version in run.pushed if version != run.step][-1:]
-    recent = range(before[0], run.step + 1, run.step - before[0]) if before else range(run.step, run.step + 1)
-    if leader and leader.background:
-        leader.background.accept(recent)
-    with run.timings.measure("update_weights"):
-        pushed = run.bridge.push(run.step)
-    if run.layout.is_global_leader:
-        tally_push(run.tally, pushed)
-    if run.router is not None:
-        run.router.use_servers(run.bridge.serving)
-    if leader and leader.client and leader.background_client:
-        leader.client.use_servers(run.bridge.serving, range(run.step, run.step + 1))
-        background = leader.background or leader.background_client
-        background.use_servers(run.bridge.serving, recent)
-    run.served_version, run.pushed = run.step, tuple(recent)
-    return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
+class Refitter(Protocol):
+    """Brings servers to the trainer's weights; see :class:`megatron_dypo.refit.refitter.Bridge`."""
+
+    @property
+    def serving(self) -> tuple[str, ...]: ...
+
+    def push(self, version: int) -> PushReport: ...
+
+    def release(self) -> None: ...
 
 
-def release(run: Run) -> None:
-    """Let the servers' memory go until the next push, where the config says so."""
-    if run.bridge is not None:
-        run.bridge.release()
+class Router(Protocol):
+    """Sends requests on to servers; see :class:`megatron_dypo.rollout.router.Router`."""
+
+    def use_servers(self, servers: Sequence[str]) -> None: ...
+
+
+Ask = Callable[..., tuple[list[RolloutGroup], CollectStats]]
+
+
+class NoRouter:
+    """Stands where requests go to servers directly, and on all ranks but one."""
+
+    def use_servers(self, servers: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What came of the prompts of one replica."""
+    """Groups of one replica's prompts."""
 
     groups: list[RolloutGroup] = field(default_factory=list)
     """Complete groups, by the order of their draws."""
     dropped: list[DroppedGroup] = field(default_factory=list)
 
-    @classmethod
-    def without_rollouts(cls, prompts: Sequence[Prompt]) -> Sampled:
-        return cls(groups=[RolloutGroup(prompt=prompt, rollouts=()) for prompt in prompts])
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """The result of one leader's asking its servers once."""
+
+    failure: str = ""
+    """The reason for which no server will ever answer; empty without one."""
+    unserved: int = 0
+    """Prompts that no server took."""
+    came_back: int = 0
+    """Prompts whose group came back, or was dropped."""
 
 
-def sample(run: Run, prompts: Sequence[Prompt], part: str, **options: Any) -> Sampled:
-    """Sample the groups of this replica's ``prompts``, however many servers die meanwhile. Collective over the world.
+@dataclass(kw_only=True)
+class Servers:
+    """The servers of a run that asks some."""
 
-    Args:
-        prompts: () off the leaders.
-        part: of the step's time, to which this counts.
-        options: of :func:`megatron_dypo.rollout.collect.collect`.
+    refitter: Refitter
+    requests: LeaderRequests | FollowerRequests
+    router: Router | NoRouter
+    ranks: Ranks
+    tally: Tally
+    timings: Timings
+    versions: tuple[int, ...] = ()
+    """Versions of the last refit and of the last one before it that was of another version, ascending: what servers may
+    hold while a refit is under way."""
 
-    Raises:
-        RunEnded: on all ranks: no server is left, or pushes go well and a rank cannot reach the servers.
-    """
-    sampled = Sampled()
-    fruitless = 0
-    while True:
-        found, prompts, failure = _ask(run, prompts, part, options)
-        sampled.groups.extend(found.groups)
-        sampled.dropped.extend(found.dropped)
-        if failures := gather_anywhere(run, failure):
-            raise RunEnded(Cause.SERVERS_GONE, failures[0])
-        if not anywhere(run, bool(prompts)):
-            sampled.groups.sort(key=lambda group: group.prompt.order)
-            return sampled
-        came_back = len(found.groups) + len(found.dropped)
-        fruitless = 0 if anywhere(run, came_back > 0) else fruitless + 1
-        if fruitless == _MAX_FRUITLESS:
-            raise RunEnded(
-                Cause.SERVERS_GONE,
-                f"no SGLang server can be reached, though {fruitless - 1} pushes in a row went well",
-            )
-        if run.layout.is_global_leader:
-            log.warning("no server is reachable; pushing version %d again", run.step)
-        push(run)
+    @property
+    def stream(self) -> Stream:
+        """This replica's groups in the background."""
+        return self.requests.stream
+
+    def refit(self, version: int) -> dict[str, float]:
+        """Bring the servers to the weights of now, ``version``, and send requests to those alone; return metrics."""
+        # A group that the stream has in flight may end before the refit or after it. A refit of the same version, with
+        # servers that came back, narrows nothing: what the one before it allowed may still be in flight.
+        before = [pushed for pushed in self.versions if pushed != version][-1:]
+        recent = range(before[0], version + 1, version - before[0]) if before else range(version, version + 1)
+        self.requests.accept(recent)
+        with self.timings.measure("update_weights"):
+            report = self.refitter.push(version)
+        if self.ranks.is_global_leader:
+            tally_refit(self.tally, report)
+        self.router.use_servers(self.refitter.serving)
+        self.requests.use_servers(self.refitter.serving, version, recent)
+        self.versions = tuple(recent)
+        return {"perf/weight_bytes": float(report.bytes), "refit/pause_s": report.pause_seconds}
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Give each of this replica's groups its verdicts and its tier."""
+        return self.requests.grade(groups)
+
+    def offload_servers(self) -> None:
+        """Let the servers' memory go until the next refit, where the config says so."""
+        self.refitter.release()
+
+    def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
+        """Sample the groups of this replica's ``prompts``, even if servers die in between. Collective over the world.
+
+        Args:
+            prompts: () off the leaders.
+            version: of the weights that servers hold, or get where all are lost.
+            part: of the step's time, to which this counts.
+            ask: :func:`megatron_dypo.rollout.collect.collect` with its options.
+
+        Raises:
+            RunEnded: on all ranks: no server is left, or refits go well and a rank cannot reach the servers.
+        """
+        sampled, fruitless = Sampled(), 0
+        while True:
+            failure, came_back = "", 0
+            if prompts and isinstance(self.requests, LeaderRequests):
+                try:
+                    with self.timings.measure(part):
+                        groups, stats = ask(prompts, self.requests.client, progress=self.requests.show_progress)
+                except ServerDiedError as error:
+                    failure = str(error)
+                else:
+                    tally_client(self.tally, stats.client)
+                    sampled.groups.extend(groups)
+                    sampled.dropped.extend(stats.dropped)
+                    prompts, came_back = stats.unserved, len(groups) + len(stats.dropped)
+            found = self.ranks.of_leaders(Attempt(failure=failure, unserved=len(prompts), came_back=came_back))
+            if not any(attempt.failure or attempt.unserved for attempt in found):
+                sampled.groups.sort(key=lambda group: group.prompt.order)
+                return sampled
+            fruitless = 0 if any(attempt.came_back for attempt in found) else fruitless + 1
+            _end_if_lost(found, fruitless)
+            if self.ranks.is_global_leader:
+                log.warning("no server is reachable; refitting version %d again", version)
+            self.refit(version)
 
 
-def _ask(
-    run: Run, prompts: Sequence[Prompt], part: str, options: dict[str, Any]
-) -> tuple[Sampled, Sequence[Prompt], str | None]:
-    """One attempt: what came back, the prompts that no server took, and why no server will ever take one."""
-    if not run.leader or not prompts:
-        return Sampled(), prompts, None
-    assert run.leader.client is not None
-    try:
-        with run.timings.measure(part):
-            groups, stats = collect(prompts, run.leader.client, progress=run.layout.is_global_leader, **options)
-    except ServerDiedError as error:
-        return Sampled(), prompts, str(error)
-    tally_client(run.tally, stats.client)
-    return Sampled(groups=groups, dropped=list(stats.dropped)), stats.unserved, None
+def _end_if_lost(found: Sequence[Attempt], fruitless: int) -> None:
+    """Raise RunEnded where no server will ever answer; ``fruitless`` attempts in a row brought nothing."""
+    if failures := [attempt.failure for attempt in found if attempt.failure]:
+        raise RunEnded(Cause.SERVERS_GONE, failures[0])
+    if fruitless == _MAX_FRUITLESS:
+        raise RunEnded(
+            Cause.SERVERS_GONE, f"no SGLang server can be reached, though {fruitless - 1} refits in a row went well"
+        )
 
 
-def gather_anywhere(run: Run, value: str | None) -> list[str]:
-    """The values of all leaders that have one; the same answer on every rank."""
-    found = gather_objects(value, run.leader.group) if run.leader else []
-    return broadcast_object([one for one in found if one is not None], run.layout.replica_group)
+class NoServers:
+    """Stands for the servers in a run that asks none: no step that is left needs rollouts, and nothing is evaluated."""
 
+    stream = NoStream()
 
-def anywhere(run: Run, value: bool) -> bool:
-    """Whether ``value`` holds on any leader; the same answer on every rank. Other ranks' values do not count."""
-    found = any(gather_objects(value, run.leader.group)) if run.leader else False
-    return broadcast_object(found, run.layout.replica_group)
+    def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
+        """Raise RuntimeError: to ask is a bug."""
+        raise RuntimeError(f"step {version} asks for rollouts, and this run has no servers")
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Raise RuntimeError: to ask is a bug."""
+        raise RuntimeError("there is no verifier where nothing is sampled")
+
+    def refit(self, version: int) -> dict[str, float]:
+        """Do nothing: the weights go to no server."""
+        return {}
+
+    def offload_servers(self) -> None:
+        """Do nothing."""

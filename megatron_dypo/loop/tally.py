@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.objective.metrics import SumMetric, sum_metrics
+from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.refit.servers import PushReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
@@ -17,6 +18,12 @@ class Tally(dict[str, float]):
 
     def __missing__(self, key: str) -> float:
         return 0.0
+
+    def take(self) -> Tally:
+        """Return the sums since the last call; they start again at zero."""
+        taken = Tally(self)
+        self.clear()
+        return taken
 
     def merge(self, other: Tally) -> None:
         """Add what another leader counted."""
@@ -35,7 +42,7 @@ class Tally(dict[str, float]):
         self[key] += value
 
     def ratio(self, numerator: str, denominator: str) -> float | None:
-        """One sum over another; None where there is nothing to divide by, which is no number."""
+        """Return one sum over another; None where there is nothing to divide by."""
         return self[numerator] / self[denominator] if self[denominator] else None
 
 
@@ -53,15 +60,15 @@ def tally_dropped(tally: Tally, dropped: Iterable[DroppedGroup]) -> None:
         tally.add(f"dropped/{group.reason.value}")
 
 
-def tally_push(tally: Tally, pushed: PushReport) -> None:
-    """Count the servers that one push lost and won; to be called on one rank."""
-    tally.add("refit/fenced", pushed.fenced)
-    tally.add("refit/rejoined", pushed.rejoined)
-    tally.add("refit/retries", pushed.retries)
+def tally_refit(tally: Tally, report: PushReport) -> None:
+    """Count the servers that one refit lost and won; call this on one rank."""
+    tally.add("refit/fenced", report.fenced)
+    tally.add("refit/rejoined", report.rejoined)
+    tally.add("refit/retries", report.retries)
 
 
 def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
-    """Count tiers, verdicts and lengths of freshly graded groups. A rollout without a verdict is neither right nor wrong."""
+    """Count tiers, verdicts and lengths of graded groups. A rollout without a verdict is neither right nor wrong."""
     for group in groups:
         tally.add("groups")
         tally.add("prompt_tokens", len(group.prompt.tokens))
@@ -93,17 +100,17 @@ def tally_sums(tally: Tally, sums: Mapping[str, float]) -> None:
         tally.add(f"sum/{name}", value)
 
 
-def tally_score_error(tally: Tally, error: Floats) -> None:
-    """Count one rollout's [R] trainer's less servers' log-probs."""
-    tally.add("score_error/rollouts")
-    tally.add("score_error/tokens", len(error))
-    tally.add("score_error/mean", float(abs(error).sum(dtype="float64")))
-    tally.add("score_error/sequence", abs(float(error.sum(dtype="float64"))))
-    tally.extreme("max:score_error", float(abs(error).max(initial=0.0)))
+def tally_logprob_error(tally: Tally, error: Floats) -> None:
+    """Count one rollout's ``error``: [R] log-probs of the trainer less those of the servers."""
+    tally.add("logprob_error/rollouts")
+    tally.add("logprob_error/tokens", len(error))
+    tally.add("logprob_error/mean", float(abs(error).sum(dtype="float64")))
+    tally.add("logprob_error/sequence", abs(float(error.sum(dtype="float64"))))
+    tally.extreme("max:logprob_error", float(abs(error).max(initial=0.0)))
 
 
 def tally_update(tally: Tally, samples: Sequence[Sample], version: int, *, old_is_rollout: bool = False) -> None:
-    """Count the sequences of an update where they are scored.
+    """Count the sequences of an update.
 
     Args:
         old_is_rollout: ``old_logp`` are the servers' own, so that they say nothing of a mismatch.
@@ -127,7 +134,7 @@ def tally_work(tally: Tally, flops: float) -> None:
 
 
 def rollout_metrics(tally: Tally) -> dict[str, float]:
-    """What collection and grading counted. A mean over nothing is left out; a count of nothing is 0."""
+    """Return the metrics of collection and grading. A mean over nothing is left out; a count of nothing is 0."""
     metrics: dict[str, float | None] = {
         "data/dropped_prompts": tally["dropped_prompts"],
         "data/dropped_traces": tally["dropped_traces"],
@@ -141,9 +148,9 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
     if "max:epoch" in tally:
         metrics["data/epoch"] = tally["max:epoch"]
     metrics |= {
-        "score/rollout_policy_error/mean": tally.ratio("score_error/mean", "score_error/tokens"),
-        "score/rollout_policy_error/max": tally.get("max:score_error"),
-        "score/rollout_policy_error/sequence": tally.ratio("score_error/sequence", "score_error/rollouts"),
+        "score/rollout_policy_error/mean": tally.ratio("logprob_error/mean", "logprob_error/tokens"),
+        "score/rollout_policy_error/max": tally.get("max:logprob_error"),
+        "score/rollout_policy_error/sequence": tally.ratio("logprob_error/sequence", "logprob_error/rollouts"),
     }
     metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
     if tally["asked"]:
@@ -152,7 +159,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
 
 
 def _collection_metrics(tally: Tally) -> dict[str, float | None]:
-    """Of a step that asked servers."""
+    """Return the metrics of a step that asked servers."""
     return {
         "rollout/reward": tally.ratio("reward", "verdicts"),
         "rollout/accuracy": tally.ratio("correct", "verdicts"),
@@ -181,7 +188,7 @@ def _collection_metrics(tally: Tally) -> dict[str, float | None]:
 def update_metrics(
     tally: Tally, totals: Totals, sums: Mapping[str, float], declared: Iterable[SumMetric]
 ) -> dict[str, float]:
-    """What the update counted.
+    """Return the metrics of an update.
 
     Args:
         sums: those of the loss over all ranks; the groups' are in ``tally``.
@@ -212,8 +219,26 @@ def update_metrics(
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
+def step_metrics(
+    tally: Tally,
+    timings: dict[str, float],
+    totals: Totals,
+    sums: Mapping[str, float],
+    declared: Iterable[SumMetric],
+    world_size: int,
+) -> dict[str, float]:
+    """Return the metrics of one step: of its collection, its update, its time and its memory."""
+    return {
+        **rollout_metrics(tally),
+        **update_metrics(tally, totals, sums, declared),
+        **timings,
+        **performance_metrics(tally, timings, world_size),
+        "perf/peak_memory_gib": peak_memory_gib(),
+    }
+
+
 def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
-    """Rates of one step; ``timings`` are those of ``Timings.take``."""
+    """Return the rates of one step; ``timings`` are those of ``Timings.take``."""
     step, gen, update = (timings.get(f"timing_s/{part}", 0.0) for part in ("step", "gen", "update_actor"))
     metrics = {}
     if step:

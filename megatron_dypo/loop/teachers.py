@@ -52,8 +52,8 @@ def judge_teachers(
             judged = teacher.num_right + teacher.num_wrong
             advice = "left out" if config.data.drop_wrong_traces else "trained on, unless data.drop_wrong_traces=true"
             found.notes.append(
-                f"teacher {teacher.teacher}: the verifier calls {teacher.num_wrong} of {judged} traces judged wrong; right: "
-                f"{accuracy_text(teacher)}; wrong ones are {advice}"
+                f"teacher {teacher.teacher}: the verifier calls {teacher.num_wrong} of {judged} traces judged wrong; "
+                f"right: {accuracy_text(teacher)}; wrong ones are {advice}"
             )
     return teachers
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.dist.multi_step import PROMPTS, _put, _run, batch_of, config_of
+from tests.support.dist.multi_step import PROMPTS, batch_of, config_of, make_run, put
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
@@ -28,7 +27,8 @@ def rank_finish(path: str, folder: str) -> dict[str, Any]:
         config = config_of(path, f"{folder}/{name}", {}, "exact", **options)
         checkpoint = dataclasses.replace(config.checkpoint, every=every, keep=9)
         run = dataclasses.replace(config.run, steps=steps)
-        return _run(dataclasses.replace(config, checkpoint=checkpoint, run=run), layout)
+        made, recorder, _ = make_run(dataclasses.replace(config, checkpoint=checkpoint, run=run), layout)
+        return made, recorder
 
     seen = {
         "schedule": _schedule(*start("schedule", every=2)),
@@ -56,25 +56,25 @@ def _schedule(run: Any, recorder: Any) -> Any:
 
     after = []
     for step in range(3):
-        if not run.is_mid_batch:
-            _put(run, batch_of(step // 2))
+        if run.batch.is_used_up:
+            put(run, batch_of(step // 2))
         run.tally.add("retries")
         run.tally.add("asked")
         train_step(run)
-        after.append((_saved(run), list(recorder.pushed), run.is_mid_batch))
+        after.append((_saved(run), list(recorder.pushed), not run.batch.is_used_up))
     return after, {step: metrics["rollout/retries"] for step, metrics in recorder.metrics.items()}
 
 
 def _epochs(run: Any, recorder: Any) -> Any:
     """The books after each of four updates: two passes over a batch of two."""
-    from megatron_dypo.loop.admission import books
     from megatron_dypo.loop.train import train_step
 
-    _put(run, batch_of(0))
+    put(run, batch_of(0))
     found = []
     for _ in range(4):
         train_step(run)
-        found.append((books(run).difference, books(run).counts()))
+        balance = run.accounts.balance(run.batch)
+        found.append((balance.difference, balance.counts()))
     return found, [recorder.metrics[step]["ledger/waiting"] for step in (1, 2, 3, 4)]
 
 
@@ -84,10 +84,10 @@ def _skipped(run: Any, recorder: Any) -> Any:
 
     counts = []
     for step, is_bad in enumerate((True, True, False, False, True)):
-        if not run.is_mid_batch:
-            _put(run, _spoilt(batch_of(step // 2)) if is_bad else batch_of(step // 2))
+        if run.batch.is_used_up:
+            put(run, _spoilt(batch_of(step // 2)) if is_bad else batch_of(step // 2))
         train_step(run)
-        counts.append((run.bad_steps, _saved(run), recorder.metrics[run.step]["train/skipped"]))
+        counts.append((run.progress.bad_steps, _saved(run), recorder.metrics[run.progress.step]["train/skipped"]))
     return counts
 
 
@@ -105,23 +105,24 @@ def _evaluated(run: Any, recorder: Any) -> Any:
     settings = EvalConfig(prompts=("aime.jsonl",), every=1)
     run.config = dataclasses.replace(run.config, eval=settings)
     with FakeSGLang(version="1") as fake:
-        other = loop_cases.make_run([fake.url], loop_cases.make_config(run.dir, eval=settings)).leader
-        run.leader.client, run.leader.background_client = other.client, other.background_client
-        run.leader.verifier, run.leader.held_out = other.verifier, other.held_out
+        other = loop_cases.make_run([fake.url], loop_cases.make_config(run.dir, eval=settings))
+        run.servers.requests = loop_cases.requests_of(other)
+        run.replica.held_out = loop_cases.leader_of(other).held_out
         recorder.serving = (fake.url,)
-        _put(run, batch_of(0))
+        put(run, batch_of(0))
         train_step(run)
-    return list(recorder.pushed), run.is_mid_batch, recorder.metrics[1]
+    return list(recorder.pushed), not run.batch.is_used_up, recorder.metrics[1]
 
 
 def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
     """A run that resumed at its last step."""
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.loop.train import _train
+    from megatron_dypo.loop.state import Progress
+    from megatron_dypo.loop.train import make_steps
 
-    run.step, run.bad_steps, run.last_problem = 3, bad_steps, "gradient of x"
+    run.progress = Progress(step=3, bad_steps=bad_steps, last_problem="gradient of x")
     try:
-        _train(run)
+        make_steps(run)
     except RunEnded as end:
         return end.cause.label, str(end), list(recorder.pushed)
     return None, "", list(recorder.pushed)
@@ -130,29 +131,30 @@ def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
 def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
     """An end by ``cause`` after so many steps, while a collection has counted something."""
     from megatron_dypo.ending import Cause, RunEnded
-    from megatron_dypo.loop.train import _end, train_step
+    from megatron_dypo.loop.train import end_early, train_step
 
-    _put(run, batch_of(0))
+    put(run, batch_of(0))
     for _ in range(steps):
         train_step(run)
     run.tally.add("asked", steps)
-    _end(run, RunEnded(Cause[cause], "why"))
+    end_early(run, RunEnded(Cause[cause], "why"))
     return _saved(run), (run.dir / "hf").is_dir(), sorted(recorder.metrics)
 
 
 def _saved_twice(run: Any, recorder: Any) -> Any:
     """A run whose last step is saved before it ends."""
+    from megatron_dypo.loop.resume import save_unless_saved
+    from megatron_dypo.loop.train import train_step
     from megatron_dypo.mcore.checkpoints.folder import find_latest
-    from megatron_dypo.loop.train import _save_unless_saved, train_step
 
-    _put(run, batch_of(0))
+    put(run, batch_of(0))
     train_step(run)
     folder = find_latest(run.dir / "checkpoints")
     assert folder is not None
     before = folder.stat().st_mtime_ns
-    _save_unless_saved(run)
-    run.step = 2
-    _save_unless_saved(run)
+    save_unless_saved(run)
+    run.progress.step = 2
+    save_unless_saved(run)
     return folder.stat().st_mtime_ns == before, _saved(run)
 
 

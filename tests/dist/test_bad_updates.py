@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.dist.multi_step import _put, _run, batch_of, config_of
+from tests.support.dist.multi_step import batch_of, config_of, make_run, put
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
@@ -18,29 +18,30 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
     """Updates of a run with a NaN in one of its weights, or with rewards that are infinite."""
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
+    from megatron_dypo.loop.not_finite import require_finite_weights
+    from megatron_dypo.loop.train import train_step
     from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
-    from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
-    from megatron_dypo.loop.train import _require_finite_weights, train_step
+    from megatron_dypo.mcore.start import start_megatron
 
     layout = start_megatron(ParallelConfig(**axes))
     config = config_of(path, folder, axes, "exact")
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1))
-    run, recorder = _run(config, layout)
+    run, recorder, policy = make_run(config, layout)
     if where == "weight":
-        _spoil_weight(run.chunks)
+        _spoil_weight(policy.chunks)
     result: dict[str, Any] = {"start": None, "end": None}
     try:
-        _require_finite_weights(run)
+        require_finite_weights(policy, "here")
     except RunEnded as end:
         result["start"] = str(end)
     try:
         for step in range(4):
-            if not run.is_mid_batch:
-                _put(run, batch_of(step // 2) if where == "weight" else _spoilt(batch_of(step // 2)))
+            if run.batch.is_used_up:
+                put(run, batch_of(step // 2) if where == "weight" else _spoilt(batch_of(step // 2)))
             train_step(run)
     except RunEnded as end:
-        result["end"] = (run.step, end.cause.label, str(end))
+        result["end"] = (run.progress.step, end.cause.label, str(end))
     saved = find_latest(Path(folder) / "checkpoints")
     close(layout)
     return result | {"pushed": recorder.pushed, "saved": saved is not None, "metrics": recorder.metrics}

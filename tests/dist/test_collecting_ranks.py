@@ -14,16 +14,18 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     """One collection on this rank of two; how it ended, and the books of both."""
     import torch.distributed as dist
 
-    from megatron_dypo.loop.admission import books
-    from megatron_dypo.loop.collect import fill_queues
+    from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.ledger import Ledger
+    from megatron_dypo.loop.ranks import MeshRanks
+    from megatron_dypo.loop.resume import drawn_state
+    from megatron_dypo.parallel.groups import close
+    from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.rollout.server.process import ServerDiedError
-    from megatron_dypo.loop.run import _drawn
-    from tests.support.loop_cases import make_config, make_run, mixed, right
     from tests.support.fake_sglang import FakeSGLang
+    from tests.support.loop_cases import collect_groups, leader_of, make_config, make_run, mixed, right
 
-    dist.init_process_group("gloo")
+    layout = start_megatron(ParallelConfig())
     rank = dist.get_rank()
 
     def gone() -> None:
@@ -34,21 +36,19 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     with FakeSGLang(plan) as fake:
         config = make_config(folder, rollout=rollout)
         judge = right if case == "easy" else mixed
-        run = make_run([fake.url], config, judge=judge, group=dist.group.WORLD, data=2, dp_rank=rank)
-        if case == "gone" and rank == 1:
-            run.leader.client._check = run.leader.background_client._check = gone
+        check = gone if case == "gone" and rank == 1 else None
+        ranks = MeshRanks(layout=layout)
+        run = make_run([fake.url], config, judge=judge, ranks=ranks, check=check)
         ended = None
         try:
-            fill_queues(run)
+            collect_groups(run)
         except RunEnded as end:
             ended = (end.cause.label, str(end))
-        found = books(run)
-        drawn = _drawn(run.leader, run.layout)
-        if run.leader.background is not None:
-            run.leader.background.stop()
-        after = books(run)
-    dist.barrier()
-    dist.destroy_process_group()
+        found = run.accounts.balance(run.batch)
+        drawn = drawn_state(leader_of(run), run.servers.stream, ranks)
+        run.servers.stream.stop()
+        after = run.accounts.balance(run.batch)
+    close(layout)
     stored = Ledger.from_json(drawn["ledger"])
     open_draws = len(drawn["unfinished"]) + found.open.waiting
     ends = sum(stored.trained.values()) + sum(stored.dropped.values())

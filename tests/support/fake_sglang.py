@@ -53,7 +53,7 @@ class FakeSGLang:
         self.arrivals: list[float] = []
         self.authorization: list[str | None] = []
         self.open = self.max_open = self.cancelled = 0
-        self._plan, self._version = plan, version
+        self._plan, self.version = plan, version
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._released = asyncio.Event()
@@ -130,7 +130,7 @@ class FakeSGLang:
         # Requests with a seed are for one response each: the first of a prompt, the second, …
         is_seeded = "sampling_seed" in body["sampling_params"]
         first = sum(one["input_ids"] == body["input_ids"] for one in self.requests) - 1 if is_seeded else 0
-        samples = [sample(body, index, weight_version=self._version) for index in range(first, first + n)]
+        samples = [sample(body, index, weight_version=self.version) for index in range(first, first + n)]
         if how == "partial":
             samples.pop()
         if how == "aborted":

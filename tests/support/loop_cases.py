@@ -1,11 +1,15 @@
-"""A run for tests of the loop: one rank, fake servers, a verifier that is told what to say; no model and no Megatron."""
+"""Runs for tests of the loop: ranks that are threads, fake servers, a verifier that is told what to say, no Megatron."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,13 +18,28 @@ from megatron_dypo.config.objective import ObjectiveConfig, ScoreConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig, Config, EvalConfig, ModelConfig, RunConfig
 from megatron_dypo.data.prompts import DropCounts
-from megatron_dypo.loop.run import Leader
+from megatron_dypo.loop.background import open_stream
+from megatron_dypo.loop.collect import collect_in_rounds
+from megatron_dypo.loop.collect_from_stream import collect_from_stream
+from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.ledger import Ledger
+from megatron_dypo.loop.policy import UpdateReport
+from megatron_dypo.loop.replica import Books, Follower, Leader
+from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
+from megatron_dypo.loop.servers import NoRouter, Servers
+from megatron_dypo.loop.state import Progress, Run
 from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.samples import SampleLog
 from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.refit.servers import PushReport
 from megatron_dypo.rollout.client import SGLangClient
-from megatron_dypo.types import Prompt, Verdict
+from megatron_dypo.types import Prompt, Sample, Verdict
+from tests.support.fake_sglang import FakeSGLang
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ROUND = 4
 """Prompts of one round of collection."""
@@ -28,11 +47,194 @@ PROMPTS = 12
 """Rows of the data."""
 
 
-class Alone:
-    """A group of one rank."""
+@dataclass(frozen=True, kw_only=True)
+class OneRank:
+    """The ranks of a run that is alone; or of one of several replicas, whose others say nothing."""
 
-    def size(self) -> int:
-        return 1
+    replica: int = 0
+    replicas: int = 1
+    world_size: int = 1
+
+    @property
+    def is_global_leader(self) -> bool:
+        return self.replica == 0
+
+    def of_leaders(self, mine: T) -> list[T]:
+        return [mine]
+
+    def any_rank(self, mine: bool) -> bool:
+        return mine
+
+
+class Meeting:
+    """Where ranks that are threads meet: each gives a value and gets all, by rank."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=30.0)
+        self._values: list[Any] = [None] * size
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadRanks:
+    """One rank of a run whose ranks are threads; ``ranks_per_replica`` neighbours are a replica, led by the first."""
+
+    meeting: Meeting
+    rank: int
+    world_size: int
+    ranks_per_replica: int = 1
+
+    @property
+    def replica(self) -> int:
+        return self.rank // self.ranks_per_replica
+
+    @property
+    def replicas(self) -> int:
+        return self.world_size // self.ranks_per_replica
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank % self.ranks_per_replica == 0
+
+    @property
+    def is_global_leader(self) -> bool:
+        return self.rank == 0
+
+    def of_leaders(self, mine: T) -> list[T]:
+        # A copy, as a message between processes would be.
+        return copy.deepcopy(self.meeting.exchange(self.rank, mine)[:: self.ranks_per_replica])
+
+    def any_rank(self, mine: bool) -> bool:
+        return any(self.meeting.exchange(self.rank, mine))
+
+
+def run_in_threads(count: int, work: Callable[[ThreadRanks], R], ranks_per_replica: int = 1) -> list[R]:
+    """Run ``work`` on ``count`` ranks, a thread each; return what each returns, or raise what the first one raised."""
+    meeting = Meeting(count)
+    ranks = [
+        ThreadRanks(meeting=meeting, rank=rank, world_size=count, ranks_per_replica=ranks_per_replica)
+        for rank in range(count)
+    ]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, ranks))
+
+
+class Refits:
+    """A refitter of servers that are there: it keeps the versions, and tells fake servers which one they hold."""
+
+    def __init__(self, urls: Sequence[str] = (), fakes: Sequence[FakeSGLang] = ()) -> None:
+        self.serving = tuple(urls) or tuple(fake.url for fake in fakes)
+        self.pushed = list[int]()
+        self.released = 0
+        self._fakes = fakes
+
+    def push(self, version: int) -> PushReport:
+        self.pushed.append(version)
+        for fake in self._fakes:
+            fake.version = str(version)
+        return PushReport(
+            version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=0, rejoined=0, retries=0
+        )  # fmt: skip
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class NextServer:
+    """A refitter: after each refit another server serves."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._urls, self.pushed = list(urls), list[int]()
+        self.serving: tuple[str, ...] = ()
+
+    def push(self, version: int) -> PushReport:
+        self.pushed.append(version)
+        self.serving = (self._urls.pop(0),)
+        return PushReport(
+            version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=1, retries=2
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """The servers keep their memory."""
+
+
+class Records:
+    """A writer of metrics that keeps them."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert step not in self.metrics, "one record a step"
+        self.metrics[step] = dict(metrics)
+
+
+class FakePolicy:
+    """A policy without a model: its log-probs say which version of the weights they are of, and its updates are kept.
+
+    A token has log-prob −version − 1; under the reference −0.5.
+    """
+
+    def __init__(self, *, keeps_reference: bool = False, is_leader: bool = True) -> None:
+        self.keeps_reference, self._is_leader = keeps_reference, is_leader
+        self.version = 0
+        self.asked: list[tuple[int, list[int]]] = []
+        """Version and draws of each pass for log-probs."""
+        self.updates: list[list[Sample]] = []
+        self.saved: dict[int, dict[str, Any]] = {}
+        self.exported: list[Path] = []
+        self.refreshed: list[int] = []
+        self.bad_updates: set[int] = set()
+        """Numbers of updates, from 0, whose gradients are not finite."""
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[Any]:
+        assert self._is_leader or not samples, "a follower holds no samples"
+        self.asked.append((self.version, [sample.order for sample in samples]))
+        return [np.full(sample.num_response_tokens, -1.0 - self.version, np.float32) for sample in samples]
+
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
+        return [np.full(sample.num_response_tokens, -0.5, np.float32) for sample in samples]
+
+    def replica_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
+        return self.logprobs(samples)
+
+    def update(self, weighted: Sequence[Sample]) -> UpdateReport:
+        assert self._is_leader or not weighted, "a follower holds no samples"
+        is_applied = len(self.updates) not in self.bad_updates
+        self.updates.append(list(weighted))
+        self.version += 1
+        return UpdateReport(
+            is_applied=is_applied,
+            sums=dict.fromkeys([*(metric.of for metric in LOSS_METRICS), "mismatch_abs", "rollout_tokens"], 1.0),
+            metrics={"train/grad_norm": 1.0, "train/skipped": float(not is_applied)},
+            flops=1.0,
+            samples=list(weighted),
+        )
+
+    def refresh_reference(self) -> None:
+        self.refreshed.append(self.version)
+
+    def bad_weight(self) -> str | None:
+        return None
+
+    def bad_gradient(self) -> str | None:
+        return "w"
+
+    def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
+        self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
+        folder = root / f"step_{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)  # on each rank: there is no barrier as in a real one
+        (folder / "trainer_state.json").write_text("{}")
+        return folder
+
+    def export(self, out_dir: Path) -> None:
+        self.exported.append(out_dir)
 
 
 class Prompts:
@@ -44,15 +246,15 @@ class Prompts:
     def __len__(self) -> int:
         return PROMPTS
 
-    def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]:
-        return self.at(range(start + (shard - start) % num_shards, start + count, num_shards))
-
     def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
         kept = [self.prompt(i) for i in positions if i % PROMPTS not in self.too_long]
         return kept, DropCounts(too_long=tuple(i for i in positions if i % PROMPTS in self.too_long))
 
+    def id_of(self, position: int) -> str:
+        return f"p{position % PROMPTS}"
+
     def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]:
-        return self.take(0, PROMPTS if limit is None else limit)
+        return self.at(range(PROMPTS if limit is None else limit))
 
     def prompt(self, order: int) -> Prompt:
         row = order % PROMPTS
@@ -82,7 +284,7 @@ class Oracle:
         self._judge = judge
 
     def verify(self, pairs: Sequence[Any], bar: Any = None) -> list[Verdict]:
-        words = [getattr(pair, "response", None) or pair[0] for pair in pairs]
+        words = [pair.response for pair in pairs]
         return [self._judge(int(text.split()[0]) - 100, int(text.split()[1])) for text in words]
 
 
@@ -103,10 +305,15 @@ def silent(_row: int, _member: int) -> Verdict:
 
 
 def make_config(
-    run_dir: Any, *, rollout: dict[str, Any] | None = None, batching: dict[str, Any] | None = None, **sections: Any
+    run_dir: Any,
+    *,
+    steps: int = 9,
+    rollout: dict[str, Any] | None = None,
+    batching: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> Config:
     return Config(
-        run=RunConfig(dir=str(run_dir), steps=9),
+        run=RunConfig(dir=str(run_dir), steps=steps),
         model=ModelConfig(hf_path="none"),
         data=DataConfig(prompts=("none",)),
         rollout=RolloutConfig(
@@ -120,9 +327,26 @@ def make_config(
             }
         ),
         batching=BatchingConfig(**{"prompts_per_update": ROUND, "max_collect_rounds": 2, **(batching or {})}),
-        # The servers' log-probs, so that a collection in the background asks for no model.
-        score=ScoreConfig(policy="rollout"),
-        **{"eval": EvalConfig(), "objective": ObjectiveConfig(), **sections},
+        **{
+            "eval": EvalConfig(),
+            "objective": ObjectiveConfig(),
+            # The servers' log-probs, so that a collection in the background asks for no pass of the policy.
+            "score": ScoreConfig(policy="rollout"),
+            **sections,
+        },
+    )
+
+
+def make_client(urls: Sequence[str], config: Config, check: Callable[[], None] | None = None) -> SGLangClient:
+    """A client that tries again soon."""
+    return SGLangClient(
+        urls,
+        None,
+        cfg=config.rollout,
+        decode=lambda tokens: Words().decode(tokens.tolist()),
+        stop_token_ids=(2,),
+        check=check,
+        backoff_s=0.02,
     )
 
 
@@ -132,44 +356,94 @@ def make_run(
     *,
     judge: Callable[[int, int], Verdict] = mixed,
     prompts: Any = None,
-    group: Any = None,
-    data: int = 1,
-    dp_rank: int = 0,
-) -> Any:
-    """The part of a run that a collection needs; ``group`` is that of the leaders, ``data`` of them."""
+    ranks: Any = None,
+    refitter: Any = None,
+    policy: Any = None,
+    check: Callable[[], None] | None = None,
+) -> Run:
+    """A run of one rank of ``ranks``, which leads a replica unless they say otherwise.
 
-    def client() -> SGLangClient:
-        return SGLangClient(
-            urls,
-            None,
-            cfg=config.rollout,
-            decode=lambda tokens: Words().decode(tokens.tolist()),
-            stop_token_ids=(2,),
-            backoff_s=0.02,
+    ``check`` raises when the servers are lost for good.
+    """
+    ranks = ranks or OneRank()
+    is_leader = getattr(ranks, "is_leader", True)
+    timings, tally, progress = Timings(), Tally(), Progress()
+    objective = build_objective(config.objective)
+    replica: Leader | Follower = Follower()
+    requests: LeaderRequests | FollowerRequests = FollowerRequests()
+    if is_leader:
+        replica = make_leader(config, ranks, prompts or Prompts())
+        verifier: Any = Oracle(judge)
+        stream = open_stream(
+            make_client(urls, config, check),
+            replica.draws,
+            verifier,
+            objective,
+            config,
+            current_step=lambda: progress.step,
         )
-
-    leader = Leader(
-        group=group or Alone(),  # type: ignore[arg-type]
-        tokenizer=Words(),  # type: ignore[arg-type]
-        stream=prompts or Prompts(),
-        held_out={name: Prompts() for name in config.eval.sets},  # type: ignore[misc]
-        client=client(),
-        verifier=Oracle(judge),  # type: ignore[arg-type]
-        sample_log=SampleLog(Path(config.run.dir), shard=dp_rank if data > 1 else None),  # type: ignore[arg-type]
-        background_client=client(),
+        requests = LeaderRequests(
+            client=make_client(urls, config, check),
+            stream=stream,
+            verifier=verifier,
+            fail_truncated=config.grading.fail_truncated,
+            show_progress=ranks.is_global_leader,
+        )
+    servers = Servers(
+        refitter=refitter or Refits(urls),
+        requests=requests,
+        router=NoRouter(),
+        ranks=ranks,
+        tally=tally,
+        timings=timings,
     )
-    return SimpleNamespace(
+    return Run(
         config=config,
-        step=0,
-        served_version=0,
-        bridge=SimpleNamespace(serving=tuple(urls)),
-        router=None,
-        objective=build_objective(config.objective),
-        leader=leader,
-        layout=SimpleNamespace(
-            is_global_leader=dp_rank == 0, replica_group=Alone(), data=data, dp_rank=dp_rank, leaders_group=group
-        ),
-        tally=Tally(),
-        timings=Timings(),
-        dir=Path(config.run.dir),
+        ranks=ranks,
+        policy=policy or FakePolicy(is_leader=is_leader),
+        objective=objective,
+        replica=replica,
+        servers=servers,
+        writer=Records(),
+        progress=progress,
+        timings=timings,
+        tally=tally,
+    )
+
+
+def collect_groups(run: Run) -> None:
+    """One collection for the run's next step."""
+    collector, step = run.collector, run.progress.step
+    (collect_from_stream if collector.uses_stream(step) else collect_in_rounds)(collector, step)
+
+
+def leader_of(run: Run) -> Leader:
+    """The data of a run's replica."""
+    assert isinstance(run.replica, Leader)
+    return run.replica
+
+
+def requests_of(run: Run) -> LeaderRequests:
+    """The clients of a run's replica."""
+    assert isinstance(run.servers, Servers)
+    assert isinstance(run.servers.requests, LeaderRequests)
+    return run.servers.requests
+
+
+def serve(run: Run, url: str) -> None:
+    """Send the requests to come to ``url``, whatever weights it serves."""
+    requests = requests_of(run)
+    requests.client.use_servers([url])
+
+
+def make_leader(config: Config, ranks: Any, prompts: Any) -> Leader:
+    """The data side of one replica."""
+    ledger, run_dir = Ledger(), Path(config.run.dir)
+    return Leader(
+        draws=Draws(source=prompts, ledger=ledger, replica=ranks.replica, replicas=ranks.replicas),
+        tokenizer=Words(),
+        held_out={name: Prompts() for name in config.eval.sets},
+        sample_log=SampleLog(run_dir, shard=ranks.replica if ranks.replicas > 1 else None),
+        run_dir=run_dir,
+        books=Books(ledger=ledger),
     )

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, ScoreConfig
-from megatron_dypo.config.tree import BatchingConfig, CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_dypo.config.tree import (
+    BatchingConfig,
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from megatron_dypo.data.prompts import DropCounts
 from tests.support.objective_cases import random_groups
 
 PROMPTS = 4
@@ -18,7 +29,7 @@ MODES = ("exact", "stale")
 
 
 class Recorder:
-    """Stands for the bridge and for the writer: keeps what it is told."""
+    """A refitter and a writer that keep what they are told."""
 
     serving = ("server",)
     bytes = fenced = rejoined = retries = 0
@@ -45,11 +56,11 @@ class NoRows:
     def __len__(self) -> int:
         return 0
 
+    def at(self, positions: Any) -> Any:
+        return [], DropCounts()
+
     def id_of(self, position: int) -> str:
         return f"p{position}"
-
-    def fingerprint(self) -> list[dict[str, Any]]:
-        return []
 
 
 def config_of(
@@ -97,18 +108,18 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
 
 
 def _train(config: Config, layout: Any, age: int = 0) -> dict[str, Any]:
-    """Four updates from as many rollout batches as they take, each put into the queues when the one before is used up."""
+    """Make four updates; each rollout batch is put into the queues when the one before is used up."""
     from megatron_dypo.loop.train import train_step
 
-    run, recorder = _run(config, layout)
-    steps, given = [], []
+    run, recorder, policy = make_run(config, layout)
+    steps = []
     for step in range(4):
-        if not run.is_mid_batch:
-            given += _put(run, [[_aged(s, age) for s in group] for group in batch_of(step // 2)])
-        before = _tensors(run, lambda p: p.detach())
+        if run.batch.is_used_up:
+            put(run, [[_aged(s, age) for s in group] for group in batch_of(step // 2)])
+        before = _tensors(policy, lambda p: p.detach())
         train_step(run)
-        steps.append({"weights": before, "grads": _tensors(run, lambda p: p.main_grad)})
-    return {"steps": steps, "groups": given, "pushed": recorder.pushed, "metrics": recorder.metrics}
+        steps.append({"weights": before, "grads": _tensors(policy, lambda p: p.main_grad)})
+    return {"steps": steps, "groups": policy.groups(), "pushed": recorder.pushed, "metrics": recorder.metrics}
 
 
 def _aged(sample: Any, age: int) -> Any:
@@ -118,56 +129,107 @@ def _aged(sample: Any, age: int) -> Any:
 
 def _resume(config: Config, layout: Any) -> Any:
     """Weights after two updates of a batch: without a stop, and with one between them."""
-    from megatron_dypo.loop import run as run_module
-    from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
+    from megatron_dypo.loop.resume import restore_batch, save_checkpoint
+    from megatron_dypo.loop.state import Progress
     from megatron_dypo.loop.train import train_step
 
-    run, _ = _run(config, layout)
-    _put(run, batch_of(0))
+    run, _, policy = make_run(config, layout)
+    put(run, batch_of(0))
     train_step(run)
-    run_module.save_checkpoint(run)
+    folder = save_checkpoint(run)
     train_step(run)
-    again, recorder = _run(config, layout)
-    latest = find_latest(again.dir / "checkpoints")
-    assert latest is not None
-    restored = run_module._restore(again, latest)
-    if again.leader:
-        run_module._share_queues(again.leader.queues, restored.leader_states, layout)
+    again, recorder, resumed = make_run(config, layout)
+    restored = resumed.load(folder)
+    again.progress = Progress(step=restored.step, batches=restored.trainer_state["batches"])
+    again.batch = restore_batch(restored, again.replica, folder)
     train_step(again)
-    return [_tensors(r, lambda p: p.detach()) for r in (run, again)], recorder.pushed
+    return [_tensors(p, lambda p: p.detach()) for p in (policy, resumed)], recorder.pushed
 
 
-def _run(config: Config, layout: Any) -> tuple[Any, Recorder]:
-    from megatron_dypo.objective.recipes.registry import build_objective
-    from megatron_dypo.loop.run import Leader, _build_policy
+class Watched:
+    """A policy that keeps the samples of its updates."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+        self._samples: dict[tuple[int, int], Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def update(self, weighted: Any) -> Any:
+        self._samples |= {(sample.order, sample.member): sample for sample in weighted}
+        return self._policy.update(weighted)
+
+    def groups(self) -> list[list[Any]]:
+        """The groups that this rank's replica gave to updates, oldest first."""
+        members = sorted(self._samples)
+        return [[self._samples[k] for k in group] for _, group in itertools.groupby(members, key=lambda key: key[0])]
+
+
+def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
+    """A run without servers and prompts, what its refitter and its writer are told, and its policy."""
+    from megatron_dypo.loop.draws import Draws
+    from megatron_dypo.loop.ledger import Ledger
+    from megatron_dypo.loop.megatron_policy import build_policy
+    from megatron_dypo.loop.ranks import MeshRanks
+    from megatron_dypo.loop.replica import Books, Follower, Leader
+    from megatron_dypo.loop.requests import FollowerRequests
+    from megatron_dypo.loop.servers import NoRouter, Servers
+    from megatron_dypo.loop.state import NoWriter, Run
+    from megatron_dypo.loop.tally import Tally
     from megatron_dypo.metrics.samples import SampleLog
+    from megatron_dypo.metrics.writer import Timings
+    from megatron_dypo.objective.recipes.registry import build_objective
 
-    run, recorder = _build_policy(config, layout, build_objective(config.objective)), Recorder()
-    run.bridge = recorder  # type: ignore[assignment]
+    objective, ranks, recorder = build_objective(config.objective), MeshRanks(layout=layout), Recorder()
+    timings, tally = Timings(), Tally()
+    built = build_policy(config, layout, objective, timings=timings)
+    policy: Any = Watched(built)
+    replica: Leader | Follower = Follower()
     if layout.leaders_group is not None:
-        log = SampleLog(run.dir, shard=layout.dp_rank)
-        unused: Any = None
-        rows: Any = NoRows()
-        run.leader = Leader(
-            group=layout.leaders_group, tokenizer=unused, stream=rows, held_out={}, client=None, verifier=None, sample_log=log
-        )  # fmt: skip
-    run.writer = recorder if layout.is_global_leader else None  # type: ignore[assignment]
-    return run, recorder
+        ledger, run_dir, unused = Ledger(), Path(config.run.dir), Any
+        replica = Leader(
+            draws=Draws(source=NoRows(), ledger=ledger, replica=layout.dp_rank, replicas=layout.data),
+            tokenizer=unused,
+            held_out={},
+            sample_log=SampleLog(run_dir, shard=layout.dp_rank),
+            run_dir=run_dir,
+            books=Books(ledger=ledger),
+        )
+    run = Run(
+        config=config,
+        ranks=ranks,
+        policy=policy,
+        objective=objective,
+        replica=replica,
+        servers=Servers(
+            refitter=recorder, requests=FollowerRequests(), router=NoRouter(), ranks=ranks, tally=tally, timings=timings
+        ),
+        writer=recorder if layout.is_global_leader else NoWriter(),
+        timings=timings,
+        tally=tally,
+    )
+    return run, recorder, policy
 
 
-def _put(run: Any, groups: list[list[Any]]) -> list[list[Any]]:
-    mine = [g for g in groups if run.leader and g[0].order % run.layout.data == run.layout.dp_rank]
-    for group in mine:
-        run.leader.queues.put(group)
-        run.leader.ledger.draw(1)
-    return mine
+def put(run: Any, groups: list[list[Any]]) -> None:
+    """Put this replica's part of what came from the servers into its queues and its books."""
+    from megatron_dypo.loop.replica import Leader
+
+    if not isinstance(run.replica, Leader):
+        return
+    draws = run.replica.draws
+    for group in groups:
+        if group[0].order % draws.replicas == draws.replica:
+            run.replica.queues.put(group)
+            draws.ledger.draw(1)
 
 
-def _tensors(run: Any, value: Any) -> dict[str, np.ndarray]:
+def _tensors(policy: Any, value: Any) -> dict[str, np.ndarray]:
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.models.gather import iter_hf_tensors
 
-    layout = run.layout
-    pairs = [(name, value(p)) for name, p in named_global_parameters(run.chunks)]
-    tensors = iter_hf_tensors(pairs, run.arch, layout)
+    layout = policy.layout
+    pairs = [(name, value(p)) for name, p in named_global_parameters(policy.chunks)]
+    tensors = iter_hf_tensors(pairs, policy.arch, layout)
     return {name: tensor.numpy().copy() for name, tensor in tensors if layout.dp_rank == 0}

@@ -10,35 +10,45 @@ import pytest
 
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.admission import books
-from megatron_dypo.loop.collect import fill_queues
+from megatron_dypo.loop.state import Run
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.types import DropReason, Verdict
 from tests.support.fake_sglang import FakeSGLang
-from tests.support.loop_cases import PROMPTS, ROUND, Prompts, make_config, make_run, mixed, right, silent, wrong
+from tests.support.loop_cases import (
+    PROMPTS,
+    ROUND,
+    Prompts,
+    collect_groups,
+    leader_of,
+    make_config,
+    make_run,
+    mixed,
+    right,
+    silent,
+    wrong,
+)
 
 MODES = [{}, {"mode": "async"}, {"oversample": 1.5}]
 
 
-def collect(run: Any) -> None:
+def collect(run: Run) -> None:
     """One collection; a stream that goes on is stopped after it."""
     try:
-        fill_queues(run)
+        collect_groups(run)
     finally:
-        if run.leader.background is not None:
-            run.leader.background.stop()
+        run.servers.stream.stop()
 
 
-def ends_with(run: Any, cause: Cause) -> str:
+def ends_with(run: Run, cause: Cause) -> str:
     with pytest.raises(RunEnded) as caught:
         collect(run)
     assert caught.value.cause is cause, str(caught.value)
-    assert books(run).difference == 0
+    assert run.accounts.balance(run.batch).difference == 0
     return str(caught.value)
 
 
-def rows_of(run: Any) -> list[dict[str, Any]]:
-    path = Path(run.config.run.dir) / "samples" / f"step_{run.step + 1:06d}.jsonl"
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    path = Path(run.config.run.dir) / "samples" / f"step_{run.progress.step + 1:06d}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -47,10 +57,10 @@ def test_a_collection_fills_the_queues_and_the_books_balance(tmp_path: Path, rol
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, rollout=rollout))
         collect(run)
-    found = books(run)
+    found = run.accounts.balance(run.batch)
     assert found.difference == 0
-    assert found.open.waiting == len(run.leader.queues) >= ROUND
-    assert found.ledger.drawn == run.leader.cursor
+    assert found.open.waiting == len(run.replica.queues) >= ROUND
+    assert found.ledger.drawn == leader_of(run).draws.cursor
 
 
 @pytest.mark.parametrize("rollout", MODES)
@@ -66,7 +76,7 @@ def test_every_draw_is_on_one_account(tmp_path: Path, rollout: dict[str, Any]) -
         config = make_config(tmp_path, rollout=rollout, batching={"prompts_per_update": 3, "max_collect_rounds": 3})
         run = make_run([fake.url], config, judge=judge, prompts=prompts)
         collect(run)
-    found = books(run)
+    found = run.accounts.balance(run.batch)
     assert found.difference == 0
     counts = found.counts()
     assert counts["drawn"] >= PROMPTS - 2
@@ -86,7 +96,7 @@ def test_a_collection_in_which_no_group_comes_back_ends_the_run(tmp_path: Path, 
         message = ends_with(run, Cause.GROUPS_LOST)
     assert "with an incomplete group" in message
     assert "out of luck" in message, "the last reason"
-    assert run.leader.ledger.drawn <= 3 * 2 * ROUND
+    assert run.replica.books.ledger.drawn <= 3 * 2 * ROUND
 
 
 @pytest.mark.parametrize("rollout", MODES)
@@ -106,8 +116,8 @@ def test_one_rollout_without_a_verdict_drops_its_group_and_no_other(tmp_path: Pa
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, batching={"prompts_per_update": 3}), judge=judge)
         collect(run)
-    assert [group[0].order for group in run.leader.queues.groups()] == [0, 2, 3]
-    assert +run.leader.ledger.dropped == {DropReason.NO_VERDICT: 1}
+    assert [group[0].order for group in run.replica.queues.groups()] == [0, 2, 3]
+    assert +run.replica.books.ledger.dropped == {DropReason.NO_VERDICT: 1}
 
 
 @pytest.mark.parametrize("rollout", MODES)
@@ -139,7 +149,7 @@ def test_a_prompt_beyond_the_limit_of_rounds_is_found_while_nothing_else_is(
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, rollout=rollout), judge=judge)
         collect(run)
-    assert PROMPTS - 1 in {group[0].order % PROMPTS for group in run.leader.queues.groups()}
+    assert PROMPTS - 1 in {group[0].order % PROMPTS for group in run.replica.queues.groups()}
 
 
 def test_hard_prompts_without_traces_leave_nothing(tmp_path: Path) -> None:
@@ -161,8 +171,7 @@ def test_servers_that_died_for_good_end_the_run_on_all_ranks(tmp_path: Path, rol
         raise ServerDiedError("SGLang server 0 ended with status 137")
 
     with FakeSGLang(lambda index, body: "hang") as fake:
-        run = make_run([fake.url], make_config(tmp_path, rollout=rollout))
-        run.leader.client._check = run.leader.background_client._check = gone
+        run = make_run([fake.url], make_config(tmp_path, rollout=rollout), check=gone)
         assert ends_with(run, Cause.SERVERS_GONE) == "SGLang server 0 ended with status 137"
 
 
@@ -170,21 +179,17 @@ def test_what_waited_for_too_long_is_stale_in_the_books(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, batching={"prompts_per_update": ROUND, "max_staleness": 0}))
         collect(run)
-        run.step = 1
-        for client in (run.leader.client, run.leader.background_client):
-            client.use_servers([fake.url])
-        collect_into = books(run)
-        assert collect_into.open.waiting == ROUND
-        run.leader.queues.drop_stale(1, 0)
-    assert books(run).difference == ROUND, "draws that nobody entered are noticed"
+        assert run.accounts.balance(run.batch).open.waiting == ROUND
+        run.replica.queues.drop_stale(1, 0)
+    assert run.accounts.balance(run.batch).difference == ROUND, "draws that nobody entered are noticed"
 
 
 def test_a_group_of_weights_that_are_too_old_never_enters_the_queues(tmp_path: Path) -> None:
     with FakeSGLang(version="1") as fake:
         config = make_config(tmp_path, batching={"prompts_per_update": 2, "max_staleness": 1, "max_collect_rounds": 1})
         run = make_run([fake.url], config)
-        run.step = 5
+        run.progress.step = 5
         with pytest.raises(RunEnded):
             collect(run)
-    assert run.leader.ledger.dropped[DropReason.STALE] == ROUND
-    assert books(run).difference == 0
+    assert run.replica.books.ledger.dropped[DropReason.STALE] == ROUND
+    assert run.accounts.balance(run.batch).difference == 0

@@ -9,15 +9,32 @@ from typing import Any
 
 import pytest
 
+from megatron_dypo.batching.rollout_batch import RolloutBatch
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.admission import books
-from megatron_dypo.loop.collect import Look, _draw, _is_useful, fill_queues
+from megatron_dypo.loop.admission import is_useful
+from megatron_dypo.loop.collect import Look
+from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.outcomes import Outcomes
+from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import DropReason, Tier
 from tests.support.fake_sglang import FakeSGLang, wait_until
-from tests.support.loop_cases import PROMPTS, ROUND, Prompts, make_config, make_run, mixed, right, silent
-from tests.unit.loop.test_serving import NextServer
+from tests.support.loop_cases import (
+    PROMPTS,
+    ROUND,
+    NextServer,
+    Prompts,
+    collect_groups,
+    leader_of,
+    make_config,
+    make_run,
+    mixed,
+    right,
+    serve,
+    silent,
+)
 from tests.unit.objective.test_route import graded
 from tests.unit.rollout.test_collect import closed_url
 
@@ -31,86 +48,97 @@ def test_groups_that_waited_too_long_are_stale_in_the_ledger_and_at_the_limit_th
     config = make_config(tmp_path, batching={"prompts_per_update": ROUND, "max_staleness": 1})
     with FakeSGLang() as first, FakeSGLang(version="2") as second:
         run = make_run([first.url], config)
-        fill_queues(run)
-        run.step = 1 if at_limit else 2
-        run.leader.client.use_servers([second.url])
-        fill_queues(run)
+        collect_groups(run)
+        run.progress.step = 1 if at_limit else 2
+        serve(run, second.url)
+        collect_groups(run)
     stale = 0 if at_limit else ROUND
-    assert (run.leader.ledger.dropped[DropReason.STALE], run.tally["stale"]) == (stale, stale)
-    assert len(run.leader.queues) == ROUND
-    assert books(run).difference == 0
+    assert (run.replica.books.ledger.dropped[DropReason.STALE], run.tally["stale"]) == (stale, stale)
+    assert len(run.replica.queues) == ROUND
+    assert run.accounts.balance(run.batch).difference == 0
 
 
 def test_the_groups_of_an_open_batch_wait_for_their_updates(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path))
-        fill_queues(run)
-    run.leader.queues.open_batch([0, 1], epochs=1)
-    found = books(run)
+        collect_groups(run)
+    run.batch = RolloutBatch(orders=(0, 1), groups=tuple(run.replica.queues.take([0, 1])))
+    found = run.accounts.balance(run.batch)
     assert (found.open.waiting, found.open.in_flight, found.difference) == (ROUND, 0, 0)
 
 
 def test_prompts_that_are_too_long_are_draws_and_count_as_such(tmp_path: Path) -> None:
-    prompts = Prompts(too_long=[1, 4])
-    run = make_run([NOWHERE], make_config(tmp_path), prompts=prompts)
-    assert [prompt.order for prompt in _draw(run.leader, 6, 0, 1)] == [0, 2, 3, 5]
-    assert (run.leader.cursor, run.leader.ledger.drawn) == (6, 6)
-    found = books(run)
+    run = make_run([NOWHERE], make_config(tmp_path), prompts=Prompts(too_long=[1, 4]))
+    draws = leader_of(run).draws
+    assert [prompt.order for prompt in draws.take(6)] == [0, 2, 3, 5]
+    assert (draws.cursor, draws.ledger.drawn) == (6, 6)
+    assert draws.ledger_with_left_out().dropped[DropReason.TOO_LONG] == 2
+    found = run.accounts.balance(run.batch)
     assert found.ledger.dropped[DropReason.TOO_LONG] == run.tally["dropped_prompts"] == 2
-    assert run.leader.outcomes.seen == 2
+    assert run.replica.books.outcomes.seen == 2
     assert found.difference == 4, "the draws of no collection"
 
 
 def test_prompts_and_traces_that_draws_left_out_are_three_counts(tmp_path: Path) -> None:
     run = make_run([NOWHERE], make_config(tmp_path))
-    run.leader.drops += [DropCounts(too_long=(1, 2), traces=3, wrong_traces=5), DropCounts(traces=10)]
-    books(run)
+    left_out = leader_of(run).draws.left_out
+    left_out += [DropCounts(too_long=(1, 2), traces=3, wrong_traces=5), DropCounts(traces=10)]
+    run.accounts.balance(run.batch)
     assert [run.tally[name] for name in ("dropped_prompts", "dropped_traces", "wrong_traces")] == [2, 13, 5]
-    assert not run.leader.drops
+    assert not left_out
 
 
 @pytest.mark.parametrize(("start", "count", "shard", "own"), [(0, 7, 0, 3), (0, 7, 2, 2), (5, 4, 1, 1), (4, 2, 0, 0)])
-def test_a_replica_draws_its_own_share(tmp_path: Path, start: int, count: int, shard: int, own: int) -> None:
-    run = make_run([NOWHERE], make_config(tmp_path))
-    run.leader.cursor = start
-    prompts = _draw(run.leader, count, shard, 3)
-    assert len(prompts) == run.leader.ledger.drawn == own
+def test_a_replica_draws_its_own_share(start: int, count: int, shard: int, own: int) -> None:
+    draws = Draws(source=Prompts(), ledger=Ledger(), replica=shard, replicas=3, cursor=start)
+    prompts = draws.take(count)
+    assert len(prompts) == draws.ledger.drawn == own
     assert all(prompt.order % 3 == shard for prompt in prompts)
-    assert run.leader.cursor == start + count
+    assert draws.cursor == start + count
+
+
+def test_draws_that_were_in_flight_at_a_checkpoint_are_of_the_replica_whose_turn_they_are() -> None:
+    for replica, own in ((0, [2, 6]), (1, [3])):
+        draws = Draws(source=Prompts(too_long=[5]), ledger=Ledger(), replica=replica, replicas=2)
+        draws.resume(9, [2, 3, 5, 6])
+        assert [prompt.order for prompt in draws.unfinished] == own
+        assert draws.cursor == 9
+        assert draws.ledger.drawn == 0, "the run before has drawn them"
+        assert sum(left_out.prompts for left_out in draws.left_out) == replica
 
 
 @pytest.mark.parametrize("rollout", [{}, {"mode": "async"}, {"oversample": 1.5}])
 def test_draws_of_the_run_before_come_first_and_are_graded_once(tmp_path: Path, rollout: dict[str, Any]) -> None:
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, rollout=rollout))
-        run.leader.cursor, run.leader.ledger.drawn = 9, 2
-        run.leader.unfinished = [Prompts().prompt(order) for order in (3, 7)]
-        fill_queues(run)
-        if run.leader.background is not None:
-            run.leader.background.stop()
-    orders = [group[0].order for group in run.leader.queues.groups()]
+        draws = leader_of(run).draws
+        draws.ledger.draw(2)
+        draws.resume(9, [3, 7])
+        collect_groups(run)
+        run.servers.stream.stop()
+    orders = [group[0].order for group in run.replica.queues.groups()]
     assert {3, 7} <= set(orders)
     assert len(orders) == len(set(orders))
-    assert run.leader.unfinished == []
-    assert books(run).difference == 0
+    assert draws.unfinished == []
+    assert run.accounts.balance(run.batch).difference == 0
 
 
 def test_samples_and_outcomes_are_of_the_collection_and_the_step_to_come(tmp_path: Path) -> None:
     with FakeSGLang() as first, FakeSGLang(version="1") as second:
         run = make_run([first.url], make_config(tmp_path))
         for step, fake in enumerate((first, second)):
-            run.step = step
-            run.leader.client.use_servers([fake.url])
-            run.leader.queues.waiting = {treatment: [] for treatment in run.leader.queues.waiting}
-            fill_queues(run)
-            assert run.leader.outcomes.graded == ROUND
+            run.progress.step = step
+            serve(run, fake.url)
+            run.replica.queues.waiting = {treatment: [] for treatment in run.replica.queues.waiting}
+            collect_groups(run)
+            assert run.replica.books.outcomes.graded == ROUND
     files = sorted(path.name for path in (tmp_path / "samples").glob("*.jsonl"))
     assert files == ["step_000001.jsonl", "step_000002.jsonl"]
     rows = [json.loads(line) for line in (tmp_path / "samples" / files[1]).read_text().splitlines()]
     assert {row["step"] for row in rows} == {2}
 
 
-@pytest.mark.parametrize(("tier", "traces", "is_useful"), [
+@pytest.mark.parametrize(("tier", "traces", "expected"), [
     (Tier.EASY, ("a",), False),
     (Tier.MID, (), True),
     (Tier.HARD, ("a",), True),
@@ -118,10 +146,10 @@ def test_samples_and_outcomes_are_of_the_collection_and_the_step_to_come(tmp_pat
     (None, ("a",), False),
 ])  # fmt: skip
 def test_a_group_is_of_use_where_it_will_wait_in_a_queue(
-    tmp_path: Path, tier: Tier | None, traces: tuple[str, ...], is_useful: bool
+    tier: Tier | None, traces: tuple[str, ...], expected: bool
 ) -> None:
-    run = make_run([NOWHERE], make_config(tmp_path))
-    assert _is_useful(run, replace(graded(0, [False], traces=traces), tier=tier)) is is_useful
+    objective = build_objective(ObjectiveConfig())
+    assert is_useful(replace(graded(0, [False], traces=traces), tier=tier), objective, 0) is expected
 
 
 @pytest.mark.parametrize(("lost", "is_said"), [(1, False), (2, True)])
@@ -133,7 +161,7 @@ def test_losses_are_said_where_they_are_more_than_a_quarter(
 
     with FakeSGLang(plan) as fake, caplog.at_level("WARNING", logger="megatron_dypo"):
         run = make_run([fake.url], make_config(tmp_path, batching={"prompts_per_update": 2}))
-        fill_queues(run)
+        collect_groups(run)
     assert ("prompts could not be used" in caplog.text) is is_said
 
 
@@ -144,10 +172,10 @@ def test_a_batch_that_stays_short_is_said_with_its_reason(
     config = make_config(tmp_path, rollout=rollout, batching={"prompts_per_update": ROUND, "max_collect_rounds": 1})
     with FakeSGLang() as fake, caplog.at_level("WARNING", logger="megatron_dypo"):
         run = make_run([fake.url], config, judge=lambda row, n: right(row, n) if row % 2 else mixed(row, n))
-        fill_queues(run)
+        collect_groups(run)
         short = caplog.text
         caplog.clear()
-        fill_queues(make_run([fake.url], config, judge=mixed))
+        collect_groups(make_run([fake.url], config, judge=mixed))
     assert f"of {ROUND} prompts to learn from after" in short
     assert "the limit of batching.max_collect_rounds=1" in short
     assert "Easy" in short
@@ -156,47 +184,50 @@ def test_a_batch_that_stays_short_is_said_with_its_reason(
 
 def test_looks_of_replicas_add_up_but_for_what_they_share() -> None:
     end = RunEnded(Cause.SERVERS_GONE, "gone")
-    one = Look(waiting=1, unscored=2, unserved=0, outcomes=Outcomes(graded=3), num_prompts=PROMPTS)
-    other = Look(waiting=10, unscored=20, unserved=1, outcomes=Outcomes(graded=30), num_prompts=PROMPTS, failure=end)
+    one = Look(waiting=1, without_logprobs=2, unserved=0, outcomes=Outcomes(graded=3), num_prompts=PROMPTS)
+    other = Look(
+        waiting=10, without_logprobs=20, unserved=1, outcomes=Outcomes(graded=30), num_prompts=PROMPTS, failure=end
+    )
     for total in (one + other, other + one):
-        assert (total.waiting, total.unscored, total.unserved, total.outcomes.graded) == (11, 22, 1, 33)
+        assert (total.waiting, total.without_logprobs, total.unserved, total.outcomes.graded) == (11, 22, 1, 33)
         assert (total.num_prompts, total.failure) == (PROMPTS, end)
 
 
 def test_a_second_round_is_collected_only_while_the_first_is_not_enough(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
         enough = make_run([fake.url], make_config(tmp_path / "a"), judge=mixed)
-        fill_queues(enough)
+        collect_groups(enough)
         config = make_config(tmp_path / "b", batching={"prompts_per_update": ROUND, "max_collect_rounds": 3})
         short = make_run([fake.url], config, judge=lambda row, n: right(row, n) if row % 2 else mixed(row, n))
-        fill_queues(short)
-    assert (enough.tally["max:rounds"], enough.leader.cursor) == (1, ROUND)
-    assert (short.tally["max:rounds"], short.leader.cursor) == (2, 2 * ROUND)
+        collect_groups(short)
+    assert (enough.tally["max:rounds"], leader_of(enough).draws.cursor) == (1, ROUND)
+    assert (short.tally["max:rounds"], leader_of(short).draws.cursor) == (2, 2 * ROUND)
 
 
 def test_an_asynchronous_run_begins_the_groups_of_the_next_batch(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}))
-        fill_queues(run)
+        collect_groups(run)
         try:
             wait_until(lambda: len(fake.requests) >= 2 * ROUND, "the next batch is begun")
         finally:
-            run.leader.background.stop()
+            run.servers.stream.stop()
 
 
 def test_rollouts_without_a_verdict_are_losses_that_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with FakeSGLang() as fake, caplog.at_level("WARNING", logger="megatron_dypo"):
         config = make_config(tmp_path, batching={"prompts_per_update": 2})
         run = make_run([fake.url], config, judge=lambda row, n: silent(row, n) if row < 2 else mixed(row, n))
-        fill_queues(run)
+        collect_groups(run)
     assert "2 of 4 prompts could not be used: 2 without a verdict" in caplog.text
 
 
-def test_a_stream_that_lost_its_servers_gets_a_push_and_goes_on(tmp_path: Path) -> None:
+def test_a_stream_that_lost_its_servers_gets_a_refit_and_goes_on(tmp_path: Path) -> None:
     with FakeSGLang(version="0") as fake:
-        run = make_run([closed_url()], make_config(tmp_path, rollout={"mode": "async"}))
-        run.pushed, run.bridge = (), NextServer([fake.url] * 9)
-        fill_queues(run)
-        run.leader.background.stop()
-    assert run.bridge.pushed
-    assert len(run.leader.queues) >= ROUND
+        refitter = NextServer([fake.url] * 9)
+        config = make_config(tmp_path, rollout={"mode": "async"})
+        run = make_run([closed_url()], config, refitter=refitter)
+        collect_groups(run)
+        run.servers.stream.stop()
+    assert refitter.pushed
+    assert len(run.replica.queues) >= ROUND

@@ -15,7 +15,7 @@ from megatron_dypo.metrics.intervals import accuracy_interval, wilson_interval
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.types import Verdict
 from tests.support.fake_sglang import FakeSGLang
-from tests.support.loop_cases import PROMPTS, Prompts, make_config, make_run, mixed, right, silent
+from tests.support.loop_cases import PROMPTS, OneRank, Prompts, leader_of, make_config, make_run, mixed, right, silent
 
 
 def evaluated(
@@ -30,8 +30,8 @@ def evaluated(
         config = make_config(folder, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=2, **options))
         run = make_run([fake.url], config, judge=judge)
         if held_out is not None:
-            run.leader.held_out["aime"] = held_out
-        metrics = evaluate(run)
+            leader_of(run).held_out = {"aime": held_out}
+        metrics = evaluate(run.evaluator, run.progress.step)
     for name in metrics:
         lookup(name)
     return metrics
@@ -52,8 +52,8 @@ def test_each_response_is_asked_for_with_a_seed_that_stays(tmp_path: Path) -> No
     with FakeSGLang() as fake:
         config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=2))
         run = make_run([fake.url], config)
-        evaluate(run)
-        evaluate(run)
+        evaluate(run.evaluator, 0)
+        evaluate(run.evaluator, 0)
     seeds = [body["sampling_params"]["sampling_seed"] for body in fake.requests]
     first, second = seeds[: 2 * PROMPTS], seeds[2 * PROMPTS :]
     assert len(set(first)) == 2 * PROMPTS
@@ -130,9 +130,9 @@ def test_replicas_share_the_prompts_and_count_those_over_the_limit_once(tmp_path
     for rank in (0, 1):
         with FakeSGLang() as fake:
             config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=1))
-            run = make_run([fake.url], config, data=2, dp_rank=rank)
-            run.leader.held_out["aime"] = Prompts(too_long=[0, 1, 2])
-            metrics = evaluate(run)
+            run = make_run([fake.url], config, ranks=OneRank(replica=rank, replicas=2))
+            leader_of(run).held_out = {"aime": Prompts(too_long=[0, 1, 2])}
+            metrics = evaluate(run.evaluator, run.progress.step)
             asked = sorted(body["input_ids"][-1] - 100 for body in fake.requests)
         found.append((metrics["eval/aime/num_lost"], metrics["eval/aime/num_samples"], asked))
     assert found == [(3, 5, [3, 5, 7, 9, 11]), (0, 4, [4, 6, 8, 10])]

@@ -14,8 +14,8 @@ from megatron_dypo.loop.tally import (
     tally_client,
     tally_dropped,
     tally_groups,
-    tally_push,
-    tally_score_error,
+    tally_logprob_error,
+    tally_refit,
     update_metrics,
 )
 from megatron_dypo.objective.metrics import LOSS_METRICS
@@ -88,7 +88,7 @@ def test_what_clients_lost_adds_up_over_attempts_and_replicas_but_for_the_longes
 def test_servers_lost_and_won_and_tried_again_are_three_counts() -> None:
     tally = Tally()
     for _ in range(2):
-        tally_push(
+        tally_refit(
             tally, PushReport(version=1, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=2, retries=3)
         )
     metrics = rollout_metrics(tally)
@@ -141,6 +141,6 @@ def test_rates_are_of_the_time_that_each_part_took() -> None:
 
 def test_errors_of_long_responses_are_summed_in_double() -> None:
     tally = Tally()
-    tally_score_error(tally, np.array([1e8, 1.0, -1e8], np.float32))
-    assert tally["score_error/sequence"] == 1.0
-    assert tally["score_error/mean"] == 2e8 + 1
+    tally_logprob_error(tally, np.array([1e8, 1.0, -1e8], np.float32))
+    assert tally["logprob_error/sequence"] == 1.0
+    assert tally["logprob_error/mean"] == 2e8 + 1

@@ -8,7 +8,7 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.loop.tally import (
     Tally,
     rollout_metrics,
-    tally_score_error,
+    tally_logprob_error,
     tally_sums,
     tally_update,
     update_metrics,
@@ -91,7 +91,7 @@ def test_gals_diagnostics_are_means_over_groups_and_its_log_ratio_over_members()
 def test_a_sequences_error_is_that_of_its_sum_where_errors_of_both_signs_cancel():
     tally = Tally()
     for error in ([0.5, -0.25, -0.5], [-1.0], [0.75, -0.75]):
-        tally_score_error(tally, np.array(error, np.float32))
+        tally_logprob_error(tally, np.array(error, np.float32))
     tally.add("rollouts")
     metrics, name = rollout_metrics(tally), "score/rollout_policy_error/"
     assert metrics[name + "sequence"] == pytest.approx((0.25 + 1.0 + 0.0) / 3)

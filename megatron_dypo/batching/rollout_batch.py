@@ -1,0 +1,103 @@
+"""A rollout batch as a value: the groups of one collection, and which minibatch of them comes next. Pure.
+
+The groups of all replicas together, oldest first, are one list of *orders*. Updates go through it ``passes`` times: each
+optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they
+agree on the next minibatch, and on the end of the batch, without a message. Each replica holds the samples of its own
+groups. A short last minibatch of one pass is filled up from the next pass.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_dypo.batching.queues import Group, order_of
+from megatron_dypo.types import Sample
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Minibatch:
+    """The groups of one optimizer step: this replica's part."""
+
+    groups: tuple[Group, ...]
+    """Oldest first; () on ranks that hold no samples."""
+    finished: tuple[Group, ...]
+    """Those of ``groups`` that no later update of the batch learns from."""
+    is_last: bool
+    """No update of the rollout batch comes after this one."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Return all samples, group after group."""
+        return [sample for group in self.groups for sample in group]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolloutBatch:
+    """The groups that the next updates learn from. Without arguments: a batch that is used up.
+
+    Args:
+        orders: of the groups of all replicas, ascending.
+        groups: those that this replica holds; the ones that have entered all their updates are left out.
+        passes: times that each group enters an update.
+        position: entries of ``passes`` times ``orders`` that minibatches have taken.
+    """
+
+    orders: tuple[int, ...] = ()
+    groups: tuple[Group, ...] = ()
+    passes: int = 1
+    position: int = 0
+
+    @property
+    def is_used_up(self) -> bool:
+        """Tell whether no minibatch is left, on any replica."""
+        return self.position >= self.passes * len(self.orders)
+
+    def open_orders(self) -> list[int]:
+        """Return the orders of the groups that are still to enter an update, ascending."""
+        return [order for order in self.orders if self.passes_left(order) > 0]
+
+    def passes_left(self, order: int) -> int:
+        """Return how many updates the group with ``order`` is still to enter."""
+        whole, entered = divmod(self.position, len(self.orders))
+        return self.passes - whole - (bisect.bisect_left(self.orders, order) < entered)
+
+    def next_minibatch(self, num_prompts: int) -> tuple[Minibatch, RolloutBatch]:
+        """Take the next ``num_prompts`` groups over all replicas; return them and the batch after that.
+
+        Fewer are taken where the batch holds fewer, or where it ends.
+        """
+        assert not self.is_used_up, "a batch that is used up has no minibatch"
+        size = len(self.orders)
+        stop = min(self.position + min(num_prompts, size), self.passes * size)
+        wanted = {self.orders[entry % size] for entry in range(self.position, stop)}
+        after = replace(self, position=stop)
+        taken = tuple(group for group in self.groups if order_of(group) in wanted)
+        is_open = {order_of(group): after.passes_left(order_of(group)) > 0 for group in self.groups}
+        minibatch = Minibatch(
+            groups=taken,
+            finished=tuple(group for group in taken if not is_open[order_of(group)]),
+            is_last=after.is_used_up,
+        )
+        return minibatch, replace(after, groups=tuple(g for g in self.groups if is_open[order_of(g)]))
+
+    def with_groups(self, groups: Iterable[Group]) -> RolloutBatch:
+        """Return the batch with its groups replaced by ``groups``, which have the same orders."""
+        return replace(self, groups=tuple(groups))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all but the groups, for a checkpoint; the same on every rank."""
+        return {"orders": list(self.orders), "passes": self.passes, "position": self.position}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], groups: Sequence[Group] = ()) -> RolloutBatch:
+        """Read what :meth:`as_json` wrote, with those of ``groups`` that belong to the batch; others are ignored."""
+        batch = cls(
+            orders=tuple(int(order) for order in stored["orders"]),
+            passes=int(stored["passes"]),
+            position=int(stored["position"]),
+        )
+        own = set(batch.orders)
+        return batch.with_groups(sorted((g for g in groups if order_of(g) in own), key=order_of))

@@ -1,0 +1,53 @@
+"""The rollout stream of a leader, made of its draws, a client of its own and the verifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from megatron_dypo.config.tree import Config
+from megatron_dypo.grading.verify import Verifier, grade
+from megatron_dypo.loop.admission import is_useful
+from megatron_dypo.loop.draws import Draws
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.stream import RolloutStream, StreamWork
+from megatron_dypo.types import GradedGroup, RolloutGroup
+
+
+def open_stream(
+    client: SGLangClient,
+    draws: Draws,
+    verifier: Verifier,
+    objective: Objective,
+    config: Config,
+    *,
+    current_step: Callable[[], int],
+) -> RolloutStream[GradedGroup]:
+    """Return a stream that samples and grades this replica's draws once it is started.
+
+    Args:
+        client: for the stream alone.
+        current_step: optimizer steps done, by which the objective says which groups are of use.
+    """
+    cfg, batching, replicas = config.rollout, config.batching, draws.replicas
+
+    def graded(group: RolloutGroup) -> GradedGroup:
+        return grade([group], verifier, config.grading.fail_truncated, show_progress=False)[0]
+
+    # All that a collection may look at, and two batches in flight.
+    max_unread = max(
+        cfg.prompts_per_round * batching.max_collect_rounds, math.ceil(2 * cfg.oversample * batching.prompts_per_batch)
+    )
+    return RolloutStream(
+        client,
+        client.sampling(cfg.group_size),
+        StreamWork(
+            claim=lambda count: draws.claim(count * replicas),
+            load=draws.source.at,
+            finish=graded,
+            is_useful=lambda group: is_useful(group, objective, current_step()),
+        ),
+        oversample=cfg.oversample,
+        max_unread=math.ceil(max_unread / replicas),
+    )

@@ -1,0 +1,186 @@
+"""How a run is built: each part when all that it needs is there, closed in reverse order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from megatron_dypo.batching.rollout_batch import RolloutBatch
+from megatron_dypo.config.load import changed_lines, dump_config
+from megatron_dypo.config.tree import Config
+from megatron_dypo.fs import replace_file
+from megatron_dypo.loop.connect import connect, start_in_background
+from megatron_dypo.loop.foundation import Foundation
+from megatron_dypo.loop.megatron_policy import build_policy
+from megatron_dypo.loop.open_leader import OpenedLeader, open_leader
+from megatron_dypo.loop.ranks import MeshRanks
+from megatron_dypo.loop.replica import Follower
+from megatron_dypo.loop.resume import require_known_state, restore_batch
+from megatron_dypo.loop.servers import NoServers
+from megatron_dypo.loop.state import NoWriter, Progress, Run, Writer
+from megatron_dypo.loop.tally import Tally
+from megatron_dypo.mcore import features
+from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
+from megatron_dypo.mcore.start import start_megatron
+from megatron_dypo.metrics.samples import discard_samples
+from megatron_dypo.metrics.versions import write_versions
+from megatron_dypo.metrics.writer import MetricsWriter, Timings
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.parallel.device import compute_capability, memory_bytes
+from megatron_dypo.parallel.groups import MeshRank, close
+from megatron_dypo.planning.fit import check_memory
+
+log = logging.getLogger("megatron_dypo")
+
+
+def uses_servers(config: Config, objective: Objective, first_step: int) -> bool:
+    """Return whether any step that is left, or any evaluation, asks a server."""
+    steps_left = range(first_step, config.run.steps)
+    return bool(steps_left) and (bool(config.eval.prompts) or any(map(objective.needs_rollouts, steps_left)))
+
+
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Build a run: mesh, servers, model, optimizer, last checkpoint, data, refit. Collective over the world.
+
+    Raises:
+        ValueError: the run folder holds a checkpoint and ``run.resume`` is false; the policy does not fit into the
+            GPUs (``run.check_memory``); the machine cannot run ``model.fp8.recipe``; or any input breaks a rule.
+    """
+    with contextlib.ExitStack() as stack:
+        layout = _join(config, stack)
+        latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
+        objective = build_objective(config.objective)
+        with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
+        starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
+        base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
+        leaders = layout.leaders_group
+        opened = Follower() if leaders is None else open_leader(base, leaders)
+        replica = opened.leader if isinstance(opened, OpenedLeader) else opened
+        servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
+        writer: Writer = NoWriter()
+        if layout.is_global_leader:
+            _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
+            writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
+        yield Run(
+            config=config,
+            ranks=base.ranks,
+            policy=base.policy,
+            objective=objective,
+            replica=replica,
+            servers=servers,
+            writer=writer,
+            progress=base.progress,
+            batch=restore_batch(base.restored, replica, latest) if base.restored and latest else RolloutBatch(),
+            timings=base.timings,
+            tally=base.tally,
+        )
+
+
+def _lay(
+    config: Config,
+    layout: MeshRank,
+    objective: Objective,
+    latest: Path | None,
+    stack: contextlib.ExitStack,
+    *,
+    with_servers: bool,
+) -> Foundation:
+    """Build the policy, and bring it to where the checkpoint ``latest`` left it."""
+    timings, progress, restored = Timings(), Progress(), None
+    policy = build_policy(config, layout, objective, timings=timings)
+    if latest is not None:
+        restored = policy.load(latest)
+        require_known_state(latest, restored.trainer_state)
+        progress = Progress(step=restored.step, batches=int(restored.trainer_state["batches"]))
+        if layout.is_global_leader:
+            discard_samples(Path(config.run.dir), restored.step + 1)
+            log.info("resuming from %s: %d of %d steps are done", latest, restored.step, config.run.steps)
+    return Foundation(
+        config=config,
+        ranks=MeshRanks(layout=layout),
+        objective=objective,
+        policy=policy,
+        progress=progress,
+        restored=restored,
+        with_servers=with_servers,
+        timings=timings,
+        tally=Tally(),
+        stack=stack,
+    )
+
+
+def _join(config: Config, stack: contextlib.ExitStack) -> MeshRank:
+    """Join the other ranks, and check what can be checked before a model is built."""
+    # A rank may wait in a collective for as long as the rollouts take; a dead peer is noticed by its socket.
+    patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
+    layout = start_megatron(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
+    stack.callback(close, layout)
+    found = features.probe()
+    features.require_fp8(config.model.fp8, found)
+    memory, capability = memory_bytes(), compute_capability()
+    if config.run.check_memory and memory is not None and capability is not None:
+        check_memory(
+            config,
+            trainer_gpus=layout.world_size,
+            memory=memory,
+            capability=capability,
+            fused=found.transformer_engine,
+        )
+    if layout.is_global_leader:
+        log.info("%s", found)
+    return layout
+
+
+def prepare_folder(config: Config, *, is_global_leader: bool) -> Path | None:
+    """Make the run folder; return the checkpoint to resume from, if it holds one.
+
+    Raises:
+        ValueError: there is one, and ``run.resume`` is false or ``run.steps`` is below the steps that are done.
+    """
+    folder = Path(config.run.dir)
+    found = find_latest(folder / "checkpoints")
+    if found and not config.run.resume:
+        raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
+    if found and step_of(found) > config.run.steps:
+        raise ValueError(f"run.steps={config.run.steps}: is below the {step_of(found)} steps done in {found}")
+    if is_global_leader:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / "config.yaml"
+        if found and written.is_file():
+            _warn_of_changes(written, config)
+        else:
+            _write_config(config)
+        write_versions(folder)
+    return found
+
+
+def _warn_of_changes(written: Path, config: Config) -> None:
+    try:
+        changes = changed_lines(written.read_text(encoding="utf-8"), dump_config(config))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        log.warning("%s cannot be read, so what changed since is not known: %s", written, error)
+        return
+    for line in changes:
+        log.warning("resuming with another configuration: %s", line)
+
+
+def _write_config(config: Config) -> None:
+    replace_file(Path(config.run.dir) / "config.yaml", dump_config(config))
+
+
+def _open_writer(config: Config, objective: Objective, first_step: int, stack: contextlib.ExitStack) -> Writer:
+    return stack.enter_context(
+        MetricsWriter(
+            Path(config.run.dir),
+            config.logging,
+            resume_step=first_step,
+            config=yaml.safe_load(dump_config(config)),
+            declared=objective.metrics,
+        )
+    )

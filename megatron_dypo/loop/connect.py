@@ -1,0 +1,108 @@
+"""How a run is connected to its servers: they start while the model is built, and every rank learns their addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.background import open_stream
+from megatron_dypo.loop.foundation import Foundation
+from megatron_dypo.loop.open_leader import OpenedLeader
+from megatron_dypo.loop.replica import Follower
+from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
+from megatron_dypo.loop.servers import NoRouter, Servers
+from megatron_dypo.mcore.fp8 import named_values
+from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.servers import Watch
+from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.router import Router
+from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+
+log = logging.getLogger("megatron_dypo")
+
+
+def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
+    """Start or reach the servers in a thread; they stop with ``stack``."""
+    executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+    log.info("starting or reaching SGLang servers")
+    future = executor.submit(
+        start_servers,
+        config.rollout.servers,
+        Path(config.model.hf_path),
+        config.model.dtype,
+        Path(config.run.dir) / "logs",
+        seed=config.run.seed,
+        device=device_kind(),
+        temperature=config.rollout.temperature,
+    )
+    stack.callback(lambda: future.result().stop() if future.exception() is None else None)
+    return future
+
+
+def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool | None) -> Servers:
+    """Return the servers of a run, connected; ``pool`` is known on the global leader. Collective over the world."""
+    config, ranks, policy = base.config, base.ranks, base.policy
+    urls, api_key = ranks.of_leaders((pool.urls, pool.api_key) if pool else ((), None))[0]
+    requests: LeaderRequests | FollowerRequests = FollowerRequests()
+    if isinstance(opened, OpenedLeader):
+        requests = _requests(base, opened, urls, api_key, pool)
+        base.stack.callback(requests.stream.stop)
+    router = config.rollout.servers.router if ranks.is_global_leader else None
+    refitter = Bridge(
+        policy.layout,
+        policy.arch,
+        lambda: named_values(policy.chunks),
+        urls=urls,
+        api_key=api_key,
+        config=config.weights,
+        run_dir=base.run_dir,
+        hf_reference=Path(config.model.hf_path),
+        watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
+    )
+    base.stack.enter_context(contextlib.closing(refitter))
+    return Servers(
+        refitter=refitter,
+        requests=requests,
+        router=Router(router, api_key) if router else NoRouter(),
+        ranks=ranks,
+        tally=base.tally,
+        timings=base.timings,
+    )
+
+
+def _requests(
+    base: Foundation, opened: OpenedLeader, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None
+) -> LeaderRequests:
+    """Return a client and a rollout stream, to the same servers."""
+    config, tokenizer, progress = base.config, opened.tokenizer, base.progress
+    make_client = functools.partial(
+        SGLangClient,
+        urls,
+        api_key,
+        cfg=config.rollout,
+        decode=lambda tokens: tokenizer.decode(tokens.tolist()),
+        stop_token_ids=tokenizer.eos_ids,
+        check=pool.check if pool else None,
+        router=config.rollout.servers.router,
+        vocab_size=base.policy.arch.vocab_size,
+    )
+    stream = open_stream(
+        make_client(),
+        opened.leader.draws,
+        opened.verifier,
+        base.objective,
+        config,
+        current_step=lambda: progress.step,
+    )
+    return LeaderRequests(
+        client=make_client(),
+        stream=stream,
+        verifier=opened.verifier,
+        fail_truncated=config.grading.fail_truncated,
+        show_progress=base.ranks.is_global_leader,
+    )

@@ -1,0 +1,199 @@
+"""The policy on Megatron-Core: model chunks, optimizer and reference of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dypo.batching.exchange import balance, broadcast_samples
+from megatron_dypo.batching.pack import num_microbatches, padded_lengths, plan_microbatches, sequence_alignment
+from megatron_dypo.batching.wire import without_arrays
+from megatron_dypo.batching.zigzag import shard
+from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.policy import UpdateReport
+from megatron_dypo.mcore.checkpoints import checkpoint
+from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
+from megatron_dypo.mcore.fp8 import named_values, values
+from megatron_dypo.mcore.logprobs import largest_count, pack_microbatches, round_up_microbatches, sequence_logprobs
+from megatron_dypo.mcore.model import build_model, load_initial_weights
+from megatron_dypo.mcore.moe_router import balance_metrics
+from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
+from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.metrics.progress import progress
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.export import export_hf
+from megatron_dypo.models.flops import sequence_cost
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.parallel.collectives import gather_world
+from megatron_dypo.parallel.groups import MeshRank
+from megatron_dypo.types import Floats, Microbatch, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronPolicy:
+    """One rank's part of the policy; see :class:`megatron_dypo.loop.policy.Policy`."""
+
+    config: Config
+    layout: MeshRank
+    arch: Architecture
+    chunks: Sequence[Any]
+    optimizer: PolicyOptimizer
+    objective: Objective
+    reference: ReferencePolicy | None
+    """None when the objective reads no reference, or takes π_old for it."""
+    timings: Timings
+
+    @property
+    def keeps_reference(self) -> bool:
+        return self.reference is not None
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
+        bare = [without_arrays(sample) for sample in samples] if self.layout.is_replica_leader else None
+        return self.replica_logprobs(broadcast_samples(bare, self.layout.replica_group))
+
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
+        if self.reference is None:
+            raise RuntimeError("this run keeps no reference")
+        with self.reference.swapped_in():
+            return self.logprobs(samples)
+
+    def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
+        found = sequence_logprobs(
+            self.chunks,
+            samples,
+            layout=self.layout,
+            budget=self.config.batching.tokens_per_microbatch,
+            token_multiple=self.config.row_multiple,
+        )
+        return found or []
+
+    def update(self, weighted: Sequence[Sample]) -> UpdateReport:
+        """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step."""
+        layout, cost = self.layout, sequence_cost(self.arch, self.config.model.recompute)
+        leaders = layout.leaders_group
+        samples = broadcast_samples(
+            balance(weighted, leaders, cost.of) if leaders is not None else None, layout.replica_group
+        )
+        costs = [cost.of(sample) for sample in samples]
+        microbatches = self._pack(samples, costs)
+        parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
+        with self.timings.measure("update_actor"):
+            self.optimizer.zero_grad()
+            with progress(len(parts), "update", "microbatches", enabled=layout.is_global_leader) as bar:
+                sums = loss_pass(self.chunks, parts, objective=self.objective, context_group=layout.cp_group, bar=bar)
+            applied = self.optimizer.step()
+        metrics = {
+            "train/grad_norm": applied.grad_norm,
+            "train/lr": applied.lr,
+            "train/skipped": float(not applied.ok),
+            "train/num_microbatches": len(microbatches),
+            "train/padding_ratio": _padding_ratio(microbatches),
+            **balance_metrics(self.chunks),
+        }
+        return UpdateReport(
+            is_applied=applied.ok,
+            sums=add_over_ranks(sums, layout),
+            metrics=metrics,
+            flops=sum(costs),
+            samples=samples,
+        )
+
+    def refresh_reference(self) -> None:
+        if self.reference is not None:
+            self.reference.capture()
+
+    def bad_weight(self) -> str | None:
+        return self._first_not_finite(values)
+
+    def bad_gradient(self) -> str | None:
+        return self._first_not_finite(lambda parameter: parameter.main_grad)
+
+    def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
+        is_refreshed = self.config.objective.reference.mode == "refreshed"
+        return checkpoint.save(
+            root,
+            step,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            layout=self.layout,
+            trainer_state=trainer_state,
+            leader_state=leader_state,
+            reference=self.reference if is_refreshed else None,
+            hf_path=self.config.model.hf_path,
+            keep=keep,
+        )
+
+    def load(self, path: Path) -> checkpoint.Restored:
+        """Bring weights, optimizer, RNG states and reference back from a checkpoint; return the rest of it."""
+        return checkpoint.load(
+            path, chunks=self.chunks, optimizer=self.optimizer, layout=self.layout, reference=self.reference
+        )
+
+    def export(self, out_dir: Path) -> None:
+        named = named_values(self.chunks)
+        export_hf(named, self.arch, self.layout, out_dir=out_dir, reference_hf_path=self.config.model.hf_path)
+
+    def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
+        """Pack the samples into microbatches of about equal work; every replica gets the same number of them.
+
+        Each is padded only to the alignment of the layout.
+        """
+        layout, budget = self.layout, self.config.batching.tokens_per_microbatch
+        lengths = padded_lengths(samples, sequence_alignment(layout.context))
+        count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)
+        bins = plan_microbatches(lengths, budget=budget, count=count, costs=costs)
+        return pack_microbatches(
+            samples,
+            bins,
+            layout,
+            token_multiple=self.config.row_multiple,
+            streams=self.objective.streams,
+        )
+
+    def _first_not_finite(self, read: Callable[[Any], torch.Tensor]) -> str | None:
+        named = named_global_parameters(self.chunks)
+        own = next((name for name, parameter in named if not bool(torch.isfinite(read(parameter)).all())), None)
+        return next((name for name in gather_world(own) if name is not None), None)
+
+
+def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timings: Timings) -> MegatronPolicy:
+    """Build the model with its initial weights, the optimizer and, if the objective reads one, the reference.
+
+    Collective over the world.
+    """
+    arch = load_architecture(config.model.hf_path)
+    chunks = build_model(
+        arch,
+        config.model,
+        config.parallel,
+        layout,
+        distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+    )
+    load_initial_weights(chunks, config.model, arch, layout)
+    optimizer = build_optimizer(
+        chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps, fp8=config.model.fp8
+    )
+    keeps_reference = objective.needs_reference() and config.objective.reference.keeps_weights()
+    rewrite = optimizer.rewrite_weights if config.model.fp8.param_gather else None
+    return MegatronPolicy(
+        config=config,
+        layout=layout,
+        arch=arch,
+        chunks=chunks,
+        optimizer=optimizer,
+        objective=objective,
+        reference=ReferencePolicy(chunks, rewrite=rewrite) if keeps_reference else None,
+        timings=timings,
+    )
+
+
+def _padding_ratio(microbatches: Sequence[Microbatch]) -> float:
+    padding = sum(int((microbatch.sample_T < 0).sum()) for microbatch in microbatches)
+    return padding / sum(len(microbatch.sample_T) for microbatch in microbatches)

@@ -1,0 +1,69 @@
+"""How a replica's leader is made: tokenizer, prompts, evaluation sets, verifier, and its place after a resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_dypo.data.prompts import PromptStream
+from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.foundation import Foundation
+from megatron_dypo.loop.ledger import Ledger
+from megatron_dypo.loop.open_data import (
+    check_against_verifier,
+    data_identity,
+    judge_traces,
+    open_dataset,
+    open_held_out,
+    open_tokenizer,
+    require_same_data,
+)
+from megatron_dypo.loop.replica import Books, Leader
+from megatron_dypo.loop.resume import restore_draws
+from megatron_dypo.metrics.samples import SampleLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedLeader:
+    """A leader, and what its requests to servers are made of."""
+
+    leader: Leader
+    tokenizer: Tokenizer
+    verifier: Verifier
+    """Runs only where it is kept."""
+
+
+def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
+    """Open and check the data of a replica. Collective over the ``leaders``.
+
+    Raises:
+        ValueError: any input breaks a rule, or the data are not those of the checkpoint.
+    """
+    config, ranks = base.config, base.ranks
+    tokenizer = open_tokenizer(config, base.policy.arch.vocab_size)
+    dataset = open_dataset(config, leaders, tokenizer)
+    verifier, verdicts = Verifier(config.grading, dataset.verifiers), None
+    if base.with_servers or config.data.drop_wrong_traces:
+        base.stack.enter_context(verifier)
+        check_against_verifier(config, dataset, verifier)
+        verdicts = judge_traces(config, leaders, dataset, tokenizer, verifier)
+    source = PromptStream(dataset, tokenizer, config.data, config.run.seed, verdicts=verdicts)
+    identity = data_identity(config, source)
+    draws = Draws(source=source, ledger=Ledger(), replica=ranks.replica, replicas=ranks.replicas)
+    if base.restored is not None:
+        require_same_data(base.restored.trainer_state["data"], identity, config.run.allow_changed)
+        restore_draws(draws, base.restored.trainer_state)
+    shard = ranks.replica if ranks.replicas > 1 else None
+    leader = Leader(
+        draws=draws,
+        tokenizer=tokenizer,
+        held_out=open_held_out(config, leaders, tokenizer),
+        sample_log=SampleLog(base.run_dir, shard=shard, max_rows=config.logging.samples_per_step),
+        run_dir=base.run_dir,
+        books=Books(ledger=draws.ledger),
+        data_identity=identity,
+    )
+    return OpenedLeader(leader=leader, tokenizer=tokenizer, verifier=verifier)

@@ -1,0 +1,77 @@
+"""The ranks of a run, and how they agree on small facts. The loop is given them as a value: tests run it in threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from megatron_dypo.parallel.collectives import any_rank, broadcast_object, gather_objects
+from megatron_dypo.parallel.groups import MeshRank
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """One rank among the others. A replica is a whole copy of the policy; its first rank, the leader, speaks for it."""
+
+    @property
+    def replica(self) -> int:
+        """Number of this rank's replica, from 0."""
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def is_global_leader(self) -> bool:
+        """Tell whether this is the leader of the first replica, which writes and logs for all."""
+
+    def of_leaders(self, mine: T) -> list[T]:
+        """Return ``mine`` of every leader, by replica, the same on every rank; what other ranks give is ignored.
+
+        Collective over the world; for a few numbers or words, not for tensors.
+        """
+
+    def any_rank(self, mine: bool) -> bool:
+        """Return whether ``mine`` is true on any rank, leader or not. Collective over the world."""
+
+
+def own_part(count: int, ranks: Ranks) -> int:
+    """Return a replica's part of ``count`` things, rounded up."""
+    return -(-count // ranks.replicas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshRanks:
+    """:class:`Ranks` over the process groups of a mesh."""
+
+    layout: MeshRank
+
+    @property
+    def replica(self) -> int:
+        return self.layout.dp_rank
+
+    @property
+    def replicas(self) -> int:
+        return self.layout.data
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def is_global_leader(self) -> bool:
+        return self.layout.is_global_leader
+
+    def of_leaders(self, mine: T) -> list[T]:
+        leaders = self.layout.leaders_group
+        found: list[T] = gather_objects(mine, leaders) if leaders is not None else []
+        agreed: list[T] = broadcast_object(found, self.layout.replica_group)
+        return agreed
+
+    def any_rank(self, mine: bool) -> bool:
+        return any_rank(mine)

@@ -1,0 +1,149 @@
+"""The data of a replica: all of it is on the leader; a follower only joins forward and backward passes.
+
+Both answer the same questions, so that the loop reads the same on every rank: a follower has no prompts, nothing that
+waits and nothing to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from megatron_dypo.batching.queues import Queues
+from megatron_dypo.data.prompts import DropCounts
+from megatron_dypo.loop.admission import Admitted, sample_rows
+from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.ledger import Ledger
+from megatron_dypo.loop.outcomes import Outcomes
+from megatron_dypo.metrics.samples import SampleLog, eval_folder, sample_row
+from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
+
+
+class HeldOut(Protocol):
+    """The prompts of one evaluation set; see :class:`megatron_dypo.data.prompts.PromptStream`."""
+
+    def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]: ...
+
+
+class Decoder(Protocol):
+    """A tokenizer, as far as samples are written with it."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(kw_only=True)
+class Books:
+    """The fates of a replica's draws: since the run began, and in the collection under way."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    """On the global leader of a resumed run, with all draws before that."""
+    outcomes: Outcomes = field(default_factory=Outcomes)
+
+    def drop(self, reason: DropReason, count: int = 1, message: str = "") -> None:
+        """Enter draws that came to nothing; ``message`` is the reason in words."""
+        self.ledger.drop(reason, count)
+        self.outcomes.drop(reason, count, message=message)
+
+
+@dataclass(kw_only=True)
+class Leader:
+    """The first rank of a replica: prompts, what waits for an update, the books, and the samples that people read."""
+
+    draws: Draws
+    tokenizer: Decoder
+    held_out: Mapping[str, HeldOut]
+    """Name of an evaluation set → its prompts."""
+    sample_log: SampleLog
+    run_dir: Path
+    books: Books
+    queues: Queues = field(default_factory=Queues)
+    data_identity: dict[str, Any] = field(default_factory=dict)
+    """Makes a position of the run the same prompt in a resumed run; see ``open_data.data_identity``."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Rows of the data."""
+        return len(self.draws.source)
+
+    def id_of(self, order: int) -> str:
+        """Return the id of the prompt of a draw."""
+        return self.draws.source.id_of(order)
+
+    def begin_round(self, count: int) -> list[Prompt]:
+        """Return the prompts of a round; see :meth:`Draws.begin_round`."""
+        return self.draws.begin_round(count)
+
+    def end_round(self) -> None:
+        """Forget the prompts of the round; see :meth:`Draws.end_round`."""
+        self.draws.end_round()
+
+    def unfinished(self) -> list[Prompt]:
+        """Return the prompts that are drawn and not finished, but for those that a stream keeps."""
+        return self.draws.unfinished
+
+    def leave_out(self, counts: DropCounts) -> None:
+        """Add what the draws of a stream left out."""
+        self.draws.left_out.append(counts)
+
+    def take_left_out(self) -> DropCounts:
+        """Return what draws left out since the last call."""
+        taken = DropCounts()
+        while self.draws.left_out:
+            taken += self.draws.left_out.popleft()
+        return taken
+
+    def held_out_prompts(self, name: str, limit: int | None) -> tuple[list[Prompt], int]:
+        """Return this replica's part of an evaluation set, and its count of prompts that are too long."""
+        whole, left_out = self.held_out[name].all(limit)
+        replica, replicas = self.draws.replica, self.draws.replicas
+        return whole[replica::replicas], left_out.prompts if replica == 0 else 0
+
+    def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None:
+        """Write the file of ``samples/`` of a collection for ``step``."""
+        self.sample_log.write(step, [row for one in admitted for row in sample_rows(step, one, self._text_of)])
+
+    def write_evaluation(self, step: int, name: str, groups: Sequence[GradedGroup]) -> None:
+        """Write the responses to one evaluation set."""
+        log_of_set = SampleLog(self.run_dir, shard=self.sample_log.shard, folder=eval_folder(name))
+        log_of_set.write(step, [sample_row(step, group, Treatment.DROP) for group in groups])
+
+    def _text_of(self, prompt: Prompt, teacher: str) -> str:
+        return self.tokenizer.decode(prompt.traces[teacher].tolist())
+
+
+@dataclass(kw_only=True)
+class Follower:
+    """Any other rank of a replica: it holds no data. Its queues and books stay empty."""
+
+    queues: Queues = field(default_factory=Queues)
+    books: Books = field(default_factory=Books)
+    num_prompts: int = 0
+    data_identity: dict[str, Any] = field(default_factory=dict)
+
+    def id_of(self, order: int) -> str:
+        return str(order)
+
+    def begin_round(self, count: int) -> list[Prompt]:
+        return []
+
+    def end_round(self) -> None: ...
+
+    def unfinished(self) -> list[Prompt]:
+        return []
+
+    def leave_out(self, counts: DropCounts) -> None: ...
+
+    def take_left_out(self) -> DropCounts:
+        return DropCounts()
+
+    def held_out_prompts(self, name: str, limit: int | None) -> tuple[list[Prompt], int]:
+        return [], 0
+
+    def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None: ...
+
+    def write_evaluation(self, step: int, name: str, groups: Sequence[GradedGroup]) -> None: ...
+
+
+Replica: TypeAlias = "Leader | Follower"

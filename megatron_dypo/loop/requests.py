@@ -1,0 +1,80 @@
+"""The requests of a rank to the servers: a leader's, and none on the other ranks of its replica."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_dypo.grading.verify import Verifier, grade
+from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.stream import RolloutStream, StreamCounts
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
+
+
+class NoStream:
+    """The rollout stream of a rank that asks no server: nothing comes, and nothing is in flight."""
+
+    error: BaseException | None = None
+    is_unserved = False
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def postpone(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def want(self, count: int) -> None: ...
+
+    def wait(self, timeout_s: float, useful: int = 1, resolved: int = 1) -> None: ...
+
+    def take(self) -> tuple[list[GradedGroup], StreamCounts]:
+        return [], StreamCounts()
+
+    def still(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def unfinished(self) -> list[int]:
+        return []
+
+
+Stream = RolloutStream[GradedGroup] | NoStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderRequests:
+    """The requests of a replica's leader: groups for the loop, groups in the background, and their verdicts."""
+
+    client: SGLangClient
+    stream: RolloutStream[GradedGroup]
+    """Has a client of its own, since it runs while ``client`` evaluates."""
+    verifier: Verifier
+    fail_truncated: bool
+    show_progress: bool
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Give each group its verdicts and its tier."""
+        return grade(groups, self.verifier, self.fail_truncated, show_progress=self.show_progress)
+
+    def accept(self, recent: range) -> None:
+        """Take groups of these versions from the stream, before a refit."""
+        self.stream.accept(recent)
+
+    def use_servers(self, urls: Sequence[str], version: int, recent: range) -> None:
+        """Send requests to ``urls``, after a refit; take groups of ``version``, and of ``recent`` from the stream."""
+        self.client.use_servers(urls, range(version, version + 1))
+        self.stream.use_servers(urls, recent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowerRequests:
+    """The requests of any other rank: none."""
+
+    stream: NoStream = field(default_factory=NoStream)
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        return []
+
+    def accept(self, recent: range) -> None: ...
+
+    def use_servers(self, urls: Sequence[str], version: int, recent: range) -> None: ...

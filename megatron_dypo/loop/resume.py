@@ -1,0 +1,133 @@
+"""Save and restore: everything besides weights, optimizer and RNG that lets a run go on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+
+from megatron_dypo.batching.queues import Group, order_of
+from megatron_dypo.batching.rollout_batch import RolloutBatch
+from megatron_dypo.batching.wire import dump_samples, load_samples
+from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.ledger import Ledger
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.replica import Follower, Replica
+from megatron_dypo.loop.requests import Stream
+from megatron_dypo.loop.state import Run
+from megatron_dypo.mcore.checkpoints import folder
+
+_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "data"}
+"""The keys that resuming reads of the trainer's state in a checkpoint (:func:`save_checkpoint`)."""
+
+
+def save_unless_saved(run: Run) -> None:
+    """Save a checkpoint of this step, if there is none. Collective over the world."""
+    latest = folder.find_latest(run.checkpoints)
+    if latest is None or folder.step_of(latest) != run.progress.step:
+        save_checkpoint(run)
+
+
+class RestoredState(Protocol):
+    """The loop's part of a :class:`megatron_dypo.mcore.checkpoints.checkpoint.Restored`."""
+
+    @property
+    def trainer_state(self) -> dict[str, Any]: ...
+
+    @property
+    def leader_states(self) -> list[bytes]: ...
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
+    kept = [sample for group in (*run.batch.groups, *run.replica.queues.groups()) for sample in group]
+    return run.policy.save(
+        run.checkpoints,
+        run.progress.step,
+        trainer_state={
+            **drawn_state(run.replica, run.servers.stream, run.ranks),
+            "batches": run.progress.batches,
+            "batch": run.batch.as_json(),
+            "data": run.replica.data_identity,
+        },
+        leader_state=dump_samples(kept),
+        keep=run.config.checkpoint.keep,
+    )
+
+
+def drawn_state(replica: Replica, stream: Stream, ranks: Ranks) -> dict[str, Any]:
+    """Return where the run's next draw is, and which draws before it came to nothing yet. Collective over the world."""
+    if isinstance(replica, Follower):
+        by_replica = ranks.of_leaders((0, list[int](), Ledger()))
+    else:
+        with stream.still():
+            unfinished = [prompt.order for prompt in replica.unfinished()] + stream.unfinished()
+            mine = replica.draws.cursor, unfinished, replica.draws.ledger_with_left_out()
+        by_replica = ranks.of_leaders(mine)
+    end = max(cursor for cursor, _, _ in by_replica)
+    ledger, orders = Ledger(), list[int]()
+    for number, (cursor, unfinished, own) in enumerate(by_replica):
+        # Draws that a replica is behind with are in flight for the run that resumes.
+        behind = range(cursor + (number - cursor) % ranks.replicas, end, ranks.replicas)
+        ledger += own
+        ledger.draw(len(behind))
+        orders += [*unfinished, *behind]
+    return {"cursor": end, "unfinished": sorted(orders), "ledger": ledger.as_json()}
+
+
+def restore_draws(draws: Draws, state: Mapping[str, Any]) -> None:
+    """Go on with the draws of a checkpoint; the first replica has the books of all draws before it."""
+    draws.resume(int(state["cursor"]), state["unfinished"])
+    if draws.replica == 0:
+        draws.ledger = Ledger.from_json(state["ledger"])
+
+
+def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> RolloutBatch:
+    """Put what waited into the queues of this replica, and return the rest of the open rollout batch.
+
+    Whole groups go to the replicas of this run in turn, however many replicas wrote them.
+
+    Args:
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: a ``leader_*.bin`` is damaged, or lacks a group that the batch needs.
+    """
+    state = stored.trainer_state["batch"]
+    if isinstance(replica, Follower):
+        return RolloutBatch.from_json(state)
+    try:
+        groups = load_groups(stored.leader_states)
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path}: a file leader_*.bin is damaged: {error}") from error
+    missing = set(RolloutBatch.from_json(state).open_orders()) - {order_of(group) for group in groups}
+    if missing:
+        raise ValueError(f"{path}: the files leader_*.bin lack draws {sorted(missing)} of the rollout batch")
+    own = groups[replica.draws.replica :: replica.draws.replicas]
+    batch = RolloutBatch.from_json(state, own)
+    for group in own:
+        if order_of(group) not in set(batch.orders):
+            replica.queues.put(group)
+    return batch
+
+
+def load_groups(leader_states: Sequence[bytes]) -> list[Group]:
+    """Return all groups of a checkpoint, oldest first, each with its members in their order."""
+    samples = sorted((s for state in leader_states for s in load_samples(state)), key=lambda s: (s.order, s.member))
+    groups: dict[int, Group] = {}
+    for sample in samples:
+        groups.setdefault(sample.order, []).append(sample)
+    return list(groups.values())
+
+
+def require_known_state(checkpoint_path: Path, state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's ``trainer_state.json`` is not what this version writes."""
+    absent = sorted(_STATE_KEYS - state.keys())
+    if absent:
+        raise ValueError(
+            f"{checkpoint_path}/{folder.STATE}: trainer: has no {', '.join(absent)}: another version of "
+            "megatron-dypo wrote it, and this one cannot go on from it. `megatron-dypo export` still writes its "
+            "weights as an HF folder: start from that by model.hf_path, in another run.dir"
+        )

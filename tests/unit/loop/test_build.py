@@ -1,0 +1,53 @@
+"""The start of a run: its folder, and whether it asks servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.tree import Config, EvalConfig, ModelConfig, RunConfig
+from megatron_dypo.objective.recipes.registry import build_objective
+
+
+def config(objective: ObjectiveConfig, *, eval_prompts: tuple[str, ...] = ()) -> Config:
+    return Config(
+        run=RunConfig(steps=10),
+        model=ModelConfig(hf_path="m"),
+        data=DataConfig(prompts=("p",)),
+        objective=objective,
+        eval=EvalConfig(prompts=eval_prompts),
+    )
+
+
+def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
+    from megatron_dypo.loop.build import uses_servers
+
+    sft, both = ObjectiveConfig(name="sft"), ObjectiveConfig(name="sft_then_rl", sft_steps=4)
+    assert not uses_servers(config(sft), build_objective(sft), 0)
+    assert uses_servers(config(sft, eval_prompts=("e",)), build_objective(sft), 0)
+    assert uses_servers(config(both), build_objective(both), 0)
+    assert not uses_servers(config(both), build_objective(both), 10)
+
+
+def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path: Path) -> None:
+    from megatron_dypo.loop.build import prepare_folder
+
+    folder = tmp_path / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("run: {steps: 3}\n")
+
+    def start(steps: int) -> Path | None:
+        run = RunConfig(dir=str(tmp_path), steps=steps)
+        model, data = ModelConfig(hf_path="m"), DataConfig(prompts=("p",))
+        return prepare_folder(Config(run=run, model=model, data=data), is_global_leader=True)
+
+    with pytest.raises(ValueError, match=r"run\.steps=2: is below the 3 steps done in .*step_000003"):
+        start(2)
+    assert start(3) == folder
+    assert (tmp_path / "config.yaml").read_text() == "run: {steps: 3}\n"
+    (tmp_path / "config.yaml").write_text("[")
+    assert start(4) == folder
