@@ -1,11 +1,7 @@
 import dataclasses
 
-import numpy as np
-
 from megatron_dypo.batching.queues import Queues, oldest
-from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.tree import BatchingConfig
-from megatron_dypo.types import TokenWeights
 from tests.support.objective_cases import random_groups
 
 
@@ -60,20 +56,3 @@ def test_stale_groups_are_those_beyond_the_limit_not_at_it():
     assert queues.drop_stale(version=4, max_version_lag=4) == 0
     assert queues.drop_stale(version=5, max_version_lag=4) == 1
     assert sorted(g[0].policy_version for g in queues.groups()) == [1, 2, 3, 4]
-
-
-def test_samples_survive_the_wire_bit_for_bit():
-    samples = [s for g in random_groups(7) for s in g]
-    samples[0] = dataclasses.replace(
-        samples[0], weights=TokenWeights(advantage=0.1, nll=-1 / 3, anchor=0.2), current_logp_sum=-3.7, logp_version=3
-    )
-    restored = load_samples(dump_samples(samples))
-    assert len(restored) == len(samples)
-    for before, after in zip(samples, restored, strict=True):
-        for field in dataclasses.fields(before):
-            one, other = getattr(before, field.name), getattr(after, field.name)
-            if isinstance(one, np.ndarray):
-                np.testing.assert_array_equal(one, other, strict=True)
-            else:
-                assert one == other, field.name
-    assert load_samples(dump_samples([])) == []

@@ -7,7 +7,6 @@ import pytest
 
 from megatron_dypo.batching.exchange import balance, num_tokens, owners
 from megatron_dypo.batching.wire import without_arrays
-from megatron_dypo.types import TokenWeights
 from tests.support.objective_cases import random_groups
 
 
@@ -48,7 +47,7 @@ def test_a_samples_work_is_its_tokens_where_nothing_else_is_said():
 
 
 def test_a_bare_sample_keeps_what_a_forward_pass_reads_and_no_more():
-    sample = dataclasses.replace(random_groups(1)[-1][0], weights=TokenWeights(nll=1.0))
+    sample = dataclasses.replace(random_groups(1)[-1][0], weights={"nll_weight": 1.0})
     bare = without_arrays(sample)
     assert (bare.rollout_logp, bare.old_logp, bare.ref_logp, bare.weights) == (None, None, None, None)
     kept = ("order", "member", "treatment", "tokens", "num_prompt_tokens", "policy_version", "is_correct", "reward")

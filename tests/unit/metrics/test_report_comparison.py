@@ -18,6 +18,7 @@ from megatron_dypo.metrics.report.comparison import (
     render_comparison,
     run_names,
 )
+from megatron_dypo.objective.metrics import LOSS_METRICS
 from tests.support.run_folder import HOSTILE, make_run, step_metrics
 
 
@@ -71,7 +72,7 @@ def test_each_plot_has_a_line_of_its_own_colour_for_each_run_that_has_data() -> 
 
 def test_what_is_compared_are_metrics_of_the_table() -> None:
     for metric, _ in COMPARED:
-        assert lookup(metric).name == metric
+        assert lookup(metric, LOSS_METRICS).name == metric
 
 
 def test_the_page_shows_each_run_and_hostile_values_are_inert(tmp_path: Path) -> None:
