@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
-    One that dies is started again, ``rollout.servers.restarts`` times, with the weights of the model folder: it is the
+    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: it is the
     trainer that brings it up to date.
 
     Args:
@@ -37,7 +37,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engi
     if read_api_key(cfg.api_key_env) is None:
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
     # This node's servers alone: other nodes have theirs.
-    cfg = replace(cfg, urls=(), urls_come_back=False, router=None, nodes=1)
+    cfg = replace(cfg, urls=(), urls_are_restarted=False, router=None, nodes=1)
     cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
     _require_ports(cfg)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
