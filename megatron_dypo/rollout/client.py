@@ -192,6 +192,11 @@ class SGLangClient(AttemptCounts):
                         self.retries += not isinstance(error, OwnLackError)
                 await asyncio.sleep(pause_s)
 
+    @property
+    def watch_turn_s(self) -> float:
+        """Seconds within which :meth:`watch` certainly runs the check once; 0 without a check."""
+        return 0.0 if self._check is None else 1.5 * _WATCH_EVERY_S
+
     async def watch(self) -> None:
         """Run ``check`` every second until this is cancelled; await it beside :meth:`generate`.
 

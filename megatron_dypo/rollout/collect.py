@@ -151,6 +151,9 @@ async def _collect(
         try:
             with _setting(outcomes.over, stop):
                 await outcomes.over.wait()
+            if outcomes.has_unserved:
+                # A connection ends before its server has: let the check say whether the last one is gone for good.
+                await asyncio.wait([watch], timeout=client.watch_turn_s)
             if watch.done():
                 watch.result()  # raises the error of the check
             return outcomes.take()
@@ -190,6 +193,11 @@ class _Outcomes:
         self._num_left -= 1
         if self._num_left == 0 or self._bug is not None:
             self.over.set()
+
+    @property
+    def has_unserved(self) -> bool:
+        """Whether no server was left for a prompt."""
+        return any(isinstance(outcome, NoServerError) for outcome in self._outcomes)
 
     def take(self) -> list[Outcome]:
         """Return the outcomes in the order of the prompts; raise a bug that was met."""

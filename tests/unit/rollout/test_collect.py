@@ -289,6 +289,19 @@ def test_progress_counts_responses(capsys: pytest.CaptureFixture[str], monkeypat
     assert "evaluation: 6/6 responses" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_seen_after_the_last_connection_was_refused_is_raised_all_the_same() -> None:
+    """A server's connections end before its process does."""
+    checks: list[int] = []
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 2:
+            raise ServerDiedError("SGLang server 0 (http://…) ended with status 137")
+
+    with pytest.raises(ServerDiedError, match="status 137"):
+        collect(make_prompts(3), make_client([closed_url()], check), group_size=2, progress=False)
+
+
 def test_a_stop_request_ends_a_collection_and_keeps_its_open_groups() -> None:
     stop = StopFlag()
 
