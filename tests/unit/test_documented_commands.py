@@ -100,7 +100,10 @@ def check(command: Command) -> None:
     first, *rest = command.words
     words = tuple(rest)
     program = Path(first).name
-    if program == "megatron-dypo":
+    if program == "megatron-dypo" and words[0].startswith("-"):  # an option of the program itself
+        known = [option for parameter in typer.main.get_command(app).params for option in parameter.opts]
+        assert set(words) <= set(known)
+    elif program == "megatron-dypo":
         check_ours(words[0], words[1:])
     elif program == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1]) is not None
@@ -155,6 +158,7 @@ def test_a_config_that_is_shown_is_not_accepted_with_a_wrong_key(clone: Path) ->
     [
         ("megatron-dypo", "plan", "examples/absent/config.yaml"),
         ("megatron-dypo", "tarin", "dypo.yaml"),
+        ("megatron-dypo", "--versoin"),
         ("megatron-dypo", "plan", "CONFIG", "--knodes", "8"),
         ("python", "tools/gpu_check.py", "--cpu-smoek"),
         ("make", "quikstart"),

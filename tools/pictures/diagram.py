@@ -31,7 +31,8 @@ def draw_diagram(source: Path) -> str:
     parts = [_frame(frame) for frame in spec.get("frames", [])]
     parts += [part for arrow in spec["arrows"] for part in _arrow(arrow, boxes)]
     parts += [part for box in boxes.values() for part in _box(box)]
-    return document(*spec["size"], spec["title"], parts)
+    width, height = spec["size"]
+    return document(width, height, spec["title"], parts)
 
 
 def _frame(frame: Mapping[str, Any]) -> str:
