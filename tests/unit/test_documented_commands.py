@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -202,6 +203,8 @@ def test_every_key_that_is_named_in_a_sentence_exists(page: Path) -> None:
 def _is_key(config: object, key: str) -> bool:
     value = config
     for part in key.split("."):
+        if isinstance(value, Mapping):  # a free mapping, such as data.chat_template_args
+            return True
         if not is_dataclass(value) or part not in vars(value):
             return False
         value = getattr(value, part)
