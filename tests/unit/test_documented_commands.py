@@ -20,8 +20,8 @@ from tests.support.documented_commands import Command, commands_of
 from tests.support.run_folder import make_run
 
 ROOT = Path(__file__).parents[2]
-TRIED_ELSEWHERE = {"nemo_run", "own_verifier", "slurm"}
-"""Pages whose commands need more than a clone: test_nemo_run_recipes, test_own_verifier_page and test_slurm_scripts."""
+TRIED_ELSEWHERE = {"nemo_run", "own_verifier"}
+"""Pages whose commands need more than a clone; test_nemo_run_recipes and test_own_verifier_page try them."""
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
@@ -111,8 +111,9 @@ def check(command: Command) -> None:
         assert importlib.util.find_spec(words[1]) is not None
     elif program == "python":
         check_script(words[0], words[1:])
-    elif program == "sbatch":
-        check_job(words[0], words[1:])
+    elif program == "sbatch" or first.startswith("slurm/"):
+        script = next(index for index, word in enumerate(command.words) if word.startswith("slurm/"))
+        check_job(command.words[script], command.words[script + 1 :])
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert words[0] in targets
