@@ -45,7 +45,7 @@ def select_samples(run_dir: Path) -> SampleTable:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Return ``text``; if it is longer than ``limit`` characters, leave out its middle, since answers are at the end."""
+    """Return ``text``, without its middle if it is longer than ``limit`` characters: answers are at the end."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
