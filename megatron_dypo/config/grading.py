@@ -27,7 +27,7 @@ class GradingConfig:
     """Verifier processes on each data-parallel rank."""
     deadline_s: float = 10.0
     """Stop a verification after this many seconds. The response then has no verdict."""
-    truncated_is_wrong: bool = True
+    fail_truncated: bool = True
     """Count every rollout that hit the length limit as wrong, whatever it says."""
     by_source: Mapping[str, str] = field(default_factory=dict)
     """Verifier for the rows of each source, named as in ``verifier``. Rows of other sources use ``verifier``."""

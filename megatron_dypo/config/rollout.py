@@ -40,7 +40,7 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Servers that run already, as ``http://HOST:PORT``. Empty: the run starts ``per_node`` servers on its own node."""
-    urls_come_back: bool = False
+    urls_are_restarted: bool = False
     """Say that servers of ``urls`` are started again when they die, as ``megatron-dypo serve`` does. A refit that
     finds no server then waits for one until its deadline."""
     router: str | None = None
@@ -70,7 +70,7 @@ class ServersConfig:
     """Seconds within which a server must be ready after it is started."""
     stop_grace_s: float = 20.0
     """Seconds that a server gets to end on its own before it is killed."""
-    restarts: int = 3
+    max_restarts: int = 3
     """How often the run starts a server of its own again after it died, counted per server. After that the server is
     left out; with no server left the run ends. 0: the first server that dies ends the run."""
     per_node: int = 1
@@ -83,7 +83,7 @@ class ServersConfig:
     def __post_init__(self) -> None:
         require_positive(self, "per_node", "nodes", "tensor_parallel")
         _require_deadlines(self, "start_deadline_s", "stop_grace_s")
-        require_not_negative(self, "restarts", "base_gpu")
+        require_not_negative(self, "max_restarts", "base_gpu")
         require_urls(self.urls, "urls")
         require_host(self.host, "host")
         last = self.port + self.per_node - 1
@@ -102,8 +102,8 @@ class ServersConfig:
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
         _require_free_flags(self.extra_args)
         require(
-            not self.urls_come_back or bool(self.urls),
-            "urls_come_back=true",
+            not self.urls_are_restarted or bool(self.urls),
+            "urls_are_restarted=true",
             "needs urls: it says something about those servers",
         )
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
@@ -156,7 +156,7 @@ class RolloutConfig:
     collection ends as soon as the queues hold a rollout batch, so that no slow group holds up the step; short
     responses come first. A synchronous run aborts the groups still in flight and draws their prompts first for the
     next batch."""
-    prompts_per_step: int = 128
+    prompts_per_round: int = 128
     """Prompts drawn in one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
     """Longest response (paper: 8,192)."""
@@ -186,7 +186,7 @@ class RolloutConfig:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
         is_factor = 1 <= self.oversample < math.inf
         require(is_factor, f"oversample={self.oversample}", "must be at least 1, and finite")
-        require_positive(self, "prompts_per_step", "max_new_tokens", "max_in_flight")
+        require_positive(self, "prompts_per_round", "max_new_tokens", "max_in_flight")
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}", "must be positive and finite")
         _require_deadlines(self, "request_deadline_s")
         require(self.top_k == -1 or self.top_k >= 1, f"top_k={self.top_k}", "must be at least 1, or -1 for all tokens")

@@ -20,7 +20,7 @@ _COMMON: Mapping[str, Any] = {
     "data.max_prompt_tokens": 1024,
     "data.max_trace_tokens": 8192,
     "rollout.group_size": 8,
-    "rollout.prompts_per_step": 128,
+    "rollout.prompts_per_round": 128,
     "rollout.max_new_tokens": 8192,
     "rollout.servers.per_node": 1,
     "rollout.servers.tensor_parallel": 1,

@@ -72,10 +72,10 @@ class ModelConfig:
     """Type of the parameters in forward and backward passes. The optimizer's main parameters are always fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping (Megatron's ``recompute_granularity``)."""
-    logprob_memory_mb: float | None = None
+    logprob_memory_mib: float | None = None
     """Scratch memory for logits in MiB. It sets how many response tokens are processed per chunk (at least one); it
     changes speed, not results. ``null``: half the size of this rank's output weight in fp32, and at least 256."""
-    balance_coef: float | None = None
+    moe_aux_loss_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss. ``null``: ``router_aux_loss_coef`` of the HF config."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
@@ -86,10 +86,10 @@ class ModelConfig:
             f"fp8.recipe={self.fp8.recipe}",
             f"needs dtype=bfloat16 around it, got {self.dtype}",
         )
-        if self.balance_coef is not None:
-            require_not_negative(self, "balance_coef")
-        if self.logprob_memory_mb is not None:
-            require_positive(self, "logprob_memory_mb")
+        if self.moe_aux_loss_coef is not None:
+            require_not_negative(self, "moe_aux_loss_coef")
+        if self.logprob_memory_mib is not None:
+            require_positive(self, "logprob_memory_mib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +261,7 @@ class EvalConfig:
     """Column names of these files, as in ``data.format``. ``null``: the same columns as the training files."""
     every: int = 0
     """Steps between evaluations. 0: only before the first and after the last step."""
-    samples: int = 1
+    samples_per_prompt: int = 1
     """Responses sampled for each prompt."""
     temperature: float = 0.6
     """Sampling temperature (paper: 0.6). 0: greedy."""
@@ -269,7 +269,7 @@ class EvalConfig:
     """Evaluate only the first prompts of each set. ``null``: all."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "samples")
+        require_positive(self, "samples_per_prompt")
         require_not_negative(self, "every", "temperature")
         if self.max_prompts is not None:
             require_positive(self, "max_prompts")
@@ -354,7 +354,7 @@ class Config:
         for name, value in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
             ("objective.sft_steps", self.objective.sft_steps),
-            ("objective.switch_gate", self.objective.switch_gate),
+            ("objective.rl_only_steps", self.objective.rl_only_steps),
         ):
             require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
         require(
@@ -369,13 +369,13 @@ class Config:
             "score.policy=rollout, where the clipped ratio is relative to the weights that sampled",
         )
         require(
-            not (self.weights.release_memory and self.rollout.servers.urls),
-            "weights.release_memory=true",
+            not (self.weights.offload_servers and self.rollout.servers.urls),
+            "weights.offload_servers=true",
             "needs servers that the run starts: those of rollout.servers.urls may serve others",
         )
         require(
-            not (self.weights.release_memory and self.rollout.mode == "async"),
-            "weights.release_memory=true",
+            not (self.weights.offload_servers and self.rollout.mode == "async"),
+            "weights.offload_servers=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require(
