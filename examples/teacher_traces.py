@@ -1,10 +1,11 @@
-"""Sample a teacher for its traces: ask an SGLang server about every prompt of a JSONL file, and keep what a verifier accepts.
+"""Sample a teacher: ask an SGLang server about each prompt of a JSONL file, and keep an answer that a verifier accepts.
 
     python -m sglang.launch_server --model-path MODEL --tp-size 8 --port 30000       # the teacher, on any machine
     python examples/teacher_traces.py train.jsonl with_traces.jsonl --url http://HOST:30000 --teacher qwen3-235b
 
-Each row of the output is the row of the input with ``traces[TEACHER]`` added, if one of the attempts was right. Run again
-after an interruption, the script goes on behind the last whole row. Run once per teacher, each on the output before it.
+Each row of the output is the row of the input with ``traces[TEACHER]`` added, if one of the attempts was right. Run
+again after an interruption, the script goes on behind the last whole row. Run once per teacher, each on the output
+before it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Sampling:
 
 
 async def ask(prompts: Sequence[Any], sampling: Sampling) -> list[list[str]]:
-    """Return the finished responses to each prompt, in the order of the prompts. Responses cut at the limit are left out.
+    """Return the finished responses to each prompt, in the order of the prompts, without those cut at the limit.
 
     Raises:
         ValueError: the server refuses a request, or cannot be reached after several tries.
@@ -87,7 +88,7 @@ async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) 
 
 
 def add_traces(rows: list[dict[str, Any]], teacher: str, sampling: Sampling, verifier: Verifier | None) -> None:
-    """Give each row that lacks one a trace of the teacher: its first right response, or its first one without a verifier."""
+    """Give each row that lacks one a trace of the teacher: its first right response; without a verifier, its first."""
     waiting = [row for row in rows if teacher not in row.get("traces", {})]
     responses = asyncio.run(ask([row["prompt"] for row in waiting], sampling))
     pairs = [(text, row["answer"]) for row, texts in zip(waiting, responses, strict=True) for text in texts]
@@ -99,7 +100,7 @@ def add_traces(rows: list[dict[str, Any]], teacher: str, sampling: Sampling, ver
 
 
 def unfinished_rows(source: Path, out: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of ``source`` that ``out`` does not hold yet; a row that ``out`` holds in part is cut off there."""
+    """Yield the rows of ``source`` that ``out`` does not hold yet. A last row that ``out`` holds in part is removed."""
     done = 0
     if out.exists():
         whole = out.read_bytes()

@@ -110,7 +110,8 @@ class Fp8Config:
                 not delayed,
                 "param_gather=true",
                 "needs recipe tensorwise, blockwise or mxfp8: with delayed scaling the rounding of a weight depends on "
-                "earlier passes, so that swapping the reference policy in and out would not restore the weights bit for bit",
+                "earlier passes, so that swapping the reference policy in and out would not restore the weights bit "
+                "for bit",
             )
 
     @property

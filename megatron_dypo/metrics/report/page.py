@@ -29,8 +29,8 @@ STATUS_FILE = "status.json"
 def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | None = None) -> Path:
     """Write the report of a run, all of it or nothing, and return its path.
 
-    Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``summary.json``, ``config.yaml``, ``versions.json`` and
-    ``status.json``.
+    Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``summary.json``, ``config.yaml``, ``versions.json``
+    and ``status.json``.
 
     Args:
         out: the page; None: ``run_dir/report.html``.

@@ -1,14 +1,14 @@
-"""The panels of a report as a table: which metrics, under which title, unit and colour."""
+"""The panels of a report: the metrics of each, with title, unit and colours."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 TIER_COLORS = {"easy": "#3f9b74", "mid": "#e3a32f", "hard": "#c9504f"}
-"""The page's style sheet uses the same three."""
+"""Colours of the tiers; the page's style sheet has the same."""
 _BLUE, _ORANGE, _PURPLE, _TEAL, _GRAY, _BROWN = "#2f6db5", "#d9772b", "#7b5ea7", "#2a9d9d", "#98a1ab", "#8c6a4f"
 CYCLE = (_BLUE, _ORANGE, _PURPLE, _TEAL, _BROWN, "#c2528b", "#6b8e23", _GRAY)
-"""Colours of series whose names a run chooses."""
+"""Colours of series whose names depend on the run, in turn."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One plot."""
+    """One plot of the page."""
 
     title: str
     lines: tuple[Line, ...] = ()
@@ -34,7 +34,7 @@ class Panel:
     percent: bool = False
     log: bool = False
     level: float | None = None
-    """A dashed horizontal line."""
+    """Height of a dashed horizontal line; None: no line."""
 
 
 PANELS = (
@@ -54,7 +54,7 @@ PANELS = (
     Panel(
         title="Offline share",
         unit="share of the update",
-        note="What the update learns from teachers' traces rather than from its own rollouts.",
+        note="Share of the update that comes from teachers' traces, not from the policy's own rollouts.",
         percent=True,
         lines=(
             Line("gate/offline_share_prompts", "prompts", _BLUE),
@@ -77,7 +77,7 @@ PANELS = (
     Panel(
         title="GAL: η and saturation",
         unit="mean over pairs",
-        note="η = E[σ(−β·d)²] is ¼ at the reference and falls as pairs are settled.",
+        note="η = E[σ(−β·d)²] is ¼ at the reference and falls as right answers become likelier than wrong ones.",
         level=0.25,
         lines=(Line("gal/eta", "η", _BLUE), Line("gal/saturation", "saturated pairs", _ORANGE)),
     ),
@@ -143,10 +143,10 @@ PANELS = (
         ),
     ),
     Panel(
-        title="What became of the prompts",
+        title="Accounts of the prompts",
         unit="draws since the start",
-        note="Each draw is on one account. Dropped for other reasons than Easy means that data, servers or the verifier "
-        "need a look.",
+        note="Each draw of a prompt is on one account. If many are dropped for other reasons than Easy, look at data, "
+        "servers and verifier.",
         stacked=True,
         lines=(
             Line("ledger/trained_rl", "trained on rollouts", _BLUE),

@@ -1,4 +1,4 @@
-"""The samples that fit into a report: few enough rows, each short enough, spread evenly over the run."""
+"""The samples in a report: some rows of some steps, spread evenly over the run, with long texts shortened."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from megatron_dypo.metrics.report.plots import thin
 from megatron_dypo.metrics.samples import read_samples, sample_steps
 
 MAX_ROWS = 600
-"""Prompts on the page."""
+"""Most prompts on the page."""
 MAX_STEPS = 60
-"""Steps that they come from."""
+"""Most steps that these come from."""
 MAX_CHARS = 8_000_000
-"""Characters of all their texts together."""
+"""Most characters of all their texts together."""
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Rows for the page, and how many there are besides."""
+    """The rows of the page, and the numbers of steps and prompts from which they were chosen."""
 
     rows: list[dict[str, Any]]
     num_steps: int
     """Steps of the run that have samples."""
     num_steps_shown: int
     num_prompts_shown_steps: int
-    """Prompts that the shown steps have in all."""
+    """All prompts of the shown steps."""
 
 
 def select_samples(run_dir: Path) -> SampleTable:
-    """Choose rows evenly over steps, and within a step; the first and the last step are always among them."""
+    """Choose rows evenly over the steps and within each step. The first and the last step are always among them."""
     steps = sample_steps(run_dir)
     shown = thin(steps, MAX_STEPS)
     rows: list[dict[str, Any]] = []
@@ -45,7 +45,7 @@ def select_samples(run_dir: Path) -> SampleTable:
 
 
 def shorten(text: str, limit: int) -> str:
-    """``text`` with its middle left out where it is longer than ``limit``: answers stand at the end."""
+    """Return ``text``, without its middle if it is longer than ``limit`` characters: answers are at the end."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
@@ -62,5 +62,5 @@ def _shortened(row: dict[str, Any], limit: int) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A text as it is; an answer that is an object as JSON."""
+    """Return a text as it is, and an answer that is an object as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The numbers at the head of a report: those of ``summary.json``, or else what the records say of start and end."""
+"""The numbers at the head of a report: those of ``summary.json``, else start and end of the records."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_dypo.metrics.report.plots import Records
 
 _TIERS = ("easy", "mid", "hard")
 NUM_EDGE_STEPS = 5
-"""Steps at either end of a run over which its noisy numbers are averaged."""
+"""Steps at the start and at the end of a run over which noisy numbers are averaged."""
 
 
 class Tile(NamedTuple):
-    """One number."""
+    """One number, with its label and, where it has one, its interval."""
 
     label: str
     text: str
@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
 
 def build_tiles(summary: Mapping[str, Any], records: Records) -> list[Tile]:
-    """Tiles of ``summary`` (the content of ``summary.json``) if it holds anything, else of the records."""
+    """Return the tiles of ``summary``, the content of ``summary.json``; if it is empty, those of the records."""
     if not summary:
         return [*_accuracy_tiles(records), *_tier_tiles(records), *_mean_tiles(records)]
     intervals = {key for key in summary if key.endswith("_interval") and key.removesuffix("_interval") in summary}
@@ -36,7 +36,7 @@ def build_tiles(summary: Mapping[str, Any], records: Records) -> list[Tile]:
 
 
 def duration(seconds: float) -> str:
-    """``1 h 02 min``, ``2 min 05 s`` or ``3.2 s``."""
+    """Return seconds as ``1 h 02 min``, ``2 min 05 s`` or ``3.2 s``."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
