@@ -18,7 +18,7 @@ def assert_same(one, other, name):
 def test_samples_survive_the_wire_bit_for_bit():
     samples = [s for g in random_groups(7) for s in g]
     weights = {"advantage": 0.1, "nll_weight": -1 / 3, "gal_scale": 0.2}
-    samples[0] = dataclasses.replace(samples[0], weights=weights, current_logp_sum=-3.7, updates_left=3)
+    samples[0] = dataclasses.replace(samples[0], weights=weights, current_logp_sum=-3.7, reward=0.1)
     restored = load_samples(dump_samples(samples))
     assert len(restored) == len(samples)
     for before, after in zip(samples, restored, strict=True):
