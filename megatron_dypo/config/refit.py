@@ -24,10 +24,10 @@ class WeightsConfig:
     quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
     """What ``p2p`` and ``local`` make of linear weights before they send them, for servers of such a model: FP8 e4m3
     with a scale for each block of 128×128 (DeepSeek's format) or for each row."""
-    release_memory: bool = False
+    offload_servers: bool = False
     """Let servers give their memory back while the trainer needs it, for servers that the run starts on its own GPUs
     (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
-    bucket_mb: int = 512
+    bucket_mib: int = 512
     """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
     in_flight: Literal["pause", "abort"] = "pause"
     """What a push does to running requests."""
@@ -36,7 +36,7 @@ class WeightsConfig:
     the time that is left, and the other half is for the push to the rest: allow twice what a push takes."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "bucket_mb")
+        require_positive(self, "bucket_mib")
         require(
             0 < self.deadline_s <= MAX_DEADLINE_S,
             f"deadline_s={self.deadline_s}",

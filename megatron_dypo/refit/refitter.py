@@ -135,7 +135,7 @@ class Bridge:
 
         Collective over the world.
         """
-        if self._config.release_memory:
+        if self._config.offload_servers:
             self._lead(self._release)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class Bridge:
         config, common = self._config, (self._source, self._control, self._lockstep)
         if config.transport == "disk":
             return DiskTransport(*common, run_dir / "refit", hf_reference)
-        bucket_bytes = config.bucket_mb * 2**20
+        bucket_bytes = config.bucket_mib * 2**20
         planned = functools.partial(
             PlannedTransport,
             *common,

@@ -45,7 +45,7 @@ def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
         lambda: named_global_parameters(chunks),
         urls=target.urls,
         api_key=target.api_key,
-        config=WeightsConfig(transport=transport, bucket_mb=1, deadline_s=60.0),
+        config=WeightsConfig(transport=transport, bucket_mib=1, deadline_s=60.0),
         run_dir=Path(target.run_dir),
         hf_reference=Path(target.served),
     )

@@ -47,8 +47,8 @@ def run(
         folder,
         run={"steps": steps},
         parallel={"pipeline": ranks},
-        rollout={"servers": {"per_node": count, "port": 31000, "restarts": len(moments)}},
-        weights={"transport": transport, "deadline_s": 800.0, "bucket_mb": 1},
+        rollout={"servers": {"per_node": count, "port": 31000, "max_restarts": len(moments)}},
+        weights={"transport": transport, "deadline_s": 800.0, "bucket_mib": 1},
         checkpoint={"every": 0},
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -96,7 +96,7 @@ def rank_release(target: Target, model: str) -> dict[str, Any]:
     """Two pushes with released memory between them, while a server has requests to answer."""
     trainer = Trainer(target)
     trainer.become(model)
-    bridge = trainer.bridge(transport="auto", release_memory=True)
+    bridge = trainer.bridge(transport="auto", offload_servers=True)
     bridge.push(101)
     bridge.release()
     bridge.release()

@@ -85,7 +85,7 @@ def rank_push(push: Push) -> list[dict[str, Any]]:
         transport=push.kind,  # type: ignore[arg-type]
         verify=push.verify,  # type: ignore[arg-type]
         quantize=push.quantize,  # type: ignore[arg-type]
-        bucket_mb=BUCKET_MB,
+        bucket_mib=BUCKET_MB,
         deadline_s=push.deadline_s,
     )
     folder = Path("unused")

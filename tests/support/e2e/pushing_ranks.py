@@ -72,7 +72,7 @@ class Trainer:
             params or self.params,
             urls=urls or self.target.urls,
             api_key=self.target.api_key,
-            config=WeightsConfig(**{"bucket_mb": 1, "deadline_s": 60.0, **config}),
+            config=WeightsConfig(**{"bucket_mib": 1, "deadline_s": 60.0, **config}),
             run_dir=Path(self.target.run_dir),
             hf_reference=Path(self.target.served),
         )

@@ -24,14 +24,14 @@ def test_a_synchronous_round_ends_with_its_longest_response(max_in_flight):
     """Full batches, then the drain to the limit: nothing of a stream is in it."""
     made = setting(f"rollout.max_in_flight={max_in_flight}")
     cfg, engine, response = made.config.rollout, make_engine(made), made.assumed.response_tokens
-    requests = cfg.prompts_per_step * cfg.group_size / made.engines
+    requests = cfg.prompts_per_round * cfg.group_size / made.engines
     batch = min(requests, max_in_flight * made.data / made.engines)
     full = (requests - batch) * response / batch * decode_step_s(made, engine, batch)
     drain = cfg.max_new_tokens * decode_step_s(made, engine, batch * response / cfg.max_new_tokens)
-    prefill = prefill_s(made, cfg.prompts_per_step / made.engines * made.assumed.prompt_tokens)
+    prefill = prefill_s(made, cfg.prompts_per_round / made.engines * made.assumed.prompt_tokens)
     found = rollout_round(made)
     assert found.seconds == pytest.approx(full + drain + prefill)
-    assert found.prompts == cfg.prompts_per_step
+    assert found.prompts == cfg.prompts_per_round
     assert found.aborted == 0
 
 
