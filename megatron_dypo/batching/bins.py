@@ -90,6 +90,7 @@ class _Queue:
         return found
 
     def add(self, slot: int, amount: float) -> None:
+        """Add to the value of one bin."""
         self.values[slot] += amount
         heapq.heappush(self._heap, (self.values[slot], slot))
 

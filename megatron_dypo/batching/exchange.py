@@ -6,6 +6,7 @@ themselves go only to the ranks that need them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ def balance(
     if leaders.size() == 1:
         return sorted(samples, key=_key)
     costs = gather_objects([(*_key(s), cost(s)) for s in samples], leaders)
-    owner = owners((row for rows in costs for row in rows), leaders.size())
+    owner = owners(itertools.chain.from_iterable(costs), leaders.size())
     outgoing: list[list[Sample]] = [[] for _ in range(leaders.size())]
     for sample in samples:
         outgoing[owner[_key(sample)]].append(sample)

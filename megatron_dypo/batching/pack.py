@@ -118,6 +118,7 @@ class _Packed:
         self._streams = {stream.name: _filled(length, stream) for stream in streams}
 
     def append(self, sample: Sample, index: int) -> None:
+        """Write one sequence behind those that are there."""
         start, size = self._used, len(sample.tokens)
         end = start + size
         self._used = end + -size % self._alignment
@@ -141,6 +142,7 @@ class _Packed:
                 self._streams[stream.name][response] = value
 
     def finish(self) -> Microbatch:
+        """Make the rest one padding sequence."""
         if self._used < self._length:
             self._positions_T[self._used :] = np.arange(self._length - self._used)
             self._boundaries.append(self._length)

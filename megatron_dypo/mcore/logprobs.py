@@ -1,4 +1,4 @@
-"""Log-probs of whole sequences under the current weights: packed, forward only, answered on the replica's leader."""
+"""Log-probs of whole sequences under the current weights: packed, forward only, returned on the replica's leader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_dypo.types import Floats, Microbatch, Sample
 
 
 def round_up_microbatches(count: int, layout: MeshRank) -> int:
-    """The interleaved schedule takes microbatches in groups of the pipeline size."""
+    """Round ``count`` up to what the schedule takes: the interleaved one takes groups of the pipeline size."""
     step = layout.pipeline if layout.virtual_pipeline > 1 else 1
     return -(-max(count, 1) // step) * step
 
@@ -58,7 +58,7 @@ def pack_microbatches(
 def sequence_logprobs(
     chunks: Sequence[Any], samples: Sequence[Sample], *, layout: MeshRank, budget: int, token_multiple: int = 1
 ) -> list[Floats] | None:
-    """log π of each sample's response tokens; collective over the replica, every rank passes the same samples.
+    """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
     Replicas that share out experts run as many forward passes as the one with the most: then it is collective over all.
 
@@ -96,19 +96,20 @@ def _nothing(layout: MeshRank) -> list[Floats] | None:
 
 
 def largest_count(count: int) -> int:
-    """The largest of all ranks' counts."""
+    """Return the largest of all ranks' counts. Collective over the world."""
     most = torch.tensor([count], device=device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
 
 
 def set_training(chunks: Sequence[Any], mode: bool) -> None:
+    """Put all model chunks into training mode, or into evaluation mode."""
     for chunk in chunks:
         chunk.train(mode)
 
 
 def _to_leader(own: torch.Tensor | None, packed: Sequence[Microbatch], layout: MeshRank) -> Floats | None:
-    """Log-probs of all response tokens of the microbatches, in their order, on the leader, and nowhere else.
+    """Send the log-probs of all response tokens to the leader, which returns them in the microbatches' order.
 
     They come from the last stage's ranks of tensor-parallel rank 0, each with its zig-zag part.
     """

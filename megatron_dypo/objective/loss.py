@@ -130,10 +130,8 @@ def token_loss(
     }
     totals = {name: value_N.detach().double().sum() for name, value_N in sums.items()}
     totals[VALUE] = totals["pg"] + totals["kl"] + totals["sft"]
-    if term is None:
-        return loss, totals
     policy = PolicyTokens(logp=current_N, entropy=entropy_N, is_kept=kept_N, sequences=sequences)
-    return _with_term(loss, totals, *term(policy, x))
+    return (loss, totals) if term is None else _with_term(loss, totals, *term(policy, x))
 
 
 def sum_names(loss: TokenLoss, streams: Sequence[Stream]) -> tuple[str, ...]:
