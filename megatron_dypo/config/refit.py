@@ -10,7 +10,7 @@ from megatron_dypo.config.rollout import MAX_DEADLINE_S
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
+class RefitConfig:
     """How new weights reach the servers."""
 
     transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"

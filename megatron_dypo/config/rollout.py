@@ -42,7 +42,7 @@ class ServersConfig:
     """Servers that run already, as ``http://HOST:PORT``; empty: the run starts ``per_node`` of them on its own node."""
     urls_come_back: bool = False
     """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
-    for one until ``weights.deadline_s``."""
+    for one until ``refit.deadline_s``."""
     router: str | None = None
     """A router (sglang-router, as ``megatron-dypo route`` runs it) in front of ``urls``: requests go to it, pushes of weights
     still to each server. The trainer tells it which of them hold the weights of the last push."""
@@ -141,7 +141,7 @@ class RolloutConfig:
     mode: Literal["sync", "async"] = "sync"
     """``sync``: collect, then learn. ``async``: the next rollout batch is collected while this one is learnt from, so
     that it is one batch older than the weights that learn from it, and its rollouts may span a push
-    (``weights.in_flight``); ``objective.importance`` corrects for both."""
+    (``refit.in_flight``); ``objective.importance`` corrects for both."""
     oversample: float = 1.0
     """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
     collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and

@@ -18,7 +18,7 @@ from megatron_dypo.config.objective import (
     ObjectiveConfig,
     ScoreConfig,
 )
-from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.parallel.cut import PipelineCut
 
@@ -322,7 +322,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -349,13 +349,13 @@ class Config:
             "score.policy=rollout, whose clipped ratio is to the weights that sampled",
         )
         require(
-            not (self.weights.release_memory and self.rollout.servers.urls),
-            "weights.release_memory=true",
+            not (self.refit.release_memory and self.rollout.servers.urls),
+            "refit.release_memory=true",
             "needs servers that the run starts: those of rollout.servers.urls may serve others",
         )
         require(
-            not (self.weights.release_memory and self.rollout.mode == "async"),
-            "weights.release_memory=true",
+            not (self.refit.release_memory and self.rollout.mode == "async"),
+            "refit.release_memory=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require(

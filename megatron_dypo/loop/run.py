@@ -430,7 +430,7 @@ def _connect(
         lambda: named_values(run.chunks),
         urls=urls,
         api_key=api_key,
-        config=config.weights,
+        config=config.refit,
         run_dir=run.dir,
         hf_reference=Path(config.model.hf_path),
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,

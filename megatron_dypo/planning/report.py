@@ -44,7 +44,7 @@ def _setting(plan: Plan) -> list[str]:
         f"{setting.gpu.name}, {setting.gpu.memory / GIB:.1f} GiB",
         f"trainer  {_nodes(plan, setting.trainer_gpus)}: {', '.join(filter(None, [axes, *extras]))}",
         f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.engines} × TP {servers.tensor_parallel}"
-        + ("" if cfg.weights.quantize == "none" else f", linear weights in {cfg.weights.quantize}"),
+        + ("" if cfg.refit.quantize == "none" else f", linear weights in {cfg.refit.quantize}"),
         f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
         f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",
         f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens in the mean; "
@@ -101,7 +101,7 @@ def _step(plan: Plan) -> list[str]:
         "rollout": (step.rollout, f"{step.generated:,.0f} tokens sampled{aborted}; {waits[0]}"),
         "score": (step.score, "log π_old" + (" and log π_ref" if plan.reference else "")),
         "update": (step.update.total, f"MFU {step.mfu:.0%}; {waits[1]}"),
-        "push": (step.push, f"transport {setting.config.weights.transport}"),
+        "push": (step.push, f"transport {setting.config.refit.transport}"),
     }
     lines = ["TIME of one optimizer step, s"]
     for name, (seconds, why) in parts.items():

@@ -1,7 +1,7 @@
 """One GPU of an SGLang server: weights, KV cache, and how fast it decodes. Pure arithmetic.
 
 Decoding reads the weights once and the KV cache of every running request, for one token of each request: it is bound by
-HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``weights.quantize``) are fewer bytes to
+HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``refit.quantize``) are fewer bytes to
 hold and to read; their matmuls are taken for no faster than bf16's.
 """
 
@@ -52,7 +52,7 @@ def make_engine(setting: Setting) -> Engine:
     arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
     heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
     per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
-    weights, tensor = served_bytes(arch, e, setting.config.weights.quantize), servers.tensor_parallel
+    weights, tensor = served_bytes(arch, e, setting.config.refit.quantize), servers.tensor_parallel
     static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory
     tokens = max(0.0, (static - weights.total / tensor) / per_token)
     if servers.max_total_tokens is not None:
@@ -63,7 +63,7 @@ def make_engine(setting: Setting) -> Engine:
 def server_footprint(setting: Setting) -> Footprint:
     """Memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
     engine, cfg = make_engine(setting), setting.config
-    fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.weights.quantize
+    fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.refit.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     cache = max(engine.kv_tokens, longest) * engine.kv_bytes_per_token
     outside = min((1 - fraction) * setting.gpu.memory, RESERVED)
@@ -81,7 +81,7 @@ def server_footprint(setting: Setting) -> Footprint:
                 why=f"{engine.kv_tokens:,.0f} tokens × {engine.kv_bytes_per_token / 1024:,.0f} KiB; "
                 f"{engine.kv_tokens / longest:,.1f} of the longest sequences",
             ),
-            Term(name="refit bucket", bytes=cfg.weights.bucket_mb * 2.0**20, why="weights.bucket_mb"),
+            Term(name="refit bucket", bytes=cfg.refit.bucket_mb * 2.0**20, why="refit.bucket_mb"),
             Term(name="reserved", bytes=outside, why="driver, captured graphs, workspaces"),
         ),
         capacity=setting.gpu.memory,

@@ -90,8 +90,8 @@ def step_time(setting: Setting) -> StepTime:
 
 def push_time(setting: Setting) -> float:
     """All weights to all servers, quantised ones in FP8."""
-    weights = setting.config.weights
-    size, transport = served_bytes(setting.arch, setting.element, weights.quantize).total, weights.transport
+    refit = setting.config.refit
+    size, transport = served_bytes(setting.arch, setting.element, refit.quantize).total, refit.transport
     rate = PUSH_EFFICIENCY * setting.gpu.network
     if transport == "disk":
         return PUSH_S + 2 * size / DISK

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
@@ -67,7 +67,7 @@ class Bridge:
         *,
         urls: Sequence[str],
         api_key: str | None,
-        config: WeightsConfig,
+        config: RefitConfig,
         run_dir: Path,
         hf_reference: Path,
         watch: Watch | None = None,

@@ -28,7 +28,7 @@ def rank_push(
     """A push by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
-    from megatron_dypo.config.refit import WeightsConfig
+    from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout
@@ -51,7 +51,7 @@ def rank_push(
         params,
         urls=urls,
         api_key=KEY,
-        config=WeightsConfig(transport="disk", deadline_s=60.0),
+        config=RefitConfig(transport="disk", deadline_s=60.0),
         run_dir=Path(run_dir),
         hf_reference=Path(model),
     )

@@ -26,7 +26,7 @@ def target(sglang_servers, tmp_path_factory):
 
 def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
     """Load ``model`` and push it twice, the second time over the connections of the first."""
-    from megatron_dypo.config.refit import WeightsConfig
+    from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
@@ -45,7 +45,7 @@ def rank_push(target: Target, model: str, axes: dict, transport: str) -> None:
         lambda: named_global_parameters(chunks),
         urls=target.urls,
         api_key=target.api_key,
-        config=WeightsConfig(transport=transport, bucket_mb=1, deadline_s=60.0),
+        config=RefitConfig(transport=transport, bucket_mb=1, deadline_s=60.0),
         run_dir=Path(target.run_dir),
         hf_reference=Path(target.served),
     )

@@ -76,16 +76,16 @@ def choose(
     problems: dict[Kind, str | None] = {
         "local": planned or _local_problem(infos, one_host),
         "p2p": planned,
-        "broadcast": None if "broadcast" in offered else "it does not quantise (weights.quantize)",
+        "broadcast": None if "broadcast" in offered else "it does not quantise (refit.quantize)",
     }
     if requested != "auto":
         if problem := problems[requested]:
-            raise ServerError(f"weights.transport={requested}: {problem}")
+            raise ServerError(f"refit.transport={requested}: {problem}")
         return requested, "as configured"
     possible = [kind for kind, problem in problems.items() if problem is None]
     refused = "; ".join(f"not {kind}: {problem}" for kind, problem in problems.items() if problem)
     if not possible:
-        raise ServerError(f"weights.transport=auto: {refused}")
+        raise ServerError(f"refit.transport=auto: {refused}")
     return possible[0], refused or "trainer and servers share this host"
 
 

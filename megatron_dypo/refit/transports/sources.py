@@ -118,7 +118,7 @@ class SourceRank:
         if dtype not in wanted:
             url, encoding = self._urls[transfer.engine], self._plan.encoding.quantization
             raise ServerError(
-                f"{url}: {transfer.target_name} is {dtype}: weights.quantize={encoding} sends {wanted[0]}", url
+                f"{url}: {transfer.target_name} is {dtype}: refit.quantize={encoding} sends {wanted[0]}", url
             )
 
     def _read_dtypes(self, link: Link) -> dict[str, torch.dtype]:

@@ -74,14 +74,14 @@ class Allocations(TorchDispatchMode):
 
 def rank_push(push: Push) -> list[dict[str, Any]]:
     """One push for each seed; what each came to."""
-    from megatron_dypo.config.refit import WeightsConfig
+    from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.refit.refitter import Bridge
     from megatron_dypo.refit.transports.base import PushError
 
     dist.init_process_group("gloo")
     layout = plain_layout(push.axes, dist.get_rank())
     params: dict[str, Any] = dict.fromkeys(held_names(push.arch, push.axes, layout))
-    config = WeightsConfig(
+    config = RefitConfig(
         transport=push.kind,  # type: ignore[arg-type]
         verify=push.verify,  # type: ignore[arg-type]
         quantize=push.quantize,  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ class Trainer:
         return named_global_parameters(self.chunks)
 
     def bridge(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
-        from megatron_dypo.config.refit import WeightsConfig
+        from megatron_dypo.config.refit import RefitConfig
         from megatron_dypo.refit.refitter import Bridge
 
         return Bridge(
@@ -72,7 +72,7 @@ class Trainer:
             params or self.params,
             urls=urls or self.target.urls,
             api_key=self.target.api_key,
-            config=WeightsConfig(**{"bucket_mb": 1, "deadline_s": 60.0, **config}),
+            config=RefitConfig(**{"bucket_mb": 1, "deadline_s": 60.0, **config}),
             run_dir=Path(self.target.run_dir),
             hf_reference=Path(self.target.served),
         )

@@ -72,9 +72,7 @@ def test_the_longest_response_bounds_a_round_from_below():
 
 
 def test_shards_reach_the_servers_sooner_than_whole_tensors():
-    broadcast, disk = (
-        push_time(from_file("llama3_70b", f"weights.transport={name}")) for name in ("broadcast", "disk")
-    )
+    broadcast, disk = (push_time(from_file("llama3_70b", f"refit.transport={name}")) for name in ("broadcast", "disk"))
     assert broadcast < disk
     # The bytes of the model, once, through one port of 50 GB/s at most.
     assert broadcast >= 2 * 70.55e9 / 50e9

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
@@ -74,12 +74,12 @@ class Setting:
 
 @pytest.fixture
 def setting(layout: Layout, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]:
-    """Parametrise indirectly with fields of ``WeightsConfig``; pushes go by disk, which needs no receiver."""
+    """Parametrise indirectly with fields of ``RefitConfig``; pushes go by disk, which needs no receiver."""
     reference = tmp_path / "hf"
     write_random_model(reference, HF_CONFIG, seed=0)
     arch = load_architecture(reference)
     params = {row.mcore: torch.randn(row.rule.mcore_shape(arch, 1)) for row in family_rows(arch) if not row.is_copy}
-    config = WeightsConfig(**{"transport": "disk", "deadline_s": 5.0, **getattr(request, "param", {})})
+    config = RefitConfig(**{"transport": "disk", "deadline_s": 5.0, **getattr(request, "param", {})})
     lost = Lost()
     with fake_servers(2, model_path=str(reference)) as servers:
         bridge = Bridge(

@@ -52,7 +52,7 @@ def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_ho
     ],
 )
 def test_a_transport_that_was_asked_for_and_cannot_work_is_an_error_that_says_why(requested, infos, one_host, reason):
-    with pytest.raises(ServerError, match=f"weights.transport={requested}: .*{reason}") as error:
+    with pytest.raises(ServerError, match=f"refit.transport={requested}: .*{reason}") as error:
         choose(requested, infos, one_host, ALL)
     assert error.value.urls == ()
 
