@@ -1,4 +1,4 @@
-"""A push of weights from TP2 ranks into TP2 engines, slices to their places, against two ways to move the same model.
+"""A refit of weights from TP2 ranks into TP2 engines, slices to their places, against two ways to move the same model.
 
     python benchmarks/refit.py [--rounds 7]
 

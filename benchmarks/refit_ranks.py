@@ -111,7 +111,7 @@ def meeting(arch: Architecture, num_engines: int) -> ControlMessage:
         connection="benchmark",
         is_new=True,
         slot_bytes=slot_bytes(inputs.make_plan(), BUCKET_BYTES),
-        push=0,
+        refit=0,
         version=0,
         verify="sampled",
         timeout_s=DEADLINE_S,
@@ -154,16 +154,16 @@ class SourceEnd:
         self._links = {target: size for (source, target), size in raw_transfers(message).items() if source == self.rank}
         self._raw = torch.ones(max(self._links.values()), dtype=torch.uint8)
         self._source_rank: SourceRank | None = None
-        self._pushes = 0
+        self._refits = 0
 
     def variants(self) -> Variants:
-        return {"planned": self.push, "raw": self.send_raw, "broadcast": self.broadcast}
+        return {"planned": self.refit, "raw": self.send_raw, "broadcast": self.broadcast}
 
-    def push(self) -> None:
+    def refit(self) -> None:
         source = self._source_rank or self._connect()
         slices, message = ShardSlices(self.params.items(), self.arch), self.message
-        source.send(slices, self._pushes, message.verify, Deadline(DEADLINE_S))
-        self._pushes += 1
+        source.send(slices, self._refits, message.verify, Deadline(DEADLINE_S))
+        self._refits += 1
 
     def send_raw(self) -> None:
         for work in [dist.isend(self._raw[:size], target) for target, size in self._links.items()]:
@@ -225,23 +225,23 @@ class TargetEnd:
         rank = dist.get_rank()
         self._links = {source: size for (source, to), size in raw_transfers(message).items() if to == rank}
         self._raw = {source: torch.zeros(size, dtype=torch.uint8) for source, size in self._links.items()}
-        self._pushes = 0
+        self._refits = 0
 
     def variants(self) -> Variants:
-        return {"planned": self.take_push, "raw": self.take_raw, "broadcast": self.take_broadcast}
+        return {"planned": self.take_refit, "raw": self.take_raw, "broadcast": self.take_broadcast}
 
     def named_parameters(self) -> Any:
         """What the loader asks a model for."""
         return self.held.items()
 
-    def take_push(self) -> None:
-        message = dataclasses.replace(self.message, push=self._pushes, version=self._pushes, is_new=self._pushes == 0)
+    def take_refit(self) -> None:
+        message = dataclasses.replace(self.message, refit=self._refits, version=self._refits, is_new=self._refits == 0)
         model: Any = self
         load(model, [(message.to_json(), torch.empty(0))])
         store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
-        report = json.loads(store.get(report_key(message.push, message.engine, message.target)))
+        report = json.loads(store.get(report_key(message.refit, message.engine, message.target)))
         assert "error" not in report, report
-        self._pushes += 1
+        self._refits += 1
 
     def take_raw(self) -> None:
         for work in [dist.irecv(buffer, source) for source, buffer in self._raw.items()]:

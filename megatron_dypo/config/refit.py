@@ -30,10 +30,10 @@ class RefitConfig:
     bucket_mb: int = 512
     """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
     in_flight: Literal["pause", "abort"] = "pause"
-    """What a push does to running requests."""
+    """What a refit does to running requests."""
     deadline_s: float = 600.0
-    """A push that takes longer fails on all ranks. A server that is killed is found at once; one that hangs costs half of
-    the time that is left, and the other half is for the push to the rest: allow twice what a push takes."""
+    """A refit that takes longer fails on all ranks. A server that is killed is found at once; one that hangs costs half of
+    the time that is left, and the other half is for the refit to the rest: allow twice what a refit takes."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mb")

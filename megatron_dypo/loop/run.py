@@ -51,7 +51,7 @@ from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.device import compute_capability, device_kind, memory_bytes
 from megatron_dypo.parallel.layout import Layout, close, init_layout
 from megatron_dypo.planning.fit import check_memory
-from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
@@ -112,7 +112,7 @@ class Run:
     reference: ReferencePolicy | None
     """None when the objective reads no reference, or takes π_old for it."""
     leader: Leader | None
-    bridge: Bridge | None
+    bridge: Refitter | None
     router: Router | None
     """On the global leader, if the servers have one."""
     writer: MetricsWriter | None
@@ -424,7 +424,7 @@ def _connect(
         stack.callback(_stop_background, run.leader)
     if router and run.layout.is_global_leader:
         run.router = Router(router, api_key)
-    bridge = Bridge(
+    bridge = Refitter(
         run.layout,
         run.arch,
         lambda: named_values(run.chunks),

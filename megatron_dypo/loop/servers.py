@@ -35,8 +35,8 @@ def push(run: Run) -> dict[str, float]:
     recent = range(before[0], run.step + 1, run.step - before[0]) if before else range(run.step, run.step + 1)
     if leader and leader.background:
         leader.background.accept(recent)
-    with run.timings.measure("update_weights"):
-        pushed = run.bridge.push(run.step)
+    with run.timings.measure("refit"):
+        pushed = run.bridge.refit(run.step)
     if run.layout.is_global_leader:
         tally_push(run.tally, pushed)
     if run.router is not None:
@@ -46,7 +46,11 @@ def push(run: Run) -> dict[str, float]:
         serve = leader.background.serve if leader.background else leader.background_client.serve
         serve(run.bridge.serving, recent)
     run.served_version, run.pushed = run.step, tuple(recent)
-    return {"perf/weight_bytes": float(pushed.bytes), "refit/pause_s": pushed.pause_seconds}
+    return {
+        "refit/seconds": pushed.seconds,
+        "refit/pause_s": pushed.pause_seconds,
+        "refit/bytes": float(pushed.bytes),
+    }
 
 
 def release(run: Run) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.objective.gal import GalStatistics
 from megatron_dypo.objective.loss import STATISTICS
-from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
@@ -56,7 +56,7 @@ def tally_dropped(tally: Tally, dropped: Iterable[DroppedGroup]) -> None:
         tally.add(f"dropped/{group.reason.value}")
 
 
-def tally_push(tally: Tally, pushed: PushReport) -> None:
+def tally_push(tally: Tally, pushed: RefitReport) -> None:
     """Count the servers that one push lost and won; to be called on one rank."""
     tally.add("refit/fenced", pushed.fenced)
     tally.add("refit/rejoined", pushed.rejoined)

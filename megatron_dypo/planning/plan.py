@@ -150,7 +150,7 @@ def _step(step: StepTime) -> dict[str, float]:
         "rollout_s": step.rollout,
         "score_s": step.score,
         "update_s": step.update.total,
-        "push_s": step.push,
+        "refit_s": step.refit,
         "trainer_idle": step.trainer_idle,
         "rollout_idle": step.rollout_idle,
         "tokens": step.tokens,

@@ -1,4 +1,4 @@
-"""``megatron-dypo plan-refit``: what a push of weights would move, from config files alone."""
+"""``megatron-dypo plan-refit``: what a refit of weights would move, from config files alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RefitOptions:
 
 
 def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
-    """The plan of a run's pushes; of the model only ``<model.hf_path>/config.json`` is read.
+    """The plan of a run's refits; of the model only ``<model.hf_path>/config.json`` is read.
 
     Raises:
         ValueError: a trainer or servers that do not suit the architecture or each other.

@@ -16,7 +16,7 @@ _COLUMNS = 512
 
 
 def is_verified(index: int, version: int, mode: Verify) -> bool:
-    """Whether part ``index`` of a link is compared in the push of ``version``; the same on both ends."""
+    """Whether part ``index`` of a link is compared in the refit of ``version``; the same on both ends."""
     return mode == "full" or (mode == "sampled" and (index + version) % SAMPLE_EVERY == 0)
 
 

@@ -64,9 +64,9 @@ class SGLangControl:
 
     def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
         if not urls:
-            raise ValueError("urls=(): a push needs at least one SGLang server")
+            raise ValueError("urls=(): a refit needs at least one SGLang server")
         self.urls = tuple(url.rstrip("/") for url in urls)
-        """The servers that get the calls; set between two attempts at a push, never within one."""
+        """The servers that get the calls; set between two attempts at a refit, never within one."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)

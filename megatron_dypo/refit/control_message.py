@@ -43,7 +43,7 @@ class PlanInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlMessage:
-    """One push, as one rank of one engine is told of it."""
+    """One refit, as one rank of one engine is told of it."""
 
     plan: PlanInputs
     engine: int
@@ -53,13 +53,13 @@ class ControlMessage:
     store_host: str
     store_port: int
     connection: str
-    """Names the links, which outlive a push; a receiver that does not hold it makes it."""
+    """Names the links, which outlive a refit; a receiver that does not hold it makes it."""
     is_new: bool
-    """Whether no push went over this connection before."""
+    """Whether no refit went over this connection before."""
     slot_bytes: int
     """Limit of a message."""
-    push: int
-    """Number of the push on this connection."""
+    refit: int
+    """Number of the refit on this connection."""
     version: int
     verify: Verify
     timeout_s: float

@@ -6,7 +6,7 @@ import time
 
 
 class Deadline:
-    """A moment by which a push, or one attempt at it, has to be over."""
+    """A moment by which a refit, or one attempt at it, has to be over."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,4 +1,4 @@
-"""What is checked before the first push: that trainer and servers mean the same model.
+"""What is checked before the first refit: that trainer and servers mean the same model.
 
 SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before these hold.
 """
@@ -43,7 +43,7 @@ def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> 
     problems += [f"{name} is not of this architecture" for name in sorted(counts.keys() - expected)]
     problems += [f"{name} is sent {count} times" for name, count in sorted(counts.items()) if count > 1]
     if problems:
-        raise ValueError("weights to push: " + "; ".join(problems))
+        raise ValueError("weights to refit: " + "; ".join(problems))
 
 
 def check_server(info: ServerInfo, arch: Architecture) -> None:

@@ -5,7 +5,7 @@ SGLang calls :func:`load` in the scheduler process of each tensor-parallel rank.
 On the store of a connection, under keys of this rank:
     inventory  written once, before anything is sent: the parameters that the model has
     go         written by the trainer once it has compared all inventories with the plan
-    report     written after each push: bytes received, or what went wrong
+    report     written after each refit: bytes received, or what went wrong
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> None:
-    """Receive one push into the parameters of ``model``. Raises nothing: that would end the server.
+    """Receive one refit into the parameters of ``model``. Raises nothing: that would end the server.
 
-    What goes wrong is reported to the trainer, which then fails the push.
+    What goes wrong is reported to the trainer, which then fails the refit.
     """
     try:
         message = from_named_tensors(named_tensors)
@@ -51,12 +51,12 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
         try:
             report: dict[str, object] = {"bytes": _session(model, message, store).receive(message)}
         except Exception as error:
-            logger.exception("push of version %d", message.version)
+            logger.exception("refit of version %d", message.version)
             report = {"error": str(error) or type(error).__name__}
             _forget()
-        store.set(report_key(message.push, message.engine, message.target), json.dumps(report))
+        store.set(report_key(message.refit, message.engine, message.target), json.dumps(report))
     except Exception:
-        logger.exception("push without a report")
+        logger.exception("refit without a report")
         _forget()
 
 
@@ -64,8 +64,8 @@ def inventory_key(engine: int, target: int) -> str:
     return f"inventory/{engine}/{target}"
 
 
-def report_key(push: int, engine: int, target: int) -> str:
-    return f"report/{push}/{engine}/{target}"
+def report_key(refit: int, engine: int, target: int) -> str:
+    return f"report/{refit}/{engine}/{target}"
 
 
 class Session:
@@ -102,7 +102,7 @@ class Session:
         self._links = CONNECTORS[message.transport].connect(links_here, message.target, deadline)
 
     def receive(self, message: ControlMessage) -> int:
-        """Bring all parameters to the push's version; returns the bytes that came.
+        """Bring all parameters to the refit's version; returns the bytes that came.
 
         Raises:
             RuntimeError: a source was lost, or what came is not what was sent: names the tensor.
@@ -133,7 +133,7 @@ class Session:
 
 
 class _LinkEnd:
-    """This rank's end of one link, for one push."""
+    """This rank's end of one link, for one refit."""
 
     def __init__(
         self,
@@ -141,14 +141,14 @@ class _LinkEnd:
         source: int,
         link: Incoming,
         messages: Sequence[Message],
-        push: ControlMessage,
+        refit: ControlMessage,
     ) -> None:
         self.source = source
         self.num_bytes = 0
         self._params = params
         self._link = link
         self._messages = messages
-        self._push = push
+        self._refit = refit
 
     def receive(self) -> None:
         """Take all messages, into their places, then the checksums of those that are verified."""
@@ -190,11 +190,11 @@ class _LinkEnd:
         return rectangle(param, to.target_row + part.first_row, to.target_col, part.rows, to.cols)
 
     def _verified(self, message: Message) -> Iterator[Part]:
-        return (p for p in message.parts if is_verified(p.index, self._push.version, self._push.verify))
+        return (p for p in message.parts if is_verified(p.index, self._refit.version, self._refit.verify))
 
     def _compare(self, ours: Tensor) -> None:
         theirs = torch.empty_like(ours)
-        for piece in as_bytes(theirs).split(self._push.slot_bytes):
+        for piece in as_bytes(theirs).split(self._refit.slot_bytes):
             self._link.expect(piece.numel(), piece)
             self._link.take()
             self._link.release()
@@ -239,5 +239,5 @@ def _store_at(host: str, port: int, connection: str, timeout_s: float) -> dist.S
 
 
 def _open_store(message: ControlMessage) -> dist.Store:
-    """The trainer's store; kept between the pushes of a connection."""
+    """The trainer's store; kept between the refits of a connection."""
     return _store_at(message.store_host, message.store_port, message.connection, message.timeout_s)

@@ -1,9 +1,9 @@
-"""Push: the trainer's weights into the running SGLang servers, between two steps, without a restart.
+"""Refit: the trainer's weights into the running SGLang servers, between two steps, without a restart.
 
-A push pauses all servers, moves every tensor by the configured transport (upon which they forget cached prefixes), names
-the new version and lets the servers go on. A server that is lost on the way is fenced, and the push is made again to the
+A refit pauses all servers, moves every tensor by the configured transport (upon which they forget cached prefixes), names
+the new version and lets the servers go on. A server that is lost on the way is fenced, and the refit is made again to the
 rest, which stay paused meanwhile; sending the same weights again does no harm. Either all servers that are left end at
-the new version or the push fails on every rank: servers that may hold a mixture are then marked by a version that is no
+the new version or the refit fails on every rank: servers that may hold a mixture are then marked by a version that is no
 number, and their running requests are aborted.
 
 Running requests: with ``in_flight: pause`` they are retracted, not frozen in place: they lose their KV cache and go on
@@ -29,8 +29,8 @@ from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.refit.control import Answer, Deadline, ServerError, SGLangControl
 from megatron_dypo.refit.model_checks import check_names, check_server, check_shapes
-from megatron_dypo.refit.servers import Engines, PushReport, Watch, answering
-from megatron_dypo.refit.transports.base import Lockstep, PushError, Source, Transport
+from megatron_dypo.refit.servers import Engines, RefitReport, Watch, answering
+from megatron_dypo.refit.transports.base import Lockstep, RefitError, Source, Transport
 from megatron_dypo.refit.transports.broadcast import BroadcastTransport
 from megatron_dypo.refit.transports.choose import ChosenTransport, Kind
 from megatron_dypo.refit.transports.disk import DiskTransport
@@ -46,8 +46,8 @@ _POLL_S = 0.5
 
 
 @dataclass(kw_only=True)
-class _Push:
-    """One push under way; what it found is the same on every rank."""
+class _Refit:
+    """One refit under way; what it found is the same on every rank."""
 
     version: int
     deadline: Deadline
@@ -56,8 +56,8 @@ class _Push:
     attempts: int = 0
 
 
-class Bridge:
-    """The way from the training mesh to the servers; made once, then :meth:`push` after each update."""
+class Refitter:
+    """The way from the training mesh to the servers; made once, then :meth:`refit` after each update."""
 
     def __init__(
         self,
@@ -94,44 +94,44 @@ class Bridge:
 
     @property
     def serving(self) -> tuple[str, ...]:
-        """The servers that hold the weights of the last push; no other may get requests."""
+        """The servers that hold the weights of the last refit; no other may get requests."""
         return self._engines.serving
 
-    def push(self, version: int) -> PushReport:
+    def refit(self, version: int) -> RefitReport:
         """Bring all servers that answer to the current weights, named ``version``. Collective over the world.
 
         Fenced servers that answer again take part; one that is lost is fenced, and the rest get the weights.
 
         Raises:
-            PushError: on every rank, naming server, call and answer: no server is to blame, or none is left;
-                generation goes on. A later push may succeed.
+            RefitError: on every rank, naming server, call and answer: no server is to blame, or none is left;
+                generation goes on. A later refit may succeed.
             RuntimeError: another rank was lost, within ``deadline_s`` and some seconds.
         """
-        push = _Push(version=version, deadline=Deadline(self._config.deadline_s))
+        refit = _Refit(version=version, deadline=Deadline(self._config.deadline_s))
         fenced, rejoined = self._engines.num_fenced, self._engines.num_rejoined
         try:
-            self._gather_servers(push)
-            num_bytes = self._push_to_the_rest(push)
-        except PushError:
+            self._gather_servers(refit)
+            num_bytes = self._refit_to_the_rest(refit)
+        except RefitError:
             self._abandon(version)
             self._lockstep.run()  # no rank ends the job before the servers go on
             raise
         except BaseException:
             self._abandon(version)
             raise
-        assert push.paused_at is not None
-        return PushReport(
+        assert refit.paused_at is not None
+        return RefitReport(
             version=version,
-            seconds=time.monotonic() - push.start,
-            pause_seconds=time.monotonic() - push.paused_at,
+            seconds=time.monotonic() - refit.start,
+            pause_seconds=time.monotonic() - refit.paused_at,
             bytes=self._lockstep.total(num_bytes),
             fenced=self._engines.num_fenced - fenced,
             rejoined=self._engines.num_rejoined - rejoined,
-            retries=push.attempts - 1,
+            retries=refit.attempts - 1,
         )
 
     def release(self) -> None:
-        """Let the servers' memory go until the next push, where the config says so; a server that refuses keeps it.
+        """Let the servers' memory go until the next refit, where the config says so; a server that refuses keeps it.
 
         Collective over the world.
         """
@@ -167,45 +167,45 @@ class Bridge:
             )
         return ChosenTransport(config.transport, make, self._control if self._is_leader else None, self._lockstep)
 
-    def _gather_servers(self, push: _Push) -> None:
-        """Fence the servers that were lost since the last push, take in those that answer again."""
+    def _gather_servers(self, refit: _Refit) -> None:
+        """Fence the servers that were lost since the last refit, take in those that answer again."""
         before = self.serving
         self._fence_lost()
         if self.serving != before:
             self._transport.reset()
         left = self.serving
-        self._take_in(push)
+        self._take_in(refit)
         if self.serving != left == before:
             self._transport.close()  # in order, telling those that are served by the old connections
-        self._await_one(push)
+        self._await_one(refit)
         self._point_control()
 
-    def _push_to_the_rest(self, push: _Push) -> int:
+    def _refit_to_the_rest(self, refit: _Refit) -> int:
         """Attempts until one succeeds; returns the bytes that left this rank."""
         while True:
-            push.attempts += 1
+            refit.attempts += 1
             try:
-                return self._attempt(push)
-            except PushError as error:
+                return self._attempt(refit)
+            except RefitError as error:
                 self._transport.reset()
-                lost = self._led(functools.partial(self._blamed, error)) if push.paused_at else error.lost
-                self._engines.fence(dict.fromkeys(lost, f"push of version {push.version}: {error}"))
-                if not lost or push.attempts == _MAX_ATTEMPTS:
+                lost = self._led(functools.partial(self._blamed, error)) if refit.paused_at else error.lost
+                self._engines.fence(dict.fromkeys(lost, f"refit of version {refit.version}: {error}"))
+                if not lost or refit.attempts == _MAX_ATTEMPTS:
                     raise
-                self._await_one(push)
+                self._await_one(refit)
                 self._point_control()
 
-    def _attempt(self, push: _Push) -> int:
+    def _attempt(self, refit: _Refit) -> int:
         # Half of the time, so that as much is left for the rest if a server hangs; all of it for the last one.
-        deadline = push.deadline.half() if len(self.serving) > 1 else push.deadline
+        deadline = refit.deadline.half() if len(self.serving) > 1 else refit.deadline
         if not self._is_verified:
             self._verify(deadline)
             self._is_verified = True
-        push.paused_at = push.paused_at or time.monotonic()
+        refit.paused_at = refit.paused_at or time.monotonic()
         self._lead(functools.partial(self._open, deadline))
         self._is_dirty = True
-        num_bytes = self._transport.send(push.version, deadline)
-        self._lead(functools.partial(self._finish, push.version, deadline))
+        num_bytes = self._transport.send(refit.version, deadline)
+        self._lead(functools.partial(self._finish, refit.version, deadline))
         self._is_dirty = False
         return num_bytes
 
@@ -214,32 +214,32 @@ class Bridge:
         self._engines.fence(lost)
         self._released -= lost.keys()
 
-    def _take_in(self, push: _Push) -> None:
+    def _take_in(self, refit: _Refit) -> None:
         fenced = self._engines.fenced
         if fenced:
             arch = self._source.arch
             back = self._led(lambda: answering(self._leader_control, fenced, arch))
-            self._engines.rejoin(back, push.version)
+            self._engines.rejoin(back, refit.version)
 
-    def _await_one(self, push: _Push) -> None:
-        """Wait until a server is there to push to: fenced ones may come back.
+    def _await_one(self, refit: _Refit) -> None:
+        """Wait until a server is there to refit: fenced ones may come back.
 
         Raises:
-            PushError: none will, or none did before the deadline.
+            RefitError: none will, or none did before the deadline.
         """
         while not self.serving:
-            self._fence_lost()  # so that the next push does not take a server for lost that this one saw back
-            self._take_in(push)
+            self._fence_lost()  # so that the next refit does not take a server for lost that this one saw back
+            self._take_in(refit)
             if not self.serving:
-                self._lead(functools.partial(self._expect_one, push.deadline))
+                self._lead(functools.partial(self._expect_one, refit.deadline))
 
     def _expect_one(self, deadline: Deadline) -> None:
         if not self._watch.may_return():
-            raise ServerError(f"no server is left to push to: {self._engines.reasons}")
+            raise ServerError(f"no server is left to refit: {self._engines.reasons}")
         deadline.remaining()
         time.sleep(_POLL_S)
 
-    def _blamed(self, error: PushError) -> tuple[str, ...]:
+    def _blamed(self, error: RefitError) -> tuple[str, ...]:
         """The servers that failed an attempt, which all others wait for, paused.
 
         One that gives no answer now is to blame for what the others answered; otherwise those are that refused.
@@ -312,7 +312,7 @@ class Bridge:
         control.set_version(str(version), deadline)
         for url, served in zip(control.urls, control.weight_versions(deadline), strict=True):
             if served != str(version):
-                raise ServerError(f"{url}: weight_version={served!r} after the push of version {version}", url)
+                raise ServerError(f"{url}: weight_version={served!r} after the refit of version {version}", url)
         control.resume(deadline)
 
     def _abandon(self, version: int) -> None:
@@ -328,7 +328,7 @@ class Bridge:
             steps += [("/update_weight_version", mark), ("/flush_cache", {})]
         steps += [("/continue_generation", {})]
         for error in self._leader_control.attempt(steps, _RECOVERY_S):
-            logger.info("after the failed push of version %d: %s", version, error)
+            logger.info("after the failed refit of version %d: %s", version, error)
 
     @property
     def _leader_control(self) -> SGLangControl:

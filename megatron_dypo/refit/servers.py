@@ -1,6 +1,6 @@
-"""Which SGLang servers take part in pushes and serve rollouts, and which are fenced; the same on every rank.
+"""Which SGLang servers take part in refits and serve rollouts, and which are fenced; the same on every rank.
 
-A fenced server gets no requests and no pushes. It rejoins by a full push, once it answers again.
+A fenced server gets no requests and no refits. It rejoins by a full refit, once it answers again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_dypo.refit.model_checks import check_server
 
 logger = logging.getLogger(__name__)
 
-# A server that hangs costs every push the first, one that answers has the second to come to rest.
+# A server that hangs costs every refit the first, one that answers has the second to come to rest.
 _KNOCK_S = 2.0
 _REST_S = 10.0
 
@@ -30,18 +30,18 @@ _REST: tuple[tuple[str, Answer | None], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushReport:
-    """What a push cost."""
+class RefitReport:
+    """What a refit cost."""
 
     version: int
     seconds: float
-    """Wall-clock time of the whole push, the servers' pause included."""
+    """Wall-clock time of the whole refit, the servers' pause included."""
     pause_seconds: float
     """From the first pause to the time when all servers went on."""
     bytes: int
-    """Bytes of all tensors, counted once however many servers there are."""
+    """Bytes that left the trainer: to every server (p2p, local), or once for all servers (broadcast, disk)."""
     fenced: int
-    """Servers fenced by this push."""
+    """Servers fenced by this refit."""
     rejoined: int
     retries: int
     """Attempts after the first."""
@@ -92,12 +92,12 @@ class Engines:
                 logger.warning("server %s is fenced, it gets no requests: %s", url, reason)
 
     def rejoin(self, urls: Iterable[str], version: int) -> None:
-        """Take servers in again, for the push of ``version``."""
+        """Take servers in again, for the refit of ``version``."""
         for url in urls:
             del self._reasons[url]
             self.num_rejoined += 1
             if self._logs:
-                logger.info("server %s answers again and rejoins by the push of version %d", url, version)
+                logger.info("server %s answers again and rejoins by the refit of version %d", url, version)
 
 
 def answering(control: SGLangControl, urls: Sequence[str], arch: Architecture) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from megatron_dypo.refit.plan.plan import Transfer
 
 
 class ShardQuantizer:
-    """Serves slices of one rank's parameters during one push; parameters must not change while it is in use.
+    """Serves slices of one rank's parameters during one refit; parameters must not change while it is in use.
 
     Making it is collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank's part of
     a block's amax meets those of the others in one all-reduce for all experts and one for all other tensors. Held beside

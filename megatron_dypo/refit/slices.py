@@ -13,7 +13,7 @@ from megatron_dypo.refit.plan.plan import Transfer
 
 
 class SliceSource(Protocol):
-    """Where the slices of one push come from; asked for each transfer once, in the order of its link."""
+    """Where the slices of one refit come from; asked for each transfer once, in the order of its link."""
 
     def slice(self, transfer: Transfer) -> Tensor:
         """[rows, cols] of a transfer; a view where that is possible."""

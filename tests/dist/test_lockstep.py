@@ -90,7 +90,7 @@ def test_whatever_one_rank_raises_is_raised_on_all_with_its_name_and_rank(kind, 
     words, cause = ON_ALL[kind]
     for seen in one_rank_failed:
         name, message, found, lost = seen[kind]
-        assert (name, message) == ("PushError", f"rank 1: {words}")
+        assert (name, message) == ("RefitError", f"rank 1: {words}")
         assert found is cause or cause is None
         assert lost == (("http://h:1",) if kind == "server" else ())
 
@@ -99,12 +99,12 @@ def test_whatever_one_rank_raises_is_raised_on_all_with_its_name_and_rank(kind, 
 def test_an_interrupt_goes_on_where_it_came_and_is_told_to_the_others(kind, name, one_rank_failed):
     other, interrupted = (seen[kind] for seen in one_rank_failed)
     assert interrupted[0] == name
-    assert other[:2] == ("PushError", f"rank 1: {name}: {'3' if kind == 'exit' else ''}")
+    assert other[:2] == ("RefitError", f"rank 1: {name}: {'3' if kind == 'exit' else ''}")
 
 
 def test_failures_of_several_ranks_are_all_named(ranks):
     for *_, (name, message, _, _) in ranks:
-        assert (name, message) == ("PushError", "rank 0: KeyError: 'layers.7'; rank 1: KeyError: 'layers.7'")
+        assert (name, message) == ("RefitError", "rank 0: KeyError: 'layers.7'; rank 1: KeyError: 'layers.7'")
 
 
 def rank_dies(path):

@@ -14,7 +14,7 @@ from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantiz
 from megatron_dypo.refit.plan.served import served_tensors
 from megatron_dypo.refit.slices import matrix, rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
-from tests.support.dist.planned_ranks import Push, rank_push
+from tests.support.dist.planned_ranks import Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import Shapes, hf_tensors, standin_engine
 from tests.support.architectures import make_arch
@@ -72,10 +72,10 @@ def _blocks(scales: Tensor, place: tuple[int, int, int, int], block: tuple[int, 
 
 @pytest.mark.parametrize("kind", ["p2p", "local"])
 @pytest.mark.parametrize("quantization", ["fp8_block", "fp8_channel"])
-def test_a_quantised_push_equals_the_offline_conversion(quantization, kind):
+def test_a_quantised_refit_equals_the_offline_conversion(quantization, kind):
     with standin_engine(ARCH, ENGINE, [shapes_of(rank, quantization) for rank in range(2)]) as engine:
-        push = Push(arch=ARCH, axes=AXES, urls=(engine.url,), kind=kind, quantize=quantization)
-        outcomes = run_ranks(2, rank_push, push)
+        refit = Refit(arch=ARCH, axes=AXES, urls=(engine.url,), kind=kind, quantize=quantization)
+        outcomes = run_ranks(2, rank_refit, refit)
         assert [outcome["error"] for of_rank in outcomes for outcome in of_rank] == [""] * 4
         for rank in range(2):
             held, expected = engine.params(rank), expected_of(rank, quantization)
@@ -86,7 +86,7 @@ def test_a_server_of_the_plain_model_is_refused():
     shapes = [shapes_of(rank, "none") for rank in range(2)]
     plain: list[Shapes] = [{name: (shape, torch.float32) for name, (shape, _) in one.items()} for one in shapes]
     with standin_engine(ARCH, ENGINE, plain) as engine:
-        push = Push(arch=ARCH, axes=AXES, urls=(engine.url,), kind="p2p", quantize="fp8_block", seeds=(1,))
-        ((outcome,), _) = run_ranks(2, rank_push, push)
+        refit = Refit(arch=ARCH, axes=AXES, urls=(engine.url,), kind="p2p", quantize="fp8_block", seeds=(1,))
+        ((outcome,), _) = run_ranks(2, rank_refit, refit)
         assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
     assert "gate_up_proj.weight_scale_inv is not among its parameters" in outcome["error"]

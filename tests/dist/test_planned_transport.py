@@ -1,4 +1,4 @@
-"""Planned pushes between stand-ins: what arrives, what travels and is allocated for it, and what is refused."""
+"""Planned refits between stand-ins: what arrives, what travels and is allocated for it, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.refit.plan.held import SourceLayout
 from megatron_dypo.refit.plan.served import EngineLayout
-from tests.support.dist.planned_ranks import BUCKET_MB, Push, rank_push
+from tests.support.dist.planned_ranks import BUCKET_MB, Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import StandInEngine, hf_tensors, served_params, served_shapes, standin_engine
 from tests.support.architectures import make_arch
@@ -71,12 +71,12 @@ CASES = {
 @pytest.mark.parametrize("kind", ["p2p", "local"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
-    """In two pushes, the second over the connections of the first; nothing but its own bytes comes to a rank."""
+    """In two refits, the second over the connections of the first; nothing but its own bytes comes to a rank."""
     arch, axes, layouts = CASES[case]
     with engines(arch, layouts) as running:
-        push = Push(arch=arch, axes=axes, urls=tuple(engine.url for engine in running), kind=kind)
-        by_rank = run_ranks(axes.world_size, rank_push, push)
-        assert_served(running, layouts, arch, push.seeds[-1])
+        refit = Refit(arch=arch, axes=axes, urls=tuple(engine.url for engine in running), kind=kind)
+        by_rank = run_ranks(axes.world_size, rank_refit, refit)
+        assert_served(running, layouts, arch, refit.seeds[-1])
     own = sum(
         size * dtype.itemsize
         for layout in layouts
@@ -98,8 +98,8 @@ def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
     name = "model.layers.1.mlp.down_proj.weight"
     shapes[1][name] = ((3, 5), torch.float32)
     with standin_engine(DENSE, layout, shapes) as engine:
-        push = Push(arch=DENSE, axes=SourceLayout(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
-        ((outcome,), (other,)) = run_ranks(2, rank_push, push)
+        refit = Refit(arch=DENSE, axes=SourceLayout(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
+        ((outcome,), (other,)) = run_ranks(2, rank_refit, refit)
         assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
     assert outcome["error"] == other["error"]
     for part in (engine.url, "rank 1", name, "(3, 5)", str((128, 4096))):
@@ -121,10 +121,10 @@ def corrupt_what_comes() -> None:
 
 
 @pytest.mark.parametrize("verify", ["full", "sampled", "off"])
-def test_what_is_damaged_on_its_way_fails_the_push(verify):
+def test_what_is_damaged_on_its_way_fails_the_refit(verify):
     with engines(DENSE, [EngineLayout(tensor=1)], prepare=corrupt_what_comes) as (engine,):
-        push = Push(arch=DENSE, axes=SourceLayout(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
-        ((outcome,),) = run_ranks(1, rank_push, push)
+        refit = Refit(arch=DENSE, axes=SourceLayout(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
+        ((outcome,),) = run_ranks(1, rank_refit, refit)
     if verify == "off":
         assert outcome["error"] == ""
     else:
@@ -161,7 +161,7 @@ def hang_while_receiving() -> None:
     [
         ("p2p", die_while_receiving, 14, 5),
         ("local", die_while_receiving, 14, 5),
-        # It still answers control calls, so that the next push takes it in again.
+        # It still answers control calls, so that the next refit takes it in again.
         ("p2p", hang_while_receiving, 29, 29),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
         engines(DENSE, [layout], prepare=fault) as (faulty,),
         engines(DENSE, [layout]) as (sound,),
     ):
-        push = Push(
+        refit = Refit(
             arch=DENSE,
             axes=SourceLayout(tensor=2),
             urls=(faulty.url, sound.url),
@@ -179,7 +179,7 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
             deadline_s=30.0,
             seeds=(1, 2),
         )
-        by_rank = run_ranks(2, rank_push, push)
+        by_rank = run_ranks(2, rank_refit, refit)
         assert_served([sound], [layout], DENSE, 2)
     for outcomes in by_rank:
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
@@ -187,10 +187,10 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
         assert outcomes[1]["seconds"] < next_s
 
 
-def test_the_loss_of_the_only_engine_fails_the_push_on_all_ranks():
+def test_the_loss_of_the_only_engine_fails_the_refit_on_all_ranks():
     with engines(DENSE, [EngineLayout(tensor=2)], prepare=die_while_receiving) as (engine,):
-        push = Push(arch=DENSE, axes=SourceLayout(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
-        by_rank = run_ranks(2, rank_push, push)
+        refit = Refit(arch=DENSE, axes=SourceLayout(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
+        by_rank = run_ranks(2, rank_refit, refit)
     for first, *_ in by_rank:
         assert engine.url in first["error"]
         assert first["seconds"] < 25

@@ -46,7 +46,7 @@ def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32
 
 
 def plain_layout(axes: SourceLayout, rank: int) -> Layout:
-    """The layout of one rank of a mesh, without process groups: planned pushes use none of them."""
+    """The layout of one rank of a mesh, without process groups: planned refits use none of them."""
     inner, stage = axes.tensor * axes.context, axes.stage_size
     pp_rank, inside = divmod(rank, stage)
     no_group: Any = None
@@ -168,7 +168,7 @@ class StandInEngine(FakeServer):
             process.join()
 
     def params(self, target: int) -> dict[str, bytes]:
-        """What a rank holds, once the push that it is at has ended."""
+        """What a rank holds, once the refit that it is at has ended."""
         with self.one_at_a_time:
             self.pipes[target].send(("params", None))
             params: dict[str, bytes] = self.pipes[target].recv()

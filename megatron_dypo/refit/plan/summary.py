@@ -21,7 +21,7 @@ Target = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class RefitSummary:
-    """Bytes and times of one push."""
+    """Bytes and times of one refit."""
 
     sent: Mapping[int, int]
     """Bytes by trainer rank; of ranks that send nothing, 0."""

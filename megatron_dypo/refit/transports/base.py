@@ -25,8 +25,8 @@ from megatron_dypo.refit.deadline import Deadline
 T = TypeVar("T")
 
 
-class PushError(RuntimeError):
-    """A push failed; raised on every rank with the reasons of all of them."""
+class RefitError(RuntimeError):
+    """A refit failed; raised on every rank with the reasons of all of them."""
 
     def __init__(self, message: str, lost: Iterable[str] = (), cause: Cause = Cause.SERVERS_GONE) -> None:
         super().__init__(message)
@@ -103,8 +103,8 @@ class Lockstep:
         """Run ``action`` here (None: only wait for the others).
 
         Raises:
-            PushError: it failed here or elsewhere; the message names ranks and reasons.
-            KeyboardInterrupt, SystemExit: it was interrupted here; the other ranks get a PushError.
+            RefitError: it failed here or elsewhere; the message names ranks and reasons.
+            KeyboardInterrupt, SystemExit: it was interrupted here; the other ranks get a RefitError.
             RuntimeError: a rank was lost.
         """
         result, error = None, None
@@ -119,7 +119,7 @@ class Lockstep:
         if failures:
             message = "; ".join(f"rank {rank}: {failure.reason}" for rank, failure in failures.items())
             urls = [url for failure in failures.values() for url in failure.urls]
-            raise PushError(message, urls, next(iter(failures.values())).cause) from error
+            raise RefitError(message, urls, next(iter(failures.values())).cause) from error
         return result
 
     def _share(self, failure: _Failure | None, error: BaseException | None) -> dict[int, _Failure]:
@@ -158,7 +158,7 @@ class Transport(ABC):
         """Bring every tensor to every server; returns the bytes that this rank sent or wrote. Collective.
 
         Raises:
-            PushError: on every rank, with some servers changed and some not.
+            RefitError: on every rank, with some servers changed and some not.
         """
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the servers in order: at the end of a run, or before a push to other ones, which connects anew. Not
+        """Leave the servers in order: at the end of a run, or before a refit to other ones, which connects anew. Not
         collective."""
 
 

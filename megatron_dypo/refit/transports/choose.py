@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ChosenTransport(Transport):
-    """A transport that is made when the servers can be asked, at the first push; it is kept until the end."""
+    """A transport that is made when the servers can be asked, at the first refit; it is kept until the end."""
 
     def __init__(
         self,

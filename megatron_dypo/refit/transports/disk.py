@@ -42,7 +42,7 @@ class DiskTransport(Transport):
         return num_bytes or 0
 
     def reset(self) -> None:
-        """There is no connection to forget; the next push begins with an empty folder."""
+        """There is no connection to forget; the next refit begins with an empty folder."""
 
     def close(self) -> None:
         """Nothing to leave: the servers name the last folder as their model, so it stays."""

@@ -24,7 +24,7 @@ class LinkError(RuntimeError):
 
 
 class Outgoing(ABC):
-    """The source's end of a link, for one push."""
+    """The source's end of a link, for one refit."""
 
     @abstractmethod
     def stage(self, num_bytes: int) -> Tensor:
@@ -44,7 +44,7 @@ class Outgoing(ABC):
 
 
 class Incoming(ABC):
-    """The target's end of a link, for one push. Call ``expect`` up to DEPTH times ahead, then ``take`` and ``release``."""
+    """The target's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take`` and ``release``."""
 
     @abstractmethod
     def expect(self, num_bytes: int, into: Tensor | None) -> None:
@@ -78,7 +78,7 @@ class EngineLinks:
 
 
 class Sender(ABC):
-    """A source's ends of its links to one engine; kept between pushes."""
+    """A source's ends of its links to one engine; kept between refits."""
 
     @classmethod
     @abstractmethod
@@ -100,7 +100,7 @@ class Sender(ABC):
 
 
 class Receiver(ABC):
-    """A target's ends of all its links; kept between pushes."""
+    """A target's ends of all its links; kept between refits."""
 
     @classmethod
     @abstractmethod

@@ -1,7 +1,7 @@
 """Weights shard to shard: each rank sends to each rank of each server exactly the slices that this one needs, once.
 
-The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. What a push tells them is a
-:class:`ControlMessage`; the links, and a store on which both sides meet, stay open between pushes.
+The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. What a refit tells them is a
+:class:`ControlMessage`; the links, and a store on which both sides meet, stay open between refits.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class PlannedTransport(Transport):
         self._store: dist.Store | None = None
         self._targets: Targets | None = None
         self._rank: SourceRank | None = None
-        self._num_pushes = 0
+        self._num_refits = 0
 
     def send(self, version: int, deadline: Deadline) -> int:
         try:
@@ -80,7 +80,7 @@ class PlannedTransport(Transport):
         except RuntimeError as error:
             let_go(error)
             raise
-        self._num_pushes += 1
+        self._num_refits += 1
         return num_bytes
 
     def reset(self) -> None:
@@ -90,7 +90,7 @@ class PlannedTransport(Transport):
             self._targets.close()
         # With the last reference to the store go the receivers that still wait on it.
         self._meeting = self._store = self._targets = self._rank = None
-        self._num_pushes = 0
+        self._num_refits = 0
 
     def close(self) -> None:
         self.reset()
@@ -132,7 +132,7 @@ class PlannedTransport(Transport):
             connection=uuid.uuid4().hex,
             is_new=True,
             slot_bytes=slot_bytes(plan, self._bucket_bytes),
-            push=0,
+            refit=0,
             version=0,
             verify=self._verify,
             timeout_s=deadline.seconds,
@@ -146,13 +146,13 @@ class PlannedTransport(Transport):
         message = dataclasses.replace(
             self._meeting.message,
             is_new=is_new,
-            push=self._num_pushes,
+            refit=self._num_refits,
             version=version,
             timeout_s=deadline.remaining(),
         )
         self._targets.start(message, deadline)
         if is_new:
-            self._targets.check_inventories(self._num_pushes, deadline)
+            self._targets.check_inventories(self._num_refits, deadline)
 
     def _prepare(self, deadline: Deadline) -> None:
         """Compute this rank's part of the plan."""
@@ -174,7 +174,7 @@ class PlannedTransport(Transport):
             self._rank.connect(self._kind, deadline)
         num_bytes = self._rank.send(self._slices(), version, self._verify, deadline)
         if self._targets is not None:
-            self._targets.collect(self._num_pushes)
+            self._targets.collect(self._num_refits)
         return num_bytes
 
     def _slices(self) -> SliceSource:

@@ -1,4 +1,4 @@
-"""A source's end of one link, for one push: slices into messages, and the checksums of those that are verified."""
+"""A source's end of one link, for one refit: slices into messages, and the checksums of those that are verified."""
 
 from __future__ import annotations
 

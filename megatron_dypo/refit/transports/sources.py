@@ -1,4 +1,4 @@
-"""A trainer rank's side of planned pushes: its links to the ranks of all engines that it sends to."""
+"""A trainer rank's side of planned refits: its links to the ranks of all engines that it sends to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leader's side of planned pushes: which engines there are, what each is told, and what it answers."""
+"""The leader's side of planned refits: which engines there are, what each is told, and what it answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_S = 0.002
 
 
 def engine_layout(info: ServerInfo) -> EngineLayout:
-    """The layout of a server that planned pushes can reach.
+    """The layout of a server that planned refits can reach.
 
     Raises:
         ServerError: one that they cannot.
@@ -29,7 +29,7 @@ def engine_layout(info: ServerInfo) -> EngineLayout:
     for name in ("pipeline_parallel", "data_parallel"):
         size = getattr(info, name)
         if size != 1:
-            raise ServerError(f"{info.url}: {name}={size}: planned pushes need 1; use transport=disk", info.url)
+            raise ServerError(f"{info.url}: {name}={size}: planned refits need 1; use transport=disk", info.url)
     if WEIGHT_LOADER not in info.custom_loaders:
         raise ServerError(
             f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "
@@ -49,7 +49,7 @@ class Targets:
         self._answers: list[Future[dict[str, Any]]] = []
 
     def start(self, message: ControlMessage, deadline: Deadline) -> None:
-        """Tell every rank of every engine of a push, each at its own place; does not wait for them."""
+        """Tell every rank of every engine of a refit, each at its own place; does not wait for them."""
         bodies: list[dict[str, Any]] = [
             {
                 "serialized_named_tensors": [
@@ -57,27 +57,27 @@ class Targets:
                     for target in range(layout.tensor)
                 ],
                 "load_format": WEIGHT_LOADER,
-                # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
+                # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a refit.
                 "flush_cache": True,
             }
             for engine, layout in enumerate(self._plan.engines)
         ]
         self._answers = self._control.start_load(bodies, deadline)
 
-    def check_inventories(self, push: int, deadline: Deadline) -> None:
+    def check_inventories(self, refit: int, deadline: Deadline) -> None:
         """Wait until every rank has said what it holds, and hold that against the plan.
 
         Raises:
             ServerError: a rank that failed, or whose parameters are not those of the plan: nothing was sent to any.
         """
         for engine, target in self._ranks():
-            parameters = self._inventory(engine, target, push, deadline)["parameters"]
+            parameters = self._inventory(engine, target, refit, deadline)["parameters"]
             shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
             problems = differences(shapes, self._plan.target_shapes(engine, target))
             if problems:
                 raise self._error(engine, target, "; ".join(problems))
 
-    def collect(self, push: int) -> None:
+    def collect(self, refit: int) -> None:
         """Wait for the answers and reports of all.
 
         Raises:
@@ -88,7 +88,7 @@ class Targets:
             try:
                 answer.result()
                 for target in range(self._plan.engines[engine].tensor):
-                    self._read_report(engine, target, push)
+                    self._read_report(engine, target, refit)
             except ServerError as error:
                 errors.append(error)
         if errors:
@@ -102,21 +102,21 @@ class Targets:
     def _ranks(self) -> list[tuple[int, int]]:
         return [(e, target) for e, layout in enumerate(self._plan.engines) for target in range(layout.tensor)]
 
-    def _inventory(self, engine: int, target: int, push: int, deadline: Deadline) -> dict[str, Any]:
+    def _inventory(self, engine: int, target: int, refit: int, deadline: Deadline) -> dict[str, Any]:
         key = inventory_key(engine, target)
         while not self._store.check([key]):
             if self._answers[engine].done():
                 self._answers[engine].result()
-            if self._answers[engine].done() or self._store.check([report_key(push, engine, target)]):
-                self._read_report(engine, target, push)
+            if self._answers[engine].done() or self._store.check([report_key(refit, engine, target)]):
+                self._read_report(engine, target, refit)
             if deadline.has_passed():
                 raise self._error(engine, target, f"its loader sent no inventory in {deadline.seconds:.1f} s")
             time.sleep(_POLL_S)
         inventory: dict[str, Any] = json.loads(self._store.get(key))
         return inventory
 
-    def _read_report(self, engine: int, target: int, push: int) -> None:
-        key = report_key(push, engine, target)
+    def _read_report(self, engine: int, target: int, refit: int) -> None:
+        key = report_key(refit, engine, target)
         if not self._store.check([key]):
             raise self._error(engine, target, "its loader ended without a report; its log may say why")
         report = json.loads(self._store.get(key))

@@ -70,7 +70,7 @@ class UpdateGroup:
             "shapes": bucket.shapes,
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
+            # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a refit.
             "flush_cache": True,
         }
         loaded = self._control.start_update(body, deadline)

@@ -2,7 +2,7 @@
 
 MOMENTS is a JSON list of [event, server, delay in seconds]. A moment comes at the next ``event`` that concerns its
 server: ``generate``, or a control route such as ``/pause_generation``; the server is killed that much later, at 0 before
-the request goes out. One moment comes after the other, each when its server takes part again: a push waits for that.
+the request goes out. One moment comes after the other, each when its server takes part again: a refit waits for that.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from megatron_dypo.config.load import load_config
 from megatron_dypo.launch.start import launch
 from megatron_dypo.refit.control import SGLangControl
-from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.server.probe import http_status
-from tests.support.e2e.pushing_ranks import kill_server
+from tests.support.e2e.refitting_ranks import kill_server
 
 log = logging.getLogger("megatron_dypo.killing_run")
 
@@ -48,7 +48,7 @@ class Killer:
             if event != expected or url != self._urls[index] or url not in self.serving:
                 return
             self._moments.pop(0)
-            self.serving = ()  # nothing more until a push has gathered the servers
+            self.serving = ()  # nothing more until a refit has gathered the servers
         log.info("killing %s %.3f s after %s", url, delay_s, event)
         if delay_s == 0:
             kill_server(url)
@@ -67,8 +67,8 @@ class Killer:
 
 
 def install(killer: Killer) -> None:
-    """Have the client, the bridge and its control tell the killer what they do."""
-    post, call, push = SGLangClient._post, SGLangControl._call, Bridge.push
+    """Have the client, the refitter and its control tell the killer what they do."""
+    post, call, refit = SGLangClient._post, SGLangControl._call, Refitter.refit
 
     async def noticed_post(self: Any, url: str, body: bytes) -> Any:
         killer.notice("generate", url)
@@ -78,15 +78,15 @@ def install(killer: Killer) -> None:
         killer.notice(path, url)
         return await call(self, session, method, url, path, *rest)
 
-    def waiting_push(self: Any, version: int) -> Any:
+    def waiting_refit(self: Any, version: int) -> Any:
         killer.watch(self.serving)
         killer.await_all()
         killer.serving = killer._urls if version else ()
-        return push(self, version)
+        return refit(self, version)
 
     SGLangClient._post = noticed_post  # type: ignore[method-assign]
     SGLangControl._call = noticed_call  # type: ignore[method-assign]
-    Bridge.push = waiting_push  # type: ignore[method-assign]
+    Refitter.refit = waiting_refit  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

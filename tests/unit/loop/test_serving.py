@@ -15,7 +15,7 @@ from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.servers import push, sample
 from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.writer import Timings
-from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from tests.support.fake_sglang import FakeSGLang
@@ -37,10 +37,10 @@ class NextServer:
         self._urls, self.pushed = list(urls), list[int]()
         self.serving: tuple[str, ...] = (closed_url(),)
 
-    def push(self, version: int) -> PushReport:
+    def refit(self, version: int) -> RefitReport:
         self.pushed.append(version)
         self.serving = (self._urls.pop(0),)
-        return PushReport(
+        return RefitReport(
             version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=1, retries=2
         )  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_push() -> None:
     assert run.bridge.pushed == [3, 3, 3]
     assert run.tally["refit/fenced"] == 3
     assert run.tally["dropped/incomplete"] == 0
-    assert {"timing_s/gen", "timing_s/update_weights"} <= run.timings.take().keys()
+    assert {"timing_s/gen", "timing_s/refit"} <= run.timings.take().keys()
 
 
 def test_a_rank_that_cannot_reach_what_takes_pushes_says_so_in_the_end() -> None:
@@ -117,7 +117,7 @@ def test_requests_and_router_follow_each_push() -> None:
         of_the_background = collect(make_prompts(1), run.leader.background_client, group_size=2, progress=False)
         assert len(of_the_background[0]) == 1
     assert run.router.served == [(fake.url,)]
-    assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
+    assert metrics == {"refit/seconds": 1.0, "refit/bytes": 64.0, "refit/pause_s": 0.5}
     assert (run.tally["refit/fenced"], run.tally["refit/rejoined"], run.tally["refit/retries"]) == (1, 1, 2)
 
 

@@ -8,7 +8,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.planning.parameters import served_bytes, whole_model
 from megatron_dypo.planning.serving import decode_step_s, make_engine, server_footprint
-from megatron_dypo.planning.step import PUSH_S, push_time
+from megatron_dypo.planning.step import REFIT_S, refit_time
 from tests.support.hf_models import make_hf_model
 from tests.support.planning_cases import from_file
 
@@ -51,8 +51,8 @@ def test_decoding_few_requests_gains_what_it_no_longer_reads(name):
     assert narrow < plain < 2 * narrow
 
 
-def test_a_push_moves_the_bytes_that_a_server_holds():
-    plain, narrow = (push_time(from_file("llama3_70b", f"refit.quantize={kind}")) for kind in ("none", "fp8_block"))
+def test_a_refit_moves_the_bytes_that_a_server_holds():
+    plain, narrow = (refit_time(from_file("llama3_70b", f"refit.quantize={kind}")) for kind in ("none", "fp8_block"))
     arch = from_file("llama3_70b").arch
     share = served_bytes(arch, 2, "fp8_block").total / served_bytes(arch, 2, "none").total
-    assert (narrow - PUSH_S) / (plain - PUSH_S) == pytest.approx(share)
+    assert (narrow - REFIT_S) / (plain - REFIT_S) == pytest.approx(share)

@@ -86,8 +86,8 @@ def test_an_asynchronous_stream_takes_over_what_a_synchronous_one_aborts():
 
 def test_the_time_of_a_step_is_that_of_the_loop_that_the_config_asks_for():
     sync, parallel = (step_time(setting(*mode)) for mode in (("score.policy=rollout",), ASYNC))
-    assert sync.total == sync.sequential == pytest.approx(sync.rollout + sync.trainer + sync.push)
-    assert parallel.total == parallel.overlapped == max(parallel.rollout, parallel.trainer) + parallel.push
+    assert sync.total == sync.sequential == pytest.approx(sync.rollout + sync.trainer + sync.refit)
+    assert parallel.total == parallel.overlapped == max(parallel.rollout, parallel.trainer) + parallel.refit
     assert parallel.total < parallel.sequential
     assert min(parallel.trainer_idle, parallel.rollout_idle) == pytest.approx(0), "the slower side never waits"
 

@@ -8,7 +8,7 @@ from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.scaling import best_split, splits, weak_scaling
 from megatron_dypo.planning.schedule import pipeline_seconds
 from megatron_dypo.planning.serving import decode_step_s, make_engine
-from megatron_dypo.planning.step import push_time, step_time
+from megatron_dypo.planning.step import refit_time, step_time
 from megatron_dypo.planning.training import update_time
 from tests.support.planning_cases import architecture, from_file, pretraining
 
@@ -72,7 +72,7 @@ def test_the_longest_response_bounds_a_round_from_below():
 
 
 def test_shards_reach_the_servers_sooner_than_whole_tensors():
-    broadcast, disk = (push_time(from_file("llama3_70b", f"refit.transport={name}")) for name in ("broadcast", "disk"))
+    broadcast, disk = (refit_time(from_file("llama3_70b", f"refit.transport={name}")) for name in ("broadcast", "disk"))
     assert broadcast < disk
     # The bytes of the model, once, through one port of 50 GB/s at most.
     assert broadcast >= 2 * 70.55e9 / 50e9
@@ -80,8 +80,8 @@ def test_shards_reach_the_servers_sooner_than_whole_tensors():
 
 def test_idle_shares_are_what_the_other_role_takes():
     time = step_time(from_file("llama3_70b"))
-    assert time.trainer_idle + time.rollout_idle + time.push / time.total == pytest.approx(1)
-    assert time.total == pytest.approx(time.rollout + time.trainer + time.push)
+    assert time.trainer_idle + time.rollout_idle + time.refit / time.total == pytest.approx(1)
+    assert time.total == pytest.approx(time.rollout + time.trainer + time.refit)
 
 
 def test_the_best_division_is_no_slower_than_the_given_one():

@@ -1,4 +1,4 @@
-"""One trainer rank with a bridge to two fake servers."""
+"""One trainer rank with a refitter to two fake servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from tests.support.fake_control import KEY, FakeServer, fake_servers
 
@@ -63,7 +63,7 @@ class Lost:
 class Setting:
     servers: list[FakeServer]
     params: dict[str, torch.Tensor]
-    bridge: Bridge
+    refitter: Refitter
     refit: Path
     reference: Path
     lost: Lost
@@ -74,7 +74,7 @@ class Setting:
 
 @pytest.fixture
 def setting(layout: Layout, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]:
-    """Parametrise indirectly with fields of ``RefitConfig``; pushes go by disk, which needs no receiver."""
+    """Parametrise indirectly with fields of ``RefitConfig``; refits go by disk, which needs no receiver."""
     reference = tmp_path / "hf"
     write_random_model(reference, HF_CONFIG, seed=0)
     arch = load_architecture(reference)
@@ -82,7 +82,7 @@ def setting(layout: Layout, tmp_path: Path, request: pytest.FixtureRequest) -> I
     config = RefitConfig(**{"transport": "disk", "deadline_s": 5.0, **getattr(request, "param", {})})
     lost = Lost()
     with fake_servers(2, model_path=str(reference)) as servers:
-        bridge = Bridge(
+        refitter = Refitter(
             layout,
             arch,
             lambda: params.items(),
@@ -93,5 +93,5 @@ def setting(layout: Layout, tmp_path: Path, request: pytest.FixtureRequest) -> I
             hf_reference=reference,
             watch=Watch(take_lost=lost.take, may_return=lambda: lost.may_return),
         )
-        yield Setting(servers, params, bridge, tmp_path / "run" / "refit", reference, lost)
-        bridge.close()
+        yield Setting(servers, params, refitter, tmp_path / "run" / "refit", reference, lost)
+        refitter.close()

@@ -85,7 +85,7 @@ def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_pla
         connection="c",
         is_new=True,
         slot_bytes=4096,
-        push=3,
+        refit=3,
         version=7,
         verify="full",
         timeout_s=1.5,

@@ -1,4 +1,4 @@
-"""What trainer ranks do in the push tests: spawned under gloo, TP2 × PP2, against real servers.
+"""What trainer ranks do in the refit tests: spawned under gloo, TP2 × PP2, against real servers.
 
 Rank functions return plain data; the tests judge it.
 """
@@ -19,12 +19,12 @@ import psutil
 VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "hung": 5, "resumed": 8}
 PROMPT = list(range(3, 15))
 IN_FLIGHT_TOKENS = 2000
-"""Enough for a push to begin, on a loaded machine too, before a request ends."""
+"""Enough for a refit to begin, on a loaded machine too, before a request ends."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The servers to push to, and where."""
+    """The servers to refit to, and where."""
 
     urls: tuple[str, ...]
     api_key: str
@@ -62,11 +62,11 @@ class Trainer:
 
         return named_global_parameters(self.chunks)
 
-    def bridge(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
+    def refitter(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
         from megatron_dypo.config.refit import RefitConfig
-        from megatron_dypo.refit.refitter import Bridge
+        from megatron_dypo.refit.refitter import Refitter
 
-        return Bridge(
+        return Refitter(
             self.layout,
             self.arch,
             params or self.params,
@@ -131,31 +131,31 @@ def checksums_by_rank(target: Target, url: str) -> list[dict[str, str]]:
     return [rank["checksums"] for rank in answer["ranks"]]
 
 
-def rank_push(target: Target, first: str, second: str) -> dict[str, Any]:
-    """Pushes by each transport, and with requests in flight; what rank 0 saw."""
+def rank_refit(target: Target, first: str, second: str) -> dict[str, Any]:
+    """Refits by each transport, and with requests in flight; what rank 0 saw."""
     trainer = Trainer(target)
     seen: dict[str, Any] = {}
     is_first = trainer.layout.rank == 0
     for transport, weights in (("broadcast", first), ("disk", second)):
         trainer.become(weights)
-        bridge = trainer.bridge(transport=transport)
-        seen[transport] = bridge.push(VERSIONS[transport])
+        refitter = trainer.refitter(transport=transport)
+        seen[transport] = refitter.refit(VERSIONS[transport])
         if is_first:
             seen[f"{transport} checksums"] = [checksums(target, url) for url in target.urls]
             seen[f"{transport} info"] = [ask(target, url, "/model_info") for url in target.urls]
-        bridge.close()
+        refitter.close()
     trainer.become(first)
     for in_flight in ("pause", "abort"):
-        bridge = trainer.bridge(in_flight=in_flight)
+        refitter = trainer.refitter(in_flight=in_flight)
         running = [Running(target, url) for url in target.urls] if is_first else []
-        bridge.push(VERSIONS[in_flight])
+        refitter.refit(VERSIONS[in_flight])
         seen[in_flight] = [one.meta() for one in running]
-        bridge.close()
+        refitter.close()
     return seen
 
 
-def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any]:
-    """A push during which the last server is killed, while requests are in flight on the first."""
+def rank_refit_while_a_server_dies(target: Target, weights: str) -> dict[str, Any]:
+    """A refit during which the last server is killed, while requests are in flight on the first."""
     trainer = Trainer(target)
     trainer.become(weights)
     victim, survivor = target.urls[-1], target.urls[0]
@@ -169,39 +169,39 @@ def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any
             yield pair
 
     is_first = trainer.layout.rank == 0
-    bridge = trainer.bridge(params=params, deadline_s=80.0)
-    bridge.push(VERSIONS["resumed"])
+    refitter = trainer.refitter(params=params, deadline_s=80.0)
+    refitter.refit(VERSIONS["resumed"])
     armed.set()
     running = Running(target, survivor) if is_first else None
     start = time.monotonic()
-    report = bridge.push(VERSIONS["resumed"] + 1)
-    seen = {"report": report, "serving": bridge.serving, "seconds": time.monotonic() - start}
+    report = refitter.refit(VERSIONS["resumed"] + 1)
+    seen = {"report": report, "serving": refitter.serving, "seconds": time.monotonic() - start}
     if running is not None:
         seen["in flight"] = running.meta()
         seen["version"] = ask(target, survivor, "/model_info")["weight_version"]
         seen["checksums"] = checksums(target, survivor)
-    bridge.close()
+    refitter.close()
     return seen
 
 
-def rank_push_while_a_server_hangs(target: Target, weights: str) -> dict[str, Any]:
-    """A push to a server that hangs with a request in flight, and one after it has woken up."""
+def rank_refit_while_a_server_hangs(target: Target, weights: str) -> dict[str, Any]:
+    """A refit to a server that hangs with a request in flight, and one after it has woken up."""
     trainer = Trainer(target)
     trainer.become(weights)
     victim, is_first = target.urls[-1], trainer.layout.rank == 0
-    bridge = trainer.bridge(deadline_s=60.0)
-    bridge.push(VERSIONS["hung"])
+    refitter = trainer.refitter(deadline_s=60.0)
+    refitter.refit(VERSIONS["hung"])
     running = Running(target, victim) if is_first else None
     processes = server_family(victim) if is_first else []
     for process in processes:
         process.suspend()
-    reports = [bridge.push(VERSIONS["hung"] + 1)]
-    serving = [bridge.serving]
+    reports = [refitter.refit(VERSIONS["hung"] + 1)]
+    serving = [refitter.serving]
     for process in processes:
         process.resume()
-    reports.append(bridge.push(VERSIONS["hung"] + 2))
-    serving.append(bridge.serving)
-    bridge.close()
+    reports.append(refitter.refit(VERSIONS["hung"] + 2))
+    serving.append(refitter.serving)
+    refitter.close()
     seen: dict[str, Any] = {"reports": reports, "serving": serving}
     if running is not None:
         seen["in flight"] = running.meta()

@@ -1,4 +1,4 @@
-"""Every way of pushing, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of them.
+"""Every way of refitting, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of them.
 
 What a server must hold is what one holds that loaded the trainer's HF export: its checksums of every tensor.
 """
@@ -15,7 +15,7 @@ import torch
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.server.servers import start_servers
 from tests.support.dist.spawn import run_ranks
-from tests.support.e2e.pushing_ranks import PROMPT, Target, Trainer, ask, checksums_by_rank
+from tests.support.e2e.refitting_ranks import PROMPT, Target, Trainer, ask, checksums_by_rank
 from tests.support.hf_models import import_transformers, make_hf_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
@@ -37,7 +37,7 @@ def target(request, models, tmp_path_factory):
         yield Target(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
 
 
-def rank_push_all_ways(target: Target, models: list[str], axes: dict[str, int]) -> dict[str, Any]:
+def rank_refit_all_ways(target: Target, models: list[str], axes: dict[str, int]) -> dict[str, Any]:
     """(transport, number of servers) → what they hold then and what they should, and the bytes that were sent."""
     from megatron_dypo.models.export import export_hf
 
@@ -57,9 +57,9 @@ def rank_push_all_ways(target: Target, models: list[str], axes: dict[str, int]) 
         for transport in TRANSPORTS:
             model, version = models[version % 2], version + 1
             trainer.become(model)
-            bridge = trainer.bridge(urls=target.urls[:count], transport=transport, verify="full", deadline_s=200.0)
-            report = bridge.push(version)
-            bridge.close()
+            refitter = trainer.refitter(urls=target.urls[:count], transport=transport, verify="full", deadline_s=200.0)
+            report = refitter.refit(version)
+            refitter.close()
             if is_first:
                 held = [checksums_by_rank(target, url) for url in target.urls[:count]]
                 seen[f"{transport}, {count}"] = (held, [expected[model]] * count, report.bytes)
@@ -69,7 +69,7 @@ def rank_push_all_ways(target: Target, models: list[str], axes: dict[str, int]) 
 @pytest.fixture(scope="module", params=MESHES)
 def seen(request, models, target):
     return run_ranks(
-        4, rank_push_all_ways, target, list(map(str, models[1:])), MESHES[request.param], deadline_s=500.0
+        4, rank_refit_all_ways, target, list(map(str, models[1:])), MESHES[request.param], deadline_s=500.0
     )[0]
 
 
@@ -83,7 +83,7 @@ def test_every_tensor_of_every_rank_is_that_of_a_server_that_loaded_the_export(t
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("transport", ["p2p", "local"])
-def test_a_planned_push_sends_each_server_its_own_bytes(transport, count, seen, models, target):
+def test_a_planned_refit_sends_each_server_its_own_bytes(transport, count, seen, models, target):
     model = import_transformers().AutoModelForCausalLM.from_pretrained(models[1])
     replicated = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     ranks = len(seen[f"{transport}, 1"][1][0])
@@ -93,15 +93,15 @@ def test_a_planned_push_sends_each_server_its_own_bytes(transport, count, seen, 
 
 
 def rank_release(target: Target, model: str) -> dict[str, Any]:
-    """Two pushes with released memory between them, while a server has requests to answer."""
+    """Two refits with released memory between them, while a server has requests to answer."""
     trainer = Trainer(target)
     trainer.become(model)
-    bridge = trainer.bridge(transport="auto", release_memory=True)
-    bridge.push(101)
-    bridge.release()
-    bridge.release()
-    bridge.push(102)
-    bridge.close()
+    refitter = trainer.refitter(transport="auto", release_memory=True)
+    refitter.refit(101)
+    refitter.release()
+    refitter.release()
+    refitter.refit(102)
+    refitter.close()
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": 4},

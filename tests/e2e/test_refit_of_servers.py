@@ -1,4 +1,4 @@
-"""Pushes from TP2 × PP2 gloo ranks into two real SGLang servers of a tied Qwen3."""
+"""Refits from TP2 × PP2 gloo ranks into two real SGLang servers of a tied Qwen3."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tests.support.dist.spawn import run_ranks
-from tests.support.e2e.pushing_ranks import (
+from tests.support.e2e.refitting_ranks import (
     IN_FLIGHT_TOKENS,
     PROMPT,
     VERSIONS,
     Target,
     ask,
     checksums,
-    rank_push,
-    rank_push_while_a_server_dies,
-    rank_push_while_a_server_hangs,
+    rank_refit,
+    rank_refit_while_a_server_dies,
+    rank_refit_while_a_server_hangs,
 )
 from tests.support.hf_models import import_transformers, make_hf_model
 
@@ -55,12 +55,12 @@ def loaded(models, target):
 
 @pytest.fixture(scope="module")
 def seen(models, target, loaded):
-    return run_ranks(4, rank_push, target, str(models[1]), str(models[2]))[0]
+    return run_ranks(4, rank_refit, target, str(models[1]), str(models[2]))[0]
 
 
 @pytest.fixture(scope="module")
 def rollouts(seen, target):
-    """Fresh rollouts of each server after the last push of model b."""
+    """Fresh rollouts of each server after the last refit of model b."""
     sampling = {"temperature": 1.0, "max_new_tokens": 32, "ignore_eos": True}
     body = {"input_ids": [PROMPT, PROMPT[:5]], "sampling_params": sampling, "return_logprob": True}
     return [rollout for url in target.urls for rollout in ask(target, url, "/generate", body)]
@@ -116,10 +116,10 @@ def test_aborted_requests_end_at_once(seen):
 
 @pytest.fixture(scope="module")
 def hung(rollouts, models, target):
-    return run_ranks(4, rank_push_while_a_server_hangs, target, str(models[2]))
+    return run_ranks(4, rank_refit_while_a_server_hangs, target, str(models[2]))
 
 
-def test_a_server_that_hangs_in_a_push_costs_half_of_its_deadline_and_is_fenced(hung, target):
+def test_a_server_that_hangs_in_a_refit_costs_half_of_its_deadline_and_is_fenced(hung, target):
     for outcome in hung:
         assert outcome["serving"][0] == target.urls[:1]
         report = outcome["reports"][0]
@@ -127,7 +127,7 @@ def test_a_server_that_hangs_in_a_push_costs_half_of_its_deadline_and_is_fenced(
         assert 30 <= report.seconds < 60
 
 
-def test_a_server_that_woke_up_rejoins_by_a_full_push_without_its_old_requests(hung, target, loaded):
+def test_a_server_that_woke_up_rejoins_by_a_full_refit_without_its_old_requests(hung, target, loaded):
     for outcome in hung:
         assert outcome["serving"][1] == target.urls
         assert (outcome["reports"][1].rejoined, outcome["reports"][1].retries) == (1, 0)
@@ -137,9 +137,9 @@ def test_a_server_that_woke_up_rejoins_by_a_full_push_without_its_old_requests(h
     assert first["in flight"]["finish_reason"]["type"] == "abort"
 
 
-def test_a_server_killed_in_a_push_is_fenced_and_the_rest_gets_the_weights(hung, models, target, loaded):
+def test_a_server_killed_in_a_refit_is_fenced_and_the_rest_gets_the_weights(hung, models, target, loaded):
     """Last: it costs a server."""
-    outcomes = run_ranks(4, rank_push_while_a_server_dies, target, str(models[2]))
+    outcomes = run_ranks(4, rank_refit_while_a_server_dies, target, str(models[2]))
     for outcome in outcomes:
         assert outcome["serving"] == target.urls[:1]
         assert (outcome["report"].fenced, outcome["report"].retries) == (1, 1)
