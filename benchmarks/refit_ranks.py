@@ -1,4 +1,4 @@
-"""What the ranks of ``refit.py`` do: the first two are the trainer's, each further pair is an engine's."""
+"""What the ranks of ``refit.py`` do: the first two are the trainer's, each further pair is a server's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.refit.checksums import checksum
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import EngineLayout, SourceLayout
+from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout
 from megatron_dypo.refit.plan.served import served_tensors
 from megatron_dypo.refit.receiver import GO, inventory_key, load, report_key
 from megatron_dypo.refit.slices import ShardSlices, rectangle
@@ -40,15 +40,15 @@ def answer(case: dict[str, int]) -> None:
     sources = dist.new_group([0, 1])
     holders = dist.new_group([0, *range(TENSOR, dist.get_world_size())])
     arch, rank = architecture(case), dist.get_rank()
-    message = meeting(arch, case["engines"]) if rank == 0 else None
+    message = meeting(arch, case["servers"]) if rank == 0 else None
     messages = [message]
     dist.broadcast_object_list(messages, 0)
     assert messages[0] is not None
-    end: SourceEnd | TargetEnd
+    end: SourceEnd | ServerEnd
     if rank < TENSOR:
         end = SourceEnd(messages[0], sources, holders)
     else:
-        end = TargetEnd(messages[0], *divmod(rank - TENSOR, TENSOR), holders)
+        end = ServerEnd(messages[0], *divmod(rank - TENSOR, TENSOR), holders)
     variants = {name: in_step(action) for name, action in end.variants().items()}
     measure.interleaved(variants, 1)
     seconds, _ = measure.interleaved(variants, case["rounds"])
@@ -90,12 +90,12 @@ def architecture(case: dict[str, int]) -> Architecture:
 _stores: list[dist.Store] = []
 
 
-def meeting(arch: Architecture, num_engines: int) -> ControlMessage:
+def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
     """What rank 0 tells all others of the connection."""
     inputs = PlanInputs(
         arch=arch,
         source=SourceLayout(tensor=TENSOR),
-        engines=(EngineLayout(tensor=TENSOR),) * num_engines,
+        servers=(ServerMesh(tensor=TENSOR),) * num_servers,
         quantization="none",
         element_size=DTYPE.itemsize,
     )
@@ -103,8 +103,8 @@ def meeting(arch: Architecture, num_engines: int) -> ControlMessage:
     _stores.append(store)
     return ControlMessage(
         plan=inputs,
-        engine=0,
-        target=0,
+        server=0,
+        server_rank=0,
         transport="p2p",
         store_host="127.0.0.1",
         store_port=store.port,
@@ -130,9 +130,11 @@ def in_step(action: Callable[[], object]) -> Callable[[], None]:
 
 
 def raw_transfers(message: ControlMessage) -> dict[tuple[int, int], int]:
-    """(source, rank of the target in this job) → bytes."""
+    """(source, the rank in this job that stands for a server rank) → bytes."""
     links = message.plan.make_plan().link_bytes()
-    return {(source, TENSOR * (1 + engine) + target): size for (source, engine, target), size in links.items()}
+    return {
+        (source, TENSOR * (1 + server) + server_rank): size for (source, server, server_rank), size in links.items()
+    }
 
 
 class SourceEnd:
@@ -151,7 +153,9 @@ class SourceEnd:
             self.params[row.mcore] = (
                 param.random_(generator=generator) if row.rule.tp_dim is not None else param.fill_(1)
             )
-        self._links = {target: size for (source, target), size in raw_transfers(message).items() if source == self.rank}
+        self._links = {
+            server_rank: size for (source, server_rank), size in raw_transfers(message).items() if source == self.rank
+        }
         self._raw = torch.ones(max(self._links.values()), dtype=torch.uint8)
         self._source_rank: SourceRank | None = None
         self._refits = 0
@@ -166,7 +170,7 @@ class SourceEnd:
         self._refits += 1
 
     def send_raw(self) -> None:
-        for work in [dist.isend(self._raw[:size], target) for target, size in self._links.items()]:
+        for work in [dist.isend(self._raw[:size], server_rank) for server_rank, size in self._links.items()]:
             assert work is not None
             work.wait()
 
@@ -197,8 +201,8 @@ class SourceEnd:
     def _connect(self) -> SourceRank:
         message, plan = self.message, self.message.plan.make_plan()
         store = _stores[0] if _stores else dist.TCPStore("127.0.0.1", message.store_port, None, False)
-        store.wait([inventory_key(e, t) for e in range(len(plan.engines)) for t in range(TENSOR)])
-        urls = [f"engine {engine}" for engine in range(len(plan.engines))]
+        store.wait([inventory_key(e, t) for e in range(len(plan.servers)) for t in range(TENSOR)])
+        urls = [f"server {server}" for server in range(len(plan.servers))]
         self._source_rank = SourceRank(plan, self.rank, store, urls, message.slot_bytes)
         if self.rank == 0:
             store.set(GO, "")
@@ -206,16 +210,16 @@ class SourceEnd:
         return self._source_rank
 
 
-class TargetEnd:
-    """A rank of an engine, with what SGLang would hold there."""
+class ServerEnd:
+    """A rank of a server, with what SGLang would hold there."""
 
-    def __init__(self, message: ControlMessage, engine: int, target: int, holders: dist.ProcessGroup) -> None:
-        self.message = dataclasses.replace(message, engine=engine, target=target)
+    def __init__(self, message: ControlMessage, server: int, server_rank: int, holders: dist.ProcessGroup) -> None:
+        self.message = dataclasses.replace(message, server=server, server_rank=server_rank)
         self._holders = holders
         self.held: dict[str, Tensor] = {}
         self._places: dict[str, list[tuple[Tensor, Any]]] = {}
         arch = message.plan.arch
-        for tensor in served_tensors(arch, message.plan.engines[engine], target):
+        for tensor in served_tensors(arch, message.plan.servers[server], server_rank):
             for layer in range(arch.num_layers) if LAYER in tensor.name else (None,):
                 name = tensor.name.replace(LAYER, str(layer))
                 self.held[name] = torch.zeros(tensor.shape, dtype=DTYPE)
@@ -239,7 +243,7 @@ class TargetEnd:
         model: Any = self
         load(model, [(message.to_json(), torch.empty(0))])
         store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
-        report = json.loads(store.get(report_key(message.refit, message.engine, message.target)))
+        report = json.loads(store.get(report_key(message.refit, message.server, message.server_rank)))
         assert "error" not in report, report
         self._refits += 1
 

@@ -11,7 +11,7 @@ from megatron_dypo.config.tree import Config, ParallelConfig
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.layout_rules import check_layout
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh, SourceLayout, make_plan
 
 _ELEMENT_SIZES = {"float32": 4, "bfloat16": 2}
 _EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
@@ -38,11 +38,11 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
     """
     servers = config.rollout.servers
     ep_size = options.ep_size or _ep_size(servers.extra_args)
-    engine = EngineLayout(tensor=servers.tensor_parallel, expert=ep_size)
+    server = ServerMesh(tensor=servers.tensor_parallel, expert=ep_size)
     return make_plan(
         load_architecture(config.model.hf_path),
         _source_layout(config.parallel, options.world_size or config.parallel.local_ranks),
-        [engine] * servers.num_servers(options.gpus_per_node),
+        [server] * servers.num_servers(options.gpus_per_node),
         quantization=options.quantization,
         element_size=_ELEMENT_SIZES[config.model.dtype],
     )

@@ -43,7 +43,7 @@ def _setting(plan: Plan) -> list[str]:
         f"{cfg.model.hf_path}: {setting.arch.family}, {size / 1e9:.2f}e9 parameters, {_types(plan)}",
         f"{setting.gpu.name}, {setting.gpu.memory / GIB:.1f} GiB",
         f"trainer  {_nodes(plan, setting.trainer_gpus)}: {', '.join(filter(None, [axes, *extras]))}",
-        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.engines} × TP {servers.tensor_parallel}"
+        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.num_servers} × TP {servers.tensor_parallel}"
         + ("" if cfg.refit.quantize == "none" else f", linear weights in {cfg.refit.quantize}"),
         f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
         f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",

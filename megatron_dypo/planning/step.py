@@ -99,7 +99,7 @@ def refit_time(setting: Setting) -> float:
         # Stages take turns, each through the network port of its first rank.
         return REFIT_S + size / rate
     received = size / setting.config.rollout.servers.tensor_parallel
-    return REFIT_S + max(received, size * setting.engines / setting.trainer_gpus) / rate
+    return REFIT_S + max(received, size * setting.num_servers / setting.trainer_gpus) / rate
 
 
 def reads_reference(setting: Setting) -> bool:

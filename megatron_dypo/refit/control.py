@@ -181,8 +181,8 @@ class SGLangControl:
 
         async def every_server() -> list[ServerError]:
             async with self._session() as session:
-                targets = self.urls if urls is None else urls
-                outcomes = await asyncio.gather(*(one_server(session, url) for url in targets))
+                asked = self.urls if urls is None else urls
+                outcomes = await asyncio.gather(*(one_server(session, url) for url in asked))
             return [error for errors in outcomes for error in errors]
 
         return self._submit(every_server()).result()

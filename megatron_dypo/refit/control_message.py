@@ -19,7 +19,7 @@ from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.refit.checksums import Verify
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, SourceLayout, make_plan
+from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh, SourceLayout, make_plan
 
 PROTOCOL = 3
 """Of this message and of what follows it on the store and the links; both sides must have the same."""
@@ -31,24 +31,24 @@ class PlanInputs:
 
     arch: Architecture
     source: SourceLayout
-    engines: tuple[EngineLayout, ...]
+    servers: tuple[ServerMesh, ...]
     quantization: Quantization
     element_size: int
 
     def make_plan(self) -> RefitPlan:
         return make_plan(
-            self.arch, self.source, self.engines, quantization=self.quantization, element_size=self.element_size
+            self.arch, self.source, self.servers, quantization=self.quantization, element_size=self.element_size
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlMessage:
-    """One refit, as one rank of one engine is told of it."""
+    """One refit, as one rank of one server is told of it."""
 
     plan: PlanInputs
-    engine: int
-    target: int
-    """Tensor-parallel rank of the engine."""
+    server: int
+    server_rank: int
+    """Tensor-parallel rank of the server."""
     transport: str
     store_host: str
     store_port: int
@@ -97,6 +97,6 @@ def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     arch["rope_scaling"] = rope_scaling_from_data(arch["rope_scaling"])
     if arch["experts"] is not None:
         arch["experts"] = Experts(**arch["experts"])
-    engines = tuple(EngineLayout(**engine) for engine in fields["engines"])
+    servers = tuple(ServerMesh(**server) for server in fields["servers"])
     source = SourceLayout(**fields["source"])
-    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "engines": engines})
+    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "servers": servers})

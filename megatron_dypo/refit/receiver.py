@@ -29,7 +29,7 @@ from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.plan import Transfer
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.in_threads import run_all
-from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, Receiver
+from megatron_dypo.refit.transports.links import DEPTH, Incoming, Receiver, ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver
 from megatron_dypo.refit.transports.messages import Message, Part, as_bytes, cut, part_of
 from megatron_dypo.refit.transports.p2p import GroupReceiver
@@ -54,25 +54,25 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> Non
             logger.exception("refit of version %d", message.version)
             report = {"error": str(error) or type(error).__name__}
             _forget()
-        store.set(report_key(message.refit, message.engine, message.target), json.dumps(report))
+        store.set(report_key(message.refit, message.server, message.server_rank), json.dumps(report))
     except Exception:
         logger.exception("refit without a report")
         _forget()
 
 
-def inventory_key(engine: int, target: int) -> str:
-    return f"inventory/{engine}/{target}"
+def inventory_key(server: int, server_rank: int) -> str:
+    return f"inventory/{server}/{server_rank}"
 
 
-def report_key(refit: int, engine: int, target: int) -> str:
-    return f"report/{refit}/{engine}/{target}"
+def report_key(refit: int, server: int, server_rank: int) -> str:
+    return f"report/{refit}/{server}/{server_rank}"
 
 
 class Session:
     """One connection to the trainer, and this rank's part of the plan."""
 
     def __init__(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> None:
-        """Meets all sources that send to this engine.
+        """Meets all sources that send to this server.
 
         Raises:
             ValueError: a plan that is not possible.
@@ -81,25 +81,25 @@ class Session:
         deadline = Deadline(message.timeout_s)
         self.connection = message.connection
         self._params = {name: param.detach() for name, param in model.named_parameters()}
-        store.set(inventory_key(message.engine, message.target), json.dumps(inventory(self._params)))
+        store.set(inventory_key(message.server, message.server_rank), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
-        transfers = plan.receives(message.engine, message.target)
+        transfers = plan.receives(message.server, message.server_rank)
         links: dict[int, list[Transfer]] = {}
         for transfer in transfers:
             links.setdefault(transfer.source, []).append(transfer)
-        # The trainer says go once it has found every target of the plan in the inventory.
+        # The trainer says go once it has found every server rank of the plan in the inventory.
         store.wait([GO], datetime.timedelta(seconds=deadline.remaining()))
         self._padded = self._padded_params(transfers)
         dtypes = {name: param.dtype for name, param in self._params.items()}
         self._messages = {source: list(cut(of_link, dtypes, message.slot_bytes)) for source, of_link in links.items()}
-        links_here = EngineLinks(
+        links_here = ServerLinks(
             store=store,
-            engine=message.engine,
-            sources=plan.sources_of(message.engine),
-            num_targets=message.plan.engines[message.engine].tensor,
+            server=message.server,
+            sources=plan.sources_of(message.server),
+            num_server_ranks=message.plan.servers[message.server].tensor,
             slot_bytes=message.slot_bytes,
         )
-        self._links = CONNECTORS[message.transport].connect(links_here, message.target, deadline)
+        self._links = CONNECTORS[message.transport].connect(links_here, message.server_rank, deadline)
 
     def receive(self, message: ControlMessage) -> int:
         """Bring all parameters to the refit's version; returns the bytes that came.
@@ -128,7 +128,7 @@ class Session:
         """The parameters of which the plan leaves elements out."""
         missing = {name: param.numel() for name, param in self._params.items()}
         for transfer in transfers:
-            missing[transfer.target_name] -= transfer.rows * transfer.cols
+            missing[transfer.served_name] -= transfer.rows * transfer.cols
         return [name for name, left in missing.items() if left]
 
 
@@ -186,8 +186,8 @@ class _LinkEnd:
     def _place(self, part: Part) -> Tensor:
         """[rows, cols] view into the parameter."""
         to = part.transfer
-        param = self._params[to.target_name]
-        return rectangle(param, to.target_row + part.first_row, to.target_col, part.rows, to.cols)
+        param = self._params[to.served_name]
+        return rectangle(param, to.served_row + part.first_row, to.served_col, part.rows, to.cols)
 
     def _verified(self, message: Message) -> Iterator[Part]:
         return (p for p in message.parts if is_verified(p.index, self._refit.version, self._refit.verify))
@@ -200,7 +200,7 @@ class _LinkEnd:
             self._link.release()
             self.num_bytes += piece.numel()
         parts = (part for message in self._messages for part in self._verified(message))
-        wrong = [p.transfer.target_name for p, o, t in zip(parts, ours, theirs, strict=True) if not torch.equal(o, t)]
+        wrong = [p.transfer.served_name for p, o, t in zip(parts, ours, theirs, strict=True) if not torch.equal(o, t)]
         if wrong:
             names = ", ".join(dict.fromkeys(wrong))
             raise RuntimeError(f"checksums differ: {names}")

@@ -29,7 +29,7 @@ from megatron_dypo.parallel import device
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.refit.control import Answer, Deadline, ServerError, SGLangControl
 from megatron_dypo.refit.model_checks import check_names, check_server, check_shapes
-from megatron_dypo.refit.servers import Engines, RefitReport, Watch, answering
+from megatron_dypo.refit.servers import RefitReport, Servers, Watch, answering
 from megatron_dypo.refit.transports.base import Lockstep, RefitError, Source, Transport
 from megatron_dypo.refit.transports.broadcast import BroadcastTransport
 from megatron_dypo.refit.transports.choose import ChosenTransport, Kind
@@ -85,7 +85,7 @@ class Refitter:
         leads = layout.is_global_leader or self._source.own_turn is not None
         self._control = SGLangControl(urls, api_key) if leads else None
         self._is_leader = layout.is_global_leader
-        self._engines = Engines(urls, logs=self._is_leader)
+        self._servers = Servers(urls, logs=self._is_leader)
         self._watch = watch or Watch()
         self._transport = self._make_transport(run_dir, hf_reference)
         self._is_verified = False
@@ -95,7 +95,7 @@ class Refitter:
     @property
     def serving(self) -> tuple[str, ...]:
         """The servers that hold the weights of the last refit; no other may get requests."""
-        return self._engines.serving
+        return self._servers.serving
 
     def refit(self, version: int) -> RefitReport:
         """Bring all servers that answer to the current weights, named ``version``. Collective over the world.
@@ -108,7 +108,7 @@ class Refitter:
             RuntimeError: another rank was lost, within ``deadline_s`` and some seconds.
         """
         refit = _Refit(version=version, deadline=Deadline(self._config.deadline_s))
-        fenced, rejoined = self._engines.num_fenced, self._engines.num_rejoined
+        fenced, rejoined = self._servers.num_fenced, self._servers.num_rejoined
         try:
             self._gather_servers(refit)
             num_bytes = self._refit_to_the_rest(refit)
@@ -125,8 +125,8 @@ class Refitter:
             seconds=time.monotonic() - refit.start,
             pause_seconds=time.monotonic() - refit.paused_at,
             bytes=self._lockstep.total(num_bytes),
-            fenced=self._engines.num_fenced - fenced,
-            rejoined=self._engines.num_rejoined - rejoined,
+            fenced=self._servers.num_fenced - fenced,
+            rejoined=self._servers.num_rejoined - rejoined,
             retries=refit.attempts - 1,
         )
 
@@ -189,7 +189,7 @@ class Refitter:
             except RefitError as error:
                 self._transport.reset()
                 lost = self._led(functools.partial(self._blamed, error)) if refit.paused_at else error.lost
-                self._engines.fence(dict.fromkeys(lost, f"refit of version {refit.version}: {error}"))
+                self._servers.fence(dict.fromkeys(lost, f"refit of version {refit.version}: {error}"))
                 if not lost or refit.attempts == _MAX_ATTEMPTS:
                     raise
                 self._await_one(refit)
@@ -211,15 +211,15 @@ class Refitter:
 
     def _fence_lost(self) -> None:
         lost = self._led(lambda: dict(self._watch.take_lost()))
-        self._engines.fence(lost)
+        self._servers.fence(lost)
         self._released -= lost.keys()
 
     def _take_in(self, refit: _Refit) -> None:
-        fenced = self._engines.fenced
+        fenced = self._servers.fenced
         if fenced:
             arch = self._source.arch
             back = self._led(lambda: answering(self._leader_control, fenced, arch))
-            self._engines.rejoin(back, refit.version)
+            self._servers.rejoin(back, refit.version)
 
     def _await_one(self, refit: _Refit) -> None:
         """Wait until a server is there to refit: fenced ones may come back.
@@ -235,7 +235,7 @@ class Refitter:
 
     def _expect_one(self, deadline: Deadline) -> None:
         if not self._watch.may_return():
-            raise ServerError(f"no server is left to refit: {self._engines.reasons}")
+            raise ServerError(f"no server is left to refit: {self._servers.reasons}")
         deadline.remaining()
         time.sleep(_POLL_S)
 

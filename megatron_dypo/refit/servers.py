@@ -57,7 +57,7 @@ class Watch:
     """Whether a server that does not answer may do so by itself after a while, being started again."""
 
 
-class Engines:
+class Servers:
     """The servers of a run by URL: serving or fenced. Every change is logged on one rank."""
 
     def __init__(self, urls: Sequence[str], *, logs: bool) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.served import EngineLayout
+from megatron_dypo.refit.plan.served import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MB, Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
-from tests.support.refit_standins import StandInEngine, hf_tensors, served_params, served_shapes, standin_engine
+from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
 from tests.support.architectures import make_arch
 
 WIDE = {
@@ -37,11 +37,11 @@ MIXTURE = make_arch(
 
 
 @contextlib.contextmanager
-def engines(arch: Architecture, layouts: Sequence[EngineLayout], **changes: Any) -> Iterator[list[StandInEngine]]:
+def servers(arch: Architecture, layouts: Sequence[ServerMesh], **changes: Any) -> Iterator[list[StandInServer]]:
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
-                standin_engine(
+                standin_server(
                     arch, layout, [served_shapes(arch, layout, rank) for rank in range(layout.tensor)], **changes
                 )
             )
@@ -49,11 +49,11 @@ def engines(arch: Architecture, layouts: Sequence[EngineLayout], **changes: Any)
         ]
 
 
-def assert_served(running: Sequence[StandInEngine], layouts: Sequence[EngineLayout], arch: Architecture, seed: int):
+def assert_served(running: Sequence[StandInServer], layouts: Sequence[ServerMesh], arch: Architecture, seed: int):
     model = hf_tensors(arch, seed)
-    for engine, layout in zip(running, layouts, strict=True):
+    for server, layout in zip(running, layouts, strict=True):
         for rank in range(layout.tensor):
-            expected, held = served_params(arch, layout, rank, model), engine.params(rank)
+            expected, held = served_params(arch, layout, rank, model), server.params(rank)
             assert [name for name in expected if held[name] != expected[name]] == []
             assert held.keys() == expected.keys()
 
@@ -62,19 +62,19 @@ CASES = {
     "dense, uneven stages": (
         DENSE,
         SourceLayout(tensor=2, pipeline=2, first_stage_layers=3),
-        (EngineLayout(tensor=1), EngineLayout(tensor=2))),
-    "tied": (TIED, SourceLayout(pipeline=2, data=2), (EngineLayout(tensor=2), EngineLayout(tensor=2))),
-    "experts": (MIXTURE, SourceLayout(tensor=2, data=2, expert=4), (EngineLayout(tensor=2, expert=2),)),
+        (ServerMesh(tensor=1), ServerMesh(tensor=2))),
+    "tied": (TIED, SourceLayout(pipeline=2, data=2), (ServerMesh(tensor=2), ServerMesh(tensor=2))),
+    "experts": (MIXTURE, SourceLayout(tensor=2, data=2, expert=4), (ServerMesh(tensor=2, expert=2),)),
 }
 
 
 @pytest.mark.parametrize("kind", ["p2p", "local"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
+def test_every_rank_of_every_server_holds_its_part_of_the_model(case, kind):
     """In two refits, the second over the connections of the first; nothing but its own bytes comes to a rank."""
     arch, axes, layouts = CASES[case]
-    with engines(arch, layouts) as running:
-        refit = Refit(arch=arch, axes=axes, urls=tuple(engine.url for engine in running), kind=kind)
+    with servers(arch, layouts) as running:
+        refit = Refit(arch=arch, axes=axes, urls=tuple(server.url for server in running), kind=kind)
         by_rank = run_ranks(axes.world_size, rank_refit, refit)
         assert_served(running, layouts, arch, refit.seeds[-1])
     own = sum(
@@ -93,16 +93,16 @@ def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
 
 
 def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
-    layout = EngineLayout(tensor=2)
+    layout = ServerMesh(tensor=2)
     shapes = [served_shapes(DENSE, layout, rank) for rank in range(2)]
     name = "model.layers.1.mlp.down_proj.weight"
     shapes[1][name] = ((3, 5), torch.float32)
-    with standin_engine(DENSE, layout, shapes) as engine:
-        refit = Refit(arch=DENSE, axes=SourceLayout(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
+    with standin_server(DENSE, layout, shapes) as server:
+        refit = Refit(arch=DENSE, axes=SourceLayout(tensor=2), urls=(server.url,), kind="p2p", seeds=(1,))
         ((outcome,), (other,)) = run_ranks(2, rank_refit, refit)
-        assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
+        assert all(set(held) == {0x55} for rank in range(2) for held in server.params(rank).values())
     assert outcome["error"] == other["error"]
-    for part in (engine.url, "rank 1", name, "(3, 5)", str((128, 4096))):
+    for part in (server.url, "rank 1", name, "(3, 5)", str((128, 4096))):
         assert part in outcome["error"]
 
 
@@ -122,13 +122,13 @@ def corrupt_what_comes() -> None:
 
 @pytest.mark.parametrize("verify", ["full", "sampled", "off"])
 def test_what_is_damaged_on_its_way_fails_the_refit(verify):
-    with engines(DENSE, [EngineLayout(tensor=1)], prepare=corrupt_what_comes) as (engine,):
-        refit = Refit(arch=DENSE, axes=SourceLayout(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
+    with servers(DENSE, [ServerMesh(tensor=1)], prepare=corrupt_what_comes) as (server,):
+        refit = Refit(arch=DENSE, axes=SourceLayout(), urls=(server.url,), kind="p2p", verify=verify, seeds=(1,))
         ((outcome,),) = run_ranks(1, rank_refit, refit)
     if verify == "off":
         assert outcome["error"] == ""
     else:
-        assert engine.url in outcome["error"]
+        assert server.url in outcome["error"]
         assert "checksums differ: " in outcome["error"]
         assert "model." in outcome["error"]
 
@@ -165,11 +165,11 @@ def hang_while_receiving() -> None:
         ("p2p", hang_while_receiving, 29, 29),
     ],
 )
-def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s, next_s):
-    layout = EngineLayout(tensor=1)
+def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s, next_s):
+    layout = ServerMesh(tensor=1)
     with (
-        engines(DENSE, [layout], prepare=fault) as (faulty,),
-        engines(DENSE, [layout]) as (sound,),
+        servers(DENSE, [layout], prepare=fault) as (faulty,),
+        servers(DENSE, [layout]) as (sound,),
     ):
         refit = Refit(
             arch=DENSE,
@@ -187,10 +187,10 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
         assert outcomes[1]["seconds"] < next_s
 
 
-def test_the_loss_of_the_only_engine_fails_the_refit_on_all_ranks():
-    with engines(DENSE, [EngineLayout(tensor=2)], prepare=die_while_receiving) as (engine,):
-        refit = Refit(arch=DENSE, axes=SourceLayout(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
+def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks():
+    with servers(DENSE, [ServerMesh(tensor=2)], prepare=die_while_receiving) as (server,):
+        refit = Refit(arch=DENSE, axes=SourceLayout(pipeline=2), urls=(server.url,), kind="p2p", deadline_s=30.0)
         by_rank = run_ranks(2, rank_refit, refit)
     for first, *_ in by_rank:
-        assert engine.url in first["error"]
+        assert server.url in first["error"]
         assert first["seconds"] < 25

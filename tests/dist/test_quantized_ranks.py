@@ -16,7 +16,7 @@ from megatron_dypo.refit.plan.held import SourceLayout
 from megatron_dypo.refit.plan.plan import Transfer, make_plan
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
-from megatron_dypo.refit.plan.served import EngineLayout
+from megatron_dypo.refit.plan.served import ServerMesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
@@ -38,7 +38,7 @@ def slices_of(name: str, param: torch.Tensor, arch, layout, kind: str) -> list[T
     row = match(name, arch)
     rank, size = (layout.etp_rank, layout.expert_tensor) if row.is_expert else (layout.tp_rank, layout.tensor)
     rows, cols = param.view(-1, param.shape[-1] if param.ndim > 1 else 1).shape
-    nowhere = {"engine": 0, "target": 0, "target_name": "", "target_row": 0, "target_col": 0}
+    nowhere = {"server": 0, "server_rank": 0, "served_name": "", "served_row": 0, "served_col": 0}
     made = functools.partial(Transfer, **nowhere, source=layout.rank, source_name=row.mcore)
     offset, slices = 0, []
     for piece in row.rule.pieces(arch, rank, size):
@@ -64,8 +64,8 @@ def planned(arch, layout, kind: str) -> list[Transfer]:
         return []
     axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
     source = SourceLayout(**{axis: getattr(layout, axis) for axis in axes})
-    engines = [EngineLayout(tensor=1), EngineLayout(tensor=2)]
-    return make_plan(arch, source, engines, quantization=kind).sends(layout.rank)
+    servers = [ServerMesh(tensor=1), ServerMesh(tensor=2)]
+    return make_plan(arch, source, servers, quantization=kind).sends(layout.rank)
 
 
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.dist.spawn import run_ranks
-from tests.support.e2e.refitting_ranks import Target, ask
+from tests.support.e2e.refitting_ranks import Servers, ask
 from tests.support.hf_models import import_transformers, make_hf_model
 
 TOKENS = list(range(3, 40))
@@ -18,13 +18,13 @@ FEATURES = {"moe_intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")
-def target(sglang_servers, tmp_path_factory):
+def servers(sglang_servers, tmp_path_factory):
     model = make_hf_model("qwen3_moe", tmp_path_factory.mktemp("models") / "served", **FEATURES)
     pool = sglang_servers(model, per_node=1)
-    return Target(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
+    return Servers(urls=pool.urls, api_key=pool.api_key, served=str(model), run_dir=str(tmp_path_factory.mktemp("run")))
 
 
-def rank_refit(target: Target, model: str, axes: dict, transport: str) -> None:
+def rank_refit(servers: Servers, model: str, axes: dict, transport: str) -> None:
     """Load ``model`` and refit it twice, the second time over the connections of the first."""
     from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
@@ -43,11 +43,11 @@ def rank_refit(target: Target, model: str, axes: dict, transport: str) -> None:
         layout,
         arch,
         lambda: named_global_parameters(chunks),
-        urls=target.urls,
-        api_key=target.api_key,
+        urls=servers.urls,
+        api_key=servers.api_key,
         config=RefitConfig(transport=transport, bucket_mb=1, deadline_s=60.0),
-        run_dir=Path(target.run_dir),
-        hf_reference=Path(target.served),
+        run_dir=Path(servers.run_dir),
+        hf_reference=Path(servers.served),
     )
     refitter.refit(1)
     refitter.refit(2)
@@ -65,16 +65,16 @@ def rank_refit(target: Target, model: str, axes: dict, transport: str) -> None:
         (5, 4, {"pipeline": 2, "expert": 2}, "local"),
     ],
 )
-def test_the_server_samples_from_what_was_refitted(seed, world_size, axes, transport, target, tmp_path):
+def test_the_server_samples_from_what_was_refitted(seed, world_size, axes, transport, servers, tmp_path):
     model = make_hf_model("qwen3_moe", tmp_path / "new", seed=seed, **FEATURES)
-    run_ranks(world_size, rank_refit, target, str(model), axes, transport)
+    run_ranks(world_size, rank_refit, servers, str(model), axes, transport)
     body = {
         "input_ids": TOKENS,
         "sampling_params": {"max_new_tokens": 1},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    meta = ask(target, target.urls[0], "/generate", body)["meta_info"]
+    meta = ask(servers, servers.urls[0], "/generate", body)["meta_info"]
     assert meta["weight_version"] == "2"
     served = [logp for logp, *_ in meta["input_token_logprobs"][1:]]
     np.testing.assert_allclose(served, _logps(model), atol=1e-5, rtol=0)

@@ -24,7 +24,7 @@ from megatron_dypo.models.families.table import EXPERT, LAYER
 from megatron_dypo.models.rules import Rule
 from megatron_dypo.parallel.layout import Layout
 from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.served import EngineLayout, served_tensors
+from megatron_dypo.refit.plan.served import ServerMesh, served_tensors
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
 from tests.support.fake_control import FakeServer
@@ -101,14 +101,16 @@ def shard(name: str, arch: Architecture, layout: Layout, seed: int, dtype: torch
     return rule.shard(tensors, arch, *ranks)
 
 
-def served_shapes(arch: Architecture, engine: EngineLayout, target: int, dtype: torch.dtype = torch.float32) -> Shapes:
-    return {name: (tuple(shape), dtype) for name, shape, _ in _served(arch, engine, target)}
+def served_shapes(
+    arch: Architecture, server: ServerMesh, server_rank: int, dtype: torch.dtype = torch.float32
+) -> Shapes:
+    return {name: (tuple(shape), dtype) for name, shape, _ in _served(arch, server, server_rank)}
 
 
-def served_params(arch: Architecture, engine: EngineLayout, target: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
+def served_params(arch: Architecture, server: ServerMesh, server_rank: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
     """What a rank of a server must hold of a model, put together from whole HF tensors."""
     params = {}
-    for name, shape, parts in _served(arch, engine, target):
+    for name, shape, parts in _served(arch, server, server_rank):
         param = params[name] = torch.zeros(shape, dtype=next(iter(hf.values())).dtype)
         for part, hf_name in parts:
             source = rectangle(hf[hf_name], part.hf_row, part.hf_col, part.rows, part.cols)
@@ -116,8 +118,10 @@ def served_params(arch: Architecture, engine: EngineLayout, target: int, hf: dic
     return {name: bytes(as_bytes(param).numpy()) for name, param in params.items()}
 
 
-def _served(arch: Architecture, engine: EngineLayout, target: int) -> Iterator[tuple[str, Any, list[tuple[Any, str]]]]:
-    for tensor in served_tensors(arch, engine, target):
+def _served(
+    arch: Architecture, server: ServerMesh, server_rank: int
+) -> Iterator[tuple[str, Any, list[tuple[Any, str]]]]:
+    for tensor in served_tensors(arch, server, server_rank):
         for layer in range(arch.num_layers) if LAYER in tensor.name else (None,):
             at = str(layer)
             parts = [(part, part.hf_name.replace(LAYER, at)) for part in tensor.rectangles]
@@ -143,7 +147,7 @@ class Bag(torch.nn.Module):
 Prepare = Callable[[], None]
 
 
-class StandInEngine(FakeServer):
+class StandInServer(FakeServer):
     """A server whose ranks are processes that run our loader, as SGLang's schedulers do."""
 
     def start_ranks(self, ranks: Sequence[Shapes], prepare: Prepare | None = None) -> None:
@@ -167,11 +171,11 @@ class StandInEngine(FakeServer):
             process.kill()
             process.join()
 
-    def params(self, target: int) -> dict[str, bytes]:
+    def params(self, server_rank: int) -> dict[str, bytes]:
         """What a rank holds, once the refit that it is at has ended."""
         with self.one_at_a_time:
-            self.pipes[target].send(("params", None))
-            params: dict[str, bytes] = self.pipes[target].recv()
+            self.pipes[server_rank].send(("params", None))
+            params: dict[str, bytes] = self.pipes[server_rank].recv()
         return params
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -192,22 +196,22 @@ class StandInEngine(FakeServer):
 
 
 @contextlib.contextmanager
-def standin_engine(
-    arch: Architecture, layout: EngineLayout, ranks: Sequence[Shapes], prepare: Prepare | None = None
-) -> Iterator[StandInEngine]:
-    engine = StandInEngine(
+def standin_server(
+    arch: Architecture, layout: ServerMesh, ranks: Sequence[Shapes], prepare: Prepare | None = None
+) -> Iterator[StandInServer]:
+    server = StandInServer(
         model_type=arch.family,
         tp_size=layout.tensor,
         ep_size=layout.expert,
         loaders=("megatron_dypo.refit.receiver.load",),
     )
-    engine.start_ranks(ranks, prepare)
-    engine.start()
+    server.start_ranks(ranks, prepare)
+    server.start()
     try:
-        yield engine
+        yield server
     finally:
-        engine.die()
-        engine.stop_ranks()
+        server.die()
+        server.stop_ranks()
 
 
 def _serve_rank(pipe: Connection, shapes: Shapes, prepare: Prepare | None) -> None:

@@ -1,8 +1,8 @@
 """The plan of a refit: which slice of which trainer rank's parameter goes where in which SGLang rank's. Pure data.
 
 Both sides hold rectangles of HF tensors (:mod:`.held`, :mod:`.served`); what is sent is their overlap, once for each rank
-that needs it. Ranks that hold the same data share the sending: all bytes of it, engine after engine, are cut into equal
-blocks, one for each, so that each rank talks to few engines. The plan follows from the sizes alone, so every rank of
+that needs it. Ranks that hold the same data share the sending: all bytes of it, server after server, are cut into equal
+blocks, one for each, so that each rank talks to few servers. The plan follows from the sizes alone, so every rank of
 both sides computes its own part of it, from one template for each kind of layer (:mod:`.streams`).
 """
 
@@ -18,11 +18,11 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, scale_name, scale_shape
 from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.served import EngineLayout
+from megatron_dypo.refit.plan.served import ServerMesh
 from megatron_dypo.refit.plan.streams import Cut, Streams
 from megatron_dypo.refit.plan.template import SCALE_BYTES, Encoding
 
-__all__ = ["EngineLayout", "RefitPlan", "SourceLayout", "Transfer", "make_plan"]
+__all__ = ["ServerMesh", "RefitPlan", "SourceLayout", "Transfer", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +31,17 @@ class Transfer:
 
     source: int
     """Global rank of the trainer."""
-    engine: int
-    target: int
-    """Tensor-parallel rank of the engine."""
+    server: int
+    server_rank: int
+    """Tensor-parallel rank of the server."""
     source_name: str
     """Megatron-Core parameter: the local spec's name, global indices of layer and expert."""
     source_row: int
     source_col: int
-    target_name: str
+    served_name: str
     """SGLang's parameter."""
-    target_row: int
-    target_col: int
+    served_row: int
+    served_col: int
     rows: int
     cols: int
     hf_name: str
@@ -55,83 +55,87 @@ class Transfer:
 def make_plan(
     arch: Architecture,
     source: SourceLayout,
-    engines: Sequence[EngineLayout],
+    servers: Sequence[ServerMesh],
     *,
     quantization: Quantization = "none",
     element_size: int = 2,
 ) -> RefitPlan:
-    """The plan from a trainer to engines; ``element_size`` is that of a value that is not quantised, in bytes.
+    """The plan from a trainer to servers; ``element_size`` is that of a value that is not quantised, in bytes.
 
     Raises:
         ValueError: a layout that does not suit the architecture, or blocks of scales that it would cut.
     """
-    require(len(engines) > 0, "engines=()", "name at least one")
+    require(len(servers) > 0, "servers=()", "name at least one")
     encoding = Encoding(quantization=quantization, element_size=element_size)
     require_positive(encoding, "element_size")
-    return RefitPlan(arch, source, engines, encoding)
+    return RefitPlan(arch, source, servers, encoding)
 
 
 class RefitPlan:
     """What every rank of both sides sends and receives; made by :func:`make_plan`."""
 
     def __init__(
-        self, arch: Architecture, source: SourceLayout, engines: Sequence[EngineLayout], encoding: Encoding
+        self, arch: Architecture, source: SourceLayout, servers: Sequence[ServerMesh], encoding: Encoding
     ) -> None:
         self.arch = arch
         self.source = source
-        self.engines = tuple(engines)
+        self.servers = tuple(servers)
         self.encoding = encoding
-        self._streams = Streams(arch, source, engines, encoding)
+        self._streams = Streams(arch, source, servers, encoding)
 
     def sends(self, rank: int) -> list[Transfer]:
-        """What a rank of the trainer sends, in order: engine after engine, as :meth:`engines_of` says."""
+        """What a rank of the trainer sends, in order: server after server, as :meth:`servers_of` says."""
         return [
             transfer
-            for engine in self.engines_of(rank)
+            for server in self.servers_of(rank)
             for shard in self._streams.shards_of(rank)
-            for cut in self._streams.cuts(shard, rank, engine)
-            for transfer in self._transfers(cut, rank, engine)
+            for cut in self._streams.cuts(shard, rank, server)
+            for transfer in self._transfers(cut, rank, server)
         ]
 
-    def receives(self, engine: int, target: int) -> list[Transfer]:
-        """What a rank of an engine receives: from each source in the order in which that source sends it."""
-        tensor = self.engines[engine].tensor
-        require(0 <= target < tensor, f"target={target}", f"must be below {tensor}, the ranks of engine {engine}")
+    def receives(self, server: int, server_rank: int) -> list[Transfer]:
+        """What a rank of a server receives: from each source in the order in which that source sends it."""
+        tensor = self.servers[server].tensor
+        require(
+            0 <= server_rank < tensor,
+            f"server_rank={server_rank}",
+            f"must be below {tensor}, the ranks of server {server}",
+        )
         return [
             transfer
             for shard in self._streams.shards()
-            for rank in self._streams.senders(shard, engine)
-            for cut in self._streams.cuts(shard, rank, engine, target)
-            for transfer in self._transfers(cut, rank, engine)
+            for rank in self._streams.senders(shard, server)
+            for cut in self._streams.cuts(shard, rank, server, server_rank)
+            for transfer in self._transfers(cut, rank, server)
         ]
 
-    def sources_of(self, engine: int) -> tuple[int, ...]:
-        """The ranks that send anything to an engine, ascending."""
+    def sources_of(self, server: int) -> tuple[int, ...]:
+        """The ranks that send anything to a server, ascending."""
         senders = {
             rank
             for shard in self._streams.shards()
-            for rank in self._streams.senders(shard, engine)
-            if self._sends_any(rank, engine)
+            for rank in self._streams.senders(shard, server)
+            if self._sends_any(rank, server)
         }
         return tuple(sorted(senders))
 
-    def engines_of(self, rank: int) -> tuple[int, ...]:
-        """The engines that a rank sends to, in its order: its peers in other stages and tensor ranks begin elsewhere."""
+    def servers_of(self, rank: int) -> tuple[int, ...]:
+        """The servers that a rank sends to, in its order: its peers in other stages and tensor ranks begin elsewhere."""
         world = self.source.world_size
         require(0 <= rank < world, f"rank={rank}", f"must be below {world}, the ranks of the trainer")
-        engines = [engine for engine in range(len(self.engines)) if self._sends_any(rank, engine)]
+        servers = [server for server in range(len(self.servers)) if self._sends_any(rank, server)]
         stage, inside = divmod(rank, self.source.stage_size)
-        first = (stage * len(engines) // self.source.pipeline + inside) % max(len(engines), 1)
-        return (*engines[first:], *engines[:first])
+        first = (stage * len(servers) // self.source.pipeline + inside) % max(len(servers), 1)
+        return (*servers[first:], *servers[:first])
 
     def link_bytes(self) -> dict[tuple[int, int, int], int]:
-        """Bytes of each link (source, engine, target) that carries any."""
+        """Bytes of each link (source, server, server_rank) that carries any."""
         links: defaultdict[tuple[int, int, int], int] = defaultdict(int)
         for shard in self._streams.shards():
-            for engine in range(len(self.engines)):
-                for rank in self._streams.senders(shard, engine):
-                    for target, num_bytes in self._streams.bytes_to(shard, rank, engine):
-                        links[rank, engine, target] += num_bytes
+            for server in range(len(self.servers)):
+                for rank in self._streams.senders(shard, server):
+                    for server_rank, num_bytes in self._streams.bytes_to(shard, rank, server):
+                        links[rank, server, server_rank] += num_bytes
         return {link: num_bytes for link, num_bytes in links.items() if num_bytes}
 
     def bytes_of(self, transfer: Transfer) -> int:
@@ -143,11 +147,11 @@ class RefitPlan:
             size = 1
         return transfer.rows * transfer.cols * size
 
-    def target_shapes(self, engine: int, target: int) -> dict[str, tuple[int, ...]]:
-        """Every parameter that SGLang must hold on a rank of an engine, scales included, as its loader fills them."""
+    def served_shapes(self, server: int, server_rank: int) -> dict[str, tuple[int, ...]]:
+        """Every parameter that SGLang must hold on a rank of a server, scales included, as its loader fills them."""
         shapes: dict[str, tuple[int, ...]] = {}
         quantization = self.encoding.quantization
-        for tensor in self._streams.served[self.engines[engine]][target]:
+        for tensor in self._streams.served[self.servers[server]][server_rank]:
             is_quantized = any(self.encoding.is_quantized(rectangle.hf_name) for rectangle in tensor.rectangles)
             for layer in range(self.arch.num_layers) if LAYER in tensor.name else (None,):
                 name = _at(tensor.name, layer)
@@ -157,24 +161,24 @@ class RefitPlan:
                     shapes[scale_name(name, quantization)] = (*tensor.shape[:-2], *scales)
         return shapes
 
-    def _sends_any(self, rank: int, engine: int) -> bool:
+    def _sends_any(self, rank: int, server: int) -> bool:
         shards = self._streams.shards_of(rank)
-        return any(True for shard in shards for _ in self._streams.cuts(shard, rank, engine))
+        return any(True for shard in shards for _ in self._streams.cuts(shard, rank, server))
 
-    def _transfers(self, cut: Cut, rank: int, engine: int) -> Iterator[Transfer]:
+    def _transfers(self, cut: Cut, rank: int, server: int) -> Iterator[Transfer]:
         """The values of a cut, then its scales."""
         atom, layer = cut.atom, cut.layer
         row, col = atom.hf_row + cut.first, atom.hf_col
         values = Transfer(
             source=rank,
-            engine=engine,
-            target=atom.target,
+            server=server,
+            server_rank=atom.server_rank,
             source_name=_at(atom.source.name, layer),
             source_row=atom.source.row + row - atom.source.hf_row,
             source_col=atom.source.col + col - atom.source.hf_col,
-            target_name=_at(atom.served.name, layer),
-            target_row=atom.served.row + row - atom.served.hf_row,
-            target_col=atom.served.col + col - atom.served.hf_col,
+            served_name=_at(atom.served.name, layer),
+            served_row=atom.served.row + row - atom.served.hf_row,
+            served_col=atom.served.col + col - atom.served.hf_col,
             rows=cut.end - cut.first,
             cols=atom.cols,
             hf_name=_at(atom.source.hf_name, layer),
@@ -193,14 +197,14 @@ def _scales(values: Transfer, quantization: Quantization) -> Transfer:
     return replace(
         values,
         part="scale",
-        target_name=scale_name(values.target_name, quantization),
+        served_name=scale_name(values.served_name, quantization),
         hf_name=scale_name(values.hf_name, quantization),
         source_row=values.source_row // height,
-        target_row=values.target_row // height,
+        served_row=values.served_row // height,
         hf_row=values.hf_row // height,
         rows=-(-values.rows // height),
         source_col=values.source_col // BLOCK if in_blocks else 0,
-        target_col=values.target_col // BLOCK if in_blocks else 0,
+        served_col=values.served_col // BLOCK if in_blocks else 0,
         hf_col=values.hf_col // BLOCK if in_blocks else 0,
         cols=-(-values.cols // BLOCK) if in_blocks else 1,
     )

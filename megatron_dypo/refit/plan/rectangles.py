@@ -32,19 +32,19 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def overlaps(
-    sources: Iterable[Rectangle], targets: Iterable[Rectangle]
+    sources: Iterable[Rectangle], served: Iterable[Rectangle]
 ) -> Iterator[tuple[Rectangle, Rectangle, tuple[int, int, int, int]]]:
-    """Every pair of rectangles that share entries, in the order of the sources, then of the targets.
+    """Every pair of rectangles that share entries, in the order of the sources, then of the served.
 
     The last item is the shared part in the HF tensor: first row, first column, rows, columns.
     """
     by_name: defaultdict[str, list[Rectangle]] = defaultdict(list)
-    for target in targets:
-        by_name[target.hf_name].append(target)
+    for place in served:
+        by_name[place.hf_name].append(place)
     for source in sources:
-        for target in by_name[source.hf_name]:
-            row, col = max(source.hf_row, target.hf_row), max(source.hf_col, target.hf_col)
-            rows = min(source.hf_row + source.rows, target.hf_row + target.rows) - row
-            cols = min(source.hf_col + source.cols, target.hf_col + target.cols) - col
+        for place in by_name[source.hf_name]:
+            row, col = max(source.hf_row, place.hf_row), max(source.hf_col, place.hf_col)
+            rows = min(source.hf_row + source.rows, place.hf_row + place.rows) - row
+            cols = min(source.hf_col + source.cols, place.hf_col + place.cols) - col
             if rows > 0 and cols > 0:
-                yield source, target, (row, col, rows, cols)
+                yield source, place, (row, col, rows, cols)

@@ -21,7 +21,7 @@ _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineLayout:
+class ServerMesh:
     """Axes of one SGLang server."""
 
     tensor: int
@@ -44,46 +44,46 @@ class ServedTensor:
     """What it holds of HF tensors; the rest is padding, zeros."""
 
 
-def served_tensors(arch: Architecture, engine: EngineLayout, target: int) -> list[ServedTensor]:
-    """What rank ``target`` of an engine holds; the tensors of a layer once, with ``{layer}`` in their names.
+def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> list[ServedTensor]:
+    """What rank ``server_rank`` of a server holds; the tensors of a layer once, with ``{layer}`` in their names.
 
     Raises:
-        ValueError: an engine whose layout does not suit the architecture.
+        ValueError: a server whose layout does not suit the architecture.
     """
-    check_engine(arch, engine)
+    check_server_mesh(arch, server)
     names = (_EMBEDDING,) if _shares_embedding(arch) else (_EMBEDDING, _OUTPUT)
     return [
-        *(_vocabulary(arch, engine.tensor, target, name) for name in names),
-        *_attention(arch, engine.tensor, target),
-        *(_experts(arch, engine, target) if arch.experts else _mlp(arch, engine.tensor, target)),
+        *(_vocabulary(arch, server.tensor, server_rank, name) for name in names),
+        *_attention(arch, server.tensor, server_rank),
+        *(_experts(arch, server, server_rank) if arch.experts else _mlp(arch, server.tensor, server_rank)),
         _whole("model.norm.weight", (arch.hidden_size,)),
     ]
 
 
-def check_engine(arch: Architecture, engine: EngineLayout) -> None:
+def check_server_mesh(arch: Architecture, server: ServerMesh) -> None:
     """Raise ValueError unless SGLang can hold the architecture without padded heads or features."""
-    tensor, expert, kv_heads = engine.tensor, engine.expert, arch.num_key_value_heads
+    tensor, expert, kv_heads = server.tensor, server.expert, arch.num_key_value_heads
     _require_divides(tensor, "num_attention_heads", arch.num_attention_heads)
     require(
         kv_heads % tensor == 0 or tensor % kv_heads == 0,
-        f"engine tensor={tensor}",
+        f"server tensor={tensor}",
         f"must divide num_key_value_heads={kv_heads} or be a multiple of it",
     )
     if arch.experts is None:
-        require(expert == 1, f"engine expert={expert}", f"a {arch.family} model has no experts")
+        require(expert == 1, f"server expert={expert}", f"a {arch.family} model has no experts")
         _require_divides(tensor, "intermediate_size", arch.ffn_hidden_size)
         return
-    require(tensor % expert == 0, f"engine expert={expert}", f"does not divide engine tensor={tensor}")
+    require(tensor % expert == 0, f"server expert={expert}", f"does not divide server tensor={tensor}")
     require(
         arch.experts.num_experts % expert == 0,
-        f"engine expert={expert}",
+        f"server expert={expert}",
         f"does not divide num_experts={arch.experts.num_experts}",
     )
     _require_divides(tensor // expert, "moe_intermediate_size", arch.experts.ffn_hidden_size)
 
 
 def _require_divides(size: int, name: str, value: int) -> None:
-    require(value % size == 0, f"engine tensor={size}", f"does not divide {name}={value}")
+    require(value % size == 0, f"server tensor={size}", f"does not divide {name}={value}")
 
 
 def _shares_embedding(arch: Architecture) -> bool:
@@ -91,27 +91,27 @@ def _shares_embedding(arch: Architecture) -> bool:
     return arch.tied_embeddings and arch.experts is None
 
 
-def _vocabulary(arch: Architecture, tensor: int, target: int, name: str) -> ServedTensor:
+def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) -> ServedTensor:
     """A range of the vocabulary, which is padded to a multiple of 64, or of 64 × tensor if that is needed to split it."""
     multiple = _VOCAB_MULTIPLE
     if _round_up(arch.vocab_size, multiple) % tensor:
         multiple *= tensor
     local = _round_up(arch.vocab_size, multiple) // tensor
-    start = min(target * local, arch.vocab_size)
+    start = min(server_rank * local, arch.vocab_size)
     length = min(local, arch.vocab_size - start)
     hf_name = _EMBEDDING if arch.tied_embeddings else name
     return _rows(name, (local, arch.hidden_size), [(hf_name, start, length)] if length else [])
 
 
-def _attention(arch: Architecture, tensor: int, target: int) -> Iterator[ServedTensor]:
+def _attention(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTensor]:
     heads, kv_heads = arch.num_attention_heads // tensor, max(arch.num_key_value_heads // tensor, 1)
     replicas = max(tensor // arch.num_key_value_heads, 1)
     query, key = heads * arch.head_dim, kv_heads * arch.head_dim
     prefix = f"{_LAYER}self_attn."
 
     def fused(kind: str, tail: tuple[int, ...]) -> ServedTensor:
-        first_kv = target // replicas * key
-        runs = [("q_proj", target * query, query), ("k_proj", first_kv, key), ("v_proj", first_kv, key)]
+        first_kv = server_rank // replicas * key
+        runs = [("q_proj", server_rank * query, query), ("k_proj", first_kv, key), ("v_proj", first_kv, key)]
         return _rows(
             f"{prefix}qkv_proj.{kind}",
             (query + 2 * key, *tail),
@@ -124,24 +124,24 @@ def _attention(arch: Architecture, tensor: int, target: int) -> Iterator[ServedT
         yield fused("bias", ())
     if arch.qk_norm:
         yield from (_whole(f"{prefix}{name}_norm.weight", (arch.head_dim,)) for name in "qk")
-    yield _columns(f"{prefix}o_proj.weight", (arch.hidden_size, query), target * query)
+    yield _columns(f"{prefix}o_proj.weight", (arch.hidden_size, query), server_rank * query)
     yield _whole(f"{_LAYER}post_attention_layernorm.weight", (arch.hidden_size,))
 
 
-def _mlp(arch: Architecture, tensor: int, target: int) -> Iterator[ServedTensor]:
+def _mlp(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTensor]:
     local = arch.ffn_hidden_size // tensor
-    runs = [(f"{_LAYER}mlp.{name}_proj.weight", target * local, local) for name in ("gate", "up")]
+    runs = [(f"{_LAYER}mlp.{name}_proj.weight", server_rank * local, local) for name in ("gate", "up")]
     yield _rows(f"{_LAYER}mlp.gate_up_proj.weight", (2 * local, arch.hidden_size), runs)
-    yield _columns(f"{_LAYER}mlp.down_proj.weight", (arch.hidden_size, local), target * local)
+    yield _columns(f"{_LAYER}mlp.down_proj.weight", (arch.hidden_size, local), server_rank * local)
 
 
-def _experts(arch: Architecture, engine: EngineLayout, target: int) -> Iterator[ServedTensor]:
+def _experts(arch: Architecture, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
     """Stacks of this rank's experts; ranks with the same ones are neighbours and split their features."""
     assert arch.experts is not None
-    split = engine.tensor // engine.expert
-    local, start = arch.experts.ffn_hidden_size // split, target % split * (arch.experts.ffn_hidden_size // split)
-    count = arch.experts.num_experts // engine.expert
-    owned = range(target // split * count, (target // split + 1) * count)
+    split = server.tensor // server.expert
+    local, start = arch.experts.ffn_hidden_size // split, server_rank % split * (arch.experts.ffn_hidden_size // split)
+    count = arch.experts.num_experts // server.expert
+    owned = range(server_rank // split * count, (server_rank // split + 1) * count)
     prefix = f"{_LAYER}mlp.experts."
     inputs = [(f"{prefix}{expert}.{name}_proj.weight", start, local) for expert in owned for name in ("gate", "up")]
     outputs = tuple(

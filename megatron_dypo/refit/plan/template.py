@@ -1,4 +1,4 @@
-"""What one shard of the trainer gives to one engine, of one layer of each kind: :mod:`.plan` repeats it for each layer.
+"""What one shard of the trainer gives to one server, of one layer of each kind: :mod:`.plan` repeats it for each layer.
 
 A template is a stream of bytes. It can be cut between any two bands of rows; a band is one row, or with ``fp8_block``
 the 128 rows of a block, so that values and their scales stay together.
@@ -34,15 +34,15 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Atom:
-    """One rectangle on its way to one rank of the engine; ``{layer}`` stands for the layer in its names."""
+    """One rectangle on its way to one rank of the server; ``{layer}`` stands for the layer in its names."""
 
     start: int
     """Byte of the template that it begins at."""
-    target: int
+    server_rank: int
     source: Rectangle
     """What the shard holds around it."""
     served: Rectangle
-    """What the rank of the engine holds around it."""
+    """What the rank of the server holds around it."""
     hf_row: int
     hf_col: int
     rows: int
@@ -70,28 +70,28 @@ class Atom:
 class Template:
     """Atoms one after the other, as a stream of bytes: all that goes to one rank, then to the next."""
 
-    by_target: Mapping[int, Sequence[Atom]]
+    by_server_rank: Mapping[int, Sequence[Atom]]
     """In the order of sending."""
     bytes_to: Mapping[int, int]
     num_bytes: int
 
 
 def make_template(
-    sources: Sequence[Rectangle], targets: Iterable[tuple[int, Sequence[Rectangle]]], encoding: Encoding
+    sources: Sequence[Rectangle], server_ranks: Iterable[tuple[int, Sequence[Rectangle]]], encoding: Encoding
 ) -> Template:
-    """From a shard's rectangles to those of an engine's ranks, given in the order in which they are to be served."""
-    by_target: dict[int, list[Atom]] = {}
+    """From a shard's rectangles to those of a server's ranks, given in the order in which they are to be served."""
+    by_server_rank: dict[int, list[Atom]] = {}
     bytes_to: defaultdict[int, int] = defaultdict(int)
     position = 0
-    for target, served in targets:
+    for server_rank, served in server_ranks:
         atoms = []
-        for atom in _atoms(sources, target, served, encoding, position):
+        for atom in _atoms(sources, server_rank, served, encoding, position):
             atoms.append(atom)
             position += atom.num_bytes
-            bytes_to[target] += atom.num_bytes
+            bytes_to[server_rank] += atom.num_bytes
         if atoms:
-            by_target[target] = atoms
-    return Template(by_target=by_target, bytes_to=dict(bytes_to), num_bytes=position)
+            by_server_rank[server_rank] = atoms
+    return Template(by_server_rank=by_server_rank, bytes_to=dict(bytes_to), num_bytes=position)
 
 
 def check_blocks(rectangles: Iterable[Rectangle], encoding: Encoding, holder: str) -> None:
@@ -115,7 +115,7 @@ def check_blocks(rectangles: Iterable[Rectangle], encoding: Encoding, holder: st
 
 
 def _atoms(
-    sources: Sequence[Rectangle], target: int, served: Sequence[Rectangle], encoding: Encoding, position: int
+    sources: Sequence[Rectangle], server_rank: int, served: Sequence[Rectangle], encoding: Encoding, position: int
 ) -> Iterator[Atom]:
     for source, place, (row, col, rows, cols) in overlaps(sources, served):
         value_bytes, band, scales = encoding.element_size, 1, 0
@@ -124,11 +124,11 @@ def _atoms(
             if encoding.quantization == "fp8_block":
                 band, scales = BLOCK, -(-cols // BLOCK)
             elif col == place.hf_col:
-                # A row's one scale goes with the first of the columns that the target takes of that row.
+                # A row's one scale goes with the first of the columns that the server rank takes of that row.
                 scales = 1
         atom = Atom(
             start=position,
-            target=target,
+            server_rank=server_rank,
             source=source,
             served=place,
             hf_row=row,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.base import Lockstep, Transport
-from megatron_dypo.refit.transports.targets import engine_layout
+from megatron_dypo.refit.transports.server_ranks import server_mesh
 from megatron_dypo.refit.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
@@ -97,14 +97,14 @@ def host_id() -> str:
 def is_here(url: str) -> bool:
     """Whether a server's address is one of this host's: the way there then starts where it ends."""
     parts = urlsplit(url)
-    target = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0][4][0]
-    return address_towards([url]) == target
+    address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0][4][0]
+    return address_towards([url]) == address
 
 
 def _planned_problem(infos: Sequence[ServerInfo]) -> str | None:
     for info in infos:
         try:
-            engine_layout(info)
+            server_mesh(info)
         except ServerError as error:
             return str(error)
     return None

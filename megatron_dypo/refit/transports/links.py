@@ -1,4 +1,4 @@
-"""The way of bytes from one trainer rank (source) to one rank of a server (target), whatever carries them.
+"""The way of bytes from one trainer rank (source) to one rank of a server (server rank), whatever carries them.
 
 A link has one order: messages are taken in the order in which they were posted, and both ends know their sizes. A few
 are under way at a time (``DEPTH``), so that packing, sending and unpacking overlap.
@@ -44,7 +44,7 @@ class Outgoing(ABC):
 
 
 class Incoming(ABC):
-    """The target's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take`` and ``release``."""
+    """The server rank's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take`` and ``release``."""
 
     @abstractmethod
     def expect(self, num_bytes: int, into: Tensor | None) -> None:
@@ -64,26 +64,26 @@ class Incoming(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineLinks:
-    """The links to one engine, as both ends describe them."""
+class ServerLinks:
+    """The links to one server, as both ends describe them."""
 
     store: dist.Store
     """Where the ends find each other."""
-    engine: int
+    server: int
     sources: tuple[int, ...]
-    """The trainer ranks that send to the engine, ascending."""
-    num_targets: int
+    """The trainer ranks that send to the server, ascending."""
+    num_server_ranks: int
     slot_bytes: int
     """Size of one staging buffer: the limit of a message."""
 
 
 class Sender(ABC):
-    """A source's ends of its links to one engine; kept between refits."""
+    """A source's ends of its links to one server; kept between refits."""
 
     @classmethod
     @abstractmethod
-    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> Self:
-        """Meet the ranks of the engine. With several engines: in ascending order, lest two half-made connections wait
+    def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> Self:
+        """Meet the ranks of the server. With several servers: in ascending order, lest two half-made connections wait
         for each other.
 
         Raises:
@@ -91,20 +91,20 @@ class Sender(ABC):
         """
 
     @abstractmethod
-    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        """The link to one rank of the engine."""
+    def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
+        """The link to one rank of the server."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close all connections at once; targets that wait get an error."""
+        """Close all connections at once; server ranks that wait get an error."""
 
 
 class Receiver(ABC):
-    """A target's ends of all its links; kept between refits."""
+    """A server rank's ends of all its links; kept between refits."""
 
     @classmethod
     @abstractmethod
-    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> Self:
+    def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> Self:
         """Meet the sources.
 
         Raises:

@@ -1,7 +1,7 @@
 """Links between processes on one host: shared buffers, and a Unix socket that says which of them are full or free.
 
 The socket carries one byte for each full buffer and one back for each free one; its end is the loss of the other side.
-A source listens in a folder that only this user can enter, until all its targets have come. The folder may have a long
+A source listens in a folder that only this user can enter, until all its server ranks have come. The folder may have a long
 name (TMPDIR): sockets are bound and called by way of an open descriptor of it, since a Unix socket's address has 107
 bytes at most.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
+from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 from megatron_dypo.refit.transports.rings import Ring, make_ring, open_ring
 
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -64,13 +64,13 @@ class Channel:
 
 
 class LocalSender(Sender):
-    """A ring for each rank of the engine."""
+    """A ring for each rank of the server."""
 
     def __init__(self, channels: Mapping[int, Channel]) -> None:
         self._channels = dict(channels)
 
     @classmethod
-    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> LocalSender:
+    def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> LocalSender:
         folder = tempfile.mkdtemp(prefix="megatron-dypo-")
         channels: dict[int, Channel] = {}
         try:
@@ -78,21 +78,21 @@ class LocalSender(Sender):
                 path = Path(folder) / "refit"
                 with _address(path) as address:
                     listener.bind(address)
-                listener.listen(links.num_targets)
+                listener.listen(links.num_server_ranks)
                 links.store.set(_path_key(links, rank), str(path))
-                while len(channels) < links.num_targets:
-                    target, channel = _accept(listener, links.slot_bytes, deadline)
-                    channels[target] = channel
+                while len(channels) < links.num_server_ranks:
+                    server_rank, channel = _accept(listener, links.slot_bytes, deadline)
+                    channels[server_rank] = channel
         except OSError as error:
             _close(channels.values())
-            missing = sorted(set(range(links.num_targets)) - channels.keys())
+            missing = sorted(set(range(links.num_server_ranks)) - channels.keys())
             raise LinkError(f"shared memory: ranks {missing} did not come: {_named(error)}") from error
         finally:
             shutil.rmtree(folder)
         return cls(channels)
 
-    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        return _LocalOutgoing(self._channels[target], deadline)
+    def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
+        return _LocalOutgoing(self._channels[server_rank], deadline)
 
     def close(self) -> None:
         _close(self._channels.values())
@@ -105,12 +105,12 @@ class LocalReceiver(Receiver):
         self._channels = dict(channels)
 
     @classmethod
-    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> LocalReceiver:
+    def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> LocalReceiver:
         channels: dict[int, Channel] = {}
         for source in links.sources:
             path = links.store.get(_path_key(links, source)).decode()
             try:
-                channels[source] = _call(path, target, links.slot_bytes, deadline)
+                channels[source] = _call(path, server_rank, links.slot_bytes, deadline)
             except OSError as error:
                 _close(channels.values())
                 raise LinkError(f"shared memory of trainer rank {source}: {path}: {_named(error)}") from error
@@ -173,27 +173,27 @@ class _LocalIncoming(Incoming):
         self._channel.tell(_FREE, self._deadline)
 
 
-def _path_key(links: EngineLinks, source: int) -> str:
-    return f"socket/{links.engine}/{source}"
+def _path_key(links: ServerLinks, source: int) -> str:
+    return f"socket/{links.server}/{source}"
 
 
 def _accept(listener: socket.socket, slot_bytes: int, deadline: Deadline) -> tuple[int, Channel]:
-    """The next target that comes, given a new ring."""
+    """The next server rank that comes, given a new ring."""
     listener.settimeout(deadline.remaining())
     connection, _ = listener.accept()
     connection.settimeout(deadline.remaining())
-    target = int(connection.recv(64))
+    server_rank = int(connection.recv(64))
     ring = make_ring(DEPTH, slot_bytes)
     socket.send_fds(connection, [ring.offer.encode()], [] if ring.fd is None else [ring.fd])
-    return target, Channel(connection, ring)
+    return server_rank, Channel(connection, ring)
 
 
-def _call(path: str, target: int, slot_bytes: int, deadline: Deadline) -> Channel:
+def _call(path: str, server_rank: int, slot_bytes: int, deadline: Deadline) -> Channel:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(deadline.remaining())
     with _address(Path(path)) as address:
         connection.connect(address)
-    connection.sendall(str(target).encode())
+    connection.sendall(str(server_rank).encode())
     offer, fds, _, _ = socket.recv_fds(connection, 4096, 1)
     if not offer:
         raise ConnectionError("closed by peer")

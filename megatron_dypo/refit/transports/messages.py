@@ -75,8 +75,8 @@ def _parts(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], lim
     """Transfers, cut by rows where they are longer than ``limit``; offsets are still to come."""
     index = 0
     for transfer in transfers:
-        row_bytes = transfer.cols * dtypes[transfer.target_name].itemsize
-        require(row_bytes <= limit, f"message limit={limit}", f"a row of {transfer.target_name} has {row_bytes} bytes")
+        row_bytes = transfer.cols * dtypes[transfer.served_name].itemsize
+        require(row_bytes <= limit, f"message limit={limit}", f"a row of {transfer.served_name} has {row_bytes} bytes")
         rows_at_once = limit // row_bytes
         for first in range(0, transfer.rows, rows_at_once):
             rows = min(rows_at_once, transfer.rows - first)

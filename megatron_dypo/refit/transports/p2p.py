@@ -1,8 +1,8 @@
-"""Links over torch.distributed: one process group for each engine, of the sources that send to it and its own ranks.
+"""Links over torch.distributed: one process group for each server, of the sources that send to it and its own ranks.
 
-The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every engine has
+The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every server has
 its own, so that the loss of one is no error on the links to another. Ranks in a group: the sources in ascending order,
-then the engine's ranks.
+then the server's ranks.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
+from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 
 
 class GroupSender(Sender):
     """See the module's docstring."""
 
-    def __init__(self, group: Any, links: EngineLinks) -> None:
+    def __init__(self, group: Any, links: ServerLinks) -> None:
         self._group = group
         self._links = links
         self._ends: dict[int, _GroupOutgoing] = {}
 
     @classmethod
-    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> GroupSender:
+    def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> GroupSender:
         return cls(_join(links, links.sources.index(rank), deadline), links)
 
-    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        peer = len(self._links.sources) + target
-        self._ends[target] = _GroupOutgoing(self._group, peer, self._links.slot_bytes, deadline)
-        return self._ends[target]
+    def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
+        peer = len(self._links.sources) + server_rank
+        self._ends[server_rank] = _GroupOutgoing(self._group, peer, self._links.slot_bytes, deadline)
+        return self._ends[server_rank]
 
     def close(self) -> None:
         self._group = None  # the sockets close with the last reference
@@ -48,14 +48,14 @@ class GroupSender(Sender):
 class GroupReceiver(Receiver):
     """See the module's docstring."""
 
-    def __init__(self, group: Any, links: EngineLinks) -> None:
+    def __init__(self, group: Any, links: ServerLinks) -> None:
         self._group = group
         self._links = links
         self._ends: dict[int, _GroupIncoming] = {}
 
     @classmethod
-    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> GroupReceiver:
-        return cls(_join(links, len(links.sources) + target, deadline), links)
+    def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> GroupReceiver:
+        return cls(_join(links, len(links.sources) + server_rank, deadline), links)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
         peer = self._links.sources.index(source)
@@ -68,10 +68,10 @@ class GroupReceiver(Receiver):
             end.abandon()
 
 
-def _join(links: EngineLinks, rank: int, deadline: Deadline) -> Any:
-    store = dist.PrefixStore(f"engine-{links.engine}", links.store)
+def _join(links: ServerLinks, rank: int, deadline: Deadline) -> Any:
+    store = dist.PrefixStore(f"server-{links.server}", links.store)
     with _named_errors():
-        return device.separate_group(store, rank, len(links.sources) + links.num_targets, _timeout(deadline))
+        return device.separate_group(store, rank, len(links.sources) + links.num_server_ranks, _timeout(deadline))
 
 
 class _GroupOutgoing(Outgoing):

@@ -29,8 +29,8 @@ from megatron_dypo.refit.slices import ShardSlices, SliceSource
 from megatron_dypo.refit.transports.base import Lockstep, Source, Transport
 from megatron_dypo.refit.transports.in_threads import let_go
 from megatron_dypo.refit.transports.links import DEPTH
+from megatron_dypo.refit.transports.server_ranks import ServerRanks, server_mesh
 from megatron_dypo.refit.transports.sources import SourceRank
-from megatron_dypo.refit.transports.targets import Targets, engine_layout
 from megatron_dypo.refit.transports.update_group import address_towards
 
 _SMALLEST_SLOT, _LARGEST_SLOT = 2**20, 16 * 2**20
@@ -43,7 +43,7 @@ class Meeting:
 
     urls: tuple[str, ...]
     message: ControlMessage
-    """To the first rank of the first engine; the others are told the same but for their place."""
+    """To the first rank of the first server; the others are told the same but for their place."""
 
 
 class PlannedTransport(Transport):
@@ -70,7 +70,7 @@ class PlannedTransport(Transport):
         self._quantization = quantization
         self._meeting: Meeting | None = None
         self._store: dist.Store | None = None
-        self._targets: Targets | None = None
+        self._server_ranks: ServerRanks | None = None
         self._rank: SourceRank | None = None
         self._num_refits = 0
 
@@ -86,10 +86,10 @@ class PlannedTransport(Transport):
     def reset(self) -> None:
         if self._rank is not None:
             self._rank.close()
-        if self._targets is not None:
-            self._targets.close()
+        if self._server_ranks is not None:
+            self._server_ranks.close()
         # With the last reference to the store go the receivers that still wait on it.
-        self._meeting = self._store = self._targets = self._rank = None
+        self._meeting = self._store = self._server_ranks = self._rank = None
         self._num_refits = 0
 
     def close(self) -> None:
@@ -109,11 +109,11 @@ class PlannedTransport(Transport):
     def _meet(self, deadline: Deadline) -> Meeting:
         """Ask the servers for their layouts, and open a store for them."""
         assert self._control is not None
-        engines = tuple(engine_layout(info) for info in self._control.describe(deadline))
+        servers = tuple(server_mesh(info) for info in self._control.describe(deadline))
         inputs = PlanInputs(
             arch=self._source.arch,
             source=source_layout(self._source.layout),
-            engines=engines,
+            servers=servers,
             quantization=self._quantization,
             element_size=next(iter(self._source.named_params()))[1].element_size(),
         )
@@ -121,11 +121,11 @@ class PlannedTransport(Transport):
         host = address_towards(self._control.urls)
         timeout = datetime.timedelta(seconds=deadline.seconds)
         store = dist.TCPStore(host, 0, None, True, timeout=timeout, wait_for_workers=False)
-        self._store, self._targets = store, Targets(self._control, store, plan)
+        self._store, self._server_ranks = store, ServerRanks(self._control, store, plan)
         message = ControlMessage(
             plan=inputs,
-            engine=0,
-            target=0,
+            server=0,
+            server_rank=0,
             transport=self._kind,
             store_host=host,
             store_port=store.port,
@@ -140,9 +140,9 @@ class PlannedTransport(Transport):
         return Meeting(urls=self._control.urls, message=message)
 
     def _announce(self, version: int, deadline: Deadline, is_new: bool) -> None:
-        """Tell the engines; of a new connection also hear, and check, what they hold."""
+        """Tell the servers; of a new connection also hear, and check, what they hold."""
         assert self._meeting is not None
-        assert self._targets is not None
+        assert self._server_ranks is not None
         message = dataclasses.replace(
             self._meeting.message,
             is_new=is_new,
@@ -150,9 +150,9 @@ class PlannedTransport(Transport):
             version=version,
             timeout_s=deadline.remaining(),
         )
-        self._targets.start(message, deadline)
+        self._server_ranks.start(message, deadline)
         if is_new:
-            self._targets.check_inventories(self._num_refits, deadline)
+            self._server_ranks.check_inventories(self._num_refits, deadline)
 
     def _prepare(self, deadline: Deadline) -> None:
         """Compute this rank's part of the plan."""
@@ -165,16 +165,16 @@ class PlannedTransport(Transport):
         self._rank = SourceRank(plan, rank, self._store, self._meeting.urls, message.slot_bytes)
 
     def _transfer(self, version: int, deadline: Deadline, is_new: bool) -> int:
-        """Send this rank's part; the leader then hears from all engines."""
+        """Send this rank's part; the leader then hears from all servers."""
         assert self._rank is not None
         assert self._store is not None
         if is_new:
-            if self._targets is not None:
+            if self._server_ranks is not None:
                 self._store.set(GO, "")
             self._rank.connect(self._kind, deadline)
         num_bytes = self._rank.send(self._slices(), version, self._verify, deadline)
-        if self._targets is not None:
-            self._targets.collect(self._num_refits)
+        if self._server_ranks is not None:
+            self._server_ranks.collect(self._num_refits)
         return num_bytes
 
     def _slices(self) -> SliceSource:
@@ -203,8 +203,8 @@ def source_layout(layout: Layout) -> SourceLayout:
 def slot_bytes(plan: RefitPlan, bucket_bytes: int) -> int:
     """Size of one staging buffer, such that those of all links of any rank make one bucket."""
     links: Counter[tuple[str, ...] | tuple[str, int, int]] = Counter()
-    for source, engine, target in plan.link_bytes():
+    for source, server, server_rank in plan.link_bytes():
         links["source", source, 0] += 1
-        links["target", engine, target] += 1
+        links["server_rank", server, server_rank] += 1
     share = bucket_bytes // (DEPTH * max(links.values()))
     return min(max(share, _SMALLEST_SLOT), _LARGEST_SLOT) // 4096 * 4096

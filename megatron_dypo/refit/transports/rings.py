@@ -1,6 +1,6 @@
-"""A few buffers that a source writes and a target on the same host reads: host memory, or a GPU's by CUDA IPC.
+"""A few buffers that a source writes and a server rank on the same host reads: host memory, or a GPU's by CUDA IPC.
 
-Neither has a name in the file system: host memory goes to the target as a file descriptor, a GPU's as an IPC handle.
+Neither has a name in the file system: host memory goes to the server rank as a file descriptor, a GPU's as an IPC handle.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class LinkStart:
         verify: Verify,
         slot_bytes: int,
     ) -> None:
-        """``dtypes``: of the target's parameters; slices become that on their way."""
+        """``dtypes``: of the server rank's parameters; slices become that on their way."""
         self.num_bytes = 0
         self._slices = slices
         self._link = link
@@ -43,7 +43,7 @@ class LinkStart:
         """Send everything; returns when it has left.
 
         Raises:
-            LinkError: the target was lost.
+            LinkError: the server rank was lost.
         """
         sums = []
         for message in self._messages:
@@ -61,11 +61,11 @@ class LinkStart:
         """The bytes of a message: the parameter's own where they lie together, else a copy."""
         if len(message.parts) == 1:
             rows = self._rows(message.parts[0])
-            if rows.is_contiguous() and rows.dtype == self._dtypes[message.parts[0].transfer.target_name]:
+            if rows.is_contiguous() and rows.dtype == self._dtypes[message.parts[0].transfer.served_name]:
                 return as_bytes(rows)
         buffer = self._link.stage(message.num_bytes)
         for part in message.parts:
-            part_of(buffer, part, self._dtypes[part.transfer.target_name]).copy_(self._rows(part))
+            part_of(buffer, part, self._dtypes[part.transfer.served_name]).copy_(self._rows(part))
         return buffer
 
     def _rows(self, part: Part) -> Tensor:

@@ -1,4 +1,4 @@
-"""A trainer rank's side of planned refits: its links to the ranks of all engines that it sends to."""
+"""A trainer rank's side of planned refits: its links to the ranks of all servers that it sends to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_dypo.refit.plan.plan import RefitPlan, Transfer
 from megatron_dypo.refit.receiver import inventory_key
 from megatron_dypo.refit.slices import SliceSource
 from megatron_dypo.refit.transports.in_threads import run_all
-from megatron_dypo.refit.transports.links import EngineLinks, LinkError, Sender
+from megatron_dypo.refit.transports.links import LinkError, Sender, ServerLinks
 from megatron_dypo.refit.transports.local import LocalSender
 from megatron_dypo.refit.transports.messages import Message, cut
 from megatron_dypo.refit.transports.p2p import GroupSender
@@ -27,7 +27,7 @@ CONNECTORS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
 Link = tuple[int, int]
-"""An engine, and a tensor-parallel rank of it."""
+"""A server, and a tensor-parallel rank of it."""
 
 
 class SourceRank:
@@ -37,7 +37,7 @@ class SourceRank:
         """Reads the inventories from the store.
 
         Raises:
-            ServerError: an engine on another kind of device, or whose parameters have other types than the plan's.
+            ServerError: a server on another kind of device, or whose parameters have other types than the plan's.
         """
         self._plan = plan
         self._rank = rank
@@ -49,49 +49,49 @@ class SourceRank:
         self._senders: dict[int, Sender] = {}
         transfers: dict[Link, list[Transfer]] = {}
         for transfer in plan.sends(rank):
-            transfers.setdefault((transfer.engine, transfer.target), []).append(transfer)
+            transfers.setdefault((transfer.server, transfer.server_rank), []).append(transfer)
         for link, of_link in transfers.items():
             dtypes = self._dtypes[link] = self._read_dtypes(link)
             for transfer in of_link:
-                self._require_dtype(transfer, dtypes[transfer.target_name])
+                self._require_dtype(transfer, dtypes[transfer.served_name])
             self._messages[link] = list(cut(of_link, dtypes, slot_bytes))
 
     def connect(self, transport: str, deadline: Deadline) -> None:
-        """Meet the ranks of all engines that this rank sends to.
+        """Meet the ranks of all servers that this rank sends to.
 
         Raises:
-            ServerError: an engine did not come.
+            ServerError: a server did not come.
         """
-        for engine in sorted({engine for engine, _ in self._messages}):
-            links = EngineLinks(
+        for server in sorted({server for server, _ in self._messages}):
+            links = ServerLinks(
                 store=self._store,
-                engine=engine,
-                sources=self._plan.sources_of(engine),
-                num_targets=self._plan.engines[engine].tensor,
+                server=server,
+                sources=self._plan.sources_of(server),
+                num_server_ranks=self._plan.servers[server].tensor,
                 slot_bytes=self._slot_bytes,
             )
             try:
-                self._senders[engine] = CONNECTORS[transport].connect(links, self._rank, deadline)
+                self._senders[server] = CONNECTORS[transport].connect(links, self._rank, deadline)
             except LinkError as error:
-                raise ServerError(f"{self._urls[engine]}: no connection: {error}", self._urls[engine]) from error
+                raise ServerError(f"{self._urls[server]}: no connection: {error}", self._urls[server]) from error
 
     def send(self, slices: SliceSource, version: int, verify: Verify, deadline: Deadline) -> int:
         """Send everything; returns the bytes.
 
         Raises:
-            ServerError: names every engine that was lost.
+            ServerError: names every server that was lost.
         """
         starts = {
-            (engine, target): LinkStart(
+            (server, server_rank): LinkStart(
                 slices,
-                self._senders[engine].outgoing(target, deadline),
+                self._senders[server].outgoing(server_rank, deadline),
                 messages,
-                self._dtypes[engine, target],
+                self._dtypes[server, server_rank],
                 version=version,
                 verify=verify,
                 slot_bytes=self._slot_bytes,
             )
-            for (engine, target), messages in self._messages.items()
+            for (server, server_rank), messages in self._messages.items()
         }
         errors = run_all([start.send for start in starts.values()])
         device.synchronize()
@@ -108,17 +108,19 @@ class SourceRank:
         if ours:
             raise ours[0]
         if errors:
-            lost = {f"{self._urls[engine]}: rank {target}: {error}" for (engine, target), error in errors.items()}
-            raise ServerError("; ".join(sorted(lost)), *{self._urls[engine] for engine, _ in errors})
+            lost = {
+                f"{self._urls[server]}: rank {server_rank}: {error}" for (server, server_rank), error in errors.items()
+            }
+            raise ServerError("; ".join(sorted(lost)), *{self._urls[server] for server, _ in errors})
 
     def _require_dtype(self, transfer: Transfer, dtype: torch.dtype) -> None:
         """Quantised weights and their scales arrive as they are; others may be rounded on their way."""
         is_quantized = self._plan.encoding.is_quantized(transfer.hf_name)
         wanted = (torch.float8_e4m3fn,) if is_quantized else (torch.float32,) if transfer.part == "scale" else _FLOATS
         if dtype not in wanted:
-            url, encoding = self._urls[transfer.engine], self._plan.encoding.quantization
+            url, encoding = self._urls[transfer.server], self._plan.encoding.quantization
             raise ServerError(
-                f"{url}: {transfer.target_name} is {dtype}: refit.quantize={encoding} sends {wanted[0]}", url
+                f"{url}: {transfer.served_name} is {dtype}: refit.quantize={encoding} sends {wanted[0]}", url
             )
 
     def _read_dtypes(self, link: Link) -> dict[str, torch.dtype]:

@@ -104,9 +104,9 @@ def address_towards(urls: Sequence[str]) -> str:
     address = "127.0.0.1"
     for url in urls:
         parts = urlsplit(url)
-        family, kind, _, _, target = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, server = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(target)  # a datagram socket sends nothing; it only looks the route up
+            probe.connect(server)  # a datagram socket sends nothing; it only looks the route up
             address = probe.getsockname()[0]
         if not address.startswith("127.") and address != "::1":
             break

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.planning.parameters import served_bytes, whole_model
-from megatron_dypo.planning.serving import decode_step_s, make_engine, server_footprint
+from megatron_dypo.planning.serving import decode_step_s, make_server, server_footprint
 from megatron_dypo.planning.step import REFIT_S, refit_time
 from tests.support.hf_models import make_hf_model
 from tests.support.planning_cases import from_file
@@ -47,7 +47,7 @@ def test_what_quantisation_frees_of_a_server_is_kv_cache(name, kind):
 def test_decoding_few_requests_gains_what_it_no_longer_reads(name):
     """Between none and twice as fast: the KV cache, all-reduces and the overhead of a step stay."""
     settings = [from_file(name, f"refit.quantize={kind}") for kind in ("none", "fp8_block")]
-    plain, narrow = (decode_step_s(setting, make_engine(setting), 4) for setting in settings)
+    plain, narrow = (decode_step_s(setting, make_server(setting), 4) for setting in settings)
     assert narrow < plain < 2 * narrow
 
 

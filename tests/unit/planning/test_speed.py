@@ -7,7 +7,7 @@ import pytest
 from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.scaling import best_split, splits, weak_scaling
 from megatron_dypo.planning.schedule import pipeline_seconds
-from megatron_dypo.planning.serving import decode_step_s, make_engine
+from megatron_dypo.planning.serving import decode_step_s, make_server
 from megatron_dypo.planning.step import refit_time, step_time
 from megatron_dypo.planning.training import update_time
 from tests.support.planning_cases import architecture, from_file, pretraining
@@ -51,23 +51,23 @@ def test_the_stage_with_the_most_layers_sets_the_pace():
 
 def test_kv_cache_of_llama_3_70b_is_320_kib_a_token():
     setting = from_file("llama3_70b")
-    assert make_engine(setting).kv_bytes_per_token * 8 == 320 * 1024
+    assert make_server(setting).kv_bytes_per_token * 8 == 320 * 1024
     wider = from_file("llama3_70b", "rollout.servers.tensor_parallel=16")
-    assert make_engine(wider).kv_bytes_per_token * 8 == 320 * 1024, "8 heads are no fewer on 16 GPUs"
+    assert make_server(wider).kv_bytes_per_token * 8 == 320 * 1024, "8 heads are no fewer on 16 GPUs"
 
 
 def test_decoding_is_bound_by_weights_until_the_batch_is_large():
     setting = from_file("llama3_70b")
-    engine = make_engine(setting)
-    alone, few, many = (decode_step_s(setting, engine, batch) for batch in (1, 8, 512))
+    server = make_server(setting)
+    alone, few, many = (decode_step_s(setting, server, batch) for batch in (1, 8, 512))
     assert few < 1.1 * alone
     assert 1.5 * alone < many < 512 * alone
 
 
 def test_the_longest_response_bounds_a_round_from_below():
     setting = from_file("llama3_70b")
-    bound = setting.config.rollout.max_new_tokens * decode_step_s(setting, make_engine(setting), 1)
-    many = dataclasses.replace(setting, engines=10_000)
+    bound = setting.config.rollout.max_new_tokens * decode_step_s(setting, make_server(setting), 1)
+    many = dataclasses.replace(setting, num_servers=10_000)
     assert rollout_round(setting).seconds > rollout_round(many).seconds >= bound
 
 

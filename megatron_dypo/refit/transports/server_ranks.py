@@ -1,4 +1,4 @@
-"""The leader's side of planned refits: which engines there are, what each is told, and what it answers."""
+"""The leader's side of planned refits: which servers there are, what each is told, and what it answers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch.distributed as dist
 from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
 from megatron_dypo.refit.control_message import ControlMessage, to_payload
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan
+from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh
 from megatron_dypo.refit.receiver import inventory_key, report_key
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 
 _POLL_S = 0.002
 
 
-def engine_layout(info: ServerInfo) -> EngineLayout:
+def server_mesh(info: ServerInfo) -> ServerMesh:
     """The layout of a server that planned refits can reach.
 
     Raises:
@@ -36,10 +36,10 @@ def engine_layout(info: ServerInfo) -> EngineLayout:
             f"--custom-weight-loader {WEIGHT_LOADER}, or use transport=broadcast",
             info.url,
         )
-    return EngineLayout(tensor=info.tensor_parallel, expert=info.expert_parallel)
+    return ServerMesh(tensor=info.tensor_parallel, expert=info.expert_parallel)
 
 
-class Targets:
+class ServerRanks:
     """All ranks of the servers of one connection."""
 
     def __init__(self, control: SGLangControl, store: dist.Store, plan: RefitPlan) -> None:
@@ -49,18 +49,18 @@ class Targets:
         self._answers: list[Future[dict[str, Any]]] = []
 
     def start(self, message: ControlMessage, deadline: Deadline) -> None:
-        """Tell every rank of every engine of a refit, each at its own place; does not wait for them."""
+        """Tell every rank of every server of a refit, each at its own place; does not wait for them."""
         bodies: list[dict[str, Any]] = [
             {
                 "serialized_named_tensors": [
-                    to_payload(dataclasses.replace(message, engine=engine, target=target))
-                    for target in range(layout.tensor)
+                    to_payload(dataclasses.replace(message, server=server, server_rank=server_rank))
+                    for server_rank in range(layout.tensor)
                 ],
                 "load_format": WEIGHT_LOADER,
                 # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a refit.
                 "flush_cache": True,
             }
-            for engine, layout in enumerate(self._plan.engines)
+            for server, layout in enumerate(self._plan.servers)
         ]
         self._answers = self._control.start_load(bodies, deadline)
 
@@ -70,25 +70,25 @@ class Targets:
         Raises:
             ServerError: a rank that failed, or whose parameters are not those of the plan: nothing was sent to any.
         """
-        for engine, target in self._ranks():
-            parameters = self._inventory(engine, target, refit, deadline)["parameters"]
+        for server, server_rank in self._ranks():
+            parameters = self._inventory(server, server_rank, refit, deadline)["parameters"]
             shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
-            problems = differences(shapes, self._plan.target_shapes(engine, target))
+            problems = differences(shapes, self._plan.served_shapes(server, server_rank))
             if problems:
-                raise self._error(engine, target, "; ".join(problems))
+                raise self._error(server, server_rank, "; ".join(problems))
 
     def collect(self, refit: int) -> None:
         """Wait for the answers and reports of all.
 
         Raises:
-            ServerError: names every engine that failed.
+            ServerError: names every server that failed.
         """
         errors = []
-        for engine, answer in enumerate(self._answers):
+        for server, answer in enumerate(self._answers):
             try:
                 answer.result()
-                for target in range(self._plan.engines[engine].tensor):
-                    self._read_report(engine, target, refit)
+                for server_rank in range(self._plan.servers[server].tensor):
+                    self._read_report(server, server_rank, refit)
             except ServerError as error:
                 errors.append(error)
         if errors:
@@ -100,37 +100,37 @@ class Targets:
             answer.cancel()
 
     def _ranks(self) -> list[tuple[int, int]]:
-        return [(e, target) for e, layout in enumerate(self._plan.engines) for target in range(layout.tensor)]
+        return [(e, server_rank) for e, layout in enumerate(self._plan.servers) for server_rank in range(layout.tensor)]
 
-    def _inventory(self, engine: int, target: int, refit: int, deadline: Deadline) -> dict[str, Any]:
-        key = inventory_key(engine, target)
+    def _inventory(self, server: int, server_rank: int, refit: int, deadline: Deadline) -> dict[str, Any]:
+        key = inventory_key(server, server_rank)
         while not self._store.check([key]):
-            if self._answers[engine].done():
-                self._answers[engine].result()
-            if self._answers[engine].done() or self._store.check([report_key(refit, engine, target)]):
-                self._read_report(engine, target, refit)
+            if self._answers[server].done():
+                self._answers[server].result()
+            if self._answers[server].done() or self._store.check([report_key(refit, server, server_rank)]):
+                self._read_report(server, server_rank, refit)
             if deadline.has_passed():
-                raise self._error(engine, target, f"its loader sent no inventory in {deadline.seconds:.1f} s")
+                raise self._error(server, server_rank, f"its loader sent no inventory in {deadline.seconds:.1f} s")
             time.sleep(_POLL_S)
         inventory: dict[str, Any] = json.loads(self._store.get(key))
         return inventory
 
-    def _read_report(self, engine: int, target: int, refit: int) -> None:
-        key = report_key(refit, engine, target)
+    def _read_report(self, server: int, server_rank: int, refit: int) -> None:
+        key = report_key(refit, server, server_rank)
         if not self._store.check([key]):
-            raise self._error(engine, target, "its loader ended without a report; its log may say why")
+            raise self._error(server, server_rank, "its loader ended without a report; its log may say why")
         report = json.loads(self._store.get(key))
         self._store.delete_key(key)
         if "error" in report:
-            raise self._error(engine, target, report["error"])
+            raise self._error(server, server_rank, report["error"])
 
-    def _error(self, engine: int, target: int, reason: str) -> ServerError:
-        url = self._control.urls[engine]
-        return ServerError(f"{url}: tensor-parallel rank {target}: {reason}", url)
+    def _error(self, server: int, server_rank: int, reason: str) -> ServerError:
+        url = self._control.urls[server]
+        return ServerError(f"{url}: tensor-parallel rank {server_rank}: {reason}", url)
 
 
 def differences(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[int, ...]]) -> list[str]:
-    """What an engine's rank has otherwise than the plan says, as sentences; at most one for each tensor."""
+    """What a server's rank has otherwise than the plan says, as sentences; at most one for each tensor."""
     problems = [f"{name} is not among its parameters" for name in sorted(planned.keys() - held.keys())]
     problems += [f"{name} is a parameter that the plan leaves out" for name in sorted(held.keys() - planned.keys())]
     problems += [
