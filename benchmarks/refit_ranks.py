@@ -16,15 +16,15 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.refit.checksums import checksum
-from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
+from megatron_dypo.refit.control_message import GO, ControlMessage, PlanInputs, inventory_key, report_key
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout
 from megatron_dypo.refit.plan.served import served_tensors
-from megatron_dypo.refit.receiver import GO, inventory_key, load, report_key
+from megatron_dypo.refit.receiver import load
 from megatron_dypo.refit.slices import ShardSlices, rectangle
 from megatron_dypo.refit.transports.buckets import fill_buckets
 from megatron_dypo.refit.transports.planned import slot_bytes
-from megatron_dypo.refit.transports.sources import SourceRank
+from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 
 TENSOR = 2
 BUCKET_BYTES = 512 * 2**20
@@ -109,7 +109,6 @@ def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
         store_host="127.0.0.1",
         store_port=store.port,
         connection="benchmark",
-        is_new=True,
         slot_bytes=slot_bytes(inputs.make_plan(), BUCKET_BYTES),
         refit=0,
         version=0,
@@ -157,17 +156,16 @@ class SourceEnd:
             server_rank: size for (source, server_rank), size in raw_transfers(message).items() if source == self.rank
         }
         self._raw = torch.ones(max(self._links.values()), dtype=torch.uint8)
-        self._source_rank: SourceRank | None = None
+        self._trainer_rank: TrainerRank | None = None
         self._refits = 0
 
     def variants(self) -> Variants:
         return {"planned": self.refit, "raw": self.send_raw, "broadcast": self.broadcast}
 
     def refit(self) -> None:
-        source = self._source_rank or self._connect()
-        slices, message = ShardSlices(self.params.items(), self.arch), self.message
-        source.send(slices, self._refits, message.verify, Deadline(DEADLINE_S))
+        self._trainer_rank = self._trainer_rank or self._connect()
         self._refits += 1
+        self._trainer_rank.send(self._refits, Deadline(DEADLINE_S))
 
     def send_raw(self) -> None:
         for work in [dist.isend(self._raw[:size], server_rank) for server_rank, size in self._links.items()]:
@@ -198,16 +196,24 @@ class SourceEnd:
             if self.rank == 0:
                 yield from zip(row.hf, row.rule.merge(shards, self.arch), strict=True)
 
-    def _connect(self) -> SourceRank:
+    def _connect(self) -> TrainerRank:
         message, plan = self.message, self.message.plan.make_plan()
         store = _stores[0] if _stores else dist.TCPStore("127.0.0.1", message.store_port, None, False)
         store.wait([inventory_key(e, t) for e in range(len(plan.servers)) for t in range(TENSOR)])
         urls = [f"server {server}" for server in range(len(plan.servers))]
-        self._source_rank = SourceRank(plan, self.rank, store, urls, message.slot_bytes)
+        trainer_rank = TrainerRank(
+            plan,
+            self.rank,
+            store,
+            urls,
+            message.slot_bytes,
+            make_slices=lambda: ShardSlices(self.params.items(), self.arch),
+            verify=message.verify,
+        )
         if self.rank == 0:
             store.set(GO, "")
-        self._source_rank.connect(message.transport, Deadline(DEADLINE_S))
-        return self._source_rank
+        trainer_rank.connect(message.transport, Deadline(DEADLINE_S))
+        return trainer_rank
 
 
 class ServerEnd:
@@ -239,13 +245,15 @@ class ServerEnd:
         return self.held.items()
 
     def take_refit(self) -> None:
-        message = dataclasses.replace(self.message, refit=self._refits, version=self._refits, is_new=self._refits == 0)
-        model: Any = self
-        load(model, [(message.to_json(), torch.empty(0))])
-        store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
-        report = json.loads(store.get(report_key(message.refit, message.server, message.server_rank)))
-        assert "error" not in report, report
+        first = 0 if self._refits == 0 else self._refits + 1  # refit 0 opens the connection
         self._refits += 1
+        for refit in range(first, self._refits + 1):
+            message = dataclasses.replace(self.message, refit=refit, version=refit)
+            model: Any = self
+            load(model, [(message.to_json(), torch.empty(0))])
+            store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
+            report = json.loads(store.get(report_key(message.refit, message.server, message.server_rank)))
+            assert "error" not in report, report
 
     def take_raw(self) -> None:
         for work in [dist.irecv(buffer, source) for source, buffer in self._raw.items()]:

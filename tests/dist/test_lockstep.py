@@ -40,7 +40,7 @@ def fail(kind):
 
 def step_ranks(kinds):
     """For each kind, what this rank raised and its cause; rank 1 fails, and in the last step both do."""
-    from megatron_dypo.refit.transports.base import Lockstep
+    from megatron_dypo.refit.lockstep import Lockstep
 
     dist.init_process_group("gloo")
     lockstep, rank, seen = Lockstep(DEADLINE_S), dist.get_rank(), []
@@ -109,7 +109,7 @@ def test_failures_of_several_ranks_are_all_named(ranks):
 
 def rank_dies(path):
     """Rank 1 dies within its action; rank 0 tells what it then saw, and when."""
-    from megatron_dypo.refit.transports.base import Lockstep
+    from megatron_dypo.refit.lockstep import Lockstep
 
     dist.init_process_group("gloo")
     lockstep = Lockstep(DEADLINE_S)

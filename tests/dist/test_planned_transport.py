@@ -110,14 +110,14 @@ def corrupt_what_comes() -> None:
     """In a server's rank: flip a bit of each message on its way."""
     from megatron_dypo.refit.transports import p2p
 
-    take = p2p._GroupIncoming.take
+    take = p2p.GroupIncoming.take
 
     def flipped(self: Any) -> torch.Tensor:
         payload = take(self)
         payload[len(payload) // 2] ^= 4
         return payload
 
-    p2p._GroupIncoming.take = flipped  # type: ignore[method-assign]
+    p2p.GroupIncoming.take = flipped  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("verify", ["full", "sampled", "off"])
@@ -135,25 +135,25 @@ def test_what_is_damaged_on_its_way_fails_the_refit(verify):
 
 def die_while_receiving() -> None:
     from megatron_dypo.refit.transports.links import Incoming
-    from megatron_dypo.refit.transports.local import _LocalIncoming
-    from megatron_dypo.refit.transports.p2p import _GroupIncoming
+    from megatron_dypo.refit.transports.local import LocalIncoming
+    from megatron_dypo.refit.transports.p2p import GroupIncoming
 
     def die(self: Incoming) -> torch.Tensor:
         os._exit(1)
 
-    for end in (_GroupIncoming, _LocalIncoming):
+    for end in (GroupIncoming, LocalIncoming):
         end.take = die  # type: ignore[method-assign]
 
 
 def hang_while_receiving() -> None:
     from megatron_dypo.refit.transports.links import Incoming
-    from megatron_dypo.refit.transports.p2p import _GroupIncoming
+    from megatron_dypo.refit.transports.p2p import GroupIncoming
 
     def hang(self: Incoming) -> torch.Tensor:
         threading.Event().wait()
         raise AssertionError
 
-    _GroupIncoming.take = hang  # type: ignore[method-assign]
+    GroupIncoming.take = hang  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def rank_refit(
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.layout import close, init_layout
     from megatron_dypo.refit.refitter import Refitter
-    from megatron_dypo.refit.transports.base import RefitError, Source
+    from megatron_dypo.refit.lockstep import RefitError
+    from megatron_dypo.refit.source import Source
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)

@@ -1,104 +1,95 @@
-"""Which transport a run uses: the one that the configuration names, or the best that all servers support."""
+"""Opens the connection of a run: by the transport that the configuration names, or by the best that all servers support."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.base import Lockstep, Transport
+from megatron_dypo.refit.lockstep import Lockstep
+from megatron_dypo.refit.source import Source
+from megatron_dypo.refit.transports.base import Connection
+from megatron_dypo.refit.transports.broadcast import BroadcastConnection
+from megatron_dypo.refit.transports.planned import PlannedConnection
 from megatron_dypo.refit.transports.server_ranks import server_mesh
 from megatron_dypo.refit.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
+KINDS: tuple[Kind, ...] = ("local", "p2p", "broadcast")
+"""The best first."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 logger = logging.getLogger(__name__)
 
 
-class ChosenTransport(Transport):
-    """A transport that is made when the servers can be asked, at the first refit; it is kept until the end."""
+def connect(
+    source: Source, control: SGLangControl | None, lockstep: Lockstep, config: RefitConfig, deadline: Deadline
+) -> Connection:
+    """Choose among ``local``, ``p2p`` and ``broadcast``, and connect with all servers. Collective over the world.
 
-    def __init__(
-        self,
-        requested: Literal["auto", "local", "p2p", "broadcast"],
-        make: Mapping[Kind, Callable[[], Transport]],
-        control: SGLangControl | None,
-        lockstep: Lockstep,
-    ) -> None:
-        """``make``: the transports that can be had; ``control``: on the leader, None elsewhere."""
-        self._requested = requested
-        self._make = make
-        self._control = control
-        self._lockstep = lockstep
-        self._chosen: Transport | None = None
-
-    def send(self, version: int, deadline: Deadline) -> int:
-        if self._chosen is None:
-            one_host = len(set(self._lockstep.gather(host_id()))) == 1
-            control = self._control
-            kind = self._lockstep.run((lambda: self._choose(control, one_host, deadline)) if control else None)
-            self._chosen = self._make[self._lockstep.gather(kind)[0]]()
-        return self._chosen.send(version, deadline)
-
-    def reset(self) -> None:
-        if self._chosen is not None:
-            self._chosen.reset()
-
-    def close(self) -> None:
-        if self._chosen is not None:
-            self._chosen.close()
-
-    def _choose(self, control: SGLangControl, one_host: bool, deadline: Deadline) -> Kind:
-        kind, reason = choose(self._requested, control.describe(deadline), one_host, tuple(self._make))
-        logger.info("weights go to the servers by transport=%s: %s", kind, reason)
-        return kind
-
-
-def choose(
-    requested: Literal["auto", "local", "p2p", "broadcast"],
-    infos: Sequence[ServerInfo],
-    one_host: bool,
-    offered: Sequence[Kind],
-) -> tuple[Kind, str]:
-    """The transport, and why; ``one_host``: all trainer ranks are on this host.
+    ``control``: on the ranks that lead a stage or own experts, and so may broadcast; the global leader asks the servers.
 
     Raises:
-        ServerError: the requested one is not possible; with ``auto``, none is.
+        RefitError: on all ranks; nothing stays open.
+    """
+    leader = control if source.layout.is_global_leader else None
+    one_host = len(set(lockstep.gather(host_id()))) == 1
+    chosen = lockstep.run(functools.partial(_ask_and_choose, leader, config, one_host, deadline) if leader else None)
+    kind = next(kind for kind in lockstep.gather(chosen) if kind is not None)
+    if kind == "broadcast":
+        return BroadcastConnection.open(source, control, lockstep, config.bucket_mb * 2**20, deadline)
+    return PlannedConnection.open(source, leader, lockstep, kind, config, deadline)
+
+
+def choose(config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool) -> tuple[Kind, str]:
+    """Return the transport, and why; ``one_host``: all trainer ranks are on this host.
+
+    Raises:
+        ServerError: the requested transport is not possible; with ``auto``, none is.
     """
     planned = _planned_problem(infos)
-    problems: dict[Kind, str | None] = {
+    quantizes = config.quantize != "none"
+    problems: dict[str, str | None] = {
         "local": planned or _local_problem(infos, one_host),
         "p2p": planned,
-        "broadcast": None if "broadcast" in offered else "it does not quantise (refit.quantize)",
+        "broadcast": "it does not quantise (refit.quantize)" if quantizes else None,
     }
-    if requested != "auto":
-        if problem := problems[requested]:
-            raise ServerError(f"refit.transport={requested}: {problem}")
-        return requested, "as configured"
-    possible = [kind for kind, problem in problems.items() if problem is None]
-    refused = "; ".join(f"not {kind}: {problem}" for kind, problem in problems.items() if problem)
-    if not possible:
-        raise ServerError(f"refit.transport=auto: {refused}")
-    return possible[0], refused or "trainer and servers share this host"
+    possible = [kind for kind in KINDS if problems[kind] is None]
+    if config.transport == "auto":
+        reasons = "; ".join(f"not {kind}: {problem}" for kind, problem in problems.items() if problem)
+        if not possible:
+            raise ServerError(f"refit.transport=auto: {reasons}")
+        return possible[0], reasons or "trainer and servers share this host"
+    for kind in possible:
+        if kind == config.transport:
+            return kind, "as configured"
+    raise ServerError(f"refit.transport={config.transport}: {problems[config.transport]}")
 
 
 def host_id() -> str:
-    """The same for all processes on a host, containers included, and for no others."""
+    """Return a word that is the same for all processes on a host, containers included, and differs between hosts."""
     return _BOOT_ID.read_text().strip()
 
 
 def is_here(url: str) -> bool:
-    """Whether a server's address is one of this host's: the way there then starts where it ends."""
+    """Return whether a server's address is one of this host's: the way there then starts where it ends."""
     parts = urlsplit(url)
     address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0][4][0]
     return address_towards([url]) == address
+
+
+def _ask_and_choose(control: SGLangControl, config: RefitConfig, one_host: bool, deadline: Deadline) -> Kind:
+    kind, reason = choose(config, control.describe(deadline), one_host)
+    logger.info("weights go to the servers by transport=%s: %s", kind, reason)
+    return kind
 
 
 def _planned_problem(infos: Sequence[ServerInfo]) -> str | None:

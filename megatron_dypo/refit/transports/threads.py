@@ -1,4 +1,4 @@
-"""Links are driven by a thread each: one that waits then holds up no other, in whatever order the ends get ready."""
+"""One thread per link, so that a slow peer does not block the other links."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_dypo.parallel import device
 
-def run_all(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]:
-    """Run all actions at once, without autograd; return what each raised, when all have ended.
 
-    An action whose thread cannot start has raised what kept it from that.
+def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]:
+    """Run the actions concurrently under ``inference_mode``, on this thread's GPU.
+
+    Returns, per action, the exception that it raised or None, when all have ended. An action whose thread cannot start
+    has raised the reason for that.
     """
-    errors: list[BaseException | None] = [None] * len(actions)  # without what their frames held
+    errors: list[BaseException | None] = [None] * len(actions)  # without the variables of their frames
+    gpu = torch.accelerator.current_device_index() if device.on_gpu() else None
 
     def run(index: int) -> None:
         try:
+            if gpu is not None:
+                torch.accelerator.set_device_index(gpu)  # a new thread starts on the first GPU
             with torch.inference_mode():
                 actions[index]()
         except BaseException as error:  # noqa: BLE001, raised or reported by the caller, who knows whose link it was
-            let_go(error)
+            drop_frames(error)
             errors[index] = error
 
     started = []
@@ -38,11 +44,11 @@ def run_all(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]
     return errors
 
 
-def let_go(error: BaseException | None) -> None:
-    """Clear the variables of the frames that an error, and those that led to it, came through.
+def drop_frames(error: BaseException | None) -> None:
+    """Clear the variables of all frames that an error, and the errors that led to it, came through.
 
-    They refer to stores and groups, whose sockets close, and so free whoever waits on the other side, with the last
-    reference only: none must be left for as long as somebody handles the error.
+    The variables refer to stores and groups. Their sockets close with the last reference only, and that is what frees
+    a peer that waits on the other side: no reference must last for as long as somebody handles the error.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)

@@ -76,7 +76,7 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
     """One refit for each seed; what each came to."""
     from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.refit.refitter import Refitter
-    from megatron_dypo.refit.transports.base import RefitError
+    from megatron_dypo.refit.lockstep import RefitError
 
     dist.init_process_group("gloo")
     layout = plain_layout(refit.axes, dist.get_rank())

@@ -68,15 +68,15 @@ class Killer:
 
 def install(killer: Killer) -> None:
     """Have the client, the refitter and its control tell the killer what they do."""
-    post, call, refit = SGLangClient._post, SGLangControl._call, Refitter.refit
+    post, call, refit = SGLangClient._post, SGLangControl.call, Refitter.refit
 
     async def noticed_post(self: Any, url: str, body: bytes) -> Any:
         killer.notice("generate", url)
         return await post(self, url, body)
 
-    async def noticed_call(self: Any, session: Any, method: str, url: str, path: str, *rest: Any) -> Any:
+    async def noticed_call(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
         killer.notice(path, url)
-        return await call(self, session, method, url, path, *rest)
+        return await call(self, method, url, path, *rest)
 
     def waiting_refit(self: Any, version: int) -> Any:
         killer.watch(self.serving)
@@ -85,7 +85,7 @@ def install(killer: Killer) -> None:
         return refit(self, version)
 
     SGLangClient._post = noticed_post  # type: ignore[method-assign]
-    SGLangControl._call = noticed_call  # type: ignore[method-assign]
+    SGLangControl.call = noticed_call  # type: ignore[method-assign]
     Refitter.refit = waiting_refit  # type: ignore[method-assign]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_dypo.models.random_model import write_random_model
-from megatron_dypo.refit.transports.base import RefitError
+from megatron_dypo.refit.lockstep import RefitError
 from tests.support.fake_control import FakeServer
 from tests.unit.refit.conftest import HF_CONFIG, Setting
 

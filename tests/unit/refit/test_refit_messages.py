@@ -83,7 +83,6 @@ def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_pla
         store_host="::1",
         store_port=1,
         connection="c",
-        is_new=True,
         slot_bytes=4096,
         refit=3,
         version=7,

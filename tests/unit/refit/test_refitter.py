@@ -8,8 +8,8 @@ import torch
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
+from megatron_dypo.refit.lockstep import RefitError
 from megatron_dypo.refit.model_checks import check_names
-from megatron_dypo.refit.transports.base import RefitError
 from tests.unit.refit.conftest import HF_CONFIG
 
 GOOD_REFIT = [
