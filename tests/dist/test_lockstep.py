@@ -129,3 +129,30 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once_beside_their_own(tmp
     assert float(seconds) < DEADLINE_S / 2
     assert kind == "RuntimeError"
     assert words.startswith("KeyError: 'layers.7'; and no word of the other ranks: ")
+
+
+def rank_echoes():
+    """Rank 1 has no room on its disk, and rank 0 fails since rank 1 does; the failure as rank 0 then sees it."""
+    from megatron_dypo.models.gather import PeerFailedError
+    from megatron_dypo.refit.lockstep import Lockstep, RefitError
+
+    dist.init_process_group("gloo")
+    lockstep, rank = Lockstep(DEADLINE_S), dist.get_rank()
+
+    def echo():
+        raise PeerFailedError("another rank failed")
+
+    try:
+        lockstep.run(echo if rank == 0 else lambda: fail("disk"))
+    except RefitError as error:
+        seen = str(error), error.cause
+    try:
+        lockstep.run(echo)
+    except RefitError as error:
+        return *seen, str(error)
+
+
+def test_a_failure_that_only_echoes_another_ranks_is_not_named_beside_it():
+    for message, cause, alone in run_ranks(2, rank_echoes):
+        assert (message, cause) == ("rank 1: [Errno 28] No space left on device", Cause.DISK_FULL)
+        assert alone == "rank 0: another rank failed; rank 1: another rank failed"
