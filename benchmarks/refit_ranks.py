@@ -18,8 +18,8 @@ from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.refit.checksums import checksum
 from megatron_dypo.refit.control_message import GO, ControlMessage, PlanInputs, inventory_key, report_key
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout
-from megatron_dypo.refit.plan.served import served_tensors
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, SourceLayout
+from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.receiver import load
 from megatron_dypo.refit.slices import ShardSlices, rectangle
 from megatron_dypo.refit.transports.buckets import fill_buckets

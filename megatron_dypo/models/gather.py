@@ -1,7 +1,7 @@
 """From the sharded parameters of one pipeline stage to whole HF tensors, one parameter at a time.
 
-Ranks that gather together agree before each gather that none of them has failed. So an error of one ends the iteration on
-all of them at once, instead of leaving the others to the time-out of their group.
+Ranks that gather together agree before each gather that none of them has failed. So an error of one ends the iteration
+on all of them at once, instead of leaving the others to the time-out of their group.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def sent_params(
 
 
 def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: Layout) -> list[TensorSpec]:
-    """List the HF tensors that this rank gets from :func:`iter_hf_tensors` of its :func:`sent_params`, in that order."""
+    """List the HF tensors that :func:`iter_hf_tensors` yields here for this rank's :func:`sent_params`, in order."""
     return [
         TensorSpec(hf_name, param.dtype, shape)
         for name, param in params
@@ -141,7 +141,7 @@ class _Peers:
 
 
 def _any_failed(groups: Sequence[dist.ProcessGroup | None], failed: bool) -> bool:
-    """Return whether any rank of the groups has failed. The groups may be reached in different orders by their ranks."""
+    """Return whether any rank of the groups has failed. Ranks may come to the groups in different orders."""
     flags = [torch.tensor([float(failed)], device=device.device()) for _ in groups]
     works = [
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)

@@ -1,4 +1,4 @@
-"""``megatron-dypo plan-refit``: what a refit of weights would move, from config files alone."""
+"""``megatron-dypo plan-refit``: the bytes that a refit would move and their way, from config files alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dypo.config.tree import Config, ParallelConfig
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.layout_rules import check_layout
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh, SourceLayout, make_plan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh, SourceLayout, make_plan
 
 _ELEMENT_SIZES = {"float32": 4, "bfloat16": 2}
 _EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
@@ -19,7 +19,7 @@ _EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
 
 @dataclass(frozen=True, kw_only=True)
 class RefitOptions:
-    """What the config does not say."""
+    """Facts that the config does not hold."""
 
     world_size: int | None = None
     """Ranks of the trainer; None: ``parallel.num_processes``, or as few as the axes allow."""
@@ -31,10 +31,10 @@ class RefitOptions:
 
 
 def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
-    """The plan of a run's refits; of the model only ``<model.hf_path>/config.json`` is read.
+    """Return the plan of a run's refits; of the model only ``<model.hf_path>/config.json`` is read.
 
     Raises:
-        ValueError: a trainer or servers that do not suit the architecture or each other.
+        ValueError: a trainer or servers that do not suit the architecture, or each other.
     """
     servers = config.rollout.servers
     ep_size = options.ep_size or _ep_size(servers.extra_args)
@@ -49,7 +49,7 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
 
 
 def refusal_of_training(config: Config) -> str | None:
-    """Why ``train`` would refuse a layout that can be planned for, if it would: the plan knows more layouts."""
+    """Return why ``train`` would refuse the config's layout, or None: plans know more layouts than ``train``."""
     try:
         check_layout(load_architecture(config.model.hf_path), config.parallel)
     except ValueError as error:
@@ -76,7 +76,7 @@ def _source_layout(parallel: ParallelConfig, world_size: int) -> SourceLayout:
 
 
 def _ep_size(extra_args: Sequence[str]) -> int:
-    """The expert-parallel size among SGLang's arguments, given as ``--ep-size N`` or ``--ep-size=N``."""
+    """Return the expert-parallel size among SGLang's arguments, given as ``--ep-size N`` or ``--ep-size=N``."""
     words = [part for argument in extra_args for part in argument.split("=", 1)]
     for flag, value in pairwise(words):
         if flag in _EP_FLAGS:

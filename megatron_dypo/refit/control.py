@@ -1,7 +1,7 @@
 """Control calls to SGLang: the same call to every server at once, each with a deadline and a checked answer.
 
-Ordinary (not async) code uses them. A daemon thread runs the event loop, so that a collective and the calls that announce
-it can be under way together. Every error names the server, the call and the answer.
+Ordinary (not async) code uses them. A daemon thread runs the event loop, so that a collective and the calls that
+announce it can be under way together. Every error names the server, the call and the answer.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class ServerInfo:
 class SGLangControl:
     """The control routes of some servers; one instance may be used from one thread at a time.
 
-    It holds one HTTP session from its construction to :meth:`close`. Each call has a connection of its own: a server may
-    close a kept one just as a POST goes out.
+    It holds one HTTP session from its construction to :meth:`close`. Each call has a connection of its own: a server
+    may close a kept one just as a POST goes out.
     """
 
     def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
@@ -93,7 +93,7 @@ class SGLangControl:
     # One method for each route.
 
     def describe(self, deadline: Deadline, urls: Sequence[str] | None = None) -> list[ServerInfo]:
-        """Ask each server for its model, version and parallel sizes, in the order of ``urls`` (None: the control's own)."""
+        """Ask each of ``urls`` (None: the control's own) for its model, version and parallel sizes, in order."""
         urls = self.urls if urls is None else urls
         models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
         servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
@@ -117,7 +117,7 @@ class SGLangControl:
         return [str(model.get("weight_version")) for model in self._all("GET", "/model_info", None, deadline)]
 
     def pause(self, mode: PauseMode, deadline: Deadline) -> None:
-        """Stop generating. ``retract``: running requests go back to the queue, without KV cache. ``abort``: they end."""
+        """Stop generating. Running requests go back to the queue without KV cache (``retract``), or end (``abort``)."""
         self._all("POST", "/pause_generation", {"mode": mode}, deadline)
 
     def resume(self, deadline: Deadline) -> None:
@@ -290,8 +290,8 @@ class _UnansweredError(ServerError):
 def _joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
     """Return one error for the errors of several servers.
 
-    In a collective call one server makes the others fail, or wait. So a server that is gone is blamed alone, and one that
-    only waits is not blamed.
+    In a collective call one server makes the others fail, or wait. So a server that is gone is blamed alone, and one
+    that only waits is not blamed.
     """
     blamed = [error for error in errors if not (is_collective and isinstance(error, _UnansweredError))]
     gone = [error for error in blamed if error.is_silent]

@@ -1,12 +1,13 @@
 """The message by which the trainer tells each server rank of a refit, and the keys under which both ends write.
 
-The message is plain data. It travels as the name of an empty tensor in SGLang's update from tensors, since a custom loader
-is given names and tensors only.
+The message is plain data. It travels as the name of an empty tensor in SGLang's update from tensors, since a custom
+loader is given names and tensors only.
 
 On the store of a connection:
     inventory  written once by each server rank, before anything is sent: the parameters that the model has
     go         written by the trainer once it has compared all inventories with the plan
-    report     written by each server rank after the connection is open, and after each refit: bytes received, or an error
+    report     written by each server rank once the connection is open, and after each refit: bytes received, or the
+               error
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.refit.checksums import Verify
-from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh, SourceLayout, make_plan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh, SourceLayout, make_plan
 
 PROTOCOL = 4
 """Number of this message, and of what follows it on the store and the links; both sides must have the same."""

@@ -1,6 +1,6 @@
-"""What is checked before the first refit: that trainer and servers mean the same model.
+"""Checks before the first refit: trainer and servers must hold the same model.
 
-SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before these hold.
+SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before all checks pass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from megatron_dypo.refit.control import ServerError, ServerInfo
 def check_shapes(
     named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int, etp_size: int = 1
 ) -> None:
-    """That the parameters of one rank are what the rules of their family ask for.
-
-    Raises:
-        ValueError: a parameter without a rule, or of another shape than its rule makes.
-    """
+    """Raise ValueError unless the parameters of one rank have rules, and the shapes that their rules make."""
     for name, param in named_params:
         row = match(name, arch)
         expected = row.rule.mcore_shape(arch, etp_size if row.is_expert else tp_size)
@@ -32,10 +28,9 @@ def check_shapes(
 
 
 def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> None:
-    """That every HF tensor of the architecture is sent, and by one stage only.
+    """Raise ValueError unless every HF tensor of the architecture is sent, and by one stage only.
 
-    Raises:
-        ValueError: names the tensors that are missing, sent twice, or not of this architecture.
+    The error names the tensors that are missing, sent twice, or not of this architecture.
     """
     counts = Counter(name for names in names_by_stage for name in names)
     expected = {name for row in family_rows(arch) for name in row.hf}
@@ -47,10 +42,10 @@ def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> 
 
 
 def check_server(info: ServerInfo, arch: Architecture) -> None:
-    """That a server serves this architecture, as far as it says (and its model folder, where we can read it).
+    """Raise ServerError unless a server serves this architecture, as far as its answers and its model folder say.
 
-    Raises:
-        ServerError: names the fields that differ, or what SGLang computes otherwise.
+    The folder is compared where we can read it. The error names the fields that differ, or what SGLang computes
+    otherwise.
     """
     if note := arch.check_serving(0):
         raise ServerError(f"{info.url}: {note}")

@@ -24,7 +24,7 @@ from megatron_dypo.refit.control_message import (
     report_key,
 )
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
 from megatron_dypo.refit.transports.link_receiver import LinkReceiver
 from megatron_dypo.refit.transports.links import Receiver, ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver
@@ -131,7 +131,8 @@ def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 class _Held:
-    """What a process keeps between the calls of :func:`load`: one store and one session, both of the last connection."""
+    """What a process keeps between the calls of :func:`load`: one store and one session, both of the last
+    connection."""
 
     def __init__(self) -> None:
         self._stores: dict[str, dist.Store] = {}

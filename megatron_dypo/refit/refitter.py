@@ -2,13 +2,13 @@
 
 A refit pauses all servers and moves every tensor by the configured transport, upon which the servers drop cached
 prefixes. It then names the new version and lets the servers generate again. A server that is lost on the way is fenced,
-and the refit is repeated for the other servers, which stay paused meanwhile; sending the same weights again does no harm.
-Either all servers that are left end at the new version, or the refit fails on every rank. Servers that may hold a mixture
-are then marked by a version that is no number, and their running requests are aborted.
+and the refit is repeated for the other servers, which stay paused meanwhile; sending the same weights again does no
+harm. Either all servers that are left end at the new version, or the refit fails on every rank. Servers that may hold a
+mixture are then marked by a version that is no number, and their running requests are aborted.
 
-Running requests: with ``in_flight: pause`` they are retracted, not frozen in place. They lose their KV cache and continue
-from recomputed keys and values, so that no token of the new version is sampled from the old version's cache. (Tokens that
-they already have stay; their ``weight_versions`` tell the two apart.) With ``abort`` they end.
+Running requests: with ``in_flight: pause`` they are retracted, not frozen in place. They lose their KV cache and
+continue from recomputed keys and values, so that no token of the new version is sampled from the old version's cache.
+(Tokens that they already have stay; their ``weight_versions`` tell the two apart.) With ``abort`` they end.
 """
 
 from __future__ import annotations
@@ -255,7 +255,8 @@ class Refitter:
             self._control.urls = self.serving
 
     def _verify(self, deadline: Deadline) -> None:
-        """Check names, shapes and servers before anything is sent: SGLang ignores unknown names and dies of wrong shapes."""
+        """Check names, shapes and servers before anything is sent: SGLang ignores unknown names and dies of wrong
+        shapes."""
         held = self._lockstep.run(self._held_names if self._source.layout.is_sender else None)
         by_rank = self._lockstep.gather(held)
         self._on_leader(lambda _: check_names([names for names in by_rank if names], self._source.arch))
@@ -301,7 +302,8 @@ class Refitter:
     def _on_leader(
         self, action: Callable[Concatenate[SGLangControl, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T | None:
-        """Run ``action`` with the control on the global leader, in lockstep; returns its result there, None elsewhere."""
+        """Run ``action`` with the control on the global leader, in lockstep; returns its result there, None
+        elsewhere."""
         bound = functools.partial(action, self._leader, *args, **kwargs) if self._leader is not None else None
         return self._lockstep.run(bound)
 

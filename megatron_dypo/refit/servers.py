@@ -21,8 +21,8 @@ _PROBE_TIMEOUT_S = 2.0
 _DRAIN_TIMEOUT_S = 10.0
 """How long a fenced server that answers may take to end its requests."""
 
-# Ends the requests from before the server was fenced. It is unpaused first, since a paused server says that it is unwell.
-# The last call passes through the scheduler, so that its answer shows that the scheduler is alive too.
+# Ends the requests from before the server was fenced. It is unpaused first, since a paused server says that it is
+# unwell. The last call passes through the scheduler, so that its answer shows that the scheduler is alive too.
 _DRAIN: tuple[tuple[str, Answer | None], ...] = (
     ("/continue_generation", {}),
     ("/health", None),

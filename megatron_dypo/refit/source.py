@@ -37,7 +37,8 @@ class Source:
 
     @property
     def own_turn(self) -> Turn | None:
-        """The turn in which this rank sends whole tensors; None for ranks that only take part in gathers, or in nothing."""
+        """The turn in which this rank sends whole tensors; None for ranks that only take part in gathers, or in
+        nothing."""
         layout = self.layout
         return (layout.pp_rank, layout.ep_rank) if layout.leads_stage or layout.leads_experts else None
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.models.architecture import Experts
-from megatron_dypo.refit.plan.plan import SourceLayout
+from megatron_dypo.refit.plan.refit_plan import SourceLayout
 from tests.support.architectures import make_arch
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import held_names, plain_layout, shard

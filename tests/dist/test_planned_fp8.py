@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.models.families.table import LAYER
-from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.plan import ServerMesh, make_plan
+from megatron_dypo.refit.plan.trainer_shards import SourceLayout
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, make_plan
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized, scale_name
-from megatron_dypo.refit.plan.served import served_tensors
+from megatron_dypo.refit.plan.server_tensors import served_tensors
 from megatron_dypo.refit.slices import matrix, rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
 from tests.support.dist.planned_ranks import Refit, rank_refit
@@ -44,7 +44,8 @@ def shapes_of(server_rank: int, quantization: Quantization) -> Shapes:
 
 def expected_of(server_rank: int, quantization: Quantization) -> dict[str, bytes]:
     """Whole HF tensors, quantised offline, then cut."""
-    params = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes_of(server_rank, quantization).items()}
+    shapes = shapes_of(server_rank, quantization)
+    params = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     model = hf_tensors(ARCH, seed=2)
     for tensor in served_tensors(ARCH, SERVER, server_rank):
         for layer in map(str, range(ARCH.num_layers) if LAYER in tensor.name else [0]):

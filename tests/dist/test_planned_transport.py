@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_dypo.models.architecture import Architecture, Experts
-from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.served import ServerMesh
+from megatron_dypo.refit.plan.trainer_shards import SourceLayout
+from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MB, Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server

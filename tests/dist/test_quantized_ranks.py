@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.plan import Transfer, make_plan
+from megatron_dypo.refit.plan.trainer_shards import SourceLayout
+from megatron_dypo.refit.plan.refit_plan import Transfer, make_plan
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
-from megatron_dypo.refit.plan.served import ServerMesh
+from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 

@@ -1,4 +1,5 @@
-"""A refit from ranks with replicas and interleaved stages: each tensor is written once, an error of one is one of all."""
+"""A refit from ranks with replicas and interleaved stages: each tensor is written once, an error of one is one of
+all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every way of refitting, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of them.
+"""Every way of refitting, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of
+them.
 
 What a server must hold is what one holds that loaded the trainer's HF export: its checksums of every tensor.
 """

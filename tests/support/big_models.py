@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
-from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh, SourceLayout, make_plan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh, SourceLayout, make_plan
 from megatron_dypo.refit.plan.summary import summarize
 
 LLAMA_3_70B = {

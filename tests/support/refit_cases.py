@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.families.registry import family_rows
-from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, SourceLayout
 from tests.support.architectures import divisors, make_arch
 
 
@@ -116,12 +116,14 @@ class NaiveServerRank:
     """What SGLang's loaders make of HF tensors on one rank, written after them and not after the plan."""
 
     def __init__(self, arch: Architecture, server: ServerMesh, server_rank: int, *, split_inputs: bool = True) -> None:
-        """``split_inputs=False``: tensors that have one column, scales of rows, which RowParallelLinear does not split."""
+        """``split_inputs=False``: tensors that have one column, scales of rows, which RowParallelLinear does not
+        split."""
         self._arch, self._size, self._rank = arch, server.tensor, server_rank
         self._expert_size, self._split_inputs = server.expert, split_inputs
 
     def linear(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
-        """QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear, FusedMoE of one layer: tensors of a kind."""
+        """QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear, FusedMoE of one layer: tensors of a
+        kind."""
         attention = prefix + "self_attn."
         query, key, value = (hf[f"{attention}{name}_proj.{kind}"] for name in "qkv")
         tensors = {

@@ -1,8 +1,8 @@
-"""What the holders of each shard send to each server, as streams of bytes that the holders share out: pure.
+"""Streams: all bytes that a shard sends to the servers, in order, and the part of them that each holder sends. Pure.
 
-The stream of a shard is all that goes from it to the first server, layer after layer, then all that goes to the second,
-and so on. It is cut into as many equal blocks as ranks hold the shard; a rank sends the bands of rows that begin in its
-block. Templates are made once for each kind of layer, so that nothing here grows with layers but what is asked for.
+The stream of a shard holds what the first server needs of it, layer after layer, then what the second server needs, and
+so on. It is cut into equal blocks, one per rank that holds the shard. A rank sends the row blocks that begin in its
+block. There is one template per kind of layer, so that only the answers to queries grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.plan.held import (
+from megatron_dypo.refit.plan.layer_template import Encoding, Piece, Template, check_blocks, make_template
+from megatron_dypo.refit.plan.rectangles import Rectangle
+from megatron_dypo.refit.plan.server_tensors import ServedTensor, ServerMesh, served_tensors
+from megatron_dypo.refit.plan.trainer_shards import (
     Kind,
     Place,
     Shard,
@@ -22,16 +25,13 @@ from megatron_dypo.refit.plan.held import (
     num_shards,
     shards_of_stage,
 )
-from megatron_dypo.refit.plan.rectangles import Rectangle
-from megatron_dypo.refit.plan.served import ServedTensor, ServerMesh, served_tensors
-from megatron_dypo.refit.plan.template import Atom, Encoding, Template, check_blocks, make_template
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The rows from ``first`` to before ``end`` of an atom, of one layer: what one holder sends of it."""
+    """The rows from ``first`` to before ``end`` of an piece, of one layer: what one holder sends of it."""
 
-    atom: Atom
+    piece: Piece
     layer: int | None
     first: int
     end: int
@@ -41,7 +41,7 @@ class Streams:
     """The streams between one trainer and some servers.
 
     Raises:
-        ValueError: a layout that does not suit the architecture, or that cuts blocks of scales.
+        ValueError: a mesh that does not suit the architecture, or that cuts blocks of scales.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Streams:
         self._check()
 
     def shards(self) -> Iterator[Shard]:
-        """Every shard, stage after stage."""
+        """Yield every shard, stage after stage."""
         for stage in range(self._source.pipeline):
             yield from shards_of_stage(self._arch, self._source, stage)
 
     def shards_of(self, rank: int) -> list[Shard]:
-        """What a rank of the trainer holds."""
+        """List the shards that a rank of the trainer holds."""
         stage = rank // self._source.stage_size
         return [shard for shard in shards_of_stage(self._arch, self._source, stage) if rank in shard.holders]
 
     def senders(self, shard: Shard, server: int) -> Iterator[int]:
-        """The holders of a shard whose blocks touch the stream to a server, ascending."""
+        """Yield the holders of a shard whose blocks touch the stream to a server, ascending."""
         starts, count = self._server_starts(shard), len(shard.holders)
         total = max(starts[-1], 1)
         first, last = starts[server] * count // total, starts[server + 1] * count // total
@@ -78,7 +78,7 @@ class Streams:
                 yield rank
 
     def cuts(self, shard: Shard, rank: int, server: int, server_rank: int | None = None) -> Iterator[Cut]:
-        """What a holder sends of a shard to a server, or to one rank of it, in order."""
+        """Yield what a holder sends of a shard to a server, or to one rank of it, in order."""
         low, high = self._block(shard, rank)
         for start, template, layer in self._spans(shard, server, low, high):
             groups = (
@@ -86,25 +86,25 @@ class Streams:
                 if server_rank is None
                 else (template.by_server_rank.get(server_rank, ()),)
             )
-            for atom in (atom for group in groups for atom in group):
-                first, end = atom.rows_before(low - start), atom.rows_before(high - start)
+            for piece in (piece for group in groups for piece in group):
+                first, end = piece.rows_before(low - start), piece.rows_before(high - start)
                 if first < end:
-                    yield Cut(atom, layer, first, end)
+                    yield Cut(piece, layer, first, end)
 
     def bytes_to(self, shard: Shard, rank: int, server: int) -> Iterator[tuple[int, int]]:
-        """Ranks of a server and bytes that a holder sends them; a rank may come up more than once."""
+        """Yield ranks of a server and bytes that a holder sends them; a rank may occur more than once."""
         low, high = self._block(shard, rank)
         for start, template, _ in self._spans(shard, server, low, high):
             if low <= start and start + template.num_bytes <= high:
                 yield from template.bytes_to.items()
                 continue
-            for server_rank, atoms in template.by_server_rank.items():
-                for atom in atoms:
-                    rows = atom.rows_before(high - start) - atom.rows_before(low - start)
-                    yield server_rank, atom.bytes_of(rows)
+            for server_rank, pieces in template.by_server_rank.items():
+                for piece in pieces:
+                    rows = piece.rows_before(high - start) - piece.rows_before(low - start)
+                    yield server_rank, piece.bytes_of(rows)
 
     def _spans(self, shard: Shard, server: int, low: int, high: int) -> Iterator[tuple[int, Template, int | None]]:
-        """The parts of a shard's stream to a server that touch a block: first byte, template, layer."""
+        """Yield the parts of a shard's stream to a server that touch a block: first byte, template, layer."""
         start = self._server_starts(shard)[server]
         for place, layer in self._parts[shard.stage]:
             template = self._template(shard.kind, shard.index, place, self._servers[server])
@@ -113,12 +113,13 @@ class Streams:
             start += template.num_bytes
 
     def _block(self, shard: Shard, rank: int) -> tuple[int, int]:
-        """The bytes of a shard's stream that are one holder's."""
+        """Return the first byte of a holder's block in its shard's stream, and the byte after the last."""
         total, number, count = self._server_starts(shard)[-1], shard.holders.index(rank), len(shard.holders)
         return total * number // count, total * (number + 1) // count
 
     def _find_server_starts(self, shard: Shard) -> list[int]:
-        """Where the stream to each server begins in a shard's stream, and where the last one ends."""
+        """Return the byte of a shard's stream at which each server's part begins, then the byte at which the last part
+        ends."""
         sizes = {
             server: sum(
                 self._template(shard.kind, shard.index, place, server).num_bytes
@@ -129,13 +130,14 @@ class Streams:
         return list(accumulate((sizes[server] for server in self._servers), initial=0))
 
     def _parts_of(self, stage: int) -> list[tuple[Place, int | None]]:
-        """What a stage holds, in order: the embedding, its layers, what follows the layers."""
+        """List the parts of a stage in order: the embedding, its layers, the parameters after the layers."""
         parts: list[tuple[Place, int | None]] = [("first", None)] if stage == 0 else []
         parts += [("layer", layer) for layer in self._source.layers_of(stage, self._arch.num_layers)]
         return parts + ([("last", None)] if stage == self._source.pipeline - 1 else [])
 
     def _make_template(self, kind: Kind, index: int, place: Place, server: ServerMesh) -> Template:
-        """Shards begin with different ranks of a server, so that not all send to the same one at once."""
+        """Make one template. Shards begin with different ranks of a server, so that not all send to the same one at
+        once."""
         held = held_rectangles(self._arch, self._source, kind, index, place)
         first = index * server.tensor // num_shards(self._arch, self._source)[kind]
         server_ranks = [(first + i) % server.tensor for i in range(server.tensor)]
@@ -145,7 +147,7 @@ class Streams:
         )
 
     def _check(self) -> None:
-        """What both sides hold, for errors: layouts that do not fit, cuts of blocks."""
+        """Raise ValueError for meshes that do not suit the architecture, or that cut blocks of scales."""
         for kind, count in num_shards(self._arch, self._source).items():
             for index in range(count):
                 held = held_rectangles(self._arch, self._source, kind, index, "layer")
@@ -158,5 +160,5 @@ class Streams:
 
 
 def rectangles_of(tensors: Sequence[ServedTensor]) -> list[Rectangle]:
-    """All rectangles of some tensors."""
+    """List all rectangles of some tensors."""
     return [rectangle for tensor in tensors for rectangle in tensor.rectangles]

@@ -1,4 +1,4 @@
-"""What a plan costs, for people: bytes of ranks and links, the limit that they set, and the time that the order gives."""
+"""The cost of a plan, for people: bytes of ranks and links, the lower bound of the time, and the predicted time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dypo.checks import require
-from megatron_dypo.refit.plan.plan import RefitPlan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan
 
 _LARGEST = 8
 _ROUNDING_BYTES = 1e-3
@@ -24,11 +24,11 @@ class RefitSummary:
     """Bytes and times of one refit."""
 
     sent: Mapping[int, int]
-    """Bytes by trainer rank; of ranks that send nothing, 0."""
+    """Bytes by trainer rank; 0 for ranks that send nothing."""
     received: Mapping[ServerRank, int]
     links: Mapping[Link, int]
     bandwidth: float
-    """Bytes a second that a rank can send, and that a rank can receive."""
+    """Bytes per second that a rank can send, and that a rank can receive."""
     limit_s: float
     """Bytes of the busiest rank ÷ bandwidth: no order can be faster."""
     predicted_s: float
@@ -36,7 +36,7 @@ class RefitSummary:
 
 
 def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
-    """Everything that is printed of a plan, at ``bandwidth`` bytes a second for each rank.
+    """Compute everything that is printed of a plan, at ``bandwidth`` bytes per second for each rank.
 
     Raises:
         ValueError: a bandwidth that is not positive.
@@ -59,13 +59,13 @@ def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
 
 
 def predict(phases: Mapping[int, Sequence[Mapping[ServerRank, int]]], bandwidth: float) -> float:
-    """Seconds until all is sent, in a fluid model.
+    """Return the seconds until everything is sent, in a fluid model.
 
-    A source sends its phases one after the other (in a plan: server after server) and within a phase to all server ranks at
-    once, in proportion to their bytes. It sends at ``bandwidth``, divided by the overload of the most loaded of its
-    server_ranks: the sum over the sources of what they would send it at full speed, ÷ ``bandwidth``. What one server_rank's overload
-    thus leaves free at others is not used. Latency, staging copies and shared network links beyond the ranks' own are
-    not modelled.
+    A trainer rank sends its phases one after the other (in a plan: server after server), and within a phase to all
+    server ranks at once, in proportion to their bytes. It sends at ``bandwidth``, divided by the overload of its most
+    loaded server rank: the sum over the trainer ranks of the rate at which they would send to it at full speed, divided
+    by ``bandwidth``. Bandwidth that stays free at other server ranks is not used. Latency, staging copies and shared
+    network links beyond the ranks' own are not modelled.
     """
     queues = {source: list(reversed(own)) for source, own in phases.items() if own}
     shares = {source: _shares(own[-1]) for source, own in queues.items()}
@@ -94,7 +94,7 @@ def predict(phases: Mapping[int, Sequence[Mapping[ServerRank, int]]], bandwidth:
 
 
 def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
-    """The summary for a terminal."""
+    """Format the summary for a terminal."""
     total, busiest_sent = sum(summary.links.values()), max(summary.sent.values())
     senders = sum(num_bytes > 0 for num_bytes in summary.sent.values())
     lines = [
@@ -123,7 +123,7 @@ def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
 
 
 def to_json(summary: RefitSummary) -> dict[str, Any]:
-    """The summary for programs: every rank and every link, in bytes and seconds."""
+    """Return the summary for programs: every rank and every link, in bytes and seconds."""
     return {
         "total_bytes": sum(summary.links.values()),
         "limit_s": summary.limit_s,
@@ -142,7 +142,7 @@ def to_json(summary: RefitSummary) -> dict[str, Any]:
 
 
 def _phases(plan: RefitPlan, links: Mapping[Link, int]) -> dict[int, list[dict[ServerRank, int]]]:
-    """What each rank sends, server by server in the order of the plan."""
+    """Return what each rank sends, server by server in the order of the plan."""
     by_server: defaultdict[tuple[int, int], dict[ServerRank, int]] = defaultdict(dict)
     for (source, server, server_rank), num_bytes in links.items():
         by_server[source, server][server, server_rank] = num_bytes

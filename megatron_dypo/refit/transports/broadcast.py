@@ -1,9 +1,9 @@
 """The broadcast transport, SGLang's distributed update: HF tensors in buckets, broadcast to stock servers.
 
 The leader of each pipeline stage forms one group with all servers, of which it is rank 0, so nothing is gathered over
-stages. Each further rank that owns experts of the stage (the first rank of those that an expert is split over) does too,
-so nothing is gathered over owners. These ranks take turns, also in forming the groups: a server handles one such call
-after the other, and two half-formed groups on two servers would wait for each other.
+stages. Each further rank that owns experts of the stage (the first rank of those that an expert is split over) does
+too, so nothing is gathered over owners. These ranks take turns, also in forming the groups: a server handles one such
+call after the other, and two half-formed groups on two servers would wait for each other.
 """
 
 from __future__ import annotations

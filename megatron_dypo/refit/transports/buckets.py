@@ -24,8 +24,8 @@ class Bucket:
 def fill_buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
     """Flatten tensors into buckets of at most ``limit`` bytes, in one buffer that every bucket reuses.
 
-    A tensor of ``limit`` bytes or more is a bucket on its own, and is not copied. Within a bucket each tensor starts at a
-    multiple of its element size, as the receiver requires.
+    A tensor of ``limit`` bytes or more is a bucket on its own, and is not copied. Within a bucket each tensor starts at
+    a multiple of its element size, as the receiver requires.
     """
     buffer = torch.empty(0, dtype=torch.uint8)
     held: list[tuple[str, Tensor]] = []

@@ -1,4 +1,5 @@
-"""Opens the connection of a run: by the transport that the configuration names, or by the best that all servers support."""
+"""Opens the connection of a run: by the transport that the configuration names, or by the best that all servers
+support."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def connect(
 ) -> Connection:
     """Choose among ``local``, ``p2p`` and ``broadcast``, and connect with all servers. Collective over the world.
 
-    ``control``: on the ranks that lead a stage or own experts, and so may broadcast; the global leader asks the servers.
+    ``control``: on the ranks that lead a stage or own experts, and so may broadcast; the global leader asks the
+    servers.
 
     Raises:
         RefitError: on all ranks; nothing stays open.

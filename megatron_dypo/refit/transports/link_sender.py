@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.refit.checksums import Verify, checksum, should_verify
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
 from megatron_dypo.refit.slices import SliceSource
 from megatron_dypo.refit.transports.links import Outgoing
 from megatron_dypo.refit.transports.messages import Message, Part, as_bytes, part_of

@@ -24,7 +24,8 @@ class LinkError(RuntimeError):
 
 
 class Outgoing(ABC):
-    """The trainer rank's end of a link, for one refit. All methods raise LinkError where the other end is lost or late."""
+    """The trainer rank's end of a link, for one refit. All methods raise LinkError where the other end is lost or
+    late."""
 
     @abstractmethod
     def stage(self, num_bytes: int) -> Tensor:
@@ -40,7 +41,8 @@ class Outgoing(ABC):
 
 
 class Incoming(ABC):
-    """The server rank's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take``, ``release``.
+    """The server rank's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take``,
+    ``release``.
 
     All methods raise LinkError where the other end is lost or late.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.checks import require
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
 
 _ALIGN = 16
 """Each part of a message starts at a multiple of this many bytes, so that it can be viewed in its dtype."""

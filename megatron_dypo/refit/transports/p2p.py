@@ -1,8 +1,8 @@
 """Links over torch.distributed: one process group per server, of the trainer ranks that send to it and its own ranks.
 
 The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every server has
-its own group, so that the loss of one server is no error on the links to another. Ranks in a group: the trainer ranks in
-ascending order, then the server's ranks.
+its own group, so that the loss of one server is no error on the links to another. Ranks in a group: the trainer ranks
+in ascending order, then the server's ranks.
 """
 
 from __future__ import annotations

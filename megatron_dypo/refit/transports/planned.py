@@ -1,7 +1,7 @@
 """The planned transports, ``p2p`` and ``local``: each rank sends each server rank the slices that it needs, once.
 
-The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. A :class:`ControlMessage` tells them of
-each refit. The links, and a store on which both sides meet, stay open between refits.
+The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. A :class:`ControlMessage` tells them
+of each refit. The links, and a store on which both sides meet, stay open between refits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.lockstep import Lockstep
-from megatron_dypo.refit.plan.plan import RefitPlan, SourceLayout
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, SourceLayout
 from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 from megatron_dypo.refit.slices import ShardSlices, SliceSource
 from megatron_dypo.refit.source import Source

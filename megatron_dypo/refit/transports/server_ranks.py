@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
 from megatron_dypo.refit.control_message import GO, ControlMessage, inventory_key, report_key, to_payload
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import RefitPlan, ServerMesh
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 
 _ENDED = "{}"

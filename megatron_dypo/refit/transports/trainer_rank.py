@@ -13,7 +13,7 @@ from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.control import ServerError
 from megatron_dypo.refit.control_message import inventory_key
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import RefitPlan, Transfer
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer
 from megatron_dypo.refit.slices import SliceSource
 from megatron_dypo.refit.transports.link_sender import LinkSender
 from megatron_dypo.refit.transports.links import LinkError, Sender, ServerLinks

@@ -138,8 +138,8 @@ def _await(made: Future[T], answers: Future[Any], deadline: Deadline) -> T:
     """Wait for ``made`` and return its result, as long as no answer is an error.
 
     Raises:
-        ServerError: an answer is an error. Until there are answers their own deadline counts: its error names the server.
-        TimeoutError: all servers have answered, and the deadline has passed.
+        ServerError: an answer is an error. Until there are answers their own deadline counts: its error names the
+        server. TimeoutError: all servers have answered, and the deadline has passed.
     """
     wait([made, answers], return_when=FIRST_COMPLETED)
     if not made.done():

@@ -1,8 +1,10 @@
-"""``megatron-dypo train`` in which servers are killed at given moments: python -m tests.support.e2e.killing_run CONFIG MOMENTS.
+"""``megatron-dypo train`` in which servers are killed at given moments: python -m tests.support.e2e.killing_run CONFIG
+MOMENTS.
 
 MOMENTS is a JSON list of [event, server, delay in seconds]. A moment comes at the next ``event`` that concerns its
-server: ``generate``, or a control route such as ``/pause_generation``; the server is killed that much later, at 0 before
-the request goes out. One moment comes after the other, each when its server takes part again: a refit waits for that.
+server: ``generate``, or a control route such as ``/pause_generation``; the server is killed that much later, at 0
+before the request goes out. One moment comes after the other, each when its server takes part again: a refit waits for
+that.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from megatron_dypo.cli import app
 from megatron_dypo.config.load import load_config
 from megatron_dypo.planning.refit import RefitOptions, plan_of_config
-from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, SourceLayout
 from tests.support.big_models import QWEN3_235B_A22B
 
 SMALL = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs, from_named_tensors, to_payload
-from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout, Transfer
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, SourceLayout, Transfer
 from megatron_dypo.refit.transports.messages import as_bytes, cut, part_of
 from tests.support.architectures import make_arch
 

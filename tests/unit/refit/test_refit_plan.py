@@ -1,4 +1,5 @@
-"""The plan of a refit, executed on numbers and compared with what SGLang's loaders would make of the same HF tensors."""
+"""The plan of a refit, executed on numbers and compared with what SGLang's loaders would make of the same HF
+tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.quantized.names import BLOCK, is_quantized
-from megatron_dypo.refit.plan.plan import RefitPlan, Transfer, make_plan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer, make_plan
 from tests.support.refit_cases import Case, NaiveServerRank, cases, numbered_hf_tensors
 
 Matrix = np.ndarray

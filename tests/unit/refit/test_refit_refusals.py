@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout, make_plan
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, SourceLayout, make_plan
 from tests.support.architectures import make_arch
 from tests.support.refit_cases import qwen3_moe_experts
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from megatron_dypo.refit.plan.plan import ServerMesh, SourceLayout, make_plan
+from megatron_dypo.refit.plan.refit_plan import ServerMesh, SourceLayout, make_plan
 from megatron_dypo.refit.plan.summary import predict, summarize, to_json, to_text
 from tests.support.architectures import make_arch
 from tests.support.big_models import plan

@@ -1,7 +1,7 @@
-"""What one shard of the trainer gives to one server, of one layer of each kind: :mod:`.plan` repeats it for each layer.
+"""Templates: the pieces of one layer that a trainer shard sends to a server. All layers of a kind have the same.
 
-A template is a stream of bytes. It can be cut between any two bands of rows; a band is one row, or with ``fp8_block``
-the 128 rows of a block, so that values and their scales stay together.
+The pieces of a template form a stream of bytes. It may be cut between any two row blocks. A row block is one row, or
+with ``fp8_block`` the 128 rows of a block, so that values and their scales stay together.
 """
 
 from __future__ import annotations
@@ -21,57 +21,61 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """How values travel."""
+    """The type in which values are sent."""
 
     quantization: Quantization = "none"
     element_size: int = 2
     """Bytes of a value that is not quantised."""
 
     def is_quantized(self, hf_name: str) -> bool:
-        """Whether this HF tensor, ``{layer}`` in its name or not, travels in FP8."""
+        """Return whether an HF tensor is sent in FP8; its name may contain ``{layer}``."""
         return self.quantization != "none" and is_quantized(hf_name.replace(LAYER, "0"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Atom:
-    """One rectangle on its way to one rank of the server; ``{layer}`` stands for the layer in its names."""
+class Piece:
+    """One rectangle that is sent to one server rank; in its names ``{layer}`` stands for the layer."""
 
     start: int
-    """Byte of the template that it begins at."""
+    """The byte of the template at which the piece begins."""
     server_rank: int
     source: Rectangle
-    """What the shard holds around it."""
+    """The rectangle of the shard that contains the piece."""
     served: Rectangle
-    """What the rank of the server holds around it."""
+    """The rectangle of the server rank that contains the piece."""
     hf_row: int
     hf_col: int
     rows: int
     cols: int
     value_bytes: int
-    band: int
-    scales_of_band: int
-    """Scales that go with each band: none, one a block, or one a row."""
+    row_block: int
+    """Rows that are not separated."""
+    scales_per_row_block: int
+    """Scales that are sent with each row block: none, one per block, or one per row."""
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of values and scales."""
         return self.bytes_of(self.rows)
 
     def bytes_of(self, rows: int) -> int:
-        """Bytes of this many of its rows, from the first or from another band's first on."""
-        return rows * self.cols * self.value_bytes + -(-rows // self.band) * self.scales_of_band * SCALE_BYTES
+        """Return the bytes of that many rows, counted from the first row of any row block."""
+        return (
+            rows * self.cols * self.value_bytes + -(-rows // self.row_block) * self.scales_per_row_block * SCALE_BYTES
+        )
 
     def rows_before(self, position: int) -> int:
-        """Rows that begin before this byte of the template, in whole bands: neighbours cut there agree."""
-        bands = -(-(position - self.start) // self.bytes_of(self.band))
-        return min(max(bands * self.band, 0), self.rows)
+        """Return how many rows begin before this byte of the template, in whole row blocks: neighbours agree."""
+        blocks = -(-(position - self.start) // self.bytes_of(self.row_block))
+        return min(max(blocks * self.row_block, 0), self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Atoms one after the other, as a stream of bytes: all that goes to one rank, then to the next."""
+    """Pieces one after the other, as a stream of bytes: first all for one server rank, then all for the next."""
 
-    by_server_rank: Mapping[int, Sequence[Atom]]
-    """In the order of sending."""
+    by_server_rank: Mapping[int, Sequence[Piece]]
+    """Server ranks in the order of sending."""
     bytes_to: Mapping[int, int]
     num_bytes: int
 
@@ -79,26 +83,25 @@ class Template:
 def make_template(
     sources: Sequence[Rectangle], server_ranks: Iterable[tuple[int, Sequence[Rectangle]]], encoding: Encoding
 ) -> Template:
-    """From a shard's rectangles to those of a server's ranks, given in the order in which they are to be served."""
-    by_server_rank: dict[int, list[Atom]] = {}
+    """Cut a shard's rectangles into pieces for a server's ranks, which are given in the order of sending."""
+    by_server_rank: dict[int, list[Piece]] = {}
     bytes_to: defaultdict[int, int] = defaultdict(int)
     position = 0
     for server_rank, served in server_ranks:
-        atoms = []
-        for atom in _atoms(sources, server_rank, served, encoding, position):
-            atoms.append(atom)
-            position += atom.num_bytes
-            bytes_to[server_rank] += atom.num_bytes
-        if atoms:
-            by_server_rank[server_rank] = atoms
+        pieces = []
+        for piece in _pieces(sources, server_rank, served, encoding, position):
+            pieces.append(piece)
+            position += piece.num_bytes
+            bytes_to[server_rank] += piece.num_bytes
+        if pieces:
+            by_server_rank[server_rank] = pieces
     return Template(by_server_rank=by_server_rank, bytes_to=dict(bytes_to), num_bytes=position)
 
 
 def check_blocks(rectangles: Iterable[Rectangle], encoding: Encoding, holder: str) -> None:
-    """That blocks of scales are whole on one rank, which SGLang asks for too.
+    """Raise ValueError unless all blocks of scales are whole on one rank, as SGLang requires.
 
-    Raises:
-        ValueError: names the tensor, where it is cut, and the rule.
+    The error names the tensor, where it is cut, and the rule.
     """
     if encoding.quantization != "fp8_block":
         return
@@ -114,19 +117,19 @@ def check_blocks(rectangles: Iterable[Rectangle], encoding: Encoding, holder: st
             )
 
 
-def _atoms(
+def _pieces(
     sources: Sequence[Rectangle], server_rank: int, served: Sequence[Rectangle], encoding: Encoding, position: int
-) -> Iterator[Atom]:
+) -> Iterator[Piece]:
     for source, place, (row, col, rows, cols) in overlaps(sources, served):
-        value_bytes, band, scales = encoding.element_size, 1, 0
+        value_bytes, row_block, scales = encoding.element_size, 1, 0
         if encoding.is_quantized(source.hf_name):
             value_bytes = 1
             if encoding.quantization == "fp8_block":
-                band, scales = BLOCK, -(-cols // BLOCK)
+                row_block, scales = BLOCK, -(-cols // BLOCK)
             elif col == place.hf_col:
-                # A row's one scale goes with the first of the columns that the server rank takes of that row.
+                # A row has one scale. It is sent with the first columns that the server rank takes of that row.
                 scales = 1
-        atom = Atom(
+        piece = Piece(
             start=position,
             server_rank=server_rank,
             source=source,
@@ -136,8 +139,8 @@ def _atoms(
             rows=rows,
             cols=cols,
             value_bytes=value_bytes,
-            band=band,
-            scales_of_band=scales,
+            row_block=row_block,
+            scales_per_row_block=scales,
         )
-        yield atom
-        position += atom.num_bytes
+        yield piece
+        position += piece.num_bytes

@@ -1,9 +1,9 @@
-"""The plan of a refit: which slice of which trainer rank's parameter goes where in which SGLang rank's. Pure data.
+"""The plan of a refit: which slice of a trainer rank's parameter goes where in a server rank's parameter. Pure data.
 
-Both sides hold rectangles of HF tensors (:mod:`.held`, :mod:`.served`); what is sent is their overlap, once for each rank
-that needs it. Ranks that hold the same data share the sending: all bytes of it, server after server, are cut into equal
-blocks, one for each, so that each rank talks to few servers. The plan follows from the sizes alone, so every rank of
-both sides computes its own part of it, from one template for each kind of layer (:mod:`.streams`).
+Both sides hold rectangles of HF tensors (:mod:`.trainer_shards`, :mod:`.server_tensors`). Each overlap of two is sent
+once to every server rank that needs it. Ranks that hold the same data share the sending: all its bytes, server after
+server, are cut into equal blocks, one per rank, so that each rank talks to few servers. The plan follows from the sizes
+alone. So every rank of both sides computes its own part of it, from one template per kind of layer (:mod:`.streams`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from megatron_dypo.checks import require, require_positive
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, scale_name, scale_shape
-from megatron_dypo.refit.plan.held import SourceLayout
-from megatron_dypo.refit.plan.served import ServerMesh
+from megatron_dypo.refit.plan.layer_template import SCALE_BYTES, Encoding
+from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from megatron_dypo.refit.plan.streams import Cut, Streams
-from megatron_dypo.refit.plan.template import SCALE_BYTES, Encoding
+from megatron_dypo.refit.plan.trainer_shards import SourceLayout
 
 __all__ = ["ServerMesh", "RefitPlan", "SourceLayout", "Transfer", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """One rectangle on its way; rows and columns are those of matrices (:mod:`.rectangles`)."""
+    """One rectangle that is sent; rows and columns are those of matrices (:mod:`.rectangles`)."""
 
     source: int
     """Global rank of the trainer."""
@@ -45,11 +45,11 @@ class Transfer:
     rows: int
     cols: int
     hf_name: str
-    """The HF tensor that holds the same rectangle; of scales, the checkpoint's tensor of scales."""
+    """The HF tensor that holds the same rectangle; for scales, the checkpoint's tensor of scales."""
     hf_row: int
     hf_col: int
     part: Literal["value", "scale"] = "value"
-    """``scale``: of a quantised tensor; all coordinates then count its blocks (of ``fp8_channel``: its rows)."""
+    """``scale``: scales of a quantised tensor; all coordinates count its blocks (with ``fp8_channel``: its rows)."""
 
 
 def make_plan(
@@ -60,10 +60,10 @@ def make_plan(
     quantization: Quantization = "none",
     element_size: int = 2,
 ) -> RefitPlan:
-    """The plan from a trainer to servers; ``element_size`` is that of a value that is not quantised, in bytes.
+    """Make the plan from a trainer to servers; ``element_size``: bytes of a value that is not quantised.
 
     Raises:
-        ValueError: a layout that does not suit the architecture, or blocks of scales that it would cut.
+        ValueError: a mesh that does not suit the architecture, or that cuts blocks of scales.
     """
     require(len(servers) > 0, "servers=()", "name at least one")
     encoding = Encoding(quantization=quantization, element_size=element_size)
@@ -72,7 +72,7 @@ def make_plan(
 
 
 class RefitPlan:
-    """What every rank of both sides sends and receives; made by :func:`make_plan`."""
+    """The transfers of every rank of both sides; made by :func:`make_plan`."""
 
     def __init__(
         self, arch: Architecture, source: SourceLayout, servers: Sequence[ServerMesh], encoding: Encoding
@@ -84,7 +84,7 @@ class RefitPlan:
         self._streams = Streams(arch, source, servers, encoding)
 
     def sends(self, rank: int) -> list[Transfer]:
-        """What a rank of the trainer sends, in order: server after server, as :meth:`servers_of` says."""
+        """List the transfers that a trainer rank sends, in order: server after server, as :meth:`servers_of` says."""
         return [
             transfer
             for server in self.servers_of(rank)
@@ -94,7 +94,7 @@ class RefitPlan:
         ]
 
     def receives(self, server: int, server_rank: int) -> list[Transfer]:
-        """What a rank of a server receives: from each source in the order in which that source sends it."""
+        """List the transfers that a server rank receives, those of each trainer rank in the order of sending."""
         tensor = self.servers[server].tensor
         require(
             0 <= server_rank < tensor,
@@ -110,7 +110,7 @@ class RefitPlan:
         ]
 
     def sources_of(self, server: int) -> tuple[int, ...]:
-        """The ranks that send anything to a server, ascending."""
+        """Return the trainer ranks that send anything to a server, ascending."""
         senders = {
             rank
             for shard in self._streams.shards()
@@ -120,7 +120,10 @@ class RefitPlan:
         return tuple(sorted(senders))
 
     def servers_of(self, rank: int) -> tuple[int, ...]:
-        """The servers that a rank sends to, in its order: its peers in other stages and tensor ranks begin elsewhere."""
+        """Return the servers that a trainer rank sends to, in its order.
+
+        Ranks of other stages and other tensor ranks begin with other servers.
+        """
         world = self.source.world_size
         require(0 <= rank < world, f"rank={rank}", f"must be below {world}, the ranks of the trainer")
         servers = [server for server in range(len(self.servers)) if self._sends_any(rank, server)]
@@ -129,7 +132,7 @@ class RefitPlan:
         return (*servers[first:], *servers[:first])
 
     def link_bytes(self) -> dict[tuple[int, int, int], int]:
-        """Bytes of each link (source, server, server_rank) that carries any."""
+        """Return the bytes of each link (source, server, server_rank) that carries any."""
         links: defaultdict[tuple[int, int, int], int] = defaultdict(int)
         for shard in self._streams.shards():
             for server in range(len(self.servers)):
@@ -139,7 +142,7 @@ class RefitPlan:
         return {link: num_bytes for link, num_bytes in links.items() if num_bytes}
 
     def bytes_of(self, transfer: Transfer) -> int:
-        """Bytes that a transfer carries."""
+        """Return the bytes of a transfer."""
         size = self.encoding.element_size
         if transfer.part == "scale":
             size = SCALE_BYTES
@@ -148,7 +151,7 @@ class RefitPlan:
         return transfer.rows * transfer.cols * size
 
     def served_shapes(self, server: int, server_rank: int) -> dict[str, tuple[int, ...]]:
-        """Every parameter that SGLang must hold on a rank of a server, scales included, as its loader fills them."""
+        """Return name → shape of every parameter that SGLang must hold on a server rank, scales included."""
         shapes: dict[str, tuple[int, ...]] = {}
         quantization = self.encoding.quantization
         for tensor in self._streams.served[self.servers[server]][server_rank]:
@@ -166,32 +169,32 @@ class RefitPlan:
         return any(True for shard in shards for _ in self._streams.cuts(shard, rank, server))
 
     def _transfers(self, cut: Cut, rank: int, server: int) -> Iterator[Transfer]:
-        """The values of a cut, then its scales."""
-        atom, layer = cut.atom, cut.layer
-        row, col = atom.hf_row + cut.first, atom.hf_col
+        """Yield the values of a cut, then its scales."""
+        piece, layer = cut.piece, cut.layer
+        row, col = piece.hf_row + cut.first, piece.hf_col
         values = Transfer(
             source=rank,
             server=server,
-            server_rank=atom.server_rank,
-            source_name=_at(atom.source.name, layer),
-            source_row=atom.source.row + row - atom.source.hf_row,
-            source_col=atom.source.col + col - atom.source.hf_col,
-            served_name=_at(atom.served.name, layer),
-            served_row=atom.served.row + row - atom.served.hf_row,
-            served_col=atom.served.col + col - atom.served.hf_col,
+            server_rank=piece.server_rank,
+            source_name=_at(piece.source.name, layer),
+            source_row=piece.source.row + row - piece.source.hf_row,
+            source_col=piece.source.col + col - piece.source.hf_col,
+            served_name=_at(piece.served.name, layer),
+            served_row=piece.served.row + row - piece.served.hf_row,
+            served_col=piece.served.col + col - piece.served.hf_col,
             rows=cut.end - cut.first,
-            cols=atom.cols,
-            hf_name=_at(atom.source.hf_name, layer),
+            cols=piece.cols,
+            hf_name=_at(piece.source.hf_name, layer),
             hf_row=row,
             hf_col=col,
         )
         yield values
-        if atom.scales_of_band:
+        if piece.scales_per_row_block:
             yield _scales(values, self.encoding.quantization)
 
 
 def _scales(values: Transfer, quantization: Quantization) -> Transfer:
-    """The scales of a rectangle of values: those of its blocks, or the one column of those of its rows."""
+    """Return the scales of a rectangle of values: one per block, or a column with one per row."""
     in_blocks = quantization == "fp8_block"
     height = BLOCK if in_blocks else 1
     return replace(

@@ -1,8 +1,8 @@
-"""How SGLang holds the tensors of a family on one tensor-parallel rank: pure, no torch, no SGLang.
+"""The servers' side of a plan: how SGLang holds the tensors of a family on one server rank. Pure, no torch, no SGLang.
 
-Read off SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe}.py``, ``layers/linear.py`` (fused projections, replicated
+Read in SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe}.py``, ``layers/linear.py`` (fused projections, replicated
 key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and ``layers/moe/fused_moe_triton/layer.py``
-(expert stacks). Without attention data parallelism, redundant experts and kernels that reorder weights after loading.
+(expert stacks). Not for attention data parallelism, redundant experts, or kernels that reorder weights after loading.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.checks import require, require_positive
-from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.refit.plan.rectangles import Rectangle
 
@@ -22,12 +22,12 @@ _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class ServerMesh:
-    """Axes of one SGLang server."""
+    """Sizes of the axes of one SGLang server."""
 
     tensor: int
     """``--tp-size``."""
     expert: int = 1
-    """``--ep-size``: the ranks hold 1/expert of the experts each, split over tensor / expert of them."""
+    """``--ep-size``: each rank holds 1/expert of the experts, each split over tensor / expert ranks."""
 
     def __post_init__(self) -> None:
         require_positive(self, "tensor", "expert")
@@ -35,27 +35,31 @@ class ServerMesh:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedTensor:
-    """One parameter of SGLang's on one rank."""
+    """One parameter of SGLang on one server rank."""
 
     name: str
     """``{layer}`` stands for the layer."""
     shape: tuple[int, ...]
     rectangles: tuple[Rectangle, ...]
-    """What it holds of HF tensors; the rest is padding, zeros."""
+    """The parts of HF tensors that it holds; the rest is padding with zeros."""
 
 
 def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> list[ServedTensor]:
-    """What rank ``server_rank`` of a server holds; the tensors of a layer once, with ``{layer}`` in their names.
+    """List the parameters of a server rank; those of a layer once, with ``{layer}`` in their names.
 
     Raises:
-        ValueError: a server whose layout does not suit the architecture.
+        ValueError: a server whose mesh does not suit the architecture.
     """
     check_server_mesh(arch, server)
     names = (_EMBEDDING,) if _shares_embedding(arch) else (_EMBEDDING, _OUTPUT)
     return [
         *(_vocabulary(arch, server.tensor, server_rank, name) for name in names),
         *_attention(arch, server.tensor, server_rank),
-        *(_experts(arch, server, server_rank) if arch.experts else _mlp(arch, server.tensor, server_rank)),
+        *(
+            _experts(arch.experts, arch.hidden_size, server, server_rank)
+            if arch.experts
+            else _mlp(arch, server.tensor, server_rank)
+        ),
         _whole("model.norm.weight", (arch.hidden_size,)),
     ]
 
@@ -87,12 +91,12 @@ def _require_divides(size: int, name: str, value: int) -> None:
 
 
 def _shares_embedding(arch: Architecture) -> bool:
-    """Whether the output layer is the embedding; SGLang's Qwen3-MoE has two tensors even where HF has one."""
+    """Return whether the output layer is the embedding; SGLang's Qwen3-MoE has two tensors even where HF has one."""
     return arch.tied_embeddings and arch.experts is None
 
 
 def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) -> ServedTensor:
-    """A range of the vocabulary, which is padded to a multiple of 64, or of 64 × tensor if that is needed to split it."""
+    """Return a range of the vocabulary, padded to a multiple of 64, or of 64 × tensor where only that can be split."""
     multiple = _VOCAB_MULTIPLE
     if _round_up(arch.vocab_size, multiple) % tensor:
         multiple *= tensor
@@ -104,6 +108,7 @@ def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) ->
 
 
 def _attention(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTensor]:
+    """Yield the parameters of a layer's attention and its norms."""
     heads, kv_heads = arch.num_attention_heads // tensor, max(arch.num_key_value_heads // tensor, 1)
     replicas = max(tensor // arch.num_key_value_heads, 1)
     query, key = heads * arch.head_dim, kv_heads * arch.head_dim
@@ -135,31 +140,30 @@ def _mlp(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTe
     yield _columns(f"{_LAYER}mlp.down_proj.weight", (arch.hidden_size, local), server_rank * local)
 
 
-def _experts(arch: Architecture, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
-    """Stacks of this rank's experts; ranks with the same ones are neighbours and split their features."""
-    assert arch.experts is not None
+def _experts(experts: Experts, hidden_size: int, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
+    """Yield stacks of this rank's experts; neighbouring ranks hold the same experts and split their features."""
     split = server.tensor // server.expert
-    local, start = arch.experts.ffn_hidden_size // split, server_rank % split * (arch.experts.ffn_hidden_size // split)
-    count = arch.experts.num_experts // server.expert
+    local, start = experts.ffn_hidden_size // split, server_rank % split * (experts.ffn_hidden_size // split)
+    count = experts.num_experts // server.expert
     owned = range(server_rank // split * count, (server_rank // split + 1) * count)
     prefix = f"{_LAYER}mlp.experts."
     inputs = [(f"{prefix}{expert}.{name}_proj.weight", start, local) for expert in owned for name in ("gate", "up")]
     outputs = tuple(
         Rectangle(
             name=f"{prefix}w2_weight",
-            row=number * arch.hidden_size,
+            row=number * hidden_size,
             col=0,
             hf_name=f"{prefix}{expert}.down_proj.weight",
             hf_row=0,
             hf_col=start,
-            rows=arch.hidden_size,
+            rows=hidden_size,
             cols=local,
         )
         for number, expert in enumerate(owned)
     )
-    yield _whole(f"{_LAYER}mlp.gate.weight", (arch.experts.num_experts, arch.hidden_size))
-    yield _rows(f"{prefix}w13_weight", (count, 2 * local, arch.hidden_size), inputs)
-    yield ServedTensor(name=f"{prefix}w2_weight", shape=(count, arch.hidden_size, local), rectangles=outputs)
+    yield _whole(f"{_LAYER}mlp.gate.weight", (experts.num_experts, hidden_size))
+    yield _rows(f"{prefix}w13_weight", (count, 2 * local, hidden_size), inputs)
+    yield ServedTensor(name=f"{prefix}w2_weight", shape=(count, hidden_size, local), rectangles=outputs)
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> ServedTensor:
@@ -167,7 +171,7 @@ def _whole(name: str, shape: tuple[int, ...]) -> ServedTensor:
 
 
 def _rows(name: str, shape: tuple[int, ...], runs: Sequence[tuple[str, int, int]]) -> ServedTensor:
-    """A tensor of runs of rows below each other, each (HF tensor, first row, rows)."""
+    """Return a parameter that stacks runs of rows, each (HF tensor, first row, number of rows)."""
     rectangles, row = [], 0
     cols = shape[-1] if len(shape) > 1 else 1
     for hf_name, start, length in runs:
@@ -179,7 +183,7 @@ def _rows(name: str, shape: tuple[int, ...], runs: Sequence[tuple[str, int, int]
 
 
 def _columns(name: str, shape: tuple[int, int], start: int) -> ServedTensor:
-    """A tensor of the columns from ``start`` of the HF tensor of the same name."""
+    """Return a parameter that holds the columns from ``start`` of the HF tensor of the same name."""
     rectangle = Rectangle(name=name, row=0, col=0, hf_name=name, hf_row=0, hf_col=start, rows=shape[0], cols=shape[1])
     return ServedTensor(name=name, shape=shape, rectangles=(rectangle,))
 
