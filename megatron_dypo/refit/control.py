@@ -7,60 +7,22 @@ announce it can be under way together. Every error names the server, the call an
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from megatron_dypo.refit.answers import Answer, ServerError, ServerInfo, UnansweredError, checked, joined, read
 from megatron_dypo.refit.deadline import Deadline
 
 T = TypeVar("T")
-Answer = dict[str, Any]
 
 PauseMode = Literal["retract", "abort"]
 
 # When one server of a collective call fails, the others fail as a consequence. We wait that long for the first to fail.
 _GRACE_S = 2.0
-
-MAX_ANSWER_BYTES = 16 * 2**20
-"""A longer answer is an error; ``/server_info``, the longest that SGLang gives, has some ten kB."""
-_QUOTED_CHARACTERS = 500
-
-
-class ServerError(RuntimeError):
-    """A server refused a call, answered nonsense, or did not answer."""
-
-    def __init__(self, message: str, *urls: str, is_silent: bool = False) -> None:
-        """``urls``: the servers to blame; none where all failed and none stands out."""
-        super().__init__(message)
-        self.urls = urls
-        self.is_silent = is_silent
-        """Whether there was no answer at all, not even a refusal."""
-
-    @property
-    def url(self) -> str | None:
-        """The server to blame, or the first of several; None: no server in particular."""
-        return self.urls[0] if self.urls else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerInfo:
-    """A server's model and sizes, by its own account."""
-
-    url: str
-    model_path: str
-    model_type: str
-    weight_version: str
-    tensor_parallel: int
-    pipeline_parallel: int
-    data_parallel: int
-    expert_parallel: int
-    custom_loaders: tuple[str, ...]
-    """``--custom-weight-loader``: names under which it takes updates by functions that it imports."""
 
 
 class SGLangControl:
@@ -235,7 +197,7 @@ class SGLangControl:
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
         if errors:
-            raise _joined(errors, is_collective=fail_fast)
+            raise joined(errors, is_collective=fail_fast)
         return [task.result() for task in tasks]
 
     async def call(self, method: str, url: str, path: str, body: Answer | None, timeout_s: float) -> Answer:
@@ -250,12 +212,12 @@ class SGLangControl:
         options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=timeout_s), "allow_redirects": False}
         try:
             async with self._session.request(method, url + path, json=body, **options) as response:
-                status, text = response.status, await _read(response, where, url)
+                status, text = response.status, await read(response, where, url)
         except asyncio.TimeoutError as error:
-            raise _UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
+            raise UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
-        return _checked(where, url, status, text)
+        return checked(where, url, status, text)
 
 
 async def _open_session(api_key: str | None) -> aiohttp.ClientSession:
@@ -269,48 +231,3 @@ async def _cancel_others() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-
-
-async def _read(response: aiohttp.ClientResponse, where: str, url: str) -> str:
-    """Read an answer, which must not be longer than ``MAX_ANSWER_BYTES``."""
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            raise ServerError(
-                f"{where}: status {response.status}: an answer of more than {MAX_ANSWER_BYTES} bytes", url
-            )
-    return body.decode(errors="replace")
-
-
-class _UnansweredError(ServerError):
-    """A call that was sent, and whose time ran out."""
-
-
-def _joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
-    """Return one error for the errors of several servers.
-
-    In a collective call one server makes the others fail, or wait. So a server that is gone is blamed alone, and one
-    that only waits is not blamed.
-    """
-    blamed = [error for error in errors if not (is_collective and isinstance(error, _UnansweredError))]
-    gone = [error for error in blamed if error.is_silent]
-    blamed = gone if is_collective and gone else blamed
-    urls = [url for error in blamed for url in error.urls]
-    return ServerError("; ".join(map(str, errors)), *urls, is_silent=all(error.is_silent for error in errors))
-
-
-def _checked(where: str, url: str, status: int, text: str) -> Answer:
-    """Return the JSON object of an answer, {} for plain text.
-
-    Raises:
-        ServerError: a refusal, which may come with status 200 and ``success: false``.
-    """
-    try:
-        answer = json.loads(text)
-    except json.JSONDecodeError:
-        answer = {}
-    answer = answer if isinstance(answer, dict) else {}
-    if status != 200 or answer.get("success", True) is not True:
-        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:_QUOTED_CHARACTERS]}", url)
-    return answer

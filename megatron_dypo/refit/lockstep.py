@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_dypo.ending import Cause, cause_of
 from megatron_dypo.models.gather import PeerFailedError
-from megatron_dypo.refit.control import ServerError
+from megatron_dypo.refit.answers import ServerError
 
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.families.registry import family_rows, match
-from megatron_dypo.refit.control import ServerError, ServerInfo
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.leader import Leader
+from megatron_dypo.refit.lockstep import Lockstep
+from megatron_dypo.refit.source import Source
 
 
 def check_shapes(
@@ -58,3 +64,27 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
         ours, theirs = getattr(arch, name), getattr(served, name)
         if ours != theirs:
             raise ServerError(f"{info.url}: serves {info.model_path} with {name}={theirs!r}, the policy has {ours!r}")
+
+
+def check_model(source: Source, lockstep: Lockstep, leader: Leader, deadline: Deadline) -> None:
+    """Check shapes and names of all ranks' parameters, and all servers. Collective over the world.
+
+    Raises:
+        RefitError: on all ranks, with the errors of the checks above.
+    """
+    held = lockstep.run(functools.partial(_check_held, source) if source.layout.is_sender else None)
+    by_rank = [names for names in lockstep.gather(held) if names]
+    leader.run(lambda _: check_names(by_rank, source.arch))
+    leader.run(_check_servers, source.arch, deadline)
+
+
+def _check_servers(control: SGLangControl, arch: Architecture, deadline: Deadline) -> None:
+    for info in control.describe(deadline):
+        check_server(info, arch)
+
+
+def _check_held(source: Source) -> list[str]:
+    """Check the shapes of this rank's parameters; returns the names of the HF tensors that leave this rank."""
+    layout = source.layout
+    check_shapes(source.params(), source.arch, layout.tensor, layout.expert_tensor)
+    return [spec.name for spec in source.specs()]

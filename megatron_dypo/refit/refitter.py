@@ -13,43 +13,31 @@ continue from recomputed keys and values, so that no token of the new version is
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel.layout import Layout
-from megatron_dypo.refit.control import ServerError, SGLangControl
+from megatron_dypo.refit.answers import ServerError
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.leader import Leader
 from megatron_dypo.refit.lockstep import Lockstep, RefitError
-from megatron_dypo.refit.model_checks import check_names, check_shapes
+from megatron_dypo.refit.model_checks import check_model
+from megatron_dypo.refit.server_memory import ServerMemory
 from megatron_dypo.refit.servers import RefitReport, Servers, Watch, recovered_servers
 from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.connect import connect
 from megatron_dypo.refit.transports.disk import DiskConnection
 from megatron_dypo.refit.transports.threads import drop_frames
-from megatron_dypo.refit.update_calls import (
-    RECOVERY_S,
-    abort_update,
-    begin_update,
-    check_servers,
-    end_update,
-    find_culprits,
-)
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-P = ParamSpec("P")
+from megatron_dypo.refit.update_calls import RECOVERY_S, abort_update, begin_update, end_update, find_culprits
 
 _MAX_ATTEMPTS = 4
 _RETRY_S = 0.5
@@ -100,13 +88,13 @@ class Refitter:
         self._lockstep = Lockstep(config.deadline_s + 2 * RECOVERY_S)
         leads = layout.is_global_leader or self._source.own_turn is not None
         self._control = SGLangControl(urls, api_key) if leads else None
-        self._leader = self._control if layout.is_global_leader else None
+        self._leader = Leader(self._control if layout.is_global_leader else None, self._lockstep)
         self._servers = Servers(urls, logs=layout.is_global_leader)
         self._watch = watch or Watch()
         self._connection: Connection | None = None
         self._is_verified = False
         self._is_dirty = False
-        self._released: set[str] = set()
+        self._memory = ServerMemory()
 
     @property
     def serving(self) -> tuple[str, ...]:
@@ -156,7 +144,7 @@ class Refitter:
         A server that refuses keeps its memory.
         """
         if self._config.release_memory:
-            self._on_leader(self._release)
+            self._leader.run(self._memory.release, self._config.deadline_s)
 
     def close(self) -> None:
         """Leave the servers' groups and close the control. Not collective; the last call."""
@@ -170,23 +158,23 @@ class Refitter:
         # Half of the time, so that the other half is for the rest if a server hangs; all of it for the last server.
         deadline = refit.deadline.split() if len(self.serving) > 1 else refit.deadline
         if not self._is_verified:
-            self._verify(deadline)
+            check_model(self._source, self._lockstep, self._leader, deadline)
             self._is_verified = True
         refit.paused_at = min(refit.paused_at, time.monotonic())
-        self._on_leader(self._resume_memory, deadline)
-        self._on_leader(begin_update, self._config.in_flight, self._in_session, deadline)
+        self._leader.run(self._memory.resume, deadline)
+        self._leader.run(begin_update, self._config.in_flight, self._in_session, deadline)
         self._is_dirty = True
         self._connection = self._connection or self._connect(deadline)
         num_bytes = 0
         for step in self._connection.steps(refit.version, deadline):
             num_bytes += self._lockstep.run(step) or 0
-        self._on_leader(end_update, refit.version, self._in_session, deadline)
+        self._leader.run(end_update, refit.version, self._in_session, deadline)
         self._is_dirty = False
         return num_bytes
 
     def _connect(self, deadline: Deadline) -> Connection:
         if self._config.transport == "disk":
-            return DiskConnection(self._source, self._leader, self._folder, self._hf_reference)
+            return DiskConnection(self._source, self._leader.control, self._folder, self._hf_reference)
         return connect(self._source, self._control, self._lockstep, self._config, deadline)
 
     def _fence_culprits(self, refit: _Refit, error: RefitError) -> None:
@@ -199,7 +187,7 @@ class Refitter:
         drop_frames(error)
         lost = error.lost
         if refit.paused_at < math.inf:
-            lost = self._from_leader(find_culprits, error, self._in_session)
+            lost = self._leader.ask(find_culprits, error, self._in_session)
         self._servers.fence(dict.fromkeys(lost, f"refit of version {refit.version}: {error}"))
         if not lost or refit.attempts == _MAX_ATTEMPTS:
             raise error
@@ -220,15 +208,15 @@ class Refitter:
         self._retarget()
 
     def _fence_lost(self) -> None:
-        lost = self._from_leader(lambda _: dict(self._watch.take_lost()))
+        lost = self._leader.ask(lambda _: dict(self._watch.take_lost()))
         self._servers.fence(lost)
-        self._released -= lost.keys()
+        self._memory.forget(lost)
 
     def _readmit(self, refit: _Refit) -> None:
         """Take back the fenced servers that have recovered."""
         fenced = self._servers.fenced
         if fenced:
-            back = self._from_leader(recovered_servers, fenced, self._source.arch)
+            back = self._leader.ask(recovered_servers, fenced, self._source.arch)
             self._servers.rejoin(back, refit.version)
 
     def _wait_for_server(self, refit: _Refit) -> None:
@@ -241,7 +229,7 @@ class Refitter:
             self._fence_lost()  # so that the next refit does not take a server for lost that this one saw back
             self._readmit(refit)
             if not self.serving:
-                self._on_leader(self._pause_between_probes, refit.deadline)
+                self._leader.run(self._pause_between_probes, refit.deadline)
 
     def _pause_between_probes(self, _: SGLangControl, deadline: Deadline) -> None:
         if not self._watch.may_return():
@@ -254,40 +242,11 @@ class Refitter:
         if self._control is not None:
             self._control.urls = self.serving
 
-    def _verify(self, deadline: Deadline) -> None:
-        """Check names, shapes and servers before anything is sent: SGLang ignores unknown names and dies of wrong
-        shapes."""
-        held = self._lockstep.run(self._held_names if self._source.layout.is_sender else None)
-        by_rank = self._lockstep.gather(held)
-        self._on_leader(lambda _: check_names([names for names in by_rank if names], self._source.arch))
-        self._on_leader(check_servers, self._source.arch, deadline)
-
-    def _held_names(self) -> list[str]:
-        """List the HF tensors that leave this rank."""
-        layout = self._source.layout
-        check_shapes(self._source.params(), self._source.arch, layout.tensor, layout.expert_tensor)
-        return [spec.name for spec in self._source.specs()]
-
-    def _release(self, control: SGLangControl) -> None:
-        urls = set(self.serving) - self._released
-        # A server that is busy would die of the release; one that was paused before does not.
-        for path, body in (("/pause_generation", {"mode": "retract"}), ("/release_memory_occupation", {})):
-            for error in control.attempt([(path, body)], self._config.deadline_s, tuple(urls)):
-                logger.warning("a server keeps its memory: %s", error)
-                urls -= set(error.urls)
-        self._released |= urls
-
-    def _resume_memory(self, control: SGLangControl, deadline: Deadline) -> None:
-        # Only on servers that released it: the others would die of this.
-        for url in self._released & set(control.urls):
-            control.resume_memory(url, deadline)
-            self._released.discard(url)
-
     def _abort(self, version: int) -> None:
         """After a failure: drop the connection, so that no server waits for us, and let all servers generate again."""
         self._drop_connection()
-        if self._leader is not None:
-            abort_update(self._leader, version, in_session=self._in_session, is_dirty=self._is_dirty)
+        if self._leader.control is not None:
+            abort_update(self._leader.control, version, in_session=self._in_session, is_dirty=self._is_dirty)
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
@@ -298,16 +257,3 @@ class Refitter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-    def _on_leader(
-        self, action: Callable[Concatenate[SGLangControl, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T | None:
-        """Run ``action`` with the control on the global leader, in lockstep; returns its result there, None
-        elsewhere."""
-        bound = functools.partial(action, self._leader, *args, **kwargs) if self._leader is not None else None
-        return self._lockstep.run(bound)
-
-    def _from_leader(self, action: Callable[Concatenate[SGLangControl, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``action`` with the control on the global leader, in lockstep; returns its result on every rank."""
-        found = self._on_leader(action, *args, **kwargs)
-        return next(value for value in self._lockstep.gather(found) if value is not None)

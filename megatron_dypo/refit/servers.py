@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.control import Answer, ServerError, SGLangControl
+from megatron_dypo.refit.answers import Answer, ServerError
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.model_checks import check_server
 

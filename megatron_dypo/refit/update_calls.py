@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.control import Answer, ServerError, SGLangControl
+from megatron_dypo.refit.answers import Answer, ServerError
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.lockstep import RefitError
-from megatron_dypo.refit.model_checks import check_server
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +19,6 @@ RECOVERY_S = 10.0
 """Time that servers get for calls after a failure."""
 
 Steps = list[tuple[str, Answer | None]]
-
-
-def check_servers(control: SGLangControl, arch: Architecture, deadline: Deadline) -> None:
-    """Raise ServerError unless every server serves ``arch``, as far as it says."""
-    for info in control.describe(deadline):
-        check_server(info, arch)
 
 
 def begin_update(

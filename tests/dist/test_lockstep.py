@@ -18,7 +18,7 @@ class Odd(Exception):
 
 
 def fail(kind):
-    from megatron_dypo.refit.control import ServerError
+    from megatron_dypo.refit.answers import ServerError
 
     if kind == "assert":
         assert 1 == 2, "one is not two"  # noqa: PLR0133

@@ -12,7 +12,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_dypo.config.refit import RefitConfig
-from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.lockstep import Lockstep
 from megatron_dypo.refit.source import Source

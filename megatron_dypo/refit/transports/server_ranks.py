@@ -14,7 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import GO, ControlMessage, inventory_key, report_key, to_payload
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh

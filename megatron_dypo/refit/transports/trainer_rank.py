@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.parallel import device
+from megatron_dypo.refit.answers import ServerError
 from megatron_dypo.refit.checksums import Verify
-from megatron_dypo.refit.control import ServerError
 from megatron_dypo.refit.control_message import inventory_key
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer

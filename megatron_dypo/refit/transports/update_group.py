@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_dypo.mcore import compat
 from megatron_dypo.parallel import device
-from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.buckets import Bucket
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_dypo.config.refit import RefitConfig
-from megatron_dypo.refit.control import ServerError, ServerInfo
+from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.transports.connect import choose, is_here
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 

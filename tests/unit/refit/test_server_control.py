@@ -7,7 +7,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from megatron_dypo.refit.control import MAX_ANSWER_BYTES, ServerError, SGLangControl
+from megatron_dypo.refit.answers import MAX_ANSWER_BYTES, ServerError
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from tests.support.fake_control import KEY, fake_servers
 
