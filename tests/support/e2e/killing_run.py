@@ -33,13 +33,13 @@ class Killer:
 
     def __init__(self, moments: list[tuple[str, int, float]]) -> None:
         self._moments = moments
-        self._urls: tuple[str, ...] = ()
+        self.urls: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._under_way: threading.Thread | None = None
         self.serving: tuple[str, ...] = ()
 
     def watch(self, urls: tuple[str, ...]) -> None:
-        self._urls = self._urls or urls
+        self.urls = self.urls or urls
 
     def notice(self, event: str, url: str) -> None:
         """A request of this kind is about to go to a server."""
@@ -47,7 +47,7 @@ class Killer:
             if not self._moments:
                 return
             expected, index, delay_s = self._moments[0]
-            if event != expected or url != self._urls[index] or url not in self.serving:
+            if event != expected or url != self.urls[index] or url not in self.serving:
                 return
             self._moments.pop(0)
             self.serving = ()  # nothing more until a refit has gathered the servers
@@ -63,7 +63,7 @@ class Killer:
         if self._under_way is not None:
             self._under_way.join()
         deadline = time.monotonic() + deadline_s
-        while any(http_status(f"{url}/health", None) != 200 for url in self._urls):
+        while any(http_status(f"{url}/health", None) != 200 for url in self.urls):
             assert time.monotonic() < deadline, "a server did not come back"
             time.sleep(0.2)
 
@@ -83,7 +83,7 @@ def install(killer: Killer) -> None:
     def waiting_refit(self: Any, version: int) -> Any:
         killer.watch(self.serving)
         killer.await_all()
-        killer.serving = killer._urls if version else ()
+        killer.serving = killer.urls if version else ()
         return refit(self, version)
 
     SGLangClient._post = noticed_post  # type: ignore[method-assign]
