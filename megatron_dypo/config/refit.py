@@ -24,10 +24,10 @@ class RefitConfig:
     quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
     """Quantise linear weights before ``p2p`` and ``local`` send them, for servers of such a model: to FP8 e4m3 with a
     scale for each block of 128×128 (DeepSeek's format) or for each row."""
-    release_memory: bool = False
+    offload_servers: bool = False
     """Let servers release their memory while the trainer needs it, for servers that the run starts on its own GPUs
     (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
-    bucket_mb: int = 512
+    bucket_mib: int = 512
     """MiB of one broadcast bucket; for ``p2p`` and ``local``, MiB of all staging buffers of a rank together."""
     in_flight: Literal["pause", "abort"] = "pause"
     """What happens to running requests during a refit: they continue with the new weights, or end."""
@@ -36,7 +36,7 @@ class RefitConfig:
     of the time that is left, and the other half is for the other servers: allow twice the time of a refit."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "bucket_mb")
+        require_positive(self, "bucket_mib")
         require(
             0 < self.deadline_s <= MAX_DEADLINE_S,
             f"deadline_s={self.deadline_s}",

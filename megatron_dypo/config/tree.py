@@ -349,13 +349,13 @@ class Config:
             "score.policy=rollout, whose clipped ratio is to the weights that sampled",
         )
         require(
-            not (self.refit.release_memory and self.rollout.servers.urls),
-            "refit.release_memory=true",
+            not (self.refit.offload_servers and self.rollout.servers.urls),
+            "refit.offload_servers=true",
             "needs servers that the run starts: those of rollout.servers.urls may serve others",
         )
         require(
-            not (self.refit.release_memory and self.rollout.mode == "async"),
-            "refit.release_memory=true",
+            not (self.refit.offload_servers and self.rollout.mode == "async"),
+            "refit.offload_servers=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require(

@@ -26,7 +26,7 @@ REMEDIES = {
     "rows": "more replicas, or a smaller batching.prompts_per_update",
     "weights": "a larger rollout.servers.tensor_parallel",
     "KV cache": "a larger rollout.servers.tensor_parallel or mem_fraction, or a smaller rollout.max_new_tokens",
-    "refit bucket": "a smaller refit.bucket_mb",
+    "refit bucket": "a smaller refit.bucket_mib",
     "reserved": "a GPU with more memory",
     "fragmentation": "less of the terms above it",
 }

@@ -81,7 +81,7 @@ def server_footprint(setting: Setting) -> Footprint:
                 why=f"{server.kv_tokens:,.0f} tokens × {server.kv_bytes_per_token / 1024:,.0f} KiB; "
                 f"{server.kv_tokens / longest:,.1f} of the longest sequences",
             ),
-            Term(name="refit bucket", bytes=cfg.refit.bucket_mb * 2.0**20, why="refit.bucket_mb"),
+            Term(name="refit bucket", bytes=cfg.refit.bucket_mib * 2.0**20, why="refit.bucket_mib"),
             Term(name="reserved", bytes=outside, why="driver, captured graphs, workspaces"),
         ),
         capacity=setting.gpu.memory,

@@ -143,7 +143,7 @@ class Refitter:
 
         A server that refuses keeps its memory.
         """
-        if self._config.release_memory:
+        if self._config.offload_servers:
             self._leader.run(self._memory.release, self._config.deadline_s)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ def fail(kind):
     raise {
         "key": KeyError("layers.7"),
         "odd": Odd(),
-        "value": ValueError("refit.bucket_mb=0: must be positive"),
+        "value": ValueError("refit.bucket_mib=0: must be positive"),
         "memory": MemoryError(),
         "disk": OSError(28, "No space left on device"),
         "stop": StopIteration(),
@@ -64,7 +64,7 @@ ON_ALL = {
     "attribute": ("AttributeError: 'NoneType' object has no attribute 'missing'", Cause.BUG),
     "odd": ("Odd: ", Cause.BUG),
     "stop": ("StopIteration: ", Cause.BUG),
-    "value": ("refit.bucket_mb=0: must be positive", None),
+    "value": ("refit.bucket_mib=0: must be positive", None),
     "memory": ("MemoryError: ", Cause.OUT_OF_MEMORY),
     "disk": ("[Errno 28] No space left on device", Cause.DISK_FULL),
     "server": ("http://h:1: no answer", Cause.SERVERS_GONE),

@@ -97,7 +97,7 @@ def rank_release(servers: Servers, model: str) -> dict[str, Any]:
     """Two refits with released memory between them, while a server has requests to answer."""
     trainer = Trainer(servers)
     trainer.become(model)
-    refitter = trainer.refitter(transport="auto", release_memory=True)
+    refitter = trainer.refitter(transport="auto", offload_servers=True)
     refitter.refit(101)
     refitter.release()
     refitter.release()

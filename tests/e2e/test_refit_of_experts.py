@@ -45,7 +45,7 @@ def rank_refit(servers: Servers, model: str, axes: dict, transport: str) -> None
         lambda: named_global_parameters(chunks),
         urls=servers.urls,
         api_key=servers.api_key,
-        config=RefitConfig(transport=transport, bucket_mb=1, deadline_s=60.0),
+        config=RefitConfig(transport=transport, bucket_mib=1, deadline_s=60.0),
         run_dir=Path(servers.run_dir),
         hf_reference=Path(servers.served),
     )

@@ -48,7 +48,7 @@ def connect(
     chosen = lockstep.run(functools.partial(_ask_and_choose, leader, config, one_host, deadline) if leader else None)
     kind = next(kind for kind in lockstep.gather(chosen) if kind is not None)
     if kind == "broadcast":
-        return BroadcastConnection.open(source, control, lockstep, config.bucket_mb * 2**20, deadline)
+        return BroadcastConnection.open(source, control, lockstep, config.bucket_mib * 2**20, deadline)
     return PlannedConnection.open(source, leader, lockstep, kind, config, deadline)
 
 

@@ -121,7 +121,7 @@ def _meet(
         store_host=host,
         store_port=store.port,
         connection=uuid.uuid4().hex,
-        slot_bytes=slot_bytes(plan, config.bucket_mb * 2**20),
+        slot_bytes=slot_bytes(plan, config.bucket_mib * 2**20),
         refit=0,
         version=0,
         verify=config.verify,

@@ -85,7 +85,7 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
         transport=refit.kind,  # type: ignore[arg-type]
         verify=refit.verify,  # type: ignore[arg-type]
         quantize=refit.quantize,  # type: ignore[arg-type]
-        bucket_mb=BUCKET_MB,
+        bucket_mib=BUCKET_MB,
         deadline_s=refit.deadline_s,
     )
     folder = Path("unused")

@@ -72,7 +72,7 @@ class Trainer:
             params or self.params,
             urls=urls or self.servers.urls,
             api_key=self.servers.api_key,
-            config=RefitConfig(**{"bucket_mb": 1, "deadline_s": 60.0, **config}),
+            config=RefitConfig(**{"bucket_mib": 1, "deadline_s": 60.0, **config}),
             run_dir=Path(self.servers.run_dir),
             hf_reference=Path(self.servers.served),
         )

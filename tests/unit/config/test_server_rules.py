@@ -195,7 +195,7 @@ def test_a_setting_of_rollouts_out_of_its_range_is_refused(fields: dict[str, Any
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("fields", [{"deadline_s": math.inf}, {"deadline_s": math.nan}, {"bucket_mb": 0}])
+@pytest.mark.parametrize("fields", [{"deadline_s": math.inf}, {"deadline_s": math.nan}, {"bucket_mib": 0}])
 def test_a_setting_of_pushes_out_of_its_range_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(fields))}=.*must be"):
         RefitConfig(**fields)
