@@ -96,7 +96,7 @@ def main() -> None:
     smoke = (
         [
             "optimizer.warmup_steps=0",
-            "rollout.prompts_per_step=4",
+            "rollout.prompts_per_round=4",
             "batching.prompts_per_update=4",
             "eval.max_prompts=4",
         ]

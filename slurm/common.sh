@@ -233,7 +233,7 @@ start_rollouts() {
   start rollout "${ROLLOUT[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh rollout "$PYTHON" -m megatron_dypo.cli serve "$CONFIG" \
     "${OVERRIDES[@]}" "${gpus[@]}" "rollout.servers.urls=[]" "rollout.servers.router=null"
   mapfile -t urls < <(server_urls)
-  OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]" "rollout.servers.urls_come_back=true")
+  OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]" "rollout.servers.urls_are_restarted=true")
   [ "${ROUTER:-0}" = 1 ] || return 0
   OVERRIDES+=("rollout.servers.router=http://${ROLLOUT[0]}:$((DYPO_PORT + 1))")
   start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m megatron_dypo.cli route "$CONFIG" \

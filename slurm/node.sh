@@ -79,7 +79,7 @@ serve() {
     read -ra hosts <<<"$DYPO_ROLLOUT_NODES"
     local first=${hosts[index - index % ENGINE_NODES]}
     # Its parts cannot start again one by one.
-    spread=(rollout.servers.restarts=0 --engine-args
+    spread=(rollout.servers.max_restarts=0 --engine-args
       "--nnodes $ENGINE_NODES --node-rank $((index % ENGINE_NODES)) --dist-init-addr $first:$((DYPO_PORT + 2))")
   fi
   local status=0

@@ -27,7 +27,7 @@ class GradingConfig:
     """Verifier processes on each data-parallel rank."""
     deadline_s: float = 10.0
     """A verification that takes longer is stopped and gives no verdict."""
-    truncated_is_wrong: bool = True
+    fail_truncated: bool = True
     """A rollout that hit the length limit is incorrect whatever it says."""
     by_source: Mapping[str, str] = field(default_factory=dict)
     """Source → the verifier of its rows, named as in ``verifier``. Other sources have ``verifier``."""

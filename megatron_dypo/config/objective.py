@@ -139,7 +139,7 @@ class ObjectiveConfig:
     """Divide the advantage by the group's standard deviation."""
     advantage_epsilon: float = 1e-6
     """ξ in (R − mean)/(std + ξ)."""
-    switch_gate: int = 0
+    rl_only_steps: int = 0
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
@@ -149,7 +149,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _require_finite(self)
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
-        require_not_negative(self, "gamma", "kl_coef", "switch_gate", "sft_steps", "clip_low", "clip_high")
+        require_not_negative(self, "gamma", "kl_coef", "rl_only_steps", "sft_steps", "clip_low", "clip_high")
         require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
         require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
         require(

@@ -40,7 +40,7 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Servers that run already, as ``http://HOST:PORT``; empty: the run starts ``per_node`` of them on its own node."""
-    urls_come_back: bool = False
+    urls_are_restarted: bool = False
     """Somebody starts servers of ``urls`` again when they die, as ``megatron-dypo serve`` does: with none left, a push waits
     for one until ``refit.deadline_s``."""
     router: str | None = None
@@ -67,7 +67,7 @@ class ServersConfig:
     start_deadline_s: float = 600.0
     stop_grace_s: float = 20.0
     """Time that a server of the run gets to end on its own before it is killed."""
-    restarts: int = 3
+    max_restarts: int = 3
     """Times that a server which the run started is started again after it died, each server on its own; after that it is
     left out, and the run ends when none is left. 0: a server that dies ends the run."""
     per_node: int = 1
@@ -79,7 +79,7 @@ class ServersConfig:
     def __post_init__(self) -> None:
         require_positive(self, "per_node", "nodes", "tensor_parallel")
         _require_deadlines(self, "start_deadline_s", "stop_grace_s")
-        require_not_negative(self, "restarts", "base_gpu")
+        require_not_negative(self, "max_restarts", "base_gpu")
         require_urls(self.urls, "urls")
         require_host(self.host, "host")
         last = self.port + self.per_node - 1
@@ -97,7 +97,9 @@ class ServersConfig:
         # A key that was written here by mistake must not be shown.
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
         _require_free_flags(self.extra_args)
-        require(not self.urls_come_back or bool(self.urls), "urls_come_back=true", "needs urls: it is said of those")
+        require(
+            not self.urls_are_restarted or bool(self.urls), "urls_are_restarted=true", "needs urls: it is said of those"
+        )
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         if self.router is not None:
             require_urls((self.router,), "router")
@@ -146,7 +148,7 @@ class RolloutConfig:
     """Groups kept in flight for each group that the rollout batch still lacks. Above 1, or with ``mode: async``,
     collection ends when the queues hold a rollout batch, not with the last group: a slow group holds nobody up, and
     short responses come first. What a synchronous run then aborts is the first to be drawn in the next batch."""
-    prompts_per_step: int = 128
+    prompts_per_round: int = 128
     """Prompts drawn for one round of collection, over all data-parallel ranks."""
     max_new_tokens: int = 8192
     """Response limit (paper: 8,192)."""
@@ -174,7 +176,7 @@ class RolloutConfig:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
         is_factor = 1 <= self.oversample < math.inf
         require(is_factor, f"oversample={self.oversample}", "must be at least 1, and finite")
-        require_positive(self, "prompts_per_step", "max_new_tokens", "max_in_flight")
+        require_positive(self, "prompts_per_round", "max_new_tokens", "max_in_flight")
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}", "must be positive and finite")
         _require_deadlines(self, "request_deadline_s")
         require(self.top_k == -1 or self.top_k >= 1, f"top_k={self.top_k}", "must be at least 1, or -1 for all tokens")

@@ -69,10 +69,10 @@ class ModelConfig:
     """Type of the parameters in forward and backward; main weights of the optimizer are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation, as Megatron's ``recompute_granularity``."""
-    logprob_memory_mb: float | None = None
+    logprob_memory_mib: float | None = None
     """MiB of scratch for logits, from which follows how many response tokens are scored at a time (one at least, and more
     give nothing but speed); None: half of this rank's output weight in fp32, and 256 at least."""
-    balance_coef: float | None = None
+    moe_aux_loss_coef: float | None = None
     """Mixture of experts: weight of the load-balancing loss; None: ``router_aux_loss_coef`` of the HF config."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
@@ -83,10 +83,10 @@ class ModelConfig:
             f"fp8.recipe={self.fp8.recipe}",
             f"needs dtype=bfloat16 around it, got {self.dtype}",
         )
-        if self.balance_coef is not None:
-            require_not_negative(self, "balance_coef")
-        if self.logprob_memory_mb is not None:
-            require_positive(self, "logprob_memory_mb")
+        if self.moe_aux_loss_coef is not None:
+            require_not_negative(self, "moe_aux_loss_coef")
+        if self.logprob_memory_mib is not None:
+            require_positive(self, "logprob_memory_mib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,13 +246,13 @@ class EvalConfig:
     """How these files name their columns, as ``data.format``, with its usual names; None: as the training files."""
     every: int = 0
     """Steps between evaluations; 0: before the first and after the last step only."""
-    samples: int = 1
+    samples_per_prompt: int = 1
     """Responses for each prompt."""
     temperature: float = 0.6
     max_prompts: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "samples")
+        require_positive(self, "samples_per_prompt")
         require_not_negative(self, "every", "temperature")
         if self.max_prompts is not None:
             require_positive(self, "max_prompts")
@@ -334,7 +334,7 @@ class Config:
         for name, value in (
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
             ("objective.sft_steps", self.objective.sft_steps),
-            ("objective.switch_gate", self.objective.switch_gate),
+            ("objective.rl_only_steps", self.objective.rl_only_steps),
         ):
             require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
         require(

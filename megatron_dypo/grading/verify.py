@@ -156,17 +156,15 @@ class Verifier:
 
 
 def grade(
-    groups: Sequence[RolloutGroup], verifier: Verifier, truncated_is_wrong: bool, *, show_progress: bool = True
+    groups: Sequence[RolloutGroup], verifier: Verifier, fail_truncated: bool, *, show_progress: bool = True
 ) -> list[GradedGroup]:
     """Return the verdicts and tiers of ``groups``, in their order.
 
     The tier is None for a group without rollouts, and for one in which a rollout has no verdict
     (:func:`verdict_problem`): its other verdicts alone would say something else of the prompt. With
-    ``truncated_is_wrong`` a rollout that hit the length limit is incorrect without being verified.
+    ``fail_truncated`` a rollout that hit the length limit is incorrect without being verified.
     """
-    wanted = [
-        [not (truncated_is_wrong and rollout.finish == "length") for rollout in group.rollouts] for group in groups
-    ]
+    wanted = [[not (fail_truncated and rollout.finish == "length") for rollout in group.rollouts] for group in groups]
     pairs = [
         pair_of(group.prompt, rollout.text)
         for group, flags in zip(groups, wanted, strict=True)

@@ -59,7 +59,7 @@ def admit(run: Run, leader: Leader, graded: Sequence[GradedGroup], dropped: Sequ
         leader.ledger.drop(reason)
         leader.outcomes.drop(reason, message=message)
     leader.outcomes.graded += len(usable)
-    leader.outcomes.verdicts += count_verdicts(graded, run.config.grading.truncated_is_wrong)
+    leader.outcomes.verdicts += count_verdicts(graded, run.config.grading.fail_truncated)
     run.tally.add("hard_without_teacher", routed.without_teacher)
     for teacher, count in routed.teacher_counts().items():
         run.tally.add(f"teacher/{teacher}", count)

@@ -102,7 +102,7 @@ def _fill_from_stream(run: Run, rows: list[SampleRow]) -> None:
             if look.outcomes.seen >= limit and not _looks_further(run, look):
                 break
             judged = look.outcomes if look.outcomes.verdicts > judged.verdicts else judged
-            _end_if(end_without_verdicts(look.outcomes, judged, at_least=config.rollout.prompts_per_step))
+            _end_if(end_without_verdicts(look.outcomes, judged, at_least=config.rollout.prompts_per_round))
             if look.unserved:
                 push(run)
             if stream:
@@ -188,7 +188,7 @@ def _score_or_wait(run: Run, stream: RolloutStream[GradedGroup] | None, look: Lo
 
 def _limit(run: Run) -> int:
     """Prompts after which a collection makes do with what it has found."""
-    return run.config.rollout.prompts_per_step * run.config.batching.max_collect_rounds
+    return run.config.rollout.prompts_per_round * run.config.batching.max_collect_rounds
 
 
 def _share(run: Run, count: int) -> int:
@@ -212,7 +212,7 @@ def _stream(run: Run, leader: Leader) -> RolloutStream[GradedGroup]:
     if leader.background is None:
         assert leader.background_client is not None
         assert leader.verifier is not None
-        client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.truncated_is_wrong
+        client, verifier, rule = leader.background_client, leader.verifier, run.config.grading.fail_truncated
         cfg, batch = run.config.rollout, run.config.batching.prompts_per_batch
         leader.background = RolloutStream(
             client,
@@ -254,7 +254,7 @@ def _next_prompts(run: Run, leader: Leader) -> list[Prompt]:
 
     They count as unfinished until they are graded, so that an end of the run in between loses none.
     """
-    count = run.config.rollout.prompts_per_step
+    count = run.config.rollout.prompts_per_round
     leader.unfinished = [*leader.unfinished, *_draw(leader, count, run.layout.dp_rank, run.layout.data)]
     return leader.unfinished
 
@@ -285,7 +285,7 @@ def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
         return grade(
             groups,
             leader.verifier,
-            run.config.grading.truncated_is_wrong,
+            run.config.grading.fail_truncated,
             show_progress=run.layout.is_global_leader,
         )
 

@@ -122,7 +122,11 @@ def _evaluate_share(run: Run, name: str) -> SetScore:
         prompts = whole[run.layout.dp_rank :: run.layout.data]
         too_long = drops.prompts if run.layout.dp_rank == 0 else 0
     # A request for each response: each has a seed of its own.
-    draws = [replace(p, order=i * cfg.samples + s, visit=s) for i, p in enumerate(prompts) for s in range(cfg.samples)]
+    draws = [
+        replace(p, order=i * cfg.samples_per_prompt + s, visit=s)
+        for i, p in enumerate(prompts)
+        for s in range(cfg.samples_per_prompt)
+    ]
     sampled = sample(
         run,
         draws,
@@ -134,7 +138,7 @@ def _evaluate_share(run: Run, name: str) -> SetScore:
     )
     if run.leader is None:
         return SetScore()
-    groups = _joined(_graded(run, run.leader, sampled), cfg.samples)
+    groups = _joined(_graded(run, run.leader, sampled), cfg.samples_per_prompt)
     log_of_set = SampleLog(run.dir, shard=run.leader.sample_log.shard, folder=eval_folder(name))
     log_of_set.write(run.step, [_row(run.step, group) for group in groups])
     return SetScore(prompts=tuple(map(_score, groups)), lost=too_long + len(prompts) - len(groups))
@@ -168,7 +172,7 @@ def _graded(run: Run, leader: Leader, sampled: Sampled) -> list[GradedGroup]:
         return grade(
             sampled.groups,
             leader.verifier,
-            run.config.grading.truncated_is_wrong,
+            run.config.grading.fail_truncated,
             show_progress=run.layout.is_global_leader,
         )
 

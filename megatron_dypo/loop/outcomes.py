@@ -49,10 +49,10 @@ class Outcomes:
         )
 
 
-def count_verdicts(groups: Iterable[GradedGroup], truncated_is_wrong: bool) -> int:
+def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:
     """Rollouts that the verifier judged: not those that it failed on, nor those that it was not asked about."""
     return sum(
-        verdict.error is None and not (truncated_is_wrong and rollout.finish == "length")
+        verdict.error is None and not (fail_truncated and rollout.finish == "length")
         for group in groups
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
     )

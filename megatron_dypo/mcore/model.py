@@ -150,7 +150,7 @@ def load_initial_weights(
 def _build_chunk(
     arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: Layout, stage: int
 ) -> PolicyModel:
-    memory_mb = model.logprob_memory_mb
+    memory_mb = model.logprob_memory_mib
     chunk = PolicyModel(
         config,
         layer_spec(arch, features),
@@ -210,12 +210,12 @@ def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
 def _experts(arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features) -> dict[str, Any]:
     if arch.experts is None:
         return {}
-    coefficient = arch.experts.balance_coef if model.balance_coef is None else model.balance_coef
+    coefficient = arch.experts.moe_aux_loss_coef if model.moe_aux_loss_coef is None else model.moe_aux_loss_coef
     return moe_settings(
         arch.experts,
         grouped=features.transformer_engine,
         parallel=parallel,
-        balance_coef=coefficient,
+        moe_aux_loss_coef=coefficient,
     )
 
 

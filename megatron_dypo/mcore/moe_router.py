@@ -116,7 +116,9 @@ def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
     return {"train/load_balancing_loss": float(total) / mine[0].config.num_layers}
 
 
-def moe_settings(experts: Experts, *, grouped: bool, parallel: ParallelConfig, balance_coef: float) -> dict[str, Any]:
+def moe_settings(
+    experts: Experts, *, grouped: bool, parallel: ParallelConfig, moe_aux_loss_coef: float
+) -> dict[str, Any]:
     """Fields of Megatron's configuration."""
     return {
         "num_moe_experts": experts.num_experts,
@@ -127,7 +129,7 @@ def moe_settings(experts: Experts, *, grouped: bool, parallel: ParallelConfig, b
         # Logits in the model's type, softmax in fp32: as transformers, and as the rollout servers.
         "moe_router_dtype": None,
         "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": balance_coef,
+        "moe_aux_loss_coeff": moe_aux_loss_coef,
         "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,

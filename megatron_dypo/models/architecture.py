@@ -34,7 +34,7 @@ class Experts:
     """Intermediate size of one expert."""
     normalized: bool
     """Routing weights of a token sum to one (softmax over its chosen experts), or are taken from the softmax over all."""
-    balance_coef: float
+    moe_aux_loss_coef: float
     """``router_aux_loss_coef``: weight of the load-balancing loss."""
 
 
@@ -189,5 +189,5 @@ def _experts(fields: Fields) -> Experts:
         per_token=per_token,
         ffn_hidden_size=fields.integer("moe_intermediate_size"),
         normalized=normalized,
-        balance_coef=fields.number("router_aux_loss_coef", 0.001, least=0),
+        moe_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001, least=0),
     )

@@ -38,7 +38,7 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     """Turn graded groups into samples that may wait in the queues.
 
     Args:
-        step: the optimizer step that collects, for ``switch_gate`` and phases.
+        step: the optimizer step that collects, for ``rl_only_steps`` and phases.
         version: version of the weights that the servers hold now.
         seed: of the teacher draw, which is a pure function of (seed, prompt id, visit).
     """

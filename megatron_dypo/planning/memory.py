@@ -193,7 +193,7 @@ def _loss(setting: Setting, tokens: float) -> float:
 
 def _logprob_budget(setting: Setting, width: int) -> float:
     """Scratch that ``fused_logprobs`` takes by itself, or is given."""
-    given = setting.config.model.logprob_memory_mb
+    given = setting.config.model.logprob_memory_mib
     return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
 
 

@@ -1,6 +1,6 @@
 """Seconds of a round of collection, and what it throws away. Pure arithmetic.
 
-A round is ``rollout.prompts_per_step`` prompts, or, where a stream collects (``rollout.oversample`` above 1, or ``mode:
+A round is ``rollout.prompts_per_round`` prompts, or, where a stream collects (``rollout.oversample`` above 1, or ``mode:
 async``), as many as a rollout batch takes. While requests wait, each server runs as many as its KV cache and the clients
 allow; then the batch shrinks.
 
@@ -59,7 +59,7 @@ def _prompts(setting: Setting) -> float:
     cfg = setting.config.rollout
     if cfg.mode == "async" or cfg.oversample > 1:
         return setting.config.batching.prompts_per_batch / (1 - setting.assumed.easy)
-    return cfg.prompts_per_step
+    return cfg.prompts_per_round
 
 
 def drain_tokens(cfg: RolloutConfig, response: float, share: float) -> float:

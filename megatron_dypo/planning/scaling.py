@@ -89,6 +89,6 @@ def _with_work(setting: Setting, gpus: int) -> Setting:
     config = dataclasses.replace(
         cfg,
         batching=dataclasses.replace(cfg.batching, prompts_per_update=scaled(cfg.batching.prompts_per_update)),
-        rollout=dataclasses.replace(cfg.rollout, prompts_per_step=scaled(cfg.rollout.prompts_per_step)),
+        rollout=dataclasses.replace(cfg.rollout, prompts_per_round=scaled(cfg.rollout.prompts_per_round)),
     )
     return dataclasses.replace(setting, config=config)

@@ -23,7 +23,7 @@ TIMEOUT_S = 300.0
 AT_ONCE_S = 30.0
 ARCH = make_arch("qwen3")
 MIXTURE = make_arch(
-    "qwen3_moe", experts=Experts(num_experts=2, per_token=1, ffn_hidden_size=8, normalized=True, balance_coef=0.0)
+    "qwen3_moe", experts=Experts(num_experts=2, per_token=1, ffn_hidden_size=8, normalized=True, moe_aux_loss_coef=0.0)
 )
 
 

@@ -104,7 +104,7 @@ LENGTHS = (5, 14, 3)
 RESPONSE = (2, 3, 8, 9, 10, 18, 20)
 
 
-def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mb: float | None) -> dict | None:
+def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mib: float | None) -> dict | None:
     """Main gradients (each rank's own) after two backward passes through log-probs, then through whole logits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -117,7 +117,7 @@ def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mb: float | Non
 
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)
-    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, logprob_memory_mb=logprob_memory_mb)
+    arch, model = load_architecture(path), ModelConfig(hf_path=path, dtype=dtype, logprob_memory_mib=logprob_memory_mib)
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 131, size=sum(LENGTHS)))[None]
@@ -207,7 +207,7 @@ def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
     tokens = torch.from_numpy(np.random.default_rng(0).integers(3, WIDE, size=MANY))[None]
     positions, boundaries = torch.arange(MANY)[None] % 16, torch.arange(0, MANY + 1, 16)
     for budget_mb in budgets_mb:
-        model = ModelConfig(hf_path=path, dtype="float32", logprob_memory_mb=budget_mb)
+        model = ModelConfig(hf_path=path, dtype="float32", logprob_memory_mib=budget_mb)
         chunks = build_model(arch, model, ParallelConfig(), layout)
         load_initial_weights(chunks, model, arch, layout)
         asked = {"labels": tokens[0].roll(-1), "loss_mask": torch.arange(MANY)}

@@ -124,7 +124,7 @@ def rank_balance_gradients(path, axes):
     parallel = ParallelConfig(**axes)
     layout = init_layout(parallel)
     arch = load_architecture(path)
-    model = ModelConfig(hf_path=path, dtype="float32", balance_coef=BALANCE_COEF, recompute=RECOMPUTE[layout.pipeline])
+    model = ModelConfig(hf_path=path, dtype="float32", moe_aux_loss_coef=BALANCE_COEF, recompute=RECOMPUTE[layout.pipeline])
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-3, eps=1.0), dtype="float32", total_steps=1)

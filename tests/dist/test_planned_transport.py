@@ -31,7 +31,7 @@ DENSE = make_arch("qwen3", **WIDE)
 TIED = make_arch("qwen2", tied_embeddings=True, **WIDE)
 MIXTURE = make_arch(
     "qwen3_moe",
-    experts=Experts(num_experts=4, per_token=2, ffn_hidden_size=40, normalized=True, balance_coef=0.0),
+    experts=Experts(num_experts=4, per_token=2, ffn_hidden_size=40, normalized=True, moe_aux_loss_coef=0.0),
     **WIDE,
 )
 

@@ -11,7 +11,7 @@ from tests.e2e.test_train_command import steps_of, train
 from tests.support.e2e.parity_task import write_task
 
 STEPS = 5
-ASYNC = {"mode": "async", "prompts_per_step": 8}
+ASYNC = {"mode": "async", "prompts_per_round": 8}
 
 
 @pytest.fixture(scope="module")

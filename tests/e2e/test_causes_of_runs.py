@@ -52,7 +52,7 @@ def test_a_verifier_that_always_raises_ends_the_run_with_its_error(tmp_path: Pat
 
 
 def test_a_server_that_cannot_start_ends_the_run_with_the_end_of_its_log(tmp_path: Path) -> None:
-    config = write_task(tmp_path, rollout={"servers": {"extra_args": ["--no-such-flag"], "restarts": 0}})
+    config = write_task(tmp_path, rollout={"servers": {"extra_args": ["--no-such-flag"], "max_restarts": 0}})
     _, record = ended(tmp_path, config, Cause.SERVERS_GONE)
     assert "unrecognized arguments: --no-such-flag" in record["message"]
 

@@ -47,7 +47,7 @@ def run(
         folder,
         run={"steps": steps},
         parallel={"pipeline": ranks},
-        rollout={"servers": {"per_node": count, "port": 31000, "restarts": len(moments)}},
+        rollout={"servers": {"per_node": count, "port": 31000, "max_restarts": len(moments)}},
         refit={"transport": transport, "deadline_s": 800.0, "bucket_mib": 1},
         checkpoint={"every": 0},
     )

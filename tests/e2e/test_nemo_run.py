@@ -32,7 +32,7 @@ def tiny(folder: Path) -> list[str]:
         "model.run.steps=2",
         f"model.model.hf_path={folder / 'model'}",
         f"model.data.prompts=[{folder / 'train.jsonl'}]",
-        "model.rollout.prompts_per_step=8",
+        "model.rollout.prompts_per_round=8",
         "model.rollout.max_new_tokens=12",
         "model.grading.verifier=tests.support.e2e.parity_task:verify",
         "model.batching.prompts_per_update=8",

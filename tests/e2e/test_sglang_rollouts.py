@@ -179,7 +179,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_a_crash_in_a_server_ends_a_collection_at_once_and_nothing_is_left(model_path: Path, tmp_path: Path) -> None:
-    cfg = ServersConfig(port=31000, restarts=0)
+    cfg = ServersConfig(port=31000, max_restarts=0)
     with start_servers(cfg, model_path, "float32", tmp_path, seed=1, device="cpu") as pool:
         family = family_of(tmp_path)
         (scheduler,) = [process for process in family if process.name().startswith("sglang::sched")]

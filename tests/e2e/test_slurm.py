@@ -166,7 +166,7 @@ def test_an_engine_that_needs_more_gpus_than_a_node_has_spans_two(slurm, task, t
 @pytest.mark.timeout(1500)
 def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task, tmp_path):
     # Slurm looks at limits every half minute: steps are to be long, so that not all are made by then.
-    size = ["rollout.prompts_per_step=768", "batching.prompts_per_update=768", "run.steps=40"]
+    size = ["rollout.prompts_per_round=768", "batching.prompts_per_update=768", "run.steps=40"]
     overrides = ["objective.name=sft", "checkpoint.every=0", *size]
     whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
     assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
@@ -225,7 +225,7 @@ def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, t
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_servers_that_keep_dying_end_the_job_with_a_checkpoint_and_say_who_it_was(slurm, task, tmp_path):
-    limits = ["run.steps=500", "checkpoint.every=0", "rollout.servers.restarts=0"]
+    limits = ["run.steps=500", "checkpoint.every=0", "rollout.servers.max_restarts=0"]
     job = submit(slurm, task, tmp_path, *limits, nodes=4, rollout_nodes=2, GRACE_S="240")
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
     kill_server(job, "node4")

@@ -198,7 +198,7 @@ def test_two_replicas_share_prompts_and_work(tmp_path):
         config,
         "optimizer.distributed=true",
         "rollout.max_new_tokens=8",
-        "rollout.prompts_per_step=8",
+        "rollout.prompts_per_round=8",
         "rollout.group_size=4",
     )
     run_dir = tmp_path / "run"

@@ -29,7 +29,9 @@ def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
     }
     switches: dict[str, Any] = {"qkv_bias": family == "qwen2", "qk_norm": family.startswith("qwen3"), "experts": None}
     if family == "qwen3_moe":
-        switches["experts"] = Experts(num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, balance_coef=0.0)
+        switches["experts"] = Experts(
+            num_experts=5, per_token=2, ffn_hidden_size=7, normalized=True, moe_aux_loss_coef=0.0
+        )
     return Architecture(**{"family": family, **sizes, **switches, **overrides})
 
 

@@ -110,7 +110,7 @@ def make_config(
         rollout=RolloutConfig(
             **{
                 "group_size": 2,
-                "prompts_per_step": ROUND,
+                "prompts_per_round": ROUND,
                 "max_new_tokens": 16,
                 "request_deadline_s": 20.0,
                 "retries": 0,

@@ -29,7 +29,7 @@ class Case:
 
 def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
     return Experts(
-        num_experts=num_experts, per_token=1, ffn_hidden_size=ffn_hidden_size, normalized=False, balance_coef=0.0
+        num_experts=num_experts, per_token=1, ffn_hidden_size=ffn_hidden_size, normalized=False, moe_aux_loss_coef=0.0
     )
 
 

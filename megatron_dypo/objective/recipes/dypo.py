@@ -27,7 +27,7 @@ class Dypo:
 
     def treat(self, tier: Tier | None, step: int) -> Treatment:
         assert tier is not None, "dypo grades every group"
-        return Treatment.REINFORCE if step < self.cfg.switch_gate else _TREATMENTS[tier]
+        return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[tier]
 
     def weigh(self, group: Sequence[Sample], totals: Totals, step: int) -> WeighedGroup:
         cfg = self.cfg

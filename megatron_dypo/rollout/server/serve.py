@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
-    One that dies is started again, ``rollout.servers.restarts`` times, with the weights of the model folder: bringing it
+    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: bringing it
     up to date is the trainer's affair.
 
     Args:
@@ -32,7 +32,7 @@ def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args
         engine_args: more arguments for SGLang, after ``rollout.servers.extra_args``, as a shell would read them.
 
     Raises:
-        ServerDiedError: no server is left; or, with ``restarts=0``, one died.
+        ServerDiedError: no server is left; or, with ``max_restarts=0``, one died.
         TimeoutError: a server is not healthy in time.
         ValueError: no API key in the environment, or a port is taken.
     """
@@ -40,7 +40,7 @@ def serve(config: Config, *, device: str, first: int, log_dir: Path, engine_args
     if read_api_key(cfg.api_key_env) is None:
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
     # This node's servers alone: other nodes have theirs.
-    cfg = replace(cfg, urls=(), urls_come_back=False, router=None, nodes=1)
+    cfg = replace(cfg, urls=(), urls_are_restarted=False, router=None, nodes=1)
     cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
     _require_ports(cfg)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -43,10 +43,10 @@ class ServerPool:
     They also stop when this process dies in any way. One that dies is started again at the same port.
     """
 
-    def __init__(self, urls: Sequence[str], api_key: str | None, *, urls_come_back: bool = False) -> None:
+    def __init__(self, urls: Sequence[str], api_key: str | None, *, urls_are_restarted: bool = False) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.api_key = api_key
-        self.urls_come_back = urls_come_back
+        self.urls_are_restarted = urls_are_restarted
         self._on_stop = contextlib.ExitStack()
         self._processes: list[ServerProcess] = []
         self._starts: list[Callable[[], None]] = []
@@ -56,7 +56,7 @@ class ServerPool:
         """Look after the started servers (cheap; nothing is sent to one that is up).
 
         Raises:
-            ServerDiedError: one died and ``restarts`` is 0, or all did and none is started again; the message quotes
+            ServerDiedError: one died and ``max_restarts`` is 0, or all did and none is started again; the message quotes
                 their logs.
         """
         if self._supervisor is not None:
@@ -79,7 +79,7 @@ class ServerPool:
     def may_return(self) -> bool:
         """Whether a server that does not answer may do so after a while, without anybody's help."""
         if self._supervisor is None:
-            return self.urls_come_back
+            return self.urls_are_restarted
         return any(server.given_up is None for server in self._supervisor.servers)
 
     def stop(self) -> None:
@@ -201,7 +201,9 @@ def start_servers(
         )
     given_key = read_api_key(cfg.api_key_env)
     pool = ServerPool(
-        cfg.urls, given_key if cfg.urls else given_key or secrets.token_hex(16), urls_come_back=cfg.urls_come_back
+        cfg.urls,
+        given_key if cfg.urls else given_key or secrets.token_hex(16),
+        urls_are_restarted=cfg.urls_are_restarted,
     )
     with contextlib.ExitStack() as undo:
         undo.callback(pool.stop)
@@ -215,6 +217,6 @@ def start_servers(
                     f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
                     "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
                 )
-        pool._supervise(cfg.restarts, cfg.start_deadline_s)
+        pool._supervise(cfg.max_restarts, cfg.start_deadline_s)
         undo.pop_all()
     return pool

@@ -81,7 +81,7 @@ class Supervised:
                 self.process.check()
             except ServerDiedError as error:
                 self._given_up = str(error)
-            _log.error("%s\nrollout.servers.restarts=%d: it is not started again", self._given_up, self._restarts)
+            _log.error("%s\nrollout.servers.max_restarts=%d: it is not started again", self._given_up, self._restarts)
             return
         self._num_starts += 1
         self._is_up, self._started_at = False, time.monotonic()

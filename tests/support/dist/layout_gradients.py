@@ -66,7 +66,7 @@ def _row(row, port, path, groups, objectives):
     parallel = ParallelConfig(**row.axes)
     layout = init_layout(parallel)
     arch = load_architecture(path)
-    model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute, balance_coef=0.0)
+    model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute, moe_aux_loss_coef=0.0)
     chunks = build_model(
         arch, model, parallel, layout, distributed_optimizer=row.distributed, overlap_grad_reduce=row.overlap
     )

@@ -44,7 +44,9 @@ def test_cost_is_linear_quadratic_and_per_response_token():
 
 def test_of_experts_those_count_that_a_token_visits():
     _, arch = tiny("qwen3")
-    experts = Experts(num_experts=8, per_token=2, ffn_hidden_size=arch.ffn_hidden_size, normalized=True, balance_coef=0)
+    experts = Experts(
+        num_experts=8, per_token=2, ffn_hidden_size=arch.ffn_hidden_size, normalized=True, moe_aux_loss_coef=0
+    )
     sparse, dense = sequence_cost(dataclasses.replace(arch, experts=experts)), sequence_cost(arch)
     one_mlp = 2 * 3 * arch.num_layers * 3 * arch.hidden_size * arch.ffn_hidden_size
     router = 2 * 3 * arch.num_layers * arch.hidden_size * 8

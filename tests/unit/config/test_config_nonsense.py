@@ -71,7 +71,7 @@ def test_text_that_is_no_config_is_refused_with_the_file(tmp_path: Path, text: s
         ("eval.max_prompts=-3", "max_prompts=-3: must be positive"),
         ("optimizer.warmup_steps=500", "optimizer.warmup_steps=500: must not exceed run.steps=100"),
         ("objective.sft_steps=101", "objective.sft_steps=101: must not exceed run.steps=100"),
-        ("objective.switch_gate=101", "objective.switch_gate=101: must not exceed run.steps=100"),
+        ("objective.rl_only_steps=101", "objective.rl_only_steps=101: must not exceed run.steps=100"),
         ("optimizer.max_bad_steps=0", "max_bad_steps=0: must be positive"),
         ("refit.quantize=fp8_block", None),
         ("run..steps=1", "a part of the key is empty"),

@@ -38,7 +38,7 @@ def test_every_number_of_the_sections_is_tried():
         "sequence_max_gap",
         "dual_clip",
     }
-    assert {name for _, name in INTEGERS} >= {"constant_length", "switch_gate", "refresh_every", "check_every"}
+    assert {name for _, name in INTEGERS} >= {"constant_length", "rl_only_steps", "refresh_every", "check_every"}
 
 
 @pytest.mark.parametrize(("section", "name"), INTEGERS)
@@ -123,7 +123,7 @@ def test_the_defaults_are_the_papers():
     assert plain == {
         "name": "dypo", "alpha": 0.5, "gamma": 1.0, "beta_gal": 1.0, "gal_coefficients": "exact", "gal_clip": "none",
         "ratio": "token", "length_normalization": "sequence_mean", "constant_length": 8192, "clip_low": 0.2, "clip_high": 0.2,
-        "dual_clip": None, "kl_coef": 0.0, "normalize_std": True, "advantage_epsilon": 1e-6, "switch_gate": 0, "sft_steps": 0,
+        "dual_clip": None, "kl_coef": 0.0, "normalize_std": True, "advantage_epsilon": 1e-6, "rl_only_steps": 0, "sft_steps": 0,
         "importance": ImportanceConfig(cap=None, token_bounds=None, sequence_bounds=None, sequence_max_gap=None),
         "reference": ReferenceConfig(mode="frozen", refresh_every=100),
     }  # fmt: skip

@@ -243,8 +243,8 @@ def _group(answer: str, *rollouts: tuple[str, str]) -> RolloutGroup:
     )
 
 
-def _grade(groups: list[RolloutGroup], verifier: Verifier, truncated_is_wrong: bool = True) -> list[GradedGroup]:
-    return grade(groups, verifier, truncated_is_wrong=truncated_is_wrong, show_progress=False)
+def _grade(groups: list[RolloutGroup], verifier: Verifier, fail_truncated: bool = True) -> list[GradedGroup]:
+    return grade(groups, verifier, fail_truncated=fail_truncated, show_progress=False)
 
 
 def test_groups_are_graded_in_order_and_truncated_rollouts_are_wrong(verifier: Verifier) -> None:
@@ -260,7 +260,7 @@ def test_groups_are_graded_in_order_and_truncated_rollouts_are_wrong(verifier: V
     assert [[v.is_correct for v in g.verdicts] for g in graded] == [[True] * 2, [False, True], [False] * 2, []]
     # The truncated "die" was never given to the verifier.
     assert [v.error for v in graded[2].verdicts] == [None, None]
-    lenient = _grade(groups[1:2], verifier, truncated_is_wrong=False)
+    lenient = _grade(groups[1:2], verifier, fail_truncated=False)
     assert lenient[0].tier is Tier.EASY
 
 

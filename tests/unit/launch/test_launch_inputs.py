@@ -327,9 +327,9 @@ class TestLargeFiles:
 
 
 def test_settings_of_an_evaluation_without_a_set_are_noted(tmp_path: Path) -> None:
-    notes = check_inputs(case(tmp_path, eval={"prompts": [], "every": 5, "samples": 2})).notes
+    notes = check_inputs(case(tmp_path, eval={"prompts": [], "every": 5, "samples_per_prompt": 2})).notes
     assert "eval.every=5: does nothing, for eval.prompts names no set" in notes
-    assert "eval.samples=2: does nothing, for eval.prompts names no set" in notes
+    assert "eval.samples_per_prompt=2: does nothing, for eval.prompts names no set" in notes
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ SUPERVISED = """
 run: {dir: runs/sft}
 model: {hf_path: model, dtype: float32}
 data: {prompts: [train.jsonl], chat_template: false, max_prompt_tokens: 16, max_trace_tokens: 48}
-rollout: {prompts_per_step: 2}
+rollout: {prompts_per_round: 2}
 objective: {name: sft}
 batching: {prompts_per_update: 2, tokens_per_microbatch: 256}
 export: {hf: false}

@@ -27,7 +27,7 @@ def evaluated(
     **options: Any,
 ) -> dict[str, float]:
     with FakeSGLang(plan) as fake:
-        config = make_config(folder, eval=EvalConfig(prompts=("data/aime.jsonl",), samples=2, **options))
+        config = make_config(folder, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=2, **options))
         run = make_run([fake.url], config, judge=judge)
         if held_out is not None:
             run.leader.held_out["aime"] = held_out
@@ -50,7 +50,7 @@ def test_an_evaluation_counts_every_prompt_and_keeps_its_responses(tmp_path: Pat
 
 def test_each_response_is_asked_for_with_a_seed_that_stays(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
-        config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples=2))
+        config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=2))
         run = make_run([fake.url], config)
         evaluate(run)
         evaluate(run)
@@ -129,7 +129,7 @@ def test_replicas_share_the_prompts_and_count_those_over_the_limit_once(tmp_path
     found = []
     for rank in (0, 1):
         with FakeSGLang() as fake:
-            config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples=1))
+            config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=1))
             run = make_run([fake.url], config, data=2, dp_rank=rank)
             run.leader.held_out["aime"] = Prompts(too_long=[0, 1, 2])
             metrics = evaluate(run)

@@ -54,8 +54,8 @@ def test_verdicts_are_of_rollouts_that_the_verifier_was_asked_about_and_answered
     verdict, failure = Verdict(is_correct=False, reward=0.0), Verdict(is_correct=False, reward=0.0, error="raised")
     rollouts = (rollout("stop"), rollout("length"), rollout("stop"))
     group = GradedGroup(prompt=Prompts().prompt(0), rollouts=rollouts, verdicts=(verdict, verdict, failure), tier=None)
-    assert count_verdicts([group, group], truncated_is_wrong=True) == 2
-    assert count_verdicts([group, group], truncated_is_wrong=False) == 4
+    assert count_verdicts([group, group], fail_truncated=True) == 2
+    assert count_verdicts([group, group], fail_truncated=False) == 4
 
 
 @pytest.mark.parametrize(

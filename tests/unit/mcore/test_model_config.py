@@ -18,7 +18,7 @@ ARCH = make_arch(
 )
 
 
-EXPERTS = Experts(num_experts=6, per_token=2, ffn_hidden_size=20, normalized=True, balance_coef=0.25)
+EXPERTS = Experts(num_experts=6, per_token=2, ffn_hidden_size=20, normalized=True, moe_aux_loss_coef=0.25)
 MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)
 
 
@@ -41,7 +41,7 @@ def test_a_layout_that_does_not_suit_experts_is_refused(arch, axes, message):
 def test_the_balance_coefficient_is_the_models_unless_the_config_names_one(ours, coefficient):
     features = Features(transformer_engine=False, grad_accumulation_fusion=False)
     parallel = ParallelConfig(expert=2, expert_tensor=4, tensor=2, sequence=True)
-    config = transformer_config(MOE, ModelConfig(hf_path="x", balance_coef=ours), parallel, features)
+    config = transformer_config(MOE, ModelConfig(hf_path="x", moe_aux_loss_coef=ours), parallel, features)
     assert config.moe_aux_loss_coeff == coefficient
     assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (2, 4)
     assert not config.moe_router_pre_softmax

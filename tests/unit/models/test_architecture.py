@@ -28,7 +28,9 @@ QWEN3_MOE = {
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
 def test_experts_are_read_under_the_names_of_transformers_4_and_5(name):
     arch = architecture_from_hf({**QWEN3_MOE, name: 4}, where="config.json")
-    assert arch.experts == Experts(num_experts=4, per_token=2, ffn_hidden_size=40, normalized=True, balance_coef=0.01)
+    assert arch.experts == Experts(
+        num_experts=4, per_token=2, ffn_hidden_size=40, normalized=True, moe_aux_loss_coef=0.01
+    )
     assert arch.qk_norm
     assert not arch.qkv_bias
 

@@ -32,7 +32,7 @@ def test_dypo_drops_easy_distils_hard_and_reinforces_mid():
 
 
 def test_before_the_switch_every_prompt_goes_to_rl():
-    dypo = objective(switch_gate=5)
+    dypo = objective(rl_only_steps=5)
     assert {dypo.treat(tier, 4) for tier in Tier} == {Treatment.REINFORCE}
     assert dypo.treat(Tier.EASY, 5) is Treatment.DROP
 

@@ -24,14 +24,14 @@ def test_a_synchronous_round_ends_with_its_longest_response(max_in_flight):
     """Full batches, then the drain to the limit: nothing of a stream is in it."""
     made = setting(f"rollout.max_in_flight={max_in_flight}")
     cfg, server, response = made.config.rollout, make_server(made), made.assumed.response_tokens
-    requests = cfg.prompts_per_step * cfg.group_size / made.num_servers
+    requests = cfg.prompts_per_round * cfg.group_size / made.num_servers
     batch = min(requests, max_in_flight * made.data / made.num_servers)
     full = (requests - batch) * response / batch * decode_step_s(made, server, batch)
     drain = cfg.max_new_tokens * decode_step_s(made, server, batch * response / cfg.max_new_tokens)
-    prefill = prefill_s(made, cfg.prompts_per_step / made.num_servers * made.assumed.prompt_tokens)
+    prefill = prefill_s(made, cfg.prompts_per_round / made.num_servers * made.assumed.prompt_tokens)
     found = rollout_round(made)
     assert found.seconds == pytest.approx(full + drain + prefill)
-    assert found.prompts == cfg.prompts_per_step
+    assert found.prompts == cfg.prompts_per_round
     assert found.aborted == 0
 
 

@@ -153,7 +153,7 @@ def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
         assert not pool.may_return()
         with pytest.raises(ServerDiedError, match=r"(?s)no SGLang server is left: .*server 0 .*server 1 "):
             pool.check()
-    assert caplog.text.count("rollout.servers.restarts=1: it is not started again") == 2
+    assert caplog.text.count("rollout.servers.max_restarts=1: it is not started again") == 2
 
 
 def test_a_pool_that_stops_starts_nothing_again(python: str, tmp_path: Path) -> None:
@@ -251,9 +251,9 @@ def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str,
 def test_given_servers_may_return_only_where_somebody_starts_them_again() -> None:
     urls = ("http://node1:30000",)
     assert not ServerPool(urls, None).may_return()
-    assert ServerPool(urls, None, urls_come_back=True).may_return()
-    with pytest.raises(ValueError, match="urls_come_back=true: needs urls"):
-        ServersConfig(urls_come_back=True)
+    assert ServerPool(urls, None, urls_are_restarted=True).may_return()
+    with pytest.raises(ValueError, match="urls_are_restarted=true: needs urls"):
+        ServersConfig(urls_are_restarted=True)
 
 
 def test_a_run_that_counts_on_servers_of_other_nodes_is_told_that_it_starts_none(python: str, tmp_path: Path) -> None:
