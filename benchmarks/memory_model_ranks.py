@@ -66,7 +66,7 @@ def modelled(case: Any, config: Config, arch: Architecture, layout: MeshRank) ->
         gpu=find_gpu("h100-80gb"),
         gpus_per_node=8,
         trainer_gpus=layout.world_size,
-        engines=1,
+        num_servers=1,
         # Hard prompts only: one sequence each.
         assumed=Assumptions(prompt_tokens=1, response_tokens=case.row // case.sequences - 1, easy=0.0, hard=1.0),
         fused=False,

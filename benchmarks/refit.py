@@ -1,18 +1,18 @@
-"""A push of weights from TP2 ranks into TP2 engines, slices to their places, against two ways to move the same model.
+"""A refit of weights from TP2 ranks into TP2 servers, slices to their places, against two ways to move the same model.
 
     python benchmarks/refit.py [--rounds 7]
 
 Random weights of a Llama-like model in bf16, 1.2 GB, over gloo between processes of this machine. Variants take turns in
-the same processes; every way ends when all targets hold all their weights in place:
+the same processes; every way ends when all server ranks hold all their weights in place:
 
 - ``planned``: the trainer's ranks send what the plan says, over connections of before, with sampled checksums; the
-  targets run the loader that SGLang runs. HTTP calls to a server are not in it.
+  server ranks run the loader that SGLang runs. HTTP calls to a server are not in it.
 - ``raw``: gloo's send and receive of as many bytes on each link, one tensor each, into memory that is thrown away.
-- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each target copies its slices out.
+- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each server rank copies its slices out.
 
 What arrives by ``planned`` and by ``broadcast`` is compared. The last line is one JSON object; see README.md.
 
-All ratios depend on the machine. With one engine 4 processes copy at the same time, with two engines 6. ``raw`` is one copy of
+All ratios depend on the machine. With one server 4 processes copy at the same time, with two servers 6. ``raw`` is one copy of
 each byte through gloo; ``planned`` adds a checksum of a sixteenth and a copy into place, which overlap with sending only as far
 as there are cores for them. ``broadcast`` pays for new memory of each tensor and bucket. So a busy machine, or one of few
 cores, changes ``raw`` and ``planned`` by different factors: compare figures of one machine at one load, and read every round.
@@ -44,8 +44,8 @@ def main() -> None:
     if arguments.smoke:
         arguments.rounds, arguments.layers, arguments.hidden = 1, 1, 512
     measure.print_header()
-    one, two = (run(engines, arguments) for engines in (1, 2))
-    for name, result in (("1 engine", one), ("2 engines", two)):
+    one, two = (run(servers, arguments) for servers in (1, 2))
+    for name, result in (("1 server", one), ("2 servers", two)):
         for variant, seconds in result["seconds"].items():
             rounds = " ".join(f"{value:.3f}" for value in seconds)
             rate = result["bytes"] / statistics.median(seconds) / 1e9
@@ -54,14 +54,14 @@ def main() -> None:
     ratios = {
         "bandwidth_vs_raw": ratio(one, "raw", "planned"),
         "time_vs_broadcast": ratio(one, "planned", "broadcast"),
-        "time_vs_broadcast_2_engines": ratio(two, "planned", "broadcast"),
+        "time_vs_broadcast_2_servers": ratio(two, "planned", "broadcast"),
     }
     measure.print_result({name: round(value, 3) for name, value in ratios.items()})
 
 
-def run(num_engines: int, arguments: argparse.Namespace) -> Any:
-    case = {"engines": num_engines, **{name: getattr(arguments, name) for name in ("rounds", "layers", "hidden")}}
-    return measure.run_ranks(__file__, ["--measure", json.dumps(case)], ranks=2 + 2 * num_engines)
+def run(num_servers: int, arguments: argparse.Namespace) -> Any:
+    case = {"servers": num_servers, **{name: getattr(arguments, name) for name in ("rounds", "layers", "hidden")}}
+    return measure.run_ranks(__file__, ["--measure", json.dumps(case)], ranks=2 + 2 * num_servers)
 
 
 def ratio(result: Any, above: str, below: str) -> float:

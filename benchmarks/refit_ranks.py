@@ -1,4 +1,4 @@
-"""What the ranks of ``refit.py`` do: the first two are the trainer's, each further pair is an engine's."""
+"""What the ranks of ``refit.py`` do: the first two are the trainer's, each further pair is a server's."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import LAYER
-from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.checksums import checksum
-from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
+from megatron_dypo.refit.control_message import GO, ControlMessage, PlanInputs, inventory_key, report_key
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import EngineLayout
-from megatron_dypo.refit.plan.served import served_tensors
-from megatron_dypo.refit.receiver import GO, inventory_key, load, report_key
+from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
+from megatron_dypo.refit.plan.server_tensors import served_tensors
+from megatron_dypo.refit.receiver import load
 from megatron_dypo.refit.slices import ShardSlices, rectangle
 from megatron_dypo.refit.transports.buckets import fill_buckets
 from megatron_dypo.refit.transports.planned import slot_bytes
-from megatron_dypo.refit.transports.sources import SourceRank
+from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 
 TENSOR = 2
 BUCKET_BYTES = 512 * 2**20
@@ -41,15 +40,15 @@ def answer(case: dict[str, int]) -> None:
     sources = dist.new_group([0, 1])
     holders = dist.new_group([0, *range(TENSOR, dist.get_world_size())])
     arch, rank = architecture(case), dist.get_rank()
-    message = meeting(arch, case["engines"]) if rank == 0 else None
+    message = meeting(arch, case["servers"]) if rank == 0 else None
     messages = [message]
     dist.broadcast_object_list(messages, 0)
     assert messages[0] is not None
-    end: SourceEnd | TargetEnd
+    end: SourceEnd | ServerEnd
     if rank < TENSOR:
         end = SourceEnd(messages[0], sources, holders)
     else:
-        end = TargetEnd(messages[0], *divmod(rank - TENSOR, TENSOR), holders)
+        end = ServerEnd(messages[0], *divmod(rank - TENSOR, TENSOR), holders)
     variants = {name: in_step(action) for name, action in end.variants().items()}
     measure.interleaved(variants, 1)
     seconds, _ = measure.interleaved(variants, case["rounds"])
@@ -91,12 +90,12 @@ def architecture(case: dict[str, int]) -> Architecture:
 _stores: list[dist.Store] = []
 
 
-def meeting(arch: Architecture, num_engines: int) -> ControlMessage:
+def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
     """What rank 0 tells all others of the connection."""
     inputs = PlanInputs(
         arch=arch,
         source=Mesh(tensor=TENSOR),
-        engines=(EngineLayout(tensor=TENSOR),) * num_engines,
+        servers=(ServerMesh(tensor=TENSOR),) * num_servers,
         quantization="none",
         element_size=DTYPE.itemsize,
     )
@@ -104,15 +103,14 @@ def meeting(arch: Architecture, num_engines: int) -> ControlMessage:
     _stores.append(store)
     return ControlMessage(
         plan=inputs,
-        engine=0,
-        target=0,
+        server=0,
+        server_rank=0,
         transport="p2p",
         store_host="127.0.0.1",
         store_port=store.port,
         connection="benchmark",
-        is_new=True,
         slot_bytes=slot_bytes(inputs.make_plan(), BUCKET_BYTES),
-        push=0,
+        refit=0,
         version=0,
         verify="sampled",
         timeout_s=DEADLINE_S,
@@ -131,9 +129,11 @@ def in_step(action: Callable[[], object]) -> Callable[[], None]:
 
 
 def raw_transfers(message: ControlMessage) -> dict[tuple[int, int], int]:
-    """(source, rank of the target in this job) → bytes."""
+    """(source, the rank in this job that stands for a server rank) → bytes."""
     links = message.plan.make_plan().link_bytes()
-    return {(source, TENSOR * (1 + engine) + target): size for (source, engine, target), size in links.items()}
+    return {
+        (source, TENSOR * (1 + server) + server_rank): size for (source, server, server_rank), size in links.items()
+    }
 
 
 class SourceEnd:
@@ -152,22 +152,23 @@ class SourceEnd:
             self.params[row.mcore] = (
                 param.random_(generator=generator) if row.rule.tp_dim is not None else param.fill_(1)
             )
-        self._links = {target: size for (source, target), size in raw_transfers(message).items() if source == self.rank}
+        self._links = {
+            server_rank: size for (source, server_rank), size in raw_transfers(message).items() if source == self.rank
+        }
         self._raw = torch.ones(max(self._links.values()), dtype=torch.uint8)
-        self._source_rank: SourceRank | None = None
-        self._pushes = 0
+        self._trainer_rank: TrainerRank | None = None
+        self._refits = 0
 
     def variants(self) -> Variants:
-        return {"planned": self.push, "raw": self.send_raw, "broadcast": self.broadcast}
+        return {"planned": self.refit, "raw": self.send_raw, "broadcast": self.broadcast}
 
-    def push(self) -> None:
-        source = self._source_rank or self._connect()
-        slices, message = ShardSlices(self.params.items(), self.arch), self.message
-        source.send(slices, self._pushes, message.verify, Deadline(DEADLINE_S))
-        self._pushes += 1
+    def refit(self) -> None:
+        self._trainer_rank = self._trainer_rank or self._connect()
+        self._refits += 1
+        self._trainer_rank.send(self._refits, Deadline(DEADLINE_S))
 
     def send_raw(self) -> None:
-        for work in [dist.isend(self._raw[:size], target) for target, size in self._links.items()]:
+        for work in [dist.isend(self._raw[:size], server_rank) for server_rank, size in self._links.items()]:
             assert work is not None
             work.wait()
 
@@ -195,28 +196,36 @@ class SourceEnd:
             if self.rank == 0:
                 yield from zip(row.hf, row.rule.merge(shards, self.arch), strict=True)
 
-    def _connect(self) -> SourceRank:
+    def _connect(self) -> TrainerRank:
         message, plan = self.message, self.message.plan.make_plan()
         store = _stores[0] if _stores else dist.TCPStore("127.0.0.1", message.store_port, None, False)
-        store.wait([inventory_key(e, t) for e in range(len(plan.engines)) for t in range(TENSOR)])
-        urls = [f"engine {engine}" for engine in range(len(plan.engines))]
-        self._source_rank = SourceRank(plan, self.rank, store, urls, message.slot_bytes)
+        store.wait([inventory_key(e, t) for e in range(len(plan.servers)) for t in range(TENSOR)])
+        urls = [f"server {server}" for server in range(len(plan.servers))]
+        trainer_rank = TrainerRank(
+            plan,
+            self.rank,
+            store,
+            urls,
+            message.slot_bytes,
+            make_slices=lambda: ShardSlices(self.params.items(), self.arch),
+            verify=message.verify,
+        )
         if self.rank == 0:
             store.set(GO, "")
-        self._source_rank.connect(message.transport, Deadline(DEADLINE_S))
-        return self._source_rank
+        trainer_rank.connect(message.transport, Deadline(DEADLINE_S))
+        return trainer_rank
 
 
-class TargetEnd:
-    """A rank of an engine, with what SGLang would hold there."""
+class ServerEnd:
+    """A rank of a server, with what SGLang would hold there."""
 
-    def __init__(self, message: ControlMessage, engine: int, target: int, holders: dist.ProcessGroup) -> None:
-        self.message = dataclasses.replace(message, engine=engine, target=target)
+    def __init__(self, message: ControlMessage, server: int, server_rank: int, holders: dist.ProcessGroup) -> None:
+        self.message = dataclasses.replace(message, server=server, server_rank=server_rank)
         self._holders = holders
         self.held: dict[str, Tensor] = {}
         self._places: dict[str, list[tuple[Tensor, Any]]] = {}
         arch = message.plan.arch
-        for tensor in served_tensors(arch, message.plan.engines[engine], target):
+        for tensor in served_tensors(arch, message.plan.servers[server], server_rank):
             for layer in range(arch.num_layers) if LAYER in tensor.name else (None,):
                 name = tensor.name.replace(LAYER, str(layer))
                 self.held[name] = torch.zeros(tensor.shape, dtype=DTYPE)
@@ -226,23 +235,25 @@ class TargetEnd:
         rank = dist.get_rank()
         self._links = {source: size for (source, to), size in raw_transfers(message).items() if to == rank}
         self._raw = {source: torch.zeros(size, dtype=torch.uint8) for source, size in self._links.items()}
-        self._pushes = 0
+        self._refits = 0
 
     def variants(self) -> Variants:
-        return {"planned": self.take_push, "raw": self.take_raw, "broadcast": self.take_broadcast}
+        return {"planned": self.take_refit, "raw": self.take_raw, "broadcast": self.take_broadcast}
 
     def named_parameters(self) -> Any:
         """What the loader asks a model for."""
         return self.held.items()
 
-    def take_push(self) -> None:
-        message = dataclasses.replace(self.message, push=self._pushes, version=self._pushes, is_new=self._pushes == 0)
-        model: Any = self
-        load(model, [(message.to_json(), torch.empty(0))])
-        store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
-        report = json.loads(store.get(report_key(message.push, message.engine, message.target)))
-        assert "error" not in report, report
-        self._pushes += 1
+    def take_refit(self) -> None:
+        first = 0 if self._refits == 0 else self._refits + 1  # refit 0 opens the connection
+        self._refits += 1
+        for refit in range(first, self._refits + 1):
+            message = dataclasses.replace(self.message, refit=refit, version=refit)
+            model: Any = self
+            load(model, [(message.to_json(), torch.empty(0))])
+            store = dist.TCPStore("127.0.0.1", message.store_port, None, False)
+            report = json.loads(store.get(report_key(message.refit, message.server, message.server_rank)))
+            assert "error" not in report, report
 
     def take_raw(self) -> None:
         for work in [dist.irecv(buffer, source) for source, buffer in self._raw.items()]:

@@ -128,7 +128,7 @@ held-out accuracy   before {accuracy(summary.accuracy_before, summary.accuracy_b
                     after  {accuracy(summary.accuracy_after, summary.accuracy_after_interval)}
 prompts drawn       at the start   {tiers(summary.tiers_first)}
                     at the end     {tiers(summary.tiers_last)}
-a step              {summary.step_seconds:.1f} s, of which {summary.overhead:.1%} outside rollouts, grading, training and sync
+a step              {summary.step_seconds:.1f} s, of which {summary.overhead:.1%} outside rollouts, grading, training and refits
 whole quickstart    {summary.seconds:.0f} s
 report              {out / "dypo" / "report.html"}
 HF model            {out / "dypo" / "hf"}

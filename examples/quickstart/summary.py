@@ -33,9 +33,9 @@ class Summary:
     step_seconds: float
     """Mean time of a step."""
     overhead: float
-    """Share of the steps' time outside rollouts, grading, training and sync."""
-    sync: float
-    """Share of the steps' time in which weights are pushed to the servers."""
+    """Share of the steps' time outside rollouts, grading, training and refits."""
+    refit: float
+    """Share of the steps' time that refits take: new weights to the servers."""
     seconds: float
     """Wall time of the whole quickstart."""
 
@@ -70,7 +70,7 @@ def summarize(metrics: Path, *, eval_set: str, seconds: float) -> Summary:
         steps=len(steps),
         step_seconds=step_seconds,
         overhead=fmean(row["timing_s/other"] for row in steps) / step_seconds,
-        sync=fmean(row["timing_s/update_weights"] for row in steps) / step_seconds,
+        refit=fmean(row["timing_s/refit"] for row in steps) / step_seconds,
         seconds=seconds,
     )
 

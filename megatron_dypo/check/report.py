@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.data.statistics import PromptStatistics, TeacherStatistics
 from megatron_dypo.data.teacher_table import render_teachers
 from megatron_dypo.data.values import printable
-from megatron_dypo.words import counted
 
 _SHOWN_IDS = 48
 _SHOWN_CHARACTERS = 2000

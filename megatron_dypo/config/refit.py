@@ -1,4 +1,4 @@
-"""The part of the configuration tree that says how new weights reach the servers; see :mod:`megatron_dypo.config.tree`."""
+"""The section ``refit`` of the configuration: how new weights reach the servers."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from megatron_dypo.config.rollout import MAX_DEADLINE_S
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
-    """How new weights reach the servers."""
+class RefitConfig:
+    """How new weights reach the servers (refit, or weight sync)."""
 
     transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"
-    """``p2p``: each rank sends each server's ranks the slices that they need, over gloo or NCCL. ``local``: the same
-    through shared memory, for servers on the trainer's host. Both need servers with our loader, as those that the run
-    starts. ``broadcast``: SGLang's distributed update of whole tensors. ``disk``: a shared folder. ``auto``: the first
-    of ``local``, ``p2p``, ``broadcast`` that all servers support."""
+    """``p2p``: each trainer rank sends each server rank the slices that it needs, over gloo or NCCL. ``local``: the
+    same through shared memory, for servers on the trainer's host. Both need servers with our loader; those that the run
+    starts have it. ``broadcast``: SGLang's distributed update of whole tensors. ``disk``: a shared folder. ``auto``:
+    the first of ``local``, ``p2p``, ``broadcast`` that all servers support."""
     verify: Literal["off", "sampled", "full"] = "sampled"
-    """Compare checksums of what was sent and received by ``p2p`` and ``local``: of nothing, of a sixteenth (others in
+    """Compare checksums of the bytes sent and received by ``p2p`` and ``local``: of none, of a sixteenth (others in
     each version), of all."""
     quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
-    """What ``p2p`` and ``local`` make of linear weights before they send them, for servers of such a model: FP8 e4m3
-    with a scale for each block of 128×128 (DeepSeek's format) or for each row."""
+    """Quantise linear weights before ``p2p`` and ``local`` send them, for servers of such a model: to FP8 e4m3 with a
+    scale for each block of 128×128 (DeepSeek's format) or for each row."""
     offload_servers: bool = False
-    """Let servers give their memory back while the trainer needs it, for servers that the run starts on its own GPUs
+    """Let servers release their memory while the trainer needs it, for servers that the run starts on its own GPUs
     (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
     bucket_mib: int = 512
-    """Size of one broadcast bucket; of all staging buffers of a rank together, for ``p2p`` and ``local``."""
+    """MiB of one broadcast bucket; for ``p2p`` and ``local``, MiB of all staging buffers of a rank together."""
     in_flight: Literal["pause", "abort"] = "pause"
-    """What a push does to running requests."""
+    """What happens to running requests during a refit: they continue with the new weights, or end."""
     deadline_s: float = 600.0
-    """A push that takes longer fails on all ranks. A server that is killed is found at once; one that hangs costs half of
-    the time that is left, and the other half is for the push to the rest: allow twice what a push takes."""
+    """A refit that takes longer fails on all ranks. A server that is killed is found at once. One that hangs costs half
+    of the time that is left, and the other half is for the other servers: allow twice the time of a refit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mib")

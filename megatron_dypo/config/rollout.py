@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.urls import require_host, require_urls
-from megatron_dypo.words import counted
+from megatron_dypo.config.words import counted
 
 _MAX_PORT = 65535
 MAX_DEADLINE_S = 1e8

@@ -20,7 +20,7 @@ from megatron_dypo.config.objective import (
     ObjectiveConfig,
     ScoreConfig,
 )
-from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.parallel.mesh import Mesh
 
@@ -358,7 +358,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -385,13 +385,13 @@ class Config:
             "score.policy=rollout, where the clipped ratio is relative to the weights that sampled",
         )
         require(
-            not (self.weights.offload_servers and self.rollout.servers.urls),
-            "weights.offload_servers=true",
+            not (self.refit.offload_servers and self.rollout.servers.urls),
+            "refit.offload_servers=true",
             "needs servers that the run starts: those of rollout.servers.urls may serve others",
         )
         require(
-            not (self.weights.offload_servers and self.rollout.mode == "async"),
-            "weights.offload_servers=true",
+            not (self.refit.offload_servers and self.rollout.mode == "async"),
+            "refit.offload_servers=true",
             "needs rollout.mode=sync: an asynchronous run's servers are never idle",
         )
         require(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
+from megatron_dypo.config.words import counted
 from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.row_check.bad_rows import settle_bad_rows
 from megatron_dypo.data.row_check.cache import CHECK_FOLDER, check_hash, read_check, write_check
@@ -22,7 +23,6 @@ from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.data.values import shown
-from megatron_dypo.words import counted
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.grading import GradingConfig
+from megatron_dypo.config.words import counted
 from megatron_dypo.grading.pair_file import Fields, Line, PairFile
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.grading.workers.results import shown
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.types import Verdict
-from megatron_dypo.words import counted
 
 _CHUNK = 4096
 _SHOWN_CHARACTERS = 120

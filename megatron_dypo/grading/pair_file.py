@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.data.files import RowFile, open_rows
 from megatron_dypo.data.rows import BadRow
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.workers.results import shown
-from megatron_dypo.words import counted
 
 _SHOWN_PROBLEMS = 20
 _MISSING = object()

@@ -17,7 +17,7 @@ from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.parallel.device import device_kind
-from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
@@ -53,13 +53,13 @@ def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool 
         requests = _requests(base, opened, urls, api_key, pool)
         base.stack.callback(requests.stream.stop)
     router = config.rollout.servers.router if ranks.is_global_leader else None
-    refitter = Bridge(
+    refitter = Refitter(
         policy.layout,
         policy.arch,
         lambda: named_values(policy.chunks),
         urls=urls,
         api_key=api_key,
-        config=config.weights,
+        config=config.refit,
         run_dir=base.run_dir,
         hf_reference=Path(config.model.hf_path),
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,

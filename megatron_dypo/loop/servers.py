@@ -18,7 +18,7 @@ from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests, NoStream, Stream
 from megatron_dypo.loop.tally import Tally, tally_client, tally_refit
 from megatron_dypo.metrics.writer import Timings
-from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import CollectStats, DroppedGroup
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
@@ -29,12 +29,12 @@ _MAX_FRUITLESS = 3
 
 
 class Refitter(Protocol):
-    """Brings servers to the trainer's weights; see :class:`megatron_dypo.refit.refitter.Bridge`."""
+    """Brings servers to the trainer's weights; see :class:`megatron_dypo.refit.refitter.Refitter`."""
 
     @property
     def serving(self) -> tuple[str, ...]: ...
 
-    def push(self, version: int) -> PushReport: ...
+    def refit(self, version: int) -> RefitReport: ...
 
     def release(self) -> None: ...
 
@@ -101,14 +101,18 @@ class Servers:
         before = [pushed for pushed in self.versions if pushed != version][-1:]
         recent = range(before[0], version + 1, version - before[0]) if before else range(version, version + 1)
         self.requests.accept(recent)
-        with self.timings.measure("update_weights"):
-            report = self.refitter.push(version)
+        with self.timings.measure("refit"):
+            report = self.refitter.refit(version)
         if self.ranks.is_global_leader:
             tally_refit(self.tally, report)
         self.router.use_servers(self.refitter.serving)
         self.requests.use_servers(self.refitter.serving, version, recent)
         self.versions = tuple(recent)
-        return {"perf/weight_bytes": float(report.bytes), "refit/pause_s": report.pause_seconds}
+        return {
+            "refit/seconds": report.seconds,
+            "refit/pause_s": report.pause_seconds,
+            "refit/bytes": float(report.bytes),
+        }
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         """Give each of this replica's groups its verdicts and its tier."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.objective.metrics import SumMetric, sum_metrics
 from megatron_dypo.parallel.device import peak_memory_gib
-from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
@@ -60,7 +60,7 @@ def tally_dropped(tally: Tally, dropped: Iterable[DroppedGroup]) -> None:
         tally.add(f"dropped/{group.reason.value}")
 
 
-def tally_refit(tally: Tally, report: PushReport) -> None:
+def tally_refit(tally: Tally, report: RefitReport) -> None:
     """Count the servers that one refit lost and won; call this on one rank."""
     tally.add("refit/fenced", report.fenced)
     tally.add("refit/rejoined", report.rejoined)

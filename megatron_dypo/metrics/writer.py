@@ -247,7 +247,7 @@ def summary_line(step: int, metrics: Mapping[str, float]) -> str:
         _part(metrics, "train/grad_norm", "grad norm {:.3g}"),
         _part(metrics, "train/entropy", "entropy {:.3f}"),
         _part(metrics, "perf/tokens_per_sec", "{:,.0f} tokens/s"),
-        _part(metrics, "timing_s/update_weights", "sync {:.2f} s"),
+        _part(metrics, "timing_s/refit", "refit {:.2f} s"),
         _part(metrics, "timing_s/step", "step {:.1f} s"),
     ]
     return " | ".join(part.strip() for part in parts if part.strip())

@@ -12,7 +12,7 @@ from megatron_dypo.fs import commit_folder, partial_path, start_folder
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, match
-from megatron_dypo.models.gather import iter_hf_tensors, part_name, sent_params, written_specs
+from megatron_dypo.models.gather import exhausted, iter_hf_tensors, part_name, sent_params, written_specs
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, finish_hf_folder, write_parts
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
@@ -49,7 +49,8 @@ def export_hf(
     dist.barrier(group=layout.senders_group)
     tensors = quantized_tensors(iter_hf_tensors(params, arch, layout), quantization)
     total = sum(spec.num_bytes for spec in specs)
-    with progress(total, f"export of stage {layout.pp_rank}", "bytes", enabled=layout.is_global_leader) as bar:
+    title = f"export of stage {layout.pp_rank}"
+    with exhausted(tensors), progress(total, title, "bytes", enabled=layout.is_global_leader) as bar:
         write_parts(partial_path(out_dir), part_name(layout), specs, tensors, bar, max_file_bytes)
     dist.barrier(group=layout.senders_group)
     if layout.is_global_leader:

@@ -1,8 +1,14 @@
-"""From the sharded parameters of one pipeline stage to whole HF tensors, one parameter at a time."""
+"""From the sharded parameters of one pipeline stage to whole HF tensors, one parameter at a time.
+
+Ranks that gather together agree before each gather that none of them has failed. So an error of one ends the iteration
+on all of them at once, instead of leaving the others to the time-out of their group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,40 +18,64 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.write import TensorSpec
+from megatron_dypo.parallel import device
 from megatron_dypo.parallel.groups import MeshRank
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank of the same gathers failed; the error of that rank says why."""
 
 
 @torch.no_grad()
 def iter_hf_tensors(
-    named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
+    params: Sequence[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF names and tensors of the given parameters: experts on expert-tensor rank 0, all else on tensor-parallel rank 0.
+    """Yield HF names and tensors of parameters: experts on expert-tensor rank 0, all others on tensor-parallel rank 0.
 
-    Collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank must exhaust it, with
-    the same experts as the other ranks of ``etp_group``, and the same of all else as those of ``tp_group``, in the same
-    order. At most one parameter is whole at a time. A replicated parameter is yielded as it is, not copied. Copies of tied
-    embeddings are left out.
+    Collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank must exhaust or close
+    it, with the same experts as the other ranks of ``etp_group``, and the same other parameters as those of
+    ``tp_group``, in the same order. At most one parameter is whole at a time. A replicated parameter is yielded as it
+    is, not copied. Copies of tied embeddings are left out.
 
     Raises:
         ValueError: a parameter that no rule matches.
+        PeerFailedError: another rank failed, or closed the iterator before its end.
     """
-    for name, param in named_params:
-        row = match(name, arch)
-        if row.is_copy:
-            continue
-        rank, size, group = _axis(row, layout)
-        if row.rule.tp_dim is None or size == 1:
-            shards = [param.detach()]
-        else:
-            shards = _gather_to_first(param.detach(), rank, size, group)
-        if rank == 0:
-            yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
+    peers = _Peers(params, arch, layout)
+    try:
+        for name, param in params:
+            row = match(name, arch)
+            if row.is_copy:
+                continue
+            axis = _axis(row, layout)
+            shards = _gather_to_first(param.detach(), axis, peers) if _is_split(row, axis) else [param.detach()]
+            if axis.rank == 0:
+                yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
+    except BaseException:  # also GeneratorExit: the caller failed, or wants no more
+        with contextlib.suppress(RuntimeError):  # a group that is broken itself; the first error says more
+            peers.leave(failed=True)
+        raise
+    peers.leave(failed=False)
+
+
+@contextlib.contextmanager
+def exhausted(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Exhaust the iterator at the end of the block, after an error too: the other ranks are still in their gathers."""
+    try:
+        yield tensors
+    except BaseException:
+        with contextlib.suppress(PeerFailedError):  # the first error says more
+            for _ in tensors:
+                pass
+        raise
+    for _ in tensors:
+        pass
 
 
 def sent_params(
     named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
 ) -> list[tuple[str, Tensor]]:
-    """Those of this rank's parameters that it has a part in when the policy leaves the mesh: all of it, once."""
+    """Return the parameters that this rank sends, or helps to make whole, when the policy leaves the mesh."""
     return [
         (name, param)
         for name, param in named_params
@@ -54,7 +84,7 @@ def sent_params(
 
 
 def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank) -> list[TensorSpec]:
-    """The HF tensors that this rank gets from :func:`iter_hf_tensors` of its :func:`sent_params`, in that order."""
+    """List the HF tensors that :func:`iter_hf_tensors` yields here for this rank's :func:`sent_params`, in order."""
     return [
         TensorSpec(hf_name, param.dtype, shape)
         for name, param in params
@@ -64,19 +94,79 @@ def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layo
 
 
 def part_name(layout: MeshRank) -> str:
-    """Stem of the files that this rank writes; sorts by stage."""
+    """Return the stem of the files that this rank writes; stems sort by stage."""
     stage = f"stage-{layout.pp_rank:05d}"
     return stage if layout.leads_stage else f"{stage}-experts-{layout.ep_rank:05d}"
 
 
-def _axis(row: Row, layout: MeshRank) -> tuple[int, int, dist.ProcessGroup | None]:
-    """Rank, size and group of the axis that may split a parameter."""
-    return (*layout.shard(is_expert=row.is_expert), layout.etp_group if row.is_expert else layout.tp_group)
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    """The axis that may split a parameter, as this rank sees it."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
 
 
-def _gather_to_first(shard: Tensor, tp_rank: int, tp_size: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+class _Peers:
+    """The groups in which this rank gathers ``params``; in each, no rank starts a gather that another cannot join."""
+
+    def __init__(self, params: Sequence[tuple[str, Tensor]], arch: Architecture, layout: MeshRank) -> None:
+        self._groups: list[dist.ProcessGroup | None] = []
+        for name, _ in params:
+            with contextlib.suppress(ValueError):  # no rule matches: the iteration raises it, and tells these groups
+                row = match(name, arch)
+                axis = _axis(row, layout)
+                if not row.is_copy and _is_split(row, axis) and axis.group not in self._groups:
+                    self._groups.append(axis.group)
+
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        """Wait until all ranks of ``group`` are at the same gather.
+
+        Raises:
+            PeerFailedError: one of them has failed.
+        """
+        if _any_failed([group], False):
+            self._groups.remove(group)  # its ranks all know by now
+            raise PeerFailedError("another rank failed while weights were gathered")
+
+    def leave(self, *, failed: bool) -> None:
+        """Tell all groups whether this rank has failed; the last call.
+
+        Raises:
+            PeerFailedError: this rank has not, and another one has.
+        """
+        if _any_failed(self._groups, failed) and not failed:
+            raise PeerFailedError("another rank failed while weights were gathered")
+
+
+def _any_failed(groups: Sequence[dist.ProcessGroup | None], failed: bool) -> bool:
+    """Return whether any rank of the groups has failed. Ranks may come to the groups in different orders."""
+    flags = [torch.tensor([float(failed)], device=device.device()) for _ in groups]
+    works = [
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
+        for flag, group in zip(flags, groups, strict=True)
+    ]
+    for work in works:
+        work.wait()
+    return any(bool(flag.item()) for flag in flags)
+
+
+def _is_split(row: Row, axis: _Axis) -> bool:
+    return row.rule.tp_dim is not None and axis.size > 1
+
+
+def _axis(row: Row, layout: MeshRank) -> _Axis:
+    if row.is_expert:
+        return _Axis(rank=layout.etp_rank, size=layout.expert_tensor, group=layout.etp_group)
+    return _Axis(rank=layout.tp_rank, size=layout.tensor, group=layout.tp_group)
+
+
+def _gather_to_first(shard: Tensor, axis: _Axis, peers: _Peers) -> list[Tensor]:
+    """Return the shards of all ranks on the first rank of the axis, nothing on the others."""
     # gloo sends the storage as it lies and ignores strides without a word
     shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(tp_size)] if tp_rank == 0 else None
-    dist.gather(shard, shards, group=group, group_dst=0)
+    shards = [torch.empty_like(shard) for _ in range(axis.size)] if axis.rank == 0 else None
+    peers.agree(axis.group)  # after all that may fail on one rank alone
+    dist.gather(shard, shards, group=axis.group, group_dst=0)
     return shards or []

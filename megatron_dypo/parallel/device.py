@@ -6,7 +6,6 @@ import datetime
 import functools
 import os
 import resource
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,40 +59,6 @@ def init_process_group(timeout: datetime.timedelta) -> None:
         dist.init_process_group(backend(), timeout=timeout)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-
-
-def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """Make a group outside the default one and its registries. Dropping the last reference to it closes it.
-
-    Has ``send`` and ``recv`` of lists of tensors, as ``torch.distributed.ProcessGroup`` does.
-    """
-    if on_gpu():
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
-
-
-def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
-    """Return a handle of GPU memory, for :func:`open_storage` in another process on this host.
-
-    The GPU is named by its UUID: processes may number GPUs differently. The memory must outlive its use there.
-    """
-    uuid = str(torch.cuda.get_device_properties(storage.device).uuid)
-    return uuid, *storage._share_cuda_()[1:]
-
-
-def open_storage(handle: tuple[Any, ...]) -> torch.UntypedStorage:
-    """Open the memory that another process shared by :func:`share_storage`.
-
-    Raises:
-        ValueError: this process does not see that GPU.
-    """
-    uuid, *rest = handle
-    seen = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
-    if uuid not in seen:
-        raise ValueError(f"GPU {uuid} of the trainer is none of this server's ({', '.join(seen)}): use transport=p2p")
-    return torch.UntypedStorage._new_shared_cuda(seen.index(uuid), *rest)
 
 
 def synchronize() -> None:

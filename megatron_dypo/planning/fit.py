@@ -30,7 +30,7 @@ def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: 
         gpu=dataclasses.replace(find_gpu("h100-80gb"), name="this GPU", memory=memory, capability=capability),
         gpus_per_node=trainer_gpus,
         trainer_gpus=trainer_gpus,
-        engines=1,
+        num_servers=1,
         assumed=Assumptions(
             prompt_tokens=config.data.max_prompt_tokens, response_tokens=config.rollout.max_new_tokens // 4
         ),

@@ -82,7 +82,7 @@ def whole_model(arch: Architecture) -> Counts:
 
 
 def served_bytes(arch: Architecture, element: int, quantization: Quantization) -> ServedBytes:
-    """The policy as a server holds it and as a push moves it.
+    """The policy as a server holds it and as a refit moves it.
 
     Args:
         element: bytes of a value that is not quantised.

@@ -26,7 +26,7 @@ REMEDIES = {
     "rows": "more replicas, or a smaller batching.prompts_per_update",
     "weights": "a larger rollout.servers.tensor_parallel",
     "KV cache": "a larger rollout.servers.tensor_parallel or mem_fraction, or a smaller rollout.max_new_tokens",
-    "refit bucket": "a smaller weights.bucket_mib",
+    "refit bucket": "a smaller refit.bucket_mib",
     "reserved": "a GPU with more memory",
     "fragmentation": "less of the terms above it",
 }
@@ -150,7 +150,7 @@ def _step(step: StepTime) -> dict[str, float]:
         "rollout_s": step.rollout,
         "score_s": step.score,
         "update_s": step.update.total,
-        "push_s": step.push,
+        "refit_s": step.refit,
         "trainer_idle": step.trainer_idle,
         "rollout_idle": step.rollout_idle,
         "tokens": step.tokens,

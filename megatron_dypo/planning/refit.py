@@ -1,4 +1,4 @@
-"""``megatron-dypo plan-refit``: what a push of weights would move, from config files alone."""
+"""``megatron-dypo plan-refit``: the bytes that a refit would move and their way, from config files alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.layout_rules import check_layout
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, make_plan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh, make_plan
 
 _EP_FLAGS = ("--ep-size", "--ep", "--expert-parallel-size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefitOptions:
-    """What the config does not say."""
+    """Facts that the config does not hold."""
 
     world_size: int | None = None
     """Ranks of the trainer; None: ``parallel.num_processes``, or as few as the axes allow."""
@@ -30,25 +30,25 @@ class RefitOptions:
 
 
 def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
-    """The plan of a run's pushes; of the model only ``<model.hf_path>/config.json`` is read.
+    """Return the plan of a run's refits; of the model only ``<model.hf_path>/config.json`` is read.
 
     Raises:
-        ValueError: a trainer or servers that do not suit the architecture or each other.
+        ValueError: a trainer or servers that do not suit the architecture, or each other.
     """
     servers = config.rollout.servers
     ep_size = options.ep_size or _ep_size(servers.extra_args)
-    engine = EngineLayout(tensor=servers.tensor_parallel, expert=ep_size)
+    server = ServerMesh(tensor=servers.tensor_parallel, expert=ep_size)
     return make_plan(
         load_architecture(config.model.hf_path),
         config.parallel.mesh(options.world_size),
-        [engine] * servers.num_servers(options.gpus_per_node),
+        [server] * servers.num_servers(options.gpus_per_node),
         quantization=options.quantization,
         element_size=config.model.element_size,
     )
 
 
 def refusal_of_training(config: Config) -> str | None:
-    """Why ``train`` would refuse a layout that can be planned for, if it would: the plan knows more layouts."""
+    """Return why ``train`` would refuse the config's layout, or None: plans know more layouts than ``train``."""
     try:
         check_layout(load_architecture(config.model.hf_path), config.parallel)
     except ValueError as error:
@@ -57,7 +57,7 @@ def refusal_of_training(config: Config) -> str | None:
 
 
 def _ep_size(extra_args: Sequence[str]) -> int:
-    """The expert-parallel size among SGLang's arguments, given as ``--ep-size N`` or ``--ep-size=N``."""
+    """Return the expert-parallel size among SGLang's arguments, given as ``--ep-size N`` or ``--ep-size=N``."""
     words = [part for argument in extra_args for part in argument.split("=", 1)]
     for flag, value in pairwise(words):
         if flag in _EP_FLAGS:

@@ -43,8 +43,8 @@ def _setting(plan: Plan) -> list[str]:
         f"{cfg.model.hf_path}: {setting.arch.family}, {size / 1e9:.2f}e9 parameters, {_types(plan)}",
         f"{setting.gpu.name}, {setting.gpu.memory / GIB:.1f} GiB",
         f"trainer  {_nodes(plan, setting.trainer_gpus)}: {', '.join(filter(None, [axes, *extras]))}",
-        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.engines} × TP {servers.tensor_parallel}"
-        + ("" if cfg.weights.quantize == "none" else f", linear weights in {cfg.weights.quantize}"),
+        f"servers  {_nodes(plan, setting.rollout_gpus)}: {setting.num_servers} × TP {servers.tensor_parallel}"
+        + ("" if cfg.refit.quantize == "none" else f", linear weights in {cfg.refit.quantize}"),
         f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
         f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",
         f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens in the mean; "
@@ -101,7 +101,7 @@ def _step(plan: Plan) -> list[str]:
         "rollout": (step.rollout, f"{step.generated:,.0f} tokens sampled{aborted}; {waits[0]}"),
         "score": (step.score, "log π_old" + (" and log π_ref" if plan.reference else "")),
         "update": (step.update.total, f"MFU {step.mfu:.0%}; {waits[1]}"),
-        "push": (step.push, f"transport {setting.config.weights.transport}"),
+        "refit": (step.refit, f"transport {setting.config.refit.transport}"),
     }
     lines = ["TIME of one optimizer step, s"]
     for name, (seconds, why) in parts.items():
@@ -142,7 +142,7 @@ def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
     how = "rollouts beside the update" if is_async else "one part after the other"
     lines = [
         f"WEAK SCALING: prompts, replicas and servers in proportion, {how}",
-        f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'score s':>9}{'update s':>10}{'push s':>8}"
+        f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'score s':>9}{'update s':>10}{'refit s':>9}"
         f"{'step s':>9}{'tokens/s':>12}{'efficiency':>12}",
     ]
     for row in rows:
@@ -152,7 +152,7 @@ def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
         time = row.split.time
         lines.append(
             f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}{time.score:>9.1f}"
-            f"{time.update.total:>10.1f}{time.push:>8.1f}{time.total:>9.1f}{time.tokens / time.total:>12,.0f}"
+            f"{time.update.total:>10.1f}{time.refit:>9.1f}{time.total:>9.1f}{time.tokens / time.total:>12,.0f}"
             f"{row.efficiency:>12.0%}"
         )
     return lines

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.planning.serving import decode_step_s, make_engine, prefill_s
+from megatron_dypo.planning.serving import decode_step_s, make_server, prefill_s
 from megatron_dypo.planning.setting import Setting
 
 
@@ -34,16 +34,16 @@ class Round:
 
 def rollout_round(setting: Setting) -> Round:
     """A round of the setting's loop."""
-    cfg, engine, assumed = setting.config.rollout, make_engine(setting), setting.assumed
+    cfg, server, assumed = setting.config.rollout, make_server(setting), setting.assumed
     prompts, response = _prompts(setting), assumed.response_tokens
-    requests = prompts * cfg.group_size / setting.engines
+    requests = prompts * cfg.group_size / setting.num_servers
     begun = requests * cfg.oversample
-    allowed = min(begun, cfg.max_in_flight * setting.data / setting.engines)
-    batch = max(1.0, min(allowed, engine.concurrency(assumed.prompt_tokens + response / 2)))
+    allowed = min(begun, cfg.max_in_flight * setting.data / setting.num_servers)
+    batch = max(1.0, min(allowed, server.concurrency(assumed.prompt_tokens + response / 2)))
     done = max(0.0, min(begun - batch, requests))  # while the batch is full
     drain = drain_tokens(cfg, response, (requests - done) / batch)
-    full_s = done * response / batch * decode_step_s(setting, engine, batch)
-    drain_s = drain * decode_step_s(setting, engine, max(1.0, batch * response / drain))
+    full_s = done * response / batch * decode_step_s(setting, server, batch)
+    drain_s = drain * decode_step_s(setting, server, max(1.0, batch * response / drain))
     started = min(begun, done + batch)
     # The responses of a group share their prompt's prefix.
     seconds = full_s + drain_s + prefill_s(setting, started / cfg.group_size * assumed.prompt_tokens)
@@ -51,7 +51,7 @@ def rollout_round(setting: Setting) -> Round:
     return Round(
         prompts=prompts,
         seconds=seconds * requests / started if is_kept else seconds,
-        aborted=0.0 if is_kept else (started - requests) * response * setting.engines,
+        aborted=0.0 if is_kept else (started - requests) * response * setting.num_servers,
     )
 
 

@@ -72,10 +72,10 @@ def _grain(setting: Setting) -> int:
 
 
 def _split(setting: Setting, trainer: int, rollout: int) -> Split | None:
-    engines = rollout // setting.config.rollout.servers.tensor_parallel
-    if trainer <= 0 or engines <= 0:
+    num_servers = rollout // setting.config.rollout.servers.tensor_parallel
+    if trainer <= 0 or num_servers <= 0:
         return None
-    changed = dataclasses.replace(setting, trainer_gpus=trainer, engines=engines)
+    changed = dataclasses.replace(setting, trainer_gpus=trainer, num_servers=num_servers)
     fits = fullest(trainer_footprints(changed)).spare >= 0
     return Split(trainer_gpus=trainer, rollout_gpus=changed.rollout_gpus, time=step_time(changed), fits=fits)
 

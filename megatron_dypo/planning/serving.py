@@ -1,7 +1,7 @@
 """One GPU of an SGLang server: weights, KV cache, and how fast it decodes. Pure arithmetic.
 
 Decoding reads the weights once and the KV cache of every running request, for one token of each request: it is bound by
-HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``weights.quantize``) are fewer bytes to
+HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``refit.quantize``) are fewer bytes to
 hold and to read; their matmuls are taken for no faster than bf16's.
 """
 
@@ -26,7 +26,7 @@ ALLREDUCE_S = 15e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class Server:
     """What one server can do."""
 
     weights: ServedBytes
@@ -47,53 +47,53 @@ class Engine:
         return self.kv_tokens / tokens
 
 
-def make_engine(setting: Setting) -> Engine:
+def make_server(setting: Setting) -> Server:
     """A server of the config."""
     arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
     heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
     per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
-    weights, tensor = served_bytes(arch, e, setting.config.weights.quantize), servers.tensor_parallel
+    weights, tensor = served_bytes(arch, e, setting.config.refit.quantize), servers.tensor_parallel
     static = (servers.mem_fraction or MEM_FRACTION) * setting.gpu.memory
     tokens = max(0.0, (static - weights.total / tensor) / per_token)
     if servers.max_total_tokens is not None:
         tokens = min(tokens, servers.max_total_tokens)
-    return Engine(weights=weights, tensor=tensor, kv_bytes_per_token=per_token, kv_tokens=tokens)
+    return Server(weights=weights, tensor=tensor, kv_bytes_per_token=per_token, kv_tokens=tokens)
 
 
 def server_footprint(setting: Setting) -> Footprint:
     """Memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
-    engine, cfg = make_engine(setting), setting.config
-    fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.weights.quantize
+    server, cfg = make_server(setting), setting.config
+    fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.refit.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    cache = max(engine.kv_tokens, longest) * engine.kv_bytes_per_token
+    cache = max(server.kv_tokens, longest) * server.kv_bytes_per_token
     outside = min((1 - fraction) * setting.gpu.memory, RESERVED)
     return Footprint(
         where="server",
         terms=(
             Term(
                 name="weights",
-                bytes=engine.weights_per_gpu,
-                why=f"split {engine.tensor} ways{'' if quantize == 'none' else f', linear ones in {quantize}'}",
+                bytes=server.weights_per_gpu,
+                why=f"split {server.tensor} ways{'' if quantize == 'none' else f', linear ones in {quantize}'}",
             ),
             Term(
                 name="KV cache",
                 bytes=cache,
-                why=f"{engine.kv_tokens:,.0f} tokens × {engine.kv_bytes_per_token / 1024:,.0f} KiB; "
-                f"{engine.kv_tokens / longest:,.1f} of the longest sequences",
+                why=f"{server.kv_tokens:,.0f} tokens × {server.kv_bytes_per_token / 1024:,.0f} KiB; "
+                f"{server.kv_tokens / longest:,.1f} of the longest sequences",
             ),
-            Term(name="refit bucket", bytes=cfg.weights.bucket_mib * 2.0**20, why="weights.bucket_mib"),
+            Term(name="refit bucket", bytes=cfg.refit.bucket_mib * 2.0**20, why="refit.bucket_mib"),
             Term(name="reserved", bytes=outside, why="driver, captured graphs, workspaces"),
         ),
         capacity=setting.gpu.memory,
-        elastic=cache - longest * engine.kv_bytes_per_token,
+        elastic=cache - longest * server.kv_bytes_per_token,
     )
 
 
-def decode_step_s(setting: Setting, engine: Engine, batch: float) -> float:
+def decode_step_s(setting: Setting, server: Server, batch: float) -> float:
     """Seconds of one decoding step with ``batch`` running requests, in the middle of their responses."""
     arch, gpu, tensor = setting.arch, setting.gpu, setting.config.rollout.servers.tensor_parallel
     context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
-    read = _weights_read(setting, engine, batch) + batch * context * engine.kv_bytes_per_token
+    read = _weights_read(setting, server, batch) + batch * context * server.kv_bytes_per_token
     # The output projection is a matmul of every token too.
     work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
     reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)
@@ -106,13 +106,13 @@ def prefill_s(setting: Setting, tokens: float) -> float:
     return 2.0 * tokens * active_parameters(setting.arch) / (tensor * setting.gpu.bf16 * setting.gpu.matmul)
 
 
-def _weights_read(setting: Setting, engine: Engine, batch: float) -> float:
+def _weights_read(setting: Setting, server: Server, batch: float) -> float:
     """Bytes of weights that a step reads on a GPU: of experts, those that some token of the batch is sent to."""
     experts = setting.arch.experts
     if experts is None:
-        return engine.weights_per_gpu
+        return server.weights_per_gpu
     touched = 1 - (1 - experts.per_token / experts.num_experts) ** max(batch, 1)
-    return (engine.weights.dense + engine.weights.experts * touched) / engine.tensor
+    return (server.weights.dense + server.weights.experts * touched) / server.tensor
 
 
 def _allreduce_s(setting: Setting, size: float, tensor: int) -> float:

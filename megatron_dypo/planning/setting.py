@@ -39,7 +39,7 @@ class Setting:
     gpu: Gpu
     gpus_per_node: int
     trainer_gpus: int
-    engines: int
+    num_servers: int
     """SGLang servers, each of ``rollout.servers.tensor_parallel`` GPUs of its own."""
     assumed: Assumptions
     fused: bool = True
@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def rollout_gpus(self) -> int:
-        return self.engines * self.config.rollout.servers.tensor_parallel
+        return self.num_servers * self.config.rollout.servers.tensor_parallel
 
     @property
     def longest_sequence(self) -> int:
@@ -132,7 +132,7 @@ def make_setting(
         gpu=gpu,
         gpus_per_node=gpus_per_node,
         trainer_gpus=asked or 0,
-        engines=servers.num_servers(gpus_per_node),
+        num_servers=servers.num_servers(gpus_per_node),
         assumed=Assumptions(
             prompt_tokens=prompt_tokens or max(1, config.data.max_prompt_tokens // 4),
             response_tokens=response_tokens or max(1, config.rollout.max_new_tokens // 4),

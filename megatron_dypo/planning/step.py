@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step of the loop, by its parts: rollout, score, update, push. Pure arithmetic."""
+"""Seconds of one optimizer step of the loop, by its parts: rollout, score, update, refit. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.setting import Setting
 from megatron_dypo.planning.training import PassTime, score_time, swap_time, update_flops, update_time
 
-PUSH_S = 1.0
+REFIT_S = 1.0
 """Pausing the servers, HTTP calls, flushing caches."""
-PUSH_EFFICIENCY = 0.5
-"""Share of a link that pushes of weights reach."""
+REFIT_EFFICIENCY = 0.5
+"""Share of a link that refits of weights reach."""
 DISK = 2e9
 """Bytes/s of a shared file system, for one writer."""
 
@@ -27,7 +27,7 @@ class StepTime:
     rollout: float
     score: float
     update: PassTime
-    push: float
+    refit: float
     tokens: float
     """Tokens that enter the update."""
     generated: float
@@ -49,21 +49,21 @@ class StepTime:
     @property
     def sequential(self) -> float:
         """The parts one after the other, as the synchronous loop does them."""
-        return self.rollout + self.trainer + self.push
+        return self.rollout + self.trainer + self.refit
 
     @property
     def overlapped(self) -> float:
         """With the next batch's rollouts beside score and update."""
-        return max(self.rollout, self.trainer) + self.push
+        return max(self.rollout, self.trainer) + self.refit
 
     @property
     def trainer_idle(self) -> float:
         """Share of ``total``."""
-        return 1 - (self.trainer + self.push) / self.total
+        return 1 - (self.trainer + self.refit) / self.total
 
     @property
     def rollout_idle(self) -> float:
-        return 1 - (self.rollout + self.push) / self.total
+        return 1 - (self.rollout + self.refit) / self.total
 
 
 def step_time(setting: Setting) -> StepTime:
@@ -80,7 +80,7 @@ def step_time(setting: Setting) -> StepTime:
         rollout=rounds * collected.seconds,
         score=_score(setting, prompts),
         update=update,
-        push=push_time(setting) / updates,
+        refit=refit_time(setting) / updates,
         tokens=setting.sequences_per_update * setting.sequence_tokens,
         generated=prompts * cfg.rollout.group_size * setting.assumed.response_tokens,
         aborted=rounds * collected.aborted,
@@ -88,18 +88,18 @@ def step_time(setting: Setting) -> StepTime:
     )
 
 
-def push_time(setting: Setting) -> float:
+def refit_time(setting: Setting) -> float:
     """All weights to all servers, quantised ones in FP8."""
-    weights = setting.config.weights
-    size, transport = served_bytes(setting.arch, setting.element, weights.quantize).total, weights.transport
-    rate = PUSH_EFFICIENCY * setting.gpu.network
+    refit = setting.config.refit
+    size, transport = served_bytes(setting.arch, setting.element, refit.quantize).total, refit.transport
+    rate = REFIT_EFFICIENCY * setting.gpu.network
     if transport == "disk":
-        return PUSH_S + 2 * size / DISK
+        return REFIT_S + 2 * size / DISK
     if transport == "broadcast":
         # Stages take turns, each through the network port of its first rank.
-        return PUSH_S + size / rate
+        return REFIT_S + size / rate
     received = size / setting.config.rollout.servers.tensor_parallel
-    return PUSH_S + max(received, size * setting.engines / setting.trainer_gpus) / rate
+    return REFIT_S + max(received, size * setting.num_servers / setting.trainer_gpus) / rate
 
 
 def reads_reference(setting: Setting) -> bool:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.logs import log_path
 from megatron_dypo.metrics.status import RunStatus
@@ -46,7 +47,6 @@ from megatron_dypo.processes.heartbeats import (
     write_heartbeat,
 )
 from megatron_dypo.processes.identity import ProcessIdentity, own_identity
-from megatron_dypo.words import counted
 
 _LOOKS = 10
 """Looks within ``run.watchdog_s``."""

@@ -1,4 +1,4 @@
-"""Checksums of what travels: exact, independent of the dtype, and cheap beside the transfer itself. Pure."""
+"""Checksums of sent bytes: exact, independent of the dtype, and cheap compared with sending. Pure."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 Verify = Literal["off", "sampled", "full"]
 
 SAMPLE_EVERY = 16
-"""``sampled`` looks at one part of this many, at others in each version: at all of them in this many versions."""
+"""``sampled`` compares one part out of this many, others in each version: all parts within this many versions."""
 
 _COLUMNS = 512
 
 
-def is_verified(index: int, version: int, mode: Verify) -> bool:
-    """Whether part ``index`` of a link is compared in the push of ``version``; the same on both ends."""
+def should_verify(index: int, version: int, mode: Verify) -> bool:
+    """Return whether part ``index`` of a link is compared in the refit of ``version``; the same on both ends."""
     return mode == "full" or (mode == "sampled" and (index + version) % SAMPLE_EVERY == 0)
 
 
 def checksum(data: Tensor) -> Tensor:
-    """[2] int64: Σ wᵢ and Σ i·wᵢ, modulo 2⁶⁴, over the 8-byte words of a contiguous tensor, zeros appended to fill up.
+    """Return [2] int64: Σ wᵢ and Σ i·wᵢ modulo 2⁶⁴ over the 8-byte words of a contiguous tensor, padded with zeros.
 
     The first finds a changed word, the second also words that changed places.
     """
@@ -36,7 +36,7 @@ def checksum(data: Tensor) -> Tensor:
 
 
 def _weighted(words: Tensor, first: int) -> Tensor:
-    """Both sums of a [rows, columns] matrix of words, of which the first is word number ``first``.
+    """Return both sums of a [rows, columns] matrix of words; the number of its first word is ``first``.
 
     With i = first + columns · row + column, Σ i·w needs the sums of rows and columns only, and no copy of the words.
     """

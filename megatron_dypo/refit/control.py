@@ -1,79 +1,53 @@
 """Control calls to SGLang: the same call to every server at once, each with a deadline and a checked answer.
 
-Used from ordinary (not async) code: a daemon thread runs the event loop, so that a collective and the calls that
+Ordinary (not async) code uses them. A daemon thread runs the event loop, so that a collective and the calls that
 announce it can be under way together. Every error names the server, the call and the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from megatron_dypo.refit.answers import Answer, ServerError, ServerInfo, UnansweredError, checked, joined, read
 from megatron_dypo.refit.deadline import Deadline
 
 T = TypeVar("T")
-Answer = dict[str, Any]
 
 PauseMode = Literal["retract", "abort"]
 
-# When one server of a collective call fails, the others fail as a consequence; this long we listen for who was first.
+# When one server of a collective call fails, the others fail as a consequence. We wait that long for the first to fail.
 _GRACE_S = 2.0
 
 
-class ServerError(RuntimeError):
-    """A server refused a call, answered nonsense, or did not answer."""
-
-    def __init__(self, message: str, *urls: str, is_silent: bool = False) -> None:
-        """``urls``: the servers to blame; none where a call of all of them failed and nobody can be told from the rest."""
-        super().__init__(message)
-        self.urls = urls
-        self.is_silent = is_silent
-        """There was no answer at all, not even a refusal."""
-
-    @property
-    def url(self) -> str | None:
-        """The server to blame, the first of several; None: nobody in particular."""
-        return self.urls[0] if self.urls else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerInfo:
-    """What a server says of itself."""
-
-    url: str
-    model_path: str
-    model_type: str
-    weight_version: str
-    tensor_parallel: int
-    pipeline_parallel: int
-    data_parallel: int
-    expert_parallel: int
-    custom_loaders: tuple[str, ...]
-    """``--custom-weight-loader``: names under which it takes updates by functions that it imports."""
-
-
 class SGLangControl:
-    """The control routes of some servers; one instance may be used from one thread at a time."""
+    """The control routes of some servers; one instance may be used from one thread at a time.
+
+    It holds one HTTP session from its construction to :meth:`close`. Each call has a connection of its own: a server
+    may close a kept one just as a POST goes out.
+    """
 
     def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
         if not urls:
-            raise ValueError("urls=(): a push needs at least one SGLang server")
+            raise ValueError("urls=(): a refit needs at least one SGLang server")
         self.urls = tuple(url.rstrip("/") for url in urls)
-        """The servers that get the calls; set between two attempts at a push, never within one."""
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        """The servers that get the calls; set between two attempts at a refit, never within one."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)
         self._thread.start()
+        self._session = self._submit(_open_session(api_key)).result()
 
     def close(self) -> None:
-        """Stop the thread. Calls under way are dropped."""
+        """Drop the calls that are under way, close the session and stop the thread; called again, do nothing."""
+        if self._loop.is_closed():
+            return
+        self._submit(_cancel_others()).result()
+        self._submit(self._session.close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -81,7 +55,7 @@ class SGLangControl:
     # One method for each route.
 
     def describe(self, deadline: Deadline, urls: Sequence[str] | None = None) -> list[ServerInfo]:
-        """Model, version and parallel sizes of each server, in the order of ``urls`` (None: the control's own)."""
+        """Ask each of ``urls`` (None: the control's own) for its model, version and parallel sizes, in order."""
         urls = self.urls if urls is None else urls
         models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
         servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
@@ -101,11 +75,11 @@ class SGLangControl:
         ]
 
     def weight_versions(self, deadline: Deadline) -> list[str]:
-        """The version that each server says it serves."""
+        """Ask each server which version it serves."""
         return [str(model.get("weight_version")) for model in self._all("GET", "/model_info", None, deadline)]
 
     def pause(self, mode: PauseMode, deadline: Deadline) -> None:
-        """Stop generating. ``retract``: running requests go back to the queue, without their KV cache. ``abort``: they end."""
+        """Stop generating. Running requests go back to the queue without KV cache (``retract``), or end (``abort``)."""
         self._all("POST", "/pause_generation", {"mode": mode}, deadline)
 
     def resume(self, deadline: Deadline) -> None:
@@ -113,7 +87,7 @@ class SGLangControl:
         self._all("POST", "/continue_generation", {}, deadline)
 
     def resume_memory(self, url: str, deadline: Deadline) -> None:
-        """Give one server the memory back that it let go, for weights that are still to come."""
+        """Have one server take back the memory that it released, for weights that are still to come."""
         self._start("POST", "/resume_memory_occupation", {}, deadline, fail_fast=False, urls=(url,)).result()
 
     def begin_update(self, deadline: Deadline) -> None:
@@ -143,16 +117,12 @@ class SGLangControl:
         return self._start("POST", "/update_weights_from_distributed", body, deadline, fail_fast=True)
 
     def start_load(self, bodies: Sequence[Answer], deadline: Deadline) -> list[Future[Answer]]:
-        """Ask each server to run a custom loader; its answer comes when that has ended, and fails by itself."""
-
-        timeout_s = deadline.remaining()
-
-        async def one_server(url: str, body: Answer) -> Answer:
-            async with self._session() as session:
-                path = "/update_weights_from_tensor"
-                return await self._call(session, "POST", url, path, body, timeout_s)
-
-        return [self._submit(one_server(url, body)) for url, body in zip(self.urls, bodies, strict=True)]
+        """Ask each server to run a custom loader; each answers, or fails, when its own loader has ended."""
+        timeout_s, path = deadline.remaining(), "/update_weights_from_tensor"
+        return [
+            self._submit(self.call("POST", url, path, body, timeout_s))
+            for url, body in zip(self.urls, bodies, strict=True)
+        ]
 
     def update_from_disk(self, path: str, deadline: Deadline) -> None:
         """Load an HF folder that every server can read, and forget cached prefixes."""
@@ -161,18 +131,18 @@ class SGLangControl:
     def attempt(
         self, steps: Sequence[tuple[str, Answer | None]], timeout_s: float, urls: Sequence[str] | None = None
     ) -> list[ServerError]:
-        """Call ``(path, body)`` after ``(path, body)`` on each server, whatever is refused; returns what went wrong.
+        """Make the calls ``(path, body)`` on each server one after the other, whatever is refused; returns the errors.
 
-        A body of None makes a GET, any other a POST. ``urls``: None: the control's own. A server that spends all of
-        ``timeout_s`` is asked no more.
+        A body of None makes a GET, any other a POST. ``urls``: None: the control's own. A server that takes all of
+        ``timeout_s`` gets no more calls.
         """
 
-        async def one_server(session: aiohttp.ClientSession, url: str) -> list[ServerError]:
+        async def one_server(url: str) -> list[ServerError]:
             errors, deadline = [], Deadline(timeout_s)
             for path, body in steps:
                 method = "GET" if body is None else "POST"
                 try:
-                    await self._call(session, method, url, path, body, deadline.remaining())
+                    await self.call(method, url, path, body, deadline.remaining())
                 except ServerError as error:
                     errors.append(error)
                 except TimeoutError:
@@ -180,9 +150,8 @@ class SGLangControl:
             return errors
 
         async def every_server() -> list[ServerError]:
-            async with self._session() as session:
-                targets = self.urls if urls is None else urls
-                outcomes = await asyncio.gather(*(one_server(session, url) for url in targets))
+            asked = self.urls if urls is None else urls
+            outcomes = await asyncio.gather(*(one_server(url) for url in asked))
             return [error for errors in outcomes for error in errors]
 
         return self._submit(every_server()).result()
@@ -213,68 +182,52 @@ class SGLangControl:
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _session(self) -> aiohttp.ClientSession:
-        # A connection for each call: a kept one may be closed by the server just as a POST goes out.
-        return aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(force_close=True, limit=0))
-
     async def _fan_out(
         self, method: str, path: str, calls: Sequence[tuple[str, Answer | None]], timeout_s: float, fail_fast: bool
     ) -> list[Answer]:
-        async with self._session() as session:
-            tasks = [asyncio.create_task(self._call(session, method, url, path, b, timeout_s)) for url, b in calls]
-            try:
-                when = asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED
-                _, pending = await asyncio.wait(tasks, return_when=when)
-                if pending:
-                    await asyncio.wait(pending, timeout=_GRACE_S)
-            finally:
-                for task in tasks:
-                    task.cancel()
-            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = [asyncio.create_task(self.call(method, url, path, body, timeout_s)) for url, body in calls]
+        try:
+            when = asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED
+            _, pending = await asyncio.wait(tasks, return_when=when)
+            if pending:
+                await asyncio.wait(pending, timeout=_GRACE_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
         if errors:
-            raise _joined(errors, is_collective=fail_fast)
+            raise joined(errors, is_collective=fail_fast)
         return [task.result() for task in tasks]
 
-    async def _call(
-        self, session: aiohttp.ClientSession, method: str, url: str, path: str, body: Answer | None, timeout_s: float
-    ) -> Answer:
+    async def call(self, method: str, url: str, path: str, body: Answer | None, timeout_s: float) -> Answer:
+        """Make one call of one server; runs in the control's loop.
+
+        No redirect is followed: it would take the key to another place.
+
+        Raises:
+            ServerError: no answer, a refusal, a redirect, or an answer of more than ``MAX_ANSWER_BYTES``.
+        """
         where = f"{method} {url}{path}"
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=timeout_s), "allow_redirects": False}
         try:
-            async with session.request(method, url + path, json=body, timeout=timeout) as response:
-                status, text = response.status, await response.text()
+            async with self._session.request(method, url + path, json=body, **options) as response:
+                status, text = response.status, await read(response, where, url)
         except asyncio.TimeoutError as error:
-            raise _UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
+            raise UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
-        return _checked(where, url, status, text)
+        return checked(where, url, status, text)
 
 
-class _UnansweredError(ServerError):
-    """The call was sent, and its time ran out."""
+async def _open_session(api_key: str | None) -> aiohttp.ClientSession:
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    return aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(force_close=True, limit=0))
 
 
-def _joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
-    """One error for those of several servers.
-
-    In a collective call the others fail, or wait, because of one: a server that is gone is then blamed alone, and one
-    that only waits is not blamed.
-    """
-    blamed = [error for error in errors if not (is_collective and isinstance(error, _UnansweredError))]
-    gone = [error for error in blamed if error.is_silent]
-    blamed = gone if is_collective and gone else blamed
-    urls = [url for error in blamed for url in error.urls]
-    return ServerError("; ".join(map(str, errors)), *urls, is_silent=all(error.is_silent for error in errors))
-
-
-def _checked(where: str, url: str, status: int, text: str) -> Answer:
-    """The JSON object of an answer ({} for plain text). A refusal may come with status 200 and ``success: false``."""
-    try:
-        answer = json.loads(text)
-    except json.JSONDecodeError:
-        answer = {}
-    answer = answer if isinstance(answer, dict) else {}
-    if status != 200 or answer.get("success", True) is not True:
-        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:500]}", url)
-    return answer
+async def _cancel_others() -> None:
+    """Cancel all tasks of the loop but this one, and wait for their ends."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -1,6 +1,13 @@
-"""What the trainer tells each rank of a server before it sends weights: plain data, the only thing that SGLang carries.
+"""The message by which the trainer tells each server rank of a refit, and the keys under which both ends write.
 
-It travels as the name of an empty tensor in SGLang's update from tensors, since that is what a custom loader is given.
+The message is plain data. It travels as the name of an empty tensor in SGLang's update from tensors, since a custom
+loader is given names and tensors only.
+
+On the store of a connection:
+    inventory  written once by each server rank, before anything is sent: the parameters that the model has
+    go         written by the trainer once it has compared all inventories with the plan
+    report     written by each server rank once the connection is open, and after each refit: bytes received, or the
+               error
 """
 
 from __future__ import annotations
@@ -18,59 +25,60 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.checksums import Verify
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, make_plan
+from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
-PROTOCOL = 3
-"""Of this message and of what follows it on the store and the links; both sides must have the same."""
+PROTOCOL = 4
+"""Number of this message, and of what follows it on the store and the links; both sides must have the same."""
+
+GO = "go"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """All that the plan follows from."""
+    """Everything that the plan follows from."""
 
     arch: Architecture
     source: Mesh
-    engines: tuple[EngineLayout, ...]
+    servers: tuple[ServerMesh, ...]
     quantization: Quantization
     element_size: int
 
     def make_plan(self) -> RefitPlan:
+        """Compute the plan; raises ValueError for sizes that do not suit the architecture."""
         return make_plan(
-            self.arch, self.source, self.engines, quantization=self.quantization, element_size=self.element_size
+            self.arch, self.source, self.servers, quantization=self.quantization, element_size=self.element_size
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlMessage:
-    """One push, as one rank of one engine is told of it."""
+    """One refit, as one server rank is told of it."""
 
     plan: PlanInputs
-    engine: int
-    target: int
-    """Tensor-parallel rank of the engine."""
+    server: int
+    server_rank: int
+    """Tensor-parallel rank of the server."""
     transport: str
     store_host: str
     store_port: int
     connection: str
-    """Names the links, which outlive a push; a receiver that does not hold it makes it."""
-    is_new: bool
-    """Whether no push went over this connection before."""
+    """Names the links, which outlive a refit."""
     slot_bytes: int
     """Limit of a message."""
-    push: int
-    """Number of the push on this connection."""
+    refit: int
+    """Number of the refit on this connection, from 1; 0 opens the connection, and sends nothing."""
     version: int
     verify: Verify
     timeout_s: float
 
     def to_json(self) -> str:
+        """Return the message as text."""
         return json.dumps({"protocol": PROTOCOL, **dataclasses.asdict(self)})
 
     @classmethod
     def from_json(cls, text: str) -> ControlMessage:
-        """The message that :meth:`to_json` wrote.
+        """Read the message that :meth:`to_json` wrote.
 
         Raises:
             ValueError: the trainer speaks another protocol.
@@ -82,13 +90,23 @@ class ControlMessage:
         return cls(**{**fields, "plan": _plan_inputs(fields["plan"])})
 
 
+def inventory_key(server: int, server_rank: int) -> str:
+    """Return the key of a server rank's inventory."""
+    return f"inventory/{server}/{server_rank}"
+
+
+def report_key(refit: int, server: int, server_rank: int) -> str:
+    """Return the key of a server rank's report on a refit."""
+    return f"report/{refit}/{server}/{server_rank}"
+
+
 def to_payload(message: ControlMessage) -> str:
-    """As SGLang's ``serialized_named_tensors`` wants it: base64 of a pickle, by value, of [(name, tensor)]."""
+    """Encode a message for SGLang's ``serialized_named_tensors``: base64 of a pickle, by value, of [(name, tensor)]."""
     return base64.b64encode(pickle.dumps([(message.to_json(), torch.empty(0))])).decode()
 
 
 def from_named_tensors(named_tensors: list[tuple[str, Tensor]]) -> ControlMessage:
-    """The message in what SGLang hands to a custom loader."""
+    """Read the message from the names and tensors that SGLang hands to a custom loader."""
     ((text, _),) = named_tensors
     return ControlMessage.from_json(text)
 
@@ -98,6 +116,6 @@ def _plan_inputs(fields: dict[str, Any]) -> PlanInputs:
     arch["rope_scaling"] = rope_scaling_from_data(arch["rope_scaling"])
     if arch["experts"] is not None:
         arch["experts"] = Experts(**arch["experts"])
-    engines = tuple(EngineLayout(**engine) for engine in fields["engines"])
+    servers = tuple(ServerMesh(**server) for server in fields["servers"])
     source = Mesh(**fields["source"])
-    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "engines": engines})
+    return PlanInputs(**{**fields, "arch": Architecture(**arch), "source": source, "servers": servers})

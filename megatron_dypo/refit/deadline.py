@@ -1,4 +1,4 @@
-"""A moment by which something has to be over. Standard library only: it is used inside the servers too."""
+"""A moment by which something has to be over. Standard library only: servers use it too."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import time
 
 
 class Deadline:
-    """A moment by which a push, or one attempt at it, has to be over."""
+    """A moment by which a refit, or one attempt at it, has to be over."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Seconds that are left, above 0.
+        """Return the seconds that are left, above 0.
 
         Raises:
-            TimeoutError: none are.
+            TimeoutError: none are left.
         """
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"the {self.seconds:g} s that it may take have passed")
         return left
 
-    def has_passed(self) -> bool:
-        return time.monotonic() >= self._end
+    def split(self) -> Deadline:
+        """Return a deadline at half of the time that is left, so that the other half remains after it.
 
-    def half(self) -> Deadline:
-        """A deadline at half of the time that is left, so that as much is left after it. It may have passed."""
+        It has passed if this one has.
+        """
         return Deadline(max(self._end - time.monotonic(), 0.0) / 2)

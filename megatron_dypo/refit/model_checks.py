@@ -1,10 +1,11 @@
-"""What is checked before the first push: that trainer and servers mean the same model.
+"""Checks before the first refit: trainer and servers must hold the same model.
 
-SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before these hold.
+SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before all checks pass.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,17 +14,18 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.families.registry import family_rows, match
-from megatron_dypo.refit.control import ServerError, ServerInfo
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.leader import Leader
+from megatron_dypo.refit.lockstep import Lockstep
+from megatron_dypo.refit.source import Source
 
 
 def check_shapes(
     named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int, etp_size: int = 1
 ) -> None:
-    """That the parameters of one rank are what the rules of their family ask for.
-
-    Raises:
-        ValueError: a parameter without a rule, or of another shape than its rule makes.
-    """
+    """Raise ValueError unless the parameters of one rank have rules, and the shapes that their rules make."""
     for name, param in named_params:
         row = match(name, arch)
         expected = row.rule.mcore_shape(arch, etp_size if row.is_expert else tp_size)
@@ -32,10 +34,9 @@ def check_shapes(
 
 
 def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> None:
-    """That every HF tensor of the architecture is sent, and by one stage only.
+    """Raise ValueError unless every HF tensor of the architecture is sent, and by one stage only.
 
-    Raises:
-        ValueError: names the tensors that are missing, sent twice, or not of this architecture.
+    The error names the tensors that are missing, sent twice, or not of this architecture.
     """
     counts = Counter(name for names in names_by_stage for name in names)
     expected = {name for row in family_rows(arch) for name in row.hf}
@@ -43,14 +44,14 @@ def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> 
     problems += [f"{name} is not of this architecture" for name in sorted(counts.keys() - expected)]
     problems += [f"{name} is sent {count} times" for name, count in sorted(counts.items()) if count > 1]
     if problems:
-        raise ValueError("weights to push: " + "; ".join(problems))
+        raise ValueError("weights to refit: " + "; ".join(problems))
 
 
 def check_server(info: ServerInfo, arch: Architecture) -> None:
-    """That a server serves this architecture, as far as it says (and its model folder, where we can read it).
+    """Raise ServerError unless a server serves this architecture, as far as its answers and its model folder say.
 
-    Raises:
-        ServerError: names the fields that differ, or what SGLang computes otherwise.
+    The folder is compared where we can read it. The error names the fields that differ, or what SGLang computes
+    otherwise.
     """
     if note := arch.check_serving(0):
         raise ServerError(f"{info.url}: {note}")
@@ -63,3 +64,27 @@ def check_server(info: ServerInfo, arch: Architecture) -> None:
         ours, theirs = getattr(arch, name), getattr(served, name)
         if ours != theirs:
             raise ServerError(f"{info.url}: serves {info.model_path} with {name}={theirs!r}, the policy has {ours!r}")
+
+
+def check_model(source: Source, lockstep: Lockstep, leader: Leader, deadline: Deadline) -> None:
+    """Check shapes and names of all ranks' parameters, and all servers. Collective over the world.
+
+    Raises:
+        RefitError: on all ranks, with the errors of the checks above.
+    """
+    held = lockstep.run(functools.partial(_check_held, source) if source.layout.is_sender else None)
+    by_rank = [names for names in lockstep.gather(held) if names]
+    leader.run(lambda _: check_names(by_rank, source.arch))
+    leader.run(_check_servers, source.arch, deadline)
+
+
+def _check_servers(control: SGLangControl, arch: Architecture, deadline: Deadline) -> None:
+    for info in control.describe(deadline):
+        check_server(info, arch)
+
+
+def _check_held(source: Source) -> list[str]:
+    """Check the shapes of this rank's parameters; returns the names of the HF tensors that leave this rank."""
+    layout = source.layout
+    check_shapes(source.params(), source.arch, layout.tensor, layout.expert_tensor)
+    return [spec.name for spec in source.specs()]

@@ -1,243 +1,166 @@
 """The receiving end of a refit, inside SGLang: ``--custom-weight-loader megatron_dypo.refit.receiver.load``.
 
-SGLang calls :func:`load` in the scheduler process of each tensor-parallel rank. It needs torch and the standard library.
-
-On the store of a connection, under keys of this rank:
-    inventory  written once, before anything is sent: the parameters that the model has
-    go         written by the trainer once it has compared all inventories with the plan
-    report     written after each push: bytes received, or what went wrong
+SGLang calls :func:`load` in the scheduler process of each server rank. It needs torch and the standard library. What it
+writes to the store of a connection stands in :mod:`megatron_dypo.refit.control_message`.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
-import itertools
 import json
 import logging
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.parallel import device
-from megatron_dypo.refit.checksums import checksum, is_verified
-from megatron_dypo.refit.control_message import ControlMessage, from_named_tensors
+from megatron_dypo.refit.control_message import (
+    GO,
+    ControlMessage,
+    from_named_tensors,
+    inventory_key,
+    report_key,
+)
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import Transfer
-from megatron_dypo.refit.slices import rectangle
-from megatron_dypo.refit.transports.in_threads import run_all
-from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, Receiver
+from megatron_dypo.refit.plan.refit_plan import Transfer
+from megatron_dypo.refit.transports.link_receiver import LinkReceiver
+from megatron_dypo.refit.transports.links import Receiver, ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver
-from megatron_dypo.refit.transports.messages import Message, Part, as_bytes, cut, part_of
+from megatron_dypo.refit.transports.messages import cut
 from megatron_dypo.refit.transports.p2p import GroupReceiver
+from megatron_dypo.refit.transports.threads import run_concurrently
 
-GO = "go"
-CONNECTORS: dict[str, type[Receiver]] = {"p2p": GroupReceiver, "local": LocalReceiver}
+RECEIVERS: dict[str, type[Receiver]] = {"p2p": GroupReceiver, "local": LocalReceiver}
 
 logger = logging.getLogger(__name__)
 
 
 def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> None:
-    """Receive one push into the parameters of ``model``. Raises nothing: that would end the server.
+    """Open a connection, or receive one refit into the parameters of ``model``, as the message says.
 
-    What goes wrong is reported to the trainer, which then fails the push.
+    Raises nothing: that would end the server. Errors are reported to the trainer, which then fails the refit.
     """
     try:
         message = from_named_tensors(named_tensors)
-        store = _open_store(message)
+        store = _held.store(message)
         try:
-            report: dict[str, object] = {"bytes": _session(model, message, store).receive(message)}
-        except Exception as error:
-            logger.exception("push of version %d", message.version)
+            report: dict[str, object] = {"bytes": _held.obey(model, message, store)}
+        except Exception as error:  # whatever it is, the trainer waits for a report
+            logger.exception("refit %d, version %d", message.refit, message.version)
             report = {"error": str(error) or type(error).__name__}
-            _forget()
-        store.set(report_key(message.push, message.engine, message.target), json.dumps(report))
-    except Exception:
-        logger.exception("push without a report")
-        _forget()
-
-
-def inventory_key(engine: int, target: int) -> str:
-    return f"inventory/{engine}/{target}"
-
-
-def report_key(push: int, engine: int, target: int) -> str:
-    return f"report/{push}/{engine}/{target}"
+            _held.forget()
+        store.set(report_key(message.refit, message.server, message.server_rank), json.dumps(report))
+    except Exception:  # there is no store to report to
+        logger.exception("refit without a report")
+        _held.forget()
 
 
 class Session:
-    """One connection to the trainer, and this rank's part of the plan."""
+    """This rank's end of one connection to the trainer, and its part of the plan."""
 
     def __init__(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> None:
-        """Meets all sources that send to this engine.
+        """Say what this rank holds, and meet all trainer ranks that send here.
 
         Raises:
             ValueError: a plan that is not possible.
-            RuntimeError: somebody did not come, or the trainer refused the inventory.
+            RuntimeError: a trainer rank did not come, or the trainer refused the inventory.
         """
         deadline = Deadline(message.timeout_s)
         self.connection = message.connection
         self._params = {name: param.detach() for name, param in model.named_parameters()}
-        store.set(inventory_key(message.engine, message.target), json.dumps(inventory(self._params)))
+        store.set(inventory_key(message.server, message.server_rank), json.dumps(inventory(self._params)))
         plan = message.plan.make_plan()
-        transfers = plan.receives(message.engine, message.target)
+        transfers = plan.receives(message.server, message.server_rank)
         links: dict[int, list[Transfer]] = {}
         for transfer in transfers:
             links.setdefault(transfer.source, []).append(transfer)
-        # The trainer says go once it has found every target of the plan in the inventory.
+        # The trainer says go once it has found every parameter of the plan in the inventories.
         store.wait([GO], datetime.timedelta(seconds=deadline.remaining()))
         self._padded = self._padded_params(transfers)
         dtypes = {name: param.dtype for name, param in self._params.items()}
         self._messages = {source: list(cut(of_link, dtypes, message.slot_bytes)) for source, of_link in links.items()}
-        links_here = EngineLinks(
+        links_here = ServerLinks(
             store=store,
-            engine=message.engine,
-            sources=plan.sources_of(message.engine),
-            num_targets=message.plan.engines[message.engine].tensor,
+            server=message.server,
+            sources=plan.sources_of(message.server),
+            num_server_ranks=message.plan.servers[message.server].tensor,
             slot_bytes=message.slot_bytes,
         )
-        self._links = CONNECTORS[message.transport].connect(links_here, message.target, deadline)
+        self._links = RECEIVERS[message.transport].connect(links_here, message.server_rank, deadline)
 
     def receive(self, message: ControlMessage) -> int:
-        """Bring all parameters to the push's version; returns the bytes that came.
+        """Bring all parameters to the refit's version; returns the bytes that came.
 
         Raises:
-            RuntimeError: a source was lost, or what came is not what was sent: names the tensor.
+            RuntimeError: a trainer rank was lost, or other bytes came than were sent: names the parameters.
         """
         deadline = Deadline(message.timeout_s)
         for name in self._padded:
             self._params[name].zero_()  # SGLang has zeros where the vocabulary is padded
-        ends = [
-            _LinkEnd(self._params, source, self._links.incoming(source, deadline), messages, message)
+        receivers = [
+            LinkReceiver(self._params, source, self._links.incoming(source, deadline), messages, message)
             for source, messages in self._messages.items()
         ]
-        errors = run_all([end.receive for end in ends])
+        errors = run_concurrently([receiver.receive for receiver in receivers])
         device.synchronize()
-        lost = [f"from trainer rank {end.source}: {why}" for end, why in zip(ends, errors, strict=True) if why]
+        lost = [f"from trainer rank {one.source}: {why}" for one, why in zip(receivers, errors, strict=True) if why]
         if lost:
             raise RuntimeError("; ".join(lost))
-        return sum(end.num_bytes for end in ends)
+        return sum(receiver.num_bytes for receiver in receivers)
 
     def close(self) -> None:
+        """Close all links."""
         self._links.close()
 
     def _padded_params(self, transfers: Sequence[Transfer]) -> list[str]:
-        """The parameters of which the plan leaves elements out."""
+        """List the parameters that the plan does not fill."""
         missing = {name: param.numel() for name, param in self._params.items()}
         for transfer in transfers:
-            missing[transfer.target_name] -= transfer.rows * transfer.cols
+            missing[transfer.served_name] -= transfer.rows * transfer.cols
         return [name for name, left in missing.items() if left]
 
 
-class _LinkEnd:
-    """This rank's end of one link, for one push."""
-
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        source: int,
-        link: Incoming,
-        messages: Sequence[Message],
-        push: ControlMessage,
-    ) -> None:
-        self.source = source
-        self.num_bytes = 0
-        self._params = params
-        self._link = link
-        self._messages = messages
-        self._push = push
-
-    def receive(self) -> None:
-        """Take all messages, into their places, then the checksums of those that are verified."""
-        waiting: deque[tuple[Message, Tensor | None]] = deque()
-        upcoming = iter(self._messages)
-        for message in itertools.islice(upcoming, DEPTH):
-            waiting.append(self._expect(message))
-        sums = []
-        while waiting:
-            message, into = waiting.popleft()
-            payload = self._link.take()
-            if into is None:
-                self._unpack(message, payload)
-            self._link.release()
-            for following in itertools.islice(upcoming, 1):
-                waiting.append(self._expect(following))
-            self.num_bytes += message.num_bytes
-            sums += [checksum(self._place(part).contiguous()) for part in self._verified(message)]
-        if sums:
-            self._compare(torch.stack(sums))
-
-    def _expect(self, message: Message) -> tuple[Message, Tensor | None]:
-        into = None
-        if len(message.parts) == 1:
-            place = self._place(message.parts[0])
-            into = as_bytes(place) if place.is_contiguous() else None
-        self._link.expect(message.num_bytes, into)
-        return message, into
-
-    def _unpack(self, message: Message, payload: Tensor) -> None:
-        for part in message.parts:
-            place = self._place(part)
-            place.copy_(part_of(payload, part, place.dtype))
-
-    def _place(self, part: Part) -> Tensor:
-        """[rows, cols] view into the parameter."""
-        to = part.transfer
-        param = self._params[to.target_name]
-        return rectangle(param, to.target_row + part.first_row, to.target_col, part.rows, to.cols)
-
-    def _verified(self, message: Message) -> Iterator[Part]:
-        return (p for p in message.parts if is_verified(p.index, self._push.version, self._push.verify))
-
-    def _compare(self, ours: Tensor) -> None:
-        theirs = torch.empty_like(ours)
-        for piece in as_bytes(theirs).split(self._push.slot_bytes):
-            self._link.expect(piece.numel(), piece)
-            self._link.take()
-            self._link.release()
-            self.num_bytes += piece.numel()
-        parts = (part for message in self._messages for part in self._verified(message))
-        wrong = [p.transfer.target_name for p, o, t in zip(parts, ours, theirs, strict=True) if not torch.equal(o, t)]
-        if wrong:
-            names = ", ".join(dict.fromkeys(wrong))
-            raise RuntimeError(f"checksums differ: {names}")
-
-
 def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
-    """What this rank has: name → shape and dtype, and the device."""
+    """Return what this rank holds: name → shape and dtype, and the kind of its device."""
     return {
         "device": device.device_kind(),
         "parameters": {n: [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in params.items()},
     }
 
 
-_held: list[Session] = []
+class _Held:
+    """What a process keeps between the calls of :func:`load`: one store and one session, both of the last
+    connection."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, dist.Store] = {}
+        self._sessions: dict[str, Session] = {}
+
+    def store(self, message: ControlMessage) -> dist.Store:
+        """Return the trainer's store of the message's connection; a new connection replaces the one before."""
+        if message.connection not in self._stores:
+            self.forget()
+            timeout = datetime.timedelta(seconds=message.timeout_s)
+            store = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
+            self._stores = {message.connection: store}
+        return self._stores[message.connection]
+
+    def obey(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> int:
+        """Open the connection, or receive over it; returns the bytes that came."""
+        if message.refit == 0:
+            self._sessions = {message.connection: Session(model, message, store)}
+            return 0
+        if message.connection not in self._sessions:
+            raise RuntimeError(f"connection {message.connection} is not held here (any more)")
+        return self._sessions[message.connection].receive(message)
+
+    def forget(self) -> None:
+        """Close the session, and drop session and store."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions, self._stores = {}, {}
 
 
-def _session(model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> Session:
-    """The session of the message's connection; a new connection ends the one before."""
-    if _held and _held[0].connection == message.connection:
-        return _held[0]
-    if not message.is_new:
-        raise RuntimeError(f"connection {message.connection} is not held here (any more)")
-    _forget()
-    _held.append(Session(model, message, store))
-    return _held[0]
-
-
-def _forget() -> None:
-    while _held:
-        _held.pop().close()
-
-
-@functools.lru_cache(maxsize=1)
-def _store_at(host: str, port: int, connection: str, timeout_s: float) -> dist.Store:
-    return dist.TCPStore(host, port, None, False, timeout=datetime.timedelta(seconds=timeout_s))
-
-
-def _open_store(message: ControlMessage) -> dist.Store:
-    """The trainer's store; kept between the pushes of a connection."""
-    return _store_at(message.store_host, message.store_port, message.connection, message.timeout_s)
+_held = _Held()

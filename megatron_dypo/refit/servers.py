@@ -1,6 +1,6 @@
-"""Which SGLang servers take part in pushes and serve rollouts, and which are fenced; the same on every rank.
+"""The servers of a run: those that serve rollouts and take part in refits, and those that are fenced.
 
-A fenced server gets no requests and no pushes. It rejoins by a full push, once it answers again.
+A fenced server gets no requests and no weights. It rejoins by a full refit, once it answers again. All ranks agree.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.control import Answer, Deadline, ServerError, SGLangControl
+from megatron_dypo.refit.answers import Answer, ServerError
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.model_checks import check_server
 
 logger = logging.getLogger(__name__)
 
-# A server that hangs costs every push the first, one that answers has the second to come to rest.
-_KNOCK_S = 2.0
-_REST_S = 10.0
+_PROBE_TIMEOUT_S = 2.0
+"""How long each refit waits for a fenced server that hangs."""
+_DRAIN_TIMEOUT_S = 10.0
+"""How long a fenced server that answers may take to end its requests."""
 
-# What it had been asked before it was fenced ends here; unpaused first, since a paused server says that it is unwell.
-# The last call passes through the scheduler, so that its answer shows that one is alive too.
-_REST: tuple[tuple[str, Answer | None], ...] = (
+# Ends the requests from before the server was fenced. It is unpaused first, since a paused server says that it is
+# unwell. The last call passes through the scheduler, so that its answer shows that the scheduler is alive too.
+_DRAIN: tuple[tuple[str, Answer | None], ...] = (
     ("/continue_generation", {}),
     ("/health", None),
     ("/pause_generation", {"mode": "abort"}),
@@ -30,18 +33,18 @@ _REST: tuple[tuple[str, Answer | None], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushReport:
-    """What a push cost."""
+class RefitReport:
+    """The cost of a refit."""
 
     version: int
     seconds: float
-    """Wall-clock time of the whole push, the servers' pause included."""
+    """Wall-clock time of the whole refit, the servers' pause included."""
     pause_seconds: float
-    """From the first pause to the time when all servers went on."""
+    """From the first pause until all servers generate again."""
     bytes: int
-    """Bytes of all tensors, counted once however many servers there are."""
+    """Bytes that left the trainer: to every server (p2p, local), or once for all servers (broadcast, disk)."""
     fenced: int
-    """Servers fenced by this push."""
+    """Servers fenced by this refit."""
     rejoined: int
     retries: int
     """Attempts after the first."""
@@ -49,18 +52,19 @@ class PushReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What the one who started the servers knows of them; the default knows nothing."""
+    """Asks whoever started the servers about them; the default knows nothing."""
 
     take_lost: Callable[[], Mapping[str, str]] = dict
-    """URL → why, of the servers that ended since the last call, whether or not they run again."""
+    """Returns URL → reason of the servers that ended since the last call, whether or not they run again."""
     may_return: Callable[[], bool] = lambda: False
-    """Whether a server that does not answer may do so by itself after a while, being started again."""
+    """Returns whether a server that does not answer may be started again, and answer after a while."""
 
 
-class Engines:
-    """The servers of a run by URL: serving or fenced. Every change is logged on one rank."""
+class Servers:
+    """The servers of a run by URL, serving or fenced."""
 
     def __init__(self, urls: Sequence[str], *, logs: bool) -> None:
+        """``logs``: whether this rank logs every change."""
         self._urls = tuple(url.rstrip("/") for url in urls)
         self._reasons: dict[str, str] = {}
         self._logs = logs
@@ -69,20 +73,25 @@ class Engines:
 
     @property
     def serving(self) -> tuple[str, ...]:
-        """In the order in which they were given."""
+        """URLs of the servers that are not fenced, in the order in which they were given."""
         return tuple(url for url in self._urls if url not in self._reasons)
 
     @property
     def fenced(self) -> tuple[str, ...]:
+        """URLs of the fenced servers, in the order in which they were given."""
         return tuple(url for url in self._urls if url in self._reasons)
 
     @property
     def reasons(self) -> str:
-        """Why servers are fenced, each reason once."""
+        """The reasons for which servers are fenced, each once."""
         return "; ".join(dict.fromkeys(self._reasons.values()))
 
     def fence(self, reasons: Mapping[str, str]) -> None:
-        """Leave servers out until they rejoin; ``reasons``: URL → why. One that is fenced already stays so, uncounted."""
+        """Leave servers out until they rejoin. A server that is fenced already stays fenced, and is not counted again.
+
+        Args:
+            reasons: URL → reason.
+        """
         for url, reason in reasons.items():
             if url in self._reasons:
                 continue
@@ -92,24 +101,24 @@ class Engines:
                 logger.warning("server %s is fenced, it gets no requests: %s", url, reason)
 
     def rejoin(self, urls: Iterable[str], version: int) -> None:
-        """Take servers in again, for the push of ``version``."""
+        """Take servers back, for the refit of ``version``."""
         for url in urls:
             del self._reasons[url]
             self.num_rejoined += 1
             if self._logs:
-                logger.info("server %s answers again and rejoins by the push of version %d", url, version)
+                logger.info("server %s answers again and rejoins by the refit of version %d", url, version)
 
 
-def answering(control: SGLangControl, urls: Sequence[str], arch: Architecture) -> tuple[str, ...]:
-    """Those of some fenced servers that are well and serve ``arch``; they are left paused, without requests."""
-    unwell = _errors(control, (("/model_info", None),), _KNOCK_S, urls)
-    unwell |= _errors(control, _REST, _REST_S, [url for url in urls if url not in unwell])
+def recovered_servers(control: SGLangControl, urls: Sequence[str], arch: Architecture) -> tuple[str, ...]:
+    """Return the fenced servers among ``urls`` that are well and serve ``arch``; they stay paused, without requests."""
+    unwell = _errors(control, (("/model_info", None),), _PROBE_TIMEOUT_S, urls)
+    unwell |= _errors(control, _DRAIN, _DRAIN_TIMEOUT_S, [url for url in urls if url not in unwell])
     back = []
     for url in urls:
         try:
             if url in unwell:
                 raise unwell[url]
-            (info,) = control.describe(Deadline(_KNOCK_S), [url])
+            (info,) = control.describe(Deadline(_PROBE_TIMEOUT_S), [url])
             check_server(info, arch)
         except ServerError as error:
             logger.debug("server %s stays fenced: %s", url, error)
@@ -121,5 +130,5 @@ def answering(control: SGLangControl, urls: Sequence[str], arch: Architecture) -
 def _errors(
     control: SGLangControl, steps: Sequence[tuple[str, Answer | None]], timeout_s: float, urls: Sequence[str]
 ) -> dict[str, ServerError]:
-    """URL → an error, of the servers that gave one."""
+    """Make calls on servers; returns URL → an error, of the servers that failed."""
     return {url: error for error in control.attempt(steps, timeout_s, urls) for url in error.urls}

@@ -14,16 +14,17 @@ from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.quantized.blocks import block_amax, quantize_slice, scales_of, touched_blocks
 from megatron_dypo.models.quantized.names import Quantization, block_shape, is_quantized, scale_shape, weight_name
 from megatron_dypo.parallel.groups import MeshRank
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
+from megatron_dypo.refit.slices import rectangle
 
 
 class ShardQuantizer:
-    """Serves slices of one rank's parameters during one push; parameters must not change while it is in use.
+    """Gives slices of one rank's parameters during one refit; parameters must not change while it is in use.
 
-    Making it is collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank's part of
-    a block's amax meets those of the others in one all-reduce for all experts and one for all other tensors. Held beside
-    the parameters: one fp32 number for each block of the tensors that this rank has a part of, and the slice that was
-    asked for.
+    Its construction is collective over ``tp_group`` and ``etp_group`` (where they have more than one rank). Each rank
+    computes its part of every block's amax, and one all-reduce for all experts and one for all other tensors combine
+    the parts. Memory beside the parameters: one fp32 number per block of the tensors that this rank has a part of, and
+    one slice.
 
     Raises:
         ValueError: a parameter that no rule matches.
@@ -46,7 +47,7 @@ class ShardQuantizer:
         self._make_grids(experts, layout.etp_rank, layout.expert_tensor, layout.etp_group)
 
     def slice(self, transfer: Transfer) -> Tensor:
-        """What the transfer sends, contiguous: e4m3 values or fp32 scales; of a tensor that stays as it is, its values."""
+        """Return e4m3 values, fp32 scales, or the values of a tensor that is not quantised; contiguous."""
         if transfer.part == "scale":
             amax = self._amax[weight_name(transfer.hf_name)]
             rows = slice(transfer.hf_row, transfer.hf_row + transfer.rows)
@@ -59,11 +60,10 @@ class ShardQuantizer:
 
     def _source(self, transfer: Transfer) -> Tensor:
         param = self._params[transfer.source_name]
-        matrix = param.view(-1, param.shape[-1] if param.ndim > 1 else 1)
-        rows = slice(transfer.source_row, transfer.source_row + transfer.rows)
-        return matrix[rows, transfer.source_col : transfer.source_col + transfer.cols]
+        return rectangle(param, transfer.source_row, transfer.source_col, transfer.rows, transfer.cols)
 
     def _make_grids(self, rows: Sequence[Row], rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+        """Compute the grids of amax values of some parameters, over all ranks of ``group``."""
         buffer = self._allocate(rows)
         for row in rows:
             self._fill(row, rank, size)
@@ -71,7 +71,7 @@ class ShardQuantizer:
             dist.all_reduce(buffer, dist.ReduceOp.MAX, group=group)
 
     def _allocate(self, rows: Sequence[Row]) -> Tensor:
-        """Grids of zeros for the quantised tensors of these parameters, one after the other in one buffer."""
+        """Make grids of zeros for the quantised tensors of these parameters, one after the other in one buffer."""
         shapes = {
             name: shape
             for row in rows
@@ -88,7 +88,7 @@ class ShardQuantizer:
         return buffer
 
     def _fill(self, row: Row, rank: int, size: int) -> None:
-        """Put into the grids what a shard, one of ``size``, knows of them."""
+        """Put into the grids the amax values of a shard, which is one of ``size``."""
         dim, offset = row.rule.tp_dim or 0, 0
         for piece in row.rule.pieces(self._arch, rank, size):
             if is_quantized(name := row.hf[piece.source]):

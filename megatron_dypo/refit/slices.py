@@ -1,4 +1,4 @@
-"""Rectangles of tensors: what a plan's coordinates mean, and where a trainer rank gets what it sends."""
+"""Rectangles of tensors, as a plan's coordinates give them, and the slices that a trainer rank sends."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
 
 
 class SliceSource(Protocol):
-    """Where the slices of one push come from; asked for each transfer once, in the order of its link."""
+    """Gives the slices of one refit; is asked once for each transfer, in the order of its link."""
 
     def slice(self, transfer: Transfer) -> Tensor:
-        """[rows, cols] of a transfer; a view where that is possible."""
+        """Return [rows, cols] of a transfer; a view where that is possible."""
         ...
 
 
@@ -27,20 +27,21 @@ class ShardSlices:
         self._params = {match(name, arch).mcore: param.detach() for name, param in named_params}
 
     def slice(self, transfer: Transfer) -> Tensor:
+        """Return a view of the parameter."""
         param = self._params[transfer.source_name]
         return rectangle(param, transfer.source_row, transfer.source_col, transfer.rows, transfer.cols)
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """A tensor as the plan counts it: the last dim is the columns, all others are rows; a vector is one column."""
+    """View a tensor as a plan counts it: the last dim is the columns, all others are rows; a vector is one column."""
     return tensor.view(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
 
 
 def rectangle(tensor: Tensor, row: int, col: int, rows: int, cols: int) -> Tensor:
-    """[rows, cols] view into :func:`matrix`.
+    """Return the [rows, cols] view into :func:`matrix`.
 
     Raises:
-        ValueError: the rectangle sticks out.
+        ValueError: the rectangle lies outside.
     """
     whole = matrix(tensor)
     if row + rows > whole.shape[0] or col + cols > whole.shape[1]:

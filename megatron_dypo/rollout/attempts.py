@@ -6,9 +6,9 @@ import random
 import time
 from dataclasses import dataclass
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.rollout.ask import AskError, LostServerError, OwnLackError, RefusedError
 from megatron_dypo.types import DropReason
-from megatron_dypo.words import counted
 
 _MAX_BACKOFF_S = 30.0
 _FIRST_LACK_S = 0.05

@@ -14,6 +14,7 @@ from types import TracebackType
 import aiohttp
 
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.words import counted
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.ask import (
     Answer,
@@ -35,7 +36,6 @@ from megatron_dypo.rollout.responses import (
     request_body,
 )
 from megatron_dypo.types import Rollout, Tokens
-from megatron_dypo.words import counted
 
 _WATCH_EVERY_S = 1.0
 

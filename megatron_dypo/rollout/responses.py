@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.types import Floats, Rollout, Tokens
-from megatron_dypo.words import counted
 
 _BYTES_PER_TOKEN = 512
 """Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""

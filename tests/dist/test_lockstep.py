@@ -18,7 +18,7 @@ class Odd(Exception):
 
 
 def fail(kind):
-    from megatron_dypo.refit.control import ServerError
+    from megatron_dypo.refit.answers import ServerError
 
     if kind == "assert":
         assert 1 == 2, "one is not two"  # noqa: PLR0133
@@ -29,7 +29,7 @@ def fail(kind):
     raise {
         "key": KeyError("layers.7"),
         "odd": Odd(),
-        "value": ValueError("weights.bucket_mib=0: must be positive"),
+        "value": ValueError("refit.bucket_mib=0: must be positive"),
         "memory": MemoryError(),
         "disk": OSError(28, "No space left on device"),
         "stop": StopIteration(),
@@ -40,7 +40,7 @@ def fail(kind):
 
 def step_ranks(kinds):
     """For each kind, what this rank raised and its cause; rank 1 fails, and in the last step both do."""
-    from megatron_dypo.refit.transports.base import Lockstep
+    from megatron_dypo.refit.lockstep import Lockstep
 
     dist.init_process_group("gloo")
     lockstep, rank, seen = Lockstep(DEADLINE_S), dist.get_rank(), []
@@ -64,7 +64,7 @@ ON_ALL = {
     "attribute": ("AttributeError: 'NoneType' object has no attribute 'missing'", Cause.BUG),
     "odd": ("Odd: ", Cause.BUG),
     "stop": ("StopIteration: ", Cause.BUG),
-    "value": ("weights.bucket_mib=0: must be positive", None),
+    "value": ("refit.bucket_mib=0: must be positive", None),
     "memory": ("MemoryError: ", Cause.OUT_OF_MEMORY),
     "disk": ("[Errno 28] No space left on device", Cause.DISK_FULL),
     "server": ("http://h:1: no answer", Cause.SERVERS_GONE),
@@ -90,7 +90,7 @@ def test_whatever_one_rank_raises_is_raised_on_all_with_its_name_and_rank(kind, 
     words, cause = ON_ALL[kind]
     for seen in one_rank_failed:
         name, message, found, lost = seen[kind]
-        assert (name, message) == ("PushError", f"rank 1: {words}")
+        assert (name, message) == ("RefitError", f"rank 1: {words}")
         assert found is cause or cause is None
         assert lost == (("http://h:1",) if kind == "server" else ())
 
@@ -99,17 +99,17 @@ def test_whatever_one_rank_raises_is_raised_on_all_with_its_name_and_rank(kind, 
 def test_an_interrupt_goes_on_where_it_came_and_is_told_to_the_others(kind, name, one_rank_failed):
     other, interrupted = (seen[kind] for seen in one_rank_failed)
     assert interrupted[0] == name
-    assert other[:2] == ("PushError", f"rank 1: {name}: {'3' if kind == 'exit' else ''}")
+    assert other[:2] == ("RefitError", f"rank 1: {name}: {'3' if kind == 'exit' else ''}")
 
 
 def test_failures_of_several_ranks_are_all_named(ranks):
     for *_, (name, message, _, _) in ranks:
-        assert (name, message) == ("PushError", "rank 0: KeyError: 'layers.7'; rank 1: KeyError: 'layers.7'")
+        assert (name, message) == ("RefitError", "rank 0: KeyError: 'layers.7'; rank 1: KeyError: 'layers.7'")
 
 
 def rank_dies(path):
     """Rank 1 dies within its action; rank 0 tells what it then saw, and when."""
-    from megatron_dypo.refit.transports.base import Lockstep
+    from megatron_dypo.refit.lockstep import Lockstep
 
     dist.init_process_group("gloo")
     lockstep = Lockstep(DEADLINE_S)
@@ -129,3 +129,30 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once_beside_their_own(tmp
     assert float(seconds) < DEADLINE_S / 2
     assert kind == "RuntimeError"
     assert words.startswith("KeyError: 'layers.7'; and no word of the other ranks: ")
+
+
+def rank_echoes():
+    """Rank 1 has no room on its disk, and rank 0 fails since rank 1 does; the failure as rank 0 then sees it."""
+    from megatron_dypo.models.gather import PeerFailedError
+    from megatron_dypo.refit.lockstep import Lockstep, RefitError
+
+    dist.init_process_group("gloo")
+    lockstep, rank = Lockstep(DEADLINE_S), dist.get_rank()
+
+    def echo():
+        raise PeerFailedError("another rank failed")
+
+    try:
+        lockstep.run(echo if rank == 0 else lambda: fail("disk"))
+    except RefitError as error:
+        seen = str(error), error.cause
+    try:
+        lockstep.run(echo)
+    except RefitError as error:
+        return *seen, str(error)
+
+
+def test_a_failure_that_only_echoes_another_ranks_is_not_named_beside_it():
+    for message, cause, alone in run_ranks(2, rank_echoes):
+        assert (message, cause) == ("rank 1: [Errno 28] No space left on device", Cause.DISK_FULL)
+        assert alone == "rank 0: another rank failed; rank 1: another rank failed"

@@ -1,4 +1,4 @@
-"""Planned pushes between stand-ins: what arrives, what travels and is allocated for it, and what is refused."""
+"""Planned refits between stand-ins: what arrives, what travels and is allocated for it, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megatron_dypo.models.architecture import Architecture, Experts
-from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.served import EngineLayout
-from tests.support.dist.planned_ranks import BUCKET_MB, Push, rank_push
+from megatron_dypo.refit.plan.trainer_shards import Mesh
+from megatron_dypo.refit.plan.server_tensors import ServerMesh
+from tests.support.dist.planned_ranks import BUCKET_MB, Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
-from tests.support.refit_standins import StandInEngine, hf_tensors, served_params, served_shapes, standin_engine
+from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
 from tests.support.architectures import make_arch
 
 WIDE = {
@@ -37,11 +37,11 @@ MIXTURE = make_arch(
 
 
 @contextlib.contextmanager
-def engines(arch: Architecture, layouts: Sequence[EngineLayout], **changes: Any) -> Iterator[list[StandInEngine]]:
+def servers(arch: Architecture, layouts: Sequence[ServerMesh], **changes: Any) -> Iterator[list[StandInServer]]:
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
-                standin_engine(
+                standin_server(
                     arch, layout, [served_shapes(arch, layout, rank) for rank in range(layout.tensor)], **changes
                 )
             )
@@ -49,11 +49,11 @@ def engines(arch: Architecture, layouts: Sequence[EngineLayout], **changes: Any)
         ]
 
 
-def assert_served(running: Sequence[StandInEngine], layouts: Sequence[EngineLayout], arch: Architecture, seed: int):
+def assert_served(running: Sequence[StandInServer], layouts: Sequence[ServerMesh], arch: Architecture, seed: int):
     model = hf_tensors(arch, seed)
-    for engine, layout in zip(running, layouts, strict=True):
+    for server, layout in zip(running, layouts, strict=True):
         for rank in range(layout.tensor):
-            expected, held = served_params(arch, layout, rank, model), engine.params(rank)
+            expected, held = served_params(arch, layout, rank, model), server.params(rank)
             assert [name for name in expected if held[name] != expected[name]] == []
             assert held.keys() == expected.keys()
 
@@ -62,21 +62,21 @@ CASES = {
     "dense, uneven stages": (
         DENSE,
         Mesh(tensor=2, pipeline=2, first_stage_layers=3),
-        (EngineLayout(tensor=1), EngineLayout(tensor=2))),
-    "tied": (TIED, Mesh(pipeline=2, data=2), (EngineLayout(tensor=2), EngineLayout(tensor=2))),
-    "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (EngineLayout(tensor=2, expert=2),)),
+        (ServerMesh(tensor=1), ServerMesh(tensor=2))),
+    "tied": (TIED, Mesh(pipeline=2, data=2), (ServerMesh(tensor=2), ServerMesh(tensor=2))),
+    "experts": (MIXTURE, Mesh(tensor=2, data=2, expert=4), (ServerMesh(tensor=2, expert=2),)),
 }
 
 
 @pytest.mark.parametrize("kind", ["p2p", "local"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
-    """In two pushes, the second over the connections of the first; nothing but its own bytes comes to a rank."""
+def test_every_rank_of_every_server_holds_its_part_of_the_model(case, kind):
+    """In two refits, the second over the connections of the first; nothing but its own bytes comes to a rank."""
     arch, axes, layouts = CASES[case]
-    with engines(arch, layouts) as running:
-        push = Push(arch=arch, axes=axes, urls=tuple(engine.url for engine in running), kind=kind)
-        by_rank = run_ranks(axes.world_size, rank_push, push)
-        assert_served(running, layouts, arch, push.seeds[-1])
+    with servers(arch, layouts) as running:
+        refit = Refit(arch=arch, axes=axes, urls=tuple(server.url for server in running), kind=kind)
+        by_rank = run_ranks(axes.world_size, rank_refit, refit)
+        assert_served(running, layouts, arch, refit.seeds[-1])
     own = sum(
         size * dtype.itemsize
         for layout in layouts
@@ -93,16 +93,16 @@ def test_every_rank_of_every_engine_holds_its_part_of_the_model(case, kind):
 
 
 def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
-    layout = EngineLayout(tensor=2)
+    layout = ServerMesh(tensor=2)
     shapes = [served_shapes(DENSE, layout, rank) for rank in range(2)]
     name = "model.layers.1.mlp.down_proj.weight"
     shapes[1][name] = ((3, 5), torch.float32)
-    with standin_engine(DENSE, layout, shapes) as engine:
-        push = Push(arch=DENSE, axes=Mesh(tensor=2), urls=(engine.url,), kind="p2p", seeds=(1,))
-        ((outcome,), (other,)) = run_ranks(2, rank_push, push)
-        assert all(set(held) == {0x55} for rank in range(2) for held in engine.params(rank).values())
+    with standin_server(DENSE, layout, shapes) as server:
+        refit = Refit(arch=DENSE, axes=Mesh(tensor=2), urls=(server.url,), kind="p2p", seeds=(1,))
+        ((outcome,), (other,)) = run_ranks(2, rank_refit, refit)
+        assert all(set(held) == {0x55} for rank in range(2) for held in server.params(rank).values())
     assert outcome["error"] == other["error"]
-    for part in (engine.url, "rank 1", name, "(3, 5)", str((128, 4096))):
+    for part in (server.url, "rank 1", name, "(3, 5)", str((128, 4096))):
         assert part in outcome["error"]
 
 
@@ -110,50 +110,50 @@ def corrupt_what_comes() -> None:
     """In a server's rank: flip a bit of each message on its way."""
     from megatron_dypo.refit.transports import p2p
 
-    take = p2p._GroupIncoming.take
+    take = p2p.GroupIncoming.take
 
     def flipped(self: Any) -> torch.Tensor:
         payload = take(self)
         payload[len(payload) // 2] ^= 4
         return payload
 
-    p2p._GroupIncoming.take = flipped  # type: ignore[method-assign]
+    p2p.GroupIncoming.take = flipped  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("verify", ["full", "sampled", "off"])
-def test_what_is_damaged_on_its_way_fails_the_push(verify):
-    with engines(DENSE, [EngineLayout(tensor=1)], prepare=corrupt_what_comes) as (engine,):
-        push = Push(arch=DENSE, axes=Mesh(), urls=(engine.url,), kind="p2p", verify=verify, seeds=(1,))
-        ((outcome,),) = run_ranks(1, rank_push, push)
+def test_what_is_damaged_on_its_way_fails_the_refit(verify):
+    with servers(DENSE, [ServerMesh(tensor=1)], prepare=corrupt_what_comes) as (server,):
+        refit = Refit(arch=DENSE, axes=Mesh(), urls=(server.url,), kind="p2p", verify=verify, seeds=(1,))
+        ((outcome,),) = run_ranks(1, rank_refit, refit)
     if verify == "off":
         assert outcome["error"] == ""
     else:
-        assert engine.url in outcome["error"]
+        assert server.url in outcome["error"]
         assert "checksums differ: " in outcome["error"]
         assert "model." in outcome["error"]
 
 
 def die_while_receiving() -> None:
     from megatron_dypo.refit.transports.links import Incoming
-    from megatron_dypo.refit.transports.local import _LocalIncoming
-    from megatron_dypo.refit.transports.p2p import _GroupIncoming
+    from megatron_dypo.refit.transports.local import LocalIncoming
+    from megatron_dypo.refit.transports.p2p import GroupIncoming
 
     def die(self: Incoming) -> torch.Tensor:
         os._exit(1)
 
-    for end in (_GroupIncoming, _LocalIncoming):
+    for end in (GroupIncoming, LocalIncoming):
         end.take = die  # type: ignore[method-assign]
 
 
 def hang_while_receiving() -> None:
     from megatron_dypo.refit.transports.links import Incoming
-    from megatron_dypo.refit.transports.p2p import _GroupIncoming
+    from megatron_dypo.refit.transports.p2p import GroupIncoming
 
     def hang(self: Incoming) -> torch.Tensor:
         threading.Event().wait()
         raise AssertionError
 
-    _GroupIncoming.take = hang  # type: ignore[method-assign]
+    GroupIncoming.take = hang  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -161,17 +161,17 @@ def hang_while_receiving() -> None:
     [
         ("p2p", die_while_receiving, 14, 5),
         ("local", die_while_receiving, 14, 5),
-        # It still answers control calls, so that the next push takes it in again.
+        # It still answers control calls, so that the next refit takes it in again.
         ("p2p", hang_while_receiving, 29, 29),
     ],
 )
-def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s, next_s):
-    layout = EngineLayout(tensor=1)
+def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s, next_s):
+    layout = ServerMesh(tensor=1)
     with (
-        engines(DENSE, [layout], prepare=fault) as (faulty,),
-        engines(DENSE, [layout]) as (sound,),
+        servers(DENSE, [layout], prepare=fault) as (faulty,),
+        servers(DENSE, [layout]) as (sound,),
     ):
-        push = Push(
+        refit = Refit(
             arch=DENSE,
             axes=Mesh(tensor=2),
             urls=(faulty.url, sound.url),
@@ -179,7 +179,7 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
             deadline_s=30.0,
             seeds=(1, 2),
         )
-        by_rank = run_ranks(2, rank_push, push)
+        by_rank = run_ranks(2, rank_refit, refit)
         assert_served([sound], [layout], DENSE, 2)
     for outcomes in by_rank:
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
@@ -187,10 +187,10 @@ def test_a_lost_engine_is_an_error_that_names_it_and_the_rest_is_served(kind, fa
         assert outcomes[1]["seconds"] < next_s
 
 
-def test_the_loss_of_the_only_engine_fails_the_push_on_all_ranks():
-    with engines(DENSE, [EngineLayout(tensor=2)], prepare=die_while_receiving) as (engine,):
-        push = Push(arch=DENSE, axes=Mesh(pipeline=2), urls=(engine.url,), kind="p2p", deadline_s=30.0)
-        by_rank = run_ranks(2, rank_push, push)
+def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks():
+    with servers(DENSE, [ServerMesh(tensor=2)], prepare=die_while_receiving) as (server,):
+        refit = Refit(arch=DENSE, axes=Mesh(pipeline=2), urls=(server.url,), kind="p2p", deadline_s=30.0)
+        by_rank = run_ranks(2, rank_refit, refit)
     for first, *_ in by_rank:
-        assert engine.url in first["error"]
+        assert server.url in first["error"]
         assert first["seconds"] < 25

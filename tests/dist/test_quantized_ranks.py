@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.plan import Transfer, make_plan
+from megatron_dypo.refit.plan.trainer_shards import Mesh
+from megatron_dypo.refit.plan.refit_plan import Transfer, make_plan
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
-from megatron_dypo.refit.plan.served import EngineLayout
+from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
@@ -38,7 +38,7 @@ def slices_of(name: str, param: torch.Tensor, arch, layout, kind: str) -> list[T
     row = match(name, arch)
     rank, size = (layout.etp_rank, layout.expert_tensor) if row.is_expert else (layout.tp_rank, layout.tensor)
     rows, cols = param.view(-1, param.shape[-1] if param.ndim > 1 else 1).shape
-    nowhere = {"engine": 0, "target": 0, "target_name": "", "target_row": 0, "target_col": 0}
+    nowhere = {"server": 0, "server_rank": 0, "served_name": "", "served_row": 0, "served_col": 0}
     made = functools.partial(Transfer, **nowhere, source=layout.rank, source_name=row.mcore)
     offset, slices = 0, []
     for piece in row.rule.pieces(arch, rank, size):
@@ -62,8 +62,10 @@ def planned(arch, layout, kind: str) -> list[Transfer]:
     """What this rank sends to two servers of one and two ranks; the plan refuses shards that cut blocks."""
     if kind == "fp8_block":
         return []
-    engines = [EngineLayout(tensor=1), EngineLayout(tensor=2)]
-    return make_plan(arch, layout.mesh, engines, quantization=kind).sends(layout.rank)
+    axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
+    source = Mesh(**{axis: getattr(layout, axis) for axis in axes})
+    servers = [ServerMesh(tensor=1), ServerMesh(tensor=2)]
+    return make_plan(arch, source, servers, quantization=kind).sends(layout.rank)
 
 
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
@@ -72,8 +74,8 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, n
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
+    from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.models.export import export_hf
     from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 

@@ -155,7 +155,7 @@ def test_an_engine_that_needs_more_gpus_than_a_node_has_spans_two(slurm, task, t
     # On a CPU SGLang makes some widths larger, so that each rank has a multiple of 32; this model's are such.
     model = make_hf_model("qwen3", tmp_path / "model", intermediate_size=128)
     sizes = [f"model.hf_path={model}", "parallel.tensor=1", "rollout.servers.tensor_parallel=2"]
-    sizes += ["run.steps=3", "weights.transport=p2p"]  # as between real hosts
+    sizes += ["run.steps=3", "refit.transport=p2p"]  # as between real hosts
     one_gpu = {"options": ["--gpus-per-node=1"], "GPUS_PER_NODE": "1"}
     job = submit(slurm, task, tmp_path, *sizes, nodes=3, rollout_nodes=2, **one_gpu)
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()

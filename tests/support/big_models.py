@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
-from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.plan import EngineLayout, RefitPlan, make_plan
+from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 from megatron_dypo.refit.plan.summary import summarize
 
 LLAMA_3_70B = {
@@ -27,20 +26,20 @@ QWEN3_235B_A22B = {
 }  # fmt: skip
 
 # Four stages do not divide 94 layers: embedding and output layer count as one each.
-CASES: dict[str, tuple[dict[str, object], Mesh, EngineLayout]] = {
-    "llama-3-70b": (LLAMA_3_70B, Mesh(tensor=8, pipeline=4), EngineLayout(tensor=8)),
+CASES: dict[str, tuple[dict[str, object], Mesh, ServerMesh]] = {
+    "llama-3-70b": (LLAMA_3_70B, Mesh(tensor=8, pipeline=4), ServerMesh(tensor=8)),
     "qwen3-235b-a22b": (
         QWEN3_235B_A22B,
         Mesh(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
-        EngineLayout(tensor=8),
+        ServerMesh(tensor=8),
     ),
     "qwen3-235b-a22b-ep8": (
         QWEN3_235B_A22B,
         Mesh(tensor=8, pipeline=4, expert=8, first_stage_layers=23, last_stage_layers=23),
-        EngineLayout(tensor=8, expert=8),
+        ServerMesh(tensor=8, expert=8),
     ),
 }
-ENGINES = 8
+SERVERS = 8
 
 
 def architecture(name: str) -> Architecture:
@@ -48,8 +47,8 @@ def architecture(name: str) -> Architecture:
 
 
 def plan(name: str, quantization: str = "none") -> RefitPlan:
-    _, source, engine = CASES[name]
-    return make_plan(architecture(name), source, [engine] * ENGINES, quantization=quantization)
+    _, source, server = CASES[name]
+    return make_plan(architecture(name), source, [server] * SERVERS, quantization=quantization)
 
 
 def peak_bytes() -> int:
@@ -65,7 +64,7 @@ def main(name: str, quantization: str) -> None:
     planned = time.process_time()
     num_sent = len(made.sends(9))
     sent = time.process_time()
-    num_received = len(made.receives(ENGINES - 1, 7))
+    num_received = len(made.receives(SERVERS - 1, 7))
     received = time.process_time()
     report = {
         "plan_s": planned - start,

@@ -27,6 +27,8 @@ class FakeServer:
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
     """Path → status and JSON (or text) to answer with."""
+    redirects: dict[str, str] = field(default_factory=dict)
+    """Path → URL to redirect to."""
     on_call: Callable[[str], None] = lambda path: None
     _http: ThreadingHTTPServer | None = None
 
@@ -103,7 +105,9 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             else:
                 status, answer = server.answer(self.path, body)
             data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-            self.send_response(status)
+            self.send_response(307 if self.path in server.redirects else status)
+            if self.path in server.redirects:
+                self.send_header("Location", server.redirects[self.path])
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

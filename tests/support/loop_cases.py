@@ -33,7 +33,7 @@ from megatron_dypo.metrics.samples import SampleLog
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.types import Prompt, Sample, Verdict
 from tests.support.fake_sglang import FakeSGLang
@@ -134,11 +134,11 @@ class Refits:
         self.released = 0
         self._fakes = fakes
 
-    def push(self, version: int) -> PushReport:
+    def refit(self, version: int) -> RefitReport:
         self.pushed.append(version)
         for fake in self._fakes:
             fake.version = str(version)
-        return PushReport(
+        return RefitReport(
             version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=0, rejoined=0, retries=0
         )  # fmt: skip
 
@@ -153,10 +153,10 @@ class NextServer:
         self._urls, self.pushed = list(urls), list[int]()
         self.serving: tuple[str, ...] = ()
 
-    def push(self, version: int) -> PushReport:
+    def refit(self, version: int) -> RefitReport:
         self.pushed.append(version)
         self.serving = (self._urls.pop(0),)
-        return PushReport(
+        return RefitReport(
             version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=1, retries=2
         )  # fmt: skip
 

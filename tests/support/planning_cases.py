@@ -53,7 +53,7 @@ def pretraining(arch, parallel, *, gpus, batch, row_sequences=1, length=2048, re
         gpu=find_gpu("a100-80gb"),
         gpus_per_node=8,
         trainer_gpus=gpus,
-        engines=1,
+        num_servers=1,
         assumed=Assumptions(prompt_tokens=1, response_tokens=length - 1, easy=0.0, hard=1.0),
     )
 

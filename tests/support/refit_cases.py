@@ -1,4 +1,4 @@
-"""Random trainers, engines and architectures for the plan of a refit, and a naive account of what SGLang then holds."""
+"""Random trainers, servers and architectures for the plan of a refit, and a naive account of what SGLang then holds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.families.registry import family_rows
-from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.plan import EngineLayout
+from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
 from tests.support.architectures import divisors, make_arch
 
 
@@ -23,7 +22,7 @@ from tests.support.architectures import divisors, make_arch
 class Case:
     arch: Architecture
     source: Mesh
-    engines: tuple[EngineLayout, ...]
+    servers: tuple[ServerMesh, ...]
     stage_layers: tuple[int, ...]
     """Layers of each stage of the trainer."""
 
@@ -50,19 +49,19 @@ def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", 
         context=draw(st.sampled_from([1, 1, 2])),
         data=draw(st.sampled_from([1, 2, 3])),
     )
-    engine_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 8] if unit == 1 else [1, 2, 4]), min_size=1, max_size=3))
-    engines = tuple(EngineLayout(tensor=size) for size in engine_sizes)
+    server_sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 8] if unit == 1 else [1, 2, 4]), min_size=1, max_size=3))
+    servers = tuple(ServerMesh(tensor=size) for size in server_sizes)
     if family == "qwen3_moe":
         expert = draw(st.sampled_from(divisors(source.stage_size)))
         expert_tensor = draw(st.sampled_from(divisors(source.stage_size // expert)[:2]))
         source = dataclasses.replace(source, expert=expert, expert_tensor=expert_tensor)
-        engines = tuple(dataclasses.replace(e, expert=draw(st.sampled_from(divisors(e.tensor)))) for e in engines)
+        servers = tuple(dataclasses.replace(e, expert=draw(st.sampled_from(divisors(e.tensor)))) for e in servers)
     each = virtual_pipeline * draw(st.integers(1, 2))
     stage_layers = [each] * pipeline
     stage_layers[0] = source.first_stage_layers or each
     stage_layers[-1] = source.last_stage_layers or stage_layers[-1]
-    arch = draw(_architectures(family, source, engines, unit, sum(stage_layers)))
-    return Case(arch=arch, source=source, engines=engines, stage_layers=tuple(stage_layers))
+    arch = draw(_architectures(family, source, servers, unit, sum(stage_layers)))
+    return Case(arch=arch, source=source, servers=servers, stage_layers=tuple(stage_layers))
 
 
 @st.composite
@@ -70,11 +69,11 @@ def _architectures(
     draw: st.DrawFn,
     family: str,
     source: Mesh,
-    engines: tuple[EngineLayout, ...],
+    servers: tuple[ServerMesh, ...],
     unit: int,
     num_layers: int,
 ) -> Architecture:
-    sizes = [source.tensor, *(engine.tensor for engine in engines)]
+    sizes = [source.tensor, *(server.tensor for server in servers)]
     common = math.lcm(*sizes)
     kv_heads = draw(st.sampled_from([k for k in (1, 2, 3, 4, 6, 8) if all(k % s == 0 or s % k == 0 for s in sizes)]))
     heads = math.lcm(common, kv_heads) * draw(st.integers(1, 2 if unit == 1 else 1))
@@ -83,8 +82,8 @@ def _architectures(
     assume((heads + 2 * kv_heads) * head_dim % (unit * source.tensor) == 0)
     overrides: dict[str, Any] = {}
     if family == "qwen3_moe":
-        num_experts = math.lcm(source.expert, *(engine.expert for engine in engines))
-        width = math.lcm(source.expert_tensor, *(engine.tensor // engine.expert for engine in engines)) * unit
+        num_experts = math.lcm(source.expert, *(server.expert for server in servers))
+        width = math.lcm(source.expert_tensor, *(server.tensor // server.expert for server in servers)) * unit
         overrides["experts"] = qwen3_moe_experts(num_experts * draw(st.integers(1, 2)), width * draw(st.integers(1, 2)))
     return make_arch(
         family,
@@ -113,16 +112,18 @@ def numbered_hf_tensors(arch: Architecture) -> dict[str, Tensor]:
     return tensors
 
 
-class NaiveEngine:
+class NaiveServerRank:
     """What SGLang's loaders make of HF tensors on one rank, written after them and not after the plan."""
 
-    def __init__(self, arch: Architecture, engine: EngineLayout, target: int, *, split_inputs: bool = True) -> None:
-        """``split_inputs=False``: tensors that have one column, scales of rows, which RowParallelLinear does not split."""
-        self._arch, self._size, self._rank = arch, engine.tensor, target
-        self._expert_size, self._split_inputs = engine.expert, split_inputs
+    def __init__(self, arch: Architecture, server: ServerMesh, server_rank: int, *, split_inputs: bool = True) -> None:
+        """``split_inputs=False``: tensors that have one column, scales of rows, which RowParallelLinear does not
+        split."""
+        self._arch, self._size, self._rank = arch, server.tensor, server_rank
+        self._expert_size, self._split_inputs = server.expert, split_inputs
 
     def linear(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
-        """QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear, FusedMoE of one layer: tensors of a kind."""
+        """QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear, FusedMoE of one layer: tensors of a
+        kind."""
         attention = prefix + "self_attn."
         query, key, value = (hf[f"{attention}{name}_proj.{kind}"] for name in "qkv")
         tensors = {

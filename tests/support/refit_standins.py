@@ -23,8 +23,8 @@ from megatron_dypo.models.families.registry import family_rows, match, table
 from megatron_dypo.models.families.table import EXPERT, LAYER
 from megatron_dypo.models.rules import Rule
 from megatron_dypo.parallel.groups import MeshRank
-from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.plan.served import EngineLayout, served_tensors
+from megatron_dypo.refit.plan.server_tensors import ServerMesh, served_tensors
+from megatron_dypo.refit.plan.trainer_shards import Mesh
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
 from tests.support.fake_control import FakeServer
@@ -46,11 +46,35 @@ def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32
 
 
 def plain_layout(axes: Mesh, rank: int) -> MeshRank:
-    """One rank of a mesh, without process groups: planned pushes use none of them."""
-    groups: dict[str, Any] = dict.fromkeys(
-        ("tp_group", "pp_group", "cp_group", "dp_group", "replica_group", "leaders_group")
+    """The layout of one rank of a mesh, without process groups: planned refits use none of them."""
+    inner, stage = axes.tensor * axes.context, axes.stage_size
+    pp_rank, inside = divmod(rank, stage)
+    no_group: Any = None
+    return MeshRank(
+        rank=rank,
+        world_size=axes.world_size,
+        tensor=axes.tensor,
+        pipeline=axes.pipeline,
+        virtual_pipeline=axes.virtual_pipeline,
+        context=axes.context,
+        data=axes.data,
+        tp_rank=inside % axes.tensor,
+        pp_rank=pp_rank,
+        cp_rank=inside % inner // axes.tensor,
+        dp_rank=inside // inner,
+        tp_group=no_group,
+        pp_group=no_group,
+        cp_group=no_group,
+        dp_group=no_group,
+        replica_group=no_group,
+        leaders_group=None,
+        replica_ranks=(),
+        first_stage_layers=axes.first_stage_layers,
+        last_stage_layers=axes.last_stage_layers,
+        expert=axes.expert,
+        ep_rank=inside % axes.expert,
+        expert_replica=inside // axes.expert,
     )
-    return MeshRank(mesh=axes, rank=rank, **groups)
 
 
 def held_names(arch: Architecture, axes: Mesh, layout: MeshRank) -> list[str]:
@@ -72,19 +96,21 @@ def shard(name: str, arch: Architecture, layout: MeshRank, seed: int, dtype: tor
     """One parameter of a rank, cut out of the random model."""
     row = match(name, arch)
     tensors = [hf_tensor(n, s, seed, dtype) for n, s in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
-    ranks = layout.shard(is_expert=row.is_expert)
+    ranks = (0, 1) if row.is_expert else (layout.tp_rank, layout.tensor)
     rule: Rule = row.rule
     return rule.shard(tensors, arch, *ranks)
 
 
-def served_shapes(arch: Architecture, engine: EngineLayout, target: int, dtype: torch.dtype = torch.float32) -> Shapes:
-    return {name: (tuple(shape), dtype) for name, shape, _ in _served(arch, engine, target)}
+def served_shapes(
+    arch: Architecture, server: ServerMesh, server_rank: int, dtype: torch.dtype = torch.float32
+) -> Shapes:
+    return {name: (tuple(shape), dtype) for name, shape, _ in _served(arch, server, server_rank)}
 
 
-def served_params(arch: Architecture, engine: EngineLayout, target: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
+def served_params(arch: Architecture, server: ServerMesh, server_rank: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
     """What a rank of a server must hold of a model, put together from whole HF tensors."""
     params = {}
-    for name, shape, parts in _served(arch, engine, target):
+    for name, shape, parts in _served(arch, server, server_rank):
         param = params[name] = torch.zeros(shape, dtype=next(iter(hf.values())).dtype)
         for part, hf_name in parts:
             source = rectangle(hf[hf_name], part.hf_row, part.hf_col, part.rows, part.cols)
@@ -92,8 +118,10 @@ def served_params(arch: Architecture, engine: EngineLayout, target: int, hf: dic
     return {name: bytes(as_bytes(param).numpy()) for name, param in params.items()}
 
 
-def _served(arch: Architecture, engine: EngineLayout, target: int) -> Iterator[tuple[str, Any, list[tuple[Any, str]]]]:
-    for tensor in served_tensors(arch, engine, target):
+def _served(
+    arch: Architecture, server: ServerMesh, server_rank: int
+) -> Iterator[tuple[str, Any, list[tuple[Any, str]]]]:
+    for tensor in served_tensors(arch, server, server_rank):
         for layer in range(arch.num_layers) if LAYER in tensor.name else (None,):
             at = str(layer)
             parts = [(part, part.hf_name.replace(LAYER, at)) for part in tensor.rectangles]
@@ -119,7 +147,7 @@ class Bag(torch.nn.Module):
 Prepare = Callable[[], None]
 
 
-class StandInEngine(FakeServer):
+class StandInServer(FakeServer):
     """A server whose ranks are processes that run our loader, as SGLang's schedulers do."""
 
     def start_ranks(self, ranks: Sequence[Shapes], prepare: Prepare | None = None) -> None:
@@ -143,11 +171,11 @@ class StandInEngine(FakeServer):
             process.kill()
             process.join()
 
-    def params(self, target: int) -> dict[str, bytes]:
-        """What a rank holds, once the push that it is at has ended."""
+    def params(self, server_rank: int) -> dict[str, bytes]:
+        """What a rank holds, once the refit that it is at has ended."""
         with self.one_at_a_time:
-            self.pipes[target].send(("params", None))
-            params: dict[str, bytes] = self.pipes[target].recv()
+            self.pipes[server_rank].send(("params", None))
+            params: dict[str, bytes] = self.pipes[server_rank].recv()
         return params
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -168,22 +196,22 @@ class StandInEngine(FakeServer):
 
 
 @contextlib.contextmanager
-def standin_engine(
-    arch: Architecture, layout: EngineLayout, ranks: Sequence[Shapes], prepare: Prepare | None = None
-) -> Iterator[StandInEngine]:
-    engine = StandInEngine(
+def standin_server(
+    arch: Architecture, layout: ServerMesh, ranks: Sequence[Shapes], prepare: Prepare | None = None
+) -> Iterator[StandInServer]:
+    server = StandInServer(
         model_type=arch.family,
         tp_size=layout.tensor,
         ep_size=layout.expert,
         loaders=("megatron_dypo.refit.receiver.load",),
     )
-    engine.start_ranks(ranks, prepare)
-    engine.start()
+    server.start_ranks(ranks, prepare)
+    server.start()
     try:
-        yield engine
+        yield server
     finally:
-        engine.die()
-        engine.stop_ranks()
+        server.die()
+        server.stop_ranks()
 
 
 def _serve_rank(pipe: Connection, shapes: Shapes, prepare: Prepare | None) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.fs import replace_file
-from megatron_dypo.words import counted
 
 log = logging.getLogger(__name__)
 

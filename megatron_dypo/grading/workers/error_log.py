@@ -6,9 +6,9 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.workers.results import shown
-from megatron_dypo.words import counted
 
 logger = logging.getLogger(__name__)
 

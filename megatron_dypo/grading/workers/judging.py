@@ -15,9 +15,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_dypo.config.words import counted
 from megatron_dypo.grading.workers.calling import Caller, describe
 from megatron_dypo.grading.workers.results import read_result, shown
-from megatron_dypo.words import counted
 
 Outcome = tuple[bool, float, str | None]
 """is_correct, reward, error: the fields of a Verdict."""

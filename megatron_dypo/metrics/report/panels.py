@@ -119,7 +119,7 @@ PANELS = (
             Line("timing_s/old_log_prob", "old log-probs", _ORANGE),
             Line("timing_s/ref_log_prob", "reference log-probs", "#eab587"),
             Line("timing_s/update_actor", "update", _PURPLE),
-            Line("timing_s/update_weights", "weight push", "#c2528b"),
+            Line("timing_s/refit", "refit", "#c2528b"),
             Line("timing_s/save_checkpoint", "checkpoint", _BROWN),
             Line("timing_s/eval", "evaluation", "#9fc5e8"),
             Line("timing_s/other", "other", _GRAY),

@@ -1,6 +1,6 @@
-"""Rectangles of HF tensors as both sides of a refit hold them, and where they overlap: pure, no torch.
+"""Rectangles of HF tensors that trainer and servers hold, and their overlaps. Pure, no torch.
 
-Every tensor is seen as a matrix: ``t.view(-1, t.shape[-1])``, or ``t.view(-1, 1)`` for one with a single dim.
+Every tensor counts as a matrix: ``t.view(-1, t.shape[-1])``, or ``t.view(-1, 1)`` for one with a single dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rectangle:
-    """``rows`` × ``cols`` entries of an HF tensor's matrix, and where they lie in the matrix of one rank's parameter."""
+    """``rows`` × ``cols`` entries of an HF tensor's matrix, and their place in the matrix of one rank's parameter."""
 
     name: str
     """The parameter; ``{layer}`` stands for the layer in both names."""
@@ -27,24 +27,24 @@ class Rectangle:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a tensor seen as a matrix."""
+    """Return the rows and columns of a tensor that counts as a matrix."""
     return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
 
 
 def overlaps(
-    sources: Iterable[Rectangle], targets: Iterable[Rectangle]
+    sources: Iterable[Rectangle], served: Iterable[Rectangle]
 ) -> Iterator[tuple[Rectangle, Rectangle, tuple[int, int, int, int]]]:
-    """Every pair of rectangles that share entries, in the order of the sources, then of the targets.
+    """Yield every pair of rectangles that share entries, in the order of ``sources``, then of ``served``.
 
     The last item is the shared part in the HF tensor: first row, first column, rows, columns.
     """
     by_name: defaultdict[str, list[Rectangle]] = defaultdict(list)
-    for target in targets:
-        by_name[target.hf_name].append(target)
+    for place in served:
+        by_name[place.hf_name].append(place)
     for source in sources:
-        for target in by_name[source.hf_name]:
-            row, col = max(source.hf_row, target.hf_row), max(source.hf_col, target.hf_col)
-            rows = min(source.hf_row + source.rows, target.hf_row + target.rows) - row
-            cols = min(source.hf_col + source.cols, target.hf_col + target.cols) - col
+        for place in by_name[source.hf_name]:
+            row, col = max(source.hf_row, place.hf_row), max(source.hf_col, place.hf_col)
+            rows = min(source.hf_row + source.rows, place.hf_row + place.rows) - row
+            cols = min(source.hf_col + source.cols, place.hf_col + place.cols) - col
             if rows > 0 and cols > 0:
-                yield source, target, (row, col, rows, cols)
+                yield source, place, (row, col, rows, cols)

@@ -1,4 +1,4 @@
-"""What a plan costs, for people: bytes of ranks and links, the limit that they set, and the time that the order gives."""
+"""The cost of a plan, for people: bytes of ranks and links, the lower bound of the time, and the predicted time."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dypo.checks import require
-from megatron_dypo.refit.plan.plan import RefitPlan
+from megatron_dypo.refit.plan.refit_plan import RefitPlan
 
 _LARGEST = 8
 _ROUNDING_BYTES = 1e-3
 
 Link = tuple[int, int, int]
-"""Source rank, engine, rank of the engine."""
-Target = tuple[int, int]
-"""Engine, rank of it."""
+"""Source rank, server, rank of the server."""
+ServerRank = tuple[int, int]
+"""Server, rank of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefitSummary:
-    """Bytes and times of one push."""
+    """Bytes and times of one refit."""
 
     sent: Mapping[int, int]
-    """Bytes by trainer rank; of ranks that send nothing, 0."""
-    received: Mapping[Target, int]
+    """Bytes by trainer rank; 0 for ranks that send nothing."""
+    received: Mapping[ServerRank, int]
     links: Mapping[Link, int]
     bandwidth: float
-    """Bytes a second that a rank can send, and that a rank can receive."""
+    """Bytes per second that a rank can send, and that a rank can receive."""
     limit_s: float
     """Bytes of the busiest rank ÷ bandwidth: no order can be faster."""
     predicted_s: float
@@ -36,7 +36,7 @@ class RefitSummary:
 
 
 def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
-    """Everything that is printed of a plan, at ``bandwidth`` bytes a second for each rank.
+    """Compute everything that is printed of a plan, at ``bandwidth`` bytes per second for each rank.
 
     Raises:
         ValueError: a bandwidth that is not positive.
@@ -44,10 +44,10 @@ def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
     require(bandwidth > 0, f"bandwidth={bandwidth}", "must be positive")
     links = plan.link_bytes()
     sent = Counter(dict.fromkeys(range(plan.source.world_size), 0))
-    received: Counter[Target] = Counter()
-    for (source, engine, target), num_bytes in links.items():
+    received: Counter[ServerRank] = Counter()
+    for (source, server, server_rank), num_bytes in links.items():
         sent[source] += num_bytes
-        received[engine, target] += num_bytes
+        received[server, server_rank] += num_bytes
     return RefitSummary(
         sent=sent,
         received=received,
@@ -58,26 +58,27 @@ def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
     )
 
 
-def predict(phases: Mapping[int, Sequence[Mapping[Target, int]]], bandwidth: float) -> float:
-    """Seconds until all is sent, in a fluid model.
+def predict(phases: Mapping[int, Sequence[Mapping[ServerRank, int]]], bandwidth: float) -> float:
+    """Return the seconds until everything is sent, in a fluid model.
 
-    A source sends its phases one after the other (in a plan: engine after engine) and within a phase to all targets at
-    once, in proportion to their bytes. It sends at ``bandwidth``, divided by the overload of the most loaded of its
-    targets: the sum over the sources of what they would send it at full speed, ÷ ``bandwidth``. What one target's overload
-    thus leaves free at others is not used. Latency, staging copies and shared network links beyond the ranks' own are
-    not modelled.
+    A trainer rank sends its phases one after the other (in a plan: server after server), and within a phase to all
+    server ranks at once, in proportion to their bytes. It sends at ``bandwidth``, divided by the overload of its most
+    loaded server rank: the sum over the trainer ranks of the rate at which they would send to it at full speed, divided
+    by ``bandwidth``. Bandwidth that stays free at other server ranks is not used. Latency, staging copies and shared
+    network links beyond the ranks' own are not modelled.
     """
     queues = {source: list(reversed(own)) for source, own in phases.items() if own}
     shares = {source: _shares(own[-1]) for source, own in queues.items()}
     left = {source: float(sum(own[-1].values())) for source, own in queues.items()}
     now = 0.0
     while left:
-        load: defaultdict[Target, float] = defaultdict(float)
+        load: defaultdict[ServerRank, float] = defaultdict(float)
         for share in shares.values():
-            for target, part in share.items():
-                load[target] += part
+            for server_rank, part in share.items():
+                load[server_rank] += part
         speeds = {
-            source: bandwidth / max(1.0, max(load[target] for target in share)) for source, share in shares.items()
+            source: bandwidth / max(1.0, max(load[server_rank] for server_rank in share))
+            for source, share in shares.items()
         }
         step = min(num_bytes / speeds[source] for source, num_bytes in left.items())
         now += step
@@ -93,12 +94,12 @@ def predict(phases: Mapping[int, Sequence[Mapping[Target, int]]], bandwidth: flo
 
 
 def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
-    """The summary for a terminal."""
+    """Format the summary for a terminal."""
     total, busiest_sent = sum(summary.links.values()), max(summary.sent.values())
     senders = sum(num_bytes > 0 for num_bytes in summary.sent.values())
     lines = [
         f"trainer    {plan.source.world_size} ranks, {senders} of them send",
-        f"servers    {len(plan.engines)} with {len(summary.received)} ranks in all",
+        f"servers    {len(plan.servers)} with {len(summary.received)} ranks in all",
         f"in all     {_size(total)} over {len(summary.links)} links",
         f"sent       mean {_size(total / len(summary.sent))}, largest {_size(busiest_sent)} a rank",
         f"received   mean {_size(total / len(summary.received))}, largest {_size(max(summary.received.values()))} a rank",
@@ -107,9 +108,9 @@ def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
     ]
     groups = {
         "trainer ranks": {f"rank {rank}": num_bytes for rank, num_bytes in summary.sent.items()},
-        "server ranks": {f"server {engine} rank {at}": size for (engine, at), size in summary.received.items()},
+        "server ranks": {f"server {server} rank {at}": size for (server, at), size in summary.received.items()},
         "links": {
-            f"rank {source} → server {engine} rank {at}": size for (source, engine, at), size in summary.links.items()
+            f"rank {source} → server {server} rank {at}": size for (source, server, at), size in summary.links.items()
         },
     }
     for title, sizes in groups.items():
@@ -122,7 +123,7 @@ def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
 
 
 def to_json(summary: RefitSummary) -> dict[str, Any]:
-    """The summary for programs: every rank and every link, in bytes and seconds."""
+    """Return the summary for programs: every rank and every link, in bytes and seconds."""
     return {
         "total_bytes": sum(summary.links.values()),
         "limit_s": summary.limit_s,
@@ -130,28 +131,29 @@ def to_json(summary: RefitSummary) -> dict[str, Any]:
         "bandwidth_bytes_per_s": summary.bandwidth,
         "sent": [{"rank": rank, "bytes": size} for rank, size in summary.sent.items()],
         "received": [
-            {"server": engine, "rank": target, "bytes": size} for (engine, target), size in summary.received.items()
+            {"server": server, "rank": server_rank, "bytes": size}
+            for (server, server_rank), size in summary.received.items()
         ],
         "links": [
-            {"rank": source, "server": engine, "server_rank": target, "bytes": size}
-            for (source, engine, target), size in summary.links.items()
+            {"rank": source, "server": server, "server_rank": server_rank, "bytes": size}
+            for (source, server, server_rank), size in summary.links.items()
         ],
     }
 
 
-def _phases(plan: RefitPlan, links: Mapping[Link, int]) -> dict[int, list[dict[Target, int]]]:
-    """What each rank sends, engine by engine in the order of the plan."""
-    by_engine: defaultdict[tuple[int, int], dict[Target, int]] = defaultdict(dict)
-    for (source, engine, target), num_bytes in links.items():
-        by_engine[source, engine][engine, target] = num_bytes
+def _phases(plan: RefitPlan, links: Mapping[Link, int]) -> dict[int, list[dict[ServerRank, int]]]:
+    """Return what each rank sends, server by server in the order of the plan."""
+    by_server: defaultdict[tuple[int, int], dict[ServerRank, int]] = defaultdict(dict)
+    for (source, server, server_rank), num_bytes in links.items():
+        by_server[source, server][server, server_rank] = num_bytes
     return {
-        rank: [by_engine[rank, engine] for engine in plan.engines_of(rank)] for rank in range(plan.source.world_size)
+        rank: [by_server[rank, server] for server in plan.servers_of(rank)] for rank in range(plan.source.world_size)
     }
 
 
-def _shares(phase: Mapping[Target, int]) -> dict[Target, float]:
+def _shares(phase: Mapping[ServerRank, int]) -> dict[ServerRank, float]:
     total = sum(phase.values())
-    return {target: num_bytes / total for target, num_bytes in phase.items()}
+    return {server_rank: num_bytes / total for server_rank, num_bytes in phase.items()}
 
 
 def _size(num_bytes: float) -> str:

@@ -1,75 +1,83 @@
-"""Weights through SGLang's distributed update: HF tensors, flattened into buckets, broadcast to a stock server.
+"""The broadcast transport, SGLang's distributed update: HF tensors in buckets, broadcast to stock servers.
 
-Each pipeline stage's leader forms one group with all servers, of which it is rank 0, so that nothing is gathered over
-stages; so does each further rank that owns experts of the stage (the first of those that an expert is split over), so that
-nothing is gathered over owners. They take turns, in making the groups too: a server handles one such call after the other,
-and two half-made groups on two servers would wait for each other.
+The leader of each pipeline stage forms one group with all servers, of which it is rank 0, so nothing is gathered over
+stages. Each further rank that owns experts of the stage (the first rank of those that an expert is split over) does
+too, so nothing is gathered over owners. These ranks take turns, also in forming the groups: a server handles one such
+call after the other, and two half-formed groups on two servers would wait for each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
+from megatron_dypo.models.gather import exhausted
+from megatron_dypo.parallel import device
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.base import Lockstep, Source, Transport
+from megatron_dypo.refit.lockstep import Lockstep
+from megatron_dypo.refit.source import Source, Turn
+from megatron_dypo.refit.transports.base import Connection, Step
 from megatron_dypo.refit.transports.buckets import fill_buckets
 from megatron_dypo.refit.transports.update_group import UpdateGroup
 
 
-class BroadcastTransport(Transport):
-    """See the module's docstring. ``control`` is None on ranks that lead no stage."""
+class BroadcastConnection(Connection):
+    """The group in which this rank broadcasts, if it does."""
 
-    def __init__(
-        self, source: Source, control: SGLangControl | None, lockstep: Lockstep, *, backend: str, bucket_bytes: int
-    ) -> None:
+    def __init__(self, source: Source, group: UpdateGroup | None, bucket_bytes: int) -> None:
+        """``group``: None on ranks that only take part in gathers, or in nothing."""
         self._source = source
-        self._control = control
-        self._lockstep = lockstep
-        self._backend = backend
+        self._group = group
         self._bucket_bytes = bucket_bytes
-        self._group: UpdateGroup | None = None
-        self._is_connected = False
 
-    def send(self, version: int, deadline: Deadline) -> int:
-        if not self._is_connected:
-            for turn in self._source.turns:
-                mine = turn == self._source.own_turn
-                self._lockstep.run(functools.partial(self._connect, deadline) if mine else None)
-            self._is_connected = True
-        num_bytes = 0
+    @classmethod
+    def open(
+        cls,
+        source: Source,
+        control: SGLangControl | None,
+        lockstep: Lockstep,
+        bucket_bytes: int,
+        deadline: Deadline,
+    ) -> BroadcastConnection:
+        """Form all groups. Collective over the world; ``control``: on ranks that have a turn.
+
+        Raises:
+            RefitError: on all ranks; no group is left.
+        """
+        group = None
+        with contextlib.ExitStack() as undo:
+            for turn in source.turns:
+                form = None
+                if control is not None and turn == source.own_turn:
+                    form = functools.partial(UpdateGroup.form, control, device.backend(), deadline)
+                formed = lockstep.run(form)
+                if formed is not None:
+                    undo.callback(formed.abandon)
+                    group = formed
+            undo.pop_all()
+        return cls(source, group, bucket_bytes)
+
+    def steps(self, version: int, deadline: Deadline) -> Iterator[Step]:
         for turn in self._source.turns:
-            joins = self._source.joins(turn)
-            num_bytes += self._lockstep.run(functools.partial(self._stream, turn, deadline) if joins else None) or 0
-        return num_bytes
+            yield functools.partial(self._stream, turn, deadline) if self._source.joins(turn) else None
 
-    def reset(self) -> None:
-        self._is_connected = False
+    def abort(self) -> None:
         if self._group is not None:
             self._group.abandon()
-            self._group = None
 
     def close(self) -> None:
         if self._group is not None:
             self._group.leave()
-            self._group = None
-        self._is_connected = False
 
-    def _connect(self, deadline: Deadline) -> None:
-        assert self._control is not None
-        self._group = UpdateGroup.form(self._control, self._backend, deadline)
-
-    def _stream(self, turn: tuple[int, int], deadline: Deadline) -> int:
+    def _stream(self, turn: Turn, deadline: Deadline) -> int:
         """Send the tensors of one turn; returns the bytes sent. Runs on all ranks that join the turn."""
-        num_bytes = 0
-        tensors = self._source.tensors(turn)
-        try:
+        with exhausted(self._source.tensors(turn)) as tensors:
+            if self._group is None:
+                return 0
+            num_bytes = 0
             for bucket in fill_buckets(tensors, self._bucket_bytes):
-                assert self._group is not None
                 self._group.send(bucket, deadline)
                 num_bytes += bucket.payload.numel()
-        finally:
-            # After an error the other tensor-parallel ranks are still in their part of each gather: do ours.
-            for _ in tensors:
-                pass
-        return num_bytes
+            return num_bytes

@@ -1,4 +1,4 @@
-"""HF tensors, flattened into the byte buckets that SGLang's ``flattened_bucket`` format receives."""
+"""HF tensors, flattened into the byte buckets of SGLang's ``flattened_bucket`` format."""
 
 from __future__ import annotations
 
@@ -15,38 +15,36 @@ class Bucket:
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
-    """As torch spells them, without ``torch.``."""
+    """Names of torch's types, without ``torch.``."""
     shapes: tuple[tuple[int, ...], ...]
     payload: Tensor
     """[bytes] uint8; the tensors one after the other. Valid until the next bucket is asked for."""
 
 
 def fill_buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
-    """Flatten tensors into buckets of at most ``limit`` bytes, in one buffer that is used again and again.
+    """Flatten tensors into buckets of at most ``limit`` bytes, in one buffer that every bucket reuses.
 
-    A tensor of ``limit`` bytes or more is a bucket by itself, and is not copied. Within a bucket each tensor starts at a
-    multiple of its element size, as the receiver requires.
+    A tensor of ``limit`` bytes or more is a bucket on its own, and is not copied. Within a bucket each tensor starts at
+    a multiple of its element size, as the receiver requires.
     """
-    buffer: Tensor | None = None
+    buffer = torch.empty(0, dtype=torch.uint8)
     held: list[tuple[str, Tensor]] = []
     used = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if held and (used + size > limit or used % tensor.element_size()):
-            assert buffer is not None
             yield _bucket(held, buffer[:used])
             held, used = [], 0
         if size >= limit:
             yield _bucket([(name, tensor)], _bytes(tensor))
             continue
-        if buffer is None:
+        if not buffer.numel():
             buffer = torch.empty(limit, dtype=torch.uint8, device=tensor.device)
         buffer[used : used + size].copy_(_bytes(tensor))
         # Only the description is kept: a reference would keep the whole tensor alive until the bucket is full.
         held.append((name, tensor.to("meta")))
         used += size
     if held:
-        assert buffer is not None
         yield _bucket(held, buffer[:used])
 
 

@@ -1,7 +1,7 @@
-"""The way of bytes from one trainer rank (source) to one rank of a server (target), whatever carries them.
+"""Links: one carries bytes from one trainer rank to one server rank, over a network or through shared memory.
 
-A link has one order: messages are taken in the order in which they were posted, and both ends know their sizes. A few
-are under way at a time (``DEPTH``), so that packing, sending and unpacking overlap.
+Messages are taken in the order in which they were posted, and both ends know their sizes. Up to ``DEPTH`` messages are
+under way at a time, so that packing, sending and unpacking overlap.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ class LinkError(RuntimeError):
 
 
 class Outgoing(ABC):
-    """The source's end of a link, for one push."""
+    """The trainer rank's end of a link, for one refit. All methods raise LinkError where the other end is lost or
+    late."""
 
     @abstractmethod
     def stage(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 to fill and then :meth:`post`; waits until a buffer is free.
-
-        Raises:
-            LinkError: see the class; so do the others.
-        """
+        """Return [num_bytes] uint8 to fill and then :meth:`post`; waits until a buffer is free."""
 
     @abstractmethod
     def post(self, payload: Tensor) -> None:
@@ -44,7 +41,11 @@ class Outgoing(ABC):
 
 
 class Incoming(ABC):
-    """The target's end of a link, for one push. Call ``expect`` up to DEPTH times ahead, then ``take`` and ``release``."""
+    """The server rank's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take``,
+    ``release``.
+
+    All methods raise LinkError where the other end is lost or late.
+    """
 
     @abstractmethod
     def expect(self, num_bytes: int, into: Tensor | None) -> None:
@@ -52,69 +53,65 @@ class Incoming(ABC):
 
     @abstractmethod
     def take(self) -> Tensor:
-        """Wait for the oldest expected message; its bytes are good until :meth:`release`.
-
-        Raises:
-            LinkError: see the class.
-        """
+        """Wait for the oldest expected message and return its bytes, which are valid until :meth:`release`."""
 
     @abstractmethod
     def release(self) -> None:
-        """The taken message was used; its buffer may take another."""
+        """Free the buffer of the taken message for another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineLinks:
-    """The links to one engine, as both ends describe them."""
+class ServerLinks:
+    """The links to one server, as both ends describe them."""
 
     store: dist.Store
     """Where the ends find each other."""
-    engine: int
+    server: int
     sources: tuple[int, ...]
-    """The trainer ranks that send to the engine, ascending."""
-    num_targets: int
+    """The trainer ranks that send to the server, ascending."""
+    num_server_ranks: int
     slot_bytes: int
     """Size of one staging buffer: the limit of a message."""
 
 
 class Sender(ABC):
-    """A source's ends of its links to one engine; kept between pushes."""
+    """A trainer rank's ends of its links to one server; kept between refits."""
 
     @classmethod
     @abstractmethod
-    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> Self:
-        """Meet the ranks of the engine. With several engines: in ascending order, lest two half-made connections wait
-        for each other.
+    def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> Self:
+        """Meet the ranks of the server. Connect with several servers in ascending order, or two half-made connections
+        wait for each other.
 
         Raises:
-            LinkError: somebody did not come.
+            LinkError: a server rank did not come.
         """
 
     @abstractmethod
-    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        """The link to one rank of the engine."""
+    def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
+        """Return the link to one rank of the server."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close all connections at once; targets that wait get an error."""
+        """Close all links at once; server ranks that wait get an error."""
 
 
 class Receiver(ABC):
-    """A target's ends of all its links; kept between pushes."""
+    """A server rank's ends of all its links; kept between refits."""
 
     @classmethod
     @abstractmethod
-    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> Self:
-        """Meet the sources.
+    def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> Self:
+        """Meet the trainer ranks that send here.
 
         Raises:
-            LinkError: somebody did not come.
+            LinkError: a trainer rank did not come.
         """
 
     @abstractmethod
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
-        """The link from one trainer rank."""
+        """Return the link from one trainer rank."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close all connections at once; sources that wait get an error."""
+        """Close all links at once; trainer ranks that wait get an error."""

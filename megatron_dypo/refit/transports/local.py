@@ -1,9 +1,9 @@
-"""Links between processes on one host: shared buffers, and a Unix socket that says which of them are full or free.
+"""Links between processes on one host: shared buffers, and a Unix socket that says which buffers are full or free.
 
-The socket carries one byte for each full buffer and one back for each free one; its end is the loss of the other side.
-A source listens in a folder that only this user can enter, until all its targets have come. The folder may have a long
-name (TMPDIR): sockets are bound and called by way of an open descriptor of it, since a Unix socket's address has 107
-bytes at most.
+The socket carries one byte for each full buffer, and one byte back for each free one. When it closes, the other side is
+lost. A trainer rank listens in a folder that only this user can enter, until all its server ranks have come. The folder
+may have a long name (TMPDIR), but the address of a Unix socket has at most 107 bytes: sockets are bound and reached by
+way of an open descriptor of the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
+from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 from megatron_dypo.refit.transports.rings import Ring, make_ring, open_ring
 
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -35,24 +35,24 @@ class Channel:
         self._connection = connection
         self.ring = ring
 
-    def tell(self, what: bytes, deadline: Deadline) -> None:
-        """Send one byte."""
+    def send_byte(self, what: bytes, deadline: Deadline) -> None:
+        """Send one byte; raises LinkError where that fails."""
         try:
             self._connection.settimeout(deadline.remaining())
             self._connection.sendall(what)
         except OSError as error:  # TimeoutError is one
-            raise LinkError(f"shared memory: {_named(error)}") from error
+            raise LinkError(f"shared memory: {_describe(error)}") from error
 
-    def hear(self, what: bytes, deadline: Deadline) -> None:
-        """Wait for one byte."""
+    def receive_byte(self, what: bytes, deadline: Deadline) -> None:
+        """Wait for one byte; raises LinkError where another one comes, or none."""
         try:
             self._connection.settimeout(deadline.remaining())
-            heard = self._connection.recv(1)
+            received = self._connection.recv(1)
         except OSError as error:
-            raise LinkError(f"shared memory: {_named(error)}") from error
-        if heard != what:
+            raise LinkError(f"shared memory: {_describe(error)}") from error
+        if received != what:
             raise LinkError(
-                f"shared memory: heard {heard!r}, not {what!r}" if heard else "shared memory: closed by peer"
+                f"shared memory: received {received!r}, not {what!r}" if received else "shared memory: closed by peer"
             )
 
     def close(self) -> None:
@@ -64,13 +64,13 @@ class Channel:
 
 
 class LocalSender(Sender):
-    """A ring for each rank of the engine."""
+    """One ring for each rank of the server."""
 
     def __init__(self, channels: Mapping[int, Channel]) -> None:
         self._channels = dict(channels)
 
     @classmethod
-    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> LocalSender:
+    def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> LocalSender:
         folder = tempfile.mkdtemp(prefix="megatron-dypo-")
         channels: dict[int, Channel] = {}
         try:
@@ -78,52 +78,54 @@ class LocalSender(Sender):
                 path = Path(folder) / "refit"
                 with _address(path) as address:
                     listener.bind(address)
-                listener.listen(links.num_targets)
+                listener.listen(links.num_server_ranks)
                 links.store.set(_path_key(links, rank), str(path))
-                while len(channels) < links.num_targets:
-                    target, channel = _accept(listener, links.slot_bytes, deadline)
-                    channels[target] = channel
+                while len(channels) < links.num_server_ranks:
+                    server_rank, channel = _accept(listener, links.slot_bytes, deadline)
+                    channels[server_rank] = channel
         except OSError as error:
             _close(channels.values())
-            missing = sorted(set(range(links.num_targets)) - channels.keys())
-            raise LinkError(f"shared memory: ranks {missing} did not come: {_named(error)}") from error
+            missing = sorted(set(range(links.num_server_ranks)) - channels.keys())
+            raise LinkError(f"shared memory: ranks {missing} did not come: {_describe(error)}") from error
         finally:
             shutil.rmtree(folder)
         return cls(channels)
 
-    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        return _LocalOutgoing(self._channels[target], deadline)
+    def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
+        return LocalOutgoing(self._channels[server_rank], deadline)
 
     def close(self) -> None:
         _close(self._channels.values())
 
 
 class LocalReceiver(Receiver):
-    """A ring of each source."""
+    """One ring for each trainer rank that sends here."""
 
     def __init__(self, channels: Mapping[int, Channel]) -> None:
         self._channels = dict(channels)
 
     @classmethod
-    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> LocalReceiver:
+    def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> LocalReceiver:
         channels: dict[int, Channel] = {}
         for source in links.sources:
             path = links.store.get(_path_key(links, source)).decode()
             try:
-                channels[source] = _call(path, target, links.slot_bytes, deadline)
+                channels[source] = _connect(path, server_rank, links.slot_bytes, deadline)
             except OSError as error:
                 _close(channels.values())
-                raise LinkError(f"shared memory of trainer rank {source}: {path}: {_named(error)}") from error
+                raise LinkError(f"shared memory of trainer rank {source}: {path}: {_describe(error)}") from error
         return cls(channels)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
-        return _LocalIncoming(self._channels[source], deadline)
+        return LocalIncoming(self._channels[source], deadline)
 
     def close(self) -> None:
         _close(self._channels.values())
 
 
-class _LocalOutgoing(Outgoing):
+class LocalOutgoing(Outgoing):
+    """The sending end of one link through shared memory."""
+
     def __init__(self, channel: Channel, deadline: Deadline) -> None:
         self._channel = channel
         self._deadline = deadline
@@ -139,7 +141,7 @@ class _LocalOutgoing(Outgoing):
         if slot.data_ptr() != payload.data_ptr():
             slot.copy_(payload)
         device.synchronize()  # the other process has streams of its own
-        self._channel.tell(_FULL, self._deadline)
+        self._channel.send_byte(_FULL, self._deadline)
         self._num_posted += 1
 
     def drain(self) -> None:
@@ -147,11 +149,13 @@ class _LocalOutgoing(Outgoing):
 
     def _wait_below(self, limit: int) -> None:
         while self._num_posted - self._num_freed >= limit:
-            self._channel.hear(_FREE, self._deadline)
+            self._channel.receive_byte(_FREE, self._deadline)
             self._num_freed += 1
 
 
-class _LocalIncoming(Incoming):
+class LocalIncoming(Incoming):
+    """The receiving end of one link through shared memory."""
+
     def __init__(self, channel: Channel, deadline: Deadline) -> None:
         self._channel = channel
         self._deadline = deadline
@@ -163,37 +167,37 @@ class _LocalIncoming(Incoming):
 
     def take(self) -> Tensor:
         num_bytes, into = self._expected.popleft()
-        self._channel.hear(_FULL, self._deadline)
+        self._channel.receive_byte(_FULL, self._deadline)
         slot = self._channel.ring.slots[self._num_taken % DEPTH, :num_bytes]
         self._num_taken += 1
         return slot if into is None else into.copy_(slot)
 
     def release(self) -> None:
         device.synchronize()
-        self._channel.tell(_FREE, self._deadline)
+        self._channel.send_byte(_FREE, self._deadline)
 
 
-def _path_key(links: EngineLinks, source: int) -> str:
-    return f"socket/{links.engine}/{source}"
+def _path_key(links: ServerLinks, source: int) -> str:
+    return f"socket/{links.server}/{source}"
 
 
 def _accept(listener: socket.socket, slot_bytes: int, deadline: Deadline) -> tuple[int, Channel]:
-    """The next target that comes, given a new ring."""
+    """Wait for the next server rank that connects, and give it a new ring."""
     listener.settimeout(deadline.remaining())
     connection, _ = listener.accept()
     connection.settimeout(deadline.remaining())
-    target = int(connection.recv(64))
+    server_rank = int(connection.recv(64))
     ring = make_ring(DEPTH, slot_bytes)
     socket.send_fds(connection, [ring.offer.encode()], [] if ring.fd is None else [ring.fd])
-    return target, Channel(connection, ring)
+    return server_rank, Channel(connection, ring)
 
 
-def _call(path: str, target: int, slot_bytes: int, deadline: Deadline) -> Channel:
+def _connect(path: str, server_rank: int, slot_bytes: int, deadline: Deadline) -> Channel:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(deadline.remaining())
     with _address(Path(path)) as address:
         connection.connect(address)
-    connection.sendall(str(target).encode())
+    connection.sendall(str(server_rank).encode())
     offer, fds, _, _ = socket.recv_fds(connection, 4096, 1)
     if not offer:
         raise ConnectionError("closed by peer")
@@ -202,7 +206,7 @@ def _call(path: str, target: int, slot_bytes: int, deadline: Deadline) -> Channe
 
 @contextlib.contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """An address for the socket at ``path`` that is short, however long the path is (Linux)."""
+    """Yield a short address for the socket at ``path``, however long the path is (Linux)."""
     if not _DESCRIPTORS.is_dir():
         yield str(path)
         return
@@ -218,5 +222,5 @@ def _close(channels: Iterable[Channel]) -> None:
         channel.close()
 
 
-def _named(error: OSError) -> str:
+def _describe(error: OSError) -> str:
     return str(error) or type(error).__name__

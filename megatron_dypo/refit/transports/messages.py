@@ -1,4 +1,4 @@
-"""How the transfers of one link are cut into messages: computed on both ends, so that no header travels. Pure."""
+"""Cuts the transfers of one link into messages. Both ends compute them, so that no header is sent. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.checks import require
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.plan.refit_plan import Transfer
 
 _ALIGN = 16
 """Each part of a message starts at a multiple of this many bytes, so that it can be viewed in its dtype."""
 _ALONE = 256 * 1024
-"""A part of so many bytes travels by itself: where it is contiguous, straight from or into its parameter."""
+"""A part of that many bytes is a message on its own: where it is contiguous, straight from or into its parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Bytes that travel at once."""
+    """Bytes that are sent at once."""
 
     parts: tuple[Part, ...]
     num_bytes: int
 
 
 def cut(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit: int) -> Iterator[Message]:
-    """Messages of at most ``limit`` bytes, to parameters of the given ``dtypes``: large parts alone, small ones together.
+    """Cut transfers into messages of at most ``limit`` bytes: large parts alone, small ones together.
+
+    ``dtypes``: of the server rank's parameters.
 
     Raises:
         ValueError: one row is longer than ``limit``.
@@ -62,21 +64,21 @@ def cut(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor; a view."""
+    """View a contiguous tensor as bytes."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def part_of(message: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
-    """View of one part in the bytes of its message: [rows, cols] in the parameter's ``dtype``."""
+    """View one part in the bytes of its message: [rows, cols] in the parameter's ``dtype``."""
     return message[part.offset : part.offset + part.num_bytes].view(dtype).view(part.rows, -1)
 
 
 def _parts(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit: int) -> Iterator[Part]:
-    """Transfers, cut by rows where they are longer than ``limit``; offsets are still to come."""
+    """Cut transfers by rows where they are longer than ``limit``; offsets are still to be set."""
     index = 0
     for transfer in transfers:
-        row_bytes = transfer.cols * dtypes[transfer.target_name].itemsize
-        require(row_bytes <= limit, f"message limit={limit}", f"a row of {transfer.target_name} has {row_bytes} bytes")
+        row_bytes = transfer.cols * dtypes[transfer.served_name].itemsize
+        require(row_bytes <= limit, f"message limit={limit}", f"a row of {transfer.served_name} has {row_bytes} bytes")
         rows_at_once = limit // row_bytes
         for first in range(0, transfer.rows, rows_at_once):
             rows = min(rows_at_once, transfer.rows - first)

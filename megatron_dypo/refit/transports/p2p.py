@@ -1,8 +1,8 @@
-"""Links over torch.distributed: one process group for each engine, of the sources that send to it and its own ranks.
+"""Links over torch.distributed: one process group per server, of the trainer ranks that send to it and its own ranks.
 
-The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every engine has
-its own, so that the loss of one is no error on the links to another. Ranks in a group: the sources in ascending order,
-then the engine's ranks.
+The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every server has
+its own group, so that the loss of one server is no error on the links to another. Ranks in a group: the trainer ranks
+in ascending order, then the server's ranks.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dypo.mcore import compat
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import DEPTH, EngineLinks, Incoming, LinkError, Outgoing, Receiver, Sender
+from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
 
 
 class GroupSender(Sender):
-    """See the module's docstring."""
+    """A trainer rank's ends of its links to one server, in the group of that server."""
 
-    def __init__(self, group: Any, links: EngineLinks) -> None:
+    def __init__(self, group: Any, links: ServerLinks) -> None:
         self._group = group
         self._links = links
-        self._ends: dict[int, _GroupOutgoing] = {}
+        self._ends: dict[int, GroupOutgoing] = {}
 
     @classmethod
-    def connect(cls, links: EngineLinks, rank: int, deadline: Deadline) -> GroupSender:
+    def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> GroupSender:
         return cls(_join(links, links.sources.index(rank), deadline), links)
 
-    def outgoing(self, target: int, deadline: Deadline) -> Outgoing:
-        peer = len(self._links.sources) + target
-        self._ends[target] = _GroupOutgoing(self._group, peer, self._links.slot_bytes, deadline)
-        return self._ends[target]
+    def outgoing(self, server_rank: int, deadline: Deadline) -> Outgoing:
+        peer = len(self._links.sources) + server_rank
+        self._ends[server_rank] = GroupOutgoing(self._group, peer, self._links.slot_bytes, deadline)
+        return self._ends[server_rank]
 
     def close(self) -> None:
         self._group = None  # the sockets close with the last reference
@@ -46,20 +47,20 @@ class GroupSender(Sender):
 
 
 class GroupReceiver(Receiver):
-    """See the module's docstring."""
+    """A server rank's ends of all its links, in the group of its server."""
 
-    def __init__(self, group: Any, links: EngineLinks) -> None:
+    def __init__(self, group: Any, links: ServerLinks) -> None:
         self._group = group
         self._links = links
-        self._ends: dict[int, _GroupIncoming] = {}
+        self._ends: dict[int, GroupIncoming] = {}
 
     @classmethod
-    def connect(cls, links: EngineLinks, target: int, deadline: Deadline) -> GroupReceiver:
-        return cls(_join(links, len(links.sources) + target, deadline), links)
+    def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> GroupReceiver:
+        return cls(_join(links, len(links.sources) + server_rank, deadline), links)
 
     def incoming(self, source: int, deadline: Deadline) -> Incoming:
         peer = self._links.sources.index(source)
-        self._ends[source] = _GroupIncoming(self._group, peer, self._links.slot_bytes, deadline)
+        self._ends[source] = GroupIncoming(self._group, peer, self._links.slot_bytes, deadline)
         return self._ends[source]
 
     def close(self) -> None:
@@ -68,13 +69,15 @@ class GroupReceiver(Receiver):
             end.abandon()
 
 
-def _join(links: EngineLinks, rank: int, deadline: Deadline) -> Any:
-    store = dist.PrefixStore(f"engine-{links.engine}", links.store)
-    with _named_errors():
-        return device.separate_group(store, rank, len(links.sources) + links.num_targets, _timeout(deadline))
+def _join(links: ServerLinks, rank: int, deadline: Deadline) -> Any:
+    store = dist.PrefixStore(f"server-{links.server}", links.store)
+    with _as_link_errors():
+        return compat.separate_group(store, rank, len(links.sources) + links.num_server_ranks, _timeout(deadline))
 
 
-class _GroupOutgoing(Outgoing):
+class GroupOutgoing(Outgoing):
+    """The sending end of one link over a group."""
+
     def __init__(self, group: Any, peer: int, slot_bytes: int, deadline: Deadline) -> None:
         self._group = group
         self._peer = peer
@@ -86,7 +89,7 @@ class _GroupOutgoing(Outgoing):
         self._pending: deque[tuple[Any, Tensor]] = deque()
 
     def stage(self, num_bytes: int) -> Tensor:
-        """With less than DEPTH messages under way, the slot of DEPTH posts ago is free."""
+        """Return the slot of DEPTH posts ago, which is free when fewer than DEPTH messages are under way."""
         self._wait_below(DEPTH)
         if len(self._slots) < DEPTH:
             self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8, device=device.device()))
@@ -96,7 +99,7 @@ class _GroupOutgoing(Outgoing):
 
     def post(self, payload: Tensor) -> None:
         self._wait_below(DEPTH)
-        with _named_errors():
+        with _as_link_errors():
             self._pending.append((self._group.send([payload], self._peer, 0), payload))
 
     def drain(self) -> None:
@@ -104,18 +107,20 @@ class _GroupOutgoing(Outgoing):
         device.synchronize()
 
     def abandon(self) -> None:
-        """Let go of the group, and of work under way, which holds its sockets open."""
+        """Drop the group and the work under way, which both hold its sockets open."""
         self._group = None
         self._pending.clear()
 
     def _wait_below(self, limit: int) -> None:
         while len(self._pending) >= limit:
             work, _ = self._pending.popleft()
-            with _named_errors():
+            with _as_link_errors():
                 work.wait(_timeout(self._deadline))
 
 
-class _GroupIncoming(Incoming):
+class GroupIncoming(Incoming):
+    """The receiving end of one link over a group."""
+
     def __init__(self, group: Any, peer: int, slot_bytes: int, deadline: Deadline) -> None:
         self._group = group
         self._peer = peer
@@ -135,17 +140,17 @@ class _GroupIncoming(Incoming):
                 self._num_slots += 1
             slot = self._free.pop()
             into = slot[:num_bytes]
-        with _named_errors():
+        with _as_link_errors():
             self._pending.append((self._group.recv([into], self._peer, 0), into, slot))
 
     def take(self) -> Tensor:
         work, buffer, self._taken = self._pending.popleft()
-        with _named_errors():
+        with _as_link_errors():
             work.wait(_timeout(self._deadline))
         return buffer
 
     def abandon(self) -> None:
-        """As of the other end."""
+        """Drop the group and the work under way, which both hold its sockets open."""
         self._group = None
         self._pending.clear()
 
@@ -156,8 +161,8 @@ class _GroupIncoming(Incoming):
 
 
 @contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
-    """torch.distributed raises RuntimeError for whatever happens to a connection."""
+def _as_link_errors() -> Iterator[None]:
+    """Raise LinkError for the RuntimeError that torch.distributed raises whatever happens to a connection."""
     try:
         yield
     except (RuntimeError, TimeoutError) as error:

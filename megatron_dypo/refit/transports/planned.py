@@ -1,194 +1,165 @@
-"""Weights shard to shard: each rank sends to each rank of each server exactly the slices that this one needs, once.
+"""The planned transports, ``p2p`` and ``local``: each rank sends each server rank the slices that it needs, once.
 
-The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. What a push tells them is a
-:class:`ControlMessage`; the links, and a store on which both sides meet, stay open between pushes.
+The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. A :class:`ControlMessage` tells them
+of each refit. The links, and a store on which both sides meet, stay open between refits.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import datetime
 import functools
 import uuid
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.quantized.names import Quantization
-from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.plan.plan import RefitPlan
-from megatron_dypo.refit.receiver import GO
+from megatron_dypo.refit.lockstep import Lockstep
+from megatron_dypo.refit.plan.refit_plan import RefitPlan
 from megatron_dypo.refit.shard_quantizer import ShardQuantizer
 from megatron_dypo.refit.slices import ShardSlices, SliceSource
-from megatron_dypo.refit.transports.base import Lockstep, Source, Transport
-from megatron_dypo.refit.transports.in_threads import let_go
+from megatron_dypo.refit.source import Source
+from megatron_dypo.refit.transports.base import Connection, Step
 from megatron_dypo.refit.transports.links import DEPTH
-from megatron_dypo.refit.transports.sources import SourceRank
-from megatron_dypo.refit.transports.targets import Targets, engine_layout
+from megatron_dypo.refit.transports.server_ranks import Offer, ServerRanks, server_mesh
+from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 from megatron_dypo.refit.transports.update_group import address_towards
 
 _SMALLEST_SLOT, _LARGEST_SLOT = 2**20, 16 * 2**20
 """Bytes of one staging buffer; larger ones gain nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """What every trainer rank has to know of a new connection."""
+class PlannedConnection(Connection):
+    """This rank's links to server ranks; on the leader also the calls that tell the servers of each refit."""
 
-    urls: tuple[str, ...]
-    message: ControlMessage
-    """To the first rank of the first engine; the others are told the same but for their place."""
+    def __init__(self, trainer_rank: TrainerRank, server_ranks: ServerRanks | None) -> None:
+        """``server_ranks``: on the global leader, None on the other ranks."""
+        self._trainer_rank = trainer_rank
+        self._server_ranks = server_ranks
+        self._num_refits = 0
 
-
-class PlannedTransport(Transport):
-    """See the module's docstring. ``control`` is None on ranks that lead nothing."""
-
-    def __init__(
-        self,
+    @classmethod
+    def open(
+        cls,
         source: Source,
         control: SGLangControl | None,
         lockstep: Lockstep,
-        *,
         kind: Literal["p2p", "local"],
-        bucket_bytes: int,
-        verify: Verify,
-        quantization: Quantization = "none",
-    ) -> None:
-        """``bucket_bytes``: limit of all staging buffers of a rank together."""
-        self._source = source
-        self._control = control if source.layout.is_global_leader else None
-        self._lockstep = lockstep
-        self._kind = kind
-        self._bucket_bytes = bucket_bytes
-        self._verify = verify
-        self._quantization = quantization
-        self._meeting: Meeting | None = None
-        self._store: dist.Store | None = None
-        self._targets: Targets | None = None
-        self._rank: SourceRank | None = None
-        self._num_pushes = 0
+        config: RefitConfig,
+        deadline: Deadline,
+    ) -> PlannedConnection:
+        """Connect all ranks with all servers. Collective over the world; ``control``: on the global leader.
 
-    def send(self, version: int, deadline: Deadline) -> int:
-        try:
-            num_bytes = self._send(version, deadline)
-        except RuntimeError as error:
-            let_go(error)
-            raise
-        self._num_pushes += 1
-        return num_bytes
+        Raises:
+            RefitError: on all ranks; nothing stays open.
+        """
+        with contextlib.ExitStack() as undo:
+            server_ranks = lockstep.run(
+                functools.partial(_meet, source, control, kind, config, deadline) if control else None
+            )
+            if server_ranks is not None:
+                undo.callback(server_ranks.abort)
+            offers = lockstep.gather(server_ranks.offer if server_ranks else None)
+            offer = next(offer for offer in offers if offer is not None)
+            lockstep.run(functools.partial(server_ranks.ask_to_connect, deadline) if server_ranks else None)
+            trainer_rank = lockstep.run(functools.partial(_prepare, source, offer, config, deadline))
+            undo.callback(trainer_rank.close)
+            lockstep.run(server_ranks.let_connect if server_ranks else None)
+            lockstep.run(functools.partial(trainer_rank.connect, offer.message.transport, deadline))
+            lockstep.run(functools.partial(server_ranks.collect, 0) if server_ranks else None)
+            undo.pop_all()
+        return cls(trainer_rank, server_ranks)
 
-    def reset(self) -> None:
-        if self._rank is not None:
-            self._rank.close()
-        if self._targets is not None:
-            self._targets.close()
-        # With the last reference to the store go the receivers that still wait on it.
-        self._meeting = self._store = self._targets = self._rank = None
-        self._num_pushes = 0
+    def steps(self, version: int, deadline: Deadline) -> Iterator[Step]:
+        self._num_refits += 1
+        refit, server_ranks = self._num_refits, self._server_ranks
+        yield functools.partial(server_ranks.announce, refit, version, deadline) if server_ranks else None
+        yield functools.partial(self._trainer_rank.send, version, deadline)
+        yield functools.partial(server_ranks.collect, refit) if server_ranks else None
+
+    def abort(self) -> None:
+        self._trainer_rank.close()
+        if self._server_ranks is not None:
+            self._server_ranks.abort()
 
     def close(self) -> None:
-        self.reset()
+        self.abort()
 
-    def _send(self, version: int, deadline: Deadline) -> int:
-        leads = self._control is not None
-        is_new = self._rank is None
-        if is_new:
-            met = self._lockstep.run(functools.partial(self._meet, deadline) if leads else None)
-            self._meeting = self._lockstep.gather(met)[0]
-        self._lockstep.run(functools.partial(self._announce, version, deadline, is_new) if leads else None)
-        if is_new:
-            self._lockstep.run(functools.partial(self._prepare, deadline))
-        return self._lockstep.run(functools.partial(self._transfer, version, deadline, is_new)) or 0
 
-    def _meet(self, deadline: Deadline) -> Meeting:
-        """Ask the servers for their layouts, and open a store for them."""
-        assert self._control is not None
-        engines = tuple(engine_layout(info) for info in self._control.describe(deadline))
-        inputs = PlanInputs(
-            arch=self._source.arch,
-            source=self._source.layout.mesh,
-            engines=engines,
-            quantization=self._quantization,
-            element_size=next(iter(self._source.named_params()))[1].element_size(),
-        )
-        plan = inputs.make_plan()
-        host = address_towards(self._control.urls)
-        timeout = datetime.timedelta(seconds=deadline.seconds)
-        store = dist.TCPStore(host, 0, None, True, timeout=timeout, wait_for_workers=False)
-        self._store, self._targets = store, Targets(self._control, store, plan)
-        message = ControlMessage(
-            plan=inputs,
-            engine=0,
-            target=0,
-            transport=self._kind,
-            store_host=host,
-            store_port=store.port,
-            connection=uuid.uuid4().hex,
-            is_new=True,
-            slot_bytes=slot_bytes(plan, self._bucket_bytes),
-            push=0,
-            version=0,
-            verify=self._verify,
-            timeout_s=deadline.seconds,
-        )
-        return Meeting(urls=self._control.urls, message=message)
+def _meet(
+    source: Source,
+    control: SGLangControl,
+    kind: Literal["p2p", "local"],
+    config: RefitConfig,
+    deadline: Deadline,
+) -> ServerRanks:
+    """Ask the servers for their sizes, and open a store for them and for all trainer ranks."""
+    inputs = PlanInputs(
+        arch=source.arch,
+        source=source.layout.mesh,
+        servers=tuple(server_mesh(info) for info in control.describe(deadline)),
+        quantization=config.quantize,
+        element_size=next(iter(source.named_params()))[1].element_size(),
+    )
+    plan = inputs.make_plan()
+    host = address_towards(control.urls)
+    timeout = datetime.timedelta(seconds=deadline.seconds)
+    store = dist.TCPStore(host, 0, None, True, timeout=timeout, wait_for_workers=False)
+    message = ControlMessage(
+        plan=inputs,
+        server=0,
+        server_rank=0,
+        transport=kind,
+        store_host=host,
+        store_port=store.port,
+        connection=uuid.uuid4().hex,
+        slot_bytes=slot_bytes(plan, config.bucket_mib * 2**20),
+        refit=0,
+        version=0,
+        verify=config.verify,
+        timeout_s=deadline.seconds,
+    )
+    return ServerRanks(control, store, plan, message)
 
-    def _announce(self, version: int, deadline: Deadline, is_new: bool) -> None:
-        """Tell the engines; of a new connection also hear, and check, what they hold."""
-        assert self._meeting is not None
-        assert self._targets is not None
-        message = dataclasses.replace(
-            self._meeting.message,
-            is_new=is_new,
-            push=self._num_pushes,
-            version=version,
-            timeout_s=deadline.remaining(),
-        )
-        self._targets.start(message, deadline)
-        if is_new:
-            self._targets.check_inventories(self._num_pushes, deadline)
 
-    def _prepare(self, deadline: Deadline) -> None:
-        """Compute this rank's part of the plan."""
-        assert self._meeting is not None
-        message = self._meeting.message
-        if self._store is None:
-            timeout = datetime.timedelta(seconds=deadline.seconds)
-            self._store = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
-        plan, rank = message.plan.make_plan(), self._source.layout.rank
-        self._rank = SourceRank(plan, rank, self._store, self._meeting.urls, message.slot_bytes)
+def _prepare(source: Source, offer: Offer, config: RefitConfig, deadline: Deadline) -> TrainerRank:
+    """Compute this rank's part of the plan."""
+    message = offer.message
+    timeout = datetime.timedelta(seconds=deadline.seconds)
+    store = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
+    return TrainerRank(
+        message.plan.make_plan(),
+        source.layout.rank,
+        store,
+        offer.urls,
+        message.slot_bytes,
+        make_slices=functools.partial(_slices, source, config.quantize),
+        verify=message.verify,
+    )
 
-    def _transfer(self, version: int, deadline: Deadline, is_new: bool) -> int:
-        """Send this rank's part; the leader then hears from all engines."""
-        assert self._rank is not None
-        assert self._store is not None
-        if is_new:
-            if self._targets is not None:
-                self._store.set(GO, "")
-            self._rank.connect(self._kind, deadline)
-        num_bytes = self._rank.send(self._slices(), version, self._verify, deadline)
-        if self._targets is not None:
-            self._targets.collect(self._num_pushes)
-        return num_bytes
 
-    def _slices(self) -> SliceSource:
-        """Collective over tensor-parallel groups where weights are quantised."""
-        source = self._source
-        if self._quantization == "none":
-            return ShardSlices(source.named_params(), source.arch)
-        return ShardQuantizer(source.named_params(), source.arch, source.layout, self._quantization)
+def _slices(source: Source, quantization: Quantization) -> SliceSource:
+    """Return the slices of the parameters as they are now.
+
+    Collective over the tensor-parallel groups where weights are quantised.
+    """
+    if quantization == "none":
+        return ShardSlices(source.named_params(), source.arch)
+    return ShardQuantizer(source.named_params(), source.arch, source.layout, quantization)
 
 
 def slot_bytes(plan: RefitPlan, bucket_bytes: int) -> int:
-    """Size of one staging buffer, such that those of all links of any rank make one bucket."""
-    links: Counter[tuple[str, ...] | tuple[str, int, int]] = Counter()
-    for source, engine, target in plan.link_bytes():
-        links["source", source, 0] += 1
-        links["target", engine, target] += 1
+    """Return the size of one staging buffer, such that the buffers of all links of any rank fit in ``bucket_bytes``."""
+    links: Counter[tuple[str, int, int]] = Counter()
+    for source, server, server_rank in plan.link_bytes():
+        links["trainer", source, 0] += 1
+        links["server", server, server_rank] += 1
     share = bucket_bytes // (DEPTH * max(links.values()))
     return min(max(share, _SMALLEST_SLOT), _LARGEST_SLOT) // 4096 * 4096

@@ -1,6 +1,8 @@
-"""A few buffers that a source writes and a target on the same host reads: host memory, or a GPU's by CUDA IPC.
+"""A few buffers that a trainer rank writes and a server rank on the same host reads.
 
-Neither has a name in the file system: host memory goes to the target as a file descriptor, a GPU's as an IPC handle.
+They are host memory, or a GPU's memory shared by CUDA IPC.
+
+Neither has a name in the file system: the server rank gets host memory as a file descriptor, a GPU's as an IPC handle.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dypo.mcore import compat
 from megatron_dypo.parallel import device
 
 
 class Ring:
-    """[slots, bytes] uint8 shared by two processes; who may touch which slot is agreed upon elsewhere."""
+    """[slots, bytes] uint8 shared by two processes, which agree elsewhere on who may touch which slot."""
 
     def __init__(self, slots: Tensor, offer: str, fd: int | None) -> None:
         self.slots = slots
@@ -35,10 +38,10 @@ class Ring:
 
 
 def make_ring(num_slots: int, slot_bytes: int) -> Ring:
-    """A new ring, on this rank's device."""
+    """Make a ring on this rank's device."""
     if device.on_gpu():
         slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8, device=device.device())
-        return Ring(slots, json.dumps({"handle": _encoded(device.share_storage(slots.untyped_storage()))}), None)
+        return Ring(slots, json.dumps({"handle": _encoded(compat.share_storage(slots.untyped_storage()))}), None)
     fd = os.memfd_create("megatron-dypo-refit")
     os.ftruncate(fd, num_slots * slot_bytes)
     offer = json.dumps({"shape": [num_slots, slot_bytes]})
@@ -46,10 +49,10 @@ def make_ring(num_slots: int, slot_bytes: int) -> Ring:
 
 
 def open_ring(offer: str, fd: int | None, num_slots: int, slot_bytes: int) -> Ring:
-    """The ring that another process made."""
+    """Open the ring that another process made."""
     if fd is not None:
         return Ring(_mapped(fd, num_slots, slot_bytes), offer, fd)
-    storage = device.open_storage(_decoded(json.loads(offer)["handle"]))
+    storage = compat.open_storage(_decoded(json.loads(offer)["handle"]))
     slots = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).view(num_slots, slot_bytes)
     return Ring(slots, offer, None)
 

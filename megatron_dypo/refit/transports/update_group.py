@@ -6,21 +6,24 @@ import datetime
 import functools
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
+from torch import Tensor
 
-from megatron_dypo.refit.control import ServerError, ServerInfo, SGLangControl
+from megatron_dypo.mcore import compat
+from megatron_dypo.parallel import device
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.buckets import Bucket
 
-_POLL_S = 0.0005
+T = TypeVar("T")
 
 
 class UpdateGroup:
@@ -29,12 +32,12 @@ class UpdateGroup:
     def __init__(self, control: SGLangControl, name: str, store: Any, group: dist.ProcessGroup) -> None:
         self._control = control
         self._name = name
-        self._store = store  # the servers' side talks to it as long as the group lives
+        self._store = store  # the servers talk to it as long as the group lives
         self._group = group
 
     @classmethod
     def form(cls, control: SGLangControl, backend: str, deadline: Deadline) -> UpdateGroup:
-        """Make a new group, under a name of its own.
+        """Form a new group, under a name of its own.
 
         Raises:
             ServerError: a server did not join.
@@ -52,9 +55,8 @@ class UpdateGroup:
             bodies.append({**common, "rank_offset": offset, "group_name": name, "backend": backend})
             offset += info.tensor_parallel
         joined = control.start_init_group(bodies, deadline)
-        made = _in_daemon_thread(functools.partial(_join, store, world_size, name, backend, timeout))
-        _wait(joined, made.done, deadline)
-        group = made.result()
+        join = functools.partial(compat.join_as_rank_0, store, world_size, name, backend, timeout)
+        group = _await(_in_daemon_thread(join), joined, deadline)
         joined.result()
         return cls(control, name, store, group)
 
@@ -70,14 +72,13 @@ class UpdateGroup:
             "shapes": bucket.shapes,
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            # Here, not by /flush_cache: that one also collects the server's garbage, which takes longer than a push.
+            # Here, not by /flush_cache: that also collects the server's garbage, which takes longer than a refit.
             "flush_cache": True,
         }
         loaded = self._control.start_update(body, deadline)
         try:
             work = dist.broadcast(bucket.payload, src=0, group=self._group, async_op=True)
-            _wait(loaded, work.is_completed, deadline)
-            work.wait()
+            _await(_in_daemon_thread(functools.partial(_finish, work, bucket.payload)), loaded, deadline)
         except RuntimeError as error:
             if isinstance(error, ServerError):
                 raise
@@ -89,7 +90,7 @@ class UpdateGroup:
     def abandon(self) -> None:
         """Leave at once: closing the connections frees servers that wait for a broadcast.
 
-        A broadcast that is still under way holds the closing up until it times out, hence the thread.
+        A broadcast that is under way delays the closing until it times out, so a thread does it.
         """
         _in_daemon_thread(functools.partial(dist.destroy_process_group, self._group))
 
@@ -100,13 +101,13 @@ class UpdateGroup:
 
 
 def address_towards(urls: Sequence[str]) -> str:
-    """This host's address on the way to the servers: a loopback address only where all servers are local."""
+    """Return this host's address on the way to the servers: a loopback address only where all servers are local."""
     address = "127.0.0.1"
     for url in urls:
         parts = urlsplit(url)
-        family, kind, _, _, target = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, server = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(target)  # a datagram socket sends nothing; it only looks the route up
+            probe.connect(server)  # a datagram socket sends nothing; it only looks the route up
             address = probe.getsockname()[0]
         if not address.startswith("127.") and address != "::1":
             break
@@ -120,41 +121,37 @@ def _require_plain(info: ServerInfo) -> None:
             raise ServerError(f"{info.url}: {name}={size}: SGLang's distributed update needs 1; use transport=disk")
 
 
-def _join(store: Any, world_size: int, name: str, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
-    """Rank 0 of a group outside the default one, as SGLang makes its other ranks (``init_custom_process_group``)."""
-    make: Any = c10d._new_process_group_helper
-    group, _ = make(
-        world_size,
-        0,
-        [],
-        c10d.Backend(backend),
-        c10d.PrefixStore(name, store),
-        group_name=name,
-        backend_options=None,
-        timeout=timeout,
-    )
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-    return group
-
-
-def _in_daemon_thread(action: Callable[[], Any]) -> Future[Any]:
-    """Run a call that cannot be interrupted where it holds up neither us nor the end of the process."""
-    future: Future[Any] = Future()
+def _in_daemon_thread(action: Callable[[], T]) -> Future[T]:
+    """Run a call that cannot be interrupted in a thread that neither we nor the end of the process have to wait for."""
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(action())
-        except RuntimeError as error:
+        except BaseException as error:  # noqa: BLE001, raised by whoever waits for the result
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     return future
 
 
-def _wait(answers: Future[Any], is_done: Callable[[], bool], deadline: Deadline) -> None:
-    """Until ``is_done``, as long as no answer is an error and there is time."""
-    while not is_done():
-        if answers.done():
-            answers.result()
-            deadline.remaining()  # before that the answers' own deadline counts: theirs names the server
-        time.sleep(_POLL_S)
+def _await(made: Future[T], answers: Future[Any], deadline: Deadline) -> T:
+    """Wait for ``made`` and return its result, as long as no answer is an error.
+
+    Raises:
+        ServerError: an answer is an error. Until there are answers their own deadline counts: its error names the
+        server. TimeoutError: all servers have answered, and the deadline has passed.
+    """
+    wait([made, answers], return_when=FIRST_COMPLETED)
+    if not made.done():
+        answers.result()
+    while not made.done():
+        wait([made], timeout=deadline.remaining())
+    return made.result()
+
+
+def _finish(work: dist.Work, payload: Tensor) -> None:
+    """Wait until a broadcast has ended, also on the GPU."""
+    work.wait()
+    if device.on_gpu():
+        torch.accelerator.synchronize(payload.device)

@@ -33,13 +33,13 @@ class Recorder:
 
     serving = ("server",)
     bytes = fenced = rejoined = retries = 0
-    pause_seconds = 0.0
+    pause_seconds = seconds = 0.0
 
     def __init__(self) -> None:
         self.pushed: list[int] = []
         self.metrics: dict[int, dict[str, float]] = {}
 
-    def push(self, version: int) -> Recorder:
+    def refit(self, version: int) -> Recorder:
         self.pushed.append(version)
         return self
 

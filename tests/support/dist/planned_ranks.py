@@ -1,4 +1,4 @@
-"""What the ranks of planned pushes between stand-ins do; they return plain data, which the tests judge."""
+"""What the ranks of planned refits between stand-ins do; they return plain data, which the tests judge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.trainer_shards import Mesh
 from tests.support.refit_standins import held_names, plain_layout, shard
 from tests.support.fake_control import KEY
 
@@ -24,8 +24,8 @@ BUCKET_MB = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Push:
-    """What each rank of a test pushes, and how."""
+class Refit:
+    """What each rank of a test refits, and how."""
 
     arch: Architecture
     axes: Mesh
@@ -72,48 +72,48 @@ class Allocations(TorchDispatchMode):
             threading.Thread = plain  # type: ignore[misc]
 
 
-def rank_push(push: Push) -> list[dict[str, Any]]:
-    """One push for each seed; what each came to."""
-    from megatron_dypo.config.refit import WeightsConfig
-    from megatron_dypo.refit.refitter import Bridge
-    from megatron_dypo.refit.transports.base import PushError
+def rank_refit(refit: Refit) -> list[dict[str, Any]]:
+    """One refit for each seed; what each came to."""
+    from megatron_dypo.config.refit import RefitConfig
+    from megatron_dypo.refit.refitter import Refitter
+    from megatron_dypo.refit.lockstep import RefitError
 
     dist.init_process_group("gloo")
-    layout = plain_layout(push.axes, dist.get_rank())
-    params: dict[str, Any] = dict.fromkeys(held_names(push.arch, push.axes, layout))
-    config = WeightsConfig(
-        transport=push.kind,  # type: ignore[arg-type]
-        verify=push.verify,  # type: ignore[arg-type]
-        quantize=push.quantize,  # type: ignore[arg-type]
+    layout = plain_layout(refit.axes, dist.get_rank())
+    params: dict[str, Any] = dict.fromkeys(held_names(refit.arch, refit.axes, layout))
+    config = RefitConfig(
+        transport=refit.kind,  # type: ignore[arg-type]
+        verify=refit.verify,  # type: ignore[arg-type]
+        quantize=refit.quantize,  # type: ignore[arg-type]
         bucket_mib=BUCKET_MB,
-        deadline_s=push.deadline_s,
+        deadline_s=refit.deadline_s,
     )
     folder = Path("unused")
-    bridge = Bridge(
+    refitter = Refitter(
         layout,
-        push.arch,
+        refit.arch,
         lambda: params.items(),
-        urls=push.urls,
+        urls=refit.urls,
         api_key=KEY,
         config=config,
         run_dir=folder,
         hf_reference=folder,
     )
-    dist.barrier()  # the first collective imports a good part of torch, which is no part of a push
+    dist.barrier()  # the first collective imports a good part of torch, which is no part of a refit
     outcomes = []
-    for version, seed in enumerate(push.seeds):
-        params.update({name: shard(name, push.arch, layout, seed, push.dtype) for name in params})
+    for version, seed in enumerate(refit.seeds):
+        params.update({name: shard(name, refit.arch, layout, seed, refit.dtype) for name in params})
         allocations, start, error, num_bytes = Allocations(), time.monotonic(), "", 0
         try:
             with allocations.in_all_threads():
-                num_bytes = bridge.push(version).bytes
-        except PushError as caught:
+                num_bytes = refitter.refit(version).bytes
+        except RefitError as caught:
             error = str(caught)
         owned = max(param.numel() * param.element_size() for param in params.values())
         seconds = time.monotonic() - start
         outcomes.append(
             {"error": error, "seconds": seconds, "bytes": num_bytes, "largest": allocations.largest, "owned": owned}
         )
-    bridge.close()
+    refitter.close()
     dist.destroy_process_group()
     return outcomes

@@ -1,8 +1,10 @@
-"""``megatron-dypo train`` in which servers are killed at given moments: python -m tests.support.e2e.killing_run CONFIG MOMENTS.
+"""``megatron-dypo train`` in which servers are killed at given moments: python -m tests.support.e2e.killing_run CONFIG
+MOMENTS.
 
 MOMENTS is a JSON list of [event, server, delay in seconds]. A moment comes at the next ``event`` that concerns its
-server: ``generate``, or a control route such as ``/pause_generation``; the server is killed that much later, at 0 before
-the request goes out. One moment comes after the other, each when its server takes part again: a push waits for that.
+server: ``generate``, or a control route such as ``/pause_generation``; the server is killed that much later, at 0
+before the request goes out. One moment comes after the other, each when its server takes part again: a refit waits for
+that.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from typing import Any
 from megatron_dypo.config.load import load_config
 from megatron_dypo.launch.start import launch
 from megatron_dypo.refit.control import SGLangControl
-from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.server.probe import http_status
-from tests.support.e2e.pushing_ranks import kill_server
+from tests.support.e2e.refitting_ranks import kill_server
 
 log = logging.getLogger("megatron_dypo.killing_run")
 
@@ -31,13 +33,13 @@ class Killer:
 
     def __init__(self, moments: list[tuple[str, int, float]]) -> None:
         self._moments = moments
-        self._urls: tuple[str, ...] = ()
+        self.urls: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._under_way: threading.Thread | None = None
         self.serving: tuple[str, ...] = ()
 
     def watch(self, urls: tuple[str, ...]) -> None:
-        self._urls = self._urls or urls
+        self.urls = self.urls or urls
 
     def notice(self, event: str, url: str) -> None:
         """A request of this kind is about to go to a server."""
@@ -45,10 +47,10 @@ class Killer:
             if not self._moments:
                 return
             expected, index, delay_s = self._moments[0]
-            if event != expected or url != self._urls[index] or url not in self.serving:
+            if event != expected or url != self.urls[index] or url not in self.serving:
                 return
             self._moments.pop(0)
-            self.serving = ()  # nothing more until a push has gathered the servers
+            self.serving = ()  # nothing more until a refit has gathered the servers
         log.info("killing %s %.3f s after %s", url, delay_s, event)
         if delay_s == 0:
             kill_server(url)
@@ -61,32 +63,32 @@ class Killer:
         if self._under_way is not None:
             self._under_way.join()
         deadline = time.monotonic() + deadline_s
-        while any(http_status(f"{url}/health", None) != 200 for url in self._urls):
+        while any(http_status(f"{url}/health", None) != 200 for url in self.urls):
             assert time.monotonic() < deadline, "a server did not come back"
             time.sleep(0.2)
 
 
 def install(killer: Killer) -> None:
-    """Have the client, the bridge and its control tell the killer what they do."""
-    post, call, push = SGLangClient._post, SGLangControl._call, Bridge.push
+    """Have the client, the refitter and its control tell the killer what they do."""
+    post, call, refit = SGLangClient._post, SGLangControl.call, Refitter.refit
 
     async def noticed_post(self: Any, url: str, body: bytes) -> Any:
         killer.notice("generate", url)
         return await post(self, url, body)
 
-    async def noticed_call(self: Any, session: Any, method: str, url: str, path: str, *rest: Any) -> Any:
+    async def noticed_call(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
         killer.notice(path, url)
-        return await call(self, session, method, url, path, *rest)
+        return await call(self, method, url, path, *rest)
 
-    def waiting_push(self: Any, version: int) -> Any:
+    def waiting_refit(self: Any, version: int) -> Any:
         killer.watch(self.serving)
         killer.await_all()
-        killer.serving = killer._urls if version else ()
-        return push(self, version)
+        killer.serving = killer.urls if version else ()
+        return refit(self, version)
 
     SGLangClient._post = noticed_post  # type: ignore[method-assign]
-    SGLangControl._call = noticed_call  # type: ignore[method-assign]
-    Bridge.push = waiting_push  # type: ignore[method-assign]
+    SGLangControl.call = noticed_call  # type: ignore[method-assign]
+    Refitter.refit = waiting_refit  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

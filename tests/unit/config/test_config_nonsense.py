@@ -60,7 +60,7 @@ def test_text_that_is_no_config_is_refused_with_the_file(tmp_path: Path, text: s
         ("rollout.temperature=.inf", "temperature=inf"),
         ("rollout.oversample=.inf", "oversample=inf"),
         ("rollout.request_deadline_s=.inf", "request_deadline_s=inf"),
-        ("weights.deadline_s=.inf", "weights.deadline_s=inf"),
+        ("refit.deadline_s=.inf", "refit.deadline_s=inf"),
         ("grading.deadline_s=1e400", "deadline_s=inf"),
         ("run.steps=100000000000000000000", "run.steps=1.000e+20: must be below 2^53"),
         ("run.seed=18446744073709551616", "seed=18446744073709551616: must be in [0, 2^31)"),
@@ -73,7 +73,7 @@ def test_text_that_is_no_config_is_refused_with_the_file(tmp_path: Path, text: s
         ("objective.sft_steps=101", "objective.sft_steps=101: must not exceed run.steps=100"),
         ("objective.rl_only_steps=101", "objective.rl_only_steps=101: must not exceed run.steps=100"),
         ("optimizer.max_bad_steps=0", "max_bad_steps=0: must be positive"),
-        ("weights.quantize=fp8_block", None),
+        ("refit.quantize=fp8_block", None),
         ("run..steps=1", "a part of the key is empty"),
         (".=1", "a part of the key is empty"),
         ("run.steps=1:30", "run.steps='1:30'"),
@@ -82,8 +82,8 @@ def test_text_that_is_no_config_is_refused_with_the_file(tmp_path: Path, text: s
 )
 def test_nonsense_is_refused(tmp_path: Path, override: str, message: str | None) -> None:
     if message is None:
-        problem = problem_of(tmp_path, TEXT, (override, "weights.transport=disk"))
-        assert "weights.weights." not in problem, "the section is named once"
+        problem = problem_of(tmp_path, TEXT, (override, "refit.transport=disk"))
+        assert "refit.refit." not in problem, "the section is named once"
         return
     assert message in problem_of(tmp_path, TEXT, (override,))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.load import parse_config
-from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 
 REQUIRED = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
@@ -198,7 +198,7 @@ def test_a_setting_of_rollouts_out_of_its_range_is_refused(fields: dict[str, Any
 @pytest.mark.parametrize("fields", [{"deadline_s": math.inf}, {"deadline_s": math.nan}, {"bucket_mib": 0}])
 def test_a_setting_of_pushes_out_of_its_range_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(fields))}=.*must be"):
-        WeightsConfig(**fields)
+        RefitConfig(**fields)
 
 
 def test_the_key_that_meant_two_things_is_unknown_and_both_new_ones_are_named() -> None:

@@ -21,7 +21,7 @@ def write_metrics(path: Path, num_steps: int) -> Path:
     for step in range(1, num_steps + 1):
         easy = step / num_steps
         tiers = {"gate/easy": easy, "gate/mid": 0.0, "gate/hard": 1 - easy}
-        timings = {"timing_s/step": 2.0, "timing_s/other": 0.1, "timing_s/update_weights": 0.04}
+        timings = {"timing_s/step": 2.0, "timing_s/other": 0.1, "timing_s/refit": 0.04}
         rows.append({"step": step, "time": 1.0, **tiers, **timings})
     if num_steps:
         rows[-1] |= {"eval/heldout/accuracy": 0.75, "eval/heldout/num_samples": 400}
@@ -40,7 +40,7 @@ def test_summary_takes_the_first_and_the_last_evaluation_and_the_tiers_at_both_e
     assert summary.tiers_first == pytest.approx({"easy": 0.15, "mid": 0.0, "hard": 0.85})
     assert summary.tiers_last == pytest.approx({"easy": 0.9, "mid": 0.0, "hard": 0.1})
     assert summary.overhead == pytest.approx(0.05)
-    assert summary.sync == pytest.approx(0.02)
+    assert summary.refit == pytest.approx(0.02)
     assert summary.seconds == 9.0
     content = json.loads(json.dumps(summary.as_json()))
     assert content["accuracy_after_interval"] == pytest.approx(wilson_interval(0.75, 400))

@@ -62,7 +62,7 @@ def test_a_fresh_clone_lacks_nothing_but_weights_and_data(config: str) -> None:
 
 @pytest.mark.parametrize("config", EXAMPLES)
 def test_the_new_weights_travel_by_the_best_way_there_is(config: str) -> None:
-    assert load_config(ROOT / config).weights.transport == "auto"
+    assert load_config(ROOT / config).refit.transport == "auto"
 
 
 @pytest.mark.parametrize("config", EXAMPLES)

@@ -68,7 +68,7 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_refit() -> None
     assert servers.refitter.pushed == [3, 3, 3]
     assert servers.tally["refit/fenced"] == 3
     assert servers.tally["dropped/incomplete"] == 0
-    assert {"timing_s/gen", "timing_s/update_weights"} <= servers.timings.take().keys()
+    assert {"timing_s/gen", "timing_s/refit"} <= servers.timings.take().keys()
 
 
 def test_a_rank_that_cannot_reach_what_takes_refits_says_so_in_the_end() -> None:
@@ -85,7 +85,7 @@ def test_requests_and_router_follow_each_refit() -> None:
         metrics = servers.refit(3)
         assert len(servers.sample(make_prompts(1), 3, "gen", PAIRS).groups) == 1
     assert router.served == [(fake.url,)]
-    assert metrics == {"perf/weight_bytes": 64.0, "refit/pause_s": 0.5}
+    assert metrics == {"refit/seconds": 1.0, "refit/pause_s": 0.5, "refit/bytes": 64.0}
     assert [servers.tally[f"refit/{name}"] for name in ("fenced", "rejoined", "retries")] == [1, 1, 2]
 
 

@@ -19,7 +19,7 @@ from megatron_dypo.loop.tally import (
     update_metrics,
 )
 from megatron_dypo.objective.metrics import LOSS_METRICS
-from megatron_dypo.refit.servers import PushReport
+from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.types import DropReason, GradedGroup, Totals, Treatment, Verdict
@@ -89,7 +89,7 @@ def test_servers_lost_and_won_and_tried_again_are_three_counts() -> None:
     tally = Tally()
     for _ in range(2):
         tally_refit(
-            tally, PushReport(version=1, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=2, retries=3)
+            tally, RefitReport(version=1, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=2, retries=3)
         )
     metrics = rollout_metrics(tally)
     assert [metrics[f"refit/{name}"] for name in ("fenced", "rejoined", "retries")] == [2, 4, 6]

@@ -246,11 +246,11 @@ def test_the_summary_line_holds_what_is_known():
         "train/grad_norm": 1.5,
         "train/entropy": 0.75,
         "perf/tokens_per_sec": 2310.4,
-        "timing_s/update_weights": 0.21,
+        "timing_s/refit": 0.21,
     }
     assert summary_line(7, metrics) == (
         "step    7 | reward 0.432 | easy/mid/hard 12%/50%/38% | loss 0.25 (gal 0.69) | grad norm 1.5"
-        " | entropy 0.750 | 2,310 tokens/s | sync 0.21 s"
+        " | entropy 0.750 | 2,310 tokens/s | refit 0.21 s"
     )
     assert summary_line(8, {}) == "step    8"
 

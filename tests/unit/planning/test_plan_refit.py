@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config.load import load_config
-from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.refit import RefitOptions, plan_of_config
-from megatron_dypo.refit.plan.plan import EngineLayout
+from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
 from tests.support.big_models import QWEN3_235B_A22B
 
 SMALL = {
@@ -43,7 +42,7 @@ def test_the_plan_is_that_of_the_configs_trainer_and_servers(config_path):
     ]  # fmt: skip
     made = plan_of_config(load_config(config_path(), overrides), RefitOptions(world_size=12))
     assert made.source == Mesh(tensor=2, pipeline=2, virtual_pipeline=2, data=3)
-    assert made.engines == (EngineLayout(tensor=4),) * 3
+    assert made.servers == (ServerMesh(tensor=4),) * 3
     assert made.encoding.element_size == 4
 
 
@@ -61,8 +60,8 @@ def test_a_rank_sends_the_layers_of_its_stage(config_path):
 def test_servers_that_the_run_starts_have_the_expert_parallelism_of_their_arguments(config_path, extra):
     overrides = ["rollout.servers.tensor_parallel=4", f"rollout.servers.extra_args={extra}"]
     resolved = load_config(config_path(QWEN3_235B_A22B), overrides)
-    assert plan_of_config(resolved, RefitOptions()).engines == (EngineLayout(tensor=4, expert=2),)
-    assert plan_of_config(resolved, RefitOptions(ep_size=4)).engines == (EngineLayout(tensor=4, expert=4),)
+    assert plan_of_config(resolved, RefitOptions()).servers == (ServerMesh(tensor=4, expert=2),)
+    assert plan_of_config(resolved, RefitOptions(ep_size=4)).servers == (ServerMesh(tensor=4, expert=4),)
 
 
 def test_json_has_every_rank_and_link(config_path):

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.planning.parameters import served_bytes, whole_model
-from megatron_dypo.planning.serving import decode_step_s, make_engine, server_footprint
-from megatron_dypo.planning.step import PUSH_S, push_time
+from megatron_dypo.planning.serving import decode_step_s, make_server, server_footprint
+from megatron_dypo.planning.step import REFIT_S, refit_time
 from tests.support.hf_models import make_hf_model
 from tests.support.planning_cases import from_file
 
@@ -38,7 +38,7 @@ def test_a_server_that_is_not_quantised_holds_the_parameters_in_the_models_type(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b"])
 def test_what_quantisation_frees_of_a_server_is_kv_cache(name, kind):
-    plain, narrow = (server_footprint(from_file(name, f"weights.quantize={k}")) for k in ("none", kind))
+    plain, narrow = (server_footprint(from_file(name, f"refit.quantize={k}")) for k in ("none", kind))
     assert 0.5 * plain["weights"] < narrow["weights"] < 0.55 * plain["weights"]
     assert narrow["KV cache"] - plain["KV cache"] == pytest.approx(plain["weights"] - narrow["weights"])
 
@@ -46,13 +46,13 @@ def test_what_quantisation_frees_of_a_server_is_kv_cache(name, kind):
 @pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b"])
 def test_decoding_few_requests_gains_what_it_no_longer_reads(name):
     """Between none and twice as fast: the KV cache, all-reduces and the overhead of a step stay."""
-    settings = [from_file(name, f"weights.quantize={kind}") for kind in ("none", "fp8_block")]
-    plain, narrow = (decode_step_s(setting, make_engine(setting), 4) for setting in settings)
+    settings = [from_file(name, f"refit.quantize={kind}") for kind in ("none", "fp8_block")]
+    plain, narrow = (decode_step_s(setting, make_server(setting), 4) for setting in settings)
     assert narrow < plain < 2 * narrow
 
 
-def test_a_push_moves_the_bytes_that_a_server_holds():
-    plain, narrow = (push_time(from_file("llama3_70b", f"weights.quantize={kind}")) for kind in ("none", "fp8_block"))
+def test_a_refit_moves_the_bytes_that_a_server_holds():
+    plain, narrow = (refit_time(from_file("llama3_70b", f"refit.quantize={kind}")) for kind in ("none", "fp8_block"))
     arch = from_file("llama3_70b").arch
     share = served_bytes(arch, 2, "fp8_block").total / served_bytes(arch, 2, "none").total
-    assert (narrow - PUSH_S) / (plain - PUSH_S) == pytest.approx(share)
+    assert (narrow - REFIT_S) / (plain - REFIT_S) == pytest.approx(share)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.planning.rollouts import drain_tokens, rollout_round
-from megatron_dypo.planning.serving import decode_step_s, make_engine, prefill_s
+from megatron_dypo.planning.serving import decode_step_s, make_server, prefill_s
 from megatron_dypo.planning.step import step_time
 from tests.support.planning_cases import ROOT, from_file
 
@@ -23,12 +23,12 @@ def setting(*overrides):
 def test_a_synchronous_round_ends_with_its_longest_response(max_in_flight):
     """Full batches, then the drain to the limit: nothing of a stream is in it."""
     made = setting(f"rollout.max_in_flight={max_in_flight}")
-    cfg, engine, response = made.config.rollout, make_engine(made), made.assumed.response_tokens
-    requests = cfg.prompts_per_round * cfg.group_size / made.engines
-    batch = min(requests, max_in_flight * made.data / made.engines)
-    full = (requests - batch) * response / batch * decode_step_s(made, engine, batch)
-    drain = cfg.max_new_tokens * decode_step_s(made, engine, batch * response / cfg.max_new_tokens)
-    prefill = prefill_s(made, cfg.prompts_per_round / made.engines * made.assumed.prompt_tokens)
+    cfg, server, response = made.config.rollout, make_server(made), made.assumed.response_tokens
+    requests = cfg.prompts_per_round * cfg.group_size / made.num_servers
+    batch = min(requests, max_in_flight * made.data / made.num_servers)
+    full = (requests - batch) * response / batch * decode_step_s(made, server, batch)
+    drain = cfg.max_new_tokens * decode_step_s(made, server, batch * response / cfg.max_new_tokens)
+    prefill = prefill_s(made, cfg.prompts_per_round / made.num_servers * made.assumed.prompt_tokens)
     found = rollout_round(made)
     assert found.seconds == pytest.approx(full + drain + prefill)
     assert found.prompts == cfg.prompts_per_round
@@ -48,8 +48,8 @@ def test_oversampling_ends_a_round_sooner_and_aborts_what_it_began_too_much(max_
     needed = rounds[-1].prompts * 8 * 2048
     assert aborted[-1] <= needed * 1.0001, "twice as many groups: as many tokens again"
     free = setting(f"rollout.max_in_flight={max_in_flight}")
-    batch = min(needed / 2048 / free.engines * 2, max_in_flight * free.data / free.engines)
-    bound = needed / free.engines / batch * decode_step_s(free, make_engine(free), batch)
+    batch = min(needed / 2048 / free.num_servers * 2, max_in_flight * free.data / free.num_servers)
+    bound = needed / free.num_servers / batch * decode_step_s(free, make_server(free), batch)
     assert seconds[-1] > bound, "servers that never drain"
 
 
@@ -86,8 +86,8 @@ def test_an_asynchronous_stream_takes_over_what_a_synchronous_one_aborts():
 
 def test_the_time_of_a_step_is_that_of_the_loop_that_the_config_asks_for():
     sync, parallel = (step_time(setting(*mode)) for mode in (("score.policy=rollout",), ASYNC))
-    assert sync.total == sync.sequential == pytest.approx(sync.rollout + sync.trainer + sync.push)
-    assert parallel.total == parallel.overlapped == max(parallel.rollout, parallel.trainer) + parallel.push
+    assert sync.total == sync.sequential == pytest.approx(sync.rollout + sync.trainer + sync.refit)
+    assert parallel.total == parallel.overlapped == max(parallel.rollout, parallel.trainer) + parallel.refit
     assert parallel.total < parallel.sequential
     assert min(parallel.trainer_idle, parallel.rollout_idle) == pytest.approx(0), "the slower side never waits"
 

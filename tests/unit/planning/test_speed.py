@@ -7,8 +7,8 @@ import pytest
 from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.scaling import best_split, splits, weak_scaling
 from megatron_dypo.planning.schedule import pipeline_seconds
-from megatron_dypo.planning.serving import decode_step_s, make_engine
-from megatron_dypo.planning.step import push_time, step_time
+from megatron_dypo.planning.serving import decode_step_s, make_server
+from megatron_dypo.planning.step import refit_time, step_time
 from megatron_dypo.planning.training import update_time
 from tests.support.planning_cases import architecture, from_file, pretraining
 
@@ -51,30 +51,28 @@ def test_the_stage_with_the_most_layers_sets_the_pace():
 
 def test_kv_cache_of_llama_3_70b_is_320_kib_a_token():
     setting = from_file("llama3_70b")
-    assert make_engine(setting).kv_bytes_per_token * 8 == 320 * 1024
+    assert make_server(setting).kv_bytes_per_token * 8 == 320 * 1024
     wider = from_file("llama3_70b", "rollout.servers.tensor_parallel=16")
-    assert make_engine(wider).kv_bytes_per_token * 8 == 320 * 1024, "8 heads are no fewer on 16 GPUs"
+    assert make_server(wider).kv_bytes_per_token * 8 == 320 * 1024, "8 heads are no fewer on 16 GPUs"
 
 
 def test_decoding_is_bound_by_weights_until_the_batch_is_large():
     setting = from_file("llama3_70b")
-    engine = make_engine(setting)
-    alone, few, many = (decode_step_s(setting, engine, batch) for batch in (1, 8, 512))
+    server = make_server(setting)
+    alone, few, many = (decode_step_s(setting, server, batch) for batch in (1, 8, 512))
     assert few < 1.1 * alone
     assert 1.5 * alone < many < 512 * alone
 
 
 def test_the_longest_response_bounds_a_round_from_below():
     setting = from_file("llama3_70b")
-    bound = setting.config.rollout.max_new_tokens * decode_step_s(setting, make_engine(setting), 1)
-    many = dataclasses.replace(setting, engines=10_000)
+    bound = setting.config.rollout.max_new_tokens * decode_step_s(setting, make_server(setting), 1)
+    many = dataclasses.replace(setting, num_servers=10_000)
     assert rollout_round(setting).seconds > rollout_round(many).seconds >= bound
 
 
 def test_shards_reach_the_servers_sooner_than_whole_tensors():
-    broadcast, disk = (
-        push_time(from_file("llama3_70b", f"weights.transport={name}")) for name in ("broadcast", "disk")
-    )
+    broadcast, disk = (refit_time(from_file("llama3_70b", f"refit.transport={name}")) for name in ("broadcast", "disk"))
     assert broadcast < disk
     # The bytes of the model, once, through one port of 50 GB/s at most.
     assert broadcast >= 2 * 70.55e9 / 50e9
@@ -82,8 +80,8 @@ def test_shards_reach_the_servers_sooner_than_whole_tensors():
 
 def test_idle_shares_are_what_the_other_role_takes():
     time = step_time(from_file("llama3_70b"))
-    assert time.trainer_idle + time.rollout_idle + time.push / time.total == pytest.approx(1)
-    assert time.total == pytest.approx(time.rollout + time.trainer + time.push)
+    assert time.trainer_idle + time.rollout_idle + time.refit / time.total == pytest.approx(1)
+    assert time.total == pytest.approx(time.rollout + time.trainer + time.refit)
 
 
 def test_the_best_division_is_no_slower_than_the_given_one():

@@ -1,4 +1,4 @@
-"""One trainer rank with a bridge to two fake servers."""
+"""One trainer rank with a refitter to two fake servers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_dypo.config.refit import WeightsConfig
+from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.parallel.groups import MeshRank
-from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.refit.refitter import Bridge
+from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from tests.support.fake_control import KEY, FakeServer, fake_servers
 
@@ -39,10 +38,12 @@ HF_CONFIG = {
 @pytest.fixture(scope="module")
 def layout() -> Iterator[MeshRank]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    sizes = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context", "data"), 1)
+    ranks = dict.fromkeys(("rank", "tp_rank", "pp_rank", "cp_rank", "dp_rank"), 0)
     groups = dict.fromkeys(
         ("tp_group", "pp_group", "dp_group", "cp_group", "replica_group", "leaders_group"), dist.group.WORLD
     )
-    yield MeshRank(mesh=Mesh(), rank=0, **groups)
+    yield MeshRank(**sizes, **ranks, **groups, replica_ranks=(0,))
     dist.destroy_process_group()
 
 
@@ -62,7 +63,7 @@ class Lost:
 class Setting:
     servers: list[FakeServer]
     params: dict[str, torch.Tensor]
-    bridge: Bridge
+    refitter: Refitter
     refit: Path
     reference: Path
     lost: Lost
@@ -73,15 +74,15 @@ class Setting:
 
 @pytest.fixture
 def setting(layout: MeshRank, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]:
-    """Parametrise indirectly with fields of ``WeightsConfig``; pushes go by disk, which needs no receiver."""
+    """Parametrise indirectly with fields of ``RefitConfig``; refits go by disk, which needs no receiver."""
     reference = tmp_path / "hf"
     write_random_model(reference, HF_CONFIG, seed=0)
     arch = load_architecture(reference)
     params = {row.mcore: torch.randn(row.rule.mcore_shape(arch, 1)) for row in family_rows(arch) if not row.is_copy}
-    config = WeightsConfig(**{"transport": "disk", "deadline_s": 5.0, **getattr(request, "param", {})})
+    config = RefitConfig(**{"transport": "disk", "deadline_s": 5.0, **getattr(request, "param", {})})
     lost = Lost()
     with fake_servers(2, model_path=str(reference)) as servers:
-        bridge = Bridge(
+        refitter = Refitter(
             layout,
             arch,
             lambda: params.items(),
@@ -92,5 +93,5 @@ def setting(layout: MeshRank, tmp_path: Path, request: pytest.FixtureRequest) ->
             hf_reference=reference,
             watch=Watch(take_lost=lost.take, may_return=lambda: lost.may_return),
         )
-        yield Setting(servers, params, bridge, tmp_path / "run" / "refit", reference, lost)
-        bridge.close()
+        yield Setting(servers, params, refitter, tmp_path / "run" / "refit", reference, lost)
+        refitter.close()

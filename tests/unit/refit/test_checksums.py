@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.refit.checksums import SAMPLE_EVERY, checksum, is_verified
+from megatron_dypo.refit.checksums import SAMPLE_EVERY, checksum, should_verify
 
 
 def by_definition(data: bytes) -> list[int]:
@@ -48,7 +48,7 @@ def test_a_flipped_bit_and_exchanged_rows_are_found():
 
 def test_sampling_comes_round_to_every_part():
     parts = range(100)
-    seen = [[index for index in parts if is_verified(index, version, "sampled")] for version in range(SAMPLE_EVERY)]
+    seen = [[index for index in parts if should_verify(index, version, "sampled")] for version in range(SAMPLE_EVERY)]
     assert sorted(index for indices in seen for index in indices) == list(parts)
     assert max(map(len, seen)) - min(map(len, seen)) <= 1
-    assert all(is_verified(index, 3, "full") and not is_verified(index, 3, "off") for index in parts)
+    assert all(should_verify(index, 3, "full") and not should_verify(index, 3, "off") for index in parts)

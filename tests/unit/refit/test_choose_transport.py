@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from megatron_dypo.refit.control import ServerError, ServerInfo
-from megatron_dypo.refit.transports.choose import choose, is_here
+from megatron_dypo.config.refit import RefitConfig
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.transports.connect import choose, is_here
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 
 HERE = ServerInfo(
@@ -24,7 +25,6 @@ HERE = ServerInfo(
 AWAY = dataclasses.replace(HERE, url="http://192.0.2.1:1")
 STOCK = dataclasses.replace(HERE, url="http://127.0.0.1:2", custom_loaders=())
 STAGED = dataclasses.replace(HERE, pipeline_parallel=2)
-ALL = ("local", "p2p", "broadcast")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ ALL = ("local", "p2p", "broadcast")
     ],
 )
 def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_host, kind, reason):
-    chosen, why = choose("auto", infos, one_host, ALL)
+    chosen, why = choose(RefitConfig(), infos, one_host)
     assert chosen == kind
     assert reason in why
 
@@ -52,14 +52,14 @@ def test_auto_takes_the_best_that_all_servers_support_and_says_why(infos, one_ho
     ],
 )
 def test_a_transport_that_was_asked_for_and_cannot_work_is_an_error_that_says_why(requested, infos, one_host, reason):
-    with pytest.raises(ServerError, match=f"weights.transport={requested}: .*{reason}") as error:
-        choose(requested, infos, one_host, ALL)
+    with pytest.raises(ServerError, match=f"refit.transport={requested}: .*{reason}") as error:
+        choose(RefitConfig(transport=requested), infos, one_host)
     assert error.value.urls == ()
 
 
 def test_quantised_weights_are_not_broadcast():
     with pytest.raises(ServerError, match=r"not broadcast: it does not quantise"):
-        choose("auto", [STOCK], True, ("local", "p2p"))
+        choose(RefitConfig(quantize="fp8_block"), [STOCK], True)
 
 
 def test_a_server_is_here_if_its_address_is():

@@ -6,16 +6,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.refit.deadline import Deadline
-from megatron_dypo.refit.transports.links import EngineLinks
+from megatron_dypo.refit.transports.links import ServerLinks
 from megatron_dypo.refit.transports.local import LocalReceiver, LocalSender
 
 
-def test_a_source_and_a_target_meet_below_a_temporary_folder_of_a_long_name(tmp_path, monkeypatch):
+def test_a_source_and_a_server_rank_meet_below_a_temporary_folder_of_a_long_name(tmp_path, monkeypatch):
     # A Unix socket's address has 107 bytes at most.
     long = tmp_path / ("x" * 120)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    links = EngineLinks(store=dist.HashStore(), engine=0, sources=(3,), num_targets=1, slot_bytes=64)
+    links = ServerLinks(store=dist.HashStore(), server=0, sources=(3,), num_server_ranks=1, slot_bytes=64)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(LocalSender.connect, links, 3, Deadline(20))
         receiver = LocalReceiver.connect(links, 0, Deadline(20))

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from megatron_dypo.models.families.registry import family_rows
-from tests.support.big_models import CASES, ENGINES, architecture
+from tests.support.big_models import CASES, SERVERS, architecture
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_large_model_is_planned_in_seconds_and_its_order_is_near_the_limit(nam
     assert cost["receives_s"] <= 2
     assert cost["max_rss_bytes"] <= 2**30
     assert cost["limit_s"] <= cost["predicted_s"] <= 1.3 * cost["limit_s"]
-    assert cost["total_bytes"] >= ENGINES * num_parameters(name) * (2 if quantization == "none" else 1)
+    assert cost["total_bytes"] >= SERVERS * num_parameters(name) * (2 if quantization == "none" else 1)
 
 
 def num_parameters(name: str) -> int:

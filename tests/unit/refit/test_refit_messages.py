@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs, from_named_tensors, to_payload
-from megatron_dypo.refit.plan.plan import EngineLayout, Transfer
+from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh, Transfer
 from megatron_dypo.refit.transports.messages import as_bytes, cut, part_of
 from tests.support.architectures import make_arch
 
@@ -23,14 +22,14 @@ DTYPES = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float8_e4m3fn}
 def transfer(name: str, rows: int, cols: int) -> Transfer:
     return Transfer(
         source=0,
-        engine=0,
-        target=0,
+        server=0,
+        server_rank=0,
         source_name="s",
         source_row=0,
         source_col=0,
-        target_name=name,
-        target_row=0,
-        target_col=0,
+        served_name=name,
+        served_row=0,
+        served_col=0,
         rows=rows,
         cols=cols,
         hf_name="h",
@@ -56,7 +55,7 @@ def test_parts_make_up_every_transfer_once_and_messages_keep_the_limit(sent, lim
     for message in messages:
         payload, expected = torch.zeros(message.num_bytes, dtype=torch.uint8), []
         for number, part in enumerate(message.parts):
-            values = torch.full((part.rows, part.transfer.cols), number % 7 + 1).to(DTYPES[part.transfer.target_name])
+            values = torch.full((part.rows, part.transfer.cols), number % 7 + 1).to(DTYPES[part.transfer.served_name])
             part_of(payload, part, values.dtype).copy_(values)
             expected.append(values)
         for part, values in zip(message.parts, expected, strict=True):
@@ -72,21 +71,20 @@ def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_pla
     plan = PlanInputs(
         arch=make_arch("qwen3_moe"),
         source=Mesh(tensor=2, pipeline=2, first_stage_layers=1),
-        engines=(EngineLayout(tensor=4, expert=2), EngineLayout(tensor=1)),
+        servers=(ServerMesh(tensor=4, expert=2), ServerMesh(tensor=1)),
         quantization="fp8_block",
         element_size=4,
     )
     message = ControlMessage(
         plan=plan,
-        engine=1,
-        target=0,
+        server=1,
+        server_rank=0,
         transport="local",
         store_host="::1",
         store_port=1,
         connection="c",
-        is_new=True,
         slot_bytes=4096,
-        push=3,
+        refit=3,
         version=7,
         verify="full",
         timeout_s=1.5,

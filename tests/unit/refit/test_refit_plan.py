@@ -1,4 +1,5 @@
-"""The plan of a refit, executed on numbers and compared with what SGLang's loaders would make of the same HF tensors."""
+"""The plan of a refit, executed on numbers and compared with what SGLang's loaders would make of the same HF
+tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.quantized.names import BLOCK, is_quantized
-from megatron_dypo.refit.plan.plan import RefitPlan, Transfer, make_plan
-from tests.support.refit_cases import Case, NaiveEngine, cases, numbered_hf_tensors
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer, make_plan
+from tests.support.refit_cases import Case, NaiveServerRank, cases, numbered_hf_tensors
 
 Matrix = np.ndarray
 ELEMENT_SIZE = 2
@@ -93,19 +94,19 @@ def all_sends(plan: RefitPlan) -> list[Transfer]:
 def execute(
     transfers: list[Transfer], trainer: Trainer, hf: dict[str, Matrix], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
-    """Targets after the transfers, and how often each of their elements was written."""
+    """The parameters of all server ranks after the transfers, and how often each of their elements was written."""
     made = {name: np.zeros((math.prod(s[:-1]), s[-1]) if len(s) > 1 else (s[0], 1), int) for name, s in shapes.items()}
     writes = {name: np.zeros_like(array) for name, array in made.items()}
     for t in transfers:
         source = trainer.parameter(t.source, t.source_name)
         block = source[t.source_row : t.source_row + t.rows, t.source_col : t.source_col + t.cols]
-        there = (slice(t.target_row, t.target_row + t.rows), slice(t.target_col, t.target_col + t.cols))
+        there = (slice(t.served_row, t.served_row + t.rows), slice(t.served_col, t.served_col + t.cols))
         of_hf = hf[t.hf_name][t.hf_row : t.hf_row + t.rows, t.hf_col : t.hf_col + t.cols]
         assert block.shape == (t.rows, t.cols)
         assert np.array_equal(block, of_hf)
-        assert made[t.target_name][there].shape == (t.rows, t.cols)
-        made[t.target_name][there] = block
-        writes[t.target_name][there] += 1
+        assert made[t.served_name][there].shape == (t.rows, t.cols)
+        made[t.served_name][there] = block
+        writes[t.served_name][there] += 1
     return made, writes
 
 
@@ -119,21 +120,21 @@ def assert_filled_once(made: dict[str, Matrix], writes: dict[str, Matrix], expec
 @given(cases(), st.sampled_from(["none", "fp8_channel"]))
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_served_element_is_written_once_from_the_right_one_by_a_rank_that_holds_it(case, quantization):
-    plan = make_plan(case.arch, case.source, case.engines, quantization=quantization, element_size=ELEMENT_SIZE)
+    plan = make_plan(case.arch, case.source, case.servers, quantization=quantization, element_size=ELEMENT_SIZE)
     hf = numbered_hf_tensors(case.arch)
     trainer = Trainer(
         case, lambda row, rank, size: row.rule.shard([hf[name] for name in row.hf], case.arch, rank, size)
     )
     matrices = {name: matrix(tensor) for name, tensor in hf.items()}
     sends = all_sends(plan)
-    by_target: defaultdict[tuple[int, int], list[Transfer]] = defaultdict(list)
+    by_server_rank: defaultdict[tuple[int, int], list[Transfer]] = defaultdict(list)
     for transfer in sends:
-        by_target[transfer.engine, transfer.target].append(transfer)
-    for number, engine in enumerate(case.engines):
-        for target in range(engine.tensor):
-            expected = NaiveEngine(case.arch, engine, target).whole(hf)
-            values = [t for t in by_target[number, target] if t.part == "value"]
-            shapes = plan.target_shapes(number, target)
+        by_server_rank[transfer.server, transfer.server_rank].append(transfer)
+    for number, server in enumerate(case.servers):
+        for server_rank in range(server.tensor):
+            expected = NaiveServerRank(case.arch, server, server_rank).whole(hf)
+            values = [t for t in by_server_rank[number, server_rank] if t.part == "value"]
+            shapes = plan.served_shapes(number, server_rank)
             assert {name: shapes[name] for name in expected} == {name: t.shape for name, t in expected.items()}
             assert_filled_once(*execute(values, trainer, matrices, {name: shapes[name] for name in expected}), expected)
             own_bytes = sum(
@@ -141,7 +142,7 @@ def test_every_served_element_is_written_once_from_the_right_one_by_a_rank_that_
                 for name, t in expected.items()
             )
             own_bytes += sum(4 * math.prod(shapes[name]) for name in shapes.keys() - expected.keys())
-            assert sum(plan.bytes_of(t) for t in plan.receives(number, target)) == own_bytes
+            assert sum(plan.bytes_of(t) for t in plan.receives(number, server_rank)) == own_bytes
     assert_shared_fairly(plan, trainer, sends, max(t.numel() for t in hf.values()) * ELEMENT_SIZE)
     assert_both_sides_agree(plan, sends)
 
@@ -166,11 +167,11 @@ def assert_both_sides_agree(plan: RefitPlan, sends: list[Transfer]) -> None:
     """Each link has one order, and the totals are those of its transfers."""
     sent, received = defaultdict(list), defaultdict(list)
     for transfer in sends:
-        sent[transfer.source, transfer.engine, transfer.target].append(transfer)
-    for number, engine in enumerate(plan.engines):
-        for target in range(engine.tensor):
-            for transfer in plan.receives(number, target):
-                received[transfer.source, number, target].append(transfer)
+        sent[transfer.source, transfer.server, transfer.server_rank].append(transfer)
+    for number, server in enumerate(plan.servers):
+        for server_rank in range(server.tensor):
+            for transfer in plan.receives(number, server_rank):
+                received[transfer.source, number, server_rank].append(transfer)
         assert plan.sources_of(number) == tuple(sorted({source for source, to, _ in sent if to == number}))
     assert sent == received
     assert plan.link_bytes() == {link: sum(map(plan.bytes_of, own)) for link, own in sent.items()}
@@ -189,7 +190,7 @@ def numbered_scales(case: Case, kind: str, block: Callable[[Tensor], tuple[int, 
 
 
 def assert_scales_arrive(case: Case, quantization: str, kind: str, block: Callable[[Tensor], tuple[int, int]]) -> None:
-    plan = make_plan(case.arch, case.source, case.engines, quantization=quantization)
+    plan = make_plan(case.arch, case.source, case.servers, quantization=quantization)
     scales = numbered_scales(case, kind, block)
 
     def shard(row: Row, rank: int, size: int) -> Tensor:
@@ -205,14 +206,14 @@ def assert_scales_arrive(case: Case, quantization: str, kind: str, block: Callab
 
     trainer = Trainer(case, shard)
     matrices = {name: matrix(tensor) for name, tensor in scales.items()}
-    for number, engine in enumerate(case.engines):
-        for target in range(engine.tensor):
-            naive = NaiveEngine(case.arch, engine, target, split_inputs=quantization == "fp8_block")
+    for number, server in enumerate(case.servers):
+        for server_rank in range(server.tensor):
+            naive = NaiveServerRank(case.arch, server, server_rank, split_inputs=quantization == "fp8_block")
             expected = {}
             for layer in range(case.arch.num_layers):
                 expected.update(naive.linear(scales, f"model.layers.{layer}.", kind))
-            received = [t for t in plan.receives(number, target) if t.part == "scale"]
-            shapes = {name: s for name, s in plan.target_shapes(number, target).items() if name.endswith(kind)}
+            received = [t for t in plan.receives(number, server_rank) if t.part == "scale"]
+            shapes = {name: s for name, s in plan.served_shapes(number, server_rank).items() if name.endswith(kind)}
             assert shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
             assert_filled_once(*execute(received, trainer, matrices, shapes), expected)
 

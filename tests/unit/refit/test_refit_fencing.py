@@ -1,4 +1,4 @@
-"""Servers that die, refuse or hang in a push: one rank, two fake servers, the disk transport."""
+"""Servers that die, refuse or hang in a refit: one rank, two fake servers, the disk transport."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable
 import pytest
 
 from megatron_dypo.models.random_model import write_random_model
-from megatron_dypo.refit.transports.base import PushError
+from megatron_dypo.refit.lockstep import RefitError
 from tests.support.fake_control import FakeServer
 from tests.unit.refit.conftest import HF_CONFIG, Setting
 
-PUSH_CALLS = (
+REFIT_CALLS = (
     "/pause_generation",
     "/update_weights_from_disk",
     "/update_weight_version",
@@ -42,15 +42,15 @@ def refuses(server: FakeServer, path: str = UPDATE) -> None:
     server.answers[path] = (400, {"success": False, "message": "cannot read"})
 
 
-@pytest.mark.parametrize("path", ["/model_info", *PUSH_CALLS])
+@pytest.mark.parametrize("path", ["/model_info", *REFIT_CALLS])
 def test_wherever_a_server_dies_the_rest_ends_at_the_version(
     setting: Setting, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = setting.servers
     two.on_call = dies_at(two, path)
-    report = setting.bridge.push(7)
+    report = setting.refitter.refit(7)
     assert (report.fenced, report.rejoined, report.retries) == (1, 0, 1)
-    assert setting.bridge.serving == (one.url,)
+    assert setting.refitter.serving == (one.url,)
     assert one.version == "7"
     assert one.posts[-1] == "/continue_generation"
     assert f"server {two.url} is fenced" in caplog.text
@@ -61,44 +61,44 @@ def test_thirty_random_deaths_leave_no_serving_server_behind_and_each_server_rej
     setting.lost.may_return = True
     for version in range(1, 31):
         victim = draw.choice(setting.servers)
-        victim.on_call = dies_at(victim, draw.choice(PUSH_CALLS))
-        setting.bridge.push(version)
-        assert setting.bridge.serving == tuple(s.url for s in setting.servers if s is not victim)
+        victim.on_call = dies_at(victim, draw.choice(REFIT_CALLS))
+        setting.refitter.refit(version)
+        assert setting.refitter.serving == tuple(s.url for s in setting.servers if s is not victim)
         assert all(s.version == str(version) for s in setting.servers if s is not victim)
         victim.come_back()
-        report = setting.bridge.push(version)
+        report = setting.refitter.refit(version)
         assert (report.fenced, report.rejoined, report.retries) == (0, 1, 0)
         assert [s.version for s in setting.servers] == [str(version)] * 2
 
 
-def test_a_server_that_was_dead_before_the_push_is_fenced_in_it(setting: Setting) -> None:
-    setting.bridge.push(1)
+def test_a_server_that_was_dead_before_the_refit_is_fenced_in_it(setting: Setting) -> None:
+    setting.refitter.refit(1)
     setting.servers[0].die()
-    report = setting.bridge.push(2)
+    report = setting.refitter.refit(2)
     assert (report.fenced, report.retries) == (1, 1)
-    assert setting.bridge.serving == (setting.servers[1].url,)
+    assert setting.refitter.serving == (setting.servers[1].url,)
 
 
 def test_a_server_that_refuses_is_fenced_and_its_requests_are_aborted(setting: Setting) -> None:
     one, two = setting.servers
     refuses(two)
-    setting.bridge.push(3)
-    assert setting.bridge.serving == (one.url,)
+    setting.refitter.refit(3)
+    assert setting.refitter.serving == (one.url,)
     assert two.calls[-1] == ("/pause_generation", {"mode": "abort"})
 
 
 def test_a_server_that_keeps_its_old_version_is_fenced(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     one, two = setting.servers
     one.answers["/update_weight_version"] = (200, {"success": True})
-    setting.bridge.push(2)
-    assert setting.bridge.serving == (two.url,)
-    assert f"{one.url}: weight_version='default' after the push of version 2" in caplog.text
+    setting.refitter.refit(2)
+    assert setting.refitter.serving == (two.url,)
+    assert f"{one.url}: weight_version='default' after the refit of version 2" in caplog.text
 
 
 def test_the_rest_stays_paused_between_two_attempts(setting: Setting) -> None:
     one, two = setting.servers
     two.on_call = dies_at(two, UPDATE)
-    setting.bridge.push(3)
+    setting.refitter.refit(3)
     assert one.posts.count("/continue_generation") == 1
     assert one.posts.count(UPDATE) == 2
     assert "failed-3" not in [body.get("new_version") for _, body in one.calls]
@@ -110,122 +110,122 @@ def test_a_server_that_hangs_costs_half_of_the_deadline_and_the_rest_goes_on(set
     release = threading.Event()
     two.on_call = lambda path: release.wait(30) and None
     start = time.monotonic()
-    setting.bridge.push(3)
+    setting.refitter.refit(3)
     assert 2 <= time.monotonic() - start < 4
-    assert setting.bridge.serving == (one.url,)
+    assert setting.refitter.serving == (one.url,)
     release.set()
 
 
 def test_a_server_that_woke_up_rests_before_it_rejoins(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     one, two = setting.servers
     refuses(two)
-    setting.bridge.push(3)
+    setting.refitter.refit(3)
     two.answers.clear()
     two.calls.clear()
-    report = setting.bridge.push(4)
+    report = setting.refitter.refit(4)
     assert (report.fenced, report.rejoined, report.retries) == (0, 1, 0)
-    assert setting.bridge.serving == (one.url, two.url)
+    assert setting.refitter.serving == (one.url, two.url)
     assert two.version == "4"
     assert two.posts[:4] == ["/continue_generation", "/health", "/pause_generation", "/flush_cache"]
     assert two.calls[3] == ("/pause_generation", {"mode": "abort"})
     assert two.posts.index(UPDATE) > 3
-    assert f"server {two.url} answers again and rejoins by the push of version 4" in caplog.text
+    assert f"server {two.url} answers again and rejoins by the refit of version 4" in caplog.text
 
 
 def test_a_server_that_hangs_on_stays_fenced_at_little_cost(setting: Setting) -> None:
     one, two = setting.servers
     refuses(two)
-    setting.bridge.push(3)
+    setting.refitter.refit(3)
     release = threading.Event()
     two.on_call = lambda path: release.wait(30) and None
     start = time.monotonic()
-    setting.bridge.push(4)
+    setting.refitter.refit(4)
     assert time.monotonic() - start < 4
-    assert setting.bridge.serving == (one.url,)
+    assert setting.refitter.serving == (one.url,)
     release.set()
 
 
 def test_a_server_of_another_model_does_not_rejoin(setting: Setting) -> None:
     one, two = setting.servers
     refuses(two)
-    setting.bridge.push(3)
+    setting.refitter.refit(3)
     two.answers.clear()
     two.model_path = str(setting.reference.parent / "other")
     write_random_model(setting.reference.parent / "other", {**HF_CONFIG, "intermediate_size": 32}, seed=0)
-    setting.bridge.push(4)
-    assert setting.bridge.serving == (one.url,)
+    setting.refitter.refit(4)
+    assert setting.refitter.serving == (one.url,)
     assert UPDATE not in two.posts[-4:]
 
 
-def test_a_server_that_died_and_runs_again_between_two_pushes_rejoins_at_once(setting: Setting) -> None:
+def test_a_server_that_died_and_runs_again_between_two_refits_rejoins_at_once(setting: Setting) -> None:
     one, two = setting.servers
-    setting.bridge.push(1)
+    setting.refitter.refit(1)
     two.die()
     two.come_back()
     setting.lost.deaths[two.url] = "ended with status 137"
-    report = setting.bridge.push(2)
+    report = setting.refitter.refit(2)
     assert (report.fenced, report.rejoined, report.retries) == (1, 1, 0)
     assert (one.version, two.version) == ("2", "2")
 
 
-def test_without_any_server_a_push_waits_for_one_that_may_return(setting: Setting) -> None:
+def test_without_any_server_a_refit_waits_for_one_that_may_return(setting: Setting) -> None:
     one, two = setting.servers
     setting.lost.may_return = True
-    setting.bridge.push(1)
+    setting.refitter.refit(1)
     two.die()
     one.on_call = dies_at(one, UPDATE)
     timer = threading.Timer(1.0, one.come_back)
     timer.start()
-    report = setting.bridge.push(2)
+    report = setting.refitter.refit(2)
     timer.join()
     assert (report.fenced, report.rejoined) == (2, 1)
-    assert setting.bridge.serving == (one.url,)
+    assert setting.refitter.serving == (one.url,)
     assert one.version == "2"
 
 
-def test_without_any_server_and_none_to_come_a_push_fails_at_once(setting: Setting) -> None:
+def test_without_any_server_and_none_to_come_a_refit_fails_at_once(setting: Setting) -> None:
     for server in setting.servers:
         server.die()
     start = time.monotonic()
-    with pytest.raises(PushError, match=r"no server is left to push to: .*no answer"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match=r"no server is left to refit: .*no answer"):
+        setting.refitter.refit(1)
     assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("setting", [{"deadline_s": 1.5}], indirect=True)
-def test_a_server_that_never_returns_fails_the_push_at_its_deadline(setting: Setting) -> None:
+def test_a_server_that_never_returns_fails_the_refit_at_its_deadline(setting: Setting) -> None:
     setting.lost.may_return = True
     for server in setting.servers:
         server.die()
-    with pytest.raises(PushError, match=r"the 1\.5 s that it may take have passed"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match=r"the 1\.5 s that it may take have passed"):
+        setting.refitter.refit(1)
 
 
-def test_a_push_without_a_server_can_be_followed_by_one_with(setting: Setting) -> None:
+def test_a_refit_without_a_server_can_be_followed_by_one_with(setting: Setting) -> None:
     one, _ = setting.servers
     for server in setting.servers:
         server.die()
-    with pytest.raises(PushError):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError):
+        setting.refitter.refit(1)
     one.come_back()
-    setting.bridge.push(2)
+    setting.refitter.refit(2)
     assert one.version == "2"
 
 
 def test_an_error_of_the_trainer_fences_nobody(setting: Setting) -> None:
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     whole, setting.params[name] = setting.params[name], setting.params[name][:-1]
-    with pytest.raises(PushError):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError):
+        setting.refitter.refit(1)
     setting.params[name] = whole
-    assert setting.bridge.push(1).rejoined == 0
-    assert len(setting.bridge.serving) == 2
+    assert setting.refitter.refit(1).rejoined == 0
+    assert len(setting.refitter.serving) == 2
 
 
-def test_pushing_a_version_again_changes_nothing(setting: Setting) -> None:
-    setting.bridge.push(1)
+def test_refitting_a_version_again_changes_nothing(setting: Setting) -> None:
+    setting.refitter.refit(1)
     before = setting.weights_on_disk(1)
-    setting.bridge.push(1)
+    setting.refitter.refit(1)
     after = setting.weights_on_disk(1)
     assert all(before[name].equal(after[name]) for name in before)
     assert [server.version for server in setting.servers] == ["1", "1"]
@@ -234,5 +234,5 @@ def test_pushing_a_version_again_changes_nothing(setting: Setting) -> None:
 def test_the_pause_lasts_from_the_first_pause_to_the_end(setting: Setting) -> None:
     slow = threading.Event()
     setting.servers[1].on_call = lambda path: path == UPDATE and slow.wait(0.3) and None
-    report = setting.bridge.push(1)
+    report = setting.refitter.refit(1)
     assert 0.3 <= report.pause_seconds <= report.seconds

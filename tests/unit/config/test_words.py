@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dypo.words import counted
+from megatron_dypo.config.words import counted
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "0 bad rows"), (1, "1 bad row"), (2, "2 bad rows")])

@@ -1,4 +1,4 @@
-"""Pushes from TP2 × PP2 gloo ranks into two real SGLang servers of a tied Qwen3."""
+"""Refits from TP2 × PP2 gloo ranks into two real SGLang servers of a tied Qwen3."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tests.support.dist.spawn import run_ranks
-from tests.support.e2e.pushing_ranks import (
+from tests.support.e2e.refitting_ranks import (
     IN_FLIGHT_TOKENS,
     PROMPT,
     VERSIONS,
-    Target,
+    Servers,
     ask,
     checksums,
-    rank_push,
-    rank_push_while_a_server_dies,
-    rank_push_while_a_server_hangs,
+    rank_refit,
+    rank_refit_while_a_server_dies,
+    rank_refit_while_a_server_hangs,
 )
 from tests.support.hf_models import import_transformers, make_hf_model
 
@@ -37,33 +37,33 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def target(models, sglang_servers, tmp_path_factory):
+def servers(models, sglang_servers, tmp_path_factory):
     pool = sglang_servers(models[0], per_node=2)
     run_dir = tmp_path_factory.mktemp("run")
-    return Target(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
+    return Servers(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
 
 
 @pytest.fixture(scope="module")
-def loaded(models, target):
+def loaded(models, servers):
     """The checksums of a server that loaded each model itself."""
     sums = []
     for model in (*models[1:], models[0]):
-        ask(target, target.urls[0], "/update_weights_from_disk", {"model_path": str(model)})
-        sums.append(checksums(target, target.urls[0]))
+        ask(servers, servers.urls[0], "/update_weights_from_disk", {"model_path": str(model)})
+        sums.append(checksums(servers, servers.urls[0]))
     return dict(zip(("b", "c", "a"), sums, strict=True))
 
 
 @pytest.fixture(scope="module")
-def seen(models, target, loaded):
-    return run_ranks(4, rank_push, target, str(models[1]), str(models[2]))[0]
+def seen(models, servers, loaded):
+    return run_ranks(4, rank_refit, servers, str(models[1]), str(models[2]))[0]
 
 
 @pytest.fixture(scope="module")
-def rollouts(seen, target):
-    """Fresh rollouts of each server after the last push of model b."""
+def rollouts(seen, servers):
+    """Fresh rollouts of each server after the last refit of model b."""
     sampling = {"temperature": 1.0, "max_new_tokens": 32, "ignore_eos": True}
     body = {"input_ids": [PROMPT, PROMPT[:5]], "sampling_params": sampling, "return_logprob": True}
-    return [rollout for url in target.urls for rollout in ask(target, url, "/generate", body)]
+    return [rollout for url in servers.urls for rollout in ask(servers, url, "/generate", body)]
 
 
 @pytest.mark.parametrize(("transport", "model"), [("broadcast", "b"), ("disk", "c")])
@@ -115,21 +115,21 @@ def test_aborted_requests_end_at_once(seen):
 
 
 @pytest.fixture(scope="module")
-def hung(rollouts, models, target):
-    return run_ranks(4, rank_push_while_a_server_hangs, target, str(models[2]))
+def hung(rollouts, models, servers):
+    return run_ranks(4, rank_refit_while_a_server_hangs, servers, str(models[2]))
 
 
-def test_a_server_that_hangs_in_a_push_costs_half_of_its_deadline_and_is_fenced(hung, target):
+def test_a_server_that_hangs_in_a_refit_costs_half_of_its_deadline_and_is_fenced(hung, servers):
     for outcome in hung:
-        assert outcome["serving"][0] == target.urls[:1]
+        assert outcome["serving"][0] == servers.urls[:1]
         report = outcome["reports"][0]
         assert (report.fenced, report.retries) == (1, 1)
         assert 30 <= report.seconds < 60
 
 
-def test_a_server_that_woke_up_rejoins_by_a_full_push_without_its_old_requests(hung, target, loaded):
+def test_a_server_that_woke_up_rejoins_by_a_full_refit_without_its_old_requests(hung, servers, loaded):
     for outcome in hung:
-        assert outcome["serving"][1] == target.urls
+        assert outcome["serving"][1] == servers.urls
         assert (outcome["reports"][1].rejoined, outcome["reports"][1].retries) == (1, 0)
     first = hung[0]
     assert first["versions"] == [str(VERSIONS["hung"] + 2)] * 2
@@ -137,11 +137,11 @@ def test_a_server_that_woke_up_rejoins_by_a_full_push_without_its_old_requests(h
     assert first["in flight"]["finish_reason"]["type"] == "abort"
 
 
-def test_a_server_killed_in_a_push_is_fenced_and_the_rest_gets_the_weights(hung, models, target, loaded):
+def test_a_server_killed_in_a_refit_is_fenced_and_the_rest_gets_the_weights(hung, models, servers, loaded):
     """Last: it costs a server."""
-    outcomes = run_ranks(4, rank_push_while_a_server_dies, target, str(models[2]))
+    outcomes = run_ranks(4, rank_refit_while_a_server_dies, servers, str(models[2]))
     for outcome in outcomes:
-        assert outcome["serving"] == target.urls[:1]
+        assert outcome["serving"] == servers.urls[:1]
         assert (outcome["report"].fenced, outcome["report"].retries) == (1, 1)
         assert outcome["seconds"] < 40
     first = outcomes[0]

@@ -1,4 +1,4 @@
-"""A source's end of one link, for one push: slices into messages, and the checksums of those that are verified."""
+"""The trainer rank's end of one link during one refit: sends slices as messages, then the checksums of some."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_dypo.refit.checksums import Verify, checksum, is_verified
-from megatron_dypo.refit.plan.plan import Transfer
+from megatron_dypo.refit.checksums import Verify, checksum, should_verify
+from megatron_dypo.refit.plan.refit_plan import Transfer
 from megatron_dypo.refit.slices import SliceSource
 from megatron_dypo.refit.transports.links import Outgoing
 from megatron_dypo.refit.transports.messages import Message, Part, as_bytes, part_of
 
 
-class LinkStart:
-    """See the module's docstring."""
+class LinkSender:
+    """Sends the messages of one link, in order."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class LinkStart:
         verify: Verify,
         slot_bytes: int,
     ) -> None:
-        """``dtypes``: of the target's parameters; slices become that on their way."""
+        """``dtypes``: types of the server rank's parameters; slices are converted to them."""
         self.num_bytes = 0
         self._slices = slices
         self._link = link
@@ -43,14 +43,14 @@ class LinkStart:
         """Send everything; returns when it has left.
 
         Raises:
-            LinkError: the target was lost.
+            LinkError: the server rank was lost.
         """
         sums = []
         for message in self._messages:
             payload = self._payload(message)
             self._link.post(payload)
             self.num_bytes += message.num_bytes
-            verified = (part for part in message.parts if is_verified(part.index, self._version, self._verify))
+            verified = (part for part in message.parts if should_verify(part.index, self._version, self._verify))
             sums += [checksum(part_of(payload, part, torch.uint8)) for part in verified]
         for piece in as_bytes(torch.stack(sums)).split(self._slot_bytes) if sums else ():
             self._link.post(piece)
@@ -58,18 +58,18 @@ class LinkStart:
         self._link.drain()
 
     def _payload(self, message: Message) -> Tensor:
-        """The bytes of a message: the parameter's own where they lie together, else a copy."""
+        """Return the bytes of a message: the parameter's own where they are contiguous, else a copy."""
         if len(message.parts) == 1:
             rows = self._rows(message.parts[0])
-            if rows.is_contiguous() and rows.dtype == self._dtypes[message.parts[0].transfer.target_name]:
+            if rows.is_contiguous() and rows.dtype == self._dtypes[message.parts[0].transfer.served_name]:
                 return as_bytes(rows)
         buffer = self._link.stage(message.num_bytes)
         for part in message.parts:
-            part_of(buffer, part, self._dtypes[part.transfer.target_name]).copy_(self._rows(part))
+            part_of(buffer, part, self._dtypes[part.transfer.served_name]).copy_(self._rows(part))
         return buffer
 
     def _rows(self, part: Part) -> Tensor:
-        """[rows, cols] of one part; the slice of its transfer is asked for once."""
+        """Return one part as [rows, cols]; the slice of its transfer is asked for once."""
         if self._held is None or self._held[0] is not part.transfer:
             self._held = (part.transfer, self._slices.slice(part.transfer))
         return self._held[1][part.first_row : part.first_row + part.rows]

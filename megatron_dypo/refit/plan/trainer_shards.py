@@ -1,6 +1,8 @@
-"""How the trainer's ranks hold the tensors of a family: who holds what, and which ranks hold the same. Pure, no torch.
+"""The trainer's side of a plan: which rank holds which part of each tensor, and which ranks hold the same. Pure, no
+torch.
 
-Ranks are numbered as :mod:`megatron_dypo.parallel.mesh` says.
+Ranks are numbered as Megatron numbers them: tensor fastest, then context, data, pipeline. The experts of a stage are
+spread over all its ranks: expert-tensor fastest, then expert, then the replicas of the experts.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dypo.checks import require_divides
+from megatron_dypo.checks import require
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import table
 from megatron_dypo.models.families.table import EXPERT, LAYER, Row
@@ -23,25 +25,26 @@ Place = Literal["first", "layer", "last"]
 
 @dataclass(frozen=True)
 class Shard:
-    """What some ranks of a stage hold alike."""
+    """Parameters that some ranks of a stage hold alike."""
 
     stage: int
     kind: Kind
-    """One rank's share of the split tensors, the tensors that the whole stage holds, or some experts' share."""
+    """``tensor``: one rank's share of the split tensors. ``stage``: tensors that the whole stage holds. ``expert``: a
+    share of some experts."""
     index: int
-    """Tensor-parallel rank; 0; expert rank × expert_tensor + expert-tensor rank."""
+    """By kind: the tensor-parallel rank; 0; expert rank × expert_tensor + expert-tensor rank."""
     holders: range
     """Global ranks."""
 
 
 def num_shards(arch: Architecture, layout: Mesh) -> dict[Kind, int]:
-    """Shards of each kind on a stage."""
+    """Return how many shards of each kind a stage has."""
     sizes: dict[Kind, int] = {"tensor": layout.tensor, "stage": 1}
     return {**sizes, "expert": layout.expert * layout.expert_tensor} if arch.experts else sizes
 
 
 def shards_of_stage(arch: Architecture, layout: Mesh, stage: int) -> Iterator[Shard]:
-    """What a stage's ranks hold; the shards of one rank come in the order of their kinds."""
+    """Yield the shards of a stage; those of one rank come in the order of their kinds."""
     first, end = stage * layout.stage_size, (stage + 1) * layout.stage_size
     for kind, size in num_shards(arch, layout).items():
         for index in range(size):
@@ -49,10 +52,10 @@ def shards_of_stage(arch: Architecture, layout: Mesh, stage: int) -> Iterator[Sh
 
 
 def held_rectangles(arch: Architecture, layout: Mesh, kind: Kind, index: int, place: Place) -> list[Rectangle]:
-    """What the holders of a shard hold at one place; of a layer, with ``{layer}`` in the names.
+    """List what the holders of a shard hold at one place; for a layer, with ``{layer}`` in the names.
 
     Raises:
-        ValueError: a layout that does not suit the architecture.
+        ValueError: a mesh that does not suit the architecture.
     """
     rectangles: list[Rectangle] = []
     for row in table(arch):
@@ -75,19 +78,19 @@ def _place(row: Row) -> Place:
 
 
 def _of_each_expert(row: Row, arch: Architecture, layout: Mesh, index: int) -> Iterator[Row]:
-    if EXPERT not in row.mcore:
+    """Yield a row of the name table once per expert of a shard; a row of other tensors once."""
+    if EXPERT not in row.mcore or arch.experts is None:
         yield row
         return
-    assert arch.experts is not None
     num_experts = arch.experts.num_experts
-    require_divides("expert", layout.expert, "num_experts", num_experts)
+    require(num_experts % layout.expert == 0, f"expert={layout.expert}", f"does not divide num_experts={num_experts}")
     count, ep_rank = num_experts // layout.expert, index // layout.expert_tensor
     for expert in range(ep_rank * count, (ep_rank + 1) * count):
         yield row.at(None, expert)
 
 
 def _rectangles(row: Row, arch: Architecture, layout: Mesh, index: int) -> Iterator[Rectangle]:
-    """The pieces of a row's rule as rectangles."""
+    """Yield the pieces of a row's rule as rectangles."""
     size = layout.expert_tensor if row.is_expert else layout.tensor
     shapes, along, offset = row.rule.hf_shapes(arch), row.rule.tp_dim or 0, 0
     for piece in row.rule.pieces(arch, index % size, size):

@@ -1,4 +1,5 @@
-"""Every way of pushing, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of them.
+"""Every way of refitting, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of
+them.
 
 What a server must hold is what one holds that loaded the trainer's HF export: its checksums of every tensor.
 """
@@ -15,7 +16,7 @@ import torch
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.server.servers import start_servers
 from tests.support.dist.spawn import run_ranks
-from tests.support.e2e.pushing_ranks import PROMPT, Target, Trainer, ask, checksums_by_rank
+from tests.support.e2e.refitting_ranks import PROMPT, Servers, Trainer, ask, checksums_by_rank
 from tests.support.hf_models import import_transformers, make_hf_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
@@ -30,46 +31,46 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP1 servers", "TP2 servers"])
-def target(request, models, tmp_path_factory):
+def servers(request, models, tmp_path_factory):
     cfg = ServersConfig(port=31000, start_deadline_s=400.0, per_node=2, tensor_parallel=request.param)
     with start_servers(cfg, models[0], "float32", tmp_path_factory.mktemp("sglang"), seed=1, device="cpu") as pool:
         run_dir = tmp_path_factory.mktemp("run")
-        yield Target(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
+        yield Servers(urls=pool.urls, api_key=pool.api_key, served=str(models[0]), run_dir=str(run_dir))
 
 
-def rank_push_all_ways(target: Target, models: list[str], axes: dict[str, int]) -> dict[str, Any]:
+def rank_refit_all_ways(servers: Servers, models: list[str], axes: dict[str, int]) -> dict[str, Any]:
     """(transport, number of servers) → what they hold then and what they should, and the bytes that were sent."""
     from megatron_dypo.models.export import export_hf
 
-    trainer = Trainer(target, **axes)
+    trainer = Trainer(servers, **axes)
     is_first = trainer.layout.rank == 0
     expected = {}
     for model in models:
         trainer.become(model)
-        out_dir = Path(target.run_dir) / f"export-{Path(model).name}"
-        export_hf(trainer.params(), trainer.arch, trainer.layout, out_dir=out_dir, reference_hf_path=target.served)
+        out_dir = Path(servers.run_dir) / f"export-{Path(model).name}"
+        export_hf(trainer.params(), trainer.arch, trainer.layout, out_dir=out_dir, reference_hf_path=servers.served)
         if is_first:
-            ask(target, target.urls[0], "/update_weights_from_disk", {"model_path": str(out_dir)})
-            expected[model] = checksums_by_rank(target, target.urls[0])
+            ask(servers, servers.urls[0], "/update_weights_from_disk", {"model_path": str(out_dir)})
+            expected[model] = checksums_by_rank(servers, servers.urls[0])
     seen: dict[str, Any] = {}
     version = 0
     for count in (1, 2):
         for transport in TRANSPORTS:
             model, version = models[version % 2], version + 1
             trainer.become(model)
-            bridge = trainer.bridge(urls=target.urls[:count], transport=transport, verify="full", deadline_s=200.0)
-            report = bridge.push(version)
-            bridge.close()
+            refitter = trainer.refitter(urls=servers.urls[:count], transport=transport, verify="full", deadline_s=200.0)
+            report = refitter.refit(version)
+            refitter.close()
             if is_first:
-                held = [checksums_by_rank(target, url) for url in target.urls[:count]]
+                held = [checksums_by_rank(servers, url) for url in servers.urls[:count]]
                 seen[f"{transport}, {count}"] = (held, [expected[model]] * count, report.bytes)
     return seen
 
 
 @pytest.fixture(scope="module", params=MESHES)
-def seen(request, models, target):
+def seen(request, models, servers):
     return run_ranks(
-        4, rank_push_all_ways, target, list(map(str, models[1:])), MESHES[request.param], deadline_s=500.0
+        4, rank_refit_all_ways, servers, list(map(str, models[1:])), MESHES[request.param], deadline_s=500.0
     )[0]
 
 
@@ -83,7 +84,7 @@ def test_every_tensor_of_every_rank_is_that_of_a_server_that_loaded_the_export(t
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("transport", ["p2p", "local"])
-def test_a_planned_push_sends_each_server_its_own_bytes(transport, count, seen, models, target):
+def test_a_planned_refit_sends_each_server_its_own_bytes(transport, count, seen, models, servers):
     model = import_transformers().AutoModelForCausalLM.from_pretrained(models[1])
     replicated = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     ranks = len(seen[f"{transport}, 1"][1][0])
@@ -92,29 +93,29 @@ def test_a_planned_push_sends_each_server_its_own_bytes(transport, count, seen, 
     assert count * whole <= sent <= 1.01 * count * whole
 
 
-def rank_release(target: Target, model: str) -> dict[str, Any]:
-    """Two pushes with released memory between them, while a server has requests to answer."""
-    trainer = Trainer(target)
+def rank_release(servers: Servers, model: str) -> dict[str, Any]:
+    """Two refits with released memory between them, while a server has requests to answer."""
+    trainer = Trainer(servers)
     trainer.become(model)
-    bridge = trainer.bridge(transport="auto", offload_servers=True)
-    bridge.push(101)
-    bridge.release()
-    bridge.release()
-    bridge.push(102)
-    bridge.close()
+    refitter = trainer.refitter(transport="auto", offload_servers=True)
+    refitter.refit(101)
+    refitter.release()
+    refitter.release()
+    refitter.refit(102)
+    refitter.close()
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": 4},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    return [ask(target, url, "/generate", body) for url in target.urls] if trainer.layout.rank == 0 else []
+    return [ask(servers, url, "/generate", body) for url in servers.urls] if trainer.layout.rank == 0 else []
 
 
-def test_rollouts_after_memory_was_released_are_of_the_new_weights(target, models):
+def test_rollouts_after_memory_was_released_are_of_the_new_weights(servers, models):
     transformers = import_transformers()
     oracle = transformers.AutoModelForCausalLM.from_pretrained(models[2], attn_implementation="eager").eval()
-    for rollout in run_ranks(4, rank_release, target, str(models[2]))[0]:
+    for rollout in run_ranks(4, rank_release, servers, str(models[2]))[0]:
         meta = rollout["meta_info"]
         assert meta["weight_version"] == "102"
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Links that are driven by a thread each."""
+"""Links have one thread each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_dypo.refit.transports.in_threads import run_all
+from megatron_dypo.refit.transports.threads import run_concurrently
 
 
 def raiser(error: BaseException) -> Callable[[], None]:
@@ -20,7 +20,7 @@ def raiser(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize("error", [KeyError("x"), SystemExit(0), KeyboardInterrupt(), GeneratorExit(), MemoryError()])
 def test_whatever_an_action_raises_is_returned_in_its_place(error: BaseException) -> None:
     done: list[int] = []
-    assert run_all([lambda: done.append(0), raiser(error), lambda: done.append(2)]) == [None, error, None]
+    assert run_concurrently([lambda: done.append(0), raiser(error), lambda: done.append(2)]) == [None, error, None]
     assert sorted(done) == [0, 2]
 
 
@@ -34,7 +34,7 @@ def test_an_action_whose_thread_does_not_start_has_failed_and_the_others_run(mon
 
     done: list[int] = []
     monkeypatch.setattr(threading.Thread, "start", limited)
-    first, second, third = run_all([lambda: done.append(0), lambda: done.append(1), lambda: done.append(2)])
+    first, second, third = run_concurrently([lambda: done.append(0), lambda: done.append(1), lambda: done.append(2)])
     assert (first, third) == (None, None)
     assert "can't start new thread" in str(second)
     assert sorted(done) == [0, 2]

@@ -3,10 +3,12 @@
 import socket
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import pytest
 
-from megatron_dypo.refit.control import ServerError, SGLangControl
+from megatron_dypo.refit.answers import MAX_ANSWER_BYTES, ServerError
+from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
 from tests.support.fake_control import KEY, fake_servers
 
@@ -144,4 +146,40 @@ def test_nobody_is_blamed_for_a_collective_call_that_runs_out_of_time(servers, c
     with pytest.raises(ServerError, match="no answer in") as caught:
         control.start_update({"names": []}, Deadline(0.5)).result()
     assert caught.value.url is None
+    release.set()
+
+
+@pytest.mark.parametrize("call", [lambda c: c.resume(Deadline(5)), lambda c: c.weight_versions(Deadline(5))])
+def test_a_redirect_is_a_refusal_and_takes_the_key_nowhere(servers, control, call):
+    for path in ("/continue_generation", "/model_info"):
+        servers[0].redirects[path] = f"{servers[1].url}/elsewhere"
+    with pytest.raises(ServerError, match=f"{servers[0].url}/.*: status 307") as caught:
+        call(control)
+    assert caught.value.urls == (servers[0].url,)
+    assert "/elsewhere" not in [path for path, _ in servers[1].calls]
+
+
+def test_an_answer_of_any_length_is_read_to_the_limit_and_no_further(servers, control):
+    servers[0].answers["/model_info"] = (200, "x" * (MAX_ANSWER_BYTES + 1))
+    with pytest.raises(ServerError, match=f"{servers[0].url}.*more than {MAX_ANSWER_BYTES} bytes"):
+        control.weight_versions(Deadline(30))
+    servers[0].answers["/model_info"] = (200, {"weight_version": "7", "padding": "x" * 100_000})
+    assert control.weight_versions(Deadline(30))[0] == "7"
+
+
+def test_closing_ends_the_calls_that_are_under_way(servers):
+    asked, release = threading.Event(), threading.Event()
+
+    def hang(path):
+        asked.set()
+        release.wait(20)
+
+    servers[0].on_call = hang
+    control = SGLangControl([servers[0].url], KEY)
+    answer = control.start_update({"names": []}, Deadline(20))
+    assert asked.wait(20)
+    control.close()
+    with pytest.raises(CancelledError):
+        answer.result(timeout=0)
+    control.close()
     release.set()

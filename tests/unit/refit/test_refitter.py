@@ -1,4 +1,4 @@
-"""The order of a push's calls and what a failure of each leaves behind: one rank, fake servers, the disk transport."""
+"""The order of a refit's calls and what a failure of each leaves behind: one rank, fake servers, the disk transport."""
 
 import json
 
@@ -8,11 +8,11 @@ import torch
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
+from megatron_dypo.refit.lockstep import RefitError
 from megatron_dypo.refit.model_checks import check_names
-from megatron_dypo.refit.transports.base import PushError
 from tests.unit.refit.conftest import HF_CONFIG
 
-GOOD_PUSH = [
+GOOD_REFIT = [
     "/pause_generation",
     "/update_weights_from_disk",
     "/update_weight_version",
@@ -20,9 +20,9 @@ GOOD_PUSH = [
 ]
 
 
-def test_push_pauses_loads_names_the_version_and_goes_on(setting):
-    report = setting.bridge.push(3)
-    assert all(server.posts == GOOD_PUSH for server in setting.servers)
+def test_refit_pauses_loads_names_the_version_and_goes_on(setting):
+    report = setting.refitter.refit(3)
+    assert all(server.posts == GOOD_REFIT for server in setting.servers)
     assert all(server.version == "3" for server in setting.servers)
     assert report.version == 3
     assert report.bytes == sum(4 * param.numel() for param in setting.params.values())
@@ -30,7 +30,7 @@ def test_push_pauses_loads_names_the_version_and_goes_on(setting):
 
 
 def test_servers_are_told_to_load_what_the_trainer_holds(setting):
-    setting.bridge.push(1)
+    setting.refitter.refit(1)
     body = dict(setting.servers[0].calls)["/update_weights_from_disk"]
     assert body == {"model_path": str(setting.refit / "version_1"), "flush_cache": True}
     weights = setting.weights_on_disk(1)
@@ -38,10 +38,10 @@ def test_servers_are_told_to_load_what_the_trainer_holds(setting):
     assert json.loads((setting.refit / "version_1" / "config.json").read_text())["model_type"] == "qwen3"
 
 
-def test_a_later_push_sends_the_later_weights_and_removes_the_older_folder(setting):
-    setting.bridge.push(1)
+def test_a_later_refit_sends_the_later_weights_and_removes_the_older_folder(setting):
+    setting.refitter.refit(1)
     setting.params["decoder.final_layernorm.weight"].add_(1.0)
-    setting.bridge.push(2)
+    setting.refitter.refit(2)
     assert [path.name for path in setting.refit.iterdir()] == ["version_2"]
     assert torch.equal(
         setting.weights_on_disk(2)["model.norm.weight"], setting.params["decoder.final_layernorm.weight"]
@@ -50,7 +50,7 @@ def test_a_later_push_sends_the_later_weights_and_removes_the_older_folder(setti
 
 @pytest.mark.parametrize("setting", [{"in_flight": "abort"}], indirect=True)
 def test_abort_ends_requests_before_the_scheduler_is_drained(setting):
-    setting.bridge.push(1)
+    setting.refitter.refit(1)
     pauses = [body["mode"] for path, body in setting.servers[0].calls if path == "/pause_generation"]
     assert pauses == ["abort", "retract"]
 
@@ -67,43 +67,43 @@ def test_abort_ends_requests_before_the_scheduler_is_drained(setting):
 def test_a_failed_call_names_server_call_and_answer_and_generation_goes_on(setting, path, answer):
     for server in setting.servers:
         server.answers[path] = answer
-    with pytest.raises(PushError, match=f"POST {setting.servers[0].url}{path}: status {answer[0]}"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match=f"POST {setting.servers[0].url}{path}: status {answer[0]}"):
+        setting.refitter.refit(1)
     assert all(server.posts[-1] == "/continue_generation" for server in setting.servers)
 
 
 def test_servers_that_may_hold_a_mixture_are_marked_by_no_number(setting):
     for server in setting.servers:
         server.answers["/update_weights_from_disk"] = (400, {"success": False, "message": "cannot read"})
-    with pytest.raises(PushError):
-        setting.bridge.push(4)
+    with pytest.raises(RefitError):
+        setting.refitter.refit(4)
     assert [server.version for server in setting.servers] == ["failed-4", "failed-4"]
 
 
 def test_servers_that_were_not_touched_keep_their_version(setting):
     for server in setting.servers:
         server.answers["/pause_generation"] = (500, "boom")
-    with pytest.raises(PushError):
-        setting.bridge.push(4)
+    with pytest.raises(RefitError):
+        setting.refitter.refit(4)
     assert [server.version for server in setting.servers] == ["default", "default"]
 
 
-def test_a_push_after_a_failed_one_succeeds(setting):
+def test_a_refit_after_a_failed_one_succeeds(setting):
     for server in setting.servers:
         server.answers["/update_weights_from_disk"] = (400, {"success": False, "message": "cannot read"})
-    with pytest.raises(PushError):
-        setting.bridge.push(4)
+    with pytest.raises(RefitError):
+        setting.refitter.refit(4)
     for server in setting.servers:
         server.answers.clear()
-    setting.bridge.push(4)
+    setting.refitter.refit(4)
     assert [server.version for server in setting.servers] == ["4", "4"]
     assert [path.name for path in setting.refit.iterdir()] == ["version_4"]
 
 
 def test_another_family_is_refused_before_anything_is_sent(setting):
     setting.servers[1].model_type = "llama"
-    with pytest.raises(PushError, match=f"{setting.servers[1].url}: serves model_type='llama'"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match=f"{setting.servers[1].url}: serves model_type='llama'"):
+        setting.refitter.refit(1)
     assert not setting.refit.exists()
     assert "/pause_generation" not in setting.servers[0].posts
 
@@ -111,21 +111,21 @@ def test_another_family_is_refused_before_anything_is_sent(setting):
 def test_another_size_is_refused_before_anything_is_sent(setting, tmp_path):
     write_random_model(tmp_path / "other", {**HF_CONFIG, "intermediate_size": 32}, seed=0)
     setting.servers[0].model_path = str(tmp_path / "other")
-    with pytest.raises(PushError, match="ffn_hidden_size=32, the policy has 24"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match="ffn_hidden_size=32, the policy has 24"):
+        setting.refitter.refit(1)
 
 
 def test_a_parameter_of_the_wrong_shape_is_refused(setting):
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     setting.params[name] = setting.params[name][:-1]
-    with pytest.raises(PushError, match=r"linear_fc2.weight: shape \(15, 24\), the architecture asks for \(16, 24\)"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match=r"linear_fc2.weight: shape \(15, 24\), the architecture asks for \(16, 24\)"):
+        setting.refitter.refit(1)
 
 
 def test_a_missing_parameter_is_refused(setting):
     del setting.params["decoder.final_layernorm.weight"]
-    with pytest.raises(PushError, match=r"model\.norm\.weight is held by no stage"):
-        setting.bridge.push(1)
+    with pytest.raises(RefitError, match=r"model\.norm\.weight is held by no stage"):
+        setting.refitter.refit(1)
 
 
 def test_names_sent_twice_or_unknown_are_refused(setting):

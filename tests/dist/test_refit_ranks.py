@@ -1,4 +1,5 @@
-"""A push from ranks with replicas and interleaved stages: each tensor is written once, an error of one is one of all."""
+"""A refit from ranks with replicas and interleaved stages: each tensor is written once, an error of one is one of
+all."""
 
 from __future__ import annotations
 
@@ -22,19 +23,20 @@ CASES = {
 WORLD_SIZE = 4  # two replicas
 
 
-def rank_push(
+def rank_refit(
     model: str, axes: dict[str, int], urls: list[str], run_dir: str, misshapen_on: int | None
 ) -> tuple[tuple[str, int], list[list[str]]]:
-    """A push by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
+    """A refit by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.tree import ModelConfig, ParallelConfig
-    from megatron_dypo.config.refit import WeightsConfig
+    from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
-    from megatron_dypo.refit.refitter import Bridge
-    from megatron_dypo.refit.transports.base import PushError, Source
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.refit.refitter import Refitter
+    from megatron_dypo.refit.lockstep import RefitError
+    from megatron_dypo.refit.source import Source
 
     parallel = ParallelConfig(**axes)
     layout = start_megatron(parallel)
@@ -46,21 +48,21 @@ def rank_push(
         for name, parameter in named_global_parameters(chunks):
             yield name, parameter[:1] if layout.rank == misshapen_on else parameter
 
-    bridge = Bridge(
+    refitter = Refitter(
         layout,
         arch,
         params,
         urls=urls,
         api_key=KEY,
-        config=WeightsConfig(transport="disk", deadline_s=60.0),
+        config=RefitConfig(transport="disk", deadline_s=60.0),
         run_dir=Path(run_dir),
         hf_reference=Path(model),
     )
     try:
-        result = "", bridge.push(1).bytes
-    except PushError as error:
+        result = "", refitter.refit(1).bytes
+    except RefitError as error:
         result = str(error), 0
-    bridge.close()
+    refitter.close()
     source = Source(layout=layout, arch=arch, named_params=lambda: named_global_parameters(chunks))
     by_turn = [[name for name, _ in source.tensors(turn)] if source.joins(turn) else [] for turn in source.turns]
     close(layout)
@@ -73,7 +75,7 @@ def test_each_tensor_is_written_and_broadcast_once(case, tmp_path):
     model = make_hf_model(kind, tmp_path / "hf")
     with fake_servers(2, model_type=kind, model_path=str(model)) as servers:
         urls = [server.url for server in servers]
-        results = run_ranks(WORLD_SIZE, rank_push, str(model), axes, urls, str(tmp_path), None)
+        results = run_ranks(WORLD_SIZE, rank_refit, str(model), axes, urls, str(tmp_path), None)
         assert [server.version for server in servers] == ["1", "1"]
     expected, written = load_file(model / "model.safetensors"), {}
     for file in (tmp_path / "refit" / "version_1").glob("*.safetensors"):
@@ -95,7 +97,7 @@ def test_what_one_rank_finds_wrong_is_raised_on_all(tmp_path):
     with fake_servers(1, model_type="qwen2", model_path=str(model)) as servers:
         results = run_ranks(
             WORLD_SIZE,
-            rank_push,
+            rank_refit,
             str(model),
             CASES["interleaved"][1],
             [servers[0].url],

@@ -1,4 +1,4 @@
-"""What trainer ranks do in the push tests: spawned under gloo, TP2 × PP2, against real servers.
+"""What trainer ranks do in the refit tests: spawned under gloo, TP2 × PP2, against real servers.
 
 Rank functions return plain data; the tests judge it.
 """
@@ -19,12 +19,12 @@ import psutil
 VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "hung": 5, "resumed": 8}
 PROMPT = list(range(3, 15))
 IN_FLIGHT_TOKENS = 2000
-"""Enough for a push to begin, on a loaded machine too, before a request ends."""
+"""Enough for a refit to begin, on a loaded machine too, before a request ends."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """The servers to push to, and where."""
+class Servers:
+    """The servers to refit to, and where."""
 
     urls: tuple[str, ...]
     api_key: str
@@ -36,7 +36,7 @@ class Target:
 class Trainer:
     """One rank with a model, whose weights are those of any HF folder of the same architecture."""
 
-    def __init__(self, target: Target, **axes: int) -> None:
+    def __init__(self, servers: Servers, **axes: int) -> None:
         """``axes``: of the trainer, TP2 × PP2 if none is given."""
         from megatron_dypo.config.tree import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
@@ -44,10 +44,10 @@ class Trainer:
         from megatron_dypo.models.architecture import load_architecture
 
         parallel = ParallelConfig(**(axes or {"tensor": 2, "pipeline": 2}))
-        self.target = target
+        self.servers = servers
         self.layout = start_megatron(parallel)
-        self.arch = load_architecture(target.served)
-        model = ModelConfig(hf_path=target.served, dtype="float32")
+        self.arch = load_architecture(servers.served)
+        model = ModelConfig(hf_path=servers.served, dtype="float32")
         self.chunks = build_model(self.arch, model, parallel, self.layout)
 
     def become(self, hf_path: str) -> None:
@@ -55,26 +55,26 @@ class Trainer:
         from megatron_dypo.models.load import load_hf_weights
 
         layout = self.layout
-        load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout)
+        load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout.tp_rank, layout.tensor)
 
     def params(self) -> Iterator[tuple[str, Any]]:
         from megatron_dypo.mcore.chunks import named_global_parameters
 
         return named_global_parameters(self.chunks)
 
-    def bridge(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
-        from megatron_dypo.config.refit import WeightsConfig
-        from megatron_dypo.refit.refitter import Bridge
+    def refitter(self, *, params: Any = None, urls: Any = None, **config: Any) -> Any:
+        from megatron_dypo.config.refit import RefitConfig
+        from megatron_dypo.refit.refitter import Refitter
 
-        return Bridge(
+        return Refitter(
             self.layout,
             self.arch,
             params or self.params,
-            urls=urls or self.target.urls,
-            api_key=self.target.api_key,
-            config=WeightsConfig(**{"bucket_mib": 1, "deadline_s": 60.0, **config}),
-            run_dir=Path(self.target.run_dir),
-            hf_reference=Path(self.target.served),
+            urls=urls or self.servers.urls,
+            api_key=self.servers.api_key,
+            config=RefitConfig(**{"bucket_mib": 1, "deadline_s": 60.0, **config}),
+            run_dir=Path(self.servers.run_dir),
+            hf_reference=Path(self.servers.served),
         )
 
 
@@ -82,7 +82,7 @@ class Trainer:
 class Running:
     """A streamed request that is under way on one server."""
 
-    target: Target
+    servers: Servers
     url: str
     last: dict[str, Any] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Running:
             "sampling_params": {"temperature": 1.0, "max_new_tokens": IN_FLIGHT_TOKENS, "ignore_eos": True},
             "stream": True,
         }
-        with urllib.request.urlopen(request(self.target, self.url, "/generate", body), timeout=120) as answer:
+        with urllib.request.urlopen(request(self.servers, self.url, "/generate", body), timeout=120) as answer:
             for line in answer:
                 if line.startswith(b"data: {"):
                     self.last = json.loads(line.removeprefix(b"data: "))
@@ -111,54 +111,54 @@ class Running:
         return self.last["meta_info"]
 
 
-def request(target: Target, url: str, path: str, body: dict | None = None) -> urllib.request.Request:
-    headers = {"Authorization": f"Bearer {target.api_key}", "Content-Type": "application/json"}
+def request(servers: Servers, url: str, path: str, body: dict | None = None) -> urllib.request.Request:
+    headers = {"Authorization": f"Bearer {servers.api_key}", "Content-Type": "application/json"}
     return urllib.request.Request(url + path, json.dumps(body).encode() if body is not None else None, headers)
 
 
-def ask(target: Target, url: str, path: str, body: dict | None = None) -> Any:
-    with urllib.request.urlopen(request(target, url, path, body), timeout=60) as answer:
+def ask(servers: Servers, url: str, path: str, body: dict | None = None) -> Any:
+    with urllib.request.urlopen(request(servers, url, path, body), timeout=60) as answer:
         return json.load(answer)
 
 
-def checksums(target: Target, url: str) -> dict[str, str]:
+def checksums(servers: Servers, url: str) -> dict[str, str]:
     """Hash of every parameter of a server's first rank."""
-    return checksums_by_rank(target, url)[0]
+    return checksums_by_rank(servers, url)[0]
 
 
-def checksums_by_rank(target: Target, url: str) -> list[dict[str, str]]:
-    answer = ask(target, url, "/weights_checker", {"action": "checksum"})
+def checksums_by_rank(servers: Servers, url: str) -> list[dict[str, str]]:
+    answer = ask(servers, url, "/weights_checker", {"action": "checksum"})
     return [rank["checksums"] for rank in answer["ranks"]]
 
 
-def rank_push(target: Target, first: str, second: str) -> dict[str, Any]:
-    """Pushes by each transport, and with requests in flight; what rank 0 saw."""
-    trainer = Trainer(target)
+def rank_refit(servers: Servers, first: str, second: str) -> dict[str, Any]:
+    """Refits by each transport, and with requests in flight; what rank 0 saw."""
+    trainer = Trainer(servers)
     seen: dict[str, Any] = {}
     is_first = trainer.layout.rank == 0
     for transport, weights in (("broadcast", first), ("disk", second)):
         trainer.become(weights)
-        bridge = trainer.bridge(transport=transport)
-        seen[transport] = bridge.push(VERSIONS[transport])
+        refitter = trainer.refitter(transport=transport)
+        seen[transport] = refitter.refit(VERSIONS[transport])
         if is_first:
-            seen[f"{transport} checksums"] = [checksums(target, url) for url in target.urls]
-            seen[f"{transport} info"] = [ask(target, url, "/model_info") for url in target.urls]
-        bridge.close()
+            seen[f"{transport} checksums"] = [checksums(servers, url) for url in servers.urls]
+            seen[f"{transport} info"] = [ask(servers, url, "/model_info") for url in servers.urls]
+        refitter.close()
     trainer.become(first)
     for in_flight in ("pause", "abort"):
-        bridge = trainer.bridge(in_flight=in_flight)
-        running = [Running(target, url) for url in target.urls] if is_first else []
-        bridge.push(VERSIONS[in_flight])
+        refitter = trainer.refitter(in_flight=in_flight)
+        running = [Running(servers, url) for url in servers.urls] if is_first else []
+        refitter.refit(VERSIONS[in_flight])
         seen[in_flight] = [one.meta() for one in running]
-        bridge.close()
+        refitter.close()
     return seen
 
 
-def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any]:
-    """A push during which the last server is killed, while requests are in flight on the first."""
-    trainer = Trainer(target)
+def rank_refit_while_a_server_dies(servers: Servers, weights: str) -> dict[str, Any]:
+    """A refit during which the last server is killed, while requests are in flight on the first."""
+    trainer = Trainer(servers)
     trainer.become(weights)
-    victim, survivor = target.urls[-1], target.urls[0]
+    victim, survivor = servers.urls[-1], servers.urls[0]
     armed = threading.Event()
 
     def params() -> Iterator[tuple[str, Any]]:
@@ -169,44 +169,44 @@ def rank_push_while_a_server_dies(target: Target, weights: str) -> dict[str, Any
             yield pair
 
     is_first = trainer.layout.rank == 0
-    bridge = trainer.bridge(params=params, deadline_s=80.0)
-    bridge.push(VERSIONS["resumed"])
+    refitter = trainer.refitter(params=params, deadline_s=80.0)
+    refitter.refit(VERSIONS["resumed"])
     armed.set()
-    running = Running(target, survivor) if is_first else None
+    running = Running(servers, survivor) if is_first else None
     start = time.monotonic()
-    report = bridge.push(VERSIONS["resumed"] + 1)
-    seen = {"report": report, "serving": bridge.serving, "seconds": time.monotonic() - start}
+    report = refitter.refit(VERSIONS["resumed"] + 1)
+    seen = {"report": report, "serving": refitter.serving, "seconds": time.monotonic() - start}
     if running is not None:
         seen["in flight"] = running.meta()
-        seen["version"] = ask(target, survivor, "/model_info")["weight_version"]
-        seen["checksums"] = checksums(target, survivor)
-    bridge.close()
+        seen["version"] = ask(servers, survivor, "/model_info")["weight_version"]
+        seen["checksums"] = checksums(servers, survivor)
+    refitter.close()
     return seen
 
 
-def rank_push_while_a_server_hangs(target: Target, weights: str) -> dict[str, Any]:
-    """A push to a server that hangs with a request in flight, and one after it has woken up."""
-    trainer = Trainer(target)
+def rank_refit_while_a_server_hangs(servers: Servers, weights: str) -> dict[str, Any]:
+    """A refit to a server that hangs with a request in flight, and one after it has woken up."""
+    trainer = Trainer(servers)
     trainer.become(weights)
-    victim, is_first = target.urls[-1], trainer.layout.rank == 0
-    bridge = trainer.bridge(deadline_s=60.0)
-    bridge.push(VERSIONS["hung"])
-    running = Running(target, victim) if is_first else None
+    victim, is_first = servers.urls[-1], trainer.layout.rank == 0
+    refitter = trainer.refitter(deadline_s=60.0)
+    refitter.refit(VERSIONS["hung"])
+    running = Running(servers, victim) if is_first else None
     processes = server_family(victim) if is_first else []
     for process in processes:
         process.suspend()
-    reports = [bridge.push(VERSIONS["hung"] + 1)]
-    serving = [bridge.serving]
+    reports = [refitter.refit(VERSIONS["hung"] + 1)]
+    serving = [refitter.serving]
     for process in processes:
         process.resume()
-    reports.append(bridge.push(VERSIONS["hung"] + 2))
-    serving.append(bridge.serving)
-    bridge.close()
+    reports.append(refitter.refit(VERSIONS["hung"] + 2))
+    serving.append(refitter.serving)
+    refitter.close()
     seen: dict[str, Any] = {"reports": reports, "serving": serving}
     if running is not None:
         seen["in flight"] = running.meta()
-        seen["versions"] = [ask(target, url, "/model_info")["weight_version"] for url in target.urls]
-        seen["checksums"] = [checksums(target, url) for url in target.urls]
+        seen["versions"] = [ask(servers, url, "/model_info")["weight_version"] for url in servers.urls]
+        seen["checksums"] = [checksums(servers, url) for url in servers.urls]
     return seen
 
 

@@ -1,0 +1,93 @@
+"""Answers of SGLang's control routes: bounded and checked, and the errors of calls that failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+Answer = dict[str, Any]
+
+MAX_ANSWER_BYTES = 16 * 2**20
+"""A longer answer is an error; ``/server_info``, the longest that SGLang gives, has some ten kB."""
+_QUOTED_CHARACTERS = 500
+
+
+class ServerError(RuntimeError):
+    """A server refused a call, answered nonsense, or did not answer."""
+
+    def __init__(self, message: str, *urls: str, is_silent: bool = False) -> None:
+        """``urls``: the servers to blame; none where all failed and none stands out."""
+        super().__init__(message)
+        self.urls = urls
+        self.is_silent = is_silent
+        """Whether there was no answer at all, not even a refusal."""
+
+    @property
+    def url(self) -> str | None:
+        """The server to blame, or the first of several; None: no server in particular."""
+        return self.urls[0] if self.urls else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerInfo:
+    """A server's model and sizes, by its own account."""
+
+    url: str
+    model_path: str
+    model_type: str
+    weight_version: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    expert_parallel: int
+    custom_loaders: tuple[str, ...]
+    """``--custom-weight-loader``: names under which it takes updates by functions that it imports."""
+
+
+class UnansweredError(ServerError):
+    """A call that was sent, and whose time ran out."""
+
+
+async def read(response: aiohttp.ClientResponse, where: str, url: str) -> str:
+    """Read an answer, which must not be longer than ``MAX_ANSWER_BYTES``."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ServerError(
+                f"{where}: status {response.status}: an answer of more than {MAX_ANSWER_BYTES} bytes", url
+            )
+    return body.decode(errors="replace")
+
+
+def joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
+    """Return one error for the errors of several servers.
+
+    In a collective call one server makes the others fail, or wait. So a server that is gone is blamed alone, and one
+    that only waits is not blamed.
+    """
+    blamed = [error for error in errors if not (is_collective and isinstance(error, UnansweredError))]
+    gone = [error for error in blamed if error.is_silent]
+    blamed = gone if is_collective and gone else blamed
+    urls = [url for error in blamed for url in error.urls]
+    return ServerError("; ".join(map(str, errors)), *urls, is_silent=all(error.is_silent for error in errors))
+
+
+def checked(where: str, url: str, status: int, text: str) -> Answer:
+    """Return the JSON object of an answer, {} for plain text.
+
+    Raises:
+        ServerError: a refusal, which may come with status 200 and ``success: false``.
+    """
+    try:
+        answer = json.loads(text)
+    except json.JSONDecodeError:
+        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
+    if status != 200 or answer.get("success", True) is not True:
+        raise ServerError(f"{where}: status {status}: {answer.get('message') or text[:_QUOTED_CHARACTERS]}", url)
+    return answer

@@ -1,0 +1,71 @@
+"""The policy as one trainer rank holds it, and when its whole tensors leave the rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.models.families.registry import match
+from megatron_dypo.models.gather import iter_hf_tensors, sent_params, written_specs
+from megatron_dypo.models.hf.write import TensorSpec
+from megatron_dypo.parallel.groups import MeshRank
+
+Turn = tuple[int, int]
+"""Pipeline stage, expert rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The policy as this rank holds it."""
+
+    layout: MeshRank
+    arch: Architecture
+    named_params: Callable[[], Iterable[tuple[str, Tensor]]]
+    """Megatron-Core names with global layer indices, this rank's shards."""
+
+    @property
+    def turns(self) -> list[Turn]:
+        """All turns, in the order in which ranks send whole tensors.
+
+        The leader of a stage sends the stage's dense tensors in the first turn of the stage, and its own experts too.
+        """
+        return list(itertools.product(range(self.layout.pipeline), range(self.layout.expert)))
+
+    @property
+    def own_turn(self) -> Turn | None:
+        """The turn in which this rank sends whole tensors; None for ranks that only take part in gathers, or in
+        nothing."""
+        layout = self.layout
+        return (layout.pp_rank, layout.ep_rank) if layout.leads_stage or layout.leads_experts else None
+
+    def joins(self, turn: Turn) -> bool:
+        """Return whether this rank takes part in a turn.
+
+        It does in the first turn of its stage, when dense tensors are gathered, and in the turn of its experts.
+        """
+        layout = self.layout
+        is_of_experts = layout.sends_experts and turn == (layout.pp_rank, layout.ep_rank)
+        return is_of_experts or (layout.sends_dense and turn == (layout.pp_rank, 0))
+
+    def params(self, turn: Turn | None = None) -> list[tuple[str, Tensor]]:
+        """Return this rank's parameters that are sent, in one turn or (None) in all of them."""
+        sent = sent_params(self.named_params(), self.arch, self.layout)
+        if turn is None:
+            return sent
+        own, first = (self.layout.pp_rank, self.layout.ep_rank), (self.layout.pp_rank, 0)
+        return [(n, p) for n, p in sent if (own if match(n, self.arch).is_expert else first) == turn]
+
+    def tensors(self, turn: Turn | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the HF tensors that leave this rank, in one turn or (None) in all of them, one at a time.
+
+        Collective over the ranks that join the turn (None: over all senders of a stage), which exhaust it together.
+        """
+        return iter_hf_tensors(self.params(turn), self.arch, self.layout)
+
+    def specs(self) -> list[TensorSpec]:
+        """List the tensors that :meth:`tensors` yields here."""
+        return written_specs(self.params(), self.arch, self.layout)

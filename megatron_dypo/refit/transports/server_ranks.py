@@ -1,0 +1,176 @@
+"""The leader's side of a planned connection: the ranks of all servers, what each is told, and what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dypo.refit.answers import ServerError, ServerInfo
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.control_message import GO, ControlMessage, inventory_key, report_key, to_payload
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
+from megatron_dypo.rollout.server.command import WEIGHT_LOADER
+
+_ENDED = "{}"
+"""Stands in the store for an inventory that does not come, since the server's call has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What every trainer rank has to know of a new connection."""
+
+    urls: tuple[str, ...]
+    message: ControlMessage
+    """The message to the first rank of the first server; the other server ranks get the same, with their own place."""
+
+
+def server_mesh(info: ServerInfo) -> ServerMesh:
+    """Return the mesh of a server that the planned transports can reach.
+
+    Raises:
+        ServerError: they cannot reach it.
+    """
+    for name in ("pipeline_parallel", "data_parallel"):
+        size = getattr(info, name)
+        if size != 1:
+            raise ServerError(f"{info.url}: {name}={size}: p2p and local need 1; use refit.transport=disk", info.url)
+    if WEIGHT_LOADER not in info.custom_loaders:
+        raise ServerError(
+            f"{info.url}: custom_weight_loader={list(info.custom_loaders)}: start the server with "
+            f"--custom-weight-loader {WEIGHT_LOADER}, or use refit.transport=broadcast",
+            info.url,
+        )
+    return ServerMesh(tensor=info.tensor_parallel, expert=info.expert_parallel)
+
+
+class ServerRanks:
+    """All ranks of the servers of one connection, and the store on which they meet the trainer's ranks."""
+
+    def __init__(self, control: SGLangControl, store: dist.TCPStore, plan: RefitPlan, message: ControlMessage) -> None:
+        """``store``: the master; with its last reference go the server ranks that still wait on it."""
+        self._control = control
+        self._store = store
+        self._plan = plan
+        self.offer = Offer(urls=control.urls, message=message)
+        # A second client: a wait on the first one would hold up a write from the control's thread.
+        timeout = datetime.timedelta(seconds=message.timeout_s)
+        self._notes = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
+        self._answers: list[Future[dict[str, Any]]] = []
+
+    def ask_to_connect(self, deadline: Deadline) -> None:
+        """Tell every server rank of the connection, and compare what it holds with the plan.
+
+        Raises:
+            ServerError: a rank that failed, or whose parameters are not those of the plan; none has connected.
+        """
+        self.announce(0, 0, deadline)
+        for server, answer in enumerate(self._answers):
+            keys = [inventory_key(server, rank) for rank in range(self._plan.servers[server].tensor)]
+            answer.add_done_callback(functools.partial(_note_end, self._notes, keys))
+        for server, mesh in enumerate(self._plan.servers):
+            for server_rank in range(mesh.tensor):
+                parameters = self._inventory(server, server_rank, deadline)["parameters"]
+                shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
+                problems = shape_mismatches(shapes, self._plan.served_shapes(server, server_rank))
+                if problems:
+                    raise self._error(server, server_rank, "; ".join(problems))
+
+    def let_connect(self) -> None:
+        """Let the server ranks connect: all inventories are as planned."""
+        self._store.set(GO, "")
+
+    def announce(self, refit: int, version: int, deadline: Deadline) -> None:
+        """Tell every server rank of a refit; does not wait for them."""
+        message = dataclasses.replace(self.offer.message, refit=refit, version=version, timeout_s=deadline.remaining())
+        bodies: list[dict[str, Any]] = [
+            {
+                "serialized_named_tensors": [
+                    to_payload(dataclasses.replace(message, server=server, server_rank=server_rank))
+                    for server_rank in range(mesh.tensor)
+                ],
+                "load_format": WEIGHT_LOADER,
+                # Here, not by /flush_cache: that also collects the server's garbage, which takes longer than a refit.
+                "flush_cache": True,
+            }
+            for server, mesh in enumerate(self._plan.servers)
+        ]
+        self._answers = self._control.start_load(bodies, deadline)
+
+    def collect(self, refit: int) -> None:
+        """Wait for the answers and reports of all server ranks.
+
+        Raises:
+            ServerError: names every server that failed.
+        """
+        errors = []
+        for server, answer in enumerate(self._answers):
+            try:
+                answer.result()
+                for server_rank in range(self._plan.servers[server].tensor):
+                    self._read_report(server, server_rank, refit)
+            except ServerError as error:
+                errors.append(error)
+        if errors:
+            raise ServerError("; ".join(map(str, errors)), *(url for error in errors for url in error.urls))
+
+    def abort(self) -> None:
+        """Wait for no more answers, and drop the store; the last call."""
+        for answer in self._answers:
+            answer.cancel()
+        del self._store, self._notes
+
+    def _inventory(self, server: int, server_rank: int, deadline: Deadline) -> dict[str, Any]:
+        key = inventory_key(server, server_rank)
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=deadline.remaining()))
+        except (dist.DistStoreError, TimeoutError) as error:
+            reason = f"its loader sent no inventory in {deadline.seconds:.1f} s"
+            raise self._error(server, server_rank, reason) from error
+        inventory: dict[str, Any] = json.loads(self._store.get(key))
+        if not inventory:
+            self._answers[server].result()
+            self._read_report(server, server_rank, 0)
+            raise self._error(server, server_rank, "its loader ended without an inventory")
+        return inventory
+
+    def _read_report(self, server: int, server_rank: int, refit: int) -> None:
+        key = report_key(refit, server, server_rank)
+        if not self._store.check([key]):
+            raise self._error(server, server_rank, "its loader ended without a report; its log may say why")
+        report = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        if "error" in report:
+            raise self._error(server, server_rank, report["error"])
+
+    def _error(self, server: int, server_rank: int, reason: str) -> ServerError:
+        url = self.offer.urls[server]
+        return ServerError(f"{url}: server rank {server_rank}: {reason}", url)
+
+
+def shape_mismatches(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[int, ...]]) -> list[str]:
+    """List how the parameters of a server rank differ from the plan, as sentences; at most one for each parameter."""
+    problems = [f"{name} is not among its parameters" for name in sorted(planned.keys() - held.keys())]
+    problems += [f"{name} is a parameter that the plan leaves out" for name in sorted(held.keys() - planned.keys())]
+    problems += [
+        f"{name} has shape {held[name]}, the plan says {planned[name]}"
+        for name in sorted(held.keys() & planned.keys())
+        if held[name] != planned[name]
+    ]
+    return problems
+
+
+def _note_end(store: dist.Store, keys: Sequence[str], _: Future[Any]) -> None:
+    """Free whoever waits for inventories that have not come when a server's call ends; runs in the control's thread."""
+    with contextlib.suppress(RuntimeError):  # the store has gone, and with it those who wait
+        for key in keys:
+            store.compare_set(key, "", _ENDED)

@@ -1,0 +1,148 @@
+"""A trainer rank's side of a planned connection: its links to the ranks of all servers that it sends to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.parallel import device
+from megatron_dypo.refit.answers import ServerError
+from megatron_dypo.refit.checksums import Verify
+from megatron_dypo.refit.control_message import inventory_key
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer
+from megatron_dypo.refit.slices import SliceSource
+from megatron_dypo.refit.transports.link_sender import LinkSender
+from megatron_dypo.refit.transports.links import LinkError, Sender, ServerLinks
+from megatron_dypo.refit.transports.local import LocalSender
+from megatron_dypo.refit.transports.messages import Message, cut
+from megatron_dypo.refit.transports.p2p import GroupSender
+from megatron_dypo.refit.transports.threads import run_concurrently
+
+SENDERS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
+
+_FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+
+Link = tuple[int, int]
+"""A server, and a rank of it."""
+
+
+class TrainerRank:
+    """The transfers and links of one trainer rank."""
+
+    def __init__(
+        self,
+        plan: RefitPlan,
+        rank: int,
+        store: dist.Store,
+        urls: Sequence[str],
+        slot_bytes: int,
+        *,
+        make_slices: Callable[[], SliceSource],
+        verify: Verify,
+    ) -> None:
+        """Read from the store which parameters the server ranks have.
+
+        ``make_slices`` returns this rank's slices as they are at the time of a refit.
+
+        Raises:
+            ServerError: a server on another kind of device, or with parameters of other types than the plan's.
+        """
+        self._plan = plan
+        self._rank = rank
+        self._store = store
+        self._urls = urls
+        self._slot_bytes = slot_bytes
+        self._make_slices = make_slices
+        self._verify = verify
+        self._dtypes: dict[Link, Mapping[str, torch.dtype]] = {}
+        self._messages: dict[Link, list[Message]] = {}
+        self._senders: dict[int, Sender] = {}
+        transfers: dict[Link, list[Transfer]] = {}
+        for transfer in plan.sends(rank):
+            transfers.setdefault((transfer.server, transfer.server_rank), []).append(transfer)
+        for link, of_link in transfers.items():
+            dtypes = self._dtypes[link] = self._read_dtypes(link)
+            for transfer in of_link:
+                self._require_dtype(transfer, dtypes[transfer.served_name])
+            self._messages[link] = list(cut(of_link, dtypes, slot_bytes))
+
+    def connect(self, transport: str, deadline: Deadline) -> None:
+        """Meet the ranks of all servers that this rank sends to.
+
+        Raises:
+            ServerError: a server did not come.
+        """
+        for server in sorted({server for server, _ in self._messages}):
+            links = ServerLinks(
+                store=self._store,
+                server=server,
+                sources=self._plan.sources_of(server),
+                num_server_ranks=self._plan.servers[server].tensor,
+                slot_bytes=self._slot_bytes,
+            )
+            try:
+                self._senders[server] = SENDERS[transport].connect(links, self._rank, deadline)
+            except LinkError as error:
+                raise ServerError(f"{self._urls[server]}: no connection: {error}", self._urls[server]) from error
+
+    def send(self, version: int, deadline: Deadline) -> int:
+        """Send everything over all links at once; returns the bytes.
+
+        Collective over the tensor-parallel groups where weights are quantised.
+
+        Raises:
+            ServerError: names every server that was lost.
+        """
+        slices = self._make_slices()
+        senders = {
+            (server, server_rank): LinkSender(
+                slices,
+                self._senders[server].outgoing(server_rank, deadline),
+                messages,
+                self._dtypes[server, server_rank],
+                version=version,
+                verify=self._verify,
+                slot_bytes=self._slot_bytes,
+            )
+            for (server, server_rank), messages in self._messages.items()
+        }
+        errors = run_concurrently([sender.send for sender in senders.values()])
+        device.synchronize()
+        self._raise({link: error for link, error in zip(senders, errors, strict=True) if error is not None})
+        return sum(sender.num_bytes for sender in senders.values())
+
+    def close(self) -> None:
+        """Close all links at once, and drop the store; the last call."""
+        for sender in self._senders.values():
+            sender.close()
+        self._senders.clear()
+        del self._store
+
+    def _raise(self, errors: Mapping[Link, BaseException]) -> None:
+        ours = [error for error in errors.values() if not isinstance(error, LinkError)]
+        if ours:
+            raise ours[0]
+        if errors:
+            lost = {f"{self._urls[server]}: server rank {rank}: {error}" for (server, rank), error in errors.items()}
+            raise ServerError("; ".join(sorted(lost)), *{self._urls[server] for server, _ in errors})
+
+    def _require_dtype(self, transfer: Transfer, dtype: torch.dtype) -> None:
+        """Raise ServerError unless quantised weights and their scales arrive as they are; others may be rounded."""
+        is_quantized = self._plan.encoding.is_quantized(transfer.hf_name)
+        wanted = (torch.float8_e4m3fn,) if is_quantized else (torch.float32,) if transfer.part == "scale" else _FLOATS
+        if dtype not in wanted:
+            url, encoding = self._urls[transfer.server], self._plan.encoding.quantization
+            raise ServerError(
+                f"{url}: {transfer.served_name} is {dtype}: refit.quantize={encoding} sends {wanted[0]}", url
+            )
+
+    def _read_dtypes(self, link: Link) -> dict[str, torch.dtype]:
+        inventory = json.loads(self._store.get(inventory_key(*link)))
+        url, kind = self._urls[link[0]], inventory["device"]
+        if kind != device.device_kind():
+            raise ServerError(f"{url}: serves on device={kind!r}, the trainer is on {device.device_kind()!r}", url)
+        return {name: getattr(torch, dtype) for name, (_, dtype) in inventory["parameters"].items()}

@@ -1,0 +1,137 @@
+"""A bucket reaches a server through a group of two processes, and a server that fails ends the wait at once."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing as mp
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.mcore.compat import NEW_GROUP, WORLD
+from megatron_dypo.refit.answers import ServerError
+from megatron_dypo.refit.control import SGLangControl
+from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.refit.transports.buckets import Bucket, fill_buckets
+from megatron_dypo.refit.transports.update_group import UpdateGroup
+from tests.support.fake_control import KEY, FakeServer
+
+DEADLINE_S = 60.0
+AT_ONCE_S = 20.0
+INIT, UPDATE = "/init_weights_update_group", "/update_weights_from_distributed"
+TENSORS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5, dtype=torch.bfloat16))]
+
+
+def take_part(pipe: Connection) -> None:
+    """In a process of its own, as SGLang's scheduler: join groups, and receive buckets in the last one."""
+    pipe.send("ready")
+    group: Any = None
+    while True:
+        try:
+            asked = pipe.recv()
+        except EOFError:
+            return
+        if isinstance(asked, dict):
+            group = join(asked)
+            pipe.send("joined")
+        else:
+            payload = torch.empty(asked, dtype=torch.uint8)
+            dist.broadcast(payload, src=0, group=group)
+            pipe.send(bytes(payload.numpy()))
+
+
+def join(body: dict[str, Any]) -> Any:
+    timeout = datetime.timedelta(seconds=DEADLINE_S)
+    store = dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=timeout)
+    name, size = body["group_name"], body["world_size"]
+    options: dict[str, Any] = {"group_name": name, "backend_options": None, "timeout": timeout}
+    prefixed = dist.PrefixStore(name, store)
+    group, _ = NEW_GROUP.get()(size, body["rank_offset"], [], dist.Backend(body["backend"]), prefixed, **options)
+    WORLD.get().pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    return group
+
+
+@dataclass
+class JoiningServer(FakeServer):
+    """A server that joins the group, and keeps what it receives."""
+
+    received: list[bytes] = field(default_factory=list)
+    pipe: Any = None
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path in self.answers:
+            return super().answer(path, body)
+        if path == INIT:
+            self.pipe.send(body)
+            assert self.pipe.recv() == "joined"
+        if path == UPDATE:
+            tensors = zip(body["shapes"], body["dtypes"], strict=True)
+            self.pipe.send(sum(torch.Size(shape).numel() * getattr(torch, dtype).itemsize for shape, dtype in tensors))
+            self.received.append(self.pipe.recv())
+        return super().answer(path, body)
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[Connection]:
+    """The way to the process that takes part; it has imported everything."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=take_part, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.recv() == "ready"
+    yield ours
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def server(scheduler: Connection) -> Iterator[JoiningServer]:
+    server = JoiningServer(pipe=scheduler)
+    server.start()
+    yield server
+    server.die()
+
+
+@pytest.fixture
+def control(server: JoiningServer) -> Iterator[SGLangControl]:
+    control = SGLangControl([server.url], KEY)
+    yield control
+    control.close()
+
+
+def bucket() -> Bucket:
+    (made,) = fill_buckets(TENSORS, 1 << 10)
+    return made
+
+
+def test_a_bucket_arrives_byte_for_byte_and_the_group_is_left_in_order(server, control):
+    group = UpdateGroup.form(control, "gloo", Deadline(DEADLINE_S))
+    for _ in range(2):
+        group.send(bucket(), Deadline(DEADLINE_S))
+    assert server.received == [bytes(bucket().payload.numpy())] * 2
+    group.leave()
+    assert server.posts[-1] == "/destroy_weights_update_group"
+
+
+def test_a_server_that_refuses_to_join_is_named_at_once(server, control):
+    server.answers[INIT] = (400, {"success": False, "message": "no such backend"})
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=f"{server.url}{INIT}: status 400: no such backend"):
+        UpdateGroup.form(control, "gloo", Deadline(DEADLINE_S))
+    assert time.monotonic() - start < AT_ONCE_S
+
+
+def test_a_server_that_refuses_a_bucket_is_named_at_once(server, control):
+    group = UpdateGroup.form(control, "gloo", Deadline(DEADLINE_S))
+    server.answers[UPDATE] = (400, {"success": False, "message": "no session is open"})
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=f"{server.url}{UPDATE}: status 400: no session is open"):
+        group.send(bucket(), Deadline(DEADLINE_S))
+    assert time.monotonic() - start < AT_ONCE_S
+    group.abandon()
