@@ -229,8 +229,11 @@ class FakePolicy:
     def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
         self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)  # on each rank: there is no barrier as in a real one
-        (folder / "trainer_state.json").write_text("{}")
+        # On each rank, since there is no barrier as in a real one; whole at once, since other ranks look at it.
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{id(self)}.tmp"
+        temporary.write_text("{}")
+        temporary.replace(folder / "trainer_state.json")
         return folder
 
     def export(self, out_dir: Path) -> None:
