@@ -10,6 +10,7 @@ from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.loop.admission import is_useful
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.stream import RolloutStream, StreamWork
 from megatron_dypo.types import GradedGroup, RolloutGroup
@@ -50,4 +51,5 @@ def open_stream(
         ),
         oversample=cfg.oversample,
         max_unread=math.ceil(max_unread / replicas),
+        stop=STOP,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig
-from megatron_dypo.ending import RunEnded
+from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.accounts import enter, enter_left_out
 from megatron_dypo.loop.admission import Admitted, admit, tally_admitted
 from megatron_dypo.loop.ledger import dropped_words
@@ -27,6 +27,7 @@ from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.processes.stop_requests import STOP, StopFlag
 from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.collect import DroppedGroup, collect
 from megatron_dypo.types import DropReason, GradedGroup
@@ -53,6 +54,8 @@ class Collector:
     total_steps: int
     tally: Tally
     timings: Timings
+    stop: StopFlag = STOP
+    """Ends a collection when it is set; prompts that are not done then are in flight for the run that resumes."""
 
     @property
     def max_prompts(self) -> int:
@@ -79,7 +82,7 @@ class Look:
     num_prompts: int = 0
     """Rows of the data."""
     failure: RunEnded | None = None
-    """Why a replica cannot go on."""
+    """The reason for which a replica cannot go on."""
 
     def __add__(self, other: Look) -> Look:
         return Look(
@@ -100,7 +103,8 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
 
     Raises:
         RunEnded: on all ranks: nothing is left to learn from, no group comes back whole, no verdict is given, no
-            server is left, or every prompt is too long. The samples of the collection are written all the same.
+            server is left, every prompt is too long, or the run is to stop. The samples of the collection are written
+            all the same.
     """
     replica, batching, rounds = collector.replica, collector.batching, 0
     begin_collection(collector, step)
@@ -112,7 +116,7 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             mark("collecting rollouts")
             prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
-                ask = functools.partial(collect, group_size=collector.rollout.group_size)
+                ask = functools.partial(collect, group_size=collector.rollout.group_size, stop=collector.stop)
                 sampled = collector.servers.sample(prompts, step, "gen", ask)
                 with collector.timings.measure("reward"):
                     graded = collector.servers.grade(sampled.groups)
@@ -172,11 +176,18 @@ def look_around(collector: Collector, failure: RunEnded | None = None) -> Look:
         unserved=int(collector.servers.stream.is_unserved),
         outcomes=Outcomes() + replica.books.outcomes,
         num_prompts=replica.num_prompts,
-        failure=failure,
+        failure=failure or stop_of(collector),
     )
     look = sum(collector.ranks.of_leaders(mine), Look())
     end_if(look.failure)
     return look
+
+
+def stop_of(collector: Collector) -> RunEnded | None:
+    """Return the end of the run if this process was asked to stop."""
+    if not collector.stop.is_set():
+        return None
+    return RunEnded(Cause.STOPPED, "stopped on request while rollouts were collected; they are sampled again")
 
 
 def looks_further(collector: Collector, look: Look, step: int) -> bool:

@@ -69,6 +69,8 @@ class Attempt:
 
     failure: str = ""
     """The reason for which no server will ever answer; empty without one."""
+    is_stopped: bool = False
+    """A request to stop the run cut it short."""
     unserved: int = 0
     """Prompts that no server took."""
     came_back: int = 0
@@ -132,11 +134,12 @@ class Servers:
             ask: :func:`megatron_dypo.rollout.collect.collect` with its options.
 
         Raises:
-            RunEnded: on all ranks: no server is left, or refits go well and a rank cannot reach the servers.
+            RunEnded: on all ranks: no server is left, or refits go well and a rank cannot reach the servers; or the run
+                is to stop, and what came back is lost: all prompts stay unfinished.
         """
         sampled, fruitless = Sampled(), 0
         while True:
-            failure, came_back = "", 0
+            failure, came_back, is_stopped = "", 0, False
             if prompts and isinstance(self.requests, LeaderRequests):
                 try:
                     with self.timings.measure(part):
@@ -148,7 +151,13 @@ class Servers:
                     sampled.groups.extend(groups)
                     sampled.dropped.extend(stats.dropped)
                     prompts, came_back = stats.unserved, len(groups) + len(stats.dropped)
-            found = self.ranks.of_leaders(Attempt(failure=failure, unserved=len(prompts), came_back=came_back))
+                    is_stopped = bool(stats.unfinished)
+            mine = Attempt(failure=failure, is_stopped=is_stopped, unserved=len(prompts), came_back=came_back)
+            found = self.ranks.of_leaders(mine)
+            if any(attempt.is_stopped for attempt in found):
+                raise RunEnded(
+                    Cause.STOPPED, "stopped on request while rollouts were collected; they are sampled again"
+                )
             if not any(attempt.failure or attempt.unserved for attempt in found):
                 sampled.groups.sort(key=lambda group: group.prompt.order)
                 return sampled
