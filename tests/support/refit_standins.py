@@ -46,35 +46,11 @@ def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32
 
 
 def plain_layout(axes: Mesh, rank: int) -> MeshRank:
-    """The layout of one rank of a mesh, without process groups: planned refits use none of them."""
-    inner, stage = axes.tensor * axes.context, axes.stage_size
-    pp_rank, inside = divmod(rank, stage)
-    no_group: Any = None
-    return MeshRank(
-        rank=rank,
-        world_size=axes.world_size,
-        tensor=axes.tensor,
-        pipeline=axes.pipeline,
-        virtual_pipeline=axes.virtual_pipeline,
-        context=axes.context,
-        data=axes.data,
-        tp_rank=inside % axes.tensor,
-        pp_rank=pp_rank,
-        cp_rank=inside % inner // axes.tensor,
-        dp_rank=inside // inner,
-        tp_group=no_group,
-        pp_group=no_group,
-        cp_group=no_group,
-        dp_group=no_group,
-        replica_group=no_group,
-        leaders_group=None,
-        replica_ranks=(),
-        first_stage_layers=axes.first_stage_layers,
-        last_stage_layers=axes.last_stage_layers,
-        expert=axes.expert,
-        ep_rank=inside % axes.expert,
-        expert_replica=inside // axes.expert,
+    """The place of one rank of a mesh, without process groups: planned refits use none of them."""
+    groups: dict[str, Any] = dict.fromkeys(
+        ("tp_group", "pp_group", "cp_group", "dp_group", "replica_group", "leaders_group")
     )
+    return MeshRank(mesh=axes, rank=rank, **groups)
 
 
 def held_names(arch: Architecture, axes: Mesh, layout: MeshRank) -> list[str]:

@@ -21,7 +21,7 @@ from megatron_dypo.config.load import load_config
 from megatron_dypo.launch.start import launch
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.refitter import Refitter
-from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout import client
 from megatron_dypo.rollout.server.probe import http_status
 from tests.support.e2e.refitting_ranks import kill_server
 
@@ -70,11 +70,11 @@ class Killer:
 
 def install(killer: Killer) -> None:
     """Have the client, the refitter and its control tell the killer what they do."""
-    post, call, refit = SGLangClient._post, SGLangControl.call, Refitter.refit
+    ask, call, refit = client.ask, SGLangControl.call, Refitter.refit
 
-    async def noticed_post(self: Any, url: str, body: bytes) -> Any:
-        killer.notice("generate", url)
-        return await post(self, url, body)
+    async def noticed_ask(session: Any, url: str, body: bytes, **options: Any) -> Any:
+        killer.notice("generate", url.removesuffix("/generate"))
+        return await ask(session, url, body, **options)
 
     async def noticed_call(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
         killer.notice(path, url)
@@ -86,7 +86,7 @@ def install(killer: Killer) -> None:
         killer.serving = killer.urls if version else ()
         return refit(self, version)
 
-    SGLangClient._post = noticed_post  # type: ignore[method-assign]
+    client.ask = noticed_ask
     SGLangControl.call = noticed_call  # type: ignore[method-assign]
     Refitter.refit = waiting_refit  # type: ignore[method-assign]
 

@@ -55,7 +55,7 @@ class Trainer:
         from megatron_dypo.models.load import load_hf_weights
 
         layout = self.layout
-        load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout.tp_rank, layout.tensor)
+        load_hf_weights(self.params(), HFReader(hf_path), self.arch, layout)
 
     def params(self) -> Iterator[tuple[str, Any]]:
         from megatron_dypo.mcore.chunks import named_global_parameters

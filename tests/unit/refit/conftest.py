@@ -16,6 +16,7 @@ from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.parallel.groups import MeshRank
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from tests.support.fake_control import KEY, FakeServer, fake_servers
@@ -38,12 +39,10 @@ HF_CONFIG = {
 @pytest.fixture(scope="module")
 def layout() -> Iterator[MeshRank]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    sizes = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context", "data"), 1)
-    ranks = dict.fromkeys(("rank", "tp_rank", "pp_rank", "cp_rank", "dp_rank"), 0)
     groups = dict.fromkeys(
         ("tp_group", "pp_group", "dp_group", "cp_group", "replica_group", "leaders_group"), dist.group.WORLD
     )
-    yield MeshRank(**sizes, **ranks, **groups, replica_ranks=(0,))
+    yield MeshRank(mesh=Mesh(), rank=0, **groups)
     dist.destroy_process_group()
 
 
