@@ -98,9 +98,8 @@ def test_a_batch_is_scored_by_one_version_whatever_was_scored_before():
 
 def test_samples_survive_the_wire_bit_for_bit():
     samples = [s for g in random_groups(7) for s in g]
-    samples[0] = dataclasses.replace(
-        samples[0], weights=TokenWeights(advantage=0.1, nll=-1 / 3, anchor=0.2), current_logp_sum=-3.7, updates_left=3
-    )
+    weights = TokenWeights(advantage=0.1, surrogate=0.7, kl=0.03, nll=-1 / 3, anchor=0.2)
+    samples[0] = dataclasses.replace(samples[0], weights=weights, current_logp_sum=-3.7, updates_left=3)
     restored = load_samples(dump_samples(samples))
     assert len(restored) == len(samples)
     for before, after in zip(samples, restored, strict=True):
