@@ -13,6 +13,9 @@ from tests.dist.multi_step import _put, _run, batch_of, config_of
 from tests.dist.spawn import run_ranks
 from tests.hf_models import make_hf_model
 
+BAD = "decoder.layers.3.mlp.linear_fc2.weight"
+"""Of the last layer: with two stages the second rank has it."""
+
 
 def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
     """Updates of a run with a NaN in one of its weights, or with rewards that are infinite."""
@@ -51,7 +54,7 @@ def _spoil_weight(chunks: Any) -> None:
     from megatron_dypo.mcore.chunks import named_global_parameters
 
     for name, parameter in named_global_parameters(chunks):
-        if name == "decoder.layers.1.mlp.linear_fc2.weight":
+        if name == BAD:
             with torch.no_grad():
                 parameter[0, 0] = float("nan")
 
@@ -67,10 +70,10 @@ def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
     path = str(make_hf_model("qwen2", tmp_path / "hf"))
     results = run_ranks(axes.get("pipeline", 1), rank_spoil, path, str(tmp_path / "run"), axes, "weight")
     for result in results:
-        assert "weight decoder.layers.1.mlp.linear_fc2.weight holds a value that is not finite" in result["start"]
+        assert f"weight {BAD} holds a value that is not finite" in result["start"]
         step, label, message = result["end"]
         assert (step, label) == (1, "not_finite")
-        assert "the first that is not finite: weight decoder.layers.1.mlp.linear_fc2.weight" in message
+        assert f"the first that is not finite: weight {BAD}" in message
         assert "log-probs are not finite for 4 of 4 prompts" in message
         assert result["pushed"] == []
         assert not result["saved"]

@@ -137,7 +137,7 @@ ROOMS = {
         count=60,
         also={
             **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "stages", "scoring", "not_finite")},
-            "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
+            "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_open_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
             "megatron_dypo/collecting.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
             "megatron_dypo/admission.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
             "megatron_dypo/outcomes.py": ("tests/unit/test_outcomes.py",),

@@ -89,3 +89,12 @@ def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the
     assert (tmp_path / "config.yaml").read_text() == "run: {steps: 3}\n"
     (tmp_path / "config.yaml").write_text("[")
     assert start(4) == folder
+
+
+def test_a_collection_in_the_background_stops_with_its_run():
+    from megatron_dypo import run
+
+    stopped = []
+    run._stop_background(SimpleNamespace(background=SimpleNamespace(stop=lambda: stopped.append(True))))
+    run._stop_background(SimpleNamespace(background=None))
+    assert stopped == [True]

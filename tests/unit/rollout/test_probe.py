@@ -13,6 +13,9 @@ from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.probe import http_status, log_probs_are_untempered, request_json
 from megatron_dypo.rollout.router import Router
 
+LOG_PROBS = b'{"meta_info": {"output_token_ids_logprobs": [[[-1, 1], [-2, 2], [-3, 3], [-4, 4]]]}}'
+"""An answer to the question whether log-probs depend on the temperature: they do not."""
+
 
 class Answering:
     """A server that gives one answer to everything."""
@@ -82,6 +85,7 @@ def test_no_redirect_is_followed_with_the_key(fake: Answering, status: int) -> N
         b'{"meta_info": {"output_token_ids_logprobs": [[[-1, 1], [-2, 2]]]}}',
         b'{"meta_info": {"output_token_ids_logprobs": [[[NaN, 1], [-2, 2], [-3, 3], [-4, 4]]]}}',
         b'{"meta_info": {"output_token_ids_logprobs": [[[null, 1], [-2, 2], [-3, 3], [-4, 4]]]}}',
+        LOG_PROBS + b" " * 2**20,  # too long
     ],
 )
 def test_a_server_without_log_probs_is_named(fake: Answering, body: bytes) -> None:
@@ -91,7 +95,7 @@ def test_a_server_without_log_probs_is_named(fake: Answering, body: bytes) -> No
 
 
 def test_the_question_of_log_probs_is_one_token_at_two_temperatures(fake: Answering) -> None:
-    fake.body = b'{"meta_info": {"output_token_ids_logprobs": [[[-1, 1], [-2, 2], [-3, 3], [-4, 4]]]}}'
+    fake.body = LOG_PROBS
     assert log_probs_are_untempered(fake.url, None)
     tempered, plain = sorted(
         (json.loads(body) for body in fake.asked), key=lambda b: b["sampling_params"]["temperature"]
