@@ -136,7 +136,8 @@ ROOMS = {
         ),
         count=60,
         also={
-            **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "stages", "scoring", "not_finite")},
+            **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "scoring", "not_finite")},
+            "megatron_dypo/stages.py": ("tests/dist/test_uneven_replicas.py", *_STEPS),
             "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_open_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
             "megatron_dypo/collecting.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
             "megatron_dypo/admission.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
