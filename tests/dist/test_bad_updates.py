@@ -18,7 +18,7 @@ BAD = "decoder.layers.3.mlp.linear_fc2.weight"
 
 
 def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
-    """Updates of a run with a NaN in one of its weights, or with rewards that are infinite."""
+    """Updates of a run with a NaN in one of its weights, from the start or later, or with rewards that are infinite."""
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.mcore.checkpoint import find_latest
@@ -39,7 +39,9 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
     try:
         for step in range(4):
             if not run.is_mid_batch:
-                _put(run, batch_of(step // 2) if where == "weight" else _spoilt(batch_of(step // 2)))
+                _put(run, _spoilt(batch_of(step // 2)) if where == "rewards" else batch_of(step // 2))
+            if where == "weight later" and step == 1:
+                _spoil_weight(run.chunks)
             train_step(run)
     except RunEnded as end:
         result["end"] = (run.step, end.cause.label, str(end))
@@ -78,6 +80,15 @@ def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
         assert result["pushed"] == []
         assert not result["saved"]
     assert results[0]["metrics"][1]["train/skipped"] == 1.0
+
+
+def test_the_servers_get_no_weights_that_are_not_finite_at_the_end_of_a_batch(tmp_path: Path) -> None:
+    path = str(make_hf_model("qwen2", tmp_path / "hf"))
+    (result,) = run_ranks(1, rank_spoil, path, str(tmp_path / "run"), {}, "weight later")
+    step, label, message = result["end"]
+    assert (step, label) == (2, "not_finite"), "a batch has two updates"
+    assert f"weight {BAD}" in message
+    assert result["pushed"] == []
 
 
 def test_gradients_that_are_not_finite_end_the_run_after_as_many_updates_as_the_config_says(tmp_path: Path) -> None:
