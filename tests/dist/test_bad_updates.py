@@ -23,7 +23,7 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.mcore.checkpoint import find_latest
     from megatron_dypo.parallel.layout import close, init_layout
-    from megatron_dypo.train import _require_finite_weights, train_step
+    from megatron_dypo.train import _require_finite_weights, _train, train_step
 
     layout = init_layout(ParallelConfig(**axes))
     config = config_of(path, folder, axes, "exact")
@@ -33,7 +33,7 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
         _spoil_weight(run.chunks)
     result: dict[str, Any] = {"start": None, "end": None}
     try:
-        _require_finite_weights(run)
+        (_train if where == "weight" else _require_finite_weights)(run)
     except RunEnded as end:
         result["start"] = str(end)
     try:
