@@ -7,7 +7,10 @@ from megatron_dypo.batching.queues import Queues, dump_samples
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import Config, EvalConfig, ModelConfig, RunConfig
+from megatron_dypo.ledger import Ledger
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.types import DropReason
+from tests.unit.loop_cases import Prompts, make_config, make_run
 from tests.unit.objective_cases import random_groups
 
 
@@ -98,3 +101,18 @@ def test_a_collection_in_the_background_stops_with_its_run():
     run._stop_background(SimpleNamespace(background=SimpleNamespace(stop=lambda: stopped.append(True))))
     run._stop_background(SimpleNamespace(background=None))
     assert stopped == [True]
+
+
+def test_a_checkpoint_accounts_for_prompts_that_were_too_long_and_are_not_counted_yet(tmp_path):
+    from megatron_dypo import run
+
+    held = make_run(["http://127.0.0.1:9"], make_config(tmp_path))
+    held.leader.cursor = 4
+    held.leader.ledger.draw(4)
+    held.leader.unfinished, drops = Prompts(too_long=[0, 2]).take(0, 4)
+    held.leader.drops.append(drops)
+    drawn = run._drawn(held.leader, held.layout)
+    assert (drawn["cursor"], drawn["unfinished"]) == (4, [1, 3])
+    stored = Ledger.from_json(drawn["ledger"])
+    assert (stored.drawn, dict(stored.dropped)) == (4, {DropReason.TOO_LONG: 2})
+    assert held.leader.ledger.dropped.total() == 0, "the run itself counts them when it admits groups"
