@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,32 @@ def rank_open(path: str) -> dict[str, Any]:
             "background": leader.background,
         }
     return found | {"health after": [http_status(f"{url}/health", None) for url in urls]}
+
+
+def rank_resume(path: str) -> dict[str, Any]:
+    """The first call stops a run that has drawn every prompt and done nothing with them; the second resumes it."""
+    from megatron_dypo.admission import books
+    from megatron_dypo.config.load import load_config
+    from megatron_dypo.run import open_run, save_checkpoint
+    from megatron_dypo.types import DropReason
+
+    with open_run(load_config(path, ["data.max_prompt_tokens=5"])) as run:
+        leader = run.leader
+        assert leader is not None
+        if run.step == 0:
+            prompts = len(leader.stream)
+            leader.ledger.draw(prompts)
+            leader.cursor, run.step = prompts, 1
+            leader.unfinished = [SimpleNamespace(order=order) for order in range(prompts)]  # type: ignore[misc]
+            run.optimizer.zero_grad()
+            run.optimizer.step()  # of no gradients: only an optimizer that made a step can be stored
+            save_checkpoint(run)
+        return {
+            "difference": books(run).difference,
+            "drawn": leader.ledger.drawn,
+            "too long": leader.ledger.dropped[DropReason.TOO_LONG],
+            "unfinished": len(leader.unfinished),
+        }
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +120,12 @@ def test_a_run_that_asks_no_server_starts_none_and_needs_no_verifier(folder: Pat
     assert not found["verifier"]
     assert not found["reference"]
     assert (found["prompts"], found["held out"]) == (48, {})
+
+
+def test_draws_that_a_resumed_run_makes_again_are_on_its_books_where_they_are_too_long(tmp_path: Path) -> None:
+    config = str(write_task(tmp_path, objective={"name": "sft"}))
+    (stopped,) = run_ranks(1, rank_resume, config)
+    (resumed,) = run_ranks(1, rank_resume, config)
+    assert (stopped["difference"], stopped["drawn"], stopped["unfinished"]) == (0, 48, 48)
+    assert (resumed["difference"], resumed["drawn"]) == (0, 48)
+    assert 0 < resumed["too long"] == 48 - resumed["unfinished"]
