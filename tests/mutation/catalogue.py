@@ -89,7 +89,7 @@ ROOMS = {
             "megatron_dypo/data/chat.py": ("tests/unit/data/test_chat_families.py", "tests/unit/data/test_prompts.py"),
             "megatron_dypo/data/check_cache.py": ("tests/unit/data/test_opening_prompts.py",),
             "megatron_dypo/data/dataset.py": ("tests/unit/data/test_opening_prompts.py",),
-            "megatron_dypo/data/files.py": ("tests/unit/data/test_prompt_files.py", "tests/unit/data/test_opening_prompts.py"),
+            "megatron_dypo/data/files.py": ("tests/unit/data/test_row_ends.py", "tests/unit/data/test_prompt_files.py", "tests/unit/data/test_opening_prompts.py"),
             "megatron_dypo/data/fingerprints.py": ("tests/unit/data/test_opening_prompts.py",),
             "megatron_dypo/data/folder_tokenizer.py": ("tests/unit/data/test_template_settings.py", "tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
             "megatron_dypo/data/parquet_files.py": ("tests/unit/data/test_prompt_files.py", "tests/unit/data/test_row_values.py"),
@@ -136,7 +136,8 @@ ROOMS = {
         ),
         count=60,
         also={
-            **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "scoring", "not_finite")},
+            **{f"megatron_dypo/{name}.py": _STEPS for name in ("train", "scoring")},
+            "megatron_dypo/not_finite.py": ("tests/dist/test_bad_updates.py",),
             "megatron_dypo/stages.py": ("tests/dist/test_uneven_replicas.py", *_STEPS),
             "megatron_dypo/run.py": ("tests/unit/test_run.py", "tests/dist/test_open_run.py", "tests/dist/test_collecting_ranks.py", *_STEPS),
             "megatron_dypo/collecting.py": ("tests/unit/test_collecting_accounts.py", "tests/unit/test_collecting.py"),
