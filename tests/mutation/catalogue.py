@@ -96,6 +96,7 @@ ROOMS = {
             "megatron_dypo/data/row_check.py": ("tests/unit/data/test_opening_prompts.py", "tests/unit/data/test_trace_verdicts.py"),
             "megatron_dypo/data/source.py": ("tests/unit/data/test_row_values.py",),
             "megatron_dypo/data/statistics.py": ("tests/unit/data/test_opening_prompts.py",),
+            "megatron_dypo/data/template_worker.py": ("tests/unit/data/test_template_variables.py", "tests/unit/data/test_tokenizers.py"),
             "megatron_dypo/data/tokenising.py": ("tests/unit/data/test_prompts.py",),
             "megatron_dypo/data/tokenizer_files.py": ("tests/unit/data/test_tokenizer_files.py",),
             "megatron_dypo/data/tokenizer_kinds.py": ("tests/unit/data/test_tokenizers.py", "tests/unit/data/test_tokenizer_files.py"),
