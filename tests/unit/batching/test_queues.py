@@ -32,6 +32,8 @@ def draws(queues, count):
     seen = []
     while queues.batch:
         seen.append([g[0].order for g in queues.draw(oldest([queues.turns()], count))])
+        assert seen[-1], "a batch with groups gives a mini-batch"
+        assert len(seen) < 20, "it ends"
     return seen
 
 
