@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_dypo.admission import books
-from megatron_dypo.collecting import Look, _draw, _is_useful, fill_queues
+from megatron_dypo.collecting import Look, _draw, _is_useful, _stream, fill_queues
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.outcomes import Outcomes
-from megatron_dypo.types import DropReason, Tier
+from megatron_dypo.types import DropReason, Tier, Verdict
 from tests.unit.loop_cases import PROMPTS, ROUND, Prompts, make_config, make_run, mixed, right, silent
 from tests.unit.objective.test_route import graded
 from tests.unit.rollout.fake_sglang import FakeSGLang, wait_until
@@ -200,3 +200,31 @@ def test_a_stream_that_lost_its_servers_gets_a_push_and_goes_on(tmp_path: Path) 
         run.leader.background.stop()
     assert run.bridge.pushed
     assert len(run.leader.queues) >= ROUND
+
+
+def test_a_stream_whose_groups_nobody_takes_draws_no_more_than_two_batches(tmp_path: Path) -> None:
+    with FakeSGLang() as fake:
+        run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}), judge=right)
+        stream = _stream(run, run.leader)
+        stream.want(ROUND)
+        stream.start()
+        stream.wait(20.0, useful=10**9, resolved=2 * ROUND)
+        stream.wait(0.5, useful=10**9, resolved=2 * ROUND + 1)
+        done, _ = stream.take()
+        stream.stop()
+    assert len(done) == 2 * ROUND, "every group is Easy, so what is wanted is never there"
+
+
+def test_the_progress_of_a_collection_is_what_waits_to_be_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def judge(row: int, member: int) -> Verdict:
+        return mixed(row, member) if row == 0 else right(row, member)
+
+    with FakeSGLang() as fake:
+        run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}), judge=judge)
+        fill_queues(run)
+        run.leader.background.stop()
+    waiting = len(run.leader.queues)
+    assert 0 < waiting < ROUND
+    assert f"rollouts: {waiting}/{ROUND} prompts to learn from" in capsys.readouterr().err
