@@ -36,6 +36,7 @@ def rank_finish(path: str, folder: str) -> dict[str, Any]:
         "skipped": _skipped(*start("skipped", every=1)),
         "evaluated": _evaluated(*start("evaluated", steps=9)),
         "start": [_started(*start(f"start_{bad_steps}"), bad_steps) for bad_steps in (0, 2)],
+        "trained": _trained(*start("trained")),
         "ends": {(cause, steps): _ended(*start(f"{cause}_{steps}"), cause, steps) for cause in CAUSES for steps in (0, 1)},
         "saved twice": _saved_twice(*start("saved_twice", every=1)),
     }  # fmt: skip
@@ -128,6 +129,16 @@ def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
     return None, "", list(recorder.pushed)
 
 
+def _trained(run: Any, recorder: Any) -> Any:
+    """A whole run of three steps, two of a batch, whose rollouts are there from the start."""
+    from megatron_dypo.loop.train import make_steps
+
+    for index in (0, 1):
+        put(run, batch_of(index))
+    make_steps(run)
+    return run.progress.step, list(recorder.pushed), sorted(recorder.metrics)
+
+
 def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
     """An end by ``cause`` after so many steps, while a collection has counted something."""
     from megatron_dypo.ending import Cause, RunEnded
@@ -196,6 +207,10 @@ def test_an_evaluation_inside_a_batch_is_of_the_weights_now(seen: dict[str, Any]
     assert (pushed, is_mid_batch) == ([1], True)
     assert metrics["eval/aime/num_lost"] == 0, "the server answers with version 1, which was pushed"
     assert 0 < metrics["eval/aime/num_samples"] == metrics["eval/aime/num_prompts"] * 1
+
+
+def test_a_run_gives_the_servers_its_weights_and_makes_every_step(seen: dict[str, Any]) -> None:
+    assert seen["trained"] == (3, [0, 2], [1, 2, 3])
 
 
 def test_a_run_whose_last_updates_were_skipped_did_not_end_well(seen: dict[str, Any]) -> None:

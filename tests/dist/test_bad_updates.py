@@ -13,9 +13,12 @@ from tests.support.dist.multi_step import batch_of, config_of, make_run, put
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
+BAD = "decoder.layers.3.mlp.linear_fc2.weight"
+"""Of the last layer: with two stages the second rank has it."""
+
 
 def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
-    """Updates of a run with a NaN in one of its weights, or with rewards that are infinite."""
+    """Updates of a run with a NaN in one of its weights, from the start or later, or with rewards that are infinite."""
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.not_finite import require_finite_weights
@@ -38,7 +41,9 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
     try:
         for step in range(4):
             if run.batch.is_used_up:
-                put(run, batch_of(step // 2) if where == "weight" else _spoilt(batch_of(step // 2)))
+                put(run, _spoilt(batch_of(step // 2)) if where == "rewards" else batch_of(step // 2))
+            if where == "weight later" and step == 1:
+                _spoil_weight(policy.chunks)
             train_step(run)
     except RunEnded as end:
         result["end"] = (run.progress.step, end.cause.label, str(end))
@@ -53,7 +58,7 @@ def _spoil_weight(chunks: Any) -> None:
     from megatron_dypo.mcore.chunks import named_global_parameters
 
     for name, parameter in named_global_parameters(chunks):
-        if name == "decoder.layers.1.mlp.linear_fc2.weight":
+        if name == BAD:
             with torch.no_grad():
                 parameter[0, 0] = float("nan")
 
@@ -69,14 +74,23 @@ def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
     path = str(make_hf_model("qwen2", tmp_path / "hf"))
     results = run_ranks(axes.get("pipeline", 1), rank_spoil, path, str(tmp_path / "run"), axes, "weight")
     for result in results:
-        assert "weight decoder.layers.1.mlp.linear_fc2.weight holds a value that is not finite" in result["start"]
+        assert f"weight {BAD} holds a value that is not finite" in result["start"]
         step, label, message = result["end"]
         assert (step, label) == (1, "not_finite")
-        assert "the first that is not finite: weight decoder.layers.1.mlp.linear_fc2.weight" in message
+        assert f"the first that is not finite: weight {BAD}" in message
         assert "log-probs are not finite for 4 of 4 prompts" in message
         assert result["pushed"] == []
         assert not result["saved"]
     assert results[0]["metrics"][1]["train/skipped"] == 1.0
+
+
+def test_the_servers_get_no_weights_that_are_not_finite_at_the_end_of_a_batch(tmp_path: Path) -> None:
+    path = str(make_hf_model("qwen2", tmp_path / "hf"))
+    (result,) = run_ranks(1, rank_spoil, path, str(tmp_path / "run"), {}, "weight later")
+    step, label, message = result["end"]
+    assert (step, label) == (2, "not_finite"), "a batch has two updates"
+    assert f"weight {BAD}" in message
+    assert result["pushed"] == []
 
 
 def test_gradients_that_are_not_finite_end_the_run_after_as_many_updates_as_the_config_says(tmp_path: Path) -> None:

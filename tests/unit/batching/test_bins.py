@@ -76,6 +76,15 @@ def test_a_capacity_that_never_binds_changes_nothing(costs, count):
     assert bins_within(costs, costs, count=count, capacity=sum(costs) + 1) == bins_balanced(costs, count)
 
 
+@given(sizes, st.integers(1, 8), st.integers(40, 400), st.sampled_from([2.0**-80, 2.0**80]))
+def test_the_unit_of_the_costs_changes_no_bin(sizes, count, capacity, unit):
+    costs = [float(size**2) for size in sizes]
+    scaled = [cost * unit for cost in costs]
+    assert bins_balanced(scaled, count) == bins_balanced(costs, count)
+    within = bins_within(costs, sizes, count=count, capacity=capacity)
+    assert bins_within(scaled, sizes, count=count, capacity=capacity) == within
+
+
 @given(sizes, st.integers(1, 8), st.integers(40, 60))
 def test_partitions_are_the_same_each_time(sizes, count, capacity):
     for partition in (

@@ -19,6 +19,7 @@ import pytest
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
 from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, compare_fingerprints, open_prompts
+from megatron_dypo.data.row_check.bad_rows import settle_bad_rows
 from megatron_dypo.data.row_check.processes import check_rows
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
@@ -399,6 +400,12 @@ def test_the_list_of_bad_rows_keeps_those_of_other_files(tokenizer: Tokenizer, t
     for path in (train, held_out):
         _open(path, tokenizer, tmp_path / "run", on_bad_row="skip")
     assert not (tmp_path / "run" / "bad_rows.jsonl").exists()
+
+
+def test_the_list_of_bad_rows_makes_the_folder_that_it_lies_in(tmp_path: Path) -> None:
+    source = RowSource([_write(tmp_path / "x.jsonl", ROWS)], columns_of("plain", DataFieldsConfig()), keep_row=False)
+    settle_bad_rows({1: ["is bad"]}, source, "skip", tmp_path / "runs" / "first")
+    assert json.loads((tmp_path / "runs" / "first" / "bad_rows.jsonl").read_text())["line"] == 2
 
 
 def test_bad_rows_alone_are_an_error_even_where_they_are_skipped(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_a_template_that_fails_is_named_with_the_reason(template: str, reason: s
         ("{% nonsense %}", "is not valid jinja2: line 1: Encountered unknown tag"),
         ("{{ x | nonsense }}", "No filter named 'nonsense'"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+        # Jinja2 takes it; the Python that it becomes has too many blocks in each other.
+        ("{% for m in messages %}" * 60 + "{% endfor %}" * 60, "SyntaxError"),
     ],
 )
 def test_a_template_that_does_not_compile_is_named_with_the_reason(template: str, reason: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from megatron_dypo.rollout.balance import LeastLoaded
+from megatron_dypo.rollout.balance import LeastLoaded, NoServerError
 
 
 class Clock:
@@ -55,6 +55,17 @@ def test_when_every_server_rests_the_least_loaded_is_tried() -> None:
         servers.failed("b")
         with servers.server() as chosen:
             assert {busy, chosen} == {"a", "b"}
+
+
+def test_a_server_that_is_left_out_is_chosen_no_more() -> None:
+    servers = LeastLoaded(["a", "b"], rest_s=1.0, clock=Clock())
+    assert servers.leave_out("a")
+    assert not servers.leave_out("a"), "it is left out already"
+    with contextlib.ExitStack() as open_requests:
+        assert [open_requests.enter_context(servers.server()) for _ in range(3)] == ["b", "b", "b"]
+    servers.leave_out("b")
+    with pytest.raises(NoServerError, match=r"no SGLang server is left: a, b went"), servers.server():
+        pass
 
 
 def test_no_server_is_an_error() -> None:

@@ -318,6 +318,46 @@ def test_only_a_host_that_is_down_or_refuses_has_lost_its_server(error: Any, kin
     assert type(ask_module._connect_failure("http://h:1", error)) is kind
 
 
+@pytest.mark.parametrize(
+    ("number", "retries", "waits"),
+    [
+        (errno.EMFILE, 0, [0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30]),
+        (errno.ETIMEDOUT, 40, [*(0.02 * 2**attempt for attempt in range(11)), *[30.0] * 29]),
+    ],
+)
+def test_waits_double_up_to_a_limit_and_those_for_our_own_lack_cost_no_attempt(
+    number: int, retries: int, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, pause = aiohttp.TCPConnector.connect, asyncio.sleep
+    waited: list[float] = []
+    shares: set[tuple[float, float]] = set()
+
+    async def fail_at_first(self: aiohttp.TCPConnector, *args: Any, **kwargs: Any) -> Any:
+        if len(waited) < len(waits):
+            raise connector_error(number)
+        return await connect(self, *args, **kwargs)
+
+    async def sleep_at_once(seconds: float, *args: Any) -> None:
+        waited.append(seconds)
+        await pause(0)
+
+    def longest(low: float, high: float) -> float:
+        shares.add((low, high))
+        return high
+
+    async def one(url: str) -> int:
+        async with make_client([url], retries=retries) as client:
+            return len(await client.generate(make_prompts(1)[0].tokens, client.sampling(2)))
+
+    with FakeSGLang() as fake, monkeypatch.context() as patch:
+        patch.setattr(aiohttp.TCPConnector, "connect", fail_at_first)
+        patch.setattr("asyncio.sleep", sleep_at_once)
+        patch.setattr("random.uniform", longest)
+        assert asyncio.run(one(fake.url)) == 2
+    assert waited == pytest.approx(waits)
+    assert shares == {(0.5, 1.0)}, "each wait is drawn from its upper half, so that groups do not come back together"
+
+
 def test_a_name_that_does_not_resolve_costs_attempts_and_not_the_server() -> None:
     error = dropped("http://absent.invalid:1", retries=1)
     assert error.reason is DropReason.INCOMPLETE

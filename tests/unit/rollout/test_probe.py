@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +13,9 @@ from megatron_dypo.rollout.keys import read_api_key
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.probe import http_status, log_probs_are_untempered, request_json
 
+LOG_PROBS = b'{"meta_info": {"output_token_ids_logprobs": [[[-1, 1], [-2, 2], [-3, 3], [-4, 4]]]}}'
+"""An answer to the question whether log-probs depend on the temperature: they do not."""
+
 
 class Answering:
     """A server that gives one answer to everything."""
@@ -20,6 +24,7 @@ class Answering:
     body = b""
     headers: tuple[tuple[str, str], ...] = ()
     keys: tuple[str | None, ...] = ()
+    asked: tuple[bytes, ...] = ()
 
     def __init__(self) -> None:
         fake = self
@@ -27,7 +32,7 @@ class Answering:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 fake.keys += (self.headers["Authorization"],)
-                self.rfile.read(int(self.headers["Content-Length"] or 0))
+                fake.asked += (self.rfile.read(int(self.headers["Content-Length"] or 0)),)
                 self.send_response(fake.status)
                 for name, value in (*fake.headers, ("Content-Length", str(len(fake.body)))):
                     self.send_header(name, value)
@@ -55,8 +60,10 @@ def fake() -> Iterator[Answering]:
     server.stop()
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b'{"a": 1', b"[" * 100_000, b"9" * 5000, b"\xff", b" " * 2_000_000])
-def test_an_answer_that_is_no_json_has_no_payload(fake: Answering, body: bytes) -> None:
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b'{"a": 1', b"[" * 100_000, b"9" * 5000, b"\xff", b"1" + b" " * 2**20]
+)
+def test_an_answer_that_is_no_json_or_too_long_has_no_payload(fake: Answering, body: bytes) -> None:
     fake.body = body
     assert request_json("GET", fake.url, None) == (200, None)
 
@@ -78,12 +85,25 @@ def test_no_redirect_is_followed_with_the_key(fake: Answering, status: int) -> N
         b'{"meta_info": {"output_token_ids_logprobs": [[[-1, 1], [-2, 2]]]}}',
         b'{"meta_info": {"output_token_ids_logprobs": [[[NaN, 1], [-2, 2], [-3, 3], [-4, 4]]]}}',
         b'{"meta_info": {"output_token_ids_logprobs": [[[null, 1], [-2, 2], [-3, 3], [-4, 4]]]}}',
+        LOG_PROBS + b" " * 2**20,  # too long
     ],
 )
 def test_a_server_without_log_probs_is_named(fake: Answering, body: bytes) -> None:
     fake.body = body
     with pytest.raises(ValueError, match=f"{fake.url}/generate"):
         log_probs_are_untempered(fake.url, None)
+
+
+def test_the_question_of_log_probs_is_one_token_at_two_temperatures(fake: Answering) -> None:
+    fake.body = LOG_PROBS
+    assert log_probs_are_untempered(fake.url, None)
+    tempered, plain = sorted(
+        (json.loads(body) for body in fake.asked), key=lambda b: b["sampling_params"]["temperature"]
+    )
+    assert plain["sampling_params"] == {"max_new_tokens": 1, "temperature": 1.0}
+    assert tempered == {**plain, "sampling_params": {"max_new_tokens": 1, "temperature": 0.5}}
+    assert plain["return_logprob"]
+    assert plain["token_ids_logprob"] == plain["input_ids"]
 
 
 def test_a_server_that_fails_on_the_question_is_named(fake: Answering) -> None:

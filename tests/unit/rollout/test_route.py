@@ -103,11 +103,16 @@ def test_requests_to_a_router_have_the_deadline_of_a_group_and_no_name_for_a_hos
 
 
 @pytest.mark.parametrize(
-    "url", ["node9", "https://node9:1", "http://node9", "http://node9:1/path", "http://absent.invalid:1"]
+    "url", ["127.0.0.1", "https://127.0.0.1:1", "http://127.0.0.1", "http://:1", "http://127.0.0.1:1/a"]
 )
-def test_a_router_that_cannot_be_is_named(url: str) -> None:
-    with pytest.raises(ValueError, match=f"rollout.servers.router='{url}': "):
+def test_a_router_that_is_no_address_is_named_with_the_rule(url: str) -> None:
+    with pytest.raises(ValueError, match=rf"rollout\.servers\.router='{url}': must be http://HOST:PORT"):
         router_options(RolloutConfig(), url, KEY)
+
+
+def test_a_router_at_a_host_that_does_not_resolve_is_named() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.servers\.router='http://absent\.invalid:1': (?!must be)\w"):
+        router_options(RolloutConfig(), "http://absent.invalid:1", KEY)
 
 
 def test_a_router_needs_the_key_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ class FakeRouter:
         self.told: list[tuple[str, str, str]] = []
         """(method, path or URL of a server, key that came along)."""
         self.keys: set[str | None] = set()
+        self.is_mute = False
+        """It answers no request to add a server."""
         self._queue: list[tuple[str, str]] = []
         self._listings = 0
         fake = self
@@ -32,8 +34,9 @@ class FakeRouter:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.told.append(("POST", body["url"], body["api_key"]))
-                fake._queue.append(("add", body["url"]))
-                self._reply(202, {})
+                if not fake.is_mute:
+                    fake._queue.append(("add", body["url"]))
+                    self._reply(202, {})
 
             def do_DELETE(self) -> None:
                 fake.told.append(("DELETE", self.path, ""))
@@ -100,5 +103,14 @@ def test_a_router_that_does_not_do_as_told_is_in_the_log(caplog: pytest.LogCaptu
 
 
 def test_a_router_that_is_gone_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    Router("http://127.0.0.1:9", None, deadline_s=0.1).use_servers(["http://a:1"])
-    assert "router http://127.0.0.1:9 does not answer after 0.1 s, not ['http://a:1']" in caplog.text
+    wanted = [f"http://{name}:1" for name in "hgfedcba"]
+    Router("http://127.0.0.1:9", None, deadline_s=0.1).use_servers(wanted)
+    assert f"router http://127.0.0.1:9 does not answer after 0.1 s, not {sorted(wanted)}" in caplog.text
+
+
+def test_a_request_that_a_router_does_not_answer_is_in_the_log(
+    caplog: pytest.LogCaptureFixture, fake: FakeRouter
+) -> None:
+    fake.is_mute = True
+    Router(fake.url, "key", deadline_s=0.2).use_servers(["http://a:1", "http://b:2", "http://d:4"])
+    assert f"router {fake.url}: add http://d:4: no answer" in caplog.text

@@ -248,6 +248,10 @@ def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str,
         start(python, tmp_path, urls=("http://127.0.0.1:9",), start_deadline_s=0.3)
 
 
+def test_of_given_servers_none_is_known_as_lost() -> None:
+    assert ServerPool(["http://a:1"], None).take_lost() == {}
+
+
 def test_given_servers_may_return_only_where_somebody_starts_them_again() -> None:
     urls = ("http://node1:30000",)
     assert not ServerPool(urls, None).may_return()

@@ -1,0 +1,60 @@
+"""The process that stands between a trainer and its server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dypo.processes import guard
+from tests.support.fake_sglang import wait_until
+
+
+def guarded(program: str, grace_s: float = 5.0) -> list[str]:
+    return [sys.executable, "-I", guard.__file__, str(os.getpid()), str(grace_s), sys.executable, "-c", program]
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal was sent to a process that has not taken it yet."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = (line.split()[1] for line in lines if line.startswith("ShdPnd:"))
+    return bool(int(mask, 16) & 1 << number - 1)
+
+
+def test_a_command_starts_with_no_signal_blocked() -> None:
+    program = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    done = subprocess.run(guarded(program), capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 128 + 9)])
+def test_the_guard_ends_with_the_status_of_its_command(end: str, status: int) -> None:
+    done = subprocess.run(guarded(f"import os, sys; {end}"), timeout=60, check=False)
+    assert done.returncode == status
+
+
+def test_a_stop_signal_of_another_process_than_the_parent_stops_nothing() -> None:
+    command = guarded("print('up', flush=True); input(); print('goes on')")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        stranger = f"import os; os.kill({process.pid}, {int(signal.SIGTERM)})"
+        for _ in range(2):  # a guard that ends its group takes no second one
+            subprocess.run([sys.executable, "-c", stranger], timeout=60, check=True)
+            wait_until(lambda: not is_pending(process.pid, signal.SIGTERM), "the guard has taken the signal")
+        answer, _ = process.communicate("\n", timeout=60)
+    assert (answer, process.returncode) == ("goes on\n", 0)
+
+
+def test_a_stop_signal_of_the_parent_stops_the_command() -> None:
+    command = guarded("print('up', flush=True); input()")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.wait(60) == 0
