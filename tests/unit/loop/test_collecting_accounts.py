@@ -19,7 +19,7 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.outcomes import Outcomes
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.types import DropReason, Tier
+from megatron_dypo.types import DropReason, Tier, Verdict
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.support.loop_cases import (
     PROMPTS,
@@ -231,3 +231,31 @@ def test_a_stream_that_lost_its_servers_gets_a_refit_and_goes_on(tmp_path: Path)
         run.servers.stream.stop()
     assert refitter.pushed
     assert len(run.replica.queues) >= ROUND
+
+
+def test_a_stream_whose_groups_nobody_takes_draws_no_more_than_two_batches(tmp_path: Path) -> None:
+    with FakeSGLang() as fake:
+        run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}), judge=right)
+        stream = run.servers.stream
+        stream.want(ROUND)
+        stream.start()
+        stream.wait(20.0, useful=10**9, resolved=2 * ROUND)
+        stream.wait(0.5, useful=10**9, resolved=2 * ROUND + 1)
+        done, _ = stream.take()
+        stream.stop()
+    assert len(done) == 2 * ROUND, "every group is Easy, so what is wanted is never there"
+
+
+def test_the_progress_of_a_collection_is_what_waits_to_be_learned_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(row: int, member: int) -> Verdict:
+        return mixed(row, member) if row == 0 else right(row, member)
+
+    with FakeSGLang() as fake:
+        run = make_run([fake.url], make_config(tmp_path, rollout={"mode": "async"}), judge=judge)
+        collect_groups(run)
+        run.servers.stream.stop()
+    waiting = len(run.replica.queues)
+    assert 0 < waiting < ROUND
+    assert f"rollouts: {waiting}/{ROUND} prompts to learn from" in capsys.readouterr().err
