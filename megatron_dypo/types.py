@@ -165,7 +165,7 @@ class Sample:
     rollout_logp: Floats | None = None
     """[R] The server's log-probs; None for a trace."""
     old_logp: Floats | None = None
-    """[R] log π_old, by the trainer's own forward pass or the servers' (``score.policy``)."""
+    """[R] log π_old, by the trainer's own forward pass or the servers' (``old_logp.source``)."""
     current_logp_sum: float | None = None
     """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
     logp_version: int | None = None

@@ -25,7 +25,7 @@ def alignment(tensor: int, context: int, token_multiple: int = 1) -> int:
     sequence parallelism; a sequence is cut into ``2 · context`` pieces (zig-zag), of which a rank takes two.
 
     Args:
-        token_multiple: tokens of one rank come in multiples of this: ``Config.row_multiple``.
+        token_multiple: tokens of one rank come in multiples of this: ``Config.token_multiple``.
     """
     return math.lcm(tensor * context * token_multiple, sequence_alignment(context))
 

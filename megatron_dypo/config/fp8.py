@@ -120,7 +120,7 @@ class Fp8Config:
         return self.recipe != "none"
 
     @property
-    def row_multiple(self) -> int:
+    def token_multiple(self) -> int:
         """Multiple to which the recipe needs the tokens of a microbatch on one rank padded."""
         return ROW_MULTIPLES[self.recipe]
 

@@ -58,13 +58,14 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Where log π_old, and with it GAL's coefficients of fresh rollouts, come from."""
+class OldLogpConfig:
+    """The source of log π_old, and with it of GAL's coefficients for fresh rollouts."""
 
-    policy: Literal["trainer", "rollout"] = "trainer"
-    """``trainer``: a forward-only pass of the trainer. ``rollout``: the servers' own log-probs, without that pass."""
+    source: Literal["trainer", "server"] = "trainer"
+    """``trainer``: a forward-only pass of the trainer. ``server``: the servers' own log-probs, which save that pass."""
     check_every: int = 1
-    """With ``rollout``: rollout batches between two measurements of its error, each a pass over one group; 0: none."""
+    """With ``source: server``: rollout batches from one measurement of the servers' error to the next. Each measurement
+    is a pass over one group. 0: none."""
 
     def __post_init__(self) -> None:
         _require_finite(self)

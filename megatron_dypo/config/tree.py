@@ -18,7 +18,7 @@ from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.objective import (
     ObjectiveConfig,
-    ScoreConfig,
+    OldLogpConfig,
 )
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
@@ -193,15 +193,15 @@ class BatchingConfig:
     tokens_per_microbatch: int = 16384
     """Most tokens packed into one microbatch, over all context-parallel ranks. A sequence that is longer gets a
     microbatch of its own."""
-    row_multiple: int = 1
+    token_multiple: int = 1
     """Pad each microbatch so that the tokens on a rank are a multiple of this. The multiple that
-    ``model.fp8.recipe`` needs is applied in addition (``Config.row_multiple``)."""
+    ``model.fp8.recipe`` needs is applied in addition (``Config.token_multiple``)."""
     max_staleness: int = 4
     """Drop, and count, groups that have waited for more than this many rollout batches."""
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts_per_update", "updates_per_batch", "epochs_per_batch")
-        require_positive(self, "max_collect_rounds", "tokens_per_microbatch", "row_multiple")
+        require_positive(self, "max_collect_rounds", "tokens_per_microbatch", "token_multiple")
         require_not_negative(self, "max_staleness")
 
     @property
@@ -354,7 +354,7 @@ class Config:
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
+    old_logp: OldLogpConfig = field(default_factory=OldLogpConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -374,15 +374,15 @@ class Config:
         ):
             require(value <= self.run.steps, f"{name}={value}", f"must not exceed run.steps={self.run.steps}")
         require(
-            self.score.policy == "trainer" or not self.objective.importance.is_on(),
+            self.old_logp.source == "trainer" or not self.objective.importance.is_on(),
             "objective.importance",
-            "needs score.policy=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
+            "needs old_logp.source=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
         )
         require(
-            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.score.policy == "rollout",
+            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.old_logp.source == "rollout",
             "rollout.mode=async",
             "samples from older weights: correct for that with objective.importance (cap: 2.0 is usual), or set "
-            "score.policy=rollout, where the clipped ratio is relative to the weights that sampled",
+            "old_logp.source=server, where the clipped ratio is relative to the weights that sampled",
         )
         require(
             not (self.refit.offload_servers and self.rollout.servers.urls),
@@ -401,7 +401,7 @@ class Config:
         )
 
     @property
-    def row_multiple(self) -> int:
+    def token_multiple(self) -> int:
         """Multiple to which the tokens of a microbatch on one rank are padded: the user's and the FP8 recipe's
         together."""
-        return math.lcm(self.batching.row_multiple, self.model.fp8.row_multiple)
+        return math.lcm(self.batching.token_multiple, self.model.fp8.token_multiple)

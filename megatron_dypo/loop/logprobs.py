@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_dypo.batching.queues import Group
-from megatron_dypo.config.objective import ScoreConfig
+from megatron_dypo.config.objective import OldLogpConfig
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.tally import Tally, tally_logprob_error
 from megatron_dypo.metrics.writer import Timings
@@ -33,7 +33,7 @@ class Logprobs:
     """Computes log-probs as a config and an objective want them."""
 
     policy: Policy
-    cfg: ScoreConfig
+    cfg: OldLogpConfig
     reads_reference: bool
     """Whether the objective reads log π_ref."""
     reads_current: bool
@@ -51,7 +51,7 @@ class Logprobs:
         that came in. An asynchronous one computes those of the groups that enter the batch, and
         ``objective.importance`` corrects for the policy that sampled.
         """
-        return self.is_asynchronous and self.cfg.policy == "trainer"
+        return self.is_asynchronous and self.cfg.source == "trainer"
 
     def is_check_due(self, number: int) -> bool:
         """Return whether the servers' log-probs are checked in rollout batch ``number``, from 0."""
@@ -84,7 +84,7 @@ class Logprobs:
         self, groups: Sequence[Group], samples: Sequence[Sample], version: int, checks_servers: bool
     ) -> list[Group]:
         with self.timings.measure("old_log_prob"):
-            if self.cfg.policy == "trainer":
+            if self.cfg.source == "trainer":
                 old = self.policy.logprobs(samples)
             else:
                 if checks_servers:
@@ -94,7 +94,7 @@ class Logprobs:
         if self.reads_reference and self.policy.keeps_reference:
             with self.timings.measure("ref_log_prob"):
                 reference = self.policy.reference_logprobs(samples)
-        is_own = self.cfg.policy == "trainer"
+        is_own = self.cfg.source == "trainer"
         return _replaced(
             groups,
             [

@@ -69,7 +69,7 @@ class MegatronPolicy:
             samples,
             layout=self.layout,
             budget=self.config.batching.tokens_per_microbatch,
-            token_multiple=self.config.row_multiple,
+            token_multiple=self.config.token_multiple,
         )
         return found or []
 
@@ -152,7 +152,7 @@ class MegatronPolicy:
             samples,
             bins,
             layout,
-            token_multiple=self.config.row_multiple,
+            token_multiple=self.config.token_multiple,
             streams=self.objective.streams,
         )
 

@@ -91,7 +91,7 @@ class Run:
         """The computation of log-probs for this run's objective."""
         return Logprobs(
             policy=self.policy,
-            cfg=self.config.score,
+            cfg=self.config.old_logp,
             reads_reference=self.objective.needs_reference(),
             reads_current=self.objective.needs_current_logprobs(),
             is_asynchronous=self.config.rollout.mode == "async",

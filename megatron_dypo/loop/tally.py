@@ -148,9 +148,9 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
     if "max:epoch" in tally:
         metrics["data/epoch"] = tally["max:epoch"]
     metrics |= {
-        "score/rollout_policy_error/mean": tally.ratio("logprob_error/mean", "logprob_error/tokens"),
-        "score/rollout_policy_error/max": tally.get("max:logprob_error"),
-        "score/rollout_policy_error/sequence": tally.ratio("logprob_error/sequence", "logprob_error/rollouts"),
+        "old_logp/server_error/mean": tally.ratio("logprob_error/mean", "logprob_error/tokens"),
+        "old_logp/server_error/max": tally.get("max:logprob_error"),
+        "old_logp/server_error/sequence": tally.ratio("logprob_error/sequence", "logprob_error/rollouts"),
     }
     metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
     if tally["asked"]:

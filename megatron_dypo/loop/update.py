@@ -34,7 +34,7 @@ def open_batch(
 
     Args:
         version: of the policy's weights.
-        number: of the rollout batch, from 0; of every ``score.check_every``-th, the servers' log-probs are checked.
+        number: of the rollout batch, from 0; of every ``old_logp.check_every``-th, the servers' log-probs are checked.
     """
     orders = oldest(ranks.of_leaders(queues.orders()), batching.prompts_per_batch)
     if logprobs.are_of_one_version:
@@ -59,5 +59,5 @@ def token_weights(
         result = objective.token_weights(group, totals, step)
         weighted += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
         tally_sums(tally, result.sums)
-    tally_update(tally, weighted, step, old_is_rollout=config.score.policy == "rollout")
+    tally_update(tally, weighted, step, old_is_rollout=config.old_logp.source == "rollout")
     return weighted

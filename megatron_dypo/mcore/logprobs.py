@@ -43,7 +43,7 @@ def pack_microbatches(
     """Pack the samples of each bin; each microbatch is padded only to this layout's alignment.
 
     Args:
-        token_multiple: ``Config.row_multiple``.
+        token_multiple: ``Config.token_multiple``.
         streams: the objective's; () for a pass without a loss.
     """
     per_sequence = sequence_alignment(layout.context)
@@ -64,7 +64,7 @@ def sequence_logprobs(
 
     Args:
         budget: tokens in one microbatch.
-        token_multiple: ``Config.row_multiple``.
+        token_multiple: ``Config.token_multiple``.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.

@@ -98,10 +98,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("queue/reinforce", "prompts", "prompts that wait in the queue of rollout groups after the update"),
     Metric("queue/stale", "prompts", "prompts dropped because they waited for too many versions"),
     Metric(
-        "score/rollout_policy_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"
+        "old_logp/server_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"
     ),
-    Metric("score/rollout_policy_error/max", "nats", "the largest such difference"),
-    Metric("score/rollout_policy_error/sequence", "nats", "mean |difference of a whole rollout's log-prob|"),
+    Metric("old_logp/server_error/max", "nats", "the largest such difference"),
+    Metric("old_logp/server_error/sequence", "nats", "mean |difference of a whole rollout's log-prob|"),
     Metric("teacher/<name>/share", "fraction", "traces of the update drawn from this teacher"),
     Metric("refit/seconds", "s", "the step's last refit, from its first control call to its last"),
     Metric("refit/pause_s", "s", "the part of it in which servers were paused"),

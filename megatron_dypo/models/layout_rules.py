@@ -53,7 +53,7 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
     """
     if not fp8.is_on:
         return
-    granule, tensor = fp8.row_multiple, parallel.tensor
+    granule, tensor = fp8.token_multiple, parallel.tensor
     width, key_values = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     sizes = {
         "hidden_size": arch.hidden_size,

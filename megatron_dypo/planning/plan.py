@@ -148,7 +148,7 @@ def _step(step: StepTime) -> dict[str, float]:
         "sequential_s": step.sequential,
         "overlapped_s": step.overlapped,
         "rollout_s": step.rollout,
-        "score_s": step.score,
+        "logprobs_s": step.logprobs,
         "update_s": step.update.total,
         "refit_s": step.refit,
         "trainer_idle": step.trainer_idle,

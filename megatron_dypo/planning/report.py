@@ -96,10 +96,10 @@ def _step(plan: Plan) -> list[str]:
     step, setting = plan.step, plan.setting
     gpus = setting.trainer_gpus + setting.rollout_gpus
     aborted = f" and {step.aborted:,.0f} aborted" if step.aborted else ""
-    waits = ("beside score and update", "beside rollouts") if step.is_async else ("trainer waits", "servers wait")
+    waits = ("beside log-probs and update", "beside rollouts") if step.is_async else ("trainer waits", "servers wait")
     parts = {
         "rollout": (step.rollout, f"{step.generated:,.0f} tokens sampled{aborted}; {waits[0]}"),
-        "score": (step.score, "log π_old" + (" and log π_ref" if plan.reference else "")),
+        "log-probs": (step.logprobs, "log π_old" + (" and log π_ref" if plan.reference else "")),
         "update": (step.update.total, f"MFU {step.mfu:.0%}; {waits[1]}"),
         "refit": (step.refit, f"transport {setting.config.refit.transport}"),
     }
@@ -142,7 +142,7 @@ def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
     how = "rollouts beside the update" if is_async else "one part after the other"
     lines = [
         f"WEAK SCALING: prompts, replicas and servers in proportion, {how}",
-        f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'score s':>9}{'update s':>10}{'refit s':>9}"
+        f"  {'GPUs':>6}{'trainer':>9}{'servers':>9}{'rollout s':>11}{'logp s':>9}{'update s':>10}{'refit s':>9}"
         f"{'step s':>9}{'tokens/s':>12}{'efficiency':>12}",
     ]
     for row in rows:
@@ -151,7 +151,7 @@ def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
             continue
         time = row.split.time
         lines.append(
-            f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}{time.score:>9.1f}"
+            f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}{time.logprobs:>9.1f}"
             f"{time.update.total:>10.1f}{time.refit:>9.1f}{time.total:>9.1f}{time.tokens / time.total:>12,.0f}"
             f"{row.efficiency:>12.0%}"
         )

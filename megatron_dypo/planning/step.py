@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step of the loop, by its parts: rollout, score, update, refit. Pure arithmetic."""
+"""Seconds of one optimizer step of the loop, by its parts: rollout, log-probs, update, refit. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.planning.parameters import served_bytes
 from megatron_dypo.planning.rollouts import rollout_round
 from megatron_dypo.planning.setting import Setting
-from megatron_dypo.planning.training import PassTime, score_time, swap_time, update_flops, update_time
+from megatron_dypo.planning.training import PassTime, logprob_time, swap_time, update_flops, update_time
 
 REFIT_S = 1.0
 """Pausing the servers, HTTP calls, flushing caches."""
@@ -23,9 +23,9 @@ class StepTime:
     """Seconds, for one optimizer step; of what is done once a rollout batch, the step's share."""
 
     is_async: bool
-    """``rollout.mode: async``: the next batch's rollouts are sampled beside score and update."""
+    """``rollout.mode: async``: the next batch's rollouts are sampled beside log-probs and update."""
     rollout: float
-    score: float
+    logprobs: float
     update: PassTime
     refit: float
     tokens: float
@@ -39,7 +39,7 @@ class StepTime:
 
     @property
     def trainer(self) -> float:
-        return self.score + self.update.total
+        return self.logprobs + self.update.total
 
     @property
     def total(self) -> float:
@@ -53,7 +53,7 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
-        """With the next batch's rollouts beside score and update."""
+        """With the next batch's rollouts beside log-probs and update."""
         return max(self.rollout, self.trainer) + self.refit
 
     @property
@@ -78,7 +78,7 @@ def step_time(setting: Setting) -> StepTime:
     return StepTime(
         is_async=cfg.rollout.mode == "async",
         rollout=rounds * collected.seconds,
-        score=_score(setting, prompts),
+        logprobs=_logprobs(setting, prompts),
         update=update,
         refit=refit_time(setting) / updates,
         tokens=setting.sequences_per_update * setting.sequence_tokens,
@@ -103,14 +103,14 @@ def refit_time(setting: Setting) -> float:
 
 
 def reads_reference(setting: Setting) -> bool:
-    """Whether π_ref is held and scored, rather than π_old taken for it."""
+    """Whether π_ref is held and has a pass of its own, rather than π_old taken for it."""
     objective = setting.config.objective
     return build_objective(objective).needs_reference() and objective.reference.mode != "old"
 
 
-def _score(setting: Setting, prompts: float) -> float:
+def _logprobs(setting: Setting, prompts: float) -> float:
     """log π_old and log π_ref of the rollouts of Mid prompts."""
     rollouts = prompts * setting.mid * setting.config.rollout.group_size
-    once = score_time(setting, rollouts).total
-    old = once if setting.config.score.policy == "trainer" else 0.0
+    once = logprob_time(setting, rollouts).total
+    old = once if setting.config.old_logp.source == "trainer" else 0.0
     return old + (once + swap_time(setting) if reads_reference(setting) else 0.0)

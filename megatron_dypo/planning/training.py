@@ -61,7 +61,7 @@ def update_time(setting: Setting) -> PassTime:
     return _pass(setting, cost, setting.sequences_per_update, passes, is_update=True)
 
 
-def score_time(setting: Setting, sequences: float) -> PassTime:
+def logprob_time(setting: Setting, sequences: float) -> PassTime:
     """A forward pass over so many rollouts: log π_old, or log π_ref."""
     cost = sequence_cost(setting.arch)
     # Of three passes, and of four of the output projection, one.

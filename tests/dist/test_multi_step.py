@@ -160,7 +160,7 @@ def test_the_servers_log_probs_can_stand_for_pi_old_and_their_error_is_measured(
     checked = [s for g in seen["groups"][2 : 2 + replicas] for s in g]  # the oldest group of each; 0 and 1 are traces
     errors = [response_logp(model, s).detach().numpy() - s.rollout_logp for s in checked]
     metrics = seen["metrics"]
-    name = "score/rollout_policy_error/"
+    name = "old_logp/server_error/"
     assert metrics[1][name + "mean"] == pytest.approx(np.abs(np.concatenate(errors)).mean(), rel=1e-5)
     assert metrics[1][name + "max"] == pytest.approx(np.abs(np.concatenate(errors)).max(), rel=1e-5)
     assert metrics[1][name + "sequence"] == pytest.approx(np.mean([abs(e.sum()) for e in errors]), rel=1e-5)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.objective import ObjectiveConfig, ScoreConfig
+from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig, Config, EvalConfig, ModelConfig, RunConfig
 from megatron_dypo.data.prompts import DropCounts
@@ -334,7 +334,7 @@ def make_config(
             "eval": EvalConfig(),
             "objective": ObjectiveConfig(),
             # The servers' log-probs, so that a collection in the background asks for no pass of the policy.
-            "score": ScoreConfig(policy="rollout"),
+            "old_logp": OldLogpConfig(source="server"),
             **sections,
         },
     )

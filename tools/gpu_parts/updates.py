@@ -69,10 +69,10 @@ def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Co
     chunks, optimizer = _build(sizes, layout, dtype, fp8)
     samples, budget = make_samples(sizes), max(sizes.tokens // 2, sizes.length)
     start = _now()
-    logp = sequence_logprobs(chunks, samples, layout=layout, budget=budget, token_multiple=fp8.row_multiple)
+    logp = sequence_logprobs(chunks, samples, layout=layout, budget=budget, token_multiple=fp8.token_multiple)
     score_s = _now() - start
     assert logp is not None, "one rank leads itself"
-    rows = _pack(_token_weights(samples, logp), layout, budget, fp8.row_multiple)
+    rows = _pack(_token_weights(samples, logp), layout, budget, fp8.token_multiple)
     losses, norms, seconds = [], [], []
     for step in range(sizes.steps):
         start = _now()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, ScoreConfig
+from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, OldLogpConfig
 from megatron_dypo.config.tree import (
     BatchingConfig,
     CheckpointConfig,
@@ -64,14 +64,14 @@ class NoRows:
 
 
 def config_of(
-    path: str, folder: str, axes: dict[str, int], mode: Any, score: ScoreConfig | None = None, epochs: int = 1
+    path: str, folder: str, axes: dict[str, int], mode: Any, old_logp: OldLogpConfig | None = None, epochs: int = 1
 ) -> Config:
     return Config(
         run=RunConfig(dir=folder, steps=5),
         model=ModelConfig(hf_path=path, dtype="float32"),
         parallel=ParallelConfig(**axes),
         data=DataConfig(prompts=("none",)),
-        score=score or ScoreConfig(),
+        old_logp=old_logp or OldLogpConfig(),
         objective=ObjectiveConfig(gal_coefficients=mode, beta_gal=2.0, kl_coef=0.1),
         batching=BatchingConfig(
             prompts_per_update=PROMPTS, updates_per_batch=2, epochs_per_batch=epochs, tokens_per_microbatch=64
@@ -94,7 +94,7 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
 
     layout = start_megatron(ParallelConfig(**axes))
     seen = {mode: _train(config_of(path, f"{root}/{mode}", axes, mode), layout) for mode in MODES}
-    servers = ScoreConfig(policy="rollout", check_every=2)
+    servers = OldLogpConfig(source="server", check_every=2)
     seen["rollout"] = _train(config_of(path, f"{root}/rollout", axes, "exact", servers), layout)
     seen["older"] = _train(config_of(path, f"{root}/older", axes, "exact", servers), layout, age=1)
     seen["epochs"] = _train(config_of(path, f"{root}/epochs", axes, "exact", epochs=2), layout)

@@ -51,9 +51,9 @@ def test_gathering_fp8_parameters_needs_the_distributed_optimizer():
 @pytest.mark.parametrize("own", [1, 3, 64])
 @pytest.mark.parametrize(("recipe", "granule"), [("none", 1), ("tensorwise", 16), ("blockwise", 128), ("mxfp8", 32)])
 def test_rows_are_multiples_of_what_both_the_user_and_the_recipe_ask(recipe, granule, own):
-    config = make_config(Fp8Config(recipe=recipe), batching=BatchingConfig(row_multiple=own))
-    assert config.row_multiple % own == config.row_multiple % granule == 0
-    assert config.row_multiple == own * granule // math.gcd(own, granule)
+    config = make_config(Fp8Config(recipe=recipe), batching=BatchingConfig(token_multiple=own))
+    assert config.token_multiple % own == config.token_multiple % granule == 0
+    assert config.token_multiple == own * granule // math.gcd(own, granule)
 
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)

@@ -119,7 +119,7 @@ def test_an_asynchronous_run_must_correct_for_older_weights(write):
     with pytest.raises(ValueError, match=r"rollout\.mode=async: samples from older weights"):
         load_config(path)
     load_config(path, ["objective.importance.cap=2.0"])
-    load_config(path, ["score.policy=rollout"])
+    load_config(path, ["old_logp.source=server"])
 
 
 def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):

@@ -10,10 +10,10 @@ from megatron_dypo.config.objective import (
     ImportanceConfig,
     ObjectiveConfig,
     ReferenceConfig,
-    ScoreConfig,
+    OldLogpConfig,
 )
 
-SECTIONS = (ObjectiveConfig, ImportanceConfig, ReferenceConfig, ScoreConfig)
+SECTIONS = (ObjectiveConfig, ImportanceConfig, ReferenceConfig, OldLogpConfig)
 FLOATS = [
     (section, f.name) for section in SECTIONS for f in fields(section) if "float" in f.type and "tuple" not in f.type
 ]
@@ -127,5 +127,5 @@ def test_the_defaults_are_the_papers():
         "importance": ImportanceConfig(cap=None, token_bounds=None, sequence_bounds=None, sequence_max_gap=None),
         "reference": ReferenceConfig(mode="frozen", refresh_every=100),
     }  # fmt: skip
-    assert ScoreConfig() == ScoreConfig(policy="trainer", check_every=1)
+    assert OldLogpConfig() == OldLogpConfig(source="trainer", check_every=1)
     assert LOG_RATIO_LIMIT == 20

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_dypo.batching.queues import Queues
-from megatron_dypo.config.objective import ScoreConfig
+from megatron_dypo.config.objective import OldLogpConfig
 from megatron_dypo.config.tree import BatchingConfig
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.tally import Tally
@@ -31,7 +31,7 @@ def logprobs(policy: FakePolicy, *, source: Any = "trainer", is_asynchronous: bo
     return Logprobs(
         **{
             "policy": policy,
-            "cfg": ScoreConfig(policy=source),
+            "cfg": OldLogpConfig(source=source),
             "reads_reference": True,
             "reads_current": True,
             "is_asynchronous": is_asynchronous,
@@ -95,9 +95,9 @@ def test_a_check_of_the_servers_is_of_the_oldest_group_alone() -> None:
     errors = [abs(-1.0 - s.rollout_logp).sum() for s in rollouts(groups) if s.order == first]
     assert computed.tally["logprob_error/mean"] == pytest.approx(float(np.sum(errors)), rel=1e-6)
     assert [computed.is_check_due(number) for number in range(3)] == [True, True, True]
-    seldom = logprobs(policy, cfg=ScoreConfig(policy="rollout", check_every=2))
+    seldom = logprobs(policy, cfg=OldLogpConfig(source="server", check_every=2))
     assert [seldom.is_check_due(number) for number in range(4)] == [True, False, True, False]
-    never = logprobs(policy, cfg=ScoreConfig(policy="rollout", check_every=0))
+    never = logprobs(policy, cfg=OldLogpConfig(source="server", check_every=0))
     assert not never.is_check_due(0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ReferenceConfig, ScoreConfig
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ReferenceConfig, OldLogpConfig
 from megatron_dypo.config.tree import CheckpointConfig, Config, EvalConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import restore_batch, restore_draws
@@ -41,7 +41,7 @@ from tests.support.loop_cases import (
 MODES: list[dict[str, Any]] = [{}, {"mode": "async"}, {"oversample": 1.5}]
 WORLDS = {"one replica": (1, 1), "two replicas": (2, 1), "two replicas of two ranks": (4, 2)}
 TRAINER: dict[str, Any] = {
-    "score": ScoreConfig(policy="trainer"),
+    "old_logp": OldLogpConfig(source="trainer"),
     "objective": ObjectiveConfig(importance=ImportanceConfig(cap=2.0)),
 }
 """Log-probs by the policy; an asynchronous run then has to correct for them."""
@@ -172,7 +172,7 @@ def test_an_asynchronous_run_has_log_probs_of_the_weights_that_begin_its_batch(t
 
 def test_the_reference_is_read_where_it_has_weights_and_refreshed_when_it_is_due(tmp_path: Path) -> None:
     reference = ReferenceConfig(mode="refreshed", refresh_every=2)
-    config = make_config(tmp_path, steps=4, objective=ObjectiveConfig(reference=reference), score=TRAINER["score"])
+    config = make_config(tmp_path, steps=4, objective=ObjectiveConfig(reference=reference), old_logp=TRAINER["old_logp"])
     (ended,) = train(config, policy=lambda is_leader: FakePolicy(keeps_reference=True))
     assert ended.policy.refreshed == [2, 4]
     assert {float(logp) for samples in ended.policy.updates for s in samples for logp in s.ref_logp} == {-0.5}

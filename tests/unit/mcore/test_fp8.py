@@ -97,7 +97,7 @@ def test_what_a_rank_holds_of_a_row_suits_megatrons_own_alignment(recipe, tensor
     from megatron.core.enums import Fp8Recipe
     from megatron.core.fp8_utils import get_fp8_align_size
 
-    row = alignment(tensor, context, Fp8Config(recipe=recipe).row_multiple)
+    row = alignment(tensor, context, Fp8Config(recipe=recipe).token_multiple)
     assert row // (tensor * context) % get_fp8_align_size(Fp8Recipe(recipe)) == 0
 
 

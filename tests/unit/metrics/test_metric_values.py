@@ -93,7 +93,7 @@ def test_a_sequences_error_is_that_of_its_sum_where_errors_of_both_signs_cancel(
     for error in ([0.5, -0.25, -0.5], [-1.0], [0.75, -0.75]):
         tally_logprob_error(tally, np.array(error, np.float32))
     tally.add("rollouts")
-    metrics, name = rollout_metrics(tally), "score/rollout_policy_error/"
+    metrics, name = rollout_metrics(tally), "old_logp/server_error/"
     assert metrics[name + "sequence"] == pytest.approx((0.25 + 1.0 + 0.0) / 3)
     assert metrics[name + "mean"] == pytest.approx((1.25 + 1.0 + 1.5) / 6)
     assert metrics[name + "max"] == 1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ScoreConfig
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.tree import Config, ModelConfig
 from megatron_dypo.objective.loss import token_loss
 from tests.support.objective_cases import loss_inputs
@@ -210,7 +210,7 @@ def test_options_that_contradict_each_other_are_refused():
         Config(
             model=ModelConfig(hf_path="m"),
             data=DataConfig(prompts=("p",)),
-            score=ScoreConfig(policy="rollout"),
+            old_logp=OldLogpConfig(source="server"),
             objective=ObjectiveConfig(importance=ImportanceConfig(cap=2.0)),
         )
 

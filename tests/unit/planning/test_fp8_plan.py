@@ -14,7 +14,7 @@ from megatron_dypo.planning.devices import GPUS, find_gpu
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.planning.fp8 import fp8_layers, quantized
 from megatron_dypo.planning.memory import trainer_footprints
-from megatron_dypo.planning.training import LINK_EFFICIENCY, score_time, update_time
+from megatron_dypo.planning.training import LINK_EFFICIENCY, logprob_time, update_time
 from tests.support.planning_cases import ROOT, architecture, from_file, pretraining
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -62,7 +62,7 @@ def test_an_fp8_update_is_as_fast_as_published_within_15_percent(name):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_fp8_is_faster_than_bf16_by_less_than_the_data_sheets_say(gpu, recompute):
     bf16, fp8 = (small(kind, gpu=gpu, recompute=recompute) for kind in (None, Fp8Config(recipe="tensorwise")))
-    for measure in (update_time, lambda setting: score_time(setting, 64)):
+    for measure in (update_time, lambda setting: logprob_time(setting, 64)):
         gain = measure(bf16).compute / measure(fp8).compute
         assert 1 < gain < GPUS[gpu].fp8 / GPUS[gpu].bf16
 

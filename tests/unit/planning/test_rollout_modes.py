@@ -12,7 +12,7 @@ from megatron_dypo.planning.serving import decode_step_s, make_server, prefill_s
 from megatron_dypo.planning.step import step_time
 from tests.support.planning_cases import ROOT, from_file
 
-ASYNC = ("rollout.mode=async", "score.policy=rollout")
+ASYNC = ("rollout.mode=async", "old_logp.source=server")
 
 
 def setting(*overrides):
@@ -78,14 +78,14 @@ def test_a_drain_is_bounded_by_the_limit_and_by_a_mean_response():
 
 def test_an_asynchronous_stream_takes_over_what_a_synchronous_one_aborts():
     sync, parallel = (
-        rollout_round(setting("rollout.oversample=1.5", *mode)) for mode in (("score.policy=rollout",), ASYNC)
+        rollout_round(setting("rollout.oversample=1.5", *mode)) for mode in (("old_logp.source=server",), ASYNC)
     )
     assert sync.aborted > parallel.aborted == 0
     assert parallel.seconds < sync.seconds
 
 
 def test_the_time_of_a_step_is_that_of_the_loop_that_the_config_asks_for():
-    sync, parallel = (step_time(setting(*mode)) for mode in (("score.policy=rollout",), ASYNC))
+    sync, parallel = (step_time(setting(*mode)) for mode in (("old_logp.source=server",), ASYNC))
     assert sync.total == sync.sequential == pytest.approx(sync.rollout + sync.trainer + sync.refit)
     assert parallel.total == parallel.overlapped == max(parallel.rollout, parallel.trainer) + parallel.refit
     assert parallel.total < parallel.sequential
