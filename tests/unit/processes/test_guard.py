@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.processes import guard
+from megatron_dypo.processes import children
 from tests.support.fake_sglang import wait_until
 
 
 def guarded(program: str, grace_s: float = 5.0) -> list[str]:
-    return [sys.executable, "-I", guard.__file__, str(os.getpid()), str(grace_s), sys.executable, "-c", program]
+    guard = "megatron_dypo.processes.guard:main"
+    return children.program(guard, os.getpid(), grace_s, sys.executable, "-c", program, isolated=True)
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
