@@ -76,7 +76,7 @@ def check_weights(config: Config, found: Findings) -> None:
 
 def load_tokenizer_of(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
     """Load the policy's tokenizer and hold it against the embedding; None where it is missing or broken."""
-    from megatron_dypo.loop.open_data import open_tokenizer
+    from megatron_dypo.loop.setup.open_data import open_tokenizer
 
     folder = Path(config.model.hf_path)
     if arch is None:

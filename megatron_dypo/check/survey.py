@@ -21,7 +21,7 @@ from megatron_dypo.data.statistics import prompt_statistics
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.naming import unused_sources
 from megatron_dypo.grading.trial import check_importable
-from megatron_dypo.loop.teachers import judge_teachers
+from megatron_dypo.loop.setup.teachers import judge_teachers
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.parameters import whole_model

@@ -17,7 +17,7 @@ from megatron_dypo.grading.naming import verifier_of
 from megatron_dypo.grading.pairs import pair_of
 from megatron_dypo.grading.trial import try_verifier
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.loop.open_data import check_against_verifier
+from megatron_dypo.loop.setup.open_data import check_against_verifier
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.types import Prompt
 

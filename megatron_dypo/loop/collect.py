@@ -1,7 +1,7 @@
 """Collection: groups are sampled, graded and admitted until a rollout batch waits. Called by all ranks.
 
 Groups come in rounds, or from a stream in the background (``rollout.mode``, ``rollout.oversample``). A collection ends
-with something to learn from, or with the end of the run: see :mod:`megatron_dypo.loop.outcomes`.
+with something to learn from, or with the end of the run: see :mod:`megatron_dypo.loop.books.outcomes`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.accounts import enter, enter_left_out
-from megatron_dypo.loop.admission import Admitted, admit, tally_admitted
-from megatron_dypo.loop.ledger import dropped_words
+from megatron_dypo.loop.books.accounts import enter, enter_left_out
+from megatron_dypo.loop.books.admission import Admitted, admit, tally_admitted
+from megatron_dypo.loop.books.ledger import dropped_words
+from megatron_dypo.loop.books.outcomes import Outcomes, end_without_samples, end_without_verdicts
+from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.logprobs import Logprobs, without_logprobs
-from megatron_dypo.loop.outcomes import Outcomes, end_without_samples, end_without_verdicts
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Sampled, Servers
-from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective

@@ -7,7 +7,9 @@ import math
 
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.admission import Admitted
+from megatron_dypo.loop.books.admission import Admitted
+from megatron_dypo.loop.books.outcomes import Outcomes, end_without_verdicts
+from megatron_dypo.loop.books.tally import tally_client
 from megatron_dypo.loop.collect import (
     Collector,
     Look,
@@ -18,9 +20,7 @@ from megatron_dypo.loop.collect import (
     looks_further,
     warn_of_losses,
 )
-from megatron_dypo.loop.outcomes import Outcomes, end_without_verdicts
 from megatron_dypo.loop.ranks import own_part
-from megatron_dypo.loop.tally import tally_client
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.server.process import ServerDiedError

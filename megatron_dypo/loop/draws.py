@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_dypo.data.prompts import DropCounts
-from megatron_dypo.loop.ledger import Ledger
+from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.types import DropReason, Prompt
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_dypo.batching.queues import Group
 from megatron_dypo.config.objective import OldLogpConfig
+from megatron_dypo.loop.books.tally import Tally, tally_logprob_error
 from megatron_dypo.loop.policy import Policy
-from megatron_dypo.loop.tally import Tally, tally_logprob_error
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.types import Floats, Sample, Treatment
 

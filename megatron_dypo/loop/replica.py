@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeAlias
 
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.data.prompts import DropCounts
-from megatron_dypo.loop.admission import Admitted, sample_rows
+from megatron_dypo.loop.books.admission import Admitted, sample_rows
+from megatron_dypo.loop.books.ledger import Ledger
+from megatron_dypo.loop.books.outcomes import Outcomes
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.ledger import Ledger
-from megatron_dypo.loop.outcomes import Outcomes
 from megatron_dypo.metrics.samples import SampleLog, eval_folder, sample_row
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from megatron_dypo.batching.queues import Group, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.batching.wire import dump_samples, load_samples
+from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.requests import Stream

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.books.tally import Tally, tally_client, tally_refit
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests, NoStream, Stream
-from megatron_dypo.loop.tally import Tally, tally_client, tally_refit
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import CollectStats, DroppedGroup

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.tree import Config
-from megatron_dypo.loop.accounts import Accounts
+from megatron_dypo.loop.books.accounts import Accounts
+from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import Collector
 from megatron_dypo.loop.evaluate import Evaluator
 from megatron_dypo.loop.logprobs import Logprobs
@@ -17,7 +18,6 @@ from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Servers
-from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
 

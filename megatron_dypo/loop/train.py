@@ -10,14 +10,14 @@ import logging
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.accounts import enter_minibatch
+from megatron_dypo.loop.books.accounts import enter_minibatch
+from megatron_dypo.loop.books.tally import rollout_metrics, step_metrics, tally_work
 from megatron_dypo.loop.collect import collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.evaluate import evaluate
 from megatron_dypo.loop.not_finite import count_update, require_finite_weights
 from megatron_dypo.loop.resume import save_checkpoint, save_unless_saved
 from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.tally import rollout_metrics, step_metrics, tally_work
 from megatron_dypo.loop.update import count_totals, open_batch, token_weights
 from megatron_dypo.metrics.writer import summary_line
 from megatron_dypo.processes.stop_requests import is_requested
@@ -33,7 +33,7 @@ def train(config: Config) -> None:
         RunEnded: on all ranks: the run ended before that, for its cause. What was done is in a checkpoint, unless the
             weights are not finite. A model is exported only if the run was trained until nothing was left to learn.
     """
-    from megatron_dypo.loop.build import open_run  # here, since it imports Megatron, which the loop does not need
+    from megatron_dypo.loop.setup.build import open_run  # here, since it imports Megatron, which the loop does not need
 
     with open_run(config) as run:
         train_run(run)

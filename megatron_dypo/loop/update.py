@@ -11,9 +11,9 @@ from dataclasses import replace
 from megatron_dypo.batching.queues import Group, Queues, oldest
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.tree import BatchingConfig, Config
+from megatron_dypo.loop.books.tally import Tally, tally_sums, tally_update
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.ranks import Ranks
-from megatron_dypo.loop.tally import Tally, tally_sums, tally_update
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.types import Sample, Totals

@@ -97,9 +97,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("queue/distill", "prompts", "prompts that wait in the queue of teachers' traces after the update"),
     Metric("queue/reinforce", "prompts", "prompts that wait in the queue of rollout groups after the update"),
     Metric("queue/stale", "prompts", "prompts dropped because they waited for too many versions"),
-    Metric(
-        "old_logp/server_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"
-    ),
+    Metric("old_logp/server_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"),
     Metric("old_logp/server_error/max", "nats", "the largest such difference"),
     Metric("old_logp/server_error/sequence", "nats", "mean |difference of a whole rollout's log-prob|"),
     Metric("teacher/<name>/share", "fraction", "traces of the update drawn from this teacher"),

@@ -16,7 +16,7 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
 
     from megatron_dypo.config.tree import ParallelConfig
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.loop.ledger import Ledger
+    from megatron_dypo.loop.books.ledger import Ledger
     from megatron_dypo.loop.ranks import MeshRanks
     from megatron_dypo.loop.resume import drawn_state
     from megatron_dypo.parallel.groups import close

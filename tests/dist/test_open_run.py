@@ -1,4 +1,4 @@
-"""A run as :func:`megatron_dypo.loop.build.open_run` builds it: with servers that it starts, and without any."""
+"""A run as :func:`megatron_dypo.loop.setup.build.open_run` builds it: with servers that it starts, and without any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUTER = "http://127.0.0.1:9"
 def rank_open(path: str) -> dict[str, Any]:
     """Open and close the run of a config; return what it held in between."""
     from megatron_dypo.config.load import load_config
-    from megatron_dypo.loop.build import open_run
+    from megatron_dypo.loop.setup.build import open_run
     from megatron_dypo.loop.replica import Leader
     from megatron_dypo.loop.requests import LeaderRequests
     from megatron_dypo.loop.servers import Servers

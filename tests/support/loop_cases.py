@@ -18,17 +18,17 @@ from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig, Config, EvalConfig, ModelConfig, RunConfig
 from megatron_dypo.data.prompts import DropCounts
-from megatron_dypo.loop.background import open_stream
+from megatron_dypo.loop.books.ledger import Ledger
+from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.ledger import Ledger
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.loop.replica import Books, Follower, Leader
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, Servers
+from megatron_dypo.loop.setup.background import open_stream
 from megatron_dypo.loop.state import Progress, Run
-from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.samples import SampleLog
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.metrics import LOSS_METRICS

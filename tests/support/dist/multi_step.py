@@ -169,14 +169,14 @@ class Watched:
 def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
     """A run without servers and prompts, what its refitter and its writer are told, and its policy."""
     from megatron_dypo.loop.draws import Draws
-    from megatron_dypo.loop.ledger import Ledger
+    from megatron_dypo.loop.books.ledger import Ledger
     from megatron_dypo.loop.megatron_policy import build_policy
     from megatron_dypo.loop.ranks import MeshRanks
     from megatron_dypo.loop.replica import Books, Follower, Leader
     from megatron_dypo.loop.requests import FollowerRequests
     from megatron_dypo.loop.servers import NoRouter, Servers
     from megatron_dypo.loop.state import NoWriter, Run
-    from megatron_dypo.loop.tally import Tally
+    from megatron_dypo.loop.books.tally import Tally
     from megatron_dypo.metrics.samples import SampleLog
     from megatron_dypo.metrics.writer import Timings
     from megatron_dypo.objective.recipes.registry import build_objective

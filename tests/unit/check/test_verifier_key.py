@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.loop.teachers import verifier_key
+from megatron_dypo.loop.setup.teachers import verifier_key
 
 
 def test_verdicts_depend_on_the_grading_and_on_the_files_of_its_verifiers(

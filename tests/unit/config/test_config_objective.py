@@ -9,8 +9,8 @@ from megatron_dypo.config.objective import (
     LOG_RATIO_LIMIT,
     ImportanceConfig,
     ObjectiveConfig,
-    ReferenceConfig,
     OldLogpConfig,
+    ReferenceConfig,
 )
 
 SECTIONS = (ObjectiveConfig, ImportanceConfig, ReferenceConfig, OldLogpConfig)

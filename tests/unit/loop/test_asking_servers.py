@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 
 from megatron_dypo.ending import RunEnded
+from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.servers import FollowerRequests, LeaderRequests, NoRouter, NoServers, Servers
-from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.rollout.collect import collect
 from tests.support.fake_sglang import FakeSGLang

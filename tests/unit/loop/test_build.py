@@ -23,7 +23,7 @@ def config(objective: ObjectiveConfig, *, eval_prompts: tuple[str, ...] = ()) ->
 
 
 def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
-    from megatron_dypo.loop.build import uses_servers
+    from megatron_dypo.loop.setup.build import uses_servers
 
     sft, both = ObjectiveConfig(name="sft"), ObjectiveConfig(name="sft_then_rl", sft_steps=4)
     assert not uses_servers(config(sft), build_objective(sft), 0)
@@ -33,7 +33,7 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
 
 
 def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path: Path) -> None:
-    from megatron_dypo.loop.build import prepare_folder
+    from megatron_dypo.loop.setup.build import prepare_folder
 
     folder = tmp_path / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)

@@ -13,11 +13,11 @@ from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.admission import is_useful
+from megatron_dypo.loop.books.admission import is_useful
+from megatron_dypo.loop.books.ledger import Ledger
+from megatron_dypo.loop.books.outcomes import Outcomes
 from megatron_dypo.loop.collect import Look
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.ledger import Ledger
-from megatron_dypo.loop.outcomes import Outcomes
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import DropReason, Tier, Verdict
 from tests.support.fake_sglang import FakeSGLang, wait_until

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dypo.loop.ledger import Ledger, OpenDraws, balance
+from megatron_dypo.loop.books.ledger import Ledger, OpenDraws, balance
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.types import DropReason, Treatment
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, ReferenceConfig, OldLogpConfig
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig, ReferenceConfig
 from megatron_dypo.config.tree import CheckpointConfig, Config, EvalConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import restore_batch, restore_draws
@@ -172,7 +172,9 @@ def test_an_asynchronous_run_has_log_probs_of_the_weights_that_begin_its_batch(t
 
 def test_the_reference_is_read_where_it_has_weights_and_refreshed_when_it_is_due(tmp_path: Path) -> None:
     reference = ReferenceConfig(mode="refreshed", refresh_every=2)
-    config = make_config(tmp_path, steps=4, objective=ObjectiveConfig(reference=reference), old_logp=TRAINER["old_logp"])
+    config = make_config(
+        tmp_path, steps=4, objective=ObjectiveConfig(reference=reference), old_logp=TRAINER["old_logp"]
+    )
     (ended,) = train(config, policy=lambda is_leader: FakePolicy(keeps_reference=True))
     assert ended.policy.refreshed == [2, 4]
     assert {float(logp) for samples in ended.policy.updates for s in samples for logp in s.ref_logp} == {-0.5}
@@ -325,7 +327,7 @@ def test_the_samples_of_a_step_are_written_for_people(tmp_path: Path) -> None:
 def test_the_loop_imports_no_megatron() -> None:
     """So that its tests need none, and a fake policy stands for it."""
     program = (
-        "import sys, megatron_dypo.loop.train, megatron_dypo.loop.state, megatron_dypo.loop.background\n"
+        "import sys, megatron_dypo.loop.train, megatron_dypo.loop.state, megatron_dypo.loop.setup.background\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'megatron'])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from megatron_dypo.ending import Cause
-from megatron_dypo.loop.outcomes import Outcomes, count_verdicts, end_without_samples, end_without_verdicts
+from megatron_dypo.loop.books.outcomes import Outcomes, count_verdicts, end_without_samples, end_without_verdicts
 from megatron_dypo.types import DropReason, GradedGroup, Rollout, Verdict
 from tests.support.loop_cases import Prompts
 

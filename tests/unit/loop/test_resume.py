@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.batching.wire import dump_samples
-from megatron_dypo.loop.ledger import Ledger
+from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.requests import NoStream
 from megatron_dypo.loop.resume import drawn_state, require_known_state, restore_batch

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.loop.tally import (
+from megatron_dypo.loop.books.tally import (
     Tally,
     performance_metrics,
     rollout_metrics,

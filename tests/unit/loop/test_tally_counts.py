@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_dypo.loop.tally import (
+from megatron_dypo.loop.books.tally import (
     Tally,
     performance_metrics,
     rollout_metrics,

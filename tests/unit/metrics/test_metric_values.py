@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.loop.tally import (
+from megatron_dypo.loop.books.tally import (
     Tally,
     rollout_metrics,
     tally_logprob_error,

@@ -21,7 +21,7 @@ from megatron_dypo.data.teacher_table import teacher_table
 from megatron_dypo.data.tokenizer.open import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.loop.teachers import judge_by, verifier_key
+from megatron_dypo.loop.setup.teachers import judge_by, verifier_key
 from megatron_dypo.parallel.collectives import gather_objects
 
 log = logging.getLogger("megatron_dypo")

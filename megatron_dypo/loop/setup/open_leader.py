@@ -9,10 +9,12 @@ import torch.distributed as dist
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.foundation import Foundation
-from megatron_dypo.loop.ledger import Ledger
-from megatron_dypo.loop.open_data import (
+from megatron_dypo.loop.replica import Books, Leader
+from megatron_dypo.loop.resume import restore_draws
+from megatron_dypo.loop.setup.foundation import Foundation
+from megatron_dypo.loop.setup.open_data import (
     check_against_verifier,
     data_identity,
     judge_traces,
@@ -21,8 +23,6 @@ from megatron_dypo.loop.open_data import (
     open_tokenizer,
     require_same_data,
 )
-from megatron_dypo.loop.replica import Books, Leader
-from megatron_dypo.loop.resume import restore_draws
 from megatron_dypo.metrics.samples import SampleLog
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.ledger import dropped_words
+from megatron_dypo.loop.books.ledger import dropped_words
 from megatron_dypo.types import DropReason, GradedGroup
 
 _LOST = (DropReason.INCOMPLETE, DropReason.REFUSED)

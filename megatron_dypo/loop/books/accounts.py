@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.batching.rollout_batch import Minibatch, RolloutBatch
-from megatron_dypo.loop.admission import Admitted
-from megatron_dypo.loop.ledger import Balance, Ledger, OpenDraws, balance
-from megatron_dypo.loop.outcomes import count_verdicts
+from megatron_dypo.loop.books.admission import Admitted
+from megatron_dypo.loop.books.ledger import Balance, Ledger, OpenDraws, balance
+from megatron_dypo.loop.books.outcomes import count_verdicts
+from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.requests import Stream
-from megatron_dypo.loop.tally import Tally
 from megatron_dypo.metrics import status
 from megatron_dypo.types import DropReason, GradedGroup
 

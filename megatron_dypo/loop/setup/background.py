@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.grading.verify import Verifier, grade
-from megatron_dypo.loop.admission import is_useful
+from megatron_dypo.loop.books.admission import is_useful
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.processes.stop_requests import STOP

@@ -13,16 +13,16 @@ from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
-from megatron_dypo.loop.connect import connect, start_in_background
-from megatron_dypo.loop.foundation import Foundation
+from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.megatron_policy import build_policy
-from megatron_dypo.loop.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.ranks import MeshRanks
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.resume import require_known_state, restore_batch
 from megatron_dypo.loop.servers import NoServers
+from megatron_dypo.loop.setup.connect import connect, start_in_background
+from megatron_dypo.loop.setup.foundation import Foundation
+from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.state import NoWriter, Progress, Run, Writer
-from megatron_dypo.loop.tally import Tally
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
 from megatron_dypo.mcore.start import start_megatron

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.grading.verify import verdict_problem
-from megatron_dypo.loop.tally import Tally, tally_dropped, tally_groups
+from megatron_dypo.loop.books.tally import Tally, tally_dropped, tally_groups
 from megatron_dypo.metrics.samples import SampleRow, dropped_row, sample_row
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.route import Routed, route

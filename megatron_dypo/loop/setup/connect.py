@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
-from megatron_dypo.loop.background import open_stream
-from megatron_dypo.loop.foundation import Foundation
-from megatron_dypo.loop.open_leader import OpenedLeader
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, Servers
+from megatron_dypo.loop.setup.background import open_stream
+from megatron_dypo.loop.setup.foundation import Foundation
+from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.parallel.device import device_kind
 from megatron_dypo.refit.refitter import Refitter
