@@ -379,7 +379,7 @@ class Config:
             "needs old_logp.source=trainer: with the servers' log-probs for π_old there is no mismatch to correct",
         )
         require(
-            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.old_logp.source == "rollout",
+            self.rollout.mode == "sync" or self.objective.importance.is_on() or self.old_logp.source == "server",
             "rollout.mode=async",
             "samples from older weights: correct for that with objective.importance (cap: 2.0 is usual), or set "
             "old_logp.source=server, where the clipped ratio is relative to the weights that sampled",

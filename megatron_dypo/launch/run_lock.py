@@ -68,8 +68,7 @@ class RunLock:
             RunEnded: another run holds it (:data:`Cause.IN_USE`); the message names host, process and since when.
         """
         while not self._make():
-            require_free(self._path.parent)
-            self._remove_left_behind()
+            self._remove_left_behind(require_free(self._path.parent))
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
     def release(self) -> None:
@@ -83,16 +82,25 @@ class RunLock:
         """Make the lock file; return False if there is one."""
         return make_exclusively(self._path, json.dumps(asdict(self._holder)))
 
-    def _remove_left_behind(self) -> None:
-        """Take away the lock of a holder that is gone; of several processes that try, one succeeds."""
-        stale = read_holder(self._path.parent)
-        aside = self._path.with_name(f"{NAME}.{self._token}.old")
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            self._path.rename(aside)
-            if _parse(aside) != stale:  # it was first, and this is its new lock: give it back
-                with contextlib.suppress(FileExistsError):  # its owner notices, and ends
-                    os.link(aside, self._path)
-            aside.unlink()
+    def _remove_left_behind(self, gone: Holder | None) -> None:
+        """Remove the lock of ``gone``, or one that nobody can read, if it is still there.
+
+        Of several processes that found it free, the one that makes the claim for that very lock may remove it. So
+        none removes the new lock of another one that was faster.
+        """
+        claim = self._path.with_name(f"{NAME}.{gone.token if gone else 'unreadable'}.claim")
+        if not make_exclusively(claim, ""):
+            age = _age(claim)
+            if age is not None and age > STALE_S:  # its maker died between two lines
+                claim.unlink(missing_ok=True)
+            return
+        try:
+            age = _age(self._path)
+            is_unreadable = gone is None and age is not None and age >= STALE_S
+            if read_holder(self._path.parent) == gone and (gone is not None or is_unreadable):
+                self._path.unlink(missing_ok=True)
+        finally:
+            claim.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._is_released.wait(self._beat_s):
@@ -108,18 +116,22 @@ class RunLock:
                 os.utime(self._path)
 
 
-def require_free(run_dir: Path) -> None:
-    """Raise RunEnded (:data:`Cause.IN_USE`) if a run that may be alive holds the folder's lock."""
+def require_free(run_dir: Path) -> Holder | None:
+    """Return the holder of the folder's lock, who is gone; None without a lock, or where nobody can read it.
+
+    Raises:
+        RunEnded: a run that may be alive holds it (:data:`Cause.IN_USE`).
+    """
     path = run_dir / NAME
     if not path.exists():
-        return
+        return None
     holder = read_holder(run_dir)
     if holder is not None and holder.process.is_on_this_machine():
         if holder.process.is_alive():
             raise RunEnded(Cause.IN_USE, f"run.dir={str(run_dir)!r}: in use by {_name(holder)}")
-        return
+        return holder
     if holder is not None and holder.is_before(_slurm_job()):
-        return
+        return holder
     age = _age(path)
     if age is not None and age < STALE_S:
         who = f"in use by {_name(holder)}" if holder else f"{path} is being written"
@@ -128,6 +140,7 @@ def require_free(run_dir: Path) -> None:
             f"run.dir={str(run_dir)!r}: {who}; last sign of life {age:.0f} s ago "
             f"(if that process is gone, the folder is free after {STALE_S:.0f} s without one)",
         )
+    return holder
 
 
 def remove_dead(run_dir: Path) -> None:

@@ -59,5 +59,5 @@ def token_weights(
         result = objective.token_weights(group, totals, step)
         weighted += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
         tally_sums(tally, result.sums)
-    tally_update(tally, weighted, step, old_is_rollout=config.old_logp.source == "rollout")
+    tally_update(tally, weighted, step, old_is_rollout=config.old_logp.source == "server")
     return weighted

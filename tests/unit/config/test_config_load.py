@@ -124,7 +124,7 @@ def test_an_asynchronous_run_must_correct_for_older_weights(write):
 
 def test_servers_that_are_never_idle_cannot_give_their_memory_back(write):
     overrides = ["rollout.mode=async", "objective.importance.cap=2.0", "refit.offload_servers=true"]
-    with pytest.raises(ValueError, match=r"weights\.offload_servers=true: needs rollout\.mode=sync"):
+    with pytest.raises(ValueError, match=r"refit\.offload_servers=true: needs rollout\.mode=sync"):
         load_config(write(MINIMAL), overrides)
 
 

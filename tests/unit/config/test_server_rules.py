@@ -108,7 +108,7 @@ def test_a_router_is_a_place_too_and_none_of_its_servers() -> None:
     [
         ({"port": 70000}, "port=70000: must be from 1 to 65535"),
         ({"port": 0}, "port=0: must be from 1 to 65535"),
-        ({"port": 65530, "per_node": 8}, "port=65530: must be from 1 to 65528: 8 servers"),
+        ({"port": 65530, "per_node": 8}, "port=65530: must be from 1 to 65528: each of 8 servers takes a port"),
         ({"mem_fraction": 7}, "mem_fraction=7.0: must be between 0 and 1"),
         ({"mem_fraction": 1}, "mem_fraction=1.0: must be between 0 and 1"),
         ({"mem_fraction": 0}, "mem_fraction=0.0: must be between 0 and 1"),
@@ -118,7 +118,7 @@ def test_a_router_is_a_place_too_and_none_of_its_servers() -> None:
         ({"tensor_parallel": 0}, "tensor_parallel=0: must be positive"),
         ({"per_node": 0}, "per_node=0: must be positive"),
         ({"nodes": 0}, "nodes=0: must be positive"),
-        ({"restarts": -1}, "restarts=-1: must not be negative"),
+        ({"max_restarts": -1}, "max_restarts=-1: must not be negative"),
         ({"start_deadline_s": math.inf}, "start_deadline_s=inf: must be above 0 and at most 1e"),
         ({"stop_grace_s": math.nan}, "stop_grace_s=nan: must be above 0"),
         ({"host": ""}, "host='': must be a host name"),

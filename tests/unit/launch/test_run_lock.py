@@ -63,7 +63,8 @@ def test_a_lock_is_held_until_it_is_released(tmp_path):
     again.release()
 
 
-def test_of_many_that_try_at_once_one_gets_the_lock(tmp_path):
+@pytest.mark.parametrize("repeat", range(20))
+def test_of_many_that_try_at_once_one_gets_the_lock(tmp_path, repeat):
     left_by(tmp_path, **gone())
 
     def attempt(_):

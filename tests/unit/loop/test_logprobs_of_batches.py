@@ -81,14 +81,14 @@ def test_the_reference_is_the_old_policy_unless_it_has_weights_of_its_own() -> N
 
 def test_the_servers_log_probs_are_of_the_weights_that_sampled() -> None:
     policy, groups = at(6), fresh(version=4)
-    done = rollouts(logprobs(policy, source="rollout").complete(groups, 6))
+    done = rollouts(logprobs(policy, source="server").complete(groups, 6))
     assert all(s.logp_version == 4 and (s.old_logp == s.rollout_logp).all() for s in done)
     assert not policy.asked
 
 
 def test_a_check_of_the_servers_is_of_the_oldest_group_alone() -> None:
     policy, groups = at(0), fresh(version=0)
-    computed = logprobs(policy, source="rollout")
+    computed = logprobs(policy, source="server")
     computed.complete(groups, 0, checks_servers=True)
     first = rollouts(groups)[0].order
     assert policy.asked == [(0, [first] * sum(s.order == first for s in rollouts(groups)))]

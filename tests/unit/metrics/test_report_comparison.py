@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.metrics.report.comparison import (
     COMPARED,
@@ -18,7 +19,7 @@ from megatron_dypo.metrics.report.comparison import (
     render_comparison,
     run_names,
 )
-from megatron_dypo.objective.metrics import LOSS_METRICS
+from megatron_dypo.objective.recipes.registry import build_objective
 from tests.support.run_folder import HOSTILE, make_run, step_metrics
 
 
@@ -72,7 +73,7 @@ def test_each_plot_has_a_line_of_its_own_colour_for_each_run_that_has_data() -> 
 
 def test_what_is_compared_are_metrics_of_the_table() -> None:
     for metric, _ in COMPARED:
-        assert lookup(metric, LOSS_METRICS).name == metric
+        assert lookup(metric, build_objective(ObjectiveConfig(name="dypo")).metrics).name == metric
 
 
 def test_the_page_shows_each_run_and_hostile_values_are_inert(tmp_path: Path) -> None:

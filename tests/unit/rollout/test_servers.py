@@ -95,7 +95,7 @@ def kill(tmp_path: Path, url: str) -> None:
 
 
 def test_without_restarts_a_server_that_is_killed_is_an_error_that_names_it(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path, per_node=2, restarts=0) as pool:
+    with start(python, tmp_path, per_node=2, max_restarts=0) as pool:
         kill(tmp_path, pool.urls[1])
 
         def dead() -> bool:
@@ -142,7 +142,7 @@ def test_a_loss_is_told_before_anybody_can_see_the_server_back(python: str, tmp_
 def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
     python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start(python, tmp_path, per_node=2, restarts=1) as pool:
+    with start(python, tmp_path, per_node=2, max_restarts=1) as pool:
         for url in pool.urls:
             assert pool.may_return()
             pool.check()
