@@ -40,7 +40,7 @@ class Case:
     vocab: int = 1024
     kv_heads: int = 2
     experts: int = 0
-    """0: dense; else so many, of which 2 a token."""
+    """0: dense; else that many, of which 2 a token."""
     row: int = 1024
     """Tokens of a packed row."""
     sequences: int = 4

@@ -10,7 +10,7 @@
 
 One process, and two tensor-parallel ranks over gloo; fp32, one thread for each rank. Prompts are a quarter of the tokens.
 The main shape has 4 layers of 256 channels and 32,768 vocabulary entries, which gives the output projection 73% of the
-parameters that a token is multiplied with (a 7B model: 8%), so that what DYPO adds behind the last layer weighs more than it would there. Times are
+parameters that a token is multiplied with (a 7B model: 8%), so that what DYPO adds behind the last layer counts for more than it would there. Times are
 medians over rounds that go through the variants in turn, in one process and on one model; the time of the processor is
 beside them, which other load on the machine changes less. Peak memory is the growth of the
 resident set since before the model was built, of each variant in a process of its own: parameters, gradients and optimizer

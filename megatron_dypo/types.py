@@ -108,7 +108,7 @@ class Rollout:
     finish: Literal["stop", "length"]
     """``length`` marks a truncated rollout."""
     policy_version: int
-    """Version of the weights that sampled the first token (the oldest, if a push happened meanwhile)."""
+    """Version of the weights that sampled the first token (the oldest, if a refit happened in between)."""
     version_spans: tuple[tuple[int, int], ...] = ()
     """(version, index of the first token that it sampled), in the order of the tokens."""
 

@@ -141,7 +141,7 @@ set_value() {
 # The same, unless the environment of sbatch has a value.
 set_default() { set_value "$1" "${!1:-$2}"; }
 
-# Resolve the config where nothing has started yet, and take the sizes of the engines from it.
+# Resolve the config where nothing has started yet, and take the sizes of the servers from it.
 read_config() {
   local resolved errors in_container=()
   errors=$(mktemp)
@@ -151,18 +151,18 @@ read_config() {
   resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")"
   [ ! -d "$DYPO_LOGS" ] || echo "$resolved" >"$DYPO_LOGS/config.yaml"
   rm "$errors"
-  ENGINES_PER_NODE=$(field per_node <<<"$resolved")
+  SERVERS_PER_NODE=$(field per_node <<<"$resolved")
   local tensor_parallel nodes
   nodes=$(field nodes <<<"$resolved")
   [ "$nodes" = "$(rollout_nodes)" ] \
     || fail "rollout.servers.nodes=$nodes, but the job has ROLLOUT_NODES=${#ROLLOUT[@]}: leave the override out, or set ROLLOUT_NODES"
   tensor_parallel=$(field tensor_parallel <<<"$resolved")
-  ENGINE_NODES=$(((tensor_parallel + GPUS_PER_NODE - 1) / GPUS_PER_NODE))
-  export ENGINES_PER_NODE ENGINE_NODES
-  local used=$((ENGINES_PER_NODE * tensor_parallel)) needed="rollout.servers.per_node=$ENGINES_PER_NODE × rollout.servers.tensor_parallel=$tensor_parallel"
-  if [ "${#ROLLOUT[@]}" -gt 0 ] && [ "$ENGINE_NODES" -gt 1 ]; then
-    [ "$ENGINES_PER_NODE:$((${#ROLLOUT[@]} % ENGINE_NODES))" = 1:0 ] \
-      || fail "$needed: an engine takes $ENGINE_NODES nodes of $GPUS_PER_NODE GPUs; needs per_node=1 and a multiple of that for ROLLOUT_NODES=${#ROLLOUT[@]}"
+  NODES_PER_SERVER=$(((tensor_parallel + GPUS_PER_NODE - 1) / GPUS_PER_NODE))
+  export SERVERS_PER_NODE NODES_PER_SERVER
+  local used=$((SERVERS_PER_NODE * tensor_parallel)) needed="rollout.servers.per_node=$SERVERS_PER_NODE × rollout.servers.tensor_parallel=$tensor_parallel"
+  if [ "${#ROLLOUT[@]}" -gt 0 ] && [ "$NODES_PER_SERVER" -gt 1 ]; then
+    [ "$SERVERS_PER_NODE:$((${#ROLLOUT[@]} % NODES_PER_SERVER))" = 1:0 ] \
+      || fail "$needed: a server takes $NODES_PER_SERVER nodes of $GPUS_PER_NODE GPUs; needs per_node=1 and a multiple of that for ROLLOUT_NODES=${#ROLLOUT[@]}"
   elif [ "${#ROLLOUT[@]}" -gt 0 ]; then
     [ $((used + COLOCATED * TRAIN_PER_NODE)) -le "$GPUS_PER_NODE" ] \
       || fail "$needed: more than the GPUs of a node, GPUS_PER_NODE=$GPUS_PER_NODE$([ "$COLOCATED" = 0 ] || echo ", less TRAIN_PER_NODE=$TRAIN_PER_NODE")"
@@ -215,13 +215,13 @@ start() {
   fi
 }
 
-# One a line; an engine that spans nodes answers on its first.
+# One a line; a server that spans nodes answers on its first.
 server_urls() {
-  local index engine
+  local index server
   for index in "${!ROLLOUT[@]}"; do
-    [ $((index % ENGINE_NODES)) = 0 ] || continue
-    for ((engine = 0; engine < ENGINES_PER_NODE; engine++)); do
-      echo "http://${ROLLOUT[index]}:$((DYPO_PORT + 20 + index * ENGINES_PER_NODE + engine))"
+    [ $((index % NODES_PER_SERVER)) = 0 ] || continue
+    for ((server = 0; server < SERVERS_PER_NODE; server++)); do
+      echo "http://${ROLLOUT[index]}:$((DYPO_PORT + 20 + index * SERVERS_PER_NODE + server))"
     done
   done
 }

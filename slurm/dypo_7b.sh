@@ -28,5 +28,5 @@ DEFAULT_NODES=2 # of a rendering (DRY_RUN=1), as in the header
 }
 # shellcheck source=slurm/common.sh
 source "$DYPO_HOME/slurm/common.sh"
-# Engines of one GPU each; an override of yours comes later and wins.
+# Servers of one GPU each; an override of yours comes later and wins.
 run_job rollout.servers.per_node=8 "$@"

@@ -71,25 +71,25 @@ train() {
   exit "$status"
 }
 
-# The engines of this node, or this node's part of an engine that spans ENGINE_NODES of them.
+# The servers of this node, or this node's part of a server that spans NODES_PER_SERVER of them.
 serve() {
   local index hosts spread=()
   index=$(index_among $DYPO_ROLLOUT_NODES)
-  if [ "$ENGINE_NODES" -gt 1 ]; then
+  if [ "$NODES_PER_SERVER" -gt 1 ]; then
     read -ra hosts <<<"$DYPO_ROLLOUT_NODES"
-    local first=${hosts[index - index % ENGINE_NODES]}
+    local first=${hosts[index - index % NODES_PER_SERVER]}
     # Its parts cannot start again one by one.
-    spread=(rollout.servers.max_restarts=0 --engine-args
-      "--nnodes $ENGINE_NODES --node-rank $((index % ENGINE_NODES)) --dist-init-addr $first:$((DYPO_PORT + 2))")
+    spread=(rollout.servers.max_restarts=0 --server-args
+      "--nnodes $NODES_PER_SERVER --node-rank $((index % NODES_PER_SERVER)) --dist-init-addr $first:$((DYPO_PORT + 2))")
   fi
   local status=0
-  "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * ENGINES_PER_NODE)) "${spread[@]}" \
-    "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * ENGINES_PER_NODE))" || status=$?
+  "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * SERVERS_PER_NODE)) "${spread[@]}" \
+    "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * SERVERS_PER_NODE))" || status=$?
   echo "$status" >"$DYPO_LOGS/ended/$NODE"
   exit "$status"
 }
 
-# Again when it dies: it keeps nothing, since every push of the trainer tells it the servers.
+# Again when it dies: it keeps nothing, since every refit of the trainer tells it the servers.
 route() {
   local restarts=3
   until "$@"; do

@@ -37,7 +37,7 @@ def local_tasks(job: Job, executor: run.LocalExecutor) -> tuple[list[run.Script]
         args = ["megatron_dypo.cli", command, recipe.file, *job.overrides, *arguments]
         return run.Script(entrypoint=f"{job.venv}/bin/python", path="-m", args=args)
 
-    # torchx kills a task 10 s after its SIGTERM, and SGLang may need that long by itself.
+    # torchx kills a task 10 s after its SIGTERM, and SGLang may need that long on its own.
     serve = task("serve", "rollout.servers.stop_grace_s=3", "--log-dir", f"{recipe.run.dir}/logs")
     # The trainer last: NeMo-Run 0.11.1 takes the state of a local group from its last task (schedulers/local.py, describe).
     return [serve, task("train", f"rollout.servers.urls=[{urls}]")], [executor, executor.clone()]

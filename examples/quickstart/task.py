@@ -85,7 +85,7 @@ TEACHERS: Mapping[str, Callable[[Addition], str]] = {"columns": add_by_columns, 
 def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterable[Addition] = ()) -> list[Addition]:
     """Different problems, ``counts[c]`` of them with c carries, shuffled; none is in ``exclude``.
 
-    Raises ValueError when so many are not to be found.
+    Raises ValueError when there are not that many.
     """
     taken = set(exclude)
     drawn: list[Addition] = []

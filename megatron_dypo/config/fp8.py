@@ -14,9 +14,9 @@ ROW_MULTIPLES: dict[Recipe, int] = {"none": 1, "delayed": 16, "tensorwise": 16, 
 there.
 
 Tokens are the inner dimension of the GEMM of a weight gradient. Its FP8 operands need a multiple of 16 (Megatron's
-``get_fp8_align_size``) or whole blocks of scales: 32 values for MXFP8, 128 for the blockwise recipe (Transformer
-Engine's pages on both recipes). Transformer Engine lets other multiples of 16 pass in places, for example by gathering
-in bf16.
+``get_fp8_align_size``) or whole blocks of scales: 32 values for MXFP8, 128 for the blockwise recipe (pages of
+Transformer Engine on both recipes). Transformer Engine lets other multiples of 16 pass in places, for example by
+gathering in bf16.
 """
 
 

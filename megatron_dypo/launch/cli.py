@@ -57,7 +57,7 @@ def serve(
     overrides: Overrides = None,
     first: Annotated[int, typer.Option(min=0, help="Number of this node's first server among all servers.")] = 0,
     log_dir: Annotated[Path, typer.Option(help="Folder for the servers' logs.")] = Path("logs"),
-    engine_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one text.")] = "",
+    server_args: Annotated[str, typer.Option(help="More arguments for SGLang, in one text.")] = "",
 ) -> None:
     """Keep this node's SGLang servers alive for a trainer on other nodes, until SIGTERM.
 
@@ -75,7 +75,7 @@ def serve(
     log_to_terminal()
     resolved = load_config(config, overrides or [])
     try:
-        keep_servers(resolved, device=device_kind(), first=first, log_dir=log_dir, engine_args=engine_args)
+        keep_servers(resolved, device=device_kind(), first=first, log_dir=log_dir, server_args=server_args)
     except (ServerDiedError, TimeoutError) as error:
         raise RunEnded(Cause.SERVERS_GONE, str(error)) from error
 

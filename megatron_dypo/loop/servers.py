@@ -100,7 +100,7 @@ class Servers:
         """Bring the servers to the weights of now, ``version``, and send requests to those alone; return metrics."""
         # A group that the stream has in flight may end before the refit or after it. A refit of the same version, with
         # servers that came back, narrows nothing: what the one before it allowed may still be in flight.
-        before = [pushed for pushed in self.versions if pushed != version][-1:]
+        before = [held for held in self.versions if held != version][-1:]
         recent = range(before[0], version + 1, version - before[0]) if before else range(version, version + 1)
         self.requests.accept(recent)
         with self.timings.measure("refit"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 _GPU_ONLY = ("transformer_engine", "apex")
-_OLDEST_ENGINE: dict[Recipe, tuple[int, int]] = {
+_OLDEST_TE: dict[Recipe, tuple[int, int]] = {
     "delayed": (2, 0),
     "tensorwise": (2, 2),
     "blockwise": (2, 3),
@@ -66,14 +66,14 @@ def shield_imports() -> None:
 
 
 def probe() -> Features:
-    """What can be used on this machine."""
+    """Return what can be used on this machine."""
     usable = device.on_gpu()
-    engine = usable and importlib.util.find_spec("transformer_engine") is not None
+    has_te = usable and importlib.util.find_spec("transformer_engine") is not None
     return Features(
-        transformer_engine=engine,
+        transformer_engine=has_te,
         grad_accumulation_fusion=usable and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         fp8_obstacles=fp8_obstacles(
-            engine=importlib.metadata.version("transformer_engine") if engine else None,
+            te_version=importlib.metadata.version("transformer_engine") if has_te else None,
             capability=device.compute_capability(),
             toolkit=device.toolkit_version(),
         ),
@@ -81,24 +81,24 @@ def probe() -> Features:
 
 
 def fp8_obstacles(
-    *, engine: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
+    *, te_version: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
 ) -> dict[str, str]:
     """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config.fp8.CAPABILITIES`) and
     Megatron (``fp8_utils.get_fp8_recipe``).
 
     Args:
-        engine: version of Transformer Engine; None: not in use.
+        te_version: version of Transformer Engine; None: not in use.
         capability: of the GPU; None on a CPU.
         toolkit: version of the toolkit that torch was built with.
     """
     obstacles: dict[str, str] = {}
-    for recipe, oldest in _OLDEST_ENGINE.items():
+    for recipe, oldest in _OLDEST_TE.items():
         if capability is None:
             obstacles[recipe] = "a GPU: this machine has none"
-        elif engine is None:
+        elif te_version is None:
             obstacles[recipe] = "Transformer Engine, which is not installed"
-        elif _version(engine) < oldest:
-            obstacles[recipe] = f"Transformer Engine {dotted(oldest)} or newer, found {engine}"
+        elif _version(te_version) < oldest:
+            obstacles[recipe] = f"Transformer Engine {dotted(oldest)} or newer, found {te_version}"
         elif missing := missing_capability(recipe, capability):
             obstacles[recipe] = missing
         elif recipe == "blockwise" and toolkit < (12, 9):

@@ -110,7 +110,7 @@ class RunStatus:
             try:
                 if (record := self.read()) and record.state == "running":
                     _write(self._path, replace(record, **self._progress))
-                    self.settle()  # another rank may have ended the run meanwhile
+                    self.settle()  # another rank may have ended the run in the meantime
             except OSError as error:  # the run's own files say whether it can go on
                 warn_often(log, "%s cannot be written: %s", self._path, error)
 

@@ -80,7 +80,7 @@ def token_loss(
     - From a ratio (ρ or π_ref/π_θ) of e^20 on, e^x is continued by its tangent (``LOG_RATIO_LIMIT``): the gradient of
       what no clip bounds stays finite, and keeps its direction.
     - Under ``gal_clip`` the nll weight of a GAL token is 0 where the ratio, r_t or s, has left the trust region in the
-      direction of its push: above 1+ε_high where the weight is positive, below 1−ε_low where it is negative.
+      direction in which GAL moves it: above 1+ε_high where the weight is positive, below 1−ε_low where it is negative.
 
     Args:
         logp_N: [N] log π_θ of the response tokens, with gradient.
@@ -191,7 +191,7 @@ def _shown(value_N: Tensor, kept_N: Tensor) -> Tensor:
 
 
 def _left_trust_region(log_ratio_N: Tensor, sequence_log_ratio_N: Tensor, x: LossInputs, cfg: LossConfig) -> Tensor:
-    """[N] where GAL has pushed the ratio out of [1−ε_low, 1+ε_high] already."""
+    """[N] where GAL has moved the ratio out of [1−ε_low, 1+ε_high] already."""
     if cfg.gal_clip == "none":
         return torch.zeros_like(x["is_trace"])
     log_N, weight_N = sequence_log_ratio_N if cfg.gal_clip == "sequence" else log_ratio_N, x["nll_weight"]

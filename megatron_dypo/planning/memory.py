@@ -137,7 +137,7 @@ def _activations(setting: Setting, stage: int) -> Term:
 
 
 def _mean_kept(setting: Setting, stage: int) -> float:
-    """Bytes a token that a layer of the stage keeps in the mean, as layers in bf16 and in FP8 are mixed."""
+    """Bytes a token that a layer of the stage keeps on average, as layers in bf16 and in FP8 are mixed."""
     parallel, recompute = setting.config.parallel, setting.config.model.recompute
     narrow = _fp8_layers(setting, stage) / setting.mesh.stage_layers(setting.arch.num_layers)[stage]
     bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
@@ -191,7 +191,7 @@ def _loss(setting: Setting, tokens: float) -> float:
 
 
 def _logprob_budget(setting: Setting, width: int) -> float:
-    """Scratch that ``fused_logprobs`` takes by itself, or is given."""
+    """Scratch that ``fused_logprobs`` takes on its own, or is given."""
     given = setting.config.model.logprob_memory_mib
     return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
 

@@ -47,7 +47,7 @@ def _setting(plan: Plan) -> list[str]:
         + ("" if cfg.refit.quantize == "none" else f", linear weights in {cfg.refit.quantize}"),
         f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
         f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",
-        f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens in the mean; "
+        f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens on average; "
         f"{assumed.easy:.0%} of prompts Easy, {setting.mid:.0%} Mid, {assumed.hard:.0%} Hard",
     ]
 

@@ -62,7 +62,7 @@ def update_time(setting: Setting) -> PassTime:
 
 
 def logprob_time(setting: Setting, sequences: float) -> PassTime:
-    """A forward pass over so many rollouts: log π_old, or log π_ref."""
+    """A forward pass over that many rollouts: log π_old, or log π_ref."""
     cost = sequence_cost(setting.arch)
     # Of three passes, and of four of the output projection, one.
     forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
@@ -85,7 +85,7 @@ def _flops(setting: Setting, cost: SequenceCost) -> float:
 
 
 def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
-    """Matmuls of so many sequences, spread over all GPUs."""
+    """Matmuls of that many sequences, spread over all GPUs."""
     flops = _flops(setting, cost) * sequences
     in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * cost.linear * setting.sequence_tokens * sequences
     flops -= in_fp8 * (1 - 1 / setting.gpu.fp8_gain)

@@ -2,7 +2,7 @@
 
 A refit pauses all servers and moves every tensor by the configured transport, upon which the servers drop cached
 prefixes. It then names the new version and lets the servers generate again. A server that is lost on the way is fenced,
-and the refit is repeated for the other servers, which stay paused meanwhile; sending the same weights again does no
+and the refit is repeated for the other servers, which stay paused until then; sending the same weights again does no
 harm. Either all servers that are left end at the new version, or the refit fails on every rank. Servers that may hold a
 mixture are then marked by a version that is no number, and their running requests are aborted.
 

@@ -1,4 +1,4 @@
-"""What a step leaves behind: checkpoints, pushes, metrics and books; and what each end of a run saves and exports."""
+"""What a step leaves behind: checkpoints, refits, metrics and books; and what each end of a run saves and exports."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _schedule(run: Any, recorder: Any) -> Any:
         run.tally.add("retries")
         run.tally.add("asked")
         train_step(run)
-        after.append((_saved(run), list(recorder.pushed), not run.batch.is_used_up))
+        after.append((_saved(run), list(recorder.refitted), not run.batch.is_used_up))
     return after, {step: metrics["rollout/retries"] for step, metrics in recorder.metrics.items()}
 
 
@@ -112,7 +112,7 @@ def _evaluated(run: Any, recorder: Any) -> Any:
         recorder.serving = (fake.url,)
         put(run, batch_of(0))
         train_step(run)
-    return list(recorder.pushed), not run.batch.is_used_up, recorder.metrics[1]
+    return list(recorder.refitted), not run.batch.is_used_up, recorder.metrics[1]
 
 
 def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
@@ -125,8 +125,8 @@ def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
     try:
         make_steps(run)
     except RunEnded as end:
-        return end.cause.label, str(end), list(recorder.pushed)
-    return None, "", list(recorder.pushed)
+        return end.cause.label, str(end), list(recorder.refitted)
+    return None, "", list(recorder.refitted)
 
 
 def _trained(run: Any, recorder: Any) -> Any:
@@ -136,11 +136,11 @@ def _trained(run: Any, recorder: Any) -> Any:
     for index in (0, 1):
         put(run, batch_of(index))
     make_steps(run)
-    return run.progress.step, list(recorder.pushed), sorted(recorder.metrics)
+    return run.progress.step, list(recorder.refitted), sorted(recorder.metrics)
 
 
 def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
-    """An end by ``cause`` after so many steps, while a collection has counted something."""
+    """An end by ``cause`` after that many steps, while a collection has counted something."""
     from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.loop.train import end_early, train_step
 
@@ -203,9 +203,9 @@ def test_bad_updates_in_a_row_are_counted_and_none_is_saved(seen: dict[str, Any]
 
 
 def test_an_evaluation_inside_a_batch_is_of_the_weights_now(seen: dict[str, Any]) -> None:
-    pushed, is_mid_batch, metrics = seen["evaluated"]
-    assert (pushed, is_mid_batch) == ([1], True)
-    assert metrics["eval/aime/num_lost"] == 0, "the server answers with version 1, which was pushed"
+    refitted, is_mid_batch, metrics = seen["evaluated"]
+    assert (refitted, is_mid_batch) == ([1], True)
+    assert metrics["eval/aime/num_lost"] == 0, "the server answers with version 1, which was refitted"
     assert 0 < metrics["eval/aime/num_samples"] == metrics["eval/aime/num_prompts"] * 1
 
 

@@ -49,7 +49,7 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
         result["end"] = (run.progress.step, end.cause.label, str(end))
     saved = find_latest(Path(folder) / "checkpoints")
     close(layout)
-    return result | {"pushed": recorder.pushed, "saved": saved is not None, "metrics": recorder.metrics}
+    return result | {"refitted": recorder.refitted, "saved": saved is not None, "metrics": recorder.metrics}
 
 
 def _spoil_weight(chunks: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
         assert (step, label) == (1, "not_finite")
         assert f"the first that is not finite: weight {BAD}" in message
         assert "log-probs are not finite for 4 of 4 prompts" in message
-        assert result["pushed"] == []
+        assert result["refitted"] == []
         assert not result["saved"]
     assert results[0]["metrics"][1]["train/skipped"] == 1.0
 
@@ -90,7 +90,7 @@ def test_the_servers_get_no_weights_that_are_not_finite_at_the_end_of_a_batch(tm
     step, label, message = result["end"]
     assert (step, label) == (2, "not_finite"), "a batch has two updates"
     assert f"weight {BAD}" in message
-    assert result["pushed"] == []
+    assert result["refitted"] == []
 
 
 def test_gradients_that_are_not_finite_end_the_run_after_as_many_updates_as_the_config_says(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tests.support.objective_cases import random_groups
 
 
 def work(sample):
-    """Long sequences weigh more than their length."""
+    """Long sequences cost more than their length."""
     return float(len(sample.tokens) ** 2)
 
 

@@ -102,7 +102,7 @@ def test_a_replica_without_samples_lends_its_experts_to_the_scoring_of_others(ax
             np.testing.assert_allclose(ours, response_logp(model, sample), atol=1e-5, rtol=0)
 
 
-BALANCE_COEF = 0.7
+AUX_LOSS_COEF = 0.7
 MEMBERS = ((0, 1, 2, 3), (4, 5), (6,), ())
 """Samples of each microbatch; rows are padded to the fullest, and the last is nothing but padding."""
 
@@ -127,7 +127,7 @@ def rank_balance_gradients(path, axes):
     parallel = ParallelConfig(**axes)
     layout = start_megatron(parallel)
     arch = load_architecture(path)
-    model = ModelConfig(hf_path=path, dtype="float32", moe_aux_loss_coef=BALANCE_COEF, recompute=RECOMPUTE[layout.pipeline])
+    model = ModelConfig(hf_path=path, dtype="float32", moe_aux_loss_coef=AUX_LOSS_COEF, recompute=RECOMPUTE[layout.pipeline])
     chunks = build_model(arch, model, parallel, layout)
     load_initial_weights(chunks, model, arch, layout)
     optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-3, eps=1.0), dtype="float32", total_steps=1)
@@ -168,12 +168,12 @@ def _literal_balance_gradients(path):
             chosen = logits_TE.topk(config.num_experts_per_tok).indices.flatten()
             share_E = torch.bincount(chosen, minlength=len(mean_E)).double() / len(chosen)
             balance = len(mean_E) * (share_E * mean_E).sum()
-            total = total + BALANCE_COEF * len(logits_TE) / num_tokens * balance
+            total = total + AUX_LOSS_COEF * len(logits_TE) / num_tokens * balance
     # The last layer's experts and what follows them have no part in it.
     (total + 0.0 * sum(p.sum() for p in model.parameters())).backward()
     gradients = hf_gradients(model)
     norm = math.sqrt(sum((grad**2).sum() for grad in gradients.values()))
-    return gradients, norm, total.item() / BALANCE_COEF / config.num_hidden_layers
+    return gradients, norm, total.item() / AUX_LOSS_COEF / config.num_hidden_layers
 
 
 BALANCED = (

@@ -40,7 +40,7 @@ def trained(layout: str, root: Any) -> dict[str, Any]:
                 for i in range(4)
             ],
             "groups": sorted((g for r in runs for g in r["groups"]), key=lambda g: g[0].order),
-            "pushed": runs[0]["pushed"],
+            "refitted": runs[0]["refitted"],
             "metrics": runs[0]["metrics"],
         }
     return seen
@@ -119,7 +119,7 @@ def test_a_second_epoch_goes_over_the_same_mini_batches_at_its_own_weights(layou
         first = PROMPTS * (i % 2)
         groups, model = seen["groups"][first : first + PROMPTS], model_at(step["weights"], root)
         assert gradient_error(step["grads"], model, groups, cfg) <= 1e-5, f"step {i}"
-    assert seen["pushed"] == [4]
+    assert seen["refitted"] == [4]
     assert [seen["metrics"][step]["train/staleness"] for step in (1, 2, 3, 4)] == [0, 1, 2, 3]
 
 
@@ -136,15 +136,15 @@ def test_gals_drift_is_what_stale_coefficients_ignore(mode, root) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_servers_get_the_weights_after_the_last_update_of_a_batch(layout, root) -> None:
     for mode in MODES:
-        assert trained(layout, root)[mode]["pushed"] == [2, 4]
+        assert trained(layout, root)[mode]["refitted"] == [2, 4]
         staleness = [trained(layout, root)[mode]["metrics"][step]["train/staleness"] for step in (1, 2, 3, 4)]
         assert staleness == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_stopped_inside_a_batch_goes_on_with_its_next_mini_batch(layout, root) -> None:
-    for (uninterrupted, resumed), pushed in trained(layout, root)["resumed"]:
-        assert pushed == [2]
+    for (uninterrupted, resumed), refitted in trained(layout, root)["resumed"]:
+        assert refitted == [2]
         assert uninterrupted.keys() == resumed.keys()
         for name, tensor in uninterrupted.items():
             np.testing.assert_array_equal(resumed[name], tensor, err_msg=name)

@@ -14,7 +14,7 @@ import torch
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.refit.plan.trainer_shards import Mesh
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
-from tests.support.dist.planned_ranks import BUCKET_MB, Refit, rank_refit
+from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import StandInServer, hf_tensors, served_params, served_shapes, standin_server
 from tests.support.architectures import make_arch
@@ -89,7 +89,7 @@ def test_every_rank_of_every_server_holds_its_part_of_the_model(case, kind):
             assert outcome["error"] == ""
             assert outcome["bytes"] <= 1.01 * own
             # One staging buffer; a whole matrix of an MLP has 4 MiB.
-            assert outcome["largest"][0] <= BUCKET_MB * 2**20 // 3, outcome["largest"]
+            assert outcome["largest"][0] <= BUCKET_MIB * 2**20 // 3, outcome["largest"]
 
 
 def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():

@@ -49,7 +49,7 @@ def assert_trained(run_dir: Path) -> None:
 
 
 def command_lines_with(text: str) -> list[list[str]]:
-    """Of the running processes; one that ends meanwhile has none."""
+    """Of the running processes; one that ends in the meantime has none."""
     found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     return [words for words in found if any(text in word for word in words)]
 

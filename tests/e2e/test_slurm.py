@@ -71,7 +71,7 @@ MISTAKES = [
         ["parallel.context=3"],
         "parallel.num_processes=4: must be a multiple of tensor × pipeline × context = 1 × 2 × 3 = 6",
     ),
-    ({}, ["rollout.servers.tensor_parallel=3"], "an engine takes 2 nodes of 2 GPUs"),
+    ({}, ["rollout.servers.tensor_parallel=3"], "a server takes 2 nodes of 2 GPUs"),
     ({"CONFIG": "absent.yaml"}, [], "CONFIG=absent.yaml: no such file"),
     ({"VENV": "/absent"}, [], "VENV=/absent: no bin/python in it"),
     ({"VENV": ""}, [], "set IMAGE (a container image"),

@@ -21,7 +21,7 @@ from tests.support.hf_models import import_transformers
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "megatron_dypo.cli"]
 MAX_GAP = 1e-3
-"""Largest mean |log-prob of SGLang − of the trainer| after a push, fp32."""
+"""Largest mean |log-prob of SGLang − of the trainer| after a refit, fp32."""
 
 
 def start(*arguments, **options):

@@ -130,12 +130,12 @@ class Refits:
 
     def __init__(self, urls: Sequence[str] = (), fakes: Sequence[FakeSGLang] = ()) -> None:
         self.serving = tuple(urls) or tuple(fake.url for fake in fakes)
-        self.pushed = list[int]()
+        self.refitted = list[int]()
         self.released = 0
         self._fakes = fakes
 
     def refit(self, version: int) -> RefitReport:
-        self.pushed.append(version)
+        self.refitted.append(version)
         for fake in self._fakes:
             fake.version = str(version)
         return RefitReport(
@@ -150,11 +150,11 @@ class NextServer:
     """A refitter: after each refit another server serves."""
 
     def __init__(self, urls: Sequence[str]) -> None:
-        self._urls, self.pushed = list(urls), list[int]()
+        self._urls, self.refitted = list(urls), list[int]()
         self.serving: tuple[str, ...] = ()
 
     def refit(self, version: int) -> RefitReport:
-        self.pushed.append(version)
+        self.refitted.append(version)
         self.serving = (self._urls.pop(0),)
         return RefitReport(
             version=version, seconds=1.0, pause_seconds=0.5, bytes=64, fenced=1, rejoined=1, retries=2

@@ -123,12 +123,12 @@ def _token_weights(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sa
         sample.old_logp = sample.ref_logp = own
         if sample.treatment is Treatment.REINFORCE:
             sample.rollout_logp = own
-    weighed: list[Sample] = []
+    weighted: list[Sample] = []
     for _, members in itertools.groupby(samples, key=lambda sample: sample.order):
         group = list(members)
         weights = objective.token_weights(group, totals, 0).weights
-        weighed += [replace(sample, weights=weight) for sample, weight in zip(group, weights, strict=True)]
-    return weighed
+        weighted += [replace(sample, weights=weight) for sample, weight in zip(group, weights, strict=True)]
+    return weighted
 
 
 def _pack(samples: Sequence[Sample], layout: MeshRank, budget: int, token_multiple: int) -> list[Microbatch]:

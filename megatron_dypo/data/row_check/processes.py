@@ -35,7 +35,7 @@ def check_rows(
     """Check every row of ``source``; without a tokenizer nothing is rendered or counted.
 
     ``num_processes`` None: as many as the files' size and this process's cores ask for. Raises ValueError where a
-    Parquet row group is damaged or a file changes meanwhile; bad rows are in the result.
+    Parquet row group is damaged or a file changes in the meantime; bad rows are in the result.
     """
     if num_processes is None:
         wanted = 1 + sum(source.sizes) // _BYTES_PER_PROCESS

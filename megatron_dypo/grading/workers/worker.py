@@ -84,7 +84,7 @@ def _leave_stopping_to_the_trainer() -> None:
 
     for number in STOP:
         signal.signal(number, survive)
-    # Held back meanwhile: a child that is stopped at once would lose the signal to a handler that it is about to drop.
+    # Held back until then: a child that is stopped at once would lose the signal to a handler that it is about to drop.
     os.register_at_fork(
         before=partial(hold, signal.SIG_BLOCK),
         after_in_parent=partial(hold, signal.SIG_UNBLOCK),

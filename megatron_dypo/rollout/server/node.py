@@ -18,7 +18,7 @@ from megatron_dypo.rollout.server.servers import start_servers
 log = logging.getLogger(__name__)
 
 
-def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engine_args: str = "") -> None:
+def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, server_args: str = "") -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
     One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: it is the
@@ -26,7 +26,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engi
 
     Args:
         first: number of this node's first server among those of all nodes; server ``i`` samples with seed + ``i``.
-        engine_args: more arguments for SGLang, after ``rollout.servers.extra_args``, as a shell would read them.
+        server_args: more arguments for SGLang, after ``rollout.servers.extra_args``, as a shell would read them.
 
     Raises:
         ServerDiedError: no server is left; or, with ``max_restarts=0``, one died.
@@ -38,7 +38,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, engi
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
     # This node's servers alone: other nodes have theirs.
     cfg = replace(cfg, urls=(), urls_are_restarted=False, router=None, nodes=1)
-    cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(engine_args)))
+    cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(server_args)))
     _require_ports(cfg)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     model, seed = Path(config.model.hf_path), config.run.seed + first

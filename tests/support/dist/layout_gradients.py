@@ -115,11 +115,11 @@ def _backward(chunks, mine, groups, cfg, count, layout):
 
     samples, objective = None, build_objective(cfg)
     if mine is not None:
-        totals, weighed = totals_of(groups), []
+        totals, weighted = totals_of(groups), []
         for group in mine:
             weights = objective.token_weights(group, totals, 0).weights
-            weighed += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
-        samples = balance(weighed, layout.leaders_group)
+            weighted += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
+        samples = balance(weighted, layout.leaders_group)
     samples = broadcast_samples(samples, layout.replica_group)
     microbatches = _pack(samples, count, layout)
     parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]

@@ -133,8 +133,8 @@ def gal(group, logps, divisors, cfg):
     at = logps
     if cfg.gal_coefficients == "stale":
         at = [torch.tensor(s.old_logp.astype("float64")) for s in group]
-    anchors = [ratio.detach().requires_grad_() for ratio in log_ratios(group, at, divisors)]
-    coefficients = torch.autograd.grad(contrast(group, anchors, cfg), anchors)
+    fixed = [ratio.detach().requires_grad_() for ratio in log_ratios(group, at, divisors)]
+    coefficients = torch.autograd.grad(contrast(group, fixed, cfg), fixed)
     total = 0.0
     for sample, logp, c, size in zip(group, logps, coefficients, divisors, strict=True):
         trusted, stays = is_trusted(sample, cfg.importance), stays_near(sample, logp, cfg)
@@ -143,7 +143,7 @@ def gal(group, logps, divisors, cfg):
 
 
 def stays_near(sample, logp, cfg):
-    """Of each token whether GAL may still push it: successes up, failures down."""
+    """Of each token whether GAL may still move it: successes up, failures down."""
     moved = log_moves(sample, logp).detach()
     if cfg.gal_clip == "none":
         return [True] * len(moved)

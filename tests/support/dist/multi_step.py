@@ -36,11 +36,11 @@ class Recorder:
     pause_seconds = seconds = 0.0
 
     def __init__(self) -> None:
-        self.pushed: list[int] = []
+        self.refitted: list[int] = []
         self.metrics: dict[int, dict[str, float]] = {}
 
     def refit(self, version: int) -> Recorder:
-        self.pushed.append(version)
+        self.refitted.append(version)
         return self
 
     def release(self) -> None:
@@ -119,7 +119,7 @@ def _train(config: Config, layout: Any, age: int = 0) -> dict[str, Any]:
         before = _tensors(policy, lambda p: p.detach())
         train_step(run)
         steps.append({"weights": before, "grads": _tensors(policy, lambda p: p.main_grad)})
-    return {"steps": steps, "groups": policy.groups(), "pushed": recorder.pushed, "metrics": recorder.metrics}
+    return {"steps": steps, "groups": policy.groups(), "refitted": recorder.refitted, "metrics": recorder.metrics}
 
 
 def _aged(sample: Any, age: int) -> Any:
@@ -143,7 +143,7 @@ def _resume(config: Config, layout: Any) -> Any:
     again.progress = Progress(step=restored.step, batches=restored.trainer_state["batches"])
     again.batch = restore_batch(restored, again.replica, folder)
     train_step(again)
-    return [_tensors(p, lambda p: p.detach()) for p in (policy, resumed)], recorder.pushed
+    return [_tensors(p, lambda p: p.detach()) for p in (policy, resumed)], recorder.refitted
 
 
 class Watched:

@@ -20,7 +20,7 @@ from megatron_dypo.refit.plan.trainer_shards import Mesh
 from tests.support.refit_standins import held_names, plain_layout, shard
 from tests.support.fake_control import KEY
 
-BUCKET_MB = 6
+BUCKET_MIB = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def in_all_threads(self) -> Iterator[None]:
-        """A dispatch mode holds for one thread: enter it in this one and in those that start meanwhile."""
+        """A dispatch mode holds for one thread: enter it in this one and in those that start in the meantime."""
         mode, plain = self, threading.Thread
 
         class RecordedThread(threading.Thread):
@@ -85,7 +85,7 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
         transport=refit.kind,  # type: ignore[arg-type]
         verify=refit.verify,  # type: ignore[arg-type]
         quantize=refit.quantize,  # type: ignore[arg-type]
-        bucket_mib=BUCKET_MB,
+        bucket_mib=BUCKET_MIB,
         deadline_s=refit.deadline_s,
     )
     folder = Path("unused")

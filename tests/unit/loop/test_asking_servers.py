@@ -65,7 +65,7 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_refit() -> None
         servers.refit(3)
         groups = servers.sample(make_prompts(6), 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == list(range(6))
-    assert servers.refitter.pushed == [3, 3, 3]
+    assert servers.refitter.refitted == [3, 3, 3]
     assert servers.tally["refit/fenced"] == 3
     assert servers.tally["dropped/incomplete"] == 0
     assert {"timing_s/gen", "timing_s/refit"} <= servers.timings.take().keys()
@@ -75,7 +75,7 @@ def test_a_rank_that_cannot_reach_what_takes_refits_says_so_in_the_end() -> None
     servers = of_urls([closed_url() for _ in range(9)])
     with pytest.raises(RunEnded, match="no SGLang server can be reached, though 2 refits in a row went well"):
         servers.sample(make_prompts(2), 3, "gen", PAIRS)
-    assert len(servers.refitter.pushed) == 2
+    assert len(servers.refitter.refitted) == 2
 
 
 def test_requests_and_router_follow_each_refit() -> None:
@@ -159,7 +159,7 @@ def test_refits_that_bring_a_group_each_are_never_too_many() -> None:
         servers.refit(3)
         groups = servers.sample(make_prompts(7), 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == list(range(7))
-    assert servers.refitter.pushed == [3] * 6
+    assert servers.refitter.refitted == [3] * 6
 
 
 def test_groups_come_in_the_order_of_their_draws_and_attempts_that_failed_are_counted() -> None:
@@ -177,7 +177,7 @@ def test_a_follower_asks_nothing_and_joins_the_refits() -> None:
     assert not isinstance(run.servers.requests, LeaderRequests)
     run.servers.refit(1)
     assert run.servers.sample([], 1, "gen", PAIRS).groups == []
-    assert run.servers.refitter.pushed == [1]
+    assert run.servers.refitter.refitted == [1]
     leads = make_run([closed_url()], make_config("unused"))
     assert isinstance(requests_of(leads), LeaderRequests)
 

@@ -229,7 +229,7 @@ def test_a_stream_that_lost_its_servers_gets_a_refit_and_goes_on(tmp_path: Path)
         run = make_run([closed_url()], config, refitter=refitter)
         collect_groups(run)
         run.servers.stream.stop()
-    assert refitter.pushed
+    assert refitter.refitted
     assert len(run.replica.queues) >= ROUND
 
 

@@ -60,9 +60,9 @@ class Ended:
         return self.run.policy
 
     @property
-    def pushed(self) -> list[int]:
-        pushed: list[int] = self.run.servers.refitter.pushed  # type: ignore[union-attr]
-        return pushed
+    def refitted(self) -> list[int]:
+        refitted: list[int] = self.run.servers.refitter.refitted  # type: ignore[union-attr]
+        return refitted
 
     @property
     def released(self) -> int:
@@ -117,9 +117,9 @@ def test_a_run_makes_its_steps_on_all_ranks_alike_and_its_books_balance(
     tmp_path: Path, rollout: dict[str, Any], world: tuple[int, int]
 ) -> None:
     ranks = train(make_config(tmp_path, steps=4, rollout=rollout, batching={"updates_per_batch": 2}), world=world)
-    assert [(ended.cause, ended.run.progress.step, ended.pushed) for ended in ranks] == [(None, 4, [0, 2, 4])] * world[
-        0
-    ]
+    assert [(ended.cause, ended.run.progress.step, ended.refitted) for ended in ranks] == [
+        (None, 4, [0, 2, 4])
+    ] * world[0]
     assert {ended.released for ended in ranks} == {2}, "once a rollout batch, before its log-probs"
     first = ranks[0]
     for step in range(4):
@@ -244,8 +244,8 @@ def test_a_refit_in_the_middle_of_a_collection_brings_the_other_server_and_the_r
         refitter = NextServer([one.url, *[two.url] * 9])
         (ended,) = train(make_config(tmp_path, steps=1, rollout=rollout | {"retries": 9}), refitter=refitter)
     assert ended.cause is None
-    assert refitter.pushed[:2] == [0, 0], "the same version again"
-    assert refitter.pushed[-1] == 1
+    assert refitter.refitted[:2] == [0, 0], "the same version again"
+    assert refitter.refitted[-1] == 1
     assert ended.run.progress.step == 1
     assert two.requests
     assert ended.metrics[1]["ledger/dropped_incomplete"] == 0
@@ -274,7 +274,7 @@ def test_the_weights_are_evaluated_before_the_first_step_when_it_is_due_and_afte
     config = make_config(tmp_path, steps=5, eval=settings, batching={"updates_per_batch": 5, "prompts_per_update": 1})
     (ended,) = train(config)
     assert [step for step, metrics in ended.metrics.items() if "eval/aime/accuracy" in metrics] == [0, 2, 4, 5]
-    assert ended.pushed == [0, 2, 4, 5], "the weights of an open batch are served for an evaluation alone"
+    assert ended.refitted == [0, 2, 4, 5], "the weights of an open batch are served for an evaluation alone"
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -114,20 +114,20 @@ def test_what_a_rank_holds_of_a_row_suits_megatrons_own_alignment(recipe, tensor
     ],
 )
 def test_a_machine_runs_the_recipes_of_its_generation(capability, toolkit, usable):
-    obstacles = fp8_obstacles(engine="2.9.0+abc", capability=capability, toolkit=toolkit)
+    obstacles = fp8_obstacles(te_version="2.9.0+abc", capability=capability, toolkit=toolkit)
     assert set(RECIPES) - set(obstacles) == usable
 
 
 def test_an_old_engine_or_none_is_named_as_what_is_lacking():
-    old = fp8_obstacles(engine="2.1.0", capability=HOPPER, toolkit=(12, 9))
+    old = fp8_obstacles(te_version="2.1.0", capability=HOPPER, toolkit=(12, 9))
     assert old["tensorwise"] == "Transformer Engine 2.2 or newer, found 2.1.0"
     assert "delayed" not in old
-    none = fp8_obstacles(engine=None, capability=HOPPER, toolkit=(12, 9))
+    none = fp8_obstacles(te_version=None, capability=HOPPER, toolkit=(12, 9))
     assert set(none.values()) == {"Transformer Engine, which is not installed"}
 
 
 def test_a_recipe_that_cannot_run_here_is_refused_in_one_line():
-    obstacles = fp8_obstacles(engine="2.9", capability=HOPPER, toolkit=(12, 9))
+    obstacles = fp8_obstacles(te_version="2.9", capability=HOPPER, toolkit=(12, 9))
     features = Features(transformer_engine=True, grad_accumulation_fusion=False, fp8_obstacles=obstacles)
     require_fp8(Fp8Config(), features)
     require_fp8(Fp8Config(recipe="blockwise"), features)

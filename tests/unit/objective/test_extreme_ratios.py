@@ -68,14 +68,14 @@ def test_the_other_terms_of_a_token_survive_its_clip(advantage):
 
 
 def test_what_no_clip_bounds_goes_on_by_the_tangent():
-    for push in (30.0, 90.0, 700.0):
-        far = {"old_logp": [-push], "advantage": [-2.0], "pg_weight": [0.5]}
+    for shift in (30.0, 90.0, 700.0):
+        far = {"old_logp": [-shift], "advantage": [-2.0], "pg_weight": [0.5]}
         _, grad, sums = run([0.0], far, ObjectiveConfig())
         assert grad.item() == pytest.approx(math.exp(20))
-        assert sums["pg"] == pytest.approx(math.exp(20) * (1 + push - 20))
-        _, grad, sums = run([-push], {"ref_logp": [0.0], "kl_weight": [0.5]}, ObjectiveConfig())
+        assert sums["pg"] == pytest.approx(math.exp(20) * (1 + shift - 20))
+        _, grad, sums = run([-shift], {"ref_logp": [0.0], "kl_weight": [0.5]}, ObjectiveConfig())
         assert grad.item() == pytest.approx(0.5 * (1 - math.exp(20)))
-        assert sums["kl"] == pytest.approx(0.5 * (math.exp(20) * (1 + push - 20) - push - 1))
+        assert sums["kl"] == pytest.approx(0.5 * (math.exp(20) * (1 + shift - 20) - shift - 1))
 
 
 def test_value_and_gradient_do_not_jump_where_the_tangent_begins():

@@ -62,15 +62,15 @@ def ours(groups, logps, cfg, step=5):
     """Loss, gradient of each sample and named sums, in float64."""
     objective = build_objective(cfg)
     totals = add_counts([count_groups(groups[:3]), count_groups(groups[3:])])
-    it, weighed = iter(logps), []
+    it, weighted = iter(logps), []
     for group in groups:
         if objective.needs_current_logprobs():
             group = [
                 dataclasses.replace(s, current_logp_sum=float(logp.sum())) for s, logp in zip(group, it, strict=False)
             ]
         weights = objective.token_weights(group, totals, step).weights
-        weighed += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
-    microbatch = pack(weighed, range(len(weighed)), sum(len(s.tokens) for s in weighed))
+        weighted += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
+    microbatch = pack(weighted, range(len(weighted)), sum(len(s.tokens) for s in weighted))
     at = np.flatnonzero(microbatch.response_T)
     x = loss_inputs(len(at), sequence=microbatch.sequence_T[at], **{n: v[at] for n, v in microbatch.streams.items()})
     logp_N = torch.tensor(np.concatenate(logps), requires_grad=True)

@@ -35,7 +35,7 @@ def streams(seed=0, spread=0.4):
 
 
 def literal(logp, x, cfg):
-    """The loss of each sequence by itself, token by token, as the docstrings of config and loss have it."""
+    """The loss of each sequence on its own, token by token, as the docstrings of config and loss have it."""
     total = 0.0
     for i in range(len(LENGTHS)):
         at = [t for t in range(len(logp)) if x["sequence"][t] == i]

@@ -99,7 +99,7 @@ def test_options_reach_an_objective_of_ones_own_and_the_built_in_ones_refuse_the
 
 
 def shaped_inputs(seed=0):
-    """A packed batch of traces as the objective weighs them, its inputs of the loss, and log-probs."""
+    """A packed batch of traces with the weights of the objective, its inputs of the loss, and log-probs."""
     objective, groups = build(SHAPED, gamma=0.2), random_groups(seed, num_hard=3, num_mid=0)
     weights = [objective.token_weights(group, totals_of(groups), 0).weights[0] for group in groups]
     samples = [dataclasses.replace(g[0], weights=w) for g, w in zip(groups, weights, strict=True)]

@@ -1,0 +1,71 @@
+"""Find words that this project has replaced by another one: python tools/check_words.py
+
+One thing has one word, in code, config, command line, metrics and documents. The table says which word is meant.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SUFFIXES = {".py", ".md", ".yaml", ".sh", ".j2", ".cfg", ".toml"}
+LEFT_OUT = ("CHANGELOG.md", "tools/check_words.py", "tests/golden/", "tests/mutation/", "tests/unit/grading/data/")
+"""Files of the past, of other authors, and this one."""
+
+OLD_WORDS = {
+    r"push(es|ed|ing)?|update_weights(?!_from)|weights\.(transport|verify|quantize|deadline_s)": "refit",
+    r"(?<!Megatron-)bridges?": "refitter",
+    r"(?<!Transformer )(?<!transformer[_-])engines?": "server",
+    r"pack_rows|row_length|row_multiple": "microbatch, token_multiple",
+    r"is_mid_batch\(|updates_left|scored_version|rescore\w*|unscored|ScoreConfig|score\.policy": "log-probs",
+    r"regimes?|distil": "tier; DISTILL, REINFORCE, DROP",
+    r"weigh(ed|s|ing)?": "token weights, weighted",
+    r"anchor(ed|s)?(?!: )": "gal_scale",
+    r"prompts_per_step": "prompts_per_round",
+    r"switch_gate": "rl_only_steps",
+    r"(logprob_memory|bucket)_mb": "..._mib",
+    r"truncated_is_wrong": "fail_truncated",
+    r"balance_coef": "moe_aux_loss_coef",
+    r"urls_come_back": "urls_are_restarted",
+    r"for ever": "indefinitely",
+    r"by itself": "on its own",
+    r"(?<!in )so many": "that many",
+    r"be it|whether it be": "whether",
+    r"mend(s|ed|ing)?": "fix",
+    r"lest": "so that ... not",
+    r"in the mean": "on average",
+    r"meanwhile": "in the meantime, until then",
+}
+"""Pattern of an old word -> the word to use."""
+
+_PATTERNS = [(re.compile(rf"(?<![\w-])(?:{old})(?!\w)", re.IGNORECASE), new) for old, new in OLD_WORDS.items()]
+
+
+def findings(path: Path, name: str) -> Iterator[str]:
+    """Yield ``file:line: word: use another`` for each old word of a file."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for pattern, new in _PATTERNS:
+            if (found := pattern.search(line)) is not None:
+                yield f"{name}:{number}: {found[0]!r}: say {new}"
+
+
+def tracked_files() -> list[str]:
+    """Return the names of the files to look at, from the root."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = (name for name in done.stdout.splitlines() if Path(name).suffix in SUFFIXES)
+    return [name for name in names if not name.startswith(LEFT_OUT) and (ROOT / name).is_file()]
+
+
+def main() -> int:
+    """Print what is found; return 1 if there is anything."""
+    found = [line for name in tracked_files() for line in findings(ROOT / name, name)]
+    print("\n".join(found) if found else "no old words")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
