@@ -88,7 +88,7 @@ quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup setup-test-data  ## Run the tests that need no GPU and are not marked slow.
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
 
 test-all: setup setup-test-data  ## Run every test that needs no GPU.
 	@$(BIN)/python -m pytest -m "not gpu"

@@ -56,7 +56,7 @@ def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str,
     axes = Mesh(tensor=2, expert_tensor=2 if mixture else 1)
     groups: dict[str, Any] = {"tp_group": dist.new_group([0, 1])}
     if mixture:  # a group of its own on the same ranks
-        groups |= {"etp_group": dist.new_group([0, 1]), "expert_tensor": 2, "etp_rank": rank}
+        groups["etp_group"] = dist.new_group([0, 1])
     layout = dataclasses.replace(plain_layout(axes, rank), **groups)
     named = [(name, shard(name, arch, layout, 1)) for name in held_names(arch, axes, layout)]
     is_faulty = rank == faulty_rank
