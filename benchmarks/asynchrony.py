@@ -1,11 +1,12 @@
-"""A step of an asynchronous run against that of a synchronous one: the quickstart, the same updates from the same policy.
+"""A step of an asynchronous run against that of a synchronous one: the quickstart, the same updates from the same
+policy.
 
     python benchmarks/asynchrony.py
 
-Both runs begin with the quickstart's warm start (made first, if it is not there). They take turns, a block of steps each,
-every block resumed from the checkpoint of the one before, so that a change of the machine's load hits both. A step's time
-is its share of the wall clock, ``timing_s/step`` of the metrics; the first step of a block, for which nothing was collected
-ahead, is left out. Held-out accuracy comes with its 95% interval (Wilson).
+Both runs begin with the quickstart's warm start (made first, if it is not there). They take turns, a block of steps
+each, every block resumed from the checkpoint of the one before, so that a change of the machine's load hits both. A
+step's time is its share of the wall clock, ``timing_s/step`` of the metrics; the first step of a block, for which
+nothing was collected ahead, is left out. Held-out accuracy comes with its 95% interval (Wilson).
 """
 
 from __future__ import annotations

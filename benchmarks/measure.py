@@ -37,7 +37,8 @@ def run_ranks(script: str, arguments: list[str], *, ranks: int = 1, lean: bool =
 
 
 def print_header() -> None:
-    """Print when, of which commit and on what machine the measurement is made, and the command: a results file's first lines."""
+    """Print when, of which commit and on what machine the measurement is made, and the command: a results file's first
+    lines."""
     moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

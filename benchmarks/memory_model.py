@@ -3,9 +3,9 @@
     python benchmarks/memory_model.py
 
 Each case builds model, optimizer and packed rows as a run does, makes two updates, and counts the bytes of every tensor
-storage that is alive (``live_bytes.py``), on each rank: parameters, gradients, optimizer state, and the peak of what is alive
-beside them (activations, the loss's scratch, buffers, the rows). The model (``planning/memory.py``) is asked for the same
-stage. Ranks are processes over gloo; what kernels allocate inside themselves is not counted.
+storage that is alive (``live_bytes.py``), on each rank: parameters, gradients, optimizer state, and the peak of what is
+alive beside them (activations, the loss's scratch, buffers, the rows). The model (``planning/memory.py``) is asked for
+the same stage. Ranks are processes over gloo; what kernels allocate inside themselves is not counted.
 
 Every token but one of a sequence is a response token. The last line is one JSON object, the largest error of each part.
 """

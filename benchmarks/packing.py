@@ -2,17 +2,19 @@
 
     python benchmarks/packing.py
 
-1,024 sequences of reasoning lengths (log-normal, median 1,800 tokens, σ = 0.9, clipped to 200–8,192 tokens, of which 150
-are prompt) on 8 data-parallel ranks of 2 tensor-parallel ranks, several draws, for each budget of tokens in a microbatch.
+1,024 sequences of reasoning lengths (log-normal, median 1,800 tokens, σ = 0.9, clipped to 200–8,192 tokens, of which
+150 are prompt) on 8 data-parallel ranks of 2 tensor-parallel ranks, several draws, for each budget of tokens in a
+microbatch.
 
 - ``flops``: ours. Ranks, then the microbatches of each rank, by FLOPs within the budget; rows of their own length.
 - ``tokens``: largest first by length over the ranks, best-fit decreasing in each.
-- ``verl``: what verl's ``balance_batch`` and ``rearrange_micro_batches`` do by sequence length: Karmarkar–Karp with as many
-  sequences on each rank, then Karmarkar–Karp over ⌈tokens/budget⌉ microbatches, which may exceed the budget.
+- ``verl``: what verl's ``balance_batch`` and ``rearrange_micro_batches`` do by sequence length: Karmarkar–Karp with as
+  many sequences on each rank, then Karmarkar–Karp over ⌈tokens/budget⌉ microbatches, which may exceed the budget.
 - ``round_robin``: sequence i on rank i mod 8, microbatches filled in that order.
 
-Columns, worst over the draws: ``padding`` of rows with their own lengths, ``padding_fp8`` of the same with 8 tensor-parallel
-ranks and FP8 (multiples of 128 tokens) and ``padding_equal`` of rows that all have the fullest one's length; ``flops`` and ``tokens``: the largest rank over the mean one, less 1; ``within``: the same over the microbatches
+Columns, worst over the draws: ``padding`` of rows with their own lengths, ``padding_fp8`` of the same with 8
+tensor-parallel ranks and FP8 (multiples of 128 tokens) and ``padding_equal`` of rows that all have the fullest one's
+length; ``flops`` and ``tokens``: the largest rank over the mean one, less 1; ``within``: the same over the microbatches
 of one rank, worst rank; ``lockstep``: the time lost where ranks wait for each other after every microbatch; ``fullest``
 row over the budget; microbatches on a rank; milliseconds to plan. The last line is one JSON object, of ``flops`` at its
 worst over draws, budgets and architectures.

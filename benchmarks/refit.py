@@ -2,20 +2,22 @@
 
     python benchmarks/refit.py [--rounds 7]
 
-Random weights of a Llama-like model in bf16, 1.2 GB, over gloo between processes of this machine. Variants take turns in
-the same processes; every way ends when all server ranks hold all their weights in place:
+Random weights of a Llama-like model in bf16, 1.2 GB, over gloo between processes of this machine. Variants take turns
+in the same processes; every way ends when all server ranks hold all their weights in place:
 
 - ``planned``: the trainer's ranks send what the plan says, over connections of before, with sampled checksums; the
   server ranks run the loader that SGLang runs. HTTP calls to a server are not in it.
 - ``raw``: gloo's send and receive of as many bytes on each link, one tensor each, into memory that is thrown away.
-- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each server rank copies its slices out.
+- ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each server rank copies its slices
+  out.
 
 What arrives by ``planned`` and by ``broadcast`` is compared. The last line is one JSON object; see README.md.
 
-All ratios depend on the machine. With one server 4 processes copy at the same time, with two servers 6. ``raw`` is one copy of
-each byte through gloo; ``planned`` adds a checksum of a sixteenth and a copy into place, which overlap with sending only as far
-as there are cores for them. ``broadcast`` pays for new memory of each tensor and bucket. So a busy machine, or one of few
-cores, changes ``raw`` and ``planned`` by different factors: compare figures of one machine at one load, and read every round.
+All ratios depend on the machine. With one server 4 processes copy at the same time, with two servers 6. ``raw`` is one
+copy of each byte through gloo; ``planned`` adds a checksum of a sixteenth and a copy into place, which overlap with
+sending only as far as there are cores for them. ``broadcast`` pays for new memory of each tensor and bucket. So a busy
+machine, or one of few cores, changes ``raw`` and ``planned`` by different factors: compare figures of one machine at
+one load, and read every round.
 """
 
 from __future__ import annotations

@@ -8,18 +8,18 @@
   (``cross_entropy_loss_fusion``), mean over response tokens; the same parameters, rows, schedule and optimizer.
 - ``sft_unfused``: the same with Megatron's default cross-entropy, which is the leaner one on a CPU.
 
-One process, and two tensor-parallel ranks over gloo; fp32, one thread for each rank. Prompts are a quarter of the tokens.
-The main shape has 4 layers of 256 channels and 32,768 vocabulary entries, which gives the output projection 73% of the
-parameters that a token is multiplied with (a 7B model: 8%), so that what DYPO adds behind the last layer counts for more than it would there. Times are
-medians over rounds that go through the variants in turn, in one process and on one model; the time of the processor is
-beside them, which other load on the machine changes less. Peak memory is the growth of the
-resident set since before the model was built, of each variant in a process of its own: parameters, gradients and optimizer
-state count, as they do in a GPU's ``max_memory_allocated``; ``step`` is the part above them.
+One process, and two tensor-parallel ranks over gloo; fp32, one thread for each rank. Prompts are a quarter of the
+tokens. The main shape has 4 layers of 256 channels and 32,768 vocabulary entries, which gives the output projection 73%
+of the parameters that a token is multiplied with (a 7B model: 8%), so that what DYPO adds behind the last layer counts
+for more than it would there. Times are medians over rounds that go through the variants in turn, in one process and on
+one model; the time of the processor is beside them, which other load on the machine changes less. Peak memory is the
+growth of the resident set since before the model was built, of each variant in a process of its own: parameters,
+gradients and optimizer state count, as they do in a GPU's ``max_memory_allocated``; ``step`` is the part above them.
 
 ``memory_k64_vs_k4``: groups of 64 rollouts against groups of 4, the same sequences otherwise.
 
-The last line is one JSON object; each of its ratios is the worst over one process and TP2 on the main shape (all shapes that
-were asked for, if that one was not), against the better of ``sft`` and ``sft_unfused``.
+The last line is one JSON object; each of its ratios is the worst over one process and TP2 on the main shape (all shapes
+that were asked for, if that one was not), against the better of ``sft`` and ``sft_unfused``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DYPO (Dynamic Policy Optimization, arXiv 2604.08926) for Megatron-Core and SGLang.
 
-The names of ``__all__`` are the public interface; ``docs/python_api.md`` describes them. Each is imported when it is first
-asked for, so that ``import megatron_dypo`` loads neither torch nor Megatron.
+The names of ``__all__`` are the public interface; ``docs/python_api.md`` describes them. Each is imported when it is
+first asked for, so that ``import megatron_dypo`` loads neither torch nor Megatron.
 """
 
 from importlib import import_module
@@ -31,7 +31,8 @@ _HOMES = {
     "verify_exact": "megatron_dypo.grading.exact",
     "verify_math": "megatron_dypo.grading.math",
 }
-"""Public name → the module that defines it. No name is that of a module of the package, which an import would put over it."""
+"""Public name → the module that defines it. No name is that of a module of the package, which an import would put over
+it."""
 
 __all__ = ["__version__", *_HOMES]
 

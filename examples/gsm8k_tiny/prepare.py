@@ -4,7 +4,8 @@ GSM8K's rows are ``{"question", "answer"}``; an answer is a solution whose calcu
 and ends with ``#### 72``. The teachers:
 
 * ``solutions``: the data set's own, without the annotations;
-* ``calculations``: only the annotations, ``48/2=24; 48+24=72``, then the answer. Some rows have none, and so one teacher.
+* ``calculations``: only the annotations, ``48/2=24; 48+24=72``, then the answer. Some rows have none, and so one
+  teacher.
 """
 
 from __future__ import annotations

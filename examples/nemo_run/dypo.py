@@ -3,7 +3,8 @@
     python examples/nemo_run/dypo.py model=tiny
     python examples/nemo_run/dypo.py --dryrun run.executor=slurm model=llama3_70b model.optimizer.lr=5e-7
 
-``run.executor`` is ``local`` or ``slurm`` (``executors.py``), ``model`` one of ``recipes.py``; docs/nemo_run.md says more.
+``run.executor`` is ``local`` or ``slurm`` (``executors.py``), ``model`` one of ``recipes.py``; docs/nemo_run.md says
+more.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Recipes: configs of ours that NeMo-Run's command line selects with ``model=NAME`` and changes with ``model.section.key=value``."""
+"""Recipes: configs of ours that NeMo-Run's command line selects with ``model=NAME`` and changes with
+``model.section.key=value``."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass

@@ -39,12 +39,14 @@ def local_tasks(job: Job, executor: run.LocalExecutor) -> tuple[list[run.Script]
 
     # torchx kills a task 10 s after its SIGTERM, and SGLang may need that long on its own.
     serve = task("serve", "rollout.servers.stop_grace_s=3", "--log-dir", f"{recipe.run.dir}/logs")
-    # The trainer last: NeMo-Run 0.11.1 takes the state of a local group from its last task (schedulers/local.py, describe).
+    # The trainer last: NeMo-Run 0.11.1 takes the state of a local group from its last task (schedulers/local.py,
+    # describe).
     return [serve, task("train", f"rollout.servers.urls=[{urls}]")], [executor, executor.clone()]
 
 
 def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script], list[run.SlurmExecutor]]:
-    """Trainer nodes and rollout nodes as one heterogeneous job; when either part ends, NeMo-Run's script ends the other.
+    """Trainer nodes and rollout nodes as one heterogeneous job; when either part ends, NeMo-Run's script ends the
+    other.
 
     Raises:
         ValueError: nodes that the recipe does not know of, no GPUs, or a path that NeMo-Run would change.
@@ -84,7 +86,8 @@ def _setup_lines(job: Job, executor: run.SlurmExecutor) -> str:
 
 
 def _run_at_home(home: str, part: run.SlurmExecutor) -> None:
-    """Have the commands of a part start in the repository and not in NeMo-Run's folder: of two such options the last counts."""
+    """Have the commands of a part start in the repository and not in NeMo-Run's folder: of two such options the last
+    counts."""
     if part.container_image:
         part.container_mounts = [*part.container_mounts, f"{home}:{home}"]
         place = ["--no-container-mount-home", f"--container-workdir={home}"]

@@ -1,7 +1,7 @@
 """A rollout batch as a value: the groups of one collection, and which minibatch of them comes next. Pure.
 
-The groups of all replicas together, oldest first, are one list of *orders*. Updates go through it ``passes`` times: each
-optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they
+The groups of all replicas together, oldest first, are one list of *orders*. Updates go through it ``passes`` times:
+each optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they
 agree on the next minibatch, and on the end of the batch, without a message. Each replica holds the samples of its own
 groups. A short last minibatch of one pass is filled up from the next pass.
 """

@@ -53,8 +53,8 @@ def look_at_ends(
 ) -> Ends:
     """Check the rows in the first and last ``end_bytes`` of a JSONL file, or the first rows of a Parquet file.
 
-    Where a line is longer than that at the file's end, it is read whole. A few rows are rendered and tokenised too. ``name`` is what ids call the file. Raises ValueError naming the file
-    where it cannot be used at all.
+    Where a line is longer than that at the file's end, it is read whole. A few rows are rendered and tokenised too.
+    ``name`` is what ids call the file. Raises ValueError naming the file where it cannot be used at all.
     """
     columns = columns_of(data.format, data.fields)
     if held_out:

@@ -110,8 +110,8 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     """Model chunks on each pipeline rank (interleaved schedule); None: one."""
     first_stage_layers: int | None = None
-    """Layers of the first pipeline stage, in all its chunks (Megatron's ``num_layers_in_first_pipeline_stage``). None: as
-    many as on the stages between first and last, which share the rest evenly."""
+    """Layers of the first pipeline stage, in all its chunks (Megatron's ``num_layers_in_first_pipeline_stage``). None:
+    as many as on the stages between first and last, which share the rest evenly."""
     last_stage_layers: int | None = None
     """Layers of the last pipeline stage, which also has the output layer. None: as many as on the stages before it."""
     context: int = 1
@@ -119,8 +119,8 @@ class ParallelConfig:
     expert: int = 1
     """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
     expert_tensor: int = 1
-    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage. 1 keeps
-    experts whole, at any ``tensor``."""
+    """Ranks that each expert is split over (Megatron's expert tensor parallelism), neighbours in the same stage. 1
+    keeps experts whole, at any ``tensor``."""
     sequence: bool = False
     """Sequence parallelism (Megatron's ``--sequence-parallel``); needs tensor > 1."""
 

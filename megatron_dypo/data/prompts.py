@@ -58,8 +58,8 @@ class PromptStream:
     """The endless sequence of draws of a run: each epoch is a permutation of the rows.
 
     The row at a position is a pure function of (seed, position): the cursor is all there is to save, and shards of
-    any number of ranks agree. ``verdicts`` (:func:`megatron_dypo.data.row_check.verdicts.wrong_traces`) are needed where
-    ``data.drop_wrong_traces`` is on and draws come with traces.
+    any number of ranks agree. ``verdicts`` (:func:`megatron_dypo.data.row_check.verdicts.wrong_traces`) are needed
+    where ``data.drop_wrong_traces`` is on and draws come with traces.
     """
 
     def __init__(

@@ -22,7 +22,8 @@ _HEADER = (
 
 
 def teacher_table(dataset: PromptDataset, data: DataConfig, verdicts: TraceVerdicts | None = None) -> list[str]:
-    """Return a line for each teacher, under a header: traces, coverage, lengths in tokens, accuracy, how many were judged.
+    """Return a line for each teacher, under a header: traces, coverage, lengths in tokens, accuracy, how many were
+    judged.
 
     Empty where no row has a trace. Without ``verdicts`` nothing is said of accuracy.
     """

@@ -71,7 +71,8 @@ _DIGITS = _labels(
 
 
 def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
-    """True if the option that ``response`` settles on is that of ``answer`` (``B``, ``(B)``, ``b.``, or a digit: ``3``).
+    """True if the option that ``response`` settles on is that of ``answer`` (``B``, ``(B)``, ``b.``, or a digit:
+    ``3``).
 
     Raises ValueError if ``answer`` is not one letter A to J or one digit 1 to 9.
     """
@@ -82,9 +83,10 @@ def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool
 
 
 def chosen_letter(response: str, style: AnswerStyle = AUTO) -> str | None:
-    """The letter A–J of the last ``\\boxed{B}`` or ``<answer>B</answer>``; where that has no letter, of the last "answer
-    is (B)", "Answer: B", "option B", ``答案：B``; without one and without a box, of the last line that is or begins with
-    a letter alone ("B", "(B)", "B. Paris"); else None. Two letters ("A or B", ``\\boxed{A, B}``) are no choice.
+    """The letter A–J of the last ``\\boxed{B}`` or ``<answer>B</answer>``; where that has no letter, of the last
+    "answer is (B)", "Answer: B", "option B", ``答案：B``; without one and without a box, of the last line that is or
+    begins with a letter alone ("B", "(B)", "B. Paris"); else None. Two letters ("A or B", ``\\boxed{A, B}``) are no
+    choice.
     """
     return _chosen(response, style, _LETTERS)
 

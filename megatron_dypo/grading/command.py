@@ -61,8 +61,8 @@ class Summary:
 def grade_file(cfg: GradingConfig, path: Path, fields: Fields, *, show: int) -> Summary:
     """Judge every row of ``path`` by ``cfg.verifier``, in verifier processes as in a run.
 
-    At most ``show`` reasons and disagreements are kept. Raises ValueError for a bad file, a bad row or a verifier that does not
-    import.
+    At most ``show`` reasons and disagreements are kept. Raises ValueError for a bad file, a bad row or a verifier that
+    does not import.
     """
     with closing(PairFile(path, fields)) as file, Verifier(cfg) as verifier:
         return _grade(

@@ -21,11 +21,12 @@ _ALL_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*
 def verify_exact(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """True if the stated answer of ``response`` equals ``answer`` after normalisation.
 
-    The stated answer is the one that the response marks (see :func:`megatron_dypo.grading.answers.extract.marked_answer`);
-    without a mark, and in format ``auto`` only, what follows the last "answer is" or "answer:" in its sentence or
-    its line; without one, the last line that is not blank. Normalisation: Unicode NFKC, case folded, runs of white space
-    are one space, ``\\text{…}`` around the whole, quotes, ``$``, ``*`` and ``.,;:!`` around the answer are left out, and
-    a decimal loses the zeros at its end (27.0 is 27). Raises ValueError if ``answer`` is blank.
+    The stated answer is the one that the response marks (see
+    :func:`megatron_dypo.grading.answers.extract.marked_answer`); without a mark, and in format ``auto`` only, what
+    follows the last "answer is" or "answer:" in its sentence or its line; without one, the last line that is not blank.
+    Normalisation: Unicode NFKC, case folded, runs of white space are one space, ``\\text{…}`` around the whole, quotes,
+    ``$``, ``*`` and ``.,;:!`` around the answer are left out, and a decimal loses the zeros at its end (27.0 is 27).
+    Raises ValueError if ``answer`` is blank.
     """
     gold = normalized(gold_text(answer))
     return gold in (normalized(claim) for claim in stated_answers(response, style))

@@ -16,8 +16,9 @@ def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """True if ``response`` ends with an answer equal to ``answer``; ``docs/verifiers.md`` shows what equals what.
 
     The answer of a response is the one that it marks (see :func:`megatron_dypo.grading.answers.extract.marked_answer`);
-    without a mark, and in format ``auto`` only, what :func:`megatron_dypo.grading.answers.unmarked.unmarked_answer` finds.
-    Raises ValueError if ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
+    without a mark, and in format ``auto`` only, what :func:`megatron_dypo.grading.answers.unmarked.unmarked_answer`
+    finds. Raises ValueError if ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a
+    deadline.
     """
     gold = gold_text(answer)
     claim = marked_answer(response, style)

@@ -1,8 +1,8 @@
 """Everything that makes Megatron-Core 0.16.1 train on CPUs over gloo: all patches, in one file.
 
-Megatron-Core's training step calls ``torch.cuda`` without asking. :func:`install` replaces what it calls, in this process,
-and nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around; paths are
-relative to ``megatron/core``. Not covered, since nothing here uses it: fp8, CUDA graphs.
+Megatron-Core's training step calls ``torch.cuda`` without asking. :func:`install` replaces what it calls, in this
+process, and nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around; paths
+are relative to ``megatron/core``. Not covered, since nothing here uses it: fp8, CUDA graphs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _patch_torch_factories() -> None:
     """``device="cuda"`` and ``pin_memory=True`` as literals.
 
     optimizer/clip_grads.py:90-207; distributed/param_and_grad_buffer.py:768;
-    optimizer/optimizer.py:473-485; dist_checkpointing/exchange_utils.py:104,326; models/common/embeddings/rope_utils.py:63.
+    optimizer/optimizer.py:473-485; dist_checkpointing/exchange_utils.py:104,326;
+    models/common/embeddings/rope_utils.py:63.
     """
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -115,9 +116,11 @@ def _patch_gloo_scatter() -> None:
 
 
 def _patch_gloo_uneven() -> None:
-    """gloo gathers and scatters tensors of one size only; the ranks that an expert is split over have uneven tokens for it.
+    """gloo gathers and scatters tensors of one size only; the ranks that an expert is split over have uneven tokens for
+    it.
 
-    tensor_parallel/mappings.py:151 gathers them over the expert-tensor group, :193 adds the outputs up and scatters them.
+    tensor_parallel/mappings.py:151 gathers them over the expert-tensor group, :193 adds the outputs up and scatters
+    them.
     """
     upstream_all_gather, upstream_reduce_scatter = dist.all_gather, dist.reduce_scatter
 

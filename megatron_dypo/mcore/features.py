@@ -83,8 +83,8 @@ def probe() -> Features:
 def fp8_obstacles(
     *, te_version: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
 ) -> dict[str, str]:
-    """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config.fp8.CAPABILITIES`) and
-    Megatron (``fp8_utils.get_fp8_recipe``).
+    """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config.fp8.CAPABILITIES`)
+    and Megatron (``fp8_utils.get_fp8_recipe``).
 
     Args:
         te_version: version of Transformer Engine; None: not in use.

@@ -1,8 +1,8 @@
 """What Megatron is told of FP8, and the weights of which FP8 is the only copy.
 
 Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`; which sizes suit a recipe, and which do not,
-says :mod:`megatron_dypo.models.layout_rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every function takes
-others as they are.
+says :mod:`megatron_dypo.models.layout_rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every
+function takes others as they are.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def values(parameter: torch.Tensor) -> torch.Tensor:
 def named_initial_values(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
     """What initial weights are to be written into: parameters, or the exact values behind quantised ones.
 
-    Transformer Engine keeps those on the CPU until the optimizer makes its main parameters of them. They are what memory
-    held when the model was built, so that whatever writes a quantised parameter must write them too.
+    Transformer Engine keeps those on the CPU until the optimizer makes its main parameters of them. They are what
+    memory held when the model was built, so that whatever writes a quantised parameter must write them too.
     """
     return [
         (name, _exact(parameter) if is_float8tensor(parameter) else parameter)
@@ -101,8 +101,8 @@ def forget_quantized_weights(chunks: Sequence[Any]) -> None:
     """Have the next forward pass quantise bf16 weights anew, after they were changed from outside.
 
     Transformer Engine quantises them at the first microbatch of a pass and keeps the result for the others
-    (``is_first_microbatch``). Megatron's schedules ask for it at each pass by themselves; whoever changes weights does so
-    here, so that nothing depends on it.
+    (``is_first_microbatch``). Megatron's schedules ask for it at each pass by themselves; whoever changes weights does
+    so here, so that nothing depends on it.
     """
     for chunk in chunks:
         chunk.set_is_first_microbatch()

@@ -7,10 +7,10 @@ Forward of a chunk on one packed row of T tokens::
 
     output = chunk(tokens_1T, positions_1T, None, packed_seq_params=packed_seq_params(cu_seqlens_S))
 
-On the last stage ``output`` is the logits [1, T, V/tp], fp32, this rank's slice of the padded vocabulary, or with labels
-the log-probs of response tokens (:class:`~megatron_dypo.mcore.policy_model.PolicyModel`); on other stages the hidden
-states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, where tp must divide T). Rows of one batch may
-differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
+On the last stage ``output`` is the logits [1, T, V/tp], fp32, this rank's slice of the padded vocabulary, or with
+labels the log-probs of response tokens (:class:`~megatron_dypo.mcore.policy_model.PolicyModel`); on other stages the
+hidden states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, where tp must divide T). Rows of one batch
+may differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
 """
 
 from __future__ import annotations

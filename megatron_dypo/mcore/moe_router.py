@@ -5,19 +5,19 @@ For each layer and each microbatch with n real tokens (padding is no token), ove
     L = E · Σ_e f_e · P_e      f_e = share of the n·k assignments that expert e got
                                P_e = mean over the n tokens of the softmax over all experts
 
-so that L = 1 under perfect balance. The objective gains ``coefficient · Σ_layers Σ_microbatches (n/N) · L``, where N counts
-the real tokens of all microbatches of all replicas in the update: a mean, whatever their number and however they are
-spread over ranks. (transformers' ``load_balancing_loss_func`` is k · L for one layer; it pools the layers, which lets one
-layer's imbalance cancel another's.)
+so that L = 1 under perfect balance. The objective gains ``coefficient · Σ_layers Σ_microbatches (n/N) · L``, where N
+counts the real tokens of all microbatches of all replicas in the update: a mean, whatever their number and however they
+are spread over ranks. (transformers' ``load_balancing_loss_func`` is k · L for one layer; it pools the layers, which
+lets one layer's imbalance cancel another's.)
 
 Megatron's own loss does not fit here: with ``calculate_per_token_loss`` it is multiplied by the number of tokens, in
-expectation of a division of all gradients by the global number of tokens at the end (transformer/moe/router.py:456-472 of
-0.16.1), which a globally normalised objective does not have.
+expectation of a division of all gradients by the global number of tokens at the end (transformer/moe/router.py:456-472
+of 0.16.1), which a globally normalised objective does not have.
 
-Routing replay (train with the experts that the rollout servers chose) would enter here: with ``moe_enable_routing_replay``
-Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206), and ``BalancedRouter.routing`` would hand it
-the recorded top-k indices of the microbatch's tokens; they would travel with ``Sample`` through ``batching.pack`` as a
-stream of [T, layers, k].
+Routing replay (train with the experts that the rollout servers chose) would enter here: with
+``moe_enable_routing_replay`` Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206), and
+``BalancedRouter.routing`` would hand it the recorded top-k indices of the microbatch's tokens; they would travel with
+``Sample`` through ``batching.pack`` as a stream of [T, layers, k].
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
 def mark_experts(chunk: torch.nn.Module) -> None:
     """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
 
-    Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it, but
-    with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens; and experts that are split
-    would be reduced over ranks with other parts of them.
+    Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it,
+    but with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens; and experts that
+    are split would be reduced over ranks with other parts of them.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
@@ -91,7 +91,8 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     """Tell the routers how many real tokens the update has. Collective over data-parallel ranks if they balance.
 
     Args:
-        num_tokens: of this replica's microbatches, all of them; of the parts that this rank holds under context parallelism.
+        num_tokens: of this replica's microbatches, all of them; of the parts that this rank holds under context
+        parallelism.
     """
     mine = [router for router in routers(chunks) if router.is_aux_loss_enabled()]
     if not mine:
@@ -104,7 +105,8 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
 
 
 def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """The load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there is none.
+    """The load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there is
+    none.
 
     Collective over the world after the backward pass.
     """

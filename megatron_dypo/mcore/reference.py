@@ -16,10 +16,11 @@ class ReferencePolicy:
     """A second set of weights without a second model.
 
     Costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size. Weights
-    move in place, so that the buffers of DDP and of the distributed optimizer stay what they are, and return bit by bit.
+    move in place, so that the buffers of DDP and of the distributed optimizer stay what they are, and return bit by
+    bit.
 
-    FP8: what Transformer Engine quantised of the weights that go is forgotten at both ends of the block. Where FP8 is the
-    only copy (``Fp8Config.param_gather``), a second rounding would not give the weights back; ``rewrite`` does.
+    FP8: what Transformer Engine quantised of the weights that go is forgotten at both ends of the block. Where FP8 is
+    the only copy (``Fp8Config.param_gather``), a second rounding would not give the weights back; ``rewrite`` does.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, rewrite: Callable[[], None] | None = None) -> None:

@@ -1,8 +1,9 @@
 """Rotary frequencies and the scale of attention scores, as the HF config defines them.
 
 Megatron knows only the factor of llama3's four parameters, and its YaRN neither ``attention_factor`` nor, in the fused
-kernel for packed rows, any factor at all. So its plain rotary embedding is given our frequencies, and the factor goes into
-the scale of the scores, which every attention takes: the local one, that over context-parallel ranks, Transformer Engine's.
+kernel for packed rows, any factor at all. So its plain rotary embedding is given our frequencies, and the factor goes
+into the scale of the scores, which every attention takes: the local one, that over context-parallel ranks, Transformer
+Engine's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def inverse_frequencies(arch: Architecture, dtype: torch.dtype = torch.float32) 
 def softmax_scale(arch: Architecture) -> float | None:
     """Return the factor on attention scores; None: 1/√head_dim, the default of every attention.
 
-    YaRN multiplies the cosines and sines of queries and of keys by its attention factor, and so the scores by its square.
+    YaRN multiplies the cosines and sines of queries and of keys by its attention factor, and so the scores by its
+    square.
     """
     if not isinstance(arch.rope_scaling, YarnRopeScaling) or arch.rope_scaling.attention_factor == 1:
         return None
@@ -55,8 +57,9 @@ def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
 
 
 def _yarn(period: Tensor, scaling: YarnRopeScaling, arch: Architecture) -> Tensor:
-    """Slow pairs that turn less than ``beta_slow`` times over the original positions by ``factor``, keep those that turn
-    more than ``beta_fast`` times, interpolate linearly in the pair's index between (arXiv 2309.00071, section 3.2).
+    """Slow pairs that turn less than ``beta_slow`` times over the original positions by ``factor``, keep those that
+    turn more than ``beta_fast`` times, interpolate linearly in the pair's index between (arXiv 2309.00071, section
+    3.2).
     """
 
     def pair_of(num_turns: float) -> float:

@@ -4,7 +4,8 @@ One attempt (one start of a run, however many ranks) writes it. Its first rank o
 each process of the attempt may then say why the attempt ended, and the first one to say so counts. The file always
 appears whole.
 
-The loop calls :func:`report` after each step. Everything else is for :mod:`megatron_dypo.launch.attempt` and the launcher.
+The loop calls :func:`report` after each step. Everything else is for :mod:`megatron_dypo.launch.attempt` and the
+launcher.
 """
 
 from __future__ import annotations

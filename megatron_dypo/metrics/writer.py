@@ -106,7 +106,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``: ``step``, ``time`` (seconds since the epoch), then the metrics; None if not finite.
+    """Records of a ``metrics.jsonl``: ``step``, ``time`` (seconds since the epoch), then the metrics; None if not
+    finite.
 
     A last line that a killed run left unfinished is ignored; ValueError (file, line) for any other bad line.
     """

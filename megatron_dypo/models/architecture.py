@@ -33,7 +33,8 @@ class Experts:
     ffn_hidden_size: int
     """Intermediate size of one expert."""
     normalized: bool
-    """Routing weights of a token sum to one (softmax over its chosen experts), or are taken from the softmax over all."""
+    """Routing weights of a token sum to one (softmax over its chosen experts), or are taken from the softmax over all.
+    """
     moe_aux_loss_coef: float
     """``router_aux_loss_coef``: weight of the load-balancing loss."""
 
@@ -100,9 +101,11 @@ class Architecture:
         )
 
     def check_serving(self, num_tokens: int) -> str | None:
-        """Return what is to be said of SGLang serving sequences of ``num_tokens`` tokens: None, or what it does otherwise.
+        """Return what is to be said of SGLang serving sequences of ``num_tokens`` tokens: None, or what it does
+        otherwise.
 
-        SGLang 0.5 passes over YaRN's ``attention_factor``, and does not multiply ``max_position_embeddings`` by the factor.
+        SGLang 0.5 passes over YaRN's ``attention_factor``, and does not multiply ``max_position_embeddings`` by the
+        factor.
         """
         scaling = self.rope_scaling
         if not isinstance(scaling, YarnRopeScaling):

@@ -27,10 +27,11 @@ from megatron_dypo.parallel.mesh import Mesh
 
 
 def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: bool = True) -> None:
-    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks of a mesh would write.
+    """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks of a mesh would
+    write.
 
-    Of ``mesh``, tensor and the pipeline's fields matter; one replica writes, and experts are whole. The checkpoint loads
-    at any parallel sizes; a run with these sizes reads each file on one rank only. Types are kept.
+    Of ``mesh``, tensor and the pipeline's fields matter; one replica writes, and experts are whole. The checkpoint
+    loads at any parallel sizes; a run with these sizes reads each file on one rank only. Types are kept.
     ``<mcore_path>/hf`` keeps configuration and tokenizer for the way back.
 
     Raises:
@@ -75,10 +76,10 @@ def mcore_to_hf(
     """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
 
     Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` or a
-    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, except those of
-    weights that ``quantization`` puts into FP8, and ``config.json`` says so.
-    The checkpoint says itself how it is cut, so the sizes are held against the architecture and no more. That of a
-    training run becomes the same files, byte for byte, as the run's own export of that step: one for each stage at least.
+    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, except
+    those of weights that ``quantization`` puts into FP8, and ``config.json`` says so. The checkpoint says itself how it
+    is cut, so the sizes are held against the architecture and no more. That of a training run becomes the same files,
+    byte for byte, as the run's own export of that step: one for each stage at least.
 
     Args:
         overwrite: replace the HF folder that is at ``hf_path``, once the new one is whole.

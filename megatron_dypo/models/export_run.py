@@ -42,8 +42,8 @@ def export_run(
         The HF folder.
 
     Raises:
-        ValueError: no run folder, no such checkpoint (the message names those that there are), a checkpoint that is damaged,
-            an ``out_dir`` that is not vacant or lies among the checkpoints. Nothing is written then.
+        ValueError: no run folder, no such checkpoint (the message names those that there are), a checkpoint that is
+            damaged, an ``out_dir`` that is not vacant or lies among the checkpoints. Nothing is written then.
     """
     root = run_dir / CHECKPOINTS
     if not root.is_dir():

@@ -8,9 +8,9 @@ key-value heads of d channels, and a gated feed-forward layer of F channels::
     linear layers   2 · (H·d·(2h + 2g) + 3·H·F) · L        a multiplication and an addition for each parameter
     causal scores   2 · h·d · L²                           QKᵀ and PV, 2·h·d·L² each, half of it masked
 
-and after the last layer, on response tokens only, ``2 · H·V · R``. Norms, rotations, softmax and the embedding's look-up
-are left out, as there. The backward pass takes twice the forward's. The output projection is computed once more in the
-backward pass (:mod:`megatron_dypo.objective.fused_logprobs`), and so is what ``model.recompute`` names.
+and after the last layer, on response tokens only, ``2 · H·V · R``. Norms, rotations, softmax and the embedding's
+look-up are left out, as there. The backward pass takes twice the forward's. The output projection is computed once more
+in the backward pass (:mod:`megatron_dypo.objective.fused_logprobs`), and so is what ``model.recompute`` names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:
     """FLOPs of forward and backward pass in the architecture.
 
     Args:
-        recompute: ``ModelConfig.recompute``: ``full`` repeats the layers' forward pass, ``selective`` their attention's.
+        recompute: ``ModelConfig.recompute``: ``full`` repeats the layers' forward pass, ``selective`` their
+        attention's.
     """
     width, passes = arch.num_attention_heads * arch.head_dim, 3
     qkv_and_output = arch.hidden_size * (2 * width + 2 * arch.num_key_value_heads * arch.head_dim)

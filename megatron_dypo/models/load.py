@@ -22,8 +22,8 @@ def load_hf_weights(
 ) -> None:
     """Copy into each parameter of the rank at ``position`` its shard, converted to the parameter's dtype and device.
 
-    Names carry the global layer index. Everything is checked before the first parameter is written. Weights that are NaN
-    or infinite, perhaps only in the smaller range of the parameter's dtype, are loaded with a warning.
+    Names carry the global layer index. Everything is checked before the first parameter is written. Weights that are
+    NaN or infinite, perhaps only in the smaller range of the parameter's dtype, are loaded with a warning.
 
     Raises:
         ValueError: a parameter that no rule matches or whose shape differs; an HF tensor missing, unknown or misshapen.

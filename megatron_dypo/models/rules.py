@@ -1,8 +1,8 @@
 """How one Megatron-Core parameter is laid out in terms of HF tensors: pure, no I/O, no process group.
 
 A rule answers one question, :meth:`Rule.pieces`: which runs of rows (or columns) of which HF tensors follow each other
-in the local shard of a tensor-parallel rank. Splitting and merging are both read off that list, so they cannot disagree.
-Shapes here are those of the ``local`` layer spec; TE's modules hold the same tensors.
+in the local shard of a tensor-parallel rank. Splitting and merging are both read off that list, so they cannot
+disagree. Shapes here are those of the ``local`` layer spec; TE's modules hold the same tensors.
 """
 
 from __future__ import annotations

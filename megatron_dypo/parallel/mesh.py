@@ -2,13 +2,13 @@
 
 Pure, without torch and Megatron: the trainer, the planner, the converters and the plan of a refit all read it here.
 
-Ranks are numbered as Megatron numbers them. The axes, the fastest first: tensor, context, data, pipeline. The experts of a
-pipeline stage are spread over all its ranks: expert_tensor, expert, copies of all experts. A *replica* is one whole copy of
-the policy: the ranks that have one ``dp_rank``.
+Ranks are numbered as Megatron numbers them. The axes, the fastest first: tensor, context, data, pipeline. The experts
+of a pipeline stage are spread over all its ranks: expert_tensor, expert, copies of all experts. A *replica* is one
+whole copy of the policy: the ranks that have one ``dp_rank``.
 
-Layers follow Megatron's rules (``TransformerConfig.__post_init__`` and ``get_transformer_layer_offset`` of 0.16.1): stages
-whose number of layers is not given share the rest evenly; the chunks of a stage are equally large; layers run through the
-first chunk of every stage, then through the second chunk of every stage, and so on.
+Layers follow Megatron's rules (``TransformerConfig.__post_init__`` and ``get_transformer_layer_offset`` of 0.16.1):
+stages whose number of layers is not given share the rest evenly; the chunks of a stage are equally large; layers run
+through the first chunk of every stage, then through the second chunk of every stage, and so on.
 """
 
 from __future__ import annotations

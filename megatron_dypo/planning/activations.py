@@ -1,9 +1,10 @@
 """Bytes that autograd keeps of one transformer layer until its backward pass, for each token of a row. Pure.
 
-Two implementations (``mcore/features.py`` chooses): *fused*, Transformer Engine's modules with flash attention on a GPU; and
-*unfused*, Megatron's local modules around torch's RMSNorm and our packed attention. Neither keeps scores of S × S. Read off
-the saved tensors of the layers (unfused: measured, ``benchmarks/memory_model.py``); symbols: H hidden size, h query heads,
-g key-value heads, d channels of a head, F channels of the feed-forward layer, e bytes of an element.
+Two implementations (``mcore/features.py`` chooses): *fused*, Transformer Engine's modules with flash attention on a
+GPU; and *unfused*, Megatron's local modules around torch's RMSNorm and our packed attention. Neither keeps scores of S
+× S. Read off the saved tensors of the layers (unfused: measured, ``benchmarks/memory_model.py``); symbols: H hidden
+size, h query heads, g key-value heads, d channels of a head, F channels of the feed-forward layer, e bytes of an
+element.
 
 In FP8 (fused only) a linear layer keeps its input quantised: ``planning/fp8.py``.
 """
@@ -97,8 +98,8 @@ def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None
 
 
 def _fp8_backward(fp8: Quantized, e: int) -> float:
-    """A channel's bytes when the feed-forward layer's first half is at its turn: the gradients of gate and value and their
-    quantised copies stand where the channel's own tensors were freed."""
+    """A channel's bytes when the feed-forward layer's first half is at its turn: the gradients of gate and value and
+    their quantised copies stand where the channel's own tensors were freed."""
     return 2 * (e + fp8.gradient) - (2 * e + fp8.saved_input)
 
 

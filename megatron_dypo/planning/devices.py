@@ -1,10 +1,10 @@
 """What a GPU and its links can do, by the vendor's data sheets: dense rates, one direction of a link, SI units.
 
-Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S" (without
-NVLink: its GPUs talk over PCIe); the A800 is an A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at 400 GB/s (both
-directions together). Memory is what the driver reports as total, which is less than the name. Network: one port of the
-customary DGX/HGX node for each GPU (200 Gbit/s beside Ampere and Ada, 400 Gbit/s after them). The share that kernels reach is
-no vendor's figure, see ``docs/planning.md``.
+Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S"
+(without NVLink: its GPUs talk over PCIe); the A800 is an A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at
+400 GB/s (both directions together). Memory is what the driver reports as total, which is less than the name. Network:
+one port of the customary DGX/HGX node for each GPU (200 Gbit/s beside Ampere and Ada, 400 Gbit/s after them). The share
+that kernels reach is no vendor's figure, see ``docs/planning.md``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from megatron_dypo.checks import require
 
 GIB = 2**30
 FP8_SHARE = 0.8
-"""A guess: of the share of the peak that kernels reach in bf16, what FP8 ones reach of theirs. Quantising and transposing
-are in it, and norms and activations that are no faster in FP8. See ``docs/planning.md`` for published figures beside it."""
+"""A guess: of the share of the peak that kernels reach in bf16, what FP8 ones reach of theirs. Quantising and
+transposing are in it, and norms and activations that are no faster in FP8. See ``docs/planning.md`` for published
+figures beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,8 @@ _GEN4, _GEN5 = 25.0, 50.0
 """GB/s that a copy from pinned memory reaches over 16 lanes, of 32 and 64."""
 
 _AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
-"""Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of Megatron-LM's README;
-the H20, whose matmuls are slow beside its memory, the L40S and the B200 are guesses."""
+"""Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of
+Megatron-LM's README; the H20, whose matmuls are slow beside its memory, the L40S and the B200 are guesses."""
 
 GPUS = {
     gpu.name: gpu

@@ -1,21 +1,22 @@
-"""What FP8 training holds in FP8, and which layers and FLOPs are in it. Pure arithmetic; nobody ran it beside a GPU's counters.
+"""What FP8 training holds in FP8, and which layers and FLOPs are in it. Pure arithmetic; nobody ran it beside a GPU's
+counters.
 
 Read off Transformer Engine's sources (2.20 in development), with Megatron-Core 0.16.1 around it:
 
-- Each quantised tensor has a rowwise and a columnwise usage ("Performance considerations" of its documentation). With one
-  scale a tensor, GPUs whose GEMMs multiply FP8 operands in any layout read both from one copy, Ada and Hopper want a
-  transposed one (``csrc/quantizer.cpp``, ``nvte_is_non_tn_fp8_gemm_supported``); with scales of blocks (``blockwise``,
-  ``mxfp8``) the two always differ, since the blocks do.
+- Each quantised tensor has a rowwise and a columnwise usage ("Performance considerations" of its documentation). With
+  one scale a tensor, GPUs whose GEMMs multiply FP8 operands in any layout read both from one copy, Ada and Hopper want
+  a transposed one (``csrc/quantizer.cpp``, ``nvte_is_non_tn_fp8_gemm_supported``); with scales of blocks
+  (``blockwise``, ``mxfp8``) the two always differ, since the blocks do.
 - Of a linear layer's input one copy is saved, the columnwise one (``module/linear.py``, ``module/layernorm_linear.py``,
-  ``module/grouped_linear.py``: ``update_usage``), or the rowwise one where tensor-parallel ranks gather it again. Inputs that
-  others keep in bf16 stay so: the norm's own input, the activation function's, the router's. The output of attention
-  is kept by attention; Megatron has its projection save that one (``set_save_original_input``, Transformer Engine 2.6), but
-  with ``delayed``, which cannot, an FP8 copy stands beside it.
+  ``module/grouped_linear.py``: ``update_usage``), or the rowwise one where tensor-parallel ranks gather it again.
+  Inputs that others keep in bf16 stay so: the norm's own input, the activation function's, the router's. The output of
+  attention is kept by attention; Megatron has its projection save that one (``set_save_original_input``, Transformer
+  Engine 2.6), but with ``delayed``, which cannot, an FP8 copy stands beside it.
 - Of weights, both usages are cached from the first microbatch on (``_fp8_workspaces``), beside bf16 parameters. With
   ``param_gather`` the parameters are these copies, and nothing is in bf16: the rowwise one lies in DDP's buffer, whose
-  gathering moves 1 byte, and ``post_all_gather_processing`` makes the other. ``mxfp8`` cannot be gathered by one copy: bf16
-  values travel through the memory of the gradients (``distributed/param_and_grad_buffer.py``), and the other parameters
-  then have a buffer beside themselves.
+  gathering moves 1 byte, and ``post_all_gather_processing`` makes the other. ``mxfp8`` cannot be gathered by one copy:
+  bf16 values travel through the memory of the gradients (``distributed/param_and_grad_buffer.py``), and the other
+  parameters then have a buffer beside themselves.
 
 Histories of largest values (``delayed``) are kilobytes a layer, and left out.
 """
@@ -83,7 +84,8 @@ def fp8_layers(fp8: Fp8Config, mesh: Mesh, num_layers: int, stage: int) -> int:
 
 
 def fp8_flops(arch: Architecture, fp8: Fp8Config) -> float:
-    """Share of a token's linear FLOPs (``SequenceCost.linear``) that are in FP8: all layers but those in bf16, no router.
+    """Share of a token's linear FLOPs (``SequenceCost.linear``) that are in FP8: all layers but those in bf16, no
+    router.
 
     Scores of attention and the output projection, which ``SequenceCost`` counts apart, are in bf16.
     """

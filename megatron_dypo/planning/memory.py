@@ -1,9 +1,9 @@
 """Memory of one rank of the trainer, term by term, as ``mcore/`` lays it out. Pure arithmetic.
 
-Symbols: T tokens of a row on this rank, t tensor-parallel ranks, e bytes of an element of the model. What Megatron's DDP and
-optimizer hold for each parameter: the parameter e, a gradient of 4 bytes (``grad_reduce_in_fp32``), two moments of 4, and
-for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same parameters. What
-FP8 changes of parameters and activations: ``planning/fp8.py``.
+Symbols: T tokens of a row on this rank, t tensor-parallel ranks, e bytes of an element of the model. What Megatron's
+DDP and optimizer hold for each parameter: the parameter e, a gradient of 4 bytes (``grad_reduce_in_fp32``), two moments
+of 4, and for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same
+parameters. What FP8 changes of parameters and activations: ``planning/fp8.py``.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
 def _loss(setting: Setting, tokens: float) -> float:
     """What ``objective/fused_logprobs.py`` holds, if every token of the row is a response token.
 
-    Forward: a chunk of fp32 logits, and a copy of some rows of it for the entropy. Backward: the chunk, gradients of the
-    chosen hidden states in two types, what autograd sees as the output weight's gradient, and blocks of operands.
+    Forward: a chunk of fp32 logits, and a copy of some rows of it for the entropy. Backward: the chunk, gradients of
+    the chosen hidden states in two types, what autograd sees as the output weight's gradient, and blocks of operands.
     """
     arch, e = setting.arch, setting.element
     width = -(-arch.vocab_size // setting.config.parallel.tensor)

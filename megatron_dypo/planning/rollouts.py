@@ -1,14 +1,14 @@
 """Seconds of a round of collection, and what it throws away. Pure arithmetic.
 
-A round is ``rollout.prompts_per_round`` prompts, or, where a stream collects (``rollout.oversample`` above 1, or ``mode:
-async``), as many as a rollout batch takes. While requests wait, each server runs as many as its KV cache and the clients
-allow; then the batch shrinks.
+A round is ``rollout.prompts_per_round`` prompts, or, where a stream collects (``rollout.oversample`` above 1, or
+``mode: async``), as many as a rollout batch takes. While requests wait, each server runs as many as its KV cache and
+the clients allow; then the batch shrinks.
 
 Without oversampling a round ends with its last group, whose longest response is taken to reach the limit. With it,
-``oversample`` times the groups are begun and the round ends when the first of them are enough (``rollout/stream.py``). How
-long that takes follows from lengths: they are taken for exponential with the assumed mean r, so that of groups of k
-responses the share s is complete after −r·ln(1 − s^(1/k)) tokens, r at least and the limit at most. What is in flight then
-has about r tokens each: a synchronous loop aborts it, an asynchronous one takes it over into the next round.
+``oversample`` times the groups are begun and the round ends when the first of them are enough (``rollout/stream.py``).
+How long that takes follows from lengths: they are taken for exponential with the assumed mean r, so that of groups of k
+responses the share s is complete after −r·ln(1 − s^(1/k)) tokens, r at least and the limit at most. What is in flight
+then has about r tokens each: a synchronous loop aborts it, an asynchronous one takes it over into the next round.
 """
 
 from __future__ import annotations

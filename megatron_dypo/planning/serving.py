@@ -1,8 +1,8 @@
 """One GPU of an SGLang server: weights, KV cache, and how fast it decodes. Pure arithmetic.
 
 Decoding reads the weights once and the KV cache of every running request, for one token of each request: it is bound by
-HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``refit.quantize``) are fewer bytes to
-hold and to read; their matmuls are taken for no faster than bf16's.
+HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``refit.quantize``) are fewer
+bytes to hold and to read; their matmuls are taken for no faster than bf16's.
 """
 
 from __future__ import annotations

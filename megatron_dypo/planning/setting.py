@@ -120,7 +120,8 @@ def make_setting(
         prompt_tokens, response_tokens: means; None: a quarter of the limits in the config.
 
     Raises:
-        ValueError: a model folder without ``config.json``, a layout that does not suit the model, the GPUs or the FP8 recipe.
+        ValueError: a model folder without ``config.json``, a layout that does not suit the model, the GPUs or the FP8
+        recipe.
     """
     arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
     check_layout(arch, parallel)

@@ -1,17 +1,18 @@
-"""Seconds of the trainer's passes: matmuls at a share of the GPU's peak, and the communication that is not hidden. Pure.
+"""Seconds of the trainer's passes: matmuls at a share of the GPU's peak, and the communication that is not hidden.
+Pure.
 
-FLOPs are those of :mod:`megatron_dypo.models.flops`. Communication by axis, for each row of T tokens and layer (Korthikanti
-et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
+FLOPs are those of :mod:`megatron_dypo.models.flops`. Communication by axis, for each row of T tokens and layer
+(Korthikanti et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
 
-- tensor: four all-gathers or reduce-scatters of T·H forward, and as many backward, with sequence parallelism one more for
-  each of the two inputs; each moves (t − 1)/t of T·H elements a rank.
+- tensor: four all-gathers or reduce-scatters of T·H forward, and as many backward, with sequence parallelism one more
+  for each of the two inputs; each moves (t − 1)/t of T·H elements a rank.
 - context: keys and values go round the ring once forward and, with their gradients, twice backward.
 - expert: a token's hidden state to its experts and back, forward and backward.
 - pipeline: hidden states between stages, the bubble, and waiting for the stage with the most layers.
 - data: gradients in fp32, once an update, and parameters back where the optimizer is distributed.
 
-FP8 makes linear layers faster (``planning/fp8.py``, ``devices.FP8_SHARE``), their recomputation too, and under ``param_gather``
-parameters smaller to gather. What tensor-parallel ranks exchange is counted in bf16 all the same.
+FP8 makes linear layers faster (``planning/fp8.py``, ``devices.FP8_SHARE``), their recomputation too, and under
+``param_gather`` parameters smaller to gather. What tensor-parallel ranks exchange is counted in bf16 all the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Time and memory of log-probs from hidden states, forward and backward: ours, eager, and Megatron's fused cross-entropy.
+"""Time and memory of log-probs from hidden states, forward and backward: ours, eager, and Megatron's fused
+cross-entropy.
 
 All get the same response tokens, one rank's whole vocabulary, and the gradients of hidden states and weight. The other
 two make the logits of all tokens. The limit is that of the products alone, by a product of the same shape timed beside.

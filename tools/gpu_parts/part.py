@@ -1,7 +1,7 @@
 """One measurement in a process of its own: ``python -m tools.gpu_parts.part '{"what": …}'``.
 
-Transformer Engine keeps FP8 state for the whole process, and an error on the GPU spoils it: precisions must not meet. The
-last line of the output is the result, as JSON.
+Transformer Engine keeps FP8 state for the whole process, and an error on the GPU spoils it: precisions must not meet.
+The last line of the output is the result, as JSON.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class TraceVerdicts:
     """One verdict for each of the M traces of a data set's check."""
 
     codes: npt.NDArray[np.int8]
-    """[M] 1: right, 0: wrong, −1: the verifier failed, −2: not judged, since the trace is not used or not in the sample."""
+    """[M] 1: right, 0: wrong, −1: the verifier failed, −2: not judged, since the trace is not used or not in the
+    sample."""
     is_sample: bool = False
     """Whether traces that are used were not judged: no trace may be dropped by such verdicts."""
 
@@ -60,8 +61,8 @@ def wrong_traces(
     """Let ``verify`` judge every trace that the run may learn from, as the response to its prompt.
 
     Traces of other teachers and traces over a length limit are not judged. The result is kept beside the row check,
-    where the data set has one, under ``verifier_key``: all that the verdicts depend on besides the data; '' keeps nothing.
-    Raises ValueError where ``data.drop_wrong_traces`` would leave no trace at all.
+    where the data set has one, under ``verifier_key``: all that the verdicts depend on besides the data; '' keeps
+    nothing. Raises ValueError where ``data.drop_wrong_traces`` would leave no trace at all.
 
     ``limit_per_teacher`` judges that many traces of each teacher, drawn by ``seed``: enough for a table, and no ground
     to drop traces by (``TraceVerdicts.is_sample``).

@@ -1,4 +1,5 @@
-"""The trainer's side of :mod:`megatron_dypo.data.tokenizer.template_worker`: one process for all templates of a trainer process.
+"""The trainer's side of :mod:`megatron_dypo.data.tokenizer.template_worker`: one process for all templates of a trainer
+process.
 
 It starts with the first template (0.1 s) and costs about 0.1 ms a prompt.
 """

@@ -7,7 +7,8 @@ import re
 from megatron_dypo.grading.answers.rationals import tightened
 
 WORD = "\x01"
-"""Stands before each word that was in ``\\text{…}``, so that ``5\\text{ m}`` is not ``5 m``, a number times a variable."""
+"""Stands before each word that was in ``\\text{…}``, so that ``5\\text{ m}`` is not ``5 m``, a number times a variable.
+"""
 SET_OPEN, SET_CLOSE = "\x05", "\x06"
 """``\\{`` and ``\\}``."""
 
@@ -36,8 +37,8 @@ def cleaned(text: str) -> str:
     """``text`` with one spelling for each thing that LaTeX can write in several.
 
     Words of ``\\text{…}`` are marked by :data:`WORD`, set braces are :data:`SET_OPEN` and :data:`SET_CLOSE`, tight
-    commas and thin spaces are as in :func:`tightened`. Dollar signs, sizes, display marks and a final stop are left out.
-    A text longer than :data:`MAX_LENGTH` is returned as it is.
+    commas and thin spaces are as in :func:`tightened`. Dollar signs, sizes, display marks and a final stop are left
+    out. A text longer than :data:`MAX_LENGTH` is returned as it is.
     """
     if len(text) > MAX_LENGTH:
         return text

@@ -45,8 +45,8 @@ def read_rational(text: str) -> Rational | None:
     """The number that ``text`` is, exactly; None if it is anything but a plain rational.
 
     Plain: an integer, a decimal, ``1.5e-7``, a quotient ``a/b`` or ``\\frac{a}{b}``, an integer power, a factorial, and
-    products of these (``1.6 \\times 10^{-19}``), with a sign in front. Thousands are one to three digits and then groups
-    of three, all after the same separator: a comma without a space, or a thin or plain space. So ``32,349`` and
+    products of these (``1.6 \\times 10^{-19}``), with a sign in front. Thousands are one to three digits and then
+    groups of three, all after the same separator: a comma without a space, or a thin or plain space. So ``32,349`` and
     ``32 349`` are numbers, and ``32, 349``, ``0,180`` and ``1,234,56`` are not.
 
     >>> read_rational(r"-\\frac{1}{2^{3}}").value

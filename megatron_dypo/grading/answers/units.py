@@ -87,7 +87,8 @@ class Unit:
 
 
 def read_unit(text: str) -> Unit | None:
-    """The unit that ``text``, a cleaned text behind a number, is; None if it may be anything else (a variable, "or 13").
+    """The unit that ``text``, a cleaned text behind a number, is; None if it may be anything else (a variable, "or
+    13").
 
     Words in ``\\text{…}`` and words of three letters are units unless they are known to change the number ("less",
     "dozen"); shorter words outside ``\\text{…}`` only if they are in the table.

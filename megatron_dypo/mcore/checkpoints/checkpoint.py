@@ -82,8 +82,8 @@ def save(
         trainer_state: JSON values; the global leader's counts.
         leader_state: a replica leader's own bytes; other ranks' are ignored.
         reference: π_ref, where resuming cannot rebuild it from the initial weights.
-        hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts alone.
-        keep: checkpoints to keep, this one included; 0: all.
+        hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts
+        alone. keep: checkpoints to keep, this one included; 0: all.
 
     Raises:
         OSError: the file system took no more; nothing is left of this checkpoint, and older ones are as they were.

@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3 with a router and experts in the place of the MLP.
 
-Experts are named one by one with their global index, as Megatron's ``SequentialMLP`` names its local ones. Their rows are
-split over expert-tensor ranks, which tensor parallelism of the rest says nothing about.
+Experts are named one by one with their global index, as Megatron's ``SequentialMLP`` names its local ones. Their rows
+are split over expert-tensor ranks, which tensor parallelism of the rest says nothing about.
 """
 
 from __future__ import annotations

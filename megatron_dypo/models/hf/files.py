@@ -17,9 +17,9 @@ class SafetensorsFiles:
     """The opened files of a folder; tensors are read only where they are sliced.
 
     Raises:
-        ValueError: neither an index nor a single file, or both that do not belong together; an index that is none; a file
-            that is missing, a git-lfs pointer, truncated or damaged; a tensor that the index names and its file lacks, or
-            that stands in two files.
+        ValueError: neither an index nor a single file, or both that do not belong together; an index that is none; a
+            file that is missing, a git-lfs pointer, truncated or damaged; a tensor that the index names and its file
+            lacks, or that stands in two files.
     """
 
     def __init__(self, folder: Path) -> None:

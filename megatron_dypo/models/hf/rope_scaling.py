@@ -40,7 +40,8 @@ class YarnRopeScaling:
     factor: float
     original_max_position_embeddings: int
     attention_factor: float
-    """Multiplies the cosines and sines, and so the scores by its square; ``mscale`` and ``mscale_all_dim`` are in it."""
+    """Multiplies the cosines and sines, and so the scores by its square; ``mscale`` and ``mscale_all_dim`` are in it.
+    """
     served_attention_factor: float
     """What SGLang 0.5 makes of the same fields: it passes over ``attention_factor``."""
     beta_fast: float = 32.0

@@ -5,10 +5,12 @@ SGLang 0.5.23 keeps a copy in ``benchmark/deepseek_utils.py``. For a block x, or
 
     amax = max(|x|, 1e-4)        scale = amax / 448        q = e4m3(x · (1 / amax · 448))        x ≈ q · scale
 
-all in fp32 (torch computes ``448.0 / amax`` as reciprocal times 448). A slice of a tensor gives the amax of the blocks that it touches; the elementwise maximum over all slices is
-exact, so that slices quantised with it are, bit for bit, those of the whole tensor quantised at once.
+all in fp32 (torch computes ``448.0 / amax`` as reciprocal times 448). A slice of a tensor gives the amax of the blocks
+that it touches; the elementwise maximum over all slices is exact, so that slices quantised with it are, bit for bit,
+those of the whole tensor quantised at once.
 
-Grids hold one fp32 number for each block [ceil(N / rows), ceil(K / cols)] of a weight [N, K]; ``block`` is (rows, cols).
+Grids hold one fp32 number for each block [ceil(N / rows), ceil(K / cols)] of a weight [N, K]; ``block`` is (rows,
+cols).
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ def server_environment(
     *,
     host: str,
 ) -> dict[str, str]:
-    """Return the environment of a server: the trainer's without torchrun's variables, and what rollouts and refits need.
+    """Return the environment of a server: the trainer's without torchrun's variables, and what rollouts and refits
+    need.
 
     ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`.
     ``host``: the address of the server, which must be reached without a proxy: SGLang warms up by a request to itself.

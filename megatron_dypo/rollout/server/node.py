@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, server_args: str = "") -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
-    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: it is the
-    trainer that brings it up to date.
+    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: it is
+    the trainer that brings it up to date.
 
     Args:
         first: number of this node's first server among those of all nodes; server ``i`` samples with seed + ``i``.

@@ -54,8 +54,8 @@ class ServerPool:
         """Look after the started servers (cheap; nothing is sent to one that is up).
 
         Raises:
-            ServerDiedError: one died and ``max_restarts`` is 0, or all did and none is started again; the message quotes
-                their logs.
+            ServerDiedError: one died and ``max_restarts`` is 0, or all did and none is started again; the message
+                quotes their logs.
         """
         if self._supervisor is not None:
             self._supervisor.check()

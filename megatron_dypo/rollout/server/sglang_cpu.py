@@ -5,8 +5,8 @@ Run by path under an interpreter that has SGLang: ``python sglang_cpu.py --model
 level runs again in SGLang's scheduler and detokenizer processes, which multiprocessing spawns: they need it too.
 
 Works around, in SGLang 0.5.23: ``sglang/srt/layers/*`` import names of ``sgl_kernel``, which needs CUDA libraries, and
-``sglang/srt/configs/deepseek_ocr.py`` imports torchvision, for images; its PyPI wheel cannot load its operators beside a
-CPU build of torch, so that the environment has none.
+``sglang/srt/configs/deepseek_ocr.py`` imports torchvision, for images; its PyPI wheel cannot load its operators beside
+a CPU build of torch, so that the environment has none.
 """
 
 import importlib.abc
