@@ -75,6 +75,7 @@ def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path
     assert "held-out accuracy" in printed
 
 
+@pytest.mark.slow
 def test_two_steps_through_the_python_api_learn_from_teachers(tmp_path):
     printed = run(REPOSITORY / "examples" / "from_python.py", "--out", tmp_path, deadline_s=420)
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}

@@ -67,6 +67,7 @@ def test_an_objective_of_one_file_trains_two_steps_on_traces(tmp_path: Path) -> 
     assert "Shape of traces" in page
 
 
+@pytest.mark.slow
 def test_an_objective_of_one_file_trains_on_rollouts_of_real_servers(tmp_path: Path) -> None:
     records = trained(tmp_path, objective=objective(rollouts=True))
     assert sorted(records) == [1, 2]
