@@ -69,7 +69,7 @@ MISTAKES = [
     (
         {},
         ["parallel.context=3"],
-        "parallel.num_processes=4: must be a multiple of tensor × pipeline × context = 1 × 2 × 3 = 6",
+        "parallel.num_processes=4: must be a multiple of tensor × pipeline × context = 2 × 1 × 3 = 6",
     ),
     ({}, ["rollout.servers.tensor_parallel=3"], "a server takes 2 nodes of 2 GPUs"),
     ({"CONFIG": "absent.yaml"}, [], "CONFIG=absent.yaml: no such file"),
