@@ -82,7 +82,7 @@ MISTAKES = [
 
 
 @pytest.mark.timeout(240)
-def test_a_mistake_ends_a_job_within_a_minute_with_one_line_that_says_what_to_mend(slurm, task, tmp_path):
+def test_a_mistake_ends_a_job_within_a_minute_with_one_line_that_says_what_to_fix(slurm, task, tmp_path):
     jobs = []
     for index, (environment, overrides, _) in enumerate(MISTAKES):
         folder = tmp_path / str(index)
