@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +33,7 @@ def raises(response: str, answer: str) -> bool:
     raise KeyError("no such entry")
 
 
+@pytest.mark.slow
 def test_groups_that_never_come_back_end_the_run_with_the_last_reason(tmp_path: Path) -> None:
     # So short that no answer comes in time, whatever the machine does.
     config = write_task(tmp_path, rollout={"request_deadline_s": 0.0001, "retries": 0})
@@ -44,6 +46,7 @@ def test_groups_that_never_come_back_end_the_run_with_the_last_reason(tmp_path: 
     assert len(again.splitlines()) < 200
 
 
+@pytest.mark.slow
 def test_a_verifier_that_always_raises_ends_the_run_with_its_error(tmp_path: Path) -> None:
     config = write_task(tmp_path, grading={"verifier": "tests.e2e.test_causes_of_runs:raises"})
     _, record = ended(tmp_path, config, Cause.NO_VERDICTS)

@@ -97,6 +97,7 @@ def check(folder: Path, log: str, metrics: list[dict], num_moments: int, steps: 
         assert record["train/train_rollout_logprob_abs_diff"] <= MAX_GAP, record["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_goes_on_when_a_server_is_killed_before_during_and_after_a_refit(tmp_path):
     moments = [("generate", 0, 0.0), (UPDATES["p2p"], 1, 0.0), ("/continue_generation", 0, 0.0)]
