@@ -206,7 +206,7 @@ def test_options_that_contradict_each_other_are_refused():
     for options in ({"cap": 0.0}, {"token_bounds": (2.0, 1.0)}, {"sequence_bounds": (-1.0, 1.0)}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ImportanceConfig(**options)
-    with pytest.raises(ValueError, match=r"objective\.importance: needs score\.policy=trainer"):
+    with pytest.raises(ValueError, match=r"objective\.importance: needs old_logp\.source=trainer"):
         Config(
             model=ModelConfig(hf_path="m"),
             data=DataConfig(prompts=("p",)),

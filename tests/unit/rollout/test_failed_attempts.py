@@ -346,7 +346,7 @@ def test_waits_double_up_to_a_limit_and_those_for_our_own_lack_cost_no_attempt(
         return high
 
     async def one(url: str) -> int:
-        async with make_client([url], retries=retries) as client:
+        async with make_client([url], retries=retries, request_deadline_s=1e6) as client:
             return len(await client.generate(make_prompts(1)[0].tokens, client.sampling(2)))
 
     with FakeSGLang() as fake, monkeypatch.context() as patch:
