@@ -281,3 +281,9 @@ def test_a_round_without_any_verdict_can_be_told_by_the_counts() -> None:
         assert (verifier.num_verified, verifier.num_errors) == (0, 4)
         assert (verifier.last_error or "").startswith("SystemExit: 3")
     assert {g.tier for g in graded} == {None}
+
+
+def test_an_error_of_a_built_in_verifier_names_no_place_in_our_code() -> None:
+    with Verifier(GradingConfig(verifier="choice", workers=1)) as running:
+        (verdict,) = running.verify([("Answer: B", "Z")])
+    assert verdict.error == "ValueError: answer='Z': must be one letter from A to J, or one digit from 1 to 9"
