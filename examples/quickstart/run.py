@@ -22,6 +22,8 @@ from model import write_model
 from summary import Summary, summarize
 from task import draw_problems, write_problems
 
+from megatron_dypo.fs import replace_file
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 DEFAULT_OUT = Path("runs/quickstart")
@@ -109,9 +111,7 @@ def command(*arguments: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def closing_words(summary: Summary, out: Path) -> str:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dypo.fs import new_file
+
 ANSWER_MARK = "####"
 LOW, HIGH = 100, 1000
 """Range of the numbers: three digits."""
@@ -108,11 +110,9 @@ def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterab
 def write_problems(path: Path, problems: Iterable[Addition]) -> None:
     """Write prompt data (JSONL), with the traces of both teachers; the file appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         for problem in problems:
-            file.write(json.dumps(prompt_row(problem)) + "\n")
-    part.replace(path)
+            file.write(f"{json.dumps(prompt_row(problem))}\n".encode())
 
 
 def prompt_row(problem: Addition) -> dict[str, object]:

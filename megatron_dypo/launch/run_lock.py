@@ -90,14 +90,13 @@ class RunLock:
         """
         claim = self._path.with_name(f"{NAME}.{gone.token if gone else 'unreadable'}.claim")
         if not make_exclusively(claim, ""):
-            age = _age(claim)
-            if age is not None and age > STALE_S:  # its maker died between two lines
+            if (_age(claim) or 0.0) > STALE_S:  # its maker died between two lines
                 claim.unlink(missing_ok=True)
             return
         try:
-            age = _age(self._path)
-            is_unreadable = gone is None and age is not None and age >= STALE_S
-            if read_holder(self._path.parent) == gone and (gone is not None or is_unreadable):
+            is_still_there = read_holder(self._path.parent) == gone
+            # One that cannot be read may be on its way to disk: only its age tells that nobody writes it.
+            if is_still_there and (gone is not None or (_age(self._path) or 0.0) >= STALE_S):
                 self._path.unlink(missing_ok=True)
         finally:
             claim.unlink(missing_ok=True)

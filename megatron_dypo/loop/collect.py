@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig
-from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.books.accounts import enter, enter_left_out
 from megatron_dypo.loop.books.admission import Admitted, admit, tally_admitted
 from megatron_dypo.loop.books.ledger import dropped_words
-from megatron_dypo.loop.books.outcomes import Outcomes, end_without_samples, end_without_verdicts
+from megatron_dypo.loop.books.outcomes import Outcomes, end_on_request, end_without_samples, end_without_verdicts
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.logprobs import Logprobs, without_logprobs
 from megatron_dypo.loop.ranks import Ranks
@@ -176,18 +176,11 @@ def look_around(collector: Collector, failure: RunEnded | None = None) -> Look:
         unserved=int(collector.servers.stream.is_unserved),
         outcomes=Outcomes() + replica.books.outcomes,
         num_prompts=replica.num_prompts,
-        failure=failure or stop_of(collector),
+        failure=failure or (end_on_request() if collector.stop.is_set() else None),
     )
     look = sum(collector.ranks.of_leaders(mine), Look())
     end_if(look.failure)
     return look
-
-
-def stop_of(collector: Collector) -> RunEnded | None:
-    """Return the end of the run if this process was asked to stop."""
-    if not collector.stop.is_set():
-        return None
-    return RunEnded(Cause.STOPPED, "stopped on request while rollouts were collected; they are sampled again")
 
 
 def looks_further(collector: Collector, look: Look, step: int) -> bool:

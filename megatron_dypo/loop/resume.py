@@ -102,13 +102,14 @@ def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> Rollou
         groups = load_groups(stored.leader_states)
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: a file leader_*.bin is damaged: {error}") from error
-    missing = set(RolloutBatch.from_json(state).open_orders()) - {order_of(group) for group in groups}
-    if missing:
-        raise ValueError(f"{path}: the files leader_*.bin lack draws {sorted(missing)} of the rollout batch")
     own = groups[replica.draws.replica :: replica.draws.replicas]
     batch = RolloutBatch.from_json(state, own)
+    missing = set(batch.open_orders()) - {order_of(group) for group in groups}
+    if missing:
+        raise ValueError(f"{path}: the files leader_*.bin lack draws {sorted(missing)} of the rollout batch")
+    in_batch = set(batch.orders)
     for group in own:
-        if order_of(group) not in set(batch.orders):
+        if order_of(group) not in in_batch:
             replica.queues.put(group)
     return batch
 

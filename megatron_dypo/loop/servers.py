@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.books.outcomes import end_on_request
 from megatron_dypo.loop.books.tally import Tally, tally_client, tally_refit
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests, NoStream, Stream
@@ -155,9 +156,7 @@ class Servers:
             mine = Attempt(failure=failure, is_stopped=is_stopped, unserved=len(prompts), came_back=came_back)
             found = self.ranks.of_leaders(mine)
             if any(attempt.is_stopped for attempt in found):
-                raise RunEnded(
-                    Cause.STOPPED, "stopped on request while rollouts were collected; they are sampled again"
-                )
+                raise end_on_request()
             if not any(attempt.failure or attempt.unserved for attempt in found):
                 sampled.groups.sort(key=lambda group: group.prompt.order)
                 return sampled

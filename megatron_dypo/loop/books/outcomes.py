@@ -49,6 +49,11 @@ class Outcomes:
         )
 
 
+def end_on_request() -> RunEnded:
+    """Return the end of a run that was asked to stop while it collected."""
+    return RunEnded(Cause.STOPPED, "stopped on request while rollouts were collected; they are sampled again")
+
+
 def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:
     """Count the rollouts that the verifier judged: not those that it failed on, nor those that it never got."""
     return sum(
