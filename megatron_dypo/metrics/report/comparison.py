@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dypo.config.load import flow_yaml
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.report.page import CONFIG_FILE, read_records, read_status_text, render_template
 from megatron_dypo.metrics.report.panels import CYCLE, Line, Panel
@@ -162,9 +163,7 @@ def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
 
 
 def _value(config: dict[str, Any], key: str) -> str:
-    return (
-        yaml.safe_dump([config[key]], default_flow_style=True, width=10**6).strip()[1:-1] if key in config else _ABSENT
-    )
+    return flow_yaml(config[key]) if key in config else _ABSENT
 
 
 def _accuracy(run: Run, name: str, index: int) -> str:
