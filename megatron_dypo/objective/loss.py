@@ -130,7 +130,7 @@ def token_loss(
     }
     totals = {name: value_N.detach().double().sum() for name, value_N in sums.items()}
     totals[VALUE] = totals["pg"] + totals["kl"] + totals["sft"]
-    policy = PolicyTokens(logp=current_N, entropy=entropy_N, is_kept=kept_N, sequences=sequences)
+    policy = PolicyTokens(logp=current_N, entropy=entropy_N.detach(), is_kept=kept_N, sequences=sequences)
     return (loss, totals) if term is None else _with_term(loss, totals, *term(policy, x))
 
 
