@@ -22,6 +22,7 @@ from megatron_dypo.config.objective import (
 )
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.config.teacher_servers import TeacherServersConfig
 from megatron_dypo.parallel.mesh import Mesh
 
 _MAX_SET_NAME = 80
@@ -353,6 +354,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher_servers: TeacherServersConfig = field(default_factory=TeacherServersConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
     old_logp: OldLogpConfig = field(default_factory=OldLogpConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -18,6 +18,7 @@ from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Servers
+from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
 
@@ -70,6 +71,7 @@ class Run:
     """The rollout batch that updates are being made from; used up: the next step collects one."""
     timings: Timings
     tally: Tally
+    teacher: Teacher | NoTeacher = field(default_factory=NoTeacher)
 
     @property
     def dir(self) -> Path:
@@ -117,6 +119,7 @@ class Run:
             total_steps=config.run.steps,
             tally=self.tally,
             timings=self.timings,
+            teacher=self.teacher,
         )
 
     @property

@@ -14,6 +14,7 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.requests import Stream
+from megatron_dypo.loop.teacher import TeacherReport
 from megatron_dypo.metrics import status
 from megatron_dypo.types import DropReason, GradedGroup
 
@@ -29,6 +30,15 @@ def enter(replica: Replica, graded: Sequence[GradedGroup], admitted: Admitted, *
     outcomes = replica.books.outcomes
     outcomes.graded += len(admitted.usable)
     outcomes.verdicts += count_verdicts(graded, fail_truncated)
+
+
+def enter_teacher(replica: Replica, report: TeacherReport, tally: Tally) -> None:
+    """Put groups without a teacher's log-probs into the books."""
+    for message in report.dropped:
+        replica.books.drop(DropReason.NO_TEACHER_LOGP, message=message)
+    replica.books.outcomes.teacher_answers += report.answered
+    tally.add("teacher_asked", report.asked)
+    tally.add("without_teacher_logp", len(report.dropped))
 
 
 def enter_left_out(replica: Replica, tally: Tally) -> None:
