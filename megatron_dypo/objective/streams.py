@@ -15,7 +15,7 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dypo.types import Sample, StreamValue, Treatment
+from megatron_dypo.types import Sample, SampleKind, StreamValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,12 @@ class Stream:
         return None if sample.weights is None else sample.weights.get(self.name)
 
 
+def _is_trace(sample: Sample) -> StreamValue:
+    if sample.num_forced_tokens:
+        return np.arange(sample.num_response_tokens) < sample.num_forced_tokens
+    return sample.kind is SampleKind.TRACE
+
+
 STREAMS = (
     Stream(name="advantage", meaning="Â of GRPO (eq. 21)"),
     Stream(name="pg_weight", meaning="weight of the clipped policy-gradient surrogate (eq. 22)"),
@@ -55,7 +61,7 @@ STREAMS = (
         name="is_trace",
         meaning="True: a teacher's token; False: a sampled one",
         dtype=np.bool_,
-        read=lambda sample: sample.treatment is Treatment.DISTILL,
+        read=_is_trace,
     ),
 )
 """The streams that :func:`megatron_dypo.objective.loss.token_loss` reads. A length divisor, 1/n and a tier's share are

@@ -8,7 +8,7 @@ from megatron_dypo.objective.gal import GAL_METRICS
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.token_weights import add_weights, gal_weights, grpo_weights, sft_weights
-from megatron_dypo.types import Sample, Tier, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Sample, Tier, Totals, Treatment
 
 _TREATMENTS = {Tier.EASY: Treatment.DROP, Tier.MID: Treatment.REINFORCE, Tier.HARD: Treatment.DISTILL}
 
@@ -31,9 +31,9 @@ class Dypo(Objective):
     def needs_current_logprobs(self) -> bool:
         return self.cfg.alpha < 1 and self.cfg.gal_coefficients == "exact"
 
-    def treat(self, tier: Tier | None, step: int) -> Treatment:
-        assert tier is not None, "dypo grades every group"
-        return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[tier]
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
+        assert group.tier is not None, "dypo grades every group"
+        return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[group.tier]
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         cfg = self.cfg
