@@ -54,6 +54,12 @@ STREAMS = (
         meaning="GAL only: 1 / (length divisor of ℓ), to find its tokens and to log how far ℓ has moved; 0 for SFT, "
         "whose weight does not depend on the policy",
     ),
+    Stream(
+        name="nll_shape",
+        meaning="index of the shape that multiplies the nll weight (megatron_dypo.objective.shapes); 0: constant",
+    ),
+    Stream(name="shape_constant", meaning="the constant of that shape"),
+    Stream(name="entropy_weight", meaning="weight of the entropy of π_θ, which the loss subtracts"),
     Stream(name="old_logp", meaning="log π_old", read=attrgetter("old_logp")),
     Stream(name="ref_logp", meaning="log π_ref", read=attrgetter("ref_logp")),
     Stream(name="rollout_logp", meaning="the server's log-prob", read=attrgetter("rollout_logp")),
