@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_dypo.objective.exponentials import exp_and_sums, weigh_by_gradients
 from megatron_dypo.objective.projection import Projection
 
 _AUTOMATIC_FLOOR = 256 * 2**20
@@ -63,8 +64,8 @@ def fused_logprobs(
         sink: takes the weight's gradient; None: autograd does.
 
     Returns:
-        ``logp_N`` (−inf for a target outside the vocabulary) and ``entropy_N`` (without gradient; None if not wanted);
-        the same on every rank of the group.
+        ``logp_N`` (−inf for a target outside the vocabulary) and ``entropy_N`` (None if not wanted), both with gradient;
+        the same on every rank of the group. The entropy's gradient costs nothing where the caller does not ask for it.
 
     Raises:
         ValueError: some rank of the group holds padding only.
@@ -121,8 +122,13 @@ class _Call:
         rows = chunks[-1].stop - chunks[-1].start if chunks else 0
         return torch.empty(rows, self.width, dtype=self.dtype, device=like.device)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes for a copy of a part of the chunk, or of the weight."""
+        return int(self.memory_budget * _SCRATCH_SHARE)
+
     def projection(self, weight_VH: Tensor) -> Projection:
-        return Projection(weight_VH[: self.width], self.dtype, int(self.memory_budget * _SCRATCH_SHARE))
+        return Projection(weight_VH[: self.width], self.dtype, self.scratch_bytes)
 
     def columns(self, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return [N] column of each target, and whether it is on this rank (its column is 0 if not)."""
@@ -154,7 +160,7 @@ class _FusedLogProbs(torch.autograd.Function):
             chosen_N[rows] = exp_RV.gather(1, column_N[rows, None])[:, 0]
             torch.amax(exp_RV, dim=1, out=rank_top_N[rows])
             exp_RV -= rank_top_N[rows, None]
-            _exp_and_sums(exp_RV, sum_N[rows], weighted_N[rows] if call.with_entropy else None, call)
+            exp_and_sums(exp_RV, sum_N[rows], weighted_N[rows] if call.with_entropy else None, call.scratch_bytes)
 
         chosen_N.masked_fill_(~is_here_N, float("-inf"))
         top_N, chosen_N = call.reduce(torch.stack((rank_top_N, chosen_N)), dist.ReduceOp.MAX)
@@ -163,27 +169,33 @@ class _FusedLogProbs(torch.autograd.Function):
         weighted_N = lift_N.exp() * (weighted_N + lift_N * sum_N)
         sum_N, weighted_N = call.reduce(torch.stack((lift_N.exp() * sum_N, weighted_N)), dist.ReduceOp.SUM)
 
+        # Σ p·s, the mean of the logits below their top under π: H = log Σ exp(s) − Σ p·s.
+        mean_N = weighted_N.div_(sum_N) if call.with_entropy else None
+        ctx.set_materialize_grads(False)
         ctx.call, ctx.kept = call, (exp_RV, lift_N) if call.needs_backward else None
         if call.needs_backward:
-            ctx.save_for_backward(hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N)
-        entropy_N = sum_N.log() - weighted_N / sum_N if call.with_entropy else None
-        if entropy_N is not None:
-            ctx.mark_non_differentiable(entropy_N)
+            ctx.save_for_backward(hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N, mean_N)
         # Not chosen − (top + log sum), which loses what is small beside large logits.
-        return (chosen_N - top_N) - sum_N.log(), entropy_N
+        return (chosen_N - top_N) - sum_N.log(), sum_N.log() - mean_N if mean_N is not None else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N, mean_N = ctx.saved_tensors
         call: _Call = ctx.call
         chunks = call.chunks(len(hidden_NH))
         # d log π/d logit = onehot − exp/sum; the factor that is common to a row goes to the narrow operands.
-        factor_N1 = (-call.scale * grads[0] / sum_N)[:, None]
-        onehot_N = torch.where(is_here_N, sum_N, 0.0)
+        onehot_N, factor_N1 = torch.where(is_here_N, sum_N, 0.0), (-call.scale / sum_N)[:, None]
+        logp_grad_N = grads[0] if grads[0] is not None else torch.zeros_like(sum_N)
+        if grads[1] is None:
+            factor_N1 = factor_N1 * logp_grad_N[:, None]
+        else:  # the rows are weighted by their gradients, and so is the chosen one
+            onehot_N = onehot_N * logp_grad_N
         grad_NH = torch.empty_like(hidden_NH)
         total_VH = _weight_gradient(ctx, weight_VH)
         for rows, exp_RV in _exponentials(ctx, chunks, hidden_NH, weight_VH, top_N):
+            if grads[1] is not None:
+                weigh_by_gradients(exp_RV, logp_grad_N[rows], grads[1][rows], mean_N[rows], call.scratch_bytes)
             exp_RV[torch.arange(len(exp_RV), device=exp_RV.device), column_N[rows]] -= onehot_N[rows]
             hidden_RH = hidden_NH[rows] * factor_N1[rows]
             grad_RH = call.projection(weight_VH).backward(exp_RV, hidden_RH, total_VH)
@@ -191,20 +203,6 @@ class _FusedLogProbs(torch.autograd.Function):
         if call.sink is not None:
             return grad_NH, call.sink.done(), None, None
         return grad_NH, total_VH.to(weight_VH.dtype) if total_VH is not None else None, None, None
-
-
-def _exp_and_sums(shifted_RV: Tensor, sum_R: Tensor, weighted_R: Tensor | None, call: _Call) -> None:
-    """Exponentiate in place; write Σ exp(s), and Σ s·exp(s) a few rows at a time, in their share of the budget."""
-    if weighted_R is None:
-        torch.sum(shifted_RV.exp_(), dim=1, out=sum_R)
-        return
-    step = max(1, int(call.memory_budget * _SCRATCH_SHARE) // (call.width * call.dtype.itemsize))
-    scratch = torch.empty_like(shifted_RV[:step])
-    for start in range(0, len(shifted_RV), step):
-        rows = slice(start, start + step)
-        shifted = scratch[: len(shifted_RV[rows])].copy_(shifted_RV[rows])
-        torch.sum(shifted_RV[rows].exp_(), dim=1, out=sum_R[rows])
-        torch.sum(shifted.mul_(shifted_RV[rows]), dim=1, out=weighted_R[rows])
 
 
 def _weight_gradient(ctx: Any, weight_VH: Tensor) -> Tensor | None:

@@ -15,9 +15,9 @@ BUDGETS = (1, 4 * 11 * 4, 2**20)
 
 
 def inputs(name: str) -> tuple[torch.Tensor, ...]:
-    """Hidden states, the whole padded weight, targets, coefficients."""
+    """Hidden states, the whole padded weight, targets, coefficients of log-probs and of entropies."""
     g = torch.Generator().manual_seed(0)
-    targets, coef = torch.randint(0, VOCAB, (NUM_ROWS,), generator=g), torch.randn(NUM_ROWS, generator=g)
+    targets, coef = torch.randint(0, VOCAB, (NUM_ROWS,), generator=g), torch.randn(2, NUM_ROWS, generator=g)
     if name == "huge":
         return (torch.rand(NUM_ROWS, 22, generator=g) - 0.5) * 2e4, torch.eye(22), targets, coef
     if name == "one rank has all the probability":
@@ -26,7 +26,7 @@ def inputs(name: str) -> tuple[torch.Tensor, ...]:
     if name == "bf16 weight":
         weight = weight.bfloat16()
     num_rows = 0 if name == "no rows" else NUM_ROWS
-    return torch.randn(num_rows, HIDDEN, generator=g), weight, targets[:num_rows], coef[:num_rows]
+    return torch.randn(num_rows, HIDDEN, generator=g), weight, targets[:num_rows], coef[:, :num_rows]
 
 
 CASES = ("random", "huge", "one rank has all the probability", "bf16 weight", "no rows")
@@ -49,7 +49,7 @@ def rank_results(cases: tuple[str, ...]) -> dict:
             logp, entropy = fused_logprobs(
                 hidden, weight, targets, vocab_size=VOCAB, group=group, temperature=0.8, memory_budget=budget
             )
-            (logp * coef).sum().backward()
+            (logp * coef[0] + entropy * coef[1]).sum().backward()
             dist.all_reduce(hidden.grad)
             tensors = (logp, entropy, hidden.grad, weight.grad)
             results[name, budget] = [t.detach().float().numpy() for t in tensors]
@@ -62,8 +62,9 @@ def reference(name: str) -> list[np.ndarray]:
     hidden, weight = (t.double().requires_grad_() for t in (hidden, weight))
     logp_NV = (hidden @ weight[:VOCAB].t() / 0.8).log_softmax(dim=-1)
     logp = logp_NV.gather(1, targets[:, None])[:, 0]
-    (logp * coef.double()).sum().backward()
-    return [t.detach().numpy() for t in (logp, -(logp_NV.exp() * logp_NV).sum(-1), hidden.grad, weight.grad)]
+    entropy = -(logp_NV.exp() * logp_NV).sum(-1)
+    (logp * coef[0].double() + entropy * coef[1].double()).sum().backward()
+    return [t.detach().numpy() for t in (logp, entropy, hidden.grad, weight.grad)]
 
 
 def test_two_ranks_give_the_log_probs_entropy_and_gradients_of_one() -> None:

@@ -17,20 +17,21 @@ def test_values_and_gradients_equal_float64(dtype, bar, budget):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_ROWS, HIDDEN, generator=g).to(dtype)
     weight = (torch.randn(PADDED, HIDDEN, generator=g) / 4).to(dtype)
-    targets, coef = torch.randint(0, VOCAB, (NUM_ROWS,), generator=g), torch.randn(NUM_ROWS, generator=g)
+    targets, coef = torch.randint(0, VOCAB, (NUM_ROWS,), generator=g), torch.randn(2, NUM_ROWS, generator=g)
 
     exact = [t.double().requires_grad_() for t in (hidden, weight)]
     logp_NV = (exact[0] @ exact[1][:VOCAB].t()).log_softmax(dim=-1)
     expected = logp_NV.gather(1, targets[:, None])[:, 0]
-    (expected * coef.double()).sum().backward()
+    expected_entropy = -(logp_NV.exp() * logp_NV).sum(-1)
+    (expected * coef[0].double() + expected_entropy * coef[1].double()).sum().backward()
 
     ours = [t.to(device()).requires_grad_() for t in (hidden, weight)]
     logp, entropy = fused_logprobs(*ours, targets.to(device()), vocab_size=VOCAB, memory_budget=budget)
-    (logp * coef.to(device())).sum().backward()
+    (logp * coef[0].to(device()) + entropy * coef[1].to(device())).sum().backward()
 
     # Products of bf16 numbers are exact in fp32, so values are as good as those of fp32 inputs.
     assert torch.allclose(logp.cpu().double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(entropy.cpu().double(), -(logp_NV.exp() * logp_NV).sum(-1), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(entropy.cpu().double(), expected_entropy, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(ours, exact, strict=True):
         assert mine.grad.dtype == dtype
         assert (mine.grad.cpu().double() - theirs.grad).abs().max() <= bar * theirs.grad.abs().max()

@@ -41,23 +41,29 @@ CASES = {
 }
 
 
-def reference(hidden_NH, weight_VH, targets_N, coef_N, vocab_size, temperature=1.0):
-    """float64: log-probs, entropy, gradients of Σ coef·logp by hidden and weight; padding masked with −inf."""
+def reference(hidden_NH, weight_VH, targets_N, coef_N, vocab_size, temperature=1.0, entropy_coef_N=None):
+    """float64: log-probs, entropy, gradients of Σ coef·logp (+ coef·entropy) by hidden and weight; padding masked."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden_NH, weight_VH))
     logits = hidden @ weight.t() / temperature
     is_padding = torch.arange(len(weight)) >= vocab_size
     logp_NV = logits.masked_fill(is_padding, float("-inf")).log_softmax(dim=-1)
     entropy_N = -(logp_NV.exp() * logp_NV.masked_fill(is_padding, 0.0)).sum(-1)
     logp_N = logp_NV.gather(1, targets_N[:, None])[:, 0]
-    (logp_N * coef_N.double()).sum().backward()
+    weighted_sum(logp_N, coef_N.double(), entropy_N, entropy_coef_N).backward()
     return logp_N.detach(), entropy_N.detach(), hidden.grad, weight.grad
 
 
-def run(hidden_NH, weight_VH, targets_N, coef_N, **options):
+def run(hidden_NH, weight_VH, targets_N, coef_N, entropy_coef_N=None, **options):
     hidden, weight = hidden_NH.detach().requires_grad_(), weight_VH.detach().requires_grad_()
     logp_N, entropy_N = fused_logprobs(hidden, weight, targets_N, **options)
-    (logp_N * coef_N).sum().backward()
-    return logp_N.detach(), entropy_N, hidden.grad, weight.grad
+    weighted_sum(logp_N, coef_N, entropy_N, entropy_coef_N).backward()
+    return logp_N.detach(), entropy_N.detach() if entropy_N is not None else None, hidden.grad, weight.grad
+
+
+def weighted_sum(logp_N, coef_N, entropy_N, entropy_coef_N):
+    """The loss of these tests; an entropy without coefficients is left out of the graph."""
+    loss = (logp_N * coef_N).sum()
+    return loss if entropy_coef_N is None else loss + (entropy_N * entropy_coef_N).sum()
 
 
 def relative_error(ours, expected):
@@ -101,6 +107,51 @@ def test_values_and_gradients_equal_float64_log_softmax(name, vocab_size, budget
     assert gradient_error(hidden_grad, expected[2]) <= 1e-5
     assert gradient_error(weight_grad, expected[3]) <= 1e-5
     assert (weight_grad[vocab_size:] == 0).all()
+
+
+@pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
+@pytest.mark.parametrize("vocab_size", [16, 13])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("with_logp", [True, False])
+def test_gradients_of_an_entropy_bonus_equal_those_of_float64(with_logp, name, vocab_size, budget):
+    g = torch.Generator().manual_seed(9)
+    hidden, weight = CASES[name](g)
+    targets = torch.randint(0, vocab_size, (len(hidden),), generator=g)
+    coef, bonus = torch.randn(2, len(hidden), generator=g)
+    if not with_logp:
+        coef = torch.zeros(len(hidden))
+    expected = reference(hidden, weight, targets, coef, vocab_size, 0.5, bonus)
+    _, _, hidden_grad, weight_grad = run(
+        hidden, weight, targets, coef, bonus, vocab_size=vocab_size, memory_budget=budget, temperature=0.5
+    )
+    for ours, exact in ((hidden_grad, expected[2]), (weight_grad, expected[3])):
+        # A saturated softmax has no gradient of its entropy; float64 leaves rounding errors of its own there.
+        largest = max(float(exact.abs().max()), 1e-6)
+        assert float((ours.double() - exact).abs().max()) <= 1e-5 * largest
+    assert (weight_grad[vocab_size:] == 0).all()
+
+
+def test_entropy_alone_has_a_gradient_too_and_a_second_pass_gives_it_again():
+    g = torch.Generator().manual_seed(10)
+    hidden, weight = projected(g)
+    weight.requires_grad_()
+    _, entropy = fused_logprobs(hidden, weight, torch.arange(7), vocab_size=16, memory_budget=THREE_ROWS)
+    first, second = (torch.autograd.grad(entropy.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    expected = reference(hidden, weight, torch.arange(7), torch.zeros(7), 16, entropy_coef_N=torch.ones(7))[3]
+    assert gradient_error(first, expected) <= 1e-5
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("hidden_type", [torch.bfloat16, torch.float32])
+def test_an_entropy_bonus_on_bf16_weights_is_accumulated_in_fp32(hidden_type):
+    g = torch.Generator().manual_seed(11)
+    hidden, weight = projected(g)
+    hidden, weight = hidden.to(hidden_type), weight.bfloat16()
+    coef, bonus = torch.randn(2, 7, generator=g)
+    expected = reference(hidden, weight, torch.arange(7), coef, 13, entropy_coef_N=bonus)
+    *_, hidden_grad, weight_grad = run(hidden, weight, torch.arange(7), coef, bonus, vocab_size=13)
+    assert gradient_error(hidden_grad, expected[2]) <= (2**-8 if hidden_type is torch.bfloat16 else 1e-5)
+    assert gradient_error(weight_grad, expected[3]) <= 2**-8
 
 
 def test_log_prob_of_a_sure_token_keeps_its_digits_beside_large_logits():
@@ -212,14 +263,15 @@ def test_a_target_outside_the_real_vocabulary_has_no_probability():
     assert torch.isneginf(logp).tolist() == [False, False, True, True, True, True, False]
 
 
-def test_logits_of_all_rows_never_exist():
+@pytest.mark.parametrize("with_bonus", [False, True])
+def test_logits_of_all_rows_never_exist(with_bonus):
     """Peak of what torch allocates, over a budget that holds an eighth of the logits."""
     num_rows, width = 512, 4096
     hidden, weight = torch.randn(num_rows, 8), torch.randn(width, 8, requires_grad=True)
     targets, budget = torch.arange(num_rows), num_rows * width * 4 // 8
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        logp, _ = fused_logprobs(hidden, weight, targets, vocab_size=width, memory_budget=budget)
-        logp.sum().backward()
+        logp, entropy = fused_logprobs(hidden, weight, targets, vocab_size=width, memory_budget=budget)
+        (logp.sum() + entropy.sum() if with_bonus else logp.sum()).backward()
     allocated = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -16,6 +16,7 @@ from tests.unit.objective.test_fused_logprobs import (
     gradient_error,
     reference,
     relative_error,
+    weighted_sum,
 )
 
 
@@ -33,20 +34,22 @@ def over_ranks(size, work):
 @pytest.mark.parametrize("budget", [ONE_ROW, THREE_ROWS, EVERYTHING])
 @pytest.mark.parametrize(("size", "vocab_size"), [(2, 16), (2, 11), (4, 14)])
 @pytest.mark.parametrize("name", ["random", "peaked", "extremes", "near one-hot", "ties"])
-def test_ranks_agree_and_their_gradients_are_shares_of_the_float64_one(name, size, vocab_size, budget):
+@pytest.mark.parametrize("with_bonus", [False, True])
+def test_ranks_agree_and_their_gradients_are_shares_of_the_float64_one(with_bonus, name, size, vocab_size, budget):
     g = torch.Generator().manual_seed(0)
     hidden, weight = CASES[name](g)
     targets = torch.randint(0, vocab_size, (len(hidden),), generator=g)
     coef = torch.randn(len(hidden), generator=g)
-    expected = reference(hidden, weight, targets, coef, vocab_size)
+    bonus = torch.randn(len(hidden), generator=g) if with_bonus else None
+    expected = reference(hidden, weight, targets, coef, vocab_size, entropy_coef_N=bonus)
 
     def work(rank, group):
         own_hidden, part = hidden.clone().requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
         logp, entropy = fused_logprobs(
             own_hidden, part, targets, vocab_size=vocab_size, group=group, memory_budget=budget
         )
-        (logp * coef).sum().backward()
-        return logp.detach(), entropy, own_hidden.grad, part.grad
+        weighted_sum(logp, coef, entropy, bonus).backward()
+        return logp.detach(), entropy.detach(), own_hidden.grad, part.grad
 
     ranks = over_ranks(size, work)
     for logp, entropy, *_ in ranks:
