@@ -25,7 +25,7 @@ from megatron_dypo.parallel.groups import MeshRank, close
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.setting import Assumptions, Setting
-from megatron_dypo.types import Microbatch, Sample, Treatment
+from megatron_dypo.types import Microbatch, Sample, SampleKind, Treatment
 
 
 def answer(case: Any) -> None:
@@ -128,6 +128,7 @@ def _sample(case: Any, generator: Any, index: int) -> Sample:
         order=index,
         member=0,
         treatment=Treatment.DISTILL,
+        kind=SampleKind.TRACE,
         tokens=generator.integers(3, case.vocab, length).astype(np.int32),
         num_prompt_tokens=1,
         policy_version=0,

@@ -22,8 +22,9 @@ from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.parallel.groups import MeshRank, close
-from megatron_dypo.types import Microbatch, Sample, Totals, Treatment
+from megatron_dypo.types import Microbatch, Sample, SampleKind, Treatment
 
 VARIANTS = ("dypo", "sft", "sft_unfused")
 OBJECTIVE = ObjectiveConfig()
@@ -193,6 +194,7 @@ def _sample(rng: Any, shape: Any, order: int, member: int, length: int, *, is_tr
         order=order,
         member=member,
         treatment=Treatment.DISTILL if is_trace else Treatment.REINFORCE,
+        kind=SampleKind.TRACE if is_trace else SampleKind.ROLLOUT,
         tokens=rng.integers(3, shape.vocab, length).astype(np.int32),
         num_prompt_tokens=prompt,
         policy_version=0,
@@ -206,14 +208,7 @@ def _sample(rng: Any, shape: Any, order: int, member: int, length: int, *, is_tr
 
 def token_weights(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
     """Every sample with its token weights."""
-    by_kind = {
-        kind: [s for g in groups for s in g if s.treatment is kind] for kind in (Treatment.DISTILL, Treatment.REINFORCE)
-    }
-    totals = Totals(
-        num_prompts=len(groups),
-        num_sequences={kind: len(samples) for kind, samples in by_kind.items()},
-        num_response_tokens={kind: sum(s.num_response_tokens for s in samples) for kind, samples in by_kind.items()},
-    )
+    totals = add_counts([count_groups(groups)])
     objective = build_objective(OBJECTIVE)
     return [
         dataclasses.replace(sample, weights=weights)

@@ -50,6 +50,17 @@ class Treatment(enum.Enum):
     """Learn from a teacher's trace."""
     REINFORCE = "reinforce"
     """Learn from the group's own rollouts."""
+    MIX = "mix"
+    """Learn from both at once: the group's rollouts and a teacher's trace, as one group."""
+
+
+class SampleKind(enum.Enum):
+    """The origin of the response of one sequence."""
+
+    ROLLOUT = "rollout"
+    """The policy sampled it, after a teacher's first tokens where there are such."""
+    TRACE = "trace"
+    """A teacher wrote it."""
 
 
 class DropReason(enum.Enum):
@@ -117,7 +128,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the verifier says of one rollout."""
+    """What the verifier says of one rollout, or of a teacher's trace."""
 
     is_correct: bool
     reward: float
@@ -138,14 +149,21 @@ class RolloutGroup:
 class GradedGroup:
     """A group with its verdicts and its tier.
 
-    ``tier`` is None where there was nothing to grade, and where a rollout has no verdict: such a group says nothing of
-    the prompt's difficulty and is dropped.
+    ``tier`` is None where there was nothing to grade, and where a rollout, or a trace that was to be judged, has no
+    verdict: such a group says nothing of the prompt's difficulty and is dropped.
     """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
     tier: Tier | None
+    trace_verdict: Verdict | None = None
+    """Of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for its verdict."""
+
+    @property
+    def num_correct(self) -> int:
+        """The rollouts that the verifier found correct."""
+        return sum(verdict.is_correct for verdict in self.verdicts)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -157,11 +175,15 @@ class Sample:
     member: int
     """Index in its group."""
     treatment: Treatment
+    """Of its group, whose members may be of both kinds."""
+    kind: SampleKind
     tokens: Tokens
     """[L] Prompt then response."""
     num_prompt_tokens: int
     policy_version: int
-    """Version that sampled the group; for a trace, the version that found the prompt Hard."""
+    """Version that sampled the group; for a trace alone, the version that found the prompt Hard."""
+    num_forced_tokens: int = 0
+    """The first response tokens of a rollout that are a teacher's, which the policy was made to go on from."""
     is_correct: bool = False
     reward: float = 0.0
     rollout_logp: Floats | None = None
@@ -188,9 +210,9 @@ class Totals:
     """Counts over the global batch, the only global quantities that the objective reads."""
 
     num_prompts: int
-    """n = n_hard + n_mid."""
-    num_sequences: Mapping[Treatment, int]
-    num_response_tokens: Mapping[Treatment, int]
+    """n: each prompt of the update counts once, however many sequences it brings."""
+    num_sequences: Mapping[SampleKind, int]
+    num_response_tokens: Mapping[SampleKind, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ class Queues:
     """The groups of one replica that wait, by treatment."""
 
     waiting: dict[Treatment, list[Group]] = field(
-        default_factory=lambda: {Treatment.DISTILL: [], Treatment.REINFORCE: []}
+        default_factory=lambda: {treatment: [] for treatment in Treatment if treatment is not Treatment.DROP}
     )
 
     def put(self, group: Group) -> None:

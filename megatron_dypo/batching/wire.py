@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from megatron_dypo.types import Sample, Treatment
+from megatron_dypo.types import Sample, SampleKind, Treatment
 
 _FIELDS = tuple(field.name for field in fields(Sample) if field.name != "weights")
 
@@ -28,7 +28,7 @@ def dump_samples(samples: Sequence[Sample]) -> bytes:
         weights, weight_arrays = _split(sample.weights or {})
         tensors |= {f"{index}.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
         tensors |= {f"{index}.weights.{name}": np.ascontiguousarray(array) for name, array in weight_arrays.items()}
-        header["treatment"] = sample.treatment.value
+        header["treatment"], header["kind"] = sample.treatment.value, sample.kind.value
         header["weights"] = None if sample.weights is None else weights
         headers.append(header)
     return safetensors_numpy.save(tensors, metadata={"samples": json.dumps(headers)})
@@ -41,7 +41,10 @@ def load_samples(data: bytes) -> list[Sample]:
     for name, array in safetensors_numpy.load(data).items():
         index, *sections, field = name.split(".", 2)
         (headers[int(index)]["weights"] if sections else headers[int(index)])[field] = array
-    return [Sample(**{**header, "treatment": Treatment(header["treatment"])}) for header in headers]
+    return [
+        Sample(**{**header, "treatment": Treatment(header["treatment"]), "kind": SampleKind(header["kind"])})
+        for header in headers
+    ]
 
 
 def without_arrays(sample: Sample) -> Sample:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
+from megatron_dypo.config.opd import OpdConfig
 
 LOG_RATIO_LIMIT = 20.0
 """Ratios of probabilities above e^20 (4.9e8) enter the loss by the tangent of e^x there: an fp32 sum of squares of such
@@ -128,7 +129,7 @@ class ObjectiveConfig:
     """The objective; defaults are the paper's."""
 
     name: str = "dypo"
-    """``dypo``, ``grpo``, ``sft`` or ``sft_then_rl``; or ``my_package.module:MyObjective``, a class of yours (see
+    """``dypo``, ``grpo``, ``opd``, ``sft`` or ``sft_then_rl``; or ``my_package.module:MyObjective``, a class of yours (see
     docs/adding_an_objective.md). Such a name runs the code of that module in every training process."""
     alpha: float = 0.5
     """α: weight of GRPO against GAL on Mid prompts (eq. 4)."""
@@ -160,12 +161,16 @@ class ObjectiveConfig:
     """Divide the advantage by the group's standard deviation."""
     advantage_epsilon: float = 1e-6
     """ξ in (R − mean)/(std + ξ)."""
+    hard_without_trace: Literal["drop", "opd"] = "drop"
+    """``dypo``: a Hard prompt without a teacher's trace is dropped, or its rollouts are distilled by the teacher of
+    ``teacher_servers``, with weight γ (``objective.opd``)."""
     rl_only_steps: int = 0
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
     options: Mapping[str, float | int | bool | str] = field(default_factory=dict)
     """Options of an objective of yours, which reads them as ``cfg.options``; the built-in ones have none."""
+    opd: OpdConfig = field(default_factory=OpdConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_dypo.grading.workers.pool import Job, Pool
 from megatron_dypo.grading.workers.process import ImportFailed
 from megatron_dypo.grading.workers.worker import Setup
 from megatron_dypo.metrics.progress import Progress, progress
-from megatron_dypo.types import GradedGroup, RolloutGroup, Verdict
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Verdict
 
 _START_DEADLINE_S = 300.0
 """Importing sympy takes a second; on a machine that is starting a job, much longer."""
@@ -156,36 +156,52 @@ class Verifier:
 
 
 def grade(
-    groups: Sequence[RolloutGroup], verifier: Verifier, fail_truncated: bool, *, show_progress: bool = True
+    groups: Sequence[RolloutGroup],
+    verifier: Verifier,
+    fail_truncated: bool,
+    *,
+    trace_text: Callable[[Prompt], str | None] | None = None,
+    show_progress: bool = True,
 ) -> list[GradedGroup]:
     """Return the verdicts and tiers of ``groups``, in their order.
 
-    The tier is None for a group without rollouts, and for one in which a rollout has no verdict
+    The tier is None for a group without rollouts, and for one in which a rollout, or the trace, has no verdict
     (:func:`verdict_problem`): its other verdicts alone would say something else of the prompt. With
     ``fail_truncated`` a rollout that hit the length limit is incorrect without being verified.
+
+    Args:
+        trace_text: gives the teacher's trace that is judged beside a prompt's rollouts, or None; without it none is.
     """
-    wanted = [[not (fail_truncated and rollout.finish == "length") for rollout in group.rollouts] for group in groups]
+    truncated = Verdict(is_correct=False, reward=0.0)
+    texts = [
+        [None if fail_truncated and rollout.finish == "length" else rollout.text for rollout in group.rollouts]
+        for group in groups
+    ]
+    traces = [trace_text(group.prompt) if trace_text is not None else None for group in groups]
     pairs = [
-        pair_of(group.prompt, rollout.text)
-        for group, flags in zip(groups, wanted, strict=True)
-        for rollout, is_wanted in zip(group.rollouts, flags, strict=True)
-        if is_wanted
+        pair_of(group.prompt, text)
+        for group, own, trace in zip(groups, texts, traces, strict=True)
+        for text in (*own, trace)
+        if text is not None
     ]
     with progress(len(pairs), "grading", "responses", enabled=show_progress) as bar:
         judged = iter(verifier.verify(pairs, bar))
-    truncated = Verdict(is_correct=False, reward=0.0)
-    return [
-        _graded(group, tuple(next(judged) if is_wanted else truncated for is_wanted in flags))
-        for group, flags in zip(groups, wanted, strict=True)
-    ]
+    graded = []
+    for group, own, trace in zip(groups, texts, traces, strict=True):
+        verdicts = tuple(truncated if text is None else next(judged) for text in own)
+        graded.append(_graded(group, verdicts, None if trace is None else next(judged)))
+    return graded
 
 
-def _graded(group: RolloutGroup, verdicts: tuple[Verdict, ...]) -> GradedGroup:
-    is_whole = bool(verdicts) and all(verdict.error is None for verdict in verdicts)
+def _graded(group: RolloutGroup, verdicts: tuple[Verdict, ...], of_trace: Verdict | None) -> GradedGroup:
+    is_whole = bool(verdicts) and all(verdict.error is None for verdict in (*verdicts, of_trace) if verdict is not None)
     tier = grade_tier([verdict.is_correct for verdict in verdicts]) if is_whole else None
-    return GradedGroup(prompt=group.prompt, rollouts=group.rollouts, verdicts=verdicts, tier=tier)
+    return GradedGroup(
+        prompt=group.prompt, rollouts=group.rollouts, verdicts=verdicts, tier=tier, trace_verdict=of_trace
+    )
 
 
 def verdict_problem(group: GradedGroup) -> str | None:
-    """Return the error of the group's first rollout without a verdict; None if each one has a verdict."""
-    return next((verdict.error for verdict in group.verdicts if verdict.error is not None), None)
+    """Return the error of the group's first rollout, or of its trace, without a verdict; None if each one has one."""
+    verdicts = (*group.verdicts, group.trace_verdict)
+    return next((v.error for v in verdicts if v is not None and v.error is not None), None)

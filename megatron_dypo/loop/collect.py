@@ -124,7 +124,8 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             mark("collecting rollouts")
             prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
-                ask = functools.partial(collect, group_size=collector.rollout.group_size, stop=collector.stop)
+                size = collector.objective.num_rollouts(collector.rollout.group_size)
+                ask = functools.partial(collect, group_size=size, stop=collector.stop)
                 sampled = collector.servers.sample(prompts, step, "gen", ask)
                 with collector.timings.measure("reward"):
                     graded = collector.servers.grade(sampled.groups)

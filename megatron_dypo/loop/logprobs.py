@@ -15,17 +15,17 @@ from megatron_dypo.config.objective import OldLogpConfig
 from megatron_dypo.loop.books.tally import Tally, tally_logprob_error
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.metrics.writer import Timings
-from megatron_dypo.types import Floats, Sample, Treatment
+from megatron_dypo.types import Floats, Sample, SampleKind
 
 
 def without_logprobs(groups: Iterable[Group]) -> list[Sample]:
     """Return the rollouts that have no log-probs under π_old yet."""
-    return [s for group in groups for s in group if s.treatment is Treatment.REINFORCE and s.old_logp is None]
+    return [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.old_logp is None]
 
 
 def of_other_versions(groups: Iterable[Group], version: int) -> list[Sample]:
     """Return the rollouts whose log-probs under π_old are not those of the weights of ``version``."""
-    return [s for group in groups for s in group if s.treatment is Treatment.REINFORCE and s.logp_version != version]
+    return [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.logp_version != version]
 
 
 @dataclass(frozen=True, kw_only=True)

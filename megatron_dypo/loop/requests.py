@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_dypo.grading.verify import Verifier, grade
@@ -50,11 +50,19 @@ class LeaderRequests:
     """Has a client of its own, since it runs while ``client`` evaluates."""
     verifier: Verifier
     fail_truncated: bool
+    trace_text: Callable[[Prompt], str | None] | None
+    """Gives the traces that the verifier judges beside rollouts."""
     show_progress: bool
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         """Give each group its verdicts and its tier."""
-        return grade(groups, self.verifier, self.fail_truncated, show_progress=self.show_progress)
+        return grade(
+            groups,
+            self.verifier,
+            self.fail_truncated,
+            trace_text=self.trace_text,
+            show_progress=self.show_progress,
+        )
 
     def accept(self, recent: range) -> None:
         """Take groups of these versions from the stream, before a refit."""

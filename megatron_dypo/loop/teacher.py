@@ -15,7 +15,7 @@ from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.processes.stop_requests import STOP, StopFlag
 from megatron_dypo.rollout.teacher.client import NoLogprobsError, TeacherClient
 from megatron_dypo.rollout.teacher.logprobs import teacher_logprobs
-from megatron_dypo.types import Sample, Treatment
+from megatron_dypo.types import Sample, SampleKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Teacher:
 
 def without_teacher_logp(groups: Iterable[Group]) -> list[Sample]:
     """Return the rollouts that the teacher has not given log-probs of."""
-    return [s for group in groups for s in group if s.treatment is Treatment.REINFORCE and s.teacher_logp is None]
+    return [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.teacher_logp is None]
 
 
 def require_teacher_servers(config: Config, objective: Objective) -> None:

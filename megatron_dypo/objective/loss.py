@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_dypo.config.objective import LossConfig
 from megatron_dypo.objective.importance import Importance, importance
-from megatron_dypo.objective.ratios import bounded_k3, clipped_surrogate
+from megatron_dypo.objective.ratios import bounded_k3, clip_bounds, clipped_surrogate
 from megatron_dypo.objective.sequences import Across, Sequences
+from megatron_dypo.objective.shapes import ShapeInputs, shape_factor
 from megatron_dypo.objective.streams import STREAMS, Stream
 
 Sums = dict[str, Tensor]
@@ -26,6 +27,7 @@ VALUE = "objective"
 """The sum that is the objective's value (``train/loss``); the loss may hold only the gradient of a term."""
 
 _COMMON = {stream.name for stream in STREAMS}
+_VALUES = ("pg", "kl", "sft", "rollout_nll", "entropy_bonus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,11 @@ class PolicyTokens:
     logp: Tensor
     """[N] log π_θ with gradient; 0, without gradient, where ``objective.importance`` masks the token."""
     entropy: Tensor
-    """[N] without gradient."""
+    """[N]; with gradient where the objective asks for that (``Objective.needs_entropy_gradient``)."""
     is_kept: Tensor
     """[N] False: masked; such a token must contribute nothing."""
+    importance: Tensor
+    """[N] u of ``objective.importance``, bounded by its cap; 1 without one."""
     sequences: Sequences
     """Means over the sequences, wherever they are split."""
 
@@ -69,7 +73,8 @@ def token_loss(
     across: Across | None = None,
     term: LossTerm | None = None,
 ) -> tuple[Tensor, Sums]:
-    """Return Σ_t pg_weight·u·L_clip + kl_weight·k3 − nll_weight·log π over the kept tokens, and sums for the metrics.
+    """Return the sum over the kept tokens of pg_weight·u·L_clip + kl_weight·k3 − nll_weight·w·log π − entropy_weight·H,
+    and sums for the metrics.
 
     - L_clip = −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A), bounded by −c·A where A < 0 under dual clip (eq. 22). ρ is
       r_t = π_θ/π_old of the token, or s = exp(mean of log r over its sequence) with gradient s·∇log π: GSPO's, for
@@ -77,6 +82,8 @@ def token_loss(
     - u and the masks are those of :mod:`megatron_dypo.objective.importance`. A masked token adds nothing at all, even
       if its log-probs are NaN. Where a kept token reads a value that is not finite, loss and gradient are NaN.
     - k3 = e^δ − δ − 1 with δ = log π_ref − log π_θ.
+    - w, without gradient, is the shape of the token (:mod:`megatron_dypo.objective.shapes`), 1 for ``constant``.
+    - A bound of the clip that is None is none. A trace's token has a ratio only where it has a pg weight.
     - From a ratio (ρ or π_ref/π_θ) of e^20 on, e^x is continued by its tangent (``LOG_RATIO_LIMIT``): the gradient of
       what no clip bounds stays finite, and keeps its direction.
     - Under ``gal_clip`` the nll weight of a GAL token is 0 where the ratio, r_t or s, has left the trust region in the
@@ -84,22 +91,24 @@ def token_loss(
 
     Args:
         logp_N: [N] log π_θ of the response tokens, with gradient.
-        entropy_N: [N], for the metrics.
+        entropy_N: [N] entropy H of π_θ, with gradient where an entropy weight is to have an effect.
         across: see :class:`Sequences`.
         term: an objective's own part of the loss.
 
     Returns:
         The scalar loss, attached to the graph even where N = 0, and float64 sums over the tokens. ``objective``,
-        ``pg``, ``kl`` and ``sft`` are of weighted losses; ``rollouts``, ``rollouts_masked`` and ``gal_sequences`` count
-        sequences; ``gal_drift`` is Σ over sequences with GAL of |ℓ_θ − ℓ_old|; the others are plain sums or counts.
+        ``pg``, ``kl``, ``sft``, ``rollout_nll`` (that of rollouts, without GAL) and ``entropy_bonus`` are of weighted
+        losses; ``rollouts``, ``rollouts_masked`` and ``gal_sequences`` count sequences; ``gal_drift`` is Σ over
+        sequences with GAL of |ℓ_θ − ℓ_old|; the others are plain sums or counts.
     """
     sequences = Sequences(x.sequence, x.num_sequences, across)
     is_rollout_N = ~x["is_trace"]
     log_u_N = torch.where(is_rollout_N, x["old_logp"] - x["rollout_logp"], 0.0)
     correction = importance(log_u_N, is_rollout_N, sequences, cfg.importance)
     kept_N, current_N = correction.is_kept, _kept_logp(logp_N, x, correction)
-    log_ratio_N = torch.where(is_rollout_N & kept_N, current_N - x["old_logp"], 0.0)
-    moved_N = _shown(torch.where(is_rollout_N, logp_N.detach() - x["old_logp"], 0.0), kept_N)
+    has_ratio_N = is_rollout_N | (x["pg_weight"] != 0)
+    log_ratio_N = torch.where(has_ratio_N & kept_N, current_N - x["old_logp"], 0.0)
+    moved_N = _shown(torch.where(has_ratio_N, logp_N.detach() - x["old_logp"], 0.0), kept_N)
     drift_N = sequences.mean(moved_N)
     log_rho_N = log_ratio_N
     if cfg.ratio == "sequence":
@@ -107,15 +116,20 @@ def token_loss(
     clip_N, is_clipped_N = clipped_surrogate(log_rho_N, x["advantage"], cfg)
     delta_N = torch.where((x["kl_weight"] != 0) & kept_N, x["ref_logp"] - current_N, 0.0)
     is_stopped_N = _left_trust_region(moved_N, drift_N, x, cfg)
-    nll_weight_N = torch.where(kept_N & ~is_stopped_N, x["nll_weight"], 0.0)
+    nll_weight_N = torch.where(
+        kept_N & ~is_stopped_N, x["nll_weight"] * _shape(current_N, entropy_N, kept_N, x, sequences), 0.0
+    )
 
     pg_N = torch.where(kept_N, x["pg_weight"] * correction.weight, 0.0) * clip_N
     kl_N, nll_N = x["kl_weight"] * bounded_k3(delta_N), -nll_weight_N * current_N
-    loss = (pg_N + kl_N + nll_N).sum()
+    bonus_N = -x["entropy_weight"] * torch.where(kept_N & (x["entropy_weight"] != 0), entropy_N, 0.0)
+    loss = (pg_N + kl_N + nll_N + bonus_N).sum()
     sums = {
         "pg": pg_N,
         "kl": kl_N,
         "sft": torch.where(x["is_trace"], nll_N, 0.0),
+        "rollout_nll": torch.where(is_rollout_N & (x["gal_scale"] == 0), nll_N, 0.0),
+        "entropy_bonus": bonus_N,
         "trace_nll": torch.where(x["is_trace"], -current_N, 0.0),
         "tokens": torch.ones_like(logp_N),
         "trace_tokens": x["is_trace"],
@@ -123,14 +137,16 @@ def token_loss(
         "rollouts": is_rollout_N * sequences.share_N,
         "entropy": torch.where(is_rollout_N, _shown(entropy_N, kept_N), 0.0),
         "clipped": is_clipped_N & kept_N & (x["pg_weight"] != 0),
-        "ppo_kl": -moved_N,
+        "ppo_kl": torch.where(is_rollout_N, -moved_N, 0.0),
         "mismatch_abs": _shown(log_u_N, kept_N).abs(),
         **_importance_sums(correction, sequences),
         **_gal_sums(x, drift_N, is_stopped_N, sequences),
     }
     totals = {name: value_N.detach().double().sum() for name, value_N in sums.items()}
-    totals[VALUE] = totals["pg"] + totals["kl"] + totals["sft"]
-    policy = PolicyTokens(logp=current_N, entropy=entropy_N.detach(), is_kept=kept_N, sequences=sequences)
+    totals[VALUE] = sum((totals[name] for name in _VALUES), start=torch.zeros_like(totals["pg"]))
+    policy = PolicyTokens(
+        logp=current_N, entropy=entropy_N, is_kept=kept_N, importance=correction.weight, sequences=sequences
+    )
     return (loss, totals) if term is None else _with_term(loss, totals, *term(policy, x))
 
 
@@ -177,12 +193,22 @@ def _kept_logp(logp_N: Tensor, x: LossInputs, correction: Importance) -> Tensor:
     or a weight of 0 would hide it, and the optimizer looks at gradients.
     """
     reads_N = logp_N.detach() + x["advantage"] + x["pg_weight"] + x["kl_weight"] + x["nll_weight"] + correction.weight
-    reads_N = reads_N + torch.where(x["is_trace"], 0.0, x["old_logp"])
+    reads_N = reads_N + x["entropy_weight"] + x["nll_shape"] + x["shape_constant"]
+    reads_N = reads_N + torch.where(x["is_trace"] & (x["pg_weight"] == 0), 0.0, x["old_logp"])
     reads_N = reads_N + torch.where(x["kl_weight"] != 0, x["ref_logp"], 0.0)
     for name in x.streams.keys() - _COMMON:
         reads_N = reads_N + x[name]
     factor_N = torch.where(correction.is_kept & ~reads_N.isfinite(), math.nan, torch.ones_like(reads_N))
     return torch.where(correction.is_kept, logp_N * factor_N, 0.0)
+
+
+def _shape(current_N: Tensor, entropy_N: Tensor, kept_N: Tensor, x: LossInputs, sequences: Sequences) -> Tensor:
+    """[N] the factor of each token's nll weight."""
+    entropy_N = sequences.mean(
+        _shown(entropy_N, kept_N)
+    )  # whatever the shapes are: with context parallelism all ranks add up here
+    inputs = ShapeInputs(p=current_N.detach().exp(), entropy=entropy_N, constant=x["shape_constant"])
+    return shape_factor(x["nll_shape"], inputs)
 
 
 def _shown(value_N: Tensor, kept_N: Tensor) -> Tensor:
@@ -195,5 +221,6 @@ def _left_trust_region(log_ratio_N: Tensor, sequence_log_ratio_N: Tensor, x: Los
     if cfg.gal_clip == "none":
         return torch.zeros_like(x["is_trace"])
     log_N, weight_N = sequence_log_ratio_N if cfg.gal_clip == "sequence" else log_ratio_N, x["nll_weight"]
-    too_far_N = torch.where(weight_N > 0, log_N > math.log1p(cfg.clip_high), log_N < math.log1p(-cfg.clip_low))
+    low, high = clip_bounds(cfg)
+    too_far_N = torch.where(weight_N > 0, log_N > high, log_N < low)
     return too_far_N & (x["gal_scale"] != 0) & (weight_N != 0)

@@ -25,16 +25,24 @@ def bounded_k3(delta_N: Tensor) -> Tensor:
     return _continued(torch.expm1, delta_N) - delta_N
 
 
+def clip_bounds(cfg: LossConfig) -> tuple[float, float]:
+    """Return the logarithms of 1 − ε_low and 1 + ε_high; −∞ and ∞ where there is no bound."""
+    low = -math.inf if cfg.clip_low is None else math.log1p(-cfg.clip_low)
+    return low, math.inf if cfg.clip_high is None else math.log1p(cfg.clip_high)
+
+
 def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: LossConfig) -> tuple[Tensor, Tensor]:
     """Return −min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), at most −c·A where A < 0 under dual clip.
 
     Returns:
         [N] loss, and [N] whether a bound replaced the ratio: the gradient is zero there, however large the ratio is.
     """
+    log_low, log_high = clip_bounds(cfg)
     is_up_N, is_down_N = advantage_N > 0, advantage_N < 0
-    is_clipped_N = is_up_N & (log_ratio_N > math.log1p(cfg.clip_high))
-    is_clipped_N = is_clipped_N | (is_down_N & (log_ratio_N < math.log1p(-cfg.clip_low)))
-    bound_N = torch.where(is_up_N, 1 + cfg.clip_high, torch.full_like(advantage_N, 1 - cfg.clip_low))
+    is_clipped_N = (is_up_N & (log_ratio_N > log_high)) | (is_down_N & (log_ratio_N < log_low))
+    # A bound that is none is never chosen.
+    high, low = (1 + (bound or 0.0) for bound in (cfg.clip_high, -(cfg.clip_low or 0.0)))
+    bound_N = torch.where(is_up_N, high, torch.full_like(advantage_N, low))
     if cfg.dual_clip is not None:
         is_limited_N = is_down_N & (log_ratio_N > math.log(cfg.dual_clip))
         is_clipped_N = is_clipped_N | is_limited_N

@@ -1,4 +1,4 @@
-"""Graded groups → samples: the objective says what becomes of each; one to be distilled gets a teacher's trace."""
+"""Graded groups → samples: the objective says what becomes of each; the trainer draws a teacher's trace for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 
 from megatron_dypo.data.teachers import draw_trace
 from megatron_dypo.objective.recipes.base import Objective
-from megatron_dypo.types import DropReason, GradedGroup, Sample, Treatment
+from megatron_dypo.types import DropReason, GradedGroup, Sample, SampleKind, Tokens, Treatment
+
+_WITH_ROLLOUTS = (Treatment.REINFORCE, Treatment.MIX)
+_WITH_TRACE = (Treatment.DISTILL, Treatment.MIX)
 
 
 @dataclass(kw_only=True)
@@ -27,7 +30,7 @@ class Routed:
 
     @property
     def without_teacher(self) -> int:
-        """The number of groups that were dropped because they have no trace to be distilled from."""
+        """The number of groups that were dropped because they have no trace to learn from."""
         return self.reasons.count(DropReason.NO_TEACHER)
 
     def teacher_counts(self) -> Counter[str]:
@@ -45,17 +48,17 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     """
     routed = Routed()
     for group in groups:
-        treatment, teacher, samples = objective.treat(group.tier, step), None, []
-        reason = DropReason.EASY if treatment is Treatment.DROP else None
-        if treatment is Treatment.REINFORCE:
-            samples = _rollout_samples(group)
-        elif treatment is Treatment.DISTILL:
+        treatment, teacher, reason = objective.treat(group, step), None, None
+        samples = _rollout_samples(group, treatment) if treatment in _WITH_ROLLOUTS else []
+        if treatment in _WITH_TRACE:
             drawn = draw_trace(group.prompt, seed)
             if drawn is None:
-                treatment, reason = Treatment.DROP, DropReason.NO_TEACHER
+                treatment, samples, reason = Treatment.DROP, [], DropReason.NO_TEACHER
             else:
                 teacher, trace = drawn
-                samples = [_trace_sample(group, trace, version)]
+                samples.append(_trace_sample(group, trace, treatment, member=len(samples), version=version))
+        elif treatment is Treatment.DROP:
+            reason = DropReason.EASY
         routed.treatments.append(treatment)
         routed.samples.append(samples)
         routed.teachers.append(teacher)
@@ -63,13 +66,22 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     return routed
 
 
-def _rollout_samples(group: GradedGroup) -> list[Sample]:
-    oldest = min(rollout.policy_version for rollout in group.rollouts)
+def will_learn_from(group: GradedGroup, objective: Objective, step: int) -> bool:
+    """Return whether :func:`route` will make samples of a group; not for one that has no verdict."""
+    if group.tier is None:
+        return False
+    treatment = objective.treat(group, step)
+    return treatment is Treatment.REINFORCE or (treatment in _WITH_TRACE and bool(group.prompt.traces))
+
+
+def _rollout_samples(group: GradedGroup, treatment: Treatment) -> list[Sample]:
+    oldest = _oldest_version(group)
     return [
         Sample(
             order=group.prompt.order,
             member=member,
-            treatment=Treatment.REINFORCE,
+            treatment=treatment,
+            kind=SampleKind.ROLLOUT,
             tokens=np.concatenate([group.prompt.tokens, rollout.tokens]).astype(np.int32),
             num_prompt_tokens=len(group.prompt.tokens),
             policy_version=oldest,
@@ -81,12 +93,20 @@ def _rollout_samples(group: GradedGroup) -> list[Sample]:
     ]
 
 
-def _trace_sample(group: GradedGroup, trace: np.ndarray, version: int) -> Sample:
+def _trace_sample(group: GradedGroup, trace: Tokens, treatment: Treatment, *, member: int, version: int) -> Sample:
+    verdict = group.trace_verdict
     return Sample(
         order=group.prompt.order,
-        member=0,
-        treatment=Treatment.DISTILL,
+        member=member,
+        treatment=treatment,
+        kind=SampleKind.TRACE,
         tokens=np.concatenate([group.prompt.tokens, trace]).astype(np.int32),
         num_prompt_tokens=len(group.prompt.tokens),
-        policy_version=version,
+        policy_version=_oldest_version(group) if treatment is Treatment.MIX else version,
+        is_correct=verdict is not None and verdict.is_correct,
+        reward=0.0 if verdict is None else verdict.reward,
     )
+
+
+def _oldest_version(group: GradedGroup) -> int:
+    return min(rollout.policy_version for rollout in group.rollouts)

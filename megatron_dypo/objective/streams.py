@@ -15,7 +15,7 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dypo.types import Sample, StreamValue, Treatment
+from megatron_dypo.types import Sample, SampleKind, StreamValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,12 @@ class Stream:
         return None if sample.weights is None else sample.weights.get(self.name)
 
 
+def _is_trace(sample: Sample) -> StreamValue:
+    if sample.num_forced_tokens:
+        return np.arange(sample.num_response_tokens) < sample.num_forced_tokens
+    return sample.kind is SampleKind.TRACE
+
+
 STREAMS = (
     Stream(name="advantage", meaning="Â of GRPO (eq. 21)"),
     Stream(name="pg_weight", meaning="weight of the clipped policy-gradient surrogate (eq. 22)"),
@@ -48,6 +54,12 @@ STREAMS = (
         meaning="GAL only: 1 / (length divisor of ℓ), to find its tokens and to log how far ℓ has moved; 0 for SFT, "
         "whose weight does not depend on the policy",
     ),
+    Stream(
+        name="nll_shape",
+        meaning="index of the shape that multiplies the nll weight (megatron_dypo.objective.shapes); 0: constant",
+    ),
+    Stream(name="shape_constant", meaning="the constant of that shape"),
+    Stream(name="entropy_weight", meaning="weight of the entropy of π_θ, which the loss subtracts"),
     Stream(name="old_logp", meaning="log π_old", read=attrgetter("old_logp")),
     Stream(name="ref_logp", meaning="log π_ref", read=attrgetter("ref_logp")),
     Stream(name="rollout_logp", meaning="the server's log-prob", read=attrgetter("rollout_logp")),
@@ -55,7 +67,7 @@ STREAMS = (
         name="is_trace",
         meaning="True: a teacher's token; False: a sampled one",
         dtype=np.bool_,
-        read=lambda sample: sample.treatment is Treatment.DISTILL,
+        read=_is_trace,
     ),
 )
 """The streams that :func:`megatron_dypo.objective.loss.token_loss` reads. A length divisor, 1/n and a tier's share are

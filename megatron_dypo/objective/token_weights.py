@@ -26,8 +26,8 @@ def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig) -> floa
         case "sequence_mean":
             return float(max(sample.num_response_tokens, 1))
         case "token_mean":
-            sequences = totals.num_sequences[sample.treatment]
-            return max(totals.num_response_tokens[sample.treatment] / sequences, 1.0)
+            sequences = totals.num_sequences[sample.kind]
+            return max(totals.num_response_tokens[sample.kind] / sequences, 1.0)
         case "constant":
             return float(cfg.constant_length)
 

@@ -28,6 +28,7 @@ from megatron_dypo.loop.replica import Books, Follower, Leader
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.setup.background import open_stream
+from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.loop.state import Progress, Run
 from megatron_dypo.metrics.samples import SampleLog
 from megatron_dypo.metrics.writer import Timings
@@ -281,7 +282,10 @@ class Words:
 
 
 class Oracle:
-    """A verifier: the response "101 3 2" is rollout 3 of row 1, and ``judge`` says what is thought of it."""
+    """A verifier: the response "101 3 2" is rollout 3 of row 1, and ``judge`` says what is thought of it.
+
+    The row of a teacher's trace is negative.
+    """
 
     def __init__(self, judge: Callable[[int, int], Verdict]) -> None:
         self._judge = judge
@@ -377,6 +381,7 @@ def make_run(
     if is_leader:
         replica = make_leader(config, ranks, prompts or Prompts())
         verifier: Any = Oracle(judge)
+        trace_text = judged_trace_text(objective, lambda tokens: " ".join(map(str, tokens)), config.run.seed)
         stream = open_stream(
             make_client(urls, config, check),
             replica.draws,
@@ -384,12 +389,14 @@ def make_run(
             objective,
             config,
             current_step=lambda: progress.step,
+            trace_text=trace_text,
         )
         requests = LeaderRequests(
             client=make_client(urls, config, check),
             stream=stream,
             verifier=verifier,
             fail_truncated=config.grading.fail_truncated,
+            trace_text=trace_text,
             show_progress=ranks.is_global_leader,
         )
     servers = Servers(

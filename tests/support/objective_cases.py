@@ -5,7 +5,7 @@ import torch
 
 from megatron_dypo.objective.loss import LossInputs
 from megatron_dypo.objective.streams import STREAMS
-from megatron_dypo.types import Sample, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Prompt, Rollout, Sample, SampleKind, Tier, Totals, Treatment, Verdict
 
 
 def loss_inputs(num_tokens, *, sequence=None, num_sequences=None, **streams) -> LossInputs:
@@ -20,13 +20,54 @@ def loss_inputs(num_tokens, *, sequence=None, num_sequences=None, **streams) -> 
 
 def totals_of(groups) -> Totals:
     """Counts over whole groups, as the trainer makes them."""
-    kinds = (Treatment.DISTILL, Treatment.REINFORCE)
-    by_kind = {kind: [s for g in groups for s in g if s.treatment is kind] for kind in kinds}
+    by_kind = {kind: [s for g in groups for s in g if s.kind is kind] for kind in SampleKind}
     return Totals(
         num_prompts=len(groups),
         num_sequences={kind: len(samples) for kind, samples in by_kind.items()},
         num_response_tokens={kind: sum(s.num_response_tokens for s in samples) for kind, samples in by_kind.items()},
     )
+
+
+def graded_group(correct=(), *, traces=("a", "b"), order=0, versions=None, trace_verdict=None) -> GradedGroup:
+    """A group whose rollouts are ``correct`` or not; without any it has no tier."""
+    prompt = Prompt(
+        prompt_id=f"p{order}",
+        visit=0,
+        order=order,
+        tokens=np.array([1, 2, 3], np.int32),
+        text="q",
+        answer="1",
+        source="s",
+        traces={name: np.array([7, 8, 9, 2], np.int32) for name in traces},
+    )
+    rollouts = tuple(
+        Rollout(
+            tokens=np.array([5, 6 + i], np.int32),
+            logp=np.array([-1.0, -2.0], np.float32),
+            text="r",
+            finish="stop",
+            policy_version=(versions or [4] * len(correct))[i],
+        )
+        for i in range(len(correct))
+    )
+    verdicts = tuple(Verdict(is_correct=c, reward=float(c) - 0.1) for c in correct)
+    tier = Tier.EASY if all(correct) else Tier.MID if any(correct) else Tier.HARD
+    return GradedGroup(
+        prompt=prompt,
+        rollouts=rollouts,
+        verdicts=verdicts,
+        tier=tier if correct else None,
+        trace_verdict=trace_verdict,
+    )
+
+
+GROUP_OF = {
+    Tier.EASY: graded_group([True, True]),
+    Tier.MID: graded_group([True, False]),
+    Tier.HARD: graded_group([False, False]),
+    None: graded_group(),
+}
+"""A group of each tier, and one without rollouts."""
 
 
 def random_groups(seed, *, num_hard=2, num_mid=3, group_size=4, vocab=50, max_response=9):
@@ -48,6 +89,7 @@ def random_groups(seed, *, num_hard=2, num_mid=3, group_size=4, vocab=50, max_re
                     order=order,
                     member=member,
                     treatment=Treatment.REINFORCE if is_mid else Treatment.DISTILL,
+                    kind=SampleKind.ROLLOUT if is_mid else SampleKind.TRACE,
                     tokens=np.concatenate([prompt, response]),
                     num_prompt_tokens=len(prompt),
                     policy_version=0,

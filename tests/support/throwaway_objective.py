@@ -11,7 +11,7 @@ from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.streams import STREAMS, Stream
 from megatron_dypo.objective.token_weights import grpo_weights, length_divisor
-from megatron_dypo.types import Sample, Tier, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Sample, Tier, Totals, Treatment
 
 
 class ShapedTraces(Objective):
@@ -39,8 +39,8 @@ class ShapedTraces(Objective):
     def needs_rollouts(self, step: int) -> bool:
         return bool(self.cfg.options.get("rollouts", False))
 
-    def treat(self, tier: Tier | None, step: int) -> Treatment:
-        return Treatment.DISTILL if tier in (None, Tier.HARD) else Treatment.REINFORCE
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
+        return Treatment.DISTILL if group.tier in (None, Tier.HARD) else Treatment.REINFORCE
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         if group[0].treatment is Treatment.REINFORCE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from megatron_dypo.checks import require, require_positive
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.types import Sample, Totals, Treatment
+from megatron_dypo.objective.totals import add_counts, count_groups
+from megatron_dypo.types import Sample, SampleKind, Totals, Treatment
 
 GROUP_SIZE, NUM_CORRECT = 8, 3
 
@@ -72,6 +74,7 @@ def make_samples(sizes: CheckSizes) -> list[Sample]:
                     order=2 * order + is_trace,
                     member=0 if is_trace else member,
                     treatment=Treatment.DISTILL if is_trace else Treatment.REINFORCE,
+                    kind=SampleKind.TRACE if is_trace else SampleKind.ROLLOUT,
                     tokens=np.concatenate([prompt, response]),
                     num_prompt_tokens=len(prompt),
                     policy_version=0,
@@ -85,11 +88,4 @@ def make_samples(sizes: CheckSizes) -> list[Sample]:
 
 def count(samples: Sequence[Sample]) -> Totals:
     """Of the whole batch."""
-    kinds = (Treatment.DISTILL, Treatment.REINFORCE)
-    return Totals(
-        num_prompts=len({sample.order for sample in samples}),
-        num_sequences={kind: sum(s.treatment is kind for s in samples) for kind in kinds},
-        num_response_tokens={
-            kind: sum(s.num_response_tokens for s in samples if s.treatment is kind) for kind in kinds
-        },
-    )
+    return add_counts([count_groups([list(group) for _, group in itertools.groupby(samples, key=lambda s: s.order)])])

@@ -71,14 +71,6 @@ def _is_stale(group: GradedGroup, version: int, max_version_lag: int) -> bool:
     return group.tier is not None and version - oldest > max_version_lag
 
 
-def is_useful(group: GradedGroup, objective: Objective, step: int) -> bool:
-    """Return whether a group will wait for an update."""
-    if group.tier is None:
-        return False
-    treatment = objective.treat(group.tier, step)
-    return treatment is Treatment.REINFORCE or (treatment is Treatment.DISTILL and bool(group.prompt.traces))
-
-
 def tally_admitted(tally: Tally, graded: Sequence[GradedGroup], admitted: Admitted) -> None:
     """Count groups that came in, and their fates."""
     tally_groups(tally, graded)

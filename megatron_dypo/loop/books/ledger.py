@@ -1,6 +1,6 @@
 """The ledger of a run: the fate of every draw of a prompt.
 
-Each draw ends in exactly one of: trained on (its rollouts, or a teacher's trace), dropped for one reason, waiting for
+Each draw ends in exactly one of: trained on (its rollouts, a teacher's trace, or both), dropped for one reason, waiting for
 an update, or in flight. So at any time::
 
     drawn = trained + dropped + waiting + in flight
@@ -18,7 +18,11 @@ from typing import Any
 
 from megatron_dypo.types import DropReason, Treatment
 
-_TRAINED = {Treatment.REINFORCE: "trained_rl", Treatment.DISTILL: "trained_sft"}
+_TRAINED = {
+    Treatment.REINFORCE: "trained_rl",
+    Treatment.DISTILL: "trained_sft",
+    Treatment.MIX: "trained_mix",
+}
 _WORDS = {
     DropReason.EASY: "Easy",
     DropReason.NO_TEACHER: "Hard without a teacher's trace",
@@ -114,8 +118,10 @@ class Balance:
     def line(self) -> str:
         """Return one line for people: "48 prompts drawn: 20 trained (RL 12, SFT 8), 25 Easy, 3 waiting"."""
         trained = self.ledger.trained
+        mixed = f", both {trained[Treatment.MIX]}" if trained[Treatment.MIX] else ""
+        kinds = f"RL {trained[Treatment.REINFORCE]}, SFT {trained[Treatment.DISTILL]}{mixed}"
         parts = [
-            f"{sum(trained.values())} trained (RL {trained[Treatment.REINFORCE]}, SFT {trained[Treatment.DISTILL]})",
+            f"{sum(trained.values())} trained ({kinds})",
             *dropped_words(self.ledger.dropped),
         ]
         parts += [f"{self.open.waiting} waiting"] if self.open.waiting else []

@@ -10,7 +10,7 @@ from megatron_dypo.parallel.device import peak_memory_gib
 from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
-from megatron_dypo.types import Floats, GradedGroup, Sample, Totals, Treatment
+from megatron_dypo.types import Floats, GradedGroup, Sample, SampleKind, Totals
 
 
 class Tally(dict[str, float]):
@@ -143,6 +143,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "queue/stale": tally["stale"],
         "queue/distill": tally["queue/distill"],
         "queue/reinforce": tally["queue/reinforce"],
+        "queue/mix": tally["queue/mix"],
     }
     metrics |= {name: count for name, count in tally.items() if name.startswith("refit/")}
     if "max:epoch" in tally:
@@ -195,9 +196,7 @@ def update_metrics(
         sums: those of the loss over all ranks; the groups' are in ``tally``.
         declared: the objective's own metrics.
     """
-    distill, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTILL, Treatment.REINFORCE))
-    tokens = totals.num_response_tokens
-    all_tokens = max(sum(tokens.values()), 1)
+    traces, tokens = totals.num_sequences[SampleKind.TRACE], totals.num_response_tokens
     of_groups = {key.removeprefix("sum/"): value for key, value in tally.items() if key.startswith("sum/")}
     metrics: dict[str, float | None] = {
         "train/num_prompts": totals.num_prompts,
@@ -205,9 +204,9 @@ def update_metrics(
         "train/num_tokens": tally["tokens"],
         "train/num_response_tokens": tally["response_tokens"],
         "train/staleness": tally.ratio("staleness", "sequences"),
-        "gate/offline_share_prompts": distill / totals.num_prompts,
-        "gate/offline_share_sequences": distill / (distill + reinforce),
-        "gate/offline_share_tokens": tokens[Treatment.DISTILL] / all_tokens,
+        "gate/offline_share_prompts": traces / totals.num_prompts,
+        "gate/offline_share_sequences": traces / sum(totals.num_sequences.values()),
+        "gate/offline_share_tokens": tokens[SampleKind.TRACE] / max(sum(tokens.values()), 1),
         **sum_metrics(declared, {n: sums.get(n, 0.0) + of_groups.get(n, 0.0) for n in {**sums, **of_groups}}),
     }
     if tally["flops"]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.grading.verify import Verifier, grade
-from megatron_dypo.loop.books.admission import is_useful
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.objective.route import will_learn_from
 from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.stream import RolloutStream, StreamWork
-from megatron_dypo.types import GradedGroup, RolloutGroup
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
 
 
 def open_stream(
@@ -24,17 +24,20 @@ def open_stream(
     config: Config,
     *,
     current_step: Callable[[], int],
+    trace_text: Callable[[Prompt], str | None] | None = None,
 ) -> RolloutStream[GradedGroup]:
     """Return a stream that samples and grades this replica's draws once it is started.
 
     Args:
         client: for the stream alone.
         current_step: optimizer steps done, by which the objective says which groups are of use.
+        trace_text: gives the traces that the verifier judges beside rollouts.
     """
     cfg, batching, replicas = config.rollout, config.batching, draws.replicas
 
     def graded(group: RolloutGroup) -> GradedGroup:
-        return grade([group], verifier, config.grading.fail_truncated, show_progress=False)[0]
+        fail_truncated = config.grading.fail_truncated
+        return grade([group], verifier, fail_truncated, trace_text=trace_text, show_progress=False)[0]
 
     # All that a collection may look at, and two batches in flight.
     max_unread = max(
@@ -42,12 +45,12 @@ def open_stream(
     )
     return RolloutStream(
         client,
-        client.sampling(cfg.group_size),
+        client.sampling(objective.num_rollouts(cfg.group_size)),
         StreamWork(
             claim=lambda count: draws.claim(count * replicas),
             load=draws.source.at,
             finish=graded,
-            is_useful=lambda group: is_useful(group, objective, current_step()),
+            is_useful=lambda group: will_learn_from(group, objective, current_step()),
         ),
         oversample=cfg.oversample,
         max_unread=math.ceil(max_unread / replicas),

@@ -15,6 +15,7 @@ from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.setup.background import open_stream
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
+from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.parallel.device import device_kind
 from megatron_dypo.refit.refitter import Refitter
@@ -22,6 +23,7 @@ from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from megatron_dypo.types import Tokens
 
 log = logging.getLogger("megatron_dypo")
 
@@ -80,17 +82,22 @@ def _requests(
 ) -> LeaderRequests:
     """Return a client and a rollout stream, to the same servers."""
     config, tokenizer, progress = base.config, opened.tokenizer, base.progress
+
+    def decode(tokens: Tokens) -> str:
+        return tokenizer.decode(tokens.tolist())
+
     make_client = functools.partial(
         SGLangClient,
         urls,
         api_key,
         cfg=config.rollout,
-        decode=lambda tokens: tokenizer.decode(tokens.tolist()),
+        decode=decode,
         stop_token_ids=tokenizer.eos_ids,
         check=pool.check if pool else None,
         router=config.rollout.servers.router,
         vocab_size=base.policy.arch.vocab_size,
     )
+    trace_text = judged_trace_text(base.objective, decode, config.run.seed)
     stream = open_stream(
         make_client(),
         opened.leader.draws,
@@ -98,11 +105,13 @@ def _requests(
         base.objective,
         config,
         current_step=lambda: progress.step,
+        trace_text=trace_text,
     )
     return LeaderRequests(
         client=make_client(),
         stream=stream,
         verifier=opened.verifier,
         fail_truncated=config.grading.fail_truncated,
+        trace_text=trace_text,
         show_progress=base.ranks.is_global_leader,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.row_check.verdicts import Verify, wrong_traces
 from megatron_dypo.data.statistics import TeacherStatistics, teacher_statistics
 from megatron_dypo.data.teacher_table import accuracy_text
+from megatron_dypo.data.teachers import draw_trace
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.pairs import pair_of
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.metrics.findings import Findings
-from megatron_dypo.types import Prompt
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.types import Prompt, Tokens
 
 
 def judge_teachers(
@@ -66,6 +68,23 @@ def judge_by(verifier: Verifier) -> Verify:
         return [None if verdict.error is not None else verdict.is_correct for verdict in verdicts]
 
     return judge
+
+
+def judged_trace_text(
+    objective: Objective, decode: Callable[[Tokens], str], seed: int
+) -> Callable[[Prompt], str | None] | None:
+    """Return a function that gives the text of the trace that is drawn for a visit of a prompt, None without a trace.
+
+    Return None where ``objective`` needs no verdict of a trace.
+    """
+    if not objective.needs_trace_verdict():
+        return None
+
+    def text(prompt: Prompt) -> str | None:
+        drawn = draw_trace(prompt, seed)
+        return None if drawn is None else decode(drawn[1])
+
+    return text
 
 
 def verifier_key(cfg: GradingConfig) -> str:

@@ -151,6 +151,7 @@ PANELS = (
         lines=(
             Line("ledger/trained_rl", "trained on rollouts", _BLUE),
             Line("ledger/trained_sft", "trained on a trace", _PURPLE),
+            Line("ledger/trained_mix", "trained on both", _TEAL),
             Line("ledger/dropped_easy", "Easy", TIER_COLORS["easy"]),
             Line("ledger/dropped_no_teacher", "no teacher", TIER_COLORS["hard"]),
             Line("ledger/dropped_too_long", "too long", _BROWN),

@@ -13,7 +13,7 @@ from megatron_dypo.objective.loss import LossInputs, PolicyTokens, Sums, token_l
 from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.sequences import Across
 from megatron_dypo.objective.streams import STREAMS, Stream
-from megatron_dypo.types import Sample, Tier, TokenWeights, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Sample, TokenWeights, Totals, Treatment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,24 @@ class Objective(ABC):
         """Say whether ``Sample.teacher_logp`` is read of the rollouts of this group."""
         return self.needs_teacher_logp()
 
+    def needs_trace_verdict(self) -> bool:
+        """Say whether the verifier judges the teacher's trace that is drawn beside the rollouts of its group.
+
+        The trace's sample then has ``is_correct`` and ``reward``. A group whose trace gets no verdict is dropped.
+        """
+        return False
+
+    def num_rollouts(self, group_size: int) -> int:
+        """Return the rollouts to sample of a prompt, where ``rollout.group_size`` is ``group_size``."""
+        return group_size
+
     @abstractmethod
-    def treat(self, tier: Tier | None, step: int) -> Treatment:
-        """Say what becomes of a group; ``tier`` is None where there were no rollouts."""
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
+        """Say what becomes of a group; its ``tier`` is None, and it has no verdicts, where there were no rollouts."""
 
     @abstractmethod
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        """Return the weights of one whole group: one trace, or the k rollouts of one prompt."""
+        """Return the weights of one whole group: one trace, the k rollouts of one prompt, or both, the trace last."""
 
     def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:
         """Return what the objective adds to the loss of one microbatch, a scalar, and named sums: scalars, [N] summed.

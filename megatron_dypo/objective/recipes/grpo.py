@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.token_weights import grpo_weights
-from megatron_dypo.types import Sample, Tier, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
 
 
 class Grpo(Objective):
@@ -22,7 +22,7 @@ class Grpo(Objective):
     def needs_reference(self) -> bool:
         return self.cfg.kl_coef > 0
 
-    def treat(self, tier: Tier | None, step: int) -> Treatment:
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
         return Treatment.REINFORCE
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:

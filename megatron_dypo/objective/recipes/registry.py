@@ -13,10 +13,11 @@ from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.dypo import Dypo
 from megatron_dypo.objective.recipes.grpo import Grpo
+from megatron_dypo.objective.recipes.opd import Opd
 from megatron_dypo.objective.recipes.sft import Sft
 from megatron_dypo.objective.recipes.sft_then_rl import SftThenRl
 
-OBJECTIVES: dict[str, type[Objective]] = {"dypo": Dypo, "grpo": Grpo, "sft": Sft, "sft_then_rl": SftThenRl}
+OBJECTIVES: dict[str, type[Objective]] = {"dypo": Dypo, "grpo": Grpo, "opd": Opd, "sft": Sft, "sft_then_rl": SftThenRl}
 
 
 def build_objective(cfg: ObjectiveConfig) -> Objective:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.token_weights import sft_weights
-from megatron_dypo.types import Sample, Tier, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
 
 
 class Sft(Objective):
@@ -18,7 +18,7 @@ class Sft(Objective):
     def needs_rollouts(self, step: int) -> bool:
         return False
 
-    def treat(self, tier: Tier | None, step: int) -> Treatment:
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
         return Treatment.DISTILL
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:

@@ -8,7 +8,7 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.recipes.grpo import Grpo
 from megatron_dypo.objective.recipes.sft import Sft
-from megatron_dypo.types import Sample, Tier, Totals, Treatment
+from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
 
 
 class SftThenRl(Objective):
@@ -32,8 +32,8 @@ class SftThenRl(Objective):
     def needs_reference(self) -> bool:
         return self.grpo.needs_reference()
 
-    def treat(self, tier: Tier | None, step: int) -> Treatment:
-        return self._phase(step).treat(tier, step)
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
+        return self._phase(step).treat(group, step)
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         # By what the group is, not by the phase: traces queued at the end of the first phase stay traces.

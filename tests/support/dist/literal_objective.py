@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from megatron_dypo.types import Treatment
+from megatron_dypo.types import SampleKind, Treatment
 from tests.support.hf_models import import_transformers
 
 
@@ -54,7 +54,7 @@ def literal_loss(model, groups, cfg):
 
 def loss_of_logprobs(logps_by_group, groups, cfg):
     """Eq. 4 and 24: the mean over the prompts of the batch; and the same mean of the objectives that have one term each."""
-    lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.treatment is kind] for kind in Treatment}
+    lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.kind is kind] for kind in SampleKind}
     total = torch.zeros((), dtype=torch.float64)
     for group, logps in zip(groups, logps_by_group, strict=True):
         divisors = [divisor(sample, lengths, cfg) for sample in group]
@@ -76,7 +76,7 @@ def response_logp(model, sample):
 
 
 def divisor(sample, lengths, cfg):
-    of_kind = lengths[sample.treatment]
+    of_kind = lengths[sample.kind]
     return {
         "sum": 1.0,
         "sequence_mean": float(sample.num_response_tokens),

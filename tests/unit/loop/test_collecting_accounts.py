@@ -13,12 +13,12 @@ from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.ending import Cause, RunEnded
-from megatron_dypo.loop.books.admission import is_useful
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.books.outcomes import Outcomes
 from megatron_dypo.loop.collect import Look
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.objective.route import will_learn_from
 from megatron_dypo.types import DropReason, Tier, Verdict
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.support.loop_cases import (
@@ -149,7 +149,7 @@ def test_a_group_is_of_use_where_it_will_wait_in_a_queue(
     tier: Tier | None, traces: tuple[str, ...], expected: bool
 ) -> None:
     objective = build_objective(ObjectiveConfig())
-    assert is_useful(replace(graded(0, [False], traces=traces), tier=tier), objective, 0) is expected
+    assert will_learn_from(replace(graded(0, [False], traces=traces), tier=tier), objective, 0) is expected
 
 
 @pytest.mark.parametrize(("lost", "is_said"), [(1, False), (2, True)])

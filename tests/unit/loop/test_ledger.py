@@ -11,7 +11,9 @@ counts = st.integers(0, 1000)
 ledgers = st.builds(
     Ledger,
     drawn=counts,
-    trained=st.dictionaries(st.sampled_from([Treatment.REINFORCE, Treatment.DISTILL]), counts).map(Counter),
+    trained=st.dictionaries(st.sampled_from([Treatment.REINFORCE, Treatment.DISTILL, Treatment.MIX]), counts).map(
+        Counter
+    ),
     dropped=st.dictionaries(st.sampled_from(DropReason), counts).map(Counter),
 )
 
@@ -46,16 +48,19 @@ def test_the_line_names_what_is_not_zero():
     ledger.drop(DropReason.TOO_LONG)
     line = balance([(ledger, OpenDraws(waiting=3))]).line()
     assert line == "48 prompts drawn: 20 trained (RL 12, SFT 8), 24 Easy, 1 too long, 3 waiting"
+    ledger.train(Treatment.MIX, 2)
+    assert "22 trained (RL 12, SFT 8, both 2)" in balance([(ledger, OpenDraws())]).line()
 
 
 def test_each_account_is_counted_under_its_own_name():
     ledger = Ledger(drawn=100)
     ledger.train(Treatment.REINFORCE, 1)
     ledger.train(Treatment.DISTILL, 2)
+    ledger.train(Treatment.MIX, 13)
     for count, reason in enumerate(DropReason, start=3):
         ledger.drop(reason, count)
     found = balance([(ledger, OpenDraws(waiting=11, in_flight=12))])
-    expected = {"drawn": 100, "trained_rl": 1, "trained_sft": 2, "waiting": 11, "in_flight": 12}
+    expected = {"drawn": 100, "trained_rl": 1, "trained_sft": 2, "trained_mix": 13, "waiting": 11, "in_flight": 12}
     expected |= {f"dropped_{reason.value}": count for count, reason in enumerate(DropReason, start=3)}
     assert found.counts() == expected
     assert found.difference == 2 * 100 - sum(expected.values())

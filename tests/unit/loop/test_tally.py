@@ -13,7 +13,7 @@ from megatron_dypo.loop.books.tally import (
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.types import Totals, Treatment
+from megatron_dypo.types import SampleKind, Totals
 from tests.unit.objective.test_route import graded
 
 
@@ -51,7 +51,7 @@ def test_imbalance_is_the_largest_replica_over_the_mean_one():
         replica = Tally()
         tally_work(replica, flops)
         total.merge(replica)
-    kinds = {Treatment.DISTILL: 1, Treatment.REINFORCE: 2}
+    kinds = {SampleKind.TRACE: 1, SampleKind.ROLLOUT: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
     metrics = update_metrics(total, totals, {}, ())
     assert metrics["train/flops_imbalance"] == pytest.approx(1 / 3)
@@ -63,7 +63,7 @@ def test_every_metric_name_is_in_the_table():
     for key in ("teachers", "teacher/verbose", "sequences", "tokens"):
         tally.add(key)
     tally_work(tally, 1.0)
-    kinds = {Treatment.DISTILL: 1, Treatment.REINFORCE: 2}
+    kinds = {SampleKind.TRACE: 1, SampleKind.ROLLOUT: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
     dypo = build_objective(ObjectiveConfig())
     tally_sums(tally, dict.fromkeys([metric.of for metric in dypo.metrics], 1.0))

@@ -22,7 +22,7 @@ from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
-from megatron_dypo.types import DropReason, GradedGroup, Totals, Treatment, Verdict
+from megatron_dypo.types import DropReason, GradedGroup, SampleKind, Totals, Verdict
 from tests.unit.objective.test_route import graded
 
 
@@ -104,6 +104,7 @@ def test_counts_of_the_data_and_of_the_queues_go_under_their_own_names() -> None
         "queue/stale": "stale",
         "queue/distill": "queue/distill",
         "queue/reinforce": "queue/reinforce",
+        "queue/mix": "queue/mix",
         "data/epoch": "max:epoch",
     }
     tally = Tally({key: float(value) for value, key in enumerate(names.values(), start=3)})
@@ -112,7 +113,7 @@ def test_counts_of_the_data_and_of_the_queues_go_under_their_own_names() -> None
 
 
 def test_without_traces_there_is_no_loss_of_traces_and_without_rollouts_none_of_theirs() -> None:
-    kinds = {Treatment.DISTILL: 1, Treatment.REINFORCE: 2}
+    kinds = {SampleKind.TRACE: 1, SampleKind.ROLLOUT: 2}
     totals = Totals(num_prompts=2, num_sequences=kinds, num_response_tokens=kinds)
 
     def names(tokens: float, rollout_tokens: float) -> set[str]:

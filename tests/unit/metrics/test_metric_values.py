@@ -16,13 +16,13 @@ from megatron_dypo.loop.books.tally import (
 from megatron_dypo.objective.gal import GalStatistics, gal_sums
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.registry import build_objective
-from megatron_dypo.types import Totals, Treatment
+from megatron_dypo.types import SampleKind, Totals
 from tests.support.objective_cases import random_groups
 
 TOTALS = Totals(
     num_prompts=5,
-    num_sequences={Treatment.DISTILL: 2, Treatment.REINFORCE: 11},
-    num_response_tokens={Treatment.DISTILL: 70, Treatment.REINFORCE: 230},
+    num_sequences={SampleKind.TRACE: 2, SampleKind.ROLLOUT: 11},
+    num_response_tokens={SampleKind.TRACE: 70, SampleKind.ROLLOUT: 230},
 )
 DYPO = build_objective(ObjectiveConfig())
 SUMS = {name: 1.0 + 0.1 * i for i, name in enumerate(sum_names(DYPO.loss, DYPO.streams))} | {

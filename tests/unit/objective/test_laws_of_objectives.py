@@ -14,8 +14,8 @@ from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
 from megatron_dypo.objective.token_weights import group_log_ratios
 from megatron_dypo.objective.totals import add_counts, count_groups
-from megatron_dypo.types import Tier, Treatment, Verdict
-from tests.support.objective_cases import random_groups, totals_of
+from megatron_dypo.types import SampleKind, Tier, Treatment, Verdict
+from tests.support.objective_cases import GROUP_OF, random_groups, totals_of
 from tests.unit.objective.test_route import graded
 
 
@@ -102,11 +102,11 @@ def test_traces_left_over_from_the_first_phase_stay_traces():
 def test_each_phase_asks_for_what_it_learns_from():
     objective = built("sft_then_rl")
     assert [objective.needs_rollouts(step) for step in range(4)] == [False, False, True, True]
-    assert {objective.treat(tier, 1) for tier in (*Tier, None)} == {Treatment.DISTILL}
-    assert {objective.treat(tier, 2) for tier in Tier} == {Treatment.REINFORCE}
+    assert {objective.treat(GROUP_OF[tier], 1) for tier in (*Tier, None)} == {Treatment.DISTILL}
+    assert {objective.treat(GROUP_OF[tier], 2) for tier in Tier} == {Treatment.REINFORCE}
     assert [built(name).needs_rollouts(0) for name in ("dypo", "grpo", "sft")] == [True, True, False]
-    assert {built("grpo").treat(tier, 0) for tier in Tier} == {Treatment.REINFORCE}
-    assert {built("sft").treat(tier, 9) for tier in (*Tier, None)} == {Treatment.DISTILL}
+    assert {built("grpo").treat(GROUP_OF[tier], 0) for tier in Tier} == {Treatment.REINFORCE}
+    assert {built("sft").treat(GROUP_OF[tier], 9) for tier in (*Tier, None)} == {Treatment.DISTILL}
 
 
 def shaped(order, flags, rewards):
@@ -149,9 +149,9 @@ def test_the_lists_of_a_routed_round_are_parallel_to_its_groups():
 def test_prompts_sequences_and_tokens_are_three_counts():
     groups = random_groups(7, num_hard=3, num_mid=2, group_size=4)
     counts = count_groups(groups)
-    assert [counts[k].prompts for k in ("distill", "reinforce")] == [3, 2]
-    assert [counts[k].sequences for k in ("distill", "reinforce")] == [3, 8]
-    assert counts["reinforce"].response_tokens == sum(s.num_response_tokens for g in groups[3:] for s in g)
+    assert counts.prompts == 5
+    assert counts.sequences == {SampleKind.TRACE: 3, SampleKind.ROLLOUT: 8}
+    assert counts.response_tokens[SampleKind.ROLLOUT] == sum(s.num_response_tokens for g in groups[3:] for s in g)
     parts = [groups[:1], groups[1:4], groups[4:], []]
     assert add_counts(count_groups(part) for part in parts) == totals_of(groups)
     assert add_counts([count_groups([])]).num_prompts == 0

@@ -8,7 +8,7 @@ import pytest
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import OBJECTIVES, build_objective
 from megatron_dypo.types import Tier, Treatment
-from tests.support.objective_cases import random_groups, totals_of
+from tests.support.objective_cases import GROUP_OF, random_groups, totals_of
 
 MODES = ("sum", "sequence_mean", "token_mean", "constant")
 
@@ -24,7 +24,7 @@ def weigh_all(name, groups, **options):
 
 def test_dypo_drops_easy_distills_hard_and_reinforces_mid():
     treat = objective().treat
-    assert [treat(t, 0) for t in (Tier.EASY, Tier.MID, Tier.HARD)] == [
+    assert [treat(GROUP_OF[t], 0) for t in (Tier.EASY, Tier.MID, Tier.HARD)] == [
         Treatment.DROP,
         Treatment.REINFORCE,
         Treatment.DISTILL,
@@ -33,16 +33,16 @@ def test_dypo_drops_easy_distills_hard_and_reinforces_mid():
 
 def test_before_the_switch_every_prompt_goes_to_rl():
     dypo = objective(rl_only_steps=5)
-    assert {dypo.treat(tier, 4) for tier in Tier} == {Treatment.REINFORCE}
-    assert dypo.treat(Tier.EASY, 5) is Treatment.DROP
+    assert {dypo.treat(GROUP_OF[tier], 4) for tier in Tier} == {Treatment.REINFORCE}
+    assert dypo.treat(GROUP_OF[Tier.EASY], 5) is Treatment.DROP
 
 
 def test_sft_asks_no_server_and_sft_then_rl_changes_at_its_step():
     assert not objective("sft").needs_rollouts(0)
     both = objective("sft_then_rl")
     assert [both.needs_rollouts(step) for step in (0, 2, 3)] == [False, False, True]
-    assert both.treat(None, 2) is Treatment.DISTILL
-    assert both.treat(Tier.HARD, 3) is Treatment.REINFORCE
+    assert both.treat(GROUP_OF[None], 2) is Treatment.DISTILL
+    assert both.treat(GROUP_OF[Tier.HARD], 3) is Treatment.REINFORCE
 
 
 @pytest.mark.parametrize("mode", MODES)

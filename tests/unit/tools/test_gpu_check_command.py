@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from megatron_dypo.types import Treatment
+from megatron_dypo.types import SampleKind
 from tests.unit.tools.test_converter_commands import run_tool
 from tools.gpu_parts.check import PartError, compare, compare_tensors, find_rates, precisions, run_check
 from tools.gpu_parts.logprob_speed import ProjectionSizes
@@ -124,10 +124,10 @@ def test_the_batch_has_mid_groups_with_both_verdicts_and_traces():
     sizes = CheckSizes(hidden=64, head_dim=32, vocab=100, tokens=1024, length=32)
     samples = make_samples(sizes)
     totals = count(samples)
-    assert totals.num_sequences == {Treatment.DISTILL: 3, Treatment.REINFORCE: 24}
+    assert totals.num_sequences == {SampleKind.TRACE: 3, SampleKind.ROLLOUT: 24}
     assert totals.num_prompts == 6
     assert sizes.tokens - 9 * sizes.length < sum(len(s.tokens) for s in samples) <= sizes.tokens
-    assert {s.is_correct for s in samples if s.treatment is Treatment.REINFORCE} == {True, False}
+    assert {s.is_correct for s in samples if s.kind is SampleKind.ROLLOUT} == {True, False}
 
 
 def test_sizes_that_hold_no_group_are_refused():

@@ -1,0 +1,121 @@
+"""A nested mapping read into a dataclass, with one message for each problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+_SHOWN = 200
+
+
+def read_typed(
+    kind: type[T], tree: Mapping[str, Any], gone: Mapping[str, str] | None = None
+) -> tuple[T | None, list[str]]:
+    """Return ``tree`` as a ``kind``, and no problems; or None and the problems, each of which begins with its key.
+
+    Args:
+        gone: dotted keys that no longer exist, each with a hint.
+    """
+    problems = _unknown_keys(tree, kind, (), gone or {})
+    if problems:
+        return None, problems
+    try:
+        read = _adapter(kind).validate_python(dict(tree))
+    except ValidationError as error:
+        return None, list(_explain(error, kind))
+    problems = list(_booleans_for_numbers(tree, read, ""))
+    return (None if problems else read), problems
+
+
+def shortened(text: str) -> str:
+    """Return ``text``, cut where it is long."""
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def nearest(name: str, known: Iterable[str], *, before: str = "", otherwise: str) -> str:
+    """Return a question for the known name that is nearest, after ``before``; else ``otherwise`` and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {before}{near[0]}?" if near else f"{otherwise}: {', '.join(known)}"
+
+
+@functools.cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    """Build pydantic's validator, which takes a tenth of a second for the whole config."""
+    return TypeAdapter(kind)
+
+
+def _section_of(hint: Any) -> type | None:
+    """Return the dataclass that a mapping under ``hint`` is read into; None without one."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
+def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...], gone: Mapping[str, str]) -> list[str]:
+    """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
+    hints, problems = get_type_hints(section), []
+    for key, value in tree.items():
+        dotted = ".".join((*path, str(key)))
+        if dotted in gone:
+            problems.append(f"{dotted}: unknown key; {gone[dotted]}")
+        elif key not in hints:
+            before = "".join(f"{part}." for part in path)
+            problems.append(f"{dotted}: unknown key; {nearest(str(key), hints, before=before, otherwise='known keys')}")
+        elif (inner := _section_of(hints[key])) is not None and isinstance(value, Mapping):
+            problems += _unknown_keys(value, inner, (*path, key), gone)
+        elif dataclasses.is_dataclass(hints[key]):
+            problems.append(f"{dotted}={value!r}: must be a mapping")
+    return problems
+
+
+def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:
+    """Yield a message for each ``true`` or ``false`` that pydantic read as the number 1 or 0."""
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        yield f"{path}={str(given).lower()}: must be a number"
+    elif isinstance(given, Mapping):
+        for key, value in given.items():
+            inner = getattr(read, key) if dataclasses.is_dataclass(read) else read[key]
+            yield from _booleans_for_numbers(value, inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for value, inner in zip(given, read, strict=True):
+            yield from _booleans_for_numbers(value, inner, path)
+
+
+def _explain(error: ValidationError, kind: type) -> Iterable[str]:
+    for item in error.errors():
+        where = ".".join(_place(item["loc"], kind))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "value_error":  # a rule of ours, whose message names field and value
+            yield f"{where}.{message}" if where else message
+        elif item["type"] == "missing":
+            yield f"{where}: is required"
+        else:
+            yield f"{where}={shortened(repr(item['input']))}: {message}"
+
+
+def _place(loc: Sequence[str | int], kind: type) -> Iterable[str]:
+    """Yield the parts of a dotted key, without the names of union types that pydantic adds to them."""
+    hint: Any = kind
+    for part in loc:
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint)[str(part)]
+        elif get_origin(hint) in (Union, types.UnionType):
+            several = [one for one in get_args(hint) if one is not type(None)]
+            hint = (
+                several[0]
+                if len(several) == 1
+                else _section_of(hint)
+                if part == getattr(_section_of(hint), "__name__", "")
+                else None
+            )
+            if len(several) > 1:
+                continue
+        yield str(part)
