@@ -28,11 +28,11 @@ class Dypo(Objective):
     A Hard prompt without a trace is dropped, or its rollouts get what ``opd`` gives them, times γ.
     """
 
-    streams = (*STREAMS, *OPD_STREAMS)
     metrics = (*LOSS_METRICS, *GAL_METRICS, *OPD_METRICS)
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         if cfg.hard_without_trace == "opd":
+            self.streams = (*STREAMS, *OPD_STREAMS)
             require(
                 cfg.rl_only_steps == 0,
                 f"objective.rl_only_steps={cfg.rl_only_steps}",
@@ -77,4 +77,4 @@ class Dypo(Objective):
         return WeightedGroup(weights=[add_weights(a, b) for a, b in zip(grpo, gal, strict=True)], sums=sums)
 
     def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:
-        return opd_term(policy, x, self.cfg)
+        return opd_term(policy, x, self.cfg) if self.needs_teacher_logp() else super().loss_term(policy, x)
