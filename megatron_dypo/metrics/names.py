@@ -88,6 +88,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("ledger/dropped_incomplete", "prompts", "draws whose group stayed incomplete"),
     Metric("ledger/dropped_refused", "prompts", "draws that a server refused for good"),
     Metric("ledger/dropped_no_verdict", "prompts", "draws with a rollout that the verifier failed on"),
+    Metric("ledger/dropped_no_teacher_logp", "prompts", "draws with a rollout that the teacher gave no log-probs of"),
     Metric("ledger/dropped_stale", "prompts", "draws that waited for longer than batching.max_staleness"),
     Metric("ledger/waiting", "prompts", "draws that wait for an update, or for their last one"),
     Metric("ledger/in_flight", "prompts", "draws that are being sampled or graded, or will be first after a resume"),
