@@ -27,7 +27,7 @@ class Opd(Objective):
     def __init__(self, cfg: ObjectiveConfig) -> None:
         if cfg.ratio == "sequence":
             raise ValueError(
-                "objective.ratio=sequence: opd has an advantage for each token, which the ratio of a sequence cannot weigh"
+                "objective.ratio=sequence: opd has an advantage for each token, and the ratio of a sequence takes one for all"
             )
         super().__init__(cfg)
 
