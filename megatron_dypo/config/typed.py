@@ -16,7 +16,9 @@ T = TypeVar("T")
 _SHOWN = 200
 
 
-def read_typed(kind: type[T], tree: Mapping[str, Any], gone: Mapping[str, str] | None = None) -> tuple[T | None, list[str]]:
+def read_typed(
+    kind: type[T], tree: Mapping[str, Any], gone: Mapping[str, str] | None = None
+) -> tuple[T | None, list[str]]:
     """Return ``tree`` as a ``kind``, and no problems; or None and the problems, each of which begins with its key.
 
     Args:
@@ -57,9 +59,7 @@ def _section_of(hint: Any) -> type | None:
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
-def _unknown_keys(
-    tree: Mapping[str, Any], section: type, path: tuple[str, ...], gone: Mapping[str, str]
-) -> list[str]:
+def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...], gone: Mapping[str, str]) -> list[str]:
     """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
     hints, problems = get_type_hints(section), []
     for key, value in tree.items():
@@ -109,7 +109,13 @@ def _place(loc: Sequence[str | int], kind: type) -> Iterable[str]:
             hint = get_type_hints(hint)[str(part)]
         elif get_origin(hint) in (Union, types.UnionType):
             several = [one for one in get_args(hint) if one is not type(None)]
-            hint = several[0] if len(several) == 1 else _section_of(hint) if part == getattr(_section_of(hint), "__name__", "") else None
+            hint = (
+                several[0]
+                if len(several) == 1
+                else _section_of(hint)
+                if part == getattr(_section_of(hint), "__name__", "")
+                else None
+            )
             if len(several) > 1:
                 continue
         yield str(part)

@@ -114,7 +114,9 @@ def token_loss(
     clip_N, is_clipped_N = clipped_surrogate(log_rho_N, x["advantage"], cfg)
     delta_N = torch.where((x["kl_weight"] != 0) & kept_N, x["ref_logp"] - current_N, 0.0)
     is_stopped_N = _left_trust_region(moved_N, drift_N, x, cfg)
-    nll_weight_N = torch.where(kept_N & ~is_stopped_N, x["nll_weight"] * _shape(current_N, entropy_N, kept_N, x, sequences), 0.0)
+    nll_weight_N = torch.where(
+        kept_N & ~is_stopped_N, x["nll_weight"] * _shape(current_N, entropy_N, kept_N, x, sequences), 0.0
+    )
 
     pg_N = torch.where(kept_N, x["pg_weight"] * correction.weight, 0.0) * clip_N
     kl_N, nll_N = x["kl_weight"] * bounded_k3(delta_N), -nll_weight_N * current_N
@@ -198,7 +200,9 @@ def _kept_logp(logp_N: Tensor, x: LossInputs, correction: Importance) -> Tensor:
 
 def _shape(current_N: Tensor, entropy_N: Tensor, kept_N: Tensor, x: LossInputs, sequences: Sequences) -> Tensor:
     """[N] the factor of each token's nll weight."""
-    entropy_N = sequences.mean(_shown(entropy_N, kept_N))  # whatever the shapes are: with context parallelism all ranks add up here
+    entropy_N = sequences.mean(
+        _shown(entropy_N, kept_N)
+    )  # whatever the shapes are: with context parallelism all ranks add up here
     inputs = ShapeInputs(p=current_N.detach().exp(), entropy=entropy_N, constant=x["shape_constant"])
     return shape_factor(x["nll_shape"], inputs)
 

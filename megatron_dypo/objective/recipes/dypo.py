@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_dypo.config.schedule import bounds, weight_at
 from megatron_dypo.objective.gal import GAL_METRICS
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
@@ -26,21 +27,21 @@ class Dypo(Objective):
         return True
 
     def needs_reference(self) -> bool:
-        return self.cfg.alpha < 1 or self.cfg.kl_coef > 0
+        return bounds(self.cfg.alpha)[0] < 1 or bounds(self.cfg.kl_coef)[1] > 0
 
     def needs_current_logprobs(self) -> bool:
-        return self.cfg.alpha < 1 and self.cfg.gal_coefficients == "exact"
+        return bounds(self.cfg.alpha)[0] < 1 and self.cfg.gal_coefficients == "exact"
 
     def treat(self, group: GradedGroup, step: int) -> Treatment:
         assert group.tier is not None, "dypo grades every group"
         return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[group.tier]
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        cfg = self.cfg
+        cfg, alpha = self.cfg, weight_at(self.cfg.alpha, step)
         if group[0].treatment is Treatment.DISTILL:
-            return WeightedGroup(weights=[sft_weights(group[0], totals, cfg, scale=cfg.gamma)])
-        grpo = grpo_weights(group, totals, cfg, scale=cfg.alpha)
-        if cfg.alpha == 1:
+            return WeightedGroup(weights=[sft_weights(group[0], totals, cfg, scale=weight_at(cfg.gamma, step))])
+        grpo = grpo_weights(group, totals, cfg, scale=alpha, step=step)
+        if alpha == 1:
             return WeightedGroup(weights=grpo)
-        gal, sums = gal_weights(group, totals, cfg, scale=1 - cfg.alpha)
+        gal, sums = gal_weights(group, totals, cfg, scale=1 - alpha)
         return WeightedGroup(weights=[add_weights(a, b) for a, b in zip(grpo, gal, strict=True)], sums=sums)
