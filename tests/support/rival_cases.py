@@ -32,10 +32,10 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One prompt: k responses of the policy, and a teacher's."""
+    """One prompt: k responses of the policy, and a teacher's, or none of one."""
 
     rollouts: tuple[Response, ...]
-    trace: Response
+    trace: Response | None
 
 
 def ragged_cases(seed=0, k=4, longest=9):
@@ -58,10 +58,10 @@ def config_of(**objective):
     return parse_config(tree, where="test").objective
 
 
-def routed(cases, objective, k):
+def routed(cases, objective, k, step):
     """The samples of each prompt, by the objective's own gate, with log π_old; a list for each prompt."""
     groups = [_graded(order, case, objective.num_rollouts(k)) for order, case in enumerate(cases)]
-    samples = route(groups, objective, step=0, version=0, seed=0).samples
+    samples = route(groups, objective, step=step, version=0, seed=0).samples
     for group in samples:
         for sample in group:
             if sample.kind is SampleKind.ROLLOUT:
@@ -75,7 +75,7 @@ def gradients(cases, cfg, *, step=0, k=4, microbatches=1, replicas=1):
     Groups are counted on ``replicas`` replicas, packed into ``microbatches``, and the losses are added up.
     """
     objective = build_objective(cfg)
-    groups = [group for group in routed(cases, objective, k) if group]
+    groups = [group for group in routed(cases, objective, k, step) if group]
     totals = add_counts(count_groups(groups[i::replicas]) for i in range(replicas))
     samples = []
     for group in groups:
@@ -120,7 +120,7 @@ def _graded(order, case, count):
         text="q",
         answer="1",
         source="s",
-        traces={"teacher": np.arange(len(case.trace.logp), dtype=np.int32)},
+        traces={"teacher": np.arange(len(case.trace.logp), dtype=np.int32)} if case.trace else {},
     )
     rollouts = tuple(
         Rollout(
@@ -138,7 +138,7 @@ def _graded(order, case, count):
         rollouts=rollouts,
         verdicts=verdicts,
         tier=grade_tier([v.is_correct for v in verdicts]),
-        trace_verdict=_verdict(case.trace),
+        trace_verdict=_verdict(case.trace) if case.trace else None,
     )
 
 

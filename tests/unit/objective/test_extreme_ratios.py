@@ -142,7 +142,11 @@ def compare(name, case, dtype, rtol):
     assert ((grad.double() - torch.tensor(expected.gradient, dtype=torch.float64)).abs() <= rtol * size).all()
     for key in sums:
         wanted = expected.sums.get(key, 0.0)
-        scale = expected.size if key in ("objective", "pg", "kl", "sft", "rollout_nll", "entropy_bonus") else sum(map(abs, logp)) + 700 * len(logp)
+        scale = (
+            expected.size
+            if key in ("objective", "pg", "kl", "sft", "rollout_nll", "entropy_bonus")
+            else sum(map(abs, logp)) + 700 * len(logp)
+        )
         assert abs(sums[key] - wanted) <= rtol * (scale + 1), key
 
 

@@ -1,5 +1,6 @@
 """Each preset's gradient on every token is that of the published equation, by autograd in float64."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 from megatron_dypo.config.presets import PRESETS
-from megatron_dypo.objective.recipes.registry import OBJECTIVES
+from megatron_dypo.objective.recipes.registry import OBJECTIVES, build_objective
 from tests.support.rival_cases import config_of, gradients, ragged_cases
-from tests.support.rival_equations import EQUATIONS, chord
+from tests.support.rival_equations import EQUATIONS, chord, token_mean_grpo, token_mean_nll
 
 OWN = {"sft_then_rl_luffy_paper": {"sft_steps": 3}}
 """What a preset leaves to the run."""
@@ -17,10 +18,13 @@ OWN = {"sft_then_rl_luffy_paper": {"sft_steps": 3}}
 
 def literal(cases, equation):
     """The gradients of ``equation`` by log π and by entropy, keyed as :func:`gradients` keys them."""
-    prompts = [SimpleNamespace(rollouts=[leaf(r) for r in case.rollouts], trace=leaf(case.trace)) for case in cases]
+    prompts = [
+        SimpleNamespace(rollouts=[leaf(r) for r in case.rollouts], trace=case.trace and leaf(case.trace))
+        for case in cases
+    ]
     equation(prompts).backward()
     leaves = {(i, j): y for i, p in enumerate(prompts) for j, y in enumerate(p.rollouts)}
-    leaves |= {(i, "trace"): p.trace for i, p in enumerate(prompts)}
+    leaves |= {(i, "trace"): p.trace for i, p in enumerate(prompts) if p.trace is not None}
     return tuple({key: grad_of(getattr(y, name)) for key, y in leaves.items()} for name in ("logp", "entropy"))
 
 
@@ -75,8 +79,46 @@ def test_the_weight_of_chord_follows_its_schedule(step, mu):
     compare(mine, literal(cases, chord(mu, False))[0])
 
 
-def test_a_prompt_without_a_trace_gives_its_rollouts_to_the_objectives_of_both():
+def test_a_prompt_without_a_trace_gives_its_rollouts_to_chord():
     cases = ragged_cases(4)
-    for name in ("fixed_chord_paper", "luffy_paper", "srft_paper", "chord_phi_paper"):
-        both, _ = gradients(cases, config_of(preset=name))
-        assert {(i, "trace") for i in range(3)} <= both.keys()
+    cases[1] = replace(cases[1], trace=None)
+    mine, _ = gradients(cases, config_of(preset="chord_phi_paper"))
+    assert (1, "trace") not in mine
+
+    def equation(prompts):
+        traces = [p.trace for p in prompts if p.trace is not None]
+        supervised = token_mean_nll(traces, lambda y: y.logp.detach().exp() * (1 - y.logp.detach().exp()))
+        return 0.9 * token_mean_grpo(prompts) + 0.1 * supervised
+
+    compare(mine, literal(cases, equation)[0])
+
+
+def test_a_prompt_without_a_trace_gives_luffy_a_group_of_its_rollouts():
+    cases = ragged_cases(5)
+    cases[1] = replace(cases[1], trace=None)
+    mine, _ = gradients(cases, config_of(preset="luffy_paper"))
+    alone, _ = gradients([cases[1]], config_of(preset="dr_grpo_luffy_paper", clip_low=None, clip_high=None), k=3)
+    for member in range(3):
+        np.testing.assert_allclose(3 * mine[1, member], alone[0, member], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["luffy_paper", "srft_hpt_code", "rl_with_sft_loss_luffy_code"])
+def test_a_trace_that_takes_a_place_leaves_two_rollouts_at_least(name):
+    objective = build_objective(config_of(preset=name))
+    assert objective.num_rollouts(8) == 7
+    with pytest.raises(ValueError, match=r"rollout\.group_size=2: must be at least 3"):
+        objective.num_rollouts(2)
+
+
+def test_a_wrong_option_is_named_with_the_nearest_and_a_wrong_value_with_its_rule():
+    for options, message in (
+        ({"gama": 0.1}, r"objective\.options\.gama: unknown key; did you mean"),
+        ({"shape_gamma": 0}, r"objective\.options\.shape_gamma=0.*must be positive"),
+        ({"shape_gamma": "x"}, r"objective\.options\.shape_gamma='x': "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_objective(config_of(name="luffy", options=options))
+    with pytest.raises(ValueError, match=r"objective\.options\.mu\.shap: unknown key; did you mean mu\.shape"):
+        build_objective(config_of(name="chord", options={"mu": {"start": 1, "end": 0, "steps": 5, "shap": "linear"}}))
+    with pytest.raises(ValueError, match="grpo has none"):
+        build_objective(config_of(name="grpo", options={"gamma": 1}))
