@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import math
 import re
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from megatron_dypo.config.presets import with_preset
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.typed import read_typed, shortened
 from megatron_dypo.config.yaml_text import read_yaml
 
 _GONE = {
@@ -65,15 +63,8 @@ def parse_config(tree: Mapping[str, Any], *, where: str, overrides: Sequence[str
         where: names the mapping in errors.
         overrides: ``section.key=value`` of those that are in the mapping already: errors of their keys name them.
     """
-    problems = _unknown_keys(tree, Config, ())
-    if not problems:
-        try:
-            config = _adapter().validate_python(dict(tree))
-        except ValidationError as error:
-            problems = list(_explain(error))
-        else:
-            problems = list(_booleans_for_numbers(tree, config, ""))
-    if problems:
+    config, problems = read_typed(Config, with_preset(tree), _GONE)
+    if config is None:
         raise ValueError("\n".join(f"{_origin(problem, overrides) or where}: {problem}" for problem in problems))
     return config
 
@@ -83,27 +74,8 @@ def _origin(problem: str, overrides: Sequence[str]) -> str | None:
     for override in reversed(overrides):
         key = override.partition("=")[0]
         if problem.startswith(key) and not re.match(r"\w", problem[len(key) :]):
-            return f"override {_shortened(override)!r}"
+            return f"override {shortened(override)!r}"
     return None
-
-
-def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:
-    """Yield a message for each ``true`` or ``false`` that pydantic read as the number 1 or 0."""
-    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
-        yield f"{path}={str(given).lower()}: must be a number"
-    elif isinstance(given, Mapping):
-        for key, value in given.items():
-            inner = getattr(read, key) if dataclasses.is_dataclass(read) else read[key]
-            yield from _booleans_for_numbers(value, inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(given, list) and isinstance(read, list | tuple):
-        for value, inner in zip(given, read, strict=True):
-            yield from _booleans_for_numbers(value, inner, path)
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[Config]:
-    """Build pydantic's validator of the tree, which takes a tenth of a second."""
-    return TypeAdapter(Config)
 
 
 def dump_config(config: Config) -> str:
@@ -152,66 +124,17 @@ def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"override {_shortened(override)!r}: must have the form section.key=value")
-    value = read_yaml(text, f"override {_shortened(override)!r}")
+        raise ValueError(f"override {shortened(override)!r}: must have the form section.key=value")
+    value = read_yaml(text, f"override {shortened(override)!r}")
     *sections, name = key.split(".")
     if not all((*sections, name)):
-        raise ValueError(f"override {_shortened(override)!r}: a part of the key is empty")
+        raise ValueError(f"override {shortened(override)!r}: a part of the key is empty")
     node = tree
     for depth, section in enumerate(sections):
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is not a section")
     node[name] = value
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...]) -> list[str]:
-    """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
-    hints, problems = get_type_hints(section), []
-    for key, value in tree.items():
-        dotted = ".".join((*path, str(key)))
-        if dotted in _GONE:
-            problems.append(f"{dotted}: unknown key; {_GONE[dotted]}")
-        elif key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known keys: {', '.join(hints)}"
-            problems.append(f"{dotted}: unknown key; {hint}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, Mapping):
-                problems += _unknown_keys(value, hints[key], (*path, key))
-            else:
-                problems.append(f"{dotted}={value!r}: must be a mapping")
-    return problems
-
-
-def _explain(error: ValidationError) -> Iterable[str]:
-    for item in error.errors():
-        where = ".".join(_place(item["loc"]))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "value_error":  # a rule of ours, whose message names field and value
-            yield f"{where}.{message}" if where else message
-        elif item["type"] == "missing":
-            yield f"{where}: is required"
-        else:
-            yield f"{where}={_shortened(repr(item['input']))}: {message}"
-
-
-def _place(loc: Sequence[str | int]) -> Iterable[str]:
-    """Yield the parts of a dotted key, without the names of union types that pydantic adds to them."""
-    hint: Any = Config
-    for part in loc:
-        if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint)[str(part)]
-        elif get_origin(hint) in (Union, types.UnionType):
-            several = [kind for kind in get_args(hint) if kind is not type(None)]
-            hint = several[0] if len(several) == 1 else None
-            if hint is None:
-                continue
-        yield str(part)
 
 
 def _plain(value: Any) -> Any:

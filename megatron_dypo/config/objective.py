@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
-from megatron_dypo.config.opd import OpdConfig
+from megatron_dypo.config.distillation.opd import OpdConfig
+from megatron_dypo.config.presets import PRESETS
+from megatron_dypo.config.schedule import Schedule, Weight, require_weight
+from megatron_dypo.config.typed import nearest
 
 LOG_RATIO_LIMIT = 20.0
 """Ratios of probabilities above e^20 (4.9e8) enter the loss by the tangent of e^x there: an fp32 sum of squares of such
@@ -113,9 +116,9 @@ class LossConfig(Protocol):
     @property
     def ratio(self) -> Literal["token", "sequence"]: ...
     @property
-    def clip_low(self) -> float: ...
+    def clip_low(self) -> float | None: ...
     @property
-    def clip_high(self) -> float: ...
+    def clip_high(self) -> float | None: ...
     @property
     def dual_clip(self) -> float | None: ...
     @property
@@ -126,15 +129,24 @@ class LossConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The objective; defaults are the paper's."""
+    """The objective; defaults are the paper's.
 
+    A weight is a number, or a mapping that says how it changes with the optimizer step: ``start``, ``end``, ``steps``
+    from the one to the other, ``shape`` (``cosine``, ``linear``, or ``constant``, which jumps at the end) and
+    ``warmup``, the steps before in which it rises from 0.
+    """
+
+    preset: str | None = None
+    """A row of docs/rivals.md, the published settings of a method: it gives every key of this section that the config
+    does not. ``name`` is one of them."""
     name: str = "dypo"
-    """``dypo``, ``grpo``, ``opd``, ``sft`` or ``sft_then_rl``; or ``my_package.module:MyObjective``, a class of yours (see
-    docs/adding_an_objective.md). Such a name runs the code of that module in every training process."""
-    alpha: float = 0.5
-    """α: weight of GRPO against GAL on Mid prompts (eq. 4)."""
-    gamma: float = 1.0
-    """γ: scale of the distillation loss on Hard prompts (eq. 4)."""
+    """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a rival of docs/rivals.md; or ``my_package.module:MyObjective``, a
+    class of yours (see docs/adding_an_objective.md). Such a name runs the code of that module in every training
+    process."""
+    alpha: Weight = 0.5
+    """α: weight of GRPO against GAL on Mid prompts (eq. 4); a weight."""
+    gamma: Weight = 1.0
+    """γ: scale of the loss on teachers' traces (eq. 4); a weight."""
     beta_gal: float = 1.0
     """β: inverse temperature of GAL (eq. 14)."""
     gal_coefficients: Literal["exact", "stale"] = "exact"
@@ -145,18 +157,26 @@ class ObjectiveConfig:
     token (``token``), or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
     ratio: Literal["token", "sequence"] = "token"
     """ρ of GRPO: that of each token, or GSPO's, the geometric mean over the trajectory, which needs a far smaller ε."""
-    length_normalization: Literal["sum", "sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL."""
+    length_normalization: Literal["sum", "sequence_mean", "token_mean", "group_mean", "constant"] = "sequence_mean"
+    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL: 1, its length, the mean length over the update,
+    the mean length over its group, or a constant. The means are over sequences of its kind, rollouts or traces, in
+    ``token_mean``, and over all members in ``group_mean``."""
+    trace_normalization: Literal["same", "sequence_mean", "token_mean"] = "same"
+    """What divides the loss on teachers' traces instead. ``token_mean`` is one mean over the tokens of all traces of the
+    update, however few prompts have one: it does not divide by the prompts."""
     constant_length: int = 8192
     """The divisor of ``constant``."""
-    clip_low: float = 0.2
-    """ε_low: the ratio is clipped below 1 − ε_low."""
-    clip_high: float = 0.2
-    """ε_high: the ratio is clipped above 1 + ε_high."""
+    clip_low: float | None = 0.2
+    """ε_low: the ratio is clipped below 1 − ε_low; null: it is not."""
+    clip_high: float | None = 0.2
+    """ε_high: the ratio is clipped above 1 + ε_high; null: it is not."""
     dual_clip: float | None = None
     """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
-    kl_coef: float = 0.0
-    """β_KL of the k3 penalty against π_ref."""
+    kl_coef: Weight = 0.0
+    """β_KL of the k3 penalty against π_ref; a weight."""
+    entropy_coef: Weight = 0.0
+    """Weight of the mean entropy of π_θ over all response tokens of the update, traces included, which the loss
+    subtracts; a weight."""
     normalize_std: bool = True
     """Divide the advantage by the group's standard deviation."""
     advantage_epsilon: float = 1e-6
@@ -168,21 +188,34 @@ class ObjectiveConfig:
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
-    options: Mapping[str, float | int | bool | str] = field(default_factory=dict)
-    """Options of an objective of yours, which reads them as ``cfg.options``; the built-in ones have none."""
+    options: Mapping[str, float | int | bool | str | Schedule] = field(default_factory=dict)
+    """Options of the objective alone: those of a rival are in docs/rivals.md, and one of yours reads them as
+    ``cfg.options``."""
     opd: OpdConfig = field(default_factory=OpdConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "must be in [0, 1]")
-        require_not_negative(self, "gamma", "kl_coef", "rl_only_steps", "sft_steps", "clip_low", "clip_high")
+        self._require_preset()
+        require_weight(self, "alpha", high=1.0)
+        require_weight(self, "gamma", "kl_coef", "entropy_coef")
+        require_not_negative(self, "rl_only_steps", "sft_steps")
         require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
-        require(self.clip_low < 1, f"clip_low={self.clip_low}", "must be below 1")
-        require(
-            self.clip_high <= _LARGEST_BOUND, f"clip_high={self.clip_high}", f"must be at most {_LARGEST_BOUND:.0e}"
-        )
+        self._require_bounds()
+
+    def _require_preset(self) -> None:
+        hint = nearest(self.preset or "", PRESETS, otherwise="presets")
+        require(self.preset is None or self.preset in PRESETS, f"preset={self.preset}", f"no such preset; {hint}")
+
+    def _require_bounds(self) -> None:
+        """Require what bounds the ratio to be a bound."""
+        low, high = self.clip_low, self.clip_high
+        require(low is None or 0 <= low < 1, f"clip_low={low}", "must be null, or in [0, 1)")
+        rule = f"must be null, or in [0, {_LARGEST_BOUND:.0e}]"
+        require(high is None or 0 <= high <= _LARGEST_BOUND, f"clip_high={high}", rule)
+        bounded = low is not None and high is not None
+        require(bounded or self.gal_clip == "none", f"gal_clip={self.gal_clip}", "needs clip_low and clip_high")
         if self.dual_clip is not None:
             rule = f"must be above 1 and at most {_LARGEST_BOUND:.0e}"
             require(1 < self.dual_clip <= _LARGEST_BOUND, f"dual_clip={self.dual_clip}", rule)

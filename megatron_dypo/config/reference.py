@@ -171,7 +171,7 @@ def _in_words(hint: Any) -> str:
         return f"[{', '.join(map(_in_words, parts))}]"
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return "mapping"
-    return _KINDS[hint]
+    return "mapping" if dataclasses.is_dataclass(hint) else _KINDS[hint]
 
 
 def _markdown(text: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
+
+from pydantic import ConfigDict
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
 
@@ -12,6 +14,8 @@ from megatron_dypo.checks import require, require_not_negative, require_positive
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """A weight by the optimizer step, from 0: up to ``start``, from there to ``end``, and constant after that."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     start: float
     """The weight after the warm-up."""

@@ -14,6 +14,7 @@ from typing import Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive, require_sound_values
 from megatron_dypo.config.data import DataConfig, Format
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.objective import (
@@ -22,7 +23,6 @@ from megatron_dypo.config.objective import (
 )
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
 from megatron_dypo.parallel.mesh import Mesh
 
 _MAX_SET_NAME = 80

@@ -56,7 +56,7 @@ def token_weights(
     """Return the samples of a minibatch, each with its token weights by the objective."""
     weighted = []
     for group in groups:
-        result = objective.token_weights(group, totals, step)
+        result = objective.weights_of(group, totals, step)
         weighted += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
         tally_sums(tally, result.sums)
     tally_update(tally, weighted, step, old_is_rollout=config.old_logp.source == "server")

@@ -35,7 +35,7 @@ OPD_METRICS = (
 
 
 def opd_weights(
-    group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float
+    group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float, step: int
 ) -> tuple[list[TokenWeights], dict[str, float]]:
     """Return the weights of ``scale``·L_OPD of one prompt's rollouts, and sums of ``OPD_METRICS``.
 
@@ -43,7 +43,7 @@ def opd_weights(
     the second part when it knows log π_θ.
     """
     opd, weights = cfg.opd, list[TokenWeights]()
-    for sample, of_grpo in zip(group, grpo_weights(group, totals, cfg, scale=scale), strict=True):
+    for sample, of_grpo in zip(group, grpo_weights(group, totals, cfg, scale=scale, step=step), strict=True):
         advantage, share = opd.reward_coef * of_grpo["advantage"], of_grpo["pg_weight"]
         if opd.estimator == "clipped":
             own: TokenWeights = {"advantage": advantage - opd.kl_coef * _log_ratio(sample)}

@@ -44,6 +44,14 @@ LOSS_METRICS = (
         "train/sft_loss", "nats", "its distillation term, weighted as in the objective", of="sft", where="trace_tokens"
     ),
     SumMetric(
+        "train/rollout_nll_loss", "nats", "its −log π of rollouts that is not GAL's, weighted as in the objective",
+        of="rollout_nll", where="rollout_nll",
+    ),
+    SumMetric(
+        "train/entropy_bonus", "nats", "its entropy bonus (negative), weighted as in the objective",
+        of="entropy_bonus", where="entropy_bonus",
+    ),
+    SumMetric(
         "train/kl_loss", "nats", "its k3 estimate of KL(π_θ‖π_ref), weighted as in the objective",
         of="kl", where="rollout_tokens",
     ),

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.schedule import weight_at
 from megatron_dypo.objective.advantage import group_advantages
 from megatron_dypo.objective.gal import gal_coefficients, gal_statistics, gal_sums
 from megatron_dypo.objective.loss import VALUE
-from megatron_dypo.types import Sample, TokenWeights, Totals
+from megatron_dypo.types import Sample, SampleKind, TokenWeights, Totals
 
 
-def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig) -> float:
-    """Return the divisor of the token sum of ``sample``, the same in GRPO, SFT and ℓ_i (section 4, "one knob")."""
+def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig, group: Sequence[Sample] = ()) -> float:
+    """Return the divisor of the token sum of ``sample``, the same in GRPO, SFT and ℓ_i (section 4, "one knob").
+
+    Args:
+        group: all members of its group, which ``group_mean`` reads; (): it is alone.
+    """
     match cfg.length_normalization:
         case "sum":
             return 1.0
@@ -28,24 +33,71 @@ def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig) -> floa
         case "token_mean":
             sequences = totals.num_sequences[sample.kind]
             return max(totals.num_response_tokens[sample.kind] / sequences, 1.0)
+        case "group_mean":
+            lengths = [member.num_response_tokens for member in group or (sample,)]
+            return max(sum(lengths) / len(lengths), 1.0)
         case "constant":
             return float(cfg.constant_length)
 
 
-def sft_weights(trace: Sample, totals: Totals, cfg: ObjectiveConfig, *, scale: float) -> TokenWeights:
-    """Return the weights of ``scale``·L_SFT of one prompt (eq. 5, 20), its share of the mean over prompts included."""
-    return {"nll_weight": scale / (totals.num_prompts * length_divisor(trace, totals, cfg))}
+def trace_share(trace: Sample, totals: Totals, cfg: ObjectiveConfig, group: Sequence[Sample] = ()) -> float:
+    """Return the weight of one token of a trace in the mean over prompts, or as ``trace_normalization`` says."""
+    match cfg.trace_normalization:
+        case "same":
+            return 1 / (totals.num_prompts * length_divisor(trace, totals, cfg, group))
+        case "sequence_mean":
+            return 1 / (totals.num_prompts * max(trace.num_response_tokens, 1))
+        case "token_mean":
+            return 1 / max(totals.num_response_tokens[SampleKind.TRACE], 1)
 
 
-def grpo_weights(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig, *, scale: float) -> list[TokenWeights]:
-    """Return the weights of ``scale``·L_GRPO of one prompt (eq. 3, 21, 22), the KL term included."""
+def sft_weights(
+    trace: Sample, totals: Totals, cfg: ObjectiveConfig, *, scale: float, group: Sequence[Sample] = ()
+) -> TokenWeights:
+    """Return the weights of ``scale``·L_SFT of one prompt (eq. 5, 20), its share of the mean over prompts included.
+
+    Args:
+        group: the trace's group, if it is not alone.
+    """
+    return {"nll_weight": scale * trace_share(trace, totals, cfg, group)}
+
+
+def advantages(group: Sequence[Sample], cfg: ObjectiveConfig) -> list[float]:
+    """Return Â of each member (eq. 21), over all members that are given."""
     reward_G = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
-    advantage_G = group_advantages(reward_G, normalize_std=cfg.normalize_std, epsilon=cfg.advantage_epsilon)
+    return group_advantages(reward_G, normalize_std=cfg.normalize_std, epsilon=cfg.advantage_epsilon).tolist()
+
+
+def grpo_weights(
+    group: Sequence[Sample],
+    totals: Totals,
+    cfg: ObjectiveConfig,
+    *,
+    scale: float,
+    step: int,
+) -> list[TokenWeights]:
+    """Return the weights of ``scale``·L_GRPO of one prompt (eq. 3, 21, 22), the KL term included.
+
+    Args:
+        step: of the weight of the KL term.
+    """
     weights: list[TokenWeights] = []
-    for sample, advantage in zip(group, advantage_G.tolist(), strict=True):
-        share = scale / (totals.num_prompts * len(group) * length_divisor(sample, totals, cfg))
-        weights.append({"advantage": advantage, "pg_weight": share, "kl_weight": share * cfg.kl_coef})
+    for sample, advantage in zip(group, advantages(group, cfg), strict=True):
+        share = scale / (totals.num_prompts * len(group) * length_divisor(sample, totals, cfg, group))
+        kl_weight = share * weight_at(cfg.kl_coef, step)
+        weights.append({"advantage": advantage, "pg_weight": share, "kl_weight": kl_weight})
     return weights
+
+
+def entropy_weight(totals: Totals, cfg: ObjectiveConfig, step: int) -> float:
+    """Return the weight of one token's entropy: ``entropy_coef`` over all response tokens of the update."""
+    return weight_at(cfg.entropy_coef, step) / max(sum(totals.num_response_tokens.values()), 1)
+
+
+def split_group(group: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Return the rollouts and the traces of a group."""
+    rollouts = [sample for sample in group if sample.kind is SampleKind.ROLLOUT]
+    return rollouts, [sample for sample in group if sample.kind is SampleKind.TRACE]
 
 
 def gal_weights(
@@ -64,7 +116,7 @@ def gal_weights(
         return [{} for _ in group], {}
     weights: list[TokenWeights] = []
     for sample, coef in zip(group, coef_G.tolist(), strict=True):
-        unit = 1 / length_divisor(sample, totals, cfg)
+        unit = 1 / length_divisor(sample, totals, cfg, group)
         weights.append({"nll_weight": -scale * coef * unit / totals.num_prompts, "gal_scale": unit})
     value = scale * statistics.loss / totals.num_prompts
     return weights, {VALUE: value, **gal_sums(statistics, log_ratio_G)}
@@ -72,7 +124,7 @@ def gal_weights(
 
 def group_log_ratios(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig) -> Tensor:
     """Return [G] float64 ℓ_i / divisor, under the update's own weights where those were computed, else under π_old."""
-    return torch.tensor([_log_ratio(s) / length_divisor(s, totals, cfg) for s in group], dtype=torch.float64)
+    return torch.tensor([_log_ratio(s) / length_divisor(s, totals, cfg, group) for s in group], dtype=torch.float64)
 
 
 def _log_ratio(sample: Sample) -> float:

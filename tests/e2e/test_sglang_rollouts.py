@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
 from megatron_dypo.data.tokenizer.open import load_tokenizer
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect

@@ -22,14 +22,36 @@ def k3(delta):
 
 def surrogate(log_rho, advantage, cfg):
     """(Loss, derivative by log ρ, whether a bound replaced ρ), by eq. 22's cases."""
-    if advantage > 0 and log_rho > math.log(1 + cfg.clip_high):
+    if advantage > 0 and cfg.clip_high is not None and log_rho > math.log(1 + cfg.clip_high):
         return -advantage * (1 + cfg.clip_high), 0.0, True
-    if advantage < 0 and log_rho < math.log(1 - cfg.clip_low):
+    if advantage < 0 and cfg.clip_low is not None and log_rho < math.log(1 - cfg.clip_low):
         return -advantage * (1 - cfg.clip_low), 0.0, True
     if advantage < 0 and cfg.dual_clip and log_rho > math.log(cfg.dual_clip):
         return -advantage * cfg.dual_clip, 0.0, True
     value, slope = exponential(log_rho)
     return -advantage * value, -advantage * slope, False
+
+
+def shape(logp, mean_entropy, x, t):
+    """The factor of the nll weight of token ``t``, by the name in ``x["shape"]``."""
+    p, c = math.exp(logp), x["shape_constant"][t] if "shape_constant" in x else 0.0
+    match x["shape"][t] if "shape" in x else "constant":
+        case "constant":
+            return 1.0
+        case "luffy":
+            return c * p / (p + c) ** 2
+        case "phi":
+            return p * (1 - p)
+        case "is":
+            return p
+        case "trsft":
+            return p / max(p, c)
+        case "srft":
+            return math.exp(-mean_entropy) + c * p
+        case "srft_luffy":
+            return math.exp(-mean_entropy) + c * 0.1 * p / (p + 0.1) ** 2
+        case "exp_entropy":
+            return math.exp(mean_entropy)
 
 
 @dataclass
@@ -52,22 +74,26 @@ class Literal:
 
 def literal_tokens(logp, entropy, x, cfg):
     """``x``: stream → list, with ``is_trace`` and ``sequence`` of each token."""
-    out, clips = Literal(), (1 + cfg.clip_high, 1 - cfg.clip_low)
+    out = Literal()
+    clips = (cfg.clip_high is not None and 1 + cfg.clip_high, cfg.clip_low is not None and 1 - cfg.clip_low)
     members = {}
     for t, sequence in enumerate(x["sequence"]):
         members.setdefault(sequence, []).append(t)
     for t in range(len(logp)):
         whole = members[x["sequence"][t]]
         out.add("tokens")
+        weight_of_nll = x["nll_weight"][t] * shape(logp[t], sum(entropy[i] for i in whole) / len(whole), x, t)
+        bonus = -x["entropy_weight"][t] * entropy[t] if "entropy_weight" in x else 0.0
         out.add("gal_tokens", x["gal_scale"][t] != 0)
         out.add("gal_sequences", (x["gal_scale"][t] != 0) / len(whole))
         if x["is_trace"][t]:
-            loss = -x["nll_weight"][t] * logp[t]
+            loss = -weight_of_nll * logp[t]
             out.add("sft", loss)
             out.add("trace_nll", -logp[t])
             out.add("trace_tokens")
-            out.add("objective", loss)
-            _close(out, loss, -x["nll_weight"][t], abs(loss), abs(x["nll_weight"][t]))
+            out.add("entropy_bonus", bonus)
+            out.add("objective", loss + bonus)
+            _close(out, loss + bonus, -weight_of_nll, abs(loss) + abs(bonus), abs(weight_of_nll))
             continue
         out.add("rollout_tokens")
         out.add("rollouts", 1 / len(whole))
@@ -103,9 +129,12 @@ def literal_tokens(logp, entropy, x, cfg):
         out.add("pg", value)
         penalty, pull = k3(x["ref_logp"][t] - logp[t]) if x["kl_weight"][t] else (0.0, 0.0)
         out.add("kl", x["kl_weight"][t] * penalty)
-        nll = 0.0 if is_stopped else x["nll_weight"][t]
-        out.add("objective", value + x["kl_weight"][t] * penalty)
-        parts = (value, x["kl_weight"][t] * penalty, -nll * logp[t])
+        nll = 0.0 if is_stopped else weight_of_nll
+        own_nll = 0.0 if x["gal_scale"][t] else -nll * logp[t]
+        out.add("rollout_nll", own_nll)
+        out.add("entropy_bonus", bonus)
+        out.add("objective", value + x["kl_weight"][t] * penalty + own_nll + bonus)
+        parts = (value, x["kl_weight"][t] * penalty, -nll * logp[t], bonus)
         slopes = (slope, -x["kl_weight"][t] * pull, -nll)
         _close(out, sum(parts), sum(slopes), sum(map(abs, parts)), sum(map(abs, slopes)))
     return out

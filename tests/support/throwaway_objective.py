@@ -44,7 +44,7 @@ class ShapedTraces(Objective):
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         if group[0].treatment is Treatment.REINFORCE:
-            return WeightedGroup(weights=grpo_weights(group, totals, self.cfg, scale=1.0))
+            return WeightedGroup(weights=grpo_weights(group, totals, self.cfg, scale=1.0, step=step))
         (trace,) = group
         decay_R = np.linspace(1.0, 0.5, trace.num_response_tokens, dtype=np.float32)  # one value for each token
         share = 1 / (totals.num_prompts * length_divisor(trace, totals, self.cfg))  # one for all

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.schedule import bounds
 from megatron_dypo.objective.loss import LossInputs, PolicyTokens, Sums, token_loss
 from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.sequences import Across
 from megatron_dypo.objective.streams import STREAMS, Stream
+from megatron_dypo.objective.token_weights import add_weights, entropy_weight
 from megatron_dypo.types import GradedGroup, Sample, TokenWeights, Totals, Treatment
 
 
@@ -36,6 +38,9 @@ class Objective(ABC):
     """What each response token carries into the loss. One with more: ``(*STREAMS, Stream(name="shape"))``."""
     metrics: tuple[SumMetric, ...] = LOSS_METRICS
     """What an update writes, from the sums of the loss and of the groups."""
+    options_type: type | None = None
+    """A frozen dataclass of the objective's own options, which ``objective.options`` is read into; None: it has none,
+    or reads ``cfg.options`` itself."""
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         """Keep the config; ValueError for options that the objective cannot work with."""
@@ -48,6 +53,10 @@ class Objective(ABC):
     def needs_reference(self) -> bool:
         """Say whether ``Sample.ref_logp`` is read."""
         return False
+
+    def needs_entropy_gradient(self) -> bool:
+        """Say whether the loss has a gradient of the entropy: of ``entropy_weight``, or of a ``loss_term``."""
+        return bounds(self.cfg.entropy_coef)[1] > 0
 
     def needs_current_logprobs(self) -> bool:
         """Say whether ``Sample.current_logp_sum`` is read of samples that older weights made."""
@@ -80,6 +89,20 @@ class Objective(ABC):
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
         """Return the weights of one whole group: one trace, the k rollouts of one prompt, or both, the trace last."""
 
+    def weights_of(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
+        """Return :meth:`token_weights`, and the entropy bonus of ``entropy_coef`` on every response token.
+
+        Raises:
+            ValueError: an entropy weight where :meth:`needs_entropy_gradient` says that it has no effect.
+        """
+        weighted = self.token_weights(group, totals, step)
+        if bonus := entropy_weight(totals, self.cfg, step):
+            weights = [add_weights(own, {"entropy_weight": bonus}) for own in weighted.weights]
+            return WeightedGroup(weights=weights, sums=weighted.sums)
+        if not self.needs_entropy_gradient() and any("entropy_weight" in own for own in weighted.weights):
+            raise ValueError("token weights hold entropy_weight, and needs_entropy_gradient() says no")
+        return weighted
+
     def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:
         """Return what the objective adds to the loss of one microbatch, a scalar, and named sums: scalars, [N] summed.
 
@@ -93,4 +116,6 @@ class Objective(ABC):
     ) -> tuple[Tensor, Sums]:
         """Return the loss of one microbatch and named sums; see :func:`megatron_dypo.objective.loss.token_loss`."""
         has_term = type(self).loss_term is not Objective.loss_term
+        if not self.needs_entropy_gradient():
+            entropy_N = entropy_N.detach()  # its gradient would cost another pass over the logits
         return token_loss(logp_N, entropy_N, x, self.cfg, across, self.loss_term if has_term else None)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.schedule import bounds, weight_at
 from megatron_dypo.objective.distillation import OPD_METRICS, OPD_STREAMS, opd_term, opd_weights
 from megatron_dypo.objective.gal import GAL_METRICS
 from megatron_dypo.objective.loss import LossInputs, PolicyTokens, Sums
@@ -45,10 +46,10 @@ class Dypo(Objective):
         return True
 
     def needs_reference(self) -> bool:
-        return self.cfg.alpha < 1 or self.cfg.kl_coef > 0
+        return bounds(self.cfg.alpha)[0] < 1 or bounds(self.cfg.kl_coef)[1] > 0
 
     def needs_current_logprobs(self) -> bool:
-        return self.cfg.alpha < 1 and self.cfg.gal_coefficients == "exact"
+        return bounds(self.cfg.alpha)[0] < 1 and self.cfg.gal_coefficients == "exact"
 
     def needs_teacher_logp(self) -> bool:
         return self.cfg.hard_without_trace == "opd"
@@ -64,16 +65,16 @@ class Dypo(Objective):
         return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[group.tier]
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        cfg = self.cfg
+        cfg, alpha = self.cfg, weight_at(self.cfg.alpha, step)
         if group[0].treatment is Treatment.DISTILL:
-            return WeightedGroup(weights=[sft_weights(group[0], totals, cfg, scale=cfg.gamma)])
+            return WeightedGroup(weights=[sft_weights(group[0], totals, cfg, scale=weight_at(cfg.gamma, step))])
         if self.reads_teacher(group):
-            weights, sums = opd_weights(group, totals, cfg, scale=cfg.gamma)
+            weights, sums = opd_weights(group, totals, cfg, scale=weight_at(cfg.gamma, step), step=step)
             return WeightedGroup(weights=weights, sums=sums)
-        grpo = grpo_weights(group, totals, cfg, scale=cfg.alpha)
-        if cfg.alpha == 1:
+        grpo = grpo_weights(group, totals, cfg, scale=alpha, step=step)
+        if alpha == 1:
             return WeightedGroup(weights=grpo)
-        gal, sums = gal_weights(group, totals, cfg, scale=1 - cfg.alpha)
+        gal, sums = gal_weights(group, totals, cfg, scale=1 - alpha)
         return WeightedGroup(weights=[add_weights(a, b) for a, b in zip(grpo, gal, strict=True)], sums=sums)
 
     def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:

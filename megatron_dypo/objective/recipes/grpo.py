@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_dypo.config.schedule import bounds
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.token_weights import grpo_weights
 from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
@@ -20,10 +21,10 @@ class Grpo(Objective):
         return True
 
     def needs_reference(self) -> bool:
-        return self.cfg.kl_coef > 0
+        return bounds(self.cfg.kl_coef)[1] > 0
 
     def treat(self, group: GradedGroup, step: int) -> Treatment:
         return Treatment.REINFORCE
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        return WeightedGroup(weights=grpo_weights(group, totals, self.cfg, scale=1.0))
+        return WeightedGroup(weights=grpo_weights(group, totals, self.cfg, scale=1.0, step=step))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.schedule import bounds
 from megatron_dypo.objective.distillation import OPD_METRICS, OPD_STREAMS, opd_term, opd_weights
 from megatron_dypo.objective.loss import LossInputs, PolicyTokens, Sums
 from megatron_dypo.objective.metrics import LOSS_METRICS
@@ -35,7 +36,7 @@ class Opd(Objective):
         return True
 
     def needs_reference(self) -> bool:
-        return self.cfg.kl_coef > 0
+        return bounds(self.cfg.kl_coef)[1] > 0
 
     def needs_teacher_logp(self) -> bool:
         return True
@@ -44,7 +45,7 @@ class Opd(Objective):
         return Treatment.REINFORCE
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        weights, sums = opd_weights(group, totals, self.cfg, scale=1.0)
+        weights, sums = opd_weights(group, totals, self.cfg, scale=1.0, step=step)
         return WeightedGroup(weights=weights, sums=sums)
 
     def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:

@@ -11,13 +11,31 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.metrics.names import METRICS
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.objective.recipes.chord import Chord
 from megatron_dypo.objective.recipes.dypo import Dypo
+from megatron_dypo.objective.recipes.fixed import Fixed
 from megatron_dypo.objective.recipes.grpo import Grpo
+from megatron_dypo.objective.recipes.hpt import Hpt
+from megatron_dypo.objective.recipes.luffy import Luffy
 from megatron_dypo.objective.recipes.opd import Opd
 from megatron_dypo.objective.recipes.sft import Sft
 from megatron_dypo.objective.recipes.sft_then_rl import SftThenRl
+from megatron_dypo.objective.recipes.srft import Srft
+from megatron_dypo.objective.recipes.superrl import SuperRl
 
-OBJECTIVES: dict[str, type[Objective]] = {"dypo": Dypo, "grpo": Grpo, "opd": Opd, "sft": Sft, "sft_then_rl": SftThenRl}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "dypo": Dypo,
+    "grpo": Grpo,
+    "opd": Opd,
+    "sft": Sft,
+    "sft_then_rl": SftThenRl,
+    "fixed": Fixed,
+    "superrl": SuperRl,
+    "luffy": Luffy,
+    "srft": Srft,
+    "chord": Chord,
+    "hpt": Hpt,
+}
 
 
 def build_objective(cfg: ObjectiveConfig) -> Objective:
@@ -36,9 +54,10 @@ def build_objective(cfg: ObjectiveConfig) -> Objective:
             f"objective.name={cfg.name!r}: must be one of {', '.join(OBJECTIVES)}, or the import path of a class of "
             "yours, my_package.module:MyObjective"
         )
-    if cfg.options:
-        raise ValueError(f"objective.options={dict(cfg.options)}: {cfg.name} has none; they are for a class of yours")
-    return OBJECTIVES[cfg.name](cfg)
+    built_in = OBJECTIVES[cfg.name]
+    if cfg.options and built_in.options_type is None:
+        raise ValueError(f"objective.options={dict(cfg.options)}: {cfg.name} has none")
+    return built_in(cfg)
 
 
 def _import_class(path: str) -> type[Objective]:

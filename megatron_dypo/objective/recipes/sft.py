@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_dypo.config.schedule import weight_at
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.token_weights import sft_weights
 from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
@@ -22,4 +23,5 @@ class Sft(Objective):
         return Treatment.DISTILL
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        return WeightedGroup(weights=[sft_weights(group[0], totals, self.cfg, scale=self.cfg.gamma)])
+        scale = weight_at(self.cfg.gamma, step)
+        return WeightedGroup(weights=[sft_weights(group[0], totals, self.cfg, scale=scale)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.rollout.responses import quote
 from megatron_dypo.rollout.server.probe import request_json
 

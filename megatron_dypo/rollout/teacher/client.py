@@ -10,7 +10,7 @@ from types import TracebackType
 
 import aiohttp
 
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.ask import Answer, AskError, AttemptError, LostServerError, ask, without_key
 from megatron_dypo.rollout.attempts import Attempts, GroupDroppedError

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.rollout.responses import quote
 from megatron_dypo.types import Floats, Tokens
 

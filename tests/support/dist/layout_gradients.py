@@ -78,7 +78,7 @@ def _row(row, port, path, groups, objectives):
     for objective, count in row.passes:
         optimizer.zero_grad()
         statistics.append(_backward(chunks, mine, groups, objectives[objective], count, layout))
-        gradients.append(_gradients(chunks, arch, layout, row.distributed))
+        gradients.append(stage_gradients(chunks, arch, layout, row.distributed))
     grad_norm = optimizer.step().grad_norm
     close(layout)
     return Seen(gradients=gradients, statistics=statistics, grad_norm=grad_norm, logprobs=logprobs)
@@ -121,12 +121,13 @@ def _backward(chunks, mine, groups, cfg, count, layout):
             weighted += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
         samples = balance(weighted, layout.leaders_group)
     samples = broadcast_samples(samples, layout.replica_group)
-    microbatches = _pack(samples, count, layout)
+    microbatches = pack_rows(samples, count, layout)
     parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
     return add_over_ranks(loss_pass(chunks, parts, objective=objective, context_group=layout.cp_group), layout)
 
 
-def _pack(samples, count, layout):
+def pack_rows(samples, count, layout):
+    """``count`` microbatches of this layout; None: one sequence each."""
     from megatron_dypo.batching.pack import (
         alignment,
         pack,
@@ -151,7 +152,7 @@ def _pack(samples, count, layout):
     return [pack(samples, members, microbatch_length(lengths, [members], multiple), per_sequence) for members in bins]
 
 
-def _gradients(chunks, arch, layout, distributed):
+def stage_gradients(chunks, arch, layout, distributed):
     """Whole HF tensors of this stage, each from one of the ranks that hold it."""
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.models.gather import iter_hf_tensors, sent_params

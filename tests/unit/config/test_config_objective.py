@@ -121,6 +121,7 @@ def test_the_defaults_are_the_papers():
     """Section 4 and table of hyper-parameters: GRPO at ε = 0.2 and α = 0.5, γ = β = 1, a frozen reference, nothing else on."""
     plain = {f.name: getattr(ObjectiveConfig(), f.name) for f in fields(ObjectiveConfig)}
     assert plain == {
+        "preset": None, "entropy_coef": 0.0, "trace_normalization": "same",
         "name": "dypo", "alpha": 0.5, "gamma": 1.0, "beta_gal": 1.0, "gal_coefficients": "exact", "gal_clip": "none",
         "ratio": "token", "length_normalization": "sequence_mean", "constant_length": 8192, "clip_low": 0.2, "clip_high": 0.2,
         "dual_clip": None, "kl_coef": 0.0, "normalize_std": True, "advantage_epsilon": 1e-6, "rl_only_steps": 0, "sft_steps": 0, "options": {},

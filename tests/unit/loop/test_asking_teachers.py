@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import load_groups, save_checkpoint
 from megatron_dypo.loop.state import Run

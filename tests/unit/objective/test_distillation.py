@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_dypo.batching.pack import pack
+from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
-from megatron_dypo.config.opd import OpdConfig
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
 from megatron_dypo.objective.streams import STREAMS

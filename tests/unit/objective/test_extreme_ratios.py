@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 from megatron_dypo.objective.loss import token_loss
+from megatron_dypo.objective.shapes import SHAPES, shape_index
 from tests.support.literal_tokens import literal_tokens
 from tests.support.objective_cases import loss_inputs
 
@@ -27,13 +28,16 @@ CONFIGS = {
     "masked": ObjectiveConfig(importance=ALL_MASKS, gal_clip="token", dual_clip=2.0),
     "masked gspo": ObjectiveConfig(importance=ALL_MASKS, gal_clip="sequence", ratio="sequence"),
     "gal by token": ObjectiveConfig(gal_clip="token", clip_low=0.3),
+    "not clipped": ObjectiveConfig(clip_low=None, clip_high=None, dual_clip=3.0),
+    "clipped above alone": ObjectiveConfig(clip_low=None, clip_high=0.28),
     "gal by sequence": ObjectiveConfig(gal_clip="sequence", clip_high=0.4),
 }
 
 
 def run(logp, given, cfg, dtype=torch.float32, entropy=None):
     """Loss, gradient and named sums, of streams in ``dtype``."""
-    x = loss_inputs(len(logp), **given)
+    given = {**given, "nll_shape": [shape_index(name) for name in given.get("shape", ["constant"] * len(logp))]}
+    x = loss_inputs(len(logp), **{name: values for name, values in given.items() if name != "shape"})
     typed = {name: v if v.dtype == torch.bool else v.to(dtype) for name, v in x.streams.items()}
     x = dataclasses.replace(x, streams=typed)
     logp_N = torch.tensor(logp, dtype=dtype, requires_grad=True)
@@ -106,13 +110,16 @@ def microbatches(draw):
     traces = draw(st.lists(st.booleans(), min_size=count, max_size=count))
     is_trace = [traces[s] for s in sequence]
 
-    def of_sequences(values):
+    def of_sequences(values, none=0.0, traces_too=False):
         drawn = draw(st.lists(values, min_size=count, max_size=count))
-        return [0.0 if traces[s] else drawn[s] for s in sequence]
+        return [none if traces[s] and not traces_too else drawn[s] for s in sequence]
 
     given = {"sequence": sequence, "is_trace": is_trace}
     given["advantage"] = of_sequences(st.sampled_from([0.0, 1.0, -1.0, -0.25, 2.5, -7.0]))
     given |= {name: of_sequences(st.one_of(st.just(0.0), UNITS)) for name in ("pg_weight", "kl_weight", "gal_scale")}
+    given["shape"] = of_sequences(st.sampled_from(tuple(SHAPES)), none="constant", traces_too=True)
+    given["shape_constant"] = of_sequences(UNITS, traces_too=True)
+    given["entropy_weight"] = of_sequences(st.one_of(st.just(0.0), UNITS), traces_too=True)
     nll = draw(st.lists(st.one_of(UNITS, UNITS.map(lambda v: -v), st.just(0.0)), min_size=count, max_size=count))
     given["nll_weight"] = [nll[s] for s in sequence]
     for name in ("old_logp", "ref_logp", "rollout_logp"):
@@ -135,7 +142,11 @@ def compare(name, case, dtype, rtol):
     assert ((grad.double() - torch.tensor(expected.gradient, dtype=torch.float64)).abs() <= rtol * size).all()
     for key in sums:
         wanted = expected.sums.get(key, 0.0)
-        scale = expected.size if key in ("objective", "pg", "kl", "sft") else sum(map(abs, logp)) + 700 * len(logp)
+        scale = (
+            expected.size
+            if key in ("objective", "pg", "kl", "sft", "rollout_nll", "entropy_bonus")
+            else sum(map(abs, logp)) + 700 * len(logp)
+        )
         assert abs(sums[key] - wanted) <= rtol * (scale + 1), key
 
 

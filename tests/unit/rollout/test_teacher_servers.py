@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_dypo.config.teacher_servers import TeacherServersConfig
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.teacher.check import require_same_tokenizer
 from megatron_dypo.rollout.teacher.client import NoLogprobsError, TeacherClient
@@ -243,7 +243,7 @@ def test_a_teacher_that_does_not_answer_is_refused_at_the_start() -> None:
     ],
 )
 def test_a_config_that_breaks_a_rule_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="=|api_key_env") as caught:
+    with pytest.raises(ValueError, match=r"=|api_key_env") as caught:
         TeacherServersConfig(**fields)
     assert message in str(caught.value)
     assert "sk-secret" not in str(caught.value)

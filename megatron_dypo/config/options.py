@@ -1,0 +1,24 @@
+"""An objective's own options, read from the mapping ``objective.options``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import TypeVar
+
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.typed import read_typed
+
+T = TypeVar("T")
+
+
+def read_options(kind: type[T], cfg: ObjectiveConfig) -> T:
+    """Return ``cfg.options`` as a ``kind``, a dataclass.
+
+    Raises:
+        ValueError: one line for each problem: an unknown option, with the nearest known one; a value that breaks a rule.
+    """
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in cfg.options.items()}
+    options, problems = read_typed(kind, plain)
+    if options is None:
+        raise ValueError("\n".join(f"objective.options.{problem} ({cfg.name})" for problem in problems))
+    return options

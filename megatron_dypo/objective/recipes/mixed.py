@@ -1,0 +1,31 @@
+"""The seam of objectives that learn from rollouts and a trace of the same prompt at once."""
+
+from __future__ import annotations
+
+from megatron_dypo.config.schedule import bounds
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.types import GradedGroup, Treatment
+
+
+class Mixed(Objective):
+    """Every prompt gives its rollouts, and a teacher's trace if its row has one."""
+
+    def needs_rollouts(self, step: int) -> bool:
+        return True
+
+    def needs_reference(self) -> bool:
+        return bounds(self.cfg.kl_coef)[1] > 0
+
+    def treat(self, group: GradedGroup, step: int) -> Treatment:
+        return Treatment.MIX if group.prompt.traces else Treatment.REINFORCE
+
+
+def less_the_trace(group_size: int) -> int:
+    """Return the rollouts of a group in which a trace takes one of ``group_size`` places.
+
+    Raises:
+        ValueError: one rollout would be left, which has nothing to be compared with where a row has no trace.
+    """
+    if group_size < 3:
+        raise ValueError(f"rollout.group_size={group_size}: must be at least 3, since a trace takes one of the places")
+    return group_size - 1

@@ -1,0 +1,146 @@
+"""Prompts with rollouts and traces for the tests of objectives, and the gradients that an objective gives their tokens.
+
+Shape legend: R response tokens of one sequence.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_dypo.batching.bins import bins_balanced
+from megatron_dypo.batching.pack import pack
+from megatron_dypo.config.load import parse_config
+from megatron_dypo.grading.tiers import grade_tier
+from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.objective.route import route
+from megatron_dypo.objective.totals import add_counts, count_groups
+from megatron_dypo.types import GradedGroup, Prompt, Rollout, SampleKind, Verdict
+from tests.support.objective_cases import loss_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One sequence under the policy: [R] arrays."""
+
+    logp: np.ndarray
+    entropy: np.ndarray
+    old_logp: np.ndarray
+    reward: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One prompt: k responses of the policy, and a teacher's, or none of one."""
+
+    rollouts: tuple[Response, ...]
+    trace: Response | None
+
+
+def ragged_cases(seed=0, k=4, longest=9):
+    """A prompt that is right always, one sometimes, one never; responses of many lengths, ratios inside and outside."""
+    rng = np.random.default_rng(seed)
+
+    def response(reward):
+        length = int(rng.integers(1, longest))
+        logp = rng.normal(-1.2, 0.8, length).clip(-6, -0.01)
+        moved = rng.choice([0.0, 0.1, -0.1, 0.4, -0.4], length)
+        return Response(logp=logp, entropy=rng.uniform(0.1, 2.0, length), old_logp=logp - moved, reward=reward)
+
+    rewards = [[1.0] * k, [float(i % 2) for i in range(k)], [0.0] * k]
+    return [Case(rollouts=tuple(map(response, own)), trace=response(1.0)) for own in rewards]
+
+
+def config_of(**objective):
+    """The objective's config as a run reads it, its preset applied."""
+    tree = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}, "objective": objective}
+    return parse_config(tree, where="test").objective
+
+
+def routed(cases, objective, k, step):
+    """The samples of each prompt, by the objective's own gate, with log π_old; a list for each prompt."""
+    groups = [_graded(order, case, objective.num_rollouts(k)) for order, case in enumerate(cases)]
+    samples = route(groups, objective, step=step, version=0, seed=0).samples
+    for group in samples:
+        for sample in group:
+            if sample.kind is SampleKind.ROLLOUT:
+                sample.old_logp = sample.rollout_logp
+    return samples
+
+
+def gradients(cases, cfg, *, step=0, k=4, microbatches=1, replicas=1):
+    """The gradient by log π and by the entropy of each sequence's tokens: {(prompt, member or "trace"): [R]} twice.
+
+    Groups are counted on ``replicas`` replicas, packed into ``microbatches``, and the losses are added up.
+    """
+    objective = build_objective(cfg)
+    groups = [group for group in routed(cases, objective, k, step) if group]
+    totals = add_counts(count_groups(groups[i::replicas]) for i in range(replicas))
+    samples = []
+    for group in groups:
+        weights = objective.weights_of(group, totals, step).weights
+        samples += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
+    of_logp, of_entropy = {}, {}
+    for members in bins_balanced([1.0] * len(samples), microbatches):
+        for key, own in _pass(objective, [samples[i] for i in members], cases).items():
+            of_logp[key], of_entropy[key] = own
+    return of_logp, of_entropy
+
+
+def _pass(objective, samples, cases):
+    """Loss and backward of one microbatch; {key: (gradient by log π, by the entropy)}."""
+    packed = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples), streams=objective.streams)
+    at = np.flatnonzero(packed.response_T)
+    streams = {name: stream[at] for name, stream in packed.streams.items()}
+    x = loss_inputs(len(at), sequence=packed.sequence_T[at], **streams)
+    responses = [_response(sample, cases) for sample in samples]
+    logp_N = torch.tensor(np.concatenate([r.logp for r in responses]), requires_grad=True)
+    entropy_N = torch.tensor(np.concatenate([r.entropy for r in responses]), requires_grad=True)
+    loss, _ = objective.loss(logp_N, entropy_N, x)
+    loss.backward()
+    sizes = [len(r.logp) for r in responses]
+    entropy_grad = entropy_N.grad if entropy_N.grad is not None else torch.zeros_like(entropy_N)
+    pairs = zip(logp_N.grad.split(sizes), entropy_grad.split(sizes), strict=True)
+    keys = [(s.order, "trace" if s.kind is SampleKind.TRACE else s.member) for s in samples]
+    return {key: (one.numpy(), other.numpy()) for key, (one, other) in zip(keys, pairs, strict=True)}
+
+
+def _response(sample, cases):
+    case = cases[sample.order]
+    return case.trace if sample.kind is SampleKind.TRACE else case.rollouts[sample.member]
+
+
+def _graded(order, case, count):
+    prompt = Prompt(
+        prompt_id=f"p{order}",
+        visit=0,
+        order=order,
+        tokens=np.array([1, 2], np.int32),
+        text="q",
+        answer="1",
+        source="s",
+        traces={"teacher": np.arange(len(case.trace.logp), dtype=np.int32)} if case.trace else {},
+    )
+    rollouts = tuple(
+        Rollout(
+            tokens=np.arange(len(r.logp), dtype=np.int32),
+            logp=r.old_logp.astype(np.float32),
+            text="r",
+            finish="stop",
+            policy_version=0,
+        )
+        for r in case.rollouts[:count]
+    )
+    verdicts = tuple(_verdict(r) for r in case.rollouts[:count])
+    return GradedGroup(
+        prompt=prompt,
+        rollouts=rollouts,
+        verdicts=verdicts,
+        tier=grade_tier([v.is_correct for v in verdicts]),
+        trace_verdict=_verdict(case.trace) if case.trace else None,
+    )
+
+
+def _verdict(response):
+    return Verdict(is_correct=response.reward > 0, reward=response.reward)

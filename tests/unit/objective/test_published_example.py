@@ -1,0 +1,89 @@
+"""The worked example of the rivals: two prompts, four rollouts and a trace each, every gradient worked out by autograd."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.rival_cases import Case, Response, config_of, gradients
+
+EXAMPLE = json.loads((Path(__file__).parent / "published_example.json").read_text(encoding="utf-8"))
+SHARED = Path(__file__).parents[4] / "shared" / "baselines_example.json"
+
+DR = {"normalize_std": False, "length_normalization": "constant", "constant_length": 8}
+OPEN = {**DR, "clip_low": None, "clip_high": None}
+ONE_SFT = {"trace_normalization": "token_mean"}
+SUM = {"length_normalization": "sum", "trace_normalization": "sequence_mean"}
+
+ROWS = {
+    "sft/sequence_mean": ({"name": "sft"}, 1),
+    "sft/token_mean": ({"name": "sft", "length_normalization": "token_mean"}, 1),
+    "grpo/sequence_mean_std_clip": ({"name": "grpo"}, 1),
+    "grpo/token_mean_std_clip": ({"name": "grpo", "length_normalization": "token_mean"}, 1),
+    "grpo/dr_constant_nostd_clip (LUFFY's 'RL')": ({"name": "grpo", **DR}, 1),
+    "sft_then_rl/before_switch": ({"name": "sft_then_rl", "sft_steps": 5}, 1),
+    "sft_then_rl/after_switch": ({"name": "sft_then_rl", "sft_steps": 5}, 1),
+    "fixed/lambda_0.5_sequence_mean": ({"name": "fixed", "options": {"trace_weight": 0.5}}, 1),
+    "fixed/lambda_0.1_sequence_mean": ({"name": "fixed", "options": {"trace_weight": 0.1}}, 1),
+    # The forks' sum over all sequences: n·k times the mean over prompts and members, so that λ/(1−λ) = 1/(n·k).
+    "rl_with_sft_loss/code": (
+        {"name": "fixed", **OPEN, **ONE_SFT, "options": {"trace_weight": 1 / 7, "trace_takes_a_place": True}},
+        7,
+    ),
+    "superrl/sequence_mean": ({"name": "superrl"}, 1),
+    "luffy/final": ({"name": "luffy", **OPEN}, 1),
+    "luffy/code": ({"name": "luffy", **OPEN}, 8),
+    "luffy/equations_4_6": ({"name": "luffy", "length_normalization": "group_mean"}, 1),
+    "relift/rl_step": ({"name": "grpo", **OPEN}, 1),
+    "srft/paper": ({"name": "srft", "length_normalization": "sum"}, 1),
+    "srft/hpt_code": (
+        {"name": "srft", **OPEN, **ONE_SFT, "options": {"variant": "hpt_code", "trace_weight": 0.0625}},
+        8,
+    ),
+    "chord/mu_0.5": ({"name": "chord", "options": {"mu": 0.5, "phi": False}}, 1),
+    "chord/phi_mu_0.1": ({"name": "chord", "options": {"mu": 0.1, "phi": True}}, 1),
+    "hpt/paper_gamma_0": ({"name": "hpt", **SUM}, 1),
+    "hpt/code_gamma_0": ({"name": "hpt", **OPEN, **ONE_SFT, "gamma": 0.125}, 8),
+    "hpt/paper_gamma_0.5": ({"name": "hpt", **SUM, "options": {"gate": 0.5}}, 1),
+}
+"""Name in the example → our config, and how many times our objective it is (a scale that AdamW does not see)."""
+
+
+def cases():
+    data = EXAMPLE["data"]
+    return [
+        Case(
+            rollouts=tuple(
+                Response(logp=np.array(lp), entropy=np.array(h), old_logp=np.array(old), reward=float(reward))
+                for lp, h, old, reward in zip(*rows, strict=True)
+            ),
+            trace=Response(logp=np.array(lp), entropy=np.array(h), old_logp=np.array(lp), reward=1.0),
+        )
+        for rows, lp, h in zip(
+            zip(data["lp"], data["H"], data["old"], data["R"], strict=True), data["tp"], data["tH"], strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_gradients_are_those_of_the_worked_example(name):
+    options, scale = ROWS[name]
+    mine, _ = gradients(cases(), config_of(**options), step=9 if "after_switch" in name else 0)
+    if name in ("sft_then_rl/after_switch",):
+        assert {key[1] for key in mine} == {0, 1, 2, 3}
+    expected = EXAMPLE["objectives"][name]
+    for i in range(2):
+        wanted = {(i, j): values for j, values in enumerate(expected["grad_rollouts"][i])}
+        wanted[i, "trace"] = expected["grad_traces"][i]
+        for key, values in wanted.items():
+            got = scale * mine.get(key, np.zeros(len(values)))
+            np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-8, err_msg=f"{name} {key}")
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the example that this is a copy of lies outside the repository")
+def test_the_example_is_a_copy():
+    whole = json.loads(SHARED.read_text(encoding="utf-8"))["base"]
+    for name, row in EXAMPLE["objectives"].items():
+        assert row.items() <= whole["objectives"][name].items()
+    assert EXAMPLE["data"].items() <= whole["data"].items()
