@@ -26,7 +26,6 @@ from megatron_dypo.objective.recipes.superrl import SuperRl
 OBJECTIVES: dict[str, type[Objective]] = {
     "dypo": Dypo,
     "grpo": Grpo,
-    "opd": Opd,
     "sft": Sft,
     "sft_then_rl": SftThenRl,
     "fixed": Fixed,
@@ -35,6 +34,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "srft": Srft,
     "chord": Chord,
     "hpt": Hpt,
+    "opd": Opd,
 }
 
 
