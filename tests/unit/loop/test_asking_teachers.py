@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.books.tally import Tally
+from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.resume import load_groups, save_checkpoint
-from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.teacher import Teacher, require_teacher_servers
+from megatron_dypo.loop.setup.foundation import Foundation
+from megatron_dypo.loop.setup.open_leader import OpenedLeader
+from megatron_dypo.loop.setup.open_teacher import open_teacher
+from megatron_dypo.loop.state import Progress, Run
+from megatron_dypo.loop.teacher import NoTeacher, Teacher, require_teacher_servers
 from megatron_dypo.loop.train import train_step
+from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.rollout.teacher.client import TeacherClient
 from megatron_dypo.types import DropReason
 from tests.support.fake_sglang import FakeSGLang, Reply
-from tests.support.fake_teacher import answer, logp_of
-from tests.support.loop_cases import Prompts, collect_groups, make_config, make_run, wrong
+from tests.support.fake_teacher import Codes, answer, logp_of
+from tests.support.loop_cases import OneRank, Prompts, collect_groups, make_config, make_run, wrong
 
 
 def run_with_teacher(server: FakeSGLang, teacher: FakeSGLang, run_dir: Path, **sections: Any) -> Run:
@@ -119,3 +127,37 @@ def test_an_objective_that_reads_a_teacher_needs_its_servers(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=r"teacher_servers.urls=\(\).*objective.name"):
             require_teacher_servers(config, build_objective(config.objective))
     require_teacher_servers(make_config(tmp_path), build_objective(ObjectiveConfig()))
+
+
+def opened(config: Config, tokenizer: Codes | None, is_leader: bool = True) -> Teacher | NoTeacher:
+    base = Foundation(
+        config=config,
+        ranks=cast(Any, OneRank()),
+        objective=build_objective(config.objective),
+        policy=cast(Any, None),
+        progress=Progress(),
+        restored=None,
+        with_servers=True,
+        timings=Timings(),
+        tally=Tally(),
+        stack=contextlib.ExitStack(),
+    )
+    leader = OpenedLeader(leader=cast(Any, None), tokenizer=cast(Any, tokenizer), verifier=cast(Any, None))
+    return open_teacher(base, leader if is_leader else Follower())
+
+
+def test_a_leader_reaches_the_right_teacher_with_the_key_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYPO_TEACHER_API_KEY", "sesame")
+    with FakeSGLang(refuses()) as teacher:
+        cfg = TeacherServersConfig(urls=(teacher.url,))
+        config = make_config(tmp_path, teacher_servers=cfg, objective=ObjectiveConfig(name="opd"))
+        assert isinstance(opened(config, Codes()), Teacher)
+        assert set(teacher.authorization) == {"Bearer sesame"}
+        with pytest.raises(ValueError, match=r"teacher_servers\.urls=.*must have the policy's tokenizer"):
+            opened(config, Codes(97))
+        asked = len(teacher.requests)
+        assert isinstance(opened(config, Codes(97), is_leader=False), NoTeacher)
+        assert isinstance(opened(make_config(tmp_path, teacher_servers=cfg), Codes(97)), NoTeacher)
+        assert len(teacher.requests) == asked
