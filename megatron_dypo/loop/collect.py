@@ -15,7 +15,7 @@ from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.tree import BatchingConfig
 from megatron_dypo.ending import RunEnded
-from megatron_dypo.loop.books.accounts import enter, enter_left_out, enter_teacher
+from megatron_dypo.loop.books.accounts import ask_teacher, enter, enter_left_out
 from megatron_dypo.loop.books.admission import Admitted, admit, tally_admitted
 from megatron_dypo.loop.books.ledger import dropped_words
 from megatron_dypo.loop.books.outcomes import (
@@ -152,7 +152,8 @@ def begin_collection(collector: Collector, step: int) -> None:
     collector.tally.add("stale", stale)
     replica.books.drop(DropReason.STALE, stale)
     replica.books.outcomes = Outcomes()
-    ask_teacher(collector)  # a checkpoint may hold groups that were not asked for
+    # A checkpoint may hold groups that were not asked for.
+    ask_teacher(replica, collector.teacher, collector.tally, collector.timings)
 
 
 def admit_groups(
@@ -170,17 +171,8 @@ def admit_groups(
     tally_admitted(collector.tally, graded, admitted)
     enter_left_out(collector.replica, collector.tally)
     enter(collector.replica, graded, admitted, fail_truncated=collector.fail_truncated)
-    ask_teacher(collector)
+    ask_teacher(collector.replica, collector.teacher, collector.tally, collector.timings)
     return admitted
-
-
-def ask_teacher(collector: Collector) -> None:
-    """Give what waits the teacher's log-probs, if the objective reads them; drop and count groups without."""
-    if not collector.teacher.missing(collector.replica.queues):
-        return
-    with collector.timings.measure("teacher_log_prob"):
-        report = collector.teacher.complete(collector.replica.queues)
-    enter_teacher(collector.replica, report, collector.tally)
 
 
 def look_around(collector: Collector, failure: RunEnded | None = None) -> Look:

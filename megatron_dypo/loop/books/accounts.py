@@ -14,8 +14,9 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.requests import Stream
-from megatron_dypo.loop.teacher import TeacherReport
+from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.metrics import status
+from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.types import DropReason, GradedGroup
 
 log = logging.getLogger("megatron_dypo")
@@ -32,8 +33,12 @@ def enter(replica: Replica, graded: Sequence[GradedGroup], admitted: Admitted, *
     outcomes.verdicts += count_verdicts(graded, fail_truncated)
 
 
-def enter_teacher(replica: Replica, report: TeacherReport, tally: Tally) -> None:
-    """Put groups without a teacher's log-probs into the books."""
+def ask_teacher(replica: Replica, teacher: Teacher | NoTeacher, tally: Tally, timings: Timings) -> None:
+    """Give what waits the teacher's log-probs, if the objective reads them; drop and count groups without."""
+    if not teacher.missing(replica.queues):
+        return
+    with timings.measure("teacher_log_prob"):
+        report = teacher.complete(replica.queues)
     for message in report.dropped:
         replica.books.drop(DropReason.NO_TEACHER_LOGP, message=message)
     replica.books.outcomes.teacher_answers += report.answered
