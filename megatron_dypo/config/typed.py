@@ -7,7 +7,7 @@ import difflib
 import functools
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,7 +28,7 @@ def read_typed(
     if problems:
         return None, problems
     try:
-        read = _adapter(kind).validate_python(dict(tree))
+        read = _adapter(cast(Any, kind)).validate_python(dict(tree))
     except ValidationError as error:
         return None, list(_explain(error, kind))
     problems = list(_booleans_for_numbers(tree, read, ""))
