@@ -186,8 +186,10 @@ def test_a_verifier_is_used_in_a_with_block() -> None:
 def test_no_process_outlives_a_killed_trainer() -> None:
     code = (
         "import sys\n"
-        "from tests.unit.grading.test_verify import Verifier, _config\n"
-        "with Verifier(_config('pid', workers=1)) as verifier:\n"
+        "from megatron_dypo.config.grading import GradingConfig\n"
+        "from megatron_dypo.grading.verify import Verifier\n"
+        "config = GradingConfig(verifier='tests.support.grading.verifiers:pid', workers=1, deadline_s=1.0)\n"
+        "with Verifier(config) as verifier:\n"
         "    print(int(verifier.verify([('', '')])[0].reward), flush=True)\n"
         "    sys.stdin.read()\n"
     )

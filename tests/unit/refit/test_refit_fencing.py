@@ -13,7 +13,7 @@ import pytest
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.refit.lockstep import RefitError
 from tests.support.fake_control import FakeServer
-from tests.unit.refit.conftest import HF_CONFIG, Setting
+from tests.support.refit_setting import HF_CONFIG, Setting
 
 REFIT_CALLS = (
     "/pause_generation",

@@ -10,7 +10,7 @@ from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.refit.lockstep import RefitError
 from megatron_dypo.refit.model_checks import check_names
-from tests.unit.refit.conftest import HF_CONFIG
+from tests.support.refit_setting import HF_CONFIG
 
 GOOD_REFIT = [
     "/pause_generation",
