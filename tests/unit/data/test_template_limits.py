@@ -22,8 +22,8 @@ GOOD = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def _pid(process: TemplateProcess) -> int:
-    assert process._process is not None
-    return process._process.pid
+    assert process.pid is not None
+    return process.pid
 
 
 def _render(template: str) -> str:
@@ -141,7 +141,7 @@ def test_the_process_ends_with_a_trainer_that_was_killed() -> None:
         "import os, signal\n"
         "from megatron_dypo.data.tokenizer.template_process import TEMPLATES\n"
         "TEMPLATES.render('x', {})\n"
-        "print(TEMPLATES._process.pid, flush=True)\n"
+        "print(TEMPLATES.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=60, check=False)

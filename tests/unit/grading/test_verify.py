@@ -15,8 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import megatron_dypo.grading.workers.pool as pool_module
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.verify import Verifier, grade, verdict_problem
+from megatron_dypo.grading.workers.output import OutputTap
+from megatron_dypo.grading.workers.process import WorkerProcess
+from megatron_dypo.grading.workers.worker import Setup
 from megatron_dypo.types import GradedGroup, Prompt, Rollout, RolloutGroup, Tier
 
 HERE = "tests.support.grading.verifiers"
@@ -130,14 +134,17 @@ class _Late:
         return self._connection.poll(None) and self._looks > 1
 
 
-def test_a_process_that_is_ready_between_two_looks_is_not_taken_for_a_verdict() -> None:
+class _LateProcess(WorkerProcess):
+    def __init__(self, setup: Setup, tap: OutputTap) -> None:
+        super().__init__(setup, tap)
+        self.connection = _Late(self.connection)  # type: ignore[assignment]
+
+
+def test_a_process_that_is_ready_between_two_looks_is_not_taken_for_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     with Verifier(_config(workers=1)) as verifier:
-        pool = verifier._pool
-        assert pool is not None
-        pool._replace(pool._workers[0])
-        (second,) = pool._workers
-        second.connection = _Late(second.connection)  # type: ignore[assignment]
-        (verdict,) = verifier.verify([("x", "x")])
+        monkeypatch.setattr(pool_module, "WorkerProcess", _LateProcess)  # the process that replaces the first
+        dead, verdict = verifier.verify([("die", "die"), ("x", "x")])
+    assert "killed by SIGKILL" in (dead.error or "")
     assert verdict.is_correct
 
 

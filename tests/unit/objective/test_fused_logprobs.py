@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.objective.fused_logprobs import GradientSink, _automatic_budget, fused_logprobs
+from megatron_dypo.objective.fused_logprobs import GradientSink, automatic_budget, fused_logprobs
 from tests.support.fused_cases import (
     CASES,
     EVERYTHING,
@@ -183,7 +183,7 @@ def test_logits_of_all_rows_never_exist():
 
 def test_without_a_budget_scratch_is_half_of_the_weight_in_fp32_and_256_mib_at_least():
     def budget(rows, dtype):
-        return _automatic_budget(torch.empty(rows, 1024, device="meta"), dtype)
+        return automatic_budget(torch.empty(rows, 1024, device="meta"), dtype)
 
     assert budget(2**15, torch.float32) == 256 * 2**20
     assert budget(2**18, torch.float32) == 512 * 2**20

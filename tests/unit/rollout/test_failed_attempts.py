@@ -315,7 +315,7 @@ def connector_error(number: int | None, words: str = "Connect call failed") -> a
     ],
 )
 def test_only_a_host_that_is_down_or_refuses_has_lost_its_server(error: Any, kind: type[Exception]) -> None:
-    assert type(ask_module._connect_failure("http://h:1", error)) is kind
+    assert type(ask_module.connect_failure("http://h:1", error)) is kind
 
 
 @pytest.mark.parametrize(
