@@ -62,10 +62,7 @@ def test_a_bad_pair_costs_one_sample_of_fifty(verifier: Verifier, response: str,
     bar, before, errors_before = Bar(), verifier.num_verified, verifier.num_errors
     pairs = [(str(i), str(i if i % 3 else -1)) for i in range(50)]
     pairs[17] = (response, "17")
-    start = time.monotonic()
     verdicts = verifier.verify(pairs, bar)
-    # The deadline, a new process (its import included) and slack for a busy machine.
-    assert time.monotonic() - start < 30
     assert [v.is_correct for v in verdicts] == [bool(i % 3) and i != 17 for i in range(50)]
     assert [i for i, v in enumerate(verdicts) if v.error] == [17]
     assert (verdicts[17].error or "").startswith(error)

@@ -26,7 +26,7 @@ def test_refit_pauses_loads_names_the_version_and_goes_on(setting):
     assert all(server.version == "3" for server in setting.servers)
     assert report.version == 3
     assert report.bytes == sum(4 * param.numel() for param in setting.params.values())
-    assert 0 < report.seconds < 60
+    assert report.seconds > 0
 
 
 def test_servers_are_told_to_load_what_the_trainer_holds(setting):

@@ -7,7 +7,6 @@ import functools
 import inspect
 import sys
 import threading
-import time
 from typing import Any
 
 import aiohttp
@@ -199,10 +198,9 @@ def test_a_server_that_dies_ends_the_collection_at_once_and_aborts_the_rest() ->
             raise ServerDiedError("SGLang server 0 (http://…) ended with status 137")
 
     with FakeSGLang(lambda index, body: "hang") as fake:
-        start = time.monotonic()
+        client = make_client([fake.url], check, request_deadline_s=3600.0)  # so that nobody can have waited for it
         with pytest.raises(ServerDiedError, match=r"server 0 .* status 137"):
-            collect(make_prompts(3), make_client([fake.url], check), group_size=2, progress=False)
-        assert time.monotonic() - start < 5  # not request_deadline_s = 20
+            collect(make_prompts(3), client, group_size=2, progress=False)
         wait_until(lambda: fake.cancelled == 3, "all connections are closed")
 
 
