@@ -24,7 +24,7 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
-StreamValue = float | Floats
+StreamValue = float | Floats | npt.NDArray[np.bool_]
 """Of one stream of one sequence: a number for all its response tokens, or one for each, [R]."""
 TokenWeights = Mapping[str, StreamValue]
 """What an objective gives the response tokens of one sequence, by the name of the stream; 0 where it gives nothing.

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.presets import PRESETS
-from megatron_dypo.config.schedule import Schedule, Weight, require_weight
+from megatron_dypo.config.schedule import Weight, require_weight
 from megatron_dypo.config.typed import nearest
 
 LOG_RATIO_LIMIT = 20.0
@@ -188,9 +188,9 @@ class ObjectiveConfig:
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
     """``sft_then_rl``: steps of the first phase."""
-    options: Mapping[str, float | int | bool | str | Schedule] = field(default_factory=dict)
+    options: Mapping[str, float | int | bool | str | dict[str, float | int | str]] = field(default_factory=dict)
     """Options of the objective alone: those of a rival are in docs/rivals.md, and one of yours reads them as
-    ``cfg.options``."""
+    ``cfg.options``. A mapping is a weight that changes with the step."""
     opd: OpdConfig = field(default_factory=OpdConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
 from typing import TypeVar
 
 from megatron_dypo.config.objective import ObjectiveConfig
@@ -17,8 +16,7 @@ def read_options(kind: type[T], cfg: ObjectiveConfig) -> T:
     Raises:
         ValueError: one line for each problem: an unknown option, with the nearest known one; a value that breaks a rule.
     """
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in cfg.options.items()}
-    options, problems = read_typed(kind, plain)
+    options, problems = read_typed(kind, cfg.options)
     if options is None:
         raise ValueError("\n".join(f"objective.options.{problem} ({cfg.name})" for problem in problems))
     return options

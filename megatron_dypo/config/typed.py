@@ -7,7 +7,7 @@ import difflib
 import functools
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,7 +28,7 @@ def read_typed(
     if problems:
         return None, problems
     try:
-        read = _adapter(kind).validate_python(dict(tree))
+        read = _adapter(cast(Any, kind)).validate_python(dict(tree))
     except ValidationError as error:
         return None, list(_explain(error, kind))
     problems = list(_booleans_for_numbers(tree, read, ""))
@@ -48,7 +48,7 @@ def nearest(name: str, known: Iterable[str], *, before: str = "", otherwise: str
 
 
 @functools.cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     """Build pydantic's validator, which takes a tenth of a second for the whole config."""
     return TypeAdapter(kind)
 
@@ -56,7 +56,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 def _section_of(hint: Any) -> type | None:
     """Return the dataclass that a mapping under ``hint`` is read into; None without one."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...], gone: Mapping[str, str]) -> list[str]:
@@ -109,13 +109,9 @@ def _place(loc: Sequence[str | int], kind: type) -> Iterable[str]:
             hint = get_type_hints(hint)[str(part)]
         elif get_origin(hint) in (Union, types.UnionType):
             several = [one for one in get_args(hint) if one is not type(None)]
-            hint = (
-                several[0]
-                if len(several) == 1
-                else _section_of(hint)
-                if part == getattr(_section_of(hint), "__name__", "")
-                else None
-            )
-            if len(several) > 1:
+            if len(several) > 1:  # pydantic names the member of the union that it tried
+                section = _section_of(hint)
+                hint = section if section is not None and part == section.__name__ else None
                 continue
+            hint = several[0]
         yield str(part)

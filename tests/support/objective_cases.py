@@ -5,7 +5,7 @@ import torch
 
 from megatron_dypo.objective.loss import LossInputs
 from megatron_dypo.objective.streams import STREAMS
-from megatron_dypo.types import GradedGroup, Prompt, Rollout, Sample, SampleKind, Tier, Totals, Treatment, Verdict
+from megatron_dypo.types import Sample, SampleKind, Totals, Treatment
 
 
 def loss_inputs(num_tokens, *, sequence=None, num_sequences=None, **streams) -> LossInputs:
@@ -26,48 +26,6 @@ def totals_of(groups) -> Totals:
         num_sequences={kind: len(samples) for kind, samples in by_kind.items()},
         num_response_tokens={kind: sum(s.num_response_tokens for s in samples) for kind, samples in by_kind.items()},
     )
-
-
-def graded_group(correct=(), *, traces=("a", "b"), order=0, versions=None, trace_verdict=None) -> GradedGroup:
-    """A group whose rollouts are ``correct`` or not; without any it has no tier."""
-    prompt = Prompt(
-        prompt_id=f"p{order}",
-        visit=0,
-        order=order,
-        tokens=np.array([1, 2, 3], np.int32),
-        text="q",
-        answer="1",
-        source="s",
-        traces={name: np.array([7, 8, 9, 2], np.int32) for name in traces},
-    )
-    rollouts = tuple(
-        Rollout(
-            tokens=np.array([5, 6 + i], np.int32),
-            logp=np.array([-1.0, -2.0], np.float32),
-            text="r",
-            finish="stop",
-            policy_version=(versions or [4] * len(correct))[i],
-        )
-        for i in range(len(correct))
-    )
-    verdicts = tuple(Verdict(is_correct=c, reward=float(c) - 0.1) for c in correct)
-    tier = Tier.EASY if all(correct) else Tier.MID if any(correct) else Tier.HARD
-    return GradedGroup(
-        prompt=prompt,
-        rollouts=rollouts,
-        verdicts=verdicts,
-        tier=tier if correct else None,
-        trace_verdict=trace_verdict,
-    )
-
-
-GROUP_OF = {
-    Tier.EASY: graded_group([True, True]),
-    Tier.MID: graded_group([True, False]),
-    Tier.HARD: graded_group([False, False]),
-    None: graded_group(),
-}
-"""A group of each tier, and one without rollouts."""
 
 
 def random_groups(seed, *, num_hard=2, num_mid=3, group_size=4, vocab=50, max_response=9):

@@ -6,10 +6,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_dypo.objective.recipes.base import WeightedGroup
+from megatron_dypo.objective.recipes.grpo import Grpo
+from megatron_dypo.objective.recipes.sft import Sft
+from megatron_dypo.objective.shapes import shape_index
 from tests.support.rival_cases import Case, Response, config_of, gradients
 
 EXAMPLE = json.loads((Path(__file__).parent / "published_example.json").read_text(encoding="utf-8"))
 SHARED = Path(__file__).parents[4] / "shared" / "baselines_example.json"
+
+
+class Trsft(Sft):
+    """Traces by TRAPO's shape, α = 0.1."""
+
+    def token_weights(self, group, totals, step):
+        (own,) = super().token_weights(group, totals, step).weights
+        return WeightedGroup(weights=[{**own, "nll_shape": shape_index("trsft"), "shape_constant": 0.1}])
+
+
+class Distilled(Grpo):
+    """GRPO with an advantage for each token: Â_i − (log π_old − log π_T), π_T another policy."""
+
+    def token_weights(self, group, totals, step):
+        weights = super().token_weights(group, totals, step).weights
+        gaps = [s.old_logp - np.array(EXAMPLE["data"]["T"][s.order][s.member], np.float32) for s in group]
+        own = [{**w, "advantage": w["advantage"] - gap} for w, gap in zip(weights, gaps, strict=True)]
+        return WeightedGroup(weights=own)
+
 
 DR = {"normalize_std": False, "length_normalization": "constant", "constant_length": 8}
 OPEN = {**DR, "clip_low": None, "clip_high": None}
@@ -45,6 +68,8 @@ ROWS = {
     "chord/phi_mu_0.1": ({"name": "chord", "options": {"mu": 0.1, "phi": True}}, 1),
     "hpt/paper_gamma_0": ({"name": "hpt", **SUM}, 1),
     "hpt/code_gamma_0": ({"name": "hpt", **OPEN, **ONE_SFT, "gamma": 0.125}, 8),
+    "trapo/trsft": ({"name": f"{__name__}:Trsft"}, 1),
+    "opd_grpo/slime_lambda_1": ({"name": f"{__name__}:Distilled"}, 1),
     "hpt/paper_gamma_0.5": ({"name": "hpt", **SUM, "options": {"gate": 0.5}}, 1),
 }
 """Name in the example → our config, and how many times our objective it is (a scale that AdamW does not see)."""

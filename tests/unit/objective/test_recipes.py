@@ -8,7 +8,8 @@ import pytest
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import OBJECTIVES, build_objective
 from megatron_dypo.types import Tier, Treatment
-from tests.support.objective_cases import GROUP_OF, random_groups, totals_of
+from tests.support.graded_groups import GROUP_OF
+from tests.support.objective_cases import random_groups, totals_of
 
 MODES = ("sum", "sequence_mean", "token_mean", "constant")
 

@@ -2,13 +2,9 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
 from megatron_dypo.types import Treatment
-from tests.support.objective_cases import graded_group
+from tests.support.graded_groups import graded
 
 DYPO = build_objective(ObjectiveConfig())
-
-
-def graded(order, correct, traces=("a", "b"), versions=None):
-    return graded_group(correct, order=order, traces=traces, versions=versions)
 
 
 def test_each_tier_gets_its_treatment():
