@@ -41,7 +41,7 @@ def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig, group: 
 
 
 def trace_share(trace: Sample, totals: Totals, cfg: ObjectiveConfig, group: Sequence[Sample] = ()) -> float:
-    """Return the weight of one token of a trace in the mean over prompts, or as ``trace_normalization`` says."""
+    """Return the weight of one token of a trace, in a mean over prompts or as ``trace_normalization`` says."""
     match cfg.trace_normalization:
         case "same":
             return 1 / (totals.num_prompts * length_divisor(trace, totals, cfg, group))

@@ -23,7 +23,7 @@ class SrftOptions:
 
     variant: Literal["paper", "hpt_code"] = "paper"
     """``hpt_code``: the re-implementation by HPT's authors: the trace takes a place of the group, its policy gradient
-    has LUFFY's shape (γ = 0.1), and weighs as that of one member."""
+    has LUFFY's shape (γ = 0.1), with the share of one member."""
     trace_weight: float = 0.5
     """The 0.5 of w_SFT = 0.5·e^(−H̄)."""
     right_weight: float = 0.1

@@ -121,12 +121,12 @@ def _backward(chunks, mine, groups, cfg, count, layout):
             weighted += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
         samples = balance(weighted, layout.leaders_group)
     samples = broadcast_samples(samples, layout.replica_group)
-    microbatches = pack_rows(samples, count, layout)
+    microbatches = packed_microbatches(samples, count, layout)
     parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
     return add_over_ranks(loss_pass(chunks, parts, objective=objective, context_group=layout.cp_group), layout)
 
 
-def pack_rows(samples, count, layout):
+def packed_microbatches(samples, count, layout):
     """``count`` microbatches of this layout; None: one sequence each."""
     from megatron_dypo.batching.pack import (
         alignment,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from tests.support.dist.layout_gradients import pack_rows, stage_gradients
+from tests.support.dist.layout_gradients import packed_microbatches, stage_gradients
 
 
 def rank_gradients(layouts, ports, path, updates):
@@ -36,7 +36,7 @@ def _layout(axes, path, updates):
     found = {}
     for name, (cfg, samples) in updates.items():
         optimizer.zero_grad()
-        parts = [shard(m, layout.cp_rank, layout.context) for m in pack_rows(samples, 2, layout)]
+        parts = [shard(m, layout.cp_rank, layout.context) for m in packed_microbatches(samples, 2, layout)]
         loss_pass(chunks, parts, objective=build_objective(cfg), context_group=layout.cp_group)
         found[name] = stage_gradients(chunks, arch, layout, False)
     close(layout)
