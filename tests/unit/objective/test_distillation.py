@@ -1,10 +1,14 @@
 """On-policy distillation against its equations as written, in float64, and against a worked example of two prompts."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from numpy.typing import ArrayLike
 
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.distillation.opd import OpdConfig
@@ -15,7 +19,10 @@ from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.types import Sample, SampleKind, Treatment
 from tests.support.objective_cases import graded_group, loss_inputs, totals_of
 
-EXAMPLE = {
+Logps = npt.NDArray[Any]
+"""[R] float64."""
+
+EXAMPLE: dict[str, Any] = {
     "rewards": [[1, 0, 0, 1], [0, 0, 0, 0]],
     "logp": [
         [[-0.2, -1.1, -0.5], [-0.9, -0.3, -2.0], [-0.4, -0.7, -0.15], [-1.5, -0.25, -0.6]],
@@ -53,7 +60,7 @@ REINFORCE = [
 ]  # fmt: skip
 
 
-def rollout(order, member, reward, old_logp, teacher_logp):
+def rollout(order: int, member: int, reward: float, old_logp: ArrayLike, teacher_logp: ArrayLike) -> Sample:
     logps = {"old_logp": old_logp, "rollout_logp": old_logp, "ref_logp": old_logp, "teacher_logp": teacher_logp}
     return Sample(
         order=order,
@@ -69,7 +76,7 @@ def rollout(order, member, reward, old_logp, teacher_logp):
     )
 
 
-def example_groups():
+def example_groups() -> list[list[Sample]]:
     old, teacher = EXAMPLE["old_logp"], EXAMPLE["teacher_logp"]
     return [
         [rollout(order, i, reward, old[order][i], teacher[order][i]) for i, reward in enumerate(rewards)]
@@ -77,7 +84,7 @@ def example_groups():
     ]
 
 
-def ragged_groups(seed=0):
+def ragged_groups(seed: int = 0) -> tuple[list[list[Sample]], list[Logps]]:
     """Three groups of rollouts of unequal lengths; the servers' and the trainer's log-probs differ."""
     rng = np.random.default_rng(seed)
     groups = []
@@ -94,7 +101,9 @@ def ragged_groups(seed=0):
     return groups, logps
 
 
-def loss_and_gradients(groups, logps, cfg):
+def loss_and_gradients(
+    groups: Sequence[Sequence[Sample]], logps: Sequence[Logps], cfg: ObjectiveConfig
+) -> tuple[float, list[Logps], dict[str, float], dict[str, float]]:
     """Loss, gradient of each sample and named sums, through the packing's streams, in float64."""
     objective, totals = build_objective(cfg), totals_of(groups)
     weighted, group_sums = [], {}
@@ -118,7 +127,7 @@ def loss_and_gradients(groups, logps, cfg):
     ("estimator", "loss", "gradients"),
     [("clipped", CLIPPED_LOSS, CLIPPED), ("reinforce", REINFORCE_LOSS, REINFORCE)],
 )
-def test_loss_and_gradient_of_the_worked_example(estimator, loss, gradients) -> None:
+def test_loss_and_gradient_of_the_worked_example(estimator: Any, loss: float, gradients: list[list[float]]) -> None:
     cfg = ObjectiveConfig(name="opd", opd=OpdConfig(estimator=estimator))
     logps = [np.array(logp) for group in EXAMPLE["logp"] for logp in group]
     found_loss, found, sums, _ = loss_and_gradients(example_groups(), logps, cfg)
@@ -127,7 +136,9 @@ def test_loss_and_gradient_of_the_worked_example(estimator, loss, gradients) -> 
     assert sums["objective"] == pytest.approx(loss, abs=1e-6)
 
 
-def literal_loss(groups, logp_of, cfg):
+def literal_loss(
+    groups: Sequence[Sequence[Sample]], logp_of: Mapping[tuple[int, int], torch.Tensor], cfg: ObjectiveConfig
+) -> torch.Tensor:
     """The equations as written: one loop over groups, members and tokens."""
     total, opd, n = torch.zeros((), dtype=torch.float64), cfg.opd, len(groups)
     for group in groups:
@@ -161,7 +172,9 @@ def literal_loss(groups, logp_of, cfg):
     [{"kl_coef": 1.0}, {"kl_coef": 0.3, "reward_coef": 0.7}, {"kl_coef": 2.0, "reward_coef": 0.0}],
 )
 @pytest.mark.parametrize("correction", [ImportanceConfig(), ImportanceConfig(cap=1.1, token_bounds=(0.8, 1.3))])
-def test_gradients_are_those_of_the_equations(estimator, options, correction) -> None:
+def test_gradients_are_those_of_the_equations(
+    estimator: Any, options: dict[str, float], correction: ImportanceConfig
+) -> None:
     cfg = ObjectiveConfig(name="opd", opd=OpdConfig(estimator=estimator, **options), importance=correction)
     groups, logps = ragged_groups()
     members = [sample for group in groups for sample in group]
@@ -231,6 +244,6 @@ def test_dypo_reads_the_teacher_of_groups_without_a_success_alone() -> None:
         {"name": "dypo", "hard_without_trace": "opd", "ratio": "sequence"},
     ],
 )
-def test_options_that_contradict_distillation_are_refused(options) -> None:
+def test_options_that_contradict_distillation_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"objective\.(ratio|rl_only_steps)="):
         build_objective(ObjectiveConfig(**options))
