@@ -15,7 +15,10 @@ from megatron_dypo.config.objective import (
 
 SECTIONS = (ObjectiveConfig, ImportanceConfig, ReferenceConfig, OldLogpConfig)
 FLOATS = [
-    (section, f.name) for section in SECTIONS for f in fields(section) if "float" in f.type and "tuple" not in f.type
+    (section, f.name)
+    for section in SECTIONS
+    for f in fields(section)
+    if ("float" in f.type or f.type == "Weight") and "tuple" not in f.type
 ]
 BOUNDS = ("token_bounds", "sequence_bounds")
 INTEGERS = [(section, f.name) for section in SECTIONS for f in fields(section) if f.type == "int"]
