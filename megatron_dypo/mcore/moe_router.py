@@ -66,7 +66,8 @@ class BalancedRouter(TopKRouter):
         total = (scores_for_aux_loss.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
         loss = total / (self.topk * num_tokens.clamp(min=1)) / self.update_tokens
         self.balance = self.balance + loss.detach()
-        return MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
+        scaled: Tensor = MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
+        return scaled
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:

@@ -25,8 +25,8 @@ from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 def sglang_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerPool]]:
     """A factory of servers on the CPU in float32, which live until the end of the test file.
 
-    ``sglang_servers(model_path, dtype="float32", **fields of ServersConfig) -> ServerPool``. One start takes about 15 s,
-    and a server 2 GiB: share them within a file.
+    ``sglang_servers(model_path, dtype="float32", **fields of ServersConfig) -> ServerPool``. One start takes about
+    15 s, and a server 2 GiB: share them within a file.
     """
     with contextlib.ExitStack() as stack:
 

@@ -20,7 +20,7 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.e2e.refitting_ranks import PROMPT, Servers, Trainer, ask, checksums_by_rank
 from tests.support.hf_models import import_transformers, make_hf_model
 
-SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
 MESHES: dict[str, dict[str, int]] = {"TP2×PP2": {"tensor": 2, "pipeline": 2}, "PP2×DP2": {"pipeline": 2}}
 PAIRS = [(1, "TP2×PP2"), (2, "PP2×DP2"), (1, "PP2×DP2"), (2, "TP2×PP2")]
 """Ranks of a server, and the mesh of its trainer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import datetime
 import inspect
+import re
 import subprocess
 import sys
 
@@ -61,15 +62,20 @@ def test_a_separate_group_stands_outside_the_registries():
     assert callable(group.recv)
 
 
+def _words(*nodes: ast.expr) -> list[str]:
+    """Return the names in ``nodes``, in the order of the code."""
+    return re.findall(r"\w+", ", ".join(map(ast.unparse, nodes)))
+
+
 def test_a_shared_storage_is_opened_with_what_sharing_it_returned():
     """The tuple is opaque to us: torch's own code must pass it on in the order in which it got it."""
     shared = [
-        [name.id for name in node.targets[0].elts]
+        _words(node.targets[0])
         for node in ast.walk(ast.parse(inspect.getsource(reductions.reduce_tensor)))
         if isinstance(node, ast.Assign) and "_share_cuda_" in ast.unparse(node.value)
     ]
     opened = [
-        [argument.id for argument in node.args]
+        _words(*node.args)
         for node in ast.walk(ast.parse(inspect.getsource(reductions.rebuild_cuda_tensor)))
         if isinstance(node, ast.Call) and "_new_shared_cuda" in ast.unparse(node.func)
     ]
