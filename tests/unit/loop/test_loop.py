@@ -17,7 +17,7 @@ from megatron_dypo.config.tree import CheckpointConfig, Config, EvalConfig
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import restore_batch, restore_draws
 from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.train import train_run, train_step
+from megatron_dypo.loop.train import train_run
 from megatron_dypo.types import DropReason, Treatment, Verdict
 from tests.support.fake_sglang import FakeSGLang, Plan
 from tests.support.loop_cases import (
@@ -32,6 +32,7 @@ from tests.support.loop_cases import (
     leader_of,
     make_config,
     make_run,
+    make_step,
     mixed,
     right,
     run_in_threads,
@@ -302,11 +303,11 @@ def resumed(config: Config, saved: dict[str, Any], step: int, ranks: OneRank) ->
     restore_draws(leader.draws, state)
     leader.books.ledger = leader.draws.ledger
     stored = Stored(trainer_state=state, leader_states=saved["leader_states"])
-    run.batch = restore_batch(stored, leader, Path("checkpoint"))
+    run.progress.batch = restore_batch(stored, leader, Path("checkpoint"))
     run.progress.step, run.progress.batches = step, state["batches"]
-    while not run.batch.is_used_up:
-        train_step(run)
-    assert run.ranks.replicas > 1 or run.accounts.balance(run.batch).difference == 0
+    while not run.progress.batch.is_used_up:
+        make_step(run)
+    assert run.ranks.replicas > 1 or run.accounts.balance(run.progress.batch).difference == 0
     assert isinstance(run.policy, FakePolicy)
     return run.policy.updates
 
