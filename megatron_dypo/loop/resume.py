@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from megatron_dypo.batching.queues import Group, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.batching.wire import dump_samples, load_samples
-from megatron_dypo.config.tree import CheckpointConfig
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.policy import Policy

@@ -28,7 +28,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8

@@ -31,7 +31,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_to
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.models.architecture import Experts
 from megatron_dypo.parallel.device import device
 

@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import OptimizerConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.mcore.fp8 import optimizer_settings
 
 

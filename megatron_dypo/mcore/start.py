@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.mcore import cpu, features
 from megatron_dypo.parallel import device, groups
 from megatron_dypo.parallel.groups import MeshRank

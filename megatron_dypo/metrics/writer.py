@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from megatron_dypo.config.tree import LoggingConfig
+from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.declared import write_declared
 from megatron_dypo.metrics.names import Metric, lookup

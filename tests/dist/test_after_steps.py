@@ -17,7 +17,7 @@ CAUSES = ("STOPPED", "NOT_FINITE", "NOTHING_LEFT")
 
 def rank_finish(path: str, folder: str) -> dict[str, Any]:
     """All runs of this file, one after the other on one rank."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -98,7 +98,7 @@ def _spoilt(groups: Any) -> Any:
 
 def _evaluated(run: Any, recorder: Any) -> Any:
     """One step of a batch of two, with an evaluation after every step, against a server."""
-    from megatron_dypo.config.tree import EvalConfig
+    from megatron_dypo.config.evaluation import EvalConfig
     from tests.support.loop_cases import make_step
     from tests.support import loop_cases
     from tests.support.fake_sglang import FakeSGLang

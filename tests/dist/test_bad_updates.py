@@ -19,7 +19,7 @@ BAD = "decoder.layers.3.mlp.linear_fc2.weight"
 
 def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
     """Updates of a run with a NaN in one of its weights, from the start or later, or with rewards that are infinite."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.not_finite import require_finite_weights
     from tests.support.loop_cases import make_step

@@ -14,7 +14,7 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     """One collection on this rank of two; how it ended, and the books of both."""
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.books.ledger import Ledger
     from megatron_dypo.loop.ranks import MeshRanks

@@ -38,7 +38,7 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
     Returns:
         By model, the parameters that differ between the two, or that loading left untouched.
     """
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -67,7 +67,7 @@ def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
 
 
 def _load(hf: Path, mcore: Path | None, arch, parallel, layout) -> list:
-    from megatron_dypo.config.tree import ModelConfig
+    from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
 
     model = ModelConfig(hf_path=str(hf), mcore_path=None if mcore is None else str(mcore), dtype="float32")

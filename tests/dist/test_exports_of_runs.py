@@ -36,7 +36,7 @@ SMALL = 60_000
 
 def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     """Two updates, a checkpoint after each with the first weights as its reference, an export after each."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.reference import ReferencePolicy

@@ -15,7 +15,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -47,7 +47,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
 def rank_with_a_fault() -> None:
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -60,7 +60,7 @@ def rank_with_a_fault() -> None:
 
 
 def rank_too_few(axes: dict[str, int]) -> str:
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
 
     with pytest.raises(ValueError, match="=") as error:

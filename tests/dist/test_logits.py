@@ -31,7 +31,7 @@ def rows() -> list[list[np.ndarray]]:
 
 def rank_logits(paths: list[str], axes: dict) -> list[list[np.ndarray]] | None:
     """For each model its whole-vocabulary logits [T, V] of each row, from the ranks of the last stage."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -46,7 +46,7 @@ def _model_logits(path: str, parallel, layout) -> list[np.ndarray]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig
+    from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
 

@@ -26,8 +26,8 @@ def servers(sglang_servers, tmp_path_factory):
 
 def rank_refit(servers: Servers, model: str, axes: dict, transport: str) -> None:
     """Load ``model`` and refit it twice, the second time over the connections of the first."""
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.refit import RefitConfig
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron

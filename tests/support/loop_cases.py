@@ -14,9 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.tree import BatchingConfig, Config, EvalConfig, ModelConfig, RunConfig
+from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.training import BatchingConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.books.tally import Tally

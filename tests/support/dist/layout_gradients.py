@@ -57,7 +57,8 @@ def rank_rows(rows, ports, paths, groups, objectives):
 
 def _row(row, port, path, groups, objectives):
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.start import start_megatron

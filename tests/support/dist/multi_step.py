@@ -11,15 +11,10 @@ import numpy as np
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, OldLogpConfig
-from megatron_dypo.config.tree import (
-    BatchingConfig,
-    CheckpointConfig,
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-)
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
+from megatron_dypo.config.run import CheckpointConfig, RunConfig
+from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
 from tests.support.objective_cases import random_groups
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig, ReferenceConfig
-from megatron_dypo.config.tree import CheckpointConfig, Config, EvalConfig
+from megatron_dypo.config.run import CheckpointConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import restore_batch, restore_draws
 from megatron_dypo.loop.state import Run

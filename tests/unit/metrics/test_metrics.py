@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dypo.config.tree import LoggingConfig
+from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.names import METRICS, Metric, lookup, name_part
 from megatron_dypo.metrics.writer import (
