@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import KINDS, make_hf_model
 
@@ -83,7 +83,7 @@ def _save(chunks: list, folder: Path, layout) -> None:
     """As a run does, with something of an optimizer beside the weights."""
     from megatron.core import dist_checkpointing
 
-    from megatron_dypo.mcore.checkpoints.checkpoint import model_state
+    from megatron_dypo.mcore.checkpoints.weights import model_state
 
     state = model_state(chunks)
     key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"

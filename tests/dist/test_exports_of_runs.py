@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.models.convert import mcore_to_hf
-from megatron_dypo.models.export_run import export_run
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.export_run import export_run
 from tests.support.dist.spawn import run_ranks
 from tests.support.dist.training import start
 from tests.support.hf_models import make_hf_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.models.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
 from tests.support.e2e.parity_task import write_task
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_dypo.models.convert import hf_to_mcore
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 
