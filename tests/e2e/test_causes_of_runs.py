@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dypo.ending import Cause
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 from tests.e2e.test_train_command import train
 from tests.support.e2e.parity_task import write_task
 

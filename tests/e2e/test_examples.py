@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 

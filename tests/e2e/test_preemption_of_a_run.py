@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 from megatron_dypo.processes.stop_requests import PREEMPTED_STATUS
 from tests.support.e2e.parity_task import write_task
 

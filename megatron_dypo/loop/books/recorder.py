@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_dypo.loop.books.accounts import Accounts
-from megatron_dypo.loop.books.tally import rollout_metrics, step_metrics
+from megatron_dypo.loop.books.step_metrics import rollout_metrics, step_metrics
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.updater import Update
 from megatron_dypo.metrics.writer import Timings, summary_line
