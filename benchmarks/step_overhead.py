@@ -34,7 +34,7 @@ from typing import Any
 import measure
 import overhead_steps
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.models.layout_rules import check_layout
 
 

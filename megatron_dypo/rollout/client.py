@@ -28,13 +28,8 @@ from megatron_dypo.rollout.ask import (
 from megatron_dypo.rollout.attempts import Attempts
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.counts import AttemptCounts
-from megatron_dypo.rollout.responses import (
-    IncompleteGroupError,
-    Sampling,
-    WrongVersionError,
-    parse_group,
-    request_body,
-)
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
+from megatron_dypo.rollout.sampling import Sampling, request_body
 from megatron_dypo.types import Rollout, Tokens
 
 _WATCH_EVERY_S = 1.0

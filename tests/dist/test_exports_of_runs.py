@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.models.convert import mcore_to_hf
-from megatron_dypo.models.export_run import export_run
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.export_run import export_run
 from tests.support.dist.spawn import run_ranks
 from tests.support.dist.training import start
 from tests.support.hf_models import make_hf_model
@@ -37,7 +37,7 @@ SMALL = 60_000
 
 def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     """Two updates, a checkpoint after each with the first weights as its reference, an export after each."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.reference import ReferencePolicy

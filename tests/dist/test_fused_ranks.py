@@ -111,7 +111,7 @@ def rank_model(path: str, axes: dict[str, Any], dtype: Any, logprob_memory_mib: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
@@ -201,7 +201,7 @@ LOGITS_MB = MANY * WIDE * 4 / 2**20
 def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
     """MiB at the peak of a forward and a backward pass, under each budget for logits."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron

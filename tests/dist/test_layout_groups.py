@@ -14,7 +14,7 @@ def rank_layout(axes: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -46,7 +46,7 @@ def rank_layout(axes: dict[str, Any]) -> dict[str, Any]:
 def rank_with_a_fault() -> None:
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -59,7 +59,7 @@ def rank_with_a_fault() -> None:
 
 
 def rank_too_few(axes: dict[str, Any]) -> str:
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
 
     with pytest.raises(ValueError, match="=") as error:

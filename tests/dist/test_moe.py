@@ -75,7 +75,7 @@ def _path(root):
 def rank_scores(path, axes, samples):
     """Log-probs of the samples, all of which the first replica holds."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.logprobs import sequence_logprobs
     from megatron_dypo.mcore.start import start_megatron
@@ -115,7 +115,8 @@ def balance_samples():
 def rank_balance_gradients(path, axes):
     """Gradients of the load-balancing loss alone, as every token weight is zero; the gradient norm; the metric."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights

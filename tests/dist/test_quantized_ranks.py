@@ -74,7 +74,7 @@ def planned(arch, layout, kind: Quantization) -> list[Transfer]:
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
     """Bytes of every slice that this rank serves, by kind; and exports to ``out``, plain and in each kind."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.groups import close

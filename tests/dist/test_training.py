@@ -17,7 +17,7 @@ OPTIMIZERS = ("plain", "distributed")
 
 
 def rank_observe(path: str, root: str) -> dict[str, Any]:
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 

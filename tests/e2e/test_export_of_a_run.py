@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.models.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
 from tests.support.e2e.commands import REPOSITORY, python, train
 from tests.support.e2e.parity_task import write_task
 

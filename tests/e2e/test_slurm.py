@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 from megatron_dypo.rollout.server.probe import http_status
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
 from tests.support.e2e.parity_task import write_task

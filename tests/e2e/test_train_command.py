@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dypo.metrics.samples import read_samples
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 from tests.support.e2e.commands import COMMAND, DEADLINE_S, start, steps_of, train, wait_until
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers

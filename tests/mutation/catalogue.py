@@ -140,7 +140,8 @@ ROOMS = {
         without=("tests/unit/loop/test_collecting.py", "tests/unit/refit/test_choose_transport.py"),
     ),
     "metrics": Room(
-        files=("megatron_dypo/loop/books/tally.py", "megatron_dypo/metrics/writer.py", "megatron_dypo/metrics/names.py",
+        files=("megatron_dypo/loop/books/tally.py", "megatron_dypo/loop/books/step_metrics.py",
+            "megatron_dypo/metrics/writer.py", "megatron_dypo/metrics/sinks.py", "megatron_dypo/metrics/names.py",
             "megatron_dypo/loop/books/ledger.py"),
         count=50,
         without=("tests/unit/test_readme.py", "tests/unit/loop/test_evaluate.py"),
@@ -150,7 +151,8 @@ ROOMS = {
             "megatron_dypo/processes/stop_requests.py", "megatron_dypo/ending.py"),
         count=60,
         also={
-            **{f"megatron_dypo/loop/{name}.py": _STEPS for name in ("train", "logprobs", "update", "megatron_policy")},
+            **{f"megatron_dypo/loop/{name}.py": _STEPS
+                for name in ("train", "updater", "logprobs", "update", "megatron_policy")},
             "megatron_dypo/loop/not_finite.py": ("tests/dist/test_bad_updates.py",),
             "megatron_dypo/loop/setup/build.py": ("tests/unit/loop/test_build.py", "tests/dist/test_open_run.py",
                 *_STEPS),

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.load import load_config
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, ParallelConfig
+from megatron_dypo.config.training import BatchingConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.setting import Assumptions, Setting, make_setting

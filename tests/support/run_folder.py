@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dypo.config.tree import LoggingConfig
+from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.samples import RolloutRow, SampleLog, SampleRow
 from megatron_dypo.metrics.writer import MetricsWriter
 

@@ -73,7 +73,8 @@ def _row(
     row: Row, port: int, path: str, groups: Sequence[Sequence[Sample]], objectives: Sequence[ObjectiveConfig]
 ) -> Seen:
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.start import start_megatron

@@ -70,7 +70,8 @@ def start(
 ) -> Session:
     """A model with its initial weights and a fresh optimizer."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig
+    from megatron_dypo.config.model import ModelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
 

@@ -39,7 +39,7 @@ class Trainer:
 
     def __init__(self, servers: Servers, **axes: int) -> None:
         """``axes``: of the trainer, TP2 × PP2 if none is given."""
-        from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+        from megatron_dypo.config.model import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
         from megatron_dypo.mcore.start import start_megatron
         from megatron_dypo.models.architecture import load_architecture

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.load import dump_config, load_config, parse_config
-from megatron_dypo.config.tree import Config, EvalConfig
+from megatron_dypo.config.tree import Config
 
 MINIMAL: dict[str, dict[str, Any]] = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 TEXT = "model: {hf_path: m}\ndata: {prompts: [p.jsonl]}\n"

@@ -227,7 +227,7 @@ def test_a_module_beside_the_run_is_found(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def score(response, answer):\n    return len(response) == int(answer)\n")
     code = (
         "import sys; sys.path.remove('')\n"  # as under a console script
-        "from megatron_dypo.config.tree import GradingConfig\n"
+        "from megatron_dypo.config.grading import GradingConfig\n"
         "from megatron_dypo.grading.verify import Verifier\n"
         "with Verifier(GradingConfig(verifier='my_rewards:score')) as v:\n"
         "    print(v.verify([('abc', '3')])[0].is_correct)\n"

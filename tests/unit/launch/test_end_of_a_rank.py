@@ -20,7 +20,9 @@ from megatron_dypo.processes.stop_requests import hold_requests, is_requested
 hold_requests()
 from megatron_dypo.launch import attempt
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.tree import Config, ModelConfig, RunConfig
+from megatron_dypo.config.model import ModelConfig
+from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.metrics.status import report
 run = RunConfig(dir=sys.argv[1], watchdog_s=0)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig, ReferenceConfig
-from megatron_dypo.config.tree import CheckpointConfig, Config, EvalConfig
+from megatron_dypo.config.run import CheckpointConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import restore_batch, restore_draws
 from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.train import train_run, train_step
+from megatron_dypo.loop.train import train_run
 from megatron_dypo.types import DropReason, Treatment, Verdict
 from tests.support.fake_sglang import FakeSGLang, Plan
 from tests.support.loop_cases import (
@@ -32,6 +34,7 @@ from tests.support.loop_cases import (
     leader_of,
     make_config,
     make_run,
+    make_step,
     mixed,
     right,
     run_in_threads,
@@ -303,11 +306,11 @@ def resumed(config: Config, saved: dict[str, Any], step: int, ranks: OneRank) ->
     restore_draws(leader.draws, state)
     leader.books.ledger = leader.draws.ledger
     stored = Stored(trainer_state=state, leader_states=saved["leader_states"])
-    run.batch = restore_batch(stored, leader, Path("checkpoint"))
+    run.progress.batch = restore_batch(stored, leader, Path("checkpoint"))
     run.progress.step, run.progress.batches = step, state["batches"]
-    while not run.batch.is_used_up:
-        train_step(run)
-    assert run.ranks.replicas > 1 or run.accounts.balance(run.batch).difference == 0
+    while not run.progress.batch.is_used_up:
+        make_step(run)
+    assert run.ranks.replicas > 1 or run.accounts.balance(run.progress.batch).difference == 0
     assert isinstance(run.policy, FakePolicy)
     return run.policy.updates
 

@@ -7,16 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_dypo.loop.books.step_metrics import performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.loop.books.tally import (
     Tally,
-    performance_metrics,
-    rollout_metrics,
     tally_client,
     tally_dropped,
     tally_groups,
     tally_logprob_error,
     tally_refit,
-    update_metrics,
 )
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.refit.servers import RefitReport

@@ -5,14 +5,8 @@ import pytest
 import torch
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.loop.books.tally import (
-    Tally,
-    rollout_metrics,
-    tally_logprob_error,
-    tally_sums,
-    tally_update,
-    update_metrics,
-)
+from megatron_dypo.loop.books.step_metrics import rollout_metrics, update_metrics
+from megatron_dypo.loop.books.tally import Tally, tally_logprob_error, tally_sums, tally_update
 from megatron_dypo.objective.gal import GalStatistics, gal_sums
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.registry import build_objective

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.architecture import load_architecture
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.folder import quantization_config, quantize_hf
 from megatron_dypo.models.quantized.names import Quantization, block_shape, is_quantized, is_scale, scale_name

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig
-from megatron_dypo.config.tree import Config, ModelConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.loss import token_loss
 from tests.support.objective_cases import loss_inputs
 

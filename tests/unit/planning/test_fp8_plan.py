@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import OptimizerConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.activations import layer_bytes
 from megatron_dypo.planning.devices import GPUS, find_gpu

@@ -13,13 +13,8 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.rollout.responses import (
-    IncompleteGroupError,
-    Sampling,
-    WrongVersionError,
-    parse_group,
-    sampled_lengths,
-)
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group, sampled_lengths
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import Rollout, Tokens
 from tests.support.fake_sglang import sample
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
