@@ -3,8 +3,8 @@
     python examples/ablation/run.py                   # all rows
     python examples/ablation/run.py dypo no_gal       # these
 
-It begins with the warm start that ``make quickstart`` leaves in ``runs/quickstart``. Each row is a run of ``megatron-dypo
-train`` in ``runs/ablation/<row>/seed-<n>``, whose command is printed.
+It begins with the warm start that ``make quickstart`` leaves in ``runs/quickstart``. Each row is a run of
+``megatron-dypo train`` in ``runs/ablation/<row>/seed-<n>``, whose command is printed.
 """
 
 from __future__ import annotations

@@ -56,8 +56,7 @@ def test_gal_weights_of_a_group_sum_to_zero_over_scaled_trajectories(mode):
             {
                 "sum": 1,
                 "sequence_mean": s.num_response_tokens,
-                "token_mean": totals_of(groups).num_response_tokens[s.kind]
-                / totals_of(groups).num_sequences[s.kind],
+                "token_mean": totals_of(groups).num_response_tokens[s.kind] / totals_of(groups).num_sequences[s.kind],
                 "constant": 8192,
             }[mode]
             for s in group
