@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 
