@@ -64,7 +64,7 @@ class SampleKind(enum.Enum):
 
 
 class DropReason(enum.Enum):
-    """Why a draw of a prompt came to nothing; each draw has one at most (see :mod:`megatron_dypo.loop.books.ledger`)."""
+    """Why a draw of a prompt came to nothing; a draw has one at most (see :mod:`megatron_dypo.loop.books.ledger`)."""
 
     EASY = "easy"
     """Graded, and the objective learns nothing from its tier."""
@@ -158,7 +158,8 @@ class GradedGroup:
     verdicts: tuple[Verdict, ...]
     tier: Tier | None
     trace_verdict: Verdict | None = None
-    """Of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for its verdict."""
+    """Of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for its
+    verdict."""
 
     @property
     def num_correct(self) -> int:

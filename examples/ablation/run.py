@@ -3,8 +3,8 @@
     python examples/ablation/run.py                   # all rows
     python examples/ablation/run.py dypo no_gal       # these
 
-It begins with the warm start that ``make quickstart`` leaves in ``runs/quickstart``. Each row is a run of ``megatron-dypo
-train`` in ``runs/ablation/<row>/seed-<n>``, whose command is printed.
+It begins with the warm start that ``make quickstart`` leaves in ``runs/quickstart``. Each row is a run of
+``megatron-dypo train`` in ``runs/ablation/<row>/seed-<n>``, whose command is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from megatron_dypo.config.load import flow_yaml, load_config
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = Path(__file__).resolve().parent / "ablation.yaml"

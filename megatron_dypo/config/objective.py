@@ -140,9 +140,9 @@ class ObjectiveConfig:
     """A row of docs/rivals.md, the published settings of a method: it gives every key of this section that the config
     does not. ``name`` is one of them."""
     name: str = "dypo"
-    """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a rival of docs/rivals.md; or ``my_package.module:MyObjective``, a
-    class of yours (see docs/adding_an_objective.md). Such a name runs the code of that module in every training
-    process."""
+    """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a rival of docs/rivals.md; or
+    ``my_package.module:MyObjective``, a class of yours (see docs/adding_an_objective.md). Such a name runs the code of
+    that module in every training process."""
     alpha: Weight = 0.5
     """α: weight of GRPO against GAL on Mid prompts (eq. 4); a weight."""
     gamma: Weight = 1.0
@@ -158,12 +158,12 @@ class ObjectiveConfig:
     ratio: Literal["token", "sequence"] = "token"
     """ρ of GRPO: that of each token, or GSPO's, the geometric mean over the trajectory, which needs a far smaller ε."""
     length_normalization: Literal["sum", "sequence_mean", "token_mean", "group_mean", "constant"] = "sequence_mean"
-    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL: 1, its length, the mean length over the update,
-    the mean length over its group, or a constant. The means are over sequences of its kind, rollouts or traces, in
-    ``token_mean``, and over all members in ``group_mean``."""
+    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL: 1, its length, the mean length over the
+    update, the mean length over its group, or a constant. The means are over sequences of its kind, rollouts or traces,
+    in ``token_mean``, and over all members in ``group_mean``."""
     trace_normalization: Literal["same", "sequence_mean", "token_mean"] = "same"
-    """What divides the loss on teachers' traces instead. ``token_mean`` is one mean over the tokens of all traces of the
-    update, however few prompts have one: it does not divide by the prompts."""
+    """What divides the loss on teachers' traces instead. ``token_mean`` is one mean over the tokens of all traces of
+    the update, however few prompts have one: it does not divide by the prompts."""
     constant_length: int = 8192
     """The divisor of ``constant``."""
     clip_low: float | None = 0.2

@@ -14,7 +14,8 @@ def read_options(kind: type[T], cfg: ObjectiveConfig) -> T:
     """Return ``cfg.options`` as a ``kind``, a dataclass.
 
     Raises:
-        ValueError: one line for each problem: an unknown option, with the nearest known one; a value that breaks a rule.
+        ValueError: one line for each problem: an unknown option, with the nearest known one; a value that breaks a
+        rule.
     """
     options, problems = read_typed(kind, cfg.options)
     if options is None:

@@ -24,7 +24,7 @@ OPD_STREAMS = (
 )
 OPD_METRICS = (
     SumMetric(
-        "train/opd_reverse_kl", "nats/token", "mean log π_old − log π_T over the rollouts that a teacher gave log-probs of",
+        "train/opd_reverse_kl", "nats/token", "mean log π_old − log π_T of rollouts that a teacher was asked about",
         of="opd_reverse_kl", per="opd_tokens",
     ),
     SumMetric(

@@ -42,7 +42,8 @@ def weigh_by_gradients(
 
 
 def _few_rows(chunk_RV: Tensor, scratch_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a chunk, as many at a time as ``scratch_bytes`` hold, one at least, and scratch of their shape."""
+    """Yield the rows of a chunk, as many at a time as ``scratch_bytes`` hold, one at least, and scratch of their
+    shape."""
     step = max(1, scratch_bytes // (chunk_RV.shape[1] * chunk_RV.element_size()))
     scratch = torch.empty_like(chunk_RV[:step])
     for start in range(0, len(chunk_RV), step):

@@ -64,8 +64,9 @@ def fused_logprobs(
         sink: takes the weight's gradient; None: autograd does.
 
     Returns:
-        ``logp_N`` (−inf for a target outside the vocabulary) and ``entropy_N`` (None if not wanted), both with gradient;
-        the same on every rank of the group. The entropy's gradient costs nothing where the caller does not ask for it.
+        ``logp_N`` (−inf for a target outside the vocabulary) and ``entropy_N`` (None if not wanted), both with
+        gradient; the same on every rank of the group. The entropy's gradient costs nothing where the caller does not
+        ask for it.
 
     Raises:
         ValueError: some rank of the group holds padding only.

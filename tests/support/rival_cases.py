@@ -3,8 +3,12 @@
 Shape legend: R response tokens of one sequence.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,12 +16,18 @@ import torch
 from megatron_dypo.batching.bins import bins_balanced
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.load import parse_config
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.grading.tiers import grade_tier
+from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
 from megatron_dypo.objective.totals import add_counts, count_groups
-from megatron_dypo.types import GradedGroup, Prompt, Rollout, SampleKind, Verdict
+from megatron_dypo.types import GradedGroup, Prompt, Rollout, Sample, SampleKind, Verdict
 from tests.support.objective_cases import loss_inputs
+from tests.support.present import present
+
+Key: TypeAlias = "tuple[int, int | str]"
+Gradients: TypeAlias = "dict[Key, np.ndarray]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +48,11 @@ class Case:
     trace: Response | None
 
 
-def ragged_cases(seed=0, k=4, longest=9):
+def ragged_cases(seed: int = 0, k: int = 4, longest: int = 9) -> list[Case]:
     """A prompt that is right always, one sometimes, one never; responses of many lengths, ratios inside and outside."""
     rng = np.random.default_rng(seed)
 
-    def response(reward):
+    def response(reward: float) -> Response:
         length = int(rng.integers(1, longest))
         logp = rng.normal(-1.2, 0.8, length).clip(-6, -0.01)
         moved = rng.choice([0.0, 0.1, -0.1, 0.4, -0.4], length)
@@ -52,13 +62,13 @@ def ragged_cases(seed=0, k=4, longest=9):
     return [Case(rollouts=tuple(map(response, own)), trace=response(1.0)) for own in rewards]
 
 
-def config_of(**objective):
+def config_of(**objective: Any) -> ObjectiveConfig:
     """The objective's config as a run reads it, its preset applied."""
     tree = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}, "objective": objective}
     return parse_config(tree, where="test").objective
 
 
-def routed(cases, objective, k, step):
+def routed(cases: Sequence[Case], objective: Objective, k: int, step: int) -> list[list[Sample]]:
     """The samples of each prompt, by the objective's own gate, with log π_old; a list for each prompt."""
     groups = [_graded(order, case, objective.num_rollouts(k)) for order, case in enumerate(cases)]
     samples = route(groups, objective, step=step, version=0, seed=0).samples
@@ -69,7 +79,9 @@ def routed(cases, objective, k, step):
     return samples
 
 
-def gradients(cases, cfg, *, step=0, k=4, microbatches=1, replicas=1):
+def gradients(
+    cases: Sequence[Case], cfg: ObjectiveConfig, *, step: int = 0, k: int = 4, microbatches: int = 1, replicas: int = 1
+) -> tuple[Gradients, Gradients]:
     """The gradient by log π and by the entropy of each sequence's tokens: {(prompt, member or "trace"): [R]} twice.
 
     Groups are counted on ``replicas`` replicas, packed into ``microbatches``, and the losses are added up.
@@ -77,18 +89,21 @@ def gradients(cases, cfg, *, step=0, k=4, microbatches=1, replicas=1):
     objective = build_objective(cfg)
     groups = [group for group in routed(cases, objective, k, step) if group]
     totals = add_counts(count_groups(groups[i::replicas]) for i in range(replicas))
-    samples = []
+    samples = list[Sample]()
     for group in groups:
         weights = objective.weights_of(group, totals, step).weights
         samples += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
-    of_logp, of_entropy = {}, {}
+    of_logp: Gradients = {}
+    of_entropy: Gradients = {}
     for members in bins_balanced([1.0] * len(samples), microbatches):
         for key, own in _pass(objective, [samples[i] for i in members], cases).items():
             of_logp[key], of_entropy[key] = own
     return of_logp, of_entropy
 
 
-def _pass(objective, samples, cases):
+def _pass(
+    objective: Objective, samples: Sequence[Sample], cases: Sequence[Case]
+) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
     """Loss and backward of one microbatch; {key: (gradient by log π, by the entropy)}."""
     packed = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples), streams=objective.streams)
     at = np.flatnonzero(packed.response_T)
@@ -101,17 +116,17 @@ def _pass(objective, samples, cases):
     loss.backward()
     sizes = [len(r.logp) for r in responses]
     entropy_grad = entropy_N.grad if entropy_N.grad is not None else torch.zeros_like(entropy_N)
-    pairs = zip(logp_N.grad.split(sizes), entropy_grad.split(sizes), strict=True)
-    keys = [(s.order, "trace" if s.kind is SampleKind.TRACE else s.member) for s in samples]
+    pairs = zip(present(logp_N.grad).split(sizes), entropy_grad.split(sizes), strict=True)
+    keys: list[Key] = [(s.order, "trace" if s.kind is SampleKind.TRACE else s.member) for s in samples]
     return {key: (one.numpy(), other.numpy()) for key, (one, other) in zip(keys, pairs, strict=True)}
 
 
-def _response(sample, cases):
+def _response(sample: Sample, cases: Sequence[Case]) -> Response:
     case = cases[sample.order]
-    return case.trace if sample.kind is SampleKind.TRACE else case.rollouts[sample.member]
+    return present(case.trace) if sample.kind is SampleKind.TRACE else case.rollouts[sample.member]
 
 
-def _graded(order, case, count):
+def _graded(order: int, case: Case, count: int) -> GradedGroup:
     prompt = Prompt(
         prompt_id=f"p{order}",
         visit=0,
@@ -142,5 +157,5 @@ def _graded(order, case, count):
     )
 
 
-def _verdict(response):
+def _verdict(response: Response) -> Verdict:
     return Verdict(is_correct=response.reward > 0, reward=response.reward)

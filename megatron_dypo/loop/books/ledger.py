@@ -1,7 +1,7 @@
 """The ledger of a run: the fate of every draw of a prompt.
 
-Each draw ends in exactly one of: trained on (its rollouts, a teacher's trace, or both), dropped for one reason, waiting for
-an update, or in flight. So at any time::
+Each draw ends in exactly one of: trained on (its rollouts, a teacher's trace, or both), dropped for one reason, waiting
+for an update, or in flight. So at any time::
 
     drawn = trained + dropped + waiting + in flight
 

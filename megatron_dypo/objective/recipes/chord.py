@@ -37,8 +37,8 @@ class Chord(Mixed):
 
     Source: arXiv 2508.11408; code modelscope/Trinity-RFT chord_policy_loss.py. Paper and code differ: dual clip 3 and
     means of microbatches in the code. Ambiguous: 200 steps of μ (section 4.3) or 30 (appendix). Not the same here: the
-    paper's expert data are other prompts than those of RL; here traces belong to the prompts that are sampled, and a row
-    without a trace gives rollouts alone.
+    paper's expert data are other prompts than those of RL; here traces belong to the prompts that are sampled, and a
+    row without a trace gives rollouts alone.
     """
 
     options_type = ChordOptions

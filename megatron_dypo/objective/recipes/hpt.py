@@ -28,8 +28,8 @@ class HptOptions:
 class Hpt(Objective):
     """P ≤ γ: L_SFT of a trace; else L_GRPO, P the share of right rollouts.
 
-    Where P ≤ γ, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets 1/(n·k·length) of
-    the clipped surrogate. Groups that are all right have Â = 0 and still count in n.
+    Where P ≤ γ, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets 1/(n·k·length)
+    of the clipped surrogate. Groups that are all right have Â = 0 and still count in n.
 
     Source: arXiv 2509.04419 v2, eq. 10-13 (RL: token sum; SFT: token mean); code TsinghuaC3I/Unify-Post-Training
     mix_trainer.py:394-402 (no std, no clip, Σ/8192 against the token mean of each microbatch, entropy bonus 0.001).

@@ -10,7 +10,7 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.options import read_options
 from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.recipes.base import WeightedGroup
-from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace
+from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace, trace_advantage
 from megatron_dypo.objective.shapes import shape_index
 from megatron_dypo.objective.token_weights import advantages, grpo_weights
 from megatron_dypo.types import Sample, SampleKind, TokenWeights, Totals
@@ -30,22 +30,20 @@ class LuffyOptions:
 class Luffy(Mixed):
     """Mixed-policy GRPO with policy shaping.
 
-    A group is k−1 rollouts and the trace, all judged; Â is over all k. Each token of rollout i gets 1/(n·k·length) of the
-    surrogate; each token of the trace gets Â*/(n·k·length) of −f(p), f(p) = p/(p+γ), whose gradient is γp/(p+γ)² of −log
-    π (π_φ = 1, no clip). Rows without a trace give GRPO on the k−1 rollouts.
+    A group is k−1 rollouts and the trace, all judged; Â is over all k. Each token of rollout i gets 1/(n·k·length) of
+    the surrogate; each token of the trace gets Â*/(n·k·length) of −f(p), f(p) = p/(p+γ), whose gradient is γp/(p+γ)² of
+    −log π (π_φ = 1, no clip). Rows without a trace give GRPO on the k−1 rollouts.
 
     Source: arXiv 2504.14945 v5, eq. 4-6; code ElliottYan/LUFFY mix_core_alg.py. Paper and code differ: std and clip of
     eq. 4, 6 against neither, Z (``group_mean``) against 8192, entropy 0.01 against 0.001. Ambiguous: the weight of the
-    entropy, which in the code follows from the number of microbatches. A trace that is judged wrong has Â* < 0, as there.
+    entropy, which in the code follows from the number of microbatches. A trace that is judged wrong has Â* < 0, as
+    there.
     """
 
     options_type = LuffyOptions
     metrics = (
         *LOSS_METRICS,
-        SumMetric(
-            "luffy/trace_advantage", "", "mean Â* of the teachers' traces",
-            of="trace_advantage", per="judged_traces", panel="Traces as members",
-        ),
+        trace_advantage("luffy"),
         SumMetric(
             "luffy/trace_reward", "", "mean reward of the teachers' traces",
             of="trace_reward", per="judged_traces", panel="Traces as members",

@@ -28,7 +28,7 @@ class Opd(Objective):
     def __init__(self, cfg: ObjectiveConfig) -> None:
         if cfg.ratio == "sequence":
             raise ValueError(
-                "objective.ratio=sequence: opd has an advantage for each token, and the ratio of a sequence takes one for all"
+                "objective.ratio=sequence: opd has an advantage for each token, and a ratio of a sequence takes one"
             )
         super().__init__(cfg)
 

@@ -29,9 +29,9 @@ class SuperRl(Objective):
     Where c is 0, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets GRPO's
     1/(n·k·length) of the clipped surrogate. Groups that are all right have Â = 0 and still count in n.
 
-    Source: arXiv 2506.01096 v2, eq. 1, 2, section 3.2 (v1 is another method). Ambiguous: whether the authors' code decides
-    for a prompt or for a batch. Here it is a prompt. Of several demonstrations the paper takes the mean; here one is
-    drawn at each visit, with the same expectation. Not done: the learnt weights of "Log-Sigma".
+    Source: arXiv 2506.01096 v2, eq. 1, 2, section 3.2 (v1 is another method). Ambiguous: whether the authors' code
+    decides for a prompt or for a batch. Here it is a prompt. Of several demonstrations the paper takes the mean; here
+    one is drawn at each visit, with the same expectation. Not done: the learnt weights of "Log-Sigma".
     """
 
     options_type = SuperRlOptions

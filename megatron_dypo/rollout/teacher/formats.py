@@ -1,4 +1,4 @@
-"""Wire formats of a teacher's servers: token ids out, log-probs of the response in. Every field that is used is checked.
+"""Wire formats of a teacher's servers: token ids out, log-probs of the response in. Every field used is checked.
 
 Shape legend: R response tokens.
 """

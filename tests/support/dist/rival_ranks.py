@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tests.support.dist.layout_gradients import packed_microbatches, stage_gradients
 
 
-def rank_gradients(layouts, ports, path, updates):
+def rank_gradients(
+    layouts: Mapping[str, Any], ports: Sequence[int], path: str, updates: Mapping[str, Any]
+) -> dict[tuple[str, str], dict[str, Any]]:
     """{(layout, objective): this rank's HF-named gradients}; ``updates``: name → (config, weighted samples)."""
-    found = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for (name, axes), port in zip(layouts.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         found |= {(name, objective): grads for objective, grads in _layout(axes, path, updates).items()}
     return found
 
 
-def _layout(axes, path, updates):
+def _layout(axes: Mapping[str, Any], path: str, updates: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     from megatron_dypo.batching.zigzag import shard
     from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from megatron_dypo.mcore.forward_step import loss_pass

@@ -14,21 +14,21 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.books.tally import Tally
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.resume import load_groups, save_checkpoint
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
-from megatron_dypo.loop.state import Progress, Run
+from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import NoTeacher, Teacher, require_teacher_servers
-from megatron_dypo.loop.train import train_step
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.rollout.teacher.client import TeacherClient
 from megatron_dypo.types import DropReason
 from tests.support.fake_sglang import FakeSGLang, Reply
 from tests.support.fake_teacher import Codes, answer, logp_of
-from tests.support.loop_cases import OneRank, Prompts, collect_groups, make_config, make_run, wrong
+from tests.support.loop_cases import OneRank, Prompts, collect_groups, make_config, make_run, make_step, wrong
 
 
 def run_with_teacher(server: FakeSGLang, teacher: FakeSGLang, run_dir: Path, **sections: Any) -> Run:
@@ -56,7 +56,7 @@ STREAMED = {"rollout": {"oversample": 1.5}}
 def test_every_rollout_of_an_update_has_the_teachers_log_probs(tmp_path: Path, sections: dict[str, Any]) -> None:
     with FakeSGLang() as server, FakeSGLang(refuses()) as teacher:
         run = run_with_teacher(server, teacher, tmp_path, **sections)
-        train_step(run)
+        make_step(run)
         run.servers.stream.stop()
     (update,) = run.policy.updates
     assert update
@@ -74,12 +74,12 @@ def test_every_rollout_of_an_update_has_the_teachers_log_probs(tmp_path: Path, s
 def test_a_prompt_without_the_teachers_log_probs_is_dropped_counted_and_replaced(tmp_path: Path) -> None:
     with FakeSGLang() as server, FakeSGLang(refuses(1, 2)) as teacher:
         run = run_with_teacher(server, teacher, tmp_path)
-        train_step(run)
+        make_step(run)
     (update,) = run.policy.updates
     assert sorted({sample.order for sample in update}) == [0, 3, 4, 5]
     assert run.replica.books.ledger.dropped[DropReason.NO_TEACHER_LOGP] == 2
     assert run.writer.metrics[1]["rollout/groups_without_teacher_logp"] == 2
-    balance = run.accounts.balance(run.batch)
+    balance = run.accounts.balance(run.progress.batch)
     assert balance.difference == 0
 
 
@@ -87,7 +87,7 @@ def test_a_teacher_that_gives_nothing_ends_the_run_after_a_round(tmp_path: Path)
     with FakeSGLang() as server, FakeSGLang(lambda *_: "500") as teacher:
         run = run_with_teacher(server, teacher, tmp_path)
         with pytest.raises(RunEnded, match=r"no rollout of 4 groups.*HTTP 500") as caught:
-            train_step(run)
+            make_step(run)
     assert caught.value.cause is Cause.SERVERS_GONE
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_keeps_the_teachers_log_probs_and_what_lacks_them_is_asked_
     with FakeSGLang() as server, FakeSGLang(refuses()) as teacher:
         run = run_with_teacher(server, teacher, tmp_path)
         collect_groups(run)
-        save_checkpoint(run)
+        save_checkpoint(run.checkpointer, run.progress)
         stored = load_groups(run.policy.saved[0]["leader_states"])
         waiting = run.replica.queues.groups()
         assert [len(group) for group in stored] == [len(group) for group in waiting]
@@ -105,7 +105,7 @@ def test_a_checkpoint_keeps_the_teachers_log_probs_and_what_lacks_them_is_asked_
         asked = len(teacher.requests)
         stored[0][0].teacher_logp = None
         run.replica.queues.replace(stored)
-        train_step(run)
+        make_step(run)
     assert len(teacher.requests) == asked + 1
 
 
@@ -117,7 +117,7 @@ def test_dypo_asks_for_hard_prompts_without_a_trace_alone(tmp_path: Path) -> Non
         run = make_run([server.url], config, judge=wrong, prompts=Prompts(traces=[0, 2]))
         client = TeacherClient(cfg, None)
         run.teacher = Teacher(client=client, reads=run.objective.reads_teacher, show_progress=False)
-        train_step(run)
+        make_step(run)
     assert {body["input_ids"][1] - 100 for body in teacher.requests} == {1, 3}
 
 

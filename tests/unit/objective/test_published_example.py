@@ -1,4 +1,5 @@
-"""The worked example of the rivals: two prompts, four rollouts and a trace each, every gradient worked out by autograd."""
+"""The worked example of the rivals: two prompts, four rollouts and a trace each, every gradient worked out by
+autograd."""
 
 import json
 from pathlib import Path
