@@ -23,7 +23,7 @@ def open_teacher(base: Foundation, opened: OpenedLeader | Follower) -> Teacher |
     api_key = read_api_key(cfg.api_key_env)
     require_same_tokenizer(cfg, api_key, opened.tokenizer)
     return Teacher(
-        client=TeacherClient(cfg, api_key),
+        client=TeacherClient(cfg, api_key, vocab_size=opened.tokenizer.vocab_size),
         reads=objective.reads_teacher,
         show_progress=base.ranks.is_global_leader,
     )

@@ -35,12 +35,15 @@ class TeacherClient:
         cfg: the servers and the limits: ``max_in_flight`` requests at once, ``request_deadline_s`` for a rollout from
             its first attempt to its last, ``retries`` attempts after the first.
         api_key: sent as a bearer token, and shown in no message; None: none is.
+        vocab_size: one more than the largest id of the policy's tokenizer.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
     """
 
-    def __init__(self, cfg: TeacherServersConfig, api_key: str | None, *, backoff_s: float = 0.5) -> None:
+    def __init__(
+        self, cfg: TeacherServersConfig, api_key: str | None, *, vocab_size: int, backoff_s: float = 0.5
+    ) -> None:
         self._cfg, self._api_key, self._backoff_s = cfg, api_key, backoff_s
-        self._format = format_of(cfg)
+        self._format = format_of(cfg, vocab_size)
         self._servers = LeastLoaded(cfg.urls, rest_s=4 * backoff_s, clock=time.monotonic)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None

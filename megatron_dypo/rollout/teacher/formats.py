@@ -48,6 +48,9 @@ class SGLangFormat:
 
     path = "/generate"
 
+    def __init__(self, vocab_size: int) -> None:
+        self._last = vocab_size - 1
+
     def request(self, prompt: Tokens, response: Tokens) -> dict[str, Any]:
         return {
             "input_ids": np.concatenate([prompt, response]).tolist(),
@@ -63,7 +66,11 @@ class SGLangFormat:
         if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) >= 2 for row in rows):
             raise BadAnswerError(f"input_token_logprobs={quote(rows)}: must be a list of rows (log-prob, token id)")
         _require_count(len(rows), len(response) + 1)
-        _require_ids([row[1] for row in rows[1:]], response)
+        # It writes 0 for the last id of a model's vocabulary (managers/scheduler_components/
+        # logprob_result_processor.py:54 of 0.5.23), beside that token's own log-prob.
+        given = [row[1] for row in rows[1:]]
+        pairs = zip(given, response.tolist(), strict=True)
+        _require_ids([own if one == 0 and own >= self._last else one for one, own in pairs], response)
         return _finite([row[0] for row in rows[1:]])
 
 
@@ -107,9 +114,9 @@ class OpenAIFormat:
         return _finite(values[len(prompt) : length])
 
 
-def format_of(cfg: TeacherServersConfig) -> Format:
-    """Return the format that ``cfg.api`` names."""
-    return SGLangFormat() if cfg.api == "sglang" else OpenAIFormat(cfg.model or "")
+def format_of(cfg: TeacherServersConfig, vocab_size: int) -> Format:
+    """Return the format that ``cfg.api`` names; token ids of the policy are below ``vocab_size``."""
+    return SGLangFormat(vocab_size) if cfg.api == "sglang" else OpenAIFormat(cfg.model or "")
 
 
 def most_bytes(num_tokens: int) -> int:

@@ -35,7 +35,7 @@ def run_with_teacher(server: FakeSGLang, teacher: FakeSGLang, run_dir: Path, **s
     cfg = TeacherServersConfig(urls=(teacher.url,), retries=0, request_deadline_s=20.0)
     sections = {"objective": ObjectiveConfig(name="opd"), **sections}
     run = make_run([server.url], make_config(run_dir, teacher_servers=cfg, **sections))
-    client = TeacherClient(cfg, None, backoff_s=0.01)
+    client = TeacherClient(cfg, None, vocab_size=128, backoff_s=0.01)
     run.teacher = Teacher(client=client, reads=run.objective.reads_teacher, show_progress=False)
     return run
 
@@ -115,7 +115,7 @@ def test_dypo_asks_for_hard_prompts_without_a_trace_alone(tmp_path: Path) -> Non
         cfg = TeacherServersConfig(urls=(teacher.url,))
         config = make_config(tmp_path, teacher_servers=cfg, objective=objective)
         run = make_run([server.url], config, judge=wrong, prompts=Prompts(traces=[0, 2]))
-        client = TeacherClient(cfg, None)
+        client = TeacherClient(cfg, None, vocab_size=128)
         run.teacher = Teacher(client=client, reads=run.objective.reads_teacher, show_progress=False)
         make_step(run)
     assert {body["input_ids"][1] - 100 for body in teacher.requests} == {1, 3}
@@ -150,7 +150,7 @@ def test_a_leader_reaches_the_right_teacher_with_the_key_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DYPO_TEACHER_API_KEY", "sesame")
-    with FakeSGLang(refuses()) as teacher:
+    with FakeSGLang(lambda _, body: answer(body)) as teacher:
         cfg = TeacherServersConfig(urls=(teacher.url,))
         config = make_config(tmp_path, teacher_servers=cfg, objective=ObjectiveConfig(name="opd"))
         assert isinstance(opened(config, Codes()), Teacher)

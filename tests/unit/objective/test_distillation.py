@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from numpy.typing import ArrayLike
 
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.distillation.opd import OpdConfig
@@ -17,7 +16,9 @@ from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.objective.route import route
 from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.types import Sample, SampleKind, Treatment
-from tests.support.objective_cases import graded_group, loss_inputs, totals_of
+from tests.support.graded_groups import graded
+from tests.support.objective_cases import loss_inputs, totals_of
+from tests.support.present import present
 
 Logps = npt.NDArray[Any]
 """[R] float64."""
@@ -60,8 +61,13 @@ REINFORCE = [
 ]  # fmt: skip
 
 
-def rollout(order: int, member: int, reward: float, old_logp: ArrayLike, teacher_logp: ArrayLike) -> Sample:
-    logps = {"old_logp": old_logp, "rollout_logp": old_logp, "ref_logp": old_logp, "teacher_logp": teacher_logp}
+def rollout(order: int, member: int, reward: float, old_logp: Any, teacher_logp: Any) -> Sample:
+    logps: dict[str, Any] = {
+        "old_logp": old_logp,
+        "rollout_logp": old_logp,
+        "ref_logp": old_logp,
+        "teacher_logp": teacher_logp,
+    }
     return Sample(
         order=order,
         member=member,
@@ -72,11 +78,11 @@ def rollout(order: int, member: int, reward: float, old_logp: ArrayLike, teacher
         policy_version=0,
         is_correct=reward > 0.5,
         reward=float(reward),
-        **{name: np.asarray(values, np.float64) for name, values in logps.items()},
+        **{name: np.asarray(values, np.float64) for name, values in logps.items()},  # type: ignore[arg-type]
     )
 
 
-def example_groups() -> list[list[Sample]]:
+def example_groups() -> list[list[Any]]:
     old, teacher = EXAMPLE["old_logp"], EXAMPLE["teacher_logp"]
     return [
         [rollout(order, i, reward, old[order][i], teacher[order][i]) for i, reward in enumerate(rewards)]
@@ -84,7 +90,7 @@ def example_groups() -> list[list[Sample]]:
     ]
 
 
-def ragged_groups(seed: int = 0) -> tuple[list[list[Sample]], list[Logps]]:
+def ragged_groups(seed: int = 0) -> tuple[list[list[Any]], list[Logps]]:
     """Three groups of rollouts of unequal lengths; the servers' and the trainer's log-probs differ."""
     rng = np.random.default_rng(seed)
     groups = []
@@ -102,11 +108,11 @@ def ragged_groups(seed: int = 0) -> tuple[list[list[Sample]], list[Logps]]:
 
 
 def loss_and_gradients(
-    groups: Sequence[Sequence[Sample]], logps: Sequence[Logps], cfg: ObjectiveConfig
+    groups: Sequence[Sequence[Any]], logps: Sequence[Logps], cfg: ObjectiveConfig
 ) -> tuple[float, list[Logps], dict[str, float], dict[str, float]]:
     """Loss, gradient of each sample and named sums, through the packing's streams, in float64."""
     objective, totals = build_objective(cfg), totals_of(groups)
-    weighted, group_sums = [], {}
+    weighted, group_sums = list[Sample](), dict[str, float]()
     for group in groups:
         result = objective.token_weights(group, totals, 0)
         weighted += [dataclasses.replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
@@ -118,8 +124,8 @@ def loss_and_gradients(
     x = loss_inputs(len(at), sequence=microbatch.sequence_T[at], **{n: v[at] for n, v in microbatch.streams.items()})
     logp_N = torch.tensor(np.concatenate(logps), requires_grad=True)
     loss, sums = objective.loss(logp_N, torch.zeros_like(logp_N), x)
-    loss.backward()
-    gradients = np.split(logp_N.grad.numpy(), np.cumsum([len(logp) for logp in logps])[:-1])
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = np.split(present(logp_N.grad).numpy(), np.cumsum([len(logp) for logp in logps])[:-1])
     return loss.item(), gradients, {name: float(value) for name, value in sums.items()}, group_sums
 
 
@@ -137,7 +143,7 @@ def test_loss_and_gradient_of_the_worked_example(estimator: Any, loss: float, gr
 
 
 def literal_loss(
-    groups: Sequence[Sequence[Sample]], logp_of: Mapping[tuple[int, int], torch.Tensor], cfg: ObjectiveConfig
+    groups: Sequence[Sequence[Any]], logp_of: Mapping[tuple[int, int], torch.Tensor], cfg: Any
 ) -> torch.Tensor:
     """The equations as written: one loop over groups, members and tokens."""
     total, opd, n = torch.zeros((), dtype=torch.float64), cfg.opd, len(groups)
@@ -181,11 +187,11 @@ def test_gradients_are_those_of_the_equations(
     leaves = [torch.tensor(logp, requires_grad=True) for logp in logps]
     by_member = {(s.order, s.member): leaf for s, leaf in zip(members, leaves, strict=True)}
     expected = literal_loss(groups, by_member, cfg)
-    expected.backward()
+    expected.backward()  # type: ignore[no-untyped-call]
     loss, gradients, _, _ = loss_and_gradients(groups, logps, cfg)
     assert loss == pytest.approx(expected.item(), abs=1e-9)
     for found, leaf in zip(gradients, leaves, strict=True):
-        np.testing.assert_allclose(found, leaf.grad.numpy(), atol=1e-9)
+        np.testing.assert_allclose(found, present(leaf.grad).numpy(), atol=1e-9)
 
 
 def test_without_kl_clipped_distillation_is_grpo() -> None:
@@ -220,7 +226,7 @@ def test_dypo_gives_hard_rollouts_without_a_trace_what_opd_gives_them_times_gamm
 
 
 def test_dypo_routes_hard_prompts_without_a_trace_as_hard_without_trace_says() -> None:
-    hard, taught = graded_group([False, False], traces=()), graded_group([False, False])
+    hard, taught = graded(0, [False, False], traces=()), graded(1, [False, False])
     for choice, treatment in (("drop", Treatment.DROP), ("opd", Treatment.REINFORCE)):
         objective = build_objective(ObjectiveConfig(name="dypo", hard_without_trace=choice))
         routed = route([hard, taught], objective, step=0, version=0, seed=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from megatron_dypo.config.distillation.teacher_servers import TeacherServersConf
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.teacher.check import require_same_tokenizer
 from megatron_dypo.rollout.teacher.client import NoLogprobsError, TeacherClient
-from megatron_dypo.rollout.teacher.logprobs import teacher_logprobs
+from megatron_dypo.rollout.teacher.logprobs import Answered, teacher_logprobs
 from megatron_dypo.types import Sample, SampleKind, Treatment
 from tests.support.fake_sglang import FakeSGLang, Reply, wait_until
 from tests.support.fake_teacher import Codes, answer, logp_of, openai_payload, sglang_payload
-from tests.unit.rollout.test_collect import closed_url
+from tests.support.rollout.clients import closed_url
 
 PROMPT, RESPONSE = np.array([5, 6, 7], np.int32), np.array([8, 6, 2], np.int32)
 EXPECTED = np.array([logp_of(8), logp_of(6), logp_of(2)], np.float32)
@@ -34,7 +34,7 @@ def config(url: str, api: str = "sglang", **fields: Any) -> TeacherServersConfig
 
 def ask(cfg: TeacherServersConfig, api_key: str | None = None) -> np.ndarray:
     async def one() -> np.ndarray:
-        async with TeacherClient(cfg, api_key, backoff_s=0.01) as client:
+        async with TeacherClient(cfg, api_key, vocab_size=128, backoff_s=0.01) as client:
             return await client.logprobs(PROMPT, RESPONSE)
 
     return asyncio.run(one())
@@ -53,6 +53,10 @@ def samples(count: int) -> list[Sample]:
         )
         for order in range(count)
     ]
+
+
+def last_logps(found: Sequence[Answered]) -> list[np.float32]:
+    return [row[-1] for row in found if isinstance(row, np.ndarray)]
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -152,13 +156,33 @@ def test_a_slow_server_costs_the_deadline_and_no_more() -> None:
         ask(config(fake.url, request_deadline_s=0.3))
 
 
+@pytest.mark.parametrize(("last", "is_taken"), [(8, True), (9, False)])
+def test_sglang_may_write_0_for_the_last_token_of_the_vocabulary_alone(last: int, is_taken: bool) -> None:
+    def plan(_: int, body: dict[str, Any]) -> Reply:
+        found = changed(lambda rows, _: rows[1].__setitem__(1, 0))(body)
+        return lambda _: web.json_response(found)
+
+    async def one() -> np.ndarray:
+        async with TeacherClient(config(fake.url, retries=0), None, vocab_size=last + 1) as client:
+            return await client.logprobs(PROMPT, RESPONSE)
+
+    with FakeSGLang(plan) as fake:
+        if is_taken:
+            assert np.array_equal(asyncio.run(one()), EXPECTED)
+        else:
+            with pytest.raises(NoLogprobsError, match="token 0 at place 0"):
+                asyncio.run(one())
+
+
 def test_a_server_that_is_down_is_asked_again_and_others_take_over() -> None:
     with pytest.raises(NoLogprobsError, match="2 attempts failed"):
         ask(config(closed_url()))
     with FakeSGLang(lambda _, body: answer(body)) as fake:
         cfg = config(fake.url, urls=(closed_url(), fake.url), retries=3)
-        found = teacher_logprobs(samples(6), TeacherClient(cfg, None, backoff_s=0.01), progress=False)
-    assert [row[-1] for row in found] == [np.float32(logp_of(order)) for order in range(6)]
+        found = teacher_logprobs(samples(6), TeacherClient(cfg, None, vocab_size=128, backoff_s=0.01), progress=False)
+    assert [row[-1] for row in found if isinstance(row, np.ndarray)] == [
+        np.float32(logp_of(order)) for order in range(6)
+    ]
 
 
 def test_a_bad_answer_is_asked_for_again() -> None:
@@ -170,8 +194,10 @@ def test_a_bad_answer_is_asked_for_again() -> None:
 def test_requests_are_spread_over_servers_and_bounded() -> None:
     with FakeSGLang(lambda _, body: answer(body)) as one, FakeSGLang(lambda _, body: answer(body)) as other:
         cfg = config(one.url, urls=(one.url, other.url), max_in_flight=2)
-        found = teacher_logprobs(samples(12), TeacherClient(cfg, None), progress=False)
-    assert [row[-1] for row in found] == [np.float32(logp_of(order)) for order in range(12)]
+        found = teacher_logprobs(samples(12), TeacherClient(cfg, None, vocab_size=128), progress=False)
+    assert [row[-1] for row in found if isinstance(row, np.ndarray)] == [
+        np.float32(logp_of(order)) for order in range(12)
+    ]
     assert len(one.requests) == len(other.requests) == 6
     assert max(one.max_open, other.max_open) <= 2
 
@@ -186,7 +212,9 @@ def test_a_stop_leaves_what_is_not_answered_without_log_probs() -> None:
         return "hang"
 
     with FakeSGLang(plan) as fake:
-        found = teacher_logprobs(samples(2), TeacherClient(config(fake.url), None), stop=stop, progress=False)
+        found = teacher_logprobs(
+            samples(2), TeacherClient(config(fake.url), None, vocab_size=128), stop=stop, progress=False
+        )
         wait_until(lambda: fake.cancelled == 1, "the open request is aborted")
     assert found[1] is None
 
