@@ -29,11 +29,12 @@ class Dypo(Objective):
     A Hard prompt without a trace is dropped, or its rollouts get what ``opd`` gives them, times γ.
     """
 
-    metrics = (*LOSS_METRICS, *GAL_METRICS, *OPD_METRICS)
+    metrics = (*LOSS_METRICS, *GAL_METRICS)
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         if cfg.hard_without_trace == "opd":
             self.streams = (*STREAMS, *OPD_STREAMS)
+            self.metrics = (*self.metrics, *OPD_METRICS)
             require(
                 cfg.rl_only_steps == 0,
                 f"objective.rl_only_steps={cfg.rl_only_steps}",

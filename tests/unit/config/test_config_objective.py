@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.objective import (
     LOG_RATIO_LIMIT,
     ImportanceConfig,
@@ -158,6 +159,8 @@ def test_the_defaults_are_the_papers():
         "rl_only_steps": 0,
         "sft_steps": 0,
         "options": {},
+        "hard_without_trace": "drop",
+        "opd": OpdConfig(kl_coef=1.0, reward_coef=1.0, estimator="clipped"),
         "importance": ImportanceConfig(cap=None, token_bounds=None, sequence_bounds=None, sequence_max_gap=None),
         "reference": ReferenceConfig(mode="frozen", refresh_every=100),
     }
