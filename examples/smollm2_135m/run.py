@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from model import write_model
+from model import PACKAGE, write_model
 from task import draw_questions, write_questions
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -34,7 +34,8 @@ def make_inputs(out: Path, seed: int) -> None:
         write_questions(path, questions)
         print(f"{path}: {len(questions)} questions, the first is: {questions[0].text}")
     if not (out / "model").is_dir():
-        print(f"{out / 'model'}: SmolLM2-135M-Instruct, {write_model(out / 'model'):,} parameters", flush=True)
+        print(f"{out / 'model'}: SmolLM2-135M-Instruct, read from the package {PACKAGE}", flush=True)
+        print(f"{write_model(out / 'model'):,} parameters")
 
 
 def overrides(out: Path, seed: int) -> list[str]:
