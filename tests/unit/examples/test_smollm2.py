@@ -71,7 +71,7 @@ def test_a_row_asks_by_a_message_and_has_answer_and_traces(tmp_path: Path) -> No
 
 
 def test_the_config_is_valid_and_fits_the_folder_that_the_script_fills(tmp_path: Path) -> None:
-    path = run.ROOT / run.CONFIG
+    path = run.ROOT / run.HERE / "dypo.yaml"
     assert run.overrides(run.DEFAULT_OUT, run.DEFAULT_SEED) == []
     config, moved = load_config(path), load_config(path, run.overrides(tmp_path, 7))
     assert moved.run.seed == 7
@@ -82,7 +82,7 @@ def test_the_config_is_valid_and_fits_the_folder_that_the_script_fills(tmp_path:
 
 
 def test_the_run_is_on_two_stages_with_four_rollouts_and_the_verifier_of_mathematics() -> None:
-    config = load_config(run.ROOT / run.CONFIG)
+    config = load_config(run.ROOT / run.HERE / "dypo.yaml")
     assert config.parallel.pipeline == 2
     assert config.rollout.group_size == 4
     assert config.rollout.servers.per_node == 1
