@@ -32,7 +32,10 @@ class Question:
 
 
 def add_tens_and_ones(question: Question) -> str:
-    """Write the trace of the teacher ``tens_and_ones``: 40 + 90 = 130, 7 + 5 = 12, 130 + 12 = 142. The answer is 142."""
+    """Write the trace of the teacher ``tens_and_ones``.
+
+    Of 47 and 95: 40 + 90 = 130, 7 + 5 = 12, 130 + 12 = 142. The answer is 142.
+    """
     (tens, ones), (more_tens, more_ones) = divmod(question.first, 10), divmod(question.second, 10)
     high, low = 10 * (tens + more_tens), ones + more_ones
     steps = f"{10 * tens} + {10 * more_tens} = {high}, {ones} + {more_ones} = {low}, {high} + {low} = {question.answer}"
@@ -40,7 +43,10 @@ def add_tens_and_ones(question: Question) -> str:
 
 
 def add_in_two_steps(question: Question) -> str:
-    """Write the trace of the teacher ``two_steps``: 47 + 90 = 137, 137 + 5 = 142. The answer is 142."""
+    """Write the trace of the teacher ``two_steps``.
+
+    Of 47 and 95: 47 + 90 = 137, 137 + 5 = 142. The answer is 142.
+    """
     tens, ones = divmod(question.second, 10)
     half = question.first + 10 * tens
     steps = f"{question.first} + {10 * tens} = {half}, {half} + {ones} = {question.answer}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_dypo.metrics.intervals import wilson_interval
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 
 TIERS = ("easy", "mid", "hard")
 NUM_EDGE_STEPS = 5
@@ -92,12 +92,13 @@ def closing_words(summary: Summary, out: Path, job: str) -> str:
     def tiers(shares: dict[str, float]) -> str:
         return "   ".join(f"{tier} {share:4.0%}" for tier, share in shares.items())
 
+    step = f"{summary.step_seconds:.1f} s, of which {summary.overhead:.1%}"
     return f"""
 held-out accuracy   before {accuracy(summary.accuracy_before, summary.accuracy_before_interval)}
                     after  {accuracy(summary.accuracy_after, summary.accuracy_after_interval)}
 prompts drawn       at the start   {tiers(summary.tiers_first)}
                     at the end     {tiers(summary.tiers_last)}
-a step              {summary.step_seconds:.1f} s, of which {summary.overhead:.1%} outside rollouts, grading, training and refits
+a step              {step} outside rollouts, grading, training and refits
 {f"whole {job}":<20}{summary.seconds:.0f} s
 report              {out / "dypo" / "report.html"}
 HF model            {out / "dypo" / "hf"}

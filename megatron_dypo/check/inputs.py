@@ -10,7 +10,8 @@ from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
 from megatron_dypo.check.program import missing_program
 from megatron_dypo.check.prompt_files import check_prompt_files, held_out_key
 from megatron_dypo.check.room import check_run_folder
-from megatron_dypo.config.tree import Config, EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dypo.config.tree import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Servers

@@ -28,13 +28,8 @@ from megatron_dypo.rollout.ask import (
 from megatron_dypo.rollout.attempts import Attempts
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.counts import AttemptCounts
-from megatron_dypo.rollout.responses import (
-    IncompleteGroupError,
-    Sampling,
-    WrongVersionError,
-    parse_group,
-    request_body,
-)
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
+from megatron_dypo.rollout.sampling import Sampling, request_body
 from megatron_dypo.types import Rollout, Tokens
 
 _WATCH_EVERY_S = 1.0
@@ -124,7 +119,7 @@ class SGLangClient(AttemptCounts):
             self._upstream = replace(self._upstream, versions=versions)
 
     def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
-        """Return the configured sampling with ``n`` rollouts per prompt and these overrides (evaluation has its own)."""
+        """Return the configured sampling with ``n`` rollouts per prompt and evaluation's own overrides."""
         return Sampling(
             n=n,
             temperature=self._cfg.temperature if temperature is None else temperature,

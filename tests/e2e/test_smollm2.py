@@ -1,4 +1,4 @@
-"""A pretrained model with its own weights, tokenizer and chat template: SmolLM2-135M-Instruct, of ``make setup-smollm2``."""
+"""A pretrained model with its own weights, tokenizer and chat template: that of ``examples/smollm2_135m``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dypo.data.tokenizer.open import load_tokenizer
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.dist.logits import rank_logits, rows

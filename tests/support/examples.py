@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load_example(folder: str, *names: str) -> list[ModuleType]:
-    """Import modules of an example as its scripts do; afterwards these names are free, or mean what they meant before."""
+    """Import modules of an example as its scripts do; afterwards the names mean again what they meant before."""
     path = EXAMPLES / folder
     own = {file.stem for file in path.glob("*.py")}
     others = {name: sys.modules.pop(name) for name in own & sys.modules.keys()}

@@ -21,7 +21,7 @@ def rows() -> list[list[np.ndarray]]:
 
 def rank_logits(paths: list[str], axes: dict[str, Any]) -> list[list[np.ndarray]] | None:
     """Return, on ranks of the last stage, the logits [T, V] of each row for each model, over the whole vocabulary."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -36,7 +36,7 @@ def _model_logits(path: str, parallel: Any, layout: Any) -> list[np.ndarray]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig
+    from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
 

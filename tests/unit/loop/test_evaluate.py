@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config.tree import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.loop.evaluate import PromptScore, SetScore, evaluate, score_metrics
 from megatron_dypo.metrics.intervals import accuracy_interval, wilson_interval
 from megatron_dypo.metrics.names import lookup
