@@ -1,4 +1,4 @@
-"""What is inside the wrapped model chunks of this rank."""
+"""The modules and parameters inside the wrapped model chunks of this rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Megatron is told of FP8, and the weights of which FP8 is the only copy.
+"""Megatron's settings for FP8, and weights that exist only in FP8.
 
 Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`; which sizes suit a recipe, and which do not,
 says :mod:`megatron_dypo.models.layout_rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every
@@ -55,18 +55,18 @@ def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """As ``named_global_parameters``, with quantised parameters as tensors of their nominal type, one after the other."""
+    """Yield ``named_global_parameters``, one after the other, quantised ones as tensors of their nominal type."""
     for name, parameter in named_global_parameters(chunks):
         yield name, values(parameter)
 
 
 def values(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter, or a dequantised copy."""
+    """Return the parameter, or a dequantised copy."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
 
 
 def named_initial_values(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
-    """What initial weights are to be written into: parameters, or the exact values behind quantised ones.
+    """Return the tensors to write initial weights into: parameters, or the exact values behind quantised ones.
 
     Transformer Engine keeps those on the CPU until the optimizer makes its main parameters of them. They are what
     memory held when the model was built, so that whatever writes a quantised parameter must write them too.

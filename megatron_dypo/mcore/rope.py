@@ -63,7 +63,7 @@ def _yarn(period: Tensor, scaling: YarnRopeScaling, arch: Architecture) -> Tenso
     """
 
     def pair_of(num_turns: float) -> float:
-        """Index of the pair, a fraction, that turns so often over the original positions."""
+        """Return the index, a fraction, of the pair that turns that often over the original positions."""
         turns_of_first = scaling.original_max_position_embeddings / (num_turns * 2 * math.pi)
         return arch.head_dim * math.log(turns_of_first) / (2 * math.log(arch.rope_theta))
 

@@ -1,4 +1,4 @@
-"""What an HF ``config.json`` says of a decoder-only model, as plain data: no torch, no Megatron, no transformers.
+"""A decoder-only model as its HF ``config.json`` describes it, as plain data: no torch, no Megatron, no transformers.
 
 Fields that are not there have the defaults of transformers' configuration class of the family; docs/hf_models.md lists
 them, and those that must be there.

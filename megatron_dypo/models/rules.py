@@ -108,7 +108,7 @@ class Rule:
         return shape if self.tp_dim is None else _resized(shape, self.tp_dim, shape[self.tp_dim] * tp_size)
 
     def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
-        """What ``tp_rank`` writes of the stored tensor; a replicated one is the first rank's to write."""
+        """Return the chunks of the stored tensor that ``tp_rank`` writes; the first rank writes a replicated tensor."""
         shape = self.mcore_shape(arch, tp_size)
         if self.tp_dim is None:
             return [Chunk(0, 0, shape[0])] if tp_rank == 0 else []
@@ -216,7 +216,7 @@ class GateUp(Rule):
     """Both input projections of a gated MLP: on each rank its rows of the gate, then its rows of the other."""
 
     shape: ShapeOf = mlp_input
-    """Of one projection."""
+    """Shape of one projection."""
 
     def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
         return (self.shape(arch),) * 2
@@ -232,7 +232,8 @@ class GateUp(Rule):
 
 
 def _check_heads(arch: Architecture, tp_size: int) -> None:
-    """What Megatron-Core asks of heads: ranks that divide the groups, or share each of them with others."""
+    """Raise ValueError where ranks neither divide the groups of heads nor share each group evenly, as Megatron-Core
+    asks."""
     _divide(arch.num_attention_heads, tp_size, "num_attention_heads")
     kv_heads = arch.num_key_value_heads
     if kv_heads % tp_size and tp_size % kv_heads:

@@ -88,7 +88,7 @@ def make_plan(setting: Setting) -> Plan:
 
 
 def fp8_obstacle(setting: Setting) -> str | None:
-    """What the GPU lacks for ``model.fp8.recipe``, and which ones do not; None: nothing."""
+    """Say what the GPU lacks for ``model.fp8.recipe``, and which GPUs have it; None: nothing."""
     gpu, recipe = setting.gpu, setting.config.model.fp8.recipe
     missing = missing_capability(recipe, gpu.capability)
     if missing is None:
@@ -99,7 +99,7 @@ def fp8_obstacle(setting: Setting) -> str | None:
 
 
 def misfit(footprint: Footprint) -> str:
-    """What is too large, and what to do about it."""
+    """Say what is too large, and what to do about it."""
     largest, gib = footprint.largest, 2**30
     return (
         f"{footprint.where}: {footprint.total / gib:.1f} GiB do not fit into {footprint.capacity / gib:.1f} GiB; the largest "

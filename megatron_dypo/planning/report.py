@@ -53,7 +53,7 @@ def _setting(plan: Plan) -> list[str]:
 
 
 def _types(plan: Plan) -> str:
-    """Of the policy in training."""
+    """Describe the types of the policy in training."""
     model = plan.setting.config.model
     if not model.fp8.is_on:
         return model.dtype

@@ -27,10 +27,10 @@ ALLREDUCE_S = 15e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """What one server can do."""
+    """The capacity of one server."""
 
     weights: ServedBytes
-    """Of all its GPUs together."""
+    """Weights of all its GPUs together."""
     tensor: int
     """GPUs that share them."""
     kv_bytes_per_token: float

@@ -130,7 +130,7 @@ def _link(setting: Setting, span: int) -> float:
 
 
 def _tensor_seconds(setting: Setting, hidden: float, passes: int, is_update: bool) -> float:
-    """Of one layer; ``hidden`` are the bytes of the hidden states of all rows."""
+    """Return the seconds of one layer's tensor-parallel communication; ``hidden``: bytes of all rows' hidden states."""
     parallel = setting.config.parallel
     calls = 8 + 2 * parallel.sequence if is_update else 4
     calls += 4 * (passes == 4)  # the recomputed forward pass
