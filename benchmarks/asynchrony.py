@@ -34,7 +34,7 @@ def run(*command: str) -> None:
 
 
 def make_warm_start(folder: Path, *, smoke: bool) -> None:
-    """The quickstart as far as the first steps of its DYPO run, which are not used here; the model alone for a smoke."""
+    """Run the quickstart up to the first steps of its DYPO run, which are not used here; only its model for a smoke."""
     if (folder / "warmup" / "hf" / "config.json").is_file():
         return
     if not smoke:

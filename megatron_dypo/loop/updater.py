@@ -1,4 +1,4 @@
-"""One update of the policy, from the minibatch that it learns from to the report of what it did. Called by all ranks."""
+"""One update of the policy, from the minibatch that it learns from to its report. Called by all ranks."""
 
 from __future__ import annotations
 

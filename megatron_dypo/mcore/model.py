@@ -142,7 +142,7 @@ def _build_chunk(
     arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: MeshRank, stage: int
 ) -> PolicyModel:
     memory_mb = model.logprob_memory_mib
-    chunk = PolicyModel(
+    chunk: PolicyModel = PolicyModel(
         config,
         layer_spec(arch, features),
         vocab_size=arch.padded_vocab_size(layout.tensor),

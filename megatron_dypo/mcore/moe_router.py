@@ -64,7 +64,8 @@ class BalancedRouter(RouterWithOwnBalance):
         total = (scores_TE.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
         loss = total / (self.topk * num_tokens.clamp(min=1)) / self.update_tokens
         self.balance = self.balance + loss.detach()
-        return MoEAuxLossAutoScaler.apply(probs_TE, coefficient * loss)
+        scaled: Tensor = MoEAuxLossAutoScaler.apply(probs_TE, coefficient * loss)
+        return scaled
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:

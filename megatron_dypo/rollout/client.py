@@ -119,7 +119,7 @@ class SGLangClient(AttemptCounts):
             self._upstream = replace(self._upstream, versions=versions)
 
     def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
-        """Return the configured sampling with ``n`` rollouts per prompt and these overrides (evaluation has its own)."""
+        """Return the configured sampling with ``n`` rollouts per prompt and evaluation's own overrides."""
         return Sampling(
             n=n,
             temperature=self._cfg.temperature if temperature is None else temperature,

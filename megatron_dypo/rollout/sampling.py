@@ -1,4 +1,4 @@
-"""The requests of groups in SGLang's ``/generate`` wire format. :mod:`megatron_dypo.rollout.responses` has the answers."""
+"""Requests for groups in the wire format of SGLang's ``/generate``; see :mod:`megatron_dypo.rollout.responses`."""
 
 from __future__ import annotations
 

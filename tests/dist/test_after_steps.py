@@ -23,7 +23,7 @@ def rank_finish(path: str, folder: str) -> dict[str, Any]:
 
     layout = start_megatron(ParallelConfig())
 
-    def start(name: str, every: int = 0, steps: int = 3, **options: Any) -> Any:
+    def start(name: str, every: int = 0, steps: int = 3, **options: Any) -> tuple[Any, Any]:
         config = config_of(path, f"{folder}/{name}", {}, "exact", **options)
         checkpoint = dataclasses.replace(config.checkpoint, every=every, keep=9)
         run = dataclasses.replace(config.run, steps=steps)

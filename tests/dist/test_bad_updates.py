@@ -17,7 +17,7 @@ BAD = "decoder.layers.3.mlp.linear_fc2.weight"
 """Of the last layer: with two stages the second rank has it."""
 
 
-def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
+def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict[str, Any]:
     """Updates of a run with a NaN in one of its weights, from the start or later, or with rewards that are infinite."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
@@ -69,7 +69,7 @@ def _spoilt(groups: list[list[Any]]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=["one process", "two stages"])
 def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
-    tmp_path: Path, axes: dict[str, int]
+    tmp_path: Path, axes: dict[str, Any]
 ) -> None:
     path = str(make_hf_model("qwen2", tmp_path / "hf"))
     results = run_ranks(axes.get("pipeline", 1), rank_spoil, path, str(tmp_path / "run"), axes, "weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.support.present import present
 import math
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def rank_read(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...
 
     parallel = ParallelConfig(**axes)
     layout = start_megatron(parallel)
-    resumed = _resume(path, layout, parallel, options, checkpoint.find_latest(root))
+    resumed = _resume(path, layout, parallel, options, present(checkpoint.find_latest(root)))
     close(layout)
     return resumed
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.dist.spawn import RankError, run_ranks
 
 
-def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
+def rank_layout(axes: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
@@ -58,7 +58,7 @@ def rank_with_a_fault() -> None:
         dist.barrier(group=layout.tp_group)
 
 
-def rank_too_few(axes: dict[str, int]) -> str:
+def rank_too_few(axes: dict[str, Any]) -> str:
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
 

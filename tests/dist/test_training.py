@@ -54,7 +54,7 @@ def _train(session: Session) -> Any:
 def _swap(session: Session) -> dict[str, Any]:
     from megatron_dypo.mcore.reference import ReferencePolicy
 
-    seen = {"initial": session.weights()}
+    seen: dict[str, Any] = {"initial": session.weights()}
     reference = ReferencePolicy(session.chunks)
     session.train(1, 2)
     seen["trained"] = session.weights()

@@ -1,4 +1,4 @@
-"""Checkpoints of `megatron-dypo train` become HF folders by every way there is, and the last one is the run's own ``hf/``."""
+"""Checkpoints of `megatron-dypo train` become HF folders in every way, and the last one is the run's own ``hf/``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs for tests of the loop: ranks that are threads, fake servers, a verifier that is told what to say, no Megatron."""
+"""Runs for tests of the loop: ranks that are threads, fake servers, a scripted verifier, no Megatron."""
 
 from __future__ import annotations
 
@@ -233,7 +233,9 @@ class FakePolicy:
     def bad_gradient(self) -> str | None:
         return "w"
 
-    def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
+    def save(
+        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+    ) -> Path:
         self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
         # On each rank, since there is no barrier as in a real one; whole at once, since other ranks look at it.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.load import load_config
@@ -17,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "planning_configs"
 
 
-def architecture(**changes):
+def architecture(**changes: Any) -> Architecture:
     """A Llama-like decoder whose layers have 12·H² parameters, as GPT's: F = 8·H/3, but for rounding."""
     hidden = changes.get("hidden_size", 768)
-    sizes = {
+    sizes: dict[str, Any] = {
         "family": "llama",
         "num_layers": 8,
         "hidden_size": hidden,
@@ -40,7 +41,16 @@ def architecture(**changes):
     return Architecture(**(sizes | changes))
 
 
-def pretraining(arch, parallel, *, gpus, batch, row_sequences=1, length=2048, recompute="selective"):
+def pretraining(
+    arch: Architecture,
+    parallel: dict[str, Any],
+    *,
+    gpus: int,
+    batch: int,
+    row_sequences: int = 1,
+    length: int = 2048,
+    recompute: Literal["none", "selective", "full"] = "selective",
+) -> Setting:
     """``batch`` whole sequences of ``length`` an update on A100s, nothing but responses."""
     config = Config(
         model=ModelConfig(hf_path="none", recompute=recompute),
@@ -60,7 +70,7 @@ def pretraining(arch, parallel, *, gpus, batch, row_sequences=1, length=2048, re
     )
 
 
-def from_file(name, *overrides, gpu="h100-80gb", **options):
+def from_file(name: str, *overrides: str, gpu: str = "h100-80gb", **options: Any) -> Setting:
     """The setting of ``tests/planning_configs/<name>.yaml``."""
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
     model = dataclasses.replace(config.model, hf_path=str(ROOT / config.model.hf_path))

@@ -54,6 +54,7 @@ def sample(step: int, prompt_id: str, text: str) -> SampleRow:
         tier="mid",
         treatment="reinforce",
         teacher=None,
+        dropped=None,
         policy_version=step,
         rollouts=rollouts,
         trace=None,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def save(
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
     layout: MeshRank,
-    trainer_state: dict[str, Any],
+    trainer_state: Mapping[str, object],
     leader_state: bytes = b"",
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,

@@ -215,9 +215,10 @@ class MCoreReader:
         with file.open("rb") as stream:
             view = file_view(stream, info.offset, info.length)
             try:
-                return torch.load(view, map_location="cpu", weights_only=True)
+                chunk_values: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, *_DAMAGED) as error:
                 raise ValueError(f"{file}: damaged at {key}: {error}") from error
+        return chunk_values
 
 
 def _beginning(path: Path) -> bytes:

@@ -63,7 +63,7 @@ class NoRows:
 
 
 def config_of(
-    path: str, folder: str, axes: dict[str, int], mode: Any, old_logp: OldLogpConfig | None = None, epochs: int = 1
+    path: str, folder: str, axes: dict[str, Any], mode: Any, old_logp: OldLogpConfig | None = None, epochs: int = 1
 ) -> Config:
     return Config(
         run=RunConfig(dir=folder, steps=5),
@@ -87,7 +87,7 @@ def batch_of(index: int) -> list[list[Any]]:
     return [[dataclasses.replace(s, order=s.order + 8 * index, **fresh) for s in group] for group in groups]
 
 
-def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
+def rank_train(path: str, root: str, axes: dict[str, Any]) -> dict[str, Any]:
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -182,12 +182,14 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
     from megatron_dypo.objective.recipes.registry import build_objective
 
     objective, ranks, recorder = build_objective(config.objective), MeshRanks(layout=layout), Recorder()
+    told: Any = recorder
     timings, tally = Timings(), Tally()
     built = build_policy(config, layout, objective, timings=timings)
     policy: Any = Watched(built)
     replica: Leader | Follower = Follower()
     if layout.leaders_group is not None:
-        ledger, run_dir, unused = Ledger(), Path(config.run.dir), Any
+        ledger, run_dir = Ledger(), Path(config.run.dir)
+        unused: Any = None
         replica = Leader(
             draws=Draws(source=NoRows(), ledger=ledger, replica=layout.dp_rank, replicas=layout.data),
             tokenizer=unused,
@@ -203,9 +205,9 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
         objective=objective,
         replica=replica,
         servers=Servers(
-            refitter=recorder, requests=FollowerRequests(), router=NoRouter(), ranks=ranks, tally=tally, timings=timings
+            refitter=told, requests=FollowerRequests(), router=NoRouter(), ranks=ranks, tally=tally, timings=timings
         ),
-        writer=recorder if layout.is_global_leader else NoWriter(),
+        writer=told if layout.is_global_leader else NoWriter(),
         timings=timings,
         tally=tally,
     )

@@ -44,7 +44,8 @@ class Trainer:
         from megatron_dypo.mcore.start import start_megatron
         from megatron_dypo.models.architecture import load_architecture
 
-        parallel = ParallelConfig(**(axes or {"tensor": 2, "pipeline": 2}))
+        sizes: dict[str, Any] = axes or {"tensor": 2, "pipeline": 2}
+        parallel = ParallelConfig(**sizes)
         self.servers = servers
         self.layout = start_megatron(parallel)
         self.arch = load_architecture(servers.served)

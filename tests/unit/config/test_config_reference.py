@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from megatron_dypo.config.reference import REQUIRED, find, sections, to_markdown
 
 ROOT = Path(__file__).parents[3]
 KEYS = [key for section in sections() for key in section.keys]
-SMALLEST = {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}}
+SMALLEST: dict[str, dict[str, Any]] = {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}}
 
 
 def leaves(node: object, path: str = "") -> list[str]:

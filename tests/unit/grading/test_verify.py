@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ HERE = "tests.support.grading.verifiers"
 ROOT = Path(__file__).parents[3]
 
 
-def _config(function: str = "obedient", **changes: object) -> GradingConfig:
+def _config(function: str = "obedient", **changes: Any) -> GradingConfig:
     return GradingConfig(**{"verifier": f"{HERE}:{function}", "workers": 2, "deadline_s": 1.0, **changes})
 
 

@@ -44,7 +44,7 @@ def test_a_rollout_without_a_verdict_is_neither_right_nor_wrong() -> None:
 
 def test_rollouts_are_counted_by_their_tokens_their_ends_and_their_weights() -> None:
     group = graded(0, [True, False, False], versions=[3, 6, 6])
-    long = replace(group.rollouts[0], tokens=[5, 6, 7, 8], finish="length")  # type: ignore[arg-type]
+    long = replace(group.rollouts[0], tokens=np.array([5, 6, 7, 8], np.int32), finish="length")
     tally = Tally()
     tally_groups(tally, [replace(group, rollouts=(long, *group.rollouts[1:]))])
     metrics = rollout_metrics(tally)

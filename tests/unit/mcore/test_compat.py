@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,15 +127,20 @@ def test_a_separate_group_stands_outside_the_registries() -> None:
     assert callable(group.recv)
 
 
-def test_a_shared_storage_is_opened_with_what_sharing_it_returned() -> None:
+def _words(*nodes: ast.expr) -> list[str]:
+    """Return the names in ``nodes``, in the order of the code."""
+    return re.findall(r"\w+", ", ".join(map(ast.unparse, nodes)))
+
+
+def test_a_shared_storage_is_opened_with_what_sharing_it_returned():
     """The tuple is opaque to us: torch's own code must pass it on in the order in which it got it."""
     shared = [
-        [name.id for name in node.targets[0].elts]  # type: ignore[attr-defined]
+        _words(node.targets[0])
         for node in ast.walk(ast.parse(inspect.getsource(reductions.reduce_tensor)))
         if isinstance(node, ast.Assign) and "_share_cuda_" in ast.unparse(node.value)
     ]
     opened = [
-        [argument.id for argument in node.args]  # type: ignore[attr-defined]
+        _words(*node.args)
         for node in ast.walk(ast.parse(inspect.getsource(reductions.rebuild_cuda_tensor)))
         if isinstance(node, ast.Call) and "_new_shared_cuda" in ast.unparse(node.func)
     ]
