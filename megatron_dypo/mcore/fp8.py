@@ -19,7 +19,7 @@ from megatron_dypo.mcore.chunks import named_global_parameters
 
 
 def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Arguments of ``TransformerConfig``."""
+    """Return the arguments of ``TransformerConfig``."""
     if not fp8.is_on:
         return {}
     settings: dict[str, Any] = {
@@ -38,7 +38,7 @@ def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Arguments of ``DistributedDataParallelConfig``.
+    """Return the arguments of ``DistributedDataParallelConfig``.
 
     MXFP8 weights have two quantised copies, by rows and by columns: they are gathered in bf16 through the memory of the
     gradients and quantised on arrival, which Megatron has no other way for.
@@ -49,7 +49,7 @@ def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Arguments of Megatron's ``OptimizerConfig``; it needs none of them where its parameters are bf16."""
+    """Return the arguments of Megatron's ``OptimizerConfig``; it needs none of them where its parameters are bf16."""
     if not fp8.param_gather:
         return {}
     return {"fp8_recipe": fp8.recipe, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}
@@ -88,7 +88,7 @@ def quantize_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
 
 @torch.no_grad()
 def adopt_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
-    """The other way round, after the quantised parameters themselves were written."""
+    """Set the exact initial values from the quantised parameters, after those themselves were written."""
     for _, parameter in named_global_parameters(chunks):
         if is_float8tensor(parameter):
             _exact(parameter).copy_(values(parameter))

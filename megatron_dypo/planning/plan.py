@@ -60,16 +60,16 @@ class Plan:
         return self.tightest.spare >= 0
 
     def misfits(self) -> list[str]:
-        """One line for each role that does not fit: by how much, the largest term, and what to change."""
+        """Return one line for each role that does not fit: by how much, the largest term, and what to change."""
         return [misfit(footprint) for footprint in (fullest(list(self.stages)), self.server) if footprint.spare < 0]
 
     def obstacles(self) -> list[str]:
-        """One line for what the GPU cannot do at all."""
+        """Return one line for what the GPU cannot do at all."""
         obstacle = fp8_obstacle(self.setting)
         return [] if obstacle is None else [obstacle]
 
     def problems(self) -> list[str]:
-        """Why the run cannot be; empty: it can."""
+        """Say why the run cannot be; empty: it can."""
         return [*self.obstacles(), *self.misfits()]
 
 
@@ -110,7 +110,7 @@ def misfit(footprint: Footprint) -> str:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data: bytes, seconds and GPUs."""
+    """Return the plan as plain data: bytes, seconds and GPUs."""
     setting, step = plan.setting, plan.step
     return {
         "gpu": setting.gpu.name,
