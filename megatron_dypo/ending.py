@@ -22,7 +22,7 @@ _PACKAGE = str(Path(__file__).resolve().parent)
 
 @dataclass(frozen=True)
 class Meaning:
-    """What one cause says to a person and to a scheduler."""
+    """The message of one cause to a person, and its status for a scheduler."""
 
     status: int
     """Exit status of the run's processes."""
@@ -30,7 +30,7 @@ class Meaning:
     """Whether a scheduler should start the same command again without anybody's help."""
     meaning: str
     advice: str
-    """What to do; empty where there is nothing to do."""
+    """Advice to the user; empty where there is nothing to do."""
 
 
 class Cause(enum.Enum):

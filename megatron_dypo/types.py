@@ -25,9 +25,9 @@ Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 StreamValue = float | Floats | npt.NDArray[np.bool_]
-"""Of one stream of one sequence: a number for all its response tokens, or one for each, [R]."""
+"""The value of one stream of one sequence: a number for all its response tokens, or one for each, [R]."""
 TokenWeights = Mapping[str, StreamValue]
-"""What an objective gives the response tokens of one sequence, by the name of the stream; 0 where it gives nothing.
+"""An objective's weights on the response tokens of one sequence, by the name of the stream; absent ones are 0.
 :data:`megatron_dypo.objective.streams.STREAMS` has the names that every objective may use."""
 
 
@@ -43,7 +43,7 @@ class Tier(enum.Enum):
 
 
 class Treatment(enum.Enum):
-    """What an objective does with a graded group."""
+    """The use that an objective makes of a graded group."""
 
     DROP = "drop"
     DISTILL = "distill"
@@ -97,7 +97,7 @@ class Prompt:
     tokens: Tokens
     """[L] The prompt, chat template and generation header included."""
     text: str
-    """What ``tokens`` decode to."""
+    """The text that ``tokens`` decode to."""
     answer: Any
     """The gold answer: text, or an object or a list for a verifier of the user's own."""
     source: str
@@ -128,7 +128,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the verifier says of one rollout, or of a teacher's trace."""
+    """The verifier's verdict on one rollout or one teacher's trace."""
 
     is_correct: bool
     reward: float
@@ -158,8 +158,8 @@ class GradedGroup:
     verdicts: tuple[Verdict, ...]
     tier: Tier | None
     trace_verdict: Verdict | None = None
-    """Of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for its
-    verdict."""
+    """The verdict of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for
+    its verdict."""
 
     @property
     def num_correct(self) -> int:
@@ -176,7 +176,7 @@ class Sample:
     member: int
     """Index in its group."""
     treatment: Treatment
-    """Of its group, whose members may be of both kinds."""
+    """That of its group, whose members may be of both kinds."""
     kind: SampleKind
     tokens: Tokens
     """[L] Prompt then response."""

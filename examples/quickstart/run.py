@@ -7,24 +7,19 @@ Every stage but the first is a command of ``megatron-dypo``, printed before it r
 
 from __future__ import annotations
 
-import json
 import random
-import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from model import write_model
-from summary import Summary, summarize
 from task import draw_problems, write_problems
 
-from megatron_dypo.fs import replace_file
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from whole_job.stages import ROOT, Stages, command, write_json
+from whole_job.summary import closing_words, summarize
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 DEFAULT_OUT = Path("runs/quickstart")
 DEFAULT_SEED = 1
@@ -33,39 +28,6 @@ HELDOUT = {0: 40, 1: 80, 2: 140, 3: 140}
 WARMUP = {0: 8000, 1: 8000}
 TRAIN = {0: 400, 1: 800, 2: 1400, 3: 1400}
 """Number of carries → number of problems. Problems with two or three carries are new to the warm-started policy."""
-
-
-class Stages:
-    """Which stages are complete and how long each took, kept in a file, so that a second call goes on."""
-
-    def __init__(self, path: Path, seed: int) -> None:
-        """Raises ValueError when the folder holds a quickstart of another seed."""
-        self._path = path
-        self._state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "stages": {}}
-        if self._state["seed"] != seed:
-            raise ValueError(
-                f"--seed {seed}: {path} is of seed {self._state['seed']}; choose another --out or remove it"
-            )
-
-    @property
-    def seconds(self) -> float:
-        """Time of all stages, those of earlier calls and broken-off ones included."""
-        return sum(float(stage["seconds"]) for stage in self._state["stages"].values())
-
-    def run(self, name: str, action: Callable[[], None]) -> None:
-        """Run a stage unless it is complete."""
-        stage = self._state["stages"].setdefault(name, {"seconds": 0.0, "complete": False})
-        if stage["complete"]:
-            print(f"\n== {name}: done before ({stage['seconds']:.0f} s)", flush=True)
-            return
-        print(f"\n== {name}", flush=True)
-        start = time.monotonic()
-        try:
-            action()
-            stage["complete"] = True
-        finally:
-            stage["seconds"] = float(stage["seconds"]) + time.monotonic() - start
-            write_json(self._path, self._state)
 
 
 def make_inputs(out: Path, seed: int) -> None:
@@ -98,44 +60,6 @@ def overrides(out: Path, seed: int, stage: str) -> list[str]:
     return [f"run.dir={out}/{stage}", *paths[stage], *seeds]
 
 
-def command(*arguments: str) -> None:
-    """Print and run ``megatron-dypo …``; end this program if it fails."""
-    print("$ megatron-dypo " + shlex.join(arguments), flush=True)
-    finished = subprocess.run([sys.executable, "-m", "megatron_dypo.cli", *arguments], cwd=ROOT, check=False)
-    if finished.returncode:
-        sys.exit(
-            f"megatron-dypo {arguments[0]} ended with status {finished.returncode}; run the quickstart again to go on"
-        )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(content, indent=2) + "\n")
-
-
-def closing_words(summary: Summary, out: Path) -> str:
-    """What the reader should see at the end."""
-
-    def accuracy(value: float, interval: tuple[float, float]) -> str:
-        return f"{value:6.1%}   (95% interval {interval[0]:.1%} to {interval[1]:.1%})"
-
-    def tiers(shares: dict[str, float]) -> str:
-        return "   ".join(f"{tier} {share:4.0%}" for tier, share in shares.items())
-
-    step = f"{summary.step_seconds:.1f} s, of which {summary.overhead:.1%}"
-    return f"""
-held-out accuracy   before {accuracy(summary.accuracy_before, summary.accuracy_before_interval)}
-                    after  {accuracy(summary.accuracy_after, summary.accuracy_after_interval)}
-prompts drawn       at the start   {tiers(summary.tiers_first)}
-                    at the end     {tiers(summary.tiers_last)}
-a step              {step} outside rollouts, grading, training and refits
-whole quickstart    {summary.seconds:.0f} s
-report              {out / "dypo" / "report.html"}
-HF model            {out / "dypo" / "hf"}
-summary             {out / "summary.json"}"""
-
-
 def main(
     out: Annotated[
         Path, typer.Option(help="Folder for everything that is made, from the repository root.")
@@ -158,7 +82,7 @@ def main(
     stages.run("report", lambda: command("report", str(out / "dypo")))
     summary = summarize(folder / "dypo" / "metrics.jsonl", eval_set="heldout", seconds=stages.seconds)
     write_json(folder / "summary.json", summary.as_json())
-    print(closing_words(summary, out))
+    print(closing_words(summary, out, "quickstart"))
 
 
 if __name__ == "__main__":

@@ -58,14 +58,14 @@ def plan_microbatches(
 def num_microbatches(lengths: Sequence[int], *, budget: int, costs: Sequence[float] | None = None) -> int:
     """Return the (nearly) fewest microbatches that keep the budget and are balanced by cost; 0 without sequences.
 
-    Up to a quarter more than the fewest, or two if those are few, are spent on balance.
+    At most a quarter more than the fewest, or one if those are few, are spent on balance.
     """
     work = [float(length) for length in lengths] if costs is None else costs
     count = fewest = len(bins_best_fit(lengths, budget))
     step = max(1, fewest // 128)
     while bins_within(work, lengths, count=count, capacity=budget) is None:
         count, step = count + step, 2 * step
-        if count > fewest + max(2, fewest // 4):
+        if count > fewest + max(1, fewest // 4):
             return fewest
     return count
 

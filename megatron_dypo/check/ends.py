@@ -20,7 +20,7 @@ from megatron_dypo.data.tokenizer.open import Tokenizer
 _END_BYTES = 2**20
 """Bytes that are read at each end of a JSONL file."""
 _MAX_LINE_BYTES = 64 * 2**20
-"""Of a line longer than this nothing is said before all rows are checked."""
+"""A longer line is not looked at before all rows are checked."""
 _RENDERED_ROWS = 8
 """Rows at each end that are rendered and tokenised too."""
 _PARQUET_ROWS = 64
@@ -29,14 +29,14 @@ _BLOCK = 2**16
 
 @dataclass(kw_only=True)
 class Ends:
-    """What the rows at both ends of a file are like."""
+    """The findings about the rows at both ends of a file."""
 
     num_rows: int = 0
     """Rows that were looked at."""
     problems: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Place of each bad one → the rules that it breaks."""
     prompt_tokens: list[int] = field(default_factory=list)
-    """Of the good ones that were rendered."""
+    """Length of each good row that was rendered."""
     teachers: set[str] = field(default_factory=set)
     columns: set[str] = field(default_factory=set)
     """Names of :class:`~megatron_dypo.data.formats.Columns` that some of these rows have."""
@@ -166,7 +166,8 @@ def _lines_in(content: bytes, start: int) -> tuple[array[int], array[int]]:
 
 
 def _last_lines_start(file: int, size: int, window: int) -> int | None:
-    """Where the whole lines of the file's last bytes begin, or its last line where that is longer; None: too long."""
+    """Return where the whole lines of the file's last bytes begin, or its last line where that is longer; None: too
+    long."""
     while True:
         start = max(size - window, 0)
         if start == 0:

@@ -23,7 +23,7 @@ class Longest:
 
     prompt: int | None = None
     held_out: int | None = None
-    """Of the evaluation sets."""
+    """Lengths in the evaluation sets."""
     trace: int | None = None
 
 
@@ -52,12 +52,13 @@ def check_lengths(config: Config, arch: Architecture, longest: Longest, found: F
 
 
 def _trained_positions(arch: Architecture) -> int:
-    """Length of the longest sequence that the model is made for, scaling included."""
+    """Return the length of the longest sequence that the model is made for, scaling included."""
     return arch.num_positions
 
 
 def _served_positions(arch: Architecture) -> int:
-    """SGLang's context length where nobody gives another (``get_context_length``): only linear scaling lengthens it."""
+    """Return SGLang's context length where nobody gives another (``get_context_length``): only linear scaling lengthens
+    it."""
     return arch.num_positions if isinstance(arch.rope_scaling, LinearRopeScaling) else arch.max_position_embeddings
 
 
@@ -116,7 +117,8 @@ def _cache_limit(config: Config) -> _Limit | None:
 
 
 def _context_length(servers: ServersConfig) -> int | None:
-    """The value of ``--context-length`` among SGLang's arguments: as ``--flag=N``, ``--flag N`` or two arguments."""
+    """Return the value of ``--context-length`` among SGLang's arguments: as ``--flag=N``, ``--flag N`` or two
+    arguments."""
     words = [word for argument in servers.extra_args for word in argument.replace("=", " ", 1).split()]
     values = [value for flag, value in itertools.pairwise(words) if _is_context_flag(flag)]
     return int(values[-1]) if values and values[-1].isdecimal() else None

@@ -1,4 +1,4 @@
-"""What ``megatron-dypo check`` found, as data, as text and as JSON."""
+"""The findings of ``megatron-dypo check``, as data, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class VerifierFacts:
     num_rows: int
     """Rows of the training files that it judges."""
     num_tried: int
-    """Of those, rows whose own answer it was given, and other responses."""
+    """Rows of those whose own answer was given to it, and other responses."""
     num_gold: int
     """Rows whose own answer it accepts, in one of the usual forms."""
     num_empty: int

@@ -68,14 +68,14 @@ def room_needed(config: Config, arch: Architecture) -> tuple[float, str]:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """Return the folder itself, or the nearest one above it that exists."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def _held(checkpoints: Path) -> int:
-    """Bytes of the checkpoints that are there already: they are in the estimate too."""
+    """Return the bytes of the checkpoints that are there already: they are in the estimate too."""
     if not checkpoints.is_dir():
         return 0
     return sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""What the policy's tokenizer makes of the data: stop tokens, the first prompt, texts that do not come back."""
+"""The data as the policy's tokenizer encodes it: stop tokens, the first prompt, texts that do not come back."""
 
 from __future__ import annotations
 

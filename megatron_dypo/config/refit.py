@@ -30,7 +30,7 @@ class RefitConfig:
     bucket_mib: int = 512
     """MiB of one broadcast bucket; for ``p2p`` and ``local``, MiB of all staging buffers of a rank together."""
     in_flight: Literal["pause", "abort"] = "pause"
-    """What happens to running requests during a refit: they continue with the new weights, or end."""
+    """Fate of running requests during a refit: they continue with the new weights, or end."""
     deadline_s: float = 600.0
     """A refit that takes longer fails on all ranks. A server that is killed is found at once. One that hangs costs half
     of the time that is left, and the other half is for the other servers: allow twice the time of a refit."""

@@ -54,7 +54,7 @@ class PromptDataset:
         self.check_file: Path | None = None
         """Where the check's result is kept, for a later opening."""
         self.checked = self._check(data, tokenizer, cache_dir, show_progress)
-        """What is known of every row, bad ones included; ``numbers`` are the indices of the others."""
+        """The result of the row check, bad rows included; ``numbers`` are the indices of the others."""
         settle_bad_rows(self.checked.problems, self._source, data.on_bad_row, cache_dir)
         index = np.int32 if len(self._source) < 2**31 else np.int64
         self.numbers: npt.NDArray[np.signedinteger] = np.delete(

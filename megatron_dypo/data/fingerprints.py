@@ -1,4 +1,4 @@
-"""What a checkpoint knows of the prompt files, and how files that a run finds later differ from it."""
+"""The fingerprints of prompt files that a checkpoint stores, and how files that a run finds later differ from it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ CACHED_BYTES = 512 * 2**20
 _BATCH_ROWS = 1024
 """Rows that are made into Python objects at a time."""
 _UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError)
-"""What pyarrow raises on damaged bytes: its own errors, OSError for compression and Thrift, the others for values."""
+"""Exceptions that pyarrow raises on damaged bytes: its own errors, OSError for compression and Thrift, the others for
+values."""
 
 
 class ParquetFile:

@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class DropCounts:
-    """What was dropped of some draws."""
+    """The prompts and traces that some draws dropped."""
 
     too_long: tuple[int, ...] = ()
     """Positions (``Prompt.order``) of prompts longer than ``max_prompt_tokens``, in ascending order."""
@@ -104,7 +104,7 @@ class PromptStream:
         return len(self._dataset)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """As :meth:`PromptDataset.fingerprint`."""
+        """Return :meth:`PromptDataset.fingerprint`."""
         return self._dataset.fingerprint()
 
     def id_of(self, position: int) -> str:

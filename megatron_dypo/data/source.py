@@ -24,7 +24,7 @@ class RowParser:
     """Parses the records of one file; another process can have it."""
 
     name: str
-    """What the file is called in ids and sources."""
+    """Name of the file in ids and sources."""
     columns: Columns
     keep_row: bool
 
@@ -53,7 +53,7 @@ class RowSource:
         read = None if keep_row else columns.names
         self.files: list[RowFile] = [open_rows(path, read, (columns.prompt, columns.answer)) for path in files]
         self.names = distinct_names(files)
-        """What each file is called in ids: its name, after those of its folders where two files have the same."""
+        """Name of each file in ids: its own, after those of its folders where two files have the same."""
         self._parsers = [RowParser(name=name, columns=columns, keep_row=keep_row) for name in self.names]
         _require_once(files)
         # Held open: a file that is replaced by another of its name stays what it was for this run.

@@ -1,4 +1,5 @@
-"""What a data set holds, for a table at a run's start: lengths, drops, and each teacher's coverage and accuracy."""
+"""The contents of a data set, for a table at a run's start: lengths, drops, and each teacher's coverage and
+accuracy."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ class TeacherStatistics:
     num_no_verdict: int
     """Traces on which the verifier failed. Traces that are not used are not judged."""
     lengths: Lengths | None
-    """Of its traces as targets; None where all rows that have one are bad."""
+    """Lengths of its traces as targets; None where all rows that have one are bad."""
 
     @property
     def accuracy(self) -> float | None:

@@ -92,7 +92,7 @@ def chosen_letter(response: str, style: AnswerStyle = AUTO) -> str | None:
 
 
 def _chosen(response: str, style: AnswerStyle, labels: _Labels) -> str | None:
-    """As :func:`chosen_letter`, for letters or for digits."""
+    """Return the chosen letter or digit; see :func:`chosen_letter`."""
     marked = marked_answer(response, style)
     if marked is not None:
         plain = _plain(marked)
@@ -133,7 +133,7 @@ def _settled_at_start(text: str, labels: _Labels) -> str | None:
 
 
 def _last_stated(text: str, labels: _Labels) -> str | None:
-    """As :func:`_settled_at_start`, for the last "answer is B"."""
+    """Return the label of the last "answer is B"; see :func:`_settled_at_start`."""
     settled = None
     for statement in _STATED.finditer(text):
         start = _DECORATION.match(text, statement.end())

@@ -33,7 +33,7 @@ class Reason:
 
 @dataclass(kw_only=True)
 class Summary:
-    """What came of a file."""
+    """The results of a file."""
 
     file: str
     verifier: str

@@ -29,7 +29,7 @@ class Fields:
     response: str = "response"
     answer: str = "answer"
     expected: str = "expected"
-    """What a person says of the response: true, false, 0 or 1; null where nobody has looked."""
+    """A person's verdict on the response: true, false, 0 or 1; null where nobody has looked."""
     needs_expected: bool = False
     """Whether every row must have that column."""
 

@@ -16,15 +16,15 @@ class Ranks(Protocol):
 
     @property
     def replica(self) -> int:
-        """Number of this rank's replica, from 0."""
+        """Return the number of this rank's replica, from 0."""
 
     @property
     def replicas(self) -> int:
-        """Number of replicas."""
+        """Return the number of replicas."""
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
 
     @property
     def is_global_leader(self) -> bool:

@@ -94,7 +94,7 @@ class Servers:
 
     @property
     def stream(self) -> Stream:
-        """This replica's groups in the background."""
+        """Return this replica's groups in the background."""
         return self.requests.stream
 
     def refit(self, version: int) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Plan:
 
 
 def packed_seq_params(cu_seqlens_S: torch.Tensor) -> PackedSeqParams:
-    """Megatron's description of a packed (``thd``) row.
+    """Return Megatron's description of a packed (``thd``) row.
 
     Args:
         cu_seqlens_S: [S+1] int boundaries of its sequences, from 0 to T, on any device; made int32 as kernels need it.
@@ -78,7 +78,7 @@ def plan(cu_seqlens: tuple[int, ...], device: torch.device) -> Plan:
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of the non-empty sequences in groups, longest first within a group and over the groups."""
+    """Return the indices of the non-empty sequences in groups, longest first within a group and over the groups."""
     groups: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups else None
@@ -90,7 +90,7 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale: float | None = None) -> torch.Tensor:
-    """Causal attention within each sequence of a packed row; exact, gradients included.
+    """Compute causal attention within each sequence of a packed row; exact, gradients included.
 
     Padding stands behind each sequence, so that under a causal mask no real token sees it, and its outputs are dropped.
 

@@ -1,4 +1,4 @@
-"""What is inside the wrapped model chunks of this rank."""
+"""The modules and parameters inside the wrapped model chunks of this rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GPTChunk(Protocol):
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTChunk:
-    """The GPTModel inside the data-parallel and half-precision wrappers."""
+    """Return the GPTModel inside the data-parallel and half-precision wrappers."""
     while isinstance(chunk, (DistributedDataParallel, Float16Module)):
         chunk = chunk.module
     return cast("GPTChunk", chunk)
@@ -54,7 +54,7 @@ def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under names that carry the global indices of layer and expert, wrappers stripped.
+    """Yield this rank's parameters under names that carry the global indices of layer and expert, wrappers stripped.
 
     With tied embeddings and more than one pipeline stage the last stage has its copy as ``output_layer.weight``.
     """
@@ -71,7 +71,7 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
 
 
 def _with_global_expert(name: str, layer: _Layer) -> str:
-    """An expert's parameter under its global index; any other name as it is."""
+    """Return an expert's parameter under its global index; any other name as it is."""
     found = expert_parameter(name)
     if found is None:
         return name

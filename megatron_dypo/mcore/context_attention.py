@@ -77,7 +77,7 @@ def _repeat_last(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: float | None = None) -> Tensor:
-    """Causal attention of this rank's queries within each sequence of a packed row.
+    """Compute causal attention of this rank's queries within each sequence of a packed row.
 
     Args:
         q: [T/n, h, d] of this rank; k, v: [T, g, d] of all ranks, in rank order, with g dividing h.
@@ -112,7 +112,7 @@ def attend_over_context(
     group: dist.ProcessGroup,
     scale: float | None = None,
 ) -> Tensor:
-    """[T/n, h, d] × [T/n, g, d] × [T/n, g, d] → [T/n, h·d]; collective over the context-parallel ``group``.
+    """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, d] → [T/n, h·d]. Collective over the context-parallel ``group``.
 
     Args:
         cu_seqlens: boundaries of the sequences in the whole row; 2n divides each length.

@@ -40,7 +40,7 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """[T, h, d] × [T, g, d] × [T, g, d] → [T, h·d]; the mask is always causal within a sequence.
+        """Attend: [T, h, d] × [T, g, d] × [T, g, d] → [T, h·d]; the mask is always causal within a sequence.
 
         With context parallelism they are this rank's zig-zag part of the row that ``packed_seq_params`` describes.
         """

@@ -83,8 +83,8 @@ def probe() -> Features:
 def fp8_obstacles(
     *, te_version: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
 ) -> dict[str, str]:
-    """FP8 recipe → what it lacks, by the rules of Transformer Engine (:data:`megatron_dypo.config.fp8.CAPABILITIES`)
-    and Megatron (``fp8_utils.get_fp8_recipe``).
+    """Return FP8 recipe → what it lacks, by the rules of Transformer Engine
+    (:data:`megatron_dypo.config.fp8.CAPABILITIES`) and Megatron (``fp8_utils.get_fp8_recipe``).
 
     Args:
         te_version: version of Transformer Engine; None: not in use.
@@ -117,7 +117,7 @@ def require_fp8(fp8: Fp8Config, features: Features) -> None:
 
 
 def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
-    """The transformer layer: Transformer Engine's, or Megatron's local one with our packed attention."""
+    """Return the transformer layer: Transformer Engine's, or Megatron's local one with our packed attention."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     num_experts = arch.experts.num_experts if arch.experts else None
@@ -150,5 +150,5 @@ def _is_nvidias(name: str) -> bool:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 3) of ``2.3.0.dev0+5fdd7bb``."""
+    """Return the leading numbers of a version: (2, 3) of ``2.3.0.dev0+5fdd7bb``."""
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])

@@ -1,4 +1,4 @@
-"""What Megatron is told of FP8, and the weights of which FP8 is the only copy.
+"""Megatron's settings for FP8, and weights that exist only in FP8.
 
 Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`; which sizes suit a recipe, and which do not,
 says :mod:`megatron_dypo.models.layout_rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every
@@ -19,7 +19,7 @@ from megatron_dypo.mcore.chunks import named_global_parameters
 
 
 def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Arguments of ``TransformerConfig``."""
+    """Return the arguments of ``TransformerConfig``."""
     if not fp8.is_on:
         return {}
     settings: dict[str, Any] = {
@@ -38,7 +38,7 @@ def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Arguments of ``DistributedDataParallelConfig``.
+    """Return the arguments of ``DistributedDataParallelConfig``.
 
     MXFP8 weights have two quantised copies, by rows and by columns: they are gathered in bf16 through the memory of the
     gradients and quantised on arrival, which Megatron has no other way for.
@@ -49,7 +49,7 @@ def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Arguments of Megatron's ``OptimizerConfig``; it needs none of them where its parameters are bf16."""
+    """Return the arguments of Megatron's ``OptimizerConfig``; it needs none of them where its parameters are bf16."""
     if not fp8.param_gather:
         return {}
     return {"fp8_recipe": fp8.recipe, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}
@@ -62,12 +62,12 @@ def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch
 
 
 def values(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter, or a dequantised copy."""
+    """Return the parameter, or a dequantised copy."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
 
 
 def named_initial_values(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
-    """What initial weights are to be written into: parameters, or the exact values behind quantised ones.
+    """Return the tensors to write initial weights into: parameters, or the exact values behind quantised ones.
 
     Transformer Engine keeps those on the CPU until the optimizer makes its main parameters of them. They are what
     memory held when the model was built, so that whatever writes a quantised parameter must write them too.
@@ -88,7 +88,7 @@ def quantize_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
 
 @torch.no_grad()
 def adopt_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
-    """The other way round, after the quantised parameters themselves were written."""
+    """Set the exact initial values from the quantised parameters, after those themselves were written."""
     for _, parameter in named_global_parameters(chunks):
         if is_float8tensor(parameter):
             _exact(parameter).copy_(values(parameter))

@@ -52,7 +52,8 @@ def build_model(
     distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
 ) -> list[DistributedDataParallel]:
-    """The chunks of this pipeline rank, in the order of their virtual stages; parameters are uninitialised memory.
+    """Build the chunks of this pipeline rank, in the order of their virtual stages; parameters are uninitialised
+    memory.
 
     Gradients are *summed* over microbatches and data-parallel ranks, never divided: the loss function returns
     ``(loss, num_tokens, metrics)`` with a loss that is already normalised over the global batch (``num_tokens``, an int
@@ -88,7 +89,7 @@ def build_model(
 def transformer_config(
     arch: Architecture, model: ModelConfig, parallel: ParallelConfig, features: Features
 ) -> TransformerConfig:
-    """Megatron's configuration of the architecture under these axes."""
+    """Return Megatron's configuration of the architecture under these axes."""
     dtype = getattr(torch, model.dtype)  # the config's names are torch's
     interleaved = parallel.virtual_pipeline is not None
     return TransformerConfig(
@@ -219,7 +220,7 @@ def _recompute(model: ModelConfig) -> dict[str, Any]:
 
 
 def _leave_as_is(weight: torch.Tensor) -> None:
-    """An initialisation that keeps whatever the memory held."""
+    """Initialise nothing: keep whatever the memory held."""
 
 
 def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:

@@ -45,7 +45,7 @@ class BalancedRouter(RouterWithOwnBalance):
     """Σ (n/N) · L so far in the update, this rank's part: a tensor once there was a microbatch."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, 1, E] logits → [T, E] routing weights, [T, E] whether chosen; the mask is true at padding."""
+        """Route: [T, 1, E] logits → [T, E] routing weights, [T, E] whether chosen; the mask is true at padding."""
         if padding_mask is not None and len(padding_mask) != len(logits):
             # Megatron cuts the mask for sequence parallelism on the first stage only (models/gpt/gpt_model.py:314).
             padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
@@ -69,7 +69,7 @@ class BalancedRouter(RouterWithOwnBalance):
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
-    """The routers of this rank's layers; none in a dense model."""
+    """Yield the routers of this rank's layers; none in a dense model."""
     for chunk in chunks:
         yield from (module for module in chunk.modules() if isinstance(module, BalancedRouter))
 
@@ -104,8 +104,8 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
 
 
 def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """The load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there is
-    none.
+    """Return the load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there
+    is none.
 
     Collective over the world after the backward pass.
     """
@@ -120,7 +120,7 @@ def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
 def moe_settings(
     experts: Experts, *, grouped: bool, parallel: ParallelConfig, moe_aux_loss_coef: float
 ) -> dict[str, Any]:
-    """Fields of Megatron's configuration."""
+    """Return the fields of Megatron's configuration."""
     return {
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,

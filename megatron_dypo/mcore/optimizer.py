@@ -21,7 +21,7 @@ from megatron_dypo.mcore.fp8 import optimizer_settings
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one update did, the same on every rank."""
+    """The result of one update, the same on every rank."""
 
     ok: bool
     """False: some gradient was not finite, and the weights are as they were."""
@@ -48,7 +48,7 @@ class PolicyOptimizer:
 
     @property
     def kind(self) -> str:
-        """Class of Megatron's optimizer, which decides what a checkpoint holds."""
+        """Return the class of Megatron's optimizer, which decides what a checkpoint holds."""
         return type(self.megatron.chained_optimizers[0]).__name__
 
     def zero_grad(self) -> None:
@@ -98,7 +98,7 @@ class PolicyOptimizer:
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a parameter group holds besides its parameters and how many steps it has made."""
+    """Return a parameter group without its parameters and its number of steps."""
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
@@ -110,7 +110,7 @@ def build_optimizer(
     total_steps: int,
     fp8: Fp8Config | None = None,
 ) -> PolicyOptimizer:
-    """The optimizer of chunks whose weights are loaded already.
+    """Build the optimizer of chunks whose weights are loaded already.
 
     Decoupled weight decay on matrices only, not on norms and biases. The rate rises linearly over ``warmup_steps``,
     and a decaying schedule would reach ``min_lr`` one update after ``total_steps``, so that no update is made at 0.

@@ -59,7 +59,7 @@ class PolicyModel(ResponseModel):
 
 
 def _main_grad_sink(weight_VH: Tensor, *, is_embedding: bool) -> GradientSink | None:
-    """Into DDP's fp32 buffer, under the convention of Megatron's own fused weight gradients.
+    """Return a sink into DDP's fp32 buffer, under the convention of Megatron's own fused weight gradients.
 
     DDP's hook (distributed_data_parallel.py:427-448) adds ``param.grad`` unless ``grad_added_to_main_grad``, and with
     overlap wants some ``param.grad`` to be there. A parameter that is the embedding too has the embedding's, which the

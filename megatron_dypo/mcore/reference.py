@@ -48,7 +48,7 @@ class ReferencePolicy:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model is π_ref inside the block and the policy again after it, whatever happens inside.
+        """Make the model π_ref inside the block and the policy again after it, whatever happens inside.
 
         Forward passes only: an optimizer step inside would be lost.
         """

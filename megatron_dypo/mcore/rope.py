@@ -47,7 +47,7 @@ def softmax_scale(arch: Architecture) -> float | None:
 
 
 def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Slow waves longer than ``original_max / low_freq_factor`` by ``factor``, keep those shorter than
+    """Slow down waves longer than ``original_max / low_freq_factor`` by ``factor``, keep those shorter than
     ``original_max / high_freq_factor``, interpolate between (Llama 3.1 release).
     """
     periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
@@ -57,13 +57,12 @@ def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
 
 
 def _yarn(period: Tensor, scaling: YarnRopeScaling, arch: Architecture) -> Tensor:
-    """Slow pairs that turn less than ``beta_slow`` times over the original positions by ``factor``, keep those that
-    turn more than ``beta_fast`` times, interpolate linearly in the pair's index between (arXiv 2309.00071, section
-    3.2).
-    """
+    """Slow down pairs that turn less than ``beta_slow`` times over the original positions by ``factor``, keep those
+    that turn more than ``beta_fast`` times, interpolate linearly in the pair's index between (arXiv 2309.00071, section
+    3.2)."""
 
     def pair_of(num_turns: float) -> float:
-        """Index of the pair, a fraction, that turns so often over the original positions."""
+        """Return the index, a fraction, of the pair that turns that often over the original positions."""
         turns_of_first = scaling.original_max_position_embeddings / (num_turns * 2 * math.pi)
         return arch.head_dim * math.log(turns_of_first) / (2 * math.log(arch.rope_theta))
 

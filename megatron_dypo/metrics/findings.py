@@ -1,4 +1,4 @@
-"""What a check found: problems that a run refuses, files that are not there, and notes."""
+"""The findings of a check: problems that a run refuses, files that are not there, and notes."""
 
 from __future__ import annotations
 

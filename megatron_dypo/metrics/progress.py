@@ -14,7 +14,7 @@ _LOG_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """What ``with progress(...) as bar`` gives; also satisfied by a ``tqdm`` bar."""
+    """The bar of ``with progress(...) as bar``; a ``tqdm`` bar is one too."""
 
     def update(self, n: float | None = 1) -> object:
         """Count ``n`` more units as done."""

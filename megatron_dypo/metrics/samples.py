@@ -45,7 +45,7 @@ class SampleRow(TypedDict):
     teacher: str | None
     """Whose trace was drawn; None where the prompt is not distilled."""
     policy_version: int | None
-    """Of the oldest rollout; None without rollouts."""
+    """Version of the oldest rollout; None without rollouts."""
     rollouts: list[RolloutRow]
     trace: str | None
     """The teacher's text."""

@@ -58,7 +58,7 @@ class Record:
     steps: int = 0
     """Steps of the whole run."""
     counts: Mapping[str, int | float] = field(default_factory=dict)
-    """What the loop counts, over the whole attempt."""
+    """Counts of the loop, over the whole attempt."""
     rank: int = 0
     """The rank that wrote this; -1: the launcher."""
     host: str = field(default_factory=platform.node)

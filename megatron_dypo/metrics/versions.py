@@ -1,4 +1,4 @@
-"""What a run ran on: ``versions.json`` in its folder."""
+"""The versions that a run ran on: ``versions.json`` in its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an HF ``config.json`` says of a decoder-only model, as plain data: no torch, no Megatron, no transformers.
+"""A decoder-only model as its HF ``config.json`` describes it, as plain data: no torch, no Megatron, no transformers.
 
 Fields that are not there have the defaults of transformers' configuration class of the family; docs/hf_models.md lists
 them, and those that must be there.
@@ -65,7 +65,7 @@ class Architecture:
     """Tokens that attention reaches back over, the token itself included; None: to the first."""
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """The smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
+        """Return the smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
     def check_length(self, num_tokens: int, name: str) -> None:
@@ -78,7 +78,7 @@ class Architecture:
 
     @property
     def num_positions(self) -> int:
-        """Length of the longest sequence that the model is made for, scaling included."""
+        """Return the length of the longest sequence that the model is made for, scaling included."""
         scaling = self.rope_scaling
         if isinstance(scaling, LinearRopeScaling):
             return int(self.max_position_embeddings * scaling.factor)
@@ -137,7 +137,7 @@ def load_architecture(hf_path: str | Path) -> Architecture:
 
 
 def architecture_from_hf(raw: Mapping[str, Any], *, where: str) -> Architecture:
-    """The architecture of an HF config given as a mapping; ``where`` names it in errors.
+    """Return the architecture of an HF config given as a mapping; ``where`` names it in errors.
 
     Raises:
         ValueError: as :func:`load_architecture`.

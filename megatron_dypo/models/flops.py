@@ -37,7 +37,7 @@ class SequenceCost:
 
 
 def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:
-    """FLOPs of forward and backward pass in the architecture.
+    """Return the FLOPs of forward and backward pass in the architecture.
 
     Args:
         recompute: ``ModelConfig.recompute``: ``full`` repeats the layers' forward pass, ``selective`` their

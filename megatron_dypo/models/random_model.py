@@ -41,7 +41,7 @@ def write_random_model(folder: Path, hf_config: Mapping[str, Any], seed: int) ->
 
 
 def random_weights(arch: Architecture, seed: int) -> dict[str, torch.Tensor]:
-    """HF name → fp32 tensor.
+    """Return random weights: HF name → fp32 tensor.
 
     Matrices are normal with standard deviation 1/√fan-in, the embedding with 1, or 1/√hidden where it is also the
     output layer; norms are one and biases zero. Small models learn much faster from this than from the customary 0.02.

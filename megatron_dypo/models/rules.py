@@ -51,19 +51,20 @@ class Rule:
 
     @property
     def tp_dim(self) -> int | None:
-        """Dim that tensor parallelism splits; None: every rank holds the whole tensor."""
+        """Return the dim that tensor parallelism splits; None: every rank holds the whole tensor."""
         return 0
 
     def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
-        """Shapes of the HF tensors of one row."""
+        """Return the shapes of the HF tensors of one row."""
         raise NotImplementedError
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        """The local shard of ``tp_rank``, from its first entry along ``tp_dim`` to its last one before padding."""
+        """Return the local shard of ``tp_rank``, from its first entry along ``tp_dim`` to its last one before
+        padding."""
         raise NotImplementedError
 
     def mcore_shape(self, arch: Architecture, tp_size: int) -> Shape:
-        """Shape of the parameter on each of ``tp_size`` ranks."""
+        """Return the shape of the parameter on each of ``tp_size`` ranks."""
         shapes = self.hf_shapes(arch)
         if self.tp_dim is None:
             return shapes[0]
@@ -71,7 +72,7 @@ class Rule:
         return _resized(shapes[0], self.tp_dim, _divide(total, tp_size, "size of the split dim"))
 
     def shard(self, hf_tensors: Sequence[Sliceable | Tensor], arch: Architecture, tp_rank: int, tp_size: int) -> Tensor:
-        """The parameter of ``tp_rank``: contiguous, HF dtype, padding filled with zeros.
+        """Return the parameter of ``tp_rank``: contiguous, HF dtype, padding filled with zeros.
 
         Raises:
             ValueError: ``tp_size`` does not divide the architecture.
@@ -90,7 +91,7 @@ class Rule:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim)
 
     def merge(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        """The HF tensors of a row from the shards of all ranks, in rank order; padding is cut off."""
+        """Return the HF tensors of a row from the shards of all ranks, in rank order; padding is cut off."""
         if self.tp_dim is None:
             return (shards[0],)
         outputs = tuple(shards[0].new_empty(shape) for shape in self.hf_shapes(arch))
@@ -103,12 +104,13 @@ class Rule:
         return outputs
 
     def stored_shape(self, arch: Architecture, tp_size: int) -> Shape:
-        """Shape of one layer's whole tensor in a distributed checkpoint, which ``tp_size`` changes only by padding."""
+        """Return the shape of one layer's whole tensor in a distributed checkpoint, which ``tp_size`` changes only by
+        padding."""
         shape = self.mcore_shape(arch, tp_size)
         return shape if self.tp_dim is None else _resized(shape, self.tp_dim, shape[self.tp_dim] * tp_size)
 
     def chunks(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Chunk]:
-        """What ``tp_rank`` writes of the stored tensor; a replicated one is the first rank's to write."""
+        """Return the chunks of the stored tensor that ``tp_rank`` writes; the first rank writes a replicated tensor."""
         shape = self.mcore_shape(arch, tp_size)
         if self.tp_dim is None:
             return [Chunk(0, 0, shape[0])] if tp_rank == 0 else []
@@ -192,7 +194,8 @@ class QKV(Rule):
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        """Equal runs of rows; with more ranks than groups a rank's run may end within a group, even within a head."""
+        """Return the equal runs of rows; with more ranks than groups a rank's run may end within a group, even within a
+        head."""
         _check_heads(arch, tp_size)
         heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
         query = heads // kv_heads * arch.head_dim
@@ -216,7 +219,7 @@ class GateUp(Rule):
     """Both input projections of a gated MLP: on each rank its rows of the gate, then its rows of the other."""
 
     shape: ShapeOf = mlp_input
-    """Of one projection."""
+    """Shape of one projection."""
 
     def hf_shapes(self, arch: Architecture) -> tuple[Shape, ...]:
         return (self.shape(arch),) * 2
@@ -232,7 +235,8 @@ class GateUp(Rule):
 
 
 def _check_heads(arch: Architecture, tp_size: int) -> None:
-    """What Megatron-Core asks of heads: ranks that divide the groups, or share each of them with others."""
+    """Raise ValueError where ranks neither divide the groups of heads nor share each group evenly, as Megatron-Core
+    asks."""
     _divide(arch.num_attention_heads, tp_size, "num_attention_heads")
     kv_heads = arch.num_key_value_heads
     if kv_heads % tp_size and tp_size % kv_heads:

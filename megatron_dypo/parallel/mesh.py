@@ -58,17 +58,17 @@ class Mesh:
 
     @property
     def stage_size(self) -> int:
-        """Ranks of one pipeline stage, over all replicas."""
+        """Return the number of ranks of one pipeline stage, over all replicas."""
         return self.tensor * self.context * self.data
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Return the number of all ranks."""
         return self.stage_size * self.pipeline
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that hold all experts of a stage once."""
+        """Return the number of ranks that hold all experts of a stage once."""
         return self.expert * self.expert_tensor
 
     def at(self, rank: int) -> Position:

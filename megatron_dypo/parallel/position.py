@@ -25,7 +25,7 @@ class Position:
 
     @property
     def _in_stage(self) -> int:
-        """Number of this rank among those of its stage."""
+        """Return the number of this rank among those of its stage."""
         return self.rank % self.mesh.stage_size
 
     @property
@@ -38,27 +38,27 @@ class Position:
 
     @property
     def dp_rank(self) -> int:
-        """Number of this rank's replica."""
+        """Return the number of this rank's replica."""
         return self._in_stage // (self.mesh.tensor * self.mesh.context)
 
     @property
     def pp_rank(self) -> int:
-        """Number of this rank's pipeline stage."""
+        """Return the number of this rank's pipeline stage."""
         return self.rank // self.mesh.stage_size
 
     @property
     def etp_rank(self) -> int:
-        """Which part of each of its experts this rank holds."""
+        """Return which part of each of its experts this rank holds."""
         return self._in_stage % self.mesh.expert_tensor
 
     @property
     def ep_rank(self) -> int:
-        """Which of a layer's experts this rank holds."""
+        """Return which of a layer's experts this rank holds."""
         return self._in_stage // self.mesh.expert_tensor % self.mesh.expert
 
     @property
     def expert_replica(self) -> int:
-        """Number of the copy of all experts, within this stage, that this rank holds a part of."""
+        """Return the number of the copy of all experts, within this stage, that this rank holds a part of."""
         return self._in_stage // self.mesh.expert_ranks
 
     def shard(self, *, is_expert: bool) -> tuple[int, int]:
@@ -75,47 +75,49 @@ class Position:
 
     @property
     def sends_dense(self) -> bool:
-        """Whether this rank's shards of all parameters but experts leave the mesh (exports, refits): replica 0's do."""
+        """Tell whether this rank's shards of all parameters but experts leave the mesh (exports, refits): replica 0's
+        do."""
         return self.dp_rank == 0 and self.cp_rank == 0
 
     @property
     def leads_stage(self) -> bool:
-        """Whether this rank gathers its stage's shards into whole tensors and sends them."""
+        """Tell whether this rank gathers its stage's shards into whole tensors and sends them."""
         return self.sends_dense and self.tp_rank == 0
 
     @property
     def sends_experts(self) -> bool:
-        """Whether this rank's shards of experts leave the mesh: those of the first copy do."""
+        """Tell whether this rank's shards of experts leave the mesh: those of the first copy do."""
         return self.expert_replica == 0
 
     @property
     def leads_experts(self) -> bool:
-        """Whether this rank gathers its experts into whole tensors and sends them."""
+        """Tell whether this rank gathers its experts into whole tensors and sends them."""
         return self.sends_experts and self.etp_rank == 0
 
     @property
     def is_sender(self) -> bool:
-        """Whether any shard of this rank leaves the mesh."""
+        """Tell whether any shard of this rank leaves the mesh."""
         return self.sends_dense or self.sends_experts
 
     @property
     def shares_experts(self) -> bool:
-        """Whether this rank computes with experts of other ranks, maybe of other replicas, and so waits for them."""
+        """Tell whether this rank computes with experts of other ranks, maybe of other replicas, and so waits for
+        them."""
         return self.mesh.expert_ranks > 1
 
     @property
     def replica_ranks(self) -> tuple[int, ...]:
-        """Global ranks of this replica, ascending."""
+        """Return the global ranks of this replica, ascending."""
         return self.mesh.replica_ranks(self.dp_rank)
 
     @property
     def leader_rank(self) -> int:
-        """Global rank of this replica's leader."""
+        """Return the global rank of this replica's leader."""
         return self.replica_ranks[0]
 
     @property
     def scoring_ranks(self) -> tuple[int, ...]:
-        """Global ranks of this replica's last pipeline stage with tensor-parallel rank 0, by ``cp_rank``."""
+        """Return the global ranks of this replica's last pipeline stage with tensor-parallel rank 0, by ``cp_rank``."""
         return self.replica_ranks[-self.mesh.tensor * self.mesh.context :: self.mesh.tensor]
 
     @property

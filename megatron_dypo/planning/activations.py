@@ -37,7 +37,7 @@ class LayerBytes:
     """Split: gradients that stand beside all of the above when the feed-forward layer's backward pass is half done."""
 
     def kept(self, recompute: str, tensor: int, sequence: bool) -> float:
-        """Bytes a token on one rank, from the layer's forward to its backward pass."""
+        """Return bytes a token on one rank, from the layer's forward to its backward pass."""
         between = tensor if sequence else 1
         if recompute == "full":
             return self.input / between
@@ -45,7 +45,7 @@ class LayerBytes:
         return self.between / between + self.whole + (self.split + attention) / tensor
 
     def working(self, recompute: str, tensor: int, sequence: bool) -> float:
-        """Bytes a token beside ``kept`` while the backward pass is in one layer."""
+        """Return bytes a token beside ``kept`` while the backward pass is in one layer."""
         backward = self.backward / tensor + self.input / (tensor if sequence else 1)
         # Recomputation makes the layer's tensors again.
         again = self.kept("none", tensor, sequence) - self.kept(recompute, tensor, sequence)
@@ -55,7 +55,7 @@ class LayerBytes:
 def layer_bytes(
     arch: Architecture, element: int, *, fused: bool, expert_tensor: int = 1, fp8: Quantized | None = None
 ) -> LayerBytes:
-    """What a layer of the architecture keeps.
+    """Return the bytes that a layer of the architecture keeps.
 
     Args:
         element: bytes, 2 for bf16 and 4 for fp32.
@@ -69,8 +69,8 @@ def layer_bytes(
 
 
 def norm_bytes(width: int, element: int, *, fused: bool) -> float:
-    """A norm's input and output, and what torch's unfused RMSNorm keeps between them (in bf16: two fp32 copies, and not
-    the input)."""
+    """Return bytes of a norm's input and output, and of what torch's unfused RMSNorm keeps between them (in bf16: two
+    fp32 copies, and not the input)."""
     if fused:
         return 2 * width * element
     return width * (3 * FP32 if element == FP32 else 2 * FP32 + element)
@@ -98,8 +98,8 @@ def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None
 
 
 def _fp8_backward(fp8: Quantized, e: int) -> float:
-    """A channel's bytes when the feed-forward layer's first half is at its turn: the gradients of gate and value and
-    their quantised copies stand where the channel's own tensors were freed."""
+    """Return a channel's bytes during the backward pass of the feed-forward layer's first half: the gradients of gate
+    and value and their quantised copies stand where the channel's own tensors were freed."""
     return 2 * (e + fp8.gradient) - (2 * e + fp8.saved_input)
 
 
@@ -124,14 +124,14 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
 
 
 def _experts(experts: Experts | None, H: int, e: int, split: int) -> float:
-    """Of a token's chosen experts, under perfect balance: their inputs, channels and outputs."""
+    """Return bytes a token of its chosen experts' inputs, channels and outputs, under perfect balance."""
     if experts is None:
         return 0.0
     return _router(experts) + e * experts.per_token * (2 * split * H + 6 * experts.ffn_hidden_size)
 
 
 def _fused_experts(experts: Experts | None, H: int, e: int, split: int, saved: float) -> float:
-    """The same without outputs; ``saved``: bytes of an element of a linear layer's input."""
+    """Return bytes a token of its chosen experts' inputs and channels; ``saved``: bytes of an element of an input."""
     if experts is None:
         return 0.0
     F = experts.ffn_hidden_size

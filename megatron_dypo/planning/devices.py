@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, by the vendor's data sheets: dense rates, one direction of a link, SI units.
+"""GPUs and their links, by the vendors' data sheets: dense rates, one direction of a link, SI units.
 
 Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S"
 (without NVLink: its GPUs talk over PCIe); the A800 is an A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at
@@ -32,7 +32,7 @@ class Gpu:
     bf16: float
     """FLOP/s of dense matmuls."""
     fp8: float | None
-    """The same; None: it has no FP8."""
+    """FLOP/s of dense matmuls in FP8; None: the GPU has no FP8."""
     hbm: float
     """Bytes/s."""
     nvlink: float
@@ -46,7 +46,7 @@ class Gpu:
 
     @property
     def fp8_gain(self) -> float:
-        """How many times as fast as in bf16 a linear layer is in FP8; 1: the GPU has no FP8."""
+        """Return how many times faster a linear layer is in FP8 than in bf16; 1: the GPU has no FP8."""
         return 1.0 if self.fp8 is None else self.fp8 * FP8_SHARE / self.bf16
 
 
@@ -60,7 +60,7 @@ def _gpu(
     links: tuple[float, float, float],
     matmul: float,
 ) -> Gpu:
-    """In GiB, TFLOP/s, TB/s and GB/s of NVLink, network and PCIe."""
+    """Make a GPU from GiB, TFLOP/s, TB/s, and GB/s of NVLink, network and PCIe."""
     nvlink, network, pcie = (rate * 1e9 for rate in links)
     return Gpu(
         name=name,
@@ -100,7 +100,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A row of the table.
+    """Return a row of the table.
 
     Raises:
         ValueError: there is none of that name.

@@ -14,7 +14,7 @@ from megatron_dypo.planning.setting import Assumptions, Setting
 
 
 def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: tuple[int, int], fused: bool) -> None:
-    """That the trainer's ranks fit into GPUs of ``memory`` bytes, fragmentation left out of account.
+    """Check that the trainer's ranks fit into GPUs of ``memory`` bytes, fragmentation left out of account.
 
     Args:
         capability: compute capability of the GPUs, which says how many copies FP8 keeps.

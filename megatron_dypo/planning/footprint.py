@@ -17,7 +17,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What one process wants of one device."""
+    """The memory that one process needs on one device."""
 
     where: str
     terms: tuple[Term, ...]
@@ -36,7 +36,7 @@ class Footprint:
 
     @property
     def room(self) -> float:
-        """What is spare, or could be made so."""
+        """Return the bytes that are spare, or could be made so."""
         return self.spare + self.elastic
 
     @property

@@ -1,5 +1,5 @@
-"""What FP8 training holds in FP8, and which layers and FLOPs are in it. Pure arithmetic; nobody ran it beside a GPU's
-counters.
+"""The tensors that FP8 training holds in FP8, and the layers and FLOPs that are in FP8. Pure arithmetic; nobody ran it
+beside a GPU's counters.
 
 Read off Transformer Engine's sources (2.20 in development), with Megatron-Core 0.16.1 around it:
 
@@ -37,7 +37,7 @@ _BF16 = 2
 _INPUT_SCALE: dict[Recipe, float] = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
 """Bytes of scales for an element of an input or gradient: fp32 for 1×128, a byte for 32."""
 _WEIGHT_SCALE: dict[Recipe, float] = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}
-"""Of a weight: fp32 for 128×128, a byte for 32."""
+"""Bytes of scales for an element of a weight: fp32 for 128×128, a byte for 32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,19 @@ class Quantized:
     weight: float
     """All copies of a weight."""
     saved_input: float
-    """What is kept of a linear layer's input until the backward pass."""
+    """The copy of a linear layer's input that is kept until the backward pass."""
     gradient: float
     """All copies of the gradient of a linear layer's output."""
     gathered: float
-    """What data-parallel ranks gather of a weight under ``param_gather``."""
+    """The part of a weight that data-parallel ranks gather under ``param_gather``."""
     attention_output: float
-    """What the projection after attention keeps beside what attention does."""
+    """The copy that the projection after attention keeps beside that of attention."""
     is_buffered: bool
     """Under ``param_gather`` the bf16 parameters have a buffer to be gathered in, as large as they are."""
 
 
 def quantized(fp8: Fp8Config, capability: tuple[int, int]) -> Quantized | None:
-    """What the recipe costs on a GPU of this compute capability; None: no FP8."""
+    """Return the bytes that the recipe costs on a GPU of this compute capability; None: no FP8."""
     if not fp8.is_on:
         return None
     in_blocks = fp8.recipe in ("blockwise", "mxfp8")
@@ -76,7 +76,7 @@ def quantized(fp8: Fp8Config, capability: tuple[int, int]) -> Quantized | None:
 
 
 def fp8_layers(fp8: Fp8Config, mesh: Mesh, num_layers: int, stage: int) -> int:
-    """Layers of a pipeline stage, all its chunks together, that are in FP8."""
+    """Return how many layers of a pipeline stage are in FP8, over all its chunks."""
     if not fp8.is_on:
         return 0
     inside = range(fp8.first_layers_bf16, num_layers - fp8.last_layers_bf16)

@@ -21,16 +21,16 @@ from megatron_dypo.planning.setting import Setting
 RESERVED = int(2.5 * GIB)
 """The driver's context, buffers of the communication library, workspaces of matmuls."""
 FRAGMENTATION = 0.05
-"""Of what is allocated during an update: memory that the caching allocator holds and cannot give."""
+"""Share of an update's allocations that the caching allocator holds and cannot give out."""
 
 
 def trainer_footprints(setting: Setting) -> list[Footprint]:
-    """One for each pipeline stage, first to last."""
+    """Return the footprint of a rank of each pipeline stage, first to last."""
     return [_stage(setting, stage) for stage in range(setting.config.parallel.pipeline)]
 
 
 def stage_counts(setting: Setting, stage: int) -> Counts:
-    """Parameters of one rank of a stage."""
+    """Count the parameters of one rank of a stage."""
     parallel, arch = setting.config.parallel, setting.arch
     return stage_parameters(
         arch,
@@ -45,13 +45,13 @@ def stage_counts(setting: Setting, stage: int) -> Counts:
 
 
 def largest_counts(setting: Setting) -> Counts:
-    """Parameters of one rank of the stage that has the most."""
+    """Count the parameters of one rank of the stage that has the most."""
     stages = range(setting.config.parallel.pipeline)
     return max((stage_counts(setting, stage) for stage in stages), key=lambda counts: counts.total)
 
 
 def reference_bytes(setting: Setting) -> float:
-    """Host memory of the reference policy's copies on one node (``mcore/reference.py``)."""
+    """Return the host memory of the reference policy's copies on one node (``mcore/reference.py``)."""
     return largest_counts(setting).total * setting.element * min(setting.gpus_per_node, setting.trainer_gpus)
 
 
@@ -72,7 +72,7 @@ def _stage(setting: Setting, stage: int) -> Footprint:
 
 
 def model_state(setting: Setting, counts: Counts) -> list[Term]:
-    """Parameters, gradients, optimizer."""
+    """Return the memory of parameters, gradients and optimizer."""
     cfg, e = setting.config, setting.element
     mesh = setting.mesh
     shards, expert_shards = mesh.stage_size // mesh.tensor, mesh.stage_size // mesh.expert_ranks
@@ -93,7 +93,7 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
 
 
 def _parameters(setting: Setting, counts: Counts) -> list[Term]:
-    """As the model holds them, and beside bf16 ones the copies that FP8 layers multiply with."""
+    """Return the parameters of the model, and beside bf16 ones the copies that FP8 layers multiply with."""
     e, fp8 = setting.element, setting.quantized
     if fp8 is None:
         return [Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B")]
@@ -114,7 +114,7 @@ def _fp8_layers(setting: Setting, stage: int) -> int:
 
 
 def _activations(setting: Setting, stage: int) -> Term:
-    """What the layers keep from forward to backward pass, of all rows in flight."""
+    """Return the memory that layers keep from forward to backward pass, over all rows in flight."""
     cfg, arch, e = setting.config, setting.arch, setting.element
     parallel = cfg.parallel
     virtual, tokens = setting.mesh.virtual_pipeline, setting.row_tokens / parallel.context
@@ -137,7 +137,7 @@ def _activations(setting: Setting, stage: int) -> Term:
 
 
 def _mean_kept(setting: Setting, stage: int) -> float:
-    """Bytes a token that a layer of the stage keeps on average, as layers in bf16 and in FP8 are mixed."""
+    """Return bytes a token that a layer of the stage keeps, averaged over layers in bf16 and in FP8."""
     parallel, recompute = setting.config.parallel, setting.config.model.recompute
     narrow = _fp8_layers(setting, stage) / setting.mesh.stage_layers(setting.arch.num_layers)[stage]
     bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
@@ -145,7 +145,7 @@ def _mean_kept(setting: Setting, stage: int) -> float:
 
 
 def _layers(setting: Setting) -> tuple[LayerBytes, LayerBytes]:
-    """A layer in the type of the parameters, and one in FP8, which without FP8 is the same."""
+    """Return a layer in the type of the parameters, and one in FP8; without FP8 both are the same."""
     make = partial(
         layer_bytes,
         setting.arch,
@@ -157,7 +157,8 @@ def _layers(setting: Setting) -> tuple[LayerBytes, LayerBytes]:
 
 
 def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
-    """The larger of what the backward pass of a layer adds to that, and what the loss adds."""
+    """Return the memory that the backward pass of one layer takes beside the activations, or the loss if it takes
+    more."""
     parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
     recompute = setting.config.model.recompute
     working = max(layer.working(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
@@ -168,7 +169,7 @@ def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
 
 
 def _loss(setting: Setting, tokens: float) -> float:
-    """What ``objective/fused_logprobs.py`` holds, if every token of the row is a response token.
+    """Return the bytes that ``objective/fused_logprobs.py`` holds if every token of the row is a response token.
 
     Forward: a chunk of fp32 logits, and a copy of some rows of it for the entropy. Backward: the chunk, gradients of
     the chosen hidden states in two types, what autograd sees as the output weight's gradient, and blocks of operands.
@@ -191,7 +192,7 @@ def _loss(setting: Setting, tokens: float) -> float:
 
 
 def _logprob_budget(setting: Setting, width: int) -> float:
-    """Scratch that ``fused_logprobs`` takes on its own, or is given."""
+    """Return the scratch bytes that ``fused_logprobs`` is given, or takes on its own."""
     given = setting.config.model.logprob_memory_mib
     return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
 
@@ -207,7 +208,8 @@ def _gather_buffer(setting: Setting) -> Term:
 
 
 def _streams(setting: Setting) -> Term:
-    """All rows of an update are on the device from its start (``mcore/forward_step.py``)."""
+    """Return the memory of an update's rows, all of which are on the device from its start
+    (``mcore/forward_step.py``)."""
     tokens = setting.microbatches * min(setting.row_tokens, setting.config.batching.tokens_per_microbatch)
     per_token = 17 + 61  # ids, positions, padding; and of a response token targets, streams and indices
     return Term(

@@ -21,9 +21,9 @@ class Counts:
     experts: int
     """Replicated over the ranks of a stage that hold the same experts."""
     largest: int
-    """Of the largest single tensor."""
+    """Elements of the largest tensor."""
     fp8: int = 0
-    """Of all these, weights of linear layers that are in FP8."""
+    """Weights of linear layers, among all these, that are in FP8."""
 
     @property
     def total(self) -> int:
@@ -31,7 +31,7 @@ class Counts:
 
     @property
     def other(self) -> int:
-        """Those that are not in FP8."""
+        """Return how many are not in FP8."""
         return self.total - self.fp8
 
 
@@ -58,7 +58,7 @@ def stage_parameters(
     expert_tensor: int = 1,
     fp8_layers: int = 0,
 ) -> Counts:
-    """Parameters on one rank of a pipeline stage that holds ``layers`` layers, ``fp8_layers`` of them in FP8.
+    """Count the parameters on one rank of a pipeline stage that holds ``layers`` layers, ``fp8_layers`` of them in FP8.
 
     Stages of tied embeddings that are first and last hold one copy; a last stage that is not first its own.
     """
@@ -77,12 +77,12 @@ def stage_parameters(
 
 
 def whole_model(arch: Architecture) -> Counts:
-    """The policy once, as a server holds it."""
+    """Count the parameters of the whole policy, as a server holds it."""
     return stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=True, is_last=True)
 
 
 def served_bytes(arch: Architecture, element: int, quantization: Quantization) -> ServedBytes:
-    """The policy as a server holds it and as a refit moves it.
+    """Return the bytes of the policy as a server holds it and as a refit moves it.
 
     Args:
         element: bytes of a value that is not quantised.
@@ -103,7 +103,7 @@ def served_bytes(arch: Architecture, element: int, quantization: Quantization) -
 
 
 def active_parameters(arch: Architecture) -> int:
-    """Parameters that a token is multiplied with in the layers: of experts, those that it visits."""
+    """Count the parameters of the layers that a token is multiplied with: of experts, only those that it visits."""
     counts = stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=False, is_last=False)
     if arch.experts is None:
         return counts.dense
@@ -111,7 +111,8 @@ def active_parameters(arch: Architecture) -> int:
 
 
 def _is_linear(row: Row) -> bool:
-    """Whether it is the weight of a linear layer of the transformer, which FP8 is for; both sides agree about which."""
+    """Return whether a parameter is the weight of a linear layer of the transformer, which trainer and servers hold in
+    FP8."""
     return all(is_quantized(name) for name in row.at(0, 0).hf)
 
 

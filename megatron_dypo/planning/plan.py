@@ -60,16 +60,16 @@ class Plan:
         return self.tightest.spare >= 0
 
     def misfits(self) -> list[str]:
-        """One line for each role that does not fit: by how much, the largest term, and what to change."""
+        """Return one line for each role that does not fit: by how much, the largest term, and what to change."""
         return [misfit(footprint) for footprint in (fullest(list(self.stages)), self.server) if footprint.spare < 0]
 
     def obstacles(self) -> list[str]:
-        """One line for what the GPU cannot do at all."""
+        """Return one line for what the GPU cannot do at all."""
         obstacle = fp8_obstacle(self.setting)
         return [] if obstacle is None else [obstacle]
 
     def problems(self) -> list[str]:
-        """Why the run cannot be; empty: it can."""
+        """Say why the run cannot be; empty: it can."""
         return [*self.obstacles(), *self.misfits()]
 
 
@@ -89,7 +89,7 @@ def make_plan(setting: Setting) -> Plan:
 
 
 def fp8_obstacle(setting: Setting) -> str | None:
-    """What the GPU lacks for ``model.fp8.recipe``, and which ones do not; None: nothing."""
+    """Say what the GPU lacks for ``model.fp8.recipe``, and which GPUs have it; None: nothing."""
     gpu, recipe = setting.gpu, setting.config.model.fp8.recipe
     missing = missing_capability(recipe, gpu.capability)
     if missing is None:
@@ -100,7 +100,7 @@ def fp8_obstacle(setting: Setting) -> str | None:
 
 
 def misfit(footprint: Footprint) -> str:
-    """What is too large, and what to do about it."""
+    """Say what is too large, and what to do about it."""
     largest, gib = footprint.largest, 2**30
     return (
         f"{footprint.where}: {footprint.total / gib:.1f} GiB do not fit into {footprint.capacity / gib:.1f} GiB; the "
@@ -110,7 +110,7 @@ def misfit(footprint: Footprint) -> str:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data: bytes, seconds and GPUs."""
+    """Return the plan as plain data: bytes, seconds and GPUs."""
     setting, step = plan.setting, plan.step
     return {
         "gpu": setting.gpu.name,

@@ -14,7 +14,7 @@ _RULE = "-" * 118
 
 
 def render(plan: Plan) -> str:
-    """The report, with a final newline; its last lines are the verdict."""
+    """Return the report, with a final newline; its last lines are the verdict."""
     parts = (
         _setting(plan),
         _memory(plan),
@@ -53,7 +53,7 @@ def _setting(plan: Plan) -> list[str]:
 
 
 def _types(plan: Plan) -> str:
-    """Of the policy in training."""
+    """Describe the types of the policy in training."""
     model = plan.setting.config.model
     if not model.fp8.is_on:
         return model.dtype
@@ -87,7 +87,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _distinct(stages: tuple[Footprint, ...]) -> list[Footprint]:
-    """First, last and fullest stage, in order."""
+    """Return first, last and fullest stage, in order."""
     tightest = fullest(list(stages))
     return [stage for i, stage in enumerate(stages) if i in (0, len(stages) - 1) or stage is tightest]
 

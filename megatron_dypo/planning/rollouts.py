@@ -33,7 +33,7 @@ class Round:
 
 
 def rollout_round(setting: Setting) -> Round:
-    """A round of the setting's loop."""
+    """Return a round of the setting's loop."""
     cfg, server, assumed = setting.config.rollout, make_server(setting), setting.assumed
     prompts, response = _prompts(setting), assumed.response_tokens
     requests = prompts * cfg.group_size / setting.num_servers
@@ -63,7 +63,7 @@ def _prompts(setting: Setting) -> float:
 
 
 def drain_tokens(cfg: RolloutConfig, response: float, share: float) -> float:
-    """Decoding steps from the last full batch until ``share`` of it is done in whole groups."""
+    """Return the decoding steps from the last full batch until ``share`` of it is done in whole groups."""
     longest = max(cfg.max_new_tokens, response)
     if cfg.oversample == 1 or share >= 1:
         return longest

@@ -38,7 +38,8 @@ class Scaled:
 
 
 def splits(setting: Setting) -> list[Split]:
-    """Every division of the setting's GPUs that fits, in whole nodes (whole servers and replicas, on one node)."""
+    """Return every division of the setting's GPUs that fits, in whole nodes (whole servers and replicas, on one
+    node)."""
     total = setting.trainer_gpus + setting.rollout_gpus
     grain = _grain(setting)
     found = (_split(setting, trainer, total - trainer) for trainer in range(grain, total, grain))
@@ -46,12 +47,12 @@ def splits(setting: Setting) -> list[Split]:
 
 
 def best_split(setting: Setting, *, overlapped: bool) -> Split:
-    """The one with the shortest step: one part after the other, or with rollouts beside the update."""
+    """Return the division with the shortest step: one part after the other, or with rollouts beside the update."""
     return min(splits(setting), key=lambda split: split.time.overlapped if overlapped else split.time.sequential)
 
 
 def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scaled]:
-    """Prompts of an update, replicas and servers grow together; the division is the setting's."""
+    """Scale prompts of an update, replicas and servers together; the division of GPUs is the setting's."""
     share = setting.trainer_gpus / (setting.trainer_gpus + setting.rollout_gpus)
     rows: list[Scaled] = []
     first = None
@@ -65,7 +66,7 @@ def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scale
 
 
 def _grain(setting: Setting) -> int:
-    """Trainer GPUs come in multiples of this."""
+    """Return the number of GPUs that trainer GPUs are a multiple of."""
     is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
     fewest = setting.config.parallel.fewest_ranks
     return fewest if is_small else math.lcm(fewest, setting.gpus_per_node)

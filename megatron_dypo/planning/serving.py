@@ -27,10 +27,10 @@ ALLREDUCE_S = 15e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """What one server can do."""
+    """The capacity of one server."""
 
     weights: ServedBytes
-    """Of all its GPUs together."""
+    """Weights of all its GPUs together."""
     tensor: int
     """GPUs that share them."""
     kv_bytes_per_token: float
@@ -43,12 +43,12 @@ class Server:
         return self.weights.total / self.tensor
 
     def concurrency(self, tokens: float) -> float:
-        """Requests of a mean length that run at once."""
+        """Return the requests of a mean length that run at once."""
         return self.kv_tokens / tokens
 
 
 def make_server(setting: Setting) -> Server:
-    """A server of the config."""
+    """Return a server of the config."""
     arch, servers, e = setting.arch, setting.config.rollout.servers, setting.element
     heads = max(1, arch.num_key_value_heads // servers.tensor_parallel)
     per_token = 2.0 * arch.num_layers * heads * arch.head_dim * e
@@ -61,7 +61,7 @@ def make_server(setting: Setting) -> Server:
 
 
 def server_footprint(setting: Setting) -> Footprint:
-    """Memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
+    """Return the memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
     server, cfg = make_server(setting), setting.config
     fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.refit.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -90,7 +90,7 @@ def server_footprint(setting: Setting) -> Footprint:
 
 
 def decode_step_s(setting: Setting, server: Server, batch: float) -> float:
-    """Seconds of one decoding step with ``batch`` running requests, in the middle of their responses."""
+    """Return the seconds of one decoding step with ``batch`` running requests, in the middle of their responses."""
     arch, gpu, tensor = setting.arch, setting.gpu, setting.config.rollout.servers.tensor_parallel
     context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
     read = _weights_read(setting, server, batch) + batch * context * server.kv_bytes_per_token
@@ -101,13 +101,14 @@ def decode_step_s(setting: Setting, server: Server, batch: float) -> float:
 
 
 def prefill_s(setting: Setting, tokens: float) -> float:
-    """Seconds that a server takes to read ``tokens`` of prompts."""
+    """Return the seconds that a server takes to read ``tokens`` of prompts."""
     tensor = setting.config.rollout.servers.tensor_parallel
     return 2.0 * tokens * active_parameters(setting.arch) / (tensor * setting.gpu.bf16 * setting.gpu.matmul)
 
 
 def _weights_read(setting: Setting, server: Server, batch: float) -> float:
-    """Bytes of weights that a step reads on a GPU: of experts, those that some token of the batch is sent to."""
+    """Return the bytes of weights that a step reads on a GPU: of experts, those that some token of the batch is sent
+    to."""
     experts = setting.arch.experts
     if experts is None:
         return server.weights_per_gpu

@@ -1,4 +1,4 @@
-"""What a plan is asked about: a config, an architecture, a number of GPUs, and what must be assumed of the data."""
+"""The subject of a plan: a config, an architecture, a number of GPUs, and what must be assumed of the data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_dypo.planning.fp8 import Quantized, quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What no config says: what is measured after a first run and guessed before it."""
+    """Facts that no config has: measured after a first run, and guessed before it."""
 
     prompt_tokens: int
     """Mean length of a prompt."""
@@ -53,17 +53,17 @@ class Setting:
 
     @property
     def quantized(self) -> Quantized | None:
-        """What ``model.fp8`` quantises; None: nothing."""
+        """Return the costs of what ``model.fp8`` quantises; None: nothing."""
         return quantized(self.config.model.fp8, self.gpu.capability)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The trainer's mesh."""
+        """Return the trainer's mesh."""
         return self.config.parallel.mesh(self.trainer_gpus)
 
     @property
     def data(self) -> int:
-        """Data-parallel replicas."""
+        """Return the number of data-parallel replicas."""
         return self.mesh.data
 
     @property
@@ -77,7 +77,8 @@ class Setting:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of the longest packed row, over all context-parallel ranks: a sequence above the budget is a row."""
+        """Return the tokens of the longest packed row, over all context-parallel ranks: a sequence above the budget is
+        a row."""
         return max(self.config.batching.tokens_per_microbatch, self.longest_sequence)
 
     @property
@@ -86,18 +87,18 @@ class Setting:
 
     @property
     def sequences_per_update(self) -> float:
-        """Rollouts of Mid prompts and traces of Hard ones."""
+        """Count the rollouts of Mid prompts and the traces of Hard ones."""
         mid = self.mid / (1 - self.assumed.easy)
         return self.config.batching.prompts_per_update * (mid * self.config.rollout.group_size + 1 - mid)
 
     @property
     def sequence_tokens(self) -> int:
-        """Mean length of a sequence in an update."""
+        """Return the mean length of a sequence in an update."""
         return self.assumed.prompt_tokens + self.assumed.response_tokens
 
     @property
     def microbatches(self) -> int:
-        """Packed rows of one update on a replica."""
+        """Count the packed rows of one update on a replica."""
         tokens = self.sequences_per_update * self.sequence_tokens / self.data
         count = max(1, math.ceil(tokens / self.config.batching.tokens_per_microbatch))
         step = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline else 1
@@ -113,7 +114,7 @@ def make_setting(
     prompt_tokens: int | None = None,
     response_tokens: int | None = None,
 ) -> Setting:
-    """The setting of a config.
+    """Return the setting of a config.
 
     Args:
         nodes: of the trainer; None: as many GPUs as ``parallel.num_processes``, or as few as the axes allow.

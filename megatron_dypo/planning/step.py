@@ -43,22 +43,22 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the loop that the config asks for."""
+        """Return the seconds of a step of the loop that the config asks for."""
         return self.overlapped if self.is_async else self.sequential
 
     @property
     def sequential(self) -> float:
-        """The parts one after the other, as the synchronous loop does them."""
+        """Return the seconds of a step whose parts run one after the other, as in the synchronous loop."""
         return self.rollout + self.trainer + self.refit
 
     @property
     def overlapped(self) -> float:
-        """With the next batch's rollouts beside log-probs and update."""
+        """Return the seconds of a step that makes the next batch's rollouts beside log-probs and update."""
         return max(self.rollout, self.trainer) + self.refit
 
     @property
     def trainer_idle(self) -> float:
-        """Share of ``total``."""
+        """Return the share of ``total`` in which the trainer waits."""
         return 1 - (self.trainer + self.refit) / self.total
 
     @property
@@ -89,7 +89,7 @@ def step_time(setting: Setting) -> StepTime:
 
 
 def refit_time(setting: Setting) -> float:
-    """All weights to all servers, quantised ones in FP8."""
+    """Return the seconds of sending all weights to all servers, quantised ones in FP8."""
     refit = setting.config.refit
     size, transport = served_bytes(setting.arch, setting.element, refit.quantize).total, refit.transport
     rate = REFIT_EFFICIENCY * setting.gpu.network
@@ -103,13 +103,13 @@ def refit_time(setting: Setting) -> float:
 
 
 def reads_reference(setting: Setting) -> bool:
-    """Whether π_ref is held and has a pass of its own, rather than π_old taken for it."""
+    """Return whether π_ref has weights and a pass of its own; else π_old stands for it."""
     objective = setting.config.objective
     return build_objective(objective).needs_reference() and objective.reference.mode != "old"
 
 
 def _logprobs(setting: Setting, prompts: float) -> float:
-    """log π_old and log π_ref of the rollouts of Mid prompts."""
+    """Return the seconds for log π_old and log π_ref of the rollouts of Mid prompts."""
     rollouts = prompts * setting.mid * setting.config.rollout.group_size
     once = logprob_time(setting, rollouts).total
     old = once if setting.config.old_logp.source == "trainer" else 0.0

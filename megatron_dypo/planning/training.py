@@ -56,7 +56,7 @@ class PassTime:
 
 
 def update_time(setting: Setting) -> PassTime:
-    """One optimizer step."""
+    """Return the time of one optimizer step."""
     cfg = setting.config
     cost = sequence_cost(setting.arch, cfg.model.recompute)
     passes = 3 + (cfg.model.recompute == "full")
@@ -64,7 +64,7 @@ def update_time(setting: Setting) -> PassTime:
 
 
 def logprob_time(setting: Setting, sequences: float) -> PassTime:
-    """A forward pass over that many rollouts: log π_old, or log π_ref."""
+    """Return the time of a forward pass over that many rollouts: log π_old, or log π_ref."""
     cost = sequence_cost(setting.arch)
     # Of three passes, and of four of the output projection, one.
     forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
@@ -72,13 +72,14 @@ def logprob_time(setting: Setting, sequences: float) -> PassTime:
 
 
 def swap_time(setting: Setting) -> float:
-    """π_ref into the model and out again: each way this rank's parameters go to the host and from it."""
+    """Return the seconds of moving π_ref into the model and out again: each way this rank's parameters go to the host
+    and from it."""
     counts = largest_counts(setting)
     return 4 * counts.total * setting.element / setting.gpu.pcie
 
 
 def update_flops(setting: Setting) -> float:
-    """FLOPs of an update without what recomputation repeats: what MFU counts."""
+    """Return FLOPs of an update without what recomputation repeats: what MFU counts."""
     return _flops(setting, sequence_cost(setting.arch)) * setting.sequences_per_update
 
 
@@ -87,7 +88,7 @@ def _flops(setting: Setting, cost: SequenceCost) -> float:
 
 
 def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
-    """Matmuls of that many sequences, spread over all GPUs."""
+    """Return the seconds of the matmuls of that many sequences, spread over all GPUs."""
     flops = _flops(setting, cost) * sequences
     in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * cost.linear * setting.sequence_tokens * sequences
     flops -= in_fp8 * (1 - 1 / setting.gpu.fp8_gain)
@@ -95,7 +96,8 @@ def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> 
 
 
 def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
-    """``cost``: of a sequence. ``passes``: forward passes' worth of work for each token; a backward pass is two."""
+    """Return the time of one pass. ``cost``: of a sequence. ``passes``: forward passes' worth of work for each token; a
+    backward pass is two."""
     parallel, arch = setting.config.parallel, setting.arch
     tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
     hidden = tokens * arch.hidden_size * setting.element
@@ -126,12 +128,12 @@ def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *
 
 
 def _link(setting: Setting, span: int) -> float:
-    """Bytes/s between ranks where ``span`` neighbouring GPUs talk to each other."""
+    """Return bytes/s between ranks where ``span`` neighbouring GPUs talk to each other."""
     return LINK_EFFICIENCY * (setting.gpu.nvlink if span <= setting.gpus_per_node else setting.gpu.network)
 
 
 def _tensor_seconds(setting: Setting, hidden: float, passes: int, is_update: bool) -> float:
-    """Of one layer; ``hidden`` are the bytes of the hidden states of all rows."""
+    """Return the seconds of one layer's tensor-parallel communication; ``hidden``: bytes of all rows' hidden states."""
     parallel = setting.config.parallel
     calls = 8 + 2 * parallel.sequence if is_update else 4
     calls += 4 * (passes == 4)  # the recomputed forward pass
@@ -154,7 +156,8 @@ def _expert_seconds(setting: Setting, hidden: float, is_update: bool) -> float:
 
 
 def _once(setting: Setting) -> tuple[float, float]:
-    """Gradients over the replicas, and the optimizer's reading and writing of its state."""
+    """Return the seconds of reducing gradients over the replicas, and of the optimizer's reading and writing of its
+    state."""
     cfg, counts = setting.config, largest_counts(setting)
     ranks = setting.data * cfg.parallel.context
     gathered = _gathered_bytes(setting, counts)
@@ -169,7 +172,7 @@ def _once(setting: Setting) -> tuple[float, float]:
 
 
 def _gathered_bytes(setting: Setting, counts: Counts) -> float:
-    """Parameters of a rank in the type that they are written and gathered in."""
+    """Return the bytes of a rank's parameters in the type that they are written and gathered in."""
     fp8 = setting.quantized
     if fp8 is None or not setting.config.model.fp8.param_gather:
         return counts.total * setting.element

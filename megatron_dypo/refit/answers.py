@@ -28,7 +28,7 @@ class ServerError(RuntimeError):
 
     @property
     def url(self) -> str | None:
-        """The server to blame, or the first of several; None: no server in particular."""
+        """Return the server to blame, or the first of several; None: no server in particular."""
         return self.urls[0] if self.urls else None
 
 

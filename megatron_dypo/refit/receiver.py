@@ -131,7 +131,7 @@ def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 class _Held:
-    """What a process keeps between the calls of :func:`load`: one store and one session, both of the last
+    """The state of a process between the calls of :func:`load`: one store and one session, both of the last
     connection."""
 
     def __init__(self) -> None:

@@ -85,7 +85,7 @@ class Refitter:
 
     @property
     def serving(self) -> tuple[str, ...]:
-        """The servers that hold the weights of the last refit; no other may get requests."""
+        """Return the servers that hold the weights of the last refit; no other may get requests."""
         return self._servers.serving
 
     def refit(self, version: int) -> RefitReport:
@@ -165,7 +165,7 @@ class Refitter:
         return connect(self._source, self._control, self._lockstep, self._config, deadline)
 
     def _fence_culprits(self, refit: RefitUnderWay, error: RefitError) -> None:
-        """After a failed attempt: fence the servers that made it fail, so that the others can be tried again.
+        """Fence the servers that made an attempt fail, so that the others can be tried again.
 
         Raises:
             RefitError: no server is to blame, or none is left.
@@ -230,7 +230,7 @@ class Refitter:
             self._control.urls = self.serving
 
     def _abort(self, version: int) -> None:
-        """After a failure: drop the connection, so that no server waits for us, and let all servers generate again."""
+        """Drop the connection after a failure, so that no server waits for us, and let all servers generate again."""
         self._drop_connection()
         if self._leader.control is not None:
             abort_update(self._leader.control, version, in_session=self._in_session, is_dirty=self._is_dirty)

@@ -87,17 +87,17 @@ class Servers:
 
     @property
     def serving(self) -> tuple[str, ...]:
-        """URLs of the servers that are not fenced, in the order in which they were given."""
+        """Return the URLs of the servers that are not fenced, in the order in which they were given."""
         return tuple(url for url in self._urls if url not in self._reasons)
 
     @property
     def fenced(self) -> tuple[str, ...]:
-        """URLs of the fenced servers, in the order in which they were given."""
+        """Return the URLs of the fenced servers, in the order in which they were given."""
         return tuple(url for url in self._urls if url in self._reasons)
 
     @property
     def reasons(self) -> str:
-        """The reasons for which servers are fenced, each once."""
+        """Return the reasons for which servers are fenced, each once."""
         return "; ".join(dict.fromkeys(self._reasons.values()))
 
     def fence(self, reasons: Mapping[str, str]) -> None:

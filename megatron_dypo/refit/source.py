@@ -29,7 +29,7 @@ class Source:
 
     @property
     def turns(self) -> list[Turn]:
-        """All turns, in the order in which ranks send whole tensors.
+        """Return all turns, in the order in which ranks send whole tensors.
 
         The leader of a stage sends the stage's dense tensors in the first turn of the stage, and its own experts too.
         """
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def own_turn(self) -> Turn | None:
-        """The turn in which this rank sends whole tensors; None for ranks that only take part in gathers, or in
+        """Return the turn in which this rank sends whole tensors; None for ranks that only take part in gathers, or in
         nothing."""
         layout = self.layout
         return (layout.pp_rank, layout.ep_rank) if layout.leads_stage or layout.leads_experts else None

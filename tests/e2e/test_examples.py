@@ -45,7 +45,7 @@ def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path
     assert summary["tiers_last"]["hard"] < summary["tiers_first"]["hard"]
     assert all(summary["tiers_first"][tier] > 0 for tier in ("easy", "mid", "hard"))
     assert summary["overhead"] <= 0.05
-    assert summary["sync"] <= 0.1
+    assert summary["refit"] <= 0.1
     assert summary["seconds"] <= 12 * 60
     assert "held-out accuracy" in printed
 

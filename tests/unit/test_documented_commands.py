@@ -115,7 +115,7 @@ def check(command: Command) -> None:
         script = next(index for index, word in enumerate(command.words) if word.startswith("slurm/"))
         check_job(command.words[script], command.words[script + 1 :])
     elif program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert words[0] in targets
     elif program == "pip":
         extras = re.findall(r"\[([\w,-]+)\]", " ".join(words))

@@ -22,7 +22,7 @@ from megatron_dypo.data.values import has_field, printable
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowsChecked:
-    """What is known of N rows with M traces, without reading them again."""
+    """The facts about N rows with M traces that need no second reading."""
 
     prompt_tokens: npt.NDArray[np.int32]
     """[N] Tokens of the prompt; −1 where they were not counted (a bad row, or a check without a tokenizer)."""
@@ -51,7 +51,7 @@ class RowsChecked:
 
 
 class PartCheck:
-    """What the check of one part found; it can be sent between processes."""
+    """The findings of the check of one part; they can be sent between processes."""
 
     def __init__(self) -> None:
         self.prompt_tokens, self.num_traces, self.trace_tokens = array("i"), array("i"), array("i")

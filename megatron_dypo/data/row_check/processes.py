@@ -58,7 +58,7 @@ def _num_cores() -> int:
 
 
 _work: tuple[Tokenizer | None, DataConfig] | None = None
-"""What a process of the pool works with, set when it starts."""
+"""The state of a process of the pool, set when it starts."""
 
 
 def _in_processes(

@@ -1,4 +1,5 @@
-"""What the verifier says of the teachers' traces: judged once, at the start of a run, and kept beside the row check."""
+"""The verifier's verdicts on the teachers' traces: judged once, at the start of a run, and kept beside the row
+check."""
 
 from __future__ import annotations
 

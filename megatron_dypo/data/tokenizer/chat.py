@@ -25,13 +25,13 @@ _OPEN_TAG = re.compile(r"(?:<(\w+)>\s*(?:</\1>\s*)?|\[(\w+)\]\s*(?:\[/\2\]\s*)?)
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """What a template writes around the turns of an assistant."""
+    """The text that a template writes around the turns of an assistant."""
 
     end: str = ""
     """Text after the assistant's last message (``<|im_end|>\\n``); empty where the template writes none, or where it
     cannot render an assistant's message."""
     generation_suffix: str = ""
-    """What the header of the answer has beyond that of an earlier, finished answer: ``<think>\\n`` where the prompt
+    """End of the answer's header beyond that of an earlier, finished answer: ``<think>\\n`` where the prompt
     opens the thinking itself (Qwen3-Thinking, R1-Distill), else empty. A teacher's trace may begin with it too."""
 
 
@@ -132,7 +132,8 @@ class ChatTemplate:
 
 
 def _suffix(header: str, earlier: str | None) -> str:
-    """What ``header``, of the next answer, has beyond ``earlier``, of a finished one; else the tag that it opens."""
+    """Return the end of ``header``, of the next answer, beyond ``earlier``, of a finished one; else the tag that it
+    opens."""
     tag = _OPEN_TAG.search(header)
     if earlier is not None:
         shorter = min(len(header), len(earlier))

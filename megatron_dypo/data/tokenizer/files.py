@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""What makes up a tokenizer in an HF model folder."""
+"""The files of a tokenizer in an HF model folder."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -30,7 +30,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFolder:
-    """What the files beside a tokenizer say."""
+    """The settings in the files beside a tokenizer."""
 
     path: Path
     special_tokens: dict[str, str]

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions:
-    """What the configuration says of the tokenizer; see :func:`megatron_dypo.data.tokenizer.open.load_tokenizer`."""
+    """The configuration's settings for the tokenizer; see :func:`megatron_dypo.data.tokenizer.open.load_tokenizer`."""
 
     chat_template: bool
     chat_template_args: Mapping[str, Any]

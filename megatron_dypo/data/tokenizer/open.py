@@ -23,8 +23,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id."""
     generation_suffix: str
-    """What a rendered prompt writes of the answer itself: ``<think>\\n`` where the template opens the thinking, else
-    empty. A trace that begins with it too gets it once (:func:`megatron_dypo.data.tokenising.end_trace`)."""
+    """Beginning of the answer that a rendered prompt has already: ``<think>\\n`` where the template opens the thinking,
+    else empty. A trace that begins with it too gets it once (:func:`megatron_dypo.data.tokenising.end_trace`)."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` with no BOS or EOS added; special tokens written in the text become their ids.

@@ -45,7 +45,7 @@ TEMPLATE_ERRORS = (
     *(NameError, OSError, ReferenceError, RuntimeError, StopIteration, SyntaxError, SystemError, TypeError, ValueError),
     jinja2.TemplateError,
 )
-"""What a template can raise: an expression of it may call any method of a string, a number or a list."""
+"""Exceptions that a template can raise: an expression of it may call any method of a string, a number or a list."""
 
 
 class Refusal(jinja2.TemplateError):

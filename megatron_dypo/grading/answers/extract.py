@@ -190,8 +190,8 @@ def _r1_zero(response: str) -> str | None:
 
 
 def last_phrase(text: str, *patterns: re.Pattern[str], whole_line: bool = False) -> str | None:
-    """What the last "(final) answer is", "answer:" or "answer =" of ``text`` states, up to the end of its sentence
-    (or of its line).
+    """Return the statement after the last "(final) answer is", "answer:" or "answer =" of ``text``, up to the end of
+    its sentence (or of its line).
 
     If nothing follows on its line, the next line that is not blank; None without such a phrase.
     """

@@ -42,7 +42,7 @@ def boxed(text: str) -> str:
 
 
 def parsed(text: str) -> list[Any]:
-    """What math-verify finds in ``text``: sympy objects, then the text that it read."""
+    """Return the findings of math-verify in ``text``: sympy objects, then the text that it read."""
     found: list[Any] = math_verify.parse(text, parsing_timeout=None)
     return found
 

@@ -19,7 +19,7 @@ _FRAC = re.compile(r"\\[dtc]?frac(?![A-Za-z])")
 _OPERATOR = re.compile(r"/|\\times|\\cdot|\\div|\*|×|÷|·")
 _BLANKS = re.compile(r"\s*\n\s*|\s+")
 _NOISE = re.compile(r"(?<![\d,\x04])[ \n]|[ \n](?!\d)|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\?\$")
-"""What may stand in a number without changing it; a space between two digits would."""
+"""Characters that may stand in a number without changing it; a space between two digits would."""
 _MAX_LENGTH = 400
 _MAX_DEPTH = 20
 _MAX_BITS = 100_000

@@ -1,4 +1,4 @@
-"""What kind of thing an answer is: a number, a number in a base, a list, words or a formula."""
+"""The kinds of answers: a number, a number in a base, a list, words or a formula."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def read_answer(text: str) -> Answer:
 
 
 def _last_of_chain(name: str | None, value: str) -> str | None:
-    """What ``x = 5 + 6 = 11`` ends with; None for one equation, and for inequalities."""
+    """Return the last part of a chain such as ``x = 5 + 6 = 11``; None for one equation, and for inequalities."""
     if re.search(r"[<>!]", value) or value.count("=") < (1 if name is not None else 2):
         return None
     return value.rpartition("=")[2].strip() or None

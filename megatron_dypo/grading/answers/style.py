@@ -17,9 +17,9 @@ class AnswerStyle:
     """
 
     answer_format: AnswerFormat = "auto"
-    """As ``grading.answer_format``."""
+    """See ``grading.answer_format``."""
     thinking: Thinking = "after"
-    """As ``grading.thinking``."""
+    """See ``grading.thinking``."""
 
     def __post_init__(self) -> None:
         for name, known in (("answer_format", get_args(AnswerFormat)), ("thinking", get_args(Thinking))):

@@ -75,7 +75,7 @@ _MAX_WORDS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What stands behind a number."""
+    """A unit, written behind a number."""
 
     is_percent: bool = False
     scale: int = 1

@@ -50,7 +50,7 @@ def unmarked_answer(text: str, gold: str) -> str | None:
         read = read_answer(cleaned(phrase))
         if not isinstance(read, Words) or isinstance(read_answer(cleaned(gold)), Words):
             return phrase
-    return _last_value(text)
+    return last_value(text)
 
 
 def _tail(text: str) -> str:
@@ -80,7 +80,8 @@ def _inside(formula: re.Match[str]) -> str:
     return next(group for group in formula.groups() if group is not None)
 
 
-def _last_value(text: str) -> str | None:
+def last_value(text: str) -> str | None:
+    """Return the last ``$formula$`` or number of ``text``; None if it has none, or if that is a part of something."""
     formulas = list(_MATH.finditer(text))
     behind = formulas[-1].end() if formulas else 0
     numbers = [match for match in _NUMBER.finditer(text, behind) if match[0]]

@@ -1,4 +1,4 @@
-"""What a verifier may return, and what each return value means."""
+"""The values that a verifier may return, and their meanings."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Accounts:
         return found
 
     def log(self, step: int, steps: int, batch: RolloutBatch) -> None:
-        """:meth:`report`, and say it in the log."""
+        """Call :meth:`report`, and log what it says."""
         line = self.report(step, steps, batch).line()
         if self.ranks.is_global_leader:
             log.info("%d of %d steps are done; %s", step, steps, line)

@@ -70,5 +70,5 @@ class Recorder:
             self.writer.write(progress.step + 1, rollout_metrics(tally) | timings | books)
 
     def log(self, progress: Progress) -> None:
-        """:meth:`report`, and say it in the log."""
+        """Call :meth:`report`, and log what it says."""
         self.accounts.log(progress.step, self.total_steps, progress.batch)

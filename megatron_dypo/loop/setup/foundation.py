@@ -36,5 +36,5 @@ class Foundation:
 
     @property
     def run_dir(self) -> Path:
-        """The run folder."""
+        """Return the run folder."""
         return Path(self.config.run.dir)

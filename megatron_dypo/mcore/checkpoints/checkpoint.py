@@ -55,7 +55,7 @@ _RESTORE = "restore it, or move the folder away to go on from an older checkpoin
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a checkpoint holds besides weights, optimizer and RNG, which are in place already."""
+    """The contents of a checkpoint besides weights, optimizer and RNG, which are in place already."""
 
     step: int
     trainer_state: dict[str, Any]

@@ -144,7 +144,7 @@ def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
 
 
 def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
-    """A checkpoint stacks all layers (and experts) of a parameter in one tensor, so they must be of one type."""
+    """Require one type for all layers (and experts) of a parameter: a checkpoint stacks them in one tensor."""
     type_of: dict[str, torch.dtype] = {}
     for row in rows:
         key = stored_key(row.mcore, arch)[0]
@@ -162,7 +162,7 @@ def _stage(row: Row, arch: Architecture, stage_of: Mapping[int, int]) -> int:
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
-    """What one rank writes of one parameter; it is read once, when the first of its chunks is.
+    """Yield the chunks of a parameter that one rank writes. The parameter is read once, with its first chunk.
 
     Experts are written whole by the first tensor-parallel rank, as a run without expert tensor parallelism does.
     """

@@ -18,17 +18,17 @@ _STEP = re.compile(r"step_(\d{6,})")
 
 
 def folder_of(root: str | Path, step: int) -> Path:
-    """``root/step_000010``"""
+    """Return the folder of a step: ``root/step_000010``."""
     return Path(root) / f"step_{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a folder that :func:`find_latest` found."""
+    """Return the step of a folder that :func:`find_latest` found."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def find_latest(root: str | Path) -> Path | None:
-    """The newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost.
+    """Return the newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost.
 
     A tracker that is empty, holds no step or names a folder that is not whole was lost: a crash can leave it so. A
     folder is whole if its ``trainer_state.json``, which is written after the weights, can be read.
@@ -44,7 +44,7 @@ def find_latest(root: str | Path) -> Path | None:
 
 
 def _tracked(root: Path) -> Path | None:
-    """The folder that the tracker names; None without a tracker."""
+    """Return the folder that the tracker names; None without a tracker."""
     path = root / TRACKER
     if not path.is_file():
         return None
@@ -60,7 +60,7 @@ def remove_partials(root: str | Path) -> None:
 
 
 def make_partial(final: Path, parts: Sequence[str]) -> Path:
-    """An empty ``<final>.tmp`` with the given sub-folders, to be filled and then published."""
+    """Make an empty ``<final>.tmp`` with the given sub-folders, to be filled and then published; return it."""
     partial = partial_of(final)
     remove(partial)
     for part in parts:
@@ -69,7 +69,7 @@ def make_partial(final: Path, parts: Sequence[str]) -> Path:
 
 
 def partial_of(final: Path) -> Path:
-    """Where ``final`` is written before it is whole."""
+    """Return the folder that ``final`` is written into before it is whole."""
     return final.with_suffix(".tmp")
 
 
@@ -94,7 +94,7 @@ def publish(final: Path, *, keep: int) -> None:
 
 
 def _steps(root: Path) -> list[Path]:
-    """Whole checkpoints, by step."""
+    """List the whole checkpoints, by step."""
     found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and _is_whole(folder)]
     return sorted(found, key=step_of)
 

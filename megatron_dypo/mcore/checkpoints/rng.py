@@ -13,7 +13,7 @@ from megatron_dypo.parallel.groups import MeshRank
 
 
 def sharded_state(layout: MeshRank) -> dict[str, ShardedTensor]:
-    """States of the CPU, the device and Megatron's tracker, one of each for every (pipeline, tensor) rank.
+    """Return the states of the CPU, the device and Megatron's tracker, one of each for every (pipeline, tensor) rank.
 
     Data- and context-parallel ranks hold the same states, which are stored once.
     """

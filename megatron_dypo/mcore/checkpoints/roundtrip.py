@@ -59,7 +59,7 @@ def check_roundtrip(
 
 
 def differing_tensors(expected: Path, actual: Path, *, show_progress: bool = True) -> list[Difference]:
-    """The tensors of a model that two HF folders hold differently; one of each folder is in memory at a time.
+    """List the tensors of a model that two HF folders hold differently; one of each folder is in memory at a time.
 
     Raises:
         ValueError: a folder in which a tensor of the model is missing, unknown or misshapen.

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dypo.ending import Cause
 
 _UNWRITTEN = re.compile(r"unexpected pos|failed writing|No space left|File too large|quota exceeded")
-"""What torch's writer says where a file took no more; the operating system's number is lost on the way."""
+"""Messages of torch's writer where a file took no more; the operating system's number is lost on the way."""
 
 
 class SaveFailedError(RuntimeError):
@@ -21,7 +21,7 @@ class SaveFailedError(RuntimeError):
 
 
 def save_failure(error: CheckpointException, final: Path) -> Exception:
-    """What Megatron's writers failed of, as one error. The exception is raised on all ranks; the first has reasons."""
+    """Return one error that tells why Megatron's writers failed. All ranks get ``error``; the first has the reasons."""
     if not error.failures:
         return SaveFailedError(f"{final}: not written; rank 0 has the reason")
     rank, (reason, _) = next(iter(error.failures.items()))

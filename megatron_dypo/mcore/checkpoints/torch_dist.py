@@ -148,7 +148,7 @@ class MCoreReader:
         }
 
     def dtype(self, row: Row, arch: Architecture) -> torch.dtype:
-        """Type of a parameter."""
+        """Return the type of a parameter."""
         return self._wholes[stored_key(row.mcore, arch)[0]].properties.dtype
 
     def check_complete(self, arch: Architecture) -> None:
@@ -191,7 +191,7 @@ class MCoreReader:
         return int(found[1])
 
     def _chunks_of(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
-        """The chunks of a stored tensor that hold a part of the parameter at ``index`` on its first axes."""
+        """Return the chunks of a stored tensor that hold a part of the parameter at ``index`` on its first axes."""
         return [
             chunk
             for chunk in self._wholes[key].chunks
@@ -199,7 +199,7 @@ class MCoreReader:
         ]
 
     def read_hf(self, row: Row, arch: Architecture) -> tuple[Tensor, ...]:
-        """The HF tensors of a row; one stored chunk is in memory beside them."""
+        """Return the HF tensors of a row; one stored chunk is in memory beside them."""
         key, index = stored_key(row.mcore, arch)
         dtype, depth = self.dtype(row, arch), len(index)
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape in row.rule.hf_shapes(arch))
@@ -227,7 +227,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def _alone(chunk: StoredChunk) -> Tensor:
-    """The tensor of a chunk in a storage of its own: torch.save writes the whole storage of a view."""
+    """Return the tensor of a chunk in a storage of its own: torch.save writes the whole storage of a view."""
     tensor = chunk.read().reshape(chunk.sizes).contiguous()
     assert tensor.dtype == chunk.dtype, chunk
     return tensor if tensor.untyped_storage().nbytes() == chunk.num_bytes else tensor.clone()

@@ -28,7 +28,7 @@ def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages.
+    """Return the sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages.
 
     Tensors in the files are named without that prefix and with all layers stacked, the same for every layout.
     """

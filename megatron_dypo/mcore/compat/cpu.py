@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def _patch_torch_factories() -> None:
-    """``device="cuda"`` and ``pin_memory=True`` as literals.
+    """Let factories ignore ``device="cuda"`` and ``pin_memory=True``, which Megatron has as literals.
 
     optimizer/clip_grads.py:90-207; distributed/param_and_grad_buffer.py:768;
     optimizer/optimizer.py:473-485; dist_checkpointing/exchange_utils.py:104,326;
@@ -65,7 +65,7 @@ def _patch_torch_factories() -> None:
 
 
 def _patch_torch_cuda() -> None:
-    """``torch.cuda`` functions called without a GPU in sight.
+    """Replace the ``torch.cuda`` functions that Megatron calls without a GPU.
 
     ``current_device``: tensor_parallel/layers.py:261 and every other allocation. ``synchronize``:
     pipeline_parallel/p2p_communication.py:398. RNG: tensor_parallel/random.py:440 and the functions it calls.
@@ -78,7 +78,7 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_tensor_methods() -> None:
-    """``tensor.cuda()`` and comparisons of ``tensor.type()`` with ``"torch.cuda.FloatTensor"``.
+    """Let ``tensor.cuda()`` return the tensor, and ``tensor.type()`` name a type of ``torch.cuda``.
 
     models/common/language_module/language_module.py (tied embeddings); optimizer/optimizer.py:671-699;
     optimizer/distrib_optimizer.py:361-435; optimizer/clip_grads.py:167.
@@ -95,7 +95,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_gloo_scatter() -> None:
-    """gloo's scatter reads memory and ignores strides (pytorch#24836), and so corrupts silently.
+    """Scatter contiguous tensors: gloo reads memory and ignores strides (pytorch#24836), and so corrupts silently.
 
     optimizer/distrib_optimizer.py scatters parameter states on load.
     """
@@ -112,11 +112,10 @@ def _patch_gloo_scatter() -> None:
 
 
 def _patch_gloo_uneven() -> None:
-    """gloo gathers and scatters tensors of one size only; the ranks that an expert is split over have uneven tokens for
-    it.
+    """Gather and scatter tensors of different sizes, which gloo cannot.
 
-    tensor_parallel/mappings.py:151 gathers them over the expert-tensor group, :193 adds the outputs up and scatters
-    them.
+    Ranks that an expert is split over have different numbers of tokens for it: tensor_parallel/mappings.py:151 gathers
+    those over the expert-tensor group, :193 adds the outputs up and scatters them.
     """
     upstream_all_gather, upstream_reduce_scatter = dist.all_gather, dist.reduce_scatter
 

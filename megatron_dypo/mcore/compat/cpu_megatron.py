@@ -45,7 +45,7 @@ def patch_megatron() -> None:
 
 
 def _patch_rng_tracker() -> None:
-    """tensor_parallel/random.py:46-107: RNG states of a GPU; here those of the CPU."""
+    """Take the RNG states of the CPU where Megatron takes those of a GPU (tensor_parallel/random.py:46-107)."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -55,7 +55,8 @@ def _patch_rng_tracker() -> None:
 
 
 def _patch_torch_norm() -> None:
-    """transformer/torch_norm.py:36 refuses sequence parallelism, for want of marking the weights for the all-reduce."""
+    """Let torch's norms run under sequence parallelism: mark their weights for the all-reduce, for want of which
+    transformer/torch_norm.py:36 refuses them."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     def new_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
@@ -69,7 +70,8 @@ def _patch_torch_norm() -> None:
 
 
 def _patch_selective_checkpoint() -> None:
-    """tensor_parallel/random.py:636: ``fp8=False`` counts as fp8, and then needs Transformer Engine."""
+    """Pass None for ``fp8=False``, which tensor_parallel/random.py:636 takes for FP8, so that it needs Transformer
+    Engine."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     upstream_init = CheckpointWithoutOutput.__init__
@@ -81,7 +83,7 @@ def _patch_selective_checkpoint() -> None:
 
 
 def _patch_experts() -> None:
-    """Mixture of experts without Transformer Engine and streams.
+    """Run a mixture of experts without Transformer Engine and streams.
 
     transformer/moe/moe_utils.py:1192,1224 reads a name that only an import of Transformer Engine makes.
     transformer/moe/token_dispatcher.py:445,871-899 copies counts to the host on a stream of their own.

@@ -36,12 +36,12 @@ _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 
 def table(arch: Architecture) -> tuple[Row, ...]:
-    """The rows of an architecture, ``{layer}`` and ``{expert}`` still in them."""
+    """Return the rows of an architecture, ``{layer}`` and ``{expert}`` still in them."""
     return (*FAMILIES[arch.family], llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
 
 
 def family_rows(arch: Architecture) -> Iterator[Row]:
-    """Every row of a model, concrete: embedding, layer after layer, final norm, output layer."""
+    """Yield every row of a model, concrete: embedding, layer after layer, final norm, output layer."""
     rows = table(arch)
     inside = [row for row in rows if LAYER in row.mcore]
     first = rows.index(inside[0])
@@ -53,7 +53,7 @@ def family_rows(arch: Architecture) -> Iterator[Row]:
 
 
 def match(mcore_name: str, arch: Architecture) -> Row:
-    """The concrete row of one parameter, named with its global layer index, by the local spec's name or TE's.
+    """Return the concrete row of one parameter, named with its global layer index, by the local spec's name or TE's.
 
     Raises:
         ValueError: no row of the family matches, or the layer does not exist.
@@ -75,7 +75,8 @@ def match(mcore_name: str, arch: Architecture) -> Row:
 
 
 def expert_parameter(name: str) -> tuple[int, str] | None:
-    """Index of the expert and name within it of an expert's parameter in a layer, by either spec's name; else None.
+    """Return the expert's index and the name within it of an expert's parameter in a layer, by either spec's name; else
+    None.
 
     expert_parameter("mlp.experts.linear_fc1.weight3") → (3, "linear_fc1.weight")
     """
@@ -95,7 +96,7 @@ def _num_experts(arch: Architecture) -> int:
 
 
 def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...]]:
-    """Key of a parameter in a distributed checkpoint, and its indices on the first axes of the tensor there.
+    """Return the key of a parameter in a distributed checkpoint, and its indices on the first axes of the tensor there.
 
     Megatron-Core stores the layers of a decoder as one tensor, the experts of a layer within it, and norms under TE's
     names whatever the spec; TE does not fuse the norm before experts.
@@ -114,12 +115,12 @@ def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...
 
 
 def stacked_shape(index: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
-    """Sizes of the first axes of the stored tensor of a parameter that has this ``index`` on them."""
+    """Return the sizes of the first axes of the stored tensor of a parameter that has this ``index`` on them."""
     return (arch.num_layers, _num_experts(arch))[: len(index)]
 
 
 def state_keys(layer: int, arch: Architecture) -> list[str]:
-    """Keys of states beside the weights of a layer in a distributed checkpoint.
+    """Return the keys of states beside the weights of a layer in a distributed checkpoint.
 
     They are empty except under FP8, but Megatron-Core does not load a checkpoint without them.
     """
@@ -132,6 +133,7 @@ def state_keys(layer: int, arch: Architecture) -> list[str]:
 
 
 def is_redundant_hf_name(name: str, arch: Architecture) -> bool:
-    """Whether an HF tensor may be there and is not read: a rotary buffer, or the output layer of a tied model."""
+    """Return whether an HF tensor may be there and is not read: a rotary buffer, or the output layer of a tied
+    model."""
     is_tied_copy = arch.tied_embeddings and (name,) == llama.OUTPUT.hf
     return is_tied_copy or _ROTARY_BUFFER.fullmatch(name) is not None

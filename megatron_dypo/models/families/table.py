@@ -24,11 +24,11 @@ class Row:
 
     @property
     def is_expert(self) -> bool:
-        """Whether its rule's ranks are those of an expert-tensor group, rather than of a tensor-parallel group."""
+        """Tell whether its rule's ranks are those of an expert-tensor group, and not of a tensor-parallel group."""
         return ".mlp.experts." in self.mcore
 
     def at(self, layer: int | None, expert: int | None = None) -> Row:
-        """This row for one layer and one expert of it; None for a row without the placeholder."""
+        """Return this row for one layer and one expert of it; None for a row without the placeholder."""
 
         def fill(name: str) -> str:
             name = name if layer is None else name.replace(LAYER, str(layer))

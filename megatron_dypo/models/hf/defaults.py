@@ -9,7 +9,7 @@ from megatron_dypo.models.hf.fields import Fields
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyDefaults:
-    """What a family's model has where fields are missing or null."""
+    """The values of a family's fields that are missing or null."""
 
     key_value_heads: int | None
     """None: as many as query heads."""

@@ -35,11 +35,11 @@ class HFReader:
         self._files = SafetensorsFiles(self.path)
 
     def names(self) -> list[str]:
-        """Names of all tensors, in the index's order."""
+        """Return the names of all tensors, in the index's order."""
         return list(self._files.file_of)
 
     def slice(self, name: str) -> Any:
-        """A lazy view of one tensor: indexing it reads that part."""
+        """Return a lazy view of one tensor: indexing it reads that part."""
         if name not in self._files.file_of:
             raise ValueError(f"{self.path}: tensor {name} is missing")
         return self._files.slice(name)
@@ -48,7 +48,7 @@ class HFReader:
         return tuple(self.slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of one tensor; ValueError for one that is no floating-point weight."""
+        """Return the type of one tensor; ValueError for one that is no floating-point weight."""
         dtype = self.slice(name).get_dtype()
         if dtype not in DTYPES:
             raise ValueError(f"{self.path}: tensor {name} has type {dtype}: must be one of {', '.join(DTYPES)}")
@@ -94,7 +94,7 @@ class HFReader:
         )
 
     def _equal(self, name: str, other: str) -> bool:
-        """Whether two matrices are the same; a part of each is in memory at a time."""
+        """Return whether two matrices are the same; a part of each is in memory at a time."""
         if self.shape(name) != self.shape(other) or self.dtype(name) != self.dtype(other):
             return False
         first, second, num_rows = self.slice(name), self.slice(other), self.shape(name)[0]

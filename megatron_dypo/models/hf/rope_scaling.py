@@ -43,7 +43,7 @@ class YarnRopeScaling:
     """Multiplies the cosines and sines, and so the scores by its square; ``mscale`` and ``mscale_all_dim`` are in it.
     """
     served_attention_factor: float
-    """What SGLang 0.5 makes of the same fields: it passes over ``attention_factor``."""
+    """The factor that SGLang 0.5 computes from the same fields: it ignores ``attention_factor``."""
     beta_fast: float = 32.0
     """Pairs that turn more often than this over the original positions keep their frequency."""
     beta_slow: float = 1.0

@@ -137,7 +137,8 @@ def copy_beside(
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file, and the offset of each tensor after them; in the order of the safetensors library."""
+    """Return the first bytes of a file, and the offset of each tensor after them; in the order of the safetensors
+    library."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset_of: dict[str, int] = {}
     offset = 0

@@ -29,18 +29,19 @@ _STRIPE_ELEMENTS = 1 << 20
 
 
 def touched_blocks(row: int, col: int, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[slice, slice]:
-    """Where in the grid the blocks lie that a slice of this ``shape`` at (``row``, ``col``) touches."""
+    """Return where in the grid the blocks lie that a slice of this ``shape`` at (``row``, ``col``) touches."""
     return _touched(row, shape[0], block[0]), _touched(col, shape[1], block[1])
 
 
 def block_amax(part_nk: Tensor, row: int, col: int, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude, in a slice at (``row``, ``col``), of each block that it touches: fp32, not clamped."""
+    """Return the largest magnitude, in a slice at (``row``, ``col``), of each block that it touches: fp32, not
+    clamped."""
     down = _runs_amax(part_nk, row, block[0])
     return _runs_amax(down.T, col, block[1]).T.float().contiguous()
 
 
 def scales_of(amax: Tensor) -> Tensor:
-    """The scales of a grid of amax: what a checkpoint stores, to be multiplied with."""
+    """Return the scales of a grid of amax: what a checkpoint stores, to be multiplied with."""
     return amax.clamp(min=MIN_AMAX) / E4M3_MAX
 
 
@@ -60,7 +61,7 @@ def quantize_slice(part_nk: Tensor, row: int, col: int, amax: Tensor, block: tup
 
 
 def quantize(weight_nk: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
-    """A whole weight in e4m3, and its scales."""
+    """Return a whole weight in e4m3, and its scales."""
     block = block_shape(quantization, tuple(weight_nk.shape))
     amax = block_amax(weight_nk, 0, 0, block)
     return quantize_slice(weight_nk, 0, 0, amax, block), scales_of(amax)
@@ -71,7 +72,7 @@ def _touched(start: int, length: int, block: int) -> slice:
 
 
 def _runs_amax(values: Tensor, start: int, block: int) -> Tensor:
-    """Largest magnitude over runs of rows, which end where ``start`` + row is a multiple of ``block``."""
+    """Return the largest magnitude over runs of rows, which end where ``start`` + row is a multiple of ``block``."""
     head = min(-start % block, len(values))
     tail = (len(values) - head) % block
     first, middle, last = values.split([head, len(values) - head - tail, tail])

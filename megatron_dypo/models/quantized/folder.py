@@ -47,7 +47,7 @@ def quantize_hf(
 
 
 def quantized_specs(specs: Iterable[TensorSpec], quantization: Quantization) -> list[TensorSpec]:
-    """What becomes of tensors to be written: a quantised one is followed by its scales."""
+    """Return the specs of the tensors to be written: the scales follow each quantised tensor."""
     result = []
     for spec in specs:
         if quantization == "none" or not is_quantized(spec.name):
@@ -62,7 +62,7 @@ def quantized_specs(specs: Iterable[TensorSpec], quantization: Quantization) -> 
 def quantized_tensors(
     tensors: Iterable[tuple[str, Tensor]], quantization: Quantization
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of :func:`quantized_specs`, each quantised when its turn comes."""
+    """Yield the tensors of :func:`quantized_specs`, each quantised when its turn comes."""
     for name, tensor in tensors:
         if quantization == "none" or not is_quantized(name):
             yield name, tensor
@@ -73,7 +73,7 @@ def quantized_tensors(
 
 
 def quantization_config(arch: Architecture, quantization: Quantization) -> dict[str, Any] | None:
-    """``quantization_config`` of config.json; activations are quantised as they come.
+    """Return ``quantization_config`` of config.json; activations are quantised as they come.
 
     ``fp8_block`` is DeepSeek-V3's; ``fp8_channel`` that of compressed-tensors, which SGLang also serves with
     ``--quantization w8a8_fp8``.

@@ -15,7 +15,7 @@ _SCALE_SUFFIX = {"fp8_block": "weight_scale_inv", "fp8_channel": "weight_scale"}
 
 
 def is_quantized(hf_name: str) -> bool:
-    """Whether a tensor is stored in FP8: linear weights of attention, MLP and experts.
+    """Return whether a tensor is stored in FP8: linear weights of attention, MLP and experts.
 
     Embedding, output layer, norms, the router (``mlp.gate``) and biases keep their type.
     """
@@ -31,18 +31,18 @@ def scale_name(hf_name: str, quantization: Quantization) -> str:
 
 
 def block_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns that share one scale, in a weight of this shape [N, K]: 128×128, or a whole row."""
+    """Return the rows and columns that share one scale, in a weight of this shape [N, K]: 128×128, or a whole row."""
     return (BLOCK, BLOCK) if quantization == "fp8_block" else (1, shape[1])
 
 
 def scale_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape of the scales of a weight [N, K]: one for each block, those cut off by the edges included."""
+    """Return the shape of the scales of a weight [N, K]: one for each block, those that an edge cuts off included."""
     rows, cols = block_shape(quantization, shape)
     return -(-shape[0] // rows), -(-shape[1] // cols)
 
 
 def is_scale(hf_name: str) -> bool:
-    """Whether a tensor of a quantised checkpoint holds scales."""
+    """Return whether a tensor of a quantised checkpoint holds scales."""
     return hf_name.rpartition(".")[2] in _SCALE_SUFFIX.values()
 
 

@@ -55,7 +55,7 @@ class Piece:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of values and scales."""
+        """Return the bytes of values and scales."""
         return self.bytes_of(self.rows)
 
     def bytes_of(self, rows: int) -> int:

@@ -27,7 +27,7 @@ _ENDED = "{}"
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What every trainer rank has to know of a new connection."""
+    """The facts about a new connection that every trainer rank needs."""
 
     urls: tuple[str, ...]
     message: ControlMessage

@@ -32,16 +32,16 @@ def test_a_count_of_microbatches_is_kept_where_balance_finds_no_room():
     assert plan_microbatches(lengths, budget=6, count=2, costs=costs) == [[2, 3, 4], [0, 1]]
 
 
-def test_microbatches_are_added_for_balance_by_cost_and_no_more_than_two_of_few():
+def test_microbatches_are_added_for_balance_by_cost_and_no_more_than_one_of_few():
     assert num_microbatches([4, 3, 8], budget=8) == 2
     assert num_microbatches([4, 3, 8], budget=8, costs=[9.0, 9.0, 5.0]) == 3
-    assert num_microbatches([1, 2, 1, 8], budget=8, costs=[9.0, 1.0, 5.0, 1.0]) == 2, "balance would take five"
+    assert num_microbatches([1, 2, 1, 8], budget=8, costs=[9.0, 1.0, 5.0, 1.0]) == 2, "balance would take four"
 
 
 @given(lengths, st.integers(20, 90))
 def test_balance_costs_at_most_a_quarter_more_microbatches(lengths, budget):
     fewest = len(bins_best_fit(lengths, budget))
-    assert fewest <= num_microbatches(lengths, budget=budget) <= fewest + max(2, fewest // 4)
+    assert fewest <= num_microbatches(lengths, budget=budget) <= fewest + max(1, fewest // 4)
 
 
 @given(lengths, st.integers(40, 90))

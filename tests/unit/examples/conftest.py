@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-sys.path += [str(EXAMPLES / "quickstart"), str(EXAMPLES / "gsm8k_tiny")]
+sys.path += [str(EXAMPLES), str(EXAMPLES / "quickstart"), str(EXAMPLES / "gsm8k_tiny")]

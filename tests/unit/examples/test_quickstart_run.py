@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import run
-from summary import Summary, summarize
+from whole_job.stages import Stages
+from whole_job.summary import Summary, closing_words, summarize
 
 from megatron_dypo.config.load import load_config
 from megatron_dypo.metrics.intervals import wilson_interval
@@ -44,7 +45,7 @@ def test_summary_takes_the_first_and_the_last_evaluation_and_the_tiers_at_both_e
     assert summary.seconds == 9.0
     content = json.loads(json.dumps(summary.as_json()))
     assert content["accuracy_after_interval"] == pytest.approx(wilson_interval(0.75, 400))
-    words = run.closing_words(summary, run.DEFAULT_OUT)
+    words = closing_words(summary, run.DEFAULT_OUT, "quickstart")
     for text in ("25.0%", "75.0%", "runs/quickstart/dypo/report.html", "runs/quickstart/dypo/hf", "hard  85%"):
         assert text in words
 
@@ -66,7 +67,7 @@ def test_wilson_interval_is_where_the_normal_test_is_just_not_significant(succes
 
 def test_a_complete_stage_is_not_repeated_and_its_time_still_counts(tmp_path: Path) -> None:
     calls: list[str] = []
-    first = run.Stages(tmp_path / "stages.json", seed=1)
+    first = Stages(tmp_path / "stages.json", seed=1)
     first.run("one", lambda: calls.append("one"))
 
     def broken_off() -> None:
@@ -76,7 +77,7 @@ def test_a_complete_stage_is_not_repeated_and_its_time_still_counts(tmp_path: Pa
     with pytest.raises(SystemExit):
         first.run("two", broken_off)
 
-    second = run.Stages(tmp_path / "stages.json", seed=1)
+    second = Stages(tmp_path / "stages.json", seed=1)
     assert second.seconds == first.seconds
     second.run("one", lambda: calls.append("one again"))
     second.run("two", lambda: calls.append("two"))
@@ -85,9 +86,9 @@ def test_a_complete_stage_is_not_repeated_and_its_time_still_counts(tmp_path: Pa
 
 
 def test_a_folder_of_another_seed_is_refused(tmp_path: Path) -> None:
-    run.Stages(tmp_path / "stages.json", seed=1).run("one", lambda: None)
+    Stages(tmp_path / "stages.json", seed=1).run("one", lambda: None)
     with pytest.raises(ValueError, match=r"--seed 2: .* is of seed 1"):
-        run.Stages(tmp_path / "stages.json", seed=2)
+        Stages(tmp_path / "stages.json", seed=2)
 
 
 def test_inputs_are_disjoint_and_the_same_each_time(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.check_words import ROOT, findings, tracked_files
+from tools.check_words import all_findings, beginnings, findings
 
 
 @pytest.mark.parametrize(
@@ -35,5 +35,23 @@ def test_a_word_that_only_looks_alike_is_left(tmp_path: Path, line: str) -> None
     assert list(findings(path, "page.md")) == []
 
 
-def test_no_tracked_file_has_an_old_word() -> None:
-    assert [line for name in tracked_files() for line in findings(ROOT / name, name)] == []
+@pytest.mark.parametrize("word", ["What", "Of", "As", "The same"])
+@pytest.mark.parametrize(
+    "source",
+    ['"""{} x."""', 'def f():\n    """{} x."""', 'class A:\n    x: int\n    """{} x."""', 'X = 1\n"""{} x."""'],
+)
+def test_a_docstring_that_begins_with_a_noun_clause_is_found(tmp_path: Path, source: str, word: str) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(source.format(word), encoding="utf-8")
+    (found,) = beginnings(path, "module.py")
+    assert found.endswith(f"a docstring begins with {word!r}: say who does what")
+
+
+def test_other_texts_and_words_that_begin_alike_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text('"""Offer x."""\nX = "What is it?"\nf = lambda: "As it is"\n', encoding="utf-8")
+    assert list(beginnings(path, "module.py")) == []
+
+
+def test_nothing_is_found_in_the_tracked_files() -> None:
+    assert list(all_findings()) == []

@@ -37,7 +37,7 @@ class Summary:
     refit: float
     """Share of the steps' time that refits take: new weights to the servers."""
     seconds: float
-    """Wall time of the whole quickstart."""
+    """Wall time of the whole job."""
 
     def as_json(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -81,3 +81,25 @@ def _accuracy(row: Mapping[str, float], eval_set: str) -> tuple[float, int]:
 
 def _mean_tiers(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {tier: fmean(row[f"gate/{tier}"] for row in steps) for tier in TIERS}
+
+
+def closing_words(summary: Summary, out: Path, job: str) -> str:
+    """Return what the reader should see at the end of a job whose DYPO run is in ``out / "dypo"``."""
+
+    def accuracy(value: float, interval: tuple[float, float]) -> str:
+        return f"{value:6.1%}   (95% interval {interval[0]:.1%} to {interval[1]:.1%})"
+
+    def tiers(shares: dict[str, float]) -> str:
+        return "   ".join(f"{tier} {share:4.0%}" for tier, share in shares.items())
+
+    step = f"{summary.step_seconds:.1f} s, of which {summary.overhead:.1%}"
+    return f"""
+held-out accuracy   before {accuracy(summary.accuracy_before, summary.accuracy_before_interval)}
+                    after  {accuracy(summary.accuracy_after, summary.accuracy_after_interval)}
+prompts drawn       at the start   {tiers(summary.tiers_first)}
+                    at the end     {tiers(summary.tiers_last)}
+a step              {step} outside rollouts, grading, training and refits
+{f"whole {job}":<20}{summary.seconds:.0f} s
+report              {out / "dypo" / "report.html"}
+HF model            {out / "dypo" / "hf"}
+summary             {out / "summary.json"}"""

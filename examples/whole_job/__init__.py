@@ -1,0 +1,1 @@
+"""Parts that the examples of a whole job share: quickstart and smollm2_135m."""

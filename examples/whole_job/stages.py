@@ -1,0 +1,72 @@
+"""Stages of a job that goes on after an interruption, and the commands that they run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_dypo.fs import replace_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Stages:
+    """Which stages are complete and how long each took, kept in a file, so that a second call goes on."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        """Raises ValueError when the folder holds a job of another seed."""
+        self._path = path
+        self._state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "stages": {}}
+        if self._state["seed"] != seed:
+            raise ValueError(
+                f"--seed {seed}: {path} is of seed {self._state['seed']}; choose another --out or remove it"
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages, those of earlier calls and broken-off ones included."""
+        return sum(float(stage["seconds"]) for stage in self._state["stages"].values())
+
+    def run(self, name: str, action: Callable[[], None]) -> None:
+        """Run a stage unless it is complete."""
+        stage = self._state["stages"].setdefault(name, {"seconds": 0.0, "complete": False})
+        if stage["complete"]:
+            print(f"\n== {name}: done before ({stage['seconds']:.0f} s)", flush=True)
+            return
+        print(f"\n== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            action()
+            stage["complete"] = True
+        finally:
+            stage["seconds"] = float(stage["seconds"]) + time.monotonic() - start
+            write_json(self._path, self._state)
+
+
+def command(*arguments: str) -> None:
+    """Print and run ``megatron-dypo …``; end this program if it fails."""
+    _run("megatron-dypo", arguments, [sys.executable, "-m", "megatron_dypo.cli"])
+
+
+def script(*arguments: str) -> None:
+    """Print and run ``python …``; end this program if it fails."""
+    _run("python", arguments, [sys.executable])
+
+
+def _run(name: str, arguments: tuple[str, ...], program: list[str]) -> None:
+    print(f"$ {name} {shlex.join(arguments)}", flush=True)
+    finished = subprocess.run([*program, *arguments], cwd=ROOT, check=False)
+    if finished.returncode:
+        sys.exit(f"{name} {arguments[0]} ended with status {finished.returncode}; run the same command again to go on")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(content, indent=2) + "\n")
