@@ -92,3 +92,8 @@ def test_the_page_on_planning_has_the_plans_of_the_70b_example() -> None:
         fullest = max((f for f in plan["memory_bytes"] if "trainer" in f["where"]), key=lambda f: f["total"])
         assert f"{(fullest['capacity'] - fullest['total']) / 2**30:.1f}" == spare_gib
         assert f"{plan['step']['update_s']:.1f}" == update_s
+
+
+def test_the_papers_example_has_its_group_size_and_its_alpha() -> None:
+    config = load_config(ROOT / "examples/qwen2_5_math_7b/dypo.yaml")
+    assert (config.rollout.group_size, config.objective.alpha) == (8, 0.5)
