@@ -247,25 +247,57 @@ def test_thinking_that_a_server_parts_from_a_response_is_kept(folder: Path) -> N
     assert (found["sum-0", 1].correct, found["sum-0", 1].truncated) == (False, True)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
+def test_an_answer_that_is_no_whole_response_is_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    usage, message = {"completion_tokens": 1}, {"content": "x"}
+    answers: list[Any] = [
         {"choices": []},
-        {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]},
-        {
-            "choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}],
-            "usage": {"completion_tokens": 1},
-        },
-        {"choices": [{"message": "x", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}},
+        {"choices": [{"message": message, "finish_reason": "stop"}]},
+        {"choices": [{"message": message, "finish_reason": "content_filter"}], "usage": usage},
+        {"choices": [{"message": "x", "finish_reason": "stop"}], "usage": usage},
         ["x"],
-    ],
-)
-def test_an_answer_that_is_no_whole_response_is_none(folder: Path, answer: Any) -> None:
-    write_sums(folder / "sums.jsonl", 1)
-    with FakeSGLang(lambda index, body: lambda _: web.json_response(answer)) as fake:
-        summary = run_eval(folder, folder / "out", sums(folder), model="m", urls=(fake.url,), api="chat")
+    ]
+    write_sums(folder / "sums.jsonl", len(answers))
+    with FakeSGLang(lambda index, body: lambda _: web.json_response(answers[index])) as fake:
+        sets = sums(folder, samples_per_prompt=1)
+        summary = run_eval(folder, folder / "out", sets, model="m", urls=(fake.url,), api="chat")
     figures = summary["sets"]["sums"]
-    assert (figures["avg"], figures["samples"], figures["lost"]) == (None, 0, SAMPLES)
+    assert (figures["avg"], figures["samples"], figures["lost"]) == (None, 0, len(answers))
+    assert "lost response 0 to sum-0" in caplog.text
+
+
+def test_a_majority_counts_the_file_s_options_whatever_their_order(folder: Path) -> None:
+    """A model that always chooses neon, for one prompt where that is right and for one where it is wrong."""
+    question = "Which is a {}?\nA) iron\nB) neon\nC) salt\nD) wood\n"
+    rows = [
+        {"id": "gas", "prompt": question.format("gas"), "answer": "B"},
+        {"id": "metal", "prompt": question.format("metal"), "answer": "A"},
+    ]
+    path = folder / "choice.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def chooses_neon(prompt: str, seed: int) -> str:
+        (label,) = [line[0] for line in prompt.splitlines() if line.endswith(") neon")]
+        return f"The answer is ({label})."
+
+    reply = sglang(chooses_neon, folder / "model")
+    with FakeSGLang(lambda index, body: reply) as fake:
+        sets = {"choice": {"path": str(path), "verifier": "choice", "shuffle_options": True, "samples_per_prompt": 8}}
+        summary = run_eval(folder, folder / "out", sets, urls=(fake.url,))
+    found = records(folder / "out", "choice")
+    assert {record.answer for record in found.values()} == {"B"}
+    assert {record.correct for record in found.values() if record.item == "gas"} == {True}
+    assert {record.correct for record in found.values() if record.item == "metal"} == {False}
+    assert len({record.response for record in found.values()}) > 1, "the letter of neon differs between responses"
+    assert summary["sets"]["choice"]["maj@k"] == {"1": 0.5, "2": 0.5, "4": 0.5, "8": 0.5}
+
+
+def test_what_a_set_asks_for_and_cannot_have_is_named_before_anything_is_asked(folder: Path) -> None:
+    with FakeSGLang(plan(folder)) as fake:
+        with pytest.raises(ValueError, match=r"eval.sets.sums.verifier='no_such_module:f': "):
+            run_eval(folder, folder / "out", sums(folder, verifier="no_such_module:f"), urls=(fake.url,))
+        with pytest.raises(ValueError, match=r"eval.sets.sums: \S*sums.jsonl: prompt sum-0: .*no options found"):
+            run_eval(folder, folder / "out", sums(folder, shuffle_options=True), urls=(fake.url,))
+    assert not fake.requests
 
 
 def test_a_completions_endpoint_gets_token_ids_where_there_is_a_tokenizer_and_else_text(folder: Path) -> None:
