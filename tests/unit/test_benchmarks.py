@@ -22,7 +22,7 @@ LAST_LINES = {
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
 }
 """Benchmark → the names on its last line."""
-CHEAP = ("packing", "logprobs")
+CHEAP = ("packing",)
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
