@@ -26,14 +26,14 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(sglang_servers: Any, model_path: Path) -> ServerPool:
-    return sglang_servers(model_path, max_restarts=0)
+    return sglang_servers(model_path, max_restarts=0, start_deadline_s=600.0)
 
 
 def records(out: Path) -> list[Record]:
     return read_records(records_path(out, "sums"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_killed_evaluation_goes_on_to_the_same_figures(pool: ServerPool, model_path: Path, tmp_path: Path) -> None:
     sets = tmp_path / "sets.yaml"
     path = write_sums(tmp_path / "sums.jsonl", ITEMS)
