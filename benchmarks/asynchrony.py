@@ -21,7 +21,7 @@ from statistics import fmean, median
 import measure as measuring
 
 from megatron_dypo.metrics.intervals import wilson_interval
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -34,7 +34,7 @@ def run(*command: str) -> None:
 
 
 def make_warm_start(folder: Path, *, smoke: bool) -> None:
-    """The quickstart as far as the first steps of its DYPO run, which are not used here; the model alone for a smoke."""
+    """Run the quickstart up to the first steps of its DYPO run, which are not used here; only its model for a smoke."""
     if (folder / "warmup" / "hf" / "config.json").is_file():
         return
     if not smoke:

@@ -43,7 +43,7 @@ def eager(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, response: sli
 
 
 def chunked(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, response: slice) -> tuple[Tensor, Tensor]:
-    logp_T, entropy_T = _ChunkedLogProbs.apply(hidden_TH @ weight_VH.t(), targets_T)
+    logp_T, entropy_T = _ChunkedLogProbs.apply(hidden_TH @ weight_VH.t(), targets_T)  # type: ignore[no-untyped-call]
     return logp_T[response], entropy_T[response]
 
 

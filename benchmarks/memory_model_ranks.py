@@ -15,8 +15,10 @@ from live_bytes import LiveBytes, distinct_bytes
 
 from megatron_dypo.batching.pack import pack
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.batching.pack import microbatch_length, pack, plan_microbatches
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.models.architecture import Architecture

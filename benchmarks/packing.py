@@ -61,7 +61,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def draw_lengths(seed: int, count: int) -> list[int]:
     drawn = np.random.default_rng(seed).lognormal(np.log(1800), 0.9, count)
-    return np.clip(drawn, 200, 8192).astype(int).tolist()
+    lengths: list[int] = np.clip(drawn, 200, 8192).astype(int).tolist()
+    return lengths
 
 
 def by_flops(lengths: Sequence[int], costs: Sequence[float], ranks: int, budget: int) -> Plan:

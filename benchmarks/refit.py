@@ -68,7 +68,7 @@ def run(num_servers: int, arguments: argparse.Namespace) -> Any:
 
 def ratio(result: Any, above: str, below: str) -> float:
     seconds = result["seconds"]
-    return statistics.median(seconds[above]) / statistics.median(seconds[below])
+    return float(statistics.median(seconds[above]) / statistics.median(seconds[below]))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from typing import Any
 import measure
 import overhead_steps
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.models.layout_rules import check_layout
 
 
@@ -84,7 +84,7 @@ def compare_time(name: str, shape: Shape, ranks: int, args: argparse.Namespace) 
         print(f"  dypo vs {variant}: {ratio:.3f}, of the processor {cpu['dypo'] / cpu[variant]:.3f}")
     beside = {key: f"{answer[key] / medians['dypo']:.3f}" for key in ("scoring", "weights", "packing")}
     print(f"  beside the update, in updates: {beside}", flush=True)
-    return max(ratios.values())
+    return float(max(ratios.values()))
 
 
 def compare_memory(name: str, shape: Shape, ranks: int, args: argparse.Namespace) -> float:
@@ -96,18 +96,19 @@ def compare_memory(name: str, shape: Shape, ranks: int, args: argparse.Namespace
     for variant in ("sft", "sft_unfused"):
         ratios[variant], step = (answers["dypo"][part] / answers[variant][part] for part in ("total", "step"))
         print(f"  dypo vs {variant}: {ratios[variant]:.3f}, step {step:.3f}", flush=True)
-    return max(ratios.values())
+    return float(max(ratios.values()))
 
 
 def compare_group_sizes(ranks: int, args: argparse.Namespace) -> float:
     shape = replace(K_SHAPE, **(SMOKE if args.smoke else {}))
     sizes = {k: ask("memory:dypo", replace(shape, group_size=k), ranks, args) for k in (4, 16, 64)}
     print(
-        f"\n{K_SHAPE.rollouts} rollouts and {K_SHAPE.traces} traces, {ranks} rank(s), peak memory of a rank by group size, MiB"
+        f"\n{K_SHAPE.rollouts} rollouts and {K_SHAPE.traces} traces, {ranks} rank(s), "
+        "peak memory of a rank by group size, MiB"
     )
     for k, answer in sizes.items():
         print(f"  k={k:<3} {answer['total'] / 2**20:7.0f}   of which step {answer['step'] / 2**20:7.0f}", flush=True)
-    return sizes[64]["total"] / sizes[4]["total"]
+    return float(sizes[64]["total"] / sizes[4]["total"])
 
 
 def check_shapes(names: list[str], ranks: list[int]) -> None:

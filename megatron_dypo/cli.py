@@ -17,8 +17,8 @@ from megatron_dypo.eval.cli import evaluate
 from megatron_dypo.grading.cli import grade
 from megatron_dypo.launch.attempt import end_of
 from megatron_dypo.launch.cli import route, serve, train
+from megatron_dypo.mcore.checkpoints.command import export
 from megatron_dypo.metrics.report.cli import report
-from megatron_dypo.models.cli import export
 from megatron_dypo.planning.cli import plan, plan_refit
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

@@ -40,7 +40,8 @@ class Cause(enum.Enum):
     NOTHING_LEFT = Meaning(
         10,
         False,
-        "every prompt that is not too long was graded, and none can be learned from: all are Easy, or Hard without a teacher's trace",
+        "every prompt that is not too long was graded, and none can be learned from: all are Easy, or Hard "
+        "without a teacher's trace",
         "add harder prompts or teachers' traces; if a verifier accepts everything, fix it",
     )
     GROUPS_LOST = Meaning(

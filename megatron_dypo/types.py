@@ -53,7 +53,7 @@ class Treatment(enum.Enum):
 
 
 class DropReason(enum.Enum):
-    """Why a draw of a prompt came to nothing; each draw has one at most (see :mod:`megatron_dypo.loop.books.ledger`)."""
+    """Why a draw of a prompt came to nothing; a draw has one at most (see :mod:`megatron_dypo.loop.books.ledger`)."""
 
     EASY = "easy"
     """Graded, and the objective learns nothing from its tier."""

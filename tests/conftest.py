@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("megatron_dypo")
 
 TESTS = Path(__file__).parent
 FOLDERS = ("e2e", "dist", "unit", "gpu")
-"""Folders of tests and their marks. Those with long files come first, so that two workers end at about the same time."""
+"""Folders of tests and their marks. Those with long files come first, so that two workers end together."""
 
 
 def folder_of(item: pytest.Item) -> str:

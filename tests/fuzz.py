@@ -54,7 +54,8 @@ def main(
         begun = time.monotonic()
         failed = run_seed(next_seed)
         seconds = time.monotonic() - begun
-        line = f"seed {next_seed}, {date.today()}, {seconds:.0f} s: {'failed: ' + ', '.join(failed) if failed else 'nothing found'}"
+        found = f"failed: {', '.join(failed)}" if failed else "nothing found"
+        line = f"seed {next_seed}, {date.today()}, {seconds:.0f} s: {found}"
         print(line, flush=True)
         with SEEDS.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

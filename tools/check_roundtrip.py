@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megatron_dypo.models.roundtrip import Difference
+    from megatron_dypo.mcore.checkpoints.roundtrip import Difference
 
 
 def main(
@@ -39,7 +39,7 @@ def main(
     ] = None,
 ) -> None:
     """Check that a model comes back from a Megatron checkpoint bit for bit; exit code 1 if it does not."""
-    from megatron_dypo.models.roundtrip import check_roundtrip
+    from megatron_dypo.mcore.checkpoints.roundtrip import check_roundtrip
     from megatron_dypo.parallel.mesh import Mesh
 
     mesh = Mesh(

@@ -26,7 +26,7 @@ def main(
     ] = None,
 ) -> None:
     """Convert an HF model folder to a Megatron-Core checkpoint."""
-    from megatron_dypo.models.convert import hf_to_mcore
+    from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
     from megatron_dypo.parallel.mesh import Mesh
 
     mesh = Mesh(

@@ -36,7 +36,7 @@ def main(
     ] = "none",
 ) -> None:
     """Convert a Megatron-Core checkpoint to an HF model folder."""
-    from megatron_dypo.models.convert import mcore_to_hf
+    from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
 
     mcore_to_hf(
         mcore_path,

@@ -73,7 +73,7 @@ def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script]
 
 
 def _setup_lines(job: Job, executor: run.SlurmExecutor) -> str:
-    """Settings of slurm/common.sh, as `sbatch slurm/dypo_70b.sh` takes them from the environment, and what uses them."""
+    """Settings of slurm/common.sh, as `sbatch slurm/dypo_70b.sh` takes them from the environment, and their users."""
     settings = {"DYPO_HOME": job.home, "CONFIG": job.recipe.file}
     if executor.container_image:
         settings |= {"IMAGE": executor.container_image, "MOUNTS": ",".join(executor.container_mounts)}

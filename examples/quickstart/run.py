@@ -123,12 +123,13 @@ def closing_words(summary: Summary, out: Path) -> str:
     def tiers(shares: dict[str, float]) -> str:
         return "   ".join(f"{tier} {share:4.0%}" for tier, share in shares.items())
 
+    step = f"{summary.step_seconds:.1f} s, of which {summary.overhead:.1%}"
     return f"""
 held-out accuracy   before {accuracy(summary.accuracy_before, summary.accuracy_before_interval)}
                     after  {accuracy(summary.accuracy_after, summary.accuracy_after_interval)}
 prompts drawn       at the start   {tiers(summary.tiers_first)}
                     at the end     {tiers(summary.tiers_last)}
-a step              {summary.step_seconds:.1f} s, of which {summary.overhead:.1%} outside rollouts, grading, training and refits
+a step              {step} outside rollouts, grading, training and refits
 whole quickstart    {summary.seconds:.0f} s
 report              {out / "dypo" / "report.html"}
 HF model            {out / "dypo" / "hf"}

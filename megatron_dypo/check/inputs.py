@@ -10,7 +10,7 @@ from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
 from megatron_dypo.check.program import missing_program
 from megatron_dypo.check.prompt_files import check_prompt_files
 from megatron_dypo.check.room import check_run_folder
-from megatron_dypo.config.eval import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets

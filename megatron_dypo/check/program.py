@@ -18,7 +18,7 @@ def missing_program(servers: ServersConfig) -> list[str]:
         return []
     if importlib.util.find_spec("sglang") is None:
         return [
-            "rollout.servers.python=null: sglang is not installed beside this package: name an interpreter that has it, or "
-            "servers that run already in rollout.servers.urls"
+            "rollout.servers.python=null: sglang is not installed beside this package: name an interpreter that has "
+            "it, or servers that run already in rollout.servers.urls"
         ]
     return []

@@ -46,7 +46,8 @@ def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, 
     with contextlib.suppress(ValueError):  # an objective that cannot be built is a problem already
         if not dataset.teachers and not build_objective(config.objective).needs_rollouts(0):
             found.problems.append(
-                f"objective.name={config.objective.name}: begins with teachers' traces, and no row of the prompt files has one"
+                f"objective.name={config.objective.name}: begins with teachers' traces, and no row of the "
+                "prompt files has one"
             )
     problems = [
         problem for name in sorted(dataset.verifiers) if (problem := row_verifier_problem(config.grading, name))
@@ -140,8 +141,8 @@ def _unknown_names(data: DataConfig, teachers: set[str], columns: set[str]) -> l
     if unknown:
         known = ", ".join(sorted(teachers)) or "none"
         notes.append(
-            f"data.teachers={unknown}: no row at the ends of the prompt files has a trace of theirs; the teachers there are "
-            f"{known}"
+            f"data.teachers={unknown}: no row at the ends of the prompt files has a trace of theirs; the "
+            f"teachers there are {known}"
         )
     return notes
 

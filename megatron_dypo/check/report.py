@@ -184,8 +184,9 @@ def _verifiers(verifiers: Sequence[VerifierFacts]) -> list[str]:
         lines.append(f"{found.verifier} for source {printable(found.source)!r}: {counted(found.num_rows, 'row')}")
         if found.num_tried:
             lines.append(
-                f"  of {found.num_tried} tried it accepts the row's own answer on {found.num_gold}, an empty response on "
-                f"{found.num_empty}, 'I do not know.' on {found.num_constant}, another row's answer on {found.num_other}"
+                f"  of {found.num_tried} tried it accepts the row's own answer on {found.num_gold}, an empty "
+                f"response on {found.num_empty}, 'I do not know.' on {found.num_constant}, "
+                f"another row's answer on {found.num_other}"
             )
     return lines
 

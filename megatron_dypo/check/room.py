@@ -43,7 +43,8 @@ def check_run_folder(config: Config, arch: Architecture | None, found: Findings)
     needed, words = room_needed(config, arch)
     if needed > free:
         found.notes.append(
-            f"{key}: {free / _GIB:,.1f} GiB are free on its disk, and the run needs about {needed / _GIB:,.1f} GiB: {words}"
+            f"{key}: {free / _GIB:,.1f} GiB are free on its disk, and the run needs about {needed / _GIB:,.1f} GiB: "
+            f"{words}"
         )
 
 

@@ -104,7 +104,8 @@ def _facts(tried: _Tried, verifier: Verifier, complaints: list[str], found: Find
     )
     if of_gold:
         found.notes.append(
-            f"{_named(kind)}: {len(of_gold)} of {len(prompts)} rows tried have an answer that it does not accept; {of_gold[0]}"
+            f"{_named(kind)}: {len(of_gold)} of {len(prompts)} rows tried have an answer that it does not "
+            f"accept; {of_gold[0]}"
         )
     found.notes += _odd(facts, prompts)
     return facts

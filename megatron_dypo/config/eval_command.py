@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_dypo.checks import require, require_sound_values
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.eval import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.rollout import RolloutConfig
 

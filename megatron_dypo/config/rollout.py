@@ -91,7 +91,8 @@ class ServersConfig:
         require(
             self.port >= 1 and last <= _MAX_PORT,
             f"port={self.port}",
-            f"must be from 1 to {_MAX_PORT - self.per_node + 1}: each of {counted(self.per_node, 'server')} takes a port",
+            f"must be from 1 to {_MAX_PORT - self.per_node + 1}: each of {counted(self.per_node, 'server')} "
+            "takes a port",
         )
         if self.mem_fraction is not None:
             require(0 < self.mem_fraction < 1, f"mem_fraction={self.mem_fraction}", "must be between 0 and 1")

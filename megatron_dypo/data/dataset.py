@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def __iter__(self) -> Iterator[PromptRow]:
+        return (self[row] for row in range(len(self)))
+
     def __getitem__(self, row: int) -> PromptRow:
         """The row at ``row``, 0 ≤ row < len; rows follow each other in the order of files and lines."""
         if not 0 <= row < len(self):
@@ -111,7 +114,8 @@ class PromptDataset:
             answer = shown(self._source.row(int(rows[0])).answer)
             raise ValueError(
                 f"{self._source.place(int(rows[0]))}: {self._source.columns.answer}={answer}: "
-                f"{verifier or 'the verifier'} takes text only; {counted(len(rows), 'row')} with an object or a list there"
+                f"{verifier or 'the verifier'} takes text only; {counted(len(rows), 'row')} with an object or "
+                "a list there"
             )
 
     def fingerprint(self) -> list[dict[str, Any]]:

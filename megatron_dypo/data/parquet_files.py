@@ -48,7 +48,7 @@ class ParquetFile:
             raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)}")
         used = present if columns is None else {_column_of(name, present) for name in columns}
         self._columns = [name for name in present if name in used]
-        self._starts = [0, *itertools.accumulate(sizes)]
+        self._starts: list[int] = [0, *itertools.accumulate(sizes)]
         self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
 
     def __len__(self) -> int:
@@ -166,11 +166,12 @@ def _records(batch: pyarrow.Table) -> Iterator[Any]:
 
 def _record(row: pyarrow.Table) -> dict[str, Any]:
     try:
-        return _plain(row.to_pylist()[0])
+        plain: dict[str, Any] = _plain(row.to_pylist()[0])
     except UnicodeDecodeError as error:
         raise BadRow(f"byte {error.start} of a text is not UTF-8") from error
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise BadRow(f"has a value that cannot be read: {error}") from error
+    return plain
 
 
 def _plain(value: Any) -> Any:

@@ -114,7 +114,9 @@ class _Reader:
         return traces, num_failed
 
     def rest(self, columns: Columns) -> dict[str, Any]:
-        return self._checked("the row", {k: v for k, v in self._record.items() if k not in columns.names}, _kept)
+        unnamed = {k: v for k, v in self._record.items() if k not in columns.names}
+        kept: dict[str, Any] = self._checked("the row", unnamed, _kept)
+        return kept
 
     def _found(self, name: str) -> Any:
         try:

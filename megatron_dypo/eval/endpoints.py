@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from megatron_dypo.config.eval import SetSettings
+from megatron_dypo.config.evaluation import SetSettings
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.data.tokenizer.chat import Message
 from megatron_dypo.eval.judging import Reply

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dypo.config.eval import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
 from megatron_dypo.eval.prompts import EvalItem, EvalPrompt, EvalSet
 from megatron_dypo.eval.records import Record

@@ -30,8 +30,8 @@ def hf_folder_of(model: str) -> Path:
     if path.is_dir() and path.resolve().parent.name == CHECKPOINTS and name.isdecimal():
         return _exported(path.resolve().parent.parent, int(name))
     raise ValueError(
-        f"{model}: no config.json there, no folder {CHECKPOINTS}, and no checkpoint of a run; a model is an HF folder, a "
-        "run folder or RUN/checkpoints/step_N, or with --url and --api chat or completions a name at the endpoint"
+        f"{model}: no config.json there, no folder {CHECKPOINTS}, and no checkpoint of a run; a model is an HF folder, "
+        "a run folder or RUN/checkpoints/step_N, or with --url and --api chat or completions a name at the endpoint"
     )
 
 

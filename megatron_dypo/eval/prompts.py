@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig, DataFieldsConfig
-from megatron_dypo.config.eval import EvalConfig, SetSettings
+from megatron_dypo.config.evaluation import EvalConfig, SetSettings
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.formats import columns_of
 from megatron_dypo.data.rows import PromptRow

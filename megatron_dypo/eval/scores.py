@@ -1,4 +1,4 @@
-"""Verdicts → counts of each item → figures of a set. Replicas of a run add up their items; a command has all of them."""
+"""Verdicts → counts of each item → figures of a set. The replicas of a run add up their items."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.eval import SetSettings
 from megatron_dypo.config.eval_command import EvalCommandConfig
+from megatron_dypo.config.evaluation import SetSettings
 from megatron_dypo.config.urls import require_urls
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.endpoints import Api, Endpoint, OpenAIEndpoint, SGLangEndpoint

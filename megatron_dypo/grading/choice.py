@@ -81,7 +81,7 @@ def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool
 
 
 def gold_label(answer: str) -> str:
-    """Return the letter or digit of a gold answer. Raises ValueError if it is not one letter A to J or one digit 1 to 9."""
+    """Return the label of a gold answer. Raises ValueError if it is not one letter A to J or one digit 1 to 9."""
     gold = _GOLD.fullmatch(gold_text(answer))
     if gold is None:
         raise ValueError(f"answer={answer!r}: must be one letter from A to J, or one digit from 1 to 9")
@@ -89,7 +89,7 @@ def gold_label(answer: str) -> str:
 
 
 def chosen_label(response: str, gold: str, style: AnswerStyle = AUTO) -> str | None:
-    """Return the option that ``response`` settles on: a digit where ``gold`` is one, else a letter; None without one."""
+    """Return the option that ``response`` settles on: a digit where ``gold`` is one, else a letter; None: no option."""
     return _chosen(response, style, _DIGITS if gold.isdigit() else _LETTERS)
 
 

@@ -15,8 +15,8 @@ from megatron_dypo.grading.answers.unmarked import claimed_answer
 def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """True if ``response`` ends with an answer equal to ``answer``; ``docs/verifiers.md`` shows what equals what.
 
-    The answer of a response is what :func:`megatron_dypo.grading.answers.unmarked.claimed_answer` finds. Raises ValueError if ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a
-    deadline.
+    The answer of a response is what :func:`megatron_dypo.grading.answers.unmarked.claimed_answer` finds. Raises
+    ValueError if ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
     """
     gold = gold_text(answer)
     claim = claimed_answer(response, gold, style)

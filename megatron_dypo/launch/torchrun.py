@@ -188,7 +188,8 @@ def _has_first_rank(arguments: Sequence[str]) -> bool:
     from torch.distributed.run import parse_args
 
     args = parse_args(list(arguments))
-    return args.standalone or args.nnodes in ("1", "1:1") or (args.rdzv_backend == "static" and args.node_rank == 0)
+    is_alone = args.standalone or args.nnodes in ("1", "1:1")
+    return bool(is_alone or (args.rdzv_backend == "static" and args.node_rank == 0))
 
 
 def _pass_on() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.tree import BatchingConfig
+from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.books.accounts import enter, enter_left_out
 from megatron_dypo.loop.books.admission import Admitted, admit, tally_admitted

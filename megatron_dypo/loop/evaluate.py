@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_dypo.config.eval import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.eval.judging import records_of, score_item
 from megatron_dypo.eval.prompts import EvalItem, EvalPrompt

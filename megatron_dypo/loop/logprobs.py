@@ -104,7 +104,7 @@ class Logprobs:
         )
 
     def _check_servers(self, samples: Sequence[Sample]) -> None:
-        """Compute the log-probs of each replica's oldest group by the trainer, and count how far the servers are off."""
+        """Compute the trainer's log-probs of each replica's oldest group, and count how far the servers are off."""
         group = [sample for sample in samples if sample.order == samples[0].order]
         for sample, logp in zip(group, self.policy.logprobs(group), strict=True):
             tally_logprob_error(self.tally, logp - _server_logp(sample))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
-from megatron_dypo.mcore.chunks import named_global_parameters
+from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
 from megatron_dypo.mcore.logprobs import largest_count, pack_microbatches, round_up_microbatches, sequence_logprobs
@@ -42,7 +41,7 @@ class MegatronPolicy:
     config: Config
     layout: MeshRank
     arch: Architecture
-    chunks: Sequence[Any]
+    chunks: Sequence[torch.nn.Module]
     optimizer: PolicyOptimizer
     objective: Objective
     reference: ReferencePolicy | None
@@ -112,9 +111,11 @@ class MegatronPolicy:
         return self._first_not_finite(values)
 
     def bad_gradient(self) -> str | None:
-        return self._first_not_finite(lambda parameter: parameter.main_grad)
+        return self._first_not_finite(main_grad)
 
-    def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
+    def save(
+        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+    ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
         return checkpoint.save(
             root,
@@ -156,7 +157,7 @@ class MegatronPolicy:
             streams=self.objective.streams,
         )
 
-    def _first_not_finite(self, read: Callable[[Any], torch.Tensor]) -> str | None:
+    def _first_not_finite(self, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> str | None:
         named = named_global_parameters(self.chunks)
         own = next((name for name, parameter in named if not bool(torch.isfinite(read(parameter)).all())), None)
         return next((name for name in gather_world(own) if name is not None), None)

@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.policy import Policy, UpdateReport
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
-from megatron_dypo.loop.state import Progress
 from megatron_dypo.types import Sample
 
 log = logging.getLogger("megatron_dypo")

@@ -7,10 +7,10 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_dypo.types import Floats, Sample
 
@@ -59,7 +59,9 @@ class Policy(Protocol):
     def bad_gradient(self) -> str | None:
         """Name the first parameter whose gradient of the last update is not finite, on any rank; None if all are."""
 
-    def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
+    def save(
+        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+    ) -> Path:
         """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""
 
     def export(self, out_dir: Path) -> None:

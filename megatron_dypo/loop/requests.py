@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.rollout.client import SGLangClient
-from megatron_dypo.rollout.stream import RolloutStream, StreamCounts
+from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream_state import StreamCounts
 from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,23 +12,73 @@ from safetensors import SafetensorError
 from megatron_dypo.batching.queues import Group, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.batching.wire import dump_samples, load_samples
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.policy import Policy
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.requests import Stream
-from megatron_dypo.loop.state import Run
 from megatron_dypo.mcore.checkpoints import folder
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.processes.watchdog import mark
 
 _STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "data"}
 """The keys that resuming reads of the trainer's state in a checkpoint (:func:`save_checkpoint`)."""
 
 
-def save_unless_saved(run: Run) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Checkpointer:
+    """The parts of a run that a checkpoint is written from."""
+
+    folder: Path
+    """The folder of all checkpoints."""
+    policy: Policy
+    replica: Replica
+    stream: Stream
+    ranks: Ranks
+    cfg: CheckpointConfig
+    total_steps: int
+    timings: Timings
+
+
+def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
+    """Save a checkpoint where the config says so, unless the last update was skipped. Collective over the world.
+
+    Its time stands in the metrics of the next step.
+    """
+    every, is_last = checkpointer.cfg.every, progress.step == checkpointer.total_steps
+    is_due = is_last or (every > 0 and progress.step % every == 0)
+    if is_due and progress.bad_steps == 0:
+        mark("saving a checkpoint")
+        with checkpointer.timings.measure("save_checkpoint"):
+            save_checkpoint(checkpointer, progress)
+
+
+def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
     """Save a checkpoint of this step, if there is none. Collective over the world."""
-    latest = folder.find_latest(run.checkpoints)
-    if latest is None or folder.step_of(latest) != run.progress.step:
-        save_checkpoint(run)
+    latest = folder.find_latest(checkpointer.folder)
+    if latest is None or folder.step_of(latest) != progress.step:
+        save_checkpoint(checkpointer, progress)
+
+
+def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
+    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
+    replica, batch = checkpointer.replica, progress.batch
+    kept = [sample for group in (*batch.groups, *replica.queues.groups()) for sample in group]
+    return checkpointer.policy.save(
+        checkpointer.folder,
+        progress.step,
+        trainer_state={
+            **drawn_state(replica, checkpointer.stream, checkpointer.ranks),
+            "batches": progress.batches,
+            "batch": batch.as_json(),
+            "data": replica.data_identity,
+        },
+        leader_state=dump_samples(kept),
+        keep=checkpointer.cfg.keep,
+    )
 
 
 class RestoredState(Protocol):
@@ -38,23 +89,6 @@ class RestoredState(Protocol):
 
     @property
     def leader_states(self) -> list[bytes]: ...
-
-
-def save_checkpoint(run: Run) -> Path:
-    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
-    kept = [sample for group in (*run.batch.groups, *run.replica.queues.groups()) for sample in group]
-    return run.policy.save(
-        run.checkpoints,
-        run.progress.step,
-        trainer_state={
-            **drawn_state(run.replica, run.servers.stream, run.ranks),
-            "batches": run.progress.batches,
-            "batch": run.batch.as_json(),
-            "data": run.replica.data_identity,
-        },
-        leader_state=dump_samples(kept),
-        keep=run.config.checkpoint.keep,
-    )
 
 
 def drawn_state(replica: Replica, stream: Stream, ranks: Ranks) -> dict[str, Any]:

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.tree import Config
 from megatron_dypo.eval.judging import grading_of_sets
 from megatron_dypo.loop.books.accounts import Accounts
+from megatron_dypo.loop.books.recorder import Recorder, Writer
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import Collector
 from megatron_dypo.loop.evaluate import Evaluator
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.policy import Policy
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
+from megatron_dypo.loop.resume import Checkpointer
 from megatron_dypo.loop.servers import NoServers, Servers
+from megatron_dypo.loop.updater import Updater
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
-
-
-class Writer(Protocol):
-    """Writes a record of metrics for each step; see :class:`megatron_dypo.metrics.writer.MetricsWriter`."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-
-class NoWriter:
-    """Stands for the writer on all ranks but one."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run is; the same on every rank."""
-
-    step: int = 0
-    """Optimizer steps done; also the version of the weights."""
-    batches: int = 0
-    """Rollout batches begun."""
-    bad_steps: int = 0
-    """Updates in a row that were skipped because their gradients were not finite."""
-    last_problem: str = ""
-    """The reason of the last update that was skipped."""
-
-    def count_update(self, problem: str | None) -> None:
-        """Count an update; ``problem`` is the reason where it was skipped."""
-        self.step += 1
-        self.bad_steps = 0 if problem is None else self.bad_steps + 1
-        self.last_problem = problem or self.last_problem
 
 
 @dataclass(kw_only=True)
@@ -67,8 +36,6 @@ class Run:
     servers: Servers | NoServers
     writer: Writer
     progress: Progress = field(default_factory=Progress)
-    batch: RolloutBatch = field(default_factory=RolloutBatch)
-    """The rollout batch that updates are being made from; used up: the next step collects one."""
     timings: Timings
     tally: Tally
 
@@ -78,9 +45,9 @@ class Run:
         return Path(self.config.run.dir)
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of all checkpoints."""
-        return self.dir / "checkpoints"
+    def start_of_weights(self) -> str:
+        """The place that the weights of this run's start are from, for messages."""
+        return "the checkpoint" if self.progress.step else f"model.hf_path={self.config.model.hf_path}"
 
     @property
     def accounts(self) -> Accounts:
@@ -129,5 +96,44 @@ class Run:
             ranks=self.ranks,
             cfg=self.config.eval,
             grading=grading_of_sets(self.config.grading, self.config.eval),
+            timings=self.timings,
+        )
+
+    @property
+    def updater(self) -> Updater:
+        """The parts of this run that an update uses."""
+        return Updater(
+            policy=self.policy,
+            objective=self.objective,
+            logprobs=self.logprobs,
+            replica=self.replica,
+            ranks=self.ranks,
+            config=self.config,
+            tally=self.tally,
+        )
+
+    @property
+    def recorder(self) -> Recorder:
+        """The parts of this run that its record is made with."""
+        return Recorder(
+            accounts=self.accounts,
+            writer=self.writer,
+            timings=self.timings,
+            declared=self.objective.metrics,
+            total_steps=self.config.run.steps,
+            summary_every=self.config.logging.summary_every,
+        )
+
+    @property
+    def checkpointer(self) -> Checkpointer:
+        """The parts of this run that a checkpoint is written from."""
+        return Checkpointer(
+            folder=self.dir / "checkpoints",
+            policy=self.policy,
+            replica=self.replica,
+            stream=self.servers.stream,
+            ranks=self.ranks,
+            cfg=self.config.checkpoint,
+            total_steps=self.config.run.steps,
             timings=self.timings,
         )

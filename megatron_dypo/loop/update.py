@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from megatron_dypo.batching.queues import Group, Queues, oldest
 from megatron_dypo.batching.rollout_batch import RolloutBatch
-from megatron_dypo.config.tree import BatchingConfig, Config
+from megatron_dypo.config.training import BatchingConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.tally import Tally, tally_sums, tally_update
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.ranks import Ranks

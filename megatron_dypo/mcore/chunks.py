@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dypo.models.families.registry import expert_parameter
 
 
-def unwrap(chunk: torch.nn.Module) -> GPTModel:
+class _Mlp(Protocol):
+    local_expert_indices: Sequence[int]
+    """Global indices of this rank's experts; only a mixture of experts has them."""
+
+
+class _Layer(Protocol):
+    layer_number: int
+    """Global, from 1."""
+    mlp: _Mlp
+
+
+class _Decoder(Protocol):
+    layers: Sequence[_Layer]
+
+
+class GPTChunk(Protocol):
+    """The part of Megatron's GPTModel that this package reads."""
+
+    config: TransformerConfig
+    decoder: _Decoder
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def sharded_state_dict(self, *, metadata: Mapping[str, object] | None = None) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> object: ...
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTChunk:
     """The GPTModel inside the data-parallel and half-precision wrappers."""
     while isinstance(chunk, (DistributedDataParallel, Float16Module)):
         chunk = chunk.module
-    return chunk
+    return cast("GPTChunk", chunk)
+
+
+def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the gradient in the buffer of Megatron's DDP, where it is summed over microbatches."""
+    return cast("torch.Tensor", parameter.main_grad)  # type: ignore[attr-defined]
 
 
 def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -32,11 +65,12 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
             head, separator, tail = name.partition("decoder.layers.")
             if separator:
                 local, _, rest = tail.partition(".")
-                name = f"{head}{separator}{global_index[local]}.{_with_global_expert(rest, model.decoder.layers[int(local)])}"
+                inside = _with_global_expert(rest, model.decoder.layers[int(local)])
+                name = f"{head}{separator}{global_index[local]}.{inside}"
             yield name, parameter
 
 
-def _with_global_expert(name: str, layer: Any) -> str:
+def _with_global_expert(name: str, layer: _Layer) -> str:
     """An expert's parameter under its global index; any other name as it is."""
     found = expert_parameter(name)
     if found is None:

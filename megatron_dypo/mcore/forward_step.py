@@ -70,7 +70,7 @@ def to_device(batch: Microbatch) -> DeviceMicrobatch:
 
 
 def loss_pass(
-    chunks: Sequence[Any],
+    chunks: Sequence[torch.nn.Module],
     microbatches: Sequence[Microbatch],
     *,
     objective: Objective,
@@ -117,7 +117,7 @@ def add_over_ranks(sums: Mapping[str, float], layout: MeshRank) -> dict[str, flo
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def logprob_pass(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> list[Tensor]:
+def logprob_pass(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[Tensor]:
     """Return [N] fp32 log-probs of each microbatch's response tokens, forward only; [] off the last pipeline stage."""
 
     def collect(batch: DeviceMicrobatch, logp_N: Tensor, non_loss_data: bool) -> Tensor:
@@ -128,20 +128,20 @@ def logprob_pass(chunks: Sequence[Any], microbatches: Sequence[Microbatch]) -> l
 
 
 def _run(
-    chunks: Sequence[Any],
+    chunks: Sequence[torch.nn.Module],
     microbatches: Sequence[Microbatch],
-    finish: Callable[..., Any],
+    finish: Callable[..., object],
     *,
     forward_only: bool,
     bar: Progress | None = None,
-) -> list[Any]:
+) -> list[Tensor]:
     """Run Megatron's schedule for this layout.
 
     On the last stage ``finish(batch, (logp_N, entropy_N))`` runs; forward only it gets ``logp_N`` alone, since beside
     experts Megatron asks what a forward-only pass made for its device (pipeline_parallel/schedules.py:286).
     """
 
-    def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Any, Callable[..., Any]]:
+    def forward_step(iterator: Iterator[DeviceMicrobatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
         output = model(
             batch.tokens_1T,
@@ -160,7 +160,7 @@ def _run(
     if bar is not None:
         iterators[0] = _counted(batches, bar)
     schedule = get_forward_backward_func()
-    return schedule(
+    outputs: list[Tensor] = schedule(
         forward_step_func=forward_step,
         data_iterator=iterators,
         model=list(chunks),
@@ -170,6 +170,7 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+    return outputs
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

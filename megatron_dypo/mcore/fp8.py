@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.mcore.chunks import named_global_parameters
@@ -55,7 +56,7 @@ def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """As ``named_global_parameters``, with quantised parameters as tensors of their nominal type, one after the other."""
+    """Yield ``named_global_parameters`` one by one, quantised parameters as tensors of their nominal type."""
     for name, parameter in named_global_parameters(chunks):
         yield name, values(parameter)
 
@@ -94,10 +95,11 @@ def adopt_initial_values(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def _exact(parameter: Any) -> torch.Tensor:
-    return parameter.get_high_precision_init_val()
+    exact: torch.Tensor = parameter.get_high_precision_init_val()
+    return exact
 
 
-def forget_quantized_weights(chunks: Sequence[Any]) -> None:
+def forget_quantized_weights(chunks: Sequence[MegatronModule]) -> None:
     """Have the next forward pass quantise bf16 weights anew, after they were changed from outside.
 
     Transformer Engine quantises them at the first microbatch of a pass and keeps the result for the others

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +55,12 @@ def pack_microbatches(
 
 
 def sequence_logprobs(
-    chunks: Sequence[Any], samples: Sequence[Sample], *, layout: MeshRank, budget: int, token_multiple: int = 1
+    chunks: Sequence[torch.nn.Module],
+    samples: Sequence[Sample],
+    *,
+    layout: MeshRank,
+    budget: int,
+    token_multiple: int = 1,
 ) -> list[Floats] | None:
     """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
@@ -102,7 +106,7 @@ def largest_count(count: int) -> int:
     return int(most)
 
 
-def set_training(chunks: Sequence[Any], mode: bool) -> None:
+def set_training(chunks: Sequence[torch.nn.Module], mode: bool) -> None:
     """Put all model chunks into training mode, or into evaluation mode."""
     for chunk in chunks:
         chunk.train(mode)

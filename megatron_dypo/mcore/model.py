@@ -28,9 +28,9 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
-from megatron_dypo.mcore.checkpoints import checkpoint
+from megatron_dypo.mcore.checkpoints.weights import load_weights
 from megatron_dypo.mcore.features import Features, layer_spec, probe, require_fp8
 from megatron_dypo.mcore.moe_router import mark_experts, moe_settings
 from megatron_dypo.mcore.policy_model import PolicyModel
@@ -130,7 +130,7 @@ def load_initial_weights(
         ValueError: a tensor that is missing, unknown or of the wrong shape.
     """
     if model.mcore_path is not None:
-        checkpoint.load_weights(model.mcore_path, chunks)
+        load_weights(model.mcore_path, chunks)
         fp8.adopt_initial_values(chunks)
     else:
         reader = HFReader(model.hf_path)
@@ -142,7 +142,7 @@ def _build_chunk(
     arch: Architecture, model: ModelConfig, config: TransformerConfig, features: Features, layout: MeshRank, stage: int
 ) -> PolicyModel:
     memory_mb = model.logprob_memory_mib
-    chunk = PolicyModel(
+    chunk: PolicyModel = PolicyModel(
         config,
         layer_spec(arch, features),
         vocab_size=arch.padded_vocab_size(layout.tensor),

@@ -28,15 +28,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_tokens_per_expert_and_token_count
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
+from megatron_dypo.mcore.compat.router import RouterWithOwnBalance
 from megatron_dypo.models.architecture import Experts
 from megatron_dypo.parallel.device import device
 
 
-class BalancedRouter(TopKRouter):
+class BalancedRouter(RouterWithOwnBalance):
     """See the module's docstring. Shape legend: T tokens on this rank, E experts."""
 
     update_tokens: float = 0.0
@@ -52,21 +52,20 @@ class BalancedRouter(TopKRouter):
         routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask=padding_mask)
         return routed
 
-    def _apply_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
-    ) -> Tensor:
+    def balanced(self, probs_TE: Tensor, scores_TE: Tensor, chosen_TE: Tensor) -> Tensor:
         """Attach this rank's part of coefficient · (n/N) · L to the routing weights; padding is zero in the inputs."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0 or self.update_tokens == 0:
-            return probs
+            return probs_TE
         counts_E, _, num_tokens = get_tokens_per_expert_and_token_count(
-            routing_map, self.tp_cp_group, topk=self.topk, with_padding_mask=True
+            chosen_TE, self.tp_cp_group, topk=self.topk, with_padding_mask=True
         )
         # n·L, of which this rank's tokens contribute their softmax; 0 where a row is nothing but padding.
-        total = (scores_for_aux_loss.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
+        total = (scores_TE.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
         loss = total / (self.topk * num_tokens.clamp(min=1)) / self.update_tokens
         self.balance = self.balance + loss.detach()
-        return MoEAuxLossAutoScaler.apply(probs, coefficient * loss)
+        scaled: Tensor = MoEAuxLossAutoScaler.apply(probs_TE, coefficient * loss)
+        return scaled
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:

@@ -14,7 +14,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import OptimizerConfig
+from megatron_dypo.config.training import OptimizerConfig
+from megatron_dypo.mcore.compat.main_params import copy_main_params
 from megatron_dypo.mcore.fp8 import optimizer_settings
 
 
@@ -88,13 +89,10 @@ class PolicyOptimizer:
     def rewrite_weights(self) -> None:
         """Copy the fp32 main parameters into the model's, as an update ends. Collective over the world.
 
-        For a distributed optimizer (optimizer/distrib_optimizer.py, ``step_with_ready_grads``).
+        Only for a distributed optimizer.
         """
         for optimizer in self.megatron.chained_optimizers:
-            if optimizer.config.reuse_grad_buf_for_mxfp8_param_ag:
-                optimizer._copy_main_params_to_param_buffer()
-            else:
-                optimizer._copy_main_params_to_model_params()
+            copy_main_params(optimizer)
         for chunk in self._chunks:
             chunk.start_param_sync(force_sync=True)
 

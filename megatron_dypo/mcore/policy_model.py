@@ -5,28 +5,17 @@ Shape legend: T tokens of a packed microbatch, N its response tokens, H hidden s
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import megatron.core
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_dypo.mcore.compat.gpt_model import ResponseModel
 from megatron_dypo.objective.fused_logprobs import GradientSink, fused_logprobs
 
-# The one method that PolicyModel overrides (models/gpt/gpt_model.py:559 of 0.16.1), and what it takes from its caller.
-_TAKEN = {"hidden_states", "labels", "loss_mask"}
-_missing = _TAKEN - inspect.signature(GPTModel._postprocess).parameters.keys()
-if _missing:
-    raise ImportError(
-        f"megatron-core=={megatron.core.__version__}: GPTModel._postprocess has no {sorted(_missing)}, which "
-        "PolicyModel takes from it; it is written for 0.16"
-    )
 
-
-class PolicyModel(GPTModel):
+class PolicyModel(ResponseModel):
     """Hidden states → log-probs of the response tokens; prompts and padding cost nothing after the last layer.
 
     ``model(tokens_1T, positions_1T, None, labels=targets_N, loss_mask=response_N, ...)``, where ``response_N`` are
@@ -45,15 +34,14 @@ class PolicyModel(GPTModel):
         self._num_tokens = num_tokens
         self._logprob_memory = logprob_memory
 
-    def _postprocess(
-        self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+    def response_outputs(
+        self, hidden_T1H: Tensor, targets_N: Tensor, response_N: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs and entropies of the response tokens; see the class."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
-        hidden_NH = hidden_states[:, 0].index_select(0, loss_mask)
+            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, group=group)
+        hidden_NH = hidden_T1H[:, 0].index_select(0, response_N)
         if not self.config.sequence_parallel:
             hidden_NH = copy_to_tensor_model_parallel_region(hidden_NH, group=group)
         is_tied = self.share_embeddings_and_output_weights
@@ -61,7 +49,7 @@ class PolicyModel(GPTModel):
         return fused_logprobs(
             hidden_NH,
             weight_VH,
-            labels,
+            targets_N,
             vocab_size=self._num_tokens,
             group=group,
             with_entropy=self.training,

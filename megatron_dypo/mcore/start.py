@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 
-from megatron_dypo.config.tree import ParallelConfig
-from megatron_dypo.mcore import cpu, features
+from megatron_dypo.config.model import ParallelConfig
+from megatron_dypo.mcore import features
+from megatron_dypo.mcore.compat import cpu
 from megatron_dypo.parallel import device, groups
 from megatron_dypo.parallel.groups import MeshRank
 
@@ -13,7 +14,7 @@ from megatron_dypo.parallel.groups import MeshRank
 def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed: int = 1) -> MeshRank:
     """Join the world, set up Megatron's model-parallel groups and RNG seeds, and return this rank's place in the mesh.
 
-    On a CPU this also installs :mod:`megatron_dypo.mcore.cpu`. Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
+    On a CPU this also installs :mod:`megatron_dypo.mcore.compat.cpu`. Reads ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
     ``MASTER_PORT`` and ``LOCAL_RANK`` as torchrun sets them; without ``RANK`` the world is this process.
 
     Raises:

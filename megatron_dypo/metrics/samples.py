@@ -154,9 +154,10 @@ def read_samples(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator[
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        row: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
+    return row
 
 
 def _files(folder: Path) -> dict[int, list[Path]]:

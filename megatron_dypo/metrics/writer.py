@@ -7,34 +7,19 @@ written all the same, and logged as an error, so that the tables stay true.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any
 
-from megatron_dypo.config.tree import LoggingConfig
-from megatron_dypo.fs import replace_file
+from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.declared import write_declared
 from megatron_dypo.metrics.names import Metric, lookup
+from megatron_dypo.metrics.sinks import METRICS_FILE, TENSORBOARD_DIR, JsonlSink, Sink, TensorBoardSink, WandbSink
 
 log = logging.getLogger("megatron_dypo")
-
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
-WANDB_ID_FILE = "wandb_run_id"
-
-
-class Sink(Protocol):
-    """One destination."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -59,11 +44,11 @@ class MetricsWriter:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         # W&B first: it can fail on a missing package, and then nothing has been touched.
-        self._sinks: list[Sink] = [_WandbSink(run_dir, cfg.wandb_project, config)] if cfg.wandb else []
-        jsonl = _JsonlSink(run_dir / METRICS_FILE, resume_step)
+        self._sinks: list[Sink] = [WandbSink(run_dir, cfg.wandb_project, config)] if cfg.wandb else []
+        jsonl = JsonlSink(run_dir / METRICS_FILE, resume_step)
         self._sinks.append(jsonl)
         if cfg.tensorboard:
-            self._sinks.append(_TensorBoardSink(run_dir / TENSORBOARD_DIR, resume_step))
+            self._sinks.append(TensorBoardSink(run_dir / TENSORBOARD_DIR, resume_step))
         self._last_step = jsonl.last_step
         self._declared, self._checked = declared, set[str]()
         if declared:
@@ -103,89 +88,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``: ``step``, ``time`` (seconds since the epoch), then the metrics; None if not
-    finite.
-
-    A last line that a killed run left unfinished is ignored; ValueError (file, line) for any other bad line.
-    """
-    records = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
-    return records
-
-
-class _JsonlSink:
-    def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] < resume_step] if path.exists() else []
-        self.last_step: int = kept[-1]["step"] if kept else resume_step - 1
-        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _TensorBoardSink:
-    """TensorBoard's event files."""
-
-    def __init__(self, directory: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # brings torch: a command that only reads metrics needs none
-
-        # purge_step tells TensorBoard to forget the points that an earlier attempt wrote from this step on.
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandbSink:
-    def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any] | None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("logging.wandb=true: needs W&B: pip install megatron-dypo[wandb]") from error
-        self._run = wandb.init(
-            project=project,
-            name=run_dir.resolve().name,
-            id=wandb_run_id(run_dir),
-            resume="allow",
-            dir=str(run_dir),
-            config=dict(config or {}),
-        )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def wandb_run_id(run_dir: Path) -> str:
-    """The W&B id of a run, ``<folder name>-<8 hex digits>``: made once and kept in the run folder."""
-    path = run_dir / WANDB_ID_FILE
-    if not path.exists():
-        folder = "".join(c if c.isalnum() and c.isascii() else "-" for c in run_dir.resolve().name)
-        replace_file(path, f"{folder[:48]}-{uuid.uuid4().hex[:8]}\n")
-    return path.read_text(encoding="utf-8").strip()
 
 
 class Timings:

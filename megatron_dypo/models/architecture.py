@@ -72,8 +72,8 @@ class Architecture:
         """Raise ValueError for sequences, of ``name``, that a sliding window would cut: our attention knows none."""
         if self.sliding_window is not None and num_tokens > self.sliding_window:
             raise ValueError(
-                f"{name} = {num_tokens}: must not exceed sliding_window={self.sliding_window} of the {self.family} model, "
-                "as attention is computed over whole sequences"
+                f"{name} = {num_tokens}: must not exceed sliding_window={self.sliding_window} of the {self.family} "
+                "model, as attention is computed over whole sequences"
             )
 
     @property
@@ -89,7 +89,7 @@ class Architecture:
         return self.max_position_embeddings
 
     def check_positions(self, num_tokens: int) -> str | None:
-        """Return what is to be said of sequences of ``num_tokens`` tokens: None, or that the model has fewer positions."""
+        """Warn of ``num_tokens`` beyond the model's positions, or beyond those SGLang serves unasked; None: neither."""
         if num_tokens <= self.num_positions:
             return None
         is_scaled = self.rope_scaling is not None and self.num_positions > self.max_position_embeddings
@@ -117,8 +117,9 @@ class Architecture:
             )
         if self.max_position_embeddings < num_tokens <= self.num_positions:
             return (
-                f"sequences of up to {num_tokens} tokens on max_position_embeddings={self.max_position_embeddings}: SGLang "
-                f"needs --context-length {self.num_positions} to serve them, as YaRN's factor does not lengthen its limit"
+                f"sequences of up to {num_tokens} tokens on max_position_embeddings={self.max_position_embeddings}: "
+                f"SGLang needs --context-length {self.num_positions} to serve them, as YaRN's factor does not "
+                "lengthen its limit"
             )
         return None
 
@@ -184,8 +185,8 @@ def _experts(fields: Fields) -> Experts:
     normalized = fields.flag("norm_topk_prob", False)
     if normalized and per_token == 1:
         raise ValueError(
-            f"{fields.where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the router "
-            "cannot learn"
+            f"{fields.where}: norm_topk_prob=true with num_experts_per_tok=1: every routing weight is 1, so that the "
+            "router cannot learn"
         )
     return Experts(
         num_experts=num_experts,

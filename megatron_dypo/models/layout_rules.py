@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_dypo.checks import require, require_divides
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.models.architecture import Architecture
 
 

@@ -115,7 +115,7 @@ class Rule:
         return [Chunk(0, tp_rank * shape[self.tp_dim], shape[self.tp_dim])]
 
     def scatter(self, part: Tensor, start: Shape, outputs: Sequence[Tensor], arch: Architecture) -> None:
-        """Copy ``part``, which begins at index ``start`` of the stored tensor, to where it belongs in the HF tensors."""
+        """Copy ``part``, which begins at index ``start`` of the stored tensor, to its place in the HF tensors."""
         dim = self.tp_dim or 0
         where = [slice(at, at + size) for at, size in zip(start, part.shape, strict=True)]
         end, offset = start[dim] + part.shape[dim], 0

@@ -26,7 +26,8 @@ def markdown(metrics: Iterable[Metric]) -> str:
         "# Metrics",
         "",
         "Written by `python -m megatron_dypo.objective.metrics_page`. Each step is one line of `metrics.jsonl` and one",
-        "point in TensorBoard. An objective of yours adds its own: see [adding_an_objective.md](adding_an_objective.md).",
+        "point in TensorBoard. An objective of yours adds its own: see "
+        "[adding_an_objective.md](adding_an_objective.md).",
         "",
         "| name | unit | meaning |",
         "|---|---|---|",

@@ -36,7 +36,7 @@ def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup) -> T:
-    """Return rank 0's ``value`` on every rank of ``group``; that of the others is ignored. Collective over the group."""
+    """Return rank 0's ``value`` on every rank of ``group``; the others' are ignored. Collective over the group."""
     if group.size() == 1:
         return value
     box = [value]

@@ -120,7 +120,8 @@ def close(layout: MeshRank) -> None:
 
 
 def _cpu_group(ranks: Sequence[int], timeout: datetime.timedelta) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+    return group
 
 
 def _check_rank_order(at: Position) -> None:

@@ -100,7 +100,7 @@ class Position:
 
     @property
     def shares_experts(self) -> bool:
-        """Whether this rank computes with other ranks' experts, maybe of other replicas, and so has to wait for them."""
+        """Whether this rank computes with experts of other ranks, maybe of other replicas, and so waits for them."""
         return self.mesh.expert_ranks > 1
 
     @property

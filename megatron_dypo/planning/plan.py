@@ -16,7 +16,8 @@ from megatron_dypo.planning.step import StepTime, reads_reference, step_time
 
 REMEDIES = {
     "parameters": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
-    "FP8 weights": "model.fp8.param_gather=true, or a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
+    "FP8 weights": "model.fp8.param_gather=true, or a larger parallel.tensor or parallel.pipeline "
+    "(experts: parallel.expert)",
     "gradients": "a larger parallel.tensor or parallel.pipeline (experts: parallel.expert)",
     "optimizer": "more replicas with optimizer.distributed=true, or a larger parallel.tensor or parallel.pipeline",
     "activations": "model.recompute=full, parallel.sequence=true, a larger parallel.context or parallel.tensor, "
@@ -102,8 +103,9 @@ def misfit(footprint: Footprint) -> str:
     """What is too large, and what to do about it."""
     largest, gib = footprint.largest, 2**30
     return (
-        f"{footprint.where}: {footprint.total / gib:.1f} GiB do not fit into {footprint.capacity / gib:.1f} GiB; the largest "
-        f"term is {largest.name} with {largest.bytes / gib:.1f} GiB ({largest.why}): try {REMEDIES[largest.name]}"
+        f"{footprint.where}: {footprint.total / gib:.1f} GiB do not fit into {footprint.capacity / gib:.1f} GiB; the "
+        f"largest term is {largest.name} with {largest.bytes / gib:.1f} GiB ({largest.why}): "
+        f"try {REMEDIES[largest.name]}"
     )
 
 

@@ -47,8 +47,8 @@ def _setting(plan: Plan) -> list[str]:
         + ("" if cfg.refit.quantize == "none" else f", linear weights in {cfg.refit.quantize}"),
         f"update   {setting.sequences_per_update:,.0f} sequences of {setting.sequence_tokens:,} tokens, "
         f"{setting.microbatches} rows a replica, the longest of {setting.row_tokens:,} tokens",
-        f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens on average; "
-        f"{assumed.easy:.0%} of prompts Easy, {setting.mid:.0%} Mid, {assumed.hard:.0%} Hard",
+        f"assumed  prompts of {assumed.prompt_tokens:,} and responses of {assumed.response_tokens:,} tokens on "
+        f"average; {assumed.easy:.0%} of prompts Easy, {setting.mid:.0%} Mid, {assumed.hard:.0%} Hard",
     ]
 
 
@@ -151,9 +151,9 @@ def _scaling(rows: Iterable[Scaled], is_async: bool) -> list[str]:
             continue
         time = row.split.time
         lines.append(
-            f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}{time.logprobs:>9.1f}"
-            f"{time.update.total:>10.1f}{time.refit:>9.1f}{time.total:>9.1f}{time.tokens / time.total:>12,.0f}"
-            f"{row.efficiency:>12.0%}"
+            f"  {row.gpus:>6}{row.split.trainer_gpus:>9}{row.split.rollout_gpus:>9}{time.rollout:>11.1f}"
+            f"{time.logprobs:>9.1f}{time.update.total:>10.1f}{time.refit:>9.1f}{time.total:>9.1f}"
+            f"{time.tokens / time.total:>12,.0f}{row.efficiency:>12.0%}"
         )
     return lines
 
@@ -167,7 +167,7 @@ def _verdict(plan: Plan) -> list[str]:
     tightest = plan.tightest
     largest = tightest.largest
     return [
-        f"FITS. Tightest: {tightest.where}, {tightest.room / GIB:.1f} GiB to spare; its largest term is {largest.name} with "
-        f"{largest.bytes / GIB:.1f} GiB.",
+        f"FITS. Tightest: {tightest.where}, {tightest.room / GIB:.1f} GiB to spare; its largest term is {largest.name} "
+        f"with {largest.bytes / GIB:.1f} GiB.",
         f"For more room: {REMEDIES[largest.name]}.",
     ]

@@ -111,7 +111,7 @@ def _weights_read(setting: Setting, server: Server, batch: float) -> float:
     experts = setting.arch.experts
     if experts is None:
         return server.weights_per_gpu
-    touched = 1 - (1 - experts.per_token / experts.num_experts) ** max(batch, 1)
+    touched: float = 1 - (1 - experts.per_token / experts.num_experts) ** max(batch, 1)
     return (server.weights.dense + server.weights.experts * touched) / server.tensor
 
 

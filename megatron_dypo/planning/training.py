@@ -51,7 +51,8 @@ class PassTime:
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        seconds: float = sum(vars(self).values())
+        return seconds
 
 
 def update_time(setting: Setting) -> PassTime:
@@ -94,7 +95,7 @@ def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> 
 
 
 def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
-    """``cost``: of a sequence. ``passes``: forward passes' worth of work for each token, the backward pass being two."""
+    """``cost``: of a sequence. ``passes``: forward passes' worth of work for each token; a backward pass is two."""
     parallel, arch = setting.config.parallel, setting.arch
     tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
     hidden = tokens * arch.hidden_size * setting.element

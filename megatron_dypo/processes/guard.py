@@ -20,7 +20,7 @@ from megatron_dypo.processes.children import signal_at_parents_end, signal_group
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def _wait(child: subprocess.Popen, parent: int) -> None:
+def _wait(child: subprocess.Popen[bytes], parent: int) -> None:
     """Return when the child has ended, the parent is gone, or the parent has sent a stop signal."""
     while child.poll() is None and os.getppid() == parent:
         received = signal.sigwaitinfo([*_STOP, signal.SIGCHLD])
@@ -30,7 +30,7 @@ def _wait(child: subprocess.Popen, parent: int) -> None:
             return
 
 
-def _end_group(child: subprocess.Popen, grace_s: float) -> None:
+def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     deadline = time.monotonic() + grace_s
     signal_group(child.pid, signal.SIGTERM)
     while child.poll() is None and (left_s := deadline - time.monotonic()) > 0:

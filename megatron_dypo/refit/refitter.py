@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -31,7 +30,7 @@ from megatron_dypo.refit.leader import Leader
 from megatron_dypo.refit.lockstep import Lockstep, RefitError
 from megatron_dypo.refit.model_checks import check_model
 from megatron_dypo.refit.server_memory import ServerMemory
-from megatron_dypo.refit.servers import RefitReport, Servers, Watch, recovered_servers
+from megatron_dypo.refit.servers import RefitReport, RefitUnderWay, Servers, Watch, recovered_servers
 from megatron_dypo.refit.source import Source
 from megatron_dypo.refit.transports.base import Connection
 from megatron_dypo.refit.transports.connect import connect
@@ -42,18 +41,6 @@ from megatron_dypo.refit.update_calls import RECOVERY_S, abort_update, begin_upd
 _MAX_ATTEMPTS = 4
 _RETRY_S = 0.5
 """Pause between two probes of servers while none answers; nothing tells us when one starts again."""
-
-
-@dataclass(kw_only=True)
-class _Refit:
-    """One refit under way; the same on every rank."""
-
-    version: int
-    deadline: Deadline
-    start: float = field(default_factory=time.monotonic)
-    paused_at: float = math.inf
-    """Infinite until servers are paused."""
-    attempts: int = 0
 
 
 class Refitter:
@@ -111,7 +98,7 @@ class Refitter:
                 generation continues. A later refit may succeed.
             RuntimeError: another rank was lost, within ``deadline_s`` and some seconds.
         """
-        refit = _Refit(version=version, deadline=Deadline(self._config.deadline_s))
+        refit = RefitUnderWay(version=version, deadline=Deadline(self._config.deadline_s))
         fenced, rejoined = self._servers.num_fenced, self._servers.num_rejoined
         num_bytes = None
         try:
@@ -152,7 +139,7 @@ class Refitter:
         if self._control is not None:
             self._control.close()
 
-    def _attempt(self, refit: _Refit) -> int:
+    def _attempt(self, refit: RefitUnderWay) -> int:
         """Bring the weights to all servers that are not fenced; returns the bytes that left this rank."""
         refit.attempts += 1
         # Half of the time, so that the other half is for the rest if a server hangs; all of it for the last server.
@@ -177,7 +164,7 @@ class Refitter:
             return DiskConnection(self._source, self._leader.control, self._folder, self._hf_reference)
         return connect(self._source, self._control, self._lockstep, self._config, deadline)
 
-    def _fence_culprits(self, refit: _Refit, error: RefitError) -> None:
+    def _fence_culprits(self, refit: RefitUnderWay, error: RefitError) -> None:
         """After a failed attempt: fence the servers that made it fail, so that the others can be tried again.
 
         Raises:
@@ -194,7 +181,7 @@ class Refitter:
         self._wait_for_server(refit)
         self._retarget()
 
-    def _gather_servers(self, refit: _Refit) -> None:
+    def _gather_servers(self, refit: RefitUnderWay) -> None:
         """Fence the servers that were lost since the last refit, and take back those that answer again."""
         before = self.serving
         self._fence_lost()
@@ -212,14 +199,14 @@ class Refitter:
         self._servers.fence(lost)
         self._memory.forget(lost)
 
-    def _readmit(self, refit: _Refit) -> None:
+    def _readmit(self, refit: RefitUnderWay) -> None:
         """Take back the fenced servers that have recovered."""
         fenced = self._servers.fenced
         if fenced:
             back = self._leader.ask(recovered_servers, fenced, self._source.arch)
             self._servers.rejoin(back, refit.version)
 
-    def _wait_for_server(self, refit: _Refit) -> None:
+    def _wait_for_server(self, refit: RefitUnderWay) -> None:
         """Wait until at least one server can be refitted: fenced ones may come back.
 
         Raises:

@@ -6,8 +6,10 @@ A fenced server gets no requests and no weights. It rejoins by a full refit, onc
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.refit.answers import Answer, ServerError
@@ -30,6 +32,18 @@ _DRAIN: tuple[tuple[str, Answer | None], ...] = (
     ("/pause_generation", {"mode": "abort"}),
     ("/flush_cache", {}),
 )
+
+
+@dataclass(kw_only=True)
+class RefitUnderWay:
+    """One refit under way; the same on every rank."""
+
+    version: int
+    deadline: Deadline
+    start: float = field(default_factory=time.monotonic)
+    paused_at: float = math.inf
+    """Infinite until servers are paused."""
+    attempts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ class Attempts:
             return 0.0
         if isinstance(error, OwnLackError):
             self.lacks = min(self.lacks + 1, 30)
-            return min(_FIRST_LACK_S * 2 ** (self.lacks - 1), _MAX_LACK_S) * random.uniform(0.5, 1.0)
+            return min(_FIRST_LACK_S * 2.0 ** (self.lacks - 1), _MAX_LACK_S) * random.uniform(0.5, 1.0)
         self.failures += 1
         if self.failures > self.retries:
             raise GroupDroppedError(f"{counted(self.failures, 'attempt')} failed, the last: {error}") from error
-        return min(self.backoff_s * 2 ** min(self.failures - 1, 30), _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+        return min(self.backoff_s * 2.0 ** min(self.failures - 1, 30), _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)

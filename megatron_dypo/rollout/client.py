@@ -16,13 +16,8 @@ from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.ask import Answer, AttemptError, LostServerError, without_key
 from megatron_dypo.rollout.balance import LeastLoaded
 from megatron_dypo.rollout.http_client import HttpClient
-from megatron_dypo.rollout.responses import (
-    IncompleteGroupError,
-    Sampling,
-    WrongVersionError,
-    parse_group,
-    request_body,
-)
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
+from megatron_dypo.rollout.sampling import Sampling, request_body
 from megatron_dypo.types import Rollout, Tokens
 
 _WATCH_EVERY_S = 1.0
@@ -119,7 +114,7 @@ class SGLangClient(HttpClient):
         max_new_tokens: int | None = None,
         seed: int | None = None,
     ) -> Sampling:
-        """Return the configured sampling with ``n`` rollouts per prompt and these overrides (evaluation has its own)."""
+        """Return the configured sampling with ``n`` rollouts per prompt and evaluation's own overrides."""
         return Sampling(
             n=n,
             temperature=self._cfg.temperature if temperature is None else temperature,

@@ -20,7 +20,7 @@ from megatron_dypo.rollout.attempts import GroupDroppedError
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
-from megatron_dypo.rollout.responses import Sampling
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import DropReason, Prompt, Rollout, RolloutGroup
 
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"

@@ -1,4 +1,4 @@
-"""Async HTTP requests to one or several servers: spread, retried, with a deadline, and who is to blame for a failure."""
+"""Async HTTP requests to one or several servers: spread, retried, with a deadline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's ``/generate`` wire format: request bodies out, rollouts in. Every field that is used is checked."""
+"""The answers in SGLang's ``/generate`` wire format, read as rollouts. Every field that is used is checked."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_dypo.config.words import counted
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import Floats, Rollout, Tokens
 
-_BYTES_PER_TOKEN = 512
-"""Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""
-_BYTES_PER_ANSWER = 2**20
 _LARGEST_ID = 2**31 - 1
 _LOGP_RANGE = (-1e4, 1e-3)
 """A rounding error may lift a log-prob above 0. SGLang turns log 0 into the lowest float, which is none."""
@@ -28,25 +26,6 @@ class WrongVersionError(Exception):
     """A response of other weights than those of the last refit."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """The sampling parameters of one group."""
-
-    n: int
-    temperature: float
-    max_new_tokens: int
-    top_p: float
-    top_k: int
-    stop_token_ids: tuple[int, ...]
-    seed: int | None = None
-    """Seed of the one rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
-
-    @property
-    def max_answer_bytes(self) -> int:
-        """Size above which an answer cannot be one to this request."""
-        return _BYTES_PER_ANSWER + self.n * self.max_new_tokens * _BYTES_PER_TOKEN
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Response:
     """One response whose fields are sound; its versions are not yet compared with those of the refits."""
@@ -57,24 +36,6 @@ class _Response:
     versions: tuple[str, ...]
     starts: tuple[int, ...]
     """Index of the first token of each version."""
-
-
-def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
-    """Return the body of one request for a whole group: SGLang computes the prompt once for all ``n`` samples."""
-    return {
-        "input_ids": prompt_tokens.tolist(),
-        "sampling_params": {
-            "n": sampling.n,
-            "temperature": sampling.temperature,
-            "max_new_tokens": sampling.max_new_tokens,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            **({} if sampling.seed is None else {"sampling_seed": sampling.seed}),
-        },
-        "return_logprob": True,
-        "logprob_start_len": -1,  # none for the prompt
-    }
 
 
 def parse_group(

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.client import SGLangClient
-from megatron_dypo.rollout.responses import Sampling
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.rollout.stream_sampler import StreamSampler, StreamWork
 from megatron_dypo.rollout.stream_state import StreamCounts, StreamState
 from megatron_dypo.types import Prompt

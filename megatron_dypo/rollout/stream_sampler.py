@@ -18,7 +18,7 @@ from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup, dropped_group
 from megatron_dypo.rollout.counts import ClientCounts
-from megatron_dypo.rollout.responses import Sampling
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.rollout.stream_state import StreamState
 from megatron_dypo.types import Prompt, RolloutGroup
 

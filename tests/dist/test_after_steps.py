@@ -17,13 +17,13 @@ CAUSES = ("STOPPED", "NOT_FINITE", "NOTHING_LEFT")
 
 def rank_finish(path: str, folder: str) -> dict[str, Any]:
     """All runs of this file, one after the other on one rank."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
     layout = start_megatron(ParallelConfig())
 
-    def start(name: str, every: int = 0, steps: int = 3, **options: Any) -> Any:
+    def start(name: str, every: int = 0, steps: int = 3, **options: Any) -> tuple[Any, Any]:
         config = config_of(path, f"{folder}/{name}", {}, "exact", **options)
         checkpoint = dataclasses.replace(config.checkpoint, every=every, keep=9)
         run = dataclasses.replace(config.run, steps=steps)
@@ -53,41 +53,41 @@ def _saved(run: Any) -> list[int]:
 
 def _schedule(run: Any, recorder: Any) -> Any:
     """Three steps of a run of three, two of a batch."""
-    from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
 
     after = []
     for step in range(3):
-        if run.batch.is_used_up:
+        if run.progress.batch.is_used_up:
             put(run, batch_of(step // 2))
         run.tally.add("retries")
         run.tally.add("asked")
-        train_step(run)
-        after.append((_saved(run), list(recorder.refitted), not run.batch.is_used_up))
+        make_step(run)
+        after.append((_saved(run), list(recorder.refitted), not run.progress.batch.is_used_up))
     return after, {step: metrics["rollout/retries"] for step, metrics in recorder.metrics.items()}
 
 
 def _epochs(run: Any, recorder: Any) -> Any:
     """The books after each of four updates: two passes over a batch of two."""
-    from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
 
     put(run, batch_of(0))
     found = []
     for _ in range(4):
-        train_step(run)
-        balance = run.accounts.balance(run.batch)
+        make_step(run)
+        balance = run.accounts.balance(run.progress.batch)
         found.append((balance.difference, balance.counts()))
     return found, [recorder.metrics[step]["ledger/waiting"] for step in (1, 2, 3, 4)]
 
 
 def _skipped(run: Any, recorder: Any) -> Any:
     """Two updates that are not finite, two that are, one that is not."""
-    from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
 
     counts = []
     for step, is_bad in enumerate((True, True, False, False, True)):
-        if run.batch.is_used_up:
+        if run.progress.batch.is_used_up:
             put(run, _spoilt(batch_of(step // 2)) if is_bad else batch_of(step // 2))
-        train_step(run)
+        make_step(run)
         counts.append((run.progress.bad_steps, _saved(run), recorder.metrics[run.progress.step]["train/skipped"]))
     return counts
 
@@ -99,6 +99,7 @@ def _spoilt(groups: Any) -> Any:
 def _evaluated(run: Any, recorder: Any) -> Any:
     """One step of a batch of two, with an evaluation after every step, against a server."""
     from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
     from tests.support import loop_cases
     from tests.support.fake_sglang import FakeSGLang
 
@@ -110,19 +111,19 @@ def _evaluated(run: Any, recorder: Any) -> Any:
         run.replica.held_out = loop_cases.leader_of(other).held_out
         recorder.serving = (fake.url,)
         put(run, batch_of(0))
-        train_step(run)
-    return list(recorder.refitted), not run.batch.is_used_up, recorder.metrics[1]
+        make_step(run)
+    return list(recorder.refitted), not run.progress.batch.is_used_up, recorder.metrics[1]
 
 
 def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
     """A run that resumed at its last step."""
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.loop.state import Progress
-    from megatron_dypo.loop.train import make_steps
+    from megatron_dypo.loop.progress import Progress
+    from megatron_dypo.loop.train import train_run
 
     run.progress = Progress(step=3, bad_steps=bad_steps, last_problem="gradient of x")
     try:
-        make_steps(run)
+        train_run(run)
     except RunEnded as end:
         return end.cause.label, str(end), list(recorder.refitted)
     return None, "", list(recorder.refitted)
@@ -130,41 +131,44 @@ def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
 
 def _trained(run: Any, recorder: Any) -> Any:
     """A whole run of three steps, two of a batch, whose rollouts are there from the start."""
-    from megatron_dypo.loop.train import make_steps
+    from megatron_dypo.loop.train import train_run
 
     for index in (0, 1):
         put(run, batch_of(index))
-    make_steps(run)
+    train_run(run)
     return run.progress.step, list(recorder.refitted), sorted(recorder.metrics)
 
 
 def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
     """An end by ``cause`` after that many steps, while a collection has counted something."""
     from megatron_dypo.ending import Cause, RunEnded
-    from megatron_dypo.loop.train import end_early, train_step
+    from megatron_dypo.loop.train import train_run
+    from tests.support.loop_cases import make_step
 
     put(run, batch_of(0))
     for _ in range(steps):
-        train_step(run)
+        make_step(run)
     run.tally.add("asked", steps)
-    end_early(run, RunEnded(Cause[cause], "why"))
+    recorder.end = RunEnded(Cause[cause], "why")
+    with pytest.raises(RunEnded, match="why"):
+        train_run(run)
     return _saved(run), (run.dir / "hf").is_dir(), sorted(recorder.metrics)
 
 
 def _saved_twice(run: Any, recorder: Any) -> Any:
     """A run whose last step is saved before it ends."""
     from megatron_dypo.loop.resume import save_unless_saved
-    from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
     from megatron_dypo.mcore.checkpoints.folder import find_latest
 
     put(run, batch_of(0))
-    train_step(run)
+    make_step(run)
     folder = find_latest(run.dir / "checkpoints")
     assert folder is not None
     before = folder.stat().st_mtime_ns
-    save_unless_saved(run)
+    save_unless_saved(run.checkpointer, run.progress)
     run.progress.step = 2
-    save_unless_saved(run)
+    save_unless_saved(run.checkpointer, run.progress)
     return folder.stat().st_mtime_ns == before, _saved(run)
 
 

@@ -17,12 +17,12 @@ BAD = "decoder.layers.3.mlp.linear_fc2.weight"
 """Of the last layer: with two stages the second rank has it."""
 
 
-def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict[str, Any]:
+def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict[str, Any]:
     """Updates of a run with a NaN in one of its weights, from the start or later, or with rewards that are infinite."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.not_finite import require_finite_weights
-    from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
     from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
     from megatron_dypo.parallel.groups import close
     from megatron_dypo.mcore.start import start_megatron
@@ -40,11 +40,11 @@ def rank_spoil(path: str, folder: str, axes: dict[str, int], where: str) -> dict
         result["start"] = str(end)
     try:
         for step in range(4):
-            if run.batch.is_used_up:
+            if run.progress.batch.is_used_up:
                 put(run, _spoilt(batch_of(step // 2)) if where == "rewards" else batch_of(step // 2))
             if where == "weight later" and step == 1:
                 _spoil_weight(policy.chunks)
-            train_step(run)
+            make_step(run)
     except RunEnded as end:
         result["end"] = (run.progress.step, end.cause.label, str(end))
     saved = find_latest(Path(folder) / "checkpoints")
@@ -69,7 +69,7 @@ def _spoilt(groups: list[list[Any]]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=["one process", "two stages"])
 def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
-    tmp_path: Path, axes: dict[str, int]
+    tmp_path: Path, axes: dict[str, Any]
 ) -> None:
     path = str(make_hf_model("qwen2", tmp_path / "hf"))
     results = run_ranks(axes.get("pipeline", 1), rank_spoil, path, str(tmp_path / "run"), axes, "weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.support.present import present
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ STATE = {"cursor": 17, "policy_version": 2}
 
 def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
     """Weights after 4 uninterrupted updates, saved after 2; and those of a run resumed here from that checkpoint."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.reference import ReferencePolicy
     from megatron_dypo.mcore.start import start_megatron
@@ -49,14 +50,14 @@ def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ..
 
 def rank_read(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
     """What a run under other axes makes of the checkpoint."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
     parallel = ParallelConfig(**axes)
     layout = start_megatron(parallel)
-    resumed = _resume(path, layout, parallel, options, checkpoint.find_latest(root))
+    resumed = _resume(path, layout, parallel, options, present(checkpoint.find_latest(root)))
     close(layout)
     return resumed
 

@@ -14,7 +14,7 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     """One collection on this rank of two; how it ended, and the books of both."""
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.books.ledger import Ledger
     from megatron_dypo.loop.ranks import MeshRanks
@@ -44,10 +44,10 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
             collect_groups(run)
         except RunEnded as end:
             ended = (end.cause.label, str(end))
-        found = run.accounts.balance(run.batch)
+        found = run.accounts.balance(run.progress.batch)
         drawn = drawn_state(leader_of(run), run.servers.stream, ranks)
         run.servers.stream.stop()
-        after = run.accounts.balance(run.batch)
+        after = run.accounts.balance(run.progress.batch)
     close(layout)
     stored = Ledger.from_json(drawn["ledger"])
     open_draws = len(drawn["unfinished"]) + found.open.waiting

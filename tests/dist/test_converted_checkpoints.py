@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dypo.parallel.mesh import Mesh
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import KINDS, make_hf_model
 
@@ -41,7 +41,7 @@ def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
     Returns:
         By model, the parameters that differ between the two, or that loading left untouched.
     """
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -70,7 +70,7 @@ def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
 
 
 def _load(hf: Path, mcore: Path | None, arch, parallel, layout) -> list:
-    from megatron_dypo.config.tree import ModelConfig
+    from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
 
     model = ModelConfig(hf_path=str(hf), mcore_path=None if mcore is None else str(mcore), dtype="float32")
@@ -86,7 +86,7 @@ def _save(chunks: list, folder: Path, layout) -> None:
     """As a run does, with something of an optimizer beside the weights."""
     from megatron.core import dist_checkpointing
 
-    from megatron_dypo.mcore.checkpoints.checkpoint import model_state
+    from megatron_dypo.mcore.checkpoints.weights import model_state
 
     state = model_state(chunks)
     key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"

@@ -1,5 +1,6 @@
 """Samples between replicas and inside one, over real gloo groups."""
 
+from tests.support.present import present
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -23,11 +24,11 @@ def rank_exchange(seed):
     rank = dist.get_rank()
     owner = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # rank 2 holds nothing
     mine = [s for g, who in zip(groups, owner, strict=True) if who == rank for s in g]
-    balanced = balance(mine, dist.group.WORLD, work)
+    balanced = balance(mine, present(dist.group.WORLD), work)
     pair = dist.new_group([0, 1], backend="gloo")
     shared = broadcast_samples(balanced if rank == 0 else None, pair) if rank < 2 else []
-    word = broadcast_object(f"from {rank}", dist.group.WORLD)
-    ranks = gather_objects(rank, dist.group.WORLD)
+    word = broadcast_object(f"from {rank}", present(dist.group.WORLD))
+    ranks = gather_objects(rank, present(dist.group.WORLD))
     dist.barrier()
     dist.destroy_process_group()
     return balanced, shared, word, ranks

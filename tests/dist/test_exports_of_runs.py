@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
 import filecmp
 from pathlib import Path
 
 import pytest
 
-from megatron_dypo.models.convert import mcore_to_hf
-from megatron_dypo.models.export_run import export_run
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.export_run import export_run
 from tests.support.dist.spawn import run_ranks
 from tests.support.dist.training import start
 from tests.support.hf_models import make_hf_model
@@ -36,7 +37,7 @@ SMALL = 60_000
 
 def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     """Two updates, a checkpoint after each with the first weights as its reference, an export after each."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.reference import ReferencePolicy
@@ -49,7 +50,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     session = start(path, layout, parallel, **options)
     reference = ReferencePolicy(session.chunks)
 
-    def export(name: str, **options: int) -> None:
+    def export(name: str, **options: Any) -> None:
         params = named_global_parameters(session.chunks)
         export_hf(params, session.arch, layout, out_dir=f"{run_dir}/expected/{name}", reference_hf_path=path, **options)
 
@@ -87,7 +88,8 @@ def test_a_checkpoint_of_a_run_becomes_the_runs_own_export_byte_for_byte(name: s
     assert first == tmp_path / "exports" / "step_000001"
     assert_same_folder(expected / "step_000001", first)
     assert_same_folder(expected / "step_000002", newest)
-    assert not filecmp.cmp(*(next(folder.glob("*.safetensors")) for folder in (first, newest)), shallow=False)
+    weights, others = (next(folder.glob("*.safetensors")) for folder in (first, newest))
+    assert not filecmp.cmp(weights, others, shallow=False)
     checkpoint = tmp_path / "checkpoints" / "step_000002"
     for source, converted in (
         (checkpoint, "step_000002"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+from tests.support.present import present
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,7 @@ def rank_results(cases: tuple[str, ...]) -> dict:
             (logp * coef).sum().backward()
             dist.all_reduce(hidden.grad)
             tensors = (logp, entropy, hidden.grad, weight.grad)
-            results[name, budget] = [t.detach().float().numpy() for t in tensors]
+            results[name, budget] = [present(t).detach().float().numpy() for t in tensors]
     dist.destroy_process_group()
     return results
 
@@ -63,7 +65,7 @@ def reference(name: str) -> list[np.ndarray]:
     logp_NV = (hidden @ weight[:VOCAB].t() / 0.8).log_softmax(dim=-1)
     logp = logp_NV.gather(1, targets[:, None])[:, 0]
     (logp * coef.double()).sum().backward()
-    return [t.detach().numpy() for t in (logp, -(logp_NV.exp() * logp_NV).sum(-1), hidden.grad, weight.grad)]
+    return [present(t).detach().numpy() for t in (logp, -(logp_NV.exp() * logp_NV).sum(-1), hidden.grad, weight.grad)]
 
 
 def test_two_ranks_give_the_log_probs_entropy_and_gradients_of_one() -> None:
@@ -104,14 +106,14 @@ LENGTHS = (5, 14, 3)
 RESPONSE = (2, 3, 8, 9, 10, 18, 20)
 
 
-def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mib: float | None) -> dict | None:
+def rank_model(path: str, axes: dict[str, Any], dtype: Any, logprob_memory_mib: float | None) -> dict | None:
     """Main gradients (each rank's own) after two backward passes through log-probs, then through whole logits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
-    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
@@ -150,7 +152,7 @@ def rank_model(path: str, axes: dict, dtype: str, logprob_memory_mib: float | No
             micro_batch_size=1,
             forward_only=False,
         )
-        grads = {name: p.main_grad.float().numpy().copy() for name, p in named_global_parameters(chunks)}
+        grads = {name: main_grad(p).float().numpy().copy() for name, p in named_global_parameters(chunks)}
         results[fused] = grads | {"logp": np.stack([r.numpy() for r in reports])} if reports else grads
     close(layout)
     return results
@@ -199,7 +201,7 @@ LOGITS_MB = MANY * WIDE * 4 / 2**20
 def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
     """MiB at the peak of a forward and a backward pass, under each budget for logits."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.start import start_megatron

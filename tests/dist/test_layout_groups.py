@@ -10,11 +10,11 @@ import pytest
 from tests.support.dist.spawn import RankError, run_ranks
 
 
-def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
+def rank_layout(axes: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -46,7 +46,7 @@ def rank_layout(axes: dict[str, int]) -> dict[str, Any]:
 def rank_with_a_fault() -> None:
     import torch.distributed as dist
 
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -58,8 +58,8 @@ def rank_with_a_fault() -> None:
         dist.barrier(group=layout.tp_group)
 
 
-def rank_too_few(axes: dict[str, int]) -> str:
-    from megatron_dypo.config.tree import ParallelConfig
+def rank_too_few(axes: dict[str, Any]) -> str:
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
 
     with pytest.raises(ValueError, match="=") as error:

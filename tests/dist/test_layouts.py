@@ -5,6 +5,7 @@ Rows of one world size share one start of processes; a row is a line of ``ROWS``
 
 from __future__ import annotations
 
+from typing import Any
 import dataclasses
 import functools
 
@@ -21,12 +22,13 @@ from tests.support.dist.spawn import RankError, run_ranks
 from tests.support.hf_models import make_hf_model
 from tests.support.objective_cases import random_groups
 
+MODES: list[tuple[Any, float]] = [("sequence_mean", 1.0), ("sum", 0.3), ("token_mean", 2.0), ("constant", 1.0)]
 OBJECTIVES = [
     ObjectiveConfig(length_normalization=mode, constant_length=7, kl_coef=0.1, clip_high=0.28, beta_gal=beta)
-    for mode, beta in (("sequence_mean", 1.0), ("sum", 0.3), ("token_mean", 2.0), ("constant", 1.0))
+    for mode, beta in MODES
 ]
 MEAN, SUM, TOKEN, CONSTANT = range(4)
-BY_SEQUENCE = {
+BY_SEQUENCE: dict[str, dict[str, Any]] = {
     "gspo": {"ratio": "sequence"},
     "gal clipped": {"gal_clip": "sequence"},
     "geometric mean": {"importance": ImportanceConfig(sequence_bounds=(0.8, 1.2))},
@@ -46,9 +48,9 @@ EP, ETP = {"expert": 2}, {"expert_tensor": 2}
 EVERY = tuple((objective, count) for objective in range(4) for count in (1, 2, 4))
 PADDED = ((SUM, None),)
 WHOLE = tuple((objective, 2) for objective in range(CONSTANT + 1, len(OBJECTIVES)))
-SHARDED = {"distributed": True}
+SHARDED: dict[str, Any] = {"distributed": True}
 
-DEEPER = {"qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6})}
+DEEPER: dict[str, tuple[str, dict[str, Any]]] = {"qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6})}
 """Kinds of rows that four layers are too few for."""
 
 ROWS = {

@@ -5,6 +5,7 @@ The gradient of the whole objective is checked by the rows of ``test_layouts.py`
 
 from __future__ import annotations
 
+from typing import Any
 import functools
 import math
 
@@ -74,7 +75,7 @@ def _path(root):
 def rank_scores(path, axes, samples):
     """Log-probs of the samples, all of which the first replica holds."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.logprobs import sequence_logprobs
     from megatron_dypo.mcore.start import start_megatron
@@ -114,9 +115,10 @@ def balance_samples():
 def rank_balance_gradients(path, axes):
     """Gradients of the load-balancing loss alone, as every token weight is zero; the gradient norm; the metric."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.forward_step import loss_pass
-    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.moe_router import balance_metrics
@@ -137,7 +139,7 @@ def rank_balance_gradients(path, axes):
     mine = [pack(samples, members, length, per_sequence) for members in MEMBERS[layout.dp_rank :: layout.data]]
     optimizer.zero_grad()
     loss_pass(chunks, [shard(row, layout.cp_rank, layout.context) for row in mine], objective=build_objective(ObjectiveConfig()))
-    grads = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
+    grads = sent_params([(name, main_grad(p)) for name, p in named_global_parameters(chunks)], arch, layout)
     tensors = iter_hf_tensors(grads, arch, layout)
     results = {name: tensor.numpy().copy() for name, tensor in tensors}
     norm = optimizer.step().grad_norm
@@ -146,7 +148,7 @@ def rank_balance_gradients(path, axes):
     return results, norm, balance
 
 
-RECOMPUTE = {1: "none", 2: "full"}
+RECOMPUTE: dict[int, Any] = {1: "none", 2: "full"}
 """By pipeline size: recomputation must not count the loss twice."""
 
 
@@ -155,7 +157,7 @@ def _literal_balance_gradients(path):
     """coefficient · Σ_layers Σ_microbatches (n/N) · E Σ_e f_e P_e in float64: gradient, norm of it, mean over layers."""
     model = float64_model(path)
     samples = balance_samples()
-    config, total = model.config, 0.0
+    config, total = model.config, torch.zeros((), dtype=torch.float64)
     num_tokens = sum(len(s.tokens) for s in samples)
     for members in filter(None, MEMBERS):
         by_sample = []

@@ -23,7 +23,7 @@ def rank_open(path: str) -> dict[str, Any]:
     from megatron_dypo.loop.replica import Leader
     from megatron_dypo.loop.requests import LeaderRequests
     from megatron_dypo.loop.servers import Servers
-    from megatron_dypo.loop.state import NoWriter
+    from megatron_dypo.loop.books.recorder import NoWriter
     from megatron_dypo.rollout.router import Router
     from megatron_dypo.rollout.server.probe import http_status
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_dypo.models.architecture import Architecture, Experts
-from megatron_dypo.refit.plan.trainer_shards import Mesh
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from tests.support.dist.planned_ranks import BUCKET_MIB, Refit, rank_refit
 from tests.support.dist.spawn import run_ranks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_dypo.models.quantized.names import Quantization
+from typing import Any
 import filecmp
 import functools
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dypo.refit.plan.trainer_shards import Mesh
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.refit_plan import Transfer, make_plan
 from megatron_dypo.models.quantized.folder import quantize_hf
 from megatron_dypo.models.quantized.names import is_quantized, is_scale, scale_name, scale_shape
@@ -31,19 +33,20 @@ SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "moe_inte
 """Every split at two or four ranks runs through blocks: of 192 rows of queries, 96 of keys, 320 columns of the MLP."""
 
 
-def slices_of(name: str, param: torch.Tensor, arch, layout, kind: str) -> list[Transfer]:
+def slices_of(name: str, param: torch.Tensor, arch, layout, kind: Quantization) -> list[Transfer]:
     """All of a parameter, each piece cut in two at an odd place, and all of its scales."""
     from megatron_dypo.models.families.registry import match
 
     row = match(name, arch)
     rank, size = (layout.etp_rank, layout.expert_tensor) if row.is_expert else (layout.tp_rank, layout.tensor)
     rows, cols = param.view(-1, param.shape[-1] if param.ndim > 1 else 1).shape
-    nowhere = {"server": 0, "server_rank": 0, "served_name": "", "served_row": 0, "served_col": 0}
+    nowhere: dict[str, Any] = {"server": 0, "server_rank": 0, "served_name": "", "served_row": 0, "served_col": 0}
     made = functools.partial(Transfer, **nowhere, source=layout.rank, source_name=row.mcore)
     offset, slices = 0, []
     for piece in row.rule.pieces(arch, rank, size):
         for start, length in ((0, piece.length // 3), (piece.length // 3, piece.length - piece.length // 3)):
             at, hf = offset + start, piece.start + start
+            where: dict[str, Any]
             if row.rule.tp_dim == 1:
                 where = {"source_row": 0, "source_col": at, "rows": rows, "cols": length, "hf_row": 0, "hf_col": hf}
             else:
@@ -58,7 +61,7 @@ def slices_of(name: str, param: torch.Tensor, arch, layout, kind: str) -> list[T
     return slices
 
 
-def planned(arch, layout, kind: str) -> list[Transfer]:
+def planned(arch, layout, kind: Quantization) -> list[Transfer]:
     """What this rank sends to two servers of one and two ranks; the plan refuses shards that cut blocks."""
     if kind == "fp8_block":
         return []
@@ -71,7 +74,7 @@ def planned(arch, layout, kind: str) -> list[Transfer]:
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
     """Bytes of every slice that this rank serves, by kind; and exports to ``out``, plain and in each kind."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.parallel.groups import close
@@ -85,7 +88,8 @@ def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, n
     load_initial_weights(chunks, model, arch, layout)
     named = dict(named_global_parameters(chunks))
     served: dict[str, list[tuple[Transfer, np.ndarray]]] = {}
-    for kind in ("none", *KINDS):
+    kinds: tuple[Quantization, ...] = ("none", *KINDS)
+    for kind in kinds:
         export_hf(
             named.items(), arch, layout, out_dir=Path(out) / kind, reference_hf_path=hf, quantization=kind
         )

@@ -3,6 +3,7 @@ all."""
 
 from __future__ import annotations
 
+from typing import Any
 import itertools
 from pathlib import Path
 
@@ -24,11 +25,11 @@ WORLD_SIZE = 4  # two replicas
 
 
 def rank_refit(
-    model: str, axes: dict[str, int], urls: list[str], run_dir: str, misshapen_on: int | None
+    model: str, axes: dict[str, Any], urls: list[str], run_dir: str, misshapen_on: int | None
 ) -> tuple[tuple[str, int], list[list[str]]]:
     """A refit by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.mcore.chunks import named_global_parameters
     from megatron_dypo.mcore.model import build_model, load_initial_weights
@@ -77,7 +78,8 @@ def test_each_tensor_is_written_and_broadcast_once(case, tmp_path):
         urls = [server.url for server in servers]
         results = run_ranks(WORLD_SIZE, rank_refit, str(model), axes, urls, str(tmp_path), None)
         assert [server.version for server in servers] == ["1", "1"]
-    expected, written = load_file(model / "model.safetensors"), {}
+    expected = load_file(model / "model.safetensors")
+    written: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "refit" / "version_1").glob("*.safetensors"):
         tensors = load_file(file)
         assert not written.keys() & tensors.keys()

@@ -19,7 +19,7 @@ NEW: dict[str, Any] = {
 
 
 def rank_resume(path: str, root: str, options: dict[str, Any]) -> dict[str, Any]:
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close

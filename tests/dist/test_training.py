@@ -17,7 +17,7 @@ OPTIMIZERS = ("plain", "distributed")
 
 
 def rank_observe(path: str, root: str) -> dict[str, Any]:
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -54,7 +54,7 @@ def _train(session: Session) -> Any:
 def _swap(session: Session) -> dict[str, Any]:
     from megatron_dypo.mcore.reference import ReferencePolicy
 
-    seen = {"initial": session.weights()}
+    seen: dict[str, Any] = {"initial": session.weights()}
     reference = ReferencePolicy(session.chunks)
     session.train(1, 2)
     seen["trained"] = session.weights()

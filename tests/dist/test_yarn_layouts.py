@@ -22,7 +22,7 @@ LAYOUTS = {
 
 def rank_train(path: str, axes: dict, recompute: str) -> list[tuple[float, float]]:
     """Gradient norm and rate of two updates on rows of up to 16 tokens, where the model has 4 original positions."""
-    from megatron_dypo.config.tree import ParallelConfig
+    from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 

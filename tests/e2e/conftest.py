@@ -25,13 +25,13 @@ from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 def sglang_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerPool]]:
     """A factory of servers on the CPU in float32, which live until the end of the test file.
 
-    ``sglang_servers(model_path, dtype="float32", **fields of ServersConfig) -> ServerPool``. One start takes about 15 s,
-    and a server 2 GiB: share them within a file.
+    ``sglang_servers(model_path, dtype="float32", **fields of ServersConfig) -> ServerPool``. One start takes about
+    15 s, and a server 2 GiB: share them within a file.
     """
     with contextlib.ExitStack() as stack:
 
         def start(model_path: Path, dtype: str = "float32", **fields: Any) -> ServerPool:
-            cfg = ServersConfig(**{"port": 31000, "start_deadline_s": 240.0, **fields})
+            cfg = ServersConfig(**{"port": 31000, "start_deadline_s": 500.0, **fields})
             log_dir = tmp_path_factory.mktemp("sglang")
             return stack.enter_context(start_servers(cfg, model_path, dtype, log_dir, seed=1, device="cpu"))
 

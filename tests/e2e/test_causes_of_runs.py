@@ -14,7 +14,7 @@ from megatron_dypo.ending import Cause
 from tests.support.e2e.commands import steps_of, train
 from tests.support.e2e.parity_task import write_task
 
-SFT = {"objective": {"name": "sft"}}
+SFT: dict[str, Any] = {"objective": {"name": "sft"}}
 
 
 def ended(folder: Path, config: Path, cause: Cause, *overrides: str) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from megatron_dypo.ending import Cause
 from megatron_dypo.mcore.checkpoints.folder import find_latest
 from tests.support.e2e.commands import REPOSITORY, start, steps_of, wait_until
 from tests.support.e2e.parity_task import write_task
+from tests.support.present import present
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +30,7 @@ def task(tmp_path):
     )
 
 
-def begun(config: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def begun(config: Path, *overrides: str, **environment: Any) -> subprocess.Popen[str]:
     """Start a run and wait until it has done three steps."""
     process = start("train", config, *overrides, **environment)
     wait_until(process, lambda: len(steps_of(config.parent / "run")) >= 3)
@@ -79,7 +81,7 @@ def test_a_second_ctrl_c_ends_at_once(task):
     ranks = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
-    lines = iter(process.stdout.readline, "")
+    lines = iter(present(process.stdout).readline, "")
     assert any("SIGINT: the run finishes its step" in line for line in lines)
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
@@ -109,7 +111,8 @@ def test_a_rank_that_stands_still_is_named_with_what_it_was_doing(task):
     stopped.suspend()
     code, output = finish(process)
     assert code == Cause.RANK_HUNG.status, output
-    line = rf"error: rank_hung \(status 76\): rank 1 on \S+ \(process {stopped.pid}\) has given no sign of life for 2\d s; "
+    line = rf"error: rank_hung \(status 76\): rank 1 on \S+ \(process {stopped.pid}\) has given no sign of life "
+    line += r"for 2\d s; "
     assert re.search(line, output)
     stacks = (task.parent / "run" / "logs" / "rank_00001.log").read_text()
     assert "Fatal Python error: Aborted" in stacks

@@ -13,7 +13,7 @@ import pytest
 from megatron_dypo.eval.records import Record, read_records, records_path
 from megatron_dypo.rollout.server.servers import ServerPool
 from tests.support.e2e.commands import finished, start, wait_until
-from tests.support.eval_cases import write_sums
+from tests.support.eval_cases import write_sums, write_tokenizer
 from tests.support.hf_models import make_hf_model
 
 ITEMS = 40
@@ -21,19 +21,21 @@ ITEMS = 40
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
+    folder = make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
+    write_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def pool(sglang_servers: Any, model_path: Path) -> ServerPool:
-    return sglang_servers(model_path, max_restarts=0, start_deadline_s=600.0)
+    return sglang_servers(model_path, max_restarts=0)
 
 
 def records(out: Path) -> list[Record]:
     return read_records(records_path(out, "sums"))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 def test_a_killed_evaluation_goes_on_to_the_same_figures(pool: ServerPool, model_path: Path, tmp_path: Path) -> None:
     sets = tmp_path / "sets.yaml"
     path = write_sums(tmp_path / "sums.jsonl", ITEMS)

@@ -1,4 +1,4 @@
-"""Checkpoints of `megatron-dypo train` become HF folders by every way there is, and the last one is the run's own ``hf/``."""
+"""Checkpoints of `megatron-dypo train` become HF folders in every way, and the last one is the run's own ``hf/``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.models.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
 from tests.support.e2e.commands import REPOSITORY, python, train
 from tests.support.e2e.parity_task import write_task
 

@@ -1,9 +1,10 @@
-"""An objective that is one file of the user's, outside the package: it trains, and its stream and metrics are everywhere."""
+"""An objective in one file of the user's, outside the package: it trains, and its stream and metrics are everywhere."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,7 +16,7 @@ OBJECTIVE = REPOSITORY / "tests" / "support" / "throwaway_objective.py"
 OWN = ("shape/mean", "shape/traces")
 
 
-def trained(folder: Path, **sections: object) -> dict[int, dict[str, float]]:
+def trained(folder: Path, **sections: Any) -> dict[int, dict[str, float]]:
     """Records of a run with the throw-away objective, by step."""
     (folder / "my_package").mkdir()
     shutil.copy(OBJECTIVE, folder / "my_package" / "my_module.py")

@@ -20,7 +20,7 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.e2e.refitting_ranks import PROMPT, Servers, Trainer, ask, checksums_by_rank
 from tests.support.hf_models import import_transformers, make_hf_model
 
-SIZES = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1031, "tie_word_embeddings": True}
 MESHES: dict[str, dict[str, int]] = {"TP2×PP2": {"tensor": 2, "pipeline": 2}, "PP2×DP2": {"pipeline": 2}}
 PAIRS = [(1, "TP2×PP2"), (2, "PP2×DP2"), (1, "PP2×DP2"), (2, "TP2×PP2")]
 """Ranks of a server, and the mesh of its trainer."""
@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def servers(
     request: pytest.FixtureRequest, models: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    cfg = ServersConfig(port=31000, start_deadline_s=400.0, per_node=2, tensor_parallel=request.param)
+    cfg = ServersConfig(port=31000, start_deadline_s=500.0, per_node=2, tensor_parallel=request.param)
     with start_servers(cfg, models[0], "float32", tmp_path_factory.mktemp("sglang"), seed=1, device="cpu") as pool:
         run_dir = tmp_path_factory.mktemp("run")
         assert pool.api_key is not None

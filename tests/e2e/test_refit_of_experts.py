@@ -17,7 +17,7 @@ from tests.support.hf_models import import_transformers, make_hf_model
 
 TOKENS = list(range(3, 40))
 # On a CPU SGLang pads experts to a multiple of 64 features, which planned refits refuse.
-FEATURES = {"moe_intermediate_size": 64}
+FEATURES: dict[str, Any] = {"moe_intermediate_size": 64}
 BODY = {
     "input_ids": TOKENS,
     "sampling_params": {"max_new_tokens": 1},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tests.support.e2e.refitting_ranks import (
 from tests.support.hf_models import import_transformers, make_hf_model
 
 # About 1.7 MiB for each stage, so that each sends several buckets of 1 MiB.
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "vocab_size": 1031,

@@ -9,10 +9,10 @@ import pytest
 from megatron_dypo.metrics.report.page import render_report
 from tests.support.run_folder import HOSTILE, make_run
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or ""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path")
+@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome on the path")
 def test_plots_and_samples_are_drawn_and_hostile_text_is_inert(tmp_path):
     path = render_report(make_run(tmp_path / "run", 3, num_prompts=4, text=HOSTILE))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]

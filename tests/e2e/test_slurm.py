@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 from megatron_dypo.rollout.server.probe import http_status
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
 from tests.support.e2e.parity_task import write_task
@@ -242,7 +242,8 @@ def test_a_node_with_a_sick_gpu_is_named_left_out_and_replaced(slurm, task, tmp_
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
     driver.write_text(
-        '#!/bin/sh\nremapped=No; [ "$(hostname)" != node1 ] || remapped=Yes\necho "0, 0, No, No"; echo "1, 0, $remapped, No"\n'
+        '#!/bin/sh\nremapped=No; [ "$(hostname)" != node1 ] || remapped=Yes\n'
+        'echo "0, 0, No, No"; echo "1, 0, $remapped, No"\n'
     )
     driver.chmod(0o755)
     path = f"{driver.parent}:{sys.prefix}/bin:/usr/bin:/bin:/usr/sbin:/sbin"

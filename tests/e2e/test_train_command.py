@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dypo.metrics.samples import read_samples
-from megatron_dypo.metrics.writer import read_metrics
+from megatron_dypo.metrics.sinks import read_metrics
 from tests.support.e2e.commands import COMMAND, DEADLINE_S, start, steps_of, train, wait_until
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers
@@ -96,7 +97,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
     """A run of two replicas that was killed and started again: its folder, the output of the second start, and the step
     that the first one had saved."""
     folder = tmp_path_factory.mktemp("killed")
-    sections = {"parallel": {"num_processes": 2}, "optimizer": {"distributed": True}}
+    sections: dict[str, Any] = {"parallel": {"num_processes": 2}, "optimizer": {"distributed": True}}
     config = write_task(folder, run={"steps": 4}, **sections)
     process = start("train", config)
     tracker = folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
@@ -128,7 +129,7 @@ def test_two_replicas_share_prompts_and_work(killed: tuple[Path, str, int]) -> N
 @pytest.mark.slow
 def test_context_parallel_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     # Adam's first step divides each gradient by its own size; eps keeps rounding out of those that are almost zero.
-    options = {"objective": {"name": "sft"}, "optimizer": {"lr": 1e-3, "eps": 1e-5}}
+    options: dict[str, Any] = {"objective": {"name": "sft"}, "optimizer": {"lr": 1e-3, "eps": 1e-5}}
     runs = []
     for name, axes in (("one", {}), ("four", {"tensor": 2, "context": 2, "sequence": True})):
         run_dir = tmp_path / name / "run"

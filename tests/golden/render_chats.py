@@ -43,7 +43,7 @@ def render(name: str) -> list[str]:
                 text = f"refused: {str(error).rpartition(': the chat template ')[2]}"
             lines.append(f"{label}: {text}")
         lines.append(f"a turn ends with: {backend.id_to_token(tokenizer.eos_id)}")
-        lines.append(f"stops: {' '.join(backend.id_to_token(i) for i in tokenizer.eos_ids)}")
+        lines.append(f"stops: {' '.join(str(backend.id_to_token(i)) for i in tokenizer.eos_ids)}")
         lines.append(f"the prompt opens: {tokenizer.generation_suffix!r}")
         trace = end_trace(TRACE, tokenizer, tokenizer.render(CHATS["user"], True))
         lines.append(f"target of a trace: {backend.decode(trace.tolist(), skip_special_tokens=False)!r}")

@@ -1,4 +1,4 @@
-"""Dry runs of the NeMo-Run recipes, as text. ``python -m tests.golden.render_nemo_run`` writes the golden files anew."""
+"""Dry runs of the NeMo-Run recipes, as text: ``python -m tests.golden.render_nemo_run`` renews the golden files."""
 
 from __future__ import annotations
 

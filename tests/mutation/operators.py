@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -15,9 +16,11 @@ _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }  # fmt: skip
 _TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
     ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult,
 }  # fmt: skip
+Node: TypeAlias = ast.expr | ast.stmt | ast.keyword
 _FUNCTIONS = {
     "min": "max",
     "max": "min",
@@ -44,12 +47,17 @@ _DROPPED_METHODS = {
 }
 ALIKE = (
     ("clip_low", "clip_high"), ("old_logp", "ref_logp", "rollout_logp"), ("num_sequences", "num_response_tokens"),
-    ("alpha", "gamma"), ("beta_gal", "kl_coef"), ("reward", "is_correct"), ("surrogate", "kl", "nll"), ("order", "member"),
-    ("is_token_masked", "is_sequence_masked", "is_capped"), ("tokens_T", "targets_T"), ("updates_left", "policy_version"),
+    ("alpha", "gamma"), ("beta_gal", "kl_coef"), ("reward", "is_correct"), ("surrogate", "kl", "nll"),
+    ("order", "member"),
+    ("is_token_masked", "is_sequence_masked", "is_capped"), ("tokens_T", "targets_T"),
+    ("updates_left", "policy_version"),
     ("linear", "quadratic", "response"), ("used", "length"), ("prompts", "sequences", "response_tokens"),
-    ("token_bounds", "sequence_bounds"), ("DISTILL", "REINFORCE", "DROP"), ("EASY", "MID", "HARD"), ("waiting", "batch"),
-    ("num_attention_heads", "num_key_value_heads"), ("hidden_size", "ffn_hidden_size"), ("version", "step"), ("values", "keys"),
-    ("old_logp_T", "ref_logp_T", "rollout_logp_T"), ("kl_T", "nll_T", "surrogate_T"), ("visit", "order"), ("append", "extend"),
+    ("token_bounds", "sequence_bounds"), ("DISTILL", "REINFORCE", "DROP"), ("EASY", "MID", "HARD"),
+    ("waiting", "batch"),
+    ("num_attention_heads", "num_key_value_heads"), ("hidden_size", "ffn_hidden_size"), ("version", "step"),
+    ("values", "keys"),
+    ("old_logp_T", "ref_logp_T", "rollout_logp_T"), ("kl_T", "nll_T", "surrogate_T"), ("visit", "order"),
+    ("append", "extend"),
     ("answer", "source", "text"), ("prompt_tokens", "response_tokens"), ("normalize_std", "is_on"), ("first", "width"),
 )  # fmt: skip
 """Attributes and words of one type, of which a slip takes one for another."""
@@ -264,20 +272,23 @@ class _Finder(ast.NodeVisitor):
             self._add(condition, "True", "filter removed")
         self.generic_visit(node)
 
-    def _change(self, node: ast.AST, rule: str, **fields: object) -> None:
+    def _change(self, node: Node, rule: str, **fields: object) -> None:
         changed = copy.copy(node)
         for name, value in fields.items():
             setattr(changed, name, value)
         text = ast.unparse(changed)
         self._add(node, text if isinstance(node, (ast.stmt, ast.Attribute)) else f"({text})", rule)
 
-    def _add(self, node: ast.AST, new: str, rule: str) -> None:
-        start = self._starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
-        end = self._starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+    def _add(self, node: Node, new: str, rule: str) -> None:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = self._starts[node.lineno - 1] + node.col_offset
+        end = self._starts[node.end_lineno - 1] + node.end_col_offset
         old = self.source[start:end].decode()
-        text = self.source.splitlines()[node.lineno - 1].decode().strip()  # type: ignore[attr-defined]
+        text = self.source.splitlines()[node.lineno - 1].decode().strip()
         mutant = Mutant(
-            path=self.path, text=text, function=".".join(self._names), line=node.lineno, start=start, end=end, old=old, new=new, rule=rule,  # type: ignore[attr-defined]
+            path=self.path, text=text, function=".".join(self._names), line=node.lineno, start=start, end=end, old=old,
+            new=new, rule=rule,
         )  # fmt: skip
         if "".join(old.split()) != "".join(new.split()) and _compiles(mutant.apply(self.source)):
             self.found.append(mutant)

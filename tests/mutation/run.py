@@ -160,7 +160,7 @@ def run_room(
 
 def main() -> int:
     """Run the rooms that are asked for, and report."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=list(ROOMS), help="a room; may be given several times")
     parser.add_argument("--file", action="append", help="only mutants of this file")
     parser.add_argument("--jobs", type=int, default=1)

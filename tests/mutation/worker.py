@@ -1,4 +1,4 @@
-"""The process that runs tests on mutants, one forked child for each, in a copy of the tree that is its working directory.
+"""The process that runs tests on mutants, one forked child for each, in a copy of the tree: its working directory.
 
 Reads a JSON task a line, answers a JSON result a line. The heavy libraries are imported here, once; the package and its
 tests only in the children, so that each sees the file as it is then.
@@ -39,7 +39,7 @@ PRELOADED = (
 )
 _MEMORY = 24 * 2**30
 _EPOCH = 2_000_000_000
-"""Bytecode is told from stale one by a file's time in seconds and its size; each version of a file gets a time of its own."""
+"""Python knows stale bytecode by a file's time in seconds and its size: each version of a file gets its own time."""
 
 
 def main() -> None:

@@ -9,9 +9,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 from megatron_dypo.models.architecture import Architecture, architecture_from_hf
-from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
+from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.parallel.mesh import Mesh
+from megatron_dypo.refit.plan.refit_plan import RefitPlan, make_plan
+from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from megatron_dypo.refit.plan.summary import summarize
 
 LLAMA_3_70B = {
@@ -46,18 +50,18 @@ def architecture(name: str) -> Architecture:
     return architecture_from_hf(CASES[name][0], where=name)
 
 
-def plan(name: str, quantization: str = "none") -> RefitPlan:
+def plan(name: str, quantization: Quantization = "none") -> RefitPlan:
     _, source, server = CASES[name]
     return make_plan(architecture(name), source, [server] * SERVERS, quantization=quantization)
 
 
 def peak_bytes() -> int:
-    """The most memory that was resident in this program; ``ru_maxrss`` would count that of the process that started it."""
+    """Return this program's peak resident memory; ``ru_maxrss`` would count that of the process that started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def main(name: str, quantization: str) -> None:
+def main(name: str, quantization: Quantization) -> None:
     start = time.process_time()
     made = plan(name, quantization)
     summary = summarize(made, 50e9)
@@ -81,4 +85,5 @@ def main(name: str, quantization: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _, size, kind = sys.argv
+    main(size, cast("Quantization", kind))

@@ -28,6 +28,13 @@ Answer = Callable[[str, int], str]
 def write_tokenizer_folder(folder: Path) -> Path:
     """Write what an evaluation reads of an HF folder: no weights, a tokenizer without a chat template."""
     folder.mkdir(parents=True)
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": len(CHARACTERS)}))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of characters, in the place of one that is there."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(CHARACTERS)}, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -35,8 +42,6 @@ def write_tokenizer_folder(folder: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "unk_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": len(CHARACTERS)}))
-    return folder
 
 
 def write_sums(path: Path, count: int = 6, **columns: Any) -> Path:

@@ -29,7 +29,7 @@ class FakeServer:
     """Path → status and JSON (or text) to answer with."""
     redirects: dict[str, str] = field(default_factory=dict)
     """Path → URL to redirect to."""
-    on_call: Callable[[str], None] = lambda path: None
+    on_call: Callable[[str], object] = lambda path: None
     _http: ThreadingHTTPServer | None = None
 
     def start(self) -> None:

@@ -13,7 +13,7 @@ from aiohttp import web
 
 Reply = str | Callable[[dict[str, Any]], web.StreamResponse]
 Plan = Callable[[int, dict[str, Any]], Reply]
-"""(index of the request on this server, its body) → a name that ``_reply`` knows, or what makes the answer of the body."""
+"""(index of the request on this server, its body) → a name that ``_reply`` knows, or a function from body to answer."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 10.0) -> None:
@@ -37,15 +37,20 @@ def sample(body: dict[str, Any], index: int, **meta: Any) -> dict[str, Any]:
     }
 
 
-_ABOUT = {"/health": {}, "/model_info": {"is_generation": True}, "/server_info": {"tp_size": 1}}
+_ABOUT: dict[str, dict[str, Any]] = {
+    "/health": {},
+    "/model_info": {"is_generation": True},
+    "/server_info": {"tp_size": 1},
+}
 """What a router asks a server before it takes it."""
 
 
 class FakeSGLang:
     """``with FakeSGLang(plan) as fake``: a server at ``fake.url`` that treats each request as ``plan`` says.
 
-    ``version`` is that of all tokens. ``hang`` answers when ``fake.release`` is called. ``fake.requests`` are the bodies in the order of arrival,
-    ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose connection the client closed.
+    ``version`` is that of all tokens. ``hang`` answers when ``fake.release`` is called. ``fake.requests`` are the
+    bodies in the order of arrival, ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose connection
+    the client closed.
     """
 
     def __init__(self, plan: Plan = lambda index, body: "ok", *, version: str = "default") -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+from tests.support.present import present
 
 HIDDEN = 24
 ONE_ROW = 1
@@ -11,23 +16,23 @@ THREE_ROWS = int(3 * 16 * 4 / 0.75)
 EVERYTHING = 2**20
 
 
-def logits_as_hidden(logits_NV):
+def logits_as_hidden(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states and a weight whose product is exactly these logits."""
     return logits_NV.clone(), torch.eye(logits_NV.shape[1])
 
 
-def projected(g, num_rows=7, size=1.0):
+def projected(g: torch.Generator, num_rows: int = 7, size: float = 1.0) -> tuple[Tensor, Tensor]:
     """Operands on a grid of 1/8 and 1/32, so coarse that fp32 holds every partial sum of a logit exactly.
 
-    Else the order in which a processor's matmul adds up would move logits by some 1e-5, and entropies by 1e-6 (at a size of
-    20): the matmul's rounding, not that of the code under test.
+    Else the order in which a processor's matmul adds up would move logits by some 1e-5, and entropies by 1e-6 (at a
+    size of 20): the matmul's rounding, not that of the code under test.
     """
     hidden_NH = torch.randn(num_rows, HIDDEN, generator=g).mul(8).round() / 8
     weight_VH = torch.randn(16, HIDDEN, generator=g).mul(32).round() / 32
     return size * hidden_NH, weight_VH
 
 
-CASES = {
+CASES: dict[str, Callable[[torch.Generator], tuple[Tensor, Tensor]]] = {
     "random": projected,
     "peaked": lambda g: projected(g, size=20.0),
     "one row": lambda g: projected(g, num_rows=1),
@@ -39,7 +44,9 @@ CASES = {
 }
 
 
-def reference(hidden_NH, weight_VH, targets_N, coef_N, vocab_size, temperature=1.0):
+def reference(
+    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, coef_N: Tensor, vocab_size: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """float64: log-probs, entropy, gradients of Σ coef·logp by hidden and weight; padding masked with −inf."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden_NH, weight_VH))
     logits = hidden @ weight.t() / temperature
@@ -48,17 +55,17 @@ def reference(hidden_NH, weight_VH, targets_N, coef_N, vocab_size, temperature=1
     entropy_N = -(logp_NV.exp() * logp_NV.masked_fill(is_padding, 0.0)).sum(-1)
     logp_N = logp_NV.gather(1, targets_N[:, None])[:, 0]
     (logp_N * coef_N.double()).sum().backward()
-    return logp_N.detach(), entropy_N.detach(), hidden.grad, weight.grad
+    return logp_N.detach(), entropy_N.detach(), present(hidden.grad), present(weight.grad)
 
 
-def relative_error(ours, expected):
+def relative_error(ours: Tensor, expected: Tensor) -> float:
     """Of the largest entry; absolute where all entries are below one."""
     if not expected.numel():
         return 0.0
     return float((ours.double() - expected).abs().max() / max(float(expected.abs().max()), 1.0))
 
 
-def gradient_error(ours, expected):
+def gradient_error(ours: Tensor, expected: Tensor) -> float:
     """Of the largest entry, however small; where float64 has exact zeros (saturated softmax) so must we."""
     largest = float(expected.abs().max())
     error = float((ours.double() - expected).abs().max())

@@ -63,7 +63,7 @@ def import_transformers() -> Any:
 
 
 def make_hf_model(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Path:
-    """Save a random model of one of the kinds above under ``path`` and return ``path``; ``sizes`` override ``SIZES``."""
+    """Save a random model of a kind above under ``path`` and return ``path``; ``sizes`` override ``SIZES``."""
     transformers = import_transformers()
     config_class, extra = {**KINDS, **MOE_KINDS}[kind]
     config = getattr(transformers, config_class)(**{**SIZES, **extra, **sizes})

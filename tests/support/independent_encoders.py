@@ -1,4 +1,4 @@
-"""Encoders of published tokenizers that share no code with ours: naive merging of byte pairs, and sentencepiece itself."""
+"""Encoders of published tokenizers without any of our code: naive merging of byte pairs, and sentencepiece itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Encode = Callable[[str, bool], list[int]]
 
 
 def by_byte_pairs(model: Published) -> tuple[dict[str, int], Encode]:
-    """Return special tokens and an encoder as tiktoken defines it: a text is cut into words; in each, the pair of the lowest rank merges, repeatedly."""
+    """Return special tokens and an encoder as tiktoken defines it.
+
+    A text is cut into words; in each, the pair of the lowest rank merges, repeatedly.
+    """
     first = len(read_ranks(model.vocabulary))
     pattern = regex.compile(read_pattern(model.vocabulary))
 

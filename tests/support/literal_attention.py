@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
 
-def literal_attention(q, k, v, cu_seqlens):
+def literal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     """[T, h, d] → [T, h·d], one query, one head and one sequence at a time."""
     rows = []
     for start, end in itertools.pairwise(cu_seqlens):
@@ -24,5 +26,5 @@ def literal_attention(q, k, v, cu_seqlens):
     return torch.stack(rows)
 
 
-def boundaries(lengths):
+def boundaries(lengths: Iterable[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(lengths, initial=0))

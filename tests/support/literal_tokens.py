@@ -1,26 +1,31 @@
-"""The loss of one microbatch as its docstrings put it: Python floats, one token after the other, derivatives by hand."""
+"""The loss of one microbatch as its docstrings put it: Python floats, token by token, derivatives by hand."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 
 FAR = 20.0
 """Where e^x goes on by its tangent."""
 
 
-def exponential(x):
+def exponential(x: float) -> tuple[float, float]:
     """(e^x, its derivative), by the tangent from FAR on."""
     if x > FAR:
         return math.exp(FAR) * (1 + x - FAR), math.exp(FAR)
     return math.exp(x), math.exp(x)
 
 
-def k3(delta):
+def k3(delta: float) -> tuple[float, float]:
     """(e^δ − δ − 1, its derivative)."""
     value, slope = exponential(delta)
     return (value - delta - 1 if delta > FAR else math.expm1(delta) - delta), slope - 1
 
 
-def surrogate(log_rho, advantage, cfg):
+def surrogate(log_rho: float, advantage: float, cfg: ObjectiveConfig) -> tuple[float, float, bool]:
     """(Loss, derivative by log ρ, whether a bound replaced ρ), by eq. 22's cases."""
     if advantage > 0 and log_rho > math.log(1 + cfg.clip_high):
         return -advantage * (1 + cfg.clip_high), 0.0, True
@@ -37,23 +42,25 @@ class Literal:
     loss: float = 0.0
     size: float = 0.0
     """Σ of the terms' absolute values: what rounding is relative to."""
-    gradient: list = field(default_factory=list)
-    gradient_size: list = field(default_factory=list)
-    sums: dict = field(default_factory=dict)
+    gradient: list[float] = field(default_factory=list)
+    gradient_size: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
     distance: float = math.inf
     """Of the nearest log-ratio from a bound; nearer than rounding, either side is right."""
 
-    def add(self, name, value=1.0):
+    def add(self, name: str, value: float = 1.0) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
-    def near(self, log, *bounds):
+    def near(self, log: float, *bounds: float | None) -> None:
         self.distance = min([self.distance, *(abs(log - math.log(bound)) for bound in bounds if bound)])
 
 
-def literal_tokens(logp, entropy, x, cfg):
+def literal_tokens(
+    logp: Sequence[float], entropy: Sequence[float], x: Mapping[str, Sequence[float]], cfg: ObjectiveConfig
+) -> Literal:
     """``x``: stream → list, with ``is_trace`` and ``sequence`` of each token."""
     out, clips = Literal(), (1 + cfg.clip_high, 1 - cfg.clip_low)
-    members = {}
+    members: dict[float, list[int]] = {}
     for t, sequence in enumerate(x["sequence"]):
         members.setdefault(sequence, []).append(t)
     for t in range(len(logp)):
@@ -111,7 +118,7 @@ def literal_tokens(logp, entropy, x, cfg):
     return out
 
 
-def _masks(out, own_u, log_u, cfg):
+def _masks(out: Literal, own_u: float, log_u: Sequence[float], cfg: ImportanceConfig) -> tuple[bool, bool]:
     mean, gap = sum(log_u) / len(log_u), sum(map(abs, log_u)) / len(log_u)
     is_token = is_whole = False
     if cfg.token_bounds:
@@ -128,7 +135,7 @@ def _masks(out, own_u, log_u, cfg):
     return is_token, is_whole
 
 
-def _close(out, loss, slope, size, slope_size):
+def _close(out: Literal, loss: float, slope: float, size: float, slope_size: float) -> None:
     out.loss += loss
     out.size += size
     out.gradient.append(slope)

@@ -1,4 +1,4 @@
-"""Runs for tests of the loop: ranks that are threads, fake servers, a verifier that is told what to say, no Megatron."""
+"""Runs for tests of the loop: ranks that are threads, fake servers, a scripted verifier, no Megatron."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.eval import EvalConfig, EvalSetConfig
+from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
+from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, RunConfig
+from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.training import BatchingConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.eval.prompts import EvalItem, EvalPrompt, response_seed
@@ -27,11 +30,14 @@ from megatron_dypo.loop.collect import collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.policy import UpdateReport
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.replica import Books, Follower, Leader
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
+from megatron_dypo.loop.resume import save_if_due
 from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.setup.background import open_stream
-from megatron_dypo.loop.state import Progress, Run
+from megatron_dypo.loop.state import Run
+from megatron_dypo.loop.train import train_step
 from megatron_dypo.metrics.samples import SampleLog
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.metrics import LOSS_METRICS
@@ -229,7 +235,9 @@ class FakePolicy:
     def bad_gradient(self) -> str | None:
         return "w"
 
-    def save(self, root: Path, step: int, *, trainer_state: dict[str, Any], leader_state: bytes, keep: int) -> Path:
+    def save(
+        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+    ) -> Path:
         self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
         # On each rank, since there is no barrier as in a real one; whole at once, since other ranks look at it.
@@ -457,6 +465,12 @@ def collect_groups(run: Run) -> None:
     """One collection for the run's next step."""
     collector, step = run.collector, run.progress.step
     (collect_from_stream if collector.uses_stream(step) else collect_in_rounds)(collector, step)
+
+
+def make_step(run: Run) -> None:
+    """One step of the loop, with the checkpoint that is due after it."""
+    train_step(run.progress, run.collector, run.updater, run.evaluator, run.recorder)
+    save_if_due(run.checkpointer, run.progress)
 
 
 def leader_of(run: Run) -> Leader:

@@ -14,7 +14,7 @@ _PYTHON = REPOSITORY / ".venv-nemo-run" / "bin" / "python"
 
 
 def nemo_run_python() -> Path:
-    """The environment's interpreter. Made where ``DYPO_REQUIRE_NEMO_RUN`` is set; else, if it is not there, pytest's skip."""
+    """Return the interpreter; where it is missing, make it if ``DYPO_REQUIRE_NEMO_RUN`` is set, else skip the test."""
     required = os.environ.get("DYPO_REQUIRE_NEMO_RUN")
     question = [] if required else ["--question"]
     made = subprocess.run(["make", *question, "setup-nemo-run"], cwd=REPOSITORY, capture_output=True, text=True)

@@ -1,5 +1,8 @@
 """Random groups and batches for the tests of the objective."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -8,7 +11,9 @@ from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.types import Sample, Totals, Treatment
 
 
-def loss_inputs(num_tokens, *, sequence=None, num_sequences=None, **streams) -> LossInputs:
+def loss_inputs(
+    num_tokens: int, *, sequence: Any = None, num_sequences: int | None = None, **streams: Any
+) -> LossInputs:
     """Float64 streams of the loss; what is not given is zero, and all tokens are one sequence."""
     zeros = {stream.name: [0.0] * num_tokens for stream in STREAMS}
     tensors = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in {**zeros, **streams}.items()}
@@ -18,7 +23,7 @@ def loss_inputs(num_tokens, *, sequence=None, num_sequences=None, **streams) -> 
     return LossInputs(streams=tensors, sequence=index, num_sequences=num_sequences or count)
 
 
-def totals_of(groups) -> Totals:
+def totals_of(groups: Sequence[Sequence[Sample]]) -> Totals:
     """Counts over whole groups, as the trainer makes them."""
     kinds = (Treatment.DISTILL, Treatment.REINFORCE)
     by_kind = {kind: [s for g in groups for s in g if s.treatment is kind] for kind in kinds}
@@ -29,7 +34,9 @@ def totals_of(groups) -> Totals:
     )
 
 
-def random_groups(seed, *, num_hard=2, num_mid=3, group_size=4, vocab=50, max_response=9):
+def random_groups(
+    seed: int, *, num_hard: int = 2, num_mid: int = 3, group_size: int = 4, vocab: int = 50, max_response: int = 9
+) -> list[list[Sample]]:
     """``num_hard`` traces and ``num_mid`` groups with at least one success and one failure each."""
     rng = np.random.default_rng(seed)
     groups = []

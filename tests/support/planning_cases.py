@@ -2,11 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.load import load_config
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, ParallelConfig
+from megatron_dypo.config.training import BatchingConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.devices import find_gpu
 from megatron_dypo.planning.setting import Assumptions, Setting, make_setting
@@ -15,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "planning_configs"
 
 
-def architecture(**changes):
+def architecture(**changes: Any) -> Architecture:
     """A Llama-like decoder whose layers have 12·H² parameters, as GPT's: F = 8·H/3, but for rounding."""
     hidden = changes.get("hidden_size", 768)
-    sizes = {
+    sizes: dict[str, Any] = {
         "family": "llama",
         "num_layers": 8,
         "hidden_size": hidden,
@@ -38,7 +41,16 @@ def architecture(**changes):
     return Architecture(**(sizes | changes))
 
 
-def pretraining(arch, parallel, *, gpus, batch, row_sequences=1, length=2048, recompute="selective"):
+def pretraining(
+    arch: Architecture,
+    parallel: dict[str, Any],
+    *,
+    gpus: int,
+    batch: int,
+    row_sequences: int = 1,
+    length: int = 2048,
+    recompute: Literal["none", "selective", "full"] = "selective",
+) -> Setting:
     """``batch`` whole sequences of ``length`` an update on A100s, nothing but responses."""
     config = Config(
         model=ModelConfig(hf_path="none", recompute=recompute),
@@ -58,7 +70,7 @@ def pretraining(arch, parallel, *, gpus, batch, row_sequences=1, length=2048, re
     )
 
 
-def from_file(name, *overrides, gpu="h100-80gb", **options):
+def from_file(name: str, *overrides: str, gpu: str = "h100-80gb", **options: Any) -> Setting:
     """The setting of ``tests/planning_configs/<name>.yaml``."""
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
     model = dataclasses.replace(config.model, hf_path=str(ROOT / config.model.hf_path))

@@ -1,7 +1,7 @@
 """Published models: vocabulary and chat template from packages, settings as the models' files have them.
 
-``tests/support/published_files.py`` finds the packages. Ids, names and flags below are facts of the models' tokenizer_config.json
-and generation_config.json; no text of these files is here.
+``tests/support/published_files.py`` finds the packages. Ids, names and flags below are facts of the models'
+tokenizer_config.json and generation_config.json; no text of these files is here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _qwen(template: str, **other: Any) -> Published:
 
 
 def _llama(template: str, stops: tuple[int, ...], **other: Any) -> Published:
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    names: dict[str, Any] = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     return Published(vocabulary="llama3", template=template, stops=stops, **names, **other)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dypo.config.tree import LoggingConfig
+from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.samples import RolloutRow, SampleLog, SampleRow
 from megatron_dypo.metrics.writer import MetricsWriter
 
@@ -54,6 +54,7 @@ def sample(step: int, prompt_id: str, text: str) -> SampleRow:
         tier="mid",
         treatment="reinforce",
         teacher=None,
+        dropped=None,
         policy_version=step,
         rollouts=rollouts,
         trace=None,

@@ -47,7 +47,8 @@ def test_a_benchmark_says_where_it_ran_and_reaches_its_last_line(name, tmp_path)
     lines = output_of(f"{name}.py", "--smoke", *where).splitlines()
     header = "\n".join(line for line in lines if line.startswith(("# ", "$ ")))
     for pattern in (
-        r"# \d{4}-\d\d-\d\d \d\d:\d\d UTC, commit (\w+|unknown)( with changes)?, Python 3\.\d+\.\d+, torch \S+, megatron-core",
+        r"# \d{4}-\d\d-\d\d \d\d:\d\d UTC, commit (\w+|unknown)( with changes)?, Python 3\.\d+\.\d+, "
+        r"torch \S+, megatron-core",
         r"# processor: .+, \d+ of \d+ cores usable, \d+ GiB",
         r"# load at the start: [\d.]+ over 1 minute",
         rf"\$ python benchmarks/{name}\.py --smoke",

@@ -15,7 +15,7 @@ from megatron_dypo.cli import app
 from megatron_dypo.config.cli import Task
 from megatron_dypo.config.starter import TASKS
 
-COMMANDS = sorted(typer.main.get_command(app).commands)
+COMMANDS = sorted(typer.main.get_group(app).commands)
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -30,9 +30,9 @@ def test_the_tasks_of_init_are_those_that_have_a_config() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_every_option_says_what_it_does(command: str) -> None:
-    parsed = typer.main.get_command(app).commands[command]
+    parsed = typer.main.get_group(app).commands[command]
     assert parsed.help
-    assert [parameter.name for parameter in parsed.params if not parameter.help] == []
+    assert [parameter.name for parameter in parsed.params if not vars(parameter)["help"]] == []
 
 
 def test_help_loads_nothing_heavy() -> None:

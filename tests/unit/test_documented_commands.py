@@ -29,7 +29,7 @@ PAGES = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*/README.md")),
 ]
 COMMANDS = [command for page in PAGES for command in commands_of(page, (ROOT / page).read_text(encoding="utf-8"))]
-OURS = typer.main.get_command(app).commands
+OURS = typer.main.get_group(app).commands
 RUN = {"config", "init", "plan", "plan-refit", "report", "grade"}
 """These run for real, and ``train --dry-run``; of others the options and the config are checked."""
 ENDLESS = "--live"
@@ -188,7 +188,7 @@ def test_every_command_that_is_named_in_a_sentence_exists(page: Path) -> None:
     assert named <= set(OURS)
 
 
-# docs/nemo_run.md names keys of NeMo-Run, model.section.key; tests/unit/examples/test_nemo_run_recipes.py tries its calls.
+# docs/nemo_run.md names keys of NeMo-Run, model.section.key: tests/unit/examples/test_nemo_run_recipes.py tries it.
 @pytest.mark.parametrize(
     "page",
     [page for page in _pages() if page.name != "nemo_run.md"],

@@ -53,7 +53,8 @@ def run_part(spec: Mapping[str, Any]) -> dict[str, Any]:
         sys.stderr.write(done.stderr)
         lines = done.stderr.strip().splitlines()
         raise PartError(lines[-1] if lines else f"exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return seen
 
 
 def precisions(machine: Mapping[str, Any]) -> list[Precision]:

@@ -56,7 +56,8 @@ def measure_logprobs(sizes: ProjectionSizes, dtype: torch.dtype, group: dist.Pro
 
     def megatron(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:
         logits_N1V = (hidden_NH @ weight_VH.t())[:, None]
-        return -fused_vocab_parallel_cross_entropy(logits_N1V, targets_N[:, None], group)[:, 0]
+        loss_N1: Tensor = fused_vocab_parallel_cross_entropy(logits_N1V, targets_N[:, None], group)
+        return -loss_N1[:, 0]
 
     inputs = _inputs(sizes, dtype)
     results: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.parallel.groups import MeshRank, close
 from tools.gpu_parts.logprob_speed import ProjectionSizes, measure_logprobs

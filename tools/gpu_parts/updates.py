@@ -20,8 +20,9 @@ import torch
 
 from megatron_dypo.batching.pack import num_microbatches, plan_microbatches
 from megatron_dypo.config.fp8 import Fp8Config
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.mcore.chunks import named_global_parameters
 from megatron_dypo.mcore.forward_step import loss_pass
 from megatron_dypo.mcore.logprobs import pack_microbatches, sequence_logprobs

@@ -108,7 +108,10 @@ def used_traces(dataset: PromptDataset, data: DataConfig) -> npt.NDArray[np.bool
 def _sampled(
     used: npt.NDArray[np.bool_], teacher: npt.NDArray[np.int32], limit: int, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """[M] Keep ``limit`` used traces of each teacher at most. Raw Philox words draw the same in every version of NumPy."""
+    """[M] Keep at most ``limit`` used traces of each teacher.
+
+    Raw Philox words draw the same in every version of NumPy.
+    """
     words = np.random.Philox(seed).random_raw(len(used))
     kept = np.zeros(len(used), np.bool_)
     for number in np.unique(teacher[used]):

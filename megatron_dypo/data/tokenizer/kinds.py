@@ -148,7 +148,8 @@ class SentencePieceTokenizer(FolderTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         # A model whose embedding is padded may sample ids past the vocabulary: they have no text.
-        return self._processor.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self._unseen])
+        text: str = self._processor.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self._unseen])
+        return text
 
     def show(self, ids: Sequence[int]) -> str:
         hidden = self._unseen | set(self._control.values())

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.meta
+import jinja2.parser
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -56,7 +57,7 @@ class _GenerationBlock(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
 
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -43,7 +43,8 @@ def boxed(text: str) -> str:
 
 def parsed(text: str) -> list[Any]:
     """What math-verify finds in ``text``: sympy objects, then the text that it read."""
-    return math_verify.parse(text, parsing_timeout=None)
+    found: list[Any] = math_verify.parse(text, parsing_timeout=None)
+    return found
 
 
 def is_confirmed(gold: Any, claim: Any) -> bool:

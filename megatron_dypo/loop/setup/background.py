@@ -12,7 +12,8 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.rollout.client import SGLangClient
-from megatron_dypo.rollout.stream import RolloutStream, StreamWork
+from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream_sampler import StreamWork
 from megatron_dypo.types import GradedGroup, RolloutGroup
 
 

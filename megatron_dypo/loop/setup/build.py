@@ -9,12 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
+from megatron_dypo.loop.books.recorder import NoWriter, Writer
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.megatron_policy import build_policy
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import MeshRanks
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.resume import require_known_state, restore_batch
@@ -22,7 +23,7 @@ from megatron_dypo.loop.servers import NoServers
 from megatron_dypo.loop.setup.connect import connect, start_in_background
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
-from megatron_dypo.loop.state import NoWriter, Progress, Run, Writer
+from megatron_dypo.loop.state import Run
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
 from megatron_dypo.mcore.start import start_megatron
@@ -67,6 +68,8 @@ def open_run(config: Config) -> Iterator[Run]:
         if layout.is_global_leader:
             _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
             writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
+        if base.restored is not None and latest is not None:
+            base.progress.batch = restore_batch(base.restored, replica, latest)
         yield Run(
             config=config,
             ranks=base.ranks,
@@ -76,7 +79,6 @@ def open_run(config: Config) -> Iterator[Run]:
             servers=servers,
             writer=writer,
             progress=base.progress,
-            batch=restore_batch(base.restored, replica, latest) if base.restored and latest else RolloutBatch(),
             timings=base.timings,
             tally=base.tally,
         )

@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.megatron_policy import MegatronPolicy
+from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import MeshRanks
-from megatron_dypo.loop.state import Progress
 from megatron_dypo.mcore.checkpoints.checkpoint import Restored
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,11 @@ from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
 from megatron_dypo.mcore.checkpoints.results_queue import start_results_queue
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
-from megatron_dypo.mcore.chunks import unwrap
+from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
+from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
-from megatron_dypo.models.mcore_ckpt import HF_FOLDER
 from megatron_dypo.parallel.groups import MeshRank
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
@@ -70,7 +70,7 @@ def save(
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
     layout: MeshRank,
-    trainer_state: dict[str, Any],
+    trainer_state: Mapping[str, object],
     leader_state: bytes = b"",
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,
@@ -165,7 +165,7 @@ def load(
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
     loaded = load_parts(state, path)
-    _fill(chunks, loaded)
+    fill(chunks, loaded)
     optimizer.load_state(loaded["optimizer"])
     optimizer.num_updates = int(header["num_updates"])
     if same_axes:
@@ -198,40 +198,6 @@ def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
     if len(files) != expected:
         raise ValueError(f"{path}: has {len(files)} files leader_*.bin of {expected}: {_RESTORE}")
     return [file.read_bytes() for file in files]
-
-
-def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Fill the chunks from a dist_checkpointing folder, or from one of our checkpoints. Collective over the world.
-
-    Build the optimizer after this, or call its ``reload_weights``.
-
-    Raises:
-        ValueError: no such folder inside ``path``.
-    """
-    folders = [folder for folder in (Path(path), Path(path) / _WEIGHTS) if (folder / "metadata.json").is_file()]
-    if not folders:
-        raise ValueError(f"{path}: not a Megatron dist_checkpointing folder: metadata.json is missing")
-    _fill(chunks, dist_checkpointing.load(model_state(chunks), str(folders[0])))
-
-
-def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages.
-
-    Tensors in the files are named without that prefix and with all layers stacked, the same for every layout.
-    """
-    return {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
-    }
-
-
-def _chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
-    return ["model"] if len(chunks) == 1 else [f"model{stage}" for stage in range(len(chunks))]
-
-
-def _fill(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
-    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-        unwrap(chunk).load_state_dict(state[name])
 
 
 def _whole_state(

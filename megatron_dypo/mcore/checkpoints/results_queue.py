@@ -10,8 +10,7 @@ import sys
 import uuid
 from multiprocessing.managers import SyncManager
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+from megatron_dypo.mcore.compat.results_queue import use_results_queue
 from megatron_dypo.processes.children import blocked, end_with_parent
 
 
@@ -27,5 +26,5 @@ def start_results_queue() -> SyncManager:
     manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
     with blocked((signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)):  # they are for the rank
         manager.start(end_with_parent)
-    filesystem_async._results_queue = manager.Queue()
+    use_results_queue(manager.Queue())
     return manager

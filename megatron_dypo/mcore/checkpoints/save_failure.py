@@ -1,4 +1,4 @@
-"""Why a checkpoint could not be written: Megatron's and torch's exceptions, as errors that the end of a run can sort."""
+"""Turns Megatron's and torch's exceptions of a failed checkpoint into errors that the end of a run can sort."""
 
 from __future__ import annotations
 

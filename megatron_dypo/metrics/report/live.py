@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_dypo.metrics.report.comparison import render_comparison
 from megatron_dypo.metrics.report.page import render_report
+from megatron_dypo.metrics.sinks import METRICS_FILE
 from megatron_dypo.metrics.status import NAME as STATUS_FILE
 from megatron_dypo.metrics.status import read_status
-from megatron_dypo.metrics.writer import METRICS_FILE
 
 COMPARISON_FILE = "comparison.html"
 

@@ -17,8 +17,8 @@ from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.report.plots import Plot, build_plots
 from megatron_dypo.metrics.report.sample_table import select_samples
 from megatron_dypo.metrics.report.tiles import build_tiles, duration
+from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_dypo.metrics.versions import VERSIONS_FILE
-from megatron_dypo.metrics.writer import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"

@@ -29,8 +29,8 @@ class SafetensorsFiles:
         named = read_weight_map(index) if index.is_file() else {}
         if named and single.is_file() and SINGLE_NAME not in named.values():
             raise ValueError(
-                f"{folder}: {INDEX_NAME} names other files than {SINGLE_NAME}, which is there too and which transformers "
-                "reads: remove what does not belong to the model"
+                f"{folder}: {INDEX_NAME} names other files than {SINGLE_NAME}, which is there too and which "
+                "transformers reads: remove what does not belong to the model"
             )
         self._opened = {file: _open(folder / file) for file in dict.fromkeys(named.values())} or {
             SINGLE_NAME: _open(single)

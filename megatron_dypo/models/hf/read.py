@@ -89,8 +89,8 @@ class HFReader:
             return
         warn_once(
             f"{self.path / self._files.file_of[output]}: tensor {output} differs from {embedding}, and is passed over: "
-            "tie_word_embeddings=true in config.json makes the embedding the output layer (transformers 5 would use the "
-            "tensor; set tie_word_embeddings to false if it was trained)"
+            "tie_word_embeddings=true in config.json makes the embedding the output layer (transformers 5 would use "
+            "the tensor; set tie_word_embeddings to false if it was trained)"
         )
 
     def _equal(self, name: str, other: str) -> bool:

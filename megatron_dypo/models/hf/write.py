@@ -151,9 +151,9 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, offset_of
 
 
-def _read_header(path: Path) -> dict[str, dict]:
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     with path.open("rb") as stream:
-        entries = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        entries: dict[str, dict[str, Any]] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     del entries["__metadata__"]
     return entries
 

@@ -45,7 +45,7 @@ def scales_of(amax: Tensor) -> Tensor:
 
 
 def quantize_slice(part_nk: Tensor, row: int, col: int, amax: Tensor, block: tuple[int, int]) -> Tensor:
-    """A slice at (``row``, ``col``) in e4m3, by the grid of the whole tensor's amax; a few rows at a time are in fp32."""
+    """Quantise a slice at (``row``, ``col``) to e4m3 by the whole tensor's amax grid; few rows at a time are fp32."""
     inverse = amax.clamp(min=MIN_AMAX).reciprocal() * E4M3_MAX
     num_rows, num_cols = part_nk.shape
     device = part_nk.device

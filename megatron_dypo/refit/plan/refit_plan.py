@@ -17,10 +17,10 @@ from megatron_dypo.checks import require, require_positive
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.table import LAYER
 from megatron_dypo.models.quantized.names import BLOCK, Quantization, scale_name, scale_shape
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.layer_template import SCALE_BYTES, Encoding
 from megatron_dypo.refit.plan.server_tensors import ServerMesh
 from megatron_dypo.refit.plan.streams import Cut, Streams
-from megatron_dypo.refit.plan.trainer_shards import Mesh
 
 __all__ = ["ServerMesh", "RefitPlan", "Mesh", "Transfer", "make_plan"]
 

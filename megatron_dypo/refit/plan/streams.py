@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_dypo.models.architecture import Architecture
+from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.layer_template import Encoding, Piece, Template, check_blocks, make_template
 from megatron_dypo.refit.plan.rectangles import Rectangle
 from megatron_dypo.refit.plan.server_tensors import ServedTensor, ServerMesh, served_tensors
 from megatron_dypo.refit.plan.trainer_shards import (
     Kind,
-    Mesh,
     Place,
     Shard,
     held_rectangles,

@@ -102,8 +102,10 @@ def to_text(plan: RefitPlan, summary: RefitSummary) -> str:
         f"servers    {len(plan.servers)} with {len(summary.received)} ranks in all",
         f"in all     {_size(total)} over {len(summary.links)} links",
         f"sent       mean {_size(total / len(summary.sent))}, largest {_size(busiest_sent)} a rank",
-        f"received   mean {_size(total / len(summary.received))}, largest {_size(max(summary.received.values()))} a rank",
-        f"limit      {summary.limit_s:.3f} s at {summary.bandwidth / 1e9:g} GB/s a rank (its busiest sends or receives)",
+        f"received   mean {_size(total / len(summary.received))}, "
+        f"largest {_size(max(summary.received.values()))} a rank",
+        f"limit      {summary.limit_s:.3f} s at {summary.bandwidth / 1e9:g} GB/s a rank "
+        "(its busiest sends or receives)",
         f"predicted  {summary.predicted_s:.3f} s, {summary.predicted_s / summary.limit_s:.2f} × the limit",
     ]
     groups = {

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.mcore import compat
+from megatron_dypo.mcore.compat.groups import separate_group
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.deadline import Deadline
 from megatron_dypo.refit.transports.links import DEPTH, Incoming, LinkError, Outgoing, Receiver, Sender, ServerLinks
@@ -72,7 +72,7 @@ class GroupReceiver(Receiver):
 def _join(links: ServerLinks, rank: int, deadline: Deadline) -> Any:
     store = dist.PrefixStore(f"server-{links.server}", links.store)
     with _as_link_errors():
-        return compat.separate_group(store, rank, len(links.sources) + links.num_server_ranks, _timeout(deadline))
+        return separate_group(store, rank, len(links.sources) + links.num_server_ranks, _timeout(deadline))
 
 
 class GroupOutgoing(Outgoing):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dypo.mcore import compat
+from megatron_dypo.mcore.compat.storages import open_storage, share_storage
 from megatron_dypo.parallel import device
 
 
@@ -41,7 +41,7 @@ def make_ring(num_slots: int, slot_bytes: int) -> Ring:
     """Make a ring on this rank's device."""
     if device.on_gpu():
         slots = torch.empty(num_slots, slot_bytes, dtype=torch.uint8, device=device.device())
-        return Ring(slots, json.dumps({"handle": _encoded(compat.share_storage(slots.untyped_storage()))}), None)
+        return Ring(slots, json.dumps({"handle": _encoded(share_storage(slots.untyped_storage()))}), None)
     fd = os.memfd_create("megatron-dypo-refit")
     os.ftruncate(fd, num_slots * slot_bytes)
     offer = json.dumps({"shape": [num_slots, slot_bytes]})
@@ -52,7 +52,7 @@ def open_ring(offer: str, fd: int | None, num_slots: int, slot_bytes: int) -> Ri
     """Open the ring that another process made."""
     if fd is not None:
         return Ring(_mapped(fd, num_slots, slot_bytes), offer, fd)
-    storage = compat.open_storage(_decoded(json.loads(offer)["handle"]))
+    storage = open_storage(_decoded(json.loads(offer)["handle"]))
     slots = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).view(num_slots, slot_bytes)
     return Ring(slots, offer, None)
 

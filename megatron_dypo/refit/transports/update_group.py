@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dypo.mcore import compat
+from megatron_dypo.mcore.compat.groups import join_as_rank_0
 from megatron_dypo.parallel import device
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
@@ -55,7 +55,7 @@ class UpdateGroup:
             bodies.append({**common, "rank_offset": offset, "group_name": name, "backend": backend})
             offset += info.tensor_parallel
         joined = control.start_init_group(bodies, deadline)
-        join = functools.partial(compat.join_as_rank_0, store, world_size, name, backend, timeout)
+        join = functools.partial(join_as_rank_0, store, world_size, name, backend, timeout)
         group = _await(_in_daemon_thread(join), joined, deadline)
         joined.result()
         return cls(control, name, store, group)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+
+from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.types import Floats, Microbatch, Sample
+
+if TYPE_CHECKING:
+    from megatron_dypo.models.architecture import Architecture
+    from megatron_dypo.parallel.groups import MeshRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +30,7 @@ class Row:
     """Of ``tests.support.hf_models``."""
     passes: tuple[tuple[int, int | None], ...] = ((0, 2),)
     """(Index of the objective, number of packed rows a replica; None: one sequence a row) of each pass."""
-    recompute: str = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     distributed: bool = False
     """Distributed optimizer."""
     overlap: bool = False
@@ -43,9 +51,15 @@ class Seen:
     """On a replica's leader: by (order, member), from a forward-only pass."""
 
 
-def rank_rows(rows, ports, paths, groups, objectives):
+def rank_rows(
+    rows: dict[str, Row],
+    ports: Sequence[int],
+    paths: dict[str, str],
+    groups: Sequence[Sequence[Sample]],
+    objectives: Sequence[ObjectiveConfig],
+) -> dict[str, Seen]:
     """Each row in turn, with a store of its own to meet at; ``rows`` and the result are by name."""
-    seen = {}
+    seen: dict[str, Seen] = {}
     for (name, row), port in zip(rows.items(), ports, strict=True):
         try:
             seen[name] = _row(row, port, paths[row.kind], groups, objectives)
@@ -55,9 +69,12 @@ def rank_rows(rows, ports, paths, groups, objectives):
     return seen
 
 
-def _row(row, port, path, groups, objectives):
+def _row(
+    row: Row, port: int, path: str, groups: Sequence[Sequence[Sample]], objectives: Sequence[ObjectiveConfig]
+) -> Seen:
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
     from megatron_dypo.mcore.start import start_megatron
@@ -84,7 +101,9 @@ def _row(row, port, path, groups, objectives):
     return Seen(gradients=gradients, statistics=statistics, grad_norm=grad_norm, logprobs=logprobs)
 
 
-def _scored(chunks, groups, layout):
+def _scored(
+    chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Sample]], layout: MeshRank
+) -> tuple[list[list[Sample]] | None, dict[tuple[int, int], Floats]]:
     """This replica's groups, GAL's log-probs taken from our own forward-only pass; and those log-probs."""
     from megatron_dypo.mcore.logprobs import sequence_logprobs
 
@@ -104,7 +123,14 @@ def _scored(chunks, groups, layout):
     return scored, logprobs
 
 
-def _backward(chunks, mine, groups, cfg, count, layout):
+def _backward(
+    chunks: Sequence[torch.nn.Module],
+    mine: Sequence[Sequence[Sample]] | None,
+    groups: Sequence[Sequence[Sample]],
+    cfg: ObjectiveConfig,
+    count: int | None,
+    layout: MeshRank,
+) -> dict[str, float]:
     """Forward and backward passes of one update; the statistics of its loss."""
     from megatron_dypo.batching.exchange import balance, broadcast_samples
     from megatron_dypo.batching.zigzag import shard
@@ -113,9 +139,12 @@ def _backward(chunks, mine, groups, cfg, count, layout):
     from megatron_dypo.objective.recipes.registry import build_objective
     from tests.support.objective_cases import totals_of
 
-    samples, objective = None, build_objective(cfg)
+    samples: list[Sample] | None = None
+    objective = build_objective(cfg)
     if mine is not None:
-        totals, weighted = totals_of(groups), []
+        assert layout.leaders_group is not None
+        totals = totals_of(groups)
+        weighted: list[Sample] = []
         for group in mine:
             weights = objective.token_weights(group, totals, 0).weights
             weighted += [dataclasses.replace(s, weights=w) for s, w in zip(group, weights, strict=True)]
@@ -126,7 +155,7 @@ def _backward(chunks, mine, groups, cfg, count, layout):
     return add_over_ranks(loss_pass(chunks, parts, objective=objective, context_group=layout.cp_group), layout)
 
 
-def _pack(samples, count, layout):
+def _pack(samples: Sequence[Sample], count: int | None, layout: MeshRank) -> list[Microbatch]:
     from megatron_dypo.batching.pack import (
         alignment,
         pack,
@@ -151,19 +180,21 @@ def _pack(samples, count, layout):
     return [pack(samples, members, microbatch_length(lengths, [members], multiple), per_sequence) for members in bins]
 
 
-def _gradients(chunks, arch, layout, distributed):
+def _gradients(
+    chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshRank, distributed: bool
+) -> dict[str, Any]:
     """Whole HF tensors of this stage, each from one of the ranks that hold it."""
-    from megatron_dypo.mcore.chunks import named_global_parameters
+    from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.models.gather import iter_hf_tensors, sent_params
 
     if distributed:
         _gather_shards(chunks)
-    sent = sent_params([(name, p.main_grad) for name, p in named_global_parameters(chunks)], arch, layout)
+    sent = sent_params([(name, main_grad(p)) for name, p in named_global_parameters(chunks)], arch, layout)
     tensors = iter_hf_tensors(sent, arch, layout)
     return {name: tensor.numpy().copy() for name, tensor in tensors}
 
 
-def _gather_shards(chunks):
+def _gather_shards(chunks: Sequence[Any]) -> None:
     """The distributed optimizer leaves each rank the sum of its own part of every bucket."""
     for buffer in (b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
         group = buffer.data_parallel_group

@@ -3,31 +3,44 @@
 And the options that the paper does not have, as the docstrings of the configuration put them.
 """
 
+from __future__ import annotations
+
+from tests.support.present import present
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from megatron_dypo.types import Treatment
+from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
+from megatron_dypo.types import Sample, Treatment
 from tests.support.hf_models import import_transformers
 
 
-def float64_model(path):
+Group: TypeAlias = Sequence[Sample]
+Arrays: TypeAlias = "dict[str, npt.NDArray[np.float64]]"
+
+
+def float64_model(path: str) -> Any:
     """The model of a folder; grouped matmuls, transformers' way with experts, know no float64."""
     auto = import_transformers().AutoModelForCausalLM
     return auto.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
 
 
-def literal_gradients(path, groups, cfg):
+def literal_gradients(path: str, groups: Sequence[Group], cfg: ObjectiveConfig) -> tuple[float, Arrays]:
     """Loss and HF-named gradients of the whole objective; ``Sample`` gives tokens, rewards, old and reference log-probs."""
     model = float64_model(path)
     loss = literal_loss(model, groups, cfg)
     loss.backward()
-    return loss.item(), hf_gradients(model)
+    return float(loss), hf_gradients(model)
 
 
-def hf_gradients(model):
+def hf_gradients(model: Any) -> Arrays:
     """Gradients under the names of a model folder, in which each expert has tensors of its own."""
-    gradients = {}
+    gradients: Arrays = {}
     for name, parameter in model.named_parameters():
         head, is_expert, kind = name.partition(".mlp.experts.")
         if not is_expert:
@@ -40,19 +53,21 @@ def hf_gradients(model):
     return gradients
 
 
-def literal_logprobs(path, groups):
+def literal_logprobs(path: str, groups: Sequence[Group]) -> dict[tuple[int, int], npt.NDArray[np.float64]]:
     """[R] float64 log-probs of each sample's response, by (order, member)."""
     model = float64_model(path)
     with torch.no_grad():
         return {(s.order, s.member): response_logp(model, s).numpy() for group in groups for s in group}
 
 
-def literal_loss(model, groups, cfg):
+def literal_loss(model: Any, groups: Sequence[Group], cfg: ObjectiveConfig) -> Tensor:
     """Eq. 4 and 24 under a model's own log-probs."""
     return loss_of_logprobs([[response_logp(model, sample) for sample in group] for group in groups], groups, cfg)
 
 
-def loss_of_logprobs(logps_by_group, groups, cfg):
+def loss_of_logprobs(
+    logps_by_group: Sequence[Sequence[Tensor]], groups: Sequence[Group], cfg: ObjectiveConfig
+) -> Tensor:
     """Eq. 4 and 24: the mean over the prompts of the batch; and the same mean of the objectives that have one term each."""
     lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.treatment is kind] for kind in Treatment}
     total = torch.zeros((), dtype=torch.float64)
@@ -68,14 +83,14 @@ def loss_of_logprobs(logps_by_group, groups, cfg):
     return total / len(groups)
 
 
-def response_logp(model, sample):
+def response_logp(model: Any, sample: Sample) -> Tensor:
     tokens = torch.tensor(sample.tokens.astype("int64"))
     logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
     logp_L = logp_LV[:-1].gather(1, tokens[1:, None])[:, 0]
     return logp_L[sample.num_prompt_tokens - 1 :]
 
 
-def divisor(sample, lengths, cfg):
+def divisor(sample: Sample, lengths: Mapping[Treatment, Sequence[int]], cfg: ObjectiveConfig) -> float:
     of_kind = lengths[sample.treatment]
     return {
         "sum": 1.0,
@@ -85,12 +100,12 @@ def divisor(sample, lengths, cfg):
     }[cfg.length_normalization]
 
 
-def grpo(group, logps, divisors, cfg):
+def grpo(group: Group, logps: Sequence[Tensor], divisors: Sequence[float], cfg: ObjectiveConfig) -> Tensor:
     rewards = torch.tensor([s.reward for s in group], dtype=torch.float64)
     advantages = rewards - rewards.mean()
     if cfg.normalize_std:
         advantages = advantages / (rewards.std() + cfg.advantage_epsilon)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for sample, logp, advantage, size in zip(group, logps, advantages, divisors, strict=True):
         moved, trusted = log_moves(sample, logp), is_trusted(sample, cfg.importance)
         for t in (t for t in range(len(logp)) if trusted[t]):
@@ -102,47 +117,48 @@ def grpo(group, logps, divisors, cfg):
             token = -torch.minimum(ratio * advantage, clipped * advantage)
             if cfg.importance.cap is not None:
                 token = token * min(mismatch(sample)[t], cfg.importance.cap)
-            delta = float(sample.ref_logp[t]) - logp[t]
+            delta = float(present(sample.ref_logp)[t]) - logp[t]
             total = total + (token + cfg.kl_coef * (torch.exp(delta) - delta - 1)) / size
     return total / len(group)
 
 
-def log_moves(sample, logp):
+def log_moves(sample: Sample, logp: Tensor) -> Tensor:
     """log π_θ/π_old of each token."""
-    return logp - torch.tensor(sample.old_logp.astype("float64"))
+    return logp - torch.tensor(present(sample.old_logp).astype("float64"))
 
 
-def mismatch(sample):
+def mismatch(sample: Sample) -> list[float]:
     """π_old/π_rollout of each token."""
-    return [math.exp(float(o) - float(r)) for o, r in zip(sample.old_logp, sample.rollout_logp, strict=True)]
+    return [math.exp(float(o) - float(r)) for o, r in zip(present(sample.old_logp), present(sample.rollout_logp), strict=True)]
 
 
-def is_trusted(sample, cfg):
+def is_trusted(sample: Sample, cfg: ImportanceConfig) -> list[bool]:
     """Of each token whether the mismatch of trainer and servers leaves it in."""
     us = mismatch(sample)
-    low, high = cfg.sequence_bounds or (0, math.inf)
+    low, high = cfg.sequence_bounds or (0.0, math.inf)
     gap = sum(abs(math.log(u)) for u in us) / len(us)
     whole = low <= math.prod(us) ** (1 / len(us)) <= high and gap <= (cfg.sequence_max_gap or math.inf)
-    low, high = cfg.token_bounds or (0, math.inf)
+    low, high = cfg.token_bounds or (0.0, math.inf)
     return [whole and low <= u <= high for u in us]
 
 
-def gal(group, logps, divisors, cfg):
+def gal(group: Group, logps: Sequence[Tensor], divisors: Sequence[float], cfg: ObjectiveConfig) -> Tensor:
     if cfg.gal_coefficients == "exact" and cfg.gal_clip == "none" and not cfg.importance.is_on():
         return contrast(group, log_ratios(group, logps, divisors), cfg)
-    at = logps
+    at: Sequence[Tensor] = logps
     if cfg.gal_coefficients == "stale":
-        at = [torch.tensor(s.old_logp.astype("float64")) for s in group]
+        at = [torch.tensor(present(s.old_logp).astype("float64")) for s in group]
     fixed = [ratio.detach().requires_grad_() for ratio in log_ratios(group, at, divisors)]
     coefficients = torch.autograd.grad(contrast(group, fixed, cfg), fixed)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for sample, logp, c, size in zip(group, logps, coefficients, divisors, strict=True):
         trusted, stays = is_trusted(sample, cfg.importance), stays_near(sample, logp, cfg)
-        total = total + c * sum(logp[t] for t in range(len(logp)) if trusted[t] and stays[t]) / size
+        learned = [logp[t] for t in range(len(logp)) if trusted[t] and stays[t]]
+        total = total + c * sum(learned, start=torch.zeros((), dtype=torch.float64)) / size
     return total
 
 
-def stays_near(sample, logp, cfg):
+def stays_near(sample: Sample, logp: Tensor, cfg: ObjectiveConfig) -> list[bool]:
     """Of each token whether GAL may still move it: successes up, failures down."""
     moved = log_moves(sample, logp).detach()
     if cfg.gal_clip == "none":
@@ -151,17 +167,17 @@ def stays_near(sample, logp, cfg):
     return [r <= 1 + cfg.clip_high if sample.is_correct else r >= 1 - cfg.clip_low for r in ratios.tolist()]
 
 
-def log_ratios(group, logps, divisors):
+def log_ratios(group: Group, logps: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor]:
     return [
-        (logp.sum() - float(s.ref_logp.sum(dtype="float64"))) / size
+        (logp.sum() - float(present(s.ref_logp).sum(dtype="float64"))) / size
         for s, logp, size in zip(group, logps, divisors, strict=True)
     ]
 
 
-def contrast(group, ratios, cfg):
+def contrast(group: Group, ratios: Sequence[Tensor], cfg: ObjectiveConfig) -> Tensor:
     pairs = []
     for s, success in enumerate(group):
         for f, failure in enumerate(group):
             if success.is_correct and not failure.is_correct:
                 pairs.append(-torch.nn.functional.logsigmoid(cfg.beta_gal * (ratios[s] - ratios[f])))
-    return sum(pairs) / len(pairs)
+    return torch.stack(pairs).sum() / len(pairs)

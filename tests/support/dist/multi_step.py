@@ -11,15 +11,10 @@ import numpy as np
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.objective import ObjectiveConfig, ReferenceConfig, OldLogpConfig
-from megatron_dypo.config.tree import (
-    BatchingConfig,
-    CheckpointConfig,
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-)
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
+from megatron_dypo.config.run import CheckpointConfig, RunConfig
+from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
 from tests.support.objective_cases import random_groups
 
@@ -38,8 +33,12 @@ class Recorder:
     def __init__(self) -> None:
         self.refitted: list[int] = []
         self.metrics: dict[int, dict[str, float]] = {}
+        self.end: Exception | None = None
+        """Raised by the next refit."""
 
     def refit(self, version: int) -> Recorder:
+        if self.end is not None:
+            raise self.end
         self.refitted.append(version)
         return self
 
@@ -64,7 +63,7 @@ class NoRows:
 
 
 def config_of(
-    path: str, folder: str, axes: dict[str, int], mode: Any, old_logp: OldLogpConfig | None = None, epochs: int = 1
+    path: str, folder: str, axes: dict[str, Any], mode: Any, old_logp: OldLogpConfig | None = None, epochs: int = 1
 ) -> Config:
     return Config(
         run=RunConfig(dir=folder, steps=5),
@@ -88,7 +87,7 @@ def batch_of(index: int) -> list[list[Any]]:
     return [[dataclasses.replace(s, order=s.order + 8 * index, **fresh) for s in group] for group in groups]
 
 
-def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
+def rank_train(path: str, root: str, axes: dict[str, Any]) -> dict[str, Any]:
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
 
@@ -109,15 +108,15 @@ def rank_train(path: str, root: str, axes: dict[str, int]) -> dict[str, Any]:
 
 def _train(config: Config, layout: Any, age: int = 0) -> dict[str, Any]:
     """Make four updates; each rollout batch is put into the queues when the one before is used up."""
-    from megatron_dypo.loop.train import train_step
+    from tests.support.loop_cases import make_step
 
     run, recorder, policy = make_run(config, layout)
     steps = []
     for step in range(4):
-        if run.batch.is_used_up:
+        if run.progress.batch.is_used_up:
             put(run, [[_aged(s, age) for s in group] for group in batch_of(step // 2)])
         before = _tensors(policy, lambda p: p.detach())
-        train_step(run)
+        make_step(run)
         steps.append({"weights": before, "grads": _tensors(policy, lambda p: p.main_grad)})
     return {"steps": steps, "groups": policy.groups(), "refitted": recorder.refitted, "metrics": recorder.metrics}
 
@@ -130,19 +129,19 @@ def _aged(sample: Any, age: int) -> Any:
 def _resume(config: Config, layout: Any) -> Any:
     """Weights after two updates of a batch: without a stop, and with one between them."""
     from megatron_dypo.loop.resume import restore_batch, save_checkpoint
-    from megatron_dypo.loop.state import Progress
-    from megatron_dypo.loop.train import train_step
+    from megatron_dypo.loop.progress import Progress
+    from tests.support.loop_cases import make_step
 
     run, _, policy = make_run(config, layout)
     put(run, batch_of(0))
-    train_step(run)
-    folder = save_checkpoint(run)
-    train_step(run)
+    make_step(run)
+    folder = save_checkpoint(run.checkpointer, run.progress)
+    make_step(run)
     again, recorder, resumed = make_run(config, layout)
     restored = resumed.load(folder)
     again.progress = Progress(step=restored.step, batches=restored.trainer_state["batches"])
-    again.batch = restore_batch(restored, again.replica, folder)
-    train_step(again)
+    again.progress.batch = restore_batch(restored, again.replica, folder)
+    make_step(again)
     return [_tensors(p, lambda p: p.detach()) for p in (policy, resumed)], recorder.refitted
 
 
@@ -175,19 +174,22 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
     from megatron_dypo.loop.replica import Books, Follower, Leader
     from megatron_dypo.loop.requests import FollowerRequests
     from megatron_dypo.loop.servers import NoRouter, Servers
-    from megatron_dypo.loop.state import NoWriter, Run
+    from megatron_dypo.loop.books.recorder import NoWriter
+    from megatron_dypo.loop.state import Run
     from megatron_dypo.loop.books.tally import Tally
     from megatron_dypo.metrics.samples import SampleLog
     from megatron_dypo.metrics.writer import Timings
     from megatron_dypo.objective.recipes.registry import build_objective
 
     objective, ranks, recorder = build_objective(config.objective), MeshRanks(layout=layout), Recorder()
+    told: Any = recorder
     timings, tally = Timings(), Tally()
     built = build_policy(config, layout, objective, timings=timings)
     policy: Any = Watched(built)
     replica: Leader | Follower = Follower()
     if layout.leaders_group is not None:
-        ledger, run_dir, unused = Ledger(), Path(config.run.dir), Any
+        ledger, run_dir = Ledger(), Path(config.run.dir)
+        unused: Any = None
         replica = Leader(
             draws=Draws(source=NoRows(), ledger=ledger, replica=layout.dp_rank, replicas=layout.data),
             tokenizer=unused,
@@ -203,9 +205,9 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
         objective=objective,
         replica=replica,
         servers=Servers(
-            refitter=recorder, requests=FollowerRequests(), router=NoRouter(), ranks=ranks, tally=tally, timings=timings
+            refitter=told, requests=FollowerRequests(), router=NoRouter(), ranks=ranks, tally=tally, timings=timings
         ),
-        writer=recorder if layout.is_global_leader else NoWriter(),
+        writer=told if layout.is_global_leader else NoWriter(),
         timings=timings,
         tally=tally,
     )

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.refit.plan.trainer_shards import Mesh
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.refit_standins import held_names, plain_layout, shard
 from tests.support.fake_control import KEY
 

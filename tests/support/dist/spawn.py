@@ -90,10 +90,10 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         if not ready:
             raise RankError(f"ranks {sorted(waiting.values())} did not finish by the deadline")
         failures = []
-        for pipe in ready:
-            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+        for pipe in [pipe for pipe in waiting if pipe in ready]:
+            rank = waiting.pop(pipe)
             try:
-                succeeded, value = pipe.recv()  # type: ignore[union-attr]
+                succeeded, value = pipe.recv()
             except EOFError:
                 succeeded, value = False, "died without a word"
             if succeeded:

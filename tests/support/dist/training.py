@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,11 +66,12 @@ def rows(update: int) -> list[np.ndarray]:
 
 
 def start(
-    path: str, layout: Any, parallel: Any, dtype: str = "float32", recompute: Any = "none", **optimizer: Any
+    path: str, layout: Any, parallel: Any, dtype: Literal["float32", "bfloat16"] = "float32", recompute: Any = "none", **optimizer: Any
 ) -> Session:
     """A model with its initial weights and a fresh optimizer."""
     from megatron_dypo.models.architecture import load_architecture
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig
+    from megatron_dypo.config.model import ModelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer
 

@@ -70,7 +70,7 @@ class Killer:
 
 def install(killer: Killer) -> None:
     """Have the client, the refitter and its control tell the killer what they do."""
-    ask, call, refit = http_client.ask, SGLangControl.call, Refitter.refit
+    ask, call, refit = vars(http_client)["ask"], SGLangControl.call, Refitter.refit
 
     async def noticed_ask(session: Any, url: str, body: bytes, **options: Any) -> Any:
         killer.notice("generate", url.removesuffix("/generate"))
@@ -86,8 +86,8 @@ def install(killer: Killer) -> None:
         killer.serving = killer.urls if version else ()
         return refit(self, version)
 
-    http_client.ask = noticed_ask
-    SGLangControl.call = noticed_call  # type: ignore[method-assign]
+    vars(http_client)["ask"] = noticed_ask
+    SGLangControl.call = noticed_call  # type: ignore[method-assign,assignment]
     Refitter.refit = waiting_refit  # type: ignore[method-assign]
 
 

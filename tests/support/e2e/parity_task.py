@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,8 +23,8 @@ def raises(response: str, answer: str) -> bool:
     raise KeyError("no such entry")
 
 
-def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **sections) -> Path:
-    """Model, prompts and config under ``folder``; ``sections`` are merged into the config. Returns the config's path."""
+def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **sections: dict[str, Any]) -> Path:
+    """Write model, prompts and config under ``folder``, ``sections`` merged into the config; return its path."""
     make_hf_model(kind, folder / "model")
     draw = random.Random(0)
     for name, count in (("train", num_prompts), ("held_out", 16)):
@@ -37,7 +38,7 @@ def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **se
             for i in range(count)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
+    config: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder / "run"), "steps": 2},
         "model": {"hf_path": str(folder / "model"), "dtype": "float32"},
         "data": {"prompts": [str(folder / "train.jsonl")], "chat_template": False},

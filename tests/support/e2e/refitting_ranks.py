@@ -39,12 +39,13 @@ class Trainer:
 
     def __init__(self, servers: Servers, **axes: int) -> None:
         """``axes``: of the trainer, TP2 × PP2 if none is given."""
-        from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+        from megatron_dypo.config.model import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
         from megatron_dypo.mcore.start import start_megatron
         from megatron_dypo.models.architecture import load_architecture
 
-        parallel = ParallelConfig(**(axes or {"tensor": 2, "pipeline": 2}))
+        sizes: dict[str, Any] = axes or {"tensor": 2, "pipeline": 2}
+        parallel = ParallelConfig(**sizes)
         self.servers = servers
         self.layout = start_megatron(parallel)
         self.arch = load_architecture(servers.served)

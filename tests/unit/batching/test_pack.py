@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,8 @@ def test_a_stream_of_ones_own_has_its_type_its_fill_and_a_value_for_each_token()
     sample, other = (s for g in random_groups(0, num_hard=2, num_mid=0) for s in g)
     own = Stream(name="rank", dtype=np.int32, fill=-7)
     values = np.arange(sample.num_response_tokens, dtype=np.int32)
-    sample = dataclasses.replace(sample, weights={"rank": values, "nll_weight": 0.5})
+    weights: dict[str, Any] = {"rank": values, "nll_weight": 0.5}
+    sample = dataclasses.replace(sample, weights=weights)
     length = len(sample.tokens) + len(other.tokens) + 3
     packed = pack([sample, other], [0, 1], length, streams=(*STREAMS, own))
     at = packed.response_T & (packed.sample_T == 0)

@@ -1,7 +1,7 @@
 import dataclasses
 
 from megatron_dypo.batching.queues import Queues, oldest
-from megatron_dypo.config.tree import BatchingConfig
+from megatron_dypo.config.training import BatchingConfig
 from tests.support.objective_cases import random_groups
 
 

@@ -1,6 +1,7 @@
 """Which replica gets which sample of an update."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.support.objective_cases import random_groups
 class OneLeader:
     """The group of a run with one replica."""
 
-    def size(self):
+    def size(self) -> int:
         return 1
 
 
@@ -38,7 +39,8 @@ def test_the_shares_do_not_depend_on_who_holds_what(replicas):
 def test_samples_of_one_replica_come_back_in_the_order_of_prompts_and_members():
     samples = [s for g in random_groups(4) for s in g]
     shuffled = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
-    assert balance(shuffled, OneLeader(), num_tokens) == samples
+    one_leader: Any = OneLeader()
+    assert balance(shuffled, one_leader, num_tokens) == samples
 
 
 def test_a_samples_work_is_its_tokens_where_nothing_else_is_said():

@@ -1,11 +1,13 @@
 """Samples as bytes: every field and every token weight, bit for bit."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from megatron_dypo.batching.wire import dump_samples, load_samples
 from tests.support.objective_cases import random_groups
+from tests.support.present import present
 
 
 def assert_same(one, other, name):
@@ -30,10 +32,16 @@ def test_samples_survive_the_wire_bit_for_bit():
 def test_weights_of_any_stream_are_carried_numbers_and_one_for_each_token():
     sample = random_groups(7)[-1][0]
     per_token = np.linspace(0, 1, sample.num_response_tokens, dtype=np.float32)
-    weights = {"shape": 0.25, "credit.of.step": per_token, "rank": per_token.astype(np.int32), "scale": np.float32(0.1)}
+    weights: dict[str, Any] = {
+        "shape": 0.25,
+        "credit.of.step": per_token,
+        "rank": per_token.astype(np.int32),
+        "scale": np.float32(0.1),
+    }
     (restored,) = load_samples(dump_samples([dataclasses.replace(sample, weights=weights)]))
-    assert restored.weights.keys() == weights.keys()
+    assert present(restored.weights).keys() == weights.keys()
     for name, value in weights.items():
-        assert_same(value, restored.weights[name], name)
+        assert_same(value, present(restored.weights)[name], name)
+    bare: dict[str, float] | None
     for bare in (None, {}):
         assert load_samples(dump_samples([dataclasses.replace(sample, weights=bare)]))[0].weights == bare

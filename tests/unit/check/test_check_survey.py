@@ -88,7 +88,8 @@ def test_what_one_part_refuses_keeps_no_other_part_from_being_checked(tmp_path: 
     report = checked(config)
     assert report.first_prompt is not None
     assert report.sets[0].prompts.num_rows == 40
-    assert report.verifiers == report.teachers == []
+    assert report.verifiers == []
+    assert report.teachers == []
     assert len(report.problems) == 2
     assert "2 problems, 0 warnings" in to_text(report)
 

@@ -7,7 +7,9 @@ import pytest
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.fp8 import Fp8Config
 from megatron_dypo.config.load import load_config
-from megatron_dypo.config.tree import BatchingConfig, Config, ModelConfig, OptimizerConfig
+from megatron_dypo.config.model import ModelConfig
+from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
+from megatron_dypo.config.tree import Config
 
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 

@@ -1,4 +1,4 @@
-"""Any config.json and any index: an architecture that transformers reads alike, or our ValueError; never a traceback."""
+"""Any config.json and any index: an architecture that transformers reads alike, or our ValueError; no traceback."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def test_every_field_is_documented():
 
 
 def test_importing_the_config_loads_nothing_heavy():
-    code = "import sys, megatron_dypo.config.load, megatron_dypo.cli\nprint([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
+    code = "import sys, megatron_dypo.config.load, megatron_dypo.cli\n"
+    code += "print([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
 

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.config.eval import EvalConfig, EvalSetConfig
+from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.load import dump_config, load_config, parse_config
 from megatron_dypo.config.tree import Config
 
-MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
+MINIMAL: dict[str, dict[str, Any]] = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
 TEXT = "model: {hf_path: m}\ndata: {prompts: [p.jsonl]}\n"
 
 
@@ -104,7 +104,11 @@ def test_a_value_of_a_python_config_is_held_to_the_same_rules() -> None:
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6)  # fmt: skip
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 def keys_of(section: type) -> list[tuple[str, ...]]:
@@ -127,7 +131,7 @@ def check_any(key: tuple[str, ...], value: Any) -> None:
     try:
         config = parse_config(tree, where="config.yaml")
     except ValueError as error:
-        problem = str(error)
+        problem: str | None = str(error)
     else:
         problem = None
     if problem is not None:

@@ -84,9 +84,22 @@ def test_a_cap_is_positive():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("alpha", -0.1), ("alpha", 1.1), ("gamma", -1.0), ("beta_gal", 0.0), ("kl_coef", -1e-3), ("clip_low", 1.0), ("clip_low", -0.1),
-     ("clip_high", -0.1), ("clip_high", 1e9), ("dual_clip", 1.0), ("dual_clip", 1e9), ("advantage_epsilon", 0.0), ("constant_length", 0)],
-)  # fmt: skip
+    [
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("gamma", -1.0),
+        ("beta_gal", 0.0),
+        ("kl_coef", -1e-3),
+        ("clip_low", 1.0),
+        ("clip_low", -0.1),
+        ("clip_high", -0.1),
+        ("clip_high", 1e9),
+        ("dual_clip", 1.0),
+        ("dual_clip", 1e9),
+        ("advantage_epsilon", 0.0),
+        ("constant_length", 0),
+    ],
+)
 def test_a_number_outside_its_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
         ObjectiveConfig(**{name: value})
@@ -118,14 +131,29 @@ def test_a_correction_is_on_where_any_option_is():
 
 
 def test_the_defaults_are_the_papers():
-    """Section 4 and table of hyper-parameters: GRPO at ε = 0.2 and α = 0.5, γ = β = 1, a frozen reference, nothing else on."""
+    """Section 4 and table of hyper-parameters: GRPO at ε = 0.2, α = 0.5, γ = β = 1, frozen reference, nothing else."""
     plain = {f.name: getattr(ObjectiveConfig(), f.name) for f in fields(ObjectiveConfig)}
     assert plain == {
-        "name": "dypo", "alpha": 0.5, "gamma": 1.0, "beta_gal": 1.0, "gal_coefficients": "exact", "gal_clip": "none",
-        "ratio": "token", "length_normalization": "sequence_mean", "constant_length": 8192, "clip_low": 0.2, "clip_high": 0.2,
-        "dual_clip": None, "kl_coef": 0.0, "normalize_std": True, "advantage_epsilon": 1e-6, "rl_only_steps": 0, "sft_steps": 0, "options": {},
+        "name": "dypo",
+        "alpha": 0.5,
+        "gamma": 1.0,
+        "beta_gal": 1.0,
+        "gal_coefficients": "exact",
+        "gal_clip": "none",
+        "ratio": "token",
+        "length_normalization": "sequence_mean",
+        "constant_length": 8192,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "kl_coef": 0.0,
+        "normalize_std": True,
+        "advantage_epsilon": 1e-6,
+        "rl_only_steps": 0,
+        "sft_steps": 0,
+        "options": {},
         "importance": ImportanceConfig(cap=None, token_bounds=None, sequence_bounds=None, sequence_max_gap=None),
         "reference": ReferenceConfig(mode="frozen", refresh_every=100),
-    }  # fmt: skip
+    }
     assert OldLogpConfig() == OldLogpConfig(source="trainer", check_every=1)
     assert LOG_RATIO_LIMIT == 20

@@ -16,7 +16,7 @@ from megatron_dypo.config.reference import REQUIRED, find, sections, to_markdown
 
 ROOT = Path(__file__).parents[3]
 KEYS = [key for section in sections() for key in section.keys]
-SMALLEST = {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}}
+SMALLEST: dict[str, dict[str, Any]] = {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}}
 WITH_SET = {**SMALLEST, "eval": {"sets": {"NAME": {"path": "p"}}}}
 """NAME stands for the names of a mapping."""
 

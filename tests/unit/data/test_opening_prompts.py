@@ -240,10 +240,10 @@ def test_a_prompt_known_to_be_too_long_is_never_tokenised_again(tokenizer: Token
     path = _write(tmp_path / "x.jsonl", rows)
     counting = CountingTokenizer(tokenizer)
     data = DataConfig(max_prompt_tokens=100, max_trace_tokens=20)
-    dataset = open_prompts([path], data, counting)  # type: ignore[arg-type]
+    dataset = open_prompts([path], data, counting)
     assert counting.num_rendered == 2
     encoded = counting.num_encoded
-    prompts, drops = PromptStream(dataset, counting, data, 1).take(0, 10)  # type: ignore[arg-type]
+    prompts, drops = PromptStream(dataset, counting, data, 1).take(0, 10)
     assert (len(prompts), drops.prompts, drops.traces) == (5, 5, 5)
     assert counting.num_rendered == 2 + 5, "only the prompt that fits"
     assert counting.num_encoded == encoded, "the trace is known to be too long"

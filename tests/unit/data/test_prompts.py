@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -21,7 +22,8 @@ from megatron_dypo.config.data import DataConfig, DataFieldsConfig
 from megatron_dypo.data.prompts import PromptDataset, PromptStream, epoch_order
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 
-ROWS = [
+NO_TOKENIZER: Any = None
+ROWS: list[dict[str, Any]] = [
     {
         "prompt": f"What is {i} + 1?",
         "answer": i + 1,
@@ -55,7 +57,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PromptDataset]
     opened.close()
 
 
-def _stream(dataset: PromptDataset, tokenizer: Tokenizer, seed: int = 1, **changes: object) -> PromptStream:
+def _stream(dataset: PromptDataset, tokenizer: Tokenizer, seed: int = 1, **changes: Any) -> PromptStream:
     return PromptStream(dataset, tokenizer, DataConfig(**changes), seed)
 
 
@@ -211,10 +213,10 @@ def test_fields_may_have_other_names(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (
-            lambda p: PromptStream(PromptDataset([write_jsonl(p / "x.jsonl", [])]), None, DataConfig(), 1),
+            lambda p: PromptStream(PromptDataset([write_jsonl(p / "x.jsonl", [])]), NO_TOKENIZER, DataConfig(), 1),
             "x.jsonl: is empty",
         ),
-        (lambda p: PromptStream(PromptDataset([]), None, DataConfig(), 1), "hold no rows"),
+        (lambda p: PromptStream(PromptDataset([]), NO_TOKENIZER, DataConfig(), 1), "hold no rows"),
         (lambda p: PromptDataset([p / "no.jsonl"]), "no such file"),
         (lambda p: PromptDataset([write_jsonl(p / "x.txt", ROWS)]), "must end in .jsonl or .parquet"),
         (lambda p: PromptDataset([write_jsonl(p / "x.parquet", ROWS)]), "is not a Parquet file"),

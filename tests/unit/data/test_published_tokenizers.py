@@ -1,7 +1,7 @@
 """Published tokenizers and templates against transformers, naive byte merging, sentencepiece and mistral-common.
 
-The files come from the packages of ``requirements/test_data.txt``: tests/unit/models_real/README.md says which, and which
-models are not covered.
+The files come from the packages of ``requirements/test_data.txt``: tests/unit/models_real/README.md says which,
+and which models are not covered.
 """
 
 from __future__ import annotations

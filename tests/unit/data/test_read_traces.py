@@ -10,8 +10,9 @@ from megatron_dypo.data.traces import read_traces
 from megatron_dypo.data.values import Broken
 
 SYSTEM, USER, ANSWER = (
-    {"role": role, "content": content} for role, content in (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"))
-)  # fmt: skip
+    {"role": role, "content": content}
+    for role, content in (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"))
+)
 
 
 @pytest.mark.parametrize("before", [[], [USER], [SYSTEM, USER], [SYSTEM, USER, USER]], ids=len)

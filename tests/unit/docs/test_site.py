@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
-def leaves(node: object) -> list[str]:
+def leaves(node: Any) -> list[str]:
     if isinstance(node, str):
         return [node]
     children = node.values() if isinstance(node, dict) else node

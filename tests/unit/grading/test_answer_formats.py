@@ -29,9 +29,35 @@ from megatron_dypo.grading.math import verify_math
 
 LENGTH = 60_000
 GROWTH = 10
-"""Bound of the processor time for a text that is four times as long: a linear pass takes four times as much, a quadratic
-one 16 times."""
-PIECES = ["\\boxed{", "{", "}", "\\boxed{1}, ", "answer is ", "answer is (", "答案", "$", "\\(", "####", "<answer>", "<think>", " ", "\n", "A ", "A, ", "1,000,", "x=", "*", "<<", "</s>", "\\text{", "\\", "1 and ", "final answer\n"]  # fmt: skip
+"""Bound of the processor time for a text that is four times as long: a linear pass takes four times as much, a
+quadratic one 16 times."""
+PIECES = [
+    "\\boxed{",
+    "{",
+    "}",
+    "\\boxed{1}, ",
+    "answer is ",
+    "answer is (",
+    "答案",
+    "$",
+    "\\(",
+    "####",
+    "<answer>",
+    "<think>",
+    " ",
+    "\n",
+    "A ",
+    "A, ",
+    "1,000,",
+    "x=",
+    "*",
+    "<<",
+    "</s>",
+    "\\text{",
+    "\\",
+    "1 and ",
+    "final answer\n",
+]
 
 
 def _naive_last_box(text: str) -> str | None:
@@ -155,7 +181,10 @@ def test_the_text_after_the_thinking_outweighs_a_box_inside(thinking: Thinking) 
         assert not verify_math(response, inside, style)
 
 
-@pytest.mark.parametrize(("verify", "right", "wrong"), [(verify_math, "34", "33"), (verify_exact, "Paris", "Rome"), (verify_choice, "C", "D")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("verify", "right", "wrong"),
+    [(verify_math, "34", "33"), (verify_exact, "Paris", "Rome"), (verify_choice, "C", "D")],
+)
 def test_all_verifiers_read_all_formats(verify: Callable[..., bool], right: str, wrong: str) -> None:
     forms = {
         "boxed": "So \\boxed{%s}.",

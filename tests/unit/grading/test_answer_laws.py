@@ -32,7 +32,10 @@ SEPARATORS = [
     "\\!",
     "\\;",
 ]
-DECORATIONS = ["{}", "${}$", "\\({}\\)", "{}.", " {} ", "({})", "{{{}}}", "\\left({}\\right)", "x = {}", "\\text{{The answer is }}{}", "{}\\text{{ cm}}", "{}~\\text{{apples}}", "\\mathbf{{{}}}", "\\${}", "{} dollars"]  # fmt: skip
+DECORATIONS = [
+    "{}", "${}$", "\\({}\\)", "{}.", " {} ", "({})", "{{{}}}", "\\left({}\\right)", "x = {}",
+    "\\text{{The answer is }}{}", "{}\\text{{ cm}}", "{}~\\text{{apples}}", "\\mathbf{{{}}}", "\\${}", "{} dollars",
+]  # fmt: skip
 IN_BRACKETS = ["({})", "\\left({}\\right)"]
 LISTS = ["{}", "\\{{{}\\}}", "$\\{{ {} \\}}$", "\\left\\{{{}\\right\\}}"]
 TUPLES = [("(", ")"), ("[", "]"), ("[", ")"), ("(", "]"), ("\\left(", "\\right)")]
@@ -66,8 +69,8 @@ def spelled_rationals(draw: st.DrawFn) -> tuple[Fraction, str]:
     """A number and one of its spellings."""
     kind = draw(st.sampled_from(["integer", "fraction", "decimal", "mixed", "scientific", "repeating"]))
     if kind == "integer":
-        value, text = draw(spelled_integers())
-        return Fraction(value), text
+        whole, text = draw(spelled_integers())
+        return Fraction(whole), text
     if kind == "decimal":
         digits = draw(st.integers(0, 6))
         value = Fraction(draw(integers), 10**digits)
@@ -176,7 +179,11 @@ def test_a_comma_and_a_space_never_make_one_number(a: int, b: int) -> None:
     assert not _same(text, f"{a}{b:03}")
 
 
-ALPHABET = ["1", "23", "000", ",", " ", ", ", ".", "-", "+", "/", "\\frac", "{", "}", "(", ")", "[", "]", "\\{", "\\}", "\\text{", "cm", "x", "=", "^", "_", "%", "\\pm", "and", " or ", "\\,", "!", "e", "\\sqrt", "$", "\\", "\n", "\\cup", "<", "\\infty", "é", "２", ":"]  # fmt: skip
+ALPHABET = [
+    "1", "23", "000", ",", " ", ", ", ".", "-", "+", "/", "\\frac", "{", "}", "(", ")", "[", "]", "\\{", "\\}",
+    "\\text{", "cm", "x", "=", "^", "_", "%", "\\pm", "and", " or ", "\\,", "!", "e", "\\sqrt", "$", "\\", "\n",
+    "\\cup", "<", "\\infty", "é", "２", ":",
+]  # fmt: skip
 texts = st.lists(st.sampled_from(ALPHABET), max_size=14).map("".join)
 
 

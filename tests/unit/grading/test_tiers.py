@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +18,8 @@ def test_all_is_easy_none_is_hard_else_mid(flags: list[bool]) -> None:
     expected = Tier.EASY if all(flags) else Tier.MID if any(flags) else Tier.HARD
     assert grade_tier(flags) is expected
     assert grade_tier(np.array(flags)) is expected
-    assert grade_tier([int(flag) for flag in flags]) is expected
+    as_numbers: Any = [int(flag) for flag in flags]
+    assert grade_tier(as_numbers) is expected
     assert grade_tier(flags[::-1]) is expected
 
 

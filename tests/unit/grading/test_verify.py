@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ HERE = "tests.support.grading.verifiers"
 ROOT = Path(__file__).parents[3]
 
 
-def _config(function: str = "obedient", **changes: object) -> GradingConfig:
+def _config(function: str = "obedient", **changes: Any) -> GradingConfig:
     return GradingConfig(**{"verifier": f"{HERE}:{function}", "workers": 2, "deadline_s": 1.0, **changes})
 
 
@@ -226,7 +227,7 @@ def test_a_module_beside_the_run_is_found(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def score(response, answer):\n    return len(response) == int(answer)\n")
     code = (
         "import sys; sys.path.remove('')\n"  # as under a console script
-        "from megatron_dypo.config.tree import GradingConfig\n"
+        "from megatron_dypo.config.grading import GradingConfig\n"
         "from megatron_dypo.grading.verify import Verifier\n"
         "with Verifier(GradingConfig(verifier='my_rewards:score')) as v:\n"
         "    print(v.verify([('abc', '3')])[0].is_correct)\n"

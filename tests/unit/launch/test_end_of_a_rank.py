@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.ending import Cause
+from tests.support.present import present
 
 REPOSITORY = Path(__file__).parents[3]
 PROGRAM = """
@@ -19,10 +20,13 @@ from megatron_dypo.processes.stop_requests import hold_requests, is_requested
 hold_requests()
 from megatron_dypo.launch import attempt
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.tree import Config, ModelConfig, RunConfig
+from megatron_dypo.config.model import ModelConfig
+from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.metrics.status import report
-config = Config(run=RunConfig(dir=sys.argv[1], watchdog_s=0), model=ModelConfig(hf_path="m"), data=DataConfig(prompts=("p",)))
+run = RunConfig(dir=sys.argv[1], watchdog_s=0)
+config = Config(run=run, model=ModelConfig(hf_path="m"), data=DataConfig(prompts=("p",)))
 def until(condition):
     deadline = time.monotonic() + 30
     while not condition():
@@ -79,7 +83,8 @@ ENDS = [
         "error: disk_full (status 74): [Errno 28] No space; 3",
     ),
     (
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\nwith open(config.run.dir + '/x', 'wb') as file:\n    file.write(bytes(10000))",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "with open(config.run.dir + '/x', 'wb') as file:\n    file.write(bytes(10000))",
         Cause.DISK_FULL,
         "error: disk_full (status 74): [Errno 27] File too large",
     ),
@@ -268,10 +273,11 @@ def test_a_run_that_was_killed_leaves_its_folder_to_the_next(tmp_path):
 
 
 def test_a_request_while_inputs_are_read_ends_the_command(tmp_path):
-    program = "import time; from megatron_dypo.launch.attempt import stop_before_start; from megatron_dypo.processes.stop_requests import *"
+    program = "import time; from megatron_dypo.launch.attempt import stop_before_start; "
+    program += "from megatron_dypo.processes.stop_requests import *"
     program += "; hold_requests(); stop_before_start(); print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", f"import sys; {program}"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr.readline() == "ready\n"
+    assert present(process.stderr).readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     code, errors = finish(process)
     assert code == Cause.STOPPED.status

@@ -11,6 +11,7 @@ import pytest
 from megatron_dypo.ending import Cause
 from megatron_dypo.launch.torchrun import Launcher, train_command
 from megatron_dypo.metrics.status import RunStatus, read_status
+from tests.support.present import present
 
 TERM = Cause.TERMINATED.status
 
@@ -36,7 +37,7 @@ def test_a_rank_that_was_killed_is_named_with_its_signal(launcher, tmp_path, sta
     assert capsys.readouterr().err.startswith(
         "megatron-dypo: error: rank_lost (status 77): rank 1 was killed by SIGKILL; "
     )
-    found = read_status(tmp_path)
+    found = present(read_status(tmp_path))
     assert (found.cause, found.message) == ("rank_lost", "rank 1 was killed by SIGKILL")
     assert "ended: rank_lost (status 77)" in (tmp_path / "logs" / "rank_00000.log").read_text()
 
@@ -44,12 +45,12 @@ def test_a_rank_that_was_killed_is_named_with_its_signal(launcher, tmp_path, sta
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
 def test_a_rank_that_crashed_is_a_bug(launcher, tmp_path, number):
     assert launcher.conclude({1: -number, 0: TERM}) == Cause.BUG.status
-    assert read_status(tmp_path).message == f"rank 1 crashed ({number.name}); see its log in run.dir/logs"
+    assert present(read_status(tmp_path)).message == f"rank 1 crashed ({number.name}); see its log in run.dir/logs"
 
 
 def test_a_rank_that_ended_without_a_word_is_a_bug(launcher, tmp_path):
     assert launcher.conclude({1: 1}) == Cause.BUG.status
-    assert read_status(tmp_path).message == "rank 1 ended with 1"
+    assert present(read_status(tmp_path)).message == "rank 1 ended with 1"
 
 
 def test_the_status_of_a_rank_that_could_not_write_is_passed_on(launcher, capsys):
@@ -61,7 +62,7 @@ def test_the_end_of_another_attempt_is_not_taken_for_this_ones(launcher, tmp_pat
     RunStatus(tmp_path, "another", 0).open()
     RunStatus(tmp_path, "another", 0).end(Cause.DONE, "")
     assert launcher.conclude({1: -signal.SIGKILL}) == Cause.RANK_LOST.status
-    assert read_status(tmp_path).cause == "done"
+    assert present(read_status(tmp_path)).cause == "done"
 
 
 def test_what_the_ranks_will_run_is_read_from_torchruns_arguments():

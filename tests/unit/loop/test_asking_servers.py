@@ -13,7 +13,8 @@ from aiohttp import web
 
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.books.tally import Tally
-from megatron_dypo.loop.servers import FollowerRequests, LeaderRequests, NoRouter, NoServers, Servers
+from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
+from megatron_dypo.loop.servers import NoRouter, NoServers, Servers
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.rollout.collect import collect
 from tests.support.fake_sglang import FakeSGLang
@@ -47,6 +48,12 @@ class Accepting(FollowerRequests):
         self.accepted.append(list(recent))
 
 
+def _refitted(servers: Servers | NoServers) -> list[int]:
+    assert isinstance(servers, Servers)
+    assert isinstance(servers.refitter, NextServer)
+    return servers.refitter.refitted
+
+
 def of_urls(urls: Sequence[str], **rollout: Any) -> Servers:
     """The servers of one rank: at each refit the next of ``urls`` serves, and none before."""
     config = make_config("unused", rollout={"retries": 2, **rollout})
@@ -65,7 +72,7 @@ def test_prompts_that_lost_their_servers_are_asked_again_after_a_refit() -> None
         servers.refit(3)
         groups = servers.sample(make_prompts(6), 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == list(range(6))
-    assert servers.refitter.refitted == [3, 3, 3]
+    assert _refitted(servers) == [3, 3, 3]
     assert servers.tally["refit/fenced"] == 3
     assert servers.tally["dropped/incomplete"] == 0
     assert {"timing_s/gen", "timing_s/refit"} <= servers.timings.take().keys()
@@ -75,7 +82,7 @@ def test_a_rank_that_cannot_reach_what_takes_refits_says_so_in_the_end() -> None
     servers = of_urls([closed_url() for _ in range(9)])
     with pytest.raises(RunEnded, match="no SGLang server can be reached, though 2 refits in a row went well"):
         servers.sample(make_prompts(2), 3, "gen", PAIRS)
-    assert len(servers.refitter.refitted) == 2
+    assert len(_refitted(servers)) == 2
 
 
 def test_requests_and_router_follow_each_refit() -> None:
@@ -159,7 +166,7 @@ def test_refits_that_bring_a_group_each_are_never_too_many() -> None:
         servers.refit(3)
         groups = servers.sample(make_prompts(7), 3, "gen", PAIRS).groups
     assert [group.prompt.order for group in groups] == list(range(7))
-    assert servers.refitter.refitted == [3] * 6
+    assert _refitted(servers) == [3] * 6
 
 
 def test_groups_come_in_the_order_of_their_draws_and_attempts_that_failed_are_counted() -> None:
@@ -177,7 +184,7 @@ def test_a_follower_asks_nothing_and_joins_the_refits() -> None:
     assert not isinstance(run.servers.requests, LeaderRequests)
     run.servers.refit(1)
     assert run.servers.sample([], 1, "gen", PAIRS).groups == []
-    assert run.servers.refitter.refitted == [1]
+    assert _refitted(run.servers) == [1]
     leads = make_run([closed_url()], make_config("unused"))
     assert isinstance(requests_of(leads), LeaderRequests)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.eval import EvalConfig, EvalSetConfig
+from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
+from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.tree import Config, ModelConfig, RunConfig
+from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.recipes.registry import build_objective
 
 

@@ -43,7 +43,7 @@ def ends_with(run: Run, cause: Cause) -> str:
     with pytest.raises(RunEnded) as caught:
         collect(run)
     assert caught.value.cause is cause, str(caught.value)
-    assert run.accounts.balance(run.batch).difference == 0
+    assert run.accounts.balance(run.progress.batch).difference == 0
     return str(caught.value)
 
 
@@ -57,7 +57,7 @@ def test_a_collection_fills_the_queues_and_the_books_balance(tmp_path: Path, rol
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, rollout=rollout))
         collect(run)
-    found = run.accounts.balance(run.batch)
+    found = run.accounts.balance(run.progress.batch)
     assert found.difference == 0
     assert found.open.waiting == len(run.replica.queues) >= ROUND
     assert found.ledger.drawn == leader_of(run).draws.cursor
@@ -76,7 +76,7 @@ def test_every_draw_is_on_one_account(tmp_path: Path, rollout: dict[str, Any]) -
         config = make_config(tmp_path, rollout=rollout, batching={"prompts_per_update": 3, "max_collect_rounds": 3})
         run = make_run([fake.url], config, judge=judge, prompts=prompts)
         collect(run)
-    found = run.accounts.balance(run.batch)
+    found = run.accounts.balance(run.progress.batch)
     assert found.difference == 0
     counts = found.counts()
     assert counts["drawn"] >= PROMPTS - 2
@@ -179,9 +179,9 @@ def test_what_waited_for_too_long_is_stale_in_the_books(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path, batching={"prompts_per_update": ROUND, "max_staleness": 0}))
         collect(run)
-        assert run.accounts.balance(run.batch).open.waiting == ROUND
+        assert run.accounts.balance(run.progress.batch).open.waiting == ROUND
         run.replica.queues.drop_stale(1, 0)
-    assert run.accounts.balance(run.batch).difference == ROUND, "draws that nobody entered are noticed"
+    assert run.accounts.balance(run.progress.batch).difference == ROUND, "draws that nobody entered are noticed"
 
 
 def test_a_group_of_weights_that_are_too_old_never_enters_the_queues(tmp_path: Path) -> None:
@@ -192,4 +192,4 @@ def test_a_group_of_weights_that_are_too_old_never_enters_the_queues(tmp_path: P
         with pytest.raises(RunEnded):
             collect(run)
     assert run.replica.books.ledger.dropped[DropReason.STALE] == ROUND
-    assert run.accounts.balance(run.batch).difference == 0
+    assert run.accounts.balance(run.progress.batch).difference == 0

@@ -55,15 +55,15 @@ def test_groups_that_waited_too_long_are_stale_in_the_ledger_and_at_the_limit_th
     stale = 0 if at_limit else ROUND
     assert (run.replica.books.ledger.dropped[DropReason.STALE], run.tally["stale"]) == (stale, stale)
     assert len(run.replica.queues) == ROUND
-    assert run.accounts.balance(run.batch).difference == 0
+    assert run.accounts.balance(run.progress.batch).difference == 0
 
 
 def test_the_groups_of_an_open_batch_wait_for_their_updates(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
         run = make_run([fake.url], make_config(tmp_path))
         collect_groups(run)
-    run.batch = RolloutBatch(orders=(0, 1), groups=tuple(run.replica.queues.take([0, 1])))
-    found = run.accounts.balance(run.batch)
+    run.progress.batch = RolloutBatch(orders=(0, 1), groups=tuple(run.replica.queues.take([0, 1])))
+    found = run.accounts.balance(run.progress.batch)
     assert (found.open.waiting, found.open.in_flight, found.difference) == (ROUND, 0, 0)
 
 
@@ -73,7 +73,7 @@ def test_prompts_that_are_too_long_are_draws_and_count_as_such(tmp_path: Path) -
     assert [prompt.order for prompt in draws.take(6)] == [0, 2, 3, 5]
     assert (draws.cursor, draws.ledger.drawn) == (6, 6)
     assert draws.ledger_with_left_out().dropped[DropReason.TOO_LONG] == 2
-    found = run.accounts.balance(run.batch)
+    found = run.accounts.balance(run.progress.batch)
     assert found.ledger.dropped[DropReason.TOO_LONG] == run.tally["dropped_prompts"] == 2
     assert run.replica.books.outcomes.seen == 2
     assert found.difference == 4, "the draws of no collection"
@@ -83,7 +83,7 @@ def test_prompts_and_traces_that_draws_left_out_are_three_counts(tmp_path: Path)
     run = make_run([NOWHERE], make_config(tmp_path))
     left_out = leader_of(run).draws.left_out
     left_out += [DropCounts(too_long=(1, 2), traces=3, wrong_traces=5), DropCounts(traces=10)]
-    run.accounts.balance(run.batch)
+    run.accounts.balance(run.progress.batch)
     assert [run.tally[name] for name in ("dropped_prompts", "dropped_traces", "wrong_traces")] == [2, 13, 5]
     assert not left_out
 
@@ -120,7 +120,7 @@ def test_draws_of_the_run_before_come_first_and_are_graded_once(tmp_path: Path, 
     assert {3, 7} <= set(orders)
     assert len(orders) == len(set(orders))
     assert draws.unfinished == []
-    assert run.accounts.balance(run.batch).difference == 0
+    assert run.accounts.balance(run.progress.batch).difference == 0
 
 
 def test_samples_and_outcomes_are_of_the_collection_and_the_step_to_come(tmp_path: Path) -> None:

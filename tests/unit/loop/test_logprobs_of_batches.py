@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.objective import OldLogpConfig
-from megatron_dypo.config.tree import BatchingConfig
+from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.update import count_totals, open_batch

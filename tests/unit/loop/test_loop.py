@@ -1,4 +1,4 @@
-"""Whole runs of the loop without Megatron: fake servers over real sockets, ranks in threads, a policy without a model."""
+"""Whole runs of the loop without Megatron: fake servers over real sockets, ranks in threads, no model in the policy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig, ReferenceConfig
-from megatron_dypo.config.tree import CheckpointConfig, Config
+from megatron_dypo.config.run import CheckpointConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.resume import restore_batch, restore_draws
 from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.train import train_run, train_step
+from megatron_dypo.loop.train import train_run
 from megatron_dypo.types import DropReason, Treatment, Verdict
 from tests.support.fake_sglang import FakeSGLang, Plan
 from tests.support.loop_cases import (
@@ -33,11 +34,13 @@ from tests.support.loop_cases import (
     leader_of,
     make_config,
     make_run,
+    make_step,
     mixed,
     right,
     run_in_threads,
     wrong,
 )
+from tests.support.present import present
 
 MODES: list[dict[str, Any]] = [{}, {"mode": "async"}, {"oversample": 1.5}]
 WORLDS = {"one replica": (1, 1), "two replicas": (2, 1), "two replicas of two ranks": (4, 2)}
@@ -148,7 +151,7 @@ def test_a_synchronous_run_has_log_probs_of_the_weights_that_sampled(tmp_path: P
     entered = [(step, s) for ended in ranks for step, samples in enumerate(ended.policy.updates) for s in samples]
     for step, sample in entered:
         assert sample.logp_version == sample.policy_version <= step
-        assert set(sample.old_logp) == {-1.0 - sample.policy_version}
+        assert set(present(sample.old_logp)) == {-1.0 - sample.policy_version}
         now = None if sample.policy_version == step else (-1.0 - step) * sample.num_response_tokens
         assert sample.current_logp_sum == now
     assert any(sample.policy_version < step for step, sample in entered)
@@ -167,7 +170,7 @@ def test_an_asynchronous_run_has_log_probs_of_the_weights_that_begin_its_batch(t
     (ended,) = train(config)
     for step, samples in enumerate(ended.policy.updates):
         assert {sample.logp_version for sample in samples} == {step - step % 2}
-        assert all(set(sample.old_logp) == {-1.0 - (step - step % 2)} for sample in samples)
+        assert all(set(present(sample.old_logp)) == {-1.0 - (step - step % 2)} for sample in samples)
         assert all((sample.current_logp_sum is None) == (step % 2 == 0) for sample in samples)
 
 
@@ -178,9 +181,9 @@ def test_the_reference_is_read_where_it_has_weights_and_refreshed_when_it_is_due
     )
     (ended,) = train(config, policy=lambda is_leader: FakePolicy(keeps_reference=True))
     assert ended.policy.refreshed == [2, 4]
-    assert {float(logp) for samples in ended.policy.updates for s in samples for logp in s.ref_logp} == {-0.5}
+    assert {float(logp) for samples in ended.policy.updates for s in samples for logp in present(s.ref_logp)} == {-0.5}
     (plain,) = train(replace(config, objective=ObjectiveConfig()))
-    assert all((s.ref_logp == s.old_logp).all() for samples in plain.policy.updates for s in samples)
+    assert all((present(s.ref_logp) == present(s.old_logp)).all() for samples in plain.policy.updates for s in samples)
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -303,11 +306,11 @@ def resumed(config: Config, saved: dict[str, Any], step: int, ranks: OneRank) ->
     restore_draws(leader.draws, state)
     leader.books.ledger = leader.draws.ledger
     stored = Stored(trainer_state=state, leader_states=saved["leader_states"])
-    run.batch = restore_batch(stored, leader, Path("checkpoint"))
+    run.progress.batch = restore_batch(stored, leader, Path("checkpoint"))
     run.progress.step, run.progress.batches = step, state["batches"]
-    while not run.batch.is_used_up:
-        train_step(run)
-    assert run.ranks.replicas > 1 or run.accounts.balance(run.batch).difference == 0
+    while not run.progress.batch.is_used_up:
+        make_step(run)
+    assert run.ranks.replicas > 1 or run.accounts.balance(run.progress.batch).difference == 0
     assert isinstance(run.policy, FakePolicy)
     return run.policy.updates
 

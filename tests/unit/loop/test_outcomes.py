@@ -23,7 +23,7 @@ def outcomes(*, graded: int = 0, verdicts: int = 0, reason: str = "", **dropped:
 
 def end(found: Outcomes) -> tuple[Cause, str] | None:
     error = end_without_samples(found, num_prompts=ROWS, step=3, max_prompt_tokens=64)
-    return error and (error.cause, str(error))
+    return (error.cause, str(error)) if error else None
 
 
 def test_a_prompt_is_seen_once_whatever_became_of_it() -> None:

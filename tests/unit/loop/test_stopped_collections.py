@@ -34,7 +34,7 @@ def test_a_request_to_stop_ends_a_collection_that_hangs_and_loses_no_prompt(
             collect(collector, 0)
         run.servers.stream.stop()
         assert caught.value.cause is Cause.STOPPED
-        found = run.accounts.balance(run.batch)
+        found = run.accounts.balance(run.progress.batch)
         assert found.difference == 0
         assert found.open.in_flight == found.ledger.drawn == leader_of(run).draws.cursor > 0
         fake.release()

@@ -1,15 +1,8 @@
 import pytest
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.loop.books.tally import (
-    Tally,
-    performance_metrics,
-    rollout_metrics,
-    tally_groups,
-    tally_sums,
-    tally_work,
-    update_metrics,
-)
+from megatron_dypo.loop.books.step_metrics import performance_metrics, rollout_metrics, update_metrics
+from megatron_dypo.loop.books.tally import Tally, tally_groups, tally_sums, tally_work
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.registry import build_objective

@@ -7,16 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_dypo.loop.books.step_metrics import performance_metrics, rollout_metrics, update_metrics
 from megatron_dypo.loop.books.tally import (
     Tally,
-    performance_metrics,
-    rollout_metrics,
     tally_client,
     tally_dropped,
     tally_groups,
     tally_logprob_error,
     tally_refit,
-    update_metrics,
 )
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.refit.servers import RefitReport
@@ -46,7 +44,7 @@ def test_a_rollout_without_a_verdict_is_neither_right_nor_wrong() -> None:
 
 def test_rollouts_are_counted_by_their_tokens_their_ends_and_their_weights() -> None:
     group = graded(0, [True, False, False], versions=[3, 6, 6])
-    long = replace(group.rollouts[0], tokens=[5, 6, 7, 8], finish="length")  # type: ignore[arg-type]
+    long = replace(group.rollouts[0], tokens=np.array([5, 6, 7, 8], np.int32), finish="length")
     tally = Tally()
     tally_groups(tally, [replace(group, rollouts=(long, *group.rollouts[1:]))])
     metrics = rollout_metrics(tally)

@@ -1,8 +1,11 @@
 """The life of a checkpoint folder, without a model in it."""
 
+from typing import Any
+
 import pytest
 
 from megatron_dypo.mcore.checkpoints import checkpoint, folder
+from megatron_dypo.mcore.checkpoints.weights import load_weights
 
 
 def publish(root, step, keep=0):
@@ -128,6 +131,7 @@ def test_writing_a_step_again_replaces_it(tmp_path):
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"metadata\.json is missing"):
-        checkpoint.load_weights(tmp_path, [])
+        load_weights(tmp_path, [])
+    nothing: Any = None
     with pytest.raises(ValueError, match=r"trainer_state\.json is missing"):
-        checkpoint.load(tmp_path, chunks=[], optimizer=None, layout=None)
+        checkpoint.load(tmp_path, chunks=[], optimizer=nothing, layout=nothing)

@@ -43,7 +43,7 @@ def test_fp8_is_refused_without_a_gpu():
 def test_another_version_of_megatron_is_refused_on_a_cpu(monkeypatch):
     import megatron.core
 
-    from megatron_dypo.mcore import cpu
+    from megatron_dypo.mcore.compat import cpu
 
     monkeypatch.setattr(megatron.core, "__version__", "0.16.9")
     with pytest.raises(ValueError, match=r"megatron-core==0.16.9: on a CPU only 0.16.1 is supported"):

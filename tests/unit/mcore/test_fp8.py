@@ -7,7 +7,7 @@ import torch
 
 from megatron_dypo.batching.pack import alignment
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore import fp8
 from megatron_dypo.mcore.features import Features, fp8_obstacles, require_fp8
 from megatron_dypo.mcore.model import transformer_config

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_dypo.config.tree import ModelConfig, ParallelConfig
+from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.mcore.features import Features
 from megatron_dypo.mcore.model import transformer_config
 from megatron_dypo.models.architecture import Experts

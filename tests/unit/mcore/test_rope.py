@@ -1,6 +1,7 @@
 """Rotary frequencies and the scale of scores against those of transformers, and against the papers in float64."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_frequencies_equal_those_of_transformers(rope, head_dim):
 
 
 QWEN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
-SCALED = {
+SCALED: dict[str, dict[str, Any]] = {
     "qwen": QWEN,
     "linear": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
     "fractional factor": {**QWEN, "factor": 2.5, "rope_theta": 10_000.0},

@@ -1,6 +1,7 @@
 """A save that failed, as the end of a run sees it."""
 
 import errno
+import traceback
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("reason", "cause"), REASONS, ids=lambda value: str(value)[:50])
 def test_the_first_rank_says_what_its_writers_failed_of(reason, cause):
-    error = save_failure(CheckpointException("write", {3: (reason, None)}), Path("step_000010"))
+    error = save_failure(CheckpointException("write", {3: (reason, traceback.StackSummary())}), Path("step_000010"))
     assert cause_of(error) is cause
     assert "rank 3 could not write its part of the checkpoint" in str(error)
     assert "step_000010" in str(error)

@@ -5,19 +5,14 @@ import pytest
 import torch
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.loop.books.tally import (
-    Tally,
-    rollout_metrics,
-    tally_logprob_error,
-    tally_sums,
-    tally_update,
-    update_metrics,
-)
+from megatron_dypo.loop.books.step_metrics import rollout_metrics, update_metrics
+from megatron_dypo.loop.books.tally import Tally, tally_logprob_error, tally_sums, tally_update
 from megatron_dypo.objective.gal import GalStatistics, gal_sums
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import Totals, Treatment
 from tests.support.objective_cases import random_groups
+from tests.support.present import present
 
 TOTALS = Totals(
     num_prompts=5,
@@ -105,7 +100,7 @@ def test_an_update_counts_all_its_tokens_the_response_and_the_age_of_each_sequen
         sample.policy_version = 20 - age
         if sample.old_logp is not None:
             sample.rollout_logp = sample.old_logp - np.float32(0.5)
-    samples[1].rollout_logp = samples[1].old_logp + np.float32(2.0)
+    samples[1].rollout_logp = present(samples[1].old_logp) + np.float32(2.0)
     tally_update(tally, samples, 20)
     metrics = metrics_of(tally)
     assert metrics["train/num_sequences"] == len(samples) == 9

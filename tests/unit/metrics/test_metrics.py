@@ -9,16 +9,11 @@ from types import ModuleType
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dypo.config.tree import LoggingConfig
+from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.names import METRICS, Metric, lookup, name_part
-from megatron_dypo.metrics.writer import (
-    MetricsWriter,
-    Timings,
-    read_metrics,
-    summary_line,
-    wandb_run_id,
-)
+from megatron_dypo.metrics.sinks import read_metrics, wandb_run_id
+from megatron_dypo.metrics.writer import MetricsWriter, Timings, summary_line
 from megatron_dypo.objective.metrics_page import all_metrics, markdown
 
 JSONL_ONLY = LoggingConfig(tensorboard=False)

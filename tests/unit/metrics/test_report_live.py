@@ -25,7 +25,9 @@ class Clock:
 
 
 def test_a_live_page_reloads_until_the_run_has_ended(tmp_path: Path) -> None:
-    run, said, pages = tmp_path / "run", [], []
+    run = tmp_path / "run"
+    said: list[str] = []
+    pages: list[str] = []
     status = RunStatus(run, "attempt", 0)
 
     def look() -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 
+from megatron_dypo.metrics.intervals import wilson_interval
 from megatron_dypo.metrics.names import Metric, lookup
 from megatron_dypo.metrics.report.panels import PANELS, TIER_COLORS
-from megatron_dypo.metrics.report.plots import MAX_BARS, MAX_POINTS, build_plots, thin, wilson_interval
+from megatron_dypo.metrics.report.plots import MAX_BARS, MAX_POINTS, build_plots, thin
 from megatron_dypo.metrics.report.sample_table import MAX_CHARS, MAX_ROWS, select_samples, shorten
 from megatron_dypo.objective.metrics_page import all_metrics
 from tests.support.run_folder import make_run, step_metrics

@@ -30,6 +30,7 @@ def _row(step: int, prompt_id: str) -> SampleRow:
         policy_version=step,
         rollouts=[],
         trace="é\u2028",
+        dropped=None,
     )
 
 

@@ -9,6 +9,7 @@ from megatron_dypo.ending import Cause
 from megatron_dypo.launch.attempt import terminal_line
 from megatron_dypo.metrics import status
 from megatron_dypo.metrics.status import Record, RunStatus, current, read_status, report
+from tests.support.present import present
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def first(tmp_path):
 
 
 def test_an_attempt_runs_until_somebody_says_why_it_ends(tmp_path, first):
-    assert read_status(tmp_path).state == "running"
+    assert present(read_status(tmp_path)).state == "running"
     assert first.ended() is None
     RunStatus(tmp_path, "attempt", 3).end(Cause.DISK_FULL, "no room")
     found = json.loads((tmp_path / "status.json").read_text())
@@ -44,20 +45,20 @@ def test_a_report_does_not_undo_an_end(tmp_path, first, monkeypatch):
         report(step=1, steps=4)
         RunStatus(tmp_path, "attempt", 1).end(Cause.BUG, "broken")
         report(step=2, steps=4)
-    assert read_status(tmp_path).cause == "bug"
+    assert present(read_status(tmp_path)).cause == "bug"
     # … also where the two crossed: the report read "running" and wrote after the end.
     status.write_record(tmp_path / "status.json", Record(attempt="attempt"))
     first.settle()
-    assert read_status(tmp_path).cause == "bug"
+    assert present(read_status(tmp_path)).cause == "bug"
 
 
 def test_the_next_attempt_starts_anew_and_the_last_ones_ranks_cannot_end_it(tmp_path, first):
     first.end(Cause.BUG, "broken")
     RunStatus(tmp_path, "next", 0).open()
-    assert read_status(tmp_path).state == "running"
+    assert present(read_status(tmp_path)).state == "running"
     assert first.end(Cause.RANK_LOST, "late") is None
     assert first.ended() is None
-    assert read_status(tmp_path).state == "running"
+    assert present(read_status(tmp_path)).state == "running"
 
 
 def test_an_end_tells_what_its_rank_reported_last(tmp_path, first):
@@ -65,7 +66,7 @@ def test_an_end_tells_what_its_rank_reported_last(tmp_path, first):
         report(step=10, steps=400)
         report(step=12, steps=400, counts={"groups": 48, "dropped": 3})
     first.end(Cause.STOPPED, "stopped")
-    found = read_status(tmp_path)
+    found = present(read_status(tmp_path))
     assert (found.first_step, found.step, found.steps, found.counts) == (10, 12, 400, {"groups": 48, "dropped": 3})
     assert found.progress() == "12 of 400 steps are done; groups: 48, dropped: 3"
 
@@ -74,7 +75,7 @@ def test_a_rank_that_cannot_speak_is_told_of_with_the_first_ranks_progress(tmp_p
     with current(first):
         report(step=10, steps=400)
     RunStatus(tmp_path, "attempt", -1).end(Cause.RANK_LOST, "rank 1 was killed by SIGKILL")
-    assert (read_status(tmp_path).step, read_status(tmp_path).rank) == (10, -1)
+    assert (present(read_status(tmp_path)).step, present(read_status(tmp_path)).rank) == (10, -1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "running", "unknown": 1}', "\0"])
@@ -83,7 +84,7 @@ def test_a_status_file_that_cannot_be_read_is_none(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     assert read_status(tmp_path) is None
     RunStatus(tmp_path, "attempt", 0).open()
-    assert read_status(tmp_path).state == "running"
+    assert present(read_status(tmp_path)).state == "running"
 
 
 def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, first, monkeypatch):
@@ -93,7 +94,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, first, m
     monkeypatch.setattr(status, "write_record", refuse)
     with current(first):
         report(step=1, steps=2)
-    assert read_status(tmp_path).step == 0
+    assert present(read_status(tmp_path)).step == 0
 
 
 def test_reports_outside_of_a_run_go_nowhere():

@@ -148,7 +148,7 @@ def test_null_is_no_default_where_transformers_has_none(family, name):
         architecture_from_hf({**smallest(family), name: None}, where="config.json")
 
 
-NO_NUMBERS = [None, "x", True, [], {}, float("nan"), float("inf"), 10**400]
+NO_NUMBERS: list[object] = [None, "x", True, [], {}, float("nan"), float("inf"), 10**400]
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
@@ -319,6 +319,7 @@ def test_a_scaling_survives_the_message_to_servers():
 
     for rope in (YARN, LLAMA3, {"type": "linear", "factor": 2.0}):
         scaling = architecture_from_hf({**smallest("qwen2"), "rope_scaling": rope}, where="").rope_scaling
+        assert scaling is not None
         assert rope_scaling_from_data(dataclasses.asdict(scaling)) == scaling
     assert rope_scaling_from_data(None) is None
     assert isinstance(

@@ -1,4 +1,4 @@
-"""Which safetensors files an HF folder has: what is missing, damaged or contradictory is said, and nothing else is read."""
+"""Safetensors files of an HF folder: what is missing, damaged or contradictory is said, and nothing else is read."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.models.layout_rules import check_layout
 from tests.support.architectures import QWEN2 as ARCH
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.models.quantized.blocks import block_amax, quantize, quantize_slice, scales_of, touched_blocks
 from megatron_dypo.models.quantized.names import (
+    Quantization,
     block_shape,
     is_quantized,
     is_scale,
@@ -22,7 +23,7 @@ from megatron_dypo.models.quantized.names import (
 from tests.support.hf_models import import_transformers
 
 SHAPES = [(128, 128), (256, 384), (1, 1), (5, 300), (129, 127), (200, 64), (131, 257)]
-KINDS = ["fp8_block", "fp8_channel"]
+KINDS: list[Quantization] = ["fp8_block", "fp8_channel"]
 DTYPES = [torch.bfloat16, torch.float32]
 
 E4M3 = np.array(

@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.architecture import load_architecture
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.quantized.blocks import quantize
 from megatron_dypo.models.quantized.folder import quantization_config, quantize_hf
-from megatron_dypo.models.quantized.names import block_shape, is_quantized, is_scale, scale_name
+from megatron_dypo.models.quantized.names import Quantization, block_shape, is_quantized, is_scale, scale_name
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import import_transformers, make_hf_model
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "num_hidden_layers": 2}
 """None of them is a multiple of 128, so that blocks are cut off at every edge."""
 MODELS = ["qwen2", "qwen3_moe"]
-KINDS = ["fp8_block", "fp8_channel"]
+KINDS: list[Quantization] = ["fp8_block", "fp8_channel"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_checkpoint_converts_to_what_its_conversion_quantises_to(model, kind, 
     assert filecmp.cmpfiles(folders[model, kind], tmp_path / "hf", names, shallow=False) == (names, [], [])
 
 
-def dequantized(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+def dequantized(folder: Path, kind: Quantization) -> dict[str, torch.Tensor]:
     """The weights that a quantised folder stands for, in fp32."""
     written = load_file(folder / "model.safetensors")
     weights = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ def hf_tensors(row: Row, arch: Architecture) -> list[Tensor]:
     return tensors
 
 
-def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+def assert_all_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(actual) == len(expected)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)

@@ -92,8 +92,10 @@ def test_k3_keeps_its_digits_near_the_reference():
 
 
 LOGPS = st.one_of(
-    st.sampled_from([0.0, -1.0, -1.1, -21.0, -90.0, -105.0, -700.0, -1e-6]), st.floats(-700, 0, width=32), st.floats(-4, 0, width=32)
-)  # fmt: skip
+    st.sampled_from([0.0, -1.0, -1.1, -21.0, -90.0, -105.0, -700.0, -1e-6]),
+    st.floats(-700, 0, width=32),
+    st.floats(-4, 0, width=32),
+)
 UNITS = st.floats(0.0009765625, 1, width=32)
 
 
@@ -167,9 +169,16 @@ NOT_NUMBERS = (math.nan, math.inf, -math.inf)
 def two_tokens(**changes):
     """One token of each of two rollouts that no mask touches."""
     given = {
-        "advantage": [1.0, -1.0], "pg_weight": [0.5, 0.5], "kl_weight": [0.1, 0.1], "nll_weight": [0.2, -0.2], "gal_scale": [1.0, 1.0],
-        "old_logp": [-1.0, -1.0], "ref_logp": [-1.2, -1.2], "rollout_logp": [-1.0, -1.0], "sequence": [0, 1],
-    }  # fmt: skip
+        "advantage": [1.0, -1.0],
+        "pg_weight": [0.5, 0.5],
+        "kl_weight": [0.1, 0.1],
+        "nll_weight": [0.2, -0.2],
+        "gal_scale": [1.0, 1.0],
+        "old_logp": [-1.0, -1.0],
+        "ref_logp": [-1.2, -1.2],
+        "rollout_logp": [-1.0, -1.0],
+        "sequence": [0, 1],
+    }
     return {**given, **changes}
 
 

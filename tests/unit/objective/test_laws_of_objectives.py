@@ -43,7 +43,7 @@ def test_a_reference_is_needed_where_gal_or_a_kl_term_reads_it(name, options, ex
 
 
 def test_an_objective_that_needs_a_reference_reads_it_and_one_that_needs_none_does_not():
-    """Without reference log-probs the weights can be made, and with others they are the same, just where none is needed."""
+    """Weights can be made without reference log-probs, and are the same with others, just where none is needed."""
     groups = random_groups(3, num_hard=0, num_mid=2)
     other = [
         [dataclasses.replace(s, ref_logp=s.ref_logp - np.arange(len(s.ref_logp), dtype=np.float32)) for s in g]
@@ -159,7 +159,7 @@ def test_prompts_sequences_and_tokens_are_three_counts():
 
 @pytest.mark.parametrize("mode", ["sum", "sequence_mean", "token_mean", "constant"])
 def test_each_count_enters_the_weights_where_the_mode_says(mode):
-    """Twice the prompts halve every weight; twice the sequences, or half the tokens, halve token_mean's divisor alone."""
+    """Twice the prompts halve every weight; twice the sequences or half the tokens halve only token_mean's divisor."""
     groups = random_groups(8, num_hard=1, num_mid=1)
     totals = totals_of(groups)
     more = {

@@ -1,4 +1,4 @@
-"""Sequence ratio, trust region of GAL and the mismatch of trainer and servers against loops over sequences and tokens."""
+"""Sequence ratio, GAL's trust region and mismatch of trainer and servers against loops over sequences and tokens."""
 
 import math
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig
-from megatron_dypo.config.tree import Config, ModelConfig
+from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.loss import token_loss
 from tests.support.objective_cases import loss_inputs
 
@@ -17,7 +18,7 @@ IS_TRACE = (False, False, False, True, False)
 
 
 def streams(seed=0, spread=0.4):
-    """Sequences of LENGTHS with weights as objectives make them, shuffled over the microbatch; and current log-probs."""
+    """Sequences of LENGTHS with weights as objectives make them, shuffled over the microbatch; current log-probs."""
     rng = np.random.default_rng(seed)
     by_sequence = {name: rng.normal(size=len(LENGTHS)) for name in ("advantage", "nll_weight")}
     by_sequence |= {name: rng.uniform(0.1, 1, len(LENGTHS)) for name in ("pg_weight", "kl_weight")}
@@ -55,7 +56,8 @@ def literal(logp, x, cfg):
             if not low <= value <= high:
                 continue
             if cfg.ratio == "token" or cfg.importance.is_on():
-                # GSPO-token, where tokens of a sequence differ in weight: s in value, s·∇log π of the token in gradient.
+                # GSPO-token, where tokens of a sequence differ in weight: s in value, s·∇log π of the
+                # token in gradient.
                 rho = log.exp() if cfg.ratio == "token" else s.detach() * (log - log.detach()).exp()
                 total = total + x["pg_weight"][t] * capped(value, cfg) * surrogate(rho, x["advantage"][t], cfg)
             delta = x["ref_logp"][t] - logp[t]

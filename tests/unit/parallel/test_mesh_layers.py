@@ -21,9 +21,13 @@ from megatron_dypo.parallel.mesh import Mesh
         ({"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 2}, 9, ["0", "123", "456", "78"]),
         ({"pipeline": 3, "last_stage_layers": 1}, 5, ["01", "23", "4"]),
         ({"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2}, 6, ["0 3", "12 45"]),
-        ({"pipeline": 3, "virtual_pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 2}, 8, ["0 4", "12 56", "3 7"]),
+        (
+            {"pipeline": 3, "virtual_pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 2},
+            8,
+            ["0 4", "12 56", "3 7"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_layers_run_through_the_first_chunk_of_every_stage_then_the_second(fields, num_layers, chunks):
     found = Mesh(**fields).chunks(num_layers)
     assert [" ".join("".join(map(str, chunk)) for chunk in stage) for stage in found] == chunks
@@ -95,28 +99,34 @@ WAY_OUT = "; parallel.first_stage_layers and parallel.last_stage_layers give the
     [
         ({"pipeline": 4}, 94, "parallel.pipeline=4 does not divide num_hidden_layers=94" + WAY_OUT),
         (
-            {"pipeline": 4, "virtual_pipeline": 2}, 94,
+            {"pipeline": 4, "virtual_pipeline": 2},
+            94,
             "parallel.pipeline × virtual_pipeline=8 does not divide num_hidden_layers=94" + WAY_OUT,
         ),
         (
-            {"pipeline": 4, "first_stage_layers": 23}, 94,
-            "parallel.first_stage_layers=23: leaves 71 of num_hidden_layers=94, which the 3 other stages cannot share evenly",
+            {"pipeline": 4, "first_stage_layers": 23},
+            94,
+            "parallel.first_stage_layers=23: leaves 71 of num_hidden_layers=94, which the 3 other stages "
+            "cannot share evenly",
         ),
         (
-            {"pipeline": 4, "virtual_pipeline": 3, "first_stage_layers": 24, "last_stage_layers": 24}, 99,
+            {"pipeline": 4, "virtual_pipeline": 3, "first_stage_layers": 24, "last_stage_layers": 24},
+            99,
             "parallel.first_stage_layers=24, parallel.last_stage_layers=24: leaves 51 of num_hidden_layers=99, "
             "which the 2 other stages of 3 chunks cannot",
         ),
         (
-            {"pipeline": 2, "first_stage_layers": 40, "last_stage_layers": 50}, 94,
+            {"pipeline": 2, "first_stage_layers": 40, "last_stage_layers": 50},
+            94,
             "parallel.first_stage_layers=40, parallel.last_stage_layers=50: must add up to num_hidden_layers=94",
         ),
         (
-            {"pipeline": 3, "first_stage_layers": 50, "last_stage_layers": 44}, 94,
+            {"pipeline": 3, "first_stage_layers": 50, "last_stage_layers": 44},
+            94,
             "parallel.last_stage_layers=44: leaves none of num_hidden_layers=94 to the other stage",
         ),
     ],
-)  # fmt: skip
+)
 def test_layers_that_cannot_be_laid_out_are_refused_with_fields_and_rule(fields, num_layers, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Mesh(**fields).stage_layers(num_layers)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dypo.config.tree import ParallelConfig
+from megatron_dypo.config.model import ParallelConfig
 from megatron_dypo.parallel.mesh import Mesh
 
 
@@ -99,12 +99,16 @@ def test_a_rank_outside_the_mesh_is_refused(rank):
     ("axes", "world_size", "expected"),
     [
         ({}, 3, Mesh(data=3)),
-        ({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, 8, Mesh(tensor=2, pipeline=2, virtual_pipeline=2, data=2)),
+        (
+            {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2},
+            8,
+            Mesh(tensor=2, pipeline=2, virtual_pipeline=2, data=2),
+        ),
         ({"pipeline": 2, "first_stage_layers": 3}, 2, Mesh(pipeline=2, first_stage_layers=3)),
         ({"tensor": 2, "context": 2, "expert": 8}, None, Mesh(tensor=2, context=2, expert=8, data=2)),
         ({"tensor": 2, "num_processes": 6}, None, Mesh(tensor=2, data=3)),
     ],
-)  # fmt: skip
+)
 def test_a_config_gives_data_parallelism_what_the_other_axes_leave(axes, world_size, expected):
     assert ParallelConfig(**axes).mesh(world_size) == expected
 

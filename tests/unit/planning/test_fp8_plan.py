@@ -1,13 +1,14 @@
 """FP8 training in the plan: times against published ones, bytes against a count by hand, and the laws of both."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.tree import OptimizerConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.activations import layer_bytes
 from megatron_dypo.planning.devices import GPUS, find_gpu
@@ -16,8 +17,9 @@ from megatron_dypo.planning.fp8 import fp8_layers, quantized
 from megatron_dypo.planning.memory import trainer_footprints
 from megatron_dypo.planning.training import LINK_EFFICIENCY, logprob_time, update_time
 from tests.support.planning_cases import ROOT, architecture, from_file, pretraining
+from tests.support.present import present
 
-RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+RECIPES: tuple[Any, ...] = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 H, F, V, LAYERS, HEADS = 768, 2048, 51_200, 8, 12
 LINEAR = LAYERS * (4 * H * H + 3 * H * F)
@@ -36,7 +38,7 @@ LLAMA_70B = {"num_layers": 80, "hidden_size": 8192, "num_attention_heads": 64, "
 LLAMA_8B = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 14_336}
 INTERLEAVED = {"tensor": 4, "pipeline": 8, "virtual_pipeline": 5, "sequence": True}
 # fmt: off
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[Any, ...]] = {
     "Llama 3 70B, H100": (LLAMA_70B, INTERLEAVED, 64, 256, 1, "h100-80gb", "tensorwise", 1621),
     "Llama 3 8B, H100": (LLAMA_8B, {}, 8, 128, 1, "h100-80gb", "tensorwise", 14_451),
     "Llama 3 8B, B200": (LLAMA_8B, {}, 8, 128, 2, "b200-180gb", "tensorwise", 30_624),
@@ -64,7 +66,7 @@ def test_fp8_is_faster_than_bf16_by_less_than_the_data_sheets_say(gpu, recompute
     bf16, fp8 = (small(kind, gpu=gpu, recompute=recompute) for kind in (None, Fp8Config(recipe="tensorwise")))
     for measure in (update_time, lambda setting: logprob_time(setting, 64)):
         gain = measure(bf16).compute / measure(fp8).compute
-        assert 1 < gain < GPUS[gpu].fp8 / GPUS[gpu].bf16
+        assert 1 < gain < present(GPUS[gpu].fp8) / GPUS[gpu].bf16
 
 
 def test_a_gpu_without_fp8_is_no_faster_in_it():
@@ -130,7 +132,7 @@ def test_gathering_fp8_parameters_moves_a_byte_less_of_each_where_one_copy_is_en
 
 
 def test_a_dense_layer_keeps_inputs_of_linear_layers_in_fp8_and_nothing_else():
-    """Two norms' outputs and the feed-forward layer's inner input; with delayed scaling attention's output once more."""
+    """Two norms' outputs and the feed-forward layer's inner input; with delayed scaling attention's output again."""
     bf16 = layer_bytes(architecture(), 2, fused=True).kept("none", 1, False)
     kept = {
         recipe: layer_bytes(architecture(), 2, fused=True, fp8=quantized(Fp8Config(recipe=recipe), BLACKWELL)).kept(
@@ -150,8 +152,8 @@ def test_experts_keep_their_inputs_in_fp8_and_the_router_its_own_in_bf16():
         layer_bytes(arch, 2, fused=True, fp8=kind).kept("none", 1, False)
         for kind in (None, quantized(Fp8Config(recipe="tensorwise"), HOPPER))
     )
-    chosen, hidden = arch.experts.per_token, arch.hidden_size
-    assert bf16 - fp8 == hidden + chosen * (hidden + arch.experts.ffn_hidden_size)
+    experts, hidden = present(arch.experts), arch.hidden_size
+    assert bf16 - fp8 == hidden + experts.per_token * (hidden + experts.ffn_hidden_size)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -198,12 +200,16 @@ def test_train_refuses_fp8_weights_that_no_longer_fit_and_a_gpu_with_one_layout_
 @pytest.mark.parametrize(
     ("gpu", "recipe", "lacking"),
     [
-        ("a100-80gb", "tensorwise", "needs compute capability 8.9 or higher, found 8.0: it has no FP8; those that can: l40s"),
+        (
+            "a100-80gb",
+            "tensorwise",
+            "needs compute capability 8.9 or higher, found 8.0: it has no FP8; those that can: l40s",
+        ),
         ("a800-80gb", "mxfp8", "found 8.0: it has no FP8; those that can: b200-180gb"),
         ("h100-80gb", "mxfp8", "found 9.0: it is not Blackwell; those that can: b200-180gb"),
         ("l40s-48gb", "blockwise", "needs compute capability 9.0 or higher, found 8.9: it is not Hopper or newer"),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_the_gpu_cannot_run_is_a_problem_of_the_plan(gpu, recipe, lacking, monkeypatch):
     monkeypatch.chdir(ROOT)
     config, option = "tests/planning_configs/llama3_70b.yaml", f"model.fp8.recipe={recipe}"

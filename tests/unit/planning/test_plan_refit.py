@@ -37,9 +37,13 @@ def invoke(*args):
 
 def test_the_plan_is_that_of_the_configs_trainer_and_servers(config_path):
     overrides = [
-        "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2",
-        "rollout.servers.urls=[http://a, http://b, http://c]", "rollout.servers.tensor_parallel=4", "model.dtype=float32",
-    ]  # fmt: skip
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        "rollout.servers.urls=[http://a, http://b, http://c]",
+        "rollout.servers.tensor_parallel=4",
+        "model.dtype=float32",
+    ]
     made = plan_of_config(load_config(config_path(), overrides), RefitOptions(world_size=12))
     assert made.source == Mesh(tensor=2, pipeline=2, virtual_pipeline=2, data=3)
     assert made.servers == (ServerMesh(tensor=4),) * 3

@@ -6,13 +6,14 @@ from safetensors.torch import load_file
 
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.quantized.folder import quantize_hf
+from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.planning.parameters import served_bytes, whole_model
 from megatron_dypo.planning.serving import decode_step_s, make_server, server_footprint
 from megatron_dypo.planning.step import REFIT_S, refit_time
 from tests.support.hf_models import make_hf_model
 from tests.support.planning_cases import from_file
 
-KINDS = ("fp8_block", "fp8_channel")
+KINDS: tuple[Quantization, ...] = ("fp8_block", "fp8_channel")
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "num_hidden_layers": 2}
 """No multiples of 128, so that blocks are cut off."""
 

@@ -12,14 +12,28 @@ from megatron_dypo.planning.step import refit_time, step_time
 from megatron_dypo.planning.training import update_time
 from tests.support.planning_cases import architecture, from_file, pretraining
 
-# fmt: off
 PUBLISHED = {
     "22B": ({"num_layers": 48, "hidden_size": 6144}, 64, {"tensor": 8}, 8, 4, 4, 1.10),
-    "175B": ({"num_layers": 96, "hidden_size": 12_288}, 96, {"tensor": 8, "pipeline": 8, "virtual_pipeline": 3}, 64, 64, 1, 13.75),
-    "530B": ({"num_layers": 105, "hidden_size": 20_480}, 128, {"tensor": 8, "pipeline": 35, "virtual_pipeline": 3}, 280, 280, 1, 37.83),
+    "175B": (
+        {"num_layers": 96, "hidden_size": 12_288},
+        96,
+        {"tensor": 8, "pipeline": 8, "virtual_pipeline": 3},
+        64,
+        64,
+        1,
+        13.75,
+    ),
+    "530B": (
+        {"num_layers": 105, "hidden_size": 20_480},
+        128,
+        {"tensor": 8, "pipeline": 35, "virtual_pipeline": 3},
+        280,
+        280,
+        1,
+        37.83,
+    ),
     "1T": ({"num_layers": 128, "hidden_size": 25_600}, 160, {"tensor": 8, "pipeline": 64}, 512, 512, 1, 71.49),
 }
-# fmt: on
 """Sizes, heads, axes, A100s, sequences of 2,048 a step and a row, seconds (Korthikanti et al. 2022, tables 3 and 5)."""
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_dypo.config.tree import OptimizerConfig
+from megatron_dypo.config.training import OptimizerConfig
 from megatron_dypo.planning.fit import check_memory
 from megatron_dypo.planning.memory import stage_counts, trainer_footprints
 from megatron_dypo.planning.parameters import active_parameters, whole_model

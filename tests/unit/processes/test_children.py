@@ -14,6 +14,7 @@ import pytest
 
 from megatron_dypo.processes import children
 from megatron_dypo.processes.children import STOP, blocked, end_of, program, signal_group, wait_for_end
+from tests.support.present import present
 
 DOCS = Path(__file__).parents[3] / "docs/processes.md"
 
@@ -53,7 +54,7 @@ def test_the_end_of_a_process_is_known_though_its_child_lives_on_and_holds_its_p
     )
     with process, end_of(process) as end:
         assert not end.poll()
-        process.stdin.close()  # type: ignore[union-attr]
+        present(process.stdin).close()
         assert wait([end], timeout=20) == [end]
         assert process.poll() == 1
         signal_group(process.pid, signal.SIGKILL)
@@ -122,7 +123,7 @@ os.kill(os.getpid(), 9)
     process.stdin.write("\n")
     # Nobody holds the pipe any more: trainer, guard and server have ended.
     rest: list[str] = []
-    reader = threading.Thread(target=lambda: rest.append(process.stdout.read()), daemon=True)  # type: ignore[union-attr]
+    reader = threading.Thread(target=lambda: rest.append(present(process.stdout).read()), daemon=True)
     reader.start()
     reader.join(20)
     assert rest == [""]

@@ -12,7 +12,8 @@ hold_requests()
 assert not is_requested()
 os.kill(os.getpid(), signal.SIGUSR1)
 assert is_requested()
-child = subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 10); print('alive')"], capture_output=True)
+program = "import os; os.kill(os.getpid(), 10); print('alive')"
+child = subprocess.run([sys.executable, "-c", program], capture_output=True)
 print(child.stdout.decode().strip())
 """
 

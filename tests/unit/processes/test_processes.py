@@ -7,8 +7,15 @@ from dataclasses import replace
 import pytest
 
 from megatron_dypo.processes.identity import own_identity
+from tests.support.present import present
 
-CHILD = "from megatron_dypo.processes.children import end_with_parent; end_with_parent(); print('ready', flush=True); import signal; signal.pause()"
+CHILD = """
+import signal
+from megatron_dypo.processes.children import end_with_parent
+end_with_parent()
+print('ready', flush=True)
+signal.pause()
+"""
 PARENT = f"""
 import os, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -46,12 +53,13 @@ def test_a_process_is_known_by_more_than_its_number():
 
 
 def test_a_zombie_is_not_alive():
-    code = "from megatron_dypo.processes.identity import own_identity as own; print(own().pid, own().birth, flush=True); input()"
+    code = "from megatron_dypo.processes.identity import own_identity as own; "
+    code += "print(own().pid, own().birth, flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    pid, birth = child.stdout.readline().split()
+    pid, birth = present(child.stdout).readline().split()
     identity = replace(own_identity(), pid=int(pid), birth=birth)
     assert identity.is_alive()
-    child.stdin.close()
+    present(child.stdin).close()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not reaped
     assert not identity.is_alive()
     child.wait()

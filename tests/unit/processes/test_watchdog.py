@@ -15,6 +15,7 @@ from megatron_dypo.processes import watchdog
 from megatron_dypo.processes.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, read_heartbeat, write_heartbeat
 from megatron_dypo.processes.identity import own_identity
 from megatron_dypo.processes.watchdog import Watchdog, mark
+from tests.support.present import present
 
 PATIENCE_S = 100.0
 
@@ -31,7 +32,7 @@ def leave(cause, message, before_exit=lambda: None):
 def ranks(tmp_path, monkeypatch):
     """``ranks(3)``: the watchdogs of three ranks of one attempt, at time 0."""
     monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr("megatron_dypo.processes.watchdog.time.monotonic", lambda: 0.0)
     (tmp_path / FOLDER).mkdir()
     (tmp_path / "logs").mkdir()
     RunStatus(tmp_path, "this", 0).open()
@@ -208,7 +209,7 @@ def stuck_here():
 stuck_here()
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    pid, birth = process.stdout.readline().split()
+    pid, birth = present(process.stdout).readline().split()
     process.send_signal(signal.SIGSTOP)
     identity = dataclasses.replace(own_identity(), pid=int(pid), birth=birth)
     watchdog.make_dump([beat(1, process=identity)], own_identity())

@@ -53,7 +53,7 @@ def test_buckets_fill_up_before_a_new_one_begins():
 
 @pytest.mark.parametrize("limit", [64, 4096])
 def test_at_most_one_tensor_is_held_beside_the_bucket(limit):
-    alive = []
+    alive: list[weakref.ref[torch.Tensor]] = []
 
     def tensors():
         for i in range(8):

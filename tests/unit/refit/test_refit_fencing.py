@@ -108,7 +108,7 @@ def test_the_rest_stays_paused_between_two_attempts(setting: Setting) -> None:
 def test_a_server_that_hangs_costs_half_of_the_deadline_and_the_rest_goes_on(setting: Setting) -> None:
     one, two = setting.servers
     release = threading.Event()
-    two.on_call = lambda path: release.wait(30) and None
+    two.on_call = lambda path: release.wait(30)
     start = time.monotonic()
     setting.refitter.refit(3)
     assert time.monotonic() - start >= 2
@@ -138,7 +138,7 @@ def test_a_server_that_hangs_on_stays_fenced_and_nobody_waits_for_half_of_the_de
     refuses(two)
     setting.refitter.refit(3)
     release = threading.Event()
-    two.on_call = lambda path: release.wait(30) and None
+    two.on_call = lambda path: release.wait(30)
     setting.refitter.refit(4)
     assert setting.refitter.serving == (one.url,)
     release.set()
@@ -231,6 +231,6 @@ def test_refitting_a_version_again_changes_nothing(setting: Setting) -> None:
 
 def test_the_pause_lasts_from_the_first_pause_to_the_end(setting: Setting) -> None:
     slow = threading.Event()
-    setting.servers[1].on_call = lambda path: path == UPDATE and slow.wait(0.3) and None
+    setting.servers[1].on_call = lambda path: path == UPDATE and slow.wait(0.3)
     report = setting.refitter.refit(1)
     assert 0.3 <= report.pause_seconds <= report.seconds

@@ -91,5 +91,5 @@ def test_a_control_message_arrives_as_it_was_sent_and_pickles_to_nothing_but_pla
     )
     raw = base64.b64decode(to_payload(message))
     assert from_named_tensors(pickle.loads(raw)) == message
-    modules = {argument.split()[0] for opcode, argument, _ in pickletools.genops(raw) if opcode.name == "GLOBAL"}
+    modules = {str(argument).split()[0] for opcode, argument, _ in pickletools.genops(raw) if opcode.name == "GLOBAL"}
     assert modules <= {"torch._utils", "torch", "collections", "torch.storage"}

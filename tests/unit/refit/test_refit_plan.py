@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import Row
-from megatron_dypo.models.quantized.names import BLOCK, is_quantized
+from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantized
 from megatron_dypo.refit.plan.refit_plan import RefitPlan, Transfer, make_plan
 from tests.support.refit_cases import Case, NaiveServerRank, cases, numbered_hf_tensors
 
@@ -201,7 +201,9 @@ def numbered_scales(case: Case, kind: str, block: Callable[[Tensor], tuple[int, 
     return scales
 
 
-def assert_scales_arrive(case: Case, quantization: str, kind: str, block: Callable[[Tensor], tuple[int, int]]) -> None:
+def assert_scales_arrive(
+    case: Case, quantization: Quantization, kind: str, block: Callable[[Tensor], tuple[int, int]]
+) -> None:
     plan = make_plan(case.arch, case.source, case.servers, quantization=quantization)
     scales = numbered_scales(case, kind, block)
 

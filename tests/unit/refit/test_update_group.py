@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.mcore.compat import NEW_GROUP, WORLD
+from megatron_dypo.mcore.compat.groups import NEW_GROUP, WORLD
 from megatron_dypo.refit.answers import ServerError
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -67,7 +68,7 @@ FAILURES: dict[str, tuple[Reply, str]] = {
     "500 of megabytes": (text("x" * 3_000_000, 500), "HTTP 500: x{200}$"),
     "redirect": (text("", 302, Location="http://127.0.0.1:9/"), "HTTP 302: an empty body"),
     "moved": (text("", 308, Location="http://127.0.0.1:9/"), "HTTP 308"),
-    "gzip": (text(b"\x1f\x8b\x08\x00", **{"Content-Encoding": "gzip"}), "no JSON"),
+    "gzip": (text(b"\x1f\x8b\x08\x00", 200, **{"Content-Encoding": "gzip"}), "no JSON"),
     "endless": (text("[" + " " * 2_000_000), r"an answer of more than \d+ bytes, cut off: \["),
 }
 
@@ -137,10 +138,18 @@ def test_the_key_is_in_no_message(status: int, caplog: pytest.LogCaptureFixture)
     assert key[:8] not in caplog.text
 
 
+def _always(answer: Reply, index: int, body: dict[str, Any]) -> Reply:
+    return answer
+
+
 def test_the_key_is_in_no_message_about_a_field(caplog: pytest.LogCaptureFixture) -> None:
-    fields = [{"finish_reason": {"type": "abort", "message": "s3cret"}}, {"weight_version": "s3cret"}]
+    fields: list[dict[str, Any]] = [
+        {"finish_reason": {"type": "abort", "message": "s3cret"}},
+        {"weight_version": "s3cret"},
+    ]
     for meta in fields:
-        with FakeSGLang(lambda index, body, meta=meta: with_meta(**meta)) as fake:
+        answer = with_meta(**meta)
+        with FakeSGLang(functools.partial(_always, answer)) as fake:
             client = make_client([fake.url], retries=1, api_key="s3cret")
             collect(make_prompts(1), client, group_size=2, progress=False)
     assert "'message': '***'" in caplog.text

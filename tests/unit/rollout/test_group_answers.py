@@ -13,13 +13,8 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.rollout.responses import (
-    IncompleteGroupError,
-    Sampling,
-    WrongVersionError,
-    parse_group,
-    sampled_lengths,
-)
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group, sampled_lengths
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import Rollout, Tokens
 from tests.support.fake_sglang import sample
 
@@ -166,7 +161,7 @@ def test_a_version_that_no_push_names_is_a_wrong_one(version: str) -> None:
 def test_only_the_newest_version_of_a_group_says_what_its_server_holds(members: tuple[str, str]) -> None:
     """A long answer spans refits that others of its group ended before."""
     longest = max(len(member.split(",")) for member in members)
-    whole = [
+    whole: list[dict[str, Any]] = [
         {
             "output_ids": [7] * longest,
             "meta_info": {

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.rollout.responses import IncompleteGroupError, Sampling, WrongVersionError, parse_group
+from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
+from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import Tokens
 from tests.support.fake_sglang import sample
 

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_dypo.config.rollout import RolloutConfig, ServersConfig
 from megatron_dypo.rollout.collect import collect
-from megatron_dypo.rollout.responses import request_body
 from megatron_dypo.rollout.router import Router
+from megatron_dypo.rollout.sampling import request_body
 from megatron_dypo.rollout.server.probe import http_status
 from megatron_dypo.rollout.server.run_router import router_options, run_router
 from tests.support.fake_sglang import FakeSGLang

@@ -13,7 +13,7 @@ from megatron_dypo.rollout.router import Router
 
 
 class FakeRouter:
-    """Knows ``servers`` (URL → id). It queues what it is told, and does it when it is asked for them the second time."""
+    """Knows ``servers`` (URL → id). It queues orders, and obeys them when it is asked for its servers again."""
 
     def __init__(self, *servers: str) -> None:
         self.servers = {url: f"id-{url}" for url in servers}

@@ -114,7 +114,8 @@ def test_a_port_that_is_taken_or_a_missing_key_is_one_line(node) -> None:
     output, _ = node(port).communicate(timeout=60)
     lease.release()
     assert output == (
-        f"megatron-dypo: error: port {port} of 127.0.0.1 is taken: end what listens there, or set rollout.servers.port\n"
+        f"megatron-dypo: error: port {port} of 127.0.0.1 is taken: end what listens there, "
+        "or set rollout.servers.port\n"
     )
     output, _ = node(port, DYPO_SGLANG_API_KEY="").communicate(timeout=60)
     assert "DYPO_SGLANG_API_KEY is not set" in output

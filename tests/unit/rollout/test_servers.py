@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import stat
@@ -134,6 +135,14 @@ def test_a_loss_is_told_before_anybody_can_see_the_server_back(python: str, tmp_
             assert "status 137" in pool.take_lost()[pool.urls[0]]
 
 
+def _is_lost(pool: ServerPool, url: str) -> bool:
+    return url in pool.take_lost()
+
+
+def _is_given_up(caplog: pytest.LogCaptureFixture, url: str) -> bool:
+    return f"({url}) ended" in caplog.text.rpartition("again (1 of 1")[2]
+
+
 def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
     python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,9 +151,9 @@ def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
             assert pool.may_return()
             pool.check()
             kill(tmp_path, url)
-            wait_until(lambda url=url: url in pool.take_lost(), "the death is noticed")
+            wait_until(functools.partial(_is_lost, pool, url), "the death is noticed")
             kill(tmp_path, url)
-            wait_until(lambda url=url: f"({url}) ended" in caplog.text.rpartition("again (1 of 1")[2], "it is given up")
+            wait_until(functools.partial(_is_given_up, caplog, url), "it is given up")
         assert not pool.may_return()
         with pytest.raises(ServerDiedError, match=r"(?s)no SGLang server is left: .*server 0 .*server 1 "):
             pool.check()

@@ -11,7 +11,8 @@ import pytest
 from megatron_dypo.data.prompts import DropCounts
 from megatron_dypo.processes.stop_requests import StopFlag
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.rollout.stream import RolloutStream, StreamWork
+from megatron_dypo.rollout.stream import RolloutStream
+from megatron_dypo.rollout.stream_sampler import StreamWork
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 from tests.support.fake_sglang import FakeSGLang, wait_until
 from tests.support.rollout.clients import make_client, make_prompts

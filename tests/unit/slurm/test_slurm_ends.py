@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,17 @@ from megatron_dypo.ending import Cause
 REPOSITORY = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def job(tmp_path):
+@dataclass(frozen=True, kw_only=True)
+class Job:
     """``job(SCRIPT)``: what the script says after supervise.sh was sourced, with stand-ins for Slurm's commands."""
-    logs = tmp_path / "dypo" / "12.1"
-    for folder in ("ends", "ended", "bad", "well"):
-        (logs / folder).mkdir(parents=True)
 
-    def run(script, **environment):
+    logs: Path
+
+    def __call__(self, script: str, **environment: str) -> tuple[int, str]:
         stand_ins = 'scontrol() { echo "scontrol $*"; }; squeue() { echo "${STATE:-RUNNING}"; }; stop_roles() { :; }\n'
         source = f"set -euo pipefail; declare -A PID=(); source {REPOSITORY}/slurm/common.sh\n"
-        settings = {"DYPO_HOME": str(REPOSITORY), "DYPO_LOGS": str(logs), "LOG_ROOT": str(tmp_path), "ATTEMPT": "1"}
-        settings |= {"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "dypo", "JOB": "12"}
+        settings = {"DYPO_HOME": str(REPOSITORY), "DYPO_LOGS": str(self.logs), "LOG_ROOT": str(self.logs.parents[1])}
+        settings |= {"ATTEMPT": "1", "SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "dypo", "JOB": "12"}
         done = subprocess.run(
             ["bash", "-c", source + stand_ins + script],
             env={**os.environ, **settings, **environment},
@@ -34,8 +34,13 @@ def job(tmp_path):
         )
         return done.returncode, done.stdout + done.stderr
 
-    run.logs = logs
-    return run
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    logs = tmp_path / "dypo" / "12.1"
+    for folder in ("ends", "ended", "bad", "well"):
+        (logs / folder).mkdir(parents=True)
+    return Job(logs=logs)
 
 
 def end(job, node, line, age=0):

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ as text: they parse, shellcheck has nothing to say, and they would run what the golden files show."""
+"""The scripts of slurm/ as text: they parse, shellcheck is content, and they would run what the golden files show."""
 
 import shutil
 import subprocess

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 
-from megatron_dypo.models.convert import hf_to_mcore
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 from tests.support.tool_commands import run_tool

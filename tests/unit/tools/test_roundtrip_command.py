@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dypo.models.convert import hf_to_mcore
-from megatron_dypo.models.roundtrip import Difference, check_roundtrip, differing_tensors
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
+from megatron_dypo.mcore.checkpoints.roundtrip import Difference, check_roundtrip, differing_tensors
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 from tests.support.tool_commands import run_tool

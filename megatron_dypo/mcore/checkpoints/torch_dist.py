@@ -13,12 +13,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_dypo.fs import durable_file
+from megatron_dypo.mcore.compat.checkpoint_files import file_view, storage_info
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, stacked_shape, stored_key
 from megatron_dypo.models.families.table import Row
@@ -91,7 +90,7 @@ class MCoreWriter:
             def put(index: MetadataIndex, value: object) -> None:
                 start = stream.tell()
                 torch.save(value, stream)
-                info = _StorageInfo(name, start, stream.tell() - start)
+                info = storage_info(name, start, stream.tell() - start)
                 self._results.append(WriteResult(index, info.length, info))
 
             for key in states:
@@ -141,7 +140,7 @@ class MCoreReader:
             metadata = FileSystemReader(self.path).read_metadata()
         except _DAMAGED as error:
             raise ValueError(f"{self.path / '.metadata'}: damaged: {error}") from error
-        self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._where: dict[MetadataIndex, Any] = metadata.storage_data
         self._wholes = {
             key: whole
             for key, whole in metadata.state_dict_metadata.items()
@@ -214,11 +213,12 @@ class MCoreReader:
         file = self.path / info.relative_path
         refuse_lfs_pointer(file, _beginning(file))
         with file.open("rb") as stream:
-            view = _create_file_view(stream, info.offset, info.length)
+            view = file_view(stream, info.offset, info.length)
             try:
-                return torch.load(cast("BinaryIO", view), map_location="cpu", weights_only=True)
+                chunk_values: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, *_DAMAGED) as error:
                 raise ValueError(f"{file}: damaged at {key}: {error}") from error
+        return chunk_values
 
 
 def _beginning(path: Path) -> bytes:

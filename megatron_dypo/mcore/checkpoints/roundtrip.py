@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import load_architecture
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.parallel.mesh import Mesh

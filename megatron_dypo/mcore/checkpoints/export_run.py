@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from megatron_dypo.fs import check_vacant
-from megatron_dypo.models.convert import mcore_to_hf
-from megatron_dypo.models.mcore_ckpt import RUN_STATE, WEIGHTS_FOLDER
+from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.torch_dist import RUN_STATE, WEIGHTS_FOLDER
 from megatron_dypo.models.quantized.names import Quantization
 
 CHECKPOINTS = "checkpoints"

@@ -1,15 +1,13 @@
-"""Everything that makes Megatron-Core 0.16.1 train on CPUs over gloo: all patches, in one file.
+"""Patches by which Megatron-Core 0.16.1 trains on CPUs over gloo; here those of torch.
 
 Megatron-Core's training step calls ``torch.cuda`` without asking. :func:`install` replaces what it calls, in this
 process, and nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around; paths
-are relative to ``megatron/core``. Not covered, since nothing here uses it: fp8, CUDA graphs.
+are relative to ``megatron/core``. FP8 and CUDA graphs are not covered: they do not run on CPUs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +27,8 @@ def install() -> None:
     """
     import megatron.core
 
+    from megatron_dypo.mcore.compat import cpu_megatron
+
     if megatron.core.__version__ != SUPPORTED:
         raise ValueError(
             f"megatron-core=={megatron.core.__version__}: on a CPU only {SUPPORTED} is supported "
@@ -39,11 +39,7 @@ def install() -> None:
     _patch_tensor_methods()
     _patch_gloo_scatter()
     _patch_gloo_uneven()
-    _patch_rng_tracker()
-    _patch_torch_norm()
-    _patch_selective_checkpoint()
-    _patch_experts()
-    _patch_distributed_optimizer()
+    cpu_megatron.patch_megatron()
 
 
 def _patch_torch_factories() -> None:
@@ -148,110 +144,3 @@ def _patch_gloo_uneven() -> None:
 
     dist.all_gather = all_gather  # type: ignore[assignment]
     dist.reduce_scatter = reduce_scatter
-
-
-def _patch_rng_tracker() -> None:
-    """tensor_parallel/random.py:46-107: RNG states of a GPU; here those of the CPU."""
-    from megatron.core.tensor_parallel import random
-
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
-    # It warns on each fork that the CPU's state changed in a GPU context, which is the point here.
-    logging.getLogger(random.__name__).setLevel(logging.ERROR)
-
-
-def _patch_torch_norm() -> None:
-    """transformer/torch_norm.py:36 refuses sequence parallelism, for want of marking the weights for the all-reduce."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    def new_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
-        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = norm_class(hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(new_norm)
-
-
-def _patch_selective_checkpoint() -> None:
-    """tensor_parallel/random.py:636: ``fp8=False`` counts as fp8, and then needs Transformer Engine."""
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-
-    upstream_init = CheckpointWithoutOutput.__init__
-
-    def init(self: Any, fp8: Any = None) -> None:
-        upstream_init(self, fp8 or None)
-
-    CheckpointWithoutOutput.__init__ = init
-
-
-def _patch_experts() -> None:
-    """Mixture of experts without Transformer Engine and streams.
-
-    transformer/moe/moe_utils.py:1192,1224 reads a name that only an import of Transformer Engine makes.
-    transformer/moe/token_dispatcher.py:445,871-899 copies counts to the host on a stream of their own.
-    """
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    class Stream:
-        """All work on a CPU is in order."""
-
-        def wait_stream(self, other: Any) -> None: ...
-
-        def record_event(self, event: Any = None) -> Any:
-            return self
-
-        def synchronize(self) -> None: ...
-
-    only_stream = Stream()
-
-    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    moe_utils.te_general_gemm = None
-    token_dispatcher.maybe_move_tensor_to_cpu = on_host
-    torch.cuda.Stream = lambda *args, **kwargs: only_stream  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda device=None: only_stream  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
-
-
-def _patch_distributed_optimizer() -> None:
-    """Save and resume of the distributed optimizer over torch's AdamW (Apex' and TE's Adam keep no ``step`` tensor).
-
-    optimizer/distrib_optimizer.py:640-642 needs states that exist only after the first step; :818-825 gives all
-    parameters one shared ``step`` tensor, which then advances once for each of them; :936-940 copies ``step`` too, and
-    writes into leaves that require gradients.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    upstream_state_dict = DistributedOptimizer.state_dict
-    upstream_load_state_dict = DistributedOptimizer.load_state_dict
-
-    def state_dict(self: Any) -> Any:
-        if not self.optimizer.state:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        return upstream_state_dict(self)
-
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        upstream_load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    @torch.no_grad()
-    def set_main_param_and_optimizer_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-        for key, value in {"param": main_param, **self.optimizer.state[main_param]}.items():
-            if key in tensors and key != "step":
-                value.copy_(tensors[key])
-
-    DistributedOptimizer.state_dict = state_dict
-    DistributedOptimizer.load_state_dict = load_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

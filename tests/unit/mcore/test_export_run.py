@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.models.convert import hf_to_mcore
-from megatron_dypo.models.export_run import export_run, whole_checkpoints
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore
+from megatron_dypo.mcore.checkpoints.export_run import export_run, whole_checkpoints
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
 

@@ -9,13 +9,14 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_dypo.models.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import KINDS, MOE_KINDS, import_transformers, make_hf_model
 
@@ -120,7 +121,7 @@ def test_a_bad_hf_tensor_is_named_and_nothing_is_written(case, models, tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["edited"]
 
 
-BAD_CONFIGS = {
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "missing": ({"num_hidden_layers": 2}, {"num_hidden_layers": 4}, r"decoder\.\S+ has shape \(2, "),
     "unmatched": ({}, {"tie_word_embeddings": True}, r"tensor output_layer\.weight: no rule of family 'llama' matches"),
     "absent": (
@@ -232,7 +233,7 @@ def _anonymous_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_no_conversion_holds_more_than_a_few_tensors(tmp_path):
-    sizes = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 1024, "vocab_size": 1024}
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 24, "intermediate_size": 1024, "vocab_size": 1024}
     source = make_hf_model("llama", tmp_path / "source", **sizes)
     model_bytes = (source / "model.safetensors").stat().st_size
     largest = 4 * 256 * 1024

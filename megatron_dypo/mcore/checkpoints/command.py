@@ -25,8 +25,8 @@ def export(
 
     The bytes are those of the run's own export at that step. Needs no GPU and none of the run's ranks.
     """
+    from megatron_dypo.mcore.checkpoints.export_run import export_run
     from megatron_dypo.metrics.logs import log_to_terminal
-    from megatron_dypo.models.export_run import export_run
 
     log_to_terminal()
     typer.echo(export_run(run_dir, step=step, out_dir=out, overwrite=overwrite, quantization=quantize.value))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_dypo.checks import require
 from megatron_dypo.fs import new_folder
+from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, MCoreWriter, StoredChunk
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.families.registry import family_rows, stacked_shape, state_keys, stored_key
@@ -19,7 +20,6 @@ from megatron_dypo.models.families.table import Row
 from megatron_dypo.models.hf.read import HFReader
 from megatron_dypo.models.hf.write import MAX_FILE_BYTES, TensorSpec, copy_beside, finish_hf_folder, write_parts
 from megatron_dypo.models.layout_rules import check_tensor_parallel
-from megatron_dypo.models.mcore_ckpt import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, MCoreWriter, StoredChunk
 from megatron_dypo.models.quantized.folder import quantization_config, quantized_specs, quantized_tensors
 from megatron_dypo.models.quantized.names import Quantization
 from megatron_dypo.models.rules import Chunk

@@ -1,0 +1,81 @@
+"""The run's part of the configuration tree: its folder, its length, and what it writes; see
+:mod:`megatron_dypo.config.tree`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dypo.checks import require, require_not_negative, require_positive
+
+MAX_SEED = 2**31
+"""Upper bound of seeds. Servers and NumPy take 32 bits, and some seeds are the run's plus an index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run folder and the length of the run."""
+
+    dir: str = "runs/default"
+    """Run folder. A run whose folder exists resumes from its last checkpoint."""
+    steps: int = 100
+    """Optimizer steps of the whole run, including the steps before a resume."""
+    seed: int = 1
+    """Seed of the shuffling, the draw of teachers and Megatron's random number generators."""
+    resume: bool = True
+    """Resume from the run folder's checkpoint. ``false``: refuse a run folder that holds one."""
+    check_memory: bool = True
+    """On GPUs, refuse a run that does not fit into memory by the arithmetic of ``megatron-dypo plan``."""
+    watchdog_s: float = 1800.0
+    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
+    other ranks, or for rollouts that still arrive, does not count as hung."""
+    allow_changed: tuple[Literal["data"], ...] = ()
+    """Parts of the config that may differ from the run that is resumed. ``data``: the prompt files, their order or
+    ``run.seed``. The position in the data that the checkpoint stores then points at other rows; a warning says so."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps")
+        require_not_negative(self, "watchdog_s")
+        require(bool(self.dir.strip()), f"dir={self.dir!r}", "is required: the run folder")
+        require(0 <= self.seed < MAX_SEED, f"seed={self.seed}", "must be in [0, 2^31)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved and how many stay. The format is Megatron's dist_checkpointing."""
+
+    every: int = 50
+    """Steps between checkpoints. 0: only the last step, which always saves."""
+    keep: int = 2
+    """Newest checkpoints to keep. 0: all."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Outputs besides ``metrics.jsonl``, which is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to ``<run.dir>/tensorboard``."""
+    wandb: bool = False
+    """Log to Weights & Biases; needs the extra ``wandb``."""
+    wandb_project: str = "megatron_dypo"
+    """Project of Weights & Biases."""
+    summary_every: int = 1
+    """Steps between summary lines in the log."""
+    samples_per_step: int = 0
+    """Groups per step whose rollouts are written to ``samples/``. 0: all."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "summary_every")
+        require_not_negative(self, "samples_per_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The model that is written after the last step."""
+
+    hf: bool = True
+    """Write the policy as an HF model folder ``<run.dir>/hf``."""

@@ -1,0 +1,84 @@
+"""The update's part of the configuration tree: its samples and its optimizer; see :mod:`megatron_dypo.config.tree`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dypo.checks import require, require_not_negative, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """The size of an update, of a rollout batch and of a microbatch."""
+
+    prompts_per_update: int = 128
+    """Hard and Mid prompts in one minibatch, which one optimizer step learns from."""
+    updates_per_batch: int = 1
+    """Minibatches of ``prompts_per_update`` prompts in one rollout batch. The run collects until the queues hold a
+    whole rollout batch, takes one optimizer step for each minibatch, and refits the servers after the last one."""
+    epochs_per_batch: int = 1
+    """Passes over the minibatches of a rollout batch."""
+    max_collect_rounds: int = 8
+    """Rounds of collection after which the run updates with fewer prompts than a rollout batch should hold."""
+    tokens_per_microbatch: int = 16384
+    """Most tokens packed into one microbatch, over all context-parallel ranks. A sequence that is longer gets a
+    microbatch of its own."""
+    token_multiple: int = 1
+    """Pad each microbatch so that the tokens on a rank are a multiple of this. The multiple that
+    ``model.fp8.recipe`` needs is applied in addition (``Config.token_multiple``)."""
+    max_staleness: int = 4
+    """Drop, and count, groups that have waited for more than this many rollout batches."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "prompts_per_update", "updates_per_batch", "epochs_per_batch")
+        require_positive(self, "max_collect_rounds", "tokens_per_microbatch", "token_multiple")
+        require_not_negative(self, "max_staleness")
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Prompts in one rollout batch."""
+        return self.prompts_per_update * self.updates_per_batch
+
+    @property
+    def max_version_lag(self) -> int:
+        """``max_staleness`` in versions of the weights; each optimizer step makes one."""
+        return self.max_staleness * self.updates_per_batch * self.epochs_per_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the schedule of its learning rate."""
+
+    lr: float = 1e-6
+    """Peak learning rate (paper: 1e-6)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a ``linear`` or ``cosine`` schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate between warm-up and ``run.steps``."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to ``lr``."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's ε, which is added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Scale gradients down to this global norm. 0: do not clip."""
+    distributed: bool = False
+    """Shard the optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
+    max_bad_steps: int = 3
+    """An update whose gradients are not finite is skipped. This many of them in a row end the run."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "eps", "max_bad_steps")
+        require_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+        require(self.min_lr <= self.lr, f"min_lr={self.min_lr}", f"must not exceed lr={self.lr}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name}={value}", "must be in [0, 1)")

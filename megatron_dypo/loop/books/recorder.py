@@ -1,0 +1,74 @@
+"""The record of a run: metrics of each step, a line for the terminal, and how far the run is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_dypo.loop.books.accounts import Accounts
+from megatron_dypo.loop.books.step_metrics import rollout_metrics, step_metrics
+from megatron_dypo.loop.progress import Progress
+from megatron_dypo.loop.updater import Update
+from megatron_dypo.metrics.writer import Timings, summary_line
+from megatron_dypo.objective.metrics import SumMetric
+
+log = logging.getLogger("megatron_dypo")
+
+
+class Writer(Protocol):
+    """Writes a record of metrics for each step; see :class:`megatron_dypo.metrics.writer.MetricsWriter`."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class NoWriter:
+    """Stands for the writer on all ranks but one."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """The parts of a run that its record is made with. Every method is called by all ranks."""
+
+    accounts: Accounts
+    writer: Writer
+    timings: Timings
+    declared: Sequence[SumMetric]
+    """The objective's own metrics."""
+    total_steps: int
+    summary_every: int
+    """Steps from one summary line to the next; see ``LoggingConfig``."""
+
+    def report(self, progress: Progress) -> dict[str, float]:
+        """Tell ``status.json`` how far the run is; return the metrics of the books. Collective over the world."""
+        return self.accounts.report(progress.step, self.total_steps, progress.batch).metrics()
+
+    def gather(self, progress: Progress, update: Update) -> dict[str, float]:
+        """Return what was counted and timed in the step of ``update``, and count anew. Collective over the world."""
+        tally, timings, world_size = self.accounts.take_tally(), self.timings.take(), self.accounts.ranks.world_size
+        metrics = step_metrics(tally, timings, update.totals, update.report.sums, self.declared, world_size)
+        return metrics | self.report(progress)
+
+    def summarize(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the summary line of ``step``, if one is due."""
+        is_due = step == self.total_steps or step % self.summary_every == 0
+        if is_due and self.accounts.ranks.is_global_leader:
+            log.info(summary_line(step, metrics))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the record of ``step``, with the time of what was measured since :meth:`gather`."""
+        self.writer.write(step, {**metrics, **self.timings.take()})
+
+    def write_unfinished(self, progress: Progress) -> None:
+        """Write what a collection counted from which no update was made, as the record of the step that it was for."""
+        timings, tally = self.timings.take(), self.accounts.take_tally()
+        books = self.report(progress)
+        if tally["asked"] or tally["dropped_prompts"]:
+            self.writer.write(progress.step + 1, rollout_metrics(tally) | timings | books)
+
+    def log(self, progress: Progress) -> None:
+        """:meth:`report`, and say it in the log."""
+        self.accounts.log(progress.step, self.total_steps, progress.batch)

@@ -1,0 +1,130 @@
+"""The metrics of a step, out of the sums that were counted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from megatron_dypo.loop.books.tally import Tally
+from megatron_dypo.metrics.names import name_part
+from megatron_dypo.objective.metrics import SumMetric, sum_metrics
+from megatron_dypo.parallel.device import peak_memory_gib
+from megatron_dypo.types import Totals, Treatment
+
+
+def rollout_metrics(tally: Tally) -> dict[str, float]:
+    """Return the metrics of collection and grading. A mean over nothing is left out; a count of nothing is 0."""
+    metrics: dict[str, float | None] = {
+        "data/dropped_prompts": tally["dropped_prompts"],
+        "data/dropped_traces": tally["dropped_traces"],
+        "data/wrong_traces": tally["wrong_traces"],
+        "gate/hard_without_teacher": tally["hard_without_teacher"],
+        "queue/stale": tally["stale"],
+        "queue/distill": tally["queue/distill"],
+        "queue/reinforce": tally["queue/reinforce"],
+    }
+    metrics |= {name: count for name, count in tally.items() if name.startswith("refit/")}
+    if "max:epoch" in tally:
+        metrics["data/epoch"] = tally["max:epoch"]
+    metrics |= {
+        "old_logp/server_error/mean": tally.ratio("logprob_error/mean", "logprob_error/tokens"),
+        "old_logp/server_error/max": tally.get("max:logprob_error"),
+        "old_logp/server_error/sequence": tally.ratio("logprob_error/sequence", "logprob_error/rollouts"),
+    }
+    metrics |= {f"gate/{tier}": tally.ratio(f"tier/{tier}", "graded") for tier in ("easy", "mid", "hard")}
+    if tally["asked"]:
+        metrics |= _collection_metrics(tally)
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _collection_metrics(tally: Tally) -> dict[str, float | None]:
+    """Return the metrics of a step that asked servers."""
+    return {
+        "rollout/reward": tally.ratio("reward", "verdicts"),
+        "rollout/accuracy": tally.ratio("correct", "verdicts"),
+        "rollout/truncated_ratio": tally.ratio("truncated", "rollouts"),
+        "rollout/response_len/mean": tally.ratio("sampled_tokens", "rollouts"),
+        "rollout/response_len/max": tally.get("max:response_len"),
+        "rollout/response_len/min": tally.get("min:response_len"),
+        "rollout/prompt_len/mean": tally.ratio("prompt_tokens", "groups"),
+        "rollout/num_prompts": tally["groups"],
+        "rollout/num_rollouts": tally["rollouts"],
+        "rollout/num_tokens": tally["sampled_tokens"],
+        "rollout/num_rounds": tally["max:rounds"],
+        "rollout/retries": tally["retries"],
+        "rollout/incomplete_groups": tally["dropped/incomplete"],
+        "rollout/refused_prompts": tally["dropped/refused"],
+        "rollout/wrong_versions": tally["wrong_versions"],
+        "rollout/dropped_rollouts": tally["dropped_rollouts"],
+        "rollout/dropped_tokens": tally["dropped_tokens"],
+        "rollout/dropped_longest": tally["max:dropped_longest"],
+        "rollout/verifier_errors": tally["verifier_errors"],
+        "rollout/groups_without_verdict": tally["without_verdict"],
+        "rollout/policy_version": tally.ratio("rollout_version", "rollouts"),
+    }
+
+
+def update_metrics(
+    tally: Tally, totals: Totals, sums: Mapping[str, float], declared: Iterable[SumMetric]
+) -> dict[str, float]:
+    """Return the metrics of an update.
+
+    Args:
+        sums: those of the loss over all ranks; the groups' are in ``tally``.
+        declared: the objective's own metrics.
+    """
+    distill, reinforce = (totals.num_sequences[t] for t in (Treatment.DISTILL, Treatment.REINFORCE))
+    tokens = totals.num_response_tokens
+    all_tokens = max(sum(tokens.values()), 1)
+    of_groups = {key.removeprefix("sum/"): value for key, value in tally.items() if key.startswith("sum/")}
+    metrics: dict[str, float | None] = {
+        "train/num_prompts": totals.num_prompts,
+        "train/num_sequences": tally["sequences"],
+        "train/num_tokens": tally["tokens"],
+        "train/num_response_tokens": tally["response_tokens"],
+        "train/staleness": tally.ratio("staleness", "sequences"),
+        "gate/offline_share_prompts": distill / totals.num_prompts,
+        "gate/offline_share_sequences": distill / (distill + reinforce),
+        "gate/offline_share_tokens": tokens[Treatment.DISTILL] / all_tokens,
+        **sum_metrics(declared, {n: sums.get(n, 0.0) + of_groups.get(n, 0.0) for n in {**sums, **of_groups}}),
+    }
+    if tally["flops"]:
+        metrics["train/flops_imbalance"] = tally["max:flops"] * tally["replicas"] / tally["flops"] - 1
+    if "max:mismatch" in tally:
+        metrics["train/train_rollout_logprob_abs_diff"] = sums["mismatch_abs"] / sums["rollout_tokens"]
+        metrics["train/train_rollout_logprob_abs_diff_max"] = tally["max:mismatch"]
+    for key in [key for key in tally if key.startswith("teacher/")]:
+        metrics[f"teacher/{name_part(key.removeprefix('teacher/'))}/share"] = tally.ratio(key, "teachers")
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def step_metrics(
+    tally: Tally,
+    timings: dict[str, float],
+    totals: Totals,
+    sums: Mapping[str, float],
+    declared: Iterable[SumMetric],
+    world_size: int,
+) -> dict[str, float]:
+    """Return the metrics of one step: of its collection, its update, its time and its memory."""
+    return {
+        **rollout_metrics(tally),
+        **update_metrics(tally, totals, sums, declared),
+        **timings,
+        **performance_metrics(tally, timings, world_size),
+        "perf/peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
+    """Return the rates of one step; ``timings`` are those of ``Timings.take``."""
+    step, gen, update = (timings.get(f"timing_s/{part}", 0.0) for part in ("step", "gen", "update_actor"))
+    metrics = {}
+    if step:
+        metrics["perf/tokens_per_sec"] = tally["tokens"] / step
+        metrics["perf/tokens_per_gpu_per_sec"] = tally["tokens"] / step / world_size
+        metrics["perf/wait_time_ratio"] = gen / step
+    if gen:
+        metrics["perf/rollout_tokens_per_sec"] = tally["sampled_tokens"] / gen
+    if update:
+        metrics["perf/update_tokens_per_sec"] = tally["tokens"] / update
+    return metrics

@@ -1,0 +1,65 @@
+"""One update of the policy, from the minibatch that it learns from to its report. Called by all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dypo.batching.rollout_batch import Minibatch
+from megatron_dypo.config.tree import Config
+from megatron_dypo.ending import RunEnded
+from megatron_dypo.loop.books.accounts import enter_minibatch
+from megatron_dypo.loop.books.tally import Tally, tally_work
+from megatron_dypo.loop.logprobs import Logprobs
+from megatron_dypo.loop.not_finite import count_update
+from megatron_dypo.loop.policy import Policy, UpdateReport
+from megatron_dypo.loop.progress import Progress
+from megatron_dypo.loop.ranks import Ranks
+from megatron_dypo.loop.replica import Replica
+from megatron_dypo.loop.update import count_totals, token_weights
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.types import Totals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updater:
+    """The parts of a run that an update uses."""
+
+    policy: Policy
+    objective: Objective
+    logprobs: Logprobs
+    """Computed again for an objective that reads log π_θ of samples that older weights made."""
+    replica: Replica
+    ranks: Ranks
+    config: Config
+    tally: Tally
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Update:
+    """One update of the policy."""
+
+    totals: Totals
+    """Counts of the minibatch over all replicas."""
+    report: UpdateReport
+    end: RunEnded | None
+    """The end of the run: weights are not finite, or too many updates in a row were skipped."""
+
+
+def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) -> Update:
+    """Make one optimizer step from ``minibatch``, and count it in ``progress``."""
+    enter_minibatch(updater.replica, minibatch, updater.tally)
+    totals = count_totals(minibatch.groups, updater.ranks)
+    groups = updater.logprobs.with_current(minibatch.groups, progress.step)
+    weighted = token_weights(groups, totals, updater.objective, updater.config, step=progress.step, tally=updater.tally)
+    report = updater.policy.update(weighted)
+    tally_work(updater.tally, report.flops)
+    end = count_update(
+        progress, report, updater.policy, updater.replica, updater.ranks, updater.config.optimizer.max_bad_steps
+    )
+    return Update(totals=totals, report=report, end=end)
+
+
+def refresh_reference(updater: Updater, step: int) -> None:
+    """Make the weights of now the reference, where the config says so after ``step``."""
+    if updater.policy.keeps_reference and updater.config.objective.reference.is_refreshed_after(step):
+        updater.policy.refresh_reference()

@@ -1,0 +1,63 @@
+"""Process groups outside the default one: those that a refit makes with SGLang's processes."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dypo.mcore.compat.private_name import PrivateName
+from megatron_dypo.parallel import device
+
+NEW_GROUP = PrivateName(
+    package="torch",
+    module="torch.distributed.distributed_c10d",
+    name="_new_process_group_helper",
+    source="pytorch/pytorch v2.13.0 torch/distributed/distributed_c10d.py:1984",
+    oldest="2.6",
+    takes=("group_size", "group_rank", "global_ranks_in_group", "backend", "store", "group_name", "timeout"),
+)
+"""Makes a group whose ranks are not those of the default group. SGLang joins by it too (``sglang/srt/utils/common.py``,
+``init_custom_process_group``), and both ends must be made alike."""
+
+WORLD = PrivateName(
+    package="torch",
+    module="torch.distributed.distributed_c10d",
+    name="_world",
+    source="pytorch/pytorch v2.13.0 torch/distributed/distributed_c10d.py:726 (pg_group_ranks)",
+    oldest="2.0",
+)
+"""Holds ``pg_group_ranks``, by which collectives translate a global rank to one of a group."""
+
+
+def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeout: datetime.timedelta) -> Any:
+    """Join a group outside the default one as its rank 0, as SGLang makes the other ranks. Waits for all of them.
+
+    Raises:
+        RuntimeError: somebody did not come within ``timeout``, or torch lacks the private names.
+    """
+    group, _ = NEW_GROUP.get()(
+        size,
+        0,
+        [],
+        dist.Backend(backend),
+        dist.PrefixStore(name, store),
+        group_name=name,
+        backend_options=None,
+        timeout=timeout,
+    )
+    WORLD.get().pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    return group
+
+
+def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """Make a group outside the default one and its registries: dropping the last reference closes it.
+
+    The group has ``send`` and ``recv`` of lists of tensors, as ``torch.distributed.ProcessGroup`` does.
+    """
+    if device.on_gpu():
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout  # pytorch/pytorch v2.13.0 torch/csrc/distributed/c10d/init.cpp: no public name
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupGloo(store, rank, size, timeout)

@@ -1,0 +1,34 @@
+"""The end of an optimizer step: fp32 main parameters are copied into those of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_dypo.mcore.compat.private_name import PrivateName
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+_SOURCE = "NVIDIA/Megatron-LM core_v0.16.1 megatron/core/optimizer/optimizer.py:583-585 (step_with_ready_grads)"
+
+TO_BUFFER = PrivateName(
+    package="megatron-core",
+    module=_OPTIMIZER,
+    name="DistributedOptimizer._copy_main_params_to_param_buffer",
+    source=_SOURCE,
+    oldest="0.14",
+)
+"""Copies them into the buffer that ranks gather MXFP8 parameters from."""
+
+TO_MODEL = PrivateName(
+    package="megatron-core",
+    module=_OPTIMIZER,
+    name="DistributedOptimizer._copy_main_params_to_model_params",
+    source=_SOURCE,
+    oldest="0.12",
+)
+"""Copies them into this rank's shards of the model's parameters."""
+
+
+def copy_main_params(optimizer: Any) -> None:
+    """Copy a distributed optimizer's main parameters to where its parameters are gathered from."""
+    copy = TO_BUFFER if optimizer.config.reuse_grad_buf_for_mxfp8_param_ag else TO_MODEL
+    copy.get()(optimizer)

@@ -1,0 +1,54 @@
+"""A name of another package that its authors may change without notice."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+_MISSING = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateName:
+    """A private name, and the version and shape in which we use it."""
+
+    package: str
+    """The distribution that has it, as pip calls it."""
+    module: str
+    name: str
+    """Within the module; dots lead to attributes."""
+    source: str
+    """Repository, version and line that we read."""
+    oldest: str
+    """The first version of the package that has the name as we use it."""
+    takes: tuple[str, ...] = ()
+    """Parameters of a function that we pass, or take from its caller where we override it."""
+
+    def get(self) -> Any:
+        """Return the object of that name.
+
+        Raises:
+            RuntimeError: the package is too old, or has no such name (any more), or the function takes other arguments.
+        """
+        version = importlib.metadata.version(self.package)
+        found: Any = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            found = getattr(found, part, _MISSING)
+        if found is _MISSING or _numbers(version) < _numbers(self.oldest) or not self._takes_all(found):
+            raise RuntimeError(
+                f"{self.package} {version}: {self.module}.{self.name} must be as in {self.oldest} or later "
+                f"({self.source}); install a version that megatron-dypo supports"
+            )
+        return found
+
+    def _takes_all(self, found: Any) -> bool:
+        return not self.takes or set(self.takes) <= inspect.signature(found).parameters.keys()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: (2, 13, 0) of ``2.13.0+cpu``."""
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())

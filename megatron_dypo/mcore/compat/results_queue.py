@@ -1,0 +1,24 @@
+"""The queue between Megatron's checkpoint writer and its processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_dypo.mcore.compat.private_name import PrivateName
+
+RESULTS_QUEUE = PrivateName(
+    package="megatron-core",
+    module="megatron.core.dist_checkpointing.strategies.filesystem_async",
+    name="_results_queue",
+    source="NVIDIA/Megatron-LM core_v0.16.1 megatron/core/dist_checkpointing/strategies/filesystem_async.py:48",
+    oldest="0.12",
+)
+"""The queue of this process; None: ``_get_write_results_queue`` makes one when it is first asked."""
+
+
+def use_results_queue(queue: Any) -> None:
+    """Have Megatron's writer take ``queue``, so that it makes none of its own."""
+    RESULTS_QUEUE.get()
+    filesystem_async._results_queue = queue

@@ -1,0 +1,50 @@
+"""A GPU's memory, shared between processes of one host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_dypo.mcore.compat.private_name import PrivateName
+
+SHARE_STORAGE = PrivateName(
+    package="torch",
+    module="torch",
+    name="UntypedStorage._share_cuda_",
+    source="pytorch/pytorch v2.13.0 torch/multiprocessing/reductions.py:351",
+    oldest="2.0",
+)
+"""Returns the GPU's number and the handle of a storage for another process."""
+
+OPEN_STORAGE = PrivateName(
+    package="torch",
+    module="torch",
+    name="UntypedStorage._new_shared_cuda",
+    source="pytorch/pytorch v2.13.0 torch/multiprocessing/reductions.py:179",
+    oldest="2.0",
+)
+"""Opens what ``_share_cuda_`` returned."""
+
+
+def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
+    """Return a handle of a GPU's memory, for :func:`open_storage` in another process on this host.
+
+    The GPU is named by its UUID: processes may number GPUs differently. The memory must outlive its use there.
+    """
+    uuid = str(torch.cuda.get_device_properties(storage.device).uuid)
+    return uuid, *SHARE_STORAGE.get()(storage)[1:]
+
+
+def open_storage(handle: tuple[Any, ...]) -> torch.UntypedStorage:
+    """Open the memory that another process shared.
+
+    Raises:
+        ValueError: this process does not see that GPU.
+    """
+    uuid, *rest = handle
+    seen = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    if uuid not in seen:
+        raise ValueError(f"GPU {uuid} of the trainer is none of this server's ({', '.join(seen)}): use transport=p2p")
+    opened: torch.UntypedStorage = OPEN_STORAGE.get()(seen.index(uuid), *rest)
+    return opened

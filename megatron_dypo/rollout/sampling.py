@@ -1,0 +1,49 @@
+"""Requests for groups in the wire format of SGLang's ``/generate``; see :mod:`megatron_dypo.rollout.responses`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dypo.types import Tokens
+
+_BYTES_PER_TOKEN = 512
+"""Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""
+_BYTES_PER_ANSWER = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The sampling parameters of one group."""
+
+    n: int
+    temperature: float
+    max_new_tokens: int
+    top_p: float
+    top_k: int
+    stop_token_ids: tuple[int, ...]
+    seed: int | None = None
+    """Seed of the one rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """Size above which an answer cannot be one to this request."""
+        return _BYTES_PER_ANSWER + self.n * self.max_new_tokens * _BYTES_PER_TOKEN
+
+
+def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
+    """Return the body of one request for a whole group: SGLang computes the prompt once for all ``n`` samples."""
+    return {
+        "input_ids": prompt_tokens.tolist(),
+        "sampling_params": {
+            "n": sampling.n,
+            "temperature": sampling.temperature,
+            "max_new_tokens": sampling.max_new_tokens,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            **({} if sampling.seed is None else {"sampling_seed": sampling.seed}),
+        },
+        "return_logprob": True,
+        "logprob_start_len": -1,  # none for the prompt
+    }
