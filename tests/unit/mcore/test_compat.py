@@ -42,7 +42,7 @@ HANDLE = [
 
 def all_private_names() -> dict[str, PrivateName]:
     """Every PrivateName of the folder, by file and name."""
-    found = {}
+    found: dict[str, PrivateName] = {}
     for module in pkgutil.iter_modules(compat.__path__):
         values = vars(importlib.import_module(f"{compat.__name__}.{module.name}"))
         found |= {f"{module.name}.{name}": value for name, value in values.items() if isinstance(value, PrivateName)}
