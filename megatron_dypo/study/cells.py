@@ -117,7 +117,8 @@ def plan_cells(spec: Spec) -> list[Cell]:
     Raises:
         ValueError: a method's or a variant's override breaks a rule of the config; each is named.
     """
-    problems, cells = [], []
+    problems: list[str] = []
+    cells: list[Cell] = []
     for seed in spec.seeds:
         for arm in arms_of(spec):
             folder = Path(spec.out) / "cells" / arm.name / f"seed-{seed}"

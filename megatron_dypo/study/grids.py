@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.study.cells import Arm, Cell
@@ -34,7 +34,7 @@ class Grid:
     """Sentences below the table."""
 
 
-def main_grid(result: Result, missing: Mapping[Cell, str], scores: Scores, *, pass_at: int = 1) -> Grid:
+def main_grid(result: Result, missing: Sequence[tuple[Cell, str]], scores: Scores, *, pass_at: int = 1) -> Grid:
     """Return the table of accuracies: a row for each arm, a column for each set and average.
 
     Args:
@@ -51,8 +51,8 @@ def main_grid(result: Result, missing: Mapping[Cell, str], scores: Scores, *, pa
 
 def differences_grid(result: Result) -> Grid:
     """Return the table of differences: a row for each comparison, with its tests."""
-    header = ("compared", "on", "difference", "p", "p, Holm", "permutation", "Wilcoxon", "McNemar")
-    header = (*header, "seeds × items", "could find", "verdict")
+    tests = ("p", "p, Holm", "permutation", "Wilcoxon", "McNemar")
+    header = ("compared", "on", "difference", *tests, "seeds × items", "could find", "verdict")
     rows = tuple(
         _difference_row(
             f"{arm.label} − {result.references[arm].label}", column.name, result.differences[arm, column.name]
@@ -141,6 +141,6 @@ def _left_out(result: Result, scores: Scores) -> list[str]:
     ]
 
 
-def _missing(result: Result, missing: Mapping[Cell, str]) -> Sequence[str]:
+def _missing(result: Result, missing: Sequence[tuple[Cell, str]]) -> Sequence[str]:
     arms = {*result.arms, *result.references.values()}
-    return [f"Missing: {cell.label}: {why}." for cell, why in missing.items() if cell.arm in arms]
+    return [f"Missing: {cell.label}: {why}." for cell, why in missing if cell.arm in arms]

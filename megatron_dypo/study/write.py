@@ -36,7 +36,7 @@ def write_results(spec: Spec, cells: Sequence[Cell], groups: Mapping[str, Sequen
         ValueError: a file of records is damaged.
     """
     out = Path(spec.out)
-    missing = {cell: why for cell in cells if (why := reason(cell)) is not None}
+    missing = [(cell, why) for cell in cells if (why := reason(cell)) is not None]
     scores = read_scores(cells, [name for members in groups.values() for name in members], spec.pass_at)
     results = [make_result(name, spec, groups, scores) for name in spec.tables]
     (out / "tables").mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,10 @@ def write_results(spec: Spec, cells: Sequence[Cell], groups: Mapping[str, Sequen
         replace_file(out / "tables" / f"{result.name}.md", texts[-1])
         replace_file(out / "tables" / f"{result.name}.tex", "\n".join(to_latex(grid) for grid in pair))
         grids += pair
-    figures = {"tables": [_as_json(result) for result in results], "missing": {c.label: w for c, w in missing.items()}}
+    figures = {
+        "tables": [_as_json(result) for result in results],
+        "missing": {cell.label: why for cell, why in missing},
+    }
     replace_file(out / "results.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     page = render_template(
         "study.html.j2",

@@ -1,0 +1,82 @@
+"""Comparisons of fake runs for tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.study import fake_program
+from tests.support.study.fake_program import SETS_KEY, beside
+
+ROOT = Path(__file__).resolve().parents[3]
+METHODS = {name: {"objective.name": name} for name in ("dypo", "grpo")}
+
+
+def write_comparison(folder: Path, **changes: Any) -> Path:
+    """Write a config and the description of a comparison, whose cells are run by the fake program."""
+    sets = {name: f"{name}.jsonl" for name in ("math", "logic")}
+    config = {
+        "run": {"steps": 5},
+        "model": {"hf_path": "model"},
+        "data": {"prompts": ["train.jsonl"]},
+        "eval": {SETS_KEY: sets},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    fake = [sys.executable, fake_program.__file__, str(journal(folder))]
+    spec = {
+        "config": str(folder / "config.yaml"),
+        "out": str(folder / "out"),
+        "methods": METHODS,
+        "seeds": [1, 2],
+        "baseline": "grpo",
+        "train_command": [*fake, "train", "{config}"],
+        "eval_command": [*fake, "eval", "{config}", "{out}"],
+    }
+    path = folder / "comparison.yaml"
+    path.write_text(yaml.safe_dump({**spec, **changes}))
+    return path
+
+
+def journal(folder: Path) -> Path:
+    return folder / "journal.txt"
+
+
+def journal_lines(folder: Path) -> list[str]:
+    return journal(folder).read_text().splitlines() if journal(folder).exists() else []
+
+
+def tell(folder: Path, kind: str, cell: str, text: str = "") -> Path:
+    """Tell the fake program to ``hold`` or ``fail`` in a cell; return the file, which takes the order back when removed."""
+    path = beside(journal(folder), kind, cell)
+    path.write_text(text)
+    return path
+
+
+def start_compare(path: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "megatron_dypo.cli", "compare", str(path), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def compare(path: Path, *options: str, status: int = 0) -> tuple[str, str]:
+    """Run ``megatron-dypo compare`` to its end, which must have this status; return what it printed."""
+    process = start_compare(path, *options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 120.0) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
+        time.sleep(0.02)
