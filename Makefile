@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests that run at a time in `make test`; each may start servers and ranks of its own (up to 6 GiB).
+TEST_WORKERS ?= 2
 REQUIREMENTS := requirements/cpu.txt
 # Packages whose files tests read; they go beside the environment's own packages, where nothing imports them.
 TEST_DATA_REQUIREMENTS := requirements/test_data.txt
@@ -88,7 +90,8 @@ quickstart: setup  ## Train a tiny model with DYPO from start to end.
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup setup-test-data  ## Run the tests that need no GPU and are not marked slow.
-	@$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+	@# By file: the tests of one share servers and runs. Not by their number in a file: tests/conftest.py has put long ones first.
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 test-all: setup setup-test-data  ## Run every test that needs no GPU.
 	@$(BIN)/python -m pytest -m "not gpu"

@@ -13,6 +13,7 @@ import typer
 import megatron_dypo
 from megatron_dypo.check.cli import check
 from megatron_dypo.config.cli import init, show_config
+from megatron_dypo.eval.cli import evaluate
 from megatron_dypo.grading.cli import grade
 from megatron_dypo.launch.attempt import end_of
 from megatron_dypo.launch.cli import route, serve, train
@@ -46,6 +47,7 @@ app.command()(train)
 app.command()(report)
 app.command()(compare)
 app.command()(export)
+app.command("eval")(evaluate)
 app.command()(grade)
 app.command()(plan)
 app.command("plan-refit")(plan_refit)

@@ -1,7 +1,11 @@
-"""Environment of every test: one thread a process, no network, no compile, no deadline for examples of Hypothesis."""
+"""Environment of every test: one thread a process, no network, no compile, no deadline for examples of Hypothesis.
+
+Each test gets the mark of its folder (``-m e2e``), and folders whose files take long come first.
+"""
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -19,12 +23,22 @@ hypothesis.settings.register_profile("megatron_dypo", deadline=None)
 hypothesis.settings.load_profile("megatron_dypo")
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` skip, with the reason, where torch sees no GPU."""
-    if torch.cuda.is_available():
-        return
+TESTS = Path(__file__).parent
+FOLDERS = ("e2e", "dist", "unit", "gpu")
+"""Folders of tests and their marks. Those with long files come first, so that two workers end at about the same time."""
+
+
+def folder_of(item: pytest.Item) -> str:
+    """Return the folder of ``tests/`` that a test is in."""
+    return item.path.relative_to(TESTS).parts[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder, put long folders first, and skip tests for GPUs where torch sees none."""
+    items.sort(key=lambda item: FOLDERS.index(folder_of(item)))
     for item in items:
-        if item.get_closest_marker("gpu"):
+        item.add_marker(folder_of(item))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
 
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.unknown_keys import shortened, unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
 
-_GONE = {
-    "rollout.servers.count": "did you mean rollout.servers.per_node (servers that one node runs)? The number "
-    "of rollout nodes is rollout.servers.nodes",
-}
-"""Keys that no longer exist because they meant two things, each with the keys to use instead."""
+T = TypeVar("T")
 
 _UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
@@ -37,6 +33,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: one line for each problem, with file or override, field, value and rule.
     """
+    return load_tree(Config, path, overrides)
+
+
+def load_tree(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a tree of dataclasses of another kind, as :func:`load_config` reads a config."""
     path = Path(path)
     tree = read_yaml(_read_text(path), str(path))
     tree = {} if tree is None else tree
@@ -44,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: must be a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, where=str(path), overrides=overrides)
+    return _parse(kind, tree, where=str(path), overrides=overrides)
 
 
 def _read_text(path: Path) -> str:
@@ -65,12 +66,16 @@ def parse_config(tree: Mapping[str, Any], *, where: str, overrides: Sequence[str
         where: names the mapping in errors.
         overrides: ``section.key=value`` of those that are in the mapping already: errors of their keys name them.
     """
-    problems = _unknown_keys(tree, Config, ())
+    return _parse(Config, tree, where=where, overrides=overrides)
+
+
+def _parse(kind: type[T], tree: Mapping[str, Any], *, where: str, overrides: Sequence[str]) -> T:
+    problems = unknown_keys(tree, kind, ())
     if not problems:
         try:
-            config = _adapter().validate_python(dict(tree))
+            config: T = _adapter(cast(Any, kind)).validate_python(dict(tree))
         except ValidationError as error:
-            problems = list(_explain(error))
+            problems = list(_explain(error, kind))
         else:
             problems = list(_booleans_for_numbers(tree, config, ""))
     if problems:
@@ -83,7 +88,7 @@ def _origin(problem: str, overrides: Sequence[str]) -> str | None:
     for override in reversed(overrides):
         key = override.partition("=")[0]
         if problem.startswith(key) and not re.match(r"\w", problem[len(key) :]):
-            return f"override {_shortened(override)!r}"
+            return f"override {shortened(override)!r}"
     return None
 
 
@@ -101,9 +106,9 @@ def _booleans_for_numbers(given: Any, read: Any, path: str) -> Iterable[str]:
 
 
 @functools.cache
-def _adapter() -> TypeAdapter[Config]:
-    """Build pydantic's validator of the tree, which takes a tenth of a second."""
-    return TypeAdapter(Config)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Build pydantic's validator of a tree, which takes a tenth of a second."""
+    return TypeAdapter(kind)
 
 
 def dump_config(config: Config) -> str:
@@ -130,9 +135,24 @@ def changed_lines(before: str, after: str) -> list[str]:
 
 def override_lines(before: Config, after: Config) -> list[str]:
     """Return the overrides (``section.key=value``) that turn ``before`` into ``after``."""
-    old, new = (dict(_leaves(yaml.safe_load(dump_config(config)), "")) for config in (before, after))
-    # A key of a free mapping such as data.chat_template_args may be new.
-    return [f"{key}={flow_yaml(value)}" for key, value in new.items() if key not in old or old[key] != value]
+    trees = [yaml.safe_load(dump_config(config)) for config in (before, after)]
+    old, new = (dict(_leaves(tree, "")) for tree in trees)
+    # A key of a free mapping such as data.chat_template_args may be new, or gone: then the mapping is written whole.
+    whole = {mapping: value for key in old.keys() - new.keys() for mapping, value in [_mapping_without(trees[1], key)]}
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    kept = {key: value for key, value in changed.items() if not key.startswith(tuple(f"{name}." for name in whole))}
+    return [f"{key}={flow_yaml(value)}" for key, value in {**dict(sorted(whole.items())), **kept}.items()]
+
+
+def _mapping_without(tree: Any, key: str) -> tuple[str, Any]:
+    """Return the innermost mapping on the way to ``key``, which ``tree`` lacks: its dotted key and its value."""
+    found: list[str] = []
+    for part in key.split("."):
+        if part not in tree or not isinstance(tree[part], Mapping):
+            break
+        tree = tree[part]
+        found.append(part)
+    return ".".join(found), tree
 
 
 def flow_yaml(value: Any) -> str:
@@ -152,11 +172,11 @@ def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"override {_shortened(override)!r}: must have the form section.key=value")
-    value = read_yaml(text, f"override {_shortened(override)!r}")
+        raise ValueError(f"override {shortened(override)!r}: must have the form section.key=value")
+    value = read_yaml(text, f"override {shortened(override)!r}")
     *sections, name = key.split(".")
     if not all((*sections, name)):
-        raise ValueError(f"override {_shortened(override)!r}: a part of the key is empty")
+        raise ValueError(f"override {shortened(override)!r}: a part of the key is empty")
     node = tree
     for depth, section in enumerate(sections):
         node = node.setdefault(section, {})
@@ -165,44 +185,21 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...]) -> list[str]:
-    """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
-    hints, problems = get_type_hints(section), []
-    for key, value in tree.items():
-        dotted = ".".join((*path, str(key)))
-        if dotted in _GONE:
-            problems.append(f"{dotted}: unknown key; {_GONE[dotted]}")
-        elif key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known keys: {', '.join(hints)}"
-            problems.append(f"{dotted}: unknown key; {hint}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, Mapping):
-                problems += _unknown_keys(value, hints[key], (*path, key))
-            else:
-                problems.append(f"{dotted}={value!r}: must be a mapping")
-    return problems
-
-
-def _explain(error: ValidationError) -> Iterable[str]:
+def _explain(error: ValidationError, kind: type) -> Iterable[str]:
     for item in error.errors():
-        where = ".".join(_place(item["loc"]))
+        where = ".".join(_place(item["loc"], kind))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "value_error":  # a rule of ours, whose message names field and value
             yield f"{where}.{message}" if where else message
         elif item["type"] == "missing":
             yield f"{where}: is required"
         else:
-            yield f"{where}={_shortened(repr(item['input']))}: {message}"
+            yield f"{where}={shortened(repr(item['input']))}: {message}"
 
 
-def _place(loc: Sequence[str | int]) -> Iterable[str]:
+def _place(loc: Sequence[str | int], kind: type) -> Iterable[str]:
     """Yield the parts of a dotted key, without the names of union types that pydantic adds to them."""
-    hint: Any = Config
+    hint: Any = kind
     for part in loc:
         if dataclasses.is_dataclass(hint):
             hint = get_type_hints(hint)[str(part)]

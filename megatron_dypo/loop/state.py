@@ -9,6 +9,7 @@ from typing import Protocol
 
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.tree import Config
+from megatron_dypo.eval.judging import grading_of_sets
 from megatron_dypo.loop.books.accounts import Accounts
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import Collector
@@ -127,6 +128,6 @@ class Run:
             servers=self.servers,
             ranks=self.ranks,
             cfg=self.config.eval,
-            seed=self.config.run.seed,
+            grading=grading_of_sets(self.config.grading, self.config.eval),
             timings=self.timings,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +17,8 @@ from tests.support.architectures import make_arch
 from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import held_names, plain_layout, shard
 
-TIMEOUT_S = 300.0
-"""Of the groups; nobody may have waited for it."""
-AT_ONCE_S = 30.0
+TIMEOUT_S = 3600.0
+"""Of the groups, and longer than any test may take: nobody can have waited for it."""
 ARCH = make_arch("qwen3")
 MIXTURE = make_arch(
     "qwen3_moe", experts=Experts(num_experts=2, per_token=1, ffn_hidden_size=8, normalized=True, moe_aux_loss_coef=0.0)
@@ -47,8 +45,8 @@ def consume(fault: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
     return count
 
 
-def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str, float]:
-    """The error of this rank and its text, and how long the gather took."""
+def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str]:
+    """The error of this rank and its text."""
     from megatron_dypo.models.gather import exhausted, iter_hf_tensors
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
@@ -61,7 +59,7 @@ def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str,
     named = [(name, shard(name, arch, layout, 1)) for name in held_names(arch, axes, layout)]
     is_faulty = rank == faulty_rank
     params = faulty_params(fault, named) if is_faulty else named
-    start, outcome = time.monotonic(), ("", "")
+    outcome = "", ""
     try:
         if fault == "a consumer that stops":
             consume(fault if is_faulty else "", iter_hf_tensors(params, arch, layout))
@@ -70,30 +68,25 @@ def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str,
                 consume(fault if is_faulty else "", tensors)
     except Exception as error:
         outcome = type(error).__name__, str(error)
-    seconds = time.monotonic() - start
     dist.destroy_process_group()
-    return *outcome, seconds
+    return outcome
 
 
 @pytest.mark.parametrize("mixture", [False, True], ids=["dense", "experts"])
 @pytest.mark.parametrize("faulty_rank", [0, 1])
-def test_a_parameter_that_one_rank_cannot_name_ends_the_gather_on_all(mixture, faulty_rank):
+def test_a_parameter_that_one_rank_cannot_name_ends_the_gather_on_all(mixture: bool, faulty_rank: int) -> None:
     results = run_ranks(2, rank_gathers, "a name without a rule", mixture, faulty_rank)
-    name, text, seconds = results[faulty_rank]
-    assert (name, seconds < AT_ONCE_S) == ("ValueError", True)
+    name, text = results[faulty_rank]
+    assert name == "ValueError"
     assert "decoder.unheard_of.weight" in text
-    name, text, seconds = results[1 - faulty_rank]
-    assert (name, text) == ("PeerFailedError", "another rank failed while weights were gathered")
-    assert seconds < AT_ONCE_S
+    assert results[1 - faulty_rank] == ("PeerFailedError", "another rank failed while weights were gathered")
 
 
-def test_a_consumer_that_raises_lets_the_others_finish_their_gathers():
-    (name, text, seconds), (other, _, _) = run_ranks(2, rank_gathers, "a consumer that raises", False, 0)
-    assert (name, text, other) == ("OSError", "disk full", "")
-    assert seconds < AT_ONCE_S
+def test_a_consumer_that_raises_lets_the_others_finish_their_gathers() -> None:
+    raised, (other, _) = run_ranks(2, rank_gathers, "a consumer that raises", False, 0)
+    assert (raised, other) == (("OSError", "disk full"), "")
 
 
-def test_a_consumer_that_stops_early_is_a_failure_of_its_peers():
-    (name, _, _), (other, _, seconds) = run_ranks(2, rank_gathers, "a consumer that stops", False, 0)
+def test_a_consumer_that_stops_early_is_a_failure_of_its_peers() -> None:
+    (name, _), (other, _) = run_ranks(2, rank_gathers, "a consumer that stops", False, 0)
     assert (name, other) == ("", "PeerFailedError")
-    assert seconds < AT_ONCE_S

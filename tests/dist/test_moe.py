@@ -18,7 +18,7 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.recipes.registry import build_objective
 from tests.support.dist.literal_objective import float64_model, hf_gradients, response_logp
 from tests.support.dist.spawn import run_ranks
-from tests.dist.test_logits import rank_logits, rows
+from tests.support.dist.logits import rank_logits, rows
 from tests.support.hf_models import MOE_KINDS, import_transformers, make_hf_model
 from tests.support.objective_cases import random_groups
 

@@ -37,7 +37,7 @@ def rank_open(path: str) -> dict[str, Any]:
             "health": [http_status(f"{url}/health", None) for url in urls],
             "asks": servers is not None and isinstance(servers.requests, LeaderRequests),
             "prompts": run.replica.num_prompts,
-            "held out": {name: len(run.replica.held_out_prompts(name, None)[0]) for name in run.replica.held_out},
+            "held out": {name: len(run.replica.held_out_items(name)) for name in run.replica.held_out},
             "router": (router.url, router.api_key) if isinstance(router, Router) else None,
             "reference": run.policy.keeps_reference,
             "writes": not isinstance(run.writer, NoWriter),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -156,41 +156,38 @@ def hang_while_receiving() -> None:
     GroupIncoming.take = hang  # type: ignore[method-assign]
 
 
+NEVER_S = 3600.0
+"""A deadline beyond that of any test: nobody can have waited for half of it."""
+
+
 @pytest.mark.parametrize(
-    ("kind", "fault", "at_most_s", "next_s"),
+    ("kind", "fault", "deadline_s"),
     [
-        ("p2p", die_while_receiving, 14, 5),
-        ("local", die_while_receiving, 14, 5),
+        ("p2p", die_while_receiving, NEVER_S),
+        ("local", die_while_receiving, NEVER_S),
         # It still answers control calls, so that the next refit takes it in again.
-        ("p2p", hang_while_receiving, 29, 29),
+        ("p2p", hang_while_receiving, 20.0),
     ],
 )
-def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(kind, fault, at_most_s, next_s):
+def test_a_lost_server_is_an_error_that_names_it_and_the_rest_is_served(
+    kind: str, fault: Callable[[], None], deadline_s: float
+) -> None:
     layout = ServerMesh(tensor=1)
     with (
         servers(DENSE, [layout], prepare=fault) as (faulty,),
         servers(DENSE, [layout]) as (sound,),
     ):
-        refit = Refit(
-            arch=DENSE,
-            axes=Mesh(tensor=2),
-            urls=(faulty.url, sound.url),
-            kind=kind,
-            deadline_s=30.0,
-            seeds=(1, 2),
-        )
+        urls = (faulty.url, sound.url)
+        refit = Refit(arch=DENSE, axes=Mesh(tensor=2), urls=urls, kind=kind, deadline_s=deadline_s, seeds=(1, 2))
         by_rank = run_ranks(2, rank_refit, refit)
         assert_served([sound], [layout], DENSE, 2)
     for outcomes in by_rank:
         assert [outcome["error"] for outcome in outcomes] == ["", ""]
-        assert outcomes[0]["seconds"] < at_most_s
-        assert outcomes[1]["seconds"] < next_s
 
 
-def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks():
+def test_the_loss_of_the_only_server_fails_the_refit_on_all_ranks() -> None:
     with servers(DENSE, [ServerMesh(tensor=2)], prepare=die_while_receiving) as (server,):
-        refit = Refit(arch=DENSE, axes=Mesh(pipeline=2), urls=(server.url,), kind="p2p", deadline_s=30.0)
+        refit = Refit(arch=DENSE, axes=Mesh(pipeline=2), urls=(server.url,), kind="p2p", deadline_s=NEVER_S, seeds=(1,))
         by_rank = run_ranks(2, rank_refit, refit)
-    for first, *_ in by_rank:
-        assert server.url in first["error"]
-        assert first["seconds"] < 25
+    for (outcome,) in by_rank:
+        assert server.url in outcome["error"]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_dypo.metrics.samples import read_samples
-from tests.e2e.test_train_command import steps_of, train
+from tests.support.e2e.commands import steps_of, train
 from tests.support.e2e.parity_task import write_task
 
 STEPS = 5

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dypo.ending import Cause
-from megatron_dypo.metrics.writer import read_metrics
-from tests.e2e.test_train_command import train
+from tests.support.e2e.commands import steps_of, train
 from tests.support.e2e.parity_task import write_task
 
 SFT = {"objective": {"name": "sft"}}
@@ -27,10 +26,6 @@ def ended(folder: Path, config: Path, cause: Cause, *overrides: str) -> tuple[st
     assert "Traceback" not in output
     assert not (folder / "run" / "hf").exists()
     return output, record
-
-
-def raises(response: str, answer: str) -> bool:
-    raise KeyError("no such entry")
 
 
 @pytest.mark.slow
@@ -48,7 +43,7 @@ def test_groups_that_never_come_back_end_the_run_with_the_last_reason(tmp_path: 
 
 @pytest.mark.slow
 def test_a_verifier_that_always_raises_ends_the_run_with_its_error(tmp_path: Path) -> None:
-    config = write_task(tmp_path, grading={"verifier": "tests.e2e.test_causes_of_runs:raises"})
+    config = write_task(tmp_path, grading={"verifier": "tests.support.e2e.parity_task:raises"})
     _, record = ended(tmp_path, config, Cause.NO_VERDICTS)
     assert "KeyError: 'no such entry'" in record["message"]
     assert record["counts"]["dropped_no_verdict"] == record["counts"]["drawn"] == 8, "after one round"
@@ -71,41 +66,27 @@ def test_a_weight_that_is_not_finite_ends_the_run_before_anything_is_pushed(tmp_
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
-def test_prompts_that_are_all_too_long_are_bad_input(tmp_path: Path) -> None:
-    config = write_task(tmp_path, **SFT)
-    output = train(config, "data.max_prompt_tokens=1", status=Cause.BAD_INPUT.status)
-    assert "48 of 48 prompts are longer than data.max_prompt_tokens=1" in output
-    assert not (tmp_path / "run").exists(), "it is found before anything starts"
+def test_a_resumed_run_has_its_data_its_books_and_the_configs_learning_rate(tmp_path: Path) -> None:
+    config = write_task(tmp_path, run={"steps": 4}, optimizer={"lr": 1e-3}, **SFT)
+    train(config, "run.steps=2")
+    run_dir = tmp_path / "run"
+    before = load_file(run_dir / "hf" / "model.safetensors")
 
-
-def test_data_that_changed_is_refused_at_a_resume_unless_it_is_allowed(tmp_path: Path) -> None:
-    config = write_task(tmp_path, **SFT)
-    train(config, "run.steps=1")
     data = tmp_path / "train.jsonl"
     data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
     output = train(config, status=Cause.BAD_INPUT.status)
     assert "not the data of the run that is resumed" in output
     assert "train.jsonl" in output
-    output = train(config, "run.allow_changed=[data]")
+    output = train(config, "optimizer.lr=1e-9", "run.allow_changed=[data]")
     assert "allowed by run.allow_changed" in output
-
-
-def test_the_learning_rate_of_a_resumed_run_is_the_config_s(tmp_path: Path) -> None:
-    config = write_task(tmp_path, run={"steps": 4}, checkpoint={"every": 2}, optimizer={"lr": 1e-3}, **SFT)
-    train(config, "run.steps=2")
-    before = load_file(tmp_path / "run" / "hf" / "model.safetensors")
-    train(config, "optimizer.lr=1e-9")
-    after = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    after = load_file(run_dir / "hf" / "model.safetensors")
     moved = max(float((after[name] - before[name]).abs().max()) for name in before)
     assert moved < 1e-7, "two steps at 1e-9"
-    rates = [record["train/lr"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"] > 2]
-    assert rates == [1e-9, 1e-9]
-
-
-def test_the_ledger_goes_on_over_a_resume(tmp_path: Path) -> None:
-    config = write_task(tmp_path, run={"steps": 4}, **SFT)
-    train(config, "run.steps=2")
-    train(config)
-    records = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"] > 0]
+    records = [record for step, record in sorted(steps_of(run_dir).items()) if step > 0]
+    assert [record["train/lr"] for record in records[2:]] == [1e-9, 1e-9]
     for name in ("ledger/drawn", "ledger/trained_sft"):
         assert [record[name] for record in records] == [8.0, 16.0, 24.0, 32.0]
+
+    written = (run_dir / "metrics.jsonl").read_text()
+    assert "resuming from" in train(config, "run.allow_changed=[data]"), "a finished run has nothing to do"
+    assert (run_dir / "metrics.jsonl").read_text() == written

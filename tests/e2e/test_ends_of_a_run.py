@@ -6,8 +6,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,10 +13,10 @@ import pytest
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.mcore.checkpoints.folder import find_latest
+from tests.support.e2e.commands import REPOSITORY, start, steps_of, wait_until
 from tests.support.e2e.parity_task import write_task
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -30,33 +28,14 @@ def task(tmp_path):
     )
 
 
-def start(config, *overrides, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_dypo.cli", "train", str(config), *overrides],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def train(config, *overrides, until=3, **environment):
-    """A run that has done this many steps."""
-    process, metrics = start(config, *overrides, **environment), config.parent / "run" / "metrics.jsonl"
-    wait_for(process, lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= until)
+def begun(config: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a run and wait until it has done three steps."""
+    process = start("train", config, *overrides, **environment)
+    wait_until(process, lambda: len(steps_of(config.parent / "run")) >= 3)
     return process
 
 
-def wait_for(process, condition):
-    deadline = time.monotonic() + 180
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def finish(process):
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     output, _ = process.communicate(timeout=180)
     return process.returncode, output
 
@@ -72,7 +51,7 @@ def rank_of(process, rank):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_the_launcher_alone_saves(task, number):
-    process = train(task)
+    process = begun(task)
     process.send_signal(number)
     code, output = finish(process)
     assert code == Cause.STOPPED.status, output
@@ -86,7 +65,7 @@ def test_a_request_to_the_launcher_alone_saves(task, number):
 def test_ctrl_c_saves_under_a_long_temporary_folder(task, tmp_path):
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    process = train(task, TMPDIR=str(long))
+    process = begun(task, TMPDIR=str(long))
     os.killpg(process.pid, signal.SIGINT)
     code, output = finish(process)
     assert code == Cause.STOPPED.status, output
@@ -95,7 +74,7 @@ def test_ctrl_c_saves_under_a_long_temporary_folder(task, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once(task):
-    process = train(task)
+    process = begun(task)
     os.killpg(process.pid, signal.SIGSTOP)  # so that both come before a step ends
     ranks = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGCONT)
@@ -110,8 +89,8 @@ def test_a_second_ctrl_c_ends_at_once(task):
 
 
 def test_a_rank_that_is_killed_is_named_and_the_next_start_goes_on(task):
-    process = train(task)
-    refused, said = finish(start(task))
+    process = begun(task)
+    refused, said = finish(start("train", task))
     assert (refused, len(said.splitlines())) == (Cause.IN_USE.status, 1), said
     killed = rank_of(process, 1)
     killed.kill()
@@ -120,12 +99,12 @@ def test_a_rank_that_is_killed_is_named_and_the_next_start_goes_on(task):
     assert "megatron-dypo: error: rank_lost (status 77): rank 1 was killed by SIGKILL; " in output
     assert "Traceback" not in output
     assert status_of(task)["message"] == "rank 1 was killed by SIGKILL"
-    code, output = finish(start(task, "run.steps=2"))
+    code, output = finish(start("train", task, "run.steps=2"))
     assert code == 0, output
 
 
 def test_a_rank_that_stands_still_is_named_with_what_it_was_doing(task):
-    process = train(task, "run.watchdog_s=20")
+    process = begun(task, "run.watchdog_s=20")
     stopped = rank_of(process, 1)
     stopped.suspend()
     code, output = finish(process)
@@ -139,8 +118,8 @@ def test_a_rank_that_stands_still_is_named_with_what_it_was_doing(task):
 
 def test_a_disk_that_is_full_ends_the_run_and_leaves_the_older_checkpoint(task):
     checkpoints = task.parent / "run" / "checkpoints"
-    process = train(task, "checkpoint.every=3", "checkpoint.keep=0")
-    wait_for(process, lambda: find_latest(checkpoints) is not None)
+    process = begun(task, "checkpoint.every=3", "checkpoint.keep=0")
+    wait_until(process, lambda: find_latest(checkpoints) is not None)
     for rank in psutil.Process(process.pid).children():
         resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
     code, output = finish(process)
@@ -157,7 +136,7 @@ def test_an_error_of_one_rank_is_told_once_with_its_traceback(task):
     (task.parent / "broken" / "sitecustomize.py").write_text(
         "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.modules['megatron_dypo.loop.train'] = None\n"
     )
-    process = start(task, PYTHONPATH=f"{task.parent / 'broken'}:{REPOSITORY}")
+    process = start("train", task, PYTHONPATH=f"{task.parent / 'broken'}:{REPOSITORY}")
     code, output = finish(process)
     assert code == Cause.BUG.status, output
     assert output.count("Traceback (most recent call last)") == 1
@@ -167,7 +146,7 @@ def test_an_error_of_one_rank_is_told_once_with_its_traceback(task):
 
 def test_a_folder_that_cannot_be_used_is_one_line_on_two_ranks(task):
     (task.parent / "run").write_text("a file")
-    code, output = finish(start(task))
+    code, output = finish(start("train", task))
     assert code == Cause.BAD_INPUT.status
     line = f"megatron-dypo: error: run.dir='{task.parent / 'run'}': a file is there"
     assert output.splitlines()[-1].startswith(line), output

@@ -1,46 +1,28 @@
 """The examples as their READMEs say to run them."""
 
+from __future__ import annotations
+
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_dypo.metrics.writer import read_metrics
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def run(*command, deadline_s):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=deadline_s,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.support.e2e.commands import REPOSITORY, python
 
 
-def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path):
+def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path: Path) -> None:
     example = REPOSITORY / "examples" / "gsm8k_tiny"
-    run(example / "prepare.py", "--tokenizer", "sentencepiece", "--out", tmp_path / "input", deadline_s=120)
+    python(example / "prepare.py", "--tokenizer", "sentencepiece", "--out", tmp_path / "input", deadline_s=120)
     overrides = [
         f"run.dir={tmp_path}/run",
         f"model.hf_path={tmp_path}/input/model",
         f"data.prompts=[{tmp_path}/input/data/train.jsonl]",
-        f"eval.prompts=[{tmp_path}/input/data/test.jsonl]",
+        f"eval.sets.gsm8k.path={tmp_path}/input/data/test.jsonl",
         "run.steps=3",
         "eval.max_prompts=8",
     ]
-    run("-m", "megatron_dypo.cli", "train", example / "dypo.yaml", *overrides, deadline_s=420)
+    python("-m", "megatron_dypo.cli", "train", example / "dypo.yaml", *overrides, deadline_s=420)
     steps = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"]]
     assert len(steps) == 3
     assert steps[-1]["train/sft_nll"] < steps[0]["train/sft_nll"]
@@ -51,18 +33,11 @@ def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path
     assert (tmp_path / "run" / "hf" / "tokenizer.model").is_file()
 
 
-def test_the_papers_setting_passes_a_dry_run():
-    config = REPOSITORY / "examples" / "qwen2_5_math_7b" / "dypo.yaml"
-    resolved = yaml.safe_load(run("-m", "megatron_dypo.cli", "train", config, "--dry-run", deadline_s=60))
-    assert resolved["rollout"]["group_size"] == 8
-    assert resolved["objective"]["alpha"] == 0.5
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path):
+def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
-    printed = run(REPOSITORY / "examples" / "quickstart" / "run.py", "--out", out, deadline_s=1700)
+    printed = python(REPOSITORY / "examples" / "quickstart" / "run.py", "--out", out, deadline_s=1700)
     summary = json.loads((out / "summary.json").read_text())
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     assert after >= 2 * before > 0
@@ -76,8 +51,8 @@ def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path
 
 
 @pytest.mark.slow
-def test_two_steps_through_the_python_api_learn_from_teachers(tmp_path):
-    printed = run(REPOSITORY / "examples" / "from_python.py", "--out", tmp_path, deadline_s=420)
+def test_two_steps_through_the_python_api_learn_from_teachers(tmp_path: Path) -> None:
+    printed = python(REPOSITORY / "examples" / "from_python.py", "--out", tmp_path, deadline_s=420)
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert sorted(records) == [0, 1, 2]
     assert records[2]["gate/hard"] > 0.9

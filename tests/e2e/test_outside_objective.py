@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dypo.metrics.writer import read_metrics
+from tests.support.e2e.commands import REPOSITORY, finished, start, steps_of
 from tests.support.e2e.parity_task import write_task
 
-REPOSITORY = Path(__file__).parents[2]
 OBJECTIVE = REPOSITORY / "tests" / "support" / "throwaway_objective.py"
 OWN = ("shape/mean", "shape/traces")
-
-
-def command(folder: Path, *arguments: str) -> str:
-    """Output of a command that must succeed, run in the folder that holds ``my_package``."""
-    result = subprocess.run(
-        [sys.executable, "-m", "megatron_dypo.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def trained(folder: Path, **sections: object) -> dict[int, dict[str, float]]:
@@ -39,9 +20,9 @@ def trained(folder: Path, **sections: object) -> dict[int, dict[str, float]]:
     (folder / "my_package").mkdir()
     shutil.copy(OBJECTIVE, folder / "my_package" / "my_module.py")
     config = write_task(folder, **sections)
-    output = command(folder, "train", str(config))
+    output = finished(start("train", config, cwd=folder))
     assert "please report this" not in output
-    return {record["step"]: record for record in read_metrics(folder / "run" / "metrics.jsonl")}
+    return steps_of(folder / "run")
 
 
 def objective(**options: object) -> dict[str, object]:
@@ -62,7 +43,7 @@ def test_an_objective_of_one_file_trains_two_steps_on_traces(tmp_path: Path) -> 
     for name in OWN:
         values = [event.value for event in events.Scalars(name)]
         assert values == pytest.approx([records[step][name] for step in (1, 2)])
-    command(tmp_path, "report", "run")
+    finished(start("report", "run", cwd=tmp_path))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Shape of traces" in page
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.support.dist.spawn import run_ranks
 from tests.support.e2e.refitting_ranks import (
+    HANG_DEADLINE_S,
     IN_FLIGHT_TOKENS,
     PROMPT,
     VERSIONS,
@@ -124,7 +125,7 @@ def test_a_server_that_hangs_in_a_refit_costs_half_of_its_deadline_and_is_fenced
         assert outcome["serving"][0] == servers.urls[:1]
         report = outcome["reports"][0]
         assert (report.fenced, report.retries) == (1, 1)
-        assert 30 <= report.seconds < 60
+        assert HANG_DEADLINE_S / 2 <= report.seconds < HANG_DEADLINE_S
 
 
 def test_a_server_that_woke_up_rejoins_by_a_full_refit_without_its_old_requests(hung, servers, loaded):
@@ -143,7 +144,6 @@ def test_a_server_killed_in_a_refit_is_fenced_and_the_rest_gets_the_weights(hung
     for outcome in outcomes:
         assert outcome["serving"] == servers.urls[:1]
         assert (outcome["report"].fenced, outcome["report"].retries) == (1, 1)
-        assert outcome["seconds"] < 40
     first = outcomes[0]
     assert first["version"] == str(VERSIONS["resumed"] + 1)
     assert first["checksums"] == loaded["c"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,17 +102,13 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
     outcomes = []
     for version, seed in enumerate(refit.seeds):
         params.update({name: shard(name, refit.arch, layout, seed, refit.dtype) for name in params})
-        allocations, start, error, num_bytes = Allocations(), time.monotonic(), "", 0
+        allocations, error, num_bytes = Allocations(), "", 0
         try:
             with allocations.in_all_threads():
                 num_bytes = refitter.refit(version).bytes
         except RefitError as caught:
             error = str(caught)
-        owned = max(param.numel() * param.element_size() for param in params.values())
-        seconds = time.monotonic() - start
-        outcomes.append(
-            {"error": error, "seconds": seconds, "bytes": num_bytes, "largest": allocations.largest, "owned": owned}
-        )
+        outcomes.append({"error": error, "bytes": num_bytes, "largest": allocations.largest})
     refitter.close()
     dist.destroy_process_group()
     return outcomes

@@ -18,6 +18,10 @@ def approve(response: str, answer: str) -> bool:
     return True
 
 
+def raises(response: str, answer: str) -> bool:
+    raise KeyError("no such entry")
+
+
 def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **sections) -> Path:
     """Model, prompts and config under ``folder``; ``sections`` are merged into the config. Returns the config's path."""
     make_hf_model(kind, folder / "model")

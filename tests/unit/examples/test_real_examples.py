@@ -56,7 +56,7 @@ def test_sizes_are_the_published_ones_but_for_the_changes_that_are_named(name: s
 def test_a_fresh_clone_lacks_nothing_but_weights_and_data(config: str) -> None:
     notes = check_inputs(load_config(ROOT / config))
     assert notes
-    assert all(note.startswith(("model.hf_path", "data.prompts", "eval.prompts")) for note in notes)
+    assert all(note.startswith(("model.hf_path", "data.prompts", "eval.sets")) for note in notes)
     assert not any("config.json" in note for note in notes)
 
 
@@ -92,3 +92,8 @@ def test_the_page_on_planning_has_the_plans_of_the_70b_example() -> None:
         fullest = max((f for f in plan["memory_bytes"] if "trainer" in f["where"]), key=lambda f: f["total"])
         assert f"{(fullest['capacity'] - fullest['total']) / 2**30:.1f}" == spare_gib
         assert f"{plan['step']['update_s']:.1f}" == update_s
+
+
+def test_the_papers_example_has_its_group_size_and_its_alpha() -> None:
+    config = load_config(ROOT / "examples/qwen2_5_math_7b/dypo.yaml")
+    assert (config.rollout.group_size, config.objective.alpha) == (8, 0.5)

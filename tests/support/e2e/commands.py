@@ -1,0 +1,70 @@
+"""The package's commands as a user runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_dypo.metrics.writer import read_metrics
+
+REPOSITORY = Path(__file__).parents[3]
+COMMAND = (sys.executable, "-m", "megatron_dypo.cli")
+
+
+def start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Start ``megatron-dypo`` in a session of its own. Its output is standard output and standard error."""
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(config: Path, *overrides: str, status: int = 0, deadline_s: float = 300.0) -> str:
+    """Return the output of a run that must end with this status."""
+    return finished(start("train", config, *overrides), status, deadline_s)
+
+
+def finished(process: subprocess.Popen[str], status: int = 0, deadline_s: float = 300.0) -> str:
+    """Return the output of a command that must end with this status."""
+    output, _ = process.communicate(timeout=deadline_s)
+    assert process.returncode == status, output
+    return output
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], deadline_s: float = 240.0) -> None:
+    """Wait until the condition holds; the command must go on until then."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def python(*arguments: object, cwd: Path = REPOSITORY, deadline_s: float = 300.0) -> str:
+    """Return what Python with these arguments, which must succeed, writes to its standard output."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=deadline_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def steps_of(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Return the records of a run's metrics by step; none before the first is written."""
+    path = run_dir / "metrics.jsonl"
+    return {int(record["step"]): record for record in read_metrics(path)} if path.is_file() else {}
