@@ -14,6 +14,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.config.unknown_keys import shortened, unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
@@ -111,7 +112,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config | EvalCommandConfig) -> str:
     """Return the resolved config as YAML, with every default, in the order of the dataclasses."""
     tree = _plain(dataclasses.asdict(config))
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -3,6 +3,7 @@
 | path under ``<out>/cells/<arm>/seed-<n>/`` | content |
 | --- | --- |
 | ``config.yaml`` | the resolved config of the cell's run |
+| ``eval.yaml`` | the sections of it that the evaluation uses, for ``megatron-dypo eval --sets`` |
 | ``run/`` | its run folder |
 | ``eval/`` | the records of its evaluation |
 | ``train.log``, ``eval.log`` | output of the two commands |
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.load import changed_lines, dump_config, flow_yaml, load_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
@@ -63,6 +65,10 @@ class Cell:
     @property
     def config_path(self) -> Path:
         return self.folder / "config.yaml"
+
+    @property
+    def sets_path(self) -> Path:
+        return self.folder / "eval.yaml"
 
     @property
     def run_dir(self) -> Path:
@@ -145,6 +151,21 @@ def _config_of(spec: Spec, arm: Arm, seed: int, folder: Path) -> Config:
     if not config.export.hf:
         raise ValueError("export.hf=false: must be true: the exported model is evaluated")
     return config
+
+
+def write_configs(cell: Cell) -> None:
+    """Write the files that the cell's two commands read."""
+    config = cell.config
+    of_eval = EvalCommandConfig(
+        seed=config.run.seed,  # of the responses, too: each run answers with draws of its own
+        dtype=config.model.dtype,
+        data=dataclasses.replace(config.data, prompts=()),
+        rollout=config.rollout,
+        grading=config.grading,
+        eval=config.eval,
+    )
+    replace_file(cell.config_path, dump_config(config))
+    replace_file(cell.sets_path, dump_config(of_eval))
 
 
 def require_own_settings(cell: Cell) -> None:

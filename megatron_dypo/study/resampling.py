@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 9_999
 CONFIDENCE = 0.95
+_POWER_RATIO = float(stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,36 +40,37 @@ class Spread:
     high: float | None
     p: float | None
     """Two-sided p-value of the mean being 0, which belongs to the interval; None without an interval."""
-
-    @property
-    def detectable(self) -> float | None:
-        """The true mean that a test at 5% tells from 0 in four cases of five, by the width of the interval."""
-        if self.low is None or self.high is None:
-            return None
-        ratio = 1 + float(stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
-        return ratio * (self.high - self.low) / 2
+    detectable: float | None
+    """The true mean that a test at 5% tells from 0 in four cases of five, by the width of the interval."""
 
 
-def spread(tables: Sequence[Array], *, seed: int = 0, resamples: int = RESAMPLES) -> Spread:
+def spread(tables: Sequence[Array], *, least: float = 0.0, seed: int = 0, resamples: int = RESAMPLES) -> Spread:
     """Return the mean over evaluation sets of the mean over seeds and items, with its interval.
 
     Args:
         tables: [K, I_d] for each set; all have the same seeds. Every set weighs the same.
+        least: smallest value that a mean can have, 0 or, of a difference, −1; the largest is 1. Intervals end there.
         seed: of the resampling.
     """
     means_K = np.mean([table.mean(axis=1) for table in tables], axis=0)
     mean, num_seeds = float(means_K.mean()), len(means_K)
     sd = float(means_K.std(ddof=1)) if num_seeds > 1 else None
     if min(table.shape[1] for table in tables) < 2:
-        return Spread(mean=mean, sd=sd, low=None, high=None, p=None)
+        return Spread(mean=mean, sd=sd, low=None, high=None, p=None, detectable=None)
     draws_B = mean + _items_part(tables, seed, resamples)
     if num_seeds > 1:
         draws_B += math.sqrt(seeds_variance(tables) / num_seeds) * _student_draws(num_seeds - 1, seed, resamples)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws_B, [tail, 1 - tail])
+    low, high = (float(end) for end in np.quantile(draws_B, [tail, 1 - tail]))
     below, above = (draws_B <= 0).sum() + 1, (draws_B >= 0).sum() + 1
-    p = min(1.0, 2 * float(min(below, above)) / (resamples + 1))
-    return Spread(mean=mean, sd=sd, low=float(low), high=float(high), p=p)
+    return Spread(
+        mean=mean,
+        sd=sd,
+        low=max(low, least),
+        high=min(high, 1.0),
+        p=min(1.0, 2 * float(min(below, above)) / (resamples + 1)),
+        detectable=(1 + _POWER_RATIO) * (high - low) / 2,
+    )
 
 
 def seeds_variance(tables: Sequence[Array]) -> float:

@@ -180,7 +180,7 @@ def _difference(rows: Sequence[tuple[Array, Array]], *, is_single: bool) -> Diff
     is_one_set = len(tables) == 1 and len(items_I) > 1
     is_mcnemar = is_one_set and is_single and num_seeds == 1
     return Difference(
-        spread=spread(tables),
+        spread=spread(tables, least=-1.0),
         seeds=num_seeds,
         items=sum(table.shape[1] for table in tables),
         p_holm=None,
@@ -210,6 +210,6 @@ def _best(column: Column, estimates: Estimates, arms: Sequence[Arm], scores: Sco
         if other != first and rows is None:
             return None
         if rows is not None:
-            found = spread([a - b for a, b in rows])
+            found = spread([a - b for a, b in rows], least=-1.0)
             p_values.append(found.p if found.p is not None and found.mean > 0 else 1.0)
     return first if max(holm(p_values)) < LEVEL else None

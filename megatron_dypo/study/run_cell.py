@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from megatron_dypo.config.load import dump_config
 from megatron_dypo.ending import Cause, RunEnded, cause_of_status
 from megatron_dypo.eval.records import SUMMARY_FILE, read_records, records_path
-from megatron_dypo.fs import replace_file
 from megatron_dypo.launch.run_lock import RunLock
 from megatron_dypo.metrics.progress import Progress, progress
 from megatron_dypo.metrics.status import Record, read_status
 from megatron_dypo.processes.stop_requests import STOP
-from megatron_dypo.study.cells import Cell, Failure, mark_done, require_own_settings
+from megatron_dypo.study.cells import Cell, Failure, mark_done, require_own_settings, write_configs
 from megatron_dypo.study.command import last_words, run_command
 from megatron_dypo.study.spec import Spec
 
@@ -46,7 +44,7 @@ def run_cell(cell: Cell, spec: Spec, sets: Sequence[str]) -> None:
         if cell.is_done():  # in the meantime, by another process
             return
         require_own_settings(cell)
-        replace_file(cell.config_path, dump_config(cell.config))
+        write_configs(cell)
         cell.failed_path.unlink(missing_ok=True)
         if not is_trained(cell):
             _train(cell, spec)
@@ -95,7 +93,13 @@ def _evaluate(cell: Cell, spec: Spec) -> None:
 
 def _run(cell: Cell, words: Sequence[str], log: str, on_look: Callable[[], None]) -> int:
     """Run one of the cell's commands; its placeholders get their values."""
-    values = {"config": cell.config_path, "model": cell.run_dir / "hf", "out": cell.eval_dir}
+    values = {
+        "cell": cell.folder,
+        "config": cell.config_path,
+        "model": cell.run_dir / "hf",
+        "sets": cell.sets_path,
+        "out": cell.eval_dir,
+    }
     command = list(words)
     for name, value in values.items():
         command = [word.replace(f"{{{name}}}", str(value)) for word in command]

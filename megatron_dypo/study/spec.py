@@ -12,8 +12,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.tree import MAX_SEED
+from megatron_dypo.config.unknown_keys import unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -68,10 +69,10 @@ class Spec:
     """Smallest difference that matters to you. A comparison that finds nothing, and could not have found this much, is
     shown as too small to tell."""
     train_command: tuple[str, ...] = OUR_TRAIN_COMMAND
-    """Words of the command that trains a cell; ``{config}`` stands for the cell's config file."""
-    eval_command: tuple[str, ...] = (*_OURS, "eval", "{config}", "--model", "{model}", "--out", "{out}")
-    """Words of the command that evaluates a cell; ``{model}`` stands for the HF folder of its run, ``{out}`` for the
-    folder of the records."""
+    """Words of the command that trains a cell; ``{config}`` stands for the cell's config file, ``{cell}`` for its folder."""
+    eval_command: tuple[str, ...] = (*_OURS, "eval", "{model}", "--sets", "{sets}", "--out", "{out}")
+    """Words of the command that evaluates a cell; ``{model}`` stands for the HF folder of its run, ``{sets}`` for the file
+    of ``megatron-dypo eval --sets``, ``{out}`` for the folder of the records."""
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "methods={}", "name at least one")
@@ -142,10 +143,7 @@ def read_spec(path: Path) -> Spec:
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: must be a mapping of keys")
-    problems = _unknown_keys(tree, Spec, "")
-    tables = tree.get("tables")
-    for name, table in tables.items() if isinstance(tables, dict) else ():
-        problems += _unknown_keys(table, TableSpec, f"tables.{name}.") if isinstance(table, dict) else []
+    problems = unknown_keys(tree, Spec, ())
     if not problems:
         try:
             # By JSON, where pydantic is strict about types and still takes a list for a tuple.
@@ -158,16 +156,6 @@ def read_spec(path: Path) -> Spec:
 @functools.cache
 def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
     return TypeAdapter(kind)
-
-
-def _unknown_keys(tree: Mapping[str, Any], kind: type, prefix: str) -> list[str]:
-    known, problems = [one.name for one in fields(kind)], []
-    for key in tree:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            problems.append(f"{prefix}{key}: unknown key; {hint}")
-    return problems
 
 
 def _explain(error: ValidationError) -> Iterable[str]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from megatron_dypo.study.compare import open_comparison
+from megatron_dypo.study.run_cells import run_cells
 from tests.support.study import fake_program
-from tests.support.study.fake_program import SETS_KEY, beside
+from tests.support.study.fake_program import beside
 
 ROOT = Path(__file__).resolve().parents[3]
 METHODS = {name: {"objective.name": name} for name in ("dypo", "grpo")}
@@ -21,12 +23,12 @@ METHODS = {name: {"objective.name": name} for name in ("dypo", "grpo")}
 
 def write_comparison(folder: Path, **changes: Any) -> Path:
     """Write a config and the description of a comparison, whose cells are run by the fake program."""
-    sets = {name: f"{name}.jsonl" for name in ("math", "logic")}
+    sets = {name: {"path": f"{name}.jsonl"} for name in fake_program.SETS}
     config = {
         "run": {"steps": 5},
         "model": {"hf_path": "model"},
         "data": {"prompts": ["train.jsonl"]},
-        "eval": {SETS_KEY: sets},
+        "eval": {"sets": sets},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     fake = [sys.executable, fake_program.__file__, str(journal(folder))]
@@ -36,8 +38,8 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
         "methods": METHODS,
         "seeds": [1, 2],
         "baseline": "grpo",
-        "train_command": [*fake, "train", "{config}"],
-        "eval_command": [*fake, "eval", "{config}", "{out}"],
+        "train_command": [*fake, "train", "{cell}"],
+        "eval_command": [*fake, "eval", "{cell}"],
     }
     path = folder / "comparison.yaml"
     path.write_text(yaml.safe_dump({**spec, **changes}))
@@ -57,6 +59,14 @@ def tell(folder: Path, kind: str, cell: str, text: str = "") -> Path:
     path = beside(journal(folder), kind, cell)
     path.write_text(text)
     return path
+
+
+def run_here(path: Path, numbers: list[int] | None = None) -> tuple[list[str], str]:
+    """Run a comparison in this process; return how cells ended that are not done, and the table."""
+    comparison = open_comparison(path)
+    cells = [comparison.cells[number] for number in numbers] if numbers else comparison.cells
+    left = run_cells(cells, comparison.spec, comparison.sets, say=lambda _: None)
+    return [str(end) for end in left], comparison.write()
 
 
 def start_compare(path: Path, *options: str) -> subprocess.Popen[str]:

@@ -1,7 +1,8 @@
-"""The commands of a cell without a model: ``fake_program.py JOURNAL train CONFIG`` and ``… eval CONFIG OUT``.
+"""The commands of a cell without a model: ``fake_program.py JOURNAL train CELL`` and ``… eval CELL``; CELL is its folder.
 
-They read and write the files that the real ones do, and note in JOURNAL when they begin and end. Files beside JOURNAL say
-what they are to do: ``hold.<cell>``: wait until that file is gone; ``fail.<cell>``: end with the status in it.
+They write the files that the real ones write, and note in JOURNAL when they begin and end. Files beside JOURNAL say what
+they are to do: ``hold.<cell>``: wait until that file is gone; ``fail.<cell>``: end with the cause in it. They import
+nothing of the package, so that they start fast and do not share its mistakes.
 """
 
 from __future__ import annotations
@@ -15,86 +16,67 @@ import time
 import uuid
 from pathlib import Path
 
-import yaml
-
-from megatron_dypo.ending import Cause, RunEnded, cause_of_status
-from megatron_dypo.eval.records import SUMMARY_FILE, Record, RecordFile
-from megatron_dypo.fs import replace_file
-from megatron_dypo.metrics.status import RunStatus
-
 DEADLINE_S = 120.0
+SETS = ("math", "logic")
 ITEMS = 40
-GAIN = {"dypo": 0.5, "grpo": 0.25, "sft": 0.2, "sft_then_rl": 0.2}
-"""Share of the items that a method gets right beyond luck, by its objective."""
+GAIN = {"dypo": 0.5, "grpo": 0.25, "sft": 0.2}
+"""Share of the items that a method gets right beyond luck."""
+STATUSES = {"stopped": 75, "out_of_memory": 71, "done": 0}
 
 
 def main() -> int:
-    journal, verb, config_path = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    config = yaml.safe_load(config_path.read_text())
-    cell = "/".join(config_path.parent.parts[-2:])
+    journal, verb, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    cell = "/".join(folder.parts[-2:])
     note(journal, f"begin {verb} {cell}")
-    if verb == "train":
-        train(journal, config, cell)
-    else:
-        evaluate(config, Path(sys.argv[4]))
+    train(journal, folder, cell) if verb == "train" else evaluate(folder)
     note(journal, f"end {verb} {cell}")
     return 0
 
 
-def train(journal: Path, config: dict, cell: str) -> None:
-    run_dir = Path(config["run"]["dir"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    status = RunStatus(run_dir, uuid.uuid4().hex, rank=0)
-    status.open()
-    signal.signal(signal.SIGTERM, lambda *_: end(status, Cause.STOPPED, "stopped on request"))
+def train(journal: Path, folder: Path, cell: str) -> None:
+    run_dir = folder / "run"
+    run_dir.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: end(run_dir, "stopped", "stopped on request"))
     deadline = time.monotonic() + DEADLINE_S
     while beside(journal, "hold", cell).exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     if beside(journal, "fail", cell).exists():
-        cause = cause_of_status(int(beside(journal, "fail", cell).read_text()))
-        assert cause is not None
-        end(status, cause, "told to fail")
+        end(run_dir, beside(journal, "fail", cell).read_text(), "told to fail")
     (run_dir / "hf").mkdir(exist_ok=True)
-    status.end(Cause.DONE, "all steps are done")
+    write_status(run_dir, "done", "all steps are done")
 
 
-def end(status: RunStatus, cause: Cause, message: str) -> None:
-    status.end(cause, message)
-    print(f"megatron-dypo: error: {RunEnded(cause, message)}", file=sys.stderr, flush=True)
-    os._exit(cause.status)
+def end(run_dir: Path, cause: str, message: str) -> None:
+    write_status(run_dir, cause, message)
+    os._exit(STATUSES[cause])
 
 
-def evaluate(config: dict, out: Path) -> None:
-    seed, gain = config["run"]["seed"], GAIN[config["objective"]["name"]]
-    for name in config["eval"][SETS_KEY]:
-        with RecordFile(out, name, {"seed": seed}) as file:
-            file.append(
-                [record(name, f"item{item}", seed, luck(name, item, seed) < 0.2 + gain) for item in range(ITEMS)]
-            )
-    replace_file(out / SUMMARY_FILE, json.dumps({"sets": {}}))
+def write_status(run_dir: Path, cause: str, message: str) -> None:
+    record = {"state": "ended", "cause": cause, "status": STATUSES[cause], "message": message}
+    temporary = run_dir / "status.tmp"
+    temporary.write_text(json.dumps({**record, "attempt": uuid.uuid4().hex}))
+    temporary.replace(run_dir / "status.json")
 
 
-SETS_KEY = "prompts"
+def evaluate(folder: Path) -> None:
+    method, seed = folder.parent.name, int(folder.name.removeprefix("seed-"))
+    out = folder / "eval"
+    out.mkdir(exist_ok=True)
+    for name in SETS:
+        lines = [record(name, f"item{i}", seed, luck(name, i, seed) < 0.2 + GAIN[method]) for i in range(ITEMS)]
+        (out / f"{name}.jsonl").write_text("".join(lines))
+    (out / "summary.json").write_text("{}")
 
 
 def luck(*words: object) -> float:
     return int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest()[:4], "big") / 2**32
 
 
-def record(name: str, item: str, seed: int, correct: bool) -> Record:
-    return Record(
-        set=name,
-        item=item,
-        sample=0,
-        seed=seed,
-        source="fake",
-        correct=correct,
-        truncated=False,
-        num_tokens=3,
-        response="so it is 4",
-        answer="4",
-    )
+def record(name: str, item: str, seed: int, correct: bool) -> str:
+    what = {"set": name, "item": item, "sample": 0, "seed": seed, "source": "fake", "correct": correct}
+    rest = {"truncated": False, "num_tokens": 3, "response": "so it is 4", "answer": "4", "error": None}
+    return json.dumps({**what, **rest}) + "\n"
 
 
 def beside(journal: Path, kind: str, cell: str) -> Path:

@@ -9,8 +9,19 @@ from collections import Counter
 import psutil
 import pytest
 
+from megatron_dypo.config.eval_command import EvalCommandConfig
+from megatron_dypo.config.load import load_config, load_tree
 from megatron_dypo.ending import Cause
-from tests.support.study.comparisons import compare, journal_lines, start_compare, tell, wait_until, write_comparison
+from megatron_dypo.study.compare import open_comparison
+from tests.support.study.comparisons import (
+    compare,
+    journal_lines,
+    run_here,
+    start_compare,
+    tell,
+    wait_until,
+    write_comparison,
+)
 
 CELLS = ["dypo/seed-1", "grpo/seed-1", "dypo/seed-2", "grpo/seed-2"]
 
@@ -37,9 +48,8 @@ def test_a_comparison_that_is_done_runs_nothing_and_writes_the_same(whole):
     folder, table = whole
     before = {path: path.read_bytes() for path in (folder / "out" / "tables").iterdir()}
     lines = journal_lines(folder)
-    again, said = compare(folder / "comparison.yaml")
-    assert (again, journal_lines(folder)) == (table, lines)
-    assert "4 of 4 cells are done" in said
+    assert run_here(folder / "comparison.yaml") == ([], table.rstrip("\n") + "\n")
+    assert journal_lines(folder) == lines
     assert {path: path.read_bytes() for path in (folder / "out" / "tables").iterdir()} == before
 
 
@@ -60,8 +70,7 @@ def test_a_comparison_that_is_ended_and_started_again_gives_the_same_table_and_r
     assert not alive
     assert json.loads((tmp_path / "out/cells" / CELLS[1] / "run/status.json").read_text())["cause"] == "stopped"
     hold.unlink()
-    table, _ = compare(path)
-    assert table == whole[1]
+    assert run_here(path) == ([], whole[1].rstrip("\n") + "\n")
     assert counts(tmp_path, "begin train") == Counter({**dict.fromkeys(CELLS, 1), CELLS[1]: 2})
     for verb in ("end train", "begin eval", "end eval"):
         assert counts(tmp_path, verb) == Counter(CELLS)
@@ -69,7 +78,7 @@ def test_a_comparison_that_is_ended_and_started_again_gives_the_same_table_and_r
 
 def test_a_run_that_fails_is_told_with_its_cause_stops_no_other_and_is_tried_again(whole, tmp_path):
     path = write_comparison(tmp_path)
-    order = tell(tmp_path, "fail", CELLS[0], str(Cause.OUT_OF_MEMORY.status))
+    order = tell(tmp_path, "fail", CELLS[0], "out_of_memory")
     table, said = compare(path, status=Cause.OUT_OF_MEMORY.status)
     failure = "dypo seed 1: training failed: out_of_memory (status 71): told to fail"
     assert failure in said
@@ -77,17 +86,30 @@ def test_a_run_that_fails_is_told_with_its_cause_stops_no_other_and_is_tried_aga
     assert "dypo: 1 of 2 seeds only." in table
     assert counts(tmp_path, "end eval") == Counter(CELLS[1:])
     order.unlink()
-    assert compare(path)[0] == whole[1]
+    assert run_here(path) == ([], whole[1].rstrip("\n") + "\n")
     assert counts(tmp_path, "begin train") == Counter({**dict.fromkeys(CELLS, 1), CELLS[0]: 2})
 
 
 def test_an_evaluation_that_writes_nothing_is_a_failure_and_training_is_not_repeated(tmp_path):
-    path = write_comparison(tmp_path, seeds=[1], methods={"grpo": {}}, eval_command=["true"])
-    table, _ = compare(path, status=Cause.BUG.status)
+    one = {"seeds": [1], "methods": {"grpo": {}}}
+    ends, table = run_here(write_comparison(tmp_path, **one, eval_command=["true"]))
     assert "evaluation failed" in table
-    assert "wrote nothing to" in table
-    compare(write_comparison(tmp_path, seeds=[1], methods={"grpo": {}}))
+    assert "wrote nothing to" in ends[0]
+    assert run_here(write_comparison(tmp_path, **one))[0] == []
     assert counts(tmp_path, "begin train") == Counter(["grpo/seed-1"])
+
+
+def test_a_train_command_that_ends_well_without_a_run_that_is_done_is_a_failure(tmp_path):
+    ends, _ = run_here(write_comparison(tmp_path, seeds=[1], methods={"grpo": {}}, train_command=["echo", "hello"]))
+    assert "ended with status 0, but" in ends[0]
+    assert "hello (see " in ends[0]
+
+
+def test_a_train_command_that_is_killed_is_a_failure_that_names_its_last_words(tmp_path):
+    words = ["bash", "-c", "echo at step 3; kill -9 $$"]
+    ends, table = run_here(write_comparison(tmp_path, seeds=[1], methods={"grpo": {}}, train_command=words))
+    assert "training failed: rank_lost (status 137): at step 3" in ends[0]
+    assert "Missing: grpo seed 1" in table
 
 
 def test_two_comparisons_at_once_run_no_cell_twice(tmp_path):
@@ -106,20 +128,24 @@ def test_two_comparisons_at_once_run_no_cell_twice(tmp_path):
 
 
 def test_cells_of_other_settings_are_not_mixed_with_new_ones(tmp_path):
-    compare(write_comparison(tmp_path, seeds=[1], methods={"grpo": {"optimizer.lr": 1e-5}}))
-    _, said = compare(
-        write_comparison(tmp_path, seeds=[1, 2], methods={"grpo": {"optimizer.lr": 2e-5}}),
-        status=Cause.BAD_INPUT.status,
-    )
-    assert "was made with other settings: optimizer.lr: 1e-05 → 2e-05" in said
+    run_here(write_comparison(tmp_path, seeds=[1], methods={"grpo": {"optimizer.lr": 1e-5}}))
+    path = write_comparison(tmp_path, seeds=[1, 2], methods={"grpo": {"optimizer.lr": 2e-5}})
+    with pytest.raises(ValueError, match=r"was made with other settings: optimizer\.lr: 1e-05 → 2e-05"):
+        open_comparison(path)
     assert counts(tmp_path, "begin train") == Counter(["grpo/seed-1"])
 
 
 def test_one_cell_alone_is_run_by_its_number(tmp_path):
     path = write_comparison(tmp_path)
-    compare(path, "--cell", "2")
+    run_here(path, [2])
     assert counts(tmp_path, "end eval") == Counter(CELLS[2:3])
-    shown, _ = compare(path, "--dry-run")
-    assert shown.splitlines()[1:3] == ["1: grpo seed 1: not run yet", "2: dypo seed 2: done"]
+    assert open_comparison(path).describe()[1:3] == ["1: grpo seed 1: not run yet", "2: dypo seed 2: done"]
     _, said = compare(path, "--cell", "4", status=Cause.BAD_INPUT.status)
     assert "--cell=4: must be from 0 to 3" in said
+
+
+def test_the_files_of_a_cell_are_a_config_to_train_and_the_sets_to_evaluate(whole):
+    folder = whole[0] / "out" / "cells" / "dypo" / "seed-2"
+    config, sets = load_config(folder / "config.yaml"), load_tree(EvalCommandConfig, folder / "eval.yaml")
+    assert (config.run.seed, config.objective.name, sets.seed) == (2, "dypo", 2)
+    assert (sets.eval, sets.rollout, sets.grading) == (config.eval, config.rollout, config.grading)
