@@ -16,7 +16,7 @@ import pyarrow.parquet
 from megatron_dypo.data.rows import BadRow
 from megatron_dypo.data.values import shown
 
-_CACHED_BYTES = 512 * 2**20
+CACHED_BYTES = 512 * 2**20
 """Row groups that a Parquet file keeps in memory, as Arrow tables; one group is kept whatever its size."""
 _BATCH_ROWS = 1024
 """Rows that are made into Python objects at a time."""
@@ -91,7 +91,7 @@ class ParquetFile:
             start, stop = self._starts[group : group + 2]
             part = ParquetPart(path=self.path, group=group, start=start, stop=stop, columns=self._columns)
             self._groups[group] = part.table(self._file)
-            while len(self._groups) > 1 and sum(table.nbytes for table in self._groups.values()) > _CACHED_BYTES:
+            while len(self._groups) > 1 and sum(table.nbytes for table in self._groups.values()) > CACHED_BYTES:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)
         return self._groups[group]

@@ -25,7 +25,7 @@ from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
 from megatron_dypo.processes import stop_requests, watchdog
 from megatron_dypo.processes.children import tie_to_parent
 
-_VICTIM_WAIT_S = 15.0
+VICTIM_WAIT_S = 15.0
 """How long a rank that lost its connections waits for the rank that caused it to say why."""
 _LEADER_WAIT_S = 60.0
 """How long a rank of a run that ends on all ranks together waits for the first one, which closes the servers."""
@@ -96,7 +96,7 @@ class Attempt:
         if cause is Cause.DONE and self.rank != 0:
             return _exit_soon(cause.status)
         if cause is Cause.RANK_LOST:
-            self._wait_for(lambda: self.status.ended() is not None, _VICTIM_WAIT_S)
+            self._wait_for(lambda: self.status.ended() is not None, VICTIM_WAIT_S)
         elif isinstance(error, RunEnded) and self.rank != 0:
             # All ranks end together. The first one says so, when it has closed the servers; torchrun stops all ranks
             # when one fails, so let it finish.

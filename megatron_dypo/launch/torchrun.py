@@ -147,7 +147,7 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
         ValueError: the config or one of its inputs breaks a rule.
         RunEnded: the run folder is in use.
     """
-    command = _train_command(arguments)
+    command = train_command(arguments)
     if command is None:
         return Launcher(status=None, run_dir=None)
     from megatron_dypo.config.load import load_config
@@ -163,7 +163,7 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
     return Launcher(status=RunStatus(run_dir, name, rank=-1), run_dir=run_dir, has_first_rank=has_first_rank)
 
 
-def _train_command(arguments: Sequence[str]) -> list[str] | None:
+def train_command(arguments: Sequence[str]) -> list[str] | None:
     """Return CONFIG and overrides of a ``train`` command; None for another program or without a config."""
     words = list(arguments)
     for index, word in enumerate(words):

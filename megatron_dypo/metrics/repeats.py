@@ -63,6 +63,10 @@ class RepeatedWarnings:
             logger.warning("%s%s", text, _others(kind.num_held))
             kind.num_held, kind.until = 0, now + WINDOW_S
 
+    def __len__(self) -> int:
+        """Return how many kinds are counted now."""
+        return len(self._kinds)
+
     def flush(self) -> None:
         """Write what is counted and not said yet, and begin anew."""
         with self._lock:

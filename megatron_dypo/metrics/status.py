@@ -33,7 +33,7 @@ NAME = "status.json"
 BEFORE_FIRST_STEP = "before the first step of this start"
 """Part of the message of an attempt that was stopped while it started."""
 _CLAIM = "status.ended"
-_WRITE_EVERY_S = 1.0
+WRITE_EVERY_S = 1.0
 ATTEMPT_VARIABLE = "MEGATRON_DYPO_ATTEMPT"
 """Environment of ranks that our launcher started: a name of the attempt that its ranks on all nodes share."""
 
@@ -92,12 +92,12 @@ class RunStatus:
         self._path, self._claim = run_dir / NAME, run_dir / _CLAIM
         self.attempt, self._rank = attempt, rank
         self._progress: dict[str, Any] = {}
-        self._written_at = -_WRITE_EVERY_S
+        self._written_at = -WRITE_EVERY_S
 
     def open(self) -> None:
         """Start the record of this attempt; only the holder of the run's lock may."""
         self._claim.unlink(missing_ok=True)
-        _write(self._path, Record(attempt=self.attempt, rank=self._rank))
+        write_record(self._path, Record(attempt=self.attempt, rank=self._rank))
 
     def report(self, step: int, steps: int, counts: Mapping[str, int | float]) -> None:
         """Note how far the run is. The first rank writes it, at most once a second."""
@@ -106,11 +106,11 @@ class RunStatus:
         own = {"counts": dict(counts)} if counts else {}
         self._progress = {"step": step, "steps": steps, "first_step": first, **own}
         now = time.monotonic()
-        if self._rank == 0 and now - self._written_at >= _WRITE_EVERY_S:
+        if self._rank == 0 and now - self._written_at >= WRITE_EVERY_S:
             self._written_at = now
             try:
                 if (record := self.read()) and record.state == "running":
-                    _write(self._path, replace(record, **self._progress))
+                    write_record(self._path, replace(record, **self._progress))
                     self.settle()  # another rank may have ended the run in the meantime
             except OSError as error:  # the run's own files say whether it can go on
                 warn_often(log, "%s cannot be written: %s", self._path, error)
@@ -205,7 +205,8 @@ def _text(record: Record) -> str:
     return json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, record: Record) -> None:
+def write_record(path: Path, record: Record) -> None:
+    """Write a status file."""
     replace_file(path, _text(record), durable=False)  # of the run's progress, which the checkpoints have too
 
 

@@ -81,14 +81,14 @@ def fused_logprobs(
         scale=1.0 / temperature,
         dtype=dtype,
         with_entropy=with_entropy,
-        memory_budget=_automatic_budget(weight_VH, dtype) if memory_budget is None else memory_budget,
+        memory_budget=automatic_budget(weight_VH, dtype) if memory_budget is None else memory_budget,
         sink=sink,
         needs_backward=torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad),
     )
     return _FusedLogProbs.apply(hidden_NH, weight_VH, targets_N, call)
 
 
-def _automatic_budget(weight_VH: Tensor, dtype: torch.dtype) -> int:
+def automatic_budget(weight_VH: Tensor, dtype: torch.dtype) -> int:
     """Size a chunk so that its work is in proportion to the weight's gradient, which it reads and writes once."""
     return max(_AUTOMATIC_FLOOR, weight_VH.numel() * dtype.itemsize // 2)
 

@@ -51,22 +51,22 @@ from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 _LOOKS = 10
 """Looks within ``run.watchdog_s``."""
 _MAX_INTERVAL_S = 30.0
-_START_S = 300.0
+START_S = 300.0
 """How long a rank may take to its first heartbeat."""
 _NOT_SHARED = "it did not start, or its node has another file system at run.dir"
-_AFTER_END_S = 20.0
+AFTER_END_S = 20.0
 """How long a rank may take to end on its own once the run has ended badly."""
 
 
 @dataclass
-class _Work:
+class Work:
     """The part of a step that the main thread does."""
 
     part: str = "starting"
     marks: int = 0
 
 
-_work = _Work()  # of this process, as the main thread is
+WORK = Work()  # of this process, as the main thread is
 
 
 def mark(part: str) -> None:
@@ -75,8 +75,8 @@ def mark(part: str) -> None:
     Call it where a part of a step begins, and in each turn of a loop that waits for the outside (rollouts, servers).
     It costs nothing.
     """
-    _work.part = part
-    _work.marks += 1
+    WORK.part = part
+    WORK.marks += 1
 
 
 class Leave(Protocol):
@@ -139,16 +139,16 @@ class Watchdog:
         write_heartbeat(self._run_dir, own)
         self._end_with_run(now)
         if self._world == 1:
-            if own.idle_s >= self._patience_s and _work.marks:
+            if own.idle_s >= self._patience_s and WORK.marks:
                 self._end([own], f"{own.name()} has not moved for {own.idle_s:.0f} s: {own.place()}")
             return
         self._look_at_next(now)
-        if self._rank == 0 and _work.marks and own.idle_s >= self._patience_s:
+        if self._rank == 0 and WORK.marks and own.idle_s >= self._patience_s:
             self._look_at_all(own)
 
     def _own(self, now: float) -> Heartbeat:
         frame = sys._current_frames().get(self._main or 0)
-        look = (_work.marks, *stack_signature(frame))
+        look = (WORK.marks, *stack_signature(frame))
         if look != self._last_look:
             self._last_look, self._moved_at = look, now
         self._beats += 1
@@ -158,7 +158,7 @@ class Watchdog:
             host=platform.node(),
             process=self._identity,
             beats=self._beats,
-            part=_work.part,
+            part=WORK.part,
             where=where(frame),
             is_in_collective=is_in_collective(frame),
             idle_s=now - self._moved_at,
@@ -169,7 +169,7 @@ class Watchdog:
         if ended is None or not ended.status:
             return
         self._ended_at = self._ended_at or now
-        if now - self._ended_at >= _AFTER_END_S:
+        if now - self._ended_at >= AFTER_END_S:
             self._dump_stacks("the run has ended; this rank has not")
             self._leave(Cause.RANK_LOST, "the run has ended")
 
@@ -182,7 +182,7 @@ class Watchdog:
         elif self._next is not None and silence >= self._patience_s:
             last = self._next
             self._end([last], f"{last.name()} has given no sign of life for {silence:.0f} s; it was {last.place()}")
-        elif self._next is None and silence >= max(self._patience_s, _START_S):
+        elif self._next is None and silence >= max(self._patience_s, START_S):
             self._end(
                 [], f"rank {rank} has given no sign of life in {heartbeat_path(self._run_dir, rank)}: {_NOT_SHARED}"
             )
@@ -199,7 +199,7 @@ class Watchdog:
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
         self._dump_stacks(message)
-        self._leave(Cause.RANK_HUNG, message, lambda: _make_dump(hung, self._identity))
+        self._leave(Cause.RANK_HUNG, message, lambda: make_dump(hung, self._identity))
 
     def _dump_stacks(self, why: str) -> None:
         with contextlib.suppress(OSError), log_path(self._run_dir, self._rank).open("a", encoding="utf-8") as file:
@@ -212,7 +212,7 @@ class Watchdog:
         return beat if beat is not None and beat.attempt == self._status.attempt else None
 
 
-def _make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
+def make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
     """Have hung ranks of this machine write their stacks (faulthandler, on SIGABRT) and end, also stopped ones."""
     for beat in hung:
         if beat.process != own and beat.process.is_on_this_machine() and beat.process.is_alive():

@@ -92,7 +92,7 @@ async def ask(
     except aiohttp.ClientSSLError as error:  # also a kind of the next
         raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
-        raise _connect_failure(url, error) from error
+        raise connect_failure(url, error) from error
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         raise AttemptError(without_key(f"{url}: {error!r}", api_key)) from error
     beginning = shown(text, api_key)
@@ -123,7 +123,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes
     return b"".join(chunks), True
 
 
-def _connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception:
+def connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception:
     """Return the error that says who is to blame for a connection that was not made."""
     message = f"{url}: {error}"
     # A host with several addresses may fail in several ways; they are in the text alone.

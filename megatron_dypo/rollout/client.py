@@ -163,10 +163,10 @@ class SGLangClient(HttpClient):
                 answer.payload, sampling, self._decode, versions=self._upstream.versions, vocab_size=self._vocab_size
             )
         except IncompleteGroupError as error:
-            self._count_dropped(answer.payload)
+            self.count_dropped(answer.payload)
             raise AttemptError(without_key(f"{error}; {answer.shown}", self._api_key)) from error
         except WrongVersionError as error:
-            self._count_dropped(answer.payload)
+            self.count_dropped(answer.payload)
             self.wrong_versions += sampling.n
             message = without_key(str(error), self._api_key)
             warn_often(_log, "dropped %s of %s: %s", counted(sampling.n, "rollout"), url, message)

@@ -71,7 +71,8 @@ class AttemptCounts:
             dropped_longest=self.dropped_longest,
         )
 
-    def _count_dropped(self, payload: Any) -> None:
+    def count_dropped(self, payload: Any) -> None:
+        """Count what a server sampled and nobody will use."""
         lengths = sampled_lengths(payload)
         self.dropped_rollouts += len(lengths)
         self.dropped_tokens += sum(lengths)

@@ -18,7 +18,7 @@ LAYOUTS = {
     "tp2": (2, {"tensor": 2}, (1, 1)),
     "vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}, (4, 1)),
     "tp2_pp2_3_1": (4, {"tensor": 2, "pipeline": 2, "first_stage_layers": 3}, (1, 2)),
-    "dp2": (2, {}, (4, 4)),
+    "dp2": (2, {"pipeline": 1}, (4, 4)),
     "ep2": (2, {"expert": 2}, (2, 2)),
     "ep2_etp2": (4, {"expert": 2, "expert_tensor": 2}, (2, 1)),
     "tp2_sp_etp2": (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}, (2, 2)),
@@ -28,8 +28,11 @@ LAYOUTS = {
 
 
 def kinds_of(axes: dict) -> list[str]:
-    """Mixtures of experts where experts are spread or split, dense models elsewhere."""
-    return ["qwen3_moe"] if {"expert", "expert_tensor"} & axes.keys() else list(KINDS)
+    """Mixtures of experts where experts are spread or split. Elsewhere dense models: all kinds on one rank, and in the
+    layout that has every axis; in the others one of each that differs in what is tied, biased and normalised."""
+    if {"expert", "expert_tensor"} & axes.keys():
+        return ["qwen3_moe"]
+    return list(KINDS) if not axes or "first_stage_layers" in axes else ["llama_tied", "qwen2", "qwen3"]
 
 
 def rank_task(root: str, axes: dict) -> dict[str, list[str]]:

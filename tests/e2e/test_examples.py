@@ -13,7 +13,7 @@ from tests.support.e2e.commands import REPOSITORY, python
 
 def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path: Path) -> None:
     example = REPOSITORY / "examples" / "gsm8k_tiny"
-    python(example / "prepare.py", "--tokenizer", "sentencepiece", "--out", tmp_path / "input", deadline_s=120)
+    python(example / "prepare.py", "--tokenizer", "sentencepiece", "--out", tmp_path / "input")
     overrides = [
         f"run.dir={tmp_path}/run",
         f"model.hf_path={tmp_path}/input/model",
@@ -22,7 +22,7 @@ def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path
         "run.steps=3",
         "eval.max_prompts=8",
     ]
-    python("-m", "megatron_dypo.cli", "train", example / "dypo.yaml", *overrides, deadline_s=420)
+    python("-m", "megatron_dypo.cli", "train", example / "dypo.yaml", *overrides)
     steps = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["step"]]
     assert len(steps) == 3
     assert steps[-1]["train/sft_nll"] < steps[0]["train/sft_nll"]
@@ -52,7 +52,7 @@ def test_the_quickstart_at_least_doubles_the_accuracy_in_twelve_minutes(tmp_path
 
 @pytest.mark.slow
 def test_two_steps_through_the_python_api_learn_from_teachers(tmp_path: Path) -> None:
-    printed = python(REPOSITORY / "examples" / "from_python.py", "--out", tmp_path, deadline_s=420)
+    printed = python(REPOSITORY / "examples" / "from_python.py", "--out", tmp_path)
     records = {record["step"]: record for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert sorted(records) == [0, 1, 2]
     assert records[2]["gate/hard"] > 0.9

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from megatron_dypo.processes.stop_requests import PREEMPTED_STATUS
-from tests.support.e2e.commands import finished, start, steps_of, train, wait_until
+from tests.support.e2e.commands import DEADLINE_S, finished, start, steps_of, train, wait_until
 from tests.support.e2e.parity_task import write_task
 
 
@@ -41,7 +41,7 @@ def test_a_run_that_is_asked_to_stop_then_killed_goes_on_as_if_nothing_had_been(
     tracker = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_until(process, lambda: int(tracker.read_text()) >= done + 2)
     os.killpg(process.pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=DEADLINE_S)
     assert f"{done} of 30 steps are done" in output
 
     assert "resuming from" in train(parts)

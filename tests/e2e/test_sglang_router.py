@@ -21,8 +21,8 @@ from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.servers import ServerPool
 from tests.support.hf_models import make_hf_model
+from tests.support.rollout.clients import make_prompts
 from tests.support.routers import running_router
-from tests.unit.rollout.test_collect import make_prompts
 
 
 @pytest.fixture(scope="module")

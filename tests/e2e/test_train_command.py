@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_dypo.metrics.samples import read_samples
 from megatron_dypo.metrics.writer import read_metrics
-from tests.support.e2e.commands import COMMAND, start, steps_of, train, wait_until
+from tests.support.e2e.commands import COMMAND, DEADLINE_S, start, steps_of, train, wait_until
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers
 
@@ -85,7 +85,7 @@ def test_exported_model_is_the_trained_one_and_loads_in_transformers(finished: t
 
 def test_report_is_one_page(finished: tuple[Path, str]) -> None:
     run_dir, _ = finished
-    subprocess.run([*COMMAND, "report", str(run_dir)], check=True, timeout=120)
+    subprocess.run([*COMMAND, "report", str(run_dir)], check=True, timeout=DEADLINE_S)
     page = (run_dir / "report.html").read_text()
     assert "<html" in page
     assert 'src="http' not in page
@@ -166,7 +166,7 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path: Path) -
         [*COMMAND, "train", str(config), "objective.alpha=0.25", "--dry-run"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
     )
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load(result.stdout)["objective"]["alpha"] == 0.25
@@ -183,7 +183,7 @@ def test_dry_run_prints_the_resolved_config_and_starts_nothing(tmp_path: Path) -
 def test_bad_input_is_one_line_before_anything_starts(tmp_path: Path, override: str, message: str) -> None:
     config = write_task(tmp_path)
     result = subprocess.run(
-        [*COMMAND, "train", str(config), override], capture_output=True, text=True, timeout=60, check=False
+        [*COMMAND, "train", str(config), override], capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
     assert result.returncode == 65
     assert message in result.stderr

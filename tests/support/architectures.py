@@ -61,3 +61,9 @@ def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
         width = tp_size * draw(st.integers(1, 3))
         arch = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, ffn_hidden_size=width))
     return arch, tp_size
+
+
+QWEN2 = make_arch(
+    "qwen2", num_layers=12, hidden_size=56, num_attention_heads=28, head_dim=8, ffn_hidden_size=96, vocab_size=131
+)
+"""12 layers with the 28 heads of a 7B model."""

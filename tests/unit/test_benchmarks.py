@@ -23,7 +23,7 @@ LAST_LINES = {
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
 }
 """Benchmark → the names on its last line."""
-CHEAP = ("packing", "logprobs", "interval_coverage")
+CHEAP = ("packing",)
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 

@@ -46,6 +46,11 @@ class TemplateProcess:
         os.register_at_fork(after_in_child=self._leave_to_parent)
         atexit.register(self.close)
 
+    @property
+    def pid(self) -> int | None:
+        """Number of the process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
     def variables(self, template: str) -> frozenset[str]:
         """Names that ``template`` reads from outside. Raises TemplateError if it is not valid jinja2."""
         return frozenset(self._ask(template, None).split("\n")) - {""}

@@ -33,7 +33,7 @@ def same_formula(gold: str, claim: str) -> bool:
     golds, claims = parsed(boxed(gold)), parsed(boxed(claim))
     if not math_verify.verify(golds, claims, timeout_seconds=None):
         return False
-    return any(_is_confirmed(a, b) for a in golds for b in claims if type(a) is not str and type(b) is not str)
+    return any(is_confirmed(a, b) for a in golds for b in claims if type(a) is not str and type(b) is not str)
 
 
 def boxed(text: str) -> str:
@@ -46,10 +46,10 @@ def parsed(text: str) -> list[Any]:
     return math_verify.parse(text, parsing_timeout=None)
 
 
-def _is_confirmed(gold: Any, claim: Any) -> bool:
-    """False if the values of two expressions differ; True for what has no value (equations, intervals, sets)."""
+def is_confirmed(gold: Any, claim: Any) -> bool:
+    """Return False if the values of two expressions differ; True for what has no value (equations, intervals, sets)."""
     if isinstance(gold, sympy.MatrixBase) and isinstance(claim, sympy.MatrixBase):
-        return gold.shape == claim.shape and all(_is_confirmed(a, b) for a, b in zip(gold, claim, strict=True))
+        return gold.shape == claim.shape and all(is_confirmed(a, b) for a, b in zip(gold, claim, strict=True))
     if not (isinstance(gold, sympy.Expr) and isinstance(claim, sympy.Expr)):
         return True
     variables = sorted(gold.free_symbols | claim.free_symbols, key=str)

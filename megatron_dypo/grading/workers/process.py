@@ -78,6 +78,11 @@ class WorkerProcess:
         with suppress(ConnectionError):  # it has ended: receive_start says how
             self.connection.send(setup)
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def give(self, name: str, items: Sequence[Item]) -> None:
         """Give an idle process ``items`` for one verifier. Raises :class:`WorkerDied` if it has ended."""
         size = sum(len(payload) for _, payload in items)

@@ -153,7 +153,7 @@ def load(
     """
     path = Path(path)
     header = _read_header(path)
-    leaders = _leader_states(path, header)
+    leaders = leader_states(path, header)
     if header["optimizer"] != optimizer.kind:
         raise ValueError(
             f"{path}: holds the state of a {header['optimizer']}, this run has a {optimizer.kind}: "
@@ -164,7 +164,7 @@ def load(
         reference.capture()
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
-    loaded = _load_parts(state, path)
+    loaded = load_parts(state, path)
     _fill(chunks, loaded)
     optimizer.load_state(loaded["optimizer"])
     optimizer.num_updates = int(header["num_updates"])
@@ -173,7 +173,8 @@ def load(
     return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
 
 
-def _load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
+def load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Read Megatron's part of a checkpoint into ``state``. Raises ValueError if a file is damaged or missing."""
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path / _WEIGHTS))
     except (
@@ -190,7 +191,8 @@ def _load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
+def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
+    """Read what each replica's leader saved. Raises ValueError if a file is missing."""
     files = sorted(path.glob("leader_*.bin"))
     expected = header.get("data", len(files))
     if len(files) != expected:

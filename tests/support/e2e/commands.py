@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from megatron_dypo.metrics.writer import read_metrics
 
 REPOSITORY = Path(__file__).parents[3]
 COMMAND = (sys.executable, "-m", "megatron_dypo.cli")
+DEADLINE_S = 540.0
+"""Of a command, below the time that a test has; on an idle machine one takes less than a minute."""
 
 
 def start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
@@ -28,28 +31,34 @@ def start(*arguments: object, cwd: Path | None = None, **environment: str) -> su
     )
 
 
-def train(config: Path, *overrides: str, status: int = 0, deadline_s: float = 300.0) -> str:
+def train(config: Path, *overrides: str, status: int = 0, deadline_s: float = DEADLINE_S) -> str:
     """Return the output of a run that must end with this status."""
     return finished(start("train", config, *overrides), status, deadline_s)
 
 
-def finished(process: subprocess.Popen[str], status: int = 0, deadline_s: float = 300.0) -> str:
-    """Return the output of a command that must end with this status."""
-    output, _ = process.communicate(timeout=deadline_s)
+def finished(process: subprocess.Popen[str], status: int = 0, deadline_s: float = DEADLINE_S) -> str:
+    """Return the output of a command that must end with this status; at the deadline it is killed."""
+    try:
+        output, _ = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # ranks and servers end with it
+        raise
     assert process.returncode == status, output
     return output
 
 
-def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], deadline_s: float = 240.0) -> None:
-    """Wait until the condition holds; the command must go on until then."""
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+    """Wait until the condition holds; the command must go on until then. At the deadline it is killed."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError(f"not within {deadline_s:g} s: {process.communicate()[0]}")
         time.sleep(0.01)
 
 
-def python(*arguments: object, cwd: Path = REPOSITORY, deadline_s: float = 300.0) -> str:
+def python(*arguments: object, cwd: Path = REPOSITORY, deadline_s: float = DEADLINE_S) -> str:
     """Return what Python with these arguments, which must succeed, writes to its standard output."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],

@@ -110,11 +110,11 @@ def test_init_writes_a_config_that_loads_and_comments_each_key(task: str, more: 
 def test_every_default_that_init_lists_can_be_uncommented(tmp_path: Path) -> None:
     path = tmp_path / "dypo.yaml"
     CliRunner().invoke(app, ["init", str(path), "--all"])
-    kept = []
+    kept, names = [], [section.path.rpartition(".")[2] for section in sections()]
     for line in path.read_text(encoding="utf-8").splitlines():
         word = line.strip().removeprefix("# ")
         is_key = any(word.startswith(f"{key.path.rpartition('.')[2]}: ") for key in KEYS)
-        is_section = any(word == f"{section.path.rpartition('.')[2]}:" for section in sections())
+        is_section = word.endswith(":") and word[:-1] in names
         kept.append(line.replace("# ", "", 1) if is_key or is_section else line)
     path.write_text("\n".join(kept), encoding="utf-8")
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from megatron_dypo.data.row_check.processes import check_rows
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from megatron_dypo.ending import Cause, cause_of
-from tests.unit.data.conftest import variant
+from tests.support.tiny_tokenizers import variant
 
 # As Mistral's: no system role.
 NO_SYSTEM = """{% for message in messages %}{% if message['role'] == 'system' %}

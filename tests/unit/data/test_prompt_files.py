@@ -130,7 +130,7 @@ def test_the_checksums_of_pages_are_verified(tmp_path: Path) -> None:
 def test_row_groups_that_are_larger_than_what_is_kept_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_dypo.data.parquet_files._CACHED_BYTES", 0)
+    monkeypatch.setattr("megatron_dypo.data.parquet_files.CACHED_BYTES", 0)
     rows = [{"prompt": f"p{i}", "answer": str(i)} for i in range(12)]
     dataset = PromptDataset([_parquet(tmp_path / "x.parquet", rows, row_group_size=4)])
     for index in (0, 11, 5, 1, 10, 4, 0):

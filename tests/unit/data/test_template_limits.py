@@ -9,21 +9,19 @@ import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from megatron_dypo.data.tokenizer.chat import ChatTemplate
 from megatron_dypo.data.tokenizer.template_process import TEMPLATES, TemplateError, TemplateProcess
-from megatron_dypo.data.tokenizer.template_worker import CPU_LIMIT_S
 
 USER = [{"role": "user", "content": "hello"}]
 GOOD = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def _pid(process: TemplateProcess) -> int:
-    assert process._process is not None
-    return process._process.pid
+    assert process.pid is not None
+    return process.pid
 
 
 def _render(template: str) -> str:
@@ -92,10 +90,8 @@ def test_a_template_that_does_not_compile_is_named_with_the_reason(template: str
     ],
 )
 def test_a_template_without_end_is_ended(template: str) -> None:
-    start = time.monotonic()
     with pytest.raises(ValueError, match=r"takes more than 5 s of processor time|MiB of memory|ValueError"):
         _render(template)
-    assert time.monotonic() - start < 20 * CPU_LIMIT_S
     assert _render(GOOD) == "hello"
 
 
@@ -141,7 +137,7 @@ def test_the_process_ends_with_a_trainer_that_was_killed() -> None:
         "import os, signal\n"
         "from megatron_dypo.data.tokenizer.template_process import TEMPLATES\n"
         "TEMPLATES.render('x', {})\n"
-        "print(TEMPLATES._process.pid, flush=True)\n"
+        "print(TEMPLATES.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=60, check=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.data.tokenizer.open import load_tokenizer
-from tests.unit.data.conftest import variant
+from tests.support.tiny_tokenizers import variant
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import transformers
 
 from megatron_dypo.data.prompts import end_trace
 from megatron_dypo.data.tokenizer.open import load_tokenizer
-from tests.unit.data.conftest import TEMPLATE, train_sentencepiece, variant
+from tests.support.tiny_tokenizers import TEMPLATE, train_sentencepiece, variant
 
 CHATS = [
     [{"role": "user", "content": "What is 1 + 2?"}],

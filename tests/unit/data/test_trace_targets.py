@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dypo.data.tokenising import end_trace, require_target
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
-from tests.unit.data.conftest import TEMPLATE, train_bpe, variant
+from tests.support.tiny_tokenizers import TEMPLATE, train_bpe, variant
 
 # As Qwen3-Thinking's and R1-Distill's: the header of the answer opens the thinking.
 THINKING = TEMPLATE.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%")

@@ -16,7 +16,7 @@ from megatron_dypo.data.row_check.verdicts import wrong_traces
 from megatron_dypo.data.statistics import prompt_statistics, teacher_statistics
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from megatron_dypo.types import Prompt
-from tests.unit.data.conftest import TEMPLATE, variant
+from tests.support.tiny_tokenizers import TEMPLATE, variant
 
 SLASHED = "Qwen/Qwen3-235B-A22B"
 

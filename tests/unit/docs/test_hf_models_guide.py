@@ -8,7 +8,7 @@ import pytest
 from megatron_dypo.models.architecture import FAMILIES, architecture_from_hf
 from megatron_dypo.models.hf.defaults import DEFAULTS
 from megatron_dypo.models.hf.rope_scaling import ROPE_SCALINGS
-from tests.unit.models.test_architecture import smallest
+from tests.support.smallest_configs import smallest
 
 ROOT = Path(__file__).parents[3]
 GUIDE = (ROOT / "docs" / "hf_models.md").read_text(encoding="utf-8")

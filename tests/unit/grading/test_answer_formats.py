@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import get_args
@@ -27,8 +28,9 @@ from megatron_dypo.grading.exact import verify_exact
 from megatron_dypo.grading.math import verify_math
 
 LENGTH = 60_000
-QUADRATIC_S = 20.0
-"""A linear pass over 60,000 characters takes some hundredths of a second."""
+GROWTH = 10
+"""Bound of the processor time for a text that is four times as long: a linear pass takes four times as much, a quadratic
+one 16 times."""
 PIECES = ["\\boxed{", "{", "}", "\\boxed{1}, ", "answer is ", "answer is (", "答案", "$", "\\(", "####", "<answer>", "<think>", " ", "\n", "A ", "A, ", "1,000,", "x=", "*", "<<", "</s>", "\\text{", "\\", "1 and ", "final answer\n"]  # fmt: skip
 
 
@@ -92,30 +94,33 @@ def _read_all(whole: str, formats: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_reading_takes_time_linear_in_the_length(piece: str) -> None:
-    start = time.monotonic()
-    _read_all(piece * (LENGTH // len(piece)), ("auto", "r1_zero"))
-    assert time.monotonic() - start < QUADRATIC_S
+    def seconds(length: int) -> float:
+        whole, least = piece * (length // len(piece)), math.inf
+        for _ in range(3):
+            start = time.process_time()
+            _read_all(whole, ("auto", "r1_zero"))
+            least = min(least, time.process_time() - start)
+        return least
+
+    assert seconds(LENGTH) < GROWTH * seconds(LENGTH // 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", PIECES)
-def test_reading_a_megabyte_takes_seconds(piece: str) -> None:
-    text = piece * (1_000_000 // len(piece))
-    start = time.monotonic()
+def test_a_megabyte_is_read(piece: str) -> None:
+    text = piece * (1_000_000 // len(piece))  # in quadratic time it would take hours
     for whole in (text, f"\\boxed{{{text}}}", f"answer is {text}"):
         _read_all(whole, get_args(AnswerFormat))
         verify_choice(whole, "3")
-    assert time.monotonic() - start < 10 * QUADRATIC_S
 
 
-def test_a_hundred_thousand_unclosed_boxes_cost_a_moment() -> None:
-    start = time.monotonic()
+def test_a_hundred_thousand_boxes_and_brackets_are_read() -> None:
+    """Each of them once: in quadratic time it would take hours."""
     assert last_boxed("\\boxed{" * 100_000) is None
     assert last_boxed("\\boxed{" * 100_000 + "5}") == "5"
     assert last_boxed("\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}") == "{" * 100_000 + "}" * 100_000
     assert not verify_math("\\boxed{" * 100_000, "5")
     assert not verify_math("\\boxed{" + "(" * 100_000 + "}", "5")
-    assert time.monotonic() - start < QUADRATIC_S
 
 
 PARTS = ["<think>", "</think>", "<THINKING>", "</thinking>", "a", "\\boxed{4}", " "]
@@ -208,11 +213,9 @@ def test_a_gold_that_no_response_can_choose_is_refused(answer: str) -> None:
         verify_choice("B", answer)
 
 
-def test_a_hundred_gsm8k_fields_take_less_than_a_second_each_way() -> None:
+def test_gsm8k_fields_are_judged_each_way() -> None:
     field = "He sold 48/2 = <<48/2=24>>24 clips.\nThat is 48+24 = <<48+24=72>>72 clips.\n#### 1,{:03}"
-    start = time.monotonic()
     for number in range(100):
         assert verify_math(f"1{number:03}", field.format(number))
         assert not verify_math("72", field.format(number))
         assert verify_math(field.format(number), f"1,{number:03}")
-    assert time.monotonic() - start < 10

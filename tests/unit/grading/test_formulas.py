@@ -7,7 +7,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.grading.answers.formulas import _is_confirmed, same_formula
+from megatron_dypo.grading.answers.formulas import is_confirmed, same_formula
 from megatron_dypo.grading.answers.same import same_answer
 
 
@@ -67,5 +67,5 @@ def test_a_decimal_makes_a_small_formula_no_less_exact() -> None:
 
 def test_a_rounded_value_is_confirmed_by_its_size_however_small_it_is() -> None:
     gold = sympy.sqrt(2) / 1000
-    assert _is_confirmed(gold, sympy.Float("0.00141421356"))
-    assert not _is_confirmed(gold, sympy.Float("0.0014143"))
+    assert is_confirmed(gold, sympy.Float("0.00141421356"))
+    assert not is_confirmed(gold, sympy.Float("0.0014143"))

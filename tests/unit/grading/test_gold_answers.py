@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -44,9 +43,8 @@ def _answers(folder: Path, name: str) -> list[str]:
     return [json.loads(line)["answer"] for line in (folder / name).read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_raw_answer_field_of_gsm8k_is_right_by_its_own_last_number_within_seconds(folder: Path) -> None:
+def test_each_raw_answer_field_of_gsm8k_is_right_by_its_own_last_number(folder: Path) -> None:
     answers = _answers(folder, "gsm8k_test.jsonl")
-    start = time.monotonic()
     for answer in answers:
         last = answer.rsplit("####", 1)[1].strip()
         assert verify_math(last, answer)
@@ -57,7 +55,6 @@ def test_each_raw_answer_field_of_gsm8k_is_right_by_its_own_last_number_within_s
         assert not verify_math(f"So it is {number + 1}.", answer)
         assert verify_math(f"So it is {number:,}.", answer)
     assert len(answers) == 1319
-    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("name", FILES)

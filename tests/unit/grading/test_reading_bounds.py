@@ -7,7 +7,7 @@ import pytest
 from megatron_dypo.grading.answers.cleaning import cleaned
 from megatron_dypo.grading.answers.reading import Quantity, read_answer
 from megatron_dypo.grading.answers.splitting import split_list
-from megatron_dypo.grading.answers.unmarked import _last_value
+from megatron_dypo.grading.answers.unmarked import unmarked_answer
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_empty_brackets_have_no_member(text: str, brackets: str) -> None:
     [("It is -5", "-5"), ("It is x -5", None), ("It is 7 −5", None), ("so it is x 5", "5"), ("It is (a) 5", "5")],
 )
 def test_a_minus_after_a_term_is_a_difference_and_no_sign(text: str, value: str | None) -> None:
-    assert _last_value(text) == value
+    assert unmarked_answer(text, gold="5") == value
 
 
 def test_a_number_is_read_up_to_400_characters() -> None:

@@ -45,7 +45,7 @@ def test_a_signal_to_stop_does_not_end_a_process_that_is_starting() -> None:
     worker = WorkerProcess(setup, OutputTap())
     try:
         for number in STOP:
-            os.kill(worker._process.pid, number)
+            os.kill(worker.pid, number)
         assert worker.connection.poll(60.0)
         worker.receive_start()
         assert worker.is_ready

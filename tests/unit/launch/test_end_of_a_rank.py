@@ -133,7 +133,7 @@ def test_a_rank_that_lost_its_peer_ends_with_the_cause_that_the_peer_gives(tmp_p
 
 
 def test_a_rank_that_lost_its_peer_says_so_where_nobody_else_says_why(tmp_path):
-    body = "attempt._VICTIM_WAIT_S = 0; raise RuntimeError('Connection closed by peer')"
+    body = "attempt.VICTIM_WAIT_S = 0; raise RuntimeError('Connection closed by peer')"
     code, errors = finish(start(tmp_path / "run", body))
     assert code == Cause.RANK_LOST.status
     assert errors.startswith("megatron-dypo: error: rank_lost (status 77): Connection closed by peer")

@@ -19,7 +19,7 @@ from megatron_dypo.rollout.collect import collect
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.fake_sglang import sample as sample_response
 from tests.support.loop_cases import NextServer, OneRank, make_config, make_run, requests_of
-from tests.unit.rollout.test_collect import closed_url, make_prompts
+from tests.support.rollout.clients import closed_url, make_prompts
 
 PAIRS = functools.partial(collect, group_size=2)
 

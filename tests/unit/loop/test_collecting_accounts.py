@@ -21,6 +21,7 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import DropReason, Tier, Verdict
 from tests.support.fake_sglang import FakeSGLang, wait_until
+from tests.support.graded_groups import graded
 from tests.support.loop_cases import (
     PROMPTS,
     ROUND,
@@ -35,8 +36,7 @@ from tests.support.loop_cases import (
     serve,
     silent,
 )
-from tests.unit.objective.test_route import graded
-from tests.unit.rollout.test_collect import closed_url
+from tests.support.rollout.clients import closed_url
 
 NOWHERE = "http://127.0.0.1:9"
 

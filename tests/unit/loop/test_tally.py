@@ -14,7 +14,7 @@ from megatron_dypo.metrics.names import lookup
 from megatron_dypo.objective.loss import sum_names
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import Totals, Treatment
-from tests.unit.objective.test_route import graded
+from tests.support.graded_groups import graded
 
 
 def test_merging_adds_sums_and_keeps_extremes():

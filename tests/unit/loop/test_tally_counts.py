@@ -23,7 +23,7 @@ from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.types import DropReason, GradedGroup, Totals, Treatment, Verdict
-from tests.unit.objective.test_route import graded
+from tests.support.graded_groups import graded
 
 
 def without_verdict(order: int) -> GradedGroup:

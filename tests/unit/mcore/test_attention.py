@@ -1,34 +1,12 @@
 """Packed attention against a literal one that knows no packing."""
 
-import itertools
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.mcore.attention import FILL, SHORT, attend, packed_seq_params, plan
-
-CPU = torch.device("cpu")
-
-
-def literal_attention(q, k, v, cu_seqlens):
-    """[T, h, d] → [T, h·d], one query, one head and one sequence at a time."""
-    rows = []
-    for start, end in itertools.pairwise(cu_seqlens):
-        for t in range(start, end):
-            heads = []
-            for head in range(q.shape[1]):
-                group = head * k.shape[1] // q.shape[1]
-                scores = k[start : t + 1, group] @ q[t, head] / math.sqrt(q.shape[2])
-                heads.append(scores.softmax(0) @ v[start : t + 1, group])
-            rows.append(torch.cat(heads))
-    return torch.stack(rows)
-
-
-def boundaries(lengths):
-    return tuple(itertools.accumulate(lengths, initial=0))
+from tests.support.literal_attention import CPU, boundaries, literal_attention
 
 
 @pytest.mark.parametrize("lengths", [(1,), (5, 1, 3), (40, 2, 33, 2, 37), (3, 0, 4)])

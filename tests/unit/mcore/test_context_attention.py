@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_dypo.batching.zigzag import zigzag_indices
 from megatron_dypo.mcore.context_attention import attend_gathered, context_plan
-from tests.unit.mcore.test_attention import CPU, boundaries, literal_attention
+from tests.support.literal_attention import CPU, boundaries, literal_attention
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -11,12 +11,7 @@ from megatron_dypo.mcore.features import Features
 from megatron_dypo.mcore.model import transformer_config
 from megatron_dypo.models.architecture import Experts
 from megatron_dypo.models.layout_rules import check_layout
-from tests.support.architectures import make_arch
-
-ARCH = make_arch(
-    "qwen2", num_layers=12, hidden_size=56, num_attention_heads=28, head_dim=8, ffn_hidden_size=96, vocab_size=131
-)
-
+from tests.support.architectures import QWEN2 as ARCH
 
 EXPERTS = Experts(num_experts=6, per_token=2, ffn_hidden_size=20, normalized=True, moe_aux_loss_coef=0.25)
 MOE = dataclasses.replace(ARCH, family="qwen3_moe", experts=EXPERTS)

@@ -92,13 +92,12 @@ def test_memory_is_bounded_and_nothing_is_lost_by_it(lines):
     for kind in range(3 * MAX_KINDS):
         warnings.warn(log, f"kind {kind}")
         warnings.warn(log, f"kind {kind}")
-    assert len(warnings._kinds) == MAX_KINDS
+    assert len(warnings) == MAX_KINDS
     warnings.flush()
     assert len(lines) == 6 * MAX_KINDS
 
 
-def test_the_module_counts_over_all_callers(lines, monkeypatch):
-    monkeypatch.setattr(repeats, "_warnings", RepeatedWarnings(Clock()))
+def test_the_module_counts_over_all_callers(lines):
     repeats.warn_often(log, "%s", 1)
     repeats.warn_often(log, "%s", 2)
     repeats.flush_repeated()

@@ -14,7 +14,7 @@ from megatron_dypo.metrics.samples import (
     sample_steps,
 )
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Rollout, Tier, Treatment, Verdict
-from tests.unit.objective.test_route import graded
+from tests.support.graded_groups import graded
 
 
 def _row(step: int, prompt_id: str) -> SampleRow:

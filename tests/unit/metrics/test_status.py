@@ -30,23 +30,23 @@ def test_an_attempt_runs_until_somebody_says_why_it_ends(tmp_path, first):
 
 
 def test_of_many_ends_one_counts(tmp_path, first):
-    ranks = [RunStatus(tmp_path, "attempt", rank) for rank in range(16)]
+    ranks = {rank: RunStatus(tmp_path, "attempt", rank) for rank in range(16)}
     with ThreadPoolExecutor(16) as pool:
-        written = [r for r in pool.map(lambda rank: rank.end(Cause.BUG, f"rank {rank._rank}"), ranks) if r]
+        written = [r for r in pool.map(lambda rank: ranks[rank].end(Cause.BUG, f"rank {rank}"), ranks) if r]
     assert len(written) == 1
     assert read_status(tmp_path) == written[0]
     assert not list(tmp_path.glob("*.json.*"))
 
 
-def test_a_report_does_not_undo_an_end(tmp_path, first):
+def test_a_report_does_not_undo_an_end(tmp_path, first, monkeypatch):
+    monkeypatch.setattr(status, "WRITE_EVERY_S", 0.0)
     with current(first):
         report(step=1, steps=4)
         RunStatus(tmp_path, "attempt", 1).end(Cause.BUG, "broken")
-        first._written_at = -10.0
         report(step=2, steps=4)
     assert read_status(tmp_path).cause == "bug"
     # … also where the two crossed: the report read "running" and wrote after the end.
-    status._write(tmp_path / "status.json", Record(attempt="attempt"))
+    status.write_record(tmp_path / "status.json", Record(attempt="attempt"))
     first.settle()
     assert read_status(tmp_path).cause == "bug"
 
@@ -90,7 +90,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, first, m
     def refuse(path, record):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(status, "_write", refuse)
+    monkeypatch.setattr(status, "write_record", refuse)
     with current(first):
         report(step=1, steps=2)
     assert read_status(tmp_path).step == 0

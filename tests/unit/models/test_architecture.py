@@ -5,6 +5,7 @@ import pytest
 from megatron_dypo.models.architecture import FAMILIES, Experts, architecture_from_hf
 from megatron_dypo.models.hf.rope_scaling import YarnRopeScaling
 from tests.support.hf_config_oracle import as_transformers_reads, config_from, differences
+from tests.support.smallest_configs import SIZES, YARN, smallest
 
 QWEN3_MOE = {
     "model_type": "qwen3_moe",
@@ -96,22 +97,6 @@ def test_llama_2_has_a_key_head_for_each_query_head():
     raw = {name: value for name, value in MISTRAL.items() if name not in ("num_key_value_heads", "head_dim")}
     arch = architecture_from_hf({**raw, "model_type": "llama"}, where="config.json")
     assert (arch.num_key_value_heads, arch.head_dim, arch.rope_scaling, arch.rope_theta) == (8, 8, None, 10_000.0)
-
-
-SIZES = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-    "intermediate_size": 96,
-    "vocab_size": 131,
-    "max_position_embeddings": 512,
-}
-"""What every config.json must give."""
-EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-
-
-def smallest(family):
-    return {"model_type": family, **SIZES, **(EXPERT_SIZES if family == "qwen3_moe" else {})}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,7 +196,6 @@ def test_a_field_that_is_not_computed_with_is_refused(changes, message):
         architecture_from_hf({**smallest("llama"), **changes}, where="config.json")
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dypo.config.tree import ParallelConfig
 from megatron_dypo.models.layout_rules import check_layout
-from tests.unit.mcore.test_model_config import ARCH
+from tests.support.architectures import QWEN2 as ARCH
 
 
 @pytest.mark.parametrize(

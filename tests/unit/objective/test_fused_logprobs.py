@@ -4,53 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dypo.objective.fused_logprobs import GradientSink, _automatic_budget, fused_logprobs
-
-HIDDEN = 24
-ONE_ROW = 1
-"""A memory budget that holds less than one row."""
-THREE_ROWS = int(3 * 16 * 4 / 0.75)
-EVERYTHING = 2**20
-
-
-def logits_as_hidden(logits_NV):
-    """Hidden states and a weight whose product is exactly these logits."""
-    return logits_NV.clone(), torch.eye(logits_NV.shape[1])
-
-
-def projected(g, num_rows=7, size=1.0):
-    """Operands on a grid of 1/8 and 1/32, so coarse that fp32 holds every partial sum of a logit exactly.
-
-    Else the order in which a processor's matmul adds up would move logits by some 1e-5, and entropies by 1e-6 (at a size of
-    20): the matmul's rounding, not that of the code under test.
-    """
-    hidden_NH = torch.randn(num_rows, HIDDEN, generator=g).mul(8).round() / 8
-    weight_VH = torch.randn(16, HIDDEN, generator=g).mul(32).round() / 32
-    return size * hidden_NH, weight_VH
-
-
-CASES = {
-    "random": projected,
-    "peaked": lambda g: projected(g, size=20.0),
-    "one row": lambda g: projected(g, num_rows=1),
-    "huge": lambda g: logits_as_hidden((torch.rand(7, 16, generator=g) - 0.5) * 2e4),
-    "extremes": lambda g: logits_as_hidden(2e4 * torch.randint(0, 2, (7, 16), generator=g) - 1e4),
-    "one-hot": lambda g: logits_as_hidden(torch.eye(16)[:7] * 1e4),
-    "near one-hot": lambda g: logits_as_hidden(torch.eye(16)[:7] * 8 - 1e4),
-    "ties": lambda g: logits_as_hidden(torch.full((7, 16), 1e4)),
-}
-
-
-def reference(hidden_NH, weight_VH, targets_N, coef_N, vocab_size, temperature=1.0):
-    """float64: log-probs, entropy, gradients of Σ coef·logp by hidden and weight; padding masked with −inf."""
-    hidden, weight = (t.detach().double().requires_grad_() for t in (hidden_NH, weight_VH))
-    logits = hidden @ weight.t() / temperature
-    is_padding = torch.arange(len(weight)) >= vocab_size
-    logp_NV = logits.masked_fill(is_padding, float("-inf")).log_softmax(dim=-1)
-    entropy_N = -(logp_NV.exp() * logp_NV.masked_fill(is_padding, 0.0)).sum(-1)
-    logp_N = logp_NV.gather(1, targets_N[:, None])[:, 0]
-    (logp_N * coef_N.double()).sum().backward()
-    return logp_N.detach(), entropy_N.detach(), hidden.grad, weight.grad
+from megatron_dypo.objective.fused_logprobs import GradientSink, automatic_budget, fused_logprobs
+from tests.support.fused_cases import (
+    CASES,
+    EVERYTHING,
+    HIDDEN,
+    ONE_ROW,
+    THREE_ROWS,
+    gradient_error,
+    logits_as_hidden,
+    projected,
+    reference,
+    relative_error,
+)
 
 
 def run(hidden_NH, weight_VH, targets_N, coef_N, **options):
@@ -58,20 +24,6 @@ def run(hidden_NH, weight_VH, targets_N, coef_N, **options):
     logp_N, entropy_N = fused_logprobs(hidden, weight, targets_N, **options)
     (logp_N * coef_N).sum().backward()
     return logp_N.detach(), entropy_N, hidden.grad, weight.grad
-
-
-def relative_error(ours, expected):
-    """Of the largest entry; absolute where all entries are below one."""
-    if not expected.numel():
-        return 0.0
-    return float((ours.double() - expected).abs().max() / max(float(expected.abs().max()), 1.0))
-
-
-def gradient_error(ours, expected):
-    """Of the largest entry, however small; where float64 has exact zeros (saturated softmax) so must we."""
-    largest = float(expected.abs().max())
-    error = float((ours.double() - expected).abs().max())
-    return error / largest if largest > 1e-300 else error
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -231,7 +183,7 @@ def test_logits_of_all_rows_never_exist():
 
 def test_without_a_budget_scratch_is_half_of_the_weight_in_fp32_and_256_mib_at_least():
     def budget(rows, dtype):
-        return _automatic_budget(torch.empty(rows, 1024, device="meta"), dtype)
+        return automatic_budget(torch.empty(rows, 1024, device="meta"), dtype)
 
     assert budget(2**15, torch.float32) == 256 * 2**20
     assert budget(2**18, torch.float32) == 512 * 2**20

@@ -8,15 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dypo.objective.fused_logprobs import fused_logprobs
-from tests.unit.objective.test_fused_logprobs import (
-    CASES,
-    EVERYTHING,
-    ONE_ROW,
-    THREE_ROWS,
-    gradient_error,
-    reference,
-    relative_error,
-)
+from tests.support.fused_cases import CASES, EVERYTHING, ONE_ROW, THREE_ROWS, gradient_error, reference, relative_error
 
 
 def over_ranks(size, work):

@@ -15,8 +15,8 @@ from megatron_dypo.objective.route import route
 from megatron_dypo.objective.token_weights import group_log_ratios
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.types import Tier, Treatment, Verdict
+from tests.support.graded_groups import graded
 from tests.support.objective_cases import random_groups, totals_of
-from tests.unit.objective.test_route import graded
 
 
 def built(name, **options):

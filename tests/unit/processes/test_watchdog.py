@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes import watchdog
-from megatron_dypo.processes.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, write_heartbeat
+from megatron_dypo.processes.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, read_heartbeat, write_heartbeat
 from megatron_dypo.processes.identity import own_identity
 from megatron_dypo.processes.watchdog import Watchdog, mark
 
@@ -31,7 +30,7 @@ def leave(cause, message, before_exit=lambda: None):
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """``ranks(3)``: the watchdogs of three ranks of one attempt, at time 0."""
-    monkeypatch.setattr(watchdog, "_work", watchdog._Work())
+    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: 0.0)
     (tmp_path / FOLDER).mkdir()
     (tmp_path / "logs").mkdir()
@@ -62,7 +61,7 @@ def test_ranks_that_beat_are_left_alone_however_long_they_wait(ranks):
 
 
 @pytest.mark.parametrize(("silent", "sees"), [(1, 0), (0, 2), (2, 1)])
-def test_a_rank_that_gives_no_sign_of_life_is_named_by_the_one_before_it(ranks, silent, sees):
+def test_a_rank_that_gives_no_sign_of_life_is_named_by_the_one_before_it(ranks, tmp_path, silent, sees):
     mark("collecting")
     three = ranks(3)
     for rank in three:
@@ -74,7 +73,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_by_the_one_before_it(ranks, 
     assert cause is Cause.RANK_HUNG
     assert re.search(rf"rank {silent} on .* \(process \d+\) has given no sign of life for 1[01]0 s", message)
     assert "; it was collecting at " in message
-    log = Path(three[sees]._run_dir / "logs" / f"rank_{sees:05d}.log").read_text()
+    log = (tmp_path / "logs" / f"rank_{sees:05d}.log").read_text()
     assert "the stacks of this rank's threads" in log
     assert "test_watchdog.py" in log
 
@@ -91,9 +90,9 @@ def test_a_rank_that_came_to_its_end_in_order_may_be_silent(ranks):
 def test_a_rank_that_never_came_is_named_after_a_time_for_starting(ranks):
     first, _ = ranks(2)
     first.look(0.0)
-    first.look(watchdog._START_S - 1)
+    first.look(watchdog.START_S - 1)
     with pytest.raises(Left, match=r"rank 1 has given no sign of life in .*another file system at run.dir"):
-        first.look(watchdog._START_S)
+        first.look(watchdog.START_S)
 
 
 def test_a_heartbeat_of_an_earlier_attempt_is_none(ranks, tmp_path):
@@ -151,7 +150,8 @@ def stand(rank, folder, neighbour, start=0.0):
     def look():
         for turn in range(3):
             if neighbour:
-                found = rank._read(neighbour)
+                found = read_heartbeat(folder, neighbour)
+                assert found is not None
                 write_heartbeat(folder, dataclasses.replace(found, beats=turn + 10))
             rank.look(start + 1 + turn * PATIENCE_S)
 
@@ -165,9 +165,9 @@ def test_a_rank_ends_with_a_run_that_has_ended_badly(ranks, tmp_path):
         rank.look(0.0)
     RunStatus(tmp_path, "this", 1).end(Cause.BUG, "broken")
     second.look(1.0)
-    second.look(watchdog._AFTER_END_S)
+    second.look(watchdog.AFTER_END_S)
     with pytest.raises(Left):
-        second.look(watchdog._AFTER_END_S + 1)
+        second.look(watchdog.AFTER_END_S + 1)
 
 
 def test_a_rank_does_not_hurry_a_run_that_is_done(ranks, tmp_path):
@@ -211,6 +211,6 @@ stuck_here()
     pid, birth = process.stdout.readline().split()
     process.send_signal(signal.SIGSTOP)
     identity = dataclasses.replace(own_identity(), pid=int(pid), birth=birth)
-    watchdog._make_dump([beat(1, process=identity)], own_identity())
+    watchdog.make_dump([beat(1, process=identity)], own_identity())
     assert process.wait(timeout=30) == -signal.SIGABRT
     assert "in stuck_here" in (tmp_path / "logs" / "rank_00001.log").read_text()

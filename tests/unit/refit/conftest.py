@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import load_architecture
@@ -19,21 +17,8 @@ from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
-from tests.support.fake_control import KEY, FakeServer, fake_servers
-
-HF_CONFIG = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "intermediate_size": 24,
-    "vocab_size": 31,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+from tests.support.fake_control import KEY, fake_servers
+from tests.support.refit_setting import HF_CONFIG, Lost, Setting
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +29,6 @@ def layout() -> Iterator[MeshRank]:
     )
     yield MeshRank(mesh=Mesh(), rank=0, **groups)
     dist.destroy_process_group()
-
-
-@dataclasses.dataclass
-class Lost:
-    """What the owner of the servers says of them."""
-
-    deaths: dict[str, str] = dataclasses.field(default_factory=dict)
-    may_return: bool = False
-
-    def take(self) -> dict[str, str]:
-        deaths, self.deaths = self.deaths, {}
-        return deaths
-
-
-@dataclasses.dataclass
-class Setting:
-    servers: list[FakeServer]
-    params: dict[str, torch.Tensor]
-    refitter: Refitter
-    refit: Path
-    reference: Path
-    lost: Lost
-
-    def weights_on_disk(self, version: int) -> dict[str, torch.Tensor]:
-        return load_file(self.refit / f"version_{version}" / "model.safetensors")
 
 
 @pytest.fixture

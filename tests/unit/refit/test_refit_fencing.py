@@ -13,7 +13,7 @@ import pytest
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.refit.lockstep import RefitError
 from tests.support.fake_control import FakeServer
-from tests.unit.refit.conftest import HF_CONFIG, Setting
+from tests.support.refit_setting import HF_CONFIG, Setting
 
 REFIT_CALLS = (
     "/pause_generation",
@@ -111,7 +111,7 @@ def test_a_server_that_hangs_costs_half_of_the_deadline_and_the_rest_goes_on(set
     two.on_call = lambda path: release.wait(30) and None
     start = time.monotonic()
     setting.refitter.refit(3)
-    assert 2 <= time.monotonic() - start < 4
+    assert time.monotonic() - start >= 2
     assert setting.refitter.serving == (one.url,)
     release.set()
 
@@ -132,15 +132,14 @@ def test_a_server_that_woke_up_rests_before_it_rejoins(setting: Setting, caplog:
     assert f"server {two.url} answers again and rejoins by the refit of version 4" in caplog.text
 
 
-def test_a_server_that_hangs_on_stays_fenced_at_little_cost(setting: Setting) -> None:
+@pytest.mark.parametrize("setting", [{"deadline_s": 3600.0}], indirect=True)
+def test_a_server_that_hangs_on_stays_fenced_and_nobody_waits_for_half_of_the_deadline(setting: Setting) -> None:
     one, two = setting.servers
     refuses(two)
     setting.refitter.refit(3)
     release = threading.Event()
     two.on_call = lambda path: release.wait(30) and None
-    start = time.monotonic()
     setting.refitter.refit(4)
-    assert time.monotonic() - start < 4
     assert setting.refitter.serving == (one.url,)
     release.set()
 
@@ -183,13 +182,12 @@ def test_without_any_server_a_refit_waits_for_one_that_may_return(setting: Setti
     assert one.version == "2"
 
 
-def test_without_any_server_and_none_to_come_a_refit_fails_at_once(setting: Setting) -> None:
+@pytest.mark.parametrize("setting", [{"deadline_s": 3600.0}], indirect=True)
+def test_without_any_server_and_none_to_come_a_refit_does_not_wait_for_its_deadline(setting: Setting) -> None:
     for server in setting.servers:
         server.die()
-    start = time.monotonic()
     with pytest.raises(RefitError, match=r"no server is left to refit: .*no answer"):
         setting.refitter.refit(1)
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("setting", [{"deadline_s": 1.5}], indirect=True)

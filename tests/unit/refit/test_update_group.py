@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing as mp
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -22,8 +21,8 @@ from megatron_dypo.refit.transports.buckets import Bucket, fill_buckets
 from megatron_dypo.refit.transports.update_group import UpdateGroup
 from tests.support.fake_control import KEY, FakeServer
 
-DEADLINE_S = 60.0
-AT_ONCE_S = 20.0
+DEADLINE_S = 3600.0
+"""Longer than any test may take: nobody can have waited for it."""
 INIT, UPDATE = "/init_weights_update_group", "/update_weights_from_distributed"
 TENSORS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5, dtype=torch.bfloat16))]
 
@@ -121,17 +120,13 @@ def test_a_bucket_arrives_byte_for_byte_and_the_group_is_left_in_order(server, c
 
 def test_a_server_that_refuses_to_join_is_named_at_once(server, control):
     server.answers[INIT] = (400, {"success": False, "message": "no such backend"})
-    start = time.monotonic()
     with pytest.raises(ServerError, match=f"{server.url}{INIT}: status 400: no such backend"):
         UpdateGroup.form(control, "gloo", Deadline(DEADLINE_S))
-    assert time.monotonic() - start < AT_ONCE_S
 
 
 def test_a_server_that_refuses_a_bucket_is_named_at_once(server, control):
     group = UpdateGroup.form(control, "gloo", Deadline(DEADLINE_S))
     server.answers[UPDATE] = (400, {"success": False, "message": "no session is open"})
-    start = time.monotonic()
     with pytest.raises(ServerError, match=f"{server.url}{UPDATE}: status 400: no session is open"):
         group.send(bucket(), Deadline(DEADLINE_S))
-    assert time.monotonic() - start < AT_ONCE_S
     group.abandon()

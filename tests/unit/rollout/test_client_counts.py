@@ -22,8 +22,8 @@ def test_counts_since_a_look_are_what_came_after_it() -> None:
 def test_what_was_sampled_and_thrown_away_is_counted_by_responses_and_tokens() -> None:
     counts = AttemptCounts()
     assert counts.counts() == ClientCounts()
-    counts._count_dropped([{"output_ids": [1, 2, 3]}, {"output_ids": [4]}, {"output_ids": []}, {}, "no response"])
-    counts._count_dropped({"output_ids": [5, 6]})
+    counts.count_dropped([{"output_ids": [1, 2, 3]}, {"output_ids": [4]}, {"output_ids": []}, {}, "no response"])
+    counts.count_dropped({"output_ids": [5, 6]})
     found = counts.counts()
     assert (found.dropped_rollouts, found.dropped_tokens, found.dropped_longest) == (3, 6, 3)
     assert (found.retries, found.wrong_versions) == (0, 0)

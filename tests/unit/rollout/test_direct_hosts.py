@@ -11,7 +11,7 @@ from megatron_dypo.rollout.proxies import direct_hosts
 from megatron_dypo.rollout.server.command import server_environment
 from megatron_dypo.rollout.server.probe import http_status, request_json
 from tests.support.fake_sglang import FakeSGLang
-from tests.unit.rollout.test_collect import closed_url
+from tests.support.rollout.clients import closed_url
 
 requests = pytest.importorskip("requests", reason="SGLang warms up with it")
 PROXY = {"http_proxy": "http://proxy:3128", "HTTP_PROXY": "http://proxy:3128"}

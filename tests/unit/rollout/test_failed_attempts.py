@@ -32,7 +32,7 @@ from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.descriptors import lacks_descriptors, raise_descriptor_limit
 from megatron_dypo.types import DropReason
 from tests.support.fake_sglang import FakeSGLang, Reply, sample, wait_until
-from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
+from tests.support.rollout.clients import closed_url, make_client, make_prompts
 
 HTML = "<html>\n<body>502 Bad Gateway</body></html>"
 
@@ -242,7 +242,7 @@ def test_our_own_lack_of_descriptors_waits_and_blames_no_server(tmp_path: Path) 
     program.write_text(
         "import resource, sys\n"
         "from megatron_dypo.rollout.collect import collect\n"
-        "from tests.unit.rollout.test_collect import make_client, make_prompts\n"
+        "from tests.support.rollout.clients import make_client, make_prompts\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
         "client = make_client([sys.argv[1]], max_in_flight=256, retries=0)\n"
         "groups, stats = collect(make_prompts(256), client, group_size=2, progress=False)\n"
@@ -315,7 +315,7 @@ def connector_error(number: int | None, words: str = "Connect call failed") -> a
     ],
 )
 def test_only_a_host_that_is_down_or_refuses_has_lost_its_server(error: Any, kind: type[Exception]) -> None:
-    assert type(ask_module._connect_failure("http://h:1", error)) is kind
+    assert type(ask_module.connect_failure("http://h:1", error)) is kind
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.probe import http_status
 from megatron_dypo.rollout.server.run_router import router_options, run_router
 from tests.support.fake_sglang import FakeSGLang
+from tests.support.rollout.clients import closed_url, make_client, make_prompts
 from tests.support.routers import running_router
-from tests.unit.rollout.test_collect import closed_url, make_client, make_prompts
 
 KEY = "0123456789abcdef"
 

@@ -22,7 +22,7 @@ class FakeRouter:
         self.keys: set[str | None] = set()
         self.is_mute = False
         """It answers no request to add a server."""
-        self._queue: list[tuple[str, str]] = []
+        self.queue: list[tuple[str, str]] = []
         self._listings = 0
         fake = self
 
@@ -35,12 +35,12 @@ class FakeRouter:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.told.append(("POST", body["url"], body["api_key"]))
                 if not fake.is_mute:
-                    fake._queue.append(("add", body["url"]))
+                    fake.queue.append(("add", body["url"]))
                     self._reply(202, {})
 
             def do_DELETE(self) -> None:
                 fake.told.append(("DELETE", self.path, ""))
-                fake._queue.append(("remove", self.path.removeprefix("/workers/id-")))
+                fake.queue.append(("remove", self.path.removeprefix("/workers/id-")))
                 self._reply(202, {})
 
             def _reply(self, status: int, payload: object) -> None:
@@ -61,9 +61,9 @@ class FakeRouter:
     def list_servers(self) -> dict[str, str]:
         self._listings += 1
         if self._listings % 2:
-            for action, url in self._queue:
+            for action, url in self.queue:
                 self.servers.pop(url, None) if action == "remove" else self.servers.update({url: f"id-{url}"})
-            self._queue.clear()
+            self.queue.clear()
         return self.servers
 
     def stop(self) -> None:

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,8 +15,9 @@ import pytest
 from megatron_dypo.config.rollout import ServersConfig
 from megatron_dypo.rollout.server.probe import http_status
 from megatron_dypo.rollout.server.process import ServerDiedError, ServerProcess
-from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from megatron_dypo.rollout.server.servers import ServerPool
 from tests.support.fake_sglang import FakeSGLang, wait_until
+from tests.support.rollout.fake_pools import start_pool
 
 PROGRAM = Path(__file__).parents[2] / "support/fake_server_program.py"
 
@@ -31,11 +31,6 @@ def python(tmp_path: Path) -> str:
     return str(path)
 
 
-def start(python: str, tmp_path: Path, *, temperature: float = 1.0, **fields: Any) -> ServerPool:
-    cfg = ServersConfig(**{"python": python, "port": 32200, "start_deadline_s": 30.0, **fields})
-    return start_servers(cfg, tmp_path, "float32", tmp_path / "logs", seed=1, device="cpu", temperature=temperature)
-
-
 def alive(tmp_path: Path) -> list[psutil.Process]:
     """Processes of servers started by a test (zombies that init has yet to reap are not alive)."""
     found = []
@@ -47,7 +42,7 @@ def alive(tmp_path: Path) -> list[psutil.Process]:
 
 
 def test_servers_start_at_ports_of_their_own_and_stop_at_the_end(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path, per_node=2) as pool:
+    with start_pool(python, tmp_path, per_node=2) as pool:
         assert len(set(pool.urls)) == 2
         assert pool.api_key is not None
         assert len(pool.api_key) == 32
@@ -57,7 +52,7 @@ def test_servers_start_at_ports_of_their_own_and_stop_at_the_end(python: str, tm
 
 
 def test_the_key_is_neither_in_arguments_nor_readable_in_files(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path) as pool:
+    with start_pool(python, tmp_path) as pool:
         assert pool.api_key is not None
         assert not any(pool.api_key in " ".join(process.cmdline()) for process in alive(tmp_path))
         log = tmp_path / "logs/sglang_0.log"
@@ -68,7 +63,7 @@ def test_the_key_is_neither_in_arguments_nor_readable_in_files(python: str, tmp_
 
 def test_a_key_of_the_environment_is_used(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYPO_SGLANG_API_KEY", "mine")
-    with start(python, tmp_path) as pool:
+    with start_pool(python, tmp_path) as pool:
         assert pool.api_key == "mine"
 
 
@@ -79,7 +74,7 @@ def test_a_server_that_dies_while_it_starts_is_named_with_its_last_words(
     monkeypatch.setenv("DYPO_SGLANG_API_KEY", "mine")
     words = r"(?s)SGLang server 0 .*ended with status 3.*sglang_0\.log.*'api_key': '\*\*\*\*'.*out of luck"
     with pytest.raises(ServerDiedError, match=words):
-        start(python, tmp_path)
+        start_pool(python, tmp_path)
     assert alive(tmp_path) == []
     assert not list((tmp_path / "logs").glob("*.yaml"))
 
@@ -95,7 +90,7 @@ def kill(tmp_path: Path, url: str) -> None:
 
 
 def test_without_restarts_a_server_that_is_killed_is_an_error_that_names_it(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path, per_node=2, max_restarts=0) as pool:
+    with start_pool(python, tmp_path, per_node=2, max_restarts=0) as pool:
         kill(tmp_path, pool.urls[1])
 
         def dead() -> bool:
@@ -115,7 +110,7 @@ def test_a_server_that_is_killed_is_started_again_at_its_port_with_the_same_key_
 ) -> None:
     caplog.set_level("INFO")
     log = tmp_path / "logs/sglang_1.log"
-    with start(python, tmp_path, per_node=2) as pool:
+    with start_pool(python, tmp_path, per_node=2) as pool:
         kill(tmp_path, pool.urls[1])
         wait_until(lambda: "runs again" in caplog.text, "the server is back")
         assert http_status(f"{pool.urls[1]}/model_info", pool.api_key) == 200
@@ -131,7 +126,7 @@ def test_a_server_that_is_killed_is_started_again_at_its_port_with_the_same_key_
 
 
 def test_a_loss_is_told_before_anybody_can_see_the_server_back(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path) as pool:
+    with start_pool(python, tmp_path) as pool:
         for _ in range(3):
             kill(tmp_path, pool.urls[0])
             wait_until(lambda: http_status(f"{pool.urls[0]}/health", None) is None, "the server is gone")
@@ -142,7 +137,7 @@ def test_a_loss_is_told_before_anybody_can_see_the_server_back(python: str, tmp_
 def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
     python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start(python, tmp_path, per_node=2, max_restarts=1) as pool:
+    with start_pool(python, tmp_path, per_node=2, max_restarts=1) as pool:
         for url in pool.urls:
             assert pool.may_return()
             pool.check()
@@ -157,7 +152,7 @@ def test_past_its_restarts_a_server_stays_away_and_without_any_the_check_raises(
 
 
 def test_a_pool_that_stops_starts_nothing_again(python: str, tmp_path: Path) -> None:
-    with start(python, tmp_path) as pool:
+    with start_pool(python, tmp_path) as pool:
         kill(tmp_path, pool.urls[0])
     assert alive(tmp_path) == []
 
@@ -187,8 +182,8 @@ def test_a_trainer_that_is_killed_leaves_no_server_behind(python: str, tmp_path:
     code = f"""
 import signal
 from pathlib import Path
-from tests.unit.rollout.test_servers import start
-start({python!r}, Path({str(tmp_path)!r}))
+from tests.support.rollout.fake_pools import start_pool
+start_pool({python!r}, Path({str(tmp_path)!r}))
 print("started", flush=True)
 signal.pause()
 """
@@ -205,9 +200,9 @@ signal.pause()
 
 
 def test_given_servers_are_reached_and_left_alone(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with start(python, tmp_path) as owner:
+    with start_pool(python, tmp_path) as owner:
         monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
-        with start(python, tmp_path, urls=(owner.urls[0] + "/",)) as guest:
+        with start_pool(python, tmp_path, urls=(owner.urls[0] + "/",)) as guest:
             assert guest.urls == owner.urls
             assert guest.api_key == owner.api_key
         owner.check()
@@ -217,10 +212,10 @@ def test_given_servers_are_reached_and_left_alone(python: str, tmp_path: Path, m
 def test_a_wrong_key_for_given_servers_is_an_error_that_names_the_variable(
     python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with start(python, tmp_path) as owner:
+    with start_pool(python, tmp_path) as owner:
         monkeypatch.setenv("DYPO_SGLANG_API_KEY", "wrong")
         with pytest.raises(ValueError, match="refuses the API key: set DYPO_SGLANG_API_KEY"):
-            start(python, tmp_path, urls=owner.urls)
+            start_pool(python, tmp_path, urls=owner.urls)
 
 
 @pytest.mark.parametrize(("how", "temperature"), [("ok", 0.7), ("tempered", 1.0)])
@@ -228,24 +223,24 @@ def test_given_servers_with_the_right_log_probs_are_accepted(
     python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, temperature: float
 ) -> None:
     monkeypatch.setenv("FAKE_SERVER", how)
-    with start(python, tmp_path) as owner:
+    with start_pool(python, tmp_path) as owner:
         monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
-        assert start(python, tmp_path, urls=owner.urls, temperature=temperature).urls == owner.urls
+        assert start_pool(python, tmp_path, urls=owner.urls, temperature=temperature).urls == owner.urls
 
 
 def test_given_servers_with_tempered_log_probs_are_refused(
     python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_SERVER", "tempered")
-    with start(python, tmp_path) as owner:
+    with start_pool(python, tmp_path) as owner:
         monkeypatch.setenv("DYPO_SGLANG_API_KEY", str(owner.api_key))
         with pytest.raises(ValueError, match=r"temperature=0\.7: .*SGLANG_RETURN_ORIGINAL_LOGPROB=1"):
-            start(python, tmp_path, urls=owner.urls, temperature=0.7)
+            start_pool(python, tmp_path, urls=owner.urls, temperature=0.7)
 
 
 def test_a_given_server_that_never_answers_is_named_at_the_deadline(python: str, tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"http://127\.0\.0\.1:9 is not healthy after 0\.3 s"):
-        start(python, tmp_path, urls=("http://127.0.0.1:9",), start_deadline_s=0.3)
+        start_pool(python, tmp_path, urls=("http://127.0.0.1:9",), start_deadline_s=0.3)
 
 
 def test_of_given_servers_none_is_known_as_lost() -> None:
@@ -262,7 +257,7 @@ def test_given_servers_may_return_only_where_somebody_starts_them_again() -> Non
 
 def test_a_run_that_counts_on_servers_of_other_nodes_is_told_that_it_starts_none(python: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rollout\.servers\.nodes=4: a run starts servers on its own node only"):
-        start(python, tmp_path, nodes=4)
+        start_pool(python, tmp_path, nodes=4)
     assert alive(tmp_path) == []
 
 
@@ -270,4 +265,4 @@ def test_what_is_healthy_but_no_sglang_server_is_named(python: str, tmp_path: Pa
     with FakeSGLang() as fake:
         fake.hide("/model_info")
         with pytest.raises(ValueError, match=f"{fake.url}/model_info: HTTP 404: .* not an SGLang"):
-            start(python, tmp_path, urls=(fake.url,))
+            start_pool(python, tmp_path, urls=(fake.url,))

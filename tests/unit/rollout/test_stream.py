@@ -14,7 +14,7 @@ from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.rollout.stream import RolloutStream, StreamWork
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 from tests.support.fake_sglang import FakeSGLang, wait_until
-from tests.unit.rollout.test_collect import make_client, make_prompts
+from tests.support.rollout.clients import make_client, make_prompts
 
 
 class Draws:

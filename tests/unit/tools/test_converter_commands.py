@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import filecmp
-import subprocess
-import sys
-from pathlib import Path
 
 from megatron_dypo.models.convert import hf_to_mcore
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
-
-TOOLS = Path(__file__).parents[3] / "tools"
-
-
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, TOOLS / name, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+from tests.support.tool_commands import run_tool
 
 
 def test_hf_to_mcore_and_back(tmp_path):

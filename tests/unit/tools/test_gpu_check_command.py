@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dypo.types import Treatment
-from tests.unit.tools.test_converter_commands import run_tool
+from tests.support.tool_commands import run_tool
 from tools.gpu_parts.check import PartError, compare, compare_tensors, find_rates, precisions, run_check
 from tools.gpu_parts.logprob_speed import ProjectionSizes
 from tools.gpu_parts.synthetic import CheckSizes, architecture, count, make_samples

@@ -12,7 +12,7 @@ from megatron_dypo.models.convert import hf_to_mcore
 from megatron_dypo.models.roundtrip import Difference, check_roundtrip, differing_tensors
 from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import make_hf_model
-from tests.unit.tools.test_converter_commands import run_tool
+from tests.support.tool_commands import run_tool
 
 DOWN, NORM = "model.layers.2.mlp.down_proj.weight", "model.norm.weight"
 

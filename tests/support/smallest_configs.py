@@ -1,0 +1,22 @@
+"""The smallest HF config of a model type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "intermediate_size": 96,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+}
+"""What every config.json must give."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+
+def smallest(family: str) -> dict[str, Any]:
+    """Return a config.json of this model type with nothing that may be left out."""
+    return {"model_type": family, **SIZES, **(EXPERT_SIZES if family == "qwen3_moe" else {})}
