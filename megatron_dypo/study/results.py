@@ -99,10 +99,10 @@ def make_result(name: str, spec: Spec, groups: Mapping[str, Sequence[str]], scor
     methods = table.methods or tuple(spec.methods)
     arms = tuple(sorted((arm for arm in arms_of(spec) if arm.method in methods), key=lambda a: methods.index(a.method)))
     columns, references = columns_of(table, groups), _references(arms, spec, table)
-    estimates = {(arm, c.name): found for arm in arms for c in columns if (found := _estimate(arm, c, scores))}
+    estimates = {(arm, c.name): found for arm in arms for c in columns if (found := _estimate(arm, c, scores, spec))}
     pairs = [(arm, references[arm], column) for arm in arms if arm in references for column in columns]
-    differences = _differences(pairs, scores, spec.smallest_difference)
-    best = {column.name: arm for column in columns if (arm := _best(column, estimates, arms, scores))}
+    differences = _differences(pairs, scores, spec)
+    best = {column.name: arm for column in columns if (arm := _best(column, estimates, arms, scores, spec))}
     return Result(
         name=name,
         arms=arms,
@@ -124,7 +124,7 @@ def _references(arms: Sequence[Arm], spec: Spec, table: TableSpec) -> dict[Arm, 
     return {arm: before for same in by_data.values() for before, arm in itertools.pairwise(same)}
 
 
-def _estimate(arm: Arm, column: Column, scores: Scores) -> Estimate | None:
+def _estimate(arm: Arm, column: Column, scores: Scores, spec: Spec) -> Estimate | None:
     tables = [scores.get((arm, name)) for name in column.sets]
     known = [table for table in tables if table is not None]
     if len(known) < len(tables):
@@ -133,7 +133,11 @@ def _estimate(arm: Arm, column: Column, scores: Scores) -> Estimate | None:
     if not seeds:
         return None
     arrays = [table.rows(seeds, table.items) for table in known]
-    return Estimate(spread=spread(arrays), seeds=len(seeds), items=sum(len(table.items) for table in known))
+    return Estimate(
+        spread=spread(arrays, resamples=spec.resamples),
+        seeds=len(seeds),
+        items=sum(len(table.items) for table in known),
+    )
 
 
 def _common_seeds(tables: Sequence[ScoreTable]) -> list[int]:
@@ -158,33 +162,35 @@ def paired_rows(first: Arm, second: Arm, column: Column, scores: Scores) -> list
 
 
 def _differences(
-    pairs: Sequence[tuple[Arm, Arm, Column]], scores: Scores, smallest: float
+    pairs: Sequence[tuple[Arm, Arm, Column]], scores: Scores, spec: Spec
 ) -> dict[tuple[Arm, str], Difference]:
     found = {}
     for arm, reference, column in pairs:
         if rows := paired_rows(arm, reference, column, scores):
             is_single = all(scores[one, name].samples == 1 for one in (arm, reference) for name in column.sets)
-            found[arm, column.name] = _difference(rows, is_single=is_single)
+            found[arm, column.name] = _difference(rows, spec.resamples, is_single=is_single)
     tested = {key: one for key, one in found.items() if one.spread.p is not None}
     adjusted = dict(zip(tested, holm([one.spread.p or 0.0 for one in tested.values()]), strict=True))
     return {
-        key: replace(one, p_holm=adjusted.get(key), verdict=_verdict(one.spread, adjusted.get(key), smallest))
+        key: replace(
+            one, p_holm=adjusted.get(key), verdict=_verdict(one.spread, adjusted.get(key), spec.smallest_difference)
+        )
         for key, one in found.items()
     }
 
 
-def _difference(rows: Sequence[tuple[Array, Array]], *, is_single: bool) -> Difference:
+def _difference(rows: Sequence[tuple[Array, Array]], resamples: int, *, is_single: bool) -> Difference:
     tables = [first - second for first, second in rows]
     num_seeds = len(tables[0])
     items_I = tables[0].mean(axis=0)
     is_one_set = len(tables) == 1 and len(items_I) > 1
     is_mcnemar = is_one_set and is_single and num_seeds == 1
     return Difference(
-        spread=spread(tables, least=-1.0),
+        spread=spread(tables, least=-1.0, resamples=resamples),
         seeds=num_seeds,
         items=sum(table.shape[1] for table in tables),
         p_holm=None,
-        p_permutation=permutation_p(items_I) if is_one_set else None,
+        p_permutation=permutation_p(items_I, resamples=resamples) if is_one_set else None,
         p_wilcoxon=wilcoxon_p(items_I) if is_one_set else None,
         p_mcnemar=mcnemar_p(rows[0][0][0], rows[0][1][0]) if is_mcnemar else None,
         verdict=Verdict.TOO_SMALL,
@@ -198,7 +204,7 @@ def _verdict(found: Spread, p: float | None, smallest: float) -> Verdict:
     return Verdict.NOISE if could_find else Verdict.TOO_SMALL
 
 
-def _best(column: Column, estimates: Estimates, arms: Sequence[Arm], scores: Scores) -> Arm | None:
+def _best(column: Column, estimates: Estimates, arms: Sequence[Arm], scores: Scores, spec: Spec) -> Arm | None:
     """Return the arm that is better than every other one in the column, by tests that are corrected together."""
     known = [arm for arm in arms if (arm, column.name) in estimates]
     if len(known) < 2:
@@ -210,6 +216,6 @@ def _best(column: Column, estimates: Estimates, arms: Sequence[Arm], scores: Sco
         if other != first and rows is None:
             return None
         if rows is not None:
-            found = spread([a - b for a, b in rows], least=-1.0)
+            found = spread([a - b for a, b in rows], least=-1.0, resamples=spec.resamples)
             p_values.append(found.p if found.p is not None and found.mean > 0 else 1.0)
     return first if max(holm(p_values)) < LEVEL else None

@@ -23,6 +23,7 @@ from megatron_dypo.checks import require
 from megatron_dypo.config.tree import MAX_SEED
 from megatron_dypo.config.unknown_keys import unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
+from megatron_dypo.study.resampling import RESAMPLES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _OURS = (sys.executable, "-m", "megatron_dypo.cli")
@@ -68,6 +69,8 @@ class Spec:
     smallest_difference: float = 0.02
     """Smallest difference that matters to you. A comparison that finds nothing, and could not have found this much, is
     shown as too small to tell."""
+    resamples: int = RESAMPLES
+    """Resamples of the items, and permutations. No p-value is smaller than 2 / (resamples + 1)."""
     train_command: tuple[str, ...] = OUR_TRAIN_COMMAND
     """Words of the command that trains a cell; ``{config}`` stands for the cell's config file, ``{cell}`` for its folder."""
     eval_command: tuple[str, ...] = (*_OURS, "eval", "{model}", "--sets", "{sets}", "--out", "{out}")
@@ -91,6 +94,7 @@ class Spec:
             rule = "a method stands twice"
             require(len(set(table.methods)) == len(table.methods), f"tables.{name}.methods={table.methods}", rule)
         require(self.pass_at >= 1, f"pass_at={self.pass_at}", "must be positive")
+        require(self.resamples >= 199, f"resamples={self.resamples}", "must be at least 199")
         is_share = math.isfinite(self.smallest_difference) and 0 < self.smallest_difference < 1
         require(is_share, f"smallest_difference={self.smallest_difference}", "must be in (0, 1)")
         require(bool(self.train_command), "train_command=[]", "must not be empty")

@@ -38,6 +38,7 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
         "methods": METHODS,
         "seeds": [1, 2],
         "baseline": "grpo",
+        "resamples": 399,
         "train_command": [*fake, "train", "{cell}"],
         "eval_command": [*fake, "eval", "{cell}"],
     }

@@ -40,7 +40,13 @@ def spec(*methods, **changes):
     return Spec(
         config="config.yaml",
         out="out",
-        **{"methods": {name: {} for name in methods}, "seeds": (1, 2, 3), "baseline": methods[0], **changes},
+        **{
+            "methods": {name: {} for name in methods},
+            "seeds": (1, 2, 3),
+            "baseline": methods[0],
+            "resamples": 399,
+            **changes,
+        },
     )
 
 
