@@ -13,7 +13,7 @@ from megatron_dypo.check.room import check_run_folder
 from megatron_dypo.config.eval import EvalConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.tokenizer.open import Tokenizer
-from megatron_dypo.eval.judging import grading_of_sets
+from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture, load_architecture
@@ -36,7 +36,9 @@ def check_inputs(config: Config) -> Findings:
     tokenizer = load_tokenizer_of(config, arch, found)
     longest = check_prompt_files(config, tokenizer, found)
     with found.noting():
-        check_importable(grading_of_sets(config.grading, config.eval))
+        check_importable(
+            grading_of_sets(config.grading, config.eval), named_by=verifiers_of_sets(config.grading, config.eval)
+        )
     check_rest(config, arch, longest, found)
     return found
 

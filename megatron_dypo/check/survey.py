@@ -19,7 +19,7 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset, open_prompts
 from megatron_dypo.data.statistics import prompt_statistics
 from megatron_dypo.data.tokenizer.open import Tokenizer
-from megatron_dypo.eval.judging import grading_of_sets
+from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.eval.prompts import held_out_data
 from megatron_dypo.grading.naming import unused_sources
 from megatron_dypo.grading.trial import check_importable
@@ -44,7 +44,9 @@ def survey(config: Config, *, judge_all: bool = False, show_progress: bool = Tru
     report.model = _facts(arch, tokenizer)
     can_verify = False
     with found.noting():
-        check_importable(grading_of_sets(config.grading, config.eval))
+        check_importable(
+            grading_of_sets(config.grading, config.eval), named_by=verifiers_of_sets(config.grading, config.eval)
+        )
         can_verify = True
     longest = Longest()
     with ExitStack() as stack:

@@ -75,19 +75,26 @@ def make_record(prompt: EvalPrompt, reply: Reply, verdict: Verdict, cfg: Grading
 
 def grading_of_sets(grading: GradingConfig, cfg: EvalConfig) -> GradingConfig:
     """Return ``grading`` with the verifiers that sets name for their rows."""
-    known = {*BUILT_IN_VERIFIERS, *(name for _, name in grading.named_verifiers())}
-    more = tuple(dict.fromkeys(name for name in cfg.verifiers().values() if name not in known))
+    more = tuple(verifiers_of_sets(grading, cfg))
     return replace(grading, row_verifiers=(*grading.row_verifiers, *more)) if more else grading
+
+
+def verifiers_of_sets(grading: GradingConfig, cfg: EvalConfig) -> dict[str, str]:
+    """Return verifier → key for those that sets alone name."""
+    known = {*BUILT_IN_VERIFIERS, *(name for _, name in grading.named_verifiers())}
+    return {name: key for key, name in cfg.verifiers().items() if name not in known}
 
 
 def check_sets(sets: Mapping[str, EvalSet], grading: GradingConfig, verifier: Verifier) -> None:
     """Hold the rows of evaluation sets against the verifiers that will judge them, before anything is sampled.
 
     Raises:
-        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or
-            a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; a
+            verifier asks for the row's other columns, which ``data.keep_row`` leaves out; or options that are to be
+            shuffled cannot be found.
     """
     for name, one in sets.items():
+        one.check_options()
         problems = [row_verifier_problem(grading, own) for own in sorted(one.dataset.verifiers)]
         if found := [problem for problem in problems if problem]:
             raise ValueError("\n".join(f"eval.sets.{name}: {problem}" for problem in found))

@@ -124,6 +124,12 @@ class EvalSet:
             row = self.dataset[number]
             yield EvalItem(number=number, row=row, verifier=row.verifier or self.settings.verifier)
 
+    def check_options(self) -> None:
+        """Raise ValueError where options are to be shuffled and a row has none that can be found."""
+        for item in self.items() if self.settings.shuffle_options else ():
+            with self._naming(item):
+                self._variant(item.row, 0)
+
     def prompts(self, item: EvalItem) -> list[EvalPrompt]:
         """Return the prompts of an item's responses; [] where one is longer than ``data.max_prompt_tokens``.
 
@@ -132,17 +138,24 @@ class EvalSet:
         """
         count, row = self.settings.samples_per_prompt, item.row
         variants: list[Shuffled | None]
-        try:
+        with self._naming(item):
             if self.settings.shuffle_options:
                 orders = [self._variant(row, sample) for sample in range(count)]
                 variants, tokens = [*orders], [self._tokens(one.prompt) for one in orders]
             else:
                 variants, tokens = [None] * count, [self._tokens(row.prompt)] * count
-        except ValueError as error:
-            raise ValueError(f"eval.sets.{self.name}: {self.settings.path}: prompt {row.prompt_id}: {error}") from error
         if max(map(len, tokens)) > self._data.max_prompt_tokens:
             return []
         return [self._prompt(item, sample, variants[sample], tokens[sample]) for sample in range(count)]
+
+    @contextlib.contextmanager
+    def _naming(self, item: EvalItem) -> Iterator[None]:
+        """Have a ValueError name the set and the prompt."""
+        try:
+            yield
+        except ValueError as error:
+            place = f"eval.sets.{self.name}: {self.settings.path}: prompt {item.row.prompt_id}"
+            raise ValueError(f"{place}: {error}") from error
 
     def _variant(self, row: PromptRow, sample: int) -> Shuffled:
         texts = row.row.get("options")

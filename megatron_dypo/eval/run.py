@@ -17,7 +17,7 @@ from megatron_dypo.data.row_check.cache import tokenizer_files
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.eval.asking import EndpointFailedError, Replies, ask_all
-from megatron_dypo.eval.judging import check_sets, grading_of_sets, judge, score_item
+from megatron_dypo.eval.judging import check_sets, grading_of_sets, judge, score_item, verifiers_of_sets
 from megatron_dypo.eval.model import weights_identity
 from megatron_dypo.eval.page import PAGE_FILE, render_page
 from megatron_dypo.eval.prompts import EvalPrompt, EvalSet, open_sets
@@ -103,7 +103,7 @@ def evaluate_model(target: Target, cfg: EvalCommandConfig, out: Path, *, show_pr
         )
         grading = grading_of_sets(cfg.grading, cfg.eval)
         named = frozenset[str]().union(*(one.dataset.verifiers for one in sets.values()))
-        verifier = stack.enter_context(Verifier(grading, named))
+        verifier = stack.enter_context(Verifier(grading, named, named_by=verifiers_of_sets(cfg.grading, cfg.eval)))
         check_sets(sets, grading, verifier)
         common = _setting(target, cfg, tokenizer)
         files = {

@@ -82,7 +82,8 @@ class Serving:
         gone = set[str]()
         while self._pool is not None:
             gone.update(await asyncio.to_thread(self._pool.take_lost))
-            if gone and await asyncio.to_thread(self._are_healthy, gone):
+            are_back: bool = await asyncio.to_thread(self._are_healthy, gone)
+            if gone and are_back:
                 self._ask_all_again()
                 gone.clear()
             await asyncio.sleep(_WATCH_EVERY_S)

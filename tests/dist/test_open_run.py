@@ -59,7 +59,7 @@ def test_a_run_with_servers_starts_them_once_and_every_leader_can_ask_them(
     python.chmod(0o755)
     config = write_task(
         folder,
-        eval={"prompts": [str(folder / "held_out.jsonl")]},
+        eval={"sets": {"held_out": {"path": str(folder / "held_out.jsonl")}}},
         rollout={"servers": {"python": str(python), "per_node": 2, "port": 32600}},
     )
     first, second = run_ranks(2, rank_open, str(config))

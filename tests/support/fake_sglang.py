@@ -78,6 +78,7 @@ class FakeSGLang:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
+        app.router.add_post("/v1/completions", self._generate)
         for path, answer in _ABOUT.items():
             app.router.add_get(path, functools.partial(self._tell, answer))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)

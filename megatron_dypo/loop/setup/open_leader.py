@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.tokenizer.open import Tokenizer
-from megatron_dypo.eval.judging import check_sets, grading_of_sets
+from megatron_dypo.eval.judging import check_sets, grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
@@ -49,7 +49,7 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
     grading = grading_of_sets(config.grading, config.eval)
     held_out = open_held_out(config, leaders, tokenizer, base.stack)
     named = dataset.verifiers.union(*(one.dataset.verifiers for one in held_out.values()))
-    verifier, verdicts = Verifier(grading, named), None
+    verifier, verdicts = Verifier(grading, named, named_by=verifiers_of_sets(config.grading, config.eval)), None
     if base.with_servers or config.data.drop_wrong_traces:
         base.stack.enter_context(verifier)
         check_against_verifier(config, dataset, verifier)
