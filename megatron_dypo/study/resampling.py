@@ -48,7 +48,7 @@ def spread(tables: Sequence[Array], *, least: float = 0.0, seed: int = 0, resamp
     """Return the mean over evaluation sets of the mean over seeds and items, with its interval.
 
     Args:
-        tables: [K, I_d] for each set; all have the same seeds. Every set weighs the same.
+        tables: [K, I_d] for each set; all have the same seeds. Every set counts the same.
         least: smallest value that a mean can have, 0 or, of a difference, −1; the largest is 1. Intervals end there.
         seed: of the resampling.
     """

@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.tree import MAX_SEED
 from megatron_dypo.config.unknown_keys import unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
 from megatron_dypo.study.resampling import RESAMPLES
@@ -81,8 +80,6 @@ class Spec:
         require(bool(self.methods), "methods={}", "name at least one")
         require(bool(self.seeds), "seeds=[]", "name at least one")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds={list(self.seeds)}", "a seed stands twice")
-        for seed in self.seeds:
-            require(0 <= seed < MAX_SEED, f"seeds: {seed}", "must be in [0, 2^31)")
         for kind, names in (("methods", self.methods), ("data", self.data), ("tables", self.tables)):
             for name in names:
                 rule = "a name is a part of a path: letters, digits, . _ + -, at most 64, and not . first"

@@ -43,7 +43,7 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
         "eval_command": [*fake, "eval", "{cell}"],
     }
     path = folder / "comparison.yaml"
-    path.write_text(yaml.safe_dump({**spec, **changes}))
+    path.write_text(yaml.safe_dump({**spec, **changes}, sort_keys=False))
     return path
 
 
