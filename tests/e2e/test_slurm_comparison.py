@@ -11,7 +11,7 @@ import pytest
 from tests.slurm_host.host import REPOSITORY, start_slurm
 from tests.support.study.comparisons import journal_lines, run_here, tell, wait_until, write_comparison
 
-DEADLINE_S = 300.0
+DEADLINE_S = 500.0
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,12 @@ def test_an_array_of_which_two_cells_were_killed_ends_with_the_table_of_a_local_
     _, local = run_here(write_comparison(tmp_path / "local"))
     folder = tmp_path / "array"
     path = write_comparison(folder)
-    holds = [tell(folder, "hold", cell) for cell in ("dypo/seed-1", "grpo/seed-1")]
+    held = ("dypo/seed-1", "grpo/seed-1")
+    holds = [tell(folder, "hold", cell) for cell in held]
     number, command = submit(slurm, path)
     assert "--array=0,1,2,3 " in command
-    wait_until(lambda: len(journal_lines(folder)) == 2, "two cells are trained", DEADLINE_S)
+    begins = {f"begin train {cell}" for cell in held}
+    wait_until(lambda: begins <= set(journal_lines(folder)), "two cells are trained", DEADLINE_S)
     for task in (0, 1):
         slurm.call("scancel", "--signal=KILL", "--full", f"{number}_{task}")
     for hold in holds:
