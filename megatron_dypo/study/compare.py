@@ -17,7 +17,6 @@ from megatron_dypo.study.cells import Cell, plan_cells, require_own_settings
 from megatron_dypo.study.missing import reason
 from megatron_dypo.study.run_cells import run_cells
 from megatron_dypo.study.spec import OUR_TRAIN_COMMAND, Spec, read_spec
-from megatron_dypo.study.write import write_results
 
 Say = Callable[[str], None]
 _SCRIPT = "slurm/compare.sh"
@@ -44,6 +43,8 @@ class Comparison:
 
     def write(self) -> str:
         """Write tables, page and figures of what is done; return the tables as Markdown."""
+        from megatron_dypo.study.write import write_results  # brings scipy and plotly, which --slurm need not wait for
+
         return write_results(self.spec, self.cells, self.groups)
 
     def run(self, numbers: Sequence[int] | None, *, say: Say, show: Say) -> None:

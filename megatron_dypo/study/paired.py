@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from megatron_dypo.study.resampling import RESAMPLES, Array
+from megatron_dypo.study.resampling import Array
+from megatron_dypo.study.spec import RESAMPLES
 
 
 def permutation_p(differences_I: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> float:

@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from megatron_dypo.study.spec import RESAMPLES
+
 Array = NDArray[np.float64]
 
-RESAMPLES = 9_999
 CONFIDENCE = 0.95
 _POWER_RATIO = float(stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
 

@@ -22,9 +22,9 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_dypo.checks import require
 from megatron_dypo.config.unknown_keys import unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
-from megatron_dypo.study.resampling import RESAMPLES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+RESAMPLES = 9_999
 _OURS = (sys.executable, "-m", "megatron_dypo.cli")
 _T = TypeVar("_T")
 OUR_TRAIN_COMMAND = (*_OURS, "train", "{config}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 import time
 
@@ -23,10 +25,19 @@ def slurm():
 
 def submit(slurm, path):
     """Submit what is missing; return the job's number and the command that was run."""
-    settings = [f"VENV={sys.prefix}", f"DYPO_HOME={REPOSITORY}", "SBATCH_GPUS_PER_NODE=2"]
-    compare = ["env", *settings, sys.executable, "-m", "megatron_dypo.cli", "compare", str(path), "--slurm"]
-    command = slurm.call(*compare, "--dry-run")
-    (number,) = re.findall(r"Submitted batch job (\d+)", slurm.call(*compare))
+    settings = {"VENV": sys.prefix, "DYPO_HOME": str(REPOSITORY), "SBATCH_GPUS_PER_NODE": "2"}
+    environment = {**os.environ, **settings, "SLURM_CONF": str(slurm.root / "slurm" / "slurm.conf")}
+
+    def compare(*options):
+        words = [sys.executable, "-m", "megatron_dypo.cli", "compare", str(path), "--slurm", *options]
+        done = subprocess.run(
+            words, cwd=slurm.root, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command = compare("--dry-run")
+    (number,) = re.findall(r"Submitted batch job (\d+)", compare())
     return number, command
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_dypo.study.resampling import RESAMPLES, expansion, seeds_variance, spread
+from megatron_dypo.study.resampling import expansion, seeds_variance, spread
+from megatron_dypo.study.spec import RESAMPLES
 
 
 def accuracies(rng, seeds, items, samples, *, of_seeds):
