@@ -5,7 +5,7 @@ score of each item under each seed, the mean over the item's samples.
 
 Seeds and items are crossed: every run answers the same items. So a mean over both has two sources of noise, and more
 of one does not help against the other. Items are many, and are resampled. Seeds are few: of three seeds a bootstrap
-over seeds covers about 80% instead of 95%, since it never sees anything outside of the three. So their part is drawn
+over seeds may cover 83% instead of 95%, since it never sees anything outside of the three. So their part is drawn
 from Student's t with the variance between seeds, the part of it that comes from items and sampling taken off.
 ``benchmarks/interval_coverage.py`` measures the coverage.
 """
