@@ -20,6 +20,7 @@ from megatron_dypo.launch.cli import route, serve, train
 from megatron_dypo.mcore.cli import export
 from megatron_dypo.metrics.report.cli import report
 from megatron_dypo.planning.cli import plan, plan_refit
+from megatron_dypo.study.cli import compare
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -44,6 +45,7 @@ app.command("config")(show_config)
 app.command()(check)
 app.command()(train)
 app.command()(report)
+app.command()(compare)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(grade)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.presets import with_preset
 from megatron_dypo.config.tree import Config
 from megatron_dypo.config.typed import read_typed, shortened
@@ -94,7 +95,7 @@ def _origin(problem: str, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config | EvalCommandConfig) -> str:
     """Return the resolved config as YAML, with every default, in the order of the dataclasses."""
     tree = _plain(dataclasses.asdict(config))
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
