@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dypo.eval.options import find_options, shuffled
+from megatron_dypo.data.tokenizer.chat import Message
+from megatron_dypo.eval.options import Shuffled, find_options, shuffled
 
 QUESTION = "Which is a gas?\n\nA) iron\nB) neon\nC) salt\nD) wood\n\nAnswer with a letter."
 
@@ -13,6 +14,11 @@ def one(
     prompt: object = QUESTION, answer: object = "B", texts: object = None, sample: int = 0, seed: int = 1
 ) -> object:
     return shuffled(prompt, answer, texts, seed=seed, prompt_id="q", sample=sample)  # type: ignore[arg-type]
+
+
+def text_of(made: Shuffled) -> str:
+    assert isinstance(made.prompt, str)
+    return made.prompt
 
 
 def options_of(prompt: str) -> dict[str, str]:
@@ -24,7 +30,7 @@ def test_the_answer_s_label_follows_its_option() -> None:
     answers = set()
     for sample in range(40):
         made = shuffled(QUESTION, "B", None, seed=1, prompt_id="q", sample=sample)
-        options = options_of(made.prompt)
+        options = options_of(text_of(made))
         assert options[made.answer] == "neon"
         assert sorted(options.values()) == ["iron", "neon", "salt", "wood"]
         assert made.label_in_file(made.answer) == "B"
@@ -36,7 +42,7 @@ def test_the_answer_s_label_follows_its_option() -> None:
 
 def test_only_the_texts_of_options_change() -> None:
     made = shuffled(QUESTION, "B", None, seed=1, prompt_id="q", sample=3)
-    before, after = QUESTION.splitlines(), made.prompt.splitlines()
+    before, after = QUESTION.splitlines(), text_of(made).splitlines()
     assert [line for line in before if line[1:2] != ")"] == [line for line in after if line[1:2] != ")"]
     assert [line[:3] for line in after[2:6]] == ["A) ", "B) ", "C) ", "D) "]
 
@@ -60,10 +66,16 @@ def test_labels_may_be_written_in_several_ways(style: str) -> None:
 
 
 def test_the_last_user_s_message_has_the_options() -> None:
-    messages = [{"role": "system", "content": "A) be brief\nB) be kind"}, {"role": "user", "content": QUESTION}]
+    messages: list[Message] = [
+        {"role": "system", "content": "A) be brief\nB) be kind"},
+        {"role": "user", "content": QUESTION},
+    ]
     made = shuffled(messages, "B", None, seed=1, prompt_id="q", sample=1)
-    assert made.prompt[0] == messages[0]
-    assert options_of(made.prompt[1]["content"])[made.answer] == "neon"
+    assert isinstance(made.prompt, list)
+    system, user = made.prompt
+    assert system == messages[0]
+    assert isinstance(user, dict)
+    assert options_of(user["content"])[made.answer] == "neon"
     assert messages[1]["content"] == QUESTION
 
 
