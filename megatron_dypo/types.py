@@ -156,8 +156,8 @@ class GradedGroup:
     verdicts: tuple[Verdict, ...]
     tier: Tier | None
     trace_verdict: Verdict | None = None
-    """Of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for its
-    verdict."""
+    """The verdict of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for
+    its verdict."""
 
     @property
     def num_correct(self) -> int:
@@ -174,7 +174,7 @@ class Sample:
     member: int
     """Index in its group."""
     treatment: Treatment
-    """Of its group, whose members may be of both kinds."""
+    """What is done with its group, whose members may be of both kinds."""
     kind: SampleKind
     tokens: Tokens
     """[L] Prompt then response."""

@@ -107,7 +107,7 @@ def _pass(
     """Loss and backward of one microbatch; {key: (gradient by log π, by the entropy)}."""
     packed = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples), streams=objective.streams)
     at = np.flatnonzero(packed.response_T)
-    streams = {name: stream[at] for name, stream in packed.streams.items()}
+    streams: dict[str, Any] = {name: stream[at] for name, stream in packed.streams.items()}
     x = loss_inputs(len(at), sequence=packed.sequence_T[at], **streams)
     responses = [_response(sample, cases) for sample in samples]
     logp_N = torch.tensor(np.concatenate([r.logp for r in responses]), requires_grad=True)

@@ -32,9 +32,10 @@ class ShapedTraces(Objective):
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         super().__init__(cfg)
-        self.gamma = float(cfg.options.get("gamma", 0.1))
-        if self.gamma <= 0:
-            raise ValueError(f"objective.options.gamma={self.gamma}: must be positive")
+        gamma = cfg.options.get("gamma", 0.1)
+        if isinstance(gamma, str | dict) or gamma <= 0:
+            raise ValueError(f"objective.options.gamma={gamma}: must be a positive number")
+        self.gamma = float(gamma)
 
     def needs_rollouts(self, step: int) -> bool:
         return bool(self.cfg.options.get("rollouts", False))

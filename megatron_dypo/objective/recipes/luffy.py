@@ -10,7 +10,7 @@ from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.options import read_options
 from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.recipes.base import WeightedGroup
-from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace
+from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace, trace_advantage
 from megatron_dypo.objective.shapes import shape_index
 from megatron_dypo.objective.token_weights import advantages, grpo_weights
 from megatron_dypo.types import Sample, SampleKind, TokenWeights, Totals
@@ -43,10 +43,7 @@ class Luffy(Mixed):
     options_type = LuffyOptions
     metrics = (
         *LOSS_METRICS,
-        SumMetric(
-            "luffy/trace_advantage", "", "mean Â* of the teachers' traces",
-            of="trace_advantage", per="judged_traces", panel="Traces as members",
-        ),
+        trace_advantage("luffy"),
         SumMetric(
             "luffy/trace_reward", "", "mean reward of the teachers' traces",
             of="trace_reward", per="judged_traces", panel="Traces as members",

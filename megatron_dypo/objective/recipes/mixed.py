@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_dypo.config.schedule import bounds
+from megatron_dypo.objective.metrics import SumMetric
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.types import GradedGroup, Treatment
 
@@ -18,6 +19,18 @@ class Mixed(Objective):
 
     def treat(self, group: GradedGroup, step: int) -> Treatment:
         return Treatment.MIX if group.prompt.traces else Treatment.REINFORCE
+
+
+def trace_advantage(objective: str) -> SumMetric:
+    """Return the metric of the advantage of traces, of the sums ``trace_advantage`` and ``judged_traces``."""
+    return SumMetric(
+        f"{objective}/trace_advantage",
+        "",
+        "mean Â* of the teachers' traces",
+        of="trace_advantage",
+        per="judged_traces",
+        panel="Traces as members",
+    )
 
 
 def less_the_trace(group_size: int) -> int:

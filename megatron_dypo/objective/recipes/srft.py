@@ -9,9 +9,9 @@ from typing import Literal
 from megatron_dypo.checks import require_positive
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.options import read_options
-from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
+from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.objective.recipes.base import WeightedGroup
-from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace
+from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace, trace_advantage
 from megatron_dypo.objective.shapes import shape_index
 from megatron_dypo.objective.token_weights import advantages, length_divisor, trace_share
 from megatron_dypo.types import Sample, SampleKind, TokenWeights, Totals
@@ -46,13 +46,7 @@ class Srft(Mixed):
     """
 
     options_type = SrftOptions
-    metrics = (
-        *LOSS_METRICS,
-        SumMetric(
-            "srft/trace_advantage", "", "mean Â* of the teachers' traces",
-            of="trace_advantage", per="judged_traces", panel="Traces as members",
-        ),
-    )  # fmt: skip
+    metrics = (*LOSS_METRICS, trace_advantage("srft"))
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         super().__init__(cfg)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
+from megatron_dypo.config.schedule import weight_at
 from megatron_dypo.types import Sample, SampleKind, Treatment
 from tests.support.hf_models import import_transformers
 
@@ -74,10 +75,10 @@ def loss_of_logprobs(
     for group, logps in zip(groups, logps_by_group, strict=True):
         divisors = [divisor(sample, lengths, cfg) for sample in group]
         if group[0].treatment is Treatment.DISTILL:
-            total = total - cfg.gamma * logps[0].sum() / divisors[0]
+            total = total - weight_at(cfg.gamma, 0) * logps[0].sum() / divisors[0]
         elif cfg.name == "dypo":
-            total = total + cfg.alpha * grpo(group, logps, divisors, cfg)
-            total = total + (1 - cfg.alpha) * gal(group, logps, divisors, cfg)
+            total = total + weight_at(cfg.alpha, 0) * grpo(group, logps, divisors, cfg)
+            total = total + (1 - weight_at(cfg.alpha, 0)) * gal(group, logps, divisors, cfg)
         else:
             total = total + grpo(group, logps, divisors, cfg)
     return total / len(groups)
@@ -113,12 +114,12 @@ def grpo(group: Group, logps: Sequence[Tensor], divisors: Sequence[float], cfg: 
             if cfg.ratio == "sequence":
                 log = moved.mean().detach() + log - log.detach()
             ratio = torch.exp(log)
-            clipped = torch.clamp(ratio, 1 - cfg.clip_low, 1 + cfg.clip_high)
+            clipped = torch.clamp(ratio, 1 - present(cfg.clip_low), 1 + present(cfg.clip_high))
             token = -torch.minimum(ratio * advantage, clipped * advantage)
             if cfg.importance.cap is not None:
                 token = token * min(mismatch(sample)[t], cfg.importance.cap)
             delta = float(present(sample.ref_logp)[t]) - logp[t]
-            total = total + (token + cfg.kl_coef * (torch.exp(delta) - delta - 1)) / size
+            total = total + (token + weight_at(cfg.kl_coef, 0) * (torch.exp(delta) - delta - 1)) / size
     return total / len(group)
 
 
@@ -164,7 +165,8 @@ def stays_near(sample: Sample, logp: Tensor, cfg: ObjectiveConfig) -> list[bool]
     if cfg.gal_clip == "none":
         return [True] * len(moved)
     ratios = torch.exp(moved.mean().expand_as(moved) if cfg.gal_clip == "sequence" else moved)
-    return [r <= 1 + cfg.clip_high if sample.is_correct else r >= 1 - cfg.clip_low for r in ratios.tolist()]
+    low, high = 1 - present(cfg.clip_low), 1 + present(cfg.clip_high)
+    return [r <= high if sample.is_correct else r >= low for r in ratios.tolist()]
 
 
 def log_ratios(group: Group, logps: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor]:

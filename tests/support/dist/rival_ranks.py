@@ -22,7 +22,8 @@ def rank_gradients(
 
 def _layout(axes: Mapping[str, Any], path: str, updates: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     from megatron_dypo.batching.zigzag import shard
-    from megatron_dypo.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_dypo.config.model import ModelConfig, ParallelConfig
+    from megatron_dypo.config.training import OptimizerConfig
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.model import build_model, load_initial_weights
     from megatron_dypo.mcore.optimizer import build_optimizer

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -66,8 +67,9 @@ def test_a_broken_schedule_is_refused_by_its_field(fields, message):
 def test_a_weight_is_held_to_its_range_at_every_step():
     ObjectiveConfig(alpha=Schedule(start=1.0, end=0.0, steps=3))
     for name, low in (("alpha", 1.2), ("gamma", -0.1), ("entropy_coef", -0.1)):
+        fields: dict[str, Any] = {name: Schedule(start=low, end=0.5, steps=3)}
         with pytest.raises(ValueError, match=f"^{name}="):
-            ObjectiveConfig(**{name: Schedule(start=low, end=0.5, steps=3)})
+            ObjectiveConfig(**fields)
 
 
 def test_the_users_keys_lie_over_those_of_the_preset_and_options_over_options():

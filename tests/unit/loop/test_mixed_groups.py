@@ -17,6 +17,7 @@ from tests.support.loop_cases import (
     ROUND,
     FakePolicy,
     Prompts,
+    Records,
     Refits,
     collect_groups,
     make_config,
@@ -47,7 +48,7 @@ def test_a_group_has_its_rollouts_and_the_judged_trace_and_is_one_draw(tmp_path:
         assert group[-1].rollout_logp is None
     (alone,) = waiting[Treatment.REINFORCE]
     assert [sample.kind for sample in alone] == [SampleKind.ROLLOUT] * 3
-    assert run.accounts.balance(run.batch).difference == 0
+    assert run.accounts.balance(run.progress.batch).difference == 0
     rows = [json.loads(line) for line in (tmp_path / "samples" / "step_000001.jsonl").read_text().splitlines()]
     assert {row["treatment"]: row["teacher"] for row in rows} == {"mix": "teacher", "reinforce": None}
 
@@ -74,14 +75,15 @@ def test_a_run_trains_on_both_with_the_traces_advantage_over_all_members(
                 assert sample.old_logp is None
             else:
                 assert sample.weights["advantage"] == pytest.approx(advantage)
-    metrics = run.writer.metrics[2]  # type: ignore[union-attr]
+    assert isinstance(run.writer, Records)
+    metrics = run.writer.metrics[2]
     assert metrics["ledger/trained_mix"] == 2 * ROUND
     assert metrics["luffy/trace_advantage"] == pytest.approx(0.75 - 1.75 / 4)
     assert metrics["luffy/trace_reward"] == 0.75
     assert metrics["gate/offline_share_prompts"] == 1.0
     assert metrics["gate/offline_share_sequences"] == 0.25
     # Counted where the trace was drawn: a stream may draw the second step's groups in the first.
-    assert run.writer.metrics[1]["teacher/teacher/share"] == 1.0  # type: ignore[union-attr]
+    assert run.writer.metrics[1]["teacher/teacher/share"] == 1.0
 
 
 def test_a_group_whose_trace_has_no_verdict_is_dropped_and_says_why(tmp_path: Path) -> None:

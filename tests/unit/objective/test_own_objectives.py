@@ -92,7 +92,7 @@ def test_an_objective_may_lie_in_the_folder_where_the_run_is_started(tmp_path, m
 
 def test_options_reach_an_objective_of_ones_own_and_the_built_in_ones_refuse_them():
     assert build(SHAPED, gamma=0.25).gamma == 0.25
-    with pytest.raises(ValueError, match=r"objective\.options\.gamma=-1\.0: must be positive"):
+    with pytest.raises(ValueError, match=r"objective\.options\.gamma=-1: must be a positive number"):
         build(SHAPED, gamma=-1)
     with pytest.raises(ValueError, match=r"objective\.options=\{'gamma': 1\}: dypo has none"):
         build("dypo", gamma=1)

@@ -3,6 +3,7 @@ autograd."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_the_gradients_are_those_of_the_worked_example(name):
         assert {key[1] for key in mine} == {0, 1, 2, 3}
     expected = EXAMPLE["objectives"][name]
     for i in range(2):
-        wanted = {(i, j): values for j, values in enumerate(expected["grad_rollouts"][i])}
+        wanted: dict[Any, Any] = {(i, j): values for j, values in enumerate(expected["grad_rollouts"][i])}
         wanted[i, "trace"] = expected["grad_traces"][i]
         for key, values in wanted.items():
             got = scale * mine.get(key, np.zeros(len(values)))
