@@ -109,7 +109,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         "seconds": seconds,
         "bytes": _peak() - before,
         "logp": float(logp.detach().sum()),
-        "entropy": float(entropy.sum()),
+        "entropy": float(entropy.detach().sum()),
         "grad_norm": float(weight_VH.grad.norm()),
     }
 

@@ -71,7 +71,7 @@ class Cause(enum.Enum):
     SERVERS_GONE = Meaning(
         69,
         False,
-        "no SGLang server is left, or none could be reached",
+        "no SGLang server is left, or none could be reached; or a teacher's servers gave no log-probs in a whole round",
         "read the servers' logs in run.dir/logs, then start the run again: it resumes",
     )
     BUG = Meaning(

@@ -78,6 +78,8 @@ class DropReason(enum.Enum):
     """A server refused the request for good (HTTP 400, 413 or 422)."""
     NO_VERDICT = "no_verdict"
     """The verifier failed on a rollout of its group."""
+    NO_TEACHER_LOGP = "no_teacher_logp"
+    """The teacher gave no log-probs of a rollout of its group."""
     STALE = "stale"
     """It waited for longer than ``batching.max_staleness``."""
 
@@ -195,6 +197,8 @@ class Sample:
     """Version of the weights that ``old_logp`` are of; None where there are none."""
     ref_logp: Floats | None = None
     """[R] log π_ref."""
+    teacher_logp: Floats | None = None
+    """[R] log π_T of a teacher's server, where the objective reads it; None: not asked yet, or never."""
     weights: TokenWeights | None = None
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
+from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.presets import PRESETS
 from megatron_dypo.config.schedule import Weight, require_weight
 from megatron_dypo.config.typed import nearest
@@ -139,9 +140,9 @@ class ObjectiveConfig:
     """A row of docs/rivals.md, the published settings of a method: it gives every key of this section that the config
     does not. ``name`` is one of them."""
     name: str = "dypo"
-    """``dypo``, ``grpo``, ``sft``, ``sft_then_rl`` or a rival of docs/rivals.md; or ``my_package.module:MyObjective``,
-    a class of yours (see docs/adding_an_objective.md). Such a name runs the code of that module in every training
-    process."""
+    """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a rival of docs/rivals.md; or
+    ``my_package.module:MyObjective``, a class of yours (see docs/adding_an_objective.md). Such a name runs the code of
+    that module in every training process."""
     alpha: Weight = 0.5
     """α: weight of GRPO against GAL on Mid prompts (eq. 4); a weight."""
     gamma: Weight = 1.0
@@ -180,6 +181,9 @@ class ObjectiveConfig:
     """Divide the advantage by the group's standard deviation."""
     advantage_epsilon: float = 1e-6
     """ξ in (R − mean)/(std + ξ)."""
+    hard_without_trace: Literal["drop", "opd"] = "drop"
+    """``dypo``: a Hard prompt without a teacher's trace is dropped, or its rollouts are distilled by the teacher of
+    ``teacher_servers``, with weight γ (``objective.opd``)."""
     rl_only_steps: int = 0
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
@@ -187,6 +191,7 @@ class ObjectiveConfig:
     options: Mapping[str, float | int | bool | str | dict[str, float | int | str]] = field(default_factory=dict)
     """Options of the objective alone: those of a rival are in docs/rivals.md, and one of yours reads them as
     ``cfg.options``. A mapping is a weight that changes with the step."""
+    opd: OpdConfig = field(default_factory=OpdConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 

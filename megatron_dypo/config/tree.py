@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_dypo.checks import require, require_sound_values
 from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
@@ -31,6 +32,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher_servers: TeacherServersConfig = field(default_factory=TeacherServersConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
     old_logp: OldLogpConfig = field(default_factory=OldLogpConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

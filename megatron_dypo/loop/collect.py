@@ -15,15 +15,22 @@ from megatron_dypo.batching.queues import Queues
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.ending import RunEnded
-from megatron_dypo.loop.books.accounts import enter, enter_left_out
+from megatron_dypo.loop.books.accounts import ask_teacher, enter, enter_left_out
 from megatron_dypo.loop.books.admission import Admitted, admit, tally_admitted
 from megatron_dypo.loop.books.ledger import dropped_words
-from megatron_dypo.loop.books.outcomes import Outcomes, end_on_request, end_without_samples, end_without_verdicts
+from megatron_dypo.loop.books.outcomes import (
+    Outcomes,
+    end_on_request,
+    end_without_samples,
+    end_without_teacher,
+    end_without_verdicts,
+)
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.logprobs import Logprobs, without_logprobs
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Sampled, Servers
+from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
@@ -54,6 +61,7 @@ class Collector:
     total_steps: int
     tally: Tally
     timings: Timings
+    teacher: Teacher | NoTeacher = field(default_factory=NoTeacher)
     stop: StopFlag = STOP
     """Ends a collection when it is set; prompts that are not done then are in flight for the run that resumes."""
 
@@ -129,6 +137,7 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             rounds += 1
             before, look = look, look_around(collector)
             end_if(end_without_verdicts(look.outcomes, before.outcomes, at_least=1))
+            end_if(end_without_teacher(look.outcomes, before.outcomes, at_least=1))
     finally:
         replica.write_samples(step + 1, admitted)
     collector.tally.extreme("max:rounds", rounds)
@@ -143,6 +152,8 @@ def begin_collection(collector: Collector, step: int) -> None:
     collector.tally.add("stale", stale)
     replica.books.drop(DropReason.STALE, stale)
     replica.books.outcomes = Outcomes()
+    # A checkpoint may hold groups that were not asked for.
+    ask_teacher(replica, collector.teacher, collector.tally, collector.timings)
 
 
 def admit_groups(
@@ -160,6 +171,7 @@ def admit_groups(
     tally_admitted(collector.tally, graded, admitted)
     enter_left_out(collector.replica, collector.tally)
     enter(collector.replica, graded, admitted, fail_truncated=collector.fail_truncated)
+    ask_teacher(collector.replica, collector.teacher, collector.tally, collector.timings)
     return admitted
 
 

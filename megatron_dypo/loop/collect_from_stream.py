@@ -8,7 +8,7 @@ import math
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.books.admission import Admitted
-from megatron_dypo.loop.books.outcomes import Outcomes, end_without_verdicts
+from megatron_dypo.loop.books.outcomes import Outcomes, end_without_teacher, end_without_verdicts
 from megatron_dypo.loop.books.tally import tally_client
 from megatron_dypo.loop.collect import (
     Collector,
@@ -63,7 +63,7 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
 def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted]) -> Look:
     """Admit groups until a rollout batch waits, or the limit is reached, while the streams sample up to ``target``."""
     stream, ranks, batch = collector.servers.stream, collector.ranks, collector.batching.prompts_per_batch
-    judged, shown = Outcomes(), 0
+    judged, taught, shown = Outcomes(), Outcomes(), 0
     with progress(batch, "rollouts", "prompts to learn from", enabled=ranks.is_global_leader) as bar:
         while True:
             mark("collecting rollouts")
@@ -75,6 +75,8 @@ def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted]
                 return look
             judged = look.outcomes if look.outcomes.verdicts > judged.verdicts else judged
             end_if(end_without_verdicts(look.outcomes, judged, at_least=collector.rollout.prompts_per_round))
+            taught = look.outcomes if look.outcomes.teacher_answers > taught.teacher_answers else taught
+            end_if(end_without_teacher(look.outcomes, taught, at_least=collector.rollout.prompts_per_round))
             if look.unserved:
                 collector.servers.refit(step)
             stream.want(own_part(target - look.waiting, ranks))

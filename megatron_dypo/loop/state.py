@@ -19,6 +19,7 @@ from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.resume import Checkpointer
 from megatron_dypo.loop.servers import NoServers, Servers
+from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.loop.updater import Updater
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
@@ -38,6 +39,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     timings: Timings
     tally: Tally
+    teacher: Teacher | NoTeacher = field(default_factory=NoTeacher)
 
     @property
     def dir(self) -> Path:
@@ -85,6 +87,7 @@ class Run:
             total_steps=config.run.steps,
             tally=self.tally,
             timings=self.timings,
+            teacher=self.teacher,
         )
 
     @property

@@ -62,6 +62,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/refused_prompts", "prompts", "prompts dropped because a server refused the request for good"),
     Metric("rollout/groups_without_verdict", "prompts", "prompts dropped because a rollout of theirs has no verdict"),
     Metric(
+        "rollout/groups_without_teacher_logp", "prompts", "prompts dropped because the teacher gave no log-probs of one"
+    ),
+    Metric(
         "rollout/wrong_versions",
         "rollouts",
         "rollouts dropped because weights of another version than the last refit's sampled them",
@@ -85,6 +88,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("ledger/dropped_incomplete", "prompts", "draws whose group stayed incomplete"),
     Metric("ledger/dropped_refused", "prompts", "draws that a server refused for good"),
     Metric("ledger/dropped_no_verdict", "prompts", "draws with a rollout that the verifier failed on"),
+    Metric("ledger/dropped_no_teacher_logp", "prompts", "draws with a rollout that the teacher gave no log-probs of"),
     Metric("ledger/dropped_stale", "prompts", "draws that waited for longer than batching.max_staleness"),
     Metric("ledger/waiting", "prompts", "draws that wait for an update, or for their last one"),
     Metric("ledger/in_flight", "prompts", "draws that are being sampled or graded, or will be first after a resume"),
@@ -119,6 +123,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("timing_s/reward", "s", "grading"),
     Metric("timing_s/old_log_prob", "s", "forward-only passes for log π_old"),
     Metric("timing_s/ref_log_prob", "s", "forward-only passes for log π_ref"),
+    Metric("timing_s/teacher_log_prob", "s", "requests for a teacher's log-probs of rollouts"),
     Metric("timing_s/update_actor", "s", "forward, backward and optimizer"),
     Metric("timing_s/refit", "s", "refit: the new weights to the servers"),
     Metric("timing_s/save_checkpoint", "s", "checkpoint"),

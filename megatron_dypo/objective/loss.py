@@ -53,6 +53,8 @@ class PolicyTokens:
     """[N]; with gradient where the objective asks for that (``Objective.needs_entropy_gradient``)."""
     is_kept: Tensor
     """[N] False: masked; such a token must contribute nothing."""
+    importance: Tensor
+    """[N] u of ``objective.importance``, bounded by its cap; 1 without one."""
     sequences: Sequences
     """Means over the sequences, wherever they are split."""
 
@@ -142,7 +144,9 @@ def token_loss(
     }
     totals = {name: value_N.detach().double().sum() for name, value_N in sums.items()}
     totals[VALUE] = sum((totals[name] for name in _VALUES), start=torch.zeros_like(totals["pg"]))
-    policy = PolicyTokens(logp=current_N, entropy=entropy_N, is_kept=kept_N, sequences=sequences)
+    policy = PolicyTokens(
+        logp=current_N, entropy=entropy_N, is_kept=kept_N, importance=correction.weight, sequences=sequences
+    )
     return (loss, totals) if term is None else _with_term(loss, totals, *term(policy, x))
 
 

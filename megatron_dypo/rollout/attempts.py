@@ -36,6 +36,8 @@ class Attempts:
     """Pause before the first retry; it doubles each time, up to 30 s."""
     ends_at: float
     """End of ``deadline_s`` on the monotonic clock."""
+    wanted: str = "complete group"
+    """The thing that is asked for, in a message."""
     failures: int = 0
     """Attempts that count against ``retries``."""
     lacks: int = 0
@@ -51,7 +53,7 @@ class Attempts:
         left_s = self.ends_at - time.monotonic()
         if left_s <= 0:
             limit = f"request_deadline_s={self.deadline_s:g}"
-            raise GroupDroppedError(f"no complete group after {limit}; last failure: {self.last_failure}")
+            raise GroupDroppedError(f"no {self.wanted} after {limit}; last failure: {self.last_failure}")
         return left_s
 
     def pause_after(self, error: AskError) -> float:

@@ -143,13 +143,13 @@ async def _collect(
         samplings = [_seeded(sampling, prompt, seed_of) for prompt in prompts]
         pairs = zip(prompts, samplings, strict=True)
         groups = [asyncio.ensure_future(client.generate(prompt.tokens, own)) for prompt, own in pairs]
-        watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(_show_life())
+        watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(show_life("collecting rollouts"))
         outcomes = _Outcomes(prompts, bar, sampling.n)
         for place, group in enumerate(groups):
             group.add_done_callback(functools.partial(outcomes.note, place))
         watch.add_done_callback(lambda _: outcomes.over.set())
         try:
-            with _setting(outcomes.over, stop):
+            with set_at_stop(outcomes.over, stop):
                 await outcomes.over.wait()
             if outcomes.has_unserved:
                 # A connection ends before its server has: let the check say whether the last one is gone for good.
@@ -213,15 +213,15 @@ def dropped_group(prompt: Prompt, error: GroupDroppedError) -> DroppedGroup:
 
 
 @contextlib.contextmanager
-def _setting(event: asyncio.Event, stop: StopFlag | None) -> Iterator[None]:
+def set_at_stop(event: asyncio.Event, stop: StopFlag | None) -> Iterator[None]:
     """Set an event of this loop when ``stop`` is set, from whichever thread."""
     loop = asyncio.get_running_loop()
     with stop.calling(lambda: loop.call_soon_threadsafe(event.set)) if stop else contextlib.nullcontext():
         yield
 
 
-async def _show_life() -> None:
-    """Tell the watchdog that a wait for rollouts is no hang: requests have a deadline of their own."""
+async def show_life(doing: str) -> None:
+    """Tell the watchdog that a wait for servers is no hang: requests have a deadline of their own."""
     while True:
-        mark("collecting rollouts")
+        mark(doing)
         await asyncio.sleep(_SIGN_OF_LIFE_S)

@@ -78,12 +78,12 @@ def sampled_lengths(payload: Any) -> list[int]:
 def _read(output: Any, sampling: Sampling, id_limit: int) -> _Response:
     meta = output.get("meta_info") if isinstance(output, dict) else None
     if not isinstance(meta, dict):
-        raise IncompleteGroupError(f"a response without meta_info: {_quote(output)}")
+        raise IncompleteGroupError(f"a response without meta_info: {quote(output)}")
     reason = meta.get("finish_reason")
     ending: dict[str, Any] = reason if isinstance(reason, dict) else {}
     finish = ending.get("type")
     if finish != "stop" and finish != "length":
-        raise IncompleteGroupError(f"a response ended with finish_reason {_quote(reason)}")
+        raise IncompleteGroupError(f"a response ended with finish_reason {quote(reason)}")
     tokens = _read_tokens(output.get("output_ids"), sampling, id_limit)
     if finish == "stop":
         _require_stop(ending.get("matched"), int(tokens[-1]), sampling)
@@ -99,21 +99,21 @@ def _read(output: Any, sampling: Sampling, id_limit: int) -> _Response:
 
 def _read_tokens(ids: Any, sampling: Sampling, id_limit: int) -> Tokens:
     if not isinstance(ids, list):
-        raise IncompleteGroupError(f"output_ids={_quote(ids)}: must be a list of token ids")
+        raise IncompleteGroupError(f"output_ids={quote(ids)}: must be a list of token ids")
     if not ids:
         raise IncompleteGroupError("a response without tokens")
     if len(ids) > sampling.max_new_tokens:
         raise IncompleteGroupError(f"{len(ids)} tokens for max_new_tokens={sampling.max_new_tokens}")
     for token in ids:
         if type(token) is not int or not 0 <= token < id_limit:
-            raise IncompleteGroupError(f"token id {_quote(token)}: must be an integer in [0, {id_limit})")
+            raise IncompleteGroupError(f"token id {quote(token)}: must be an integer in [0, {id_limit})")
     return np.asarray(ids, dtype=np.int32)
 
 
 def _require_stop(matched: Any, last: int, sampling: Sampling) -> None:
     """SGLang matches a token. A match of text means another end: ``NaN happened`` where its logits are not numbers."""
     if matched is not None and (type(matched) is not int or matched != last):
-        raise IncompleteGroupError(f"a response that ends with token {last} stopped at {_quote(matched)}")
+        raise IncompleteGroupError(f"a response that ends with token {last} stopped at {quote(matched)}")
     if sampling.stop_token_ids and last not in sampling.stop_token_ids:
         raise IncompleteGroupError(
             f"a response stopped at token {last}, which is not one of stop_token_ids={sampling.stop_token_ids} "
@@ -130,7 +130,7 @@ def _read_logp(rows: Any, tokens: Tokens) -> Floats:
     low, high = _LOGP_RANGE
     for position, row in enumerate(rows):
         if type(row[0]) not in (int, float) or not low <= row[0] <= high:  # NaN is in no range
-            raise IncompleteGroupError(f"log-prob {_quote(row[0])} of token {position}: must be finite and at most 0")
+            raise IncompleteGroupError(f"log-prob {quote(row[0])} of token {position}: must be finite and at most 0")
     return np.asarray([row[0] for row in rows], dtype=np.float32)
 
 
@@ -140,14 +140,14 @@ def _read_spans(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[str, ...],
     if not spans:
         spans = [{"version": meta.get("weight_version"), "start": 0}]
     if not (isinstance(spans, list) and all(isinstance(span, dict) for span in spans)):
-        raise IncompleteGroupError(f"weight_versions={_quote(spans)}: must be a list of spans")
+        raise IncompleteGroupError(f"weight_versions={quote(spans)}: must be a list of spans")
     versions, starts = [span.get("version") for span in spans], [span.get("start") for span in spans]
     if not all(isinstance(version, str) and version for version in versions):
-        raise IncompleteGroupError(f"weight versions {_quote(versions)}: must be strings")
+        raise IncompleteGroupError(f"weight versions {quote(versions)}: must be strings")
     if not all(type(start) is int for start in starts) or starts[0] != 0:
-        raise IncompleteGroupError(f"weight versions begin at tokens {_quote(starts)}: must be integers from 0")
+        raise IncompleteGroupError(f"weight versions begin at tokens {quote(starts)}: must be integers from 0")
     if any(a >= b for a, b in zip(starts, [*starts[1:], num_tokens], strict=True)):
-        raise IncompleteGroupError(f"weight versions begin at tokens {_quote(starts)} of {num_tokens}: must ascend")
+        raise IncompleteGroupError(f"weight versions begin at tokens {quote(starts)} of {num_tokens}: must ascend")
     return tuple(versions), tuple(starts)
 
 
@@ -200,7 +200,7 @@ def _quote_all(names: Sequence[str]) -> str:
     return ", ".join(name[:_MAX_QUOTED] for name in names[-8:])
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
     """Return any value as a short text for a message."""
     if isinstance(value, str | list | tuple):
         value = value[:_MAX_QUOTED]

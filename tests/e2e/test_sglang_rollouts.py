@@ -18,13 +18,18 @@ import psutil
 import pytest
 import torch
 
+from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.data.tokenizer.open import load_tokenizer
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.rollout.server.probe import log_probs_are_untempered
 from megatron_dypo.rollout.server.process import ServerDiedError
 from megatron_dypo.rollout.server.servers import ServerPool
-from megatron_dypo.types import Prompt, RolloutGroup
+from megatron_dypo.rollout.teacher.check import require_same_tokenizer
+from megatron_dypo.rollout.teacher.client import TeacherClient
+from megatron_dypo.rollout.teacher.logprobs import teacher_logprobs
+from megatron_dypo.types import Prompt, RolloutGroup, Sample, SampleKind, Treatment
 from tests.support.hf_models import import_transformers, make_hf_model
 
 STOP_IDS = tuple(range(2, 22))
@@ -75,6 +80,21 @@ def post(pool: ServerPool, path: str) -> int:
         return error.code
 
 
+def rollout_samples(group: RolloutGroup) -> list[Sample]:
+    return [
+        Sample(
+            order=group.prompt.order,
+            member=member,
+            treatment=Treatment.REINFORCE,
+            kind=SampleKind.ROLLOUT,
+            tokens=np.concatenate([group.prompt.tokens, rollout.tokens]),
+            num_prompt_tokens=len(group.prompt.tokens),
+            policy_version=0,
+        )
+        for member, rollout in enumerate(group.rollouts)
+    ]
+
+
 def logp_of_transformers(model_path: Path, group: RolloutGroup) -> list[torch.Tensor]:
     model = import_transformers().AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     logps = []
@@ -98,6 +118,22 @@ def test_log_probs_are_those_of_transformers_at_temperature_1(
     for group in groups:
         for rollout, expected in zip(group.rollouts, logp_of_transformers(model_path, group), strict=True):
             np.testing.assert_allclose(rollout.logp, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_teachers_log_probs_are_those_of_transformers(pool: ServerPool, model_path: Path) -> None:
+    groups, _ = collect(make_prompts(2), make_client(pool), group_size=4, progress=False)
+    cfg = TeacherServersConfig(urls=pool.urls, request_deadline_s=120.0)
+    for group in groups:
+        samples = rollout_samples(group)
+        found = teacher_logprobs(samples, TeacherClient(cfg, pool.api_key, vocab_size=131), progress=False)
+        for logp, expected in zip(found, logp_of_transformers(model_path, group), strict=True):
+            np.testing.assert_allclose(logp, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_server_that_knows_no_text_is_refused_as_a_teacher(pool: ServerPool, model_path: Path) -> None:
+    """The servers of a run have no tokenizer."""
+    with pytest.raises(ValueError, match="/tokenize does not answer as SGLang and vLLM do"):
+        require_same_tokenizer(TeacherServersConfig(urls=pool.urls), pool.api_key, load_tokenizer(model_path))
 
 
 def test_a_server_of_the_run_passes_the_check_for_untempered_log_probs(pool: ServerPool) -> None:

@@ -82,8 +82,8 @@ class FakeSGLang:
     async def _start(self) -> None:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
-        app.router.add_post("/v1/chat/completions", self._generate)
-        app.router.add_post("/v1/completions", self._generate)
+        for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
+            app.router.add_post(path, self._generate)
         for path, answer in _ABOUT.items():
             app.router.add_get(path, functools.partial(self._tell, answer))
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)

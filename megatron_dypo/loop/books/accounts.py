@@ -14,7 +14,9 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.requests import Stream
+from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.metrics import status
+from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.types import DropReason, GradedGroup
 
 log = logging.getLogger("megatron_dypo")
@@ -29,6 +31,19 @@ def enter(replica: Replica, graded: Sequence[GradedGroup], admitted: Admitted, *
     outcomes = replica.books.outcomes
     outcomes.graded += len(admitted.usable)
     outcomes.verdicts += count_verdicts(graded, fail_truncated)
+
+
+def ask_teacher(replica: Replica, teacher: Teacher | NoTeacher, tally: Tally, timings: Timings) -> None:
+    """Give what waits the teacher's log-probs, if the objective reads them; drop and count groups without."""
+    if not teacher.missing(replica.queues):
+        return
+    with timings.measure("teacher_log_prob"):
+        report = teacher.complete(replica.queues)
+    for message in report.dropped:
+        replica.books.drop(DropReason.NO_TEACHER_LOGP, message=message)
+    replica.books.outcomes.teacher_answers += report.answered
+    tally.add("teacher_asked", report.asked)
+    tally.add("without_teacher_logp", len(report.dropped))
 
 
 def enter_left_out(replica: Replica, tally: Tally) -> None:

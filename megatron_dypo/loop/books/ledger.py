@@ -30,6 +30,7 @@ _WORDS = {
     DropReason.INCOMPLETE: "with an incomplete group",
     DropReason.REFUSED: "refused by a server",
     DropReason.NO_VERDICT: "without a verdict",
+    DropReason.NO_TEACHER_LOGP: "without a teacher's log-probs",
     DropReason.STALE: "stale",
 }
 

@@ -23,6 +23,8 @@ class Outcomes:
     dropped: Counter[DropReason] = field(default_factory=Counter)
     verdicts: int = 0
     """Rollouts that the verifier judged."""
+    teacher_answers: int = 0
+    """Rollouts that the teacher gave log-probs of."""
     last_reason: str = ""
     """The reason for which the last group was lost, or had no verdict."""
 
@@ -45,6 +47,7 @@ class Outcomes:
             graded=self.graded + other.graded,
             dropped=self.dropped + other.dropped,
             verdicts=self.verdicts + other.verdicts,
+            teacher_answers=self.teacher_answers + other.teacher_answers,
             last_reason=self.last_reason or other.last_reason,
         )
 
@@ -74,6 +77,17 @@ def end_without_verdicts(now: Outcomes, before: Outcomes, at_least: int) -> RunE
     )
 
 
+def end_without_teacher(now: Outcomes, before: Outcomes, at_least: int) -> RunEnded | None:
+    """Return the end of a run whose teacher, since ``before``, failed on ``at_least`` groups and gave no log-probs."""
+    failed = now.dropped[DropReason.NO_TEACHER_LOGP] - before.dropped[DropReason.NO_TEACHER_LOGP]
+    if failed < at_least or now.teacher_answers > before.teacher_answers:
+        return None
+    return RunEnded(
+        Cause.SERVERS_GONE,
+        f"the teacher gave log-probs of no rollout of {failed} groups in a row; the last reason: {now.last_reason}",
+    )
+
+
 def end_without_samples(outcomes: Outcomes, *, num_prompts: int, step: int, max_prompt_tokens: int) -> RunEnded | None:
     """Return the end of a run whose collection reached its limit and found nothing to learn from; None: look further.
 
@@ -86,7 +100,7 @@ def end_without_samples(outcomes: Outcomes, *, num_prompts: int, step: int, max_
     if outcomes.seen < num_prompts:
         return None
     usable = Counter({reason: dropped[reason] for reason in (DropReason.EASY, DropReason.NO_TEACHER)})
-    failed = outcomes.lost + dropped[DropReason.NO_VERDICT]
+    failed = outcomes.lost + dropped[DropReason.NO_VERDICT] + dropped[DropReason.NO_TEACHER_LOGP]
     words = ", ".join(dropped_words(dropped))
     if failed > usable.total():
         cause = Cause.NO_VERDICTS if dropped[DropReason.NO_VERDICT] > outcomes.lost else Cause.GROUPS_LOST

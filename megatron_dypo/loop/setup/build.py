@@ -23,7 +23,9 @@ from megatron_dypo.loop.servers import NoServers
 from megatron_dypo.loop.setup.connect import connect, start_in_background
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
+from megatron_dypo.loop.setup.open_teacher import open_teacher
 from megatron_dypo.loop.state import Run
+from megatron_dypo.loop.teacher import require_teacher_servers
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
 from megatron_dypo.mcore.start import start_megatron
@@ -57,6 +59,7 @@ def open_run(config: Config) -> Iterator[Run]:
         layout = _join(config, stack)
         latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
         objective = build_objective(config.objective)
+        require_teacher_servers(config, objective)
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
@@ -64,6 +67,7 @@ def open_run(config: Config) -> Iterator[Run]:
         opened = Follower() if leaders is None else open_leader(base, leaders)
         replica = opened.leader if isinstance(opened, OpenedLeader) else opened
         servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
+        teacher = open_teacher(base, opened)
         writer: Writer = NoWriter()
         if layout.is_global_leader:
             _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
@@ -81,6 +85,7 @@ def open_run(config: Config) -> Iterator[Run]:
             progress=base.progress,
             timings=base.timings,
             tally=base.tally,
+            teacher=teacher,
         )
 
 
@@ -120,7 +125,9 @@ def _lay(
 def _join(config: Config, stack: contextlib.ExitStack) -> MeshRank:
     """Join the other ranks, and check what can be checked before a model is built."""
     # A rank may wait in a collective for as long as the rollouts take; a dead peer is noticed by its socket.
-    patience = 2 * config.rollout.request_deadline_s * config.batching.max_collect_rounds
+    teacher = config.teacher_servers
+    deadline_s = config.rollout.request_deadline_s + (teacher.request_deadline_s if teacher.urls else 0.0)
+    patience = 2 * deadline_s * config.batching.max_collect_rounds
     layout = start_megatron(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
     stack.callback(close, layout)
     found = features.probe()

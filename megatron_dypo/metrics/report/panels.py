@@ -158,6 +158,7 @@ PANELS = (
             Line("ledger/dropped_incomplete", "incomplete group", _ORANGE),
             Line("ledger/dropped_refused", "refused", "#c2528b"),
             Line("ledger/dropped_no_verdict", "no verdict", "#eab587"),
+            Line("ledger/dropped_no_teacher_logp", "no teacher's log-probs", "#8c6bb1"),
             Line("ledger/dropped_stale", "stale", "#6b8e23"),
             Line("ledger/waiting", "waiting", _GRAY),
             Line("ledger/in_flight", "in flight", "#9fc5e8"),

@@ -62,6 +62,14 @@ class Objective(ABC):
         """Say whether ``Sample.current_logp_sum`` is read of samples that older weights made."""
         return False
 
+    def needs_teacher_logp(self) -> bool:
+        """Say whether ``Sample.teacher_logp`` is read of any rollout; the run then asks the servers of a teacher."""
+        return False
+
+    def reads_teacher(self, group: Sequence[Sample]) -> bool:
+        """Say whether ``Sample.teacher_logp`` is read of the rollouts of this group."""
+        return self.needs_teacher_logp()
+
     def needs_trace_verdict(self) -> bool:
         """Say whether the verifier judges the teacher's trace that is drawn beside the rollouts of its group.
 

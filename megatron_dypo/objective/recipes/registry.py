@@ -17,6 +17,7 @@ from megatron_dypo.objective.recipes.fixed import Fixed
 from megatron_dypo.objective.recipes.grpo import Grpo
 from megatron_dypo.objective.recipes.hpt import Hpt
 from megatron_dypo.objective.recipes.luffy import Luffy
+from megatron_dypo.objective.recipes.opd import Opd
 from megatron_dypo.objective.recipes.sft import Sft
 from megatron_dypo.objective.recipes.sft_then_rl import SftThenRl
 from megatron_dypo.objective.recipes.srft import Srft
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "srft": Srft,
     "chord": Chord,
     "hpt": Hpt,
+    "opd": Opd,
 }
 
 
