@@ -3,10 +3,11 @@
     python benchmarks/interval_coverage.py
 
 Runs on items: the logit of each response is the difficulty of the item, plus the luck of the run, plus what both have
-together, all normal. The truth is the mean over all runs and items, by quadrature. Columns: seeds, items, samples of an item,
-standard deviation of the runs' luck, mean logit; coverage of ``ours``, of ``resampled`` (a percentile bootstrap that
-resamples seeds and items) and of ``items`` (a bootstrap over items alone), and the median width of ours. The last line is one
-JSON object: smallest and largest coverage of ours over the settings with three or more seeds, and over those with two.
+together, all normal. The truth is the mean over all runs and items, by quadrature. Columns: seeds, items, samples of an
+item, standard deviation of the runs' luck, mean logit; coverage of ``ours``, of ``resampled`` (a percentile bootstrap
+that resamples seeds and items) and of ``items`` (a bootstrap over items alone), and the median width of ours. The last
+line is one JSON object: smallest and largest coverage of ours over the settings with three or more seeds, and over
+those with two.
 """
 
 from __future__ import annotations

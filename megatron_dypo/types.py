@@ -176,7 +176,7 @@ class Sample:
     member: int
     """Index in its group."""
     treatment: Treatment
-    """What is done with its group, whose members may be of both kinds."""
+    """The treatment of its group, whose members may be of both kinds."""
     kind: SampleKind
     tokens: Tokens
     """[L] Prompt then response."""

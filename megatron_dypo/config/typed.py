@@ -24,7 +24,7 @@ def read_typed(
     Args:
         gone: dotted keys that no longer exist, each with a hint.
     """
-    problems = _unknown_keys(tree, kind, (), gone or {})
+    problems = unknown_keys(tree, kind, gone=gone)
     if problems:
         return None, problems
     try:
@@ -66,9 +66,11 @@ def section_of_mapping(hint: Any) -> type | None:
     return values[0] if values and isinstance(values[0], type) and dataclasses.is_dataclass(values[0]) else None
 
 
-def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...], gone: Mapping[str, str]) -> list[str]:
+def unknown_keys(
+    tree: Mapping[str, Any], section: type, path: tuple[str, ...] = (), gone: Mapping[str, str] | None = None
+) -> list[str]:
     """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
-    hints, problems = get_type_hints(section), []
+    hints, problems, gone = get_type_hints(section), [], gone or {}
     for key, value in tree.items():
         dotted = ".".join((*path, str(key)))
         if dotted in gone:
@@ -77,13 +79,13 @@ def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...],
             before = "".join(f"{part}." for part in path)
             problems.append(f"{dotted}: unknown key; {nearest(str(key), hints, before=before, otherwise='known keys')}")
         elif (inner := _section_of(hints[key])) is not None and isinstance(value, Mapping):
-            problems += _unknown_keys(value, inner, (*path, key), gone)
+            problems += unknown_keys(value, inner, (*path, key), gone)
         elif dataclasses.is_dataclass(hints[key]):
             problems.append(f"{dotted}={shortened(repr(value))}: must be a mapping")
         elif (inner := section_of_mapping(hints[key])) is not None and isinstance(value, Mapping):
             for name, item in value.items():
                 if isinstance(item, Mapping):
-                    problems += _unknown_keys(item, inner, (*path, key, str(name)), gone)
+                    problems += unknown_keys(item, inner, (*path, key, str(name)), gone)
                 else:
                     problems.append(f"{dotted}.{name}={shortened(repr(item))}: must be a mapping")
     return problems

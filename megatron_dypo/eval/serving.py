@@ -29,10 +29,10 @@ _WATCH_EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is evaluated, and where."""
+    """The model to evaluate, and where it is served."""
 
     model: str
-    """As the user names it: a folder, or a name at an endpoint."""
+    """The user's name for it: a folder, or a name at an endpoint."""
     api: Api
     urls: tuple[str, ...]
     """() where the command starts servers."""

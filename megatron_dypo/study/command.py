@@ -18,8 +18,8 @@ _TAIL_BYTES = 65_536
 def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: Callable[[], None]) -> int:
     """Run a command to its end, and return its exit status.
 
-    A request to stop this process is passed on to the command's processes as SIGTERM; after ``grace_s`` seconds they are
-    killed. The same happens if this process is killed.
+    A request to stop this process is passed on to the command's processes as SIGTERM; after ``grace_s`` seconds they
+    are killed. The same happens if this process is killed.
 
     Args:
         log: file that gets the command's output, after what is there.

@@ -1,4 +1,4 @@
-"""The tables of a comparison as grids of words, the same for every format: what stands where, and what is said below."""
+"""The tables of a comparison as grids of words, the same for every format: their cells and the notes below."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def differences_grid(result: Result) -> Grid:
     notes = (
         "Differences are of matched seeds and items. The interval and p are over seeds and items (of items alone with "
         f"one seed), p by Holm over the {len(rows)} comparisons of the table, and this one decides.",
-        "Permutation, Wilcoxon and McNemar: over the items, for these very runs; other seeds may differ. McNemar: one run, "
-        "one response to each item.",
+        "Permutation, Wilcoxon and McNemar: over the items, for these very runs; other seeds may differ. McNemar: one "
+        "run, one response to each item.",
         "Could find: the true difference that such a sample finds in four cases of five.",
     )
     return Grid(name=f"{result.name}: differences", header=header, rows=rows, notes=notes)

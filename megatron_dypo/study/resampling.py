@@ -83,14 +83,16 @@ def seeds_variance(tables: Sequence[Array]) -> float:
     means_K = np.mean([table.mean(axis=1) for table in tables], axis=0)
     whole = float(means_K.var(ddof=1))
     residual = sum(_residual_variance(table) / table.shape[1] for table in tables) / len(tables) ** 2
-    return max(whole - residual, whole / len(means_K))
+    own: float = max(whole - residual, whole / len(means_K))
+    return own
 
 
 def _residual_variance(scores_KI: Array) -> float:
     num_seeds, num_items = scores_KI.shape
     rows, columns = scores_KI.mean(axis=1, keepdims=True), scores_KI.mean(axis=0, keepdims=True)
     rest = scores_KI - rows - columns + scores_KI.mean()
-    return float((rest**2).sum()) / ((num_seeds - 1) * (num_items - 1))
+    residual: float = float((rest**2).sum()) / ((num_seeds - 1) * (num_items - 1))
+    return residual
 
 
 def _items_part(tables: Sequence[Array], seed: int, resamples: int) -> Array:
@@ -128,7 +130,9 @@ def expansion(num_items: int) -> float:
 
 
 def _student_draws(freedom: int, seed: int, resamples: int) -> Array:
-    """Return [B] draws of Student's t: its quantiles, evenly spaced, in random order. The tails of few degrees of freedom
-    then do not depend on luck."""
+    """Return [B] draws of Student's t: its quantiles, evenly spaced, in random order.
+
+    The tails of few degrees of freedom then do not depend on luck.
+    """
     quantiles_B = stats.t.ppf((np.arange(resamples) + 0.5) / resamples, freedom)
     return np.random.default_rng([seed, freedom]).permutation(quantiles_B)

@@ -20,7 +20,7 @@ Estimates = Mapping[tuple[Arm, str], "Estimate"]
 
 
 class Verdict(str, Enum):
-    """What a comparison found."""
+    """The finding of a comparison."""
 
     BETTER = "better"
     WORSE = "worse"

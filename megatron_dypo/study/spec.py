@@ -15,18 +15,17 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.unknown_keys import unknown_keys
+from megatron_dypo.config.typed import unknown_keys
 from megatron_dypo.config.yaml_text import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 RESAMPLES = 9_999
 _OURS = (sys.executable, "-m", "megatron_dypo.cli")
-_T = TypeVar("_T")
 OUR_TRAIN_COMMAND = (*_OURS, "train", "{config}")
 
 
@@ -71,10 +70,11 @@ class Spec:
     resamples: int = RESAMPLES
     """Resamples of the items, and permutations. No p-value is smaller than 2 / (resamples + 1)."""
     train_command: tuple[str, ...] = OUR_TRAIN_COMMAND
-    """Words of the command that trains a cell; ``{config}`` stands for the cell's config file, ``{cell}`` for its folder."""
+    """Words of the command that trains a cell; ``{config}`` stands for the cell's config file, ``{cell}`` for its
+    folder."""
     eval_command: tuple[str, ...] = (*_OURS, "eval", "{model}", "--sets", "{sets}", "--out", "{out}")
-    """Words of the command that evaluates a cell; ``{model}`` stands for the HF folder of its run, ``{sets}`` for the file
-    of ``megatron-dypo eval --sets``, ``{out}`` for the folder of the records."""
+    """Words of the command that evaluates a cell; ``{model}`` stands for the HF folder of its run, ``{sets}`` for the
+    file of ``megatron-dypo eval --sets``, ``{out}`` for the folder of the records."""
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "methods={}", "name at least one")
@@ -144,19 +144,21 @@ def read_spec(path: Path) -> Spec:
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: must be a mapping of keys")
-    problems = unknown_keys(tree, Spec, ())
+    problems = unknown_keys(tree, Spec)
     if not problems:
         try:
             # By JSON, where pydantic is strict about types and still takes a list for a tuple.
-            return _adapter(Spec).validate_json(json.dumps(tree, default=str), strict=True)
+            spec: Spec = _adapter().validate_json(json.dumps(tree, default=str), strict=True)
         except ValidationError as error:
             problems = list(_explain(error))
+        else:
+            return spec
     raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
 
 
 @functools.cache
-def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
-    return TypeAdapter(kind)
+def _adapter() -> TypeAdapter[Spec]:
+    return TypeAdapter(Spec)
 
 
 def _explain(error: ValidationError) -> Iterable[str]:

@@ -56,7 +56,7 @@ def journal_lines(folder: Path) -> list[str]:
 
 
 def tell(folder: Path, kind: str, cell: str, text: str = "") -> Path:
-    """Tell the fake program to ``hold`` or ``fail`` in a cell; return the file, which takes the order back when removed."""
+    """Tell the fake program to ``hold`` or ``fail`` in a cell; return the file whose removal takes the order back."""
     path = beside(journal(folder), kind, cell)
     path.write_text(text)
     return path

@@ -1,8 +1,8 @@
-"""The commands of a cell without a model: ``fake_program.py JOURNAL train CELL`` and ``… eval CELL``; CELL is its folder.
+"""The commands of a cell without a model: ``fake_program.py JOURNAL train CELL`` and ``… eval CELL``; CELL is a folder.
 
-They write the files that the real ones write, and note in JOURNAL when they begin and end. Files beside JOURNAL say what
-they are to do: ``hold.<cell>``: wait until that file is gone; ``fail.<cell>``: end with the cause in it. They import
-nothing of the package, so that they start fast and do not share its mistakes.
+They write the files that the real ones write, and note in JOURNAL when they begin and end. Files beside JOURNAL say
+what they are to do: ``hold.<cell>``: wait until that file is gone; ``fail.<cell>``: end with the cause in it. They
+import nothing of the package, so that they start fast and do not share its mistakes.
 """
 
 from __future__ import annotations
