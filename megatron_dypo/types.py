@@ -176,7 +176,7 @@ class Sample:
     member: int
     """Index in its group."""
     treatment: Treatment
-    """The treatment of its group, whose members may be of both kinds."""
+    """That of its group, whose members may be of both kinds."""
     kind: SampleKind
     tokens: Tokens
     """[L] Prompt then response."""

@@ -17,6 +17,7 @@ from megatron_dypo.study.plots import plot_columns
 from megatron_dypo.study.results import Verdict, make_result
 from megatron_dypo.study.scores import CellScores, score_cell, score_table
 from megatron_dypo.study.spec import Spec, TableSpec
+from tests.support.present import present
 
 GROUPS = {"avg": ("math", "logic")}
 
@@ -88,7 +89,7 @@ def test_a_large_difference_is_found_and_the_best_is_bold_an_equal_one_is_noise(
 def test_what_could_have_been_found_tells_noise_from_too_small_a_sample():
     methods, scores = ("base", "same"), scores_of({"base": 0.5, "same": 0.5}, items=2000)
     could_find = make_result("main", spec(*methods), GROUPS, scores).differences[Arm(method="same"), "avg"]
-    limit = could_find.spread.detectable
+    limit = present(could_find.spread.detectable)
     for smallest, expected in ((1.01 * limit, Verdict.NOISE), (0.99 * limit, Verdict.TOO_SMALL)):
         result = make_result("main", spec(*methods, smallest_difference=smallest), GROUPS, scores)
         assert verdict(result, "same", "avg") is expected
@@ -99,7 +100,7 @@ def test_a_difference_that_is_found_needs_more_than_its_own_p_among_many():
     result = make_result("main", spec("base", *(f"m{i}" for i in range(6))), GROUPS, scores)
     assert len(result.differences) == 18
     for one in result.differences.values():
-        assert one.p_holm >= one.spread.p
+        assert present(one.p_holm) >= present(one.spread.p)
     assert result.best == {}
 
 
@@ -120,7 +121,7 @@ def test_methods_are_compared_on_the_seeds_and_items_that_both_have():
 
 def test_mcnemars_test_is_made_of_one_run_with_one_response_alone():
     one = make_result("main", spec("a", "b"), GROUPS, scores_of({"a": 0.4, "b": 0.6}, seeds=(1,)))
-    assert one.differences[Arm(method="b"), "math"].p_mcnemar < 0.001
+    assert present(one.differences[Arm(method="b"), "math"].p_mcnemar) < 0.001
     assert one.differences[Arm(method="b"), "avg"].p_mcnemar is None
     three = make_result("main", spec("a", "b"), GROUPS, scores_of({"a": 0.4, "b": 0.6}))
     assert three.differences[Arm(method="b"), "math"].p_mcnemar is None
@@ -164,8 +165,16 @@ def test_a_method_without_a_result_has_an_empty_row_and_no_average_of_a_part():
 def test_the_score_of_an_item_is_pass_at_k_over_its_responses_with_a_verdict():
     def response(item, sample, correct):
         return Record(
-            **{"set": "s", "item": item, "sample": sample, "seed": 0, "source": "", "correct": correct},
-            **{"truncated": False, "num_tokens": 1, "response": "", "answer": None},
+            set="s",
+            item=item,
+            sample=sample,
+            seed=0,
+            source="",
+            correct=correct,
+            truncated=False,
+            num_tokens=1,
+            response="",
+            answer=None,
         )
 
     records = [response("a", index, index < 2) for index in range(5)] + [response("a", 5, None), response("b", 0, True)]
@@ -180,7 +189,9 @@ def test_markdown_shows_mean_deviation_interval_and_mark_in_one_field():
     lines = to_markdown(main_grid(result, [], scores)).splitlines()
     assert lines[2] == "|  | math | logic | avg |"
     found = result.estimates[Arm(method="good"), "math"].spread
-    expected = f"**{100 * found.mean:.1f}** ± {100 * found.sd:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}] ▲"
+    expected = (
+        f"**{100 * found.mean:.1f}** ± {100 * present(found.sd):.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}] ▲"
+    )
     assert lines[5].split(" | ")[1] == expected
     assert {line.count("|") for line in lines if line.startswith("|")} == {5}
 
