@@ -189,9 +189,8 @@ def test_markdown_shows_mean_deviation_interval_and_mark_in_one_field():
     lines = to_markdown(main_grid(result, [], scores)).splitlines()
     assert lines[2] == "|  | math | logic | avg |"
     found = result.estimates[Arm(method="good"), "math"].spread
-    expected = (
-        f"**{100 * found.mean:.1f}** ± {100 * present(found.sd):.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}] ▲"
-    )
+    mean, sd, low, high = (f"{100 * present(value):.1f}" for value in (found.mean, found.sd, found.low, found.high))
+    expected = f"**{mean}** ± {sd} [{low}, {high}] ▲"
     assert lines[5].split(" | ")[1] == expected
     assert {line.count("|") for line in lines if line.startswith("|")} == {5}
 
