@@ -55,7 +55,7 @@ def train_block(folder: Path, name: str, steps: int, *more: str) -> None:
         *["-m", "megatron_dypo.cli", "train", str(QUICKSTART / "dypo.yaml")],
         *[f"run.dir={folder / name}", f"run.steps={steps}", "checkpoint.every=0", "export.hf=false"],
         *[f"model.hf_path={folder}/warmup/hf", f"data.prompts=[{folder}/data/train.jsonl]"],
-        *[f"eval.prompts=[{folder}/data/heldout.jsonl]", *VARIANTS[name], *more],
+        *[f"eval.sets.heldout.path={folder}/data/heldout.jsonl", *VARIANTS[name], *more],
     )
 
 

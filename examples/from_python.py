@@ -48,7 +48,7 @@ def main(
             f"model.hf_path={out / 'model'}",
             "parallel.pipeline=1",
             f"data.prompts=[{out / 'train.jsonl'}]",
-            f"eval.prompts=[{out / 'held_out.jsonl'}]",
+            f"eval.sets.held_out.path={out / 'held_out.jsonl'}",
             "optimizer.warmup_steps=0",
             *(overrides or []),
         ],

@@ -13,12 +13,14 @@ import typer
 import megatron_dypo
 from megatron_dypo.check.cli import check
 from megatron_dypo.config.cli import init, show_config
+from megatron_dypo.eval.cli import evaluate
 from megatron_dypo.grading.cli import grade
 from megatron_dypo.launch.attempt import end_of
 from megatron_dypo.launch.cli import route, serve, train
 from megatron_dypo.mcore.cli import export
 from megatron_dypo.metrics.report.cli import report
 from megatron_dypo.planning.cli import plan, plan_refit
+from megatron_dypo.study.cli import compare
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -43,7 +45,9 @@ app.command("config")(show_config)
 app.command()(check)
 app.command()(train)
 app.command()(report)
+app.command()(compare)
 app.command()(export)
+app.command("eval")(evaluate)
 app.command()(grade)
 app.command()(plan)
 app.command("plan-refit")(plan_refit)

@@ -54,7 +54,7 @@ def overrides(out: Path, seed: int, stage: str) -> list[str]:
         "dypo": [
             f"model.hf_path={out}/warmup/hf",
             f"data.prompts=[{out}/data/train.jsonl]",
-            f"eval.prompts=[{out}/data/heldout.jsonl]",
+            f"eval.sets.heldout.path={out}/data/heldout.jsonl",
         ],
     }
     return [f"run.dir={out}/{stage}", *paths[stage], *seeds]

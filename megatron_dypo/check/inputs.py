@@ -8,11 +8,12 @@ from pathlib import Path
 
 from megatron_dypo.check.lengths import Longest, asks_servers, check_lengths
 from megatron_dypo.check.program import missing_program
-from megatron_dypo.check.prompt_files import check_prompt_files, held_out_key
+from megatron_dypo.check.prompt_files import check_prompt_files
 from megatron_dypo.check.room import check_run_folder
 from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.models.architecture import Architecture, load_architecture
@@ -35,7 +36,9 @@ def check_inputs(config: Config) -> Findings:
     tokenizer = load_tokenizer_of(config, arch, found)
     longest = check_prompt_files(config, tokenizer, found)
     with found.noting():
-        check_importable(config.grading)
+        check_importable(
+            grading_of_sets(config.grading, config.eval), named_by=verifiers_of_sets(config.grading, config.eval)
+        )
     check_rest(config, arch, longest, found)
     return found
 
@@ -96,9 +99,9 @@ def check_rest(config: Config, arch: Architecture | None, longest: Longest, foun
     if not config.eval.sets:
         defaults = EvalConfig()
         found.notes += [
-            f"eval.{option.name}={getattr(config.eval, option.name)}: does nothing, for eval.prompts names no set"
+            f"eval.{option.name}={getattr(config.eval, option.name)}: does nothing, for eval.sets names no set"
             for option in dataclasses.fields(defaults)
-            if option.name != "prompts" and getattr(config.eval, option.name) != getattr(defaults, option.name)
+            if option.name != "sets" and getattr(config.eval, option.name) != getattr(defaults, option.name)
         ]
     if asks_servers(config):
         found.missing += missing_program(config.rollout.servers)
@@ -109,7 +112,7 @@ def check_rest(config: Config, arch: Architecture | None, longest: Longest, foun
 
 def _missing_files(config: Config) -> list[str]:
     keys = [("data.prompts", path) for path in config.data.prompts]
-    keys += [(held_out_key(config, name), path) for name, path in config.eval.sets.items()]
+    keys += [(f"eval.sets.{name}.path", one.path) for name, one in config.eval.sets.items()]
     missing = [f"{key}={path!r}: no such file" for key, path in keys if not os.path.lexists(path)]
     folder = Path(config.model.hf_path)
     key = f"model.hf_path={config.model.hf_path!r}"

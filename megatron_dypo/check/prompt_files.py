@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_dypo.check.ends import Ends, look_at_ends
 from megatron_dypo.check.lengths import Longest
-from megatron_dypo.config.data import DataConfig, DataFieldsConfig
+from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.source import distinct_names
 from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.eval.prompts import held_out_data
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -26,23 +27,14 @@ WHOLE_BYTES = 2**20
 _SHOWN_ROWS = 5
 
 
-def held_out_key(config: Config, name: str) -> str:
-    """Return the key of an evaluation set: ``eval.prompts.aime``, or ``eval.prompts`` where sets are named by files."""
-    return f"eval.prompts.{name}" if isinstance(config.eval.prompts, Mapping) else "eval.prompts"
-
-
-def held_out_data(config: Config) -> DataConfig:
-    """Return how rows of evaluation sets are read: as ``open_held_out`` does, without teachers."""
-    data = replace(config.data, teachers=None, drop_wrong_traces=False)
-    return data if config.eval.format is None else replace(data, format=config.eval.format, fields=DataFieldsConfig())
-
-
 def check_prompt_files(config: Config, tokenizer: Tokenizer | None, found: Findings) -> Longest:
     """Check the prompt files and evaluation sets that are there; without a tokenizer nothing is rendered or counted."""
-    prompt, trace = _check_set("", config.data.prompts, config, tokenizer, found, held_out=False)
+    prompt, trace = _check_set("", config.data.prompts, config.data, config, tokenizer, found, held_out=False)
     held_out: int | None = 0
-    for name, path in config.eval.sets.items():
-        longest, _ = _check_set(held_out_key(config, name), [path], config, tokenizer, found, held_out=True)
+    for name in config.eval.sets:
+        settings = config.eval.settings(name)
+        data = held_out_data(config.data, settings)
+        longest, _ = _check_set(f"eval.sets.{name}", [settings.path], data, config, tokenizer, found, held_out=True)
         held_out = None if held_out is None or longest is None else max(held_out, longest)
     return Longest(prompt=prompt, trace=trace, held_out=held_out)
 
@@ -72,6 +64,7 @@ def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, 
 def _check_set(
     key: str,
     paths: Sequence[str],
+    data: DataConfig,
     config: Config,
     tokenizer: Tokenizer | None,
     found: Findings,
@@ -82,7 +75,6 @@ def _check_set(
     present = [Path(path) for path in paths if os.path.lexists(path)]  # others are noted as missing
     if not present:
         return None, None
-    data = held_out_data(config) if held_out else config.data
     if sum(path.stat().st_size for path in present if path.is_file()) > WHOLE_BYTES:
         _check_ends(key, present, data, tokenizer, found, held_out=held_out)
         return None, None

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_dypo.check.inputs import check_model, check_rest, check_weights, load_tokenizer_of
 from megatron_dypo.check.lengths import Longest
 from megatron_dypo.check.overlap import find_overlap
-from megatron_dypo.check.prompt_files import check_dataset, held_out_data, held_out_key, longest_used
+from megatron_dypo.check.prompt_files import check_dataset, longest_used
 from megatron_dypo.check.report import ModelFacts, Report, SetFacts
 from megatron_dypo.check.tokenizer import first_prompt, round_trip, stops
 from megatron_dypo.check.verifiers import try_verifiers
@@ -19,6 +19,8 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.data.dataset import PromptDataset, open_prompts
 from megatron_dypo.data.statistics import prompt_statistics
 from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.eval.judging import grading_of_sets, verifiers_of_sets
+from megatron_dypo.eval.prompts import held_out_data
 from megatron_dypo.grading.naming import unused_sources
 from megatron_dypo.grading.trial import check_importable
 from megatron_dypo.loop.setup.teachers import judge_teachers
@@ -42,7 +44,9 @@ def survey(config: Config, *, judge_all: bool = False, show_progress: bool = Tru
     report.model = _facts(arch, tokenizer)
     can_verify = False
     with found.noting():
-        check_importable(config.grading)
+        check_importable(
+            grading_of_sets(config.grading, config.eval), named_by=verifiers_of_sets(config.grading, config.eval)
+        )
         can_verify = True
     longest = Longest()
     with ExitStack() as stack:
@@ -104,9 +108,9 @@ def _open(config: Config, tokenizer: Tokenizer, found: Findings, stack: ExitStac
 
     train = opened(config.data.prompts, config.data, "", held_out=False)
     held_out = {}
-    for name, path in config.eval.sets.items():
-        where = f"eval.prompts.{name}"
-        dataset = opened((path,), held_out_data(config), held_out_key(config, name), held_out=True)
+    for name in config.eval.sets:
+        where, settings = f"eval.sets.{name}", config.eval.settings(name)
+        dataset = opened((settings.path,), held_out_data(config.data, settings), where, held_out=True)
         if dataset is not None:
             held_out[where] = dataset
     return _Data(train=train, held_out=held_out)
@@ -125,11 +129,10 @@ def _describe(
 ) -> None:
     sets = {**({"data.prompts": data.train} if data.train else {}), **data.held_out}
     for name, dataset in sets.items():
-        limits = config.data if name == "data.prompts" else held_out_data(config)
-        files = (
-            config.data.prompts if name == "data.prompts" else (config.eval.sets[name.removeprefix("eval.prompts.")],)
-        )
-        report.sets.append(SetFacts(name=name, files=tuple(files), prompts=prompt_statistics(dataset, limits)))
+        files = config.data.prompts
+        if name != "data.prompts":
+            files = (config.eval.sets[name.removeprefix("eval.sets.")].path,)
+        report.sets.append(SetFacts(name=name, files=tuple(files), prompts=prompt_statistics(dataset, config.data)))
     if data.train is None:
         return
     check_dataset(config, data.train, tokenizer, found)

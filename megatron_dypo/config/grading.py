@@ -49,11 +49,7 @@ class GradingConfig:
         require_positive(self, "workers", "deadline_s", "batch_size")
         require(self.deadline_s <= _DAY_S, f"deadline_s={self.deadline_s}", f"must be at most {_DAY_S} (a day)")
         for key, name in self.named_verifiers():
-            require(
-                name in BUILT_IN_VERIFIERS or _IMPORT_PATH.fullmatch(name) is not None,
-                f"{key}={name!r}",
-                f"must be one of {', '.join(BUILT_IN_VERIFIERS)} or an import path pkg.module:function",
-            )
+            require_verifier(key, name)
 
     def named_verifiers(self) -> list[tuple[str, str]]:
         """Return (key, verifier) for each key of this section that names a verifier, such as (``by_source.gsm8k``,
@@ -63,3 +59,12 @@ class GradingConfig:
             *((f"by_source.{source}", name) for source, name in self.by_source.items()),
             *((f"row_verifiers[{index}]", name) for index, name in enumerate(self.row_verifiers)),
         ]
+
+
+def require_verifier(key: str, name: str) -> None:
+    """Require ``name``, the value of ``key``, to be that of a built-in verifier or an import path."""
+    require(
+        name in BUILT_IN_VERIFIERS or _IMPORT_PATH.fullmatch(name) is not None,
+        f"{key}={name!r}",
+        f"must be one of {', '.join(BUILT_IN_VERIFIERS)} or an import path pkg.module:function",
+    )

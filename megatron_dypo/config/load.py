@@ -7,20 +7,24 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.presets import with_preset
 from megatron_dypo.config.tree import Config
 from megatron_dypo.config.typed import read_typed, shortened
 from megatron_dypo.config.yaml_text import read_yaml
 
+T = TypeVar("T")
+
 _GONE = {
     "rollout.servers.count": "did you mean rollout.servers.per_node (servers that one node runs)? The number "
     "of rollout nodes is rollout.servers.nodes",
+    "eval.prompts": "did you mean eval.sets, a mapping from a set's name to {path: FILE}?",
 }
-"""Keys that no longer exist because they meant two things, each with the keys to use instead."""
+"""Keys that no longer exist, each with the keys to use instead."""
 
 _UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
@@ -35,6 +39,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: one line for each problem, with file or override, field, value and rule.
     """
+    return parse_config(_read_tree(path, overrides), where=str(path), overrides=overrides)
+
+
+def load_tree(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a tree of dataclasses of another kind, as :func:`load_config` reads a config."""
+    return _parse(kind, _read_tree(path, overrides), where=str(path), overrides=overrides)
+
+
+def _read_tree(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     tree = read_yaml(_read_text(path), str(path))
     tree = {} if tree is None else tree
@@ -42,7 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: must be a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, where=str(path), overrides=overrides)
+    return tree
 
 
 def _read_text(path: Path) -> str:
@@ -63,10 +76,14 @@ def parse_config(tree: Mapping[str, Any], *, where: str, overrides: Sequence[str
         where: names the mapping in errors.
         overrides: ``section.key=value`` of those that are in the mapping already: errors of their keys name them.
     """
-    config, problems = read_typed(Config, with_preset(tree), _GONE)
-    if config is None:
+    return _parse(Config, with_preset(tree), where=where, overrides=overrides)
+
+
+def _parse(kind: type[T], tree: Mapping[str, Any], *, where: str, overrides: Sequence[str]) -> T:
+    read, problems = read_typed(kind, tree, _GONE)
+    if read is None:
         raise ValueError("\n".join(f"{_origin(problem, overrides) or where}: {problem}" for problem in problems))
-    return config
+    return read
 
 
 def _origin(problem: str, overrides: Sequence[str]) -> str | None:
@@ -78,7 +95,7 @@ def _origin(problem: str, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config | EvalCommandConfig) -> str:
     """Return the resolved config as YAML, with every default, in the order of the dataclasses."""
     tree = _plain(dataclasses.asdict(config))
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
@@ -102,9 +119,24 @@ def changed_lines(before: str, after: str) -> list[str]:
 
 def override_lines(before: Config, after: Config) -> list[str]:
     """Return the overrides (``section.key=value``) that turn ``before`` into ``after``."""
-    old, new = (dict(_leaves(yaml.safe_load(dump_config(config)), "")) for config in (before, after))
-    # A key of a free mapping such as data.chat_template_args may be new.
-    return [f"{key}={flow_yaml(value)}" for key, value in new.items() if key not in old or old[key] != value]
+    trees = [yaml.safe_load(dump_config(config)) for config in (before, after)]
+    old, new = (dict(_leaves(tree, "")) for tree in trees)
+    # A key of a free mapping such as data.chat_template_args may be new, or gone: then the mapping is written whole.
+    whole = {mapping: value for key in old.keys() - new.keys() for mapping, value in [_mapping_without(trees[1], key)]}
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    kept = {key: value for key, value in changed.items() if not key.startswith(tuple(f"{name}." for name in whole))}
+    return [f"{key}={flow_yaml(value)}" for key, value in {**dict(sorted(whole.items())), **kept}.items()]
+
+
+def _mapping_without(tree: Any, key: str) -> tuple[str, Any]:
+    """Return the innermost mapping on the way to ``key``, which ``tree`` lacks: its dotted key and its value."""
+    found: list[str] = []
+    for part in key.split("."):
+        if part not in tree or not isinstance(tree[part], Mapping):
+            break
+        tree = tree[part]
+        found.append(part)
+    return ".".join(found), tree
 
 
 def flow_yaml(value: Any) -> str:

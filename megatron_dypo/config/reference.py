@@ -19,9 +19,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_dypo.config.load import flow_yaml
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.typed import section_of_mapping
 
-REQUIRED = ("model.hf_path", "data.prompts")
-"""Keys that every config must give."""
+REQUIRED = ("model.hf_path", "data.prompts", "eval.sets.NAME.path")
+"""Keys that every config must give; NAME stands for each name of a mapping."""
 
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
@@ -129,6 +130,8 @@ def _sections(kind: type, path: str) -> Iterator[Section]:
             below.append((hints[field.name], inner))
         else:
             text = _markdown(texts.get(field.name, ""))
+            if (values := section_of_mapping(hints[field.name])) is not None:
+                below.append((values, f"{inner}.NAME"))
             keys.append(Key(path=inner, kind=_in_words(hints[field.name]), default=_default(field), text=text))
     if keys or path:
         yield Section(path=path, text=_markdown(inspect.getdoc(kind) or ""), keys=tuple(keys))
@@ -137,7 +140,9 @@ def _sections(kind: type, path: str) -> Iterator[Section]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _field_texts(kind: type) -> dict[str, str]:

@@ -29,7 +29,7 @@ _COMMON: Mapping[str, Any] = {
     "optimizer.lr": 1e-6,
     "optimizer.warmup_steps": 10,
     "checkpoint.every": 50,
-    "eval.prompts": ["data/held_out.jsonl"],
+    "eval.sets": {"held_out": {"path": "data/held_out.jsonl"}},
     "eval.every": 20,
 }
 

@@ -24,7 +24,7 @@ def read_typed(
     Args:
         gone: dotted keys that no longer exist, each with a hint.
     """
-    problems = _unknown_keys(tree, kind, (), gone or {})
+    problems = unknown_keys(tree, kind, gone=gone)
     if problems:
         return None, problems
     try:
@@ -59,9 +59,18 @@ def _section_of(hint: Any) -> type | None:
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
-def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...], gone: Mapping[str, str]) -> list[str]:
+def section_of_mapping(hint: Any) -> type | None:
+    """Return the dataclass that the values of a mapping are read into; None for other types."""
+    origin = get_origin(hint)
+    values = get_args(hint)[1:] if isinstance(origin, type) and issubclass(origin, Mapping) else ()
+    return values[0] if values and isinstance(values[0], type) and dataclasses.is_dataclass(values[0]) else None
+
+
+def unknown_keys(
+    tree: Mapping[str, Any], section: type, path: tuple[str, ...] = (), gone: Mapping[str, str] | None = None
+) -> list[str]:
     """Return a message for each key of ``tree`` that ``section`` lacks, with the nearest known key."""
-    hints, problems = get_type_hints(section), []
+    hints, problems, gone = get_type_hints(section), [], gone or {}
     for key, value in tree.items():
         dotted = ".".join((*path, str(key)))
         if dotted in gone:
@@ -70,9 +79,15 @@ def _unknown_keys(tree: Mapping[str, Any], section: type, path: tuple[str, ...],
             before = "".join(f"{part}." for part in path)
             problems.append(f"{dotted}: unknown key; {nearest(str(key), hints, before=before, otherwise='known keys')}")
         elif (inner := _section_of(hints[key])) is not None and isinstance(value, Mapping):
-            problems += _unknown_keys(value, inner, (*path, key), gone)
+            problems += unknown_keys(value, inner, (*path, key), gone)
         elif dataclasses.is_dataclass(hints[key]):
-            problems.append(f"{dotted}={value!r}: must be a mapping")
+            problems.append(f"{dotted}={shortened(repr(value))}: must be a mapping")
+        elif (inner := section_of_mapping(hints[key])) is not None and isinstance(value, Mapping):
+            for name, item in value.items():
+                if isinstance(item, Mapping):
+                    problems += unknown_keys(item, inner, (*path, key, str(name)), gone)
+                else:
+                    problems.append(f"{dotted}.{name}={shortened(repr(item))}: must be a mapping")
     return problems
 
 

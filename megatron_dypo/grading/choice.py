@@ -76,10 +76,21 @@ def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool
 
     Raises ValueError if ``answer`` is not one letter A to J or one digit 1 to 9.
     """
+    gold = gold_label(answer)
+    return chosen_label(response, gold, style) == gold
+
+
+def gold_label(answer: str) -> str:
+    """Return the label of a gold answer. Raises ValueError if it is not one letter A to J or one digit 1 to 9."""
     gold = _GOLD.fullmatch(gold_text(answer))
     if gold is None:
         raise ValueError(f"answer={answer!r}: must be one letter from A to J, or one digit from 1 to 9")
-    return _chosen(response, style, _DIGITS if gold[1].isdigit() else _LETTERS) == gold[1].upper()
+    return gold[1].upper()
+
+
+def chosen_label(response: str, gold: str, style: AnswerStyle = AUTO) -> str | None:
+    """Return the option that ``response`` settles on: a digit where ``gold`` is one, else a letter; None: no option."""
+    return _chosen(response, style, _DIGITS if gold.isdigit() else _LETTERS)
 
 
 def chosen_letter(response: str, style: AnswerStyle = AUTO) -> str | None:

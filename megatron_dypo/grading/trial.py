@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,14 @@ _FORMS = ("\\boxed{%s}", "<answer>%s</answer>", "#### %s", "The answer is %s.", 
 """How responses state an answer; one of them is what a verifier expects."""
 
 
-def check_importable(cfg: GradingConfig, *, deadline_s: float = 60.0) -> None:
-    """Import every verifier that the config names, in a process of its own.
+def check_importable(
+    cfg: GradingConfig, *, deadline_s: float = 60.0, named_by: Mapping[str, str] | None = None
+) -> None:
+    """Import every verifier that the config names, in a process of its own; ``named_by`` as for :class:`Verifier`.
 
     Raises ValueError, a line for each one that does not import within ``deadline_s``: key, value, reason.
     """
-    with Verifier(replace(cfg, workers=1), start_deadline_s=deadline_s):
+    with Verifier(replace(cfg, workers=1), start_deadline_s=deadline_s, named_by=named_by):
         pass
 
 

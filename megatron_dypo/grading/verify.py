@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,8 +39,10 @@ class Verifier:
         row_verifiers: Collection[str] = (),
         *,
         start_deadline_s: float = _START_DEADLINE_S,
+        named_by: Mapping[str, str] | None = None,
     ) -> None:
-        self._cfg, self._start_deadline_s = cfg, start_deadline_s
+        """``named_by``: verifier → key, for those that another section than ``cfg`` names; errors name that key."""
+        self._cfg, self._start_deadline_s, self._named_by = cfg, start_deadline_s, dict(named_by or {})
         own = {verifier_of(cfg, own=name, source="") for name in row_verifiers}
         self._names = own | {name for _, name in cfg.named_verifiers()}
         self._pool: Pool | None = None
@@ -141,8 +143,11 @@ class Verifier:
             raise self._named(failed) from failed
 
     def _named(self, failed: ImportFailed) -> ValueError:
-        problems = [f"{keys_that_name(self._cfg, name)}: {problem}" for name, problem in failed.problems.items()]
-        return ValueError("\n".join(problems))
+        keys = {
+            name: f"{self._named_by[name]}={name!r}" if name in self._named_by else keys_that_name(self._cfg, name)
+            for name in failed.problems
+        }
+        return ValueError("\n".join(f"{keys[name]}: {problem}" for name, problem in failed.problems.items()))
 
     def _count(self, pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> None:
         failed = [

@@ -1,50 +1,30 @@
-"""Held-out accuracy through the rollout servers."""
+"""Held-out accuracy of the model under training, through the rollout servers of the run.
+
+Prompts, seeds, verifiers, records and figures are those of ``megatron-dypo eval``
+(:mod:`megatron_dypo.eval`); here the replicas share the items, and the weights are the trainer's.
+"""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.grading import GradingConfig
+from megatron_dypo.eval.judging import records_of, score_item
+from megatron_dypo.eval.prompts import EvalItem, EvalPrompt
+from megatron_dypo.eval.scores import ItemScore, SetScore
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Servers
-from megatron_dypo.metrics.intervals import accuracy_interval
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.types import GradedGroup, Prompt
 
 log = logging.getLogger("megatron_dypo")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptScore:
-    """Counts over the responses to one held-out prompt."""
-
-    source: str
-    correct: int
-    samples: int
-    """Responses with a verdict."""
-    without_verdict: int
-    truncated: int
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetScore:
-    """The results of one replica on an evaluation set; those of several replicas add up."""
-
-    prompts: tuple[PromptScore, ...] = ()
-    lost: int = 0
-    """Prompts without a single response: too long, refused or incomplete."""
-
-    def __add__(self, other: SetScore) -> SetScore:
-        return SetScore(prompts=self.prompts + other.prompts, lost=self.lost + other.lost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +35,14 @@ class Evaluator:
     servers: Servers | NoServers
     ranks: Ranks
     cfg: EvalConfig
-    seed: int
+    grading: GradingConfig
+    """With the verifiers that sets name."""
     timings: Timings
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Return whether the weights of ``step`` are to be evaluated."""
         is_due = step == last_step or (self.cfg.every > 0 and step % self.cfg.every == 0)
-        return is_due and bool(self.cfg.prompts)
+        return is_due and bool(self.cfg.sets)
 
 
 def evaluate(evaluator: Evaluator, step: int) -> dict[str, float]:
@@ -86,32 +67,29 @@ def evaluate(evaluator: Evaluator, step: int) -> dict[str, float]:
 def score_metrics(name: str, score: SetScore) -> dict[str, float]:
     """Return the metrics of one set, and those of its sources where it has several."""
     prefix = f"eval/{name_part(name)}"
-    samples = sum(prompt.samples for prompt in score.prompts)
-    answered = samples + sum(prompt.without_verdict for prompt in score.prompts)
     metrics: dict[str, float] = {
-        f"{prefix}/num_samples": samples,
-        f"{prefix}/num_prompts": len(score.prompts) + score.lost,
-        f"{prefix}/num_lost": score.lost,
-        f"{prefix}/num_without_verdict": answered - samples,
+        f"{prefix}/num_samples": score.total("samples"),
+        f"{prefix}/num_prompts": len(score.items),
+        f"{prefix}/num_lost": score.total("lost"),
+        f"{prefix}/num_without_verdict": score.total("without_verdict"),
     }
-    judged = [prompt for prompt in score.prompts if prompt.samples]
-    if judged:
-        metrics[f"{prefix}/accuracy"] = _accuracy(judged)
-        low, high = accuracy_interval([p.correct for p in judged], [p.samples for p in judged])
-        metrics |= {f"{prefix}/accuracy_low": low, f"{prefix}/accuracy_high": high}
-    if answered:
-        metrics[f"{prefix}/truncated_ratio"] = sum(prompt.truncated for prompt in score.prompts) / answered
-        metrics[f"{prefix}/response_len/mean"] = sum(prompt.tokens for prompt in score.prompts) / answered
-    sources = sorted({prompt.source for prompt in judged})
-    for source in sources if len(sources) > 1 else ():
-        of_source = [prompt for prompt in judged if prompt.source == source]
-        metrics[f"{prefix}/{name_part(source)}/accuracy"] = _accuracy(of_source)
-        metrics[f"{prefix}/{name_part(source)}/num_samples"] = sum(prompt.samples for prompt in of_source)
+    average, interval = score.average(), score.interval()
+    if average is not None and interval is not None:
+        metrics |= {f"{prefix}/accuracy": average, f"{prefix}/accuracy_low": interval[0]}
+        metrics[f"{prefix}/accuracy_high"] = interval[1]
+    # Of one response a prompt both are the accuracy.
+    metrics |= {f"{prefix}/pass@{k}": value for k, value in score.pass_at().items() if k > 1}
+    metrics |= {f"{prefix}/maj@{k}": value for k, value in score.maj_at().items() if k > 1}
+    if score.answered:
+        metrics[f"{prefix}/truncated_ratio"] = score.total("truncated") / score.answered
+        metrics[f"{prefix}/response_len/mean"] = score.total("tokens") / score.answered
+    parts = {source: part for source, part in score.by_source().items() if part.total("samples")}
+    for source, part in parts.items() if len(parts) > 1 else ():
+        average = part.average()
+        assert average is not None
+        metrics[f"{prefix}/{name_part(source)}/accuracy"] = average
+        metrics[f"{prefix}/{name_part(source)}/num_samples"] = part.total("samples")
     return metrics
-
-
-def _accuracy(prompts: Sequence[PromptScore]) -> float:
-    return sum(prompt.correct for prompt in prompts) / sum(prompt.samples for prompt in prompts)
 
 
 def _log_score(step: int, name: str, metrics: dict[str, float]) -> None:
@@ -127,65 +105,54 @@ def _log_score(step: int, name: str, metrics: dict[str, float]) -> None:
     )
     if value("num_lost") or value("num_without_verdict"):
         log.warning(
-            "step %d: %s: %d of %d prompts have no response, %d responses have no verdict: they are in no accuracy",
+            "step %d: %s: %d responses of %d prompts never came, %d have no verdict: they are in no accuracy",
             *(step, name, value("num_lost"), value("num_prompts"), value("num_without_verdict")),
         )
 
 
 def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int) -> SetScore:
     """Sample and grade this replica's part of the set. Collective over the world."""
-    cfg, replica, seed = evaluator.cfg, evaluator.replica, evaluator.seed
-    prompts, too_long = replica.held_out_prompts(name, cfg.max_prompts)
-    # A request for each response: each has a seed of its own.
-    draws = [
-        replace(p, order=i * cfg.samples_per_prompt + s, visit=s)
-        for i, p in enumerate(prompts)
-        for s in range(cfg.samples_per_prompt)
-    ]
+    replica, settings = evaluator.replica, evaluator.cfg.settings(name)
+    items = replica.held_out_items(name)
     ask = functools.partial(
         collect,
-        group_size=1,
-        temperature=cfg.temperature,
-        seed_of=lambda prompt: response_seed(seed, prompt),
+        group_size=1,  # a request for each response: each has a seed of its own
+        temperature=settings.temperature,
+        seed_of=_seed_of,
         desc=f"eval {name}",
     )
-    sampled = servers.sample(draws, step, "eval", ask)
+    sampled = servers.sample([prompt for _, prompts in items for prompt in prompts], step, "eval", ask)
     with evaluator.timings.measure("eval"):
         graded = servers.grade(sampled.groups)
-    groups = _joined(graded, cfg.samples_per_prompt)
-    replica.write_evaluation(step, name, groups)
-    return SetScore(prompts=tuple(map(_score, groups)), lost=too_long + len(prompts) - len(groups))
-
-
-def response_seed(seed: int, prompt: Prompt) -> int:
-    """Return the seed of one held-out response: the same in every evaluation of a run, another for each response."""
-    key = json.dumps([seed, prompt.prompt_id, prompt.visit]).encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
-
-
-def _joined(graded: Sequence[GradedGroup], samples: int) -> list[GradedGroup]:
-    """Put all responses to one prompt together, in the order of the prompts; leave out prompts without any."""
-    by_prompt: dict[int, list[GradedGroup]] = {}
+    by_item: dict[int, list[GradedGroup]] = {}
     for group in graded:
-        by_prompt.setdefault(group.prompt.order // samples, []).append(group)
-    return [
-        GradedGroup(
-            prompt=replace(groups[0].prompt, order=number, visit=0),
-            rollouts=tuple(rollout for group in groups for rollout in group.rollouts),
-            verdicts=tuple(verdict for group in groups for verdict in group.verdicts),
-            tier=None,
-        )
-        for number, groups in sorted(by_prompt.items())
+        by_item.setdefault(group.prompt.order // settings.samples_per_prompt, []).append(group)
+    # Where each response has a prompt of its own, the order of its options, each is a row.
+    rows = [
+        row
+        for _, groups in sorted(by_item.items())
+        for row in (groups if settings.shuffle_options else [_joined(groups)])
     ]
+    replica.write_evaluation(step, name, rows)
+    asked, grading = settings.samples_per_prompt, evaluator.grading
+    return SetScore(items=tuple(_score(item, by_item.get(item.number, []), asked, grading) for item, _ in items))
 
 
-def _score(group: GradedGroup) -> PromptScore:
-    judged = [verdict for verdict in group.verdicts if verdict.error is None]
-    return PromptScore(
-        source=group.prompt.source,
-        correct=sum(verdict.is_correct for verdict in judged),
-        samples=len(judged),
-        without_verdict=len(group.verdicts) - len(judged),
-        truncated=sum(rollout.finish == "length" for rollout in group.rollouts),
-        tokens=sum(len(rollout.tokens) for rollout in group.rollouts),
+def _seed_of(prompt: Prompt) -> int:
+    assert isinstance(prompt, EvalPrompt)
+    return prompt.seed
+
+
+def _joined(groups: Sequence[GradedGroup]) -> GradedGroup:
+    """Put all responses to one prompt together."""
+    return GradedGroup(
+        prompt=replace(groups[0].prompt, visit=0),
+        rollouts=tuple(rollout for group in groups for rollout in group.rollouts),
+        verdicts=tuple(verdict for group in groups for verdict in group.verdicts),
+        tier=None,
     )
+
+
+def _score(item: EvalItem, groups: Sequence[GradedGroup], asked: int, grading: GradingConfig) -> ItemScore:
+    records = [record for group in groups for record in records_of(group, grading)]
+    return score_item(item, records, asked=asked, cfg=grading)

@@ -6,13 +6,14 @@ waits and nothing to write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from megatron_dypo.batching.queues import Queues
 from megatron_dypo.data.prompts import DropCounts
+from megatron_dypo.eval.prompts import EvalItem, EvalPrompt
 from megatron_dypo.loop.books.admission import Admitted, sample_rows
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.books.outcomes import Outcomes
@@ -20,11 +21,16 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.metrics.samples import SampleLog, eval_folder, sample_row
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
+HeldOutItem: TypeAlias = tuple[EvalItem, Sequence[EvalPrompt]]
+"""An item, and the prompts of its responses; () where they are too long."""
+
 
 class HeldOut(Protocol):
-    """The prompts of one evaluation set; see :class:`megatron_dypo.data.prompts.PromptStream`."""
+    """The items of one evaluation set; see :class:`megatron_dypo.eval.prompts.EvalSet`."""
 
-    def all(self, limit: int | None = None) -> tuple[list[Prompt], DropCounts]: ...
+    def items(self, replica: int, replicas: int) -> Iterable[EvalItem]: ...
+
+    def prompts(self, item: EvalItem) -> Sequence[EvalPrompt]: ...
 
 
 class Decoder(Protocol):
@@ -54,7 +60,7 @@ class Leader:
     draws: Draws
     tokenizer: Decoder
     held_out: Mapping[str, HeldOut]
-    """Name of an evaluation set → its prompts."""
+    """Name of an evaluation set → its items."""
     sample_log: SampleLog
     run_dir: Path
     books: Books
@@ -94,11 +100,10 @@ class Leader:
             taken += self.draws.left_out.popleft()
         return taken
 
-    def held_out_prompts(self, name: str, limit: int | None) -> tuple[list[Prompt], int]:
-        """Return this replica's part of an evaluation set, and its count of prompts that are too long."""
-        whole, left_out = self.held_out[name].all(limit)
-        replica, replicas = self.draws.replica, self.draws.replicas
-        return whole[replica::replicas], left_out.prompts if replica == 0 else 0
+    def held_out_items(self, name: str) -> list[HeldOutItem]:
+        """Return this replica's part of an evaluation set, each item with the prompts of its responses."""
+        held_out = self.held_out[name]
+        return [(item, held_out.prompts(item)) for item in held_out.items(self.draws.replica, self.draws.replicas)]
 
     def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None:
         """Write the file of ``samples/`` of a collection for ``step``."""
@@ -138,8 +143,8 @@ class Follower:
     def take_left_out(self) -> DropCounts:
         return DropCounts()
 
-    def held_out_prompts(self, name: str, limit: int | None) -> tuple[list[Prompt], int]:
-        return [], 0
+    def held_out_items(self, name: str) -> list[HeldOutItem]:
+        return []
 
     def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None: ...
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.eval.judging import grading_of_sets
 from megatron_dypo.loop.books.accounts import Accounts
 from megatron_dypo.loop.books.recorder import Recorder, Writer
 from megatron_dypo.loop.books.tally import Tally
@@ -97,7 +98,7 @@ class Run:
             servers=self.servers,
             ranks=self.ranks,
             cfg=self.config.eval,
-            seed=self.config.run.seed,
+            grading=grading_of_sets(self.config.grading, self.config.eval),
             timings=self.timings,
         )
 

@@ -142,7 +142,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/<set>/accuracy_high", "fraction", "upper end of that interval"),
     Metric("eval/<set>/num_samples", "responses", "held-out responses with a verdict"),
     Metric("eval/<set>/num_prompts", "prompts", "prompts of the set"),
-    Metric("eval/<set>/num_lost", "prompts", "of these, prompts without a group: too long, refused or incomplete"),
+    Metric("eval/<set>/pass@<k>", "fraction", "chance that one of k responses is correct (unbiased, Chen et al. 2021)"),
+    Metric("eval/<set>/maj@<k>", "fraction", "chance that the majority of k responses is correct (docs/evaluation.md)"),
+    Metric("eval/<set>/num_lost", "responses", "responses that never came: too long, refused or incomplete"),
     Metric("eval/<set>/num_without_verdict", "responses", "held-out responses that the verifier failed on"),
     Metric(
         "eval/<set>/<source>/accuracy", "fraction", "accuracy of the prompts of one source, where a set has several"

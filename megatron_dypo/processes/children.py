@@ -17,6 +17,8 @@ ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the requests of :mod:`m
   of its server; its parent's SIGTERM or end |
 | SGLang server | guard, in a session of its own | SIGUSR1 blocked; SIGTERM by its guard | its guard: SIGTERM to the
   session, then SIGKILL after `stop_grace_s` |
+| guard of a cell's command | `megatron-dypo compare`, in a session of its own | STOP blocked; it obeys SIGTERM, SIGINT
+  and SIGHUP of its parent alone, and sends the command SIGTERM | the end of the command; its parent's SIGTERM or end |
 | verifier process | rank, `check`, `grade`, in a session of its own | STOP has a handler that does nothing | the end
   of its connection; SIGKILL to its session at a deadline; SIGALRM if nobody is left to kill it |
 | template process | whoever renders chat templates | STOP and SIGUSR2 ignored | the end of its connection; SIGPROF

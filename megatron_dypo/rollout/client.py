@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-
-import aiohttp
 
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.words import counted
 from megatron_dypo.metrics.logs import warn_often
-from megatron_dypo.rollout.ask import (
-    Answer,
-    AskError,
-    AttemptError,
-    LostServerError,
-    OwnLackError,
-    ask,
-    without_key,
-)
-from megatron_dypo.rollout.attempts import Attempts
+from megatron_dypo.rollout.ask import Answer, AttemptError, LostServerError, without_key
 from megatron_dypo.rollout.balance import LeastLoaded
-from megatron_dypo.rollout.counts import AttemptCounts
+from megatron_dypo.rollout.http_client import HttpClient
 from megatron_dypo.rollout.responses import IncompleteGroupError, WrongVersionError, parse_group
 from megatron_dypo.rollout.sampling import Sampling, request_body
 from megatron_dypo.types import Rollout, Tokens
@@ -50,7 +38,7 @@ class Upstream:
     """A group counts only if one of these versions sampled its newest token. They ascend. None: any version."""
 
 
-class SGLangClient(AttemptCounts):
+class SGLangClient(HttpClient):
     """Samples groups from one or several servers, or from one router.
 
     A server that refuses connections, or serves other weights than it should, gets no more requests until
@@ -86,17 +74,17 @@ class SGLangClient(AttemptCounts):
         backoff_s: float = 0.5,
         vocab_size: int | None = None,
     ) -> None:
-        super().__init__()
-        self._cfg, self._decode, self._check = cfg, decode, check
+        super().__init__(urls if router is None else [router], api_key, cfg=cfg, backoff_s=backoff_s)
+        self._decode, self._check = decode, check
         self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
-        self._api_key = api_key
-        self._backoff_s = backoff_s
         self._router = router
         self._writing = threading.Lock()
         self.use_servers(urls)
-        self._session: aiohttp.ClientSession | None = None
-        self._slots: asyncio.Semaphore | None = None
-        self._has_said_lack = False
+
+    @property
+    def servers(self) -> LeastLoaded:
+        """The servers of the last refit."""
+        return self._upstream.servers
 
     @property
     def upstream(self) -> Upstream:
@@ -106,7 +94,7 @@ class SGLangClient(AttemptCounts):
     def use_servers(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
         """Send future requests to ``urls``, and accept only groups that one of ``versions`` sampled; None: any."""
         targets = [self._router] if self._router is not None else urls
-        servers = LeastLoaded(targets, rest_s=4 * self._backoff_s, clock=time.monotonic)
+        servers = self._balance(targets)
         with self._writing:
             self._upstream = Upstream(servers=servers, versions=versions)
 
@@ -118,7 +106,14 @@ class SGLangClient(AttemptCounts):
         with self._writing:
             self._upstream = replace(self._upstream, versions=versions)
 
-    def sampling(self, n: int, *, temperature: float | None = None, max_new_tokens: int | None = None) -> Sampling:
+    def sampling(
+        self,
+        n: int,
+        *,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> Sampling:
         """Return the configured sampling with ``n`` rollouts per prompt and evaluation's own overrides."""
         return Sampling(
             n=n,
@@ -127,26 +122,8 @@ class SGLangClient(AttemptCounts):
             top_p=self._cfg.top_p,
             top_k=self._cfg.top_k,
             stop_token_ids=self._stop_token_ids,
+            seed=seed,
         )
-
-    async def __aenter__(self) -> SGLangClient:
-        self._reset_counts()
-        self._has_said_lack = False
-        self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
-        self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
-            connector=aiohttp.TCPConnector(limit=0),
-            auto_decompress=False,  # a small answer must not become a huge one
-            trust_env=False,
-        )
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._session is not None
-        await self._session.close()
-        self._session = self._slots = None
 
     async def generate(self, prompt_tokens: Tokens, sampling: Sampling) -> tuple[Rollout, ...]:
         """Sample one group: all ``sampling.n`` rollouts, or an error; never a part of them.
@@ -156,36 +133,9 @@ class SGLangClient(AttemptCounts):
                 refuses the request for good (HTTP 400, 413, 422), such as a prompt beyond its context length.
             NoServerError: no server is left to ask.
         """
-        assert self._slots is not None, "use `async with client`"
-        assert self._session is not None
         body = json.dumps(request_body(prompt_tokens, sampling)).encode()
-        async with self._slots:
-            attempts = Attempts(
-                retries=self._cfg.retries,
-                deadline_s=self._cfg.request_deadline_s,
-                backoff_s=self._backoff_s,
-                ends_at=time.monotonic() + self._cfg.request_deadline_s,
-            )
-            while True:
-                # The servers of now: a failure here says nothing of a server that a later refit names again.
-                servers = self._upstream.servers
-                with servers.server() as url:
-                    try:
-                        answer = await ask(
-                            self._session,
-                            f"{url}/generate",
-                            body,
-                            timeout_s=attempts.left_s(),
-                            max_bytes=sampling.max_answer_bytes,
-                            api_key=self._api_key,
-                        )
-                        return self._parse(url, sampling, answer)
-                    except AskError as error:
-                        attempts.left_s()  # past the deadline no server is to blame
-                        self._blame(error, url, servers)
-                        pause_s = attempts.pause_after(error)
-                        self.retries += not isinstance(error, OwnLackError)
-                await asyncio.sleep(pause_s)
+        parse = functools.partial(self._parse, sampling)
+        return await self.exchange("/generate", body, max_bytes=sampling.max_answer_bytes, parse=parse)
 
     @property
     def watch_turn_s(self) -> float:
@@ -202,20 +152,7 @@ class SGLangClient(AttemptCounts):
                 await asyncio.to_thread(self._check)
             await asyncio.sleep(_WATCH_EVERY_S)
 
-    def _blame(self, error: AskError, url: str, servers: LeastLoaded) -> None:
-        """Send the next requests elsewhere if the server is to blame for a failure."""
-        if isinstance(error, OwnLackError):
-            if not self._has_said_lack:
-                _log.warning("this host cannot open another connection; requests wait for others: %s", error)
-            self._has_said_lack = True
-        elif isinstance(error, LostServerError):
-            if servers.leave_out(url):
-                _log.warning("no more requests to %s until the next refit: %s", url, error)
-        elif isinstance(error, AttemptError):
-            warn_often(_log, "an attempt for a group failed: %s", error)
-            servers.failed(url)
-
-    def _parse(self, url: str, sampling: Sampling, answer: Answer) -> tuple[Rollout, ...]:
+    def _parse(self, sampling: Sampling, url: str, answer: Answer) -> tuple[Rollout, ...]:
         try:
             return parse_group(
                 answer.payload, sampling, self._decode, versions=self._upstream.versions, vocab_size=self._vocab_size

@@ -98,12 +98,12 @@ def _spoilt(groups: Any) -> Any:
 
 def _evaluated(run: Any, recorder: Any) -> Any:
     """One step of a batch of two, with an evaluation after every step, against a server."""
-    from megatron_dypo.config.evaluation import EvalConfig
+    from megatron_dypo.loop.train import train_step
     from tests.support.loop_cases import make_step
     from tests.support import loop_cases
     from tests.support.fake_sglang import FakeSGLang
 
-    settings = EvalConfig(prompts=("aime.jsonl",), every=1)
+    settings = loop_cases.aime(every=1)
     run.config = dataclasses.replace(run.config, eval=settings)
     with FakeSGLang(version="1") as fake:
         other = loop_cases.make_run([fake.url], loop_cases.make_config(run.dir, eval=settings))

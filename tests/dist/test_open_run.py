@@ -37,7 +37,7 @@ def rank_open(path: str) -> dict[str, Any]:
             "health": [http_status(f"{url}/health", None) for url in urls],
             "asks": servers is not None and isinstance(servers.requests, LeaderRequests),
             "prompts": run.replica.num_prompts,
-            "held out": {name: len(run.replica.held_out_prompts(name, None)[0]) for name in run.replica.held_out},
+            "held out": {name: len(run.replica.held_out_items(name)) for name in run.replica.held_out},
             "router": (router.url, router.api_key) if isinstance(router, Router) else None,
             "reference": run.policy.keeps_reference,
             "writes": not isinstance(run.writer, NoWriter),
@@ -59,7 +59,7 @@ def test_a_run_with_servers_starts_them_once_and_every_leader_can_ask_them(
     python.chmod(0o755)
     config = write_task(
         folder,
-        eval={"prompts": [str(folder / "held_out.jsonl")]},
+        eval={"sets": {"held_out": {"path": str(folder / "held_out.jsonl")}}},
         rollout={"servers": {"python": str(python), "per_node": 2, "port": 32600}},
     )
     first, second = run_ranks(2, rank_open, str(config))

@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
         rollout=ASYNC,
         parallel={"num_processes": 2},
         objective={"importance": {"cap": 2.0}},
-        eval={"prompts": [str(folder / "held_out.jsonl")], "every": 2},
+        eval={"sets": {"held_out": {"path": str(folder / "held_out.jsonl")}}, "every": 2},
     )
     first = train(config, "run.steps=3")
     state = json.loads((folder / "run" / "checkpoints" / "step_000002" / "trainer_state.json").read_text())

@@ -18,7 +18,7 @@ def test_gsm8k_with_a_sentencepiece_tokenizer_learns_from_both_teachers(tmp_path
         f"run.dir={tmp_path}/run",
         f"model.hf_path={tmp_path}/input/model",
         f"data.prompts=[{tmp_path}/input/data/train.jsonl]",
-        f"eval.prompts=[{tmp_path}/input/data/test.jsonl]",
+        f"eval.sets.gsm8k.path={tmp_path}/input/data/test.jsonl",
         "run.steps=3",
         "eval.max_prompts=8",
     ]

@@ -37,7 +37,7 @@ def tiny(folder: Path) -> list[str]:
         "model.grading.verifier=tests.support.e2e.parity_task:verify",
         "model.batching.prompts_per_update=8",
         "model.optimizer.warmup_steps=0",
-        "model.eval.prompts=[]",
+        "model.eval.sets={}",
     ]
 
 

@@ -127,6 +127,7 @@ def test_a_teachers_log_probs_are_those_of_transformers(pool: ServerPool, model_
         samples = rollout_samples(group)
         found = teacher_logprobs(samples, TeacherClient(cfg, pool.api_key, vocab_size=131), progress=False)
         for logp, expected in zip(found, logp_of_transformers(model_path, group), strict=True):
+            assert isinstance(logp, np.ndarray), logp
             np.testing.assert_allclose(logp, expected.numpy(), rtol=0, atol=1e-4)
 
 

@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         parallel={"tensor": 2, "pipeline": 2},
         rollout={"servers": {"per_node": 2}},
         objective={"kl_coef": 0.01},
-        eval={"prompts": [str(folder / "held_out.jsonl")]},
+        eval={"sets": {"held_out": {"path": str(folder / "held_out.jsonl")}}},
     )
     return folder / "run", train(config)
 

@@ -69,7 +69,7 @@ def write_case(folder: Path, *, model: dict[str, Any] | None = None, **sections:
         "data": {"prompts": [str(folder / "train.jsonl")], "max_prompt_tokens": 200, "max_trace_tokens": 100},
         "rollout": {"max_new_tokens": 64},
         "grading": {"verifier": "exact", "workers": 1},
-        "eval": {"prompts": [str(folder / "held_out.jsonl")]},
+        "eval": {"sets": {"held_out": {"path": str(folder / "held_out.jsonl")}}},
     }
     for name, section in sections.items():
         config[name] = {**config.get(name, {}), **section}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
@@ -22,6 +22,8 @@ from megatron_dypo.config.run import RunConfig
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
+from megatron_dypo.data.rows import PromptRow
+from megatron_dypo.eval.prompts import EvalItem, EvalPrompt, response_seed
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import collect_in_rounds
@@ -283,6 +285,37 @@ class Prompts:
         )
 
 
+class HeldOutPrompts:
+    """The evaluation set ``aime`` over the rows of ``Prompts``, with the settings of ``cfg``."""
+
+    def __init__(self, cfg: EvalConfig, name: str = "aime", too_long: Sequence[int] = ()) -> None:
+        self._name, self._settings, self._prompts = name, cfg.settings(name), Prompts(too_long)
+
+    def items(self, replica: int, replicas: int) -> list[EvalItem]:
+        rows = range(replica, self._settings.max_prompts or PROMPTS, replicas)
+        return [EvalItem(number=row, row=self._row(row), verifier=None) for row in rows]
+
+    def prompts(self, item: EvalItem) -> list[EvalPrompt]:
+        if item.number in self._prompts.too_long:
+            return []
+        count, prompt = self._settings.samples_per_prompt, vars(self._prompts.prompt(item.number))
+        return [
+            EvalPrompt(
+                **{**prompt, "order": item.number * count + sample, "visit": sample},
+                set_name=self._name,
+                seed=response_seed(1, prompt["prompt_id"], sample),
+                plain=prompt["text"],
+            )
+            for sample in range(count)
+        ]
+
+    def _row(self, number: int) -> PromptRow:
+        prompt = self._prompts.prompt(number)
+        return PromptRow(
+            prompt_id=prompt.prompt_id, prompt=prompt.text, answer=prompt.answer, source=prompt.source, traces={}
+        )
+
+
 class Words:
     """A tokenizer whose tokens are numbers."""
 
@@ -318,6 +351,11 @@ def mixed(_row: int, member: int) -> Verdict:
 
 def silent(_row: int, _member: int) -> Verdict:
     return Verdict(is_correct=False, reward=0.0, error="KeyError: 'x'")
+
+
+def aime(**options: Any) -> EvalConfig:
+    """The section ``eval`` with one set."""
+    return EvalConfig(sets={"aime": EvalSetConfig(path="data/aime.jsonl")}, **options)
 
 
 def make_config(
@@ -467,7 +505,7 @@ def make_leader(config: Config, ranks: Any, prompts: Any) -> Leader:
     return Leader(
         draws=Draws(source=prompts, ledger=ledger, replica=ranks.replica, replicas=ranks.replicas),
         tokenizer=Words(),
-        held_out={name: Prompts() for name in config.eval.sets},
+        held_out={name: HeldOutPrompts(config.eval, name) for name in config.eval.sets},
         sample_log=SampleLog(run_dir, shard=ranks.replica if ranks.replicas > 1 else None),
         run_dir=run_dir,
         books=Books(ledger=ledger),

@@ -19,6 +19,7 @@ LAST_LINES = {
     "step_overhead": {"time_vs_sft", "memory_vs_sft", "memory_k64_vs_k4"},
     "memory_model": {"parameters", "gradients", "optimizer", "activations", "peak"},
     "refit": {"bandwidth_vs_raw", "time_vs_broadcast", "time_vs_broadcast_2_servers"},
+    "interval_coverage": {"coverage_3_or_more_seeds", "coverage_2_seeds"},
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
 }
 """Benchmark → the names on its last line."""

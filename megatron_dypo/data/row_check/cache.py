@@ -47,13 +47,14 @@ def check_hash(source: RowSource, tokenizer: Tokenizer, data: DataConfig) -> str
         "files": list(zip(source.names, source.hashes, strict=True)),
         "columns": dataclasses.asdict(source.columns),
         "data": {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_CHECKED},
-        "tokenizer": _tokenizer_files(tokenizer),
+        "tokenizer": tokenizer_files(tokenizer),
         "stop_ids": list(tokenizer.eos_ids),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return file → SHA-256 of a tokenizer, its chat template included."""
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         tokenizer.save(Path(folder))
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

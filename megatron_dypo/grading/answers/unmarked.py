@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from megatron_dypo.grading.answers.cleaning import cleaned
-from megatron_dypo.grading.answers.extract import last_phrase
+from megatron_dypo.grading.answers.extract import after_thinking, last_phrase, marked_answer
 from megatron_dypo.grading.answers.reading import Quantity, Words, read_answer
+from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
 
 _TAIL_CHARACTERS = 4000
 """A response that marks no answer is looked at in its end only."""
@@ -32,6 +33,20 @@ _AFTER = re.compile(
     r"(?!(?:mm|cm|km|m|in|ft)[²³])[\w^_(\[{:]|\s?[+*×÷=<>≤≥≠!]|\s?[-−/]\s?\w|\s?(?:or|and)\s[-−$]?\d|,\d|[.,]\s?\d"
 )
 _REASON = re.compile(r",?\s(?:because|since|which|as|so|for)\b|,\s(?:not|rather)\b", re.IGNORECASE)
+
+
+def claimed_answer(response: str, gold: str, style: AnswerStyle = AUTO) -> str | None:
+    """Return the answer of a mathematical response: the one that it marks (see
+    :func:`megatron_dypo.grading.answers.extract.marked_answer`), else, in format ``auto`` only, what
+    :func:`unmarked_answer` finds; None where it states none.
+    """
+    claim = marked_answer(response, style)
+    if claim is not None and style.answer_format == "final_answer":
+        return statement(claim)
+    if claim is None and style.answer_format == "auto":
+        text = after_thinking(response, style.thinking)
+        return None if text is None else unmarked_answer(text, gold)
+    return claim
 
 
 def unmarked_answer(text: str, gold: str) -> str | None:

@@ -44,7 +44,7 @@ log = logging.getLogger("megatron_dypo")
 def uses_servers(config: Config, objective: Objective, first_step: int) -> bool:
     """Return whether any step that is left, or any evaluation, asks a server."""
     steps_left = range(first_step, config.run.steps)
-    return bool(steps_left) and (bool(config.eval.prompts) or any(map(objective.needs_rollouts, steps_left)))
+    return bool(steps_left) and (bool(config.eval.sets) or any(map(objective.needs_rollouts, steps_left)))
 
 
 @contextlib.contextmanager

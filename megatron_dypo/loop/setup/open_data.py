@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dypo.config.data import DataFieldsConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.fingerprints import compare_fingerprints
@@ -19,6 +17,7 @@ from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
 from megatron_dypo.data.row_check.verdicts import TraceVerdicts, wrong_traces
 from megatron_dypo.data.teacher_table import teacher_table
 from megatron_dypo.data.tokenizer.open import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_dypo.eval.prompts import EvalSet, open_sets
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.setup.teachers import judge_by, verifier_key
@@ -63,17 +62,14 @@ def open_dataset(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenize
         )
 
 
-def open_held_out(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer) -> dict[str, PromptStream]:
+def open_held_out(
+    config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer, stack: contextlib.ExitStack
+) -> dict[str, EvalSet]:
     """Open the evaluation sets by name; their traces, if they have any, are not read."""
-    data = replace(config.data, teachers=None, drop_wrong_traces=False)
-    if config.eval.format is not None:
-        data = replace(data, format=config.eval.format, fields=DataFieldsConfig())
-    streams = {}
     with _first_leader_first(leaders):
-        for name, path in config.eval.sets.items():
-            dataset = open_prompts([path], data, tokenizer, cache_dir=Path(config.run.dir), held_out=True)
-            streams[name] = PromptStream(dataset, tokenizer, data, config.run.seed)
-    return streams
+        return open_sets(
+            config.eval, config.data, tokenizer, stack, seed=config.run.seed, cache_dir=Path(config.run.dir)
+        )
 
 
 def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Verifier) -> None:

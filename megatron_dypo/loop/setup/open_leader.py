@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.tokenizer.open import Tokenizer
+from megatron_dypo.eval.judging import check_sets, grading_of_sets, verifiers_of_sets
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
@@ -45,10 +46,14 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
     config, ranks = base.config, base.ranks
     tokenizer = open_tokenizer(config, base.policy.arch.vocab_size)
     dataset = open_dataset(config, leaders, tokenizer)
-    verifier, verdicts = Verifier(config.grading, dataset.verifiers), None
+    grading = grading_of_sets(config.grading, config.eval)
+    held_out = open_held_out(config, leaders, tokenizer, base.stack)
+    named = dataset.verifiers.union(*(one.dataset.verifiers for one in held_out.values()))
+    verifier, verdicts = Verifier(grading, named, named_by=verifiers_of_sets(config.grading, config.eval)), None
     if base.with_servers or config.data.drop_wrong_traces:
         base.stack.enter_context(verifier)
         check_against_verifier(config, dataset, verifier)
+        check_sets(held_out, grading, verifier)
         verdicts = judge_traces(config, leaders, dataset, tokenizer, verifier)
     source = PromptStream(dataset, tokenizer, config.data, config.run.seed, verdicts=verdicts)
     identity = data_identity(config, source)
@@ -60,7 +65,7 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
     leader = Leader(
         draws=draws,
         tokenizer=tokenizer,
-        held_out=open_held_out(config, leaders, tokenizer),
+        held_out=held_out,
         sample_log=SampleLog(base.run_dir, shard=shard, max_rows=config.logging.samples_per_step),
         run_dir=base.run_dir,
         books=Books(ledger=draws.ledger),

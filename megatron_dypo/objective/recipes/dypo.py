@@ -12,7 +12,7 @@ from megatron_dypo.config.schedule import bounds, weight_at
 from megatron_dypo.objective.distillation import OPD_METRICS, OPD_STREAMS, opd_term, opd_weights
 from megatron_dypo.objective.gal import GAL_METRICS
 from megatron_dypo.objective.loss import LossInputs, PolicyTokens, Sums
-from megatron_dypo.objective.metrics import LOSS_METRICS
+from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.streams import STREAMS
 from megatron_dypo.objective.token_weights import add_weights, gal_weights, grpo_weights, sft_weights
@@ -29,7 +29,7 @@ class Dypo(Objective):
     A Hard prompt without a trace is dropped, or its rollouts get what ``opd`` gives them, times γ.
     """
 
-    metrics = (*LOSS_METRICS, *GAL_METRICS)
+    metrics: tuple[SumMetric, ...] = (*LOSS_METRICS, *GAL_METRICS)
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         if cfg.hard_without_trace == "opd":

@@ -21,7 +21,7 @@ from megatron_dypo.config.load import load_config
 from megatron_dypo.launch.start import launch
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.refitter import Refitter
-from megatron_dypo.rollout import client
+from megatron_dypo.rollout import http_client
 from megatron_dypo.rollout.server.probe import http_status
 from tests.support.e2e.refitting_ranks import kill_server
 
@@ -70,7 +70,7 @@ class Killer:
 
 def install(killer: Killer) -> None:
     """Have the client, the refitter and its control tell the killer what they do."""
-    ask, call, refit = vars(client)["ask"], SGLangControl.call, Refitter.refit
+    ask, call, refit = vars(http_client)["ask"], SGLangControl.call, Refitter.refit
 
     async def noticed_ask(session: Any, url: str, body: bytes, **options: Any) -> Any:
         killer.notice("generate", url.removesuffix("/generate"))
@@ -86,7 +86,7 @@ def install(killer: Killer) -> None:
         killer.serving = killer.urls if version else ()
         return refit(self, version)
 
-    vars(client)["ask"] = noticed_ask
+    vars(http_client)["ask"] = noticed_ask
     SGLangControl.call = noticed_call  # type: ignore[method-assign,assignment]
     Refitter.refit = waiting_refit  # type: ignore[method-assign]
 

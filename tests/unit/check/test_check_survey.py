@@ -82,7 +82,9 @@ def test_a_tokenizer_that_loses_text_is_said_with_the_place(tmp_path: Path) -> N
 
 
 def test_what_one_part_refuses_keeps_no_other_part_from_being_checked(tmp_path: Path) -> None:
-    config = case(tmp_path, grading={"verifier": "no_such_module:verify"}, eval={"prompts": {"aime": "none.jsonl"}})
+    config = case(
+        tmp_path, grading={"verifier": "no_such_module:verify"}, eval={"sets": {"aime": {"path": "none.jsonl"}}}
+    )
     report = checked(config)
     assert report.first_prompt is not None
     assert report.sets[0].prompts.num_rows == 40

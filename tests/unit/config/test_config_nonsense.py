@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.load import dump_config, load_config, parse_config
 from megatron_dypo.config.tree import Config
 
@@ -172,8 +172,8 @@ def test_a_boolean_is_no_number(key: str, tmp_path: Path) -> None:
     [
         ("data.fields.traces=5", "data.fields.traces=5: "),
         ("data.teachers=5", "data.teachers=5: "),
-        ("eval.prompts={a: [x, y]}", "eval.prompts.a=['x', 'y']: "),
-        ("eval.prompts=5", "eval.prompts=5: "),
+        ("eval.sets={a: [x, y]}", "eval.sets.a=['x', 'y']: "),
+        ("eval.sets=5", "eval.sets=5: "),
         ("parallel.num_processes=[1]", "parallel.num_processes=[1]: "),
     ],
 )
@@ -187,5 +187,5 @@ def test_an_error_names_keys_of_the_file_alone(override: str, place: str, tmp_pa
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "x" * 81])
 def test_an_evaluation_set_has_a_name_that_is_a_folder_of_its_own(name: str) -> None:
     with pytest.raises(ValueError, match="a name is a part of metrics and a folder"):
-        EvalConfig(prompts={name: "p.jsonl"})
-    EvalConfig(prompts={"a/b": "p.jsonl", "a b": "q.jsonl", "…": "r.jsonl"})
+        EvalConfig(sets={name: EvalSetConfig(path="p.jsonl")})
+    EvalConfig(sets={name: EvalSetConfig(path="p.jsonl") for name in ("a/b", "a b", "…")})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from megatron_dypo.config.reference import REQUIRED, find, sections, to_markdown
 ROOT = Path(__file__).parents[3]
 KEYS = [key for section in sections() for key in section.keys]
 SMALLEST: dict[str, dict[str, Any]] = {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}}
+WITH_SET = {**SMALLEST, "eval": {"sets": {"NAME": {"path": "p"}}}}
+"""NAME stands for the names of a mapping."""
 
 
 def leaves(node: object, path: str = "") -> list[str]:
@@ -27,8 +28,19 @@ def leaves(node: object, path: str = "") -> list[str]:
 
 
 def test_the_reference_has_every_key_of_a_config_once() -> None:
-    config = yaml.safe_load(dump_config(parse_config(SMALLEST, where="test")))
-    assert sorted(key.path for key in KEYS) == sorted(leaves(config))
+    config = yaml.safe_load(dump_config(parse_config(WITH_SET, where="test")))
+    assert sorted(key.path for key in KEYS) == sorted([*leaves(config), "eval.sets"])
+
+
+def value_of(config: object, path: str) -> object:
+    for part in path.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
+
+
+def without(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    name, _, rest = path.partition(".")
+    return {key: without(value, rest) if key == name else value for key, value in tree.items() if rest or key != name}
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.path)
@@ -37,16 +49,15 @@ def test_a_key_has_a_meaning_and_the_default_of_the_config(key) -> None:
     assert "``" not in key.text
     assert key.text.endswith((".", ")"))
     if not key.is_required:
-        config = parse_config(SMALLEST, where="test")
-        assert operator.attrgetter(key.path)(config) == key.default
+        config = parse_config(WITH_SET if ".NAME." in key.path else SMALLEST, where="test")
+        assert value_of(config, key.path) == key.default
 
 
 @pytest.mark.parametrize("path", REQUIRED)
 def test_a_required_key_that_is_left_out_is_an_error_that_names_it(path: str) -> None:
-    section, name = path.split(".")
-    tree = {place: {key: value for key, value in keys.items() if key != name} for place, keys in SMALLEST.items()}
+    section, name = path.split(".")[0], path.split(".")[-1]
     with pytest.raises(ValueError, match=rf"{section}.*{name}"):
-        parse_config(tree, where="test")
+        parse_config(without(WITH_SET, path), where="test")
 
 
 def test_every_section_says_what_it_is() -> None:
@@ -102,7 +113,8 @@ def test_init_writes_a_config_that_loads_and_comments_each_key(task: str, more: 
     assert config.objective.name == ("sft" if task == "sft" else "dypo")
     text = path.read_text(encoding="utf-8")
     if more:
-        assert [key.path for key in KEYS if f"{key.path.rpartition('.')[2]}: " not in text] == []
+        ours = [key.path for key in KEYS if ".NAME." not in key.path]
+        assert [path for path in ours if f"{path.rpartition('.')[2]}: " not in text] == []
     for line, above in zip(text.splitlines()[1:], text.splitlines(), strict=False):
         if re.match(r" +\w+: ", line):
             assert re.match(r" +# \S", above), f"{line} has no comment"
@@ -119,7 +131,8 @@ def test_every_default_that_init_lists_can_be_uncommented(tmp_path: Path) -> Non
         kept.append(line.replace("# ", "", 1) if is_key or is_section else line)
     path.write_text("\n".join(kept), encoding="utf-8")
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert sorted(leaves(tree)) == sorted(key.path for key in KEYS)
+    paths = [key.path for key in KEYS if ".NAME." not in key.path and key.path != "eval.sets"]
+    assert sorted(leaves(tree)) == sorted([*paths, "eval.sets.held_out.path"])
     load_config(path)
 
 

@@ -111,7 +111,7 @@ def test_configs_are_valid_and_fit_the_folder_that_the_script_fills(stage: str, 
     config = load_config(path)
     moved = load_config(path, run.overrides(tmp_path, 7, stage))
     assert moved.run.seed == 7
-    for name in ("run.dir", "model.hf_path", "data.prompts", "eval.prompts"):
+    for name in ("run.dir", "model.hf_path", "data.prompts", "eval.sets"):
         section, field = name.split(".")
         here, there = (getattr(getattr(tree, section), field) for tree in (config, moved))
         assert str(here).replace(str(run.DEFAULT_OUT), str(tmp_path)) == str(there)

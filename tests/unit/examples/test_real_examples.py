@@ -56,7 +56,7 @@ def test_sizes_are_the_published_ones_but_for_the_changes_that_are_named(name: s
 def test_a_fresh_clone_lacks_nothing_but_weights_and_data(config: str) -> None:
     notes = check_inputs(load_config(ROOT / config))
     assert notes
-    assert all(note.startswith(("model.hf_path", "data.prompts", "eval.prompts")) for note in notes)
+    assert all(note.startswith(("model.hf_path", "data.prompts", "eval.sets")) for note in notes)
     assert not any("config.json" in note for note in notes)
 
 

@@ -51,14 +51,14 @@ def test_a_sliding_window_that_cuts_responses_or_traces_is_refused(response: int
 
 
 def test_files_that_are_not_there_are_missing_each_by_its_key(tmp_path: Path) -> None:
-    config = case(tmp_path, data={"prompts": ["absent.jsonl"]}, eval={"prompts": {"aime": "none.jsonl"}})
+    config = case(tmp_path, data={"prompts": ["absent.jsonl"]}, eval={"sets": {"aime": {"path": "none.jsonl"}}})
     for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / "model" / name).unlink()
     found = check_inputs(config)
     assert found.problems == found.notes == []
     assert found.missing == [
         "data.prompts='absent.jsonl': no such file",
-        "eval.prompts.aime='none.jsonl': no such file",
+        "eval.sets.aime.path='none.jsonl': no such file",
         f"model.hf_path={config.model.hf_path!r}: no tokenizer.json and no tokenizer.model there",
         f"model.hf_path={config.model.hf_path!r}: no *.safetensors there, which a plan does without",
     ]
@@ -103,7 +103,7 @@ def test_a_file_that_was_cut_off_is_refused_with_its_last_line(tmp_path: Path) -
 
 
 def test_prompts_that_are_all_too_long_are_refused_with_the_count(tmp_path: Path) -> None:
-    (problem,) = check_inputs(case(tmp_path, data={"max_prompt_tokens": 1}, eval={"prompts": []})).problems
+    (problem,) = check_inputs(case(tmp_path, data={"max_prompt_tokens": 1}, eval={"sets": {}})).problems
     assert problem.startswith("40 of 40 prompts are longer than data.max_prompt_tokens=1: the shortest has ")
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_asks_no_server_has_no_limits_of_servers(tmp_path: Path) -> N
         tmp_path,
         rollout={"max_new_tokens": 9000, "servers": servers},
         objective={"name": "sft"},
-        eval={"prompts": []},
+        eval={"sets": {}},
     )
     found = check_inputs(config)
     assert (found.problems, found.missing, found.notes) == ([], [], [])
@@ -220,8 +220,8 @@ def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
 def test_a_start_refuses_problems_returns_what_is_missing_and_logs_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = case(tmp_path, grading={"by_source": {"gsm": "exact"}}, eval={"prompts": {"aime": "none.jsonl"}})
-    assert start.check_inputs(config) == ["eval.prompts.aime='none.jsonl': no such file"]
+    config = case(tmp_path, grading={"by_source": {"gsm": "exact"}}, eval={"sets": {"aime": {"path": "none.jsonl"}}})
+    assert start.check_inputs(config) == ["eval.sets.aime.path='none.jsonl': no such file"]
     assert "grading.by_source.gsm: no row has this source" in caplog.text
     path = tmp_path / "train.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
@@ -298,7 +298,7 @@ class TestLargeFiles:
         assert problem.startswith(f"{path}: the last row: answer=[]")
 
     def test_prompts_that_are_all_too_long_are_noted(self, tmp_path: Path) -> None:
-        config = case(tmp_path, data={"max_prompt_tokens": 1}, eval={"prompts": []})
+        config = case(tmp_path, data={"max_prompt_tokens": 1}, eval={"sets": {}})
         path = self.large(tmp_path)
         (note,) = check_inputs(config).notes
         assert note.startswith(f"{path}: each of the 16 prompts looked at is longer than data.max_prompt_tokens=1")
@@ -327,9 +327,9 @@ class TestLargeFiles:
 
 
 def test_settings_of_an_evaluation_without_a_set_are_noted(tmp_path: Path) -> None:
-    notes = check_inputs(case(tmp_path, eval={"prompts": [], "every": 5, "samples_per_prompt": 2})).notes
-    assert "eval.every=5: does nothing, for eval.prompts names no set" in notes
-    assert "eval.samples_per_prompt=2: does nothing, for eval.prompts names no set" in notes
+    notes = check_inputs(case(tmp_path, eval={"sets": {}, "every": 5, "samples_per_prompt": 2})).notes
+    assert "eval.every=5: does nothing, for eval.sets names no set" in notes
+    assert "eval.samples_per_prompt=2: does nothing, for eval.sets names no set" in notes
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from megatron_dypo.loop.resume import load_groups, save_checkpoint
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
-from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import NoTeacher, Teacher, require_teacher_servers
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -29,9 +28,11 @@ from megatron_dypo.types import DropReason
 from tests.support.fake_sglang import FakeSGLang, Reply
 from tests.support.fake_teacher import Codes, answer, logp_of
 from tests.support.loop_cases import OneRank, Prompts, collect_groups, make_config, make_run, make_step, wrong
+from tests.support.present import present
 
 
-def run_with_teacher(server: FakeSGLang, teacher: FakeSGLang, run_dir: Path, **sections: Any) -> Run:
+def run_with_teacher(server: FakeSGLang, teacher: FakeSGLang, run_dir: Path, **sections: Any) -> Any:
+    """Return a run whose policy, writer and prompts are the fakes of ``loop_cases``."""
     cfg = TeacherServersConfig(urls=(teacher.url,), retries=0, request_deadline_s=20.0)
     sections = {"objective": ObjectiveConfig(name="opd"), **sections}
     run = make_run([server.url], make_config(run_dir, teacher_servers=cfg, **sections))
@@ -101,7 +102,7 @@ def test_a_checkpoint_keeps_the_teachers_log_probs_and_what_lacks_them_is_asked_
         assert [len(group) for group in stored] == [len(group) for group in waiting]
         for group, kept in zip(stored, waiting, strict=True):
             for sample, own in zip(group, kept, strict=True):
-                assert np.array_equal(sample.teacher_logp, own.teacher_logp)
+                assert np.array_equal(present(sample.teacher_logp), present(own.teacher_logp))
         asked = len(teacher.requests)
         stored[0][0].teacher_logp = None
         run.replica.queues.replace(stored)
@@ -122,7 +123,8 @@ def test_dypo_asks_for_hard_prompts_without_a_trace_alone(tmp_path: Path) -> Non
 
 
 def test_an_objective_that_reads_a_teacher_needs_its_servers(tmp_path: Path) -> None:
-    for options in ({"name": "opd"}, {"name": "dypo", "hard_without_trace": "opd"}):
+    several: tuple[dict[str, Any], ...] = ({"name": "opd"}, {"name": "dypo", "hard_without_trace": "opd"})
+    for options in several:
         config = make_config(tmp_path, objective=ObjectiveConfig(**options))
         with pytest.raises(ValueError, match=r"teacher_servers.urls=\(\).*objective.name"):
             require_teacher_servers(config, build_objective(config.objective))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.evaluation import EvalConfig
+from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.config.run import RunConfig
@@ -15,13 +15,13 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.recipes.registry import build_objective
 
 
-def config(objective: ObjectiveConfig, *, eval_prompts: tuple[str, ...] = ()) -> Config:
+def config(objective: ObjectiveConfig, *, sets: tuple[str, ...] = ()) -> Config:
     return Config(
         run=RunConfig(steps=10),
         model=ModelConfig(hf_path="m"),
         data=DataConfig(prompts=("p",)),
         objective=objective,
-        eval=EvalConfig(prompts=eval_prompts),
+        eval=EvalConfig(sets={name: EvalSetConfig(path=f"{name}.jsonl") for name in sets}),
     )
 
 
@@ -30,7 +30,7 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
 
     sft, both = ObjectiveConfig(name="sft"), ObjectiveConfig(name="sft_then_rl", sft_steps=4)
     assert not uses_servers(config(sft), build_objective(sft), 0)
-    assert uses_servers(config(sft, eval_prompts=("e",)), build_objective(sft), 0)
+    assert uses_servers(config(sft, sets=("e",)), build_objective(sft), 0)
     assert uses_servers(config(both), build_objective(both), 0)
     assert not uses_servers(config(both), build_objective(both), 10)
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_dypo.config.evaluation import EvalConfig
-from megatron_dypo.loop.evaluate import PromptScore, SetScore, evaluate, score_metrics
+from megatron_dypo.eval.scores import ItemScore, SetScore
+from megatron_dypo.loop.evaluate import evaluate, score_metrics
 from megatron_dypo.metrics.intervals import accuracy_interval, wilson_interval
 from megatron_dypo.metrics.names import lookup
 from megatron_dypo.types import Verdict
 from tests.support.fake_sglang import FakeSGLang
-from tests.support.loop_cases import PROMPTS, OneRank, Prompts, leader_of, make_config, make_run, mixed, right, silent
+from tests.support.loop_cases import (
+    PROMPTS,
+    HeldOutPrompts,
+    OneRank,
+    aime,
+    leader_of,
+    make_config,
+    make_run,
+    mixed,
+    right,
+    silent,
+)
 
 
 def evaluated(
@@ -23,14 +34,13 @@ def evaluated(
     *,
     plan: Callable[[int, dict[str, Any]], str] = lambda index, body: "ok",
     judge: Callable[[int, int], Verdict] = mixed,
-    held_out: Prompts | None = None,
+    too_long: Sequence[int] = (),
     **options: Any,
 ) -> dict[str, float]:
     with FakeSGLang(plan) as fake:
-        config = make_config(folder, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=2, **options))
+        config = make_config(folder, eval=aime(samples_per_prompt=2, **options))
         run = make_run([fake.url], config, judge=judge)
-        if held_out is not None:
-            leader_of(run).held_out = {"aime": held_out}
+        leader_of(run).held_out = {"aime": HeldOutPrompts(config.eval, too_long=too_long)}
         metrics = evaluate(run.evaluator, run.progress.step)
     for name in metrics:
         lookup(name)
@@ -50,7 +60,7 @@ def test_an_evaluation_counts_every_prompt_and_keeps_its_responses(tmp_path: Pat
 
 def test_each_response_is_asked_for_with_a_seed_that_stays(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
-        config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=2))
+        config = make_config(tmp_path, eval=aime(samples_per_prompt=2))
         run = make_run([fake.url], config)
         evaluate(run.evaluator, 0)
         evaluate(run.evaluator, 0)
@@ -73,31 +83,22 @@ def test_without_a_response_there_is_no_accuracy(tmp_path: Path, caplog: pytest.
         metrics = evaluated(tmp_path, plan=lambda index, body: "500")
     assert not any(name.endswith(("/accuracy", "_ratio", "/mean", "_low", "_high")) for name in metrics)
     assert metrics["eval/aime/num_samples"] == 0
-    assert metrics["eval/aime/num_lost"] == PROMPTS
+    assert metrics["eval/aime/num_lost"] == 2 * PROMPTS
     assert "none of its 12 prompts was judged" in caplog.text
 
 
 def test_prompts_over_the_limit_are_counted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="megatron_dypo"):
-        metrics = evaluated(tmp_path, held_out=Prompts(too_long=[0, 1, 2]))
-    assert metrics["eval/aime/num_lost"] == 3
+        metrics = evaluated(tmp_path, too_long=[0, 1, 2])
+    assert metrics["eval/aime/num_lost"] == 2 * 3
     assert metrics["eval/aime/num_samples"] == 2 * (PROMPTS - 3)
-    assert "3 of 12 prompts have no response" in caplog.text
+    assert "6 responses of 12 prompts never came" in caplog.text
 
 
 def test_a_response_without_a_verdict_is_in_no_accuracy(tmp_path: Path) -> None:
     metrics = evaluated(tmp_path, judge=lambda row, member: silent(row, member) if member else right(row, member))
     assert metrics["eval/aime/accuracy"] == 1.0
     assert metrics["eval/aime/num_samples"] == metrics["eval/aime/num_without_verdict"] == PROMPTS
-
-
-def test_two_sets_of_one_name_are_refused_and_can_be_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"2 sets would be named 'test'.*prompts: \{first: aime/test.jsonl, second: math"
-    ):
-        EvalConfig(prompts=("aime/test.jsonl", "math/test.jsonl"))
-    named = EvalConfig(prompts={"aime": "aime/test.jsonl", "math": "math/test.jsonl"})
-    assert named.sets == {"aime": "aime/test.jsonl", "math": "math/test.jsonl"}
 
 
 def test_one_response_a_prompt_has_wilson_s_interval() -> None:
@@ -117,22 +118,30 @@ def test_responses_that_differ_within_a_prompt_make_an_interval_narrower() -> No
 
 
 def test_replicas_scores_add_up() -> None:
-    one = PromptScore(source="s", correct=1, samples=2, without_verdict=0, truncated=1, tokens=7)
-    score = SetScore(prompts=(one,), lost=1) + SetScore(prompts=(one, one), lost=2)
-    metrics = score_metrics("set", score)
-    assert (metrics["eval/set/num_prompts"], metrics["eval/set/num_lost"]) == (6, 3)
+    one = ItemScore(source="s", correct=1, samples=2, truncated=1, tokens=7)
+    nothing = ItemScore(source="s", lost=2)
+    metrics = score_metrics("set", SetScore(items=(one, nothing)) + SetScore(items=(one, one)))
+    assert (metrics["eval/set/num_prompts"], metrics["eval/set/num_lost"]) == (4, 2)
     assert (metrics["eval/set/accuracy"], metrics["eval/set/truncated_ratio"]) == (0.5, 0.5)
     assert metrics["eval/set/response_len/mean"] == 3.5
+    assert metrics["eval/set/pass@2"] == 1.0
+    assert "eval/set/maj@2" not in metrics, "nobody says which answers the responses state"
+
+
+def test_several_responses_a_prompt_have_pass_at_k_and_a_majority(tmp_path: Path) -> None:
+    metrics = evaluated(tmp_path)
+    assert metrics["eval/aime/pass@2"] == 1.0, "one of two responses to each prompt is right"
+    assert metrics["eval/aime/maj@2"] == 0.5, "the other states an answer of its own: a tie"
 
 
 def test_replicas_share_the_prompts_and_count_those_over_the_limit_once(tmp_path: Path) -> None:
     found = []
     for rank in (0, 1):
         with FakeSGLang() as fake:
-            config = make_config(tmp_path, eval=EvalConfig(prompts=("data/aime.jsonl",), samples_per_prompt=1))
+            config = make_config(tmp_path, eval=aime(samples_per_prompt=1))
             run = make_run([fake.url], config, ranks=OneRank(replica=rank, replicas=2))
-            leader_of(run).held_out = {"aime": Prompts(too_long=[0, 1, 2])}
+            leader_of(run).held_out = {"aime": HeldOutPrompts(config.eval, too_long=[0, 1, 2])}
             metrics = evaluate(run.evaluator, run.progress.step)
             asked = sorted(body["input_ids"][-1] - 100 for body in fake.requests)
         found.append((metrics["eval/aime/num_lost"], metrics["eval/aime/num_samples"], asked))
-    assert found == [(3, 5, [3, 5, 7, 9, 11]), (0, 4, [4, 6, 8, 10])]
+    assert found == [(2, 4, [4, 6, 8, 10]), (1, 5, [3, 5, 7, 9, 11])]

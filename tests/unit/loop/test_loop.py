@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig, OldLogpConfig, ReferenceConfig
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
@@ -31,6 +30,7 @@ from tests.support.loop_cases import (
     Prompts,
     Records,
     Refits,
+    aime,
     leader_of,
     make_config,
     make_run,
@@ -274,7 +274,7 @@ def test_updates_that_are_skipped_end_the_run_on_all_ranks_when_they_are_too_man
 
 
 def test_the_weights_are_evaluated_before_the_first_step_when_it_is_due_and_after_the_last(tmp_path: Path) -> None:
-    settings = EvalConfig(prompts=("data/aime.jsonl",), every=2)
+    settings = aime(every=2)
     config = make_config(tmp_path, steps=5, eval=settings, batching={"updates_per_batch": 5, "prompts_per_update": 1})
     (ended,) = train(config)
     assert [step for step, metrics in ended.metrics.items() if "eval/aime/accuracy" in metrics] == [0, 2, 4, 5]

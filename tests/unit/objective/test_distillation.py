@@ -78,7 +78,7 @@ def rollout(order: int, member: int, reward: float, old_logp: Any, teacher_logp:
         policy_version=0,
         is_correct=reward > 0.5,
         reward=float(reward),
-        **{name: np.asarray(values, np.float64) for name, values in logps.items()},  # type: ignore[arg-type]
+        **{name: np.asarray(values, np.float64) for name, values in logps.items()},
     )
 
 
@@ -124,7 +124,7 @@ def loss_and_gradients(
     x = loss_inputs(len(at), sequence=microbatch.sequence_T[at], **{n: v[at] for n, v in microbatch.streams.items()})
     logp_N = torch.tensor(np.concatenate(logps), requires_grad=True)
     loss, sums = objective.loss(logp_N, torch.zeros_like(logp_N), x)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = np.split(present(logp_N.grad).numpy(), np.cumsum([len(logp) for logp in logps])[:-1])
     return loss.item(), gradients, {name: float(value) for name, value in sums.items()}, group_sums
 
@@ -187,7 +187,7 @@ def test_gradients_are_those_of_the_equations(
     leaves = [torch.tensor(logp, requires_grad=True) for logp in logps]
     by_member = {(s.order, s.member): leaf for s, leaf in zip(members, leaves, strict=True)}
     expected = literal_loss(groups, by_member, cfg)
-    expected.backward()  # type: ignore[no-untyped-call]
+    expected.backward()
     loss, gradients, _, _ = loss_and_gradients(groups, logps, cfg)
     assert loss == pytest.approx(expected.item(), abs=1e-9)
     for found, leaf in zip(gradients, leaves, strict=True):

@@ -49,7 +49,10 @@ def compare(mine, expected, rtol=1e-5):
 
 def test_every_preset_has_its_equation_and_every_rival_a_preset():
     assert EQUATIONS.keys() == PRESETS.keys()
-    assert {preset["name"] for preset in PRESETS.values()} == set(OBJECTIVES) - {"dypo", "opd"}  # opd: test_distillation.py
+    assert {preset["name"] for preset in PRESETS.values()} == set(OBJECTIVES) - {
+        "dypo",
+        "opd",
+    }  # opd: test_distillation.py
 
 
 @pytest.mark.parametrize("name", EQUATIONS)

@@ -1,0 +1,57 @@
+"""The model that is evaluated: an HF folder, a run or one of its checkpoints, or a name at an endpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from megatron_dypo.mcore.checkpoints.export_run import CHECKPOINTS, EXPORTS, export_run, whole_checkpoints
+
+_SAMPLED_BYTES = 2**20
+
+
+def hf_folder_of(model: str) -> Path:
+    """Return the HF folder of a model.
+
+    Args:
+        model: an HF folder; a run folder, for its newest whole checkpoint; or ``RUN/checkpoints/step_000100``. Of a
+            checkpoint the HF folder ``RUN/exports/step_000100`` is written, unless it is there.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    path = Path(model)
+    if (path / "config.json").is_file():
+        return path
+    if (path / CHECKPOINTS).is_dir():
+        return _exported(path, max(whole_checkpoints(path / CHECKPOINTS), default=None))
+    name = path.name.removeprefix("step_")
+    if path.is_dir() and path.resolve().parent.name == CHECKPOINTS and name.isdecimal():
+        return _exported(path.resolve().parent.parent, int(name))
+    raise ValueError(
+        f"{model}: no config.json there, no folder {CHECKPOINTS}, and no checkpoint of a run; a model is an HF folder, "
+        "a run folder or RUN/checkpoints/step_N, or with --url and --api chat or completions a name at the endpoint"
+    )
+
+
+def _exported(run_dir: Path, step: int | None) -> Path:
+    if step is not None:
+        target = run_dir / EXPORTS / f"step_{step:06d}"
+        if (target / "config.json").is_file():
+            return target
+    return export_run(run_dir, step=step)
+
+
+def weights_identity(folder: Path) -> str:
+    """Return a hash of an HF folder that other weights change: config.json, and of each safetensors file its name, its
+    size and its first and last MiB."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(json.dumps([file.name, size]).encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_SAMPLED_BYTES))
+            content.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(content.read(_SAMPLED_BYTES))
+    return digest.hexdigest()

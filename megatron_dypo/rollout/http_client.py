@@ -1,0 +1,136 @@
+"""Async HTTP requests to one or several servers: spread, retried, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import aiohttp
+
+from megatron_dypo.config.rollout import RolloutConfig
+from megatron_dypo.metrics.logs import warn_often
+from megatron_dypo.rollout.ask import (
+    Answer,
+    AskError,
+    AttemptError,
+    LostServerError,
+    OwnLackError,
+    ask,
+)
+from megatron_dypo.rollout.attempts import Attempts
+from megatron_dypo.rollout.balance import LeastLoaded
+from megatron_dypo.rollout.counts import AttemptCounts
+
+T = TypeVar("T")
+T_Client = TypeVar("T_Client", bound="HttpClient")
+
+_log = logging.getLogger(__name__)
+
+
+class HttpClient(AttemptCounts):
+    """Sends requests to the least loaded of several servers. Use it as an async context manager.
+
+    No proxy of the environment is used.
+
+    Args:
+        urls: servers, or one router.
+        api_key: sent as a bearer token, and shown in no message; None: none is.
+        cfg: limits: ``max_in_flight`` requests open at once; ``request_deadline_s`` for a request from its first
+            attempt to its last; ``retries`` attempts after the first.
+        backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
+    """
+
+    def __init__(self, urls: Sequence[str], api_key: str | None, *, cfg: RolloutConfig, backoff_s: float = 0.5) -> None:
+        super().__init__()
+        self._cfg, self._api_key, self._backoff_s = cfg, api_key, backoff_s
+        self._servers = self._balance(urls)
+        self._session: aiohttp.ClientSession | None = None
+        self._slots: asyncio.Semaphore | None = None
+        self._has_said_lack = False
+
+    @property
+    def servers(self) -> LeastLoaded:
+        """The servers that get requests now. Used by the event loop alone."""
+        return self._servers
+
+    async def __aenter__(self: T_Client) -> T_Client:
+        self._reset_counts()
+        self._has_said_lack = False
+        self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            connector=aiohttp.TCPConnector(limit=0),
+            auto_decompress=False,  # a small answer must not become a huge one
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+        self._session = self._slots = None
+
+    async def exchange(self, path: str, body: bytes, *, max_bytes: int, parse: Callable[[str, Answer], T]) -> T:
+        """POST ``body`` until an answer can be used, and return what ``parse`` makes of it.
+
+        Args:
+            path: behind the URL of the server that is chosen.
+            max_bytes: a longer answer is cut off.
+            parse: (URL of the server, answer) → the result; it raises :class:`AskError` for an answer that is no use.
+
+        Raises:
+            GroupDroppedError: all retries failed, or the deadline passed; or a server refuses the request for good
+                (HTTP 400, 413, 422), such as a prompt beyond its context length.
+            NoServerError: no server is left to ask.
+        """
+        assert self._slots is not None, "use `async with client`"
+        assert self._session is not None
+        async with self._slots:
+            attempts = Attempts(
+                retries=self._cfg.retries,
+                deadline_s=self._cfg.request_deadline_s,
+                backoff_s=self._backoff_s,
+                ends_at=time.monotonic() + self._cfg.request_deadline_s,
+            )
+            while True:
+                # The servers of now: a failure here says nothing of a server that a later refit names again.
+                servers = self.servers
+                with servers.server() as url:
+                    try:
+                        answer = await ask(
+                            self._session,
+                            f"{url}{path}",
+                            body,
+                            timeout_s=attempts.left_s(),
+                            max_bytes=max_bytes,
+                            api_key=self._api_key,
+                        )
+                        return parse(url, answer)
+                    except AskError as error:
+                        attempts.left_s()  # past the deadline no server is to blame
+                        self._blame(error, url, servers)
+                        pause_s = attempts.pause_after(error)
+                        self.retries += not isinstance(error, OwnLackError)
+                await asyncio.sleep(pause_s)
+
+    def _balance(self, urls: Sequence[str]) -> LeastLoaded:
+        return LeastLoaded(urls, rest_s=4 * self._backoff_s, clock=time.monotonic)
+
+    def _blame(self, error: AskError, url: str, servers: LeastLoaded) -> None:
+        """Send the next requests elsewhere if the server is to blame for a failure."""
+        if isinstance(error, OwnLackError):
+            if not self._has_said_lack:
+                _log.warning("this host cannot open another connection; requests wait for others: %s", error)
+            self._has_said_lack = True
+        elif isinstance(error, LostServerError):
+            if servers.leave_out(url):
+                _log.warning("no more requests to %s: %s", url, error)
+        elif isinstance(error, AttemptError):
+            warn_often(_log, "an attempt for a group failed: %s", error)
+            servers.failed(url)

@@ -1,0 +1,51 @@
+"""One command of a cell: run under a guard, so that it never outlives the comparison; its output goes to a file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_dypo.processes.children import end_of, program
+from megatron_dypo.processes.stop_requests import STOP
+
+_LOOK_EVERY_S = 2.0
+"""Seconds between two looks at how far a run is: it tells nobody, it writes a file."""
+_TAIL_BYTES = 65_536
+
+
+def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: Callable[[], None]) -> int:
+    """Run a command to its end, and return its exit status.
+
+    A request to stop this process is passed on to the command's processes as SIGTERM; after ``grace_s`` seconds they
+    are killed. The same happens if this process is killed.
+
+    Args:
+        log: file that gets the command's output, after what is there.
+        on_look: called now and then while the command runs.
+    """
+    guarded = program("megatron_dypo.processes.guard:main", os.getpid(), grace_s, *command, isolated=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            guarded,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the command in order
+        )
+    with STOP.calling(process.terminate), end_of(process) as ended:
+        while not ended.poll(_LOOK_EVERY_S):
+            on_look()
+    on_look()
+    return process.wait()
+
+
+def last_words(log: Path) -> str:
+    """Return the last line that a command printed, without the name of our program."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("megatron-dypo: error: ")]
+    words = (errors or lines or ["it printed nothing"])[-1]
+    return words.removeprefix("megatron-dypo: error: ")
