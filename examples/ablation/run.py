@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from megatron_dypo.config.load import flow_yaml, load_config
+from megatron_dypo.config.reading.load import flow_yaml, load_config
 from megatron_dypo.metrics.sinks import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

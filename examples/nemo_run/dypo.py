@@ -16,7 +16,7 @@ from recipes import ROOT, Recipe
 from tasks import Job, local_tasks, slurm_tasks
 from torchx.specs.api import AppState
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 
 
 def dypo(ctx: run.cli.RunContext, model: Recipe, home: str = str(ROOT), venv: str = f"{ROOT}/.venv") -> None:

@@ -11,7 +11,7 @@ import yaml
 from nemo_run.cli.cli_parser import type_parser
 from pydantic import TypeAdapter
 
-from megatron_dypo.config.load import load_config, override_lines
+from megatron_dypo.config.reading.load import load_config, override_lines
 from megatron_dypo.config.tree import Config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import AsJson, ConfigFile, Overrides, user_errors
+from megatron_dypo.config.reading.command_line import AsJson, ConfigFile, Overrides, user_errors
 
 
 def check(
@@ -22,7 +22,7 @@ def check(
     """
     from megatron_dypo.check.report import to_data, to_text
     from megatron_dypo.check.survey import survey
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.ending import Cause
 
     with user_errors():

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import user_errors
+from megatron_dypo.config.reading.command_line import user_errors
 
 
 class Task(str, Enum):
-    """The tasks of :data:`megatron_dypo.config.starter.TASKS`."""
+    """The tasks of :data:`megatron_dypo.config.reading.starter.TASKS`."""
 
     MATH = "math"
     CHOICE = "choice"
@@ -28,7 +28,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented config for a task, to be filled in."""
-    from megatron_dypo.config.starter import starter_config
+    from megatron_dypo.config.reading.starter import starter_config
     from megatron_dypo.fs import replace_file
 
     with user_errors():

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.presets import PRESETS
+from megatron_dypo.config.reading.typed import nearest
 from megatron_dypo.config.schedule import Weight, require_weight
-from megatron_dypo.config.typed import nearest
 
 LOG_RATIO_LIMIT = 20.0
 """Ratios of probabilities above e^20 (4.9e8) enter the loss by the tangent of e^x there: an fp32 sum of squares of such

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_dypo.config.load import flow_yaml
+from megatron_dypo.config.reading.load import flow_yaml
+from megatron_dypo.config.reading.typed import section_of_mapping
 from megatron_dypo.config.tree import Config
-from megatron_dypo.config.typed import section_of_mapping
 
 REQUIRED = ("model.hf_path", "data.prompts", "eval.sets.NAME.path")
 """Keys that every config must give; NAME stands for each name of a mapping."""

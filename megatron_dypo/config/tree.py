@@ -1,7 +1,7 @@
 """The configuration tree: one frozen dataclass for each section, with every default and every cross-check.
 
 A broken rule is a ValueError that names key, value and rule. The docstring of a field is its documentation:
-:mod:`megatron_dypo.config.reference` makes the manual of them. :mod:`megatron_dypo.config.load` reads YAML and
+:mod:`megatron_dypo.config.reference` makes the manual of them. :mod:`megatron_dypo.config.reading.load` reads YAML and
 overrides.
 """
 

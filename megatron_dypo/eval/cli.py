@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import AsJson, Overrides
+from megatron_dypo.config.reading.command_line import AsJson, Overrides
 
 
 class ApiName(str, Enum):
@@ -57,7 +57,7 @@ def evaluate(
     if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
         signal.signal(signal.SIGTERM, lambda received, _: sys.exit(128 + received))  # servers stop, responses are kept
     from megatron_dypo.config.eval_command import EvalCommandConfig
-    from megatron_dypo.config.load import load_tree
+    from megatron_dypo.config.reading.load import load_tree
     from megatron_dypo.ending import Cause
     from megatron_dypo.eval.run import evaluate_model
     from megatron_dypo.eval.serving import target_of

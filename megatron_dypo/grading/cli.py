@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import AsJson, user_errors
+from megatron_dypo.config.reading.command_line import AsJson, user_errors
 
 
 def grade(

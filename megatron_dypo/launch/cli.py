@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import ConfigFile, Overrides
+from megatron_dypo.config.reading.command_line import ConfigFile, Overrides
 from megatron_dypo.launch.attempt import stop_before_start
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE
 from megatron_dypo.processes.stop_requests import hold_requests, ignore_requests
@@ -35,7 +35,7 @@ def train(
         if "RANK" not in os.environ:
             stop_before_start()
     from megatron_dypo.check.inputs import check_inputs
-    from megatron_dypo.config.load import dump_config, load_config
+    from megatron_dypo.config.reading.load import dump_config, load_config
     from megatron_dypo.launch.start import launch
     from megatron_dypo.metrics.findings import Findings
 
@@ -65,7 +65,7 @@ def serve(
     """
     ignore_requests()
     _end_cleanly_on(signal.SIGINT, signal.SIGHUP)
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.metrics.logs import log_to_terminal
     from megatron_dypo.parallel.device import device_kind
@@ -86,7 +86,7 @@ def route(config: ConfigFile, overrides: Overrides = None) -> None:
     The environment variable that `rollout.servers` names holds the API key.
     """
     ignore_requests()
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.rollout.server.run_router import run_router
 
     run_router(load_config(config, overrides or []).rollout)

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_dypo.config.load import dump_config
+from megatron_dypo.config.reading.load import dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, cause_of_status
 

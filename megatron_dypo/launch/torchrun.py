@@ -150,7 +150,7 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
     command = train_command(arguments)
     if command is None:
         return Launcher(status=None, run_dir=None)
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.launch.start import CHECKED_VARIABLE, check_inputs
 
     config = load_config(Path(command[0]), command[1:])

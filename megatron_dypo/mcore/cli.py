@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import Quantization
+from megatron_dypo.config.reading.command_line import Quantization
 
 
 def export(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_dypo.config.command_line import ConfigFile, Overrides, Quantization
+from megatron_dypo.config.reading.command_line import ConfigFile, Overrides, Quantization
 
 
 def plan(
@@ -30,7 +30,7 @@ def plan(
 
     Exit status 1: the run does not fit, or the GPU cannot run it.
     """
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.planning.devices import find_gpu
     from megatron_dypo.planning.plan import as_data, make_plan
     from megatron_dypo.planning.report import render
@@ -69,7 +69,7 @@ def plan_refit(
 
     Reads the config and MODEL/config.json; needs neither weights nor servers.
     """
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.planning.refit import RefitOptions, plan_of_config, refusal_of_training
     from megatron_dypo.refit.plan.summary import summarize, to_json, to_text
 

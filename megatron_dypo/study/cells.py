@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.eval_command import EvalCommandConfig
-from megatron_dypo.config.load import changed_lines, dump_config, flow_yaml, load_config
+from megatron_dypo.config.reading.load import changed_lines, dump_config, flow_yaml, load_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
 from megatron_dypo.study.spec import Spec

@@ -20,8 +20,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.typed import unknown_keys
-from megatron_dypo.config.yaml_text import read_yaml
+from megatron_dypo.config.reading.typed import unknown_keys
+from megatron_dypo.config.reading.yaml_text import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 RESAMPLES = 9_999

@@ -18,7 +18,7 @@ ROUTER = "http://127.0.0.1:9"
 
 def rank_open(path: str) -> dict[str, Any]:
     """Open and close the run of a config; return what it held in between."""
-    from megatron_dypo.config.load import load_config
+    from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.loop.setup.build import open_run
     from megatron_dypo.loop.replica import Leader
     from megatron_dypo.loop.requests import LeaderRequests

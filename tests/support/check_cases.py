@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.tree import Config
 from tests.support.chat_families import FAMILIES, write_family
 

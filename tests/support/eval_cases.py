@@ -13,7 +13,7 @@ from aiohttp import web
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_dypo.config.eval_command import EvalCommandConfig
-from megatron_dypo.config.load import load_tree
+from megatron_dypo.config.reading.load import load_tree
 from megatron_dypo.data.tokenizer.open import load_tokenizer
 from megatron_dypo.eval.run import evaluate_model
 from megatron_dypo.eval.serving import target_of

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dypo.config.data import DataConfig
-from megatron_dypo.config.load import load_config
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.config.tree import Config

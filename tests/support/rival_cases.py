@@ -15,8 +15,8 @@ import torch
 
 from megatron_dypo.batching.bins import bins_balanced
 from megatron_dypo.batching.pack import pack
-from megatron_dypo.config.load import parse_config
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.reading.load import parse_config
 from megatron_dypo.grading.tiers import grade_tier
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective

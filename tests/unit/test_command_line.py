@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import megatron_dypo
 from megatron_dypo.cli import app
 from megatron_dypo.config.cli import Task
-from megatron_dypo.config.starter import TASKS
+from megatron_dypo.config.reading.starter import TASKS
 
 COMMANDS = sorted(typer.main.get_group(app).commands)
 

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from tests.support.documented_commands import Command, commands_of
 from tests.support.run_folder import make_run
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import megatron_dypo
-from megatron_dypo.config.load import parse_config
+from megatron_dypo.config.reading.load import parse_config
 from megatron_dypo.config.reference import sections
 from megatron_dypo.grading.math import verify_math
 from megatron_dypo.metrics.names import lookup

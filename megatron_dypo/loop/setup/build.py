@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dypo.config.load import changed_lines, dump_config
+from megatron_dypo.config.reading.load import changed_lines, dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
 from megatron_dypo.loop.books.recorder import NoWriter, Writer

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dypo.config.load import flow_yaml
+from megatron_dypo.config.reading.load import flow_yaml
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.report.page import CONFIG_FILE, read_records, read_status_text, render_template
 from megatron_dypo.metrics.report.panels import CYCLE, Line, Panel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.options import read_options
+from megatron_dypo.config.reading.options import read_options
 from megatron_dypo.config.schedule import Weight, require_weight, weight_at
 from megatron_dypo.objective.recipes.base import WeightedGroup
 from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace

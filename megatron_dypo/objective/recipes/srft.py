@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_dypo.checks import require_positive
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.options import read_options
+from megatron_dypo.config.reading.options import read_options
 from megatron_dypo.objective.metrics import LOSS_METRICS
 from megatron_dypo.objective.recipes.base import WeightedGroup
 from megatron_dypo.objective.recipes.mixed import Mixed, less_the_trace, trace_advantage

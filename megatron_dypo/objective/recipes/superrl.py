@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.options import read_options
+from megatron_dypo.config.reading.options import read_options
 from megatron_dypo.config.schedule import bounds, weight_at
 from megatron_dypo.objective.recipes.base import Objective, WeightedGroup
 from megatron_dypo.objective.token_weights import grpo_weights, sft_weights

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.launch.start import launch
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.refitter import Refitter

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dypo.config.load import dump_config, load_config, override_lines, parse_config
+from megatron_dypo.config.reading.load import dump_config, load_config, override_lines, parse_config
 from megatron_dypo.config.tree import Config
 
 

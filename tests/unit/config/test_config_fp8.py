@@ -6,8 +6,8 @@ import pytest
 
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.fp8 import Fp8Config
-from megatron_dypo.config.load import load_config
 from megatron_dypo.config.model import ModelConfig
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.training import BatchingConfig, OptimizerConfig
 from megatron_dypo.config.tree import Config
 

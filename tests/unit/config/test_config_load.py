@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from megatron_dypo.config.load import changed_lines, dump_config, load_config, override_lines
+from megatron_dypo.config.reading.load import changed_lines, dump_config, load_config, override_lines
 from megatron_dypo.config.tree import Config
 
 MINIMAL = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}
@@ -109,7 +109,7 @@ def test_every_field_is_documented():
 
 
 def test_importing_the_config_loads_nothing_heavy():
-    code = "import sys, megatron_dypo.config.load, megatron_dypo.cli\n"
+    code = "import sys, megatron_dypo.config.reading.load, megatron_dypo.cli\n"
     code += "print([m for m in ('torch', 'megatron', 'sglang', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
-from megatron_dypo.config.load import dump_config, load_config, parse_config
+from megatron_dypo.config.reading.load import dump_config, load_config, parse_config
 from megatron_dypo.config.tree import Config
 
 MINIMAL: dict[str, dict[str, Any]] = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}}

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
-from megatron_dypo.config.load import dump_config, load_config, parse_config
+from megatron_dypo.config.reading.load import dump_config, load_config, parse_config
 from megatron_dypo.config.reference import REQUIRED, find, sections, to_markdown, to_text
 
 ROOT = Path(__file__).parents[3]

@@ -89,8 +89,8 @@ def test_a_preset_that_does_not_exist_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_resolved_config_with_its_preset_reads_as_itself(name):
-    from megatron_dypo.config.load import dump_config, parse_config
-    from megatron_dypo.config.yaml_text import read_yaml
+    from megatron_dypo.config.reading.load import dump_config, parse_config
+    from megatron_dypo.config.reading.yaml_text import read_yaml
 
     tree = {"model": {"hf_path": "m"}, "data": {"prompts": ["p"]}, "objective": {"preset": name}}
     text = dump_config(parse_config(tree, where="test"))

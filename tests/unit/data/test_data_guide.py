@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.config.load import dump_config, parse_config
+from megatron_dypo.config.reading.load import dump_config, parse_config
 from megatron_dypo.data.formats import FORMATS, columns_of
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")

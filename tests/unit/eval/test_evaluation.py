@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from megatron_dypo.config.eval_command import EvalCommandConfig
-from megatron_dypo.config.load import load_tree
+from megatron_dypo.config.reading.load import load_tree
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.eval.records import Record, read_records, records_path
 from tests.support.eval_cases import chat, often_right, run_eval, sglang, write_sums, write_tokenizer_folder

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_dypo.config.load import dump_config, load_config
+from megatron_dypo.config.reading.load import dump_config, load_config
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.types import SampleKind
 from tests.support.objective_cases import random_groups, totals_of

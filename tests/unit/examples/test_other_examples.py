@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prepare import HERE, prepare, prompt_row, read_gsm8k
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.data.tokenizer.open import load_tokenizer
 from megatron_dypo.grading.exact import verify_exact
 from megatron_dypo.models.architecture import load_architecture

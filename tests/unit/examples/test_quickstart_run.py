@@ -11,7 +11,7 @@ import run
 from whole_job.stages import Stages
 from whole_job.summary import Summary, closing_words, summarize
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.metrics.intervals import wilson_interval
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.launch.start import check_inputs
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.planning.devices import find_gpu

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.grading.math import verify_math
 from tests.support.examples import load_example
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.config.load import parse_config
+from megatron_dypo.config.reading.load import parse_config
 from megatron_dypo.ending import Cause
 from megatron_dypo.grading.workers.results import CORRECTNESS_KEYS, REWARD_KEYS
 

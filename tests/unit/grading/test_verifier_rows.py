@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_dypo.config.grading import GradingConfig
-from megatron_dypo.config.load import dump_config, load_config, parse_config
+from megatron_dypo.config.reading.load import dump_config, load_config, parse_config
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.verify import Verifier, grade

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_dypo.cli import app
-from megatron_dypo.config.load import load_config
+from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.planning.refit import RefitOptions, plan_of_config
 from megatron_dypo.refit.plan.refit_plan import Mesh, ServerMesh
 from tests.support.big_models import QWEN3_235B_A22B

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from megatron_dypo.config.eval_command import EvalCommandConfig
-from megatron_dypo.config.load import load_config, load_tree
+from megatron_dypo.config.reading.load import load_config, load_tree
 from megatron_dypo.ending import Cause
 from megatron_dypo.study.compare import open_comparison
 from tests.support.study.comparisons import (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dypo.config.load import flow_yaml
+from megatron_dypo.config.reading.load import flow_yaml
 from megatron_dypo.config.reference import Key, Section, sections
 
 _COMMON: Mapping[str, Any] = {

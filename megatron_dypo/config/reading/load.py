@@ -13,9 +13,9 @@ import yaml
 
 from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.presets import with_preset
+from megatron_dypo.config.reading.typed import read_typed, shortened
+from megatron_dypo.config.reading.yaml_text import read_yaml
 from megatron_dypo.config.tree import Config
-from megatron_dypo.config.typed import read_typed, shortened
-from megatron_dypo.config.yaml_text import read_yaml
 
 T = TypeVar("T")
 

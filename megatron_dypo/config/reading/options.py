@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from megatron_dypo.config.objective import ObjectiveConfig
-from megatron_dypo.config.typed import read_typed
+from megatron_dypo.config.reading.typed import read_typed
 
 T = TypeVar("T")
 

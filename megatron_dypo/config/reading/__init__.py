@@ -1,0 +1,1 @@
+"""YAML files, overrides and the command line read into the config."""
