@@ -29,10 +29,10 @@ _WATCH_EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is evaluated, and where."""
+    """The model of an evaluation, and the servers that have it."""
 
     model: str
-    """As the user names it: a folder, or a name at an endpoint."""
+    """Name that the user gives: a folder, or a model of an endpoint."""
     api: Api
     urls: tuple[str, ...]
     """() where the command starts servers."""
