@@ -41,7 +41,7 @@ class Shuffled:
     labels: str
     """Labels of the prompt, in their order."""
     order: tuple[int, ...]
-    """The place in the file of each option, in the order of the prompt."""
+    """Place in the prompt → place of that option in the file."""
 
     def label_in_file(self, label: str) -> str:
         """Return the file's label of the option that has ``label`` here; a label that none has stays."""

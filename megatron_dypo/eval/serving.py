@@ -29,10 +29,10 @@ _WATCH_EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The model to evaluate, and where it is served."""
+    """The model of an evaluation, and the servers that have it."""
 
     model: str
-    """The user's name for it: a folder, or a name at an endpoint."""
+    """Name that the user gives: a folder, or a model of an endpoint."""
     api: Api
     urls: tuple[str, ...]
     """() where the command starts servers."""
