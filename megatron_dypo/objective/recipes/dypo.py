@@ -35,11 +35,8 @@ class Dypo(Objective):
         if cfg.hard_without_trace == "opd":
             self.streams = (*STREAMS, *OPD_STREAMS)
             self.metrics = (*self.metrics, *OPD_METRICS)
-            require(
-                cfg.rl_only_steps == 0,
-                f"objective.rl_only_steps={cfg.rl_only_steps}",
-                "must be 0 with objective.hard_without_trace=opd: both say what becomes of Hard prompts",
-            )
+            both = "must be 0 with hard_without_trace=opd: both say what becomes of Hard prompts"
+            require(cfg.rl_only_steps == 0, f"objective.rl_only_steps={cfg.rl_only_steps}", both)
             require(cfg.ratio == "token", "objective.ratio=sequence", "must be token with hard_without_trace=opd")
         super().__init__(cfg)
 
