@@ -343,8 +343,9 @@ def test_a_bug_in_one_group_ends_the_collection_at_once() -> None:
             collect(make_prompts(2), client, group_size=2, progress=False)
 
 
-def test_a_request_is_two_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """collect and its loop on one side, :meth:`SGLangClient.generate` and :func:`ask` on the other."""
+def test_a_request_is_three_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """collect and its loop on one side; :meth:`SGLangClient.generate`, its client's ``exchange`` and :func:`ask` on the
+    other."""
     post, calls = aiohttp.ClientSession.post, []
 
     def noted(self: aiohttp.ClientSession, *args: Any, **options: Any) -> Any:
@@ -355,4 +356,4 @@ def test_a_request_is_two_calls_away_from_the_collection(monkeypatch: pytest.Mon
     monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
     with FakeSGLang() as fake:
         collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
-    assert calls == [["ask", "generate", "collect"]]
+    assert calls == [["ask", "exchange", "generate", "collect"]]
