@@ -98,22 +98,23 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
     that the first one had saved."""
     folder = tmp_path_factory.mktemp("killed")
     sections: dict[str, Any] = {"parallel": {"num_processes": 2}, "optimizer": {"distributed": True}}
-    config = write_task(folder, run={"steps": 4}, **sections)
+    config = write_task(folder, run={"steps": 100}, **sections)  # more than it lives to make
     process = start("train", config)
     tracker = folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_until(process, lambda: tracker.is_file() and int(tracker.read_text()) >= 2)
     process.kill()
     process.communicate(timeout=240)  # until ranks and servers have closed their ends of the pipe: none outlives it
-    return folder / "run", train(config), int(tracker.read_text())
+    saved = int(tracker.read_text())
+    return folder / "run", train(config, f"run.steps={saved + 2}"), saved
 
 
 def test_a_killed_run_continues_from_its_last_checkpoint_and_says_so(killed: tuple[Path, str, int]) -> None:
     run_dir, output, saved = killed
-    assert f"resuming from {run_dir / 'checkpoints'}/step_{saved:06d}: {saved} of 4 steps are done" in output
+    assert f"resuming from {run_dir / 'checkpoints'}/step_{saved:06d}: {saved} of {saved + 2} steps are done" in output
     records = read_metrics(run_dir / "metrics.jsonl")
-    assert [record["step"] for record in records if record["step"] > 0] == [1, 2, 3, 4]
+    assert [record["step"] for record in records if record["step"] > 0] == [*range(1, saved + 3)]
     assert all(r["train/train_rollout_logprob_abs_diff"] <= MAX_GAP for r in records if r["step"] > saved)
-    assert {row["step"] for row in read_samples(run_dir)} == {1, 2, 3, 4}
+    assert {row["step"] for row in read_samples(run_dir)} == {*range(1, saved + 3)}
 
 
 def test_two_replicas_share_prompts_and_work(killed: tuple[Path, str, int]) -> None:
