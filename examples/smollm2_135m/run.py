@@ -39,7 +39,7 @@ def overrides(out: Path, seed: int) -> list[str]:
     seeds = [f"run.seed={seed}"] if seed != DEFAULT_SEED else []
     if out == DEFAULT_OUT:
         return seeds
-    data = [f"data.prompts=[{out}/data/train.jsonl]", f"eval.prompts=[{out}/data/heldout.jsonl]"]
+    data = [f"data.prompts=[{out}/data/train.jsonl]", f"eval.sets.heldout.path={out}/data/heldout.jsonl"]
     return [f"run.dir={out}/dypo", f"model.hf_path={out}/model", *data, *seeds]
 
 

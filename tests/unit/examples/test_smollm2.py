@@ -75,7 +75,7 @@ def test_the_config_is_valid_and_fits_the_folder_that_the_script_fills(tmp_path:
     assert run.overrides(run.DEFAULT_OUT, run.DEFAULT_SEED) == []
     config, moved = load_config(path), load_config(path, run.overrides(tmp_path, 7))
     assert moved.run.seed == 7
-    for name in ("run.dir", "model.hf_path", "data.prompts", "eval.prompts"):
+    for name in ("run.dir", "model.hf_path", "data.prompts", "eval.sets"):
         section, field = name.split(".")
         here, there = (getattr(getattr(tree, section), field) for tree in (config, moved))
         assert str(here).replace(str(run.DEFAULT_OUT), str(tmp_path)) == str(there)
