@@ -75,7 +75,7 @@ class SGLangClient(HttpClient):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__(urls if router is None else [router], api_key, cfg=cfg, backoff_s=backoff_s)
-        self._decode, self._check = decode, check
+        self._cfg, self._decode, self._check = cfg, decode, check
         self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
         self._router = router
         self._writing = threading.Lock()

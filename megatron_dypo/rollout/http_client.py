@@ -7,11 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import aiohttp
 
-from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.rollout.ask import (
     Answer,
@@ -31,6 +30,17 @@ T_Client = TypeVar("T_Client", bound="HttpClient")
 _log = logging.getLogger(__name__)
 
 
+class RequestLimits(Protocol):
+    """The fields of a section of the config that limit the requests of a client."""
+
+    @property
+    def max_in_flight(self) -> int: ...
+    @property
+    def request_deadline_s(self) -> float: ...
+    @property
+    def retries(self) -> int: ...
+
+
 class HttpClient(AttemptCounts):
     """Sends requests to the least loaded of several servers. Use it as an async context manager.
 
@@ -44,9 +54,12 @@ class HttpClient(AttemptCounts):
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
     """
 
-    def __init__(self, urls: Sequence[str], api_key: str | None, *, cfg: RolloutConfig, backoff_s: float = 0.5) -> None:
+    wanted: ClassVar[str] = "complete group"
+    """The thing that is asked for, in a message."""
+
+    def __init__(self, urls: Sequence[str], api_key: str | None, *, cfg: RequestLimits, backoff_s: float = 0.5) -> None:
         super().__init__()
-        self._cfg, self._api_key, self._backoff_s = cfg, api_key, backoff_s
+        self._limits, self._api_key, self._backoff_s = cfg, api_key, backoff_s
         self._servers = self._balance(urls)
         self._session: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -60,7 +73,7 @@ class HttpClient(AttemptCounts):
     async def __aenter__(self: T_Client) -> T_Client:
         self._reset_counts()
         self._has_said_lack = False
-        self._slots = asyncio.Semaphore(self._cfg.max_in_flight)
+        self._slots = asyncio.Semaphore(self._limits.max_in_flight)
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
@@ -93,10 +106,11 @@ class HttpClient(AttemptCounts):
         assert self._session is not None
         async with self._slots:
             attempts = Attempts(
-                retries=self._cfg.retries,
-                deadline_s=self._cfg.request_deadline_s,
+                retries=self._limits.retries,
+                deadline_s=self._limits.request_deadline_s,
                 backoff_s=self._backoff_s,
-                ends_at=time.monotonic() + self._cfg.request_deadline_s,
+                ends_at=time.monotonic() + self._limits.request_deadline_s,
+                wanted=self.wanted,
             )
             while True:
                 # The servers of now: a failure here says nothing of a server that a later refit names again.
@@ -114,16 +128,15 @@ class HttpClient(AttemptCounts):
                         return parse(url, answer)
                     except AskError as error:
                         attempts.left_s()  # past the deadline no server is to blame
-                        self._blame(error, url, servers)
-                        pause_s = attempts.pause_after(error)
+                        pause_s = attempts.pause_after(self.blame(error, url, servers))
                         self.retries += not isinstance(error, OwnLackError)
                 await asyncio.sleep(pause_s)
 
     def _balance(self, urls: Sequence[str]) -> LeastLoaded:
         return LeastLoaded(urls, rest_s=4 * self._backoff_s, clock=time.monotonic)
 
-    def _blame(self, error: AskError, url: str, servers: LeastLoaded) -> None:
-        """Send the next requests elsewhere if the server is to blame for a failure."""
+    def blame(self, error: AskError, url: str, servers: LeastLoaded) -> AskError:
+        """Send the next requests elsewhere if the server is to blame for a failure; return the failure to count."""
         if isinstance(error, OwnLackError):
             if not self._has_said_lack:
                 _log.warning("this host cannot open another connection; requests wait for others: %s", error)
@@ -134,3 +147,4 @@ class HttpClient(AttemptCounts):
         elif isinstance(error, AttemptError):
             warn_often(_log, "an attempt for a group failed: %s", error)
             servers.failed(url)
+        return error

@@ -6,7 +6,6 @@ anything runs.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dypo.checks import require
-from megatron_dypo.config.reading.typed import unknown_keys
+from megatron_dypo.config.reading.typed import nearest, unknown_keys
 from megatron_dypo.config.reading.yaml_text import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -124,9 +123,7 @@ def require_known(key: str, name: str, known: Iterable[str], kind: str) -> None:
     """Raise ValueError unless ``name`` is one of ``known``; the message names the nearest."""
     names = list(known)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-        raise ValueError(f"{key}: {name!r}: no such {kind}; {hint}")
+        raise ValueError(f"{key}: {name!r}: no such {kind}; {nearest(name, names, otherwise='known')}")
 
 
 def read_spec(path: Path) -> Spec:

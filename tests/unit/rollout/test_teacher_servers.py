@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -192,7 +193,13 @@ def test_a_bad_answer_is_asked_for_again() -> None:
 
 
 def test_requests_are_spread_over_servers_and_bounded() -> None:
-    with FakeSGLang(lambda _, body: answer(body)) as one, FakeSGLang(lambda _, body: answer(body)) as other:
+    both_asked = threading.Barrier(2, timeout=20.0)  # neither server is ahead of the other, so that none is less loaded
+
+    def plan(_: int, body: dict[str, Any]) -> Reply:
+        both_asked.wait()
+        return answer(body)
+
+    with FakeSGLang(plan) as one, FakeSGLang(plan) as other:
         cfg = config(one.url, urls=(one.url, other.url), max_in_flight=2)
         found = teacher_logprobs(samples(12), TeacherClient(cfg, None, vocab_size=128), progress=False)
     assert [row[-1] for row in found if isinstance(row, np.ndarray)] == [
