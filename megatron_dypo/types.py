@@ -116,7 +116,7 @@ class Rollout:
     tokens: Tokens
     """[R] Response tokens; the matched stop token, if any, is the last."""
     logp: Floats
-    """[R] The server's log-probs of ``tokens`` under its untempered distribution."""
+    """[R] The server's log-probs of ``tokens`` under its untempered distribution; NaN on forced tokens."""
     text: str
     finish: Literal["stop", "length"]
     """``length`` marks a truncated rollout."""
@@ -124,6 +124,8 @@ class Rollout:
     """Version of the weights that sampled the first token (the oldest, if a refit happened in between)."""
     version_spans: tuple[tuple[int, int], ...] = ()
     """(version, index of the first token that it sampled), in the order of the tokens."""
+    num_forced_tokens: int = 0
+    """The first of ``tokens`` that are a teacher's, which the policy was made to go on from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,8 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    """Those of the first rollouts, where later ones depended on them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -188,9 +192,11 @@ class Sample:
     is_correct: bool = False
     reward: float = 0.0
     rollout_logp: Floats | None = None
-    """[R] The server's log-probs; None for a trace."""
+    """[R] The server's log-probs, NaN on forced tokens; None for a trace."""
     old_logp: Floats | None = None
     """[R] log π_old, by the trainer's own forward pass or the servers' (``old_logp.source``)."""
+    old_entropy: Floats | None = None
+    """[R] Entropy of π_old, of a rollout with forced tokens where the objective reads it."""
     current_logp_sum: float | None = None
     """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
     logp_version: int | None = None

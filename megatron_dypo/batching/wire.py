@@ -49,7 +49,9 @@ def load_samples(data: bytes) -> list[Sample]:
 
 def without_arrays(sample: Sample) -> Sample:
     """Return a copy that carries tokens only, for a forward pass."""
-    return replace(sample, rollout_logp=None, old_logp=None, ref_logp=None, teacher_logp=None, weights=None)
+    return replace(
+        sample, rollout_logp=None, old_logp=None, old_entropy=None, ref_logp=None, teacher_logp=None, weights=None
+    )
 
 
 def _split(values: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

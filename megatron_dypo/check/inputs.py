@@ -46,12 +46,12 @@ def check_inputs(config: Config) -> Findings:
 def check_model(config: Config, found: Findings) -> Architecture | None:
     """Check the objective, the model's config.json against the layout, and which files are missing."""
     # These bring torch, which --help need not wait for.
-    from megatron_dypo.loop.teacher import require_teacher_servers
+    from megatron_dypo.loop.teacher import require_logprob_sources
     from megatron_dypo.objective.recipes.registry import build_objective
 
     found.missing += _missing_files(config)
     with found.noting():
-        require_teacher_servers(config, build_objective(config.objective))
+        require_logprob_sources(config, build_objective(config.objective))
     if not (Path(config.model.hf_path) / "config.json").is_file():
         return None
     arch = None

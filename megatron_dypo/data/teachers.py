@@ -17,9 +17,22 @@ def draw_trace(prompt: Prompt, seed: int) -> tuple[str, Tokens] | None:
     names = sorted(prompt.traces)
     if not names:
         return None
-    # JSON keeps the parts apart: ("a", 11) and ("a1", 1) differ.
-    key = json.dumps([seed, prompt.prompt_id, prompt.visit]).encode()
-    draw = int.from_bytes(hashlib.sha256(key).digest(), "big")
+    draw = _draw(seed, prompt)
     # 256 bits: the remainder's deviation from uniform is below m / 2^256.
     name = names[draw % len(names)]
     return name, prompt.traces[name]
+
+
+def draw_share(prompt: Prompt, seed: int, low: float, high: float) -> float:
+    """Draw a number uniformly between ``low`` and ``high``: of a trace, how much of it is used.
+
+    A pure function of (seed, ``prompt_id``, ``visit``) as :func:`draw_trace`, and independent of that.
+    """
+    return low + (high - low) * (_draw(seed, prompt, "share") >> 203) / 2**53
+
+
+def _draw(seed: int, prompt: Prompt, *purpose: str) -> int:
+    """Return 256 bits that depend on the arguments alone."""
+    # JSON keeps the parts apart: ("a", 11) and ("a1", 1) differ.
+    key = json.dumps([seed, prompt.prompt_id, prompt.visit, *purpose]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest(), "big")

@@ -17,7 +17,7 @@ from megatron_dypo.grading.workers.pool import Job, Pool
 from megatron_dypo.grading.workers.process import ImportFailed
 from megatron_dypo.grading.workers.worker import Setup
 from megatron_dypo.metrics.progress import Progress, progress
-from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Verdict
+from megatron_dypo.types import GradedGroup, Prompt, Rollout, RolloutGroup, Verdict
 
 _START_DEADLINE_S = 300.0
 """Importing sympy takes a second; on a machine that is starting a job, much longer."""
@@ -172,14 +172,15 @@ def grade(
 
     The tier is None for a group without rollouts, and for one in which a rollout, or the trace, has no verdict
     (:func:`verdict_problem`): its other verdicts alone would say something else of the prompt. With
-    ``fail_truncated`` a rollout that hit the length limit is incorrect without being verified.
+    ``fail_truncated`` a rollout that hit the length limit is incorrect without being verified. Verdicts that a group
+    has already stay.
 
     Args:
         trace_text: gives the teacher's trace that is judged beside a prompt's rollouts, or None; without it none is.
     """
     truncated = Verdict(is_correct=False, reward=0.0)
     texts = [
-        [None if fail_truncated and rollout.finish == "length" else rollout.text for rollout in group.rollouts]
+        [None if fail_truncated and rollout.finish == "length" else rollout.text for rollout in _without_verdict(group)]
         for group in groups
     ]
     traces = [trace_text(group.prompt) if trace_text is not None else None for group in groups]
@@ -194,8 +195,12 @@ def grade(
     graded = []
     for group, own, trace in zip(groups, texts, traces, strict=True):
         verdicts = tuple(truncated if text is None else next(judged) for text in own)
-        graded.append(_graded(group, verdicts, None if trace is None else next(judged)))
+        graded.append(_graded(group, group.verdicts + verdicts, None if trace is None else next(judged)))
     return graded
+
+
+def _without_verdict(group: RolloutGroup) -> Sequence[Rollout]:
+    return group.rollouts[len(group.verdicts) :]
 
 
 def _graded(group: RolloutGroup, verdicts: tuple[Verdict, ...], of_trace: Verdict | None) -> GradedGroup:

@@ -29,6 +29,7 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.logprobs import Logprobs, without_logprobs
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
+from megatron_dypo.loop.requests import planner_of
 from megatron_dypo.loop.servers import NoServers, Sampled, Servers
 from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.metrics.logs import warn_often
@@ -125,7 +126,14 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
                 size = collector.objective.num_rollouts(collector.rollout.group_size)
-                ask = functools.partial(collect, group_size=size, stop=collector.stop)
+                planner = planner_of(
+                    collector.objective,
+                    collector.rollout.group_size,
+                    step=lambda: step,
+                    seed=collector.seed,
+                    judge=collector.servers.judge,
+                )
+                ask = functools.partial(collect, group_size=size, planner=planner, stop=collector.stop)
                 sampled = collector.servers.sample(prompts, step, "gen", ask)
                 with collector.timings.measure("reward"):
                     graded = collector.servers.grade(sampled.groups)

@@ -38,6 +38,8 @@ class Logprobs:
     """Whether the objective reads log π_ref."""
     reads_current: bool
     """Whether it reads log π_θ of samples that older weights made."""
+    reads_entropy: bool = False
+    """Whether it reads the entropy of π_old of rollouts with forced tokens."""
     is_asynchronous: bool
     """Rollouts are sampled while updates change the weights."""
     tally: Tally
@@ -90,6 +92,7 @@ class Logprobs:
                 if checks_servers:
                     self._check_servers(samples)
                 old = [_server_logp(sample) for sample in samples]
+        entropies = self._entropies(samples)
         reference = old
         if self.reads_reference and self.policy.keeps_reference:
             with self.timings.measure("ref_log_prob"):
@@ -98,10 +101,25 @@ class Logprobs:
         return _replaced(
             groups,
             [
-                replace(s, old_logp=old_R, ref_logp=ref_R, logp_version=version if is_own else s.policy_version)
+                replace(
+                    s,
+                    old_logp=old_R,
+                    ref_logp=ref_R,
+                    old_entropy=entropies.get((s.order, s.member)),
+                    logp_version=version if is_own else s.policy_version,
+                )
                 for s, old_R, ref_R in zip(samples, old, reference, strict=True)
             ],
         )
+
+    def _entropies(self, samples: Sequence[Sample]) -> dict[tuple[int, int], Floats]:
+        """Return the entropies of the samples with forced tokens by (order, member), if the objective reads them."""
+        if not self.reads_entropy:
+            return {}
+        forced = [sample for sample in samples if sample.num_forced_tokens]
+        with self.timings.measure("old_log_prob"):
+            found = self.policy.entropies(forced)
+        return {(s.order, s.member): entropy_R for s, entropy_R in zip(forced, found, strict=True)}
 
     def _check_servers(self, samples: Sequence[Sample]) -> None:
         """Compute the trainer's log-probs of each replica's oldest group, and count how far the servers are off."""

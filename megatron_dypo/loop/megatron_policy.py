@@ -53,8 +53,7 @@ class MegatronPolicy:
         return self.reference is not None
 
     def logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        bare = [without_arrays(sample) for sample in samples] if self.layout.is_replica_leader else None
-        return self.replica_logprobs(broadcast_samples(bare, self.layout.replica_group))
+        return self.replica_logprobs(self._of_leader(samples))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         if self.reference is None:
@@ -63,14 +62,10 @@ class MegatronPolicy:
             return self.logprobs(samples)
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        found = sequence_logprobs(
-            self.chunks,
-            samples,
-            layout=self.layout,
-            budget=self.config.batching.tokens_per_microbatch,
-            token_multiple=self.config.token_multiple,
-        )
-        return found or []
+        return self._score(samples, entropy=False)
+
+    def entropies(self, samples: Sequence[Sample]) -> list[Floats]:
+        return self._score(self._of_leader(samples), entropy=True)
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step."""
@@ -139,6 +134,22 @@ class MegatronPolicy:
     def export(self, out_dir: Path) -> None:
         named = named_values(self.chunks)
         export_hf(named, self.arch, self.layout, out_dir=out_dir, reference_hf_path=self.config.model.hf_path)
+
+    def _of_leader(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Send the tokens of the leader's samples to the other ranks of its replica; return them."""
+        bare = [without_arrays(sample) for sample in samples] if self.layout.is_replica_leader else None
+        return broadcast_samples(bare, self.layout.replica_group)
+
+    def _score(self, samples: Sequence[Sample], *, entropy: bool) -> list[Floats]:
+        found = sequence_logprobs(
+            self.chunks,
+            samples,
+            layout=self.layout,
+            budget=self.config.batching.tokens_per_microbatch,
+            token_multiple=self.config.token_multiple,
+            entropy=entropy,
+        )
+        return found or []
 
     def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
         """Pack the samples into microbatches of about equal work; every replica gets the same number of them.

@@ -41,6 +41,9 @@ class Policy(Protocol):
     def logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return log π of each sample's response tokens, [R] each, under the weights of now."""
 
+    def entropies(self, samples: Sequence[Sample]) -> list[Floats]:
+        """Return the entropy of π where each response token is sampled, [R] each, under the weights of now."""
+
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return the same under the reference's weights; only where ``keeps_reference``."""
 

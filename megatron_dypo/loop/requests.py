@@ -7,10 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_dypo.grading.verify import Verifier, grade
+from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.rollout.client import SGLangClient
+from megatron_dypo.rollout.groups import Planner
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.rollout.stream_state import StreamCounts
-from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Verdict
+
+
+def planner_of(
+    objective: Objective,
+    group_size: int,
+    *,
+    step: Callable[[], int],
+    seed: int,
+    judge: Callable[[RolloutGroup], Sequence[Verdict]],
+) -> Planner:
+    """Return the planner that puts groups together as the objective says; ``step`` gives the step that collects."""
+    return Planner(plan=lambda prompt: objective.plan_group(prompt, group_size, step=step(), seed=seed), judge=judge)
 
 
 class NoStream:
@@ -65,6 +79,10 @@ class LeaderRequests:
             show_progress=self.show_progress,
         )
 
+    def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
+        """Return the verdicts of the rollouts of a group that is not whole yet."""
+        return grade([group], self.verifier, self.fail_truncated, show_progress=False)[0].verdicts
+
     def accept(self, recent: range) -> None:
         """Take groups of these versions from the stream, before a refit."""
         self.stream.accept(recent)
@@ -83,6 +101,9 @@ class FollowerRequests:
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         return []
+
+    def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
+        return ()
 
     def accept(self, recent: range) -> None: ...
 

@@ -22,7 +22,7 @@ from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.refit.servers import RefitReport
 from megatron_dypo.rollout.collect import CollectStats, DroppedGroup
 from megatron_dypo.rollout.server.process import ServerDiedError
-from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Verdict
 
 log = logging.getLogger("megatron_dypo")
 
@@ -121,6 +121,10 @@ class Servers:
         """Give each of this replica's groups its verdicts and its tier."""
         return self.requests.grade(groups)
 
+    def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
+        """Return the verdicts of the rollouts of a group that is not whole yet."""
+        return self.requests.judge(group)
+
     def offload_servers(self) -> None:
         """Let the servers' memory go until the next refit, where the config says so."""
         self.refitter.release()
@@ -187,6 +191,10 @@ class NoServers:
         raise RuntimeError(f"step {version} asks for rollouts, and this run has no servers")
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
+        """Raise RuntimeError: to ask is a bug."""
+        raise RuntimeError("there is no verifier where nothing is sampled")
+
+    def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
         """Raise RuntimeError: to ask is a bug."""
         raise RuntimeError("there is no verifier where nothing is sampled")
 

@@ -64,6 +64,7 @@ class Run:
             cfg=self.config.old_logp,
             reads_reference=self.objective.needs_reference(),
             reads_current=self.objective.needs_current_logprobs(),
+            reads_entropy=self.objective.needs_old_entropy(),
             is_asynchronous=self.config.rollout.mode == "async",
             tally=self.tally,
             timings=self.timings,

@@ -78,8 +78,16 @@ def without_teacher_logp(groups: Iterable[Group]) -> list[Sample]:
     return [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.teacher_logp is None]
 
 
-def require_teacher_servers(config: Config, objective: Objective) -> None:
-    """Raise ValueError where the objective reads a teacher's log-probs and the config names no server of one."""
+def require_logprob_sources(config: Config, objective: Objective) -> None:
+    """Raise ValueError where the objective reads a teacher's log-probs and the config names no server of one, or forces
+    a teacher's tokens, of which no server gives log-probs, and the config has the servers' for π_old.
+    """
+    require(
+        config.old_logp.source == "trainer" or not objective.forces_prefixes(),
+        "old_logp.source=server",
+        f"must be trainer: objective.name={config.objective.name} has rollouts go on from a teacher's tokens, of which "
+        "servers give no log-probs",
+    )
     require(
         bool(config.teacher_servers.urls) or not objective.needs_teacher_logp(),
         "teacher_servers.urls=()",

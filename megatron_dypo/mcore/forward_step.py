@@ -117,14 +117,20 @@ def add_over_ranks(sums: Mapping[str, float], layout: MeshRank) -> dict[str, flo
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def logprob_pass(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> list[Tensor]:
-    """Return [N] fp32 log-probs of each microbatch's response tokens, forward only; [] off the last pipeline stage."""
+def logprob_pass(
+    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, entropy: bool = False
+) -> list[Tensor]:
+    """Return [N] fp32 log-probs of each microbatch's response tokens, forward only; [] off the last pipeline stage.
 
-    def collect(batch: DeviceMicrobatch, logp_N: Tensor, non_loss_data: bool) -> Tensor:
-        return logp_N.cpu()
+    Args:
+        entropy: return the entropies of the distributions that the tokens are from instead.
+    """
+
+    def collect(batch: DeviceMicrobatch, value_N: Tensor, non_loss_data: bool) -> Tensor:
+        return value_N.float().cpu()
 
     with torch.no_grad():
-        return _run(chunks, microbatches, collect, forward_only=True)
+        return _run(chunks, microbatches, collect, forward_only=True, keeps=int(entropy))
 
 
 def _run(
@@ -133,12 +139,14 @@ def _run(
     finish: Callable[..., object],
     *,
     forward_only: bool,
+    keeps: int = 0,
     bar: Progress | None = None,
 ) -> list[Tensor]:
     """Run Megatron's schedule for this layout.
 
-    On the last stage ``finish(batch, (logp_N, entropy_N))`` runs; forward only it gets ``logp_N`` alone, since beside
-    experts Megatron asks what a forward-only pass made for its device (pipeline_parallel/schedules.py:286).
+    On the last stage ``finish(batch, (logp_N, entropy_N))`` runs; forward only it gets that of both which ``keeps``
+    counts, since beside experts Megatron asks what a forward-only pass made for its device
+    (pipeline_parallel/schedules.py:286).
     """
 
     def forward_step(iterator: Iterator[DeviceMicrobatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
@@ -152,7 +160,7 @@ def _run(
             labels=batch.targets_N,
             loss_mask=batch.response_N,
         )
-        return output[0] if forward_only and isinstance(output, tuple) else output, partial(finish, batch)
+        return output[keeps] if forward_only and isinstance(output, tuple) else output, partial(finish, batch)
 
     has_experts = unwrap(chunks[0]).config.num_moe_experts is not None
     batches = [to_device(batch) for batch in microbatches]

@@ -61,6 +61,7 @@ def sequence_logprobs(
     layout: MeshRank,
     budget: int,
     token_multiple: int = 1,
+    entropy: bool = False,
 ) -> list[Floats] | None:
     """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
@@ -69,6 +70,7 @@ def sequence_logprobs(
     Args:
         budget: tokens in one microbatch.
         token_multiple: ``Config.token_multiple``.
+        entropy: return entropies in place of log-probs.
 
     Returns:
         On the replica's leader one [R] array for each sample, in order; None on the other ranks.
@@ -82,7 +84,8 @@ def sequence_logprobs(
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
     packed = pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=())
     set_training(chunks, False)
-    parts = logprob_pass(chunks, [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed])
+    shards = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
+    parts = logprob_pass(chunks, shards, entropy=entropy)
     set_training(chunks, True)
     if not samples:
         return _nothing(layout)

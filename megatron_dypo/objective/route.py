@@ -88,6 +88,7 @@ def _rollout_samples(group: GradedGroup, treatment: Treatment) -> list[Sample]:
             is_correct=verdict.is_correct,
             reward=verdict.reward,
             rollout_logp=rollout.logp,
+            num_forced_tokens=rollout.num_forced_tokens,
         )
         for member, (rollout, verdict) in enumerate(zip(group.rollouts, group.verdicts, strict=True))
     ]

@@ -75,7 +75,7 @@ class SGLangClient(HttpClient):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__(urls if router is None else [router], api_key, cfg=cfg, backoff_s=backoff_s)
-        self._cfg, self._decode, self._check = cfg, decode, check
+        self._cfg, self.decode, self._check = cfg, decode, check
         self._stop_token_ids, self._vocab_size = tuple(stop_token_ids), vocab_size
         self._router = router
         self._writing = threading.Lock()
@@ -155,7 +155,7 @@ class SGLangClient(HttpClient):
     def _parse(self, sampling: Sampling, url: str, answer: Answer) -> tuple[Rollout, ...]:
         try:
             return parse_group(
-                answer.payload, sampling, self._decode, versions=self._upstream.versions, vocab_size=self._vocab_size
+                answer.payload, sampling, self.decode, versions=self._upstream.versions, vocab_size=self._vocab_size
             )
         except IncompleteGroupError as error:
             self.count_dropped(answer.payload)

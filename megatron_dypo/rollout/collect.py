@@ -7,7 +7,8 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -20,8 +21,9 @@ from megatron_dypo.rollout.attempts import GroupDroppedError
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
+from megatron_dypo.rollout.groups import Planner, sample_group
 from megatron_dypo.rollout.sampling import Sampling
-from megatron_dypo.types import DropReason, Prompt, Rollout, RolloutGroup
+from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"
 """None: the group was not done when the collection stopped."""
@@ -83,6 +85,7 @@ def collect(
     temperature: float | None = None,
     max_new_tokens: int | None = None,
     seed_of: Callable[[Prompt], int] | None = None,
+    planner: Planner | None = None,
     progress: bool = True,
     desc: str = "rollouts",
     stop: StopFlag | None = None,
@@ -91,16 +94,20 @@ def collect(
 
     A group is complete or absent: an incomplete one is retried, then dropped and counted. ``temperature`` and
     ``max_new_tokens`` override the client's configuration (evaluation); ``seed_of`` gives the seed of a prompt's one
-    rollout. When no server is left, it returns the groups that it has. So it does when ``stop`` is set: it aborts the
-    requests that are open, and ``stats.unfinished`` holds their prompts. An interrupt aborts them too.
+    rollout; ``planner`` the parts of a group, without which one request samples it. When no server is left, it returns
+    the groups that it has. So it does when ``stop`` is set: it aborts the requests that are open, and
+    ``stats.unfinished`` holds their prompts. An interrupt aborts them too.
 
     Raises:
         ServerDiedError: the run has lost its servers for good (from the client's ``check``).
     """
     sampling = client.sampling(group_size, temperature=temperature, max_new_tokens=max_new_tokens)
     start = time.monotonic()
-    with progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
-        outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, bar, stop))
+    # Its thread starts with the first rollouts that a plan has judged.
+    judging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")
+    with judging, progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
+        ask = functools.partial(sample_group, client, planner=planner, worker=judging)
+        outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     return groups, _stats(prompts, outcomes, client.counts(), time.monotonic() - start)
 
@@ -135,6 +142,7 @@ async def _collect(
     client: SGLangClient,
     sampling: Sampling,
     seed_of: Callable[[Prompt], int] | None,
+    ask: Callable[[Prompt, Sampling], Awaitable[RolloutGroup]],
     bar: Progress,
     stop: StopFlag | None,
 ) -> list[Outcome]:
@@ -142,7 +150,7 @@ async def _collect(
     async with client:
         samplings = [_seeded(sampling, prompt, seed_of) for prompt in prompts]
         pairs = zip(prompts, samplings, strict=True)
-        groups = [asyncio.ensure_future(client.generate(prompt.tokens, own)) for prompt, own in pairs]
+        groups = [asyncio.ensure_future(ask(prompt, own)) for prompt, own in pairs]
         watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(show_life("collecting rollouts"))
         outcomes = _Outcomes(prompts, bar, sampling.n)
         for place, group in enumerate(groups):
@@ -175,13 +183,13 @@ class _Outcomes:
         if not prompts:
             self.over.set()
 
-    def note(self, place: int, group: asyncio.Future[tuple[Rollout, ...]]) -> None:
+    def note(self, place: int, group: asyncio.Future[RolloutGroup]) -> None:
         """Enter the outcome of the prompt at ``place``."""
         if group.cancelled():
             return
         error, prompt = group.exception(), self._prompts[place]
         if error is None:
-            self._outcomes[place] = RolloutGroup(prompt=prompt, rollouts=group.result())
+            self._outcomes[place] = group.result()
         elif isinstance(error, GroupDroppedError):
             self._outcomes[place] = dropped_group(prompt, error)
         elif isinstance(error, NoServerError):

@@ -18,6 +18,7 @@ from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.collect import DroppedGroup, dropped_group
 from megatron_dypo.rollout.counts import ClientCounts
+from megatron_dypo.rollout.groups import Planner, sample_group
 from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.rollout.stream_state import StreamState
 from megatron_dypo.types import Prompt, RolloutGroup
@@ -40,6 +41,8 @@ class StreamWork(Generic[T]):
     """Makes of a group what the stream returns (grades it); called in a worker thread, one group at a time."""
     is_useful: Callable[[T], bool]
     """Whether a finished group counts towards what is wanted."""
+    planner: Planner | None = None
+    """Gives the parts of each group; None: one request samples it."""
 
 
 class StreamSampler(Generic[T]):
@@ -160,8 +163,7 @@ class StreamSampler(Generic[T]):
         finished: T | None = None
         dropped: DroppedGroup | None = None
         try:
-            rollouts = await self._client.generate(prompt.tokens, self._sampling)
-            group = RolloutGroup(prompt=prompt, rollouts=rollouts)
+            group = await sample_group(self._client, prompt, self._sampling, planner=self._work.planner, worker=grader)
             finished = await asyncio.get_running_loop().run_in_executor(grader, self._work.finish, group)
         except GroupDroppedError as error:
             dropped = dropped_group(prompt, error)

@@ -208,6 +208,11 @@ class FakePolicy:
         self.asked.append((self.version, [sample.order for sample in samples]))
         return [np.full(sample.num_response_tokens, -1.0 - self.version, np.float32) for sample in samples]
 
+    def entropies(self, samples: Sequence[Sample]) -> list[Any]:
+        """The earlier a token, the more uncertain."""
+        assert self._is_leader or not samples, "a follower holds no samples"
+        return [np.arange(sample.num_response_tokens, 0, -1).astype(np.float32) for sample in samples]
+
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return [np.full(sample.num_response_tokens, -0.5, np.float32) for sample in samples]
 

@@ -119,8 +119,9 @@ def tally_update(tally: Tally, samples: Sequence[Sample], version: int, *, old_i
         tally.add("staleness", version - sample.policy_version)
         if old_is_rollout or sample.old_logp is None or sample.rollout_logp is None:
             continue
-        if len(sample.old_logp):
-            tally.extreme("max:mismatch", float(abs(sample.old_logp - sample.rollout_logp).max()))
+        gap = (sample.old_logp - sample.rollout_logp)[sample.num_forced_tokens :]
+        if len(gap):
+            tally.extreme("max:mismatch", float(abs(gap).max()))
 
 
 def tally_work(tally: Tally, flops: float) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.requests import planner_of
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.route import will_learn_from
 from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.rollout.stream_sampler import StreamWork
-from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Verdict
 
 
 def open_stream(
@@ -40,6 +41,9 @@ def open_stream(
         fail_truncated = config.grading.fail_truncated
         return grade([group], verifier, fail_truncated, trace_text=trace_text, show_progress=False)[0]
 
+    def judged(group: RolloutGroup) -> Sequence[Verdict]:
+        return grade([group], verifier, config.grading.fail_truncated, show_progress=False)[0].verdicts
+
     # All that a collection may look at, and two batches in flight.
     max_unread = max(
         cfg.prompts_per_round * batching.max_collect_rounds, math.ceil(2 * cfg.oversample * batching.prompts_per_batch)
@@ -52,6 +56,7 @@ def open_stream(
             load=draws.source.at,
             finish=graded,
             is_useful=lambda group: will_learn_from(group, objective, current_step()),
+            planner=planner_of(objective, cfg.group_size, step=current_step, seed=config.run.seed, judge=judged),
         ),
         oversample=cfg.oversample,
         max_unread=math.ceil(max_unread / replicas),

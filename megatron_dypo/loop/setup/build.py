@@ -25,7 +25,7 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
 from megatron_dypo.loop.state import Run
-from megatron_dypo.loop.teacher import require_teacher_servers
+from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
 from megatron_dypo.mcore.start import start_megatron
@@ -56,10 +56,10 @@ def open_run(config: Config) -> Iterator[Run]:
             GPUs (``run.check_memory``); the machine cannot run ``model.fp8.recipe``; or any input breaks a rule.
     """
     with contextlib.ExitStack() as stack:
-        layout = _join(config, stack)
-        latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
         objective = build_objective(config.objective)
-        require_teacher_servers(config, objective)
+        layout = _join(config, objective, stack)
+        latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
+        require_logprob_sources(config, objective)
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
@@ -122,11 +122,12 @@ def _lay(
     )
 
 
-def _join(config: Config, stack: contextlib.ExitStack) -> MeshRank:
+def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> MeshRank:
     """Join the other ranks, and check what can be checked before a model is built."""
     # A rank may wait in a collective for as long as the rollouts take; a dead peer is noticed by its socket.
     teacher = config.teacher_servers
-    deadline_s = config.rollout.request_deadline_s + (teacher.request_deadline_s if teacher.urls else 0.0)
+    asked_s = config.rollout.request_deadline_s * objective.parts_in_turn()
+    deadline_s = asked_s + (teacher.request_deadline_s if teacher.urls else 0.0)
     patience = 2 * deadline_s * config.batching.max_collect_rounds
     layout = start_megatron(config.parallel, timeout_s=max(patience, 1800.0), seed=config.run.seed)
     stack.callback(close, layout)

@@ -15,7 +15,8 @@ from megatron_dypo.objective.metrics import LOSS_METRICS, SumMetric
 from megatron_dypo.objective.sequences import Across
 from megatron_dypo.objective.streams import STREAMS, Stream
 from megatron_dypo.objective.token_weights import add_weights, entropy_weight
-from megatron_dypo.types import GradedGroup, Sample, TokenWeights, Totals, Treatment
+from megatron_dypo.rollout.plan import GroupPlan, whole_group
+from megatron_dypo.types import GradedGroup, Prompt, Sample, TokenWeights, Totals, Treatment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,27 @@ class Objective(ABC):
     def num_rollouts(self, group_size: int) -> int:
         """Return the rollouts to sample of a prompt, where ``rollout.group_size`` is ``group_size``."""
         return group_size
+
+    def plan_group(self, prompt: Prompt, group_size: int, *, step: int, seed: int) -> GroupPlan:
+        """Return the parts in which the rollouts of a prompt are sampled; a pure function of its arguments.
+
+        Args:
+            step: the optimizer step that collects.
+            seed: of the run, for draws (:mod:`megatron_dypo.data.teachers`).
+        """
+        return whole_group(self.num_rollouts(group_size))
+
+    def forces_prefixes(self) -> bool:
+        """Say whether a plan has a part with a prefix: such tokens have no log-probs by a server."""
+        return False
+
+    def parts_in_turn(self) -> int:
+        """Return the most requests for one group that wait for each other, by which a collection may take longer."""
+        return 1
+
+    def needs_old_entropy(self) -> bool:
+        """Say whether ``Sample.old_entropy`` is read of rollouts with forced tokens."""
+        return False
 
     @abstractmethod
     def treat(self, group: GradedGroup, step: int) -> Treatment:

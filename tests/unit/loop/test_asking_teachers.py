@@ -20,7 +20,7 @@ from megatron_dypo.loop.resume import load_groups, save_checkpoint
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
-from megatron_dypo.loop.teacher import NoTeacher, Teacher, require_teacher_servers
+from megatron_dypo.loop.teacher import NoTeacher, Teacher, require_logprob_sources
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.rollout.teacher.client import TeacherClient
@@ -127,8 +127,8 @@ def test_an_objective_that_reads_a_teacher_needs_its_servers(tmp_path: Path) -> 
     for options in several:
         config = make_config(tmp_path, objective=ObjectiveConfig(**options))
         with pytest.raises(ValueError, match=r"teacher_servers.urls=\(\).*objective.name"):
-            require_teacher_servers(config, build_objective(config.objective))
-    require_teacher_servers(make_config(tmp_path), build_objective(ObjectiveConfig()))
+            require_logprob_sources(config, build_objective(config.objective))
+    require_logprob_sources(make_config(tmp_path), build_objective(ObjectiveConfig()))
 
 
 def opened(config: Config, tokenizer: Codes | None, is_leader: bool = True) -> Teacher | NoTeacher:
