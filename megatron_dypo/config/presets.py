@@ -14,6 +14,7 @@ _DR_GRPO = {"normalize_std": False, "length_normalization": "constant", "constan
 _CLIPPED_DR_GRPO = {**_DR_GRPO, "clip_low": 0.2, "clip_high": 0.2}
 _UNCLIPPED_DR_GRPO = {**_DR_GRPO, "clip_low": None, "clip_high": None}
 _TOKEN_MEANS = {"length_normalization": "token_mean", "trace_normalization": "token_mean"}
+_PREFIXES = {"low": {"start": 0.95, "end": 0.05, "steps": 500, "shape": "cosine"}, "high": 0.95, "keep": 0.2}
 _MICROBATCH_RATIO = 0.1
 """Weight of a supervised term in forks of verl that add the token means of M microbatches to a sum over S = 64
 sequences: M/S, with 6 or 7 microbatches. M depends on packing and is published nowhere (docs/rivals.md)."""
@@ -81,6 +82,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma": _MICROBATCH_RATIO,
         "entropy_coef": 0.001,
         "options": {"gate": 0.0},
+    },
+    "prefix_rft_paper": {"name": "prefix_rft", **_CLIPPED_DR_GRPO, "options": _PREFIXES},
+    "prefix_rft_code": {
+        "name": "prefix_rft",
+        **_CLIPPED_DR_GRPO,
+        "dual_clip": 3.0,
+        "entropy_coef": 0.001,
+        "options": _PREFIXES,
+    },
+    "trapo_paper": {"name": "trapo", **_CLIPPED, "options": {"guides": "paper", "alpha": 0.1}},
+    "trapo_code": {
+        "name": "trapo",
+        **_UNCLIPPED_DR_GRPO,
+        "entropy_coef": 0.001,
+        "options": {"guides": "code", "alpha": 0.1},
     },
 }
 """Name → keys of ``objective``. ``paper``: as printed; ``code``: as its authors run it; see docs/rivals.md."""

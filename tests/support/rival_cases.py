@@ -6,6 +6,7 @@ Shape legend: R response tokens of one sequence.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -38,6 +39,8 @@ class Response:
     entropy: np.ndarray
     old_logp: np.ndarray
     reward: float
+    forced: int = 0
+    """The first tokens that are a teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,11 @@ class Case:
     trace: Response | None
 
 
-def ragged_cases(seed: int = 0, k: int = 4, longest: int = 9) -> list[Case]:
-    """A prompt that is right always, one sometimes, one never; responses of many lengths, ratios inside and outside."""
+def ragged_cases(seed: int = 0, k: int = 4, longest: int = 9, forced: Sequence[float] = ()) -> list[Case]:
+    """A prompt that is right always, one sometimes, one never; responses of many lengths, ratios inside and outside.
+
+    The last rollouts begin with these shares of ``forced`` tokens, one at least; the others with none.
+    """
     rng = np.random.default_rng(seed)
 
     def response(reward: float) -> Response:
@@ -59,7 +65,13 @@ def ragged_cases(seed: int = 0, k: int = 4, longest: int = 9) -> list[Case]:
         return Response(logp=logp, entropy=rng.uniform(0.1, 2.0, length), old_logp=logp - moved, reward=reward)
 
     rewards = [[1.0] * k, [float(i % 2) for i in range(k)], [0.0] * k]
-    return [Case(rollouts=tuple(map(response, own)), trace=response(1.0)) for own in rewards]
+    cases = [Case(rollouts=tuple(map(response, own)), trace=response(1.0)) for own in rewards]
+    shares = [*[0.0] * (k - len(forced)), *forced]
+    return [dataclasses.replace(case, rollouts=tuple(map(_forced, case.rollouts, shares))) for case in cases]
+
+
+def _forced(response: Response, share: float) -> Response:
+    return dataclasses.replace(response, forced=math.ceil(share * len(response.logp)))
 
 
 def config_of(**objective: Any) -> ObjectiveConfig:
@@ -76,6 +88,7 @@ def routed(cases: Sequence[Case], objective: Objective, k: int, step: int) -> li
         for sample in group:
             if sample.kind is SampleKind.ROLLOUT:
                 sample.old_logp = sample.rollout_logp
+                sample.old_entropy = _response(sample, cases).entropy.astype(np.float32)
     return samples
 
 
@@ -144,6 +157,7 @@ def _graded(order: int, case: Case, count: int) -> GradedGroup:
             text="r",
             finish="stop",
             policy_version=0,
+            num_forced_tokens=r.forced,
         )
         for r in case.rollouts[:count]
     )

@@ -250,6 +250,43 @@ def hpt(
     return loss
 
 
+def prefix_rft(continuation: bool, coef: float, dual: float | None) -> Equation:
+    """k−1 rollouts, and one behind a prefix: its 20% most uncertain tokens, and what follows if ``continuation``."""
+
+    def loss(prompts: Prompts) -> Tensor:
+        terms = []
+        for p in prompts:
+            *own, behind = p.rollouts
+            mean = sum(y.reward for y in own) / len(own)
+            terms += [over_8192(surrogate(y, y.reward - mean, dual=dual), y) / len(p.rollouts) for y in own]
+            ascending = sorted(range(behind.forced), key=lambda t, y=behind: float(y.entropy[t].detach()))
+            learned = ascending[int(0.8 * behind.forced) :]
+            on_prefix = surrogate(behind, behind.reward - mean, dual=dual)[learned].sum()
+            after = surrogate(behind, behind.reward, dual=dual)[behind.forced :].sum()
+            terms.append((on_prefix + (after if continuation else 0.0)) / 8192 / len(p.rollouts))
+        return add(terms) / len(prompts) + entropy_bonus(rollouts_of(prompts), coef)
+
+    return loss
+
+
+def trapo(reduce: Reduce, *, std: bool, clip: bool, coef: float) -> Equation:
+    """GRPO on what is sampled, and p/max(p, 0.1) of −log π on what is a teacher's, of every rollout."""
+
+    def loss(prompts: Prompts) -> Tensor:
+        terms = []
+        for p in prompts:
+            scores, low = advantages([y.reward for y in p.rollouts], std), 0.2 if clip else None
+            for y, score in zip(p.rollouts, scores, strict=True):
+                probability = y.logp.exp()
+                learned = probability / probability.detach().clamp(min=0.1)
+                tokens = torch.cat([-learned[: y.forced], surrogate(y, score, low, low)[y.forced :]])
+                terms.append(reduce(tokens, y) / len(p.rollouts))
+        bonus = entropy_bonus(rollouts_of(prompts), coef) if coef else 0.0
+        return add(terms) / len(prompts) + bonus
+
+    return loss
+
+
 EQUATIONS: dict[str, Equation] = {
     "sft_luffy_paper": sft,
     "dr_grpo_luffy_paper": dr_grpo(0.01),
@@ -269,6 +306,10 @@ EQUATIONS: dict[str, Equation] = {
     "chord_code": chord(0.0, True, dual=3.0),
     "hpt_paper": hpt(0.0),
     "hpt_llama_paper": hpt(0.25),
+    "prefix_rft_paper": prefix_rft(True, 0.0, None),
+    "prefix_rft_code": prefix_rft(True, 0.001, 3.0),
+    "trapo_paper": trapo(own_mean, std=True, clip=True, coef=0.0),
+    "trapo_code": trapo(over_8192, std=False, clip=False, coef=0.001),
     "hpt_code": hpt(0.0, over_8192, std=False, clip=False, sft_scale=0.1, coef=0.001),
 }
 """Preset → its loss at step 0."""

@@ -18,10 +18,12 @@ from megatron_dypo.objective.recipes.grpo import Grpo
 from megatron_dypo.objective.recipes.hpt import Hpt
 from megatron_dypo.objective.recipes.luffy import Luffy
 from megatron_dypo.objective.recipes.opd import Opd
+from megatron_dypo.objective.recipes.prefix_rft import PrefixRft
 from megatron_dypo.objective.recipes.sft import Sft
 from megatron_dypo.objective.recipes.sft_then_rl import SftThenRl
 from megatron_dypo.objective.recipes.srft import Srft
 from megatron_dypo.objective.recipes.superrl import SuperRl
+from megatron_dypo.objective.recipes.trapo import Trapo
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "dypo": Dypo,
@@ -35,6 +37,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "chord": Chord,
     "hpt": Hpt,
     "opd": Opd,
+    "prefix_rft": PrefixRft,
+    "trapo": Trapo,
 }
 
 

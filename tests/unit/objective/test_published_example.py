@@ -1,6 +1,7 @@
 """The worked example of the rivals: two prompts, four rollouts and a trace each, every gradient worked out by
 autograd."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,10 @@ import pytest
 
 from megatron_dypo.objective.recipes.base import WeightedGroup
 from megatron_dypo.objective.recipes.grpo import Grpo
-from megatron_dypo.objective.recipes.sft import Sft
-from megatron_dypo.objective.shapes import shape_index
 from tests.support.rival_cases import Case, Response, config_of, gradients
 
 EXAMPLE = json.loads((Path(__file__).parent / "published_example.json").read_text(encoding="utf-8"))
 SHARED = Path(__file__).parents[4] / "shared" / "baselines_example.json"
-
-
-class Trsft(Sft):
-    """Traces by TRAPO's shape, α = 0.1."""
-
-    def token_weights(self, group, totals, step):
-        (own,) = super().token_weights(group, totals, step).weights
-        return WeightedGroup(weights=[{**own, "nll_shape": shape_index("trsft"), "shape_constant": 0.1}])
 
 
 class Distilled(Grpo):
@@ -70,11 +61,37 @@ ROWS = {
     "chord/phi_mu_0.1": ({"name": "chord", "options": {"mu": 0.1, "phi": True}}, 1),
     "hpt/paper_gamma_0": ({"name": "hpt", **SUM}, 1),
     "hpt/code_gamma_0": ({"name": "hpt", **OPEN, **ONE_SFT, "gamma": 0.125}, 8),
-    "trapo/trsft": ({"name": f"{__name__}:Trsft"}, 1),
+    # The prefix is ⌊0.95·3⌋ = 2 tokens of the trace; the example has no continuation.
+    "prefix_rft/released_keep_0.5": ({"name": "prefix_rft", **DR, "options": {"keep": 0.5}}, 1),
+    # TrSFT alone: the whole trace is one of eight members that are all right.
+    "trapo/trsft": ({"name": "trapo"}, 8),
     "opd_grpo/slime_lambda_1": ({"name": f"{__name__}:Distilled"}, 1),
     "hpt/paper_gamma_0.5": ({"name": "hpt", **SUM, "options": {"gate": 0.5}}, 1),
 }
 """Name in the example → our config, and how many times our objective it is (a scale that AdamW does not see)."""
+
+
+def behind_prefixes(case, i):
+    """Three rollouts, and the reward of the fourth for the two tokens of the prefix; nothing follows them."""
+    told = EXAMPLE["data"]["told"][i]
+    begun = Response(
+        logp=case.trace.logp[:2],
+        entropy=case.trace.entropy[:2],
+        old_logp=np.array(told[:2]),
+        reward=case.rollouts[3].reward,
+        forced=2,
+    )
+    return Case(rollouts=(*case.rollouts[:3], begun), trace=case.trace)
+
+
+def all_right(case, i):
+    """Seven rollouts and the whole trace, all of them right, so that only what is a teacher's has a gradient."""
+    own = [dataclasses.replace(y, reward=1.0) for y in (*case.rollouts, *case.rollouts[:3])]
+    return Case(rollouts=(*own, dataclasses.replace(case.trace, forced=3)), trace=case.trace)
+
+
+FORCED = {"prefix_rft/released_keep_0.5": (behind_prefixes, 4), "trapo/trsft": (all_right, 8)}
+"""Rows in which the trace is the last member of its group: how that is made, and the size of the group."""
 
 
 def cases():
@@ -96,13 +113,17 @@ def cases():
 @pytest.mark.parametrize("name", ROWS)
 def test_the_gradients_are_those_of_the_worked_example(name):
     options, scale = ROWS[name]
-    mine, _ = gradients(cases(), config_of(**options), step=9 if "after_switch" in name else 0)
+    with_trace, k = FORCED.get(name, (lambda case, _: case, 4))
+    shown = [with_trace(case, i) for i, case in enumerate(cases())]
+    mine, _ = gradients(shown, config_of(**options), k=k, step=9 if "after_switch" in name else 0)
     if name in ("sft_then_rl/after_switch",):
         assert {key[1] for key in mine} == {0, 1, 2, 3}
     expected = EXAMPLE["objectives"][name]
     for i in range(2):
         wanted: dict[Any, Any] = {(i, j): values for j, values in enumerate(expected["grad_rollouts"][i])}
         wanted[i, "trace"] = expected["grad_traces"][i]
+        if name in FORCED:
+            wanted[i, k - 1] = wanted.pop((i, "trace"))[: shown[i].rollouts[-1].forced]
         for key, values in wanted.items():
             got = scale * mine.get(key, np.zeros(len(values)))
             np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-8, err_msg=f"{name} {key}")

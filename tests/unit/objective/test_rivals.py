@@ -16,6 +16,17 @@ OWN = {"sft_then_rl_luffy_paper": {"sft_steps": 3}}
 """What a preset leaves to the run."""
 
 
+K = {"trapo_paper": 8, "trapo_code": 8}
+FORCED = {
+    "prefix_rft_paper": (0.6,), "prefix_rft_code": (0.6,), "trapo_paper": (0.2, 0.2, 0.5, 1), "trapo_code": (0.3, 1)
+}  # fmt: skip
+"""Shares of forced tokens of the last rollouts of each group."""
+
+
+def cases_of(name, seed=0):
+    return ragged_cases(seed, k=K.get(name, 4), forced=FORCED.get(name, ()))
+
+
 def literal(cases, equation):
     """The gradients of ``equation`` by log π and by entropy, keyed as :func:`gradients` keys them."""
     prompts = [
@@ -32,7 +43,7 @@ def leaf(response):
     tensors = {name: torch.tensor(getattr(response, name), requires_grad=True) for name in ("logp", "entropy")}
     # π_old as the trainer has it: fp32, which samples carry.
     old = torch.tensor(response.old_logp.astype(np.float32).astype(np.float64))
-    return SimpleNamespace(**tensors, old=old, reward=response.reward)
+    return SimpleNamespace(**tensors, old=old, reward=response.reward, forced=response.forced)
 
 
 def grad_of(tensor):
@@ -57,9 +68,9 @@ def test_every_preset_has_its_equation_and_every_rival_a_preset():
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_the_gradient_of_every_token_is_that_of_the_published_equation(name):
-    cases = ragged_cases()
+    cases = cases_of(name)
     cfg = config_of(preset=name, **OWN.get(name, {}))
-    for mine, expected in zip(gradients(cases, cfg), literal(cases, EQUATIONS[name]), strict=True):
+    for mine, expected in zip(gradients(cases, cfg, k=K.get(name, 4)), literal(cases, EQUATIONS[name]), strict=True):
         if any(np.abs(values).max() for values in expected.values()):
             compare(mine, expected)
         else:
@@ -68,9 +79,9 @@ def test_the_gradient_of_every_token_is_that_of_the_published_equation(name):
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_replicas_and_microbatches_leave_no_trace_in_the_gradients(name):
-    cases = [*ragged_cases(1), *ragged_cases(2)]
+    cases, k = [*cases_of(name, 1), *cases_of(name, 2)], K.get(name, 4)
     cfg = config_of(preset=name, **OWN.get(name, {}))
-    whole, split = gradients(cases, cfg), gradients(cases, cfg, microbatches=5, replicas=2)
+    whole, split = gradients(cases, cfg, k=k), gradients(cases, cfg, k=k, microbatches=5, replicas=2)
     for one, other in zip(whole, split, strict=True):
         compare(other, one, rtol=1e-12)
 
