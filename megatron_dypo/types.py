@@ -189,6 +189,8 @@ class Sample:
     """Version that sampled the group; for a trace alone, the version that found the prompt Hard."""
     num_forced_tokens: int = 0
     """The first response tokens of a rollout that are a teacher's, which the policy was made to go on from."""
+    is_buffered: bool = False
+    """A trace that was put aside for an update of its own, besides what becomes of its group."""
     is_correct: bool = False
     reward: float = 0.0
     rollout_logp: Floats | None = None

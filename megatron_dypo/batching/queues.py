@@ -23,9 +23,20 @@ class Queues:
         default_factory=lambda: {treatment: [] for treatment in Treatment if treatment is not Treatment.DROP}
     )
 
+    buffer: list[Group] = field(default_factory=list)
+    """Traces that wait for an update of their own, oldest first; they are no draws, and count in no queue."""
+
     def put(self, group: Group) -> None:
-        """Add a group to the queue of its treatment."""
-        self.waiting[group[0].treatment].append(group)
+        """Add a group to the queue of its treatment, or a buffered trace to the buffer."""
+        (self.buffer if group[0].is_buffered else self.waiting[group[0].treatment]).append(group)
+
+    def take_buffered(self, orders: Collection[int], keeps: int) -> list[Group]:
+        """Remove and return the buffered traces of these orders, oldest first; keep the newest ``keeps`` others."""
+        wanted = set(orders)
+        taken = [group for group in sorted(self.buffer, key=order_of) if order_of(group) in wanted]
+        others = [group for group in sorted(self.buffer, key=order_of) if order_of(group) not in wanted]
+        self.buffer = others[max(len(others) - keeps, 0) :]
+        return taken
 
     def groups(self) -> list[Group]:
         """Return all groups, oldest first."""
@@ -63,6 +74,12 @@ class Queues:
 def order_of(group: Group) -> int:
     """Return the position of a group's draw in the run, by which groups are old or young."""
     return group[0].order
+
+
+def newest(orders_by_replica: Iterable[Iterable[int]], count: int) -> list[int]:
+    """Return the ``count`` highest orders over all replicas, ascending; [] where there are fewer."""
+    orders = sorted(order for orders in orders_by_replica for order in orders)
+    return orders[-count:] if len(orders) >= count else []
 
 
 def oldest(orders_by_replica: Iterable[Iterable[int]], count: int) -> list[int]:

@@ -43,17 +43,21 @@ class RolloutBatch:
         groups: those that this replica holds; the ones that have entered all their updates are left out.
         passes: times that each group enters an update.
         position: entries of ``passes`` times ``orders`` that minibatches have taken.
+        buffered_orders: of the buffered traces of all replicas that make up the last minibatch, ascending; (): none do.
+        buffered: those that this replica holds.
     """
 
     orders: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
     passes: int = 1
     position: int = 0
+    buffered_orders: tuple[int, ...] = ()
+    buffered: tuple[Group, ...] = ()
 
     @property
     def is_used_up(self) -> bool:
         """Tell whether no minibatch is left, on any replica."""
-        return self.position >= self.passes * len(self.orders)
+        return self.position >= self.passes * len(self.orders) and not self.buffered_orders
 
     def open_orders(self) -> list[int]:
         """Return the orders of the groups that are still to enter an update, ascending."""
@@ -67,10 +71,14 @@ class RolloutBatch:
     def next_minibatch(self, num_prompts: int) -> tuple[Minibatch, RolloutBatch]:
         """Take the next ``num_prompts`` groups over all replicas; return them and the batch after that.
 
-        Fewer are taken where the batch holds fewer, or where it ends.
+        Fewer are taken where the batch holds fewer, or where it ends. After the last of them come the buffered traces,
+        all at once.
         """
         assert not self.is_used_up, "a batch that is used up has no minibatch"
         size = len(self.orders)
+        if self.position >= self.passes * size:
+            own = Minibatch(groups=self.buffered, finished=(), is_last=True)
+            return own, replace(self, buffered_orders=(), buffered=())
         stop = min(self.position + min(num_prompts, size), self.passes * size)
         wanted = {self.orders[entry % size] for entry in range(self.position, stop)}
         after = replace(self, position=stop)
@@ -89,15 +97,28 @@ class RolloutBatch:
 
     def as_json(self) -> dict[str, Any]:
         """Return all but the groups, for a checkpoint; the same on every rank."""
-        return {"orders": list(self.orders), "passes": self.passes, "position": self.position}
+        return {
+            "orders": list(self.orders),
+            "passes": self.passes,
+            "position": self.position,
+            "buffered_orders": list(self.buffered_orders),
+        }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], groups: Sequence[Group] = ()) -> RolloutBatch:
-        """Read what :meth:`as_json` wrote, with those of ``groups`` that belong to the batch; others are ignored."""
+    def from_json(
+        cls, stored: Mapping[str, Any], groups: Sequence[Group] = (), buffered: Sequence[Group] = ()
+    ) -> RolloutBatch:
+        """Read what :meth:`as_json` wrote, with what of ``groups`` and ``buffered`` belongs to it; ignore the rest."""
         batch = cls(
             orders=tuple(int(order) for order in stored["orders"]),
             passes=int(stored["passes"]),
             position=int(stored["position"]),
+            # A checkpoint of an earlier version has none.
+            buffered_orders=tuple(int(order) for order in stored.get("buffered_orders", ())),
         )
-        own = set(batch.orders)
-        return batch.with_groups(sorted((g for g in groups if order_of(g) in own), key=order_of))
+        return replace(batch, groups=_of(batch.orders, groups), buffered=_of(batch.buffered_orders, buffered))
+
+
+def _of(orders: Sequence[int], groups: Sequence[Group]) -> tuple[Group, ...]:
+    own = set(orders)
+    return tuple(sorted((group for group in groups if order_of(group) in own), key=order_of))

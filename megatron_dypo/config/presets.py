@@ -83,6 +83,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.001,
         "options": {"gate": 0.0},
     },
+    "relift_paper": {
+        "name": "relift",
+        **_CLIPPED,
+        "length_normalization": "group_mean",
+        "trace_normalization": "sequence_mean",
+        "options": {"buffer_size": 128, "buffer_entropy_coef": 1e-4},
+    },
+    "relift_code": {
+        "name": "relift",
+        **_UNCLIPPED_DR_GRPO,
+        "trace_normalization": "token_mean",
+        "entropy_coef": 0.001,
+        "options": {"buffer_size": 128, "buffer_entropy_coef": 1e-3},
+    },
     "prefix_rft_paper": {"name": "prefix_rft", **_CLIPPED_DR_GRPO, "options": _PREFIXES},
     "prefix_rft_code": {
         "name": "prefix_rft",

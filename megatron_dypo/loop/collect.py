@@ -55,6 +55,8 @@ class Collector:
     ranks: Ranks
     rollout: RolloutConfig
     batching: BatchingConfig
+    max_version_lag: int
+    """Versions that a waiting group's oldest rollout may be behind."""
     fail_truncated: bool
     """Rollouts that hit the length limit are not verified; see ``GradingConfig``."""
     max_prompt_tokens: int
@@ -115,7 +117,7 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             server is left, every prompt is too long, or the run is to stop. The samples of the collection are written
             all the same.
     """
-    replica, batching, rounds = collector.replica, collector.batching, 0
+    replica, servers, batching, rounds = collector.replica, collector.servers, collector.batching, 0
     begin_collection(collector, step)
     admitted, look = list[Admitted](), look_around(collector)
     try:
@@ -125,18 +127,12 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             mark("collecting rollouts")
             prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
-                size = collector.objective.num_rollouts(collector.rollout.group_size)
-                planner = planner_of(
-                    collector.objective,
-                    collector.rollout.group_size,
-                    step=lambda: step,
-                    seed=collector.seed,
-                    judge=collector.servers.judge,
-                )
-                ask = functools.partial(collect, group_size=size, planner=planner, stop=collector.stop)
-                sampled = collector.servers.sample(prompts, step, "gen", ask)
+                objective, k = collector.objective, collector.rollout.group_size
+                plan = planner_of(objective, k, step=lambda: step, seed=collector.seed, judge=servers.judge)
+                ask = functools.partial(collect, group_size=plan.num_rollouts, planner=plan, stop=collector.stop)
+                sampled = servers.sample(prompts, step, "gen", ask)
                 with collector.timings.measure("reward"):
-                    graded = collector.servers.grade(sampled.groups)
+                    graded = servers.grade(sampled.groups)
             else:
                 sampled = Sampled()
                 graded = [GradedGroup(prompt=prompt, rollouts=(), verdicts=(), tier=None) for prompt in prompts]
@@ -156,7 +152,7 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
 def begin_collection(collector: Collector, step: int) -> None:
     """Drop what has waited for too long, and begin to count."""
     replica = collector.replica
-    stale = replica.queues.drop_stale(step, collector.batching.max_version_lag)
+    stale = replica.queues.drop_stale(step, collector.max_version_lag)
     collector.tally.add("stale", stale)
     replica.books.drop(DropReason.STALE, stale)
     replica.books.outcomes = Outcomes()
@@ -174,7 +170,7 @@ def admit_groups(
         collector.objective,
         step=step,
         seed=collector.seed,
-        max_version_lag=collector.batching.max_version_lag,
+        max_version_lag=collector.max_version_lag,
     )
     tally_admitted(collector.tally, graded, admitted)
     enter_left_out(collector.replica, collector.tally)

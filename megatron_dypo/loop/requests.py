@@ -24,7 +24,11 @@ def planner_of(
     judge: Callable[[RolloutGroup], Sequence[Verdict]],
 ) -> Planner:
     """Return the planner that puts groups together as the objective says; ``step`` gives the step that collects."""
-    return Planner(plan=lambda prompt: objective.plan_group(prompt, group_size, step=step(), seed=seed), judge=judge)
+    return Planner(
+        plan=lambda prompt: objective.plan_group(prompt, group_size, step=step(), seed=seed),
+        num_rollouts=objective.num_rollouts(group_size),
+        judge=judge,
+    )
 
 
 class NoStream:

@@ -66,7 +66,8 @@ def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
 def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
     """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
     replica, batch = checkpointer.replica, progress.batch
-    kept = [sample for group in (*batch.groups, *replica.queues.groups()) for sample in group]
+    groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
+    kept = [sample for group in groups for sample in group]
     return checkpointer.policy.save(
         checkpointer.folder,
         progress.step,
@@ -133,24 +134,27 @@ def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> Rollou
     if isinstance(replica, Follower):
         return RolloutBatch.from_json(state)
     try:
-        groups = load_groups(stored.leader_states)
+        groups, buffered = load_groups(stored.leader_states), load_groups(stored.leader_states, buffered=True)
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: a file leader_*.bin is damaged: {error}") from error
-    own = groups[replica.draws.replica :: replica.draws.replicas]
-    batch = RolloutBatch.from_json(state, own)
+    share = slice(replica.draws.replica, None, replica.draws.replicas)
+    own, own_buffered = groups[share], buffered[share]
+    batch = RolloutBatch.from_json(state, own, own_buffered)
     missing = set(batch.open_orders()) - {order_of(group) for group in groups}
+    missing |= set(batch.buffered_orders) - {order_of(group) for group in buffered}
     if missing:
         raise ValueError(f"{path}: the files leader_*.bin lack draws {sorted(missing)} of the rollout batch")
-    in_batch = set(batch.orders)
-    for group in own:
-        if order_of(group) not in in_batch:
-            replica.queues.put(group)
+    for waiting, orders in ((own, set(batch.orders)), (own_buffered, set(batch.buffered_orders))):
+        for group in waiting:
+            if order_of(group) not in orders:
+                replica.queues.put(group)
     return batch
 
 
-def load_groups(leader_states: Sequence[bytes]) -> list[Group]:
-    """Return all groups of a checkpoint, oldest first, each with its members in their order."""
-    samples = sorted((s for state in leader_states for s in load_samples(state)), key=lambda s: (s.order, s.member))
+def load_groups(leader_states: Sequence[bytes], *, buffered: bool = False) -> list[Group]:
+    """Return all groups of a checkpoint, oldest first, each with its members in their order; or its buffered traces."""
+    stored = [sample for state in leader_states for sample in load_samples(state) if sample.is_buffered == buffered]
+    samples = sorted(stored, key=lambda s: (s.order, s.member))
     groups: dict[int, Group] = {}
     for sample in samples:
         groups.setdefault(sample.order, []).append(sample)

@@ -73,7 +73,9 @@ class Run:
     @property
     def collector(self) -> Collector:
         """The parts of this run that a collection uses."""
-        config = self.config
+        config, batching = self.config, self.config.batching
+        # The update of buffered traces makes one version more in each rollout batch.
+        more = batching.max_staleness if self.objective.trace_buffer() else 0
         return Collector(
             replica=self.replica,
             servers=self.servers,
@@ -81,7 +83,8 @@ class Run:
             logprobs=self.logprobs,
             ranks=self.ranks,
             rollout=config.rollout,
-            batching=config.batching,
+            batching=batching,
+            max_version_lag=batching.max_version_lag + more,
             fail_truncated=config.grading.fail_truncated,
             max_prompt_tokens=config.data.max_prompt_tokens,
             seed=config.run.seed,

@@ -95,7 +95,13 @@ def train_step(
             mark("computing log-probs")
             logprobs, ranks, batching = collector.logprobs, collector.ranks, collector.batching
             progress.batch = open_batch(
-                queues, logprobs, ranks, batching, version=progress.step, number=progress.batches
+                queues,
+                logprobs,
+                ranks,
+                batching,
+                version=progress.step,
+                number=progress.batches,
+                buffer=collector.objective.trace_buffer(),
             )
             progress.batches += 1
         minibatch, progress.batch = progress.batch.next_minibatch(collector.batching.prompts_per_update)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_dypo.batching.queues import Group, Queues, oldest
+from megatron_dypo.batching.queues import Group, Queues, newest, oldest, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.tally import Tally, tally_sums, tally_update
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.ranks import Ranks
-from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.objective.recipes.base import Objective, TraceBuffer
 from megatron_dypo.objective.totals import add_counts, count_groups
 from megatron_dypo.types import Sample, Totals
 
@@ -28,6 +28,7 @@ def open_batch(
     *,
     version: int,
     number: int = 0,
+    buffer: TraceBuffer | None = None,
 ) -> RolloutBatch:
     """Take the oldest ``prompts_per_batch`` groups over all replicas out of the queues; return them with log-probs.
 
@@ -36,6 +37,7 @@ def open_batch(
     Args:
         version: of the policy's weights.
         number: of the rollout batch, from 0; of every ``old_logp.check_every``-th, the servers' log-probs are checked.
+        buffer: of the objective; where enough traces are buffered, the newest are taken for the last minibatch.
     """
     orders = oldest(ranks.of_leaders(queues.orders()), batching.prompts_per_batch)
     if logprobs.are_of_one_version:
@@ -43,7 +45,11 @@ def open_batch(
     else:
         queues.replace(logprobs.complete(queues.groups(), version, checks_servers=logprobs.is_check_due(number)))
         groups = queues.take(orders)
-    return RolloutBatch(orders=tuple(orders), groups=tuple(groups), passes=batching.epochs_per_batch)
+    batch = RolloutBatch(orders=tuple(orders), groups=tuple(groups), passes=batching.epochs_per_batch)
+    if buffer is None:
+        return batch
+    own = newest(ranks.of_leaders([order_of(group) for group in queues.buffer]), buffer.size)
+    return replace(batch, buffered_orders=tuple(own), buffered=tuple(queues.take_buffered(own, buffer.keeps)))
 
 
 def count_totals(groups: Sequence[Group], ranks: Ranks) -> Totals:

@@ -29,10 +29,11 @@ class _Decoder(Protocol):
 
 
 class GPTChunk(Protocol):
-    """The part of Megatron's GPTModel that this package reads."""
+    """The part of Megatron's GPTModel, and of ``PolicyModel``, that this package reads or sets."""
 
     config: TransformerConfig
     decoder: _Decoder
+    scores_entropy: bool
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 

@@ -18,6 +18,7 @@ from megatron_dypo.batching.pack import (
     sequence_alignment,
 )
 from megatron_dypo.batching.zigzag import local_response_mask, shard
+from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.forward_step import logprob_pass
 from megatron_dypo.objective.streams import Stream
 from megatron_dypo.parallel.device import device
@@ -84,6 +85,8 @@ def sequence_logprobs(
     bins = plan_microbatches(lengths, budget=budget, count=round_up_microbatches(count, layout))
     packed = pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=())
     set_training(chunks, False)
+    for chunk in chunks:
+        unwrap(chunk).scores_entropy = entropy
     shards = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
     parts = logprob_pass(chunks, shards, entropy=entropy)
     set_training(chunks, True)

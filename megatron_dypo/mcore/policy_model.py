@@ -20,8 +20,9 @@ class PolicyModel(ResponseModel):
 
     ``model(tokens_1T, positions_1T, None, labels=targets_N, loss_mask=response_N, ...)``, where ``response_N`` are
     positions in the microbatch and ``targets_N`` the token ids there, returns on the last stage
-    ``(logp_N, entropy_N)``, fp32 (``entropy_N`` is None in eval mode). Without labels, and on other stages, it is
-    GPTModel. Under Megatron's DDP the gradient of the output weight is accumulated in its ``main_grad``.
+    ``(logp_N, entropy_N)``, fp32; ``entropy_N`` is None in eval mode, unless ``scores_entropy``. Without labels, and on
+    other stages, it is GPTModel. Under Megatron's DDP the gradient of the output weight is accumulated in its
+    ``main_grad``.
     """
 
     def __init__(self, *args: Any, num_tokens: int, logprob_memory: int | None = None, **kwargs: Any) -> None:
@@ -33,6 +34,8 @@ class PolicyModel(ResponseModel):
         super().__init__(*args, **kwargs)
         self._num_tokens = num_tokens
         self._logprob_memory = logprob_memory
+        self.scores_entropy = False
+        """Whether entropies are computed in eval mode too."""
 
     def response_outputs(
         self, hidden_T1H: Tensor, targets_N: Tensor, response_N: Tensor
@@ -52,7 +55,7 @@ class PolicyModel(ResponseModel):
             targets_N,
             vocab_size=self._num_tokens,
             group=group,
-            with_entropy=self.training,
+            with_entropy=self.training or self.scores_entropy,
             memory_budget=self._logprob_memory,
             sink=_main_grad_sink(weight_VH, is_embedding=is_tied and self.pre_process),
         )

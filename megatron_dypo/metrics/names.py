@@ -104,6 +104,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("queue/distill", "prompts", "prompts that wait in the queue of teachers' traces after the update"),
     Metric("queue/reinforce", "prompts", "prompts that wait in the queue of rollout groups after the update"),
     Metric("queue/mix", "prompts", "prompts that wait in the queue of rollout groups with a trace after the update"),
+    Metric("queue/buffer", "prompts", "teachers' traces in the buffer, if any: they wait for an update of their own"),
     Metric("queue/stale", "prompts", "prompts dropped because they waited for too many versions"),
     Metric("old_logp/server_error/mean", "nats/token", "mean |log π_trainer − log π_server| of the groups checked"),
     Metric("old_logp/server_error/max", "nats", "the largest such difference"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class Routed:
     """The teacher drawn."""
     reasons: list[DropReason | None] = field(default_factory=list)
     """Why a group was dropped; None where it was not."""
+    buffered: list[list[Sample]] = field(default_factory=list)
+    """Traces for the buffer, each a group of its own."""
 
     @property
     def without_teacher(self) -> int:
@@ -59,6 +61,9 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
                 samples.append(_trace_sample(group, trace, treatment, member=len(samples), version=version))
         elif treatment is Treatment.DROP:
             reason = DropReason.EASY
+        if objective.buffers_trace(group, step) and (drawn := draw_trace(group.prompt, seed)) is not None:
+            kept = _trace_sample(group, drawn[1], Treatment.DISTILL, member=0, version=version)
+            routed.buffered.append([replace(kept, is_buffered=True)])
         routed.treatments.append(treatment)
         routed.samples.append(samples)
         routed.teachers.append(teacher)

@@ -23,6 +23,8 @@ class Planner:
     """Plans the groups of a collection, and judges rollouts on which later ones of their groups depend."""
 
     plan: Callable[[Prompt], GroupPlan]
+    num_rollouts: int
+    """Members of a group."""
     judge: Callable[[RolloutGroup], Sequence[Verdict]]
     """Called in a worker thread, with the rollouts of one step of a plan."""
 

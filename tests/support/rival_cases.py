@@ -80,10 +80,13 @@ def config_of(**objective: Any) -> ObjectiveConfig:
     return parse_config(tree, where="test").objective
 
 
-def routed(cases: Sequence[Case], objective: Objective, k: int, step: int) -> list[list[Sample]]:
-    """The samples of each prompt, by the objective's own gate, with log π_old; a list for each prompt."""
+def routed(
+    cases: Sequence[Case], objective: Objective, k: int, step: int, *, buffered: bool = False
+) -> list[list[Sample]]:
+    """The samples of each prompt, by the objective's own gate, with log π_old; or the traces that it buffers."""
     groups = [_graded(order, case, objective.num_rollouts(k)) for order, case in enumerate(cases)]
-    samples = route(groups, objective, step=step, version=0, seed=0).samples
+    outcome = route(groups, objective, step=step, version=0, seed=0)
+    samples = outcome.buffered if buffered else outcome.samples
     for group in samples:
         for sample in group:
             if sample.kind is SampleKind.ROLLOUT:
@@ -93,14 +96,22 @@ def routed(cases: Sequence[Case], objective: Objective, k: int, step: int) -> li
 
 
 def gradients(
-    cases: Sequence[Case], cfg: ObjectiveConfig, *, step: int = 0, k: int = 4, microbatches: int = 1, replicas: int = 1
+    cases: Sequence[Case],
+    cfg: ObjectiveConfig,
+    *,
+    step: int = 0,
+    k: int = 4,
+    microbatches: int = 1,
+    replicas: int = 1,
+    buffered: bool = False,
 ) -> tuple[Gradients, Gradients]:
     """The gradient by log π and by the entropy of each sequence's tokens: {(prompt, member or "trace"): [R]} twice.
 
     Groups are counted on ``replicas`` replicas, packed into ``microbatches``, and the losses are added up.
+    ``buffered``: of an update on buffered traces.
     """
     objective = build_objective(cfg)
-    groups = [group for group in routed(cases, objective, k, step) if group]
+    groups = [group for group in routed(cases, objective, k, step, buffered=buffered) if group]
     totals = add_counts(count_groups(groups[i::replicas]) for i in range(replicas))
     samples = list[Sample]()
     for group in groups:

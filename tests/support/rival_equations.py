@@ -1,9 +1,9 @@
 """The losses of published methods as their papers and codes write them, one prompt after the other, in float64.
 
-Each row of :data:`EQUATIONS` is what a preset promises: numbers stand here as they are published, not as the config has
-them. Where a publication shapes a gradient by the derivative of its loss, so does this: the trainer's shapes are
-checked against autograd. ``p`` is a prompt: ``p.rollouts`` and ``p.trace`` have ``logp``, ``entropy``, ``old`` ([R]
-tensors, the first two with gradient) and ``reward``.
+Which of them a preset promises stands in :mod:`tests.support.rival_presets`. Where a publication shapes a gradient by
+the derivative of its loss, so does this: the trainer's shapes are checked against autograd. ``p`` is a prompt:
+``p.rollouts`` and ``p.trace`` have ``logp``, ``entropy``, ``old`` ([R] tensors, the first two with gradient) and
+``reward``.
 """
 
 from __future__ import annotations
@@ -248,68 +248,3 @@ def hpt(
         return value + (entropy_bonus([*rollouts_of(rl), *traces_of(supervised)], coef) if coef else 0.0)
 
     return loss
-
-
-def prefix_rft(continuation: bool, coef: float, dual: float | None) -> Equation:
-    """k−1 rollouts, and one behind a prefix: its 20% most uncertain tokens, and what follows if ``continuation``."""
-
-    def loss(prompts: Prompts) -> Tensor:
-        terms = []
-        for p in prompts:
-            *own, behind = p.rollouts
-            mean = sum(y.reward for y in own) / len(own)
-            terms += [over_8192(surrogate(y, y.reward - mean, dual=dual), y) / len(p.rollouts) for y in own]
-            ascending = sorted(range(behind.forced), key=lambda t, y=behind: float(y.entropy[t].detach()))
-            learned = ascending[int(0.8 * behind.forced) :]
-            on_prefix = surrogate(behind, behind.reward - mean, dual=dual)[learned].sum()
-            after = surrogate(behind, behind.reward, dual=dual)[behind.forced :].sum()
-            terms.append((on_prefix + (after if continuation else 0.0)) / 8192 / len(p.rollouts))
-        return add(terms) / len(prompts) + entropy_bonus(rollouts_of(prompts), coef)
-
-    return loss
-
-
-def trapo(reduce: Reduce, *, std: bool, clip: bool, coef: float) -> Equation:
-    """GRPO on what is sampled, and p/max(p, 0.1) of −log π on what is a teacher's, of every rollout."""
-
-    def loss(prompts: Prompts) -> Tensor:
-        terms = []
-        for p in prompts:
-            scores, low = advantages([y.reward for y in p.rollouts], std), 0.2 if clip else None
-            for y, score in zip(p.rollouts, scores, strict=True):
-                probability = y.logp.exp()
-                learned = probability / probability.detach().clamp(min=0.1)
-                tokens = torch.cat([-learned[: y.forced], surrogate(y, score, low, low)[y.forced :]])
-                terms.append(reduce(tokens, y) / len(p.rollouts))
-        bonus = entropy_bonus(rollouts_of(prompts), coef) if coef else 0.0
-        return add(terms) / len(prompts) + bonus
-
-    return loss
-
-
-EQUATIONS: dict[str, Equation] = {
-    "sft_luffy_paper": sft,
-    "dr_grpo_luffy_paper": dr_grpo(0.01),
-    "dr_grpo_luffy_code": dr_grpo(0.001),
-    "sft_then_rl_luffy_paper": sft_then_rl,
-    "fixed_chord_paper": fixed_chord,
-    "rl_with_sft_loss_luffy_code": rl_with_sft_loss,
-    "superrl_paper": superrl(lambda rewards: max(rewards) == 0),
-    "superrl_a_paper": superrl(lambda rewards: len(set(rewards)) == 1),
-    "luffy_paper": lambda prompts: luffy(prompts, member_mean_over_8192, std=False, clip=False, coef=0.01),
-    "luffy_code": lambda prompts: luffy(prompts, member_mean_over_8192, std=False, clip=False, coef=0.001),
-    "luffy_equations": lambda prompts: luffy(prompts, group_token_mean, std=True, clip=True, coef=0.0),
-    "srft_paper": srft_paper,
-    "srft_hpt_code": srft_hpt_code,
-    "chord_mu_paper": chord(0.9, False),
-    "chord_phi_paper": chord(0.1, True),
-    "chord_code": chord(0.0, True, dual=3.0),
-    "hpt_paper": hpt(0.0),
-    "hpt_llama_paper": hpt(0.25),
-    "prefix_rft_paper": prefix_rft(True, 0.0, None),
-    "prefix_rft_code": prefix_rft(True, 0.001, 3.0),
-    "trapo_paper": trapo(own_mean, std=True, clip=True, coef=0.0),
-    "trapo_code": trapo(over_8192, std=False, clip=False, coef=0.001),
-    "hpt_code": hpt(0.0, over_8192, std=False, clip=False, sft_scale=0.1, coef=0.001),
-}
-"""Preset → its loss at step 0."""

@@ -24,7 +24,7 @@ log = logging.getLogger("megatron_dypo")
 
 def enter(replica: Replica, graded: Sequence[GradedGroup], admitted: Admitted, *, fail_truncated: bool) -> None:
     """Put what can be learned from into the queues, and the rest into the books."""
-    for samples in filter(None, admitted.routed.samples):
+    for samples in filter(None, (*admitted.routed.samples, *admitted.routed.buffered)):
         replica.queues.put(samples)
     for reason, message in admitted.drops():
         replica.books.drop(reason, message=message)
@@ -61,6 +61,7 @@ def enter_minibatch(replica: Replica, minibatch: Minibatch, tally: Tally) -> Non
         replica.books.ledger.train(group[0].treatment)
     for treatment, queue in replica.queues.waiting.items():
         tally.add(f"queue/{treatment.value}", len(queue))
+    tally.add("queue/buffer", len(replica.queues.buffer))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ def rollout_metrics(tally: Tally) -> dict[str, float]:
         "queue/distill": tally["queue/distill"],
         "queue/reinforce": tally["queue/reinforce"],
         "queue/mix": tally["queue/mix"],
+        "queue/buffer": tally["queue/buffer"] or None,
     }
     metrics |= {name: count for name, count in tally.items() if name.startswith("refit/")}
     if "max:epoch" in tally:
@@ -43,7 +44,7 @@ def _collection_metrics(tally: Tally) -> dict[str, float | None]:
         "rollout/reward": tally.ratio("reward", "verdicts"),
         "rollout/accuracy": tally.ratio("correct", "verdicts"),
         "rollout/truncated_ratio": tally.ratio("truncated", "rollouts"),
-        "rollout/response_len/mean": tally.ratio("sampled_tokens", "rollouts"),
+        "rollout/response_len/mean": tally.ratio("rollout_tokens", "rollouts"),
         "rollout/response_len/max": tally.get("max:response_len"),
         "rollout/response_len/min": tally.get("min:response_len"),
         "rollout/prompt_len/mean": tally.ratio("prompt_tokens", "groups"),

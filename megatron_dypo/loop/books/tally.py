@@ -79,7 +79,8 @@ def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
             tally.add("rollouts")
             tally.add("truncated", rollout.finish == "length")
-            tally.add("sampled_tokens", len(rollout.tokens))
+            tally.add("rollout_tokens", len(rollout.tokens))
+            tally.add("sampled_tokens", len(rollout.tokens) - rollout.num_forced_tokens)
             tally.extreme("max:response_len", len(rollout.tokens))
             tally.extreme("min:response_len", len(rollout.tokens))
             tally.add("rollout_version", rollout.policy_version)

@@ -29,6 +29,17 @@ class WeightedGroup:
     where the loss holds only the gradient of a term."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TraceBuffer:
+    """Traces that are put aside, and make up an update of their own once there are enough."""
+
+    size: int
+    """Traces of one update, over all replicas: the newest. It follows the updates of the rollout batch that was begun
+    when they were there; each rollout batch is followed by one such update at most."""
+    keeps: int
+    """Traces that a replica keeps, the newest; older ones are forgotten."""
+
+
 class Objective(ABC):
     """One objective. The trainer calls these methods and knows nothing else of it.
 
@@ -101,6 +112,17 @@ class Objective(ABC):
 
     def needs_old_entropy(self) -> bool:
         """Say whether ``Sample.old_entropy`` is read of rollouts with forced tokens."""
+        return False
+
+    def trace_buffer(self) -> TraceBuffer | None:
+        """Return how traces are buffered for updates of their own; None: none are. The same in every call."""
+        return None
+
+    def buffers_trace(self, group: GradedGroup, step: int) -> bool:
+        """Say whether a trace of the group's prompt is put into the buffer, whatever :meth:`treat` makes of the group.
+
+        It is alone in its group then, of treatment ``DISTILL``, and :meth:`token_weights` gets it in its own update.
+        """
         return False
 
     @abstractmethod

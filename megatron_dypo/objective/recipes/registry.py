@@ -19,6 +19,7 @@ from megatron_dypo.objective.recipes.hpt import Hpt
 from megatron_dypo.objective.recipes.luffy import Luffy
 from megatron_dypo.objective.recipes.opd import Opd
 from megatron_dypo.objective.recipes.prefix_rft import PrefixRft
+from megatron_dypo.objective.recipes.relift import Relift
 from megatron_dypo.objective.recipes.sft import Sft
 from megatron_dypo.objective.recipes.sft_then_rl import SftThenRl
 from megatron_dypo.objective.recipes.srft import Srft
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "chord": Chord,
     "hpt": Hpt,
     "opd": Opd,
+    "relift": Relift,
     "prefix_rft": PrefixRft,
     "trapo": Trapo,
 }

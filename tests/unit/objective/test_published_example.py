@@ -51,7 +51,8 @@ ROWS = {
     "luffy/final": ({"name": "luffy", **OPEN}, 1),
     "luffy/code": ({"name": "luffy", **OPEN}, 8),
     "luffy/equations_4_6": ({"name": "luffy", "length_normalization": "group_mean"}, 1),
-    "relift/rl_step": ({"name": "grpo", **OPEN}, 1),
+    "relift/rl_step": ({"name": "relift", **OPEN}, 1),
+    "relift/ft_step": ({"name": "relift", "options": {"buffer_entropy_coef": 0.0}}, 1),
     "srft/paper": ({"name": "srft", "length_normalization": "sum"}, 1),
     "srft/hpt_code": (
         {"name": "srft", **OPEN, **ONE_SFT, "options": {"variant": "hpt_code", "trace_weight": 0.0625}},
@@ -115,7 +116,9 @@ def test_the_gradients_are_those_of_the_worked_example(name):
     options, scale = ROWS[name]
     with_trace, k = FORCED.get(name, (lambda case, _: case, 4))
     shown = [with_trace(case, i) for i, case in enumerate(cases())]
-    mine, _ = gradients(shown, config_of(**options), k=k, step=9 if "after_switch" in name else 0)
+    mine, _ = gradients(
+        shown, config_of(**options), k=k, step=9 if "after_switch" in name else 0, buffered="ft_step" in name
+    )
     if name in ("sft_then_rl/after_switch",):
         assert {key[1] for key in mine} == {0, 1, 2, 3}
     expected = EXAMPLE["objectives"][name]

@@ -10,7 +10,8 @@ import torch
 from megatron_dypo.config.presets import PRESETS
 from megatron_dypo.objective.recipes.registry import OBJECTIVES, build_objective
 from tests.support.rival_cases import config_of, gradients, ragged_cases
-from tests.support.rival_equations import EQUATIONS, chord, token_mean_grpo, token_mean_nll
+from tests.support.rival_equations import chord, token_mean_grpo, token_mean_nll
+from tests.support.rival_presets import BUFFER_EQUATIONS, EQUATIONS
 
 OWN = {"sft_then_rl_luffy_paper": {"sft_steps": 3}}
 """What a preset leaves to the run."""
@@ -84,6 +85,18 @@ def test_replicas_and_microbatches_leave_no_trace_in_the_gradients(name):
     whole, split = gradients(cases, cfg, k=k), gradients(cases, cfg, k=k, microbatches=5, replicas=2)
     for one, other in zip(whole, split, strict=True):
         compare(other, one, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", BUFFER_EQUATIONS)
+def test_the_gradient_of_an_update_on_buffered_traces_is_that_of_the_published_equation(name):
+    cases = [*ragged_cases(1), *ragged_cases(2), *ragged_cases(3)]
+    expected = literal(cases, BUFFER_EQUATIONS[name])
+    for split in ({}, {"microbatches": 2, "replicas": 2}):
+        for mine, wanted in zip(
+            gradients(cases, config_of(preset=name), buffered=True, **split), expected, strict=True
+        ):
+            assert mine.keys() == {(2, "trace"), (5, "trace"), (8, "trace")}
+            compare(mine, wanted)
 
 
 @pytest.mark.parametrize(("step", "mu"), [(0, 0.9), (50, 0.7755203820042827), (100, 0.475), (200, 0.05), (500, 0.05)])
