@@ -83,7 +83,7 @@ def test_an_update_on_the_newest_traces_follows_the_batch_that_finds_enough_of_t
     metrics = run.writer.metrics
     assert [metrics[step].get("queue/buffer") for step in (1, 2, 3)] == [3, 1, 1]
     assert metrics[3]["gate/offline_share_prompts"] == 1.0
-    assert metrics[3]["ledger/trained_reinforce"] == metrics[2]["ledger/trained_reinforce"] == 2 * ROUND
+    assert [metrics[step]["ledger/trained_rl"] for step in (2, 3)] == [2 * ROUND] * 2
     assert refits.refitted == [0, 1, 3, 4], "the servers get the weights after the last update of a batch"
     assert run.accounts.balance(run.progress.batch).difference == 0
 
@@ -172,8 +172,8 @@ def test_replicas_share_an_update_on_the_newest_traces_of_all(tmp_path: Path) ->
     own = [sorted(sample.order for sample in updates[2]) for updates in replicas]
     assert own == [[2, 4, 6], [3, 5, 7]]
     assert {sample.kind for updates in replicas for sample in updates[2]} == {SampleKind.TRACE}
-    weights = {sample.weights["nll_weight"] for updates in replicas for sample in updates[2] if sample.weights}
-    assert weights == {pytest.approx(1 / (SIZE * 2))}
+    weights = [sample.weights["nll_weight"] for updates in replicas for sample in updates[2] if sample.weights]
+    assert weights == [pytest.approx(1 / (SIZE * 2))] * SIZE
 
 
 def test_a_buffer_that_cannot_fill_an_update_is_refused() -> None:
