@@ -61,7 +61,7 @@ def prefix_rft(continuation: bool, coef: float, dual: float | None) -> Equation:
             *own, behind = p.rollouts
             mean = sum(y.reward for y in own) / len(own)
             terms += [over_8192(surrogate(y, y.reward - mean, dual=dual), y) / len(p.rollouts) for y in own]
-            ascending = sorted(range(behind.forced), key=lambda t, y=behind: float(y.entropy[t].detach()))
+            ascending = behind.entropy[: behind.forced].argsort(stable=True)
             learned = ascending[int(0.8 * behind.forced) :]
             on_prefix = surrogate(behind, behind.reward - mean, dual=dual)[learned].sum()
             after = surrogate(behind, behind.reward, dual=dual)[behind.forced :].sum()

@@ -171,12 +171,12 @@ def luffy(
     return loss + (entropy_bonus([*rollouts_of(prompts, -1), *traces_of(prompts)], coef) if coef else 0.0)
 
 
-def member_mean_over_8192(tokens: list[Tensor], members: list[Response]) -> Tensor:
+def member_mean_over_8192(tokens: Sequence[Tensor], members: Sequence[Response]) -> Tensor:
     return add(token.sum() for token in tokens) / (8192 * len(members))
 
 
-def group_token_mean(tokens: list[Tensor], _: list[Response]) -> Tensor:
-    return torch.cat(tokens).mean()
+def group_token_mean(tokens: Sequence[Tensor], _: Sequence[Response]) -> Tensor:
+    return torch.cat(list(tokens)).mean()
 
 
 def mean_entropy(y: Response) -> Tensor:
