@@ -54,7 +54,7 @@ class TeacherClient(HttpClient):
 
     def __init__(self, urls: tuple[str, ...], api_key: str | None, *, cfg: TeacherConfig) -> None:
         super().__init__(urls, api_key, cfg=cfg)
-        self._key_name = cfg.api_key_env
+        self._key_name, self._longest_pause_s = cfg.api_key_env, cfg.request_deadline_s
         self._turns = Turns(cfg.requests_per_s)
 
     async def turn(self) -> None:
@@ -68,12 +68,15 @@ class TeacherClient(HttpClient):
         """Treat a failure as every client does; pause all requests where the server asks for it.
 
         Raises:
-            TeacherFailedError: the key is refused.
+            TeacherFailedError: the key is refused, or the pause is longer than a response may take.
         """
         if isinstance(error, KeyRefusedError):
             key = f"set {self._key_name} to a valid key" if self._key_name else "set api_key_env and the key"
             raise TeacherFailedError(f"{error}: {key}") from error
         if isinstance(error, BusyError):
+            if error.retry_after_s > self._longest_pause_s:
+                limit = f"request_deadline_s={self._longest_pause_s:g}"
+                raise TeacherFailedError(f"{error}: asks for a pause of {error.retry_after_s:.0f} s, over {limit}")
             self._turns.hold(error.retry_after_s)
         return super().blame(error, url, servers)
 

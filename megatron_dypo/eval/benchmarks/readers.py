@@ -30,7 +30,7 @@ class Question:
     prompt: str
     answer: str
     id: str | None = None
-    """As the file has it."""
+    """Id in the file; None: it has none."""
     options: tuple[str, ...] = ()
     """Texts of the options of multiple choice; ``answer`` is a label then."""
 

@@ -93,6 +93,17 @@ def test_a_pause_that_the_server_asks_for_costs_no_attempt(tmp_path: Path) -> No
     assert has_all_traces(tmp_path)
 
 
+@pytest.mark.parametrize("end", ["86400", "Fri, 31 Dec 2100 23:59:59 GMT"])
+def test_a_pause_longer_than_a_response_may_take_ends_the_teacher_at_once(end: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "in.jsonl", 4)
+    with (
+        FakeSGLang(lambda index, body: status(503, Retry_After=end)) as fake,
+        pytest.raises(RunEnded, match=r"asks for a pause of \d{5,} s, over request_deadline_s=20"),
+    ):
+        generate(tmp_path, {"t": {"urls": [fake.url], "max_in_flight": 1}})
+    assert len(fake.requests) == 1
+
+
 def test_turns_keep_their_distance_and_wait_for_the_end_of_a_pause() -> None:
     now = [100.0]
     turns = Turns(4.0, clock=lambda: now[0])
