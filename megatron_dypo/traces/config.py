@@ -55,7 +55,8 @@ class TeacherConfig:
     price_out: float = 0.0
     """Price of a million tokens of responses."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """More fields of each request, such as ``{chat_template_kwargs: {enable_thinking: true}}``."""
+    """More fields of each request, such as ``{chat_template_kwargs: {enable_thinking: true}}``. They are written beside
+    the records: no key belongs here."""
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "urls=[]", "name at least one, as in [http://HOST:30000]")

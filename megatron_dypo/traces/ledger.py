@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from megatron_dypo.eval.locked_lines import LockedLines, parse_object
 from megatron_dypo.metrics.names import name_part
+from megatron_dypo.metrics.progress import progress
 from megatron_dypo.traces.config import TeacherConfig
 from megatron_dypo.traces.tasks import Tasks
 
@@ -80,7 +81,17 @@ class Ledger:
         setting: what decides responses and verdicts; records of another one are refused.
     """
 
-    def __init__(self, folder: Path, name: str, cfg: TeacherConfig, tasks: Tasks, setting: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cfg: TeacherConfig,
+        tasks: Tasks,
+        setting: Mapping[str, Any],
+        *,
+        show_progress: bool = False,
+    ) -> None:
+        self._show_progress = show_progress
         self.name, self.cfg, self._tasks = name, cfg, tasks
         part = name_part(name)
         self._lines = LockedLines(folder / f"{part}.jsonl", folder / f"{part}.setting.json", setting)
@@ -99,12 +110,7 @@ class Ledger:
     def __enter__(self) -> Ledger:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lines)
-            with self._lines.path.open("rb") as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    value = parse_object(line, f"{self._lines.path}:{number}", _KINDS)
-                    self._note(TraceRecord(**value), offset)
-                    offset += len(line)
+            self._read()
             stack.pop_all()
         return self
 
@@ -112,6 +118,17 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._lines.close()
+
+    def _read(self) -> None:
+        path, offset = self._lines.path, 0
+        with (
+            path.open("rb") as file,
+            progress(path.stat().st_size, f"records of {self.name}", "bytes", enabled=self._show_progress) as bar,
+        ):
+            for number, line in enumerate(file, start=1):
+                self._note(TraceRecord(**parse_object(line, f"{path}:{number}", _KINDS)), offset)
+                offset += len(line)
+                bar.update(len(line))
 
     @property
     def has_trace(self) -> npt.NDArray[np.bool_]:
@@ -171,7 +188,11 @@ class Ledger:
         )
 
     def _note(self, record: TraceRecord, offset: int) -> None:
-        task = self._tasks.find(bytes.fromhex(record.key))
+        try:
+            key = bytes.fromhex(record.key)
+        except ValueError as error:
+            raise ValueError(f"{self._lines.path}: key={record.key!r:.80}: must be hexadecimal") from error
+        task = self._tasks.find(key)
         if task is None:
             self.num_foreign += 1
             return

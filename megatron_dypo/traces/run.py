@@ -53,7 +53,7 @@ def generate_traces(prompts: Path, out: Path, cfg: TraceCommandConfig, *, show_p
     with contextlib.ExitStack() as stack:
         stack.callback(tasks.source.close)
         ledgers = {
-            name: stack.enter_context(Ledger(folder, name, one, tasks, _setting(cfg, one)))
+            name: stack.enter_context(Ledger(folder, name, one, tasks, _setting(cfg, one), show_progress=show_progress))
             for name, one in cfg.teachers.items()
         }
         failures = _ask(tasks, ledgers, cfg, out, stack, show_progress)

@@ -134,3 +134,11 @@ def test_no_more_requests_are_open_than_the_teacher_allows_and_keys_are_sent_to_
     assert set(b.authorization) == {None}
     for path in (tmp_path / "out.jsonl.records").iterdir():
         assert "secret-a" not in path.read_text()
+
+
+def test_requests_begin_no_faster_than_the_rate_of_their_teacher(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "in.jsonl", 6)
+    with FakeSGLang(always_right) as fake:
+        generate(tmp_path, {"t": {"urls": [fake.url], "requests_per_s": 10.0, "max_in_flight": 6}})
+    # Five gaps of 0.1 s; the first request may come late.
+    assert fake.arrivals[-1] - fake.arrivals[0] >= 0.25

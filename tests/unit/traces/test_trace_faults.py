@@ -249,3 +249,21 @@ def test_the_prompt_file_is_never_the_output(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is the prompt file itself"):
         generate(tmp_path, {"t": {"urls": ["http://127.0.0.1:9"]}})
     assert (tmp_path / "in.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("[]", "must be an object with key, id"),
+        ('{"key": 1}', "must be an object with key, id"),
+        ("{", "not a JSON object"),
+    ],
+)
+def test_a_record_that_was_written_by_another_hand_is_named_with_its_line(line: str, rule: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "in.jsonl", 1)
+    with FakeSGLang(always_right) as fake:
+        generate(tmp_path, {"t": {"urls": [fake.url]}})
+    with (tmp_path / "out.jsonl.records" / "t.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=rf"t\.jsonl:2: {rule}"):
+        generate(tmp_path, {"t": {"urls": [fake.url]}})
