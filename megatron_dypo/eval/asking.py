@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.eval.endpoints import Endpoint
-from megatron_dypo.eval.judging import Reply
 from megatron_dypo.eval.prompts import EvalPrompt
+from megatron_dypo.eval.replies import Reply
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.rollout.attempts import GroupDroppedError

@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 from megatron_dypo.config.evaluation import SetSettings
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.data.tokenizer.chat import Message
-from megatron_dypo.eval.judging import Reply
 from megatron_dypo.eval.prompts import EvalPrompt
+from megatron_dypo.eval.replies import Reply
 from megatron_dypo.rollout.ask import Answer, AttemptError
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.http_client import HttpClient
@@ -56,6 +56,7 @@ class OpenAIEndpoint:
         model: name of the model there.
         api: ``chat`` sends messages, which the server renders; ``completions`` sends token ids, or the prompt's text
             where there is no tokenizer.
+        extra: more fields of each request, which win over those above.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class OpenAIEndpoint:
         api: Literal["chat", "completions"],
         rollout: RolloutConfig,
         settings: Mapping[str, SetSettings],
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
+        self._extra = dict(extra or {})
         self.client, self._base, self._model, self._api = client, base, model, api
         self._rollout, self._settings = rollout, settings
 
@@ -83,7 +86,8 @@ class OpenAIEndpoint:
         given |= {"temperature": self._settings[prompt.set_name].temperature, "top_p": self._rollout.top_p}
         given["max_tokens"] = self._rollout.max_new_tokens
         # Not of OpenAI's API, but of SGLang's and vLLM's: sent only where it says something.
-        return given if self._rollout.top_k == -1 else {**given, "top_k": self._rollout.top_k}
+        top_k = {} if self._rollout.top_k == -1 else {"top_k": self._rollout.top_k}
+        return {**given, **top_k, **self._extra}
 
     def _prompt(self, prompt: EvalPrompt) -> dict[str, Any]:
         if self._api == "chat":
@@ -110,7 +114,13 @@ def _read(api: Literal["chat", "completions"], url: str, answer: Answer) -> Repl
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     if text is None or type(count) is not int or count < 0:
         raise AttemptError(problem)
-    return Reply(text=text, num_tokens=count, truncated=finish == "length")
+    of_prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return Reply(
+        text=text,
+        num_tokens=count,
+        truncated=finish == "length",
+        num_prompt_tokens=of_prompt if type(of_prompt) is int and of_prompt > 0 else 0,
+    )
 
 
 def _text(choice: dict[str, Any], api: str) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS, GradingConfig
 from megatron_dypo.eval.prompts import EvalItem, EvalPrompt, EvalSet
 from megatron_dypo.eval.records import Record
+from megatron_dypo.eval.replies import Reply
 from megatron_dypo.eval.scores import ItemScore, count_records
 from megatron_dypo.grading.answers.style import AnswerStyle
 from megatron_dypo.grading.naming import row_verifier_problem, verifier_of
@@ -19,15 +20,6 @@ from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.types import GradedGroup, Verdict
 
 _TRUNCATED = Verdict(is_correct=False, reward=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """One response to a prompt, whichever API it came by."""
-
-    text: str
-    num_tokens: int
-    truncated: bool
 
 
 def judge(replies: Sequence[tuple[EvalPrompt, Reply]], verifier: Verifier, cfg: GradingConfig) -> list[Record]:

@@ -7,23 +7,17 @@ refused instead of being mixed with new ones.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import logging
-import os
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_dypo.config.words import counted
-from megatron_dypo.fs import replace_file, sync
+from megatron_dypo.eval.locked_lines import LockedLines, parse_object, whole_lines
 from megatron_dypo.metrics.names import name_part
 
 SUMMARY_FILE = "summary.json"
-
-_log = logging.getLogger("megatron_dypo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +74,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ValueError: a line is no record, or a response has two; file, line and rule are named.
     """
-    text, _ = _whole_lines(path.read_bytes()) if path.exists() else (b"", 0)
+    text, _ = whole_lines(path.read_bytes()) if path.exists() else (b"", 0)
     records: dict[tuple[str, int], Record] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         record = _parse(line, f"{path}:{number}")
@@ -91,24 +85,8 @@ def read_records(path: Path) -> list[Record]:
     return list(records.values())
 
 
-def _whole_lines(content: bytes) -> tuple[bytes, int]:
-    """Return the lines that end, and the bytes of a last line that does not."""
-    end = content.rfind(b"\n") + 1
-    return content[:end], len(content) - end
-
-
 def _parse(line: bytes, place: str) -> Record:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: not a JSON object: {error}") from error
-    if not isinstance(value, dict) or value.keys() != _KINDS.keys():
-        raise ValueError(f"{place}: must be an object with {', '.join(_KINDS)}")
-    for name, kinds in _KINDS.items():
-        if type(value[name]) not in kinds:
-            words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise ValueError(f"{place}: {name}={value[name]!r}: must be {words}")
-    return Record(**value)
+    return Record(**parse_object(line, place, _KINDS))
 
 
 class RecordFile:
@@ -125,24 +103,16 @@ class RecordFile:
     """
 
     def __init__(self, out: Path, name: str, setting: Mapping[str, Any]) -> None:
-        self._out, self._name, self._setting = out, name, dict(setting)
         self._path = records_path(out, name)
-        self._descriptor = -1
+        self._lines = LockedLines(self._path, setting_path(out, name), setting)
         self.records: list[Record] = []
         """All records of the file, in the order in which they came."""
 
     def __enter__(self) -> RecordFile:
-        self._out.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            self._lock()
-            self._settle_setting()
-            self._drop_torn_line()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lines)
             self.records = read_records(self._path)
-            sync(self._out.absolute())
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(
@@ -152,49 +122,9 @@ class RecordFile:
 
     def close(self) -> None:
         """Give up the file and its lock. Idempotent."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._lines.close()
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records; they are on the disk when this returns."""
-        lines = "".join(json.dumps(vars(record), ensure_ascii=False) + "\n" for record in records)
-        # A lone surrogate becomes JSON's own escape.
-        rest = memoryview(lines.encode("utf-8", "backslashreplace"))
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        os.fsync(self._descriptor)
+        self._lines.append([vars(record) for record in records])
         self.records.extend(records)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self._path}: another evaluation writes to it: wait for it, or choose another folder"
-            ) from error
-
-    def _settle_setting(self) -> None:
-        path = setting_path(self._out, self._name)
-        if os.fstat(self._descriptor).st_size == 0:
-            replace_file(path, json.dumps(self._setting, indent=2, ensure_ascii=False) + "\n")
-            return
-        try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{path}: cannot be read, so nobody knows what {self._path} belongs to: {error}"
-            ) from error
-        now = json.loads(json.dumps(self._setting))
-        for field in {**before, **now}:
-            if before.get(field) != now.get(field):
-                raise ValueError(
-                    f"{self._path}: its responses are of another setting: {field} was {before.get(field)!r}, now "
-                    f"{now.get(field)!r}: choose another folder, or remove the file"
-                )
-
-    def _drop_torn_line(self) -> None:
-        lines, torn = _whole_lines(self._path.read_bytes())
-        if torn:
-            os.ftruncate(self._descriptor, len(lines))
-            _log.warning("%s: the last line was cut off (%s): dropped", self._path, counted(torn, "byte"))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.eval_command import EvalCommandConfig
@@ -17,11 +16,12 @@ from megatron_dypo.config.urls import require_urls
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.endpoints import Api, Endpoint, OpenAIEndpoint, SGLangEndpoint
 from megatron_dypo.eval.model import hf_folder_of
+from megatron_dypo.eval.reaching import reach_openai, require_answer, url_without_path
 from megatron_dypo.parallel.device import device_kind
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.http_client import HttpClient
 from megatron_dypo.rollout.keys import read_api_key
-from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, request_json
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 
 _WATCH_EVERY_S = 1.0
@@ -155,7 +155,7 @@ def serving(
 def _require_sglang(urls: Sequence[str], api_key: str | None, key_name: str) -> None:
     for url in urls:
         status = http_status(f"{url}/model_info", api_key)
-        _require_answer(url, status, key_name)
+        require_answer(url, status, key_name)
         if status != 200:
             raise ValueError(
                 f"{url}/model_info: HTTP {status}: not an SGLang server, or one that is not ready; for another "
@@ -163,29 +163,10 @@ def _require_sglang(urls: Sequence[str], api_key: str | None, key_name: str) -> 
             )
 
 
-def _require_answer(url: str, status: int | None, key_name: str) -> None:
-    if status is None:
-        raise ValueError(f"{url}: nothing answers there: start the server first, or correct the URL")
-    if status in (401, 403):
-        raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
-
-
 def _open_ai(target: Target, cfg: EvalCommandConfig, settings: Mapping[str, SetSettings]) -> Endpoint:
-    api_key = read_api_key(cfg.rollout.servers.api_key_env)
-    paths = {urlsplit(url).path.rstrip("/") or "/v1" for url in target.urls}
-    require(len(paths) == 1, f"urls={list(target.urls)}", "must have the same path, that of the API")
-    (base,) = paths
-    hosts = [url_without_path(url) for url in target.urls]
-    for host in hosts:
-        status, listed = request_json("GET", f"{host}{base}/models", api_key)
-        _require_answer(f"{host}{base}", status, cfg.rollout.servers.api_key_env)
-        data = listed.get("data") if isinstance(listed, dict) else None
-        names = [one.get("id") for one in data if isinstance(one, dict)] if isinstance(data, list) else []
-        require(
-            not names or target.model in names,
-            f"model={target.model!r}",
-            f"{host}{base} serves {', '.join(map(str, names[:10]))}",
-        )
+    key_name = cfg.rollout.servers.api_key_env
+    api_key = read_api_key(key_name)
+    hosts, base = reach_openai(target.urls, model=target.model, api_key=api_key, key_name=key_name)
     assert target.api != "sglang"
     return OpenAIEndpoint(
         HttpClient(hosts, api_key, cfg=cfg.rollout),
@@ -195,16 +176,3 @@ def _open_ai(target: Target, cfg: EvalCommandConfig, settings: Mapping[str, SetS
         rollout=cfg.rollout,
         settings=settings,
     )
-
-
-def url_without_path(url: str) -> str:
-    """Return scheme, host and port of a URL.
-
-    Raises:
-        ValueError: it has none, or a query or a password besides.
-    """
-    parts = urlsplit(url)
-    bare = f"{parts.scheme}://{parts.netloc}"
-    require_urls((bare,), "url")
-    require(not parts.query and not parts.fragment, f"url={url!r}", "must have neither a query nor a fragment")
-    return bare

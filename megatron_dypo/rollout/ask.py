@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import errno
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ _CHUNK_BYTES = 2**16
 _CONNECT_S = 10.0
 _REFUSALS = (400, 413, 422)
 """Statuses that say that the request itself is at fault: the same one would be refused again."""
+_KEY_REFUSALS = (401, 403)
+_BUSY = (429, 503)
 _OWN_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}
 """This host lacks descriptors, buffers, memory or ports; that says nothing of the server."""
 _GONE = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN}
@@ -33,6 +37,18 @@ class AskError(Exception):
 
 class AttemptError(AskError):
     """A failure that is worth another attempt."""
+
+
+class KeyRefusedError(AttemptError):
+    """The server refuses the API key (HTTP 401 or 403)."""
+
+
+class BusyError(AskError):
+    """The server asks for a pause: HTTP 429, or 503, with ``Retry-After``."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class LostServerError(AskError):
@@ -79,6 +95,7 @@ async def ask(
 
     Raises:
         AttemptError: no answer in time, one of a failing server or of something else than SGLang, or a too long one.
+        BusyError: the server says after how many seconds to ask again.
         LostServerError: nothing listens there, or the router has no server.
         RefusedError: the server refuses the request for good.
         OwnLackError: this host has no descriptor or port left for a connection.
@@ -101,6 +118,10 @@ async def ask(
         raise LostServerError(message)
     if response.status in _REFUSALS:
         raise RefusedError(message)
+    if response.status in _KEY_REFUSALS:
+        raise KeyRefusedError(message)
+    if response.status in _BUSY and (wait_s := _retry_after_s(response.headers.get("Retry-After"))) is not None:
+        raise BusyError(message, wait_s)
     if not is_good:
         raise AttemptError(message)
     if not is_whole:
@@ -109,6 +130,18 @@ async def ask(
         return Answer(payload=json.loads(text), shown=f"{url}: HTTP 200: {beginning}")
     except (ValueError, RecursionError) as error:
         raise AttemptError(f"{url}: HTTP 200, and no JSON ({type(error).__name__}): {beginning}") from error
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Return the seconds of a header ``Retry-After``, which has a number or a date; None where it has neither."""
+    if value is None:
+        return None
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value.strip()):
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from megatron_dypo.config.words import counted
-from megatron_dypo.rollout.ask import AskError, LostServerError, OwnLackError, RefusedError
+from megatron_dypo.rollout.ask import AskError, BusyError, LostServerError, OwnLackError, RefusedError
 from megatron_dypo.types import DropReason
 
 _MAX_BACKOFF_S = 30.0
@@ -60,7 +60,7 @@ class Attempts:
         """Note a failed attempt and return how many seconds to wait before the next.
 
         A lost server costs no attempt: the next one goes elsewhere at once. Nor does a lack of this host's: other
-        requests end and leave room.
+        requests end and leave room. Nor does a server that says when to ask again: the next attempt waits that long.
 
         Raises:
             GroupDroppedError: there is no next attempt.
@@ -74,6 +74,8 @@ class Attempts:
     def _pause_s(self, error: AskError) -> float:
         if isinstance(error, LostServerError):
             return 0.0
+        if isinstance(error, BusyError):
+            return max(error.retry_after_s, self.backoff_s) * random.uniform(1.0, 1.1)
         if isinstance(error, OwnLackError):
             self.lacks = min(self.lacks + 1, 30)
             return min(_FIRST_LACK_S * 2.0 ** (self.lacks - 1), _MAX_LACK_S) * random.uniform(0.5, 1.0)

@@ -16,6 +16,7 @@ from megatron_dypo.rollout.ask import (
     Answer,
     AskError,
     AttemptError,
+    BusyError,
     LostServerError,
     OwnLackError,
     ask,
@@ -105,6 +106,7 @@ class HttpClient(AttemptCounts):
         assert self._slots is not None, "use `async with client`"
         assert self._session is not None
         async with self._slots:
+            await self.turn()
             attempts = Attempts(
                 retries=self._limits.retries,
                 deadline_s=self._limits.request_deadline_s,
@@ -131,6 +133,10 @@ class HttpClient(AttemptCounts):
                         pause_s = attempts.pause_after(self.blame(error, url, servers))
                         self.retries += not isinstance(error, OwnLackError)
                 await asyncio.sleep(pause_s)
+                await self.turn()
+
+    async def turn(self) -> None:
+        """Wait until an attempt may begin: at once, unless a subclass limits their rate."""
 
     def _balance(self, urls: Sequence[str]) -> LeastLoaded:
         return LeastLoaded(urls, rest_s=4 * self._backoff_s, clock=time.monotonic)
@@ -144,7 +150,7 @@ class HttpClient(AttemptCounts):
         elif isinstance(error, LostServerError):
             if servers.leave_out(url):
                 _log.warning("no more requests to %s: %s", url, error)
-        elif isinstance(error, AttemptError):
+        elif isinstance(error, AttemptError | BusyError):
             warn_often(_log, "an attempt for a group failed: %s", error)
             servers.failed(url)
         return error

@@ -22,6 +22,7 @@ _LOOKS = re.compile(
     r"(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm)(?![A-Za-z])|\\q?quad(?![A-Za-z])"
     r"|\\?[$€£]|\*\*|`|<<[^<>\n]{0,200}>>"
 )
+_EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])|∅")
 _SHORT_FRAC = re.compile(r"\\([dtc]?)frac\s?(\d|\{[^{}]*\})\s?(\d|\{[^{}]*\})")
 _DOUBLED = re.compile(
     r"\\\\(?:d?frac|sqrt|left|right|text|pi|infty|cdot|times|cup|le|ge|leq|geq|circ|begin)(?![A-Za-z])"
@@ -49,6 +50,7 @@ def cleaned(text: str) -> str:
     text = _TEXT.sub(lambda match: f" {re.sub('[A-Za-z]+', lambda word: WORD + word[0], match[1])} ", text)
     text = _DEGREES.sub(f" {WORD}degrees ", text).replace("\\%", "%")
     text = _LOOKS.sub(" ", text)
+    text = _EMPTY_SET.sub(r"\\emptyset ", text)
     text = re.sub(r"\\\{|\\lbrace(?![A-Za-z])", SET_OPEN, text)
     text = re.sub(r"\\\}|\\rbrace(?![A-Za-z])", SET_CLOSE, text)
     text = _MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)

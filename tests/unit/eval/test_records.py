@@ -98,7 +98,7 @@ def test_records_without_their_setting_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_evaluations_cannot_write_to_one_file(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(ValueError, match="another evaluation writes to it"), opened(tmp_path):
+    with opened(tmp_path), pytest.raises(ValueError, match="another process writes to it"), opened(tmp_path):
         pass
     with opened(tmp_path):
         pass

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_dypo.rollout.ask import AskError, AttemptError, LostServerError, OwnLackError, RefusedError
+from megatron_dypo.rollout.ask import AskError, AttemptError, BusyError, LostServerError, OwnLackError, RefusedError
 from megatron_dypo.rollout.attempts import Attempts, GroupDroppedError
 from megatron_dypo.types import DropReason
 
@@ -34,6 +34,13 @@ def test_a_group_has_one_attempt_more_than_retries() -> None:
 def test_one_failed_attempt_is_singular() -> None:
     with pytest.raises(GroupDroppedError, match="1 attempt failed, the last: no"):
         attempts(retries=0).pause_after(AttemptError("no"))
+
+
+def test_a_pause_that_the_server_asks_for_costs_no_attempt_and_is_never_shorter() -> None:
+    some = attempts(retries=0)
+    assert all(3.0 <= some.pause_after(BusyError("HTTP 429", 3.0)) <= 3.3 for _ in range(20))
+    assert some.pause_after(BusyError("HTTP 429", 0.0)) >= 0.5
+    assert some.failures == 0
 
 
 @pytest.mark.parametrize("kind", [LostServerError, OwnLackError])
