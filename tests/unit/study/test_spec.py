@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.study.compare import open_comparison
-from megatron_dypo.study.spec import OUR_TRAIN_COMMAND
+from megatron_dypo.study.spec import OUR_EVAL_COMMAND, OUR_TRAIN_COMMAND
 from tests.support.check_cases import write_case
 from tests.support.study.comparisons import compare, journal_lines, write_comparison
 
@@ -55,6 +55,13 @@ def test_a_mistake_is_named_before_anything_runs(changes, message, tmp_path):
         open_comparison(path)
     assert message in str(error.value)
     assert journal_lines(tmp_path) == []
+
+
+def test_given_servers_are_refused_where_our_command_would_evaluate_whatever_weights_they_have(tmp_path):
+    urls = {"grpo": {"rollout.servers.urls": ["http://127.0.0.1:1"]}}
+    with pytest.raises(ValueError, match=r"grpo: rollout\.servers\.urls=\['http://127.0.0.1:1'\]: must be empty"):
+        open_comparison(write_comparison(tmp_path, methods=urls, eval_command=list(OUR_EVAL_COMMAND)))
+    open_comparison(write_comparison(tmp_path, methods=urls))
 
 
 def test_an_input_that_a_method_cannot_use_is_named_by_a_dry_run_and_before_a_run(tmp_path):
