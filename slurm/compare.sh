@@ -48,8 +48,11 @@ run_cell() { # leaves the status of the command in $status
   [ "$own" = 127 ] || status=$own
 }
 
-# The run finishes its step and saves. SIGTERM comes ahead of a preemption where the site gives a grace time.
-trap 'kill -USR1 "$cell" 2>/dev/null || true' USR1 TERM
+# The run finishes its step and saves. SIGTERM comes when the job is cancelled, and must not bring it back; and, where the site
+# gives a grace time, ahead of a preemption: then the job still runs.
+is_cancelled=0
+trap 'kill -USR1 "$cell" 2>/dev/null || true' USR1
+trap '[ "$(job_state)" = RUNNING ] || is_cancelled=1; kill -USR1 "$cell" 2>/dev/null || true' TERM
 run_cell
 if [ "$status" = 73 ]; then
   # Locks of a task that was killed on another node are free after 3 minutes without a sign of life.
@@ -57,6 +60,6 @@ if [ "$status" = 73 ]; then
   sleep 210
   run_cell
 fi
-[ "$status" = 75 ] || exit "$status"
+[ "$status:$is_cancelled" = 75:0 ] || exit "$status"
 say "cell $SLURM_ARRAY_TASK_ID was stopped and saved: it goes back to the queue"
 scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" || fail "scontrol requeue failed; submit again to go on"

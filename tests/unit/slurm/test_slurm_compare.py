@@ -20,17 +20,17 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 status=$(sed -n "$(wc -l <"$CALLS")p" "$STATUSES")
 if [ "$status" = hold ]; then
-  /bin/sleep 60 >/dev/null 2>&1 &
+  /bin/sleep 200 >/dev/null 2>&1 &
   trap 'kill $!; exit 75' USR1
   touch "$HELD"
   wait
 fi
 exit "$status"
 """
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
-def start(folder: Path, *statuses: int | str) -> subprocess.Popen[str]:
+def start(folder: Path, *statuses: int | str, state: str = "RUNNING") -> subprocess.Popen[str]:
     """Start task 2 of array 7, whose commands end with these statuses; ``hold``: once they get SIGUSR1."""
     programs = folder / "bin"
     programs.mkdir()
@@ -38,6 +38,7 @@ def start(folder: Path, *statuses: int | str) -> subprocess.Popen[str]:
         "python": PYTHON,
         "sleep": '#!/bin/sh\necho "sleep $*"\n',
         "scontrol": '#!/bin/sh\necho "scontrol $*"\n',
+        "squeue": f"#!/bin/sh\necho {state}\n",
     }
     for name, text in stand_ins.items():
         (programs / name).write_text(text)
@@ -80,19 +81,27 @@ def test_a_task_ends_as_its_cell_goes_back_to_the_queue_or_tries_a_cell_in_use_o
     assert calls == [f"-m megatron_dypo.cli compare {tmp_path}/comparison.yaml --cell 2"] * len(statuses)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_task_that_is_asked_to_stop_asks_its_cell_and_goes_back_to_the_queue(
-    number: signal.Signals, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "state", "ended"),
+    [
+        (signal.SIGUSR1, "RUNNING", 0),
+        (signal.SIGTERM, "RUNNING", 0),
+        (signal.SIGTERM, "COMPLETING", Cause.STOPPED.status),
+    ],
+    ids=["time limit", "preempted", "cancelled"],
+)
+def test_a_task_asks_its_cell_to_stop_and_goes_back_to_the_queue_unless_it_is_cancelled(
+    number: signal.Signals, state: str, ended: int, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, "hold")
+    process = start(tmp_path, "hold", state=state)
     deadline = time.monotonic() + DEADLINE_S
     while not (tmp_path / "held").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
     output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    assert "scontrol requeue 7_2" in output
+    assert process.returncode == ended, output
+    assert ("scontrol requeue 7_2" in output) == (ended == 0)
 
 
 def test_a_task_waits_longer_than_a_lock_without_a_sign_of_life_lasts() -> None:
