@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,16 @@ def summary(out: Path) -> Any:
     return json.loads((out / "summary.json").read_text())["sets"]
 
 
-def kill_after_some(out: Path, *arguments: object, **environment: str) -> list[Record]:
+def start_eval(*arguments: object, key: str | None = None) -> subprocess.Popen[str]:
+    """Start an evaluation; ``key``: that of the servers that it is given."""
+    if key is None:
+        return start("eval", *arguments)
+    return start("eval", *arguments, DYPO_SGLANG_API_KEY=key)
+
+
+def kill_after_some(out: Path, *arguments: object, key: str | None = None) -> list[Record]:
     """Start an evaluation, kill all its processes once it has three records, and return its records."""
-    killed = start("eval", *arguments, "--out", out, **environment)
+    killed = start_eval(*arguments, "--out", out, key=key)
     wait_until(killed, lambda: len(records(out)) >= 3)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate(timeout=60)
@@ -86,13 +94,13 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(
     server: OpenAIServer, model_path: Path, sets: Path, tmp_path: Path
 ) -> None:
     arguments = (model_path, "--sets", sets, "--url", server.url)
-    key = {"DYPO_SGLANG_API_KEY": server.api_key}
+    key = server.api_key
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    kept = kill_after_some(cut, *arguments, **key)
-    output = finished(start("eval", *arguments, "--out", cut, **key))
+    kept = kill_after_some(cut, *arguments, key=key)
+    output = finished(start_eval(*arguments, "--out", cut, key=key))
     assert f"{len(kept)} of {ITEMS} responses have a record" in output
     assert records(cut)[: len(kept)] == kept
-    finished(start("eval", *arguments, "--out", whole, **key))
+    finished(start_eval(*arguments, "--out", whole, key=key))
     assert records(cut) == records(whole)
     assert summary(cut) == summary(whole)
 
@@ -101,7 +109,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(
 def test_every_api_of_a_server_gives_the_same_responses(
     server: OpenAIServer, model_path: Path, sets: Path, tmp_path: Path
 ) -> None:
-    key = {"DYPO_SGLANG_API_KEY": server.api_key}
+    key = server.api_key
     apis: dict[str, list[object]] = {
         "sglang": [],
         "chat": ["--api", "chat"],
@@ -110,18 +118,18 @@ def test_every_api_of_a_server_gives_the_same_responses(
     }
     for name, options in apis.items():
         url = server.url if name == "sglang" else f"{server.url}/v1"
-        finished(start("eval", model_path, "--sets", sets, "--out", tmp_path / name, "--url", url, *options, **key))
+        finished(start_eval(model_path, "--sets", sets, "--out", tmp_path / name, "--url", url, *options, key=key))
     expected = by_item(tmp_path / "sglang")
     assert len(expected) == ITEMS
     assert len({record.response for record in expected.values()}) > ITEMS / 4, "greedy responses differ by prompt"
     for name in apis:
         assert by_item(tmp_path / name) == expected, name
         assert summary(tmp_path / name) == summary(tmp_path / "sglang"), name
-    wrong = start(
-        "eval", "other", "--sets", sets, "--out", tmp_path / "wrong", "--url", server.url, "--api", "chat", **key
+    wrong = start_eval(
+        "other", "--sets", sets, "--out", tmp_path / "wrong", "--url", server.url, "--api", "chat", key=key
     )
     assert f"model='other': {server.url}/v1 serves {model_path}" in finished(wrong, 65)
-    refused = start("eval", model_path, "--sets", sets, "--out", tmp_path / "refused", "--url", server.url)
+    refused = start_eval(model_path, "--sets", sets, "--out", tmp_path / "refused", "--url", server.url)
     assert f"{server.url} refuses the API key: set DYPO_SGLANG_API_KEY" in finished(refused, 65)
 
 
@@ -149,12 +157,12 @@ def test_a_run_a_checkpoint_and_its_hf_folder_are_one_model_on_servers_of_the_co
     models = {"hf": run / "hf", "newest": run, "last": run / "checkpoints" / "step_000002"}
     kept = kill_after_some(tmp_path / "hf", models["hf"], "--sets", sets)
     for name, model in models.items():
-        finished(start("eval", model, "--sets", sets, "--out", tmp_path / name))
+        finished(start_eval(model, "--sets", sets, "--out", tmp_path / name))
         assert len(records(tmp_path / name)) == ITEMS
     assert records(tmp_path / "hf")[: len(kept)] == kept
     assert by_item(tmp_path / "newest") == by_item(tmp_path / "last") == by_item(tmp_path / "hf")
-    finished(start("eval", run / "checkpoints" / "step_000001", "--sets", sets, "--out", tmp_path / "first"))
+    finished(start_eval(run / "checkpoints" / "step_000001", "--sets", sets, "--out", tmp_path / "first"))
     assert by_item(tmp_path / "first") != by_item(tmp_path / "hf"), "another step is another model"
     assert sorted(path.name for path in (run / "exports").iterdir()) == ["step_000001", "step_000002"]
-    refused = finished(start("eval", run / "checkpoints" / "step_000001", "--sets", sets, "--out", tmp_path / "hf"), 65)
+    refused = finished(start_eval(run / "checkpoints" / "step_000001", "--sets", sets, "--out", tmp_path / "hf"), 65)
     assert "its responses are of another setting: model was" in refused

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_dypo.launch.run_lock import read_holder
 from tests.slurm_host.host import REPOSITORY, start_slurm
+from tests.support.present import present
 from tests.support.study.comparisons import journal_lines, run_here, tell, wait_until, write_comparison
 
 DEADLINE_S = 900.0
@@ -52,8 +53,8 @@ def wait_until_gone(slurm):
 
 def kill_task(cell):
     """SIGKILL to the batch script of the task that runs a cell, and to its comparison."""
-    comparison = psutil.Process(read_holder(cell).process.pid)
-    for process in (comparison.parent(), comparison):
+    comparison = psutil.Process(present(read_holder(cell)).process.pid)
+    for process in (present(comparison.parent()), comparison):
         process.kill()
 
 
