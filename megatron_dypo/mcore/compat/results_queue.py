@@ -19,6 +19,11 @@ RESULTS_QUEUE = PrivateName(
 
 
 def use_results_queue(queue: Any) -> None:
-    """Have Megatron's writer take ``queue``, so that it makes none of its own."""
+    """Have Megatron's writer take ``queue``, so that it makes none of its own.
+
+    Its own lives in one more process for each rank, which imports torch to read the results and waits indefinitely once
+    a trainer was killed. A save that returns when all is written (``AsyncRequest.execute_sync``) puts its results into
+    the queue and takes them out in one process: any queue will do.
+    """
     RESULTS_QUEUE.get()
     filesystem_async._results_queue = queue
