@@ -34,15 +34,32 @@ export PYTHONPATH=$DYPO_HOME${PYTHONPATH:+:$PYTHONPATH}
 
 command=("$PYTHON" -m megatron_dypo.cli compare "$CONFIG" --cell "$SLURM_ARRAY_TASK_ID")
 [ "${#CONTAINER[@]}" = 0 ] || command=(srun --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${command[@]}")
-"${command[@]}" &
-cell=$!
-# The run finishes its step and saves. SIGTERM comes ahead of a preemption where the site gives a grace time.
-trap 'kill -USR1 "$cell" 2>/dev/null || true' USR1 TERM
-status=0
-while kill -0 "$cell" 2>/dev/null; do # a trap ends a wait
-  status=0
+run_cell() { # leaves the status of the command in $status
+  "${command[@]}" &
+  cell=$! status=0
   wait "$cell" || status=$?
-done
-[ "$status" = 75 ] || exit "$status"
+  while [ "$status" -gt 128 ] && kill -0 "$cell" 2>/dev/null; do # a trap ends a wait
+    status=0
+    wait "$cell" || status=$?
+  done
+  # The trap may have come when the command had just ended. 127: no more is known.
+  local own=0
+  wait "$cell" || own=$?
+  [ "$own" = 127 ] || status=$own
+}
+
+# The run finishes its step and saves. SIGTERM comes when the job is cancelled, and must not bring it back; and, where the site
+# gives a grace time, ahead of a preemption: then the job still runs.
+is_cancelled=0
+trap 'kill -USR1 "$cell" 2>/dev/null || true' USR1
+trap '[ "$(job_state)" = RUNNING ] || is_cancelled=1; kill -USR1 "$cell" 2>/dev/null || true' TERM
+run_cell
+if [ "$status" = 73 ]; then
+  # Locks of a task that was killed on another node are free after 3 minutes without a sign of life.
+  say "cell $SLURM_ARRAY_TASK_ID is in use: trying once more in 210 s, in case that its task was killed"
+  sleep 210
+  run_cell
+fi
+[ "$status:$is_cancelled" = 75:0 ] || exit "$status"
 say "cell $SLURM_ARRAY_TASK_ID was stopped and saved: it goes back to the queue"
 scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" || fail "scontrol requeue failed; submit again to go on"

@@ -17,7 +17,8 @@ from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.prompts import PromptStream
 from megatron_dypo.data.source import distinct_names
 from megatron_dypo.data.tokenizer.open import Tokenizer
-from megatron_dypo.eval.prompts import held_out_data
+from megatron_dypo.eval.judging import check_rows, grading_of_sets
+from megatron_dypo.eval.prompts import EvalSet, held_out_data
 from megatron_dypo.grading.naming import row_verifier_problem, unused_sources, verifier_of
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -29,14 +30,10 @@ _SHOWN_ROWS = 5
 
 def check_prompt_files(config: Config, tokenizer: Tokenizer | None, found: Findings) -> Longest:
     """Check the prompt files and evaluation sets that are there; without a tokenizer nothing is rendered or counted."""
-    prompt, trace = _check_set("", config.data.prompts, config.data, config, tokenizer, found, held_out=False)
-    held_out: int | None = 0
-    for name in config.eval.sets:
-        settings = config.eval.settings(name)
-        data = held_out_data(config.data, settings)
-        longest, _ = _check_set(f"eval.sets.{name}", [settings.path], data, config, tokenizer, found, held_out=True)
-        held_out = None if held_out is None or longest is None else max(held_out, longest)
-    return Longest(prompt=prompt, trace=trace, held_out=held_out)
+    prompt, trace = _check_training(config, tokenizer, found)
+    held_out = [_check_eval_set(name, config, tokenizer, found) for name in config.eval.sets]
+    is_whole = all(longest is not None for longest in held_out)
+    return Longest(prompt=prompt, trace=trace, held_out=max(filter(None, held_out), default=0) if is_whole else None)
 
 
 def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, found: Findings) -> None:
@@ -61,33 +58,46 @@ def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, 
         )
 
 
-def _check_set(
-    key: str,
-    paths: Sequence[str],
-    data: DataConfig,
-    config: Config,
-    tokenizer: Tokenizer | None,
-    found: Findings,
-    *,
-    held_out: bool,
-) -> tuple[int | None, int | None]:
-    """Check one set; its longest prompt and trace that are used, None where not every row was looked at."""
-    present = [Path(path) for path in paths if os.path.lexists(path)]  # others are noted as missing
-    if not present:
-        return None, None
-    if sum(path.stat().st_size for path in present if path.is_file()) > WHOLE_BYTES:
-        _check_ends(key, present, data, tokenizer, found, held_out=held_out)
-        return None, None
-    with found.noting(key), contextlib.ExitStack() as stack:
-        dataset = stack.enter_context(
-            contextlib.closing(PromptDataset(present, data=data, tokenizer=tokenizer, held_out=held_out))
-        )
-        if not held_out and tokenizer is not None and len(present) == len(paths):
+def _check_training(config: Config, tokenizer: Tokenizer | None, found: Findings) -> tuple[int | None, int | None]:
+    """Check the training files; return their longest prompt and trace that are used, None where not every row was
+    looked at."""
+    present = _small_files("", config.data.prompts, config.data, tokenizer, found, held_out=False)
+    with found.noting(), contextlib.ExitStack() as stack:
+        if not present:
+            return None, None
+        dataset = stack.enter_context(contextlib.closing(PromptDataset(present, data=config.data, tokenizer=tokenizer)))
+        if tokenizer is not None and len(present) == len(config.data.prompts):
             check_dataset(config, dataset, tokenizer, found)
             found.notes += unused_sources(config.grading, dataset.sources)
         if tokenizer is not None:
-            return longest_used(dataset, data)
+            return longest_used(dataset, config.data)
     return None, None
+
+
+def _check_eval_set(name: str, config: Config, tokenizer: Tokenizer | None, found: Findings) -> int | None:
+    """Check an evaluation set, and its rows against their verifiers; return its longest prompt as above."""
+    key, settings = f"eval.sets.{name}", config.eval.settings(name)
+    data = held_out_data(config.data, settings)
+    with found.noting(key), contextlib.ExitStack() as stack:
+        if not _small_files(key, [settings.path], data, tokenizer, found, held_out=True):
+            return None
+        one = EvalSet(name, config.eval, config.data, tokenizer, seed=config.run.seed)
+        stack.enter_context(contextlib.closing(one))
+        check_rows(one, grading_of_sets(config.grading, config.eval))
+        if tokenizer is not None:
+            return longest_used(one.dataset, data)[0]
+    return None
+
+
+def _small_files(
+    key: str, paths: Sequence[str], data: DataConfig, tokenizer: Tokenizer | None, found: Findings, *, held_out: bool
+) -> list[Path]:
+    """Return the files of a set that are there, to be checked whole; of large ones check the ends and return []."""
+    present = [Path(path) for path in paths if os.path.lexists(path)]  # others are noted as missing
+    if sum(path.stat().st_size for path in present if path.is_file()) <= WHOLE_BYTES:
+        return present
+    _check_ends(key, present, data, tokenizer, found, held_out=held_out)
+    return []
 
 
 def longest_used(dataset: PromptDataset, data: DataConfig) -> tuple[int, int]:

@@ -63,10 +63,12 @@ class SetFacts:
 class VerifierFacts:
     """One verifier on sampled rows of one source."""
 
+    rows: str
+    """``data.prompts`` or ``eval.sets.<set>``: whose rows they are."""
     verifier: str
     source: str
     num_rows: int
-    """Rows of the training files that it judges."""
+    """Rows of those that it judges."""
     num_tried: int
     """Rows of those whose own answer was given to it, and other responses."""
     num_gold: int
@@ -181,7 +183,8 @@ def _sets(sets: Sequence[SetFacts]) -> list[str]:
 def _verifiers(verifiers: Sequence[VerifierFacts]) -> list[str]:
     lines = []
     for found in verifiers:
-        lines.append(f"{found.verifier} for source {printable(found.source)!r}: {counted(found.num_rows, 'row')}")
+        what = f"{found.rows}: {found.verifier} for source {printable(found.source)!r}"
+        lines.append(f"{what}: {counted(found.num_rows, 'row')}")
         if found.num_tried:
             lines.append(
                 f"  of {found.num_tried} tried it accepts the row's own answer on {found.num_gold}, an empty "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_dypo.check.report import VerifierFacts
-from megatron_dypo.config.tree import Config
+from megatron_dypo.config.data import DataConfig
+from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.data.dataset import PromptDataset
 from megatron_dypo.data.tokenising import make_prompt, render_prompt
 from megatron_dypo.data.tokenizer.open import Tokenizer
@@ -17,7 +18,6 @@ from megatron_dypo.grading.naming import verifier_of
 from megatron_dypo.grading.pairs import pair_of
 from megatron_dypo.grading.trial import try_verifier
 from megatron_dypo.grading.verify import Verifier
-from megatron_dypo.loop.setup.open_data import check_against_verifier
 from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.types import Prompt
 
@@ -30,21 +30,34 @@ _ACCEPTS_EMPTY = ": it accepts an empty response: "
 """How ``try_verifier`` says that; such rows are counted apart."""
 
 
-def try_verifiers(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, found: Findings) -> list[VerifierFacts]:
-    """Try each verifier on up to 20 rows of each source; what is odd becomes a note.
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The rows of the training files or of an evaluation set, and what decides their verifiers."""
 
-    Raises ValueError where a verifier does not import.
+    name: str
+    """``data.prompts`` or ``eval.sets.<set>``."""
+    dataset: PromptDataset
+    data: DataConfig
+    grading: GradingConfig
+    verifier: str | None = None
+    """Verifier of the rows that name none; None: it follows from the source."""
+    limit: int | None = None
+    """Rows that are used, from the first; None: all."""
+
+
+def try_verifiers(trial: Trial, verifier: Verifier, tokenizer: Tokenizer, found: Findings) -> list[VerifierFacts]:
+    """Try each verifier of the rows on up to 20 of each source; what is odd becomes a note.
+
+    Args:
+        verifier: running, with all that the rows name.
     """
-    kinds = _kinds(config, dataset)
+    kinds = _kinds(trial)
     tried = [
-        _Tried(kind=kind, prompts=_prompts(config, dataset, tokenizer, kind.rows) if index < _MAX_KINDS else [])
+        _Tried(kind=kind, prompts=_prompts(trial, tokenizer, kind.rows) if index < _MAX_KINDS else [])
         for index, kind in enumerate(kinds)
     ]
-    prompts = [prompt for each in tried for prompt in each.prompts]
-    complaints = try_verifier(config.grading, *prompts)
-    with Verifier(config.grading, dataset.verifiers) as verifier:
-        check_against_verifier(config, dataset, verifier)
-        return [_facts(each, verifier, complaints, found) for each in tried]
+    complaints = try_verifier(verifier, trial.grading, [prompt for each in tried for prompt in each.prompts])
+    return [_facts(each, trial, verifier, complaints, found) for each in tried]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +75,14 @@ class _Tried:
     prompts: list[Prompt]
 
 
-def _kinds(config: Config, dataset: PromptDataset) -> list[_Kind]:
+def _kinds(trial: Trial) -> list[_Kind]:
     """Group the rows by verifier and source; of each, rows from all over the files are tried."""
-    checked, numbers = dataset.checked, dataset.numbers
+    checked, numbers = trial.dataset.checked, trial.dataset.numbers[: trial.limit]
     rows: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     pairs = np.stack([checked.verifier[numbers], checked.source[numbers]], axis=1)
     for own, source in np.unique(pairs, axis=0):
-        name = None if own < 0 else checked.verifiers[own]
-        verifier = verifier_of(config.grading, own=name, source=checked.sources[source])
+        name = trial.verifier if own < 0 else checked.verifiers[own]
+        verifier = verifier_of(trial.grading, own=name, source=checked.sources[source])
         rows[verifier, checked.sources[source]].append(np.flatnonzero((pairs == (own, source)).all(axis=1)))
     kinds = []
     for (verifier, source), parts in sorted(rows.items()):
@@ -79,20 +92,22 @@ def _kinds(config: Config, dataset: PromptDataset) -> list[_Kind]:
     return kinds
 
 
-def _prompts(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, rows: Sequence[int]) -> list[Prompt]:
+def _prompts(trial: Trial, tokenizer: Tokenizer, rows: Sequence[int]) -> list[Prompt]:
     prompts = []
     for number in rows:
-        row = dataset[number]
-        tokens = render_prompt(row.prompt, tokenizer, config.data)
-        prompts.append(make_prompt(row, tokens, tokenizer, visit=0, order=number, traces={}))
+        row = trial.dataset[number]
+        tokens = render_prompt(row.prompt, tokenizer, trial.data)
+        prompt = make_prompt(row, tokens, tokenizer, visit=0, order=number, traces={})
+        prompts.append(replace(prompt, verifier=row.verifier or trial.verifier))
     return prompts
 
 
-def _facts(tried: _Tried, verifier: Verifier, complaints: list[str], found: Findings) -> VerifierFacts:
+def _facts(tried: _Tried, trial: Trial, verifier: Verifier, complaints: list[str], found: Findings) -> VerifierFacts:
     kind, prompts = tried.kind, tried.prompts
     own = [next((text for text in complaints if text.startswith(f"prompt {p.prompt_id}, ")), None) for p in prompts]
     of_gold = [text for text in own if text is not None and _ACCEPTS_EMPTY not in text]
     facts = VerifierFacts(
+        rows=trial.name,
         verifier=kind.verifier,
         source=kind.source,
         num_rows=kind.num_rows,
@@ -104,7 +119,7 @@ def _facts(tried: _Tried, verifier: Verifier, complaints: list[str], found: Find
     )
     if of_gold:
         found.notes.append(
-            f"{_named(kind)}: {len(of_gold)} of {len(prompts)} rows tried have an answer that it does not "
+            f"{_named(facts)}: {len(of_gold)} of {len(prompts)} rows tried have an answer that it does not "
             f"accept; {of_gold[0]}"
         )
     found.notes += _odd(facts, prompts)
@@ -113,7 +128,7 @@ def _facts(tried: _Tried, verifier: Verifier, complaints: list[str], found: Find
 
 def _odd(facts: VerifierFacts, prompts: Sequence[Prompt]) -> list[str]:
     """Say what a verifier accepts that none should."""
-    name = f"verifier {facts.verifier}, source {facts.source!r}"
+    name = _named(facts)
     notes = []
     if facts.num_empty:
         notes.append(f"{name}: it accepts an empty response on {facts.num_empty} of {facts.num_tried} rows tried")
@@ -144,5 +159,5 @@ def _accepted(verifier: Verifier, pairs: Sequence[tuple[Prompt, str]]) -> int:
     return sum(verdict.is_correct and verdict.error is None for verdict in verdicts)
 
 
-def _named(kind: _Kind) -> str:
-    return f"verifier {kind.verifier}, source {kind.source!r}"
+def _named(facts: VerifierFacts) -> str:
+    return f"{facts.rows}: verifier {facts.verifier}, source {facts.source!r}"

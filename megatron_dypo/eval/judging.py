@@ -80,24 +80,46 @@ def verifiers_of_sets(grading: GradingConfig, cfg: EvalConfig) -> dict[str, str]
 def check_sets(sets: Mapping[str, EvalSet], grading: GradingConfig, verifier: Verifier) -> None:
     """Hold the rows of evaluation sets against the verifiers that will judge them, before anything is sampled.
 
+    Args:
+        grading: with the verifiers that sets name (:func:`grading_of_sets`).
+        verifier: running.
+
     Raises:
-        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; a
-            verifier asks for the row's other columns, which ``data.keep_row`` leaves out; or options that are to be
-            shuffled cannot be found.
+        ValueError: as :func:`check_rows` and :func:`check_columns`.
     """
-    for name, one in sets.items():
-        one.check_options()
-        problems = [row_verifier_problem(grading, own) for own in sorted(one.dataset.verifiers)]
-        if found := [problem for problem in problems if problem]:
-            raise ValueError("\n".join(f"eval.sets.{name}: {problem}" for problem in found))
-        own_verifier = one.settings.verifier
-        one.dataset.require_text_answers(functools.partial(_takes_objects, grading, own_verifier))
-        takers = set(verifier.takers_of(("row", "extra_info"))) if not one.keeps_row else set()
-        used = {own_verifier} if own_verifier else {name for _, name in grading.named_verifiers()}
-        if asking := sorted(takers & used):
-            raise ValueError(
-                f"data.keep_row=false: {', '.join(asking)} asks for the row's other columns: set it to true"
-            )
+    for one in sets.values():
+        check_rows(one, grading)
+        check_columns(one, grading, verifier)
+
+
+def check_columns(one: EvalSet, grading: GradingConfig, verifier: Verifier) -> None:
+    """Raise ValueError where a verifier of the set asks for the row's other columns, which ``data.keep_row`` leaves
+    out."""
+    own = one.settings.verifier
+    used = one.dataset.verifiers.union({own} if own else {name for _, name in grading.named_verifiers()})
+    takers = set() if one.keeps_row else set(verifier.takers_of(("row", "extra_info")))
+    if asking := sorted(takers & used):
+        raise ValueError(
+            f"eval.sets.{one.name}: data.keep_row=false: {', '.join(asking)} asks for the row's other columns: set it "
+            "to true"
+        )
+
+
+def check_rows(one: EvalSet, grading: GradingConfig) -> None:
+    """Hold the rows of an evaluation set against what its verifiers take, without running one.
+
+    Raises:
+        ValueError: options that are to be shuffled cannot be found; a row names a verifier that it may not; or an
+            answer is an object and its verifier reads text only.
+    """
+    one.check_options()
+    problems = [row_verifier_problem(grading, own) for own in sorted(one.dataset.verifiers)]
+    if found := [problem for problem in problems if problem]:
+        raise ValueError("\n".join(f"eval.sets.{one.name}: {problem}" for problem in found))
+    try:
+        one.dataset.require_text_answers(functools.partial(_takes_objects, grading, one.settings.verifier))
+    except ValueError as error:
+        raise ValueError(f"eval.sets.{one.name}: {error}") from error
 
 
 def _takes_objects(grading: GradingConfig, of_set: str | None, own: str | None, source: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,20 +29,22 @@ def check_importable(
         pass
 
 
-def try_verifier(cfg: GradingConfig, *prompts: Prompt) -> list[str]:
+def try_verifier(verifier: Verifier, cfg: GradingConfig, prompts: Sequence[Prompt]) -> list[str]:
     """Return what is wrong with the verifiers of ``prompts``, judged by the prompts' own gold answers.
 
     A verifier should accept a response that states the gold answer, in one of the usual forms, and refuse an empty
     one. Where the answer is an object nobody knows what states it: there only errors and the empty response count.
-    Raises ValueError naming the key if a verifier does not import.
+
+    Args:
+        verifier: running.
+        cfg: the one that ``verifier`` was made with.
     """
     problems = []
-    with Verifier(cfg) as verifier:
-        for prompt in prompts:
-            forms = _statements(prompt.answer)
-            *stated, empty = verifier.verify([pair_of(prompt, response) for response in [*forms, ""]])
-            if problem := _problem(prompt.answer, forms, stated, empty):
-                problems.append(f"prompt {prompt.prompt_id}, {_name(cfg, prompt)}: {problem}")
+    for prompt in prompts:
+        forms = _statements(prompt.answer)
+        *stated, empty = verifier.verify([pair_of(prompt, response) for response in [*forms, ""]])
+        if problem := _problem(prompt.answer, forms, stated, empty):
+            problems.append(f"prompt {prompt.prompt_id}, {_name(cfg, prompt)}: {problem}")
     return problems
 
 

@@ -25,8 +25,8 @@ class Findings:
     def noting(self, where: str = "") -> Iterator[None]:
         """Run a block; its error of input becomes a problem, and what the package warns of in it becomes notes.
 
-        ``where`` is put in front of both. An error that is nobody's input (:func:`~megatron_dypo.ending.cause_of`) is
-        raised.
+        ``where`` is put in front of both, unless it is there. An error that is nobody's input
+        (:func:`~megatron_dypo.ending.cause_of`) is raised.
         """
         prefix = f"{where}: " if where else ""
         logger = logging.getLogger("megatron_dypo")
@@ -38,7 +38,7 @@ class Findings:
         except ValueError as error:
             if cause_of(error) is not Cause.BAD_INPUT:
                 raise
-            self.problems.append(f"{prefix}{error}")
+            self.problems.append(str(error) if str(error).startswith(prefix) else f"{prefix}{error}")
         finally:
             logger.propagate, logger.handlers = propagates, handlers
 

@@ -25,7 +25,7 @@ from megatron_dypo.config.eval_command import EvalCommandConfig
 from megatron_dypo.config.reading.load import changed_lines, dump_config, flow_yaml, load_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
-from megatron_dypo.study.spec import Spec
+from megatron_dypo.study.spec import OUR_EVAL_COMMAND, Spec
 
 _CHECKPOINT = "checkpoints/latest_checkpointed_iteration.txt"
 
@@ -150,6 +150,11 @@ def _config_of(spec: Spec, arm: Arm, seed: int, folder: Path) -> Config:
     config = load_config(spec.config, [f"{key}={flow_yaml(value)}" for key, value in chosen.items()])
     if not config.export.hf:
         raise ValueError("export.hf=false: must be true: the exported model is evaluated")
+    if config.rollout.servers.urls and spec.eval_command == OUR_EVAL_COMMAND:
+        raise ValueError(
+            f"rollout.servers.urls={list(config.rollout.servers.urls)}: must be empty: each cell starts servers of its "
+            "own, for given ones may have the weights of another cell when a model is evaluated"
+        )
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dypo.processes.children import end_of, program
@@ -15,8 +16,18 @@ _LOOK_EVERY_S = 2.0
 _TAIL_BYTES = 65_536
 
 
-def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: Callable[[], None]) -> int:
-    """Run a command to its end, and return its exit status.
+@dataclass(frozen=True, kw_only=True)
+class CommandEnd:
+    """How a command ended."""
+
+    status: int
+    """Exit status; 128 + n after signal n."""
+    words: str
+    """Its error, else the last line that it printed."""
+
+
+def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: Callable[[], None]) -> CommandEnd:
+    """Run a command to its end.
 
     A request to stop this process is passed on to the command's processes as SIGTERM; after ``grace_s`` seconds they
     are killed. The same happens if this process is killed.
@@ -27,6 +38,7 @@ def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: C
     """
     guarded = program("megatron_dypo.processes.guard:main", os.getpid(), grace_s, *command, isolated=True)
     with log.open("ab") as output:
+        start = output.tell()
         process = subprocess.Popen(
             guarded,
             stdin=subprocess.DEVNULL,
@@ -38,13 +50,14 @@ def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: C
         while not ended.poll(_LOOK_EVERY_S):
             on_look()
     on_look()
-    return process.wait()
+    status = process.wait()
+    return CommandEnd(status=status if status >= 0 else 128 - status, words=_last_words(log, start))
 
 
-def last_words(log: Path) -> str:
-    """Return the last line that a command printed, without the name of our program."""
+def _last_words(log: Path, start: int) -> str:
+    """Return the last error in the part of a log from ``start``, else its last line, without our program's name."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("megatron-dypo: error: ")]
     words = (errors or lines or ["it printed nothing"])[-1]

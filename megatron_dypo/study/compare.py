@@ -38,7 +38,12 @@ class Comparison:
         return [name for members in self.groups.values() for name in members]
 
     def describe(self) -> list[str]:
-        """Return a line for each cell: its number, its name, and whether it has a result."""
+        """Return a line for each cell: its number, its name, and whether it has a result.
+
+        Raises:
+            ValueError: an input of a cell breaks a rule. Files that are not on this machine may be on another.
+        """
+        self._require_inputs(self.cells, dry_run=True)
         return [f"{cell.number}: {cell.label}: {reason(cell) or 'done'}" for cell in self.cells]
 
     def write(self) -> str:
@@ -59,7 +64,7 @@ class Comparison:
                 raise ValueError(f"--cell={number}: must be from 0 to {len(self.cells) - 1}")
         chosen = [self.cells[number] for number in numbers] if numbers else self.cells
         _listen(say)
-        self._require_inputs(chosen)
+        self._require_inputs(chosen, dry_run=False)
         left = run_cells(chosen, self.spec, self.sets, say)
         if not numbers:
             show(self.write())
@@ -71,7 +76,7 @@ class Comparison:
                 "the comparison runs these alone",
             )
 
-    def _require_inputs(self, cells: Sequence[Cell]) -> None:
+    def _require_inputs(self, cells: Sequence[Cell], *, dry_run: bool) -> None:
         """Raise ValueError if a file that a run will need breaks a rule: now, not hours later, when its turn comes.
 
         A train command of the user's own has inputs of its own.
@@ -83,7 +88,7 @@ class Comparison:
         first = {cell.arm: cell for cell in reversed(cells) if not cell.is_done()}
         found = {cell.arm.label: check_inputs(cell.config) for cell in first.values()}
         lines = [
-            f"{label}: {line}" for label, one in found.items() for line in one.refused(dry_run=False, strict=False)
+            f"{label}: {line}" for label, one in found.items() for line in one.refused(dry_run=dry_run, strict=False)
         ]
         if lines:
             raise ValueError("\n".join(lines))

@@ -12,7 +12,7 @@ from megatron_dypo.metrics.progress import Progress, progress
 from megatron_dypo.metrics.status import Record, read_status
 from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.study.cells import Cell, Failure, mark_done, require_own_settings, write_configs
-from megatron_dypo.study.command import last_words, run_command
+from megatron_dypo.study.command import CommandEnd, run_command
 from megatron_dypo.study.spec import Spec
 
 _SHORTEST_GRACE_S = 60.0
@@ -69,29 +69,29 @@ def _is_done(status: Record | None) -> bool:
 def _train(cell: Cell, spec: Spec) -> None:
     before, steps = read_status(cell.run_dir), cell.config.run.steps
     with progress(steps, cell.label, "steps") as bar:
-        status = _run(cell, spec.train_command, "train.log", _step_counter(cell, bar))
+        end = _run(cell, spec.train_command, "train.log", _step_counter(cell, bar))
     after = read_status(cell.run_dir)
     is_of_this_start = after is not None and (before is None or after.attempt != before.attempt)
     if STOP.is_set():
         raise RunEnded(Cause.STOPPED, f"stopped on request while {cell.label} was trained")
-    if status == 0 and is_trained(cell):
+    if end.status == 0 and is_trained(cell):
         return
-    if status == Cause.IN_USE.status:  # processes of a comparison that was killed, which still save a checkpoint
-        raise RunEnded(Cause.IN_USE, last_words(cell.folder / "train.log"))
-    if status and after is not None and is_of_this_start and after.cause is not None:
-        raise CellFailed(Failure(stage="training", status=status, cause=after.cause, message=after.message))
-    raise _failed(cell, "training", status, "train.log")
+    if end.status == Cause.IN_USE.status:  # processes of a comparison that was killed, which still save a checkpoint
+        raise RunEnded(Cause.IN_USE, end.words)
+    if end.status and after is not None and is_of_this_start and after.cause is not None:
+        raise CellFailed(Failure(stage="training", status=end.status, cause=after.cause, message=after.message))
+    raise _failed(cell, "training", end, "train.log")
 
 
 def _evaluate(cell: Cell, spec: Spec) -> None:
-    status = _run(cell, spec.eval_command, "eval.log", lambda: None)
+    end = _run(cell, spec.eval_command, "eval.log", lambda: None)
     if STOP.is_set():
         raise RunEnded(Cause.STOPPED, f"stopped on request while {cell.label} was evaluated")
-    if status:
-        raise _failed(cell, "evaluation", status, "eval.log")
+    if end.status:
+        raise _failed(cell, "evaluation", end, "eval.log")
 
 
-def _run(cell: Cell, words: Sequence[str], log: str, on_look: Callable[[], None]) -> int:
+def _run(cell: Cell, words: Sequence[str], log: str, on_look: Callable[[], None]) -> CommandEnd:
     """Run one of the cell's commands; its placeholders get their values."""
     values = {
         "cell": cell.folder,
@@ -120,12 +120,12 @@ def _step_counter(cell: Cell, bar: Progress) -> Callable[[], None]:
     return look
 
 
-def _failed(cell: Cell, stage: str, status: int, log: str) -> CellFailed:
-    cause = cause_of_status(status) or (Cause.RANK_LOST if status > 128 else Cause.BUG)  # 128 + signal
-    message = f"{last_words(cell.folder / log)} (see {cell.folder / log})"
-    if status == 0:
+def _failed(cell: Cell, stage: str, end: CommandEnd, log: str) -> CellFailed:
+    cause = cause_of_status(end.status) or (Cause.RANK_LOST if end.status > 128 else Cause.BUG)  # 128 + signal
+    message = f"{end.words} (see {cell.folder / log})"
+    if end.status == 0:
         message = f"ended with status 0, but {cell.run_dir} has no run that is done with its model: {message}"
-    return CellFailed(Failure(stage=stage, status=status, cause=cause.label, message=message))
+    return CellFailed(Failure(stage=stage, status=end.status, cause=cause.label, message=message))
 
 
 def _count_records(cell: Cell, sets: Sequence[str]) -> dict[str, int]:

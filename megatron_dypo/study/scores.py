@@ -37,7 +37,7 @@ class ScoreTable:
     scores_KI: Array
     """pass@k of each item under each seed. Only items that have it under every seed are in it."""
     left_out: int
-    """Items that lack it under some seed."""
+    """Items with a response in some cell of the comparison, that lack it under some seed of this arm."""
     samples: int
 
     def rows(self, seeds: Sequence[int], items: Sequence[str]) -> Array:
@@ -61,15 +61,19 @@ def score_cell(records: Sequence[Record], k: int) -> CellScores:
     )
 
 
-def score_table(cells: Mapping[int, CellScores]) -> ScoreTable | None:
-    """Join the cells of an arm by seed; None without a cell, or without an item that all of them have."""
+def score_table(cells: Mapping[int, CellScores], others: frozenset[str] = frozenset()) -> ScoreTable | None:
+    """Join the cells of an arm by seed; None without a cell, or without an item that all of them have.
+
+    Args:
+        others: items of the set that are known from other arms.
+    """
     if not cells:
         return None
     seeds = tuple(cells)
     common = sorted(frozenset.intersection(*(frozenset(cells[seed].by_item) for seed in seeds)))
     if not common:
         return None
-    known = frozenset.union(*(cells[seed].items for seed in seeds))
+    known = others.union(*(cells[seed].items for seed in seeds))
     scores = np.array([[cells[seed].by_item[item] for item in common] for seed in seeds], dtype=np.float64)
     return ScoreTable(
         seeds=seeds,
@@ -87,5 +91,11 @@ def read_scores(cells: Sequence[Cell], sets: Sequence[str], k: int) -> dict[tupl
         for name in sets if cell.is_done() else ():
             scores = score_cell(read_records(records_path(cell.eval_dir, name)), k)
             found.setdefault((cell.arm, name), {})[cell.seed] = scores
-    tables = {key: score_table(by_seed) for key, by_seed in found.items()}
+    known = {
+        name: frozenset[str]().union(
+            *(one.items for key, cells in found.items() if key[1] == name for one in cells.values())
+        )
+        for name in sets
+    }
+    tables = {key: score_table(by_seed, known[key[1]]) for key, by_seed in found.items()}
     return {key: table for key, table in tables.items() if table is not None}

@@ -26,6 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 RESAMPLES = 9_999
 _OURS = (sys.executable, "-m", "megatron_dypo.cli")
 OUR_TRAIN_COMMAND = (*_OURS, "train", "{config}")
+OUR_EVAL_COMMAND = (*_OURS, "eval", "{model}", "--sets", "{sets}", "--out", "{out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Spec:
     train_command: tuple[str, ...] = OUR_TRAIN_COMMAND
     """Words of the command that trains a cell; ``{config}`` stands for the cell's config file, ``{cell}`` for its
     folder."""
-    eval_command: tuple[str, ...] = (*_OURS, "eval", "{model}", "--sets", "{sets}", "--out", "{out}")
+    eval_command: tuple[str, ...] = OUR_EVAL_COMMAND
     """Words of the command that evaluates a cell; ``{model}`` stands for the HF folder of its run, ``{sets}`` for the
     file of ``megatron-dypo eval --sets``, ``{out}`` for the folder of the records."""
 

@@ -1,4 +1,4 @@
-"""A comparison as a job array on a real Slurm: cells that are killed are finished by submitting again."""
+"""A comparison as a job array on a real Slurm: cells that are cancelled or killed are finished by submitting again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
+from megatron_dypo.launch.run_lock import read_holder
 from tests.slurm_host.host import REPOSITORY, start_slurm
+from tests.support.present import present
 from tests.support.study.comparisons import journal_lines, run_here, tell, wait_until, write_comparison
 
 DEADLINE_S = 900.0
@@ -48,8 +51,15 @@ def wait_until_gone(slurm):
         time.sleep(0.2)
 
 
+def kill_task(cell):
+    """SIGKILL to the batch script of the task that runs a cell, and to its comparison."""
+    comparison = psutil.Process(present(read_holder(cell)).process.pid)
+    for process in (present(comparison.parent()), comparison):
+        process.kill()
+
+
 @pytest.mark.slow
-def test_an_array_of_which_two_cells_were_killed_ends_with_the_table_of_a_local_run_when_submitted_again(
+def test_an_array_of_which_a_cell_was_cancelled_and_one_killed_ends_with_the_table_of_a_local_run_when_submitted_again(
     slurm, tmp_path
 ):
     for folder in ("local", "array"):
@@ -63,11 +73,11 @@ def test_an_array_of_which_two_cells_were_killed_ends_with_the_table_of_a_local_
     assert "--array=0,1,2,3 " in command
     begins = {f"begin train {cell}" for cell in held}
     wait_until(lambda: begins <= set(journal_lines(folder)), "two cells are trained", DEADLINE_S)
-    for task in (0, 1):
-        slurm.call("scancel", "--signal=KILL", "--full", f"{number}_{task}")
+    slurm.call("scancel", f"{number}_0")
+    kill_task(folder / "out" / "cells" / held[1])
+    wait_until_gone(slurm)
     for hold in holds:
         hold.unlink()
-    wait_until_gone(slurm)
     _, again = submit(slurm, path)
     assert "--array=0,1 " in again
     wait_until_gone(slurm)

@@ -86,7 +86,8 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
     dataset.require_text_answers(
         lambda own, source: verifier_of(grading, own=own, source=source) not in BUILT_IN_VERIFIERS
     )
-    takers = [] if config.data.keep_row else verifier.takers_of(("row", "extra_info"))
+    used = dataset.verifiers.union(name for _, name in grading.named_verifiers())  # others are those of eval.sets
+    takers = [] if config.data.keep_row else [n for n in verifier.takers_of(("row", "extra_info")) if n in used]
     if takers:
         raise ValueError(f"data.keep_row=false: {', '.join(takers)} asks for the row's other columns: set it to true")
     for line in unused_sources(grading, dataset.sources):

@@ -28,6 +28,7 @@ from megatron_dypo.types import Prompt, Tokens
 def judge_teachers(
     config: Config,
     dataset: PromptDataset,
+    verifier: Verifier,
     tokenizer: Tokenizer,
     found: Findings,
     *,
@@ -37,17 +38,16 @@ def judge_teachers(
     """Judge traces of each teacher and note those with wrong ones. Raises ValueError as ``wrong_traces``."""
     if not dataset.teachers:
         return []
-    with Verifier(config.grading, dataset.verifiers) as verifier:
-        verdicts = wrong_traces(
-            dataset,
-            judge_by(verifier),
-            tokenizer=tokenizer,
-            data=config.data,
-            verifier_key=verifier_key(config.grading),
-            limit_per_teacher=limit_per_teacher,
-            seed=config.run.seed,
-            show_progress=show_progress,
-        )
+    verdicts = wrong_traces(
+        dataset,
+        judge_by(verifier),
+        tokenizer=tokenizer,
+        data=config.data,
+        verifier_key=verifier_key(config.grading),
+        limit_per_teacher=limit_per_teacher,
+        seed=config.run.seed,
+        show_progress=show_progress,
+    )
     teachers = teacher_statistics(dataset, config.data, verdicts)
     for teacher in teachers:
         if teacher.num_wrong:

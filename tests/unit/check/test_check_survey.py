@@ -44,7 +44,8 @@ def test_the_share_of_a_teachers_wrong_traces_is_said_with_its_interval(tmp_path
 
 def test_a_verifier_that_accepts_everything_is_said(tmp_path: Path) -> None:
     report = checked(case(tmp_path, grading={"verifier": "tests.support.check_cases:approve"}))
-    (found,) = report.verifiers
+    found, of_set = report.verifiers
+    assert (of_set.rows, of_set.num_tried, of_set.num_empty) == ("eval.sets.held_out", 2, 2)
     assert (found.num_tried, found.num_gold, found.num_empty, found.num_constant, found.num_other) == (
         20,
         20,
@@ -62,11 +63,46 @@ def test_answers_that_their_verifier_refuses_are_said_with_a_row(tmp_path: Path)
     config = case(tmp_path, grading={"verifier": "choice"})
     write_rows(tmp_path / "train.jsonl", [{"prompt": f"{n}?", "answer": "ninety" if n % 2 else "A"} for n in range(10)])
     report = checked(config)
-    (found,) = report.verifiers
-    assert (found.num_tried, found.num_gold) == (10, 5)
+    found, of_set = report.verifiers
+    assert (found.rows, found.num_tried, found.num_gold) == ("data.prompts", 10, 5)
+    assert (of_set.rows, of_set.num_tried, of_set.num_gold) == ("eval.sets.held_out", 2, 0)
     assert any(
         "5 of 10 rows tried have an answer that it does not accept; prompt train.jsonl:2" in w for w in report.warnings
     )
+
+
+def test_an_evaluation_set_is_tried_with_its_own_verifier_on_the_rows_that_are_used(tmp_path: Path) -> None:
+    held_out = {"path": str(tmp_path / "held_out.jsonl"), "verifier": "choice", "max_prompts": 1}
+    report = checked(case(tmp_path, eval={"sets": {"held_out": held_out}}))
+    found = report.verifiers[-1]
+    assert (found.rows, found.verifier, found.num_tried, found.num_gold) == ("eval.sets.held_out", "choice", 1, 0)
+    (warning,) = [text for text in report.warnings if "does not accept" in text]
+    assert warning.startswith("eval.sets.held_out: verifier choice, source")
+    assert "1 of 1 rows tried have an answer that it does not accept; prompt new, verifier choice" in warning
+    assert report.problems == []
+
+
+ROW_TAKER = "tests.support.grading.verifiers:whole_row"
+
+
+@pytest.mark.parametrize(
+    ("keys", "row", "problem"),
+    [
+        ({}, {"verifier": "os:system"}, "verifier='os:system': a row may name "),
+        ({}, {"answer": {"value": 3}}, "answer={'value': 3}: the verifier takes text only"),
+        ({"shuffle_options": True}, {}, "prompt held_out.jsonl:1: shuffle_options: no options found"),
+        ({"verifier": ROW_TAKER}, {}, f"data.keep_row=false: {ROW_TAKER} asks for the row's other columns"),
+        ({"verifier": "no_such:f"}, {}, "verifier='no_such:f': cannot import no_such"),
+    ],
+)
+def test_rows_that_the_verifiers_of_an_evaluation_set_cannot_judge_are_refused_with_its_key(
+    keys: dict[str, object], row: dict[str, object], problem: str, tmp_path: Path
+) -> None:
+    config = case(tmp_path, eval={"sets": {"aime": {"path": str(tmp_path / "held_out.jsonl"), **keys}}})
+    write_rows(tmp_path / "held_out.jsonl", [{"prompt": "?", "answer": "1", **row}])
+    (found,) = checked(config).problems
+    assert found.startswith("eval.sets.aime")
+    assert problem in found
 
 
 def test_a_tokenizer_that_loses_text_is_said_with_the_place(tmp_path: Path) -> None:

@@ -173,6 +173,28 @@ def test_an_endpoint_that_fails_on_and_on_is_given_up(folder: Path) -> None:
     assert len(records(folder / "out")) == 1
 
 
+CUT = [
+    ("half an answer", lambda body: web.Response(body=b'{"choices": [{"mess', content_type="application/json")),
+    ("a closed connection", "reset"),
+    ("an error", "500"),
+    ("a page", lambda body: web.Response(text="<html>login</html>")),
+]
+
+
+@pytest.mark.parametrize("reply", [reply for _, reply in CUT], ids=[name for name, _ in CUT])
+def test_an_endpoint_whose_answers_are_cut_or_no_answers_costs_these_alone(folder: Path, reply: Any) -> None:
+    good = lambda body: chat(often_right(body["messages"][0]["content"], body["seed"]))  # noqa: E731
+    arguments: Any = {"model": "m", "api": "chat", "rollout": {"max_in_flight": 1, "retries": 0}}
+    with FakeSGLang(lambda index, body: reply if index in (2, 3) else good) as fake:
+        summary = run_eval(folder, folder / "out", sums(folder), urls=(fake.url,), **arguments)
+    assert (summary["sets"]["sums"]["samples"], summary["sets"]["sums"]["lost"]) == (ITEMS * SAMPLES - 2, 2)
+    with (
+        FakeSGLang(lambda index, body: reply) as fake,
+        pytest.raises(RunEnded, match=r"(?s).+\n0 of 90 responses are recorded in .*: start the same command again"),
+    ):
+        run_eval(folder, folder / "other", sums(folder, samples_per_prompt=15), urls=(fake.url,), **arguments)
+
+
 def test_an_endpoint_that_is_down_is_named(folder: Path) -> None:
     with FakeSGLang() as fake:
         url = fake.url

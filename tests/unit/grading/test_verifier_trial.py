@@ -9,6 +9,7 @@ import pytest
 
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.grading.trial import check_importable, try_verifier
+from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.types import Prompt
 
 HERE = "tests.support.grading.verifiers"
@@ -32,12 +33,17 @@ def _prompt(answer: Any, **changes: Any) -> Prompt:
     )
 
 
+def _tried(cfg: GradingConfig, *prompts: Prompt) -> list[str]:
+    with Verifier(cfg) as verifier:
+        return try_verifier(verifier, cfg, prompts)
+
+
 @pytest.mark.parametrize(
     ("verifier", "answer"),
     [("math", "3/4"), ("math", "\\frac{1}{2}"), ("exact", "Paris"), ("choice", "B"), (f"{HERE}:obedient", "x")],
 )
 def test_a_verifier_that_accepts_the_gold_answer_has_no_problem(verifier: str, answer: str) -> None:
-    assert try_verifier(GradingConfig(verifier=verifier, workers=1), _prompt(answer)) == []
+    assert _tried(GradingConfig(verifier=verifier, workers=1), _prompt(answer)) == []
 
 
 @pytest.mark.parametrize(
@@ -49,14 +55,14 @@ def test_a_verifier_that_accepts_the_gold_answer_has_no_problem(verifier: str, a
     ],
 )
 def test_a_verifier_that_is_wrong_about_the_gold_answer_is_named(function: str, answer: str, problem: str) -> None:
-    problems = try_verifier(GradingConfig(verifier=f"{HERE}:{function}", workers=1), _prompt(answer), _prompt(answer))
+    problems = _tried(GradingConfig(verifier=f"{HERE}:{function}", workers=1), _prompt(answer), _prompt(answer))
     assert len(problems) == 2
     assert all(text.startswith(f"prompt 7, verifier {HERE}:{function}: {problem}") for text in problems)
 
 
 def test_an_object_as_the_gold_answer_need_not_be_stated() -> None:
     cfg = GradingConfig(verifier=f"{HERE}:wants_object", workers=1)
-    assert try_verifier(cfg, _prompt({"tests": [1, 2]})) == []
+    assert _tried(cfg, _prompt({"tests": [1, 2]})) == []
 
 
 def test_each_row_is_tried_with_its_own_verifier() -> None:
@@ -67,7 +73,7 @@ def test_each_row_is_tried_with_its_own_verifier() -> None:
         _prompt("Paris", verifier="exact"),
         _prompt("Paris", verifier="os:system"),
     ]
-    problems = try_verifier(cfg, *prompts)
+    problems = _tried(cfg, *prompts)
     assert [problem.split(":")[0] for problem in problems] == ["prompt 7, verifier choice", "prompt 7, verifier os"]
     assert "a row may name" in problems[1]
 

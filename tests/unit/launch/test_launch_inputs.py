@@ -128,6 +128,33 @@ def test_an_answer_that_the_verifier_cannot_take_is_refused_with_its_row(tmp_pat
     assert f"{tmp_path / 'train.jsonl'}:3: answer=" in problem
 
 
+@pytest.mark.parametrize(
+    ("keys", "row", "problem"),
+    [
+        ({}, {"verifier": "os:system"}, "eval.sets.aime: verifier='os:system': a row may name "),
+        ({}, {"answer": {"value": 3}}, "eval.sets.aime: FOLDER/held_out.jsonl:1: answer={'value': 3}: "),
+        (
+            {},
+            {"answer": None},
+            "eval.sets.aime: 1 bad row in the prompt files:\n  FOLDER/held_out.jsonl:1: answer=None: ",
+        ),
+        (
+            {"shuffle_options": True},
+            {},
+            "eval.sets.aime: FOLDER/held_out.jsonl: prompt held_out.jsonl:1: shuffle_options",
+        ),
+        ({"verifier": "no_such:f"}, {}, "eval.sets.aime.verifier='no_such:f': cannot import no_such"),
+    ],
+)
+def test_an_evaluation_set_that_its_verifier_cannot_judge_is_refused_with_its_key(
+    keys: dict[str, Any], row: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    config = case(tmp_path, eval={"sets": {"aime": {"path": str(tmp_path / "held_out.jsonl"), **keys}}})
+    write_rows(tmp_path / "held_out.jsonl", [{"prompt": "?", "answer": "1", **row}])
+    (found,) = check_inputs(config).problems
+    assert found.replace(str(tmp_path), "FOLDER").startswith(problem)
+
+
 def test_a_source_of_the_config_that_no_row_has_is_noted(tmp_path: Path) -> None:
     (note,) = check_inputs(case(tmp_path, grading={"by_source": {"gsm": "exact"}})).notes
     assert note == "grading.by_source.gsm: no row has this source; the data's sources are sums"

@@ -112,6 +112,29 @@ def test_a_train_command_that_is_killed_is_a_failure_that_names_its_last_words(t
     assert "Missing: grpo seed 1" in table
 
 
+def test_an_evaluation_that_fails_is_told_with_the_words_of_this_attempt_and_tried_again(tmp_path):
+    one = {"seeds": [1], "methods": {"grpo": {}}}
+    down = ["bash", "-c", "echo 'megatron-dypo: error: http://h: nothing answers there'; exit 69"]
+    ends, table = run_here(write_comparison(tmp_path, **one, eval_command=down))
+    assert "evaluation failed: servers_gone (status 69): http://h: nothing answers there (see " in ends[0]
+    assert "Missing: grpo seed 1: evaluation failed: servers" in table
+    ends, table = run_here(write_comparison(tmp_path, **one, eval_command=["bash", "-c", "kill -9 $$"]))
+    assert "evaluation failed: rank_lost (status 137): it printed nothing (see " in ends[0]
+    assert "| grpo | – | – | – |" in table
+    assert run_here(write_comparison(tmp_path, **one))[0] == []
+    assert counts(tmp_path, "begin train") == Counter(["grpo/seed-1"])
+
+
+def test_items_that_never_came_for_one_method_are_said_below_the_table(tmp_path):
+    path = write_comparison(tmp_path, methods={"dypo": {}, "grpo": {}}, seeds=[1])
+    run_here(path)
+    records = tmp_path / "out/cells/dypo/seed-1/eval/math.jsonl"
+    records.write_text("".join(line for line in records.read_text().splitlines(True)[5:]))
+    table = open_comparison(path).write()
+    assert "dypo on math: 5 of 40 items left out" in table
+    assert "grpo on math" not in table
+
+
 def test_two_comparisons_at_once_run_no_cell_twice(tmp_path):
     path = write_comparison(tmp_path, seeds=[1])
     hold = tell(tmp_path, "hold", CELLS[0])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_dypo.ending import Cause
 from megatron_dypo.study.compare import open_comparison
-from tests.support.study.comparisons import journal_lines, write_comparison
+from megatron_dypo.study.spec import OUR_EVAL_COMMAND, OUR_TRAIN_COMMAND
+from tests.support.check_cases import write_case
+from tests.support.study.comparisons import compare, journal_lines, write_comparison
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,10 @@ from tests.support.study.comparisons import journal_lines, write_comparison
         ({"smallest_difference": 2.0}, "smallest_difference=2.0: must be in (0, 1)"),
         ({"pass_at": 0}, "pass_at=0: must be positive"),
         ({"config": "absent.yaml"}, "absent.yaml: no such config file"),
+        (
+            {"methods": {"dypo": {}, "grpo": {"eval.sets": {"other": {"path": "x"}}}}},
+            "grpo seed 1: eval: has other sets than dypo seed 1",
+        ),
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(changes, message, tmp_path):
@@ -48,6 +55,39 @@ def test_a_mistake_is_named_before_anything_runs(changes, message, tmp_path):
         open_comparison(path)
     assert message in str(error.value)
     assert journal_lines(tmp_path) == []
+
+
+def test_given_servers_are_refused_where_our_command_would_evaluate_whatever_weights_they_have(tmp_path):
+    urls = {"grpo": {"rollout.servers.urls": ["http://127.0.0.1:1"]}}
+    with pytest.raises(ValueError, match=r"grpo: rollout\.servers\.urls=\['http://127.0.0.1:1'\]: must be empty"):
+        open_comparison(write_comparison(tmp_path, methods=urls, eval_command=list(OUR_EVAL_COMMAND)))
+    open_comparison(write_comparison(tmp_path, methods=urls))
+
+
+def test_an_input_that_a_method_cannot_use_is_named_by_a_dry_run_and_before_a_run(tmp_path):
+    methods = {"grpo": {}, "typo": {"objective.name": "gpro"}, "other": {"grading.verifier": "no_such:f"}}
+    ours = {"train_command": list(OUR_TRAIN_COMMAND)}
+    path = write_comparison(tmp_path, config=str(write_case(tmp_path / "case")), methods=methods, seeds=[1], **ours)
+    with pytest.raises(ValueError, match=r"typo: objective\.name='gpro'") as error:
+        open_comparison(path).describe()
+    _, said = compare(path, status=Cause.BAD_INPUT.status)
+    for text in (str(error.value), said):
+        assert "typo: objective.name='gpro'" in text
+        assert "other: grading.verifier='no_such:f': cannot import no_such" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_that_stands_twice_is_named_in_the_description_and_in_its_config(tmp_path):
+    path = write_comparison(tmp_path)
+    whole = path.read_text()
+    path.write_text(whole.replace("methods:", "methods:\n  grpo: {}", 1))
+    with pytest.raises(ValueError, match=r"comparison\.yaml.*'grpo' stands twice"):
+        open_comparison(path)
+    path.write_text(whole)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("  sets:", "  sets:\n    math: {path: other.jsonl}", 1))
+    with pytest.raises(ValueError, match=r"config\.yaml.*'math' stands twice"):
+        open_comparison(path)
 
 
 def test_cells_are_all_methods_on_all_data_with_the_first_seed_then_with_the_next(tmp_path):
