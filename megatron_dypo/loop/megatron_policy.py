@@ -114,7 +114,14 @@ class MegatronPolicy:
         return self._first_not_finite(main_grad)
 
     def save(
-        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+        self,
+        root: Path,
+        step: int,
+        *,
+        trainer_state: Mapping[str, object],
+        leader_state: bytes,
+        stop_ids: Sequence[int],
+        keep: int,
     ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
         return checkpoint.save(
@@ -127,6 +134,7 @@ class MegatronPolicy:
             leader_state=leader_state,
             reference=self.reference if is_refreshed else None,
             hf_path=self.config.model.hf_path,
+            stop_ids=stop_ids,
             keep=keep,
         )
 
@@ -136,9 +144,15 @@ class MegatronPolicy:
             path, chunks=self.chunks, optimizer=self.optimizer, layout=self.layout, reference=self.reference
         )
 
-    def export(self, out_dir: Path) -> None:
-        named = named_values(self.chunks)
-        export_hf(named, self.arch, self.layout, out_dir=out_dir, reference_hf_path=self.config.model.hf_path)
+    def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
+        export_hf(
+            named_values(self.chunks),
+            self.arch,
+            self.layout,
+            out_dir=out_dir,
+            reference_hf_path=self.config.model.hf_path,
+            stop_ids=stop_ids,
+        )
 
     def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
         """Pack the samples into microbatches of about equal work; every replica gets the same number of them.

@@ -60,9 +60,16 @@ class Policy(Protocol):
         """Name the first parameter whose gradient of the last update is not finite, on any rank; None if all are."""
 
     def save(
-        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+        self,
+        root: Path,
+        step: int,
+        *,
+        trainer_state: Mapping[str, object],
+        leader_state: bytes,
+        stop_ids: Sequence[int],
+        keep: int,
     ) -> Path:
         """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""
 
-    def export(self, out_dir: Path) -> None:
-        """Write the weights as a Hugging Face model folder."""
+    def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
+        """Write the weights as a Hugging Face model folder, whose generation ends at ``stop_ids``."""

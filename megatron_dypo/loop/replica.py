@@ -67,6 +67,8 @@ class Leader:
     queues: Queues = field(default_factory=Queues)
     data_identity: dict[str, Any] = field(default_factory=dict)
     """Makes a position of the run the same prompt in a resumed run; see ``open_data.data_identity``."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids of the tokens that end a response."""
 
     @property
     def num_prompts(self) -> int:
@@ -126,6 +128,7 @@ class Follower:
     books: Books = field(default_factory=Books)
     num_prompts: int = 0
     data_identity: dict[str, Any] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
 
     def id_of(self, order: int) -> str:
         return str(order)

@@ -77,6 +77,7 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
             "data": replica.data_identity,
         },
         leader_state=dump_samples(kept),
+        stop_ids=replica.stop_ids,
         keep=checkpointer.cfg.keep,
     )
 

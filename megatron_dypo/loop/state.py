@@ -111,7 +111,9 @@ class Run:
             logprobs=self.logprobs,
             replica=self.replica,
             ranks=self.ranks,
-            config=self.config,
+            reference=self.config.objective.reference,
+            max_bad_steps=self.config.optimizer.max_bad_steps,
+            old_is_rollout=self.config.old_logp.source == "server",
             tally=self.tally,
         )
 

@@ -140,4 +140,4 @@ def save_and_export(
         mark("saving and exporting")
     save_unless_saved(checkpointer, progress)
     if is_trained and export_to is not None:
-        checkpointer.policy.export(export_to)
+        checkpointer.policy.export(export_to, stop_ids=checkpointer.replica.stop_ids)

@@ -11,8 +11,7 @@ from dataclasses import replace
 from megatron_dypo.batching.queues import Group, Queues, oldest
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.training import BatchingConfig
-from megatron_dypo.config.tree import Config
-from megatron_dypo.loop.books.tally import Tally, tally_sums, tally_update
+from megatron_dypo.loop.books.tally import Tally, tally_sums
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.objective.recipes.base import Objective
@@ -52,7 +51,7 @@ def count_totals(groups: Sequence[Group], ranks: Ranks) -> Totals:
 
 
 def token_weights(
-    groups: Sequence[Group], totals: Totals, objective: Objective, config: Config, *, step: int, tally: Tally
+    groups: Sequence[Group], totals: Totals, objective: Objective, *, step: int, tally: Tally
 ) -> list[Sample]:
     """Return the samples of a minibatch, each with its token weights by the objective."""
     weighted = []
@@ -60,5 +59,4 @@ def token_weights(
         result = objective.weights_of(group, totals, step)
         weighted += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
         tally_sums(tally, result.sums)
-    tally_update(tally, weighted, step, old_is_rollout=config.old_logp.source == "server")
     return weighted

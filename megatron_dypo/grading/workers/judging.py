@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_dypo.config.words import counted
-from megatron_dypo.grading.workers.calling import Caller, describe
+from megatron_dypo.grading.workers.calling import Caller
 from megatron_dypo.grading.workers.results import read_result, shown
+from megatron_dypo.processes.importing import describe
 
 Outcome = tuple[bool, float, str | None]
 """is_correct, reward, error: the fields of a Verdict."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from megatron_dypo.grading.pairs import Pair, values_of
-from megatron_dypo.grading.workers.calling import describe
 from megatron_dypo.grading.workers.judging import WHOLE_BATCH, Item, Outcome, late_error
 from megatron_dypo.grading.workers.output import OutputTap
 from megatron_dypo.grading.workers.process import CallerInfo, ImportFailed, WorkerDied, WorkerProcess
 from megatron_dypo.grading.workers.worker import Setup
+from megatron_dypo.processes.importing import describe
 
 logger = logging.getLogger(__name__)
 

@@ -70,5 +70,6 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
         run_dir=base.run_dir,
         books=Books(ledger=draws.ledger),
         data_identity=identity,
+        stop_ids=tokenizer.eos_ids,
     )
     return OpenedLeader(leader=leader, tokenizer=tokenizer, verifier=verifier)

@@ -74,6 +74,7 @@ def save(
     leader_state: bytes = b"",
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,
+    stop_ids: Sequence[int] = (),
     keep: int = 0,
 ) -> Path:
     """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
@@ -82,8 +83,10 @@ def save(
         trainer_state: JSON values; the global leader's counts.
         leader_state: a replica leader's own bytes; other ranks' are ignored.
         reference: π_ref, where resuming cannot rebuild it from the initial weights.
-        hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts
-        alone. keep: checkpoints to keep, this one included; 0: all.
+        hf_path: HF folder whose configuration and tokenizer are copied into the checkpoint, which then converts without
+            that folder.
+        stop_ids: ids at which the policy stops, for the copied generation_config.json.
+        keep: checkpoints to keep, this one included; 0: all.
 
     Raises:
         OSError: the file system took no more; nothing is left of this checkpoint, and older ones are as they were.
@@ -94,7 +97,10 @@ def save(
         _on_leader(layout, lambda: make_partial(final, parts))
         _write_weights(partial_of(final), chunks, optimizer, layout, reference)
         header = _header(step, optimizer, layout) | {"trainer": trainer_state}
-        _write_state(partial_of(final), layout, header, leader_state, hf_path)
+        _write_state(partial_of(final), layout, header, leader_state)
+        if layout.is_global_leader and hf_path is not None:
+            (partial_of(final) / _WEIGHTS / HF_FOLDER).mkdir()
+            copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
         dist.barrier()
         _on_leader(layout, lambda: publish(final, keep=keep))
     except (CheckpointException, OSError) as error:
@@ -106,16 +112,11 @@ def save(
     return final
 
 
-def _write_state(
-    partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes, hf_path: str | Path | None
-) -> None:
+def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes) -> None:
     if layout.is_replica_leader:
         (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
     if layout.is_global_leader:
         (partial / STATE).write_text(json.dumps(header, indent=1))
-        if hf_path is not None:
-            (partial / _WEIGHTS / HF_FOLDER).mkdir()
-            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
 
 
 def _write_weights(
