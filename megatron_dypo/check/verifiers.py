@@ -22,18 +22,18 @@ from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.types import Prompt
 
 _TRIED_ROWS = 20
-"""Rows of each verifier and source that are tried."""
+"""Rows that are tried for each verifier and source."""
 _MAX_KINDS = 50
-"""Pairs of a verifier and a source that are tried; the rest is counted."""
+"""Most pairs of a verifier and a source that are tried; the others are only counted."""
 _CONSTANT = "I do not know."
 _ACCEPTS_EMPTY = ": it accepts an empty response: "
-"""How ``try_verifier`` says that; such rows are counted apart."""
+"""The words of ``try_verifier`` for this case. Such rows are counted separately."""
 
 
 def try_verifiers(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, found: Findings) -> list[VerifierFacts]:
-    """Try each verifier on up to 20 rows of each source; what is odd becomes a note.
+    """Try each verifier on up to 20 rows of each source; note odd results.
 
-    Raises ValueError where a verifier does not import.
+    Raises ValueError if a verifier cannot be imported.
     """
     kinds = _kinds(config, dataset)
     tried = [
@@ -53,7 +53,7 @@ class _Kind:
     source: str
     num_rows: int
     rows: list[int]
-    """Numbers of those that are tried."""
+    """Numbers of the rows that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class _Tried:
 
 
 def _kinds(config: Config, dataset: PromptDataset) -> list[_Kind]:
-    """Group the rows by verifier and source; of each, rows from all over the files are tried."""
+    """Group the rows by verifier and source; choose the tried rows of each evenly over the files."""
     checked, numbers = dataset.checked, dataset.numbers
     rows: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     pairs = np.stack([checked.verifier[numbers], checked.source[numbers]], axis=1)
@@ -112,12 +112,12 @@ def _facts(tried: _Tried, verifier: Verifier, complaints: list[str], found: Find
 
 
 def _odd(facts: VerifierFacts, prompts: Sequence[Prompt]) -> list[str]:
-    """Say what a verifier accepts that none should."""
+    """Note responses that the verifier accepts and no verifier should."""
     name = f"verifier {facts.verifier}, source {facts.source!r}"
     notes = []
     if facts.num_empty:
         notes.append(f"{name}: it accepts an empty response on {facts.num_empty} of {facts.num_tried} rows tried")
-    # One row, or rows of one answer, may be right about a constant.
+    # With a single answer, a constant response may be right.
     if len({repr(prompt.answer) for prompt in prompts}) < 2:
         return notes
     if facts.num_constant == facts.num_tried:

@@ -45,7 +45,7 @@ class MegatronPolicy:
     optimizer: PolicyOptimizer
     objective: Objective
     reference: ReferencePolicy | None
-    """None when the objective reads no reference, or takes π_old for it."""
+    """None if the objective reads no reference, or uses π_old as the reference."""
     timings: Timings
 
     @property
@@ -73,7 +73,7 @@ class MegatronPolicy:
         return found or []
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
-        """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step."""
+        """Spread the samples over replicas, pack them, and make one optimizer step from all of them."""
         layout, cost = self.layout, sequence_cost(self.arch, self.config.model.recompute)
         leaders = layout.leaders_group
         samples = broadcast_samples(
@@ -155,7 +155,7 @@ class MegatronPolicy:
         )
 
     def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
-        """Pack the samples into microbatches of about equal work; every replica gets the same number of them.
+        """Pack the samples into microbatches of roughly equal work. Every replica gets the same number.
 
         Each is padded only to the alignment of the layout.
         """

@@ -1,4 +1,4 @@
-"""The way from waiting groups to the token weights of one optimizer step. Called by all ranks.
+"""From waiting groups to the token weights of one optimizer step. Called by all ranks.
 
 A replica's leader holds the samples; its other ranks join for forward and backward passes.
 """
@@ -30,11 +30,12 @@ def open_batch(
 ) -> RolloutBatch:
     """Take the oldest ``prompts_per_batch`` groups over all replicas out of the queues; return them with log-probs.
 
-    What goes on waiting gets its log-probs too, unless those are to be of the version that begins its own batch.
+    Groups that stay in the queues get log-probs too, unless π_old must be the policy that begins their own batch.
 
     Args:
-        version: of the policy's weights.
-        number: of the rollout batch, from 0; of every ``old_logp.check_every``-th, the servers' log-probs are checked.
+        version: version of the policy's weights.
+        number: number of the rollout batch, from 0. In every ``old_logp.check_every``-th the servers' log-probs are
+            checked.
     """
     orders = oldest(ranks.of_leaders(queues.orders()), batching.prompts_per_batch)
     if logprobs.are_of_one_version:
@@ -53,7 +54,7 @@ def count_totals(groups: Sequence[Group], ranks: Ranks) -> Totals:
 def token_weights(
     groups: Sequence[Group], totals: Totals, objective: Objective, *, step: int, tally: Tally
 ) -> list[Sample]:
-    """Return the samples of a minibatch, each with its token weights by the objective."""
+    """Return the samples of a minibatch, each with the objective's token weights."""
     weighted = []
     for group in groups:
         result = objective.weights_of(group, totals, step)

@@ -1,4 +1,4 @@
-"""One update of the policy, from the minibatch that it learns from to its report. Called by all ranks."""
+"""One update of the policy, from the minibatch to the report. Called by all ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Update:
     """Counts of the minibatch over all replicas."""
     report: UpdateReport
     end: RunEnded | None
-    """The end of the run: weights are not finite, or too many updates in a row were skipped."""
+    """The end of the run, if weights are not finite or too many updates in a row were skipped."""
 
 
 def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) -> Update:

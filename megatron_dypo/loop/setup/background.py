@@ -30,9 +30,9 @@ def open_stream(
     """Return a stream that samples and grades this replica's draws once it is started.
 
     Args:
-        client: for the stream alone.
-        current_step: optimizer steps done, by which the objective says which groups are of use.
-        trace_text: gives the traces that the verifier judges beside rollouts.
+        client: a client that only the stream uses.
+        current_step: returns the optimizer steps done; whether a group is useful may depend on it.
+        trace_text: returns the trace that the verifier judges beside the rollouts of a prompt.
     """
     cfg, batching, replicas = config.rollout, config.batching, draws.replicas
 
@@ -40,7 +40,7 @@ def open_stream(
         fail_truncated = config.grading.fail_truncated
         return grade([group], verifier, fail_truncated, trace_text=trace_text, show_progress=False)[0]
 
-    # All that a collection may look at, and two batches in flight.
+    # As many draws as a collection may look at, plus two batches in flight.
     max_unread = max(
         cfg.prompts_per_round * batching.max_collect_rounds, math.ceil(2 * cfg.oversample * batching.prompts_per_batch)
     )
