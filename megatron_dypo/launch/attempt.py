@@ -30,8 +30,7 @@ VICTIM_WAIT_S = 15.0
 _LEADER_WAIT_S = 60.0
 """Longest wait for the first rank, which closes the servers, when a run ends on all ranks together."""
 _LOOK_EVERY_S = 0.1
-"""Seconds between two looks at a file of the run folder. A shared file system does not notify other hosts of a
-change."""
+"""Seconds between two looks at a file of the run folder, since a shared file system does not notify of changes."""
 _EXIT_WAIT_S = 30.0
 """Longest delay of the exit by threads that nobody joins."""
 
