@@ -97,9 +97,9 @@ class Launcher:
         victims = (-signal.SIGTERM, Cause.TERMINATED.status)
         rank, code = next(((r, c) for r, c in statuses.items() if c not in victims), next(iter(statuses.items())))
         if code >= 0:
-            has_told = code not in (0, 1, 2)  # the status of a cause: the rank has reported it, but could not write to
-            run.dir return self._end_with(code, "") if has_told else self._tell(Cause.BUG, f"rank {rank} ended with
-            {code}")
+            # The status of a cause: the rank has reported it, but could not write to run.dir.
+            has_told = code not in (0, 1, 2)
+            return self._end_with(code, "") if has_told else self._tell(Cause.BUG, f"rank {rank} ended with {code}")
         number = signal.Signals(-code)
         if number in _CRASHES:
             return self._tell(Cause.BUG, f"rank {rank} crashed ({number.name}); see its log in run.dir/logs")

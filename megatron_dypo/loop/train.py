@@ -33,9 +33,7 @@ def train(config: Config) -> None:
         RunEnded: on all ranks: the run ended earlier. Its state is in a checkpoint, unless the weights are not finite.
             A model is then exported only if nothing was left to learn from.
     """
-    from megatron_dypo.loop.setup.build import open_run  # imported here, since it imports Megatron, which the loop does
-
-    not need
+    from megatron_dypo.loop.setup.build import open_run  # imports Megatron, which the loop does not need
 
     with open_run(config) as run:
         train_run(run)

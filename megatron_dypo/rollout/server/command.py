@@ -136,8 +136,8 @@ def server_environment(
     """
     env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
     if len(env.get("TMPDIR", "")) > _MAX_TMPDIR:
-        env["TMPDIR"] = "/tmp"  # SGLang puts its sockets there, and the address of a Unix socket has at most 107
-        characters
+        # SGLang puts its sockets there, and the address of a Unix socket has at most 107 characters.
+        env["TMPDIR"] = "/tmp"
     env |= direct_hosts(env, [host])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
     # Log-probs at temperature 1, for any sampling temperature.
