@@ -1,4 +1,4 @@
-"""Exporting a model under training as an HF folder, each pipeline stage writing its own files at the same time."""
+"""Export of a model under training as an HF folder. Each pipeline stage writes its own files at the same time."""
 
 from __future__ import annotations
 

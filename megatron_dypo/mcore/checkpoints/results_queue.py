@@ -18,9 +18,9 @@ from megatron_dypo.processes.children import blocked, end_with_parent
 def start_results_queue() -> SyncManager:
     """Give Megatron's writer a queue whose process ends with this one.
 
-    The queue that it would make for itself (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) lives in a
-    process that waits indefinitely once a trainer was killed. Its address would be a path below TMPDIR, which may be
-    longer than the 107 bytes that a Unix socket's can have: this one has none (unix(7), abstract).
+    Megatron's own queue (dist_checkpointing/strategies/filesystem_async.py:51 of 0.16.1) is in a process that waits
+    indefinitely after the trainer was killed. Its address is a path below TMPDIR, which may be longer than the 107
+    bytes that a Unix socket allows. This queue's address is abstract (unix(7)) and needs no path.
     """
     address = f"\0megatron-dypo-{os.getpid()}-{uuid.uuid4().hex}" if sys.platform == "linux" else None
     manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))

@@ -15,10 +15,10 @@ RESULTS_QUEUE = PrivateName(
     source="NVIDIA/Megatron-LM core_v0.16.1 megatron/core/dist_checkpointing/strategies/filesystem_async.py:48",
     oldest="0.12",
 )
-"""The queue of this process; None: ``_get_write_results_queue`` makes one when it is first asked."""
+"""The queue of this process. None: ``_get_write_results_queue`` makes one at its first call."""
 
 
 def use_results_queue(queue: Any) -> None:
-    """Have Megatron's writer take ``queue``, so that it makes none of its own."""
+    """Make Megatron's writer use ``queue`` instead of one of its own."""
     RESULTS_QUEUE.get()
     filesystem_async._results_queue = queue

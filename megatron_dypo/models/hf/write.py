@@ -1,7 +1,7 @@
 """Writing an HF safetensors folder tensor by tensor.
 
-A safetensors file opens with the table of its tensors, so names, types and shapes are planned before the first byte
-of data is written; then one tensor at a time is in memory, whatever the size of the files.
+A safetensors file begins with the table of its tensors. So names, types and shapes are planned before the first byte of
+data is written, and only one tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TensorSpec:
 
 
 def plan_files(specs: Iterable[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
-    """Cut ``specs`` into files, in order, each of at most ``max_file_bytes`` or of one tensor."""
+    """Divide ``specs`` into files, in order. A file has at most ``max_file_bytes``, or a single tensor."""
     files: list[list[TensorSpec]] = []
     room = 0
     for spec in specs:
@@ -76,10 +76,10 @@ def write_parts(
     bar: Progress,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the files of one writer; ``tensors`` must yield what ``specs`` lists, in that order.
+    """Write the files of one writer. ``tensors`` must yield the tensors of ``specs`` in the same order.
 
-    Several processes may write to one folder under different stems, which sort as the files shall be numbered;
-    :func:`finish_hf_folder` gives the files their names. ``bar`` counts bytes.
+    Several processes may write to one folder under different stems. The files are numbered in the order of their stems;
+    :func:`finish_hf_folder` gives them their names. ``bar`` counts bytes.
     """
     for number, group in enumerate(plan_files(specs, max_file_bytes)):
         header, offset_of = _header(group)
@@ -165,8 +165,7 @@ def _add_stop_ids(source: Path, config: Mapping[str, Any], target: Path, stop_id
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """Return the first bytes of a file, and the offset of each tensor after them; in the order of the safetensors
-    library."""
+    """Return the header of a file, and the offset of each tensor after it, in the order of the safetensors library."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset_of: dict[str, int] = {}
     offset = 0
@@ -176,7 +175,7 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
         data_offsets = [offset - spec.num_bytes, offset]
         entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": data_offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data that follows is to be aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     return len(text).to_bytes(8, "little") + text, offset_of
 
 
