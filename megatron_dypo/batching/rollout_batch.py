@@ -1,9 +1,9 @@
-"""A rollout batch as a value: the groups of one collection, and which minibatch of them comes next. Pure.
+"""A rollout batch as a value: the groups of one collection, and the position of the next minibatch. Pure.
 
-The groups of all replicas together, oldest first, are one list of *orders*. Updates go through it ``passes`` times:
-each optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they
-agree on the next minibatch, and on the end of the batch, without a message. Each replica holds the samples of its own
-groups. A short last minibatch of one pass is filled up from the next pass.
+The groups of all replicas, oldest first, form one list of *orders*. Updates go through it ``passes`` times: each
+optimizer step takes the next entries as its minibatch. All ranks know the list and the position, so they agree on the
+next minibatch and the end of the batch without messages. Each replica holds the samples of its own groups. If the last
+minibatch of a pass is too short, it is filled from the next pass.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Minibatch:
     """The groups of one optimizer step: this replica's part."""
 
     groups: tuple[Group, ...]
-    """Oldest first; () on ranks that hold no samples."""
+    """The groups, oldest first; () on ranks that hold no samples."""
     finished: tuple[Group, ...]
-    """Those of ``groups`` that no later update of the batch learns from."""
+    """The groups for which this is the last update of the batch."""
     is_last: bool
-    """No update of the rollout batch comes after this one."""
+    """Whether this is the last update of the rollout batch."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -36,13 +36,13 @@ class Minibatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RolloutBatch:
-    """The groups that the next updates learn from. Without arguments: a batch that is used up.
+    """The groups that the next updates learn from. Without arguments it is a batch that is used up.
 
     Args:
-        orders: of the groups of all replicas, ascending.
-        groups: those that this replica holds; the ones that have entered all their updates are left out.
-        passes: times that each group enters an update.
-        position: entries of ``passes`` times ``orders`` that minibatches have taken.
+        orders: orders of the groups of all replicas, ascending.
+        groups: groups of this replica, without those that have been in all their updates.
+        passes: number of updates for each group.
+        position: number of entries that minibatches have taken, out of ``passes`` times ``orders``.
     """
 
     orders: tuple[int, ...] = ()
@@ -52,22 +52,22 @@ class RolloutBatch:
 
     @property
     def is_used_up(self) -> bool:
-        """Tell whether no minibatch is left, on any replica."""
+        """Return whether no minibatch is left; the same on all replicas."""
         return self.position >= self.passes * len(self.orders)
 
     def open_orders(self) -> list[int]:
-        """Return the orders of the groups that are still to enter an update, ascending."""
+        """Return the orders of the groups with updates left, ascending."""
         return [order for order in self.orders if self.passes_left(order) > 0]
 
     def passes_left(self, order: int) -> int:
-        """Return how many updates the group with ``order`` is still to enter."""
+        """Return how many updates the group with ``order`` has left."""
         whole, entered = divmod(self.position, len(self.orders))
         return self.passes - whole - (bisect.bisect_left(self.orders, order) < entered)
 
     def next_minibatch(self, num_prompts: int) -> tuple[Minibatch, RolloutBatch]:
-        """Take the next ``num_prompts`` groups over all replicas; return them and the batch after that.
+        """Take the next ``num_prompts`` groups over all replicas; return them and the rest of the batch.
 
-        Fewer are taken where the batch holds fewer, or where it ends.
+        Fewer are taken if the batch holds fewer or ends.
         """
         assert not self.is_used_up, "a batch that is used up has no minibatch"
         size = len(self.orders)
@@ -88,12 +88,12 @@ class RolloutBatch:
         return replace(self, groups=tuple(groups))
 
     def as_json(self) -> dict[str, Any]:
-        """Return all but the groups, for a checkpoint; the same on every rank."""
+        """Return everything except the groups, for a checkpoint; the same on every rank."""
         return {"orders": list(self.orders), "passes": self.passes, "position": self.position}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], groups: Sequence[Group] = ()) -> RolloutBatch:
-        """Read what :meth:`as_json` wrote, with those of ``groups`` that belong to the batch; others are ignored."""
+        """Read the output of :meth:`as_json`, and add those of ``groups`` that belong to the batch."""
         batch = cls(
             orders=tuple(int(order) for order in stored["orders"]),
             passes=int(stored["passes"]),

@@ -1,7 +1,7 @@
-"""Samples as bytes: the form in which they move between ranks and lie in checkpoints.
+"""Samples as bytes, to be sent between ranks and stored in checkpoints.
 
-Every field of :class:`megatron_dypo.types.Sample` is carried, and every token weight, whatever their names: arrays as
-safetensors tensors, all else as JSON in the header.
+All fields of :class:`megatron_dypo.types.Sample` and all token weights are included: arrays as safetensors tensors,
+everything else as JSON in the header.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def load_samples(data: bytes) -> list[Sample]:
 
 
 def without_arrays(sample: Sample) -> Sample:
-    """Return a copy that carries tokens only, for a forward pass."""
+    """Return a copy with no arrays except tokens, for a forward pass."""
     return replace(sample, rollout_logp=None, old_logp=None, ref_logp=None, teacher_logp=None, weights=None)
 
 
 def _split(values: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Numbers and words, and arrays."""
+    """Split values into (numbers and texts, arrays)."""
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in rest.items()}, arrays
