@@ -26,6 +26,8 @@ hypothesis.settings.load_profile("megatron_dypo")
 TESTS = Path(__file__).parent
 FOLDERS = ("e2e", "dist", "unit", "gpu")
 """Folders of tests and their marks. Those with long files come first, so that two workers end together."""
+E2E_TIMEOUT_S = 1800
+"""Of an e2e test with its fixtures, which start servers and runs: a test that needs more says so itself."""
 
 
 def folder_of(item: pytest.Item) -> str:
@@ -34,10 +36,12 @@ def folder_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder, put long folders first, and skip tests for GPUs where torch sees none."""
+    """Mark each test by its folder, put long folders first, give e2e tests time, and skip tests that lack their GPU."""
     items.sort(key=lambda item: FOLDERS.index(folder_of(item)))
     for item in items:
         item.add_marker(folder_of(item))
+        if folder_of(item) == "e2e" and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest
 
 
 def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a share of independent trials."""
+    from scipy.stats import binomtest  # takes two seconds to import, and most ranks compute no interval
+
     interval = binomtest(round(accuracy * num_samples), num_samples).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

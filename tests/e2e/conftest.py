@@ -31,7 +31,7 @@ def sglang_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     with contextlib.ExitStack() as stack:
 
         def start(model_path: Path, dtype: str = "float32", **fields: Any) -> ServerPool:
-            cfg = ServersConfig(**{"port": 31000, "start_deadline_s": 500.0, **fields})
+            cfg = ServersConfig(**{"port": 31000, "start_deadline_s": 900.0, **fields})
             log_dir = tmp_path_factory.mktemp("sglang")
             return stack.enter_context(start_servers(cfg, model_path, dtype, log_dir, seed=1, device="cpu"))
 

@@ -35,7 +35,6 @@ def records(out: Path) -> list[Record]:
     return read_records(records_path(out, "sums"))
 
 
-@pytest.mark.timeout(900)
 def test_a_killed_evaluation_goes_on_to_the_same_figures(pool: ServerPool, model_path: Path, tmp_path: Path) -> None:
     sets = tmp_path / "sets.yaml"
     path = write_sums(tmp_path / "sums.jsonl", ITEMS)

@@ -13,6 +13,7 @@ import pytest
 from megatron_dypo.metrics.sinks import read_metrics
 from megatron_dypo.rollout.server.command import lease_port
 from tests.slurm_host.host import Job, start_slurm
+from tests.support.e2e.commands import DEADLINE_S
 from tests.support.e2e.parity_task import write_task
 from tests.support.nemo_run import PROGRAM, dypo, nemo_run_python
 
@@ -54,12 +55,11 @@ def command_lines_with(text: str) -> list[list[str]]:
     return [words for words in found if any(text in word for word in words)]
 
 
-@pytest.mark.timeout(900)
 def test_the_local_executor_trains_with_servers_and_both_tasks_end_well(python, tmp_path):
     lease = lease_port("127.0.0.1", 31500)
     lease.release()
     arguments = [*tiny(tmp_path), f"model.rollout.servers.port={lease.port}"]
-    done = dypo(python, tmp_path / "nemo_home", *arguments, deadline_s=540)
+    done = dypo(python, tmp_path / "nemo_home", *arguments, deadline_s=DEADLINE_S)
     assert done.returncode == 0, done.stdout
     assert_trained(tmp_path / "run")
     endings = [json.loads(path.read_text()) for path in (tmp_path / "nemo_home").rglob("SUCCESS")]
@@ -69,7 +69,7 @@ def test_the_local_executor_trains_with_servers_and_both_tasks_end_well(python, 
 
 
 def test_a_trainer_that_fails_fails_the_local_experiment(python, tmp_path):
-    done = dypo(python, tmp_path / "nemo_home", *tiny(tmp_path), "model.data.prompts=[/absent.jsonl]", deadline_s=300)
+    done = dypo(python, tmp_path / "nemo_home", *tiny(tmp_path), "model.data.prompts=[/absent.jsonl]")
     assert done.returncode == 1, done.stdout
     assert "error: dypo: FAILED" in done.stdout
     logs = "".join(path.read_text() for path in (tmp_path / "nemo_home").rglob("stderr.log"))
@@ -78,7 +78,6 @@ def test_a_trainer_that_fails_fails_the_local_experiment(python, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_slurm_executor_trains_on_two_nodes_with_a_third_that_serves(python, tmp_path):
     host = start_slurm(nodes=3)
     try:
@@ -91,7 +90,7 @@ def test_the_slurm_executor_trains_on_two_nodes_with_a_third_that_serves(python,
         (folder,) = home.glob("experiments/dypo/*/dypo")
         name = "dypo-dypo.dypo-0"
         job = Job(host, number, folder / f"sbatch_{name}_{number}.out", logs / name)
-        assert job.wait(540) == "COMPLETED", job.everything()
+        assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
         assert "job exited with code 0" in job.output()
         # No other name of the key occurs: its value is not shown either.
         assert "DYPO_SGLANG_API_KEY" not in job.output()

@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def servers(
     request: pytest.FixtureRequest, models: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    cfg = ServersConfig(port=31000, start_deadline_s=500.0, per_node=2, tensor_parallel=request.param)
+    cfg = ServersConfig(port=31000, start_deadline_s=900.0, per_node=2, tensor_parallel=request.param)
     with start_servers(cfg, models[0], "float32", tmp_path_factory.mktemp("sglang"), seed=1, device="cpu") as pool:
         run_dir = tmp_path_factory.mktemp("run")
         assert pool.api_key is not None

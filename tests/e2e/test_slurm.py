@@ -14,7 +14,7 @@ from tests.slurm_host.host import REPOSITORY, require, start_slurm
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import make_hf_model
 
-DEADLINE_S = 500.0
+DEADLINE_S = 900.0
 """A job starts and trains in less than a minute; on a machine that is busy otherwise, in several."""
 
 
@@ -107,7 +107,6 @@ def test_a_70b_job_trains_a_tiny_model_on_two_trainer_nodes_and_a_rollout_node(s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_job_with_a_router_uses_all_servers_shows_nobody_their_key_and_outlives_it(slurm, task, tmp_path):
     job = submit(slurm, task, tmp_path, "run.steps=6", nodes=3, rollout_nodes=2, ROUTER="1")
     job.wait_until(lambda: 2 in steps_of(tmp_path), "step 2", DEADLINE_S)
@@ -128,7 +127,6 @@ def test_a_job_with_a_router_uses_all_servers_shows_nobody_their_key_and_outlive
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_colocated_nodes_train_on_their_first_gpu_and_serve_on_the_other(slurm, task, tmp_path):
     job = submit(slurm, task, tmp_path, "run.steps=3", nodes=2, rollout_nodes=2, COLOCATED="1")
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
@@ -146,7 +144,6 @@ def test_colocated_nodes_train_on_their_first_gpu_and_serve_on_the_other(slurm, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_an_engine_that_needs_more_gpus_than_a_node_has_spans_two(slurm, task, tmp_path):
     # On a CPU SGLang makes some widths larger, so that each rank has a multiple of 32; this model's are such.
     model = make_hf_model("qwen3", tmp_path / "model", intermediate_size=128)
@@ -163,7 +160,6 @@ def test_an_engine_that_needs_more_gpus_than_a_node_has_spans_two(slurm, task, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task, tmp_path):
     # Slurm looks at limits every half minute: steps are to be long, so that not all are made by then.
     size = ["rollout.prompts_per_round=768", "batching.prompts_per_update=768", "run.steps=40"]
@@ -187,7 +183,6 @@ def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_job_that_loses_a_trainer_node_goes_on_with_another_as_if_it_had_not(slurm, task, tmp_path):
     overrides = ["objective.name=sft", "checkpoint.every=2", "run.steps=24"]
     whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
@@ -211,7 +206,6 @@ def test_a_job_that_loses_a_trainer_node_goes_on_with_another_as_if_it_had_not(s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, task, tmp_path):
     job = submit(slurm, task, tmp_path, "run.steps=8", nodes=3, rollout_nodes=1)
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
@@ -223,7 +217,6 @@ def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_servers_that_keep_dying_end_the_job_with_a_checkpoint_and_say_who_it_was(slurm, task, tmp_path):
     limits = ["run.steps=500", "checkpoint.every=0", "rollout.servers.max_restarts=0"]
     job = submit(slurm, task, tmp_path, *limits, nodes=4, rollout_nodes=2, GRACE_S="240")
@@ -237,7 +230,6 @@ def test_servers_that_keep_dying_end_the_job_with_a_checkpoint_and_say_who_it_wa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_node_with_a_sick_gpu_is_named_left_out_and_replaced(slurm, task, tmp_path):
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
@@ -292,7 +284,6 @@ def slurm_with_containers(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_job_in_containers_runs_every_step_with_the_image(slurm_with_containers, task, tmp_path):
     settings = {"VENV": "", "IMAGE": "registry#dypo:1", "PATH": f"{sys.prefix}/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
     overrides = ["objective.name=sft", "run.steps=1"]

@@ -103,7 +103,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
     tracker = folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_until(process, lambda: tracker.is_file() and int(tracker.read_text()) >= 2)
     process.kill()
-    process.communicate(timeout=240)  # until ranks and servers have closed their ends of the pipe: none outlives it
+    process.communicate(timeout=DEADLINE_S)  # until ranks and servers, too, have closed the pipe: none outlives it
     saved = int(tracker.read_text())
     return folder / "run", train(config, f"run.steps={saved + 2}"), saved
 

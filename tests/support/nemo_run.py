@@ -30,7 +30,7 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "NEMORUN_HOME": str(home), "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
 
 
-def dypo(python: Path, home: Path, *arguments: str, deadline_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+def dypo(python: Path, home: Path, *arguments: str, deadline_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run ``examples/nemo_run/dypo.py``; its two streams come as one."""
     return subprocess.run(
         [python, PROGRAM, *arguments],

@@ -1,16 +1,21 @@
 """Launcher of a stock SGLang server on a machine without an accelerator.
 
 Run by path under an interpreter that has SGLang: ``python sglang_cpu.py --model-path M --port P …`` (arguments of
-``sglang.launch_server``). That interpreter need not have this package, so nothing of it is imported here. The top
-level runs again in SGLang's scheduler and detokenizer processes, which multiprocessing spawns: they need it too.
+``sglang.launch_server``). That interpreter need not have this package, so nothing of it is imported here.
+
+SGLang's scheduler and detokenizer processes are forked, not spawned: to import SGLang takes longer than all else that
+a small model needs to start, and each spawned process would import it again. On a CPU nothing forbids that: before
+the fork the server has started no thread and opened no device.
 
 Works around, in SGLang 0.5.23: ``sglang/srt/layers/*`` import names of ``sgl_kernel``, which needs CUDA libraries, and
 ``sglang/srt/configs/deepseek_ocr.py`` imports torchvision, for images; its PyPI wheel cannot load its operators beside
 a CPU build of torch, so that the environment has none.
 """
 
+import gc
 import importlib.abc
 import importlib.machinery
+import multiprocessing
 import os
 import sys
 import types
@@ -73,16 +78,29 @@ def _stub_torchvision() -> None:
     sys.meta_path.insert(0, _ImageStubs())
 
 
-_stub_kernels()
-_stub_torchvision()
+def _fork_when_asked_to_spawn() -> None:
+    """Let SGLang's request for spawned processes start forked ones."""
+    set_start_method = multiprocessing.set_start_method
+
+    def set_fork(method: str | None, force: bool = False) -> None:
+        set_start_method("fork", force=force)
+
+    multiprocessing.set_start_method = set_fork
 
 
 def main() -> None:
     """Serve until SIGTERM; no child process outlives it."""
+    gc.disable()  # the objects that imports make stay: a collection would look at all of them for nothing
+    _stub_kernels()
+    _stub_torchvision()
+    _fork_when_asked_to_spawn()
+    import sglang.srt.entrypoints.http_server  # noqa: F401 (before the forks)
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    gc.freeze()
+    gc.enable()
     try:
         run_server(prepare_server_args([*_FLAGS, *sys.argv[1:]]))
     finally:

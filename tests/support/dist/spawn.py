@@ -27,7 +27,7 @@ class RankError(AssertionError):
     """Some rank raised, died or did not finish; the message holds what each of them said."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 240.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 480.0) -> list[Any]:
     """``function(*args)`` on each of ``world_size`` ranks, under the environment that torchrun would give them.
 
     ``function`` is a module-level function; arguments and results are pickled. ``start_megatron`` or

@@ -1,4 +1,7 @@
-"""A task for tests: the parity of the first word's number. A random model passes it sometimes."""
+"""A task for tests: the parity of the first word's number. A random model passes it sometimes.
+
+Verifier processes import this module too: what takes long to import, it imports only to write the task.
+"""
 
 import json
 import random
@@ -6,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from tests.support.hf_models import make_hf_model
 
 
 def verify(response: str, answer: str) -> bool:
@@ -25,6 +26,8 @@ def raises(response: str, answer: str) -> bool:
 
 def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **sections: dict[str, Any]) -> Path:
     """Write model, prompts and config under ``folder``, ``sections`` merged into the config; return its path."""
+    from tests.support.hf_models import make_hf_model
+
     make_hf_model(kind, folder / "model")
     draw = random.Random(0)
     for name, count in (("train", num_prompts), ("held_out", 16)):
