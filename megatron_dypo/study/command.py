@@ -1,4 +1,5 @@
-"""One command of a cell: run under a guard, so that it never outlives the comparison; its output goes to a file."""
+"""One command of a cell. It runs under a guard, so that it never outlives the comparison, and its output goes to a
+file."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from megatron_dypo.processes.children import end_of, program
 from megatron_dypo.processes.stop_requests import STOP
 
 _LOOK_EVERY_S = 2.0
-"""Seconds between two looks at how far a run is: it tells nobody, it writes a file."""
+"""Seconds between two looks at the progress of a run, which it only writes to a file."""
 _TAIL_BYTES = 65_536
 
 
@@ -42,7 +43,7 @@ def run_command(command: Sequence[str], log: Path, *, grace_s: float, on_look: C
 
 
 def last_words(log: Path) -> str:
-    """Return the last line that a command printed, without the name of our program."""
+    """Return the last line that a command printed, without the prefix ``megatron-dypo:``."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""From the records of the cells to tables of scores: seeds × items for each arm and evaluation set.
+"""Tables of scores from the records of the cells: seeds × items for each arm and evaluation set.
 
 Suffixes: K seeds, I items.
 """
@@ -35,9 +35,9 @@ class ScoreTable:
     seeds: tuple[int, ...]
     items: tuple[str, ...]
     scores_KI: Array
-    """pass@k of each item under each seed. Only items that have it under every seed are in it."""
+    """pass@k of each item under each seed, for the items that have it under every seed."""
     left_out: int
-    """Items that lack it under some seed."""
+    """Number of items that lack pass@k under some seed."""
     samples: int
 
     def rows(self, seeds: Sequence[int], items: Sequence[str]) -> Array:
@@ -62,7 +62,7 @@ def score_cell(records: Sequence[Record], k: int) -> CellScores:
 
 
 def score_table(cells: Mapping[int, CellScores]) -> ScoreTable | None:
-    """Join the cells of an arm by seed; None without a cell, or without an item that all of them have."""
+    """Join the cells of an arm by seed; None without a cell, or if the cells have no item in common."""
     if not cells:
         return None
     seeds = tuple(cells)

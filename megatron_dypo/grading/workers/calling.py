@@ -1,4 +1,4 @@
-"""A verifier's function, imported and ready to be called on what the trainer sent."""
+"""A verifier's imported function, ready to be called on the pairs that the trainer sends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_dypo.processes.importing import import_name
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Caller:
-    """One function with the way to call it."""
+    """One function and how to call it."""
 
     function: Callable[..., Any]
     signature: Signature
     options: Mapping[str, Any]
     """Keyword arguments of every call."""
     wants_text: bool
-    """The answer must be text (a number becomes text); anything else is an error."""
+    """Whether the answer must be text. A number becomes text; anything else is then an error."""
 
     def call(self, values: Mapping[str, Any]) -> Any:
         """Call the function on one pair: field → value."""
