@@ -87,5 +87,5 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     require(
         parallel.tensor == 1 or parallel.sequence,
         f"parallel.tensor={parallel.tensor}",
-        "a mixture of experts with it needs parallel.sequence=true (Megatron refuses to train otherwise)",
+        "a mixture of experts needs parallel.sequence=true with it (Megatron refuses to train otherwise)",
     )
