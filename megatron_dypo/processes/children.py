@@ -26,8 +26,6 @@ reach it, and what ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the 
   after 5 s of processor time |
 | row checker | whoever opens prompts (multiprocessing, spawn) | SIGUSR1, SIGUSR2, SIGINT and SIGHUP blocked | the end
   of the check; SIGTERM, which the kernel sends when its parent is gone |
-| queue of checkpoint writers | rank (multiprocessing, spawn) | SIGUSR1, SIGINT and SIGHUP blocked | its rank's end;
-  SIGTERM, which the kernel sends when its parent is gone |
 | checkpoint writer | rank (Megatron-Core, fork) | STOP blocked | the end of its file |
 """
 

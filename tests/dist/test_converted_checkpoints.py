@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import filecmp
 from pathlib import Path
 
@@ -87,11 +88,13 @@ def _save(chunks: list, folder: Path, layout) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_dypo.mcore.checkpoints.weights import model_state
+    from megatron_dypo.mcore.compat.results_queue import use_results_queue
 
     state = model_state(chunks)
     key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
     replica_id = (0, 0, torch.distributed.get_rank())
     state["moment"] = dist_checkpointing.ShardedTensor.from_rank_offsets(key, torch.ones(3), replica_id=replica_id)
+    use_results_queue(queue.SimpleQueue())
     dist_checkpointing.save(state, str(folder))
 
 

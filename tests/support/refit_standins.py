@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import multiprocessing as mp
 import os
 import pickle
 import threading
@@ -27,6 +26,7 @@ from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.refit.plan.server_tensors import ServerMesh, served_tensors
 from megatron_dypo.refit.slices import rectangle
 from megatron_dypo.refit.transports.messages import as_bytes
+from tests.support.dist.spawn import forking
 from tests.support.fake_control import FakeServer
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -128,7 +128,7 @@ class StandInServer(FakeServer):
 
     def start_ranks(self, ranks: Sequence[Shapes], prepare: Prepare | None = None) -> None:
         """``prepare`` runs in each process first: to make it misbehave."""
-        context = mp.get_context("spawn")
+        context = forking()
         self.one_at_a_time = threading.Lock()
         self.pipes: list[Connection] = []
         self.processes = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,10 @@ from megatron_dypo.mcore.checkpoints.folder import (
 )
 from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
-from megatron_dypo.mcore.checkpoints.results_queue import start_results_queue
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
 from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
+from megatron_dypo.mcore.compat.results_queue import use_results_queue
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
@@ -127,7 +128,7 @@ def _write_weights(
     reference: ReferencePolicy | None,
 ) -> None:
     state = _whole_state(chunks, optimizer, layout, is_loading=False)
-    start_results_queue()
+    use_results_queue(queue.SimpleQueue())
     dist_checkpointing.save(state, str(partial / _WEIGHTS))
     if reference is not None:
         with reference.swapped_in():

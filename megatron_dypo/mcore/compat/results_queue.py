@@ -19,6 +19,12 @@ RESULTS_QUEUE = PrivateName(
 
 
 def use_results_queue(queue: Any) -> None:
-    """Make Megatron's writer use ``queue`` instead of one of its own."""
+    """Make Megatron's writer use ``queue`` instead of one of its own.
+
+    Megatron's own queue needs one more process for each rank, which imports torch to read the results and waits
+    indefinitely after the trainer was killed. A save that returns when everything is written
+    (``AsyncRequest.execute_sync``) puts its results into the queue and takes them out in one process, so any queue will
+    do.
+    """
     RESULTS_QUEUE.get()
     filesystem_async._results_queue = queue

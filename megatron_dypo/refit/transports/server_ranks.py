@@ -78,9 +78,13 @@ class ServerRanks:
         for server, answer in enumerate(self._answers):
             keys = [inventory_key(server, rank) for rank in range(self._plan.servers[server].tensor)]
             answer.add_done_callback(functools.partial(_note_end, self._notes, keys))
-        for server, mesh in enumerate(self._plan.servers):
-            for server_rank in range(mesh.tensor):
-                parameters = self._inventory(server, server_rank, deadline)["parameters"]
+        # All come before one is refused: a rank that came later would look for the dropped store until its deadline.
+        held = [
+            [self._inventory(server, server_rank, deadline)["parameters"] for server_rank in range(mesh.tensor)]
+            for server, mesh in enumerate(self._plan.servers)
+        ]
+        for server, of_server in enumerate(held):
+            for server_rank, parameters in enumerate(of_server):
                 shapes = {name: tuple(shape) for name, (shape, _) in parameters.items()}
                 problems = shape_mismatches(shapes, self._plan.served_shapes(server, server_rank))
                 if problems:

@@ -41,9 +41,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
     """
     # The parent keeps the store, as torchrun's agent does, so that no port is chosen before it is bound.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    context: Any = mp.get_context(os.environ.get(START_METHOD, "forkserver"))
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["tests.support.dist.preloaded"])
+    context = forking()
     processes, pipes = [], []
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)
@@ -64,6 +62,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
+
+
+def forking() -> Any:
+    """Return the multiprocessing context that forks from the process with the imports."""
+    context: Any = mp.get_context(os.environ.get(START_METHOD, "forkserver"))
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["tests.support.dist.preloaded"])
+    return context
 
 
 def _run(
