@@ -31,8 +31,8 @@ _HOMES = {
     "verify_exact": "megatron_dypo.grading.exact",
     "verify_math": "megatron_dypo.grading.math",
 }
-"""Public name → the module that defines it. No name is that of a module of the package, which an import would put over
-it."""
+"""Public name → the module that defines it. No name may be that of a module of the package: importing that module would
+replace the name."""
 
 __all__ = ["__version__", *_HOMES]
 

@@ -1,6 +1,7 @@
-"""How a run ends: one named cause, with an exit status of its own. ``docs/exit_statuses.md`` is this table, rendered.
+"""The causes for which a run ends, each with its own exit status. ``docs/exit_statuses.md`` is this table, rendered.
 
-Whoever knows why a run cannot go on raises :class:`RunEnded` with a cause; other errors are sorted by :func:`cause_of`.
+Code that knows why a run cannot go on raises :class:`RunEnded` with a cause. :func:`cause_of` finds the cause of other
+errors.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _PACKAGE = str(Path(__file__).resolve().parent)
 
 @dataclass(frozen=True)
 class Meaning:
-    """The message of one cause to a person, and its status for a scheduler."""
+    """The meaning of one cause: words for a person, exit status for a scheduler."""
 
     status: int
     """Exit status of the run's processes."""
     requeue: bool
-    """Whether a scheduler should start the same command again without anybody's help."""
+    """Whether a scheduler should start the same command again without asking anybody."""
     meaning: str
     advice: str
     """Advice to the user; empty where there is nothing to do."""
@@ -145,10 +146,10 @@ class Cause(enum.Enum):
 
 
 class RunEnded(Exception):  # noqa: N818 (not every end is an error)
-    """A run that cannot or need not go on, for ``cause``; the message says what was found, in one line or a few."""
+    """The end of a run for ``cause``. The message says in a few lines what was found."""
 
     def __init__(self, cause: Cause, message: str) -> None:
-        super().__init__(cause, message)  # both: it travels between ranks, pickled
+        super().__init__(cause, message)  # pickling between ranks needs both arguments
         self.cause = cause
 
     def __str__(self) -> str:
@@ -156,15 +157,15 @@ class RunEnded(Exception):  # noqa: N818 (not every end is an error)
 
 
 def cause_of_status(status: int) -> Cause | None:
-    """The cause that ends with this exit status; None where no cause does."""
+    """Return the cause with this exit status, or None."""
     return next((cause for cause in Cause if cause.status == status), None)
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Sort an error that ended a run.
+    """Return the cause of an error that ended a run.
 
-    An exception class may name its cause in an attribute ``cause``. A ValueError is the user's where this package
-    raised it itself, and a bug where it comes from a library that the package called.
+    An exception class may name its cause in an attribute ``cause``. A ValueError that this package raises is a user's
+    mistake; a ValueError of a library that the package called is a bug.
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, Cause):
@@ -187,7 +188,7 @@ def _is_device_memory(error: BaseException) -> bool:
 
 
 def _of_lost_peer(error: BaseException) -> Cause | None:
-    # What gloo, NCCL and torch's store raise on the ranks that are left when one has gone, or does not answer.
+    # When one rank has gone or does not answer, gloo, NCCL and torch's store raise these on the other ranks.
     if not isinstance(error, RuntimeError):
         return None
     if _LOST.search(str(error)):

@@ -1,8 +1,9 @@
-"""Files and folders that appear whole or not at all, and files that one process alone can make; also over NFS.
+"""Files and folders that appear whole or not at all, and files that only one process can make; also over NFS.
 
-A reader sees the old content or the new one, whenever it looks. What a durable write has returned from also survives
-a crash of the machine: the content is on the disk before the name, and the name before the return. A cheap write
-(``durable=False``) leaves that to the operating system; it is for files that each step writes anew.
+A reader sees either the old content or the new one. After a durable write returns, the file also survives a crash of
+the
+machine: the content is on the disk before the name, and the name before the return. A cheap write (``durable=False``)
+leaves that to the operating system; it is for files that each step writes again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def make_exclusively(path: Path, text: str) -> bool:
-    """Make ``path`` with this text; return False if it is there already. Of several processes one succeeds."""
+    """Make ``path`` with this text; return False if it exists already. If several processes try, one succeeds."""
     with passing(path.with_name(f"{path.name}.{uuid.uuid4().hex}"), text) as temporary:
         try:
             os.link(temporary, path)
@@ -41,7 +42,7 @@ def make_exclusively(path: Path, text: str) -> bool:
 
 @contextlib.contextmanager
 def passing(path: Path, text: str) -> Iterator[Path]:
-    """Make a file with this text for the block, and remove it at its end."""
+    """Make a file with this text, and remove it at the end of the block."""
     try:
         path.write_text(text)
         yield path
@@ -50,16 +51,16 @@ def passing(path: Path, text: str) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write ``path`` (text in UTF-8), all of it or nothing; several processes may write the same file."""
+    """Write ``path`` (text in UTF-8), whole or not at all. Several processes may write the same file."""
     with new_file(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def new_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file to fill, which takes the name ``path`` when the block ends well and vanishes when it raises.
+    """Open a new file. It gets the name ``path`` when the block ends without an error, else it is removed.
 
-    It replaces a file that is there. Several processes may do so at the same time: the last one counts.
+    It replaces an existing file. Several processes may do so at the same time: the last one counts.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -76,7 +77,7 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of a folder that is being filled; its content is on the disk when the block is left."""
+    """Open a file in a folder that is being filled. Its content is on the disk at the end of the block."""
     with path.open("wb") as file:
         yield file
         _flush(file)
@@ -84,13 +85,13 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Make a folder to fill, which takes the name ``path`` when the block ends well and vanishes when it raises.
+    """Make a new folder. It gets the name ``path`` when the block ends without an error, else it is removed.
 
     Args:
-        replace: an HF folder that is at ``path`` gives way to it then.
+        replace: it replaces an HF folder at ``path``.
 
     Raises:
-        ValueError: ``path`` is there already and is not an empty folder (with ``replace``: nor an HF folder).
+        ValueError: ``path`` exists and is not an empty folder (with ``replace``: nor an HF folder).
     """
     if not (replace and (path / "config.json").is_file()):
         check_vacant(path)
@@ -110,12 +111,12 @@ def check_vacant(path: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where ``path`` is filled before it gets its name: beside it, so that a rename is enough."""
+    """Return the path of the folder before it gets the name ``path``: beside it, so that a rename is enough."""
     return path.absolute().with_name(f".{path.name}.partial")
 
 
 def start_folder(path: Path) -> Path:
-    """Create the empty folder that will become ``path``; remove what an interrupted attempt left there.
+    """Create the empty folder that will become ``path``; remove the remains of an interrupted attempt.
 
     Raises:
         ValueError: no folder can be created there.
@@ -130,7 +131,7 @@ def start_folder(path: Path) -> Path:
 
 
 def commit_folder(partial: Path, path: Path) -> None:
-    """Give a filled folder its name, in the place of what has it already; durable once this returns."""
+    """Give a filled folder its name, replacing what has this name. It is durable once this returns."""
     for file in [*partial.rglob("*"), partial]:
         sync(file)
     if os.path.lexists(path):
@@ -146,7 +147,7 @@ def commit_folder(partial: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or a file or link of that name; of a link, the link. Nothing happens if nothing is there."""
+    """Remove a folder, a file or a link (not its target). Nothing happens if nothing has that name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -25,9 +25,9 @@ Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 StreamValue = float | Floats | npt.NDArray[np.bool_]
-"""The value of one stream of one sequence: a number for all its response tokens, or one for each, [R]."""
+"""The value of one stream of one sequence: one number for all its response tokens, or [R] one for each."""
 TokenWeights = Mapping[str, StreamValue]
-"""An objective's weights on the response tokens of one sequence, by the name of the stream; absent ones are 0.
+"""An objective's weights on the response tokens of one sequence: stream name → value. Absent streams are 0.
 :data:`megatron_dypo.objective.streams.STREAMS` has the names that every objective may use."""
 
 
@@ -37,9 +37,9 @@ class Tier(enum.Enum):
     EASY = "easy"
     """Every rollout of the group is correct."""
     MID = "mid"
-    """Some are."""
+    """Some rollouts are correct."""
     HARD = "hard"
-    """None is."""
+    """No rollout is correct."""
 
 
 class Treatment(enum.Enum):
@@ -58,18 +58,18 @@ class SampleKind(enum.Enum):
     """The origin of the response of one sequence."""
 
     ROLLOUT = "rollout"
-    """The policy sampled it, after a teacher's first tokens where there are such."""
+    """The policy sampled it, possibly after the first tokens of a teacher."""
     TRACE = "trace"
     """A teacher wrote it."""
 
 
 class DropReason(enum.Enum):
-    """Why a draw of a prompt came to nothing; a draw has one at most (see :mod:`megatron_dypo.loop.books.ledger`)."""
+    """Why a draw of a prompt was dropped; at most one reason each (see :mod:`megatron_dypo.loop.books.ledger`)."""
 
     EASY = "easy"
     """Graded, and the objective learns nothing from its tier."""
     NO_TEACHER = "no_teacher"
-    """It was to be distilled and has no trace."""
+    """The objective distills it, and it has no trace."""
     TOO_LONG = "too_long"
     """The prompt is longer than ``data.max_prompt_tokens``."""
     INCOMPLETE = "incomplete"
@@ -91,9 +91,9 @@ class Prompt:
     prompt_id: str
     """Stable across runs: the row's own ``id`` field, else ``<file name>:<line>``."""
     visit: int
-    """How many times this prompt had been drawn before (its epoch)."""
+    """Number of earlier draws of this prompt (its epoch)."""
     order: int
-    """Position of this draw in the run's whole sequence of draws; the first-in-first-out key of the queues."""
+    """Position of this draw in the run's sequence of draws. The queues are first in, first out by it."""
     tokens: Tokens
     """[L] The prompt, chat template and generation header included."""
     text: str
@@ -104,7 +104,7 @@ class Prompt:
     traces: Mapping[str, Tokens] = field(default_factory=dict)
     """Teacher name → [R] target tokens, end-of-sequence included. Any subset of the teachers."""
     verifier: str | None = None
-    """The verifier that the row names for itself; None: the config's (``grading.by_source``, ``grading.verifier``)."""
+    """The row's own verifier; None: the config's (``grading.by_source``, ``grading.verifier``)."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
 
@@ -136,7 +136,7 @@ class Verdict:
     reward: float
     """Shaped reward, for the advantage only; the gate reads ``is_correct``."""
     error: str | None = None
-    """Why there is no verdict (an exception or a deadline); ``is_correct`` is then False and says nothing."""
+    """Why there is no verdict (an exception or a deadline). ``is_correct`` is then False and has no meaning."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,8 +153,8 @@ class RolloutGroup:
 class GradedGroup:
     """A group with its verdicts and its tier.
 
-    ``tier`` is None where there was nothing to grade, and where a rollout, or a trace that was to be judged, has no
-    verdict: such a group says nothing of the prompt's difficulty and is dropped.
+    ``tier`` is None if there was nothing to grade, or if a rollout (or a trace that the objective wants judged) has no
+    verdict. The latter group says nothing about the prompt's difficulty and is dropped.
     """
 
     prompt: Prompt
@@ -162,8 +162,8 @@ class GradedGroup:
     verdicts: tuple[Verdict, ...]
     tier: Tier | None
     trace_verdict: Verdict | None = None
-    """The verdict of the teacher's trace that is drawn for this visit; None where there is none, or nobody asked for
-    its verdict."""
+    """The verdict on the teacher's trace that is drawn for this visit; None if there is no trace, or if the objective
+    does not ask for its verdict."""
 
     @property
     def num_correct(self) -> int:
@@ -180,13 +180,13 @@ class Sample:
     member: int
     """Index in its group."""
     treatment: Treatment
-    """That of its group, whose members may be of both kinds."""
+    """The treatment of its group, whose members may be of both kinds."""
     kind: SampleKind
     tokens: Tokens
     """[L] Prompt then response."""
     num_prompt_tokens: int
     policy_version: int
-    """Version that sampled the group; for a trace alone, the version that found the prompt Hard."""
+    """Version that sampled the group; for a trace without rollouts, the version that found the prompt Hard."""
     num_forced_tokens: int = 0
     """The first response tokens of a rollout that are a teacher's, which the policy was made to go on from."""
     is_buffered: bool = False
@@ -200,13 +200,13 @@ class Sample:
     old_entropy: Floats | None = None
     """[R] Entropy of π_old, of a rollout with forced tokens where the objective reads it."""
     current_logp_sum: float | None = None
-    """Σ_t log π_θ under the weights of the next update, where they differ from π_old's; else None."""
+    """Σ_t log π_θ under the weights of the next update, if they differ from π_old's; else None."""
     logp_version: int | None = None
-    """Version of the weights that ``old_logp`` are of; None where there are none."""
+    """Version of the weights that computed ``old_logp``; None without ``old_logp``."""
     ref_logp: Floats | None = None
     """[R] log π_ref."""
     teacher_logp: Floats | None = None
-    """[R] log π_T of a teacher's server, where the objective reads it; None: not asked yet, or never."""
+    """[R] log π_T from a teacher's server, if the objective reads it; None: not asked yet, or never."""
     weights: TokenWeights | None = None
 
     @property
@@ -216,10 +216,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Counts over the global batch, the only global quantities that the objective reads."""
+    """Counts over the global batch. The objective reads no other global quantity."""
 
     num_prompts: int
-    """n: each prompt of the update counts once, however many sequences it brings."""
+    """n: prompts of the update; each counts once, however many sequences it has."""
     num_sequences: Mapping[SampleKind, int]
     num_response_tokens: Mapping[SampleKind, int]
 
@@ -240,10 +240,10 @@ class Microbatch:
     targets_T: Tokens
     """The next token of the same sequence; 0 where there is none."""
     response_T: npt.NDArray[np.bool_]
-    """True where ``targets_T`` is a response token: the positions that enter the loss."""
+    """True where ``targets_T`` is a response token; only these positions enter the loss."""
     sequence_T: Tokens
     """Index of the token's sequence in ``cu_seqlens_S``, padding included."""
     sample_T: Tokens
     """Index into the samples that were packed, −1 on padding."""
     streams: Mapping[str, npt.NDArray[Any]]
-    """Name → [T]: values of ``targets_T`` for the loss, the stream's fill outside the response."""
+    """Name → [T]: values for ``targets_T`` that the loss reads; outside the response, the stream's fill."""

@@ -1,4 +1,4 @@
-"""Partitions of numbers: items with a cost, and perhaps a size, into bins. Pure, deterministic, O(n log n) or nearly.
+"""Partitions of items, which have a cost and perhaps a size, into bins. Pure, deterministic, about O(n log n).
 
 A bin is a list of indices into the items.
 """
@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 _TRIES = 16
-"""Number of the lightest bins that are tried before the emptiest one."""
+"""Number of lightest bins that are tried before the emptiest one."""
 
 
 def bins_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the bins of at most ``capacity`` that best-fit decreasing finds (at most 11/9 of the fewest, plus 4).
+    """Return the bins of best-fit decreasing, each of at most ``capacity``. There are at most 11/9 of the fewest, plus
+    4.
 
-    An item that is larger than ``capacity`` is alone.
+    An item larger than ``capacity`` gets its own bin.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
@@ -34,7 +35,8 @@ def bins_best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Return ``count`` bins of about equal cost: largest first into the lightest (Graham's LPT, 4/3 of the optimum)."""
+    """Return ``count`` bins of roughly equal cost: largest item first into the lightest bin (Graham's LPT, 4/3 of the
+    optimum)."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads = [(0.0, slot) for slot in range(count)]
     for index in _largest_first(costs):
@@ -45,10 +47,10 @@ def bins_balanced(costs: Sequence[float], count: int) -> list[list[int]]:
 
 
 def bins_within(costs: Sequence[float], sizes: Sequence[int], *, count: int, capacity: int) -> list[list[int]] | None:
-    """Return ``count`` bins of about equal cost and at most ``capacity`` in size; a larger item is alone.
+    """Return ``count`` bins of roughly equal cost and at most ``capacity`` in size. A larger item gets its own bin.
 
-    Largest cost first into the lightest bin, or into the emptiest one if the lightest bins are full. None if that finds
-    no room; with more bins it may.
+    The item with the largest cost goes first into the lightest bin, or into the emptiest one if the lightest bins are
+    full. Return None if some item finds no room; more bins may then help.
     """
     bins: list[list[int]] = [[] for _ in range(count)]
     loads, rooms = _Queue([0.0] * count), _Queue([float(-capacity)] * count)  # rooms are negative: most room first
@@ -77,12 +79,12 @@ class _Queue:
         self._heap = [(value, slot) for slot, value in enumerate(values)]
 
     def first(self, is_wanted: Callable[[int], bool], tries: int) -> int | None:
-        """The first bin that is wanted, of the ``tries`` smallest values."""
+        """Return the first wanted bin among the ``tries`` smallest values."""
         seen: list[tuple[float, int]] = []
         found = None
         while found is None and self._heap and len(seen) < tries:
             value, slot = heapq.heappop(self._heap)
-            if value == self.values[slot]:  # else an old entry, and the bin has a newer one
+            if value == self.values[slot]:  # else the entry is outdated, and the bin has a newer one
                 seen.append((value, slot))
                 found = slot if is_wanted(slot) else None
         for entry in seen:

@@ -1,7 +1,7 @@
-"""Moves samples between replicas, so that each has the same work, and from a replica's leader to its other ranks.
+"""Moves samples between replicas, so that each has equal work, and from a replica's leader to its other ranks.
 
-All traffic is on CPU control groups, in safetensors bytes. Every rank learns the cost of every sample; the samples
-themselves go only to the ranks that need them.
+All messages use CPU groups and safetensors bytes. Every leader learns the cost of every sample; the samples are sent
+only to the ranks that need them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from megatron_dypo.types import Sample
 
 
 def num_tokens(sample: Sample) -> float:
-    """Return the work of a sample without that of its attention."""
+    """Return the work of a sample, ignoring attention: its number of tokens."""
     return float(len(sample.tokens))
 
 
 def balance(
     samples: Sequence[Sample], leaders: dist.ProcessGroup, cost: Callable[[Sample], float] = num_tokens
 ) -> list[Sample]:
-    """Give each replica an equal share of the work; called on every leader with the samples that it holds.
+    """Give each replica an equal share of the work. Every leader calls it with the samples that it holds.
 
-    Every leader computes the same assignment, from the costs alone. The result is ordered by (order, member), and so
-    does not depend on which replica held a sample before.
+    Every leader computes the same assignment from the costs. The result is ordered by (order, member), so it does not
+    depend on which replica held a sample before.
     """
     if leaders.size() == 1:
         return sorted(samples, key=_key)
@@ -44,9 +44,9 @@ def balance(
 
 
 def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[int, int], int]:
-    """Return (order, member) → replica, from (order, member, cost) of all samples in any order.
+    """Return (order, member) → replica, given (order, member, cost) of all samples in any order.
 
-    Replicas get about equal costs, not equal numbers of samples.
+    Replicas get roughly equal costs, not equal numbers of samples.
     """
     listing = sorted(work)
     bins = bins_balanced([cost for *_, cost in listing], replicas)
@@ -54,7 +54,7 @@ def owners(work: Iterable[tuple[int, int, float]], replicas: int) -> dict[tuple[
 
 
 def broadcast_samples(samples: Sequence[Sample] | None, replica: dist.ProcessGroup) -> list[Sample]:
-    """Return the samples of the leader, rank 0 of ``replica``, on every rank of its replica; the others pass None."""
+    """Return the samples of the leader (rank 0 of ``replica``) on every rank of the replica. Other ranks pass None."""
     if replica.size() == 1:
         assert samples is not None, "a replica of one rank is its own leader"
         return list(samples)

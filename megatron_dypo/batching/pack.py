@@ -1,7 +1,7 @@
 """Sequences → packed microbatches (``thd``). Pure and deterministic; legend in ``megatron_dypo.types``.
 
-Each microbatch is as long as what it holds. Microbatches of equal work differ in tokens, so that a length common to all
-would be that of the fullest one (3 to 5% padding on reasoning lengths, see ``benchmarks/packing.py``).
+Each microbatch has its own length. Microbatches of equal work differ in tokens, so a common length would have to be
+that of the longest (3 to 5% padding for lengths of reasoning data, see ``benchmarks/packing.py``).
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from megatron_dypo.types import Microbatch, Sample, StreamValue
 
 
 def alignment(tensor: int, context: int, token_multiple: int = 1) -> int:
-    """Return the number that the length of a microbatch must be a multiple of.
+    """Return the number of which the length of a microbatch must be a multiple.
 
-    Each rank holds ``T / context`` tokens in attention and matmuls, and ``T / (context · tensor)`` in between under
-    sequence parallelism; a sequence is cut into ``2 · context`` pieces (zig-zag), of which a rank takes two.
+    Each rank holds ``T / context`` tokens in attention and matmuls, and with sequence parallelism ``T / (context ·
+    tensor)`` in between. A sequence is divided into ``2 · context`` parts (zig-zag), of which a rank takes two.
 
     Args:
-        token_multiple: tokens of one rank come in multiples of this: ``Config.token_multiple``.
+        token_multiple: the tokens of one rank must be a multiple of this (``Config.token_multiple``).
     """
     return math.lcm(tensor * context * token_multiple, sequence_alignment(context))
 
 
 def sequence_alignment(context: int) -> int:
-    """Return the number that each sequence is padded to a multiple of: two parts for each context-parallel rank."""
+    """Return the number to a multiple of which each sequence is padded: two parts for each context-parallel rank."""
     return 2 * context if context > 1 else 1
 
 
 def plan_microbatches(
     lengths: Sequence[int], *, budget: int, count: int, costs: Sequence[float] | None = None
 ) -> list[list[int]]:
-    """Return ``count`` bins of at most ``budget`` tokens, the costliest first; a longer sequence is alone.
+    """Return ``count`` bins of at most ``budget`` tokens, the costliest first. A longer sequence gets its own bin.
 
-    They are balanced by cost where that fits the budget, else filled one after the other, the last ones empty. Replicas
-    run their i-th microbatches at the same time, and because of the order those cost about the same.
+    Bins are balanced by cost if that fits the budget, else filled one after the other, so that the last may be empty.
+    Replicas run their i-th microbatches at the same time; because of the order these cost about the same.
 
     Args:
-        count: at least ``num_microbatches`` of the same arguments.
+        count: at least ``num_microbatches`` with the same arguments.
         costs: work of each sequence; None: its length.
     """
     work = [float(length) for length in lengths] if costs is None else costs
@@ -56,9 +56,9 @@ def plan_microbatches(
 
 
 def num_microbatches(lengths: Sequence[int], *, budget: int, costs: Sequence[float] | None = None) -> int:
-    """Return the (nearly) fewest microbatches that keep the budget and are balanced by cost; 0 without sequences.
+    """Return the (nearly) fewest microbatches that fit the budget and are balanced by cost; 0 without sequences.
 
-    At most a quarter more than the fewest, or one if those are few, are spent on balance.
+    For balance there may be a quarter more than the fewest, or one more if there are few.
     """
     work = [float(length) for length in lengths] if costs is None else costs
     count = fewest = len(bins_best_fit(lengths, budget))
@@ -71,12 +71,12 @@ def num_microbatches(lengths: Sequence[int], *, budget: int, costs: Sequence[flo
 
 
 def padded_lengths(samples: Sequence[Sample], alignment: int) -> list[int]:
-    """Return the tokens that each sample takes of a microbatch: its own, rounded up to ``alignment``."""
+    """Return the tokens that each sample takes in a microbatch: its length, rounded up to ``alignment``."""
     return [-(-len(sample.tokens) // alignment) * alignment for sample in samples]
 
 
 def microbatch_length(lengths: Sequence[int], bins: Sequence[Sequence[int]], alignment: int) -> int:
-    """Return T for microbatches of one length: the fullest of ``bins``, rounded up; ``alignment`` if all are empty."""
+    """Return the length of the fullest of ``bins``, rounded up to ``alignment``; ``alignment`` if all are empty."""
     fullest = max((sum(lengths[i] for i in b) for b in bins), default=0)
     return max(-(-fullest // alignment), 1) * alignment
 
@@ -90,15 +90,15 @@ def pack(
 ) -> Microbatch:
     """Pack ``samples[i] for i in members`` into one microbatch of ``length`` tokens; the rest is one padding sequence.
 
-    A response token at position t of its sequence is the target of position t − 1, so its values stand there.
+    A response token at position t of its sequence is the target of position t − 1, so its values are stored there.
 
     Args:
-        alignment: each sequence is padded at its end to a multiple of it, as context parallelism needs; it divides
+        alignment: each sequence is padded to a multiple of this, as context parallelism requires. It must divide
             ``length``.
-        streams: what the loss reads of each response token; () for a pass without a loss.
+        streams: values of each response token for the loss; () for a pass without a loss.
 
     Raises:
-        ValueError: token weights for a stream that is not declared, or [R] values of another length than the response.
+        ValueError: token weights belong to no declared stream, or [R] values differ in length from the response.
     """
     packed = _Packed(length, alignment, streams)
     for index in members:
@@ -118,7 +118,7 @@ class _Packed:
         self._streams = {stream.name: _filled(length, stream) for stream in streams}
 
     def append(self, sample: Sample, index: int) -> None:
-        """Write one sequence behind those that are there."""
+        """Append one sequence."""
         start, size = self._used, len(sample.tokens)
         end = start + size
         self._used = end + -size % self._alignment
@@ -142,7 +142,7 @@ class _Packed:
                 self._streams[stream.name][response] = value
 
     def finish(self) -> Microbatch:
-        """Make the rest one padding sequence."""
+        """Fill the rest with one padding sequence."""
         if self._used < self._length:
             self._positions_T[self._used :] = np.arange(self._length - self._used)
             self._boundaries.append(self._length)
@@ -160,7 +160,7 @@ class _Packed:
 
 
 def _filled(length: int, stream: Stream) -> npt.NDArray[Any]:
-    # Zeros are memory that the system clears when it is first touched.
+    # The system provides zeros lazily, when memory is first used.
     return np.full(length, stream.fill, stream.dtype) if stream.fill else np.zeros(length, stream.dtype)
 
 

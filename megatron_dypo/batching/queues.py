@@ -1,6 +1,6 @@
-"""Queues: graded groups wait for a rollout batch, in one queue for each treatment. Each replica has its own.
+"""Queues in which graded groups wait for a rollout batch, one for each treatment. Each replica has its own queues.
 
-A :class:`megatron_dypo.batching.rollout_batch.RolloutBatch` is made of the oldest groups over all replicas.
+A :class:`megatron_dypo.batching.rollout_batch.RolloutBatch` takes the oldest groups over all replicas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Group: TypeAlias = "list[Sample]"
 
 @dataclass(kw_only=True)
 class Queues:
-    """The groups of one replica that wait, by treatment."""
+    """The waiting groups of one replica, by treatment."""
 
     waiting: dict[Treatment, list[Group]] = field(
         default_factory=lambda: {treatment: [] for treatment in Treatment if treatment is not Treatment.DROP}
@@ -58,7 +58,7 @@ class Queues:
         return taken
 
     def replace(self, groups: Iterable[Group]) -> None:
-        """Put groups in the places of those that have the same orders."""
+        """Replace the groups that have the same orders as ``groups``."""
         by_order = {order_of(group): group for group in groups}
         for treatment, queue in self.waiting.items():
             self.waiting[treatment] = [by_order.get(order_of(group), group) for group in queue]
@@ -72,7 +72,7 @@ class Queues:
 
 
 def order_of(group: Group) -> int:
-    """Return the position of a group's draw in the run, by which groups are old or young."""
+    """Return the position of a group's draw in the run; it defines the group's age."""
     return group[0].order
 
 
@@ -83,5 +83,5 @@ def newest(orders_by_replica: Iterable[Iterable[int]], count: int) -> list[int]:
 
 
 def oldest(orders_by_replica: Iterable[Iterable[int]], count: int) -> list[int]:
-    """Return the ``count`` lowest orders over all replicas, ascending: first in, first out, whatever the treatment."""
+    """Return the ``count`` lowest orders over all replicas, ascending: first in, first out, for all treatments."""
     return sorted(order for orders in orders_by_replica for order in orders)[:count]

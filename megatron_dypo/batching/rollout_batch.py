@@ -1,9 +1,9 @@
-"""A rollout batch as a value: the groups of one collection, and which minibatch of them comes next. Pure.
+"""A rollout batch as a value: the groups of one collection, and the position of the next minibatch. Pure.
 
-The groups of all replicas together, oldest first, are one list of *orders*. Updates go through it ``passes`` times:
-each optimizer step takes the next entries as its minibatch. All ranks know the orders and the position in them, so they
-agree on the next minibatch, and on the end of the batch, without a message. Each replica holds the samples of its own
-groups. A short last minibatch of one pass is filled up from the next pass.
+The groups of all replicas, oldest first, form one list of *orders*. Updates go through it ``passes`` times: each
+optimizer step takes the next entries as its minibatch. All ranks know the list and the position, so they agree on the
+next minibatch and the end of the batch without messages. Each replica holds the samples of its own groups. If the last
+minibatch of a pass is too short, it is filled from the next pass.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Minibatch:
     """The groups of one optimizer step: this replica's part."""
 
     groups: tuple[Group, ...]
-    """Oldest first; () on ranks that hold no samples."""
+    """The groups, oldest first; () on ranks that hold no samples."""
     finished: tuple[Group, ...]
-    """Those of ``groups`` that no later update of the batch learns from."""
+    """The groups for which this is the last update of the batch."""
     is_last: bool
-    """No update of the rollout batch comes after this one."""
+    """Whether this is the last update of the rollout batch."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -36,7 +36,7 @@ class Minibatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RolloutBatch:
-    """The groups that the next updates learn from. Without arguments: a batch that is used up.
+    """The groups that the next updates learn from. Without arguments it is a batch that is used up.
 
     Args:
         orders: of the groups of all replicas, ascending.
@@ -60,16 +60,16 @@ class RolloutBatch:
         return self.position >= self.passes * len(self.orders) and not self.buffered_orders
 
     def open_orders(self) -> list[int]:
-        """Return the orders of the groups that are still to enter an update, ascending."""
+        """Return the orders of the groups with updates left, ascending."""
         return [order for order in self.orders if self.passes_left(order) > 0]
 
     def passes_left(self, order: int) -> int:
-        """Return how many updates the group with ``order`` is still to enter."""
+        """Return how many updates the group with ``order`` has left."""
         whole, entered = divmod(self.position, len(self.orders))
         return self.passes - whole - (bisect.bisect_left(self.orders, order) < entered)
 
     def next_minibatch(self, num_prompts: int) -> tuple[Minibatch, RolloutBatch]:
-        """Take the next ``num_prompts`` groups over all replicas; return them and the batch after that.
+        """Take the next ``num_prompts`` groups over all replicas; return them and the rest of the batch.
 
         Fewer are taken where the batch holds fewer, or where it ends. After the last of them come the buffered traces,
         all at once.

@@ -1,7 +1,7 @@
-"""Samples as bytes: the form in which they move between ranks and lie in checkpoints.
+"""Samples as bytes, to be sent between ranks and stored in checkpoints.
 
-Every field of :class:`megatron_dypo.types.Sample` is carried, and every token weight, whatever their names: arrays as
-safetensors tensors, all else as JSON in the header.
+All fields of :class:`megatron_dypo.types.Sample` and all token weights are included: arrays as safetensors tensors,
+everything else as JSON in the header.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def without_arrays(sample: Sample) -> Sample:
 
 
 def _split(values: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Numbers and words, and arrays."""
+    """Split values into (numbers and texts, arrays)."""
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in values.items() if name not in arrays}
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in rest.items()}, arrays

@@ -1,4 +1,5 @@
-"""Microbatches cut over context-parallel ranks: rank r holds parts r and 2n−1−r of 2n of each sequence (zig-zag). Pure.
+"""Microbatches split over n context-parallel ranks: rank r holds parts r and 2n−1−r of the 2n parts of each sequence
+(zig-zag). Pure.
 
 So each rank has the same share of a causal mask. Megatron-Core's rotary embedding for ``thd``
 (models/common/embeddings/rope_utils.py of 0.16.1) and Transformer Engine's attention expect this order.
@@ -17,7 +18,8 @@ from megatron_dypo.types import Microbatch, Tokens
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> npt.NDArray[np.int64]:
-    """Return [length / size] positions of one sequence that ``rank`` holds, ascending; 2·size divides ``length``."""
+    """Return [length / size] positions of one sequence that ``rank`` holds, ascending. ``length`` must be a multiple of
+    2·size."""
     half, rest = divmod(length, 2 * size)
     assert rest == 0, f"length={length}: pack() pads each sequence to a multiple of {2 * size}"
     mirrored = 2 * size - 1 - rank
@@ -28,7 +30,7 @@ def zigzag_indices(cu_seqlens_S: Sequence[int] | Tokens, rank: int, size: int) -
     """Return [T / size] positions of a microbatch that ``rank`` holds, ascending.
 
     Args:
-        cu_seqlens_S: [S+1] boundaries of its sequences; 2·size divides each length.
+        cu_seqlens_S: [S+1] boundaries of its sequences; each length must be a multiple of 2·size.
     """
     if size == 1:
         return np.arange(int(cu_seqlens_S[-1]))
@@ -37,7 +39,7 @@ def zigzag_indices(cu_seqlens_S: Sequence[int] | Tokens, rank: int, size: int) -
 
 
 def shard(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
-    """Return what ``rank`` of ``size`` context-parallel ranks holds; ``cu_seqlens_S`` stays that of the whole."""
+    """Return the part of ``rank`` among ``size`` context-parallel ranks; ``cu_seqlens_S`` stays that of the whole."""
     if size == 1:
         return microbatch
     held = zigzag_indices(microbatch.cu_seqlens_S, rank, size)
@@ -47,7 +49,7 @@ def shard(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
 
 
 def local_response_mask(microbatches: Sequence[Microbatch], rank: int, size: int) -> npt.NDArray[np.bool_]:
-    """Return which of all response tokens of whole ``microbatches``, in their order, ``rank`` of ``size`` holds."""
+    """Return, for all response tokens of whole ``microbatches`` in order, whether ``rank`` of ``size`` holds them."""
     masks = [np.zeros(0, np.bool_)]
     for microbatch in microbatches:
         is_held_T = np.zeros(len(microbatch.response_T), np.bool_)

@@ -13,7 +13,7 @@ from megatron_dypo.config.reading.command_line import AsJson, ConfigFile, Overri
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
-    judge_all: Annotated[bool, typer.Option("--all", help="Judge every trace, not 200 of each teacher.")] = False,
+    judge_all: Annotated[bool, typer.Option("--all", help="Judge every trace instead of 200 of each teacher.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check all inputs of a run: rows, lengths, first prompt, tokenizer, traces, verifiers, contamination.

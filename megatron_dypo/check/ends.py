@@ -20,9 +20,9 @@ from megatron_dypo.data.tokenizer.open import Tokenizer
 _END_BYTES = 2**20
 """Bytes that are read at each end of a JSONL file."""
 _MAX_LINE_BYTES = 64 * 2**20
-"""A longer line is not looked at before all rows are checked."""
+"""Longest line that is looked at. Longer ones are checked only when all rows are."""
 _RENDERED_ROWS = 8
-"""Rows at each end that are rendered and tokenised too."""
+"""Rows at each end that are also rendered and tokenised."""
 _PARQUET_ROWS = 64
 _BLOCK = 2**16
 
@@ -34,7 +34,7 @@ class Ends:
     num_rows: int = 0
     """Rows that were looked at."""
     problems: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Place of each bad one → the rules that it breaks."""
+    """Place of each bad row → the rules that it breaks."""
     prompt_tokens: list[int] = field(default_factory=list)
     """Length of each good row that was rendered."""
     teachers: set[str] = field(default_factory=set)
@@ -53,8 +53,8 @@ def look_at_ends(
 ) -> Ends:
     """Check the rows in the first and last ``end_bytes`` of a JSONL file, or the first rows of a Parquet file.
 
-    Where a line is longer than that at the file's end, it is read whole. A few rows are rendered and tokenised too.
-    ``name`` is what ids call the file. Raises ValueError naming the file where it cannot be used at all.
+    If the last line is longer than that, it is read whole. A few rows are also rendered and tokenised. ``name`` is the
+    name of the file in ids. Raises ValueError naming the file if it cannot be used at all.
     """
     columns = columns_of(data.format, data.fields)
     if held_out:
@@ -145,7 +145,7 @@ def _head(path: Path, content: bytes, size: int) -> tuple[tuple[JsonlPart, list[
 
 
 def _tail(path: Path, content: bytes, start: int) -> tuple[JsonlPart, list[str]]:
-    """Return the lines from ``start`` to the file's end, whose numbers nobody counted."""
+    """Return the lines from ``start`` to the file's end. Their numbers are not known."""
     offsets, lines = _lines_in(content, start)
     places = [f"{path}: row {number} from the end" for number in range(len(lines), 1, -1)]
     part = JsonlPart(path=path, offsets=offsets, lines=lines, is_cut=not content.endswith(b"\n"))
@@ -153,7 +153,7 @@ def _tail(path: Path, content: bytes, start: int) -> tuple[JsonlPart, list[str]]
 
 
 def _lines_in(content: bytes, start: int) -> tuple[array[int], array[int]]:
-    """Return where the lines begin that are not blank, with the end of the content at last, and their numbers."""
+    """Return the offsets of the lines that are not blank, followed by the end of the content, and their numbers."""
     offsets, lines = array("q"), array("I")
     offset = start
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -166,8 +166,8 @@ def _lines_in(content: bytes, start: int) -> tuple[array[int], array[int]]:
 
 
 def _last_lines_start(file: int, size: int, window: int) -> int | None:
-    """Return where the whole lines of the file's last bytes begin, or its last line where that is longer; None: too
-    long."""
+    """Return the offset of the first whole line in the file's last ``window`` bytes. If the last line is longer, return
+    its own offset; None if it is too long."""
     while True:
         start = max(size - window, 0)
         if start == 0:

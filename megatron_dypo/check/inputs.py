@@ -1,4 +1,4 @@
-"""All that a dry run, and every start of a run, looks at: it is cheap and needs no GPU."""
+"""The checks of a dry run and of every start of a run. They are cheap and need no GPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def check_inputs(config: Config) -> Findings:
-    """Look at model folder, layout, objective, tokenizer, prompt files, verifiers, lengths and run folder.
+    """Check model folder, layout, objective, tokenizer, prompt files, verifiers, lengths and run folder.
 
-    Takes seconds, whatever the size of the files: of large prompt files only both ends are read. Ranks other than the
-    first leave out the files that they never open.
+    This takes seconds for files of any size: only both ends of large prompt files are read. Ranks other than the first
+    leave out the files that they never open.
     """
     found = Findings()
     arch = check_model(config, found)
@@ -81,7 +81,7 @@ def check_weights(config: Config, found: Findings) -> None:
 
 
 def load_tokenizer_of(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
-    """Load the policy's tokenizer and hold it against the embedding; None where it is missing or broken."""
+    """Load the policy's tokenizer and compare it with the embedding; None if it is missing or broken."""
     from megatron_dypo.loop.setup.open_data import open_tokenizer
 
     folder = Path(config.model.hf_path)
@@ -99,7 +99,7 @@ def check_rest(config: Config, arch: Architecture | None, longest: Longest, foun
     if not config.eval.sets:
         defaults = EvalConfig()
         found.notes += [
-            f"eval.{option.name}={getattr(config.eval, option.name)}: does nothing, for eval.sets names no set"
+            f"eval.{option.name}={getattr(config.eval, option.name)}: does nothing: eval.sets names no set"
             for option in dataclasses.fields(defaults)
             if option.name != "sets" and getattr(config.eval, option.name) != getattr(defaults, option.name)
         ]

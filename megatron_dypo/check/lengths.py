@@ -19,19 +19,20 @@ _CONTEXT_FLAG = "--context-length"
 
 @dataclass(frozen=True, kw_only=True)
 class Longest:
-    """The longest prompt and trace that a run uses; None where not every row was looked at."""
+    """Lengths of the longest prompt and trace that a run uses; None if not every row was looked at."""
 
     prompt: int | None = None
     held_out: int | None = None
-    """Lengths in the evaluation sets."""
+    """Length of the longest prompt in the evaluation sets."""
     trace: int | None = None
 
 
 def check_lengths(config: Config, arch: Architecture, longest: Longest, found: Findings) -> None:
     """Compare prompt + response and prompt + trace with ``max_position_embeddings`` and the servers' limits.
 
-    SGLang refuses a request whose prompt and ``max_new_tokens`` together exceed its context length, and cuts responses
-    where its KV cache ends. A limit that no response can keep is a problem, one that long prompts break is a note.
+    SGLang refuses a request whose prompt and ``max_new_tokens`` together exceed its context length, and truncates
+    responses when its KV cache is full. It is a problem if no response fits into a limit, and a note if only those to
+    long prompts do not.
     """
     prompt, prompt_words = _limit(config.data.max_prompt_tokens, longest.prompt, "data.max_prompt_tokens", "prompt")
     trace, trace_words = _limit(config.data.max_trace_tokens, longest.trace, "data.max_trace_tokens", "trace")
@@ -52,13 +53,12 @@ def check_lengths(config: Config, arch: Architecture, longest: Longest, found: F
 
 
 def _trained_positions(arch: Architecture) -> int:
-    """Return the length of the longest sequence that the model is made for, scaling included."""
+    """Return the length of the longest sequence that the model supports, scaling included."""
     return arch.num_positions
 
 
 def _served_positions(arch: Architecture) -> int:
-    """Return SGLang's context length where nobody gives another (``get_context_length``): only linear scaling lengthens
-    it."""
+    """Return SGLang's default context length (``get_context_length``). Only linear scaling makes it longer."""
     return arch.num_positions if isinstance(arch.rope_scaling, LinearRopeScaling) else arch.max_position_embeddings
 
 
@@ -69,7 +69,7 @@ class _Limit:
     words: str
     consequence: str
     is_certain: bool
-    """Whether the servers have it for sure: those of others may have been started with another."""
+    """Whether the servers certainly have this limit; servers that others started may have another."""
 
 
 def _limit(configured: int, actual: int | None, key: str, noun: str) -> tuple[int, str]:
@@ -84,7 +84,7 @@ def _check_response(config: Config, limit: _Limit, prompt: int, prompt_words: st
         return
     text = f"rollout.max_new_tokens={new} + {prompt_words} = {prompt + new}: exceeds {limit.words}"
     if new >= limit.tokens and limit.is_certain:
-        # No prompt at all leaves room.
+        # Not even an empty prompt leaves room.
         found.problems.append(f"rollout.max_new_tokens={new}: must be below {limit.words}: {limit.consequence}")
     else:
         found.notes.append(f"{text}: {limit.consequence}")
@@ -111,26 +111,26 @@ def _cache_limit(config: Config) -> _Limit | None:
     return _Limit(
         tokens=servers.max_total_tokens - _SERVER_RESERVE,
         words=f"rollout.servers.max_total_tokens={servers.max_total_tokens} (of which SGLang keeps {_SERVER_RESERVE})",
-        consequence="SGLang cuts responses where its KV cache ends",
+        consequence="SGLang truncates responses when its KV cache is full",
         is_certain=True,
     )
 
 
 def _context_length(servers: ServersConfig) -> int | None:
-    """Return the value of ``--context-length`` among SGLang's arguments: as ``--flag=N``, ``--flag N`` or two
-    arguments."""
+    """Return the value of ``--context-length`` among SGLang's arguments, which may be written ``--flag=N``, ``--flag
+    N`` or as two arguments."""
     words = [word for argument in servers.extra_args for word in argument.replace("=", " ", 1).split()]
     values = [value for flag, value in itertools.pairwise(words) if _is_context_flag(flag)]
     return int(values[-1]) if values and values[-1].isdecimal() else None
 
 
 def _is_context_flag(flag: str) -> bool:
-    # argparse takes the beginning of a flag for the flag.
+    # argparse accepts a shortened flag.
     return flag.startswith("--context") and _CONTEXT_FLAG.startswith(flag)
 
 
 def asks_servers(config: Config) -> bool:
-    """Tell whether any step or evaluation of the run asks a server."""
+    """Return whether any step or evaluation of the run asks a server."""
     if config.eval.sets:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Contamination: prompts of an evaluation set that the training files have too."""
+"""Contamination: prompts of an evaluation set that are also in the training files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 3
 
 
 def find_overlap(name: str, train: PromptDataset, held_out: PromptDataset, *, show_progress: bool) -> Overlap:
-    """Count the rows of ``held_out`` whose prompt some row of ``train`` has, but for case and white space."""
+    """Count the rows of ``held_out`` whose prompt is also in ``train``, ignoring case and white space."""
     wanted: dict[bytes, list[str]] = {}
     for row in _rows(held_out):
         wanted.setdefault(_digest(row), []).append(row.prompt_id)
@@ -36,7 +36,7 @@ def _rows(dataset: PromptDataset) -> Iterator[PromptRow]:
 
 
 def _digest(row: PromptRow) -> bytes:
-    """Hash the text that asks: a prompt of one text, or the messages of the user; a system's message asks nothing."""
+    """Hash the question: the text of a prompt, or its messages of the user. System messages are left out."""
     if isinstance(row.prompt, str):
         texts = [row.prompt]
     else:

@@ -1,4 +1,4 @@
-"""The interpreter that servers of the run are started with."""
+"""The Python interpreter that runs the servers of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_dypo.config.rollout import ServersConfig
 
 
 def missing_program(servers: ServersConfig) -> list[str]:
-    """Say what is missing to start the run's own servers; nothing is started to find out."""
+    """Return what is missing to start the run's own servers, without starting anything."""
     if servers.urls:
         return []
     if servers.python is not None:

@@ -1,4 +1,4 @@
-"""Prompt files in a dry run: small ones are checked whole, of large ones both ends are."""
+"""Prompt files in a dry run: small files are checked whole, large files at both ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.objective.recipes.registry import build_objective
 
 WHOLE_BYTES = 2**20
-"""Files of a set that have no more bytes than this together are checked whole: a second."""
+"""Largest total size, in bytes, of a set's files that are checked whole. It takes about a second."""
 _SHOWN_ROWS = 5
 
 
@@ -37,10 +37,10 @@ def check_prompt_files(config: Config, tokenizer: Tokenizer | None, found: Findi
 
 
 def check_dataset(config: Config, dataset: PromptDataset, tokenizer: Tokenizer, found: Findings) -> None:
-    """Check what the config says of the rows of the prompt files: teachers, verifiers, sources, answers."""
+    """Check the names in the config against the rows of the prompt files: teachers, verifiers, sources, answers."""
     with found.noting():
-        PromptStream(dataset, tokenizer, config.data, config.run.seed)  # whose rules hold here
-    with contextlib.suppress(ValueError):  # an objective that cannot be built is a problem already
+        PromptStream(dataset, tokenizer, config.data, config.run.seed)  # checks the rules of the stream
+    with contextlib.suppress(ValueError):  # an objective that cannot be built is already a problem
         if not dataset.teachers and not build_objective(config.objective).needs_rollouts(0):
             found.problems.append(
                 f"objective.name={config.objective.name}: begins with teachers' traces, and no row of the "
@@ -101,7 +101,7 @@ def _small_files(
 
 
 def longest_used(dataset: PromptDataset, data: DataConfig) -> tuple[int, int]:
-    """Return the tokens of the longest prompt and of the longest trace within the limits; 0 where there is none."""
+    """Return the tokens of the longest prompt and of the longest trace within the limits; 0 if there is none."""
     prompts, traces = dataset.checked.prompt_tokens, dataset.checked.trace_tokens
     return (
         int(prompts[prompts <= data.max_prompt_tokens].max(initial=0)),
@@ -131,7 +131,7 @@ def _check_ends(
         columns |= ends.columns
         bad = [f"{place}: {problem}" for place, problems in ends.problems.items() for problem in problems]
         shown = bad[:_SHOWN_ROWS] + ([f"{path}: and {len(bad) - _SHOWN_ROWS} more"] if len(bad) > _SHOWN_ROWS else [])
-        # Of rows that are skipped the run says how many there are.
+        # With on_bad_row=skip, the run itself reports how many rows it skips.
         target = found.problems if data.on_bad_row == "error" or ends.num_rows == len(ends.problems) else found.notes
         target += [f"{key}: {line}" if key else line for line in shown]
         _note_long_prompts(path, ends, data, found)
@@ -140,7 +140,7 @@ def _check_ends(
 
 
 def _unknown_names(data: DataConfig, teachers: set[str], columns: set[str]) -> list[str]:
-    """Say which names of the config no row had that was looked at; other rows may have them."""
+    """Name the columns and teachers of the config that no checked row has; other rows may have them."""
     notes = [
         f"data.fields.{option.name}={name}: no row at the ends of the prompt files has such a field"
         for option in fields(data.fields)

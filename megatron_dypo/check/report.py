@@ -42,12 +42,12 @@ class FirstPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTrip:
-    """Texts of prompts and traces, encoded by the policy's tokenizer and decoded again."""
+    """Texts of prompts and traces that the policy's tokenizer encoded and decoded again."""
 
     num_texts: int
     num_changed: int
     example: str | None
-    """One that came back changed: its row, and where and how it differs."""
+    """One changed text: its row, and the place and kind of the difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +70,20 @@ class VerifierFacts:
     num_rows: int
     """Rows of those that it judges."""
     num_tried: int
-    """Rows of those whose own answer was given to it, and other responses."""
+    """Rows of these that were tried, with their own answer and with other responses."""
     num_gold: int
-    """Rows whose own answer it accepts, in one of the usual forms."""
+    """Tried rows whose own answer it accepts, in one of the usual forms."""
     num_empty: int
-    """Rows on which it accepts an empty response."""
+    """Tried rows on which it accepts an empty response."""
     num_constant: int
-    """Rows on which it accepts "I do not know."."""
+    """Tried rows on which it accepts "I do not know."."""
     num_other: int
-    """Rows on which it accepts the answer of another row, which is a different text."""
+    """Tried rows on which it accepts the different answer of another row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Prompts of an evaluation set that the training files have too."""
+    """Prompts of an evaluation set that are also in the training files."""
 
     name: str
     num_rows: int
@@ -93,7 +93,7 @@ class Overlap:
 
 @dataclass(kw_only=True)
 class Report:
-    """Everything; what could not be looked at is None or empty, and a problem says why."""
+    """All findings. A part that could not be checked is None or empty, and a problem says why."""
 
     model: ModelFacts | None = None
     first_prompt: FirstPrompt | None = None
@@ -103,7 +103,7 @@ class Report:
     verifiers: list[VerifierFacts] = field(default_factory=list)
     overlaps: list[Overlap] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """A run would refuse to start, or get nowhere."""
+    """Findings for which a run would refuse to start, or would learn nothing."""
     warnings: list[str] = field(default_factory=list)
 
 

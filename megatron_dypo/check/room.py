@@ -1,4 +1,4 @@
-"""The run folder: whether it can be written, and whether its disk has room for what the run leaves there."""
+"""The run folder: whether the run can write to it, and whether its disk has room for the run's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAIN = 4
 
 
 def check_run_folder(config: Config, arch: Architecture | None, found: Findings) -> None:
-    """Check that ``run.dir`` is, or can become, a folder that this user may write; note where its disk is too small."""
+    """Check that ``run.dir`` is, or can become, a folder that this user may write to; note a disk that is too small."""
     folder = Path(config.run.dir).absolute()
     key = f"run.dir={config.run.dir!r}"
     try:
@@ -49,10 +49,10 @@ def check_run_folder(config: Config, arch: Architecture | None, found: Findings)
 
 
 def room_needed(config: Config, arch: Architecture) -> tuple[float, str]:
-    """Return bytes that a run leaves in its folder at most, and what they are: checkpoints and the HF export.
+    """Return the most bytes that checkpoints and HF export of a run take, and a description of them.
 
-    A checkpoint holds each parameter, Adam's moments and, in bf16, the main weight. One more than ``checkpoint.keep``
-    is there while the next is written.
+    A checkpoint holds each parameter, Adam's moments and, in bf16, the main weight. While one is written, there is one
+    more than ``checkpoint.keep``.
     """
     count = whole_model(arch).total
     size = config.model.element_size
@@ -75,7 +75,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def _held(checkpoints: Path) -> int:
-    """Return the bytes of the checkpoints that are there already: they are in the estimate too."""
+    """Return the bytes of the existing checkpoints, which the estimate also includes."""
     if not checkpoints.is_dir():
         return 0
     return sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())

@@ -31,13 +31,14 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.planning.parameters import whole_model
 
 TRACES_PER_TEACHER = 200
-"""Traces of each teacher that are judged where nobody asks for all: the interval is then ±7 points at most."""
+"""Traces of each teacher that are judged without ``--all``. The interval is then at most ±7 points."""
 
 
 def survey(config: Config, *, judge_all: bool = False, show_progress: bool = True) -> Report:
-    """Check everything; a problem ends only the checks that need what it is about.
+    """Check everything. A problem ends only the checks that depend on it.
 
-    The row check and the verdicts are kept in ``run.dir``, for the run, where that folder exists; it is never made.
+    If ``run.dir`` exists, the row check and the verdicts are stored there, and the run uses them. The check never makes
+    the folder.
     """
     found, report = Findings(), Report()
     arch = check_model(config, found)
@@ -62,7 +63,7 @@ def survey(config: Config, *, judge_all: bool = False, show_progress: bool = Tru
             if can_verify:
                 _verify(config, data, tokenizer, report, found, limit, show_progress)
     check_rest(config, arch, longest, found)
-    report.problems = list(dict.fromkeys([*found.problems, *found.missing]))  # one row may break a rule twice
+    report.problems = list(dict.fromkeys([*found.problems, *found.missing]))  # a row may break one rule twice
     report.warnings = list(dict.fromkeys(found.notes))
     return report
 
@@ -94,7 +95,7 @@ def _facts(arch: Architecture | None, tokenizer: Tokenizer | None) -> ModelFacts
 
 
 def _open(config: Config, tokenizer: Tokenizer, found: Findings, stack: ExitStack, show_progress: bool) -> _Data:
-    """Open all sets whose files are there, and check every row."""
+    """Open all sets whose files exist, and check every row."""
     folder = Path(config.run.dir)
     cache = folder if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK) else None
     data = _Data(train=None, held_out={})
@@ -119,7 +120,7 @@ def _open(config: Config, tokenizer: Tokenizer, found: Findings, stack: ExitStac
 
 
 def _check_without_tokenizer(config: Config, found: Findings) -> None:
-    """Check the rows as far as they can be without being rendered."""
+    """Check the rows as far as possible without rendering them."""
     paths = [path for path in config.data.prompts if Path(path).exists()]
     if paths:
         with found.noting():

@@ -1,4 +1,4 @@
-"""The data as the policy's tokenizer encodes it: stop tokens, the first prompt, texts that do not come back."""
+"""The data as the policy's tokenizer encodes it: stop tokens, the first prompt, texts that encoding changes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _DRAWS = 16
 
 
 def stops(tokenizer: Tokenizer) -> tuple[tuple[int, str], ...]:
-    """Return (id, text) of every token that ends a response, the one that ends traces first."""
+    """Return (id, text) of every token that ends a response. The first one ends traces."""
     return tuple((token_id, tokenizer.show([token_id])) for token_id in tokenizer.eos_ids)
 
 
 def first_prompt(config: Config, dataset: PromptDataset, tokenizer: Tokenizer) -> FirstPrompt | None:
-    """Return the prompt of the run's first draw that is not too long; None where there is none."""
-    # Its traces are of no interest, and nobody may have judged them yet.
+    """Return the first prompt of the run that is not too long, or None."""
+    # Its traces do not matter here, and may not be judged yet.
     data = replace(config.data, drop_wrong_traces=False, teachers=None)
     stream = PromptStream(dataset, tokenizer, data, config.run.seed)
     for start in range(0, len(stream), _DRAWS):
@@ -36,7 +36,7 @@ def first_prompt(config: Config, dataset: PromptDataset, tokenizer: Tokenizer) -
 
 
 def round_trip(dataset: PromptDataset, tokenizer: Tokenizer, *, seed: int) -> RoundTrip:
-    """Encode and decode the texts of up to 200 rows, prompts and traces; count those that come back changed."""
+    """Encode and decode prompts and traces of up to 200 rows; count the texts that change."""
     num_texts = num_changed = 0
     example = None
     for number in sorted(epoch_order(seed, len(dataset), 0)[:_SAMPLED_ROWS].tolist()):

@@ -22,12 +22,12 @@ from megatron_dypo.metrics.findings import Findings
 from megatron_dypo.types import Prompt
 
 _TRIED_ROWS = 20
-"""Rows of each verifier and source that are tried."""
+"""Rows that are tried for each verifier and source."""
 _MAX_KINDS = 50
-"""Pairs of a verifier and a source that are tried; the rest is counted."""
+"""Most pairs of a verifier and a source that are tried; the others are only counted."""
 _CONSTANT = "I do not know."
 _ACCEPTS_EMPTY = ": it accepts an empty response: "
-"""How ``try_verifier`` says that; such rows are counted apart."""
+"""The words of ``try_verifier`` for this case. Such rows are counted separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class _Kind:
     source: str
     num_rows: int
     rows: list[int]
-    """Numbers of those that are tried."""
+    """Numbers of the rows that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _odd(facts: VerifierFacts, prompts: Sequence[Prompt]) -> list[str]:
     notes = []
     if facts.num_empty:
         notes.append(f"{name}: it accepts an empty response on {facts.num_empty} of {facts.num_tried} rows tried")
-    # One row, or rows of one answer, may be right about a constant.
+    # With a single answer, a constant response may be right.
     if len({repr(prompt.answer) for prompt in prompts}) < 2:
         return notes
     if facts.num_constant == facts.num_tried:

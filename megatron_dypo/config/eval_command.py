@@ -1,4 +1,4 @@
-"""The configuration of ``megatron-dypo eval``: the sections of a run's config that an evaluation has a use for."""
+"""The configuration of ``megatron-dypo eval``: those sections of a run's config that an evaluation uses."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class EvalCommandConfig:
     seed: int = 1
     """Seed of the responses and of the order of options."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the weights in servers that the command starts."""
+    """Type of the weights in the servers that the command starts."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Columns, chat template and limits of the sets; it names no prompts."""
+    """Columns, chat template and limits of the sets. Leave ``prompts`` empty: ``eval.sets`` names the files."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Servers, response length, top_p and top_k, requests in flight, retries; the temperature is that of ``eval``."""
+    """Servers, response length, top_p and top_k, requests in flight, retries. The section ``eval`` gives the
+    temperature."""
     grading: GradingConfig = field(default_factory=GradingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

@@ -10,22 +10,22 @@ from megatron_dypo.config.data import Format
 from megatron_dypo.config.grading import require_verifier
 
 _MAX_SET_NAME = 80
-"""Largest name of an evaluation set, in bytes: escaped, it becomes the name of a folder."""
+"""Longest name of an evaluation set, in bytes. The name, escaped, becomes the name of a folder."""
 MAX_SAMPLES = 1024
-"""Most responses to one prompt: pass@k counts choices among them, which stay below the largest float up to there."""
+"""Most responses to one prompt. pass@k counts choices among them; up to this number the count fits into a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetConfig:
-    """One evaluation set. ``null``: as the section ``eval`` says."""
+    """One evaluation set. A key that is ``null`` takes the value of the section ``eval``."""
 
     path: str
     """JSONL or Parquet file with prompts and answers."""
     format: Format | None = None
     """Column names of the file, as in ``data.format``."""
     verifier: str | None = None
-    """Verifier of the set's rows, named as in ``grading.verifier``; a row that names its own keeps that. ``null``: each
-    row's verifier follows from its source (``grading.by_source``), else it is ``grading.verifier``."""
+    """Verifier of the set's rows, named as in ``grading.verifier``. A row that names its own verifier keeps it.
+    ``null``: the verifier of the row's source (``grading.by_source``), else ``grading.verifier``."""
     samples_per_prompt: int | None = None
     """Responses sampled for each prompt."""
     temperature: float | None = None
@@ -33,8 +33,8 @@ class EvalSetConfig:
     max_prompts: int | None = None
     """Evaluate only the first prompts of the set."""
     shuffle_options: bool = False
-    """Multiple choice: put the options of each prompt into a new order for each response, and the answer's letter with
-    them. The order follows from seed, prompt and response. docs/evaluation.md says how options are found."""
+    """Multiple choice: shuffle the options of each prompt anew for each response, and change the answer's letter
+    accordingly. Seed, prompt and response number determine the order. docs/evaluation.md says how options are found."""
 
     def __post_init__(self) -> None:
         require(bool(self.path.strip()), f"path={self.path!r}", "is required: a JSONL or Parquet file")
@@ -44,7 +44,7 @@ class EvalSetConfig:
 
 
 def require_sampling(section: EvalSetConfig | EvalConfig) -> None:
-    """Require the numbers that both the section and a set of it may give to be in their ranges."""
+    """Require the numbers that a set may override to be in their ranges."""
     samples = section.samples_per_prompt
     if samples is not None:
         require(1 <= samples <= MAX_SAMPLES, f"samples_per_prompt={samples}", f"must be from 1 to {MAX_SAMPLES}")
@@ -56,7 +56,7 @@ def require_sampling(section: EvalSetConfig | EvalConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SetSettings:
-    """One evaluation set with nothing left open: its own values, else those of the section."""
+    """The resolved settings of one evaluation set: its own values, else those of the section."""
 
     path: str
     format: Format | None
@@ -70,8 +70,8 @@ class SetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out accuracy: of the model under training from the servers of the run, or of any model by
-    ``megatron-dypo eval``."""
+    """Evaluation on held-out sets. A run evaluates the model under training on its own servers; ``megatron-dypo eval``
+    evaluates any model."""
 
     sets: Mapping[str, EvalSetConfig] = field(default_factory=dict)
     """Evaluation sets: a mapping from name to ``{path: FILE}`` and the set's other keys."""
@@ -93,7 +93,7 @@ class EvalConfig:
             require(
                 bool(name.strip()) and name not in (".", "..") and len(name.encode(errors="replace")) <= _MAX_SET_NAME,
                 f"sets: a set named {name!r} ({one.path})",
-                f"a name is a part of metrics and a folder: at most {_MAX_SET_NAME} bytes, not blank, neither . nor ..",
+                f"metrics and a folder have this name: at most {_MAX_SET_NAME} bytes, not blank, neither . nor ..",
             )
 
     def settings(self, name: str) -> SetSettings:

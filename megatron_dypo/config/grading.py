@@ -32,8 +32,8 @@ class GradingConfig:
     by_source: Mapping[str, str] = field(default_factory=dict)
     """Verifier for the rows of each source, named as in ``verifier``. Rows of other sources use ``verifier``."""
     row_verifiers: tuple[str, ...] = ()
-    """Import paths that a row may name as its own verifier, besides the built-in verifiers and those named above. A
-    data file alone cannot decide which code runs."""
+    """Import paths that a row may name as its own verifier, besides the built-in verifiers and those named above. The
+    list is needed because a data file alone must not decide which code runs."""
     batch_size: int = 32
     """Most responses that a batched or asynchronous verifier gets in one call."""
     answer_format: AnswerFormat = "auto"
@@ -62,7 +62,7 @@ class GradingConfig:
 
 
 def require_verifier(key: str, name: str) -> None:
-    """Require ``name``, the value of ``key``, to be that of a built-in verifier or an import path."""
+    """Require ``name``, the value of ``key``, to name a built-in verifier or to be an import path."""
     require(
         name in BUILT_IN_VERIFIERS or _IMPORT_PATH.fullmatch(name) is not None,
         f"{key}={name!r}",

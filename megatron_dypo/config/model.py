@@ -54,20 +54,20 @@ class ParallelConfig:
     """Sizes of the axes of the training mesh. Data parallelism follows from the number of ranks."""
 
     num_processes: int | None = None
-    """Ranks to start when not under torchrun; None: as few as the axes allow."""
+    """Ranks to start when the run is not under torchrun. ``null``: the fewest that the axes allow."""
     tensor: int = 1
     """Tensor parallelism: ranks that share the matrices of each layer."""
     pipeline: int = 1
     """Pipeline parallelism: stages that the layers are spread over."""
     virtual_pipeline: int | None = None
-    """Model chunks on each pipeline rank (interleaved schedule); None: one."""
+    """Model chunks on each pipeline rank (interleaved schedule). ``null``: one."""
     first_stage_layers: int | None = None
-    """Layers of the first pipeline stage, in all its chunks (Megatron's ``num_layers_in_first_pipeline_stage``). None:
-    as many as on the stages between first and last, which share the rest evenly."""
+    """Layers of the first pipeline stage, in all its chunks (Megatron's ``num_layers_in_first_pipeline_stage``). The
+    stages between the first and the last share the rest evenly. ``null``: as many as those stages."""
     last_stage_layers: int | None = None
-    """Layers of the last pipeline stage, which also has the output layer. None: as many as on the stages before it."""
+    """Layers of the last pipeline stage, which also has the output layer. ``null``: as many as the stages before it."""
     context: int = 1
-    """Context parallelism: ranks that share each packed row. Each holds two parts of every sequence (zig-zag)."""
+    """Context parallelism: ranks that share each microbatch. Each holds two parts of every sequence (zig-zag)."""
     expert: int = 1
     """Ranks that a layer's experts are spread over, out of the tensor × context × data ranks of a pipeline stage."""
     expert_tensor: int = 1
@@ -90,7 +90,7 @@ class ParallelConfig:
         """Return the mesh of ``world_size`` ranks, which gives data parallelism what the other axes leave.
 
         Args:
-            world_size: None: :attr:`local_ranks`; for a caller to whom data parallelism does not matter.
+            world_size: number of ranks. None: :attr:`local_ranks`, for a caller that does not use data parallelism.
 
         Raises:
             ValueError: e.g. ``world_size=6: must be a multiple of tensor × pipeline × context = 2 × 2 × 1 = 4``.

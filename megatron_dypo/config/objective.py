@@ -14,17 +14,17 @@ from megatron_dypo.config.reading.typed import nearest
 from megatron_dypo.config.schedule import Weight, require_weight
 
 LOG_RATIO_LIMIT = 20.0
-"""Ratios of probabilities above e^20 (4.9e8) enter the loss by the tangent of e^x there: an fp32 sum of squares of such
-gradients is finite, and no bound of a clip is beyond it."""
+"""Above this log-ratio x the loss replaces e^x by its tangent at the limit (e^20 is 4.9e8). An fp32 sum of squares of
+such gradients is still finite, and every clip bound is below e^20."""
 
 
 _AGREEMENT = "u is 1 where trainer and servers agree"
 _LARGEST_BOUND = 1e8
-"""Of a clip; below e^LOG_RATIO_LIMIT."""
+"""Largest clip bound; it is below e^LOG_RATIO_LIMIT."""
 
 
 def _require_finite(section: object) -> None:
-    """Require each number of ``section``, those in tuples too, to be finite, and a whole one to fit into 64 bits."""
+    """Require each number of ``section``, also in tuples, to be finite, and each integer to fit into 64 bits."""
     for item in fields(section):  # type: ignore[arg-type]
         value = getattr(section, item.name)
         numbers = value if isinstance(value, tuple) else (value,)
@@ -41,10 +41,11 @@ def _require_finite(section: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """π_ref of GAL and of the KL term."""
+    """The reference policy π_ref, which GAL and the KL term read."""
 
     mode: Literal["frozen", "refreshed", "old"] = "frozen"
-    """``frozen``: the initial policy. ``refreshed``: the policy of every ``refresh_every`` steps. ``old``: π_old."""
+    """``frozen``: the initial policy. ``refreshed``: a copy of the policy, taken every ``refresh_every`` steps.
+    ``old``: π_old."""
     refresh_every: int = 100
     """Steps between two refreshes, with ``mode: refreshed``."""
 
@@ -53,7 +54,7 @@ class ReferenceConfig:
         require_positive(self, "refresh_every")
 
     def keeps_weights(self) -> bool:
-        """Whether π_ref has weights of its own, which the trainer must hold; π_old has none."""
+        """Whether the trainer must hold weights for π_ref. With ``old`` it need not: π_ref is π_old."""
         return self.mode != "old"
 
     def is_refreshed_after(self, step: int) -> bool:
@@ -63,13 +64,14 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OldLogpConfig:
-    """The source of log π_old, and with it of GAL's coefficients for fresh rollouts."""
+    """The source of log π_old. GAL's coefficients for fresh rollouts follow from it too."""
 
     source: Literal["trainer", "server"] = "trainer"
-    """``trainer``: a forward-only pass of the trainer. ``server``: the servers' own log-probs, which save that pass."""
+    """``trainer``: a forward-only pass of the trainer. ``server``: the log-probs that the servers return with their
+    rollouts; this saves the pass."""
     check_every: int = 1
-    """With ``source: server``: rollout batches from one measurement of the servers' error to the next. Each measurement
-    is a pass over one group. 0: none."""
+    """With ``source: server``: measure the error of the servers' log-probs once in this many rollout batches. Each
+    measurement is a pass over one group. 0: never."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
@@ -78,21 +80,21 @@ class OldLogpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceConfig:
-    """Correction for trainer and servers that disagree on the same weights, by u = π_old/π_rollout of each token.
+    """Correction for trainer and servers that disagree on the same weights. It uses u = π_old/π_rollout of each token.
 
-    A masked token contributes nothing: neither policy gradient nor KL nor GAL. Groups keep their advantages and pairs.
+    A masked token adds nothing to policy gradient, KL or GAL. Advantages and GAL's pairs still count its rollout.
     """
 
     cap: float | None = None
-    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap); None: by 1. A cap
-    below 1 scales tokens down on which trainer and servers agree."""
+    """Truncated importance sampling: the policy gradient of a token is weighted by min(u, cap). ``null``: by 1. A cap
+    below 1 also scales down tokens on which trainer and servers agree."""
     token_bounds: tuple[float, float] | None = None
-    """Masked importance sampling: tokens of rollouts with u outside [low, high], which has 1 inside, are masked. IcePop
+    """Masked importance sampling: mask the tokens whose u is outside [low, high]. The interval must contain 1. IcePop
     is this with ``cap: <high>``."""
     sequence_bounds: tuple[float, float] | None = None
-    """Rollouts whose geometric mean of u over their tokens is outside [low, high] are masked whole."""
+    """Mask the whole rollout if the geometric mean of u over its tokens is outside [low, high]."""
     sequence_max_gap: float | None = None
-    """Rollouts whose mean of |log u| over their tokens, in nats, is above this are masked whole."""
+    """Mask the whole rollout if the mean of |log u| over its tokens, in nats, is above this."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
@@ -129,68 +131,72 @@ class LossConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The objective; defaults are the paper's.
+    """The objective. The defaults are the paper's.
 
-    A weight is a number, or a mapping that says how it changes with the optimizer step: ``start``, ``end``, ``steps``
-    from the one to the other, ``shape`` (``cosine``, ``linear``, or ``constant``, which jumps at the end) and
-    ``warmup``, the steps before in which it rises from 0.
+    Some keys are weights. A weight is a number, or a mapping that makes it change with the optimizer step: it rises
+    from 0 to ``start`` in ``warmup`` steps, then goes to ``end`` in ``steps`` steps. ``shape`` is ``cosine``,
+    ``linear``, or ``constant``, which stays at ``start`` and jumps to ``end``.
     """
 
     preset: str | None = None
-    """A row of docs/rivals.md, the published settings of a method: it gives every key of this section that the config
-    does not. ``name`` is one of them."""
+    """Published settings of a method, by name (docs/rivals.md lists them). The preset gives every key of this section
+    that the config leaves out, ``name`` included."""
     name: str = "dypo"
-    """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a rival of docs/rivals.md; or
-    ``my_package.module:MyObjective``, a class of yours (see docs/adding_an_objective.md). Such a name runs the code of
+    """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a method of docs/rivals.md; or
+    ``my_package.module:MyObjective``, a class of your own (docs/adding_an_objective.md). Such a name runs the code of
     that module in every training process."""
     alpha: Weight = 0.5
-    """α: weight of GRPO against GAL on Mid prompts (eq. 4); a weight."""
+    """α: share of GRPO on Mid prompts; GAL has the share 1 − α (eq. 4). A weight."""
     gamma: Weight = 1.0
-    """γ: scale of the loss on teachers' traces (eq. 4); a weight."""
+    """γ: scale of the loss on teachers' traces (eq. 4). A weight."""
     beta_gal: float = 1.0
     """β: inverse temperature of GAL (eq. 14)."""
     gal_coefficients: Literal["exact", "stale"] = "exact"
-    """For a batch older than the weights: recompute GAL's coefficients by a forward pass, or keep those of π_old."""
+    """GAL's coefficients for samples that older weights made. ``exact``: recompute them by a forward pass. ``stale``:
+    keep those of π_old."""
     gal_clip: Literal["none", "token", "sequence"] = "none"
-    """Trust region of GAL. ``none``: the paper to the letter. Else GAL gives no gradient to a token of a success whose
-    ratio is above 1 + ε_high, nor to one of a failure whose ratio is below 1 − ε_low. The ratio is π_θ/π_old of the
-    token (``token``), or the geometric mean of these over the trajectory, for all its tokens at once (``sequence``)."""
+    """Trust region of GAL. ``none``: no trust region, as in the paper. Otherwise GAL gives no gradient to a token of a
+    success whose ratio is above 1 + ε_high, nor to a token of a failure whose ratio is below 1 − ε_low. ``token``: the
+    ratio is the token's π_θ/π_old. ``sequence``: all tokens share the geometric mean of π_θ/π_old over the
+    trajectory."""
     ratio: Literal["token", "sequence"] = "token"
-    """ρ of GRPO: that of each token, or GSPO's, the geometric mean over the trajectory, which needs a far smaller ε."""
+    """The ratio ρ of GRPO. ``token``: each token has its own. ``sequence``: the geometric mean over the trajectory, as
+    in GSPO; it needs a far smaller ε."""
     length_normalization: Literal["sum", "sequence_mean", "token_mean", "group_mean", "constant"] = "sequence_mean"
-    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL: 1, its length, the mean length over the
-    update, the mean length over its group, or a constant. The means are over sequences of its kind, rollouts or traces,
-    in ``token_mean``, and over all members in ``group_mean``."""
+    """Divisor of a trajectory's token sum, the same in GRPO, SFT and GAL. ``sum``: 1. ``sequence_mean``: its length.
+    ``token_mean``: the mean length of the update's rollouts for a rollout, of its traces for a trace. ``group_mean``:
+    the mean length over all members of its group. ``constant``: ``constant_length``."""
     trace_normalization: Literal["same", "sequence_mean", "token_mean"] = "same"
-    """What divides the loss on teachers' traces instead. ``token_mean`` is one mean over the tokens of all traces of
-    the update, however few prompts have one: it does not divide by the prompts."""
+    """Divisor of the loss on teachers' traces. ``same``: as ``length_normalization``. ``sequence_mean``: the length of
+    the trace. ``token_mean``: one mean over the tokens of all traces of the update; it does not divide by the number of
+    prompts, however few of them have a trace."""
     constant_length: int = 8192
-    """The divisor of ``constant``."""
+    """Divisor with ``length_normalization: constant``."""
     clip_low: float | None = 0.2
-    """ε_low: the ratio is clipped below 1 − ε_low; null: it is not."""
+    """ε_low: the ratio is clipped below 1 − ε_low. ``null``: no lower clip."""
     clip_high: float | None = 0.2
-    """ε_high: the ratio is clipped above 1 + ε_high; null: it is not."""
+    """ε_high: the ratio is clipped above 1 + ε_high. ``null``: no upper clip."""
     dual_clip: float | None = None
-    """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO); None: off."""
+    """c > 1: bound the surrogate of a negative advantage at c·A (dual-clip PPO). ``null``: off."""
     kl_coef: Weight = 0.0
-    """β_KL of the k3 penalty against π_ref; a weight."""
+    """β_KL: weight of the KL penalty against π_ref (estimator k3). A weight."""
     entropy_coef: Weight = 0.0
-    """Weight of the mean entropy of π_θ over all response tokens of the update, traces included, which the loss
-    subtracts; a weight."""
+    """Weight of the entropy bonus: the loss subtracts the mean entropy of π_θ over all response tokens of the update,
+    traces included. A weight."""
     normalize_std: bool = True
     """Divide the advantage by the group's standard deviation."""
     advantage_epsilon: float = 1e-6
     """ξ in (R − mean)/(std + ξ)."""
     hard_without_trace: Literal["drop", "opd"] = "drop"
-    """``dypo``: a Hard prompt without a teacher's trace is dropped, or its rollouts are distilled by the teacher of
-    ``teacher_servers``, with weight γ (``objective.opd``)."""
+    """With ``name: dypo``, the fate of a Hard prompt without a teacher's trace. ``drop``: drop it. ``opd``: the teacher
+    of ``teacher_servers`` judges its rollouts token by token (``objective.opd``), with weight γ."""
     rl_only_steps: int = 0
     """Before this step every prompt goes to RL, whatever its tier."""
     sft_steps: int = 0
-    """``sft_then_rl``: steps of the first phase."""
+    """With ``name: sft_then_rl``: steps of the first phase."""
     options: Mapping[str, float | int | bool | str | dict[str, float | int | str]] = field(default_factory=dict)
-    """Options of the objective alone: those of a rival are in docs/rivals.md, and one of yours reads them as
-    ``cfg.options``. A mapping is a weight that changes with the step."""
+    """Options that only this objective has. docs/rivals.md lists those of the rivals; an objective of your own reads
+    them as ``cfg.options``. A mapping is a weight that changes with the step."""
     opd: OpdConfig = field(default_factory=OpdConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -209,7 +215,7 @@ class ObjectiveConfig:
         require(self.preset is None or self.preset in PRESETS, f"preset={self.preset}", f"no such preset; {hint}")
 
     def _require_bounds(self) -> None:
-        """Require what bounds the ratio to be a bound."""
+        """Require the clip bounds to be in their ranges, and present where ``gal_clip`` needs them."""
         low, high = self.clip_low, self.clip_high
         require(low is None or 0 <= low < 1, f"clip_low={low}", "must be null, or in [0, 1)")
         rule = f"must be null, or in [0, {_LARGEST_BOUND:.0e}]"

@@ -1,5 +1,4 @@
-"""Published settings of methods by name: what ``objective.preset`` gives the keys of ``objective`` that a config leaves
-out.
+"""Published settings of methods by name. ``objective.preset`` takes from here the keys that a config leaves out.
 
 A preset holds the objective alone. Learning rates, batches and lengths of the publications are in docs/rivals.md.
 """
@@ -117,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's mapping with the keys that its ``objective.preset`` gives and it does not."""
+    """Return a config's mapping, completed by the keys of its ``objective.preset``."""
     section = tree.get("objective")
     name = section.get("preset") if isinstance(section, Mapping) else None
     if not isinstance(section, Mapping) or not isinstance(name, str) or name not in PRESETS:
@@ -126,7 +125,7 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _over(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``given`` with the keys of ``own`` over it, and options over options."""
+    """Return ``given`` updated by ``own``; their ``options`` are merged in the same way."""
     merged = {**given, **own}
     if isinstance(given.get("options"), Mapping) and isinstance(own.get("options"), Mapping):
         merged["options"] = {**given["options"], **own["options"]}

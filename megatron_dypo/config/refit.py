@@ -14,26 +14,28 @@ class RefitConfig:
     """How new weights reach the servers (refit, or weight sync)."""
 
     transport: Literal["auto", "p2p", "local", "broadcast", "disk"] = "auto"
-    """``p2p``: each trainer rank sends each server rank the slices that it needs, over gloo or NCCL. ``local``: the
-    same through shared memory, for servers on the trainer's host. Both need servers with our loader; those that the run
-    starts have it. ``broadcast``: SGLang's distributed update of whole tensors. ``disk``: a shared folder. ``auto``:
-    the first of ``local``, ``p2p``, ``broadcast`` that all servers support."""
+    """``p2p``: each trainer rank sends each server rank the slices that the server rank needs, over gloo or NCCL.
+    ``local``: the same through shared memory, for servers on the trainer's host. Both need servers with this package's
+    weight loader; servers that the run starts have it. ``broadcast``: SGLang's distributed update of whole tensors.
+    ``disk``: a shared folder. ``auto``: the first of ``local``, ``p2p``, ``broadcast`` that all servers support."""
     verify: Literal["off", "sampled", "full"] = "sampled"
-    """Compare checksums of the bytes sent and received by ``p2p`` and ``local``: of none, of a sixteenth (others in
-    each version), of all."""
+    """How much of the weights to check after ``p2p`` and ``local``, by checksums of the bytes sent and received.
+    ``sampled``: a sixteenth, a different one in each version."""
     quantize: Literal["none", "fp8_block", "fp8_channel"] = "none"
-    """Quantise linear weights before ``p2p`` and ``local`` send them, for servers of such a model: to FP8 e4m3 with a
-    scale for each block of 128×128 (DeepSeek's format) or for each row."""
+    """Quantise linear weights to FP8 e4m3 before ``p2p`` and ``local`` send them, for servers of an FP8 model.
+    ``fp8_block``: a scale for each block of 128×128 (DeepSeek's format). ``fp8_channel``: a scale for each row."""
     offload_servers: bool = False
-    """Let servers release their memory while the trainer needs it, for servers that the run starts on its own GPUs
-    (``rollout.servers.extra_args: [--enable-memory-saver]``)."""
+    """Let servers release their memory while the trainer needs it. Only for servers that the run starts on its own
+    GPUs, with ``rollout.servers.extra_args: [--enable-memory-saver]``."""
     bucket_mib: int = 512
     """MiB of one broadcast bucket; for ``p2p`` and ``local``, MiB of all staging buffers of a rank together."""
     in_flight: Literal["pause", "abort"] = "pause"
-    """Fate of running requests during a refit: they continue with the new weights, or end."""
+    """Fate of running requests during a refit. ``pause``: they wait, then continue with the new weights. ``abort``:
+    they end."""
     deadline_s: float = 600.0
-    """A refit that takes longer fails on all ranks. A server that is killed is found at once. One that hangs costs half
-    of the time that is left, and the other half is for the other servers: allow twice the time of a refit."""
+    """A refit that takes longer than this many seconds fails on all ranks. A server that is killed is noticed at once.
+    A server that hangs uses up half of the time left, and the other servers get the rest: allow twice the time of a
+    refit."""
 
     def __post_init__(self) -> None:
         require_positive(self, "bucket_mib")

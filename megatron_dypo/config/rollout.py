@@ -42,8 +42,8 @@ class ServersConfig:
     urls: tuple[str, ...] = ()
     """Servers that run already, as ``http://HOST:PORT``. Empty: the run starts ``per_node`` servers on its own node."""
     urls_are_restarted: bool = False
-    """Say that servers of ``urls`` are started again when they die, as ``megatron-dypo serve`` does. A refit that
-    finds no server then waits for one until its deadline."""
+    """Set this if something starts the servers of ``urls`` again when they die, as ``megatron-dypo serve`` does. A
+    refit that finds no server then waits for one until its deadline."""
     router: str | None = None
     """URL of a router in front of ``urls`` (sglang-router, as ``megatron-dypo route`` runs it). Requests go to the
     router, refits to each server. The trainer tells the router which servers hold the newest weights."""
@@ -54,7 +54,8 @@ class ServersConfig:
     host: str = "127.0.0.1"
     """Address at which the run's servers listen and are reached. On several nodes, this node's address."""
     port: int = 30000
-    """First port to try. The servers of a node take the next free ports. Stay below the ephemeral range."""
+    """First port to try. The servers of a node take the next free ports. Choose it below the system's ephemeral
+    range."""
     base_gpu: int = 0
     """First GPU of the run's servers. Each server takes the next ``tensor_parallel`` GPUs."""
     mem_fraction: float | None = None
@@ -106,7 +107,7 @@ class ServersConfig:
         require(
             not self.urls_are_restarted or bool(self.urls),
             "urls_are_restarted=true",
-            "needs urls: it says something about those servers",
+            "needs urls: it says that those servers are restarted",
         )
         require(self.router is None or bool(self.urls), f"router={self.router!r}", "needs urls: the servers behind it")
         if self.router is not None:
@@ -125,8 +126,8 @@ class ServersConfig:
 
 
 def _require_free_flags(extra_args: tuple[str, ...]) -> None:
-    """Require SGLang's arguments to repeat no flag that the run sets. argparse accepts shortened flags, so these
-    count too."""
+    """Require SGLang's arguments to repeat no flag that the run sets. Shortened flags count too, since argparse accepts
+    them."""
     for argument in extra_args:
         flag = argument.split("=", 1)[0].strip().split(" ", 1)[0]
         own = [name for name in _OWN_FLAGS if name == flag or (len(flag) > 2 and name.startswith(flag))]

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_dypo.checks import require, require_not_negative, require_positive
 
 MAX_SEED = 2**31
-"""Upper bound of seeds. Servers and NumPy take 32 bits, and some seeds are the run's plus an index."""
+"""Upper bound of seeds. Servers and NumPy take 32 bits, and some seeds are the run's seed plus an index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class RunConfig:
     resume: bool = True
     """Resume from the run folder's checkpoint. ``false``: refuse a run folder that holds one."""
     check_memory: bool = True
-    """On GPUs, refuse a run that does not fit into memory by the arithmetic of ``megatron-dypo plan``."""
+    """On GPUs, refuse a run that does not fit into memory according to ``megatron-dypo plan``."""
     watchdog_s: float = 1800.0
     """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
     other ranks, or for rollouts that still arrive, does not count as hung."""
@@ -75,7 +75,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """The model that is written after the last step."""
+    """The export of the model after the last step."""
 
     hf: bool = True
     """Write the policy as an HF model folder ``<run.dir>/hf``."""

@@ -13,20 +13,20 @@ from megatron_dypo.checks import require, require_not_negative, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A weight by the optimizer step, from 0: up to ``start``, from there to ``end``, and constant after that."""
+    """A weight that changes with the optimizer step: it rises from 0 to ``start``, goes to ``end``, and stays there."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     start: float
     """The weight after the warm-up."""
     end: float
-    """The weight ``steps`` after that, and from then on."""
+    """The weight after ``steps`` more steps, and from then on."""
     steps: int
     """Optimizer steps from ``start`` to ``end``."""
     shape: Literal["constant", "linear", "cosine"] = "cosine"
-    """The way from ``start`` to ``end``; ``constant`` stays at ``start`` and jumps."""
+    """Shape of the change from ``start`` to ``end``; ``constant`` stays at ``start``, then jumps."""
     warmup: int = 0
-    """Optimizer steps, before the others, in which the weight rises from 0 linearly."""
+    """Optimizer steps at the beginning, in which the weight rises linearly from 0."""
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
@@ -47,7 +47,7 @@ class Schedule:
 
 
 Weight: TypeAlias = float | Schedule
-"""A weight of the objective: a number, or one by the step."""
+"""A weight of the objective: a number, or a number for each step."""
 
 
 def weight_at(weight: Weight, step: int) -> float:

@@ -13,14 +13,14 @@ class BatchingConfig:
     """The size of an update, of a rollout batch and of a microbatch."""
 
     prompts_per_update: int = 128
-    """Hard and Mid prompts in one minibatch, which one optimizer step learns from."""
+    """Hard and Mid prompts in one minibatch. One optimizer step learns from one minibatch."""
     updates_per_batch: int = 1
     """Minibatches of ``prompts_per_update`` prompts in one rollout batch. The run collects until the queues hold a
     whole rollout batch, takes one optimizer step for each minibatch, and refits the servers after the last one."""
     epochs_per_batch: int = 1
     """Passes over the minibatches of a rollout batch."""
     max_collect_rounds: int = 8
-    """Rounds of collection after which the run updates with fewer prompts than a rollout batch should hold."""
+    """Rounds of collection after which the run updates even if it has fewer prompts than a whole rollout batch."""
     tokens_per_microbatch: int = 16384
     """Most tokens packed into one microbatch, over all context-parallel ranks. A sequence that is longer gets a
     microbatch of its own."""
@@ -28,7 +28,7 @@ class BatchingConfig:
     """Pad each microbatch so that the tokens on a rank are a multiple of this. The multiple that
     ``model.fp8.recipe`` needs is applied in addition (``Config.token_multiple``)."""
     max_staleness: int = 4
-    """Drop, and count, groups that have waited for more than this many rollout batches."""
+    """Drop and count groups that have waited for more than this many rollout batches."""
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts_per_update", "updates_per_batch", "epochs_per_batch")

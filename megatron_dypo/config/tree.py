@@ -61,13 +61,13 @@ class Config:
         require(
             self.rollout.mode == "sync" or self.objective.importance.is_on() or self.old_logp.source == "server",
             "rollout.mode=async",
-            "samples from older weights: correct for that with objective.importance (cap: 2.0 is usual), or set "
+            "samples come from older weights: correct for that with objective.importance (cap: 2.0 is usual), or set "
             "old_logp.source=server, where the clipped ratio is relative to the weights that sampled",
         )
         require(
             not (self.refit.offload_servers and self.rollout.servers.urls),
             "refit.offload_servers=true",
-            "needs servers that the run starts: those of rollout.servers.urls may serve others",
+            "needs servers that the run starts: those of rollout.servers.urls may have other clients",
         )
         require(
             not (self.refit.offload_servers and self.rollout.mode == "async"),
@@ -82,6 +82,6 @@ class Config:
 
     @property
     def token_multiple(self) -> int:
-        """Multiple to which the tokens of a microbatch on one rank are padded: the user's and the FP8 recipe's
-        together."""
+        """Multiple to which the tokens of a microbatch on one rank are padded: the least common multiple of the user's
+        and the FP8 recipe's."""
         return math.lcm(self.batching.token_multiple, self.model.fp8.token_multiple)

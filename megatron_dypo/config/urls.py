@@ -22,7 +22,7 @@ def require_urls(urls: Sequence[str], name: str) -> None:
     places: dict[tuple[str, int], str] = {}
     for url in urls:
         place = _place(url, name)
-        require(place not in places, f"{name}={url!r}", f"is there twice: {places.get(place)!r} is the same place")
+        require(place not in places, f"{name}={url!r}", f"is given twice: {places.get(place)!r} is the same server")
         places[place] = url
 
 

@@ -1,4 +1,4 @@
-"""The rows of the prompt files: all checked once at opening, each read again when it is asked for."""
+"""The rows of the prompt files. All are checked once at opening; each is read again when it is used."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class PromptDataset:
-    """Rows of JSONL and Parquet files by index; every row is checked at opening, and read again when asked for.
+    """Rows of JSONL and Parquet files by index. Every row is checked at opening, and read again when it is used.
 
-    With a tokenizer the check renders and counts each row too. Holds a few bytes a row, never the rows. Raises one
-    ValueError that lists the first 20 bad rows, each with file, line, field, value and rule, and counts the rest;
-    duplicate ids are bad rows too. With ``data.on_bad_row=skip`` bad rows are no part of it.
+    With a tokenizer the check also renders and counts each row. Only a few bytes for each row are kept in memory. Bad
+    rows raise one ValueError that lists the first 20, each with file, line, field, value and rule, and counts the rest.
+    Duplicate ids are bad rows too. With ``data.on_bad_row=skip`` bad rows are left out instead.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class PromptDataset:
             columns = dataclasses.replace(columns, traces=(), trace_checks=())
         self._source = RowSource(paths, columns, keep_row=data.keep_row, show_progress=show_progress)
         self.check_file: Path | None = None
-        """Where the check's result is kept, for a later opening."""
+        """The file with the check's result, for a later opening."""
         self.checked = self._check(data, tokenizer, cache_dir, show_progress)
-        """The result of the row check, bad rows included; ``numbers`` are the indices of the others."""
+        """The result of the row check, bad rows included; ``numbers`` are the indices of the good rows."""
         settle_bad_rows(self.checked.problems, self._source, data.on_bad_row, cache_dir)
         index = np.int32 if len(self._source) < 2**31 else np.int64
         self.numbers: npt.NDArray[np.signedinteger] = np.delete(
@@ -82,26 +82,26 @@ class PromptDataset:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> PromptRow:
-        """The row at ``row``, 0 ≤ row < len; rows follow each other in the order of files and lines."""
+        """Return the row at ``row``, 0 ≤ row < len. Rows are in the order of files and lines."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         return self._source.row(int(self.numbers[row]))
 
     def prompt_tokens(self, row: int) -> int | None:
-        """Tokens of a row's prompt; None where the data set was opened without a tokenizer."""
+        """Return the number of tokens of a row's prompt; None if the data set was opened without a tokenizer."""
         count = int(self.checked.prompt_tokens[self.numbers[row]])
         return count if count >= 0 else None
 
     def trace_indices(self, row: int) -> dict[str, int]:
-        """Teacher name → index into the check's arrays of traces, for the teachers of a row."""
+        """Return teacher name → index into the check's arrays of traces, for the teachers of a row."""
         start, stop = self.checked.trace_start[self.numbers[row] : self.numbers[row] + 2]
         return {self.checked.teachers[self.checked.trace_teacher[index]]: index for index in range(start, stop)}
 
     def require_text_answers(self, takes_objects: Callable[[str | None, str], bool]) -> None:
-        """Raise ValueError where an answer is an object or a list and the row's verifier takes text only.
+        """Raise ValueError if an answer is an object or a list and the row's verifier takes only text.
 
-        ``takes_objects`` gets a row's own verifier (None: it names none) and its source, once for each two that rows
-        with such answers have.
+        ``takes_objects`` gets a row's own verifier (or None) and its source. It is called once for each such pair among
+        rows with objects or lists as answers.
         """
         checked = self.checked
         with_object = self.numbers[checked.is_object[self.numbers]]
@@ -119,7 +119,7 @@ class PromptDataset:
             )
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Describe each file: name, bytes, rows, sha256, and how many and which of its rows are skipped."""
+        """Describe each file: name, bytes, rows, SHA-256, and the number and identity of its skipped rows."""
         files, first = [], 0
         source = self._source
         bad = np.fromiter(self.checked.problems, np.int64)
@@ -154,7 +154,7 @@ class PromptDataset:
         return checked
 
     def _require_named_columns(self, fields: DataFieldsConfig) -> None:
-        """Raise ValueError where the config names a column that no row has: most likely it is misspelt."""
+        """Raise ValueError if the config names a column that no row has, which is probably a typing error."""
         for option in dataclasses.fields(fields):
             value = getattr(fields, option.name)
             for name in (value,) if isinstance(value, str) else value or ():
@@ -194,11 +194,11 @@ def open_prompts(
 ) -> PromptDataset:
     """Open prompt files and check every row once: parsed, rendered with its template and tokenised.
 
-    The check is kept in ``cache_dir / "data_check"``: a second opening of the same files with the same tokenizer and
-    template reads its result. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. Of a set to evaluate on
-    (``held_out``) traces are not read, and it may lack columns that ``data.fields`` names. Raises ValueError as
-    :class:`PromptDataset`, where every prompt is longer than ``data.max_prompt_tokens``, and where no row has a column
-    that ``data.fields`` names.
+    The result of the check is stored in ``cache_dir / "data_check"``. A second opening of the same files with the same
+    tokenizer and template reads it. Bad rows are listed in ``cache_dir / "bad_rows.jsonl"``. For an evaluation set
+    (``held_out``) traces are not read, and columns that ``data.fields`` names may be missing. Raises ValueError like
+    :class:`PromptDataset`, and if every prompt is longer than ``data.max_prompt_tokens`` or no row has a column that
+    ``data.fields`` names.
     """
     return PromptDataset(
         paths,

@@ -1,4 +1,4 @@
-"""Random access to the rows of JSONL and Parquet files, without holding them in memory."""
+"""Random access to the rows of JSONL and Parquet files, without loading the files into memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowPart(Protocol):
         """1-based line (JSONL) or row (Parquet) of each row."""
 
     def scan(self) -> Iterator[Any]:
-        """Every record in order; a :class:`BadRow` in place of one that cannot be read."""
+        """Yield every record in order, or a :class:`BadRow` for a record that cannot be read."""
 
 
 class RowFile(Protocol):
@@ -33,10 +33,10 @@ class RowFile(Protocol):
     def __len__(self) -> int: ...
 
     def line(self, index: int) -> int:
-        """1-based line (JSONL) or row (Parquet) of a row."""
+        """Return the 1-based line (JSONL) or row (Parquet) of a row."""
 
     def read(self, index: int) -> Any:
-        """The record at ``index``. Raises :class:`BadRow` where the file holds none there."""
+        """Return the record at ``index``. Raises :class:`BadRow` if there is no valid record."""
 
     def parts(self, size: int) -> Sequence[RowPart]:
         """Return the whole file in parts of about ``size`` bytes."""
@@ -59,7 +59,7 @@ _MAGICS = {
 def open_rows(path: Path, columns: Collection[str] | None, required: Collection[str]) -> RowFile:
     """Open a ``.jsonl`` or ``.parquet`` file. Raises ValueError naming the file.
 
-    A Parquet file is read by the ``columns`` that are asked for (None: all), and must have the ``required`` ones.
+    Of a Parquet file only ``columns`` are read (None: all); it must have the ``required`` ones.
     """
     require_kind(path)
     try:
@@ -72,7 +72,7 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
 
 
 def require_kind(path: Path) -> None:
-    """Raise ValueError naming the file where its name or its first bytes are of no prompt file."""
+    """Raise ValueError naming the file unless its name and its first bytes suit a prompt file."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: must end in .jsonl or .parquet")
     try:
@@ -92,7 +92,7 @@ def require_kind(path: Path) -> None:
 
 
 class JsonlFile:
-    """One JSON value a line; the index is a byte offset and a line number for each line that is not blank."""
+    """A file with one JSON value per line. Its index has byte offset and number of each line that is not blank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,7 +116,7 @@ class JsonlFile:
 
     def read(self, index: int) -> Any:
         start, end = self._offsets[index], self._offsets[index + 1]
-        # pread leaves the shared file position alone: safe from any thread.
+        # pread does not change the shared file position, so any thread may use it.
         raw = os.pread(self._file.fileno(), end - start, start)
         return _record(raw, is_first=start == 0, is_cut=self._is_open_ended and index == len(self) - 1)
 
@@ -145,7 +145,7 @@ class JsonlPart:
 
     path: Path
     offsets: array[int]
-    """Where each row begins, and where the last ends."""
+    """Offset of each row, followed by the end of the last row."""
     lines: array[int]
     is_cut: bool
     """Whether the last row ends without a line break."""
@@ -161,13 +161,13 @@ class JsonlPart:
 
 
 def _record(raw: bytes, *, is_first: bool, is_cut: bool) -> Any:
-    """Read the JSON of one line; ``is_cut``: the file ends there without a line break."""
+    """Read the JSON of one line. ``is_cut``: whether the file ends there without a line break."""
     try:
         # Editors on Windows put a byte order mark before the first line.
         return parse_json(raw.rstrip().decode("utf-8-sig" if is_first else "utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"byte {error.start} of the line is not UTF-8") from error
     except Broken as broken:
-        is_cut = is_cut and broken.rule.startswith("is not JSON")  # other rules are of a whole value
+        is_cut = is_cut and broken.rule.startswith("is not JSON")  # other rules concern a complete value
         end = "; the file ends here, without a line break: it may have been cut off" if is_cut else ""
         raise BadRow(f"{broken.rule}{end}") from broken

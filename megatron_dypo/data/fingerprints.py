@@ -1,4 +1,4 @@
-"""The fingerprints of prompt files that a checkpoint stores, and how files that a run finds later differ from it."""
+"""Comparison of prompt files with the fingerprints in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron_dypo.config.words import counted
 
 
 def compare_fingerprints(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return one line for each difference between two of ``PromptDataset.fingerprint()``; [] where they are equal.
+    """Return one line for each difference between two results of ``PromptDataset.fingerprint()``; [] if they are equal.
 
-    Where they differ, positions in the stream of prompts mean other rows.
+    If they differ, positions in the stream of prompts mean other rows.
     """
     old_names, new_names = [file["name"] for file in old], [file["name"] for file in new]
     if old_names != new_names:

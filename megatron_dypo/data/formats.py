@@ -11,7 +11,7 @@ from megatron_dypo.config.data import DataFieldsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of the columns of a prompt file, with none left open; '' and () where there is no such column."""
+    """The resolved names of the columns of a prompt file; '' and () if there is no such column."""
 
     prompt: str = "prompt"
     answer: str = "answer"
@@ -30,8 +30,8 @@ class Columns:
 
 FORMATS: Mapping[str, Columns] = {
     "plain": Columns(source="source", traces=("traces",), id="id", verifier="verifier"),
-    # examples/data_preprocess of verl; `target` is LUFFY's. No id: `extra_info.index` restarts in each set, and DAPO's
-    # repeats with its rows.
+    # examples/data_preprocess of verl; `target` is from LUFFY. No id: `extra_info.index` restarts in each set, and in
+    # DAPO's data it repeats.
     "verl": Columns(answer="reward_model.ground_truth", source="data_source", traces=("target",)),
     # docs/en/get_started/usage.md of slime.
     "slime": Columns(answer="label", source="metadata.source_name", traces=("traces",)),
@@ -51,7 +51,7 @@ FORMATS: Mapping[str, Columns] = {
 
 
 def columns_of(format_name: str, fields: DataFieldsConfig) -> Columns:
-    """Return the columns of ``format_name``, with those that ``fields`` names in their place."""
+    """Return the columns of ``format_name``, replaced by those that ``fields`` names."""
     given = {}
     for option in dataclasses.fields(fields):
         value = getattr(fields, option.name)

@@ -17,16 +17,16 @@ from megatron_dypo.data.rows import BadRow
 from megatron_dypo.data.values import shown
 
 CACHED_BYTES = 512 * 2**20
-"""Row groups that a Parquet file keeps in memory, as Arrow tables; one group is kept whatever its size."""
+"""Bytes of row groups that are kept in memory as Arrow tables. At least one group is kept, of any size."""
 _BATCH_ROWS = 1024
-"""Rows that are made into Python objects at a time."""
+"""Number of rows that are converted to Python objects at a time."""
 _UNREADABLE = (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError)
-"""Exceptions that pyarrow raises on damaged bytes: its own errors, OSError for compression and Thrift, the others for
+"""Exceptions that pyarrow raises for damaged bytes: its own errors, OSError for compression and Thrift, the others for
 values."""
 
 
 class ParquetFile:
-    """Reads only the columns that are asked for; keeps the row groups used last."""
+    """A Parquet file. Only requested columns are read, and the last used row groups are kept in memory."""
 
     def __init__(self, path: Path, columns: Collection[str] | None, required: Collection[str]) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class ParquetFile:
             yield from part.scan()
 
     def parts(self, size: int) -> list[ParquetPart]:
-        # A row group is the least that Parquet reads, whatever its size.
+        # Parquet can only read whole row groups.
         return [
             ParquetPart(path=self.path, group=group, start=start, stop=stop, columns=self._columns)
             for group, (start, stop) in enumerate(itertools.pairwise(self._starts))
@@ -77,9 +77,9 @@ class ParquetFile:
         self._file.close()
 
     def head(self, count: int) -> list[Any]:
-        """Read the first records, without the rest of their row group; a :class:`BadRow` for one without a meaning.
+        """Read the first records without the rest of their row group; a :class:`BadRow` for an invalid record.
 
-        Raises ValueError where the file is damaged there.
+        Raises ValueError if the file is damaged there.
         """
         try:
             batches = self._file.iter_batches(batch_size=count, columns=self._columns)
@@ -114,9 +114,9 @@ class ParquetPart:
         return range(self.start + 1, self.stop + 1)
 
     def scan(self) -> Iterator[Any]:
-        """Yield every record; a :class:`BadRow` in place of one with a value that has no meaning.
+        """Yield every record, or a :class:`BadRow` for a record with an invalid value.
 
-        Raises ValueError with file, row group and rows where the group is damaged: it says nothing of any of its rows.
+        Raises ValueError with file, row group and rows if the group is damaged, since then none of its rows is known.
         """
         with _open(self.path) as file:
             table = self.table(file)
@@ -176,7 +176,7 @@ def _record(row: pyarrow.Table) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrow maps come as lists of pairs: make them dicts, as JSON has them."""
+    """Turn Arrow maps, which are lists of pairs, into dicts as in JSON."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if not isinstance(value, list):

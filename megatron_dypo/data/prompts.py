@@ -1,4 +1,4 @@
-"""Prompts for a run: the seeded, endless, shardable stream of tokenised rows."""
+"""Prompts for a run: a seeded, endless stream of tokenised rows that can be divided over replicas."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class DropCounts:
-    """The prompts and traces that some draws dropped."""
+    """Counts of prompts and traces that draws dropped."""
 
     too_long: tuple[int, ...] = ()
     """Positions (``Prompt.order``) of prompts longer than ``max_prompt_tokens``, in ascending order."""
     traces: int = 0
     """Traces longer than ``max_trace_tokens``; their prompts are kept."""
     wrong_traces: int = 0
-    """Traces that the verifier calls wrong, where ``drop_wrong_traces`` is on; their prompts are kept."""
+    """Wrong traces, with ``drop_wrong_traces``; their prompts are kept."""
 
     @property
     def prompts(self) -> int:
@@ -55,11 +55,12 @@ class DropCounts:
 
 
 class PromptStream:
-    """The endless sequence of draws of a run: each epoch is a permutation of the rows.
+    """The endless sequence of draws of a run. Each epoch is a permutation of the rows.
 
-    The row at a position is a pure function of (seed, position): the cursor is all there is to save, and shards of
-    any number of ranks agree. ``verdicts`` (:func:`megatron_dypo.data.row_check.verdicts.wrong_traces`) are needed
-    where ``data.drop_wrong_traces`` is on and draws come with traces.
+    The row at a position is a pure function of (seed, position). So a checkpoint needs only the position, and the
+    sequence is the same for any number of replicas. ``verdicts``
+    (:func:`megatron_dypo.data.row_check.verdicts.wrong_traces`) are needed with ``data.drop_wrong_traces`` if draws
+    have traces.
     """
 
     def __init__(
@@ -81,20 +82,20 @@ class PromptStream:
             raise ValueError(f"data.teachers={unknown}: no row has a trace of theirs; the data's teachers are {known}")
         self._dataset, self._tokenizer, self._data, self._seed = dataset, tokenizer, data, seed
         self._verdicts = verdicts
-        # Two epochs: a draw may straddle their boundary.
+        # Keep two epochs, since a call may cross their boundary.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, seed, len(dataset)))
 
     def take(self, start: int, count: int, shard: int = 0, num_shards: int = 1) -> tuple[list[Prompt], DropCounts]:
         """Return the draws at positions [start, start + count) that are ≡ ``shard`` modulo ``num_shards``, tokenised.
 
-        Prompts over the length limit are missing: ``DropCounts.too_long`` has their positions. ``Prompt.order`` is the
+        Prompts over the length limit are left out; ``DropCounts.too_long`` has their positions. ``Prompt.order`` is the
         position, ``Prompt.visit`` the epoch.
         """
         first = start + (shard - start) % num_shards
         return self.at(range(first, start + count, num_shards))
 
     def at(self, positions: Sequence[int]) -> tuple[list[Prompt], DropCounts]:
-        """Return the draws at these positions, as :meth:`take` gives them."""
+        """Return the draws at these positions, like :meth:`take`."""
         rows = [self._row_at(position) for position in positions]
         visits = [position // len(self._dataset) for position in positions]
         return self._prompts(rows, positions, visits, with_traces=True)
@@ -123,12 +124,12 @@ class PromptStream:
     def _prompts(
         self, rows: Sequence[int], orders: Sequence[int], visits: Sequence[int], *, with_traces: bool
     ) -> tuple[list[Prompt], DropCounts]:
-        # Rows are read in file order, so that each Parquet row group is decoded once.
+        # Read rows in file order, so that each Parquet row group is decoded once.
         found: dict[int, Prompt] = {}
         too_long, num_long_traces, num_wrong_traces = [], 0, 0
         for i in sorted(range(len(rows)), key=rows.__getitem__):
             tokens = None
-            # A prompt that is known to be too long is not tokenised again at each draw.
+            # Do not tokenise a prompt that is known to be too long.
             if (self._dataset.prompt_tokens(rows[i]) or 0) <= self._data.max_prompt_tokens:
                 row = self._dataset[rows[i]]
                 tokens = self._prompt_tokens(row)
@@ -149,7 +150,7 @@ class PromptStream:
             raise ValueError(f"prompt {row.prompt_id}: {error}") from error
 
     def _traces(self, number: int, row: PromptRow, prompt: Tokens) -> tuple[dict[str, Tokens], int, int]:
-        """Return the traces to learn from, and how many are too long and how many are wrong."""
+        """Return the traces to learn from, the number of traces that are too long, and the number of wrong ones."""
         wanted = row.traces if self._data.teachers is None else self._data.teachers
         index_of = self._dataset.trace_indices(number)
         kept: dict[str, Tokens] = {}
@@ -177,10 +178,10 @@ class PromptStream:
 
 
 def epoch_order(seed: int, num_rows: int, epoch: int) -> npt.NDArray[np.int64]:
-    """[num_rows] The permutation of one epoch: a pure function of (seed, epoch).
+    """Return [num_rows] the permutation of one epoch, a pure function of (seed, epoch).
 
-    Sorts raw Philox words, which NumPy keeps the same in every version (its ``permutation`` it does not), so that a
-    run resumed with another NumPy draws the same.
+    It sorts raw Philox words, which are the same in every version of NumPy (unlike its ``permutation``). So a run that
+    is resumed with another NumPy draws the same rows.
     """
     words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(num_rows)
     return np.argsort(words, kind="stable")

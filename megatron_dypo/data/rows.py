@@ -1,4 +1,4 @@
-"""One row of prompt data: what it holds, and the rule for each field."""
+"""One row of prompt data: its fields, and the rule for each field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_dypo.data.values import (
 
 
 class BadRow(ValueError):  # noqa: N818 (it is collected into one ValueError, never shown by its name)
-    """A row that breaks rules; ``problems`` has one ``field=value: rule`` for each."""
+    """A row that breaks rules. ``problems`` has one text ``field=value: rule`` for each."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
@@ -45,18 +45,18 @@ class PromptRow:
     traces: Mapping[str, str]
     """Teacher name → text, for the teachers that the row has."""
     num_failed_checks: int = 0
-    """Traces that are left out because a column of ``data.fields.trace_checks`` does not say true."""
+    """Number of traces left out because a column of ``data.fields.trace_checks`` is not true."""
     verifier: str | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The columns that no field is read from; empty unless they are to be kept."""
+    """The columns from which no field is read; empty without ``data.keep_row``."""
 
 
 def parse_row(
     record: object, columns: Columns, *, default_id: str, default_source: str, keep_row: bool = False
 ) -> PromptRow:
-    """Check one record and give its fields their types.
+    """Check one record and convert its fields.
 
-    A null in an optional field, or in place of one teacher's trace, is the same as its absence; so is an empty source.
+    A null in an optional field or in place of one teacher's trace counts as missing, and so does an empty source.
     Raises :class:`BadRow` with every broken rule.
     """
     if not isinstance(record, dict):
@@ -79,7 +79,7 @@ def parse_row(
 
 
 class _Reader:
-    """Reads fields of one record and collects what is wrong with them."""
+    """Reads the fields of one record and collects their problems."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self._record = record
@@ -104,7 +104,7 @@ class _Reader:
         num_failed = 0
         for name in columns.traces:
             read = functools.partial(read_traces, name, checks=given)
-            # None where a broken rule was noted.
+            # None if a broken rule was noted.
             found, failed = self.optional(name, read, None) or ({}, 0)
             twice = sorted(traces.keys() & found.keys())
             if twice:
@@ -198,7 +198,7 @@ def _prompt(value: Any) -> str | list[Message]:
 
 
 def _messages_in(text: str) -> list[Message] | None:
-    """Return chat messages that were written as JSON in a string (as table formats without lists have them)."""
+    """Return chat messages that are written as JSON in a string, as in table formats without lists."""
     if not (text.startswith("[") and '"role"' in text and '"content"' in text):
         return None
     try:
@@ -219,6 +219,6 @@ def _kept(value: Any) -> Any:
 
 
 def _check_kept(value: Any) -> None:
-    # Parquet has dates, decimals and bytes besides: a verifier may take them.
+    # Parquet also has dates, decimals and bytes, which a verifier may accept.
     if isinstance(value, str | list | dict | HugeInteger):
         check_tree(value)

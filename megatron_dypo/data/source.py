@@ -1,4 +1,4 @@
-"""The prompt files of one data set: where each row is, what it is called, and whether the files are still the same."""
+"""The prompt files of one data set: place and name of each row, and whether the files have changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HASH_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class RowParser:
-    """Parses the records of one file; another process can have it."""
+    """Parses the records of one file. It can be sent to another process."""
 
     name: str
     """Name of the file in ids and sources."""
@@ -40,9 +40,9 @@ class RowParser:
 
 
 class RowSource:
-    """Rows of JSONL and Parquet files by index, in the order of files and lines, bad ones included.
+    """Rows of JSONL and Parquet files by index, in the order of files and lines, bad rows included.
 
-    Holds a few bytes a row, never the rows. Raises ValueError naming the file that cannot be used.
+    Only a few bytes for each row are kept in memory. Raises ValueError naming a file that cannot be used.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class RowSource:
         read = None if keep_row else columns.names
         self.files: list[RowFile] = [open_rows(path, read, (columns.prompt, columns.answer)) for path in files]
         self.names = distinct_names(files)
-        """Name of each file in ids: its own, after those of its folders where two files have the same."""
+        """Name of each file in ids, with names of its folders if two files have the same name."""
         self._parsers = [RowParser(name=name, columns=columns, keep_row=keep_row) for name in self.names]
         _require_once(files)
-        # Held open: a file that is replaced by another of its name stays what it was for this run.
+        # Keep the files open: if a file is replaced, this run still reads the old one.
         self._handles = [path.open("rb") for path in files]
         self._stats = [_stat(handle) for handle in self._handles]
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
@@ -74,7 +74,7 @@ class RowSource:
         return [size for size, _ in self._stats]
 
     def row(self, index: int) -> PromptRow:
-        """Read a row. Raises ValueError where its file is no longer what it was."""
+        """Read a row. Raises ValueError if its file has changed."""
         number, inside = self._locate(index)
         file = self.files[number]
         self._require_unchanged(number, self.place(index))
@@ -99,7 +99,7 @@ class RowSource:
         return [(parser, part) for parser, file in files for part in file.parts(size)]
 
     def require_unchanged(self) -> None:
-        """Raise ValueError naming the first file that another process would not find as it was when it was opened."""
+        """Raise ValueError naming the first file whose content, as another process would read it, has changed."""
         for number, (file, handle) in enumerate(zip(self.files, self._handles, strict=True)):
             try:
                 is_same = os.path.samestat(file.path.stat(), os.fstat(handle.fileno()))
@@ -122,14 +122,14 @@ class RowSource:
         now = _stat(self._handles[number])
         if now == self._stats[number]:
             return
-        # A copy or a touch changes the time alone.
+        # The time alone may change, by a copy or touch.
         if now[0] != self._stats[number][0] or _sha256(self._handles[number]) != self.hashes[number]:
             raise ValueError(f"{place}: the file has changed since it was opened")
         self._stats[number] = now
 
 
 def distinct_names(paths: list[Path]) -> list[str]:
-    """Name each file by the fewest last parts of its path that tell it from the other files."""
+    """Name each file by the shortest end of its path that distinguishes it from the other files."""
     wholes = [path.absolute() for path in paths]
     names = []
     for path in wholes:
@@ -158,7 +158,7 @@ def _stat(handle: BinaryIO) -> tuple[int, int]:
 def _sha256(handle: BinaryIO, update: Callable[[int], object] | None = None) -> str:
     digest = hashlib.sha256()
     offset = 0
-    # By offset, so that threads may share the handle.
+    # Read by offset, so that threads may share the handle.
     while block := os.pread(handle.fileno(), _HASH_BYTES, offset):
         digest.update(block)
         offset += len(block)

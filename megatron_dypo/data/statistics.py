@@ -1,5 +1,4 @@
-"""The contents of a data set, for a table at a run's start: lengths, drops, and each teacher's coverage and
-accuracy."""
+"""Statistics of a data set for a table at a run's start: lengths, drops, and each teacher's coverage and accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from megatron_dypo.data.row_check.verdicts import TraceVerdicts
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Quantiles of token counts; each is the count of some prompt or trace."""
+    """Quantiles of token counts. Each is the length of some prompt or trace."""
 
     shortest: int
     median: int
@@ -33,9 +32,9 @@ class PromptStatistics:
     num_skipped: int
     """Bad rows that are left out (``data.on_bad_row=skip``)."""
     num_too_long: int
-    """Rows that are drawn and dropped: longer than ``data.max_prompt_tokens``."""
+    """Rows longer than ``data.max_prompt_tokens``, which are drawn and dropped."""
     num_without_trace: int
-    """Rows without a trace that may be used, of any teacher in use; where Hard, they are dropped."""
+    """Rows without a usable trace of any teacher in use. If Hard, they are dropped."""
     num_failed_checks: int
     """Traces left out by ``data.fields.trace_checks``."""
     lengths: Lengths
@@ -47,10 +46,10 @@ class TeacherStatistics:
 
     teacher: str
     is_used: bool
-    """Whether ``data.teachers`` has it."""
+    """Whether ``data.teachers`` includes this teacher."""
     num_traces: int
     coverage: float
-    """Share of the rows that have a trace of it."""
+    """Share of the rows that have a trace of this teacher."""
     num_too_long: int
     """Traces longer than ``data.max_trace_tokens``: dropped."""
     num_right: int
@@ -58,11 +57,11 @@ class TeacherStatistics:
     num_no_verdict: int
     """Traces on which the verifier failed. Traces that are not used are not judged."""
     lengths: Lengths | None
-    """Lengths of its traces as targets; None where all rows that have one are bad."""
+    """Lengths of its traces as targets; None if all rows with one are bad."""
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right ones among those with a verdict; None where there is no verdict."""
+        """Share of right traces among those with a verdict; None without a verdict."""
         judged = self.num_right + self.num_wrong
         return self.num_right / judged if judged else None
 

@@ -1,4 +1,4 @@
-"""The table of teachers that a run's start and ``megatron-dypo check`` show."""
+"""The table of teachers, which the start of a run and ``megatron-dypo check`` show."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ _HEADER = (
 
 
 def teacher_table(dataset: PromptDataset, data: DataConfig, verdicts: TraceVerdicts | None = None) -> list[str]:
-    """Return a line for each teacher, under a header: traces, coverage, lengths in tokens, accuracy, how many were
-    judged.
+    """Return a header and a line for each teacher: traces, coverage, lengths in tokens, accuracy, number judged.
 
-    Empty where no row has a trace. Without ``verdicts`` nothing is said of accuracy.
+    The table is empty if no row has a trace. Without ``verdicts`` it has no accuracy.
     """
     return render_teachers(teacher_statistics(dataset, data, verdicts))
 
 
 def render_teachers(teachers: list[TeacherStatistics]) -> list[str]:
-    """Return the lines of :func:`teacher_table` for statistics that are there already."""
+    """Return the lines of :func:`teacher_table` for given statistics."""
     if not teachers:
         return []
     rows = [_HEADER, *(_cells(teacher) for teacher in teachers)]
@@ -44,7 +43,7 @@ def render_teachers(teachers: list[TeacherStatistics]) -> list[str]:
 
 
 def accuracy_text(teacher: TeacherStatistics) -> str:
-    """Say which share of a teacher's judged traces is right, with its 95% Wilson interval."""
+    """Return, as text, the share of right traces of a teacher among those judged, with its 95% Wilson interval."""
     if teacher.accuracy is None:
         return "not judged"
     low, high = wilson_interval(teacher.accuracy, teacher.num_right + teacher.num_wrong)

@@ -1,4 +1,4 @@
-"""Which teacher a Hard prompt learns from (paper, eq. 5 and 20)."""
+"""The draw of the teacher for a prompt (paper, eq. 5 and 20)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_dypo.types import Prompt, Tokens
 
 
 def draw_trace(prompt: Prompt, seed: int) -> tuple[str, Tokens] | None:
-    """Draw one teacher uniformly from those that have a trace for ``prompt``: its name and its [R] target tokens.
+    """Draw one teacher uniformly from those with a trace for ``prompt``; return its name and its [R] target tokens.
 
-    A pure function of (seed, ``prompt_id``, ``visit``) and of the names present: the same in every process, on every
-    rank and after a resume. None if no teacher is present.
+    The draw is a pure function of (seed, ``prompt_id``, ``visit``) and the names present. So it is the same in every
+    process, on every rank and after a resume. Return None if no teacher is present.
     """
     names = sorted(prompt.traces)
     if not names:

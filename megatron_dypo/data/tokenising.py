@@ -1,4 +1,4 @@
-"""Rows to token ids: the prompt with its template, and a trace as a target."""
+"""From rows to token ids: the prompt with its template, and a trace as a target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPACES_AFTER_TAG = ("\n", "\n\n", "", " ")
 
 
 def render_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, data: DataConfig) -> Tokens:
-    """Return the [L] token ids of a prompt, with the header of the answer. Raises ValueError where there is no text."""
+    """Return the [L] token ids of a prompt, with the header of the answer. Raises ValueError if there is no text."""
     ids = tokenizer.render(prompt, data.chat_template)
     if not tokenizer.decode(ids[-256:]).strip() and not tokenizer.decode(ids).strip():
         raise ValueError("renders to nothing but special tokens and white space")
@@ -47,15 +47,15 @@ def make_prompt(
 def end_trace(text: str, tokenizer: Tokenizer, prompt: Sequence[int] | Tokens = ()) -> Tokens:
     """Return a teacher's trace as a target: [R] token ids that end with ``eos_id`` once, however the text ended.
 
-    Stop tokens at the end, and white space after them, are replaced. Where the ``prompt`` [L] ends with a tag that the
-    trace begins with (``<think>`` of templates that open the thinking themselves), the trace is without it.
+    Stop tokens at the end, and white space after them, are replaced. If the ``prompt`` [L] ends with the tag with which
+    the trace begins (``<think>``, if a template opens the thinking), the tag is removed from the trace.
     """
     ids = tokenizer.encode(text[_repeated(text, tokenizer, prompt) :])
     return np.asarray([*ids[: _end(ids, tokenizer)], tokenizer.eos_id], dtype=np.int32)
 
 
 def require_target(target: Tokens, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where a target of :func:`end_trace` is empty, or goes on after a stop token."""
+    """Raise ValueError if a target of :func:`end_trace` is empty or goes on after a stop token."""
     if len(target) == 1:
         raise ValueError("has nothing but stop tokens and what the prompt ends with")
     inner = np.flatnonzero(np.isin(target[:-1], tokenizer.eos_ids))
@@ -66,7 +66,7 @@ def require_target(target: Tokens, tokenizer: Tokenizer) -> None:
 
 
 def _end(ids: Sequence[int], tokenizer: Tokenizer) -> int:
-    """Return where the text ends: before its last stop tokens and the white space between them."""
+    """Return the end of the text, before its last stop tokens and the white space between them."""
     end = index = len(ids)
     while index:
         index -= 1
@@ -78,12 +78,12 @@ def _end(ids: Sequence[int], tokenizer: Tokenizer) -> int:
 
 
 def _repeated(text: str, tokenizer: Tokenizer, prompt: Sequence[int] | Tokens) -> int:
-    """Return how many characters at the start of a trace the prompt ends with already."""
+    """Return how many characters at the start of a trace are already at the end of the prompt."""
     found = _LEADING_TAGS.match(text)
     if found is None or len(prompt) == 0:
         return 0
     tail = [int(token) for token in prompt[-64:]]
-    # Tags may be special tokens, which have no text, or plain text, whose ids depend on what is before them.
+    # Tags may be special tokens, which have no text, or plain text, whose ids depend on the text before them.
     tail_text = tokenizer.decode(tail)
     for tag in reversed(list(re.finditer(_TAG, found.group(1)))):
         tags = found.group(1)[: tag.end()]

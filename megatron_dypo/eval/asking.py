@@ -1,4 +1,4 @@
-"""Asking an endpoint for many responses at once; each is judged and recorded as it comes."""
+"""Requests for many responses at once. Each response is judged and recorded soon after it comes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_dypo.types import DropReason
 Replies = Sequence[tuple[EvalPrompt, Reply]]
 
 _MAX_FAILURES = 16
-"""Responses in a row that every attempt failed for, before the endpoint is given up."""
+"""Number of responses in a row for which every attempt may fail before the endpoint is given up."""
 _MAX_BATCH = 512
 """Responses that are judged together."""
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("megatron_dypo")
 
 
 class EndpointFailedError(Exception):
-    """The endpoint gives no response that can be used."""
+    """The endpoint gives no usable response."""
 
     cause = Cause.SERVERS_GONE
 
@@ -41,15 +41,15 @@ def ask_all(
     bar: Progress,
     watch: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
-    """Ask for a response to each prompt, ``in_flight`` at once; give responses to ``record`` soon after they came.
+    """Ask for a response to each prompt, ``in_flight`` at once; pass responses to ``record`` soon after they come.
 
-    A response that cannot be had is lost, and said. Whatever ends the asking, the responses that came before are
-    recorded first.
+    A response that does not come is counted as lost and logged. Even if the function ends with an error, all responses
+    that came before are recorded.
 
     Args:
-        prompts: taken as places become free.
-        record: called in a thread, with some responses at a time, never by two threads at once.
-        watch: runs beside the requests until they are done; it raises when the servers are lost for good.
+        prompts: drawn when a place becomes free.
+        record: called with some responses at a time, in a thread, but never by two threads at once.
+        watch: runs while there are requests; it raises when the servers are lost for good.
 
     Raises:
         NoServerError: every server is gone.

@@ -1,4 +1,4 @@
-"""The APIs that a response may come by: SGLang's own, and OpenAI's chat and completions."""
+"""The supported APIs for responses: SGLang's own, and OpenAI's chat and completions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _BYTES_PER_ANSWER = 2**20
 
 
 class Endpoint(Protocol):
-    """Something that answers prompts."""
+    """An API that answers prompts."""
 
     @property
     def client(self) -> HttpClient:
         """The client of its servers."""
 
     async def ask(self, prompt: EvalPrompt) -> Reply:
-        """Return one response; raises as :meth:`megatron_dypo.rollout.http_client.HttpClient.exchange`."""
+        """Return one response. Raises as in :meth:`megatron_dypo.rollout.http_client.HttpClient.exchange`."""
 
 
 class SGLangEndpoint:
-    """SGLang servers by their own API: token ids in, token ids out, as in training."""
+    """SGLang servers with their own API: token ids in, token ids out, as in training."""
 
     def __init__(self, client: SGLangClient, settings: Mapping[str, SetSettings]) -> None:
         self.client, self._settings = client, settings
@@ -96,12 +96,12 @@ class OpenAIEndpoint:
 
 
 def as_messages(plain: str | list[Message]) -> list[Message]:
-    """Return a prompt as messages: a text is one of the user."""
+    """Return a prompt as messages; a text becomes one message of the user."""
     return [{"role": "user", "content": plain}] if isinstance(plain, str) else plain
 
 
 def _read(api: Literal["chat", "completions"], url: str, answer: Answer) -> Reply:
-    """Return the response of an answer. Raises :class:`AttemptError` for one that is no whole response."""
+    """Return the response in an answer. Raises :class:`AttemptError` if it is not a whole response."""
     problem = f"no response as OpenAI's {api} API gives it: {answer.shown}"
     payload = answer.payload
     choices = payload.get("choices") if isinstance(payload, dict) else None
@@ -124,7 +124,7 @@ def _read(api: Literal["chat", "completions"], url: str, answer: Answer) -> Repl
 
 
 def _text(choice: dict[str, Any], api: str) -> str | None:
-    """Return the text of a response, with the thinking that a server has parted from it."""
+    """Return the text of a response, including thinking that the server returned separately."""
     if api == "completions":
         text = choice.get("text")
         return text if isinstance(text, str) else None
@@ -133,7 +133,7 @@ def _text(choice: dict[str, Any], api: str) -> str | None:
         return None
     content, thinking = message.get("content"), message.get("reasoning_content")
     if isinstance(thinking, str) and thinking:
-        # A response that was cut while it thought has no content, and its thinking has no end.
+        # A response that was truncated during its thinking has no content, and its thinking has no end.
         closing = "\n</think>\n" if isinstance(content, str) and content else ""
         return f"<think>\n{thinking}{closing}{content or ''}"
     return content if isinstance(content, str) else None

@@ -1,4 +1,4 @@
-"""Figures of a set from the verdicts of its responses: avg@n, pass@k and maj@k. All of it is arithmetic on counts.
+"""Figures of a set from the verdicts on its responses: avg@n, pass@k and maj@k. Pure arithmetic on counts.
 
 Suffixes: P items (prompts); n responses to an item, of which c are correct.
 """
@@ -15,14 +15,14 @@ from megatron_dypo.metrics.intervals import accuracy_interval
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """The answers of the responses to one item, as a majority counts them."""
+    """The votes for answers among the responses to one item."""
 
     correct: int = 0
-    """Correct responses. They all give the right answer, so they vote for the same one, however it is written."""
+    """Number of correct responses. They all vote for the right answer, however they write it."""
     wrong: Mapping[str, int] = field(default_factory=dict)
-    """Wrong answer → the responses that give it."""
+    """Wrong answer → number of responses that give it."""
     abstained: int = 0
-    """Responses that state no answer; they vote for nothing."""
+    """Number of responses that state no answer; they do not vote."""
 
     @property
     def total(self) -> int:
@@ -36,7 +36,7 @@ def shown_ks(n: int) -> list[int]:
 
 
 def avg_at_n(correct_P: Sequence[int], samples_P: Sequence[int]) -> float | None:
-    """Return the share of correct responses among all; None where there are none."""
+    """Return the share of correct responses; None without responses."""
     return sum(correct_P) / sum(samples_P) if sum(samples_P) else None
 
 
@@ -71,9 +71,9 @@ def mean_pass_at_k(correct_P: Sequence[int], samples_P: Sequence[int], k: int) -
 def maj_at_k(votes: Votes, k: int) -> float:
     """Return the chance that the majority of ``k`` of the item's responses is correct.
 
-    It is the exact mean over all choices of ``k`` of the ``n`` responses. A majority is the answer with most votes;
-    where several have the most, each is taken with the same chance. Without any vote there is no majority, which is
-    not correct.
+    It is the exact mean over all choices of ``k`` of the ``n`` responses. The majority is the answer with the most
+    votes. If several answers have the most, each is chosen with the same probability. Without any vote there is no
+    majority, which counts as not correct.
 
     Raises:
         ValueError: not 1 ≤ k ≤ n.
@@ -87,8 +87,8 @@ def maj_at_k(votes: Votes, k: int) -> float:
 
 
 def _unbeaten(votes: Votes, size: int, t: int) -> float:
-    """Sum 1 / (1 + j) over the choices of ``size`` other responses in which no wrong answer has more than ``t`` votes,
-    and j wrong answers have ``t``."""
+    """Sum 1 / (1 + j) over the choices of ``size`` other responses in which no wrong answer has more than ``t`` votes;
+    j is the number of wrong answers with exactly ``t`` votes."""
     free = votes.abstained + sum(count for count in votes.wrong.values() if count < t)
     # Number of choices by (responses chosen, ties). Abstentions and rare answers can neither win nor tie.
     ways = {(chosen, 0): math.comb(free, chosen) for chosen in range(min(free, size) + 1)}

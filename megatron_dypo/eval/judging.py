@@ -1,4 +1,4 @@
-"""Responses → records: which verifier judges a row, what the record says, and which answer the response states."""
+"""Responses → records: the verifier of each row, the verdict, and the answer that the response states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRUNCATED = Verdict(is_correct=False, reward=0.0)
 
 
 def judge(replies: Sequence[tuple[EvalPrompt, Reply]], verifier: Verifier, cfg: GradingConfig) -> list[Record]:
-    """Return the records of responses. With ``cfg.fail_truncated`` a truncated one is wrong and is not verified."""
+    """Return the records of responses. With ``cfg.fail_truncated`` truncated responses are wrong and not verified."""
     is_judged = [not (cfg.fail_truncated and reply.truncated) for _, reply in replies]
     pairs = [pair_of(prompt, reply.text) for (prompt, reply), judged in zip(replies, is_judged, strict=True) if judged]
     verdicts = iter(verifier.verify(pairs))
@@ -72,13 +72,13 @@ def grading_of_sets(grading: GradingConfig, cfg: EvalConfig) -> GradingConfig:
 
 
 def verifiers_of_sets(grading: GradingConfig, cfg: EvalConfig) -> dict[str, str]:
-    """Return verifier → key for those that sets alone name."""
+    """Return verifier → key for the verifiers that only sets name."""
     known = {*BUILT_IN_VERIFIERS, *(name for _, name in grading.named_verifiers())}
     return {name: key for key, name in cfg.verifiers().items() if name not in known}
 
 
 def check_sets(sets: Mapping[str, EvalSet], grading: GradingConfig, verifier: Verifier) -> None:
-    """Hold the rows of evaluation sets against the verifiers that will judge them, before anything is sampled.
+    """Check the rows of evaluation sets against the verifiers that will judge them, before anything is sampled.
 
     Args:
         grading: with the verifiers that sets name (:func:`grading_of_sets`).
@@ -127,14 +127,14 @@ def _takes_objects(grading: GradingConfig, of_set: str | None, own: str | None, 
 
 
 def score_item(item: EvalItem, records: Sequence[Record], *, asked: int, cfg: GradingConfig) -> ItemScore:
-    """Count the records of one item, of which ``asked`` responses were to come."""
+    """Count the records of one item; ``asked`` responses were requested."""
     verifier = verifier_of(cfg, own=item.verifier, source=item.row.source)
     return count_records(records, source=item.row.source, asked=asked, has_votes=states_answers(verifier))
 
 
 def _answer(prompt: EvalPrompt, reply: Reply, verdict: Verdict, cfg: GradingConfig) -> str | None:
-    """Return the answer that a response with a verdict states, in the labels of the file; a truncated one that counts
-    as wrong states none."""
+    """Return the answer that a response with a verdict states, with the labels of the file. A truncated response that
+    counts as wrong states none."""
     if verdict.error is not None or (cfg.fail_truncated and reply.truncated):
         return None
     style = AnswerStyle(answer_format=cfg.answer_format, thinking=cfg.thinking)

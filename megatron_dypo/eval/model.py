@@ -1,4 +1,4 @@
-"""The model that is evaluated: an HF folder, a run or one of its checkpoints, or a name at an endpoint."""
+"""The evaluated model: an HF folder, a run or one of its checkpoints, or a model's name at an endpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def hf_folder_of(model: str) -> Path:
     """Return the HF folder of a model.
 
     Args:
-        model: an HF folder; a run folder, for its newest whole checkpoint; or ``RUN/checkpoints/step_000100``. Of a
-            checkpoint the HF folder ``RUN/exports/step_000100`` is written, unless it is there.
+        model: an HF folder; a run folder, for its newest whole checkpoint; or ``RUN/checkpoints/step_000100``. A
+            checkpoint is exported to ``RUN/exports/step_000100``, unless that folder exists.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``model`` is none of these.
     """
     path = Path(model)
     if (path / "config.json").is_file():
@@ -44,8 +44,8 @@ def _exported(run_dir: Path, step: int | None) -> Path:
 
 
 def weights_identity(folder: Path) -> str:
-    """Return a hash of an HF folder that other weights change: config.json, and of each safetensors file its name, its
-    size and its first and last MiB."""
+    """Return a hash that identifies the weights of an HF folder: of config.json, and of name, size, first and last MiB
+    of each safetensors file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""The options of a multiple-choice prompt in another order, and the answer's label with them."""
+"""Shuffling the options of a multiple-choice prompt, and adapting the answer's label."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Shuffled:
-    """A prompt whose options have another order."""
+    """A prompt with shuffled options."""
 
     prompt: str | list[Message]
     answer: str
@@ -44,7 +44,8 @@ class Shuffled:
     """Place in the prompt → place of that option in the file."""
 
     def label_in_file(self, label: str) -> str:
-        """Return the file's label of the option that has ``label`` here; a label that none has stays."""
+        """Return the label in the file of the option that has ``label`` here. An unknown label is returned
+        unchanged."""
         place = self.labels.find(label)
         return label if place < 0 else self.labels[self.order[place]]
 
@@ -103,7 +104,7 @@ def _order(options: Options, text: str, key: str) -> tuple[int, ...]:
     places = range(len(options.labels))
     if any(_REFERS.search(text[start:stop]) for start, stop in options.spans):
         return tuple(places)
-    # By hashes and not by a generator of Python's or NumPy's, whose shuffles may change with their versions.
+    # Sort by hashes, since shuffles of Python and NumPy may change with their versions.
     return tuple(sorted(places, key=lambda index: hashlib.sha256(f"{key}:{index}".encode()).digest()))
 
 

@@ -1,4 +1,4 @@
-"""An evaluation set, opened: its rows, and the prompt of each response that is to be sampled."""
+"""An open evaluation set: its rows, and the prompt of each response to sample."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class EvalPrompt(Prompt):
     seed: int
     """Seed of the response."""
     plain: str | list[Message]
-    """The prompt before the chat template, for endpoints that have templates of their own."""
+    """The prompt before the chat template, for endpoints that apply their own template."""
     options: Shuffled | None = None
-    """The order of its options, where that is not the file's."""
+    """The order of its options, if they are shuffled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class EvalItem:
     """Place in the set."""
     row: PromptRow
     verifier: str | None
-    """The one that the row names, else that of the set; None: it follows from the source."""
+    """The verifier that the row names, else that of the set. None: it follows from the source."""
 
 
 def held_out_data(data: DataConfig, settings: SetSettings) -> DataConfig:
@@ -150,7 +150,7 @@ class EvalSet:
 
     @contextlib.contextmanager
     def _naming(self, item: EvalItem) -> Iterator[None]:
-        """Have a ValueError name the set and the prompt."""
+        """Add the names of set and prompt to a ValueError."""
         try:
             yield
         except ValueError as error:
@@ -192,7 +192,7 @@ class EvalSet:
 
 
 def response_seed(seed: int, prompt_id: str, sample: int) -> int:
-    """Return the seed of one response: the same in every evaluation, another for each response."""
+    """Return the seed of one response: the same in every evaluation, different for each response."""
     key = json.dumps([seed, prompt_id, sample]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 

@@ -1,8 +1,8 @@
-"""The records of an evaluation: one line of JSON for each response, kept durably, and the setting that they belong to.
+"""The records of an evaluation: one line of JSON for each response, written durably, and the setting they belong to.
 
-``<out>/<set>.jsonl`` has the responses of a set and ``<out>/<set>.setting.json`` what decides them: model, sampling,
-verifier, content of the set. A response that has a record is never asked for again, so records of another setting are
-refused instead of being mixed with new ones.
+``<out>/<set>.jsonl`` has the responses of a set. ``<out>/<set>.setting.json`` has the setting that determines them:
+model, sampling, verifier, content of the set. A response with a record is never requested again. So records of another
+setting are refused instead of being mixed with new ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Record:
     item: str
     """``prompt_id`` of the row."""
     sample: int
-    """Which of the item's responses, from 0."""
+    """Number of the response among the item's responses, from 0."""
     seed: int
     """Seed that the server was given for this response."""
     source: str
@@ -39,7 +39,7 @@ class Record:
     num_tokens: int
     response: str
     answer: str | None
-    """The answer that the response states, for majorities; None: none, or the verifier does not say."""
+    """The answer that the response states, for majorities. None: it states none, or the verifier does not tell."""
     error: str | None = None
 
 
@@ -69,7 +69,7 @@ def setting_path(out: Path, name: str) -> Path:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return all records of a file; [] where there is none. A last line that was cut off is left out.
+    """Return all records of a file; [] if there is no file. An incomplete last line is left out.
 
     Raises:
         ValueError: a line is no record, or a response has two; file, line and rule are named.
@@ -90,16 +90,17 @@ def _parse(line: bytes, place: str) -> Record:
 
 
 class RecordFile:
-    """The records of one set, as an evaluation reads and extends them; a context manager that locks the file.
+    """The records of one set, which an evaluation reads and extends. It is a context manager that locks the file.
 
     Args:
         out: folder of the evaluation.
         name: of the set.
-        setting: what decides the responses and their verdicts: field → value, as JSON has it.
+        setting: field → JSON value, for everything that determines the responses and their verdicts.
 
     Raises:
-        ValueError: another process has the file open; or its records belong to another setting, whose first field that
-            differs is named.
+        ValueError: another process has the file open; or its records belong to another setting, in which case the
+        message
+            names the first field that differs.
     """
 
     def __init__(self, out: Path, name: str, setting: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``megatron-dypo eval`` from its input to its summary: sets, servers, responses, records, figures."""
+"""``megatron-dypo eval`` from input to summary: sets, servers, responses, records, figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("megatron_dypo")
 
 @dataclass(frozen=True, kw_only=True)
 class _Evaluation:
-    """The parts of an evaluation, all of them open."""
+    """The open parts of an evaluation."""
 
     sets: Mapping[str, EvalSet]
     files: Mapping[str, RecordFile]
@@ -56,7 +56,7 @@ class _Evaluation:
                 yield from (prompts[sample] for sample in missing if prompts)
 
     def counts(self) -> tuple[int, int]:
-        """Return the responses that are asked for in all, and those that have a record."""
+        """Return the number of all requested responses, and of those with a record."""
         asked = sum(len(one) * one.settings.samples_per_prompt for one in self.sets.values())
         return asked, sum(len(records) for one in self.sets for _, records in self.records(one))
 
@@ -87,14 +87,14 @@ class _Evaluation:
 def evaluate_model(target: Target, cfg: EvalCommandConfig, out: Path, *, show_progress: bool = True) -> dict[str, Any]:
     """Evaluate a model on all sets, and write records, ``summary.json`` and ``report.html`` to ``out``.
 
-    A response that has a record in ``out`` is not asked for again, so an evaluation that was cut off goes on.
+    A response with a record in ``out`` is not requested again, so an interrupted evaluation continues.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
         ValueError: an input breaks a rule, or ``out`` has records of another setting.
-        RunEnded: no server is left, or the endpoint gives no usable response; what came before is recorded.
+        RunEnded: no server is left, or the endpoint gives no usable response. Earlier responses are recorded.
     """
     with contextlib.ExitStack() as stack:
         tokenizer = _open_tokenizer(target, cfg)
@@ -138,7 +138,7 @@ def _answer(
     out: Path,
     show_progress: bool,
 ) -> None:
-    """Ask for all responses without a record. No server is started, or reached, where there are none."""
+    """Ask for all responses without a record. If there are none, no server is started or contacted."""
     asked, done = evaluation.counts()
     if done:
         _log.info("%s: %d of %d responses have a record and are not asked for again", out, done, asked)
@@ -179,7 +179,7 @@ def _ask(evaluation: _Evaluation, served: Serving, in_flight: int, bar: Progress
 
 
 def _setting(target: Target, cfg: EvalCommandConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return what decides the responses to any set, and their verdicts."""
+    """Return the part of the setting that all sets share."""
     rollout, grading = cfg.rollout, dataclasses.asdict(cfg.grading)
     judged_by = ("verifier", "by_source", "answer_format", "thinking", "fail_truncated")
     return {
@@ -198,7 +198,7 @@ def _setting(target: Target, cfg: EvalCommandConfig, tokenizer: Tokenizer | None
 
 
 def _setting_of_set(one: EvalSet) -> dict[str, Any]:
-    """Return what decides the responses to one set besides."""
+    """Return the part of the setting that belongs to one set."""
     (file,) = one.dataset.fingerprint()
     return {
         "file_sha256": file["sha256"],

@@ -34,11 +34,11 @@ class ItemScore:
     votes: Votes = field(default_factory=Votes)
     """The answers of the responses with a verdict."""
     has_votes: bool = False
-    """Whether the verifier knows which answer a response states."""
+    """Whether the verifier can tell which answer a response states."""
 
 
 def count_records(records: Sequence[Record], *, source: str, asked: int, has_votes: bool) -> ItemScore:
-    """Count the records of one item, of which ``asked`` responses were to come."""
+    """Count the records of one item; ``asked`` responses were requested."""
     judged = [record for record in records if record.correct is not None]
     correct = sum(record.correct is True for record in judged)
     wrong = [record.answer for record in judged if not record.correct]
@@ -91,7 +91,7 @@ class SetScore:
         return {k: value for k, value in found.items() if value is not None}
 
     def maj_at(self) -> dict[int, float]:
-        """Return k → maj@k; {} where a verifier does not know which answer a response states."""
+        """Return k → maj@k; {} if a verifier cannot tell which answer a response states."""
         if not all(item.has_votes for item in self.items):
             return {}
         found = {k: mean_maj_at_k([item.votes for item in self.items], k) for k in self._ks()}

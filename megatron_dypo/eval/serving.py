@@ -29,23 +29,23 @@ _WATCH_EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The model of an evaluation, and the servers that have it."""
+    """The model of an evaluation, and its servers."""
 
     model: str
-    """Name that the user gives: a folder, or a model of an endpoint."""
+    """The user's argument: a folder, or the name of a model at an endpoint."""
     api: Api
     urls: tuple[str, ...]
-    """() where the command starts servers."""
+    """URLs of the servers; () if the command starts them."""
     folder: Path | None
-    """The HF folder with the model's tokenizer, and for servers that are started its weights; None: the endpoint
-    renders prompts, or takes them as text."""
+    """The HF folder with the model's tokenizer and, for servers that are started, its weights. None: the endpoint
+    renders prompts or accepts them as text."""
 
 
 def target_of(model: str, cfg: EvalCommandConfig, *, urls: Sequence[str], api: Api, tokenizer: Path | None) -> Target:
-    """Return what the arguments of the command name.
+    """Return the model and servers that the arguments of the command name.
 
     Raises:
-        ValueError: they do not fit together, or there is no such model.
+        ValueError: the arguments do not fit together, or there is no such model.
     """
     given = tuple(url.rstrip("/") for url in urls) or cfg.rollout.servers.urls
     if api == "sglang":
@@ -66,13 +66,13 @@ def target_of(model: str, cfg: EvalCommandConfig, *, urls: Sequence[str], api: A
 
 
 class Serving:
-    """An endpoint that answers; where the servers are our own, one that dies is started again and asked again."""
+    """A running endpoint. If the command started the servers, a server that dies is restarted and asked again."""
 
     def __init__(self, endpoint: Endpoint, pool: ServerPool | None, deadline_s: float) -> None:
         self.endpoint, self._pool, self._deadline_s = endpoint, pool, deadline_s
 
     async def watch(self) -> None:
-        """Look after our own servers every second, since no event tells of a death; wait for nothing without any.
+        """Check the servers that the command started every second. Without such servers, wait indefinitely.
 
         Raises:
             ServerDiedError: they are lost for good.
@@ -89,7 +89,7 @@ class Serving:
             await asyncio.sleep(_WATCH_EVERY_S)
 
     def await_return(self) -> bool:
-        """Wait until one of our own servers answers again; return False where none may.
+        """Wait until one of the servers that the command started answers again; return False if none can.
 
         Raises:
             ServerDiedError: they are lost for good.

@@ -24,7 +24,7 @@ _SHOWN_CHARACTERS = 120
 
 @dataclass(kw_only=True)
 class Reason:
-    """One error, and how often it came."""
+    """One error and its count."""
 
     error: str
     count: int
@@ -42,14 +42,14 @@ class Summary:
     wrong: int = 0
     no_verdict: int = 0
     mean_reward: float | None = None
-    """Over the rows with a verdict; None without one."""
+    """Mean reward over the rows with a verdict; None without a verdict."""
     num_reasons: int = 0
-    """Different errors of rows without a verdict."""
+    """Number of different errors of rows without a verdict."""
     reasons: list[Reason] = field(default_factory=list)
-    """The most frequent of them."""
+    """The most frequent errors."""
     expected_field: str
     compared: int = 0
-    """Rows with a verdict that say what is expected."""
+    """Rows with a verdict and an expected verdict."""
     accepted_wrong: int = 0
     """Rows found correct that are marked wrong."""
     refused_correct: int = 0
@@ -59,10 +59,10 @@ class Summary:
 
 
 def grade_file(cfg: GradingConfig, path: Path, fields: Fields, *, show: int) -> Summary:
-    """Judge every row of ``path`` by ``cfg.verifier``, in verifier processes as in a run.
+    """Judge every row of ``path`` with ``cfg.verifier``, in verifier processes as in a run.
 
     At most ``show`` reasons and disagreements are kept. Raises ValueError for a bad file, a bad row or a verifier that
-    does not import.
+    cannot be imported.
     """
     with closing(PairFile(path, fields)) as file, Verifier(cfg) as verifier:
         return _grade(

@@ -1,4 +1,4 @@
-"""Which verifier judges a row, and where its function is."""
+"""The verifier of each row, and the import path of its function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def verifier_of(cfg: GradingConfig, *, own: str | None, source: str) -> str:
 
 
 def row_verifier_problem(cfg: GradingConfig, name: str) -> str | None:
-    """Say why a row may not name this verifier; None if it may.
+    """Return why a row may not name this verifier; None if it may.
 
     A row may name a built-in verifier and any that the config names: a data file alone must not decide which code runs.
     """
@@ -58,13 +58,13 @@ def import_path(name: str) -> str:
 
 
 def options_of(cfg: GradingConfig, name: str) -> dict[str, Any]:
-    """Return the keyword arguments that a verifier gets with every pair: a built-in one's style of answers."""
+    """Return the keyword arguments that a verifier gets with every pair: the answer style for built-in verifiers."""
     if name not in BUILT_IN_VERIFIERS:
         return {}
     return {"style": AnswerStyle(answer_format=cfg.answer_format, thinking=cfg.thinking)}
 
 
 def keys_that_name(cfg: GradingConfig, name: str) -> str:
-    """Return the keys that name this verifier, as an error shows them: ``grading.verifier='a.b:c'``."""
+    """Return the keys that name this verifier, for an error message: ``grading.verifier='a.b:c'``."""
     keys = [f"grading.{key}" for key, verifier in cfg.named_verifiers() if verifier == name]
     return f"{', '.join(keys) or 'the verifier that rows name'}={name!r}"

@@ -19,7 +19,7 @@ from megatron_dypo.grading.workers.results import shown
 _SHOWN_PROBLEMS = 20
 _MISSING = object()
 _ROW_FIELDS = {"prompt": "prompt", "source": "source", "id": "prompt_id"}
-"""Column → what a verifier gets it as, where it is text; it stays in the row too."""
+"""Column → field of a verifier that gets it, if it is text. The row keeps the column too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Fields:
     response: str = "response"
     answer: str = "answer"
     expected: str = "expected"
-    """A person's verdict on the response: true, false, 0 or 1; null where nobody has looked."""
+    """A person's verdict on the response: true, false, 0 or 1; null if there is none."""
     needs_expected: bool = False
     """Whether every row must have that column."""
 
@@ -44,9 +44,9 @@ class Line:
 
 
 class PairFile:
-    """A JSONL or Parquet file whose rows are checked at opening.
+    """A JSONL or Parquet file. Its rows are checked at opening.
 
-    Raises ValueError listing the first 20 bad rows: file, line, field, value, rule.
+    Raises ValueError listing the first 20 bad rows with file, line, field, value and rule.
     """
 
     def __init__(self, path: Path, fields: Fields) -> None:

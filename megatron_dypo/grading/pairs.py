@@ -1,4 +1,4 @@
-"""One response with what a verifier may ask about it."""
+"""One response with the fields that a verifier may ask for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Pair:
     row: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
     verifier: str | None = None
-    """The verifier that the row names for itself."""
+    """The row's own verifier."""
 
 
 def pair_of(prompt: Prompt, response: str) -> Pair:
@@ -40,9 +40,9 @@ def pair_of(prompt: Prompt, response: str) -> Pair:
 
 
 def values_of(pair: Pair, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Return what a verifier asks for, by field: the names of :class:`Pair`'s fields, and ``extra_info``.
+    """Return the requested fields of a pair: the fields of :class:`Pair`, and ``extra_info``.
 
-    ``extra_info`` is the row's column of that name ({} without one), which verl's functions take.
+    ``extra_info`` is the row's column of that name ({} without one), which functions for verl take.
     """
     values = {}
     for name in fields:

@@ -1,4 +1,4 @@
-"""The answer that a response states, as one text for one answer: majorities count by it."""
+"""The answer that a response states, in a form that majorities can count."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from megatron_dypo.grading.exact import normalized, stated_answers
 
 
 def states_answers(verifier: str) -> bool:
-    """Return whether the answers of responses are known: a verifier of the user's own says only right or wrong."""
+    """Return whether stated answers are known. A user's own verifier tells only right or wrong."""
     return verifier in BUILT_IN_VERIFIERS
 
 
 def stated_answer(verifier: str, response: str, answer: Any, style: AnswerStyle = AUTO) -> str | None:
-    """Return the answer of ``response`` as ``verifier`` reads it; None where it states none, or nobody knows.
+    """Return the answer of ``response`` as ``verifier`` reads it; None if it states none or the answer is not known.
 
-    Equal texts are equal answers. Answers that are equal and written differently may stay two: ``0.5`` and
-    ``\\frac{1}{2}`` become one, ``(x+1)^2`` and its expansion do not.
+    Equal texts are equal answers. Equal answers that are written differently may stay different: ``0.5`` and
+    ``\\frac{1}{2}`` become equal, but ``(x+1)^2`` and its expansion do not.
 
     Raises:
-        ValueError: the gold ``answer`` is not one that the verifier takes.
+        ValueError: the verifier does not accept the gold ``answer``.
     """
     if not states_answers(verifier) or not isinstance(answer, str):
         return None

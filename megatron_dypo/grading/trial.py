@@ -1,4 +1,4 @@
-"""Trying verifiers before a run: whether they import, and whether they accept the gold answers of rows."""
+"""Trials of verifiers before a run: whether they can be imported, and whether they accept the gold answers of rows."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _FORMS = ("\\boxed{%s}", "<answer>%s</answer>", "#### %s", "The answer is %s.", 
 def check_importable(
     cfg: GradingConfig, *, deadline_s: float = 60.0, named_by: Mapping[str, str] | None = None
 ) -> None:
-    """Import every verifier that the config names, in a process of its own; ``named_by`` as for :class:`Verifier`.
+    """Import every verifier that the config names, in a separate process; ``named_by`` is as in :class:`Verifier`.
 
-    Raises ValueError, a line for each one that does not import within ``deadline_s``: key, value, reason.
+    Raises ValueError with a line (key, value, reason) for each verifier that cannot be imported within ``deadline_s``.
     """
     with Verifier(replace(cfg, workers=1), start_deadline_s=deadline_s, named_by=named_by):
         pass

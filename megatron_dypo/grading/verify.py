@@ -20,17 +20,17 @@ from megatron_dypo.metrics.progress import Progress, progress
 from megatron_dypo.types import GradedGroup, Prompt, Rollout, RolloutGroup, Verdict
 
 _START_DEADLINE_S = 300.0
-"""Importing sympy takes a second; on a machine that is starting a job, much longer."""
+"""Seconds for the start. Importing sympy takes a second, but much longer on a machine that is starting a job."""
 
 
 class Verifier:
     """Judges responses in ``cfg.workers`` processes; a context manager.
 
-    Each row's verifier is its own, else that of its source, else ``grading.verifier``. A verification that raises,
-    outlives ``cfg.deadline_s`` or ends its process costs that one pair: its Verdict carries ``error``, which means that
-    there is no verdict, and the process is replaced where need be. Entering starts the processes and imports all
-    verifiers that the config and ``row_verifiers`` (names that rows give) name; it raises ValueError naming the key if
-    that fails. Threads that verify at the same time take turns.
+    Each row's verifier is its own, else that of its source, else ``grading.verifier``. If a verification raises,
+    exceeds ``cfg.deadline_s`` or ends its process, only that pair is affected: its Verdict has ``error``, which means
+    that there is no verdict, and the process is replaced if needed. Entering the context starts the processes and
+    imports all verifiers that the config and ``row_verifiers`` (those that rows name) name; it raises ValueError naming
+    the key if that fails. Threads that verify at the same time take turns.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Verifier:
         start_deadline_s: float = _START_DEADLINE_S,
         named_by: Mapping[str, str] | None = None,
     ) -> None:
-        """``named_by``: verifier → key, for those that another section than ``cfg`` names; errors name that key."""
+        """``named_by``: verifier → key for verifiers that another section than ``cfg`` names. Errors show that key."""
         self._cfg, self._start_deadline_s, self._named_by = cfg, start_deadline_s, dict(named_by or {})
         own = {verifier_of(cfg, own=name, source="") for name in row_verifiers}
         self._names = own | {name for _, name in cfg.named_verifiers()}
@@ -49,11 +49,11 @@ class Verifier:
         self._turn = threading.Lock()
         self._errors = ErrorLog()
         self.num_verified = 0
-        """Verifications since the start that gave a verdict."""
+        """Number of verifications since the start with a verdict."""
         self.num_errors = 0
-        """Verifications since the start that gave none."""
+        """Number of verifications since the start without a verdict."""
         self.last_error: str | None = None
-        """Why the last of those gave none."""
+        """The error of the last verification without a verdict."""
 
     def __enter__(self) -> Verifier:
         self._start()
@@ -78,9 +78,9 @@ class Verifier:
     def verify(self, pairs: Sequence[Pair | tuple[str, Any]], bar: Progress | None = None) -> list[Verdict]:
         """Return the verdicts of ``pairs``, in their order; ``bar`` is updated by one for each.
 
-        (response, answer) stands for a pair of which no more is known.
+        A tuple (response, answer) is a pair without other fields.
 
-        Raises ValueError naming the key if a process that had to be replaced cannot import a verifier any more.
+        Raises ValueError naming the key if a replaced process can no longer import a verifier.
         """
         if self._pool is None or not self._pool.is_running:
             raise RuntimeError(
@@ -176,7 +176,9 @@ def grade(
     has already stay.
 
     Args:
-        trace_text: gives the teacher's trace that is judged beside a prompt's rollouts, or None; without it none is.
+        trace_text: returns the teacher's trace that is judged beside a prompt's rollouts, or None. Without it no trace
+        is
+            judged.
     """
     truncated = Verdict(is_correct=False, reward=0.0)
     texts = [

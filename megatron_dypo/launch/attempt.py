@@ -1,4 +1,4 @@
-"""One rank of one start of a run, from its first line to its exit status: the one place where a rank ends."""
+"""One rank of one start of a run, from its first line to its exit status. Every rank ends here."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from megatron_dypo.processes import stop_requests, watchdog
 from megatron_dypo.processes.children import tie_to_parent
 
 VICTIM_WAIT_S = 15.0
-"""How long a rank that lost its connections waits for the rank that caused it to say why."""
+"""Longest wait of a rank that lost its connections for the rank that caused it to report why."""
 _LEADER_WAIT_S = 60.0
-"""How long a rank of a run that ends on all ranks together waits for the first one, which closes the servers."""
+"""Longest wait for the first rank, which closes the servers, when a run ends on all ranks together."""
 _LOOK_EVERY_S = 0.1
-"""Seconds between two looks at a file of the run folder: a shared file system tells no other host of a change."""
+"""Seconds between two looks at a file of the run folder, since a shared file system does not notify of changes."""
 _EXIT_WAIT_S = 30.0
-"""How long threads that nobody waits for may delay the exit."""
+"""Longest delay of the exit by threads that nobody joins."""
 
 log = logging.getLogger(__name__)
 
 
 def run_rank(config: Config, work: Callable[[Config], None]) -> int:
-    """Do the work of one rank, and return the exit status that its end has in :class:`~megatron_dypo.ending.Cause`.
+    """Do the work of one rank, and return the exit status of its :class:`~megatron_dypo.ending.Cause`.
 
     Args:
-        work: the loop. It says by :class:`RunEnded` why it ends before its last step.
+        work: the loop. If it ends before its last step, it raises :class:`RunEnded`.
     """
     if "RANK" in os.environ:
-        tie_to_parent()  # a rank whose torchrun was killed is not to train on unseen
+        tie_to_parent()  # a rank must not train on unnoticed after its torchrun was killed
     attempt = Attempt(Path(config.run.dir), watchdog_s=config.run.watchdog_s)
     try:
         attempt.begin()
@@ -56,7 +56,7 @@ def run_rank(config: Config, work: Callable[[Config], None]) -> int:
 
 
 class Attempt:
-    """This rank's part in a start of a run: the lock (on the first rank), the status, signals, the watchdog."""
+    """One rank's part in one start of a run: the lock (on the first rank), the status, signals, the watchdog."""
 
     def __init__(self, run_dir: Path, *, watchdog_s: float) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -67,7 +67,7 @@ class Attempt:
         self._lock_of_leader = run_dir / "run.lock"
 
     def begin(self) -> None:
-        """Take the folder, listen to signals, start the log and the watchdog.
+        """Lock the run folder, listen to signals, start the log and the watchdog.
 
         Raises:
             RunEnded: another run uses the folder.
@@ -77,7 +77,7 @@ class Attempt:
             make_run_folder(self._run_dir)
             lock = RunLock(self._run_dir, on_loss=lambda message: self.leave(Cause.IN_USE, message))
             lock.acquire()
-            self._lock = lock  # until now the folder is not ours to write to
+            self._lock = lock  # set only once the lock is held: before, this run must not write to the folder
             self.status.open()
         stop_requests.listen(self._answers())
         set_up_logging(self._run_dir)
@@ -87,7 +87,7 @@ class Attempt:
         watchdog.start(self._run_dir, self.status, patience_s=self._watchdog_s, leave=self.leave)
 
     def end(self, error: BaseException) -> int:
-        """Tell why this rank ends, unless another rank has told it; return the exit status."""
+        """Report why this rank ends, unless another rank has done so; return the exit status."""
         watchdog.finish()
         cause, message = cause_of(error), _message(error)
         if self.rank == 0 and self._lock is None:
@@ -98,15 +98,15 @@ class Attempt:
         if cause is Cause.RANK_LOST:
             self._wait_for(lambda: self.status.ended() is not None, VICTIM_WAIT_S)
         elif isinstance(error, RunEnded) and self.rank != 0:
-            # All ranks end together. The first one says so, when it has closed the servers; torchrun stops all ranks
-            # when one fails, so let it finish.
+            # All ranks end together. torchrun stops all ranks when one fails, so wait until the first rank has closed
+            # the servers and removed its lock.
             self._wait_for(lambda: not self._lock_of_leader.exists(), _LEADER_WAIT_S)
         found = self._tell(cause, message, error)
         self._release()
         return _exit_soon(found)
 
     def leave(self, cause: Cause, message: str, before_exit: Callable[[], None] = lambda: None) -> None:
-        """End this process at once, from whatever thread: tell why, unless another rank has, and exit."""
+        """End this process at once, from any thread; report why, unless another rank has done so."""
         found = self._tell(cause, message, None)
         before_exit()
         self._release()
@@ -114,7 +114,7 @@ class Attempt:
         os._exit(found)
 
     def _tell(self, cause: Cause, message: str, error: BaseException | None) -> int:
-        """Write the end to status file, log and terminal if it is the attempt's first; return the exit status."""
+        """Write the end to status file, log and terminal if no rank has ended before; return the exit status."""
         try:
             record = self.status.end(cause, message)
             first = self.status.ended()
@@ -127,14 +127,14 @@ class Attempt:
             return first.status
         record = record or Record(message=message, rank=self.rank)
         print(_terminal_text(record, cause, error), file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # a full disk: the terminal has it
+        with contextlib.suppress(OSError):  # a full disk: the message is on the terminal
             append_line(self._run_dir, 0, f"ended: {last_line(record, cause)}")
             if error is not None and cause is Cause.BUG:
                 append_line(self._run_dir, self.rank, "".join(traceback.format_exception(error)))
         return cause.status
 
     def _note_consequence(self, error: BaseException | None, first: Record) -> None:
-        """Write the consequences of another rank's end to this rank's own log alone."""
+        """Write an error that followed from another rank's end only to this rank's own log."""
         if error is None or first.cause == cause_of(error).label:
             return
         with contextlib.suppress(OSError):
@@ -143,11 +143,11 @@ class Attempt:
 
     def _release(self) -> None:
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # then the next start finds that this process is gone
+            with contextlib.suppress(OSError):  # if the lock stays, the next start finds that this process is gone
                 self._lock.release()
 
     def _answers(self) -> stop_requests.Answers:
-        is_launched = ATTEMPT_VARIABLE in os.environ  # then our launcher speaks to the user, and ends the ranks
+        is_launched = ATTEMPT_VARIABLE in os.environ  # then the launcher reports to the user and ends the ranks
 
         def on_request(number: signal.Signals) -> None:
             if not is_launched and self.rank == 0:
@@ -161,7 +161,7 @@ class Attempt:
                 self.leave(*stop_requests.end_of_insistence(number))
 
         def on_parent() -> None:
-            if os.getppid() == parent:  # torchrun ends this rank because another one has failed, or told to
+            if os.getppid() == parent:  # torchrun ends this rank, because another one failed or by request
                 self._release()
                 _flush()
                 os._exit(Cause.TERMINATED.status)
@@ -188,7 +188,7 @@ def last_line(record: Record, cause: Cause) -> str:
 
 
 def terminal_line(record: Record, cause: Cause) -> str:
-    """Return the end of a run for the one who started it. A user's mistake is told in the words of its error alone."""
+    """Return the end of a run for the user. For a user's mistake it is only the text of the error."""
     if cause is Cause.BAD_INPUT:
         return f"megatron-dypo: error: {record.message}"
     kind = "" if cause in (Cause.DONE, Cause.STOPPED) else "error: "
@@ -201,7 +201,7 @@ def _terminal_text(record: Record, cause: Cause, error: BaseException | None) ->
 
 
 def end_of(error: BaseException) -> int:
-    """Tell the end of a process that is not (yet) a rank of a run; return the exit status."""
+    """Report the end of a process that is not (yet) a rank of a run; return the exit status."""
     cause = cause_of(error)
     is_said_elsewhere = cause is Cause.BAD_INPUT and os.environ.get("LOCAL_RANK", "0") != "0"
     if not is_said_elsewhere:  # the ranks of a node read the same files
@@ -215,7 +215,7 @@ def _message(error: BaseException) -> str:
 
 
 def stop_before_start() -> None:
-    """End this process on the first request to stop, from now on: it only reads inputs, and nothing has begun."""
+    """From now on, end this process on the first request to stop. It only reads inputs, and nothing has begun."""
 
     def leave(number: signal.Signals) -> None:
         record = Record(message=f"stopped on request ({number.name}) before anything was started")
@@ -227,7 +227,7 @@ def stop_before_start() -> None:
 
 
 def _attempt_name() -> str:
-    """Return a name that the ranks of this start share, and that no other start has at the same time."""
+    """Return a name that all ranks of this start share and no other start has at the same time."""
     if "RANK" not in os.environ:
         return uuid.uuid4().hex
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -235,7 +235,7 @@ def _attempt_name() -> str:
 
 
 def _exit_soon(exit_status: int) -> int:
-    """Return the status; end with it even if a thread that nobody waits for would keep the process."""
+    """Return the status. End the process with it even if a thread that nobody joins would keep it alive."""
     _flush()
     timer = threading.Timer(_EXIT_WAIT_S, lambda: os._exit(exit_status))
     timer.daemon = True

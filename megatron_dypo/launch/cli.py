@@ -19,14 +19,14 @@ from megatron_dypo.processes.stop_requests import hold_requests, ignore_requests
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the config, end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the config and exit.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat notes and missing files as errors.")] = False,
 ) -> None:
     """Train a model. A run whose folder exists resumes from its last checkpoint.
 
-    Alone, the command starts as many local ranks as the layout needs; under torchrun it is one rank. On SIGUSR1,
-    SIGTERM, SIGHUP or Ctrl-C, to any of the processes, the ranks finish the step, save a checkpoint and end with status
-    75; the same command goes on from there. A second Ctrl-C or SIGTERM ends the run at once.
+    The command starts as many local ranks as the layout needs; under torchrun it is one rank. When any of the processes
+    gets SIGUSR1, SIGTERM, SIGHUP or Ctrl-C, the ranks finish the step, save a checkpoint and end with status 75; the
+    same command resumes. A second Ctrl-C or SIGTERM ends the run at once.
 
     `run.dir`/status.json says how a run ended; docs/exit_statuses.md lists the exit statuses.
     """
@@ -93,7 +93,7 @@ def route(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def _end_cleanly_on(*numbers: signal.Signals) -> None:
-    """Let these signals unwind the process, so that it stops its servers. A signal that is ignored (nohup) stays so."""
+    """Let these signals unwind the process, so that it stops its servers. Ignored signals (nohup) stay ignored."""
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: sys.exit(128 + received))

@@ -1,4 +1,4 @@
-"""A run from Python: the same processes as ``megatron-dypo train`` starts, and the cause of their end as a value."""
+"""A run from Python: the processes of ``megatron-dypo train``, and the cause of their end as a value."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from megatron_dypo.ending import Cause, cause_of_status
 
 
 def run_training(config: Config) -> Cause:
-    """Train as ``megatron-dypo train`` does, in processes of its own, and return why the run ended.
+    """Train as ``megatron-dypo train`` does, in new processes, and return why the run ended.
 
-    It starts as many local ranks as the layout needs, or resumes the run of the run folder. Their messages go to this
-    process's standard error and to the run folder. Ctrl-C reaches them too: the first one has the run save and end.
+    The function starts as many local ranks as the layout needs, or resumes the run of the run folder. Their messages go
+    to this process's standard error and to the run folder. Ctrl-C reaches them too: after the first one the run saves a
+    checkpoint and ends.
 
     Raises:
-        RuntimeError: the run ended with a status that is no cause's, as when it was killed.
+        RuntimeError: the exit status is that of no cause, for example because the run was killed.
     """
     with tempfile.TemporaryDirectory(prefix="megatron_dypo_") as folder:
         path = Path(folder) / "config.yaml"
@@ -33,7 +34,7 @@ def run_training(config: Config) -> Cause:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end in spite of Ctrl-C: the run has heard it too, and ends when it has saved."""
+    """Wait for the end in spite of Ctrl-C: the run gets it too, and ends when it has saved."""
     while True:
         try:
             return process.wait()

@@ -1,4 +1,4 @@
-"""The run folder at the start of a run: made if it is not there, refused if it cannot be used."""
+"""The run folder at the start of a run: made if it does not exist, refused if it cannot be used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def make_run_folder(run_dir: str | Path) -> Path:
     """Make the folder, and check that a run can write to it.
 
     Raises:
-        ValueError: it is a file, is below one, is read-only, or holds a file where a run has a folder, or the reverse.
+        ValueError: it is a file, is below a file, is read-only, or holds a file where a run has a folder, or the
+            reverse.
         OSError: the disk is full.
     """
     folder = Path(run_dir)

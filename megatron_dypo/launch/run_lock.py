@@ -1,9 +1,10 @@
-"""A lock on a run folder: one run at a time uses it, also where several hosts share the file system.
+"""A lock on a run folder: one run at a time uses it, also if several hosts share the file system.
 
-The lock is the file ``run.lock``, which names its holder. It is made by ``link``, which only one process can do, also
-over NFS. The holder touches it every :data:`BEAT_S` seconds. It is free when its holder has removed it, or is certainly
-gone: a process of this machine that no longer runs; an earlier attempt of the same Slurm job; or one of another machine
-that has not touched the file for :data:`STALE_S` seconds of the file server's clock.
+The lock is the file ``run.lock``, which names its holder. It is made by ``link``, at which only one process can
+succeed, also over NFS. The holder touches it every :data:`BEAT_S` seconds. The folder is free when its holder has
+removed the file or is certainly gone: it was a process of this machine that no longer runs; it was an earlier attempt
+of the same Slurm job; or it runs on another machine and has not touched the file for :data:`STALE_S` seconds of the
+file server's clock.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 NAME = "run.lock"
 BEAT_S = 30.0
 STALE_S = 180.0
-"""More than a beat and the minute for which an NFS client may believe an old time of a file."""
+"""Longer than a beat plus the minute for which an NFS client may cache an old time of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Holder:
     """The content of a lock file."""
 
     token: str
-    """Tells this lock from every other one."""
+    """Distinguishes this lock from every other lock."""
     process: ProcessIdentity
     since: str
     job: str
@@ -52,8 +53,8 @@ class RunLock:
         """Make a lock that nobody holds yet.
 
         Args:
-            on_loss: called from a thread if another process has taken the lock from this one (which must have been
-                asleep for minutes): from then on two runs write to the folder.
+            on_loss: called from a thread if another process has taken the lock over, because this one slept for
+                minutes. From then on two runs write to the folder.
         """
         self._path = run_dir / NAME
         self._on_loss, self._beat_s = on_loss, beat_s
@@ -83,19 +84,19 @@ class RunLock:
         return make_exclusively(self._path, json.dumps(asdict(self._holder)))
 
     def _remove_left_behind(self, gone: Holder | None) -> None:
-        """Remove the lock of ``gone``, or one that nobody can read, if it is still there.
+        """Remove the lock of ``gone``, or an unreadable lock, if it still exists.
 
-        Of several processes that found it free, the one that makes the claim for that very lock may remove it. So
-        none removes the new lock of another one that was faster.
+        If several processes find it free, only the one that makes the claim file for this very lock may remove it. So
+        none removes the new lock of a faster one.
         """
         claim = self._path.with_name(f"{NAME}.{gone.token if gone else 'unreadable'}.claim")
         if not make_exclusively(claim, ""):
-            if (_age(claim) or 0.0) > STALE_S:  # its maker died between two lines
+            if (_age(claim) or 0.0) > STALE_S:  # the process that made it died in between
                 claim.unlink(missing_ok=True)
             return
         try:
             is_still_there = read_holder(self._path.parent) == gone
-            # One that cannot be read may be on its way to disk: only its age tells that nobody writes it.
+            # An unreadable lock may still be on its way to disk. Only its age shows that nobody is writing it.
             if is_still_there and (gone is not None or (_age(self._path) or 0.0) >= STALE_S):
                 self._path.unlink(missing_ok=True)
         finally:
@@ -109,14 +110,14 @@ class RunLock:
             if found is not None and found.token != self._token:
                 self._on_loss(f"{self._path} was taken over by {_name(found)}")
                 return
-            with contextlib.suppress(OSError):  # a file server that is away for a moment; the lock is then only old
+            with contextlib.suppress(OSError):  # the file server may be away for a moment; then the lock only gets old
                 if found is None and not self._path.exists():
-                    self._make()  # somebody tidied it away
+                    self._make()  # somebody removed it
                 os.utime(self._path)
 
 
 def require_free(run_dir: Path) -> Holder | None:
-    """Return the holder of the folder's lock, who is gone; None without a lock, or where nobody can read it.
+    """Return the holder, who is gone, of a lock that is left over; None without a lock or if it cannot be read.
 
     Raises:
         RunEnded: a run that may be alive holds it (:data:`Cause.IN_USE`).
@@ -143,14 +144,14 @@ def require_free(run_dir: Path) -> Holder | None:
 
 
 def remove_dead(run_dir: Path) -> None:
-    """Remove the lock if its holder was a process of this machine that has ended, so that nobody waits for it."""
+    """Remove the lock if its holder was a process of this machine that has ended, so that no run waits for it."""
     holder = read_holder(run_dir)
     if holder is not None and holder.process.is_on_this_machine() and not holder.process.is_alive():
         (run_dir / NAME).unlink(missing_ok=True)
 
 
 def read_holder(run_dir: Path) -> Holder | None:
-    """Read the lock of a run folder; None if there is none, or one that cannot be read."""
+    """Read the lock of a run folder; None if there is no lock or it cannot be read."""
     return _parse(run_dir / NAME)
 
 

@@ -1,4 +1,4 @@
-"""From one command to the ranks of a run: check the inputs, then be a rank or start the local ones."""
+"""From one command to the ranks of a run: check the inputs, then become a rank or start the local ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import NoReturn
 from megatron_dypo.config.tree import Config
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
-"""Environment of a launcher whose inputs were checked by the command that became it."""
+"""Environment variable of a launcher: the command that became the launcher has checked the inputs."""
 
 log = logging.getLogger(__name__)
 
 
 def check_inputs(config: Config) -> list[str]:
-    """Check all that is cheap to check; return the files that are missing, and log the notes.
+    """Check everything that is cheap to check; log the notes, and return the missing files.
 
     Raises:
         ValueError: every input that breaks a rule, each with key, value and rule.
     """
-    from megatron_dypo.check.inputs import check_inputs as look  # brings torch, which --help need not wait for
+    from megatron_dypo.check.inputs import check_inputs as look  # imports torch, for which --help should not wait
 
     found = look(config)
     for note in found.notes:
@@ -34,7 +34,7 @@ def check_inputs(config: Config) -> list[str]:
 
 
 def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> NoReturn:
-    """Run this process as one rank (under torchrun, or when one is enough), else start the local ranks.
+    """Run this process as one rank (under torchrun, or if one rank is enough), else start the local ranks.
 
     The process ends with the status of a :class:`~megatron_dypo.ending.Cause`.
     """

@@ -1,9 +1,9 @@
-"""torchrun for the ranks of a run: it passes on requests to stop, and ends with the status of what ended the run.
+"""torchrun for the ranks of a run. It passes on requests to stop, and its exit status tells why the run ended.
 
 ``python -m megatron_dypo.launch.torchrun ARGUMENTS -m megatron_dypo.cli train CONFIG …`` takes torchrun's arguments.
-torchrun itself dies of signals that are meant for the ranks, ends with 1 whatever the status of its ranks was, and
-prints a traceback of its own below that of the rank. On each node this process reads config and inputs before it
-starts ranks, so that a mistake there is told once.
+Plain torchrun dies of signals that are meant for the ranks, always ends with status 1 if a rank fails, and prints its
+own traceback below that of the rank. On each node this process reads config and inputs before it starts ranks, so that
+a mistake there is reported once.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from megatron_dypo.processes import stop_requests
 
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _AGAIN_S = 2.0
-"""Seconds after which a request is sent again: torchrun does not say when it has started a rank."""
+"""Seconds after which a request is sent again, since torchrun does not announce that it has started a rank."""
 END_FILE_VARIABLE = "MEGATRON_DYPO_END_FILE"
-"""Environment: a file for one line of how the run ended, ``STATUS STEPS CAUSE: MESSAGE``; slurm/node.sh asks for it.
-STEPS are those of this start, ``?`` where the loop did not say."""
+"""Environment variable: a file that gets one line on how the run ended, ``STATUS STEPS CAUSE: MESSAGE``; slurm/node.sh
+sets it. STEPS counts the steps of this start; it is ``?`` if the loop did not report them."""
 
 
 def main() -> int:
@@ -57,17 +57,17 @@ class Launcher:
     """The launcher of one node's ranks."""
 
     status: RunStatus | None
-    """Status file of the attempt; None where the ranks do something else than train."""
+    """Status file of the attempt; None if the ranks do something other than train."""
     run_dir: Path | None
     has_first_rank: bool = False
-    """Whether rank 0 of a run is certainly one of this launcher's."""
+    """Whether this launcher certainly starts rank 0 of the run."""
 
     def run(self) -> int:
         """Start the ranks and wait for them; return the exit status."""
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-        # What torchrun says about ranks that failed is said by the rank that began, or by conclude().
+        # The rank that failed first, or conclude(), reports the failure; torchrun's own report would repeat it.
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.")]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
@@ -86,7 +86,7 @@ class Launcher:
         return self._end_with(Cause.DONE.status, "done")
 
     def conclude(self, statuses: Mapping[int, int]) -> int:
-        """Return the exit status of a run whose ranks ended with ``statuses``, the first that failed first."""
+        """Return the exit status of a run whose ranks ended with ``statuses``, in the order in which they failed."""
         ended = self.status.ended() if self.status else None
         if self.status and ended is not None and ended.status is not None:
             self.status.settle()
@@ -97,7 +97,8 @@ class Launcher:
         victims = (-signal.SIGTERM, Cause.TERMINATED.status)
         rank, code = next(((r, c) for r, c in statuses.items() if c not in victims), next(iter(statuses.items())))
         if code >= 0:
-            has_told = code not in (0, 1, 2)  # a cause's status: the rank has said why; it could not write to run.dir
+            # The status of a cause: the rank has reported it, but could not write to run.dir.
+            has_told = code not in (0, 1, 2)
             return self._end_with(code, "") if has_told else self._tell(Cause.BUG, f"rank {rank} ended with {code}")
         number = signal.Signals(-code)
         if number in _CRASHES:
@@ -105,7 +106,7 @@ class Launcher:
         return self._tell(Cause.RANK_LOST, f"rank {rank} was killed by {number.name}")
 
     def answers(self) -> stop_requests.Answers:
-        """Return how the launcher passes signals on to its ranks."""
+        """Return the answers to signals, which pass them on to the ranks."""
 
         def on_request(number: signal.Signals) -> None:
             print(f"megatron-dypo: {stop_requests.FIRST_ANSWER % number.name}", file=sys.stderr, flush=True)
@@ -122,7 +123,7 @@ class Launcher:
         return stop_requests.Answers(on_request=on_request, on_early_request=_ignore, on_insistence=on_insistence)
 
     def _tell(self, cause: Cause, message: str) -> int:
-        """Say how the run ended, for a rank that could not; return the exit status."""
+        """Report how the run ended in place of a rank that could not; return the exit status."""
         record = None
         try:
             record = self.status.end(cause, message) if self.status else None
@@ -141,7 +142,7 @@ class Launcher:
 
 
 def _prepare(arguments: Sequence[str]) -> Launcher:
-    """Read the command that the ranks will run, and check what it names.
+    """Read the command that the ranks will run, and check its config and inputs.
 
     Raises:
         ValueError: the config or one of its inputs breaks a rule.
@@ -173,7 +174,7 @@ def train_command(arguments: Sequence[str]) -> list[str] | None:
 
 
 def _attempt_name(arguments: Sequence[str]) -> str:
-    """Return the name that the launchers of all nodes give to this start of the run."""
+    """Return the name of this start of the run, the same on all nodes."""
     from torch.distributed.run import parse_args
 
     args = parse_args(list(arguments))
@@ -184,7 +185,7 @@ def _attempt_name(arguments: Sequence[str]) -> str:
 
 
 def _has_first_rank(arguments: Sequence[str]) -> bool:
-    """Return whether rank 0 is one of this launcher's: certain where nodes are numbered or there is one."""
+    """Return whether this launcher certainly starts rank 0: it is the first of numbered nodes, or the only node."""
     from torch.distributed.run import parse_args
 
     args = parse_args(list(arguments))
@@ -213,7 +214,7 @@ def _end_ranks() -> None:
 
 
 def _ranks() -> list[int]:
-    """Return the process numbers of the ranks: torchrun starts nothing else."""
+    """Return the process ids of the ranks. torchrun starts no other processes."""
     import psutil
 
     return [child.pid for child in psutil.Process().children()]

@@ -51,14 +51,14 @@ class Collector:
     servers: Servers | NoServers
     objective: Objective
     logprobs: Logprobs
-    """Computed while a stream still samples."""
+    """Computes log-probs while a stream still samples."""
     ranks: Ranks
     rollout: RolloutConfig
     batching: BatchingConfig
     max_version_lag: int
     """Versions that a waiting group's oldest rollout may be behind."""
     fail_truncated: bool
-    """Rollouts that hit the length limit are not verified; see ``GradingConfig``."""
+    """Do not verify rollouts that hit the length limit; see ``GradingConfig``."""
     max_prompt_tokens: int
     seed: int
     total_steps: int
@@ -66,34 +66,34 @@ class Collector:
     timings: Timings
     teacher: Teacher | NoTeacher = field(default_factory=NoTeacher)
     stop: StopFlag = STOP
-    """Ends a collection when it is set; prompts that are not done then are in flight for the run that resumes."""
+    """Ends a collection when it is set. Unfinished prompts are then in flight for the run that resumes."""
 
     @property
     def max_prompts(self) -> int:
-        """Draws after which a collection makes do with what it has found."""
+        """Number of draws after which a collection ends, if it has found anything to learn from."""
         return self.rollout.prompts_per_round * self.batching.max_collect_rounds
 
     def uses_stream(self, step: int) -> bool:
-        """Return whether the collection of ``step`` takes its groups from the background."""
+        """Return whether the collection of ``step`` takes its groups from the background stream."""
         has_stream = self.rollout.mode == "async" or self.rollout.oversample > 1
         return has_stream and self.objective.needs_rollouts(step)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How far a collection is, over all replicas; the same on every rank."""
+    """The progress of a collection over all replicas; the same on every rank."""
 
     waiting: int = 0
     """Groups in the queues."""
     without_logprobs: int = 0
-    """Those of them that have no log-probs yet."""
+    """Groups in the queues that have no log-probs yet."""
     unserved: int = 0
     """Streams without a server."""
     outcomes: Outcomes = field(default_factory=Outcomes)
     num_prompts: int = 0
     """Rows of the data."""
     failure: RunEnded | None = None
-    """The reason for which a replica cannot go on."""
+    """Why a replica cannot go on."""
 
     def __add__(self, other: Look) -> Look:
         return Look(
@@ -107,15 +107,15 @@ class Look:
 
 
 def collect_in_rounds(collector: Collector, step: int) -> Queues:
-    """Draw, sample, grade and admit prompts in rounds, until a rollout batch waits; return what waits on this replica.
+    """Draw, sample, grade and admit prompts in rounds until a rollout batch waits; return this replica's queues.
 
-    At most ``max_collect_rounds`` are drawn, but while nothing at all is found to learn from, collection goes on until
-    every prompt was looked at once.
+    There are at most ``max_collect_rounds`` rounds. If they find nothing to learn from, collection goes on until every
+    prompt was looked at once.
 
     Raises:
         RunEnded: on all ranks: nothing is left to learn from, no group comes back whole, no verdict is given, no
-            server is left, every prompt is too long, or the run is to stop. The samples of the collection are written
-            all the same.
+            server is left, every prompt is too long, or the run was asked to stop. The samples of the collection are
+            written in any case.
     """
     replica, servers, batching, rounds = collector.replica, collector.servers, collector.batching, 0
     begin_collection(collector, step)
@@ -150,20 +150,20 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
 
 
 def begin_collection(collector: Collector, step: int) -> None:
-    """Drop what has waited for too long, and begin to count."""
+    """Drop groups that have waited for too long, and begin to count."""
     replica = collector.replica
     stale = replica.queues.drop_stale(step, collector.max_version_lag)
     collector.tally.add("stale", stale)
     replica.books.drop(DropReason.STALE, stale)
     replica.books.outcomes = Outcomes()
-    # A checkpoint may hold groups that were not asked for.
+    # A checkpoint may hold groups for which the teacher was not asked yet.
     ask_teacher(replica, collector.teacher, collector.tally, collector.timings)
 
 
 def admit_groups(
     collector: Collector, step: int, graded: Sequence[GradedGroup], dropped: Sequence[DroppedGroup]
 ) -> Admitted:
-    """Put groups that came in into the queues or the books; return what became of each."""
+    """Put new groups into the queues or the books; return what happened to each."""
     admitted = admit(
         graded,
         dropped,
@@ -180,10 +180,10 @@ def admit_groups(
 
 
 def look_around(collector: Collector, failure: RunEnded | None = None) -> Look:
-    """Ask all leaders how far they are; ``failure`` is this replica's own. Collective over the world.
+    """Gather the progress of all leaders; ``failure`` is this replica's own. Collective over the world.
 
     Raises:
-        RunEnded: on all ranks, where one leader has a ``failure``.
+        RunEnded: on all ranks, if one leader has a ``failure``.
     """
     replica = collector.replica
     enter_left_out(replica, collector.tally)
@@ -201,10 +201,10 @@ def look_around(collector: Collector, failure: RunEnded | None = None) -> Look:
 
 
 def looks_further(collector: Collector, look: Look, step: int) -> bool:
-    """Return whether a collection at its limit goes on: it has found nothing yet, and has not looked at every prompt.
+    """Return whether a collection at its limit goes on: if it has found nothing and not looked at every prompt.
 
     Raises:
-        RunEnded: there is nothing to look further for.
+        RunEnded: it has found nothing, and there are no further prompts.
     """
     if look.waiting:
         return False
@@ -229,7 +229,7 @@ def end_if(end: RunEnded | None) -> None:
 
 
 def warn_of_losses(collector: Collector, look: Look, step: int) -> None:
-    """Say loudly when much was lost for other reasons than its difficulty, and when a batch stays short, and why."""
+    """Warn if many prompts were lost for reasons other than their difficulty, or if a batch stays short."""
     if not collector.ranks.is_global_leader:
         return
     outcomes, words = look.outcomes, ", ".join(dropped_words(look.outcomes.dropped))

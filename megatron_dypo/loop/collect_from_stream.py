@@ -26,15 +26,15 @@ from megatron_dypo.processes.watchdog import mark
 from megatron_dypo.rollout.server.process import ServerDiedError
 
 _LOOK_EVERY_S = 0.2
-"""Longest wait of a leader for groups of its own before it asks the others how far they are."""
+"""Longest wait of a leader for its own groups before it asks the other leaders for their progress."""
 _EARLY_SHARE = 1 / 4
-"""Part of a rollout batch that is worth a forward pass of its own while the rest is sampled."""
+"""Share of a rollout batch that is worth a separate forward pass while the rest is sampled."""
 
 
 def collect_from_stream(collector: Collector, step: int) -> Queues:
-    """Take finished groups from the streams until a rollout batch waits; return what waits on this replica.
+    """Take finished groups from the streams until a rollout batch waits; return this replica's queues.
 
-    In asynchronous mode the streams go on and start on the next batch.
+    In asynchronous mode the streams go on with the next batch.
 
     Raises:
         RunEnded: as for :func:`megatron_dypo.loop.collect.collect_in_rounds`.
@@ -45,7 +45,7 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
         stream.postpone(unfinished)
         collector.replica.end_round()
     goes_on = collector.rollout.mode == "async" and not _is_last_batch(collector, step)
-    # The next batch's groups begin before this one is full: else its last ones would be sampled one after the other.
+    # Groups of the next batch start before this one is full. Otherwise the last groups would be sampled one by one.
     target = 2 * batch if goes_on else batch
     admitted = list[Admitted]()
     try:
@@ -85,7 +85,7 @@ def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted]
 
 
 def _admit_finished(collector: Collector, step: int, admitted: list[Admitted]) -> RunEnded | None:
-    """Admit what the stream has finished; return the end of the run, if the stream has failed for one."""
+    """Admit the finished groups of the stream; return the end of the run, if the stream has failed."""
     stream = collector.servers.stream
     graded, counts = stream.take()
     tally_client(collector.tally, counts.client)
@@ -99,7 +99,7 @@ def _admit_finished(collector: Collector, step: int, admitted: list[Admitted]) -
 
 
 def _use_the_wait(collector: Collector, step: int, look: Look) -> None:
-    """Wait for the rest of a batch, or compute log-probs of what came in, once that is worth a forward pass."""
+    """Compute log-probs of new groups if they are worth a forward pass; else wait for more groups."""
     batch, ranks = collector.batching.prompts_per_batch, collector.ranks
     missing = batch - look.waiting
     if collector.logprobs.are_of_one_version:
@@ -109,7 +109,7 @@ def _use_the_wait(collector: Collector, step: int, look: Look) -> None:
         queues = collector.replica.queues
         queues.replace(collector.logprobs.complete(queues.groups(), step))
         return
-    # An end that the stream met is told to all ranks at the next look.
+    # If the stream has failed, all ranks learn of it at the next look.
     with collector.timings.measure("gen"), contextlib.suppress(ServerDiedError):
         collector.servers.stream.wait(
             _LOOK_EVERY_S, own_part(missing, ranks), resolved=own_part(collector.max_prompts, ranks)

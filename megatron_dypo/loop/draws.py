@@ -1,4 +1,4 @@
-"""The draws of one replica: which prompts come next, and which are drawn and not finished."""
+"""The draws of one replica: the next prompts, and those that are drawn but not finished."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class PromptSource(Protocol):
 
 @dataclass(kw_only=True)
 class Draws:
-    """A replica's place in the run's sequence of draws, of which it takes every ``replicas``-th.
+    """A replica's place in the run's sequence of draws. The replica takes every ``replicas``-th draw.
 
-    The thread of a rollout stream calls :meth:`claim` under the stream's lock; whoever reads ``cursor``, ``unfinished``
-    and the ledger together holds that lock (:meth:`megatron_dypo.rollout.stream.RolloutStream.still`).
+    The thread of a rollout stream calls :meth:`claim` under the stream's lock. Code that reads ``cursor``,
+    ``unfinished`` and the ledger together must hold that lock
+    (:meth:`megatron_dypo.rollout.stream.RolloutStream.still`).
     """
 
     source: PromptSource
@@ -35,11 +36,12 @@ class Draws:
     replica: int = 0
     replicas: int = 1
     cursor: int = 0
-    """Position of the next draw; replicas that collect in the background are not in step."""
+    """Position of the next draw. Replicas that collect in the background have different positions."""
     unfinished: list[Prompt] = field(default_factory=list)
-    """Drawn, and neither graded nor dropped; by the run that this one resumes, too. A stream keeps its own."""
+    """Prompts that this run, or the run that it resumes, drew and neither graded nor dropped. A stream keeps its
+    own."""
     left_out: deque[DropCounts] = field(default_factory=deque)
-    """Prompts and traces that draws left out and that are on no account yet."""
+    """Counts of prompts and traces that draws left out and that are on no account yet."""
 
     def claim(self, count: int) -> range:
         """Make the next ``count`` draws of the run; return the positions of this replica's part."""
@@ -58,17 +60,17 @@ class Draws:
     def begin_round(self, count: int) -> list[Prompt]:
         """Return the unfinished prompts, then this replica's part of ``count`` more; all are unfinished from now on.
 
-        So an end of the run before :meth:`end_round` loses none.
+        So no prompt is lost if the run ends before :meth:`end_round`.
         """
         self.unfinished = [*self.unfinished, *self.take(count)]
         return self.unfinished
 
     def end_round(self) -> None:
-        """Forget the unfinished prompts: what became of each is known, or a stream has taken them over."""
+        """Forget the unfinished prompts: each is on an account, or a stream has taken them over."""
         self.unfinished = []
 
     def resume(self, cursor: int, unfinished: Sequence[int]) -> None:
-        """Go on where a checkpoint left off; ``unfinished`` are the orders of all replicas."""
+        """Continue from a checkpoint; ``unfinished`` are the orders of all replicas."""
         self.cursor = cursor
         mine = [order for order in unfinished if order % self.replicas == self.replica]
         self.unfinished, left_out = self.source.at(mine)

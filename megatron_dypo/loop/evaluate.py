@@ -1,7 +1,7 @@
 """Held-out accuracy of the model under training, through the rollout servers of the run.
 
-Prompts, seeds, verifiers, records and figures are those of ``megatron-dypo eval``
-(:mod:`megatron_dypo.eval`); here the replicas share the items, and the weights are the trainer's.
+Prompts, seeds, verifiers, records and figures are the same as in ``megatron-dypo eval`` (:mod:`megatron_dypo.eval`).
+Here the replicas share the items, and the weights are the trainer's.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Evaluator:
     ranks: Ranks
     cfg: EvalConfig
     grading: GradingConfig
-    """With the verifiers that sets name."""
+    """The grading, including the verifiers that sets name."""
     timings: Timings
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Return whether the weights of ``step`` are to be evaluated."""
+        """Return whether the config asks for an evaluation of the weights of ``step``."""
         is_due = step == last_step or (self.cfg.every > 0 and step % self.cfg.every == 0)
         return is_due and bool(self.cfg.sets)
 
@@ -51,7 +51,7 @@ def evaluate(evaluator: Evaluator, step: int) -> dict[str, float]:
     The replicas share the prompts of a set. The responses are written to ``samples/eval/<set>/``.
 
     Returns:
-        ``eval/<set>/…`` metrics; {} without a set or servers. An accuracy of nothing is absent.
+        ``eval/<set>/…`` metrics; {} without a set or servers. A set without a judged response has no accuracy.
     """
     metrics: dict[str, float] = {}
     if isinstance(evaluator.servers, NoServers):
@@ -65,7 +65,7 @@ def evaluate(evaluator: Evaluator, step: int) -> dict[str, float]:
 
 
 def score_metrics(name: str, score: SetScore) -> dict[str, float]:
-    """Return the metrics of one set, and those of its sources where it has several."""
+    """Return the metrics of one set, and those of its sources if it has several."""
     prefix = f"eval/{name_part(name)}"
     metrics: dict[str, float] = {
         f"{prefix}/num_samples": score.total("samples"),
@@ -77,7 +77,7 @@ def score_metrics(name: str, score: SetScore) -> dict[str, float]:
     if average is not None and interval is not None:
         metrics |= {f"{prefix}/accuracy": average, f"{prefix}/accuracy_low": interval[0]}
         metrics[f"{prefix}/accuracy_high"] = interval[1]
-    # Of one response a prompt both are the accuracy.
+    # With one response for each prompt, pass@1 and avg@1 are the accuracy.
     metrics |= {f"{prefix}/pass@{k}": value for k, value in score.pass_at().items() if k > 1}
     metrics |= {f"{prefix}/maj@{k}": value for k, value in score.maj_at().items() if k > 1}
     if score.answered:
@@ -127,7 +127,7 @@ def _evaluate_share(evaluator: Evaluator, servers: Servers, name: str, step: int
     by_item: dict[int, list[GradedGroup]] = {}
     for group in graded:
         by_item.setdefault(group.prompt.order // settings.samples_per_prompt, []).append(group)
-    # Where each response has a prompt of its own, the order of its options, each is a row.
+    # With shuffled options each response has its own prompt, and becomes its own row.
     rows = [
         row
         for _, groups in sorted(by_item.items())

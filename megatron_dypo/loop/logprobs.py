@@ -1,6 +1,6 @@
-"""Log-probs for samples: log π_old, log π_ref, and log π_θ where the weights have moved on. Called by all ranks.
+"""Log-probs for samples: log π_old, log π_ref, and log π_θ if the weights have changed since. Called by all ranks.
 
-The functions return new groups; those that come in stay as they are. Ranks that hold no samples join with none.
+The functions return new groups and do not change their arguments. Ranks that hold no samples pass none.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def without_logprobs(groups: Iterable[Group]) -> list[Sample]:
 
 
 def of_other_versions(groups: Iterable[Group], version: int) -> list[Sample]:
-    """Return the rollouts whose log-probs under π_old are not those of the weights of ``version``."""
+    """Return the rollouts whose log π_old was not computed by the weights of ``version``."""
     return [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.logp_version != version]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logprobs:
-    """Computes log-probs as a config and an objective want them."""
+    """Computes the log-probs that config and objective need."""
 
     policy: Policy
     cfg: OldLogpConfig
@@ -41,17 +41,17 @@ class Logprobs:
     reads_entropy: bool = False
     """Whether it reads the entropy of π_old of rollouts with forced tokens."""
     is_asynchronous: bool
-    """Rollouts are sampled while updates change the weights."""
+    """Whether rollouts are sampled while updates change the weights."""
     tally: Tally
     timings: Timings
 
     @property
     def are_of_one_version(self) -> bool:
-        """Tell whether π_old is the policy that begins a rollout batch, and not the one that sampled its groups.
+        """Return whether π_old is the policy at the start of a rollout batch, rather than the policy that sampled.
 
-        A synchronous run has not changed the weights since it sampled, so that it computes the log-probs of all groups
-        that came in. An asynchronous one computes those of the groups that enter the batch, and
-        ``objective.importance`` corrects for the policy that sampled.
+        In a synchronous run the weights have not changed since the sampling, so it computes the log-probs of all new
+        groups. An asynchronous run computes those of the groups that enter the batch, and ``objective.importance``
+        corrects for the difference to the policy that sampled.
         """
         return self.is_asynchronous and self.cfg.source == "trainer"
 
@@ -60,20 +60,20 @@ class Logprobs:
         return self.cfg.check_every > 0 and number % self.cfg.check_every == 0
 
     def complete(self, groups: Sequence[Group], version: int, *, checks_servers: bool = False) -> list[Group]:
-        """Return the groups with log π_old and log π_ref where they have none.
+        """Return the groups; those without log π_old and log π_ref get them.
 
         Args:
-            version: of the policy's weights.
-            checks_servers: measure the error of the servers' log-probs, where those stand for log π_old.
+            version: version of the policy's weights.
+            checks_servers: measure the error of the servers' log-probs, if they are used as log π_old.
         """
         return self._compute(groups, without_logprobs(groups), version, checks_servers)
 
     def renew(self, groups: Sequence[Group], version: int) -> list[Group]:
-        """Return the groups with log π_old and log π_ref, computed again where π_old was of another version."""
+        """Return the groups with log π_old and log π_ref, computed again if π_old was of another version."""
         return self._compute(groups, of_other_versions(groups, version), version, checks_servers=False)
 
     def with_current(self, groups: Sequence[Group], version: int) -> list[Group]:
-        """Return the groups with log π_θ where π_old is older than the weights, if the objective reads that."""
+        """Return the groups; if the objective reads log π_θ, those whose π_old is older than the weights get it."""
         if not self.reads_current:
             return list(groups)
         stale = [s for group in groups for s in group if s.logp_version is not None and s.logp_version < version]
@@ -122,7 +122,7 @@ class Logprobs:
         return {(s.order, s.member): entropy_R for s, entropy_R in zip(forced, found, strict=True)}
 
     def _check_servers(self, samples: Sequence[Sample]) -> None:
-        """Compute the trainer's log-probs of each replica's oldest group, and count how far the servers are off."""
+        """Compute the trainer's log-probs of each replica's oldest group, and count the error of the servers'."""
         group = [sample for sample in samples if sample.order == samples[0].order]
         for sample, logp in zip(group, self.policy.logprobs(group), strict=True):
             tally_logprob_error(self.tally, logp - _server_logp(sample))
@@ -135,6 +135,6 @@ def _server_logp(sample: Sample) -> Floats:
 
 
 def _replaced(groups: Sequence[Group], samples: Iterable[Sample]) -> list[Group]:
-    """Return the groups with ``samples`` in the places of the members that they are copies of."""
+    """Return the groups with ``samples`` in place of the members that they are copies of."""
     by_member = {(sample.order, sample.member): sample for sample in samples}
     return [[by_member.get((sample.order, sample.member), sample) for sample in group] for group in groups]

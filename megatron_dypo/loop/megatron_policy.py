@@ -45,7 +45,7 @@ class MegatronPolicy:
     optimizer: PolicyOptimizer
     objective: Objective
     reference: ReferencePolicy | None
-    """None when the objective reads no reference, or takes π_old for it."""
+    """None if the objective reads no reference, or uses π_old as the reference."""
     timings: Timings
 
     @property
@@ -68,7 +68,7 @@ class MegatronPolicy:
         return self._score(self._of_leader(samples), entropy=True)
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
-        """Spread the samples over replicas, pack, one forward-backward over all of them, one optimizer step."""
+        """Spread the samples over replicas, pack them, and make one optimizer step from all of them."""
         layout, cost = self.layout, sequence_cost(self.arch, self.config.model.recompute)
         leaders = layout.leaders_group
         samples = broadcast_samples(
@@ -109,7 +109,14 @@ class MegatronPolicy:
         return self._first_not_finite(main_grad)
 
     def save(
-        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+        self,
+        root: Path,
+        step: int,
+        *,
+        trainer_state: Mapping[str, object],
+        leader_state: bytes,
+        stop_ids: Sequence[int],
+        keep: int,
     ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
         return checkpoint.save(
@@ -122,6 +129,7 @@ class MegatronPolicy:
             leader_state=leader_state,
             reference=self.reference if is_refreshed else None,
             hf_path=self.config.model.hf_path,
+            stop_ids=stop_ids,
             keep=keep,
         )
 
@@ -131,9 +139,15 @@ class MegatronPolicy:
             path, chunks=self.chunks, optimizer=self.optimizer, layout=self.layout, reference=self.reference
         )
 
-    def export(self, out_dir: Path) -> None:
-        named = named_values(self.chunks)
-        export_hf(named, self.arch, self.layout, out_dir=out_dir, reference_hf_path=self.config.model.hf_path)
+    def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
+        export_hf(
+            named_values(self.chunks),
+            self.arch,
+            self.layout,
+            out_dir=out_dir,
+            reference_hf_path=self.config.model.hf_path,
+            stop_ids=stop_ids,
+        )
 
     def _of_leader(self, samples: Sequence[Sample]) -> list[Sample]:
         """Send the tokens of the leader's samples to the other ranks of its replica; return them."""
@@ -152,7 +166,7 @@ class MegatronPolicy:
         return found or []
 
     def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
-        """Pack the samples into microbatches of about equal work; every replica gets the same number of them.
+        """Pack the samples into microbatches of roughly equal work. Every replica gets the same number.
 
         Each is padded only to the alignment of the layout.
         """

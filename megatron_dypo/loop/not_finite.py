@@ -1,4 +1,4 @@
-"""Which parameter and which samples made an update that is not finite. Called by all ranks, on that rare occasion."""
+"""The search for the parameter and the samples behind an update that is not finite. Called by all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 3
 
 
 def require_finite_weights(policy: Policy, place: str) -> None:
-    """Raise RunEnded on all ranks where a weight is not finite; ``place`` says where the weights are from."""
+    """Raise RunEnded on all ranks if a weight is not finite; ``place`` says where the weights come from."""
     if name := policy.bad_weight():
         raise RunEnded(Cause.NOT_FINITE, f"{place}: weight {name} holds a value that is not finite")
 
@@ -28,7 +28,7 @@ def require_finite_weights(policy: Policy, place: str) -> None:
 def count_update(
     progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, max_bad_steps: int
 ) -> RunEnded | None:
-    """Count an update; return the end of the run where too many in a row were skipped, or where weights are bad."""
+    """Count an update; return the end of the run if too many in a row were skipped or a weight is not finite."""
     if report.is_applied:
         progress.count_update(None)
         return None
@@ -47,7 +47,7 @@ def explain_bad_update(policy: Policy, replica: Replica, ranks: Ranks, samples: 
     """Name the first weight or gradient, and the first samples, that are not finite. Collective over the world.
 
     Args:
-        samples: of this replica's update, the same on each of its ranks.
+        samples: those of this replica's update, the same on each of its ranks.
 
     Returns:
         The reason in words, and whether a weight itself is not finite.

@@ -1,8 +1,8 @@
 """The policy as the loop sees it: log-probs, updates and files. :mod:`megatron_dypo.loop.megatron_policy` has the real
 one.
 
-Samples and log-probs are on the leaders of replicas; the other ranks pass () and get []. Every method is called by all
-ranks.
+Only the leaders of replicas hold samples and log-probs; the other ranks pass () and get []. All ranks call every
+method.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_dypo.types import Floats, Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpdateReport:
-    """The result of one update, the same on every rank but for ``flops`` and ``samples``."""
+    """The result of one update; only ``flops`` and ``samples`` differ between ranks."""
 
     is_applied: bool
     """False: the gradients were not finite, and the weights stay as they were."""
@@ -28,7 +28,7 @@ class UpdateReport:
     flops: float
     """Work of this replica (see ``models.flops``)."""
     samples: Sequence[Sample]
-    """Those that this replica learned from, on all of its ranks."""
+    """The samples that this replica learned from, on all of its ranks."""
 
 
 class Policy(Protocol):
@@ -36,36 +36,45 @@ class Policy(Protocol):
 
     @property
     def keeps_reference(self) -> bool:
-        """Tell whether π_ref has weights of its own here; else π_old stands for it, or nothing reads it."""
+        """Return whether π_ref has its own weights here; else π_ref is π_old, or nothing reads it."""
 
     def logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        """Return log π of each sample's response tokens, [R] each, under the weights of now."""
+        """Return log π of each sample's response tokens, [R] each, under the current weights."""
 
     def entropies(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return the entropy of π where each response token is sampled, [R] each, under the weights of now."""
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        """Return the same under the reference's weights; only where ``keeps_reference``."""
+        """Return the same under the reference's weights. Call it only if ``keeps_reference``."""
 
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        """Return the same for samples that every rank of the replica has already, such as an update's."""
+        """Return the same for samples that every rank of the replica already holds, such as those of an update."""
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         """Make one optimizer step from the samples of all replicas, which have their token weights."""
 
     def refresh_reference(self) -> None:
-        """Make the weights of now the reference; only where ``keeps_reference``."""
+        """Make the current weights the reference. Call it only if ``keeps_reference``."""
 
     def bad_weight(self) -> str | None:
-        """Name the first parameter that holds a value that is not finite, on any rank; None if all are."""
+        """Return the name of the first parameter with a value that is not finite, on any rank; None if there is
+        none."""
 
     def bad_gradient(self) -> str | None:
-        """Name the first parameter whose gradient of the last update is not finite, on any rank; None if all are."""
+        """Return the name of the first parameter whose last gradient is not finite, on any rank; None if there is
+        none."""
 
     def save(
-        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+        self,
+        root: Path,
+        step: int,
+        *,
+        trainer_state: Mapping[str, object],
+        leader_state: bytes,
+        stop_ids: Sequence[int],
+        keep: int,
     ) -> Path:
         """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""
 
-    def export(self, out_dir: Path) -> None:
-        """Write the weights as a Hugging Face model folder."""
+    def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
+        """Write the weights as a Hugging Face model folder, whose generation ends at ``stop_ids``."""

@@ -1,4 +1,5 @@
-"""The ranks of a run, and how they agree on small facts. The loop is given them as a value: tests run it in threads."""
+"""The ranks of a run, and how they agree on small facts. They are a value that the loop gets, so tests can use
+threads."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """One rank among the others. A replica is a whole copy of the policy; its first rank, the leader, speaks for it."""
+    """One rank among the others. A replica is a whole copy of the policy; its first rank is its leader."""
 
     @property
     def replica(self) -> int:
@@ -28,10 +29,10 @@ class Ranks(Protocol):
 
     @property
     def is_global_leader(self) -> bool:
-        """Tell whether this is the leader of the first replica, which writes and logs for all."""
+        """Return whether this is the leader of the first replica, which writes and logs for all."""
 
     def of_leaders(self, mine: T) -> list[T]:
-        """Return ``mine`` of every leader, by replica, the same on every rank; what other ranks give is ignored.
+        """Return ``mine`` of every leader, by replica, the same on every rank. Values of other ranks are ignored.
 
         Collective over the world; for a few numbers or words, not for tensors.
         """
@@ -41,7 +42,7 @@ class Ranks(Protocol):
 
 
 def own_part(count: int, ranks: Ranks) -> int:
-    """Return a replica's part of ``count`` things, rounded up."""
+    """Return ``count`` divided by the number of replicas, rounded up."""
     return -(-count // ranks.replicas)
 
 

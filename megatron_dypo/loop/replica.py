@@ -1,7 +1,7 @@
-"""The data of a replica: all of it is on the leader; a follower only joins forward and backward passes.
+"""The data of a replica. The leader holds all of it; followers only join forward and backward passes.
 
-Both answer the same questions, so that the loop reads the same on every rank: a follower has no prompts, nothing that
-waits and nothing to write.
+Both have the same methods, so that the loop is the same code on every rank: a follower has no prompts, no waiting
+groups and nothing to write.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dypo.metrics.samples import SampleLog, eval_folder, sample_row
 from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 HeldOutItem: TypeAlias = tuple[EvalItem, Sequence[EvalPrompt]]
-"""An item, and the prompts of its responses; () where they are too long."""
+"""An item, and the prompts of its responses; () if they are too long."""
 
 
 class HeldOut(Protocol):
@@ -34,28 +34,28 @@ class HeldOut(Protocol):
 
 
 class Decoder(Protocol):
-    """A tokenizer, as far as samples are written with it."""
+    """The part of a tokenizer that writing samples needs."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(kw_only=True)
 class Books:
-    """The fates of a replica's draws: since the run began, and in the collection under way."""
+    """The accounts of a replica's draws, since the run began and in the current collection."""
 
     ledger: Ledger = field(default_factory=Ledger)
-    """On the global leader of a resumed run, with all draws before that."""
+    """The ledger. On the global leader of a resumed run it includes all draws before the resume."""
     outcomes: Outcomes = field(default_factory=Outcomes)
 
     def drop(self, reason: DropReason, count: int = 1, message: str = "") -> None:
-        """Enter draws that came to nothing; ``message`` is the reason in words."""
+        """Enter dropped draws; ``message`` is the reason in words."""
         self.ledger.drop(reason, count)
         self.outcomes.drop(reason, count, message=message)
 
 
 @dataclass(kw_only=True)
 class Leader:
-    """The first rank of a replica: prompts, what waits for an update, the books, and the samples that people read."""
+    """The first rank of a replica. It holds prompts, waiting groups, the books, and the files of samples."""
 
     draws: Draws
     tokenizer: Decoder
@@ -66,7 +66,9 @@ class Leader:
     books: Books
     queues: Queues = field(default_factory=Queues)
     data_identity: dict[str, Any] = field(default_factory=dict)
-    """Makes a position of the run the same prompt in a resumed run; see ``open_data.data_identity``."""
+    """Identifies the data: in a resumed run a position must mean the same prompt; see ``open_data.data_identity``."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids of the tokens that end a response."""
 
     @property
     def num_prompts(self) -> int:
@@ -86,15 +88,15 @@ class Leader:
         self.draws.end_round()
 
     def unfinished(self) -> list[Prompt]:
-        """Return the prompts that are drawn and not finished, but for those that a stream keeps."""
+        """Return the prompts that are drawn but not finished, without those that a stream keeps."""
         return self.draws.unfinished
 
     def leave_out(self, counts: DropCounts) -> None:
-        """Add what the draws of a stream left out."""
+        """Add the prompts and traces that the draws of a stream left out."""
         self.draws.left_out.append(counts)
 
     def take_left_out(self) -> DropCounts:
-        """Return what draws left out since the last call."""
+        """Return the prompts and traces that draws left out since the last call."""
         taken = DropCounts()
         while self.draws.left_out:
             taken += self.draws.left_out.popleft()
@@ -106,7 +108,7 @@ class Leader:
         return [(item, held_out.prompts(item)) for item in held_out.items(self.draws.replica, self.draws.replicas)]
 
     def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None:
-        """Write the file of ``samples/`` of a collection for ``step``."""
+        """Write the file in ``samples/`` of the collection for ``step``."""
         self.sample_log.write(step, [row for one in admitted for row in sample_rows(step, one, self._text_of)])
 
     def write_evaluation(self, step: int, name: str, groups: Sequence[GradedGroup]) -> None:
@@ -120,12 +122,13 @@ class Leader:
 
 @dataclass(kw_only=True)
 class Follower:
-    """Any other rank of a replica: it holds no data. Its queues and books stay empty."""
+    """Any other rank of a replica. It holds no data; its queues and books stay empty."""
 
     queues: Queues = field(default_factory=Queues)
     books: Books = field(default_factory=Books)
     num_prompts: int = 0
     data_identity: dict[str, Any] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
 
     def id_of(self, order: int) -> str:
         return str(order)

@@ -1,4 +1,4 @@
-"""The requests of a rank to the servers: a leader's, and none on the other ranks of its replica."""
+"""The requests of a rank to the servers. Only leaders of replicas send any."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def planner_of(
 
 
 class NoStream:
-    """The rollout stream of a rank that asks no server: nothing comes, and nothing is in flight."""
+    """The rollout stream of a rank that asks no server: it is always empty."""
 
     error: BaseException | None = None
     is_unserved = False
@@ -62,15 +62,15 @@ Stream = RolloutStream[GradedGroup] | NoStream
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderRequests:
-    """The requests of a replica's leader: groups for the loop, groups in the background, and their verdicts."""
+    """The requests of a replica's leader: groups for the loop, groups from the background, and their verdicts."""
 
     client: SGLangClient
     stream: RolloutStream[GradedGroup]
-    """Has a client of its own, since it runs while ``client`` evaluates."""
+    """The stream. It has its own client, since it runs while ``client`` evaluates."""
     verifier: Verifier
     fail_truncated: bool
     trace_text: Callable[[Prompt], str | None] | None
-    """Gives the traces that the verifier judges beside rollouts."""
+    """Returns the trace that the verifier judges beside the rollouts of a prompt."""
     show_progress: bool
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
@@ -88,11 +88,12 @@ class LeaderRequests:
         return grade([group], self.verifier, self.fail_truncated, show_progress=False)[0].verdicts
 
     def accept(self, recent: range) -> None:
-        """Take groups of these versions from the stream, before a refit."""
+        """Accept groups of these versions from the stream. Called before a refit."""
         self.stream.accept(recent)
 
     def use_servers(self, urls: Sequence[str], version: int, recent: range) -> None:
-        """Send requests to ``urls``, after a refit; take groups of ``version``, and of ``recent`` from the stream."""
+        """Send requests to ``urls``; accept groups of ``version``, and of ``recent`` from the stream. Called after a
+        refit."""
         self.client.use_servers(urls, range(version, version + 1))
         self.stream.use_servers(urls, recent)
 

@@ -1,4 +1,4 @@
-"""Save and restore: everything besides weights, optimizer and RNG that lets a run go on where it stopped."""
+"""Save and restore the state, besides weights, optimizer and RNG, that a run needs to continue where it stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.processes.watchdog import mark
 
 _STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "data"}
-"""The keys that resuming reads of the trainer's state in a checkpoint (:func:`save_checkpoint`)."""
+"""Keys of the trainer's state in a checkpoint that resuming reads (:func:`save_checkpoint` writes them)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class Checkpointer:
 
 
 def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
-    """Save a checkpoint where the config says so, unless the last update was skipped. Collective over the world.
+    """Save a checkpoint if the config asks for it, unless the last update was skipped. Collective over the world.
 
-    Its time stands in the metrics of the next step.
+    The time it takes is in the metrics of the next step.
     """
     every, is_last = checkpointer.cfg.every, progress.step == checkpointer.total_steps
     is_due = is_last or (every > 0 and progress.step % every == 0)
@@ -78,6 +78,7 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
             "data": replica.data_identity,
         },
         leader_state=dump_samples(kept),
+        stop_ids=replica.stop_ids,
         keep=checkpointer.cfg.keep,
     )
 
@@ -93,7 +94,7 @@ class RestoredState(Protocol):
 
 
 def drawn_state(replica: Replica, stream: Stream, ranks: Ranks) -> dict[str, Any]:
-    """Return where the run's next draw is, and which draws before it came to nothing yet. Collective over the world."""
+    """Return the position of the run's next draw, and the unfinished draws before it. Collective over the world."""
     if isinstance(replica, Follower):
         by_replica = ranks.of_leaders((0, list[int](), Ledger()))
     else:
@@ -104,7 +105,7 @@ def drawn_state(replica: Replica, stream: Stream, ranks: Ranks) -> dict[str, Any
     end = max(cursor for cursor, _, _ in by_replica)
     ledger, orders = Ledger(), list[int]()
     for number, (cursor, unfinished, own) in enumerate(by_replica):
-        # Draws that a replica is behind with are in flight for the run that resumes.
+        # A replica may be behind the others. The draws it has not made yet are in flight for the run that resumes.
         behind = range(cursor + (number - cursor) % ranks.replicas, end, ranks.replicas)
         ledger += own
         ledger.draw(len(behind))
@@ -113,16 +114,16 @@ def drawn_state(replica: Replica, stream: Stream, ranks: Ranks) -> dict[str, Any
 
 
 def restore_draws(draws: Draws, state: Mapping[str, Any]) -> None:
-    """Go on with the draws of a checkpoint; the first replica has the books of all draws before it."""
+    """Continue the draws of a checkpoint. The first replica gets the ledger of all draws before it."""
     draws.resume(int(state["cursor"]), state["unfinished"])
     if draws.replica == 0:
         draws.ledger = Ledger.from_json(state["ledger"])
 
 
 def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> RolloutBatch:
-    """Put what waited into the queues of this replica, and return the rest of the open rollout batch.
+    """Put waiting groups into the queues of this replica, and return the rest of the open rollout batch.
 
-    Whole groups go to the replicas of this run in turn, however many replicas wrote them.
+    Whole groups are dealt to the replicas of this run in turn, however many replicas wrote them.
 
     Args:
         path: of the checkpoint, for messages.
@@ -162,7 +163,7 @@ def load_groups(leader_states: Sequence[bytes], *, buffered: bool = False) -> li
 
 
 def require_known_state(checkpoint_path: Path, state: Mapping[str, Any]) -> None:
-    """Raise ValueError where a checkpoint's ``trainer_state.json`` is not what this version writes."""
+    """Raise ValueError if another version wrote a checkpoint's ``trainer_state.json`` and keys are missing."""
     absent = sorted(_STATE_KEYS - state.keys())
     if absent:
         raise ValueError(

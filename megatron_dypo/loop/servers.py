@@ -1,7 +1,7 @@
-"""The servers as the loop sees them: weights go there, groups of rollouts come back. Called by all ranks.
+"""The servers as the loop sees them: they get weights and return groups of rollouts. Called by all ranks.
 
-Only leaders of replicas ask servers, but a refit takes every rank. So when leaders are left without a server, all ranks
-agree to refit again, with whatever server has come back in the meantime, and the leaders ask on.
+Only leaders of replicas ask servers, but every rank takes part in a refit. So if leaders are left without a server, all
+ranks agree to refit the servers that have come back in the meantime, and the leaders continue to ask.
 
 A run that asks no server has :class:`NoServers`.
 """
@@ -30,7 +30,7 @@ _MAX_FRUITLESS = 3
 
 
 class Refitter(Protocol):
-    """Brings servers to the trainer's weights; see :class:`megatron_dypo.refit.refitter.Refitter`."""
+    """Brings the trainer's weights to the servers; see :class:`megatron_dypo.refit.refitter.Refitter`."""
 
     @property
     def serving(self) -> tuple[str, ...]: ...
@@ -50,7 +50,7 @@ Ask = Callable[..., tuple[list[RolloutGroup], CollectStats]]
 
 
 class NoRouter:
-    """Stands where requests go to servers directly, and on all ranks but one."""
+    """The router if requests go to servers directly, and on all ranks except one."""
 
     def use_servers(self, servers: Sequence[str]) -> None: ...
 
@@ -66,16 +66,16 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """The result of one leader's asking its servers once."""
+    """The result of one leader's attempt to sample its prompts."""
 
     failure: str = ""
-    """The reason for which no server will ever answer; empty without one."""
+    """Why no server will ever answer again; empty if one may."""
     is_stopped: bool = False
-    """A request to stop the run cut it short."""
+    """Whether a request to stop the run interrupted the attempt."""
     unserved: int = 0
-    """Prompts that no server took."""
+    """Prompts for which no server was left."""
     came_back: int = 0
-    """Prompts whose group came back, or was dropped."""
+    """Prompts whose group came back or was dropped."""
 
 
 @dataclass(kw_only=True)
@@ -89,8 +89,8 @@ class Servers:
     tally: Tally
     timings: Timings
     versions: tuple[int, ...] = ()
-    """Versions of the last refit and of the last one before it that was of another version, ascending: what servers may
-    hold while a refit is under way."""
+    """Versions that servers may hold during a refit, ascending: that of the last refit, and the different version
+    before it."""
 
     @property
     def stream(self) -> Stream:
@@ -98,9 +98,10 @@ class Servers:
         return self.requests.stream
 
     def refit(self, version: int) -> dict[str, float]:
-        """Bring the servers to the weights of now, ``version``, and send requests to those alone; return metrics."""
-        # A group that the stream has in flight may end before the refit or after it. A refit of the same version, with
-        # servers that came back, narrows nothing: what the one before it allowed may still be in flight.
+        """Bring the current weights, ``version``, to the servers; send requests only to servers that have them. Return
+        metrics."""
+        # A group in flight may end before or after the refit, so both versions are accepted. If this refit only brings
+        # the same version to servers that came back, groups of the version before may still be in flight.
         before = [held for held in self.versions if held != version][-1:]
         recent = range(before[0], version + 1, version - before[0]) if before else range(version, version + 1)
         self.requests.accept(recent)
@@ -126,21 +127,21 @@ class Servers:
         return self.requests.judge(group)
 
     def offload_servers(self) -> None:
-        """Let the servers' memory go until the next refit, where the config says so."""
+        """Let the servers release their memory until the next refit, if the config asks for it."""
         self.refitter.release()
 
     def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
         """Sample the groups of this replica's ``prompts``, even if servers die in between. Collective over the world.
 
         Args:
-            prompts: () off the leaders.
-            version: of the weights that servers hold, or get where all are lost.
-            part: of the step's time, to which this counts.
+            prompts: () on ranks that are no leaders.
+            version: version of the weights that the servers hold, or get again if all were lost.
+            part: name of the timing that this counts towards.
             ask: :func:`megatron_dypo.rollout.collect.collect` with its options.
 
         Raises:
-            RunEnded: on all ranks: no server is left, or refits go well and a rank cannot reach the servers; or the run
-                is to stop, and what came back is lost: all prompts stay unfinished.
+            RunEnded: on all ranks: no server is left; refits succeed, but a leader cannot reach the servers; or the run
+                was asked to stop. In the last case the new groups are lost, and all prompts stay unfinished.
         """
         sampled, fruitless = Sampled(), 0
         while True:
@@ -172,7 +173,7 @@ class Servers:
 
 
 def _end_if_lost(found: Sequence[Attempt], fruitless: int) -> None:
-    """Raise RunEnded where no server will ever answer; ``fruitless`` attempts in a row brought nothing."""
+    """Raise RunEnded if no server will ever answer again, or after too many ``fruitless`` attempts in a row."""
     if failures := [attempt.failure for attempt in found if attempt.failure]:
         raise RunEnded(Cause.SERVERS_GONE, failures[0])
     if fruitless == _MAX_FRUITLESS:
@@ -182,24 +183,24 @@ def _end_if_lost(found: Sequence[Attempt], fruitless: int) -> None:
 
 
 class NoServers:
-    """Stands for the servers in a run that asks none: no step that is left needs rollouts, and nothing is evaluated."""
+    """The servers of a run that asks none: no remaining step needs rollouts, and nothing is evaluated."""
 
     stream = NoStream()
 
     def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
-        """Raise RuntimeError: to ask is a bug."""
+        """Raise RuntimeError: this call is a bug."""
         raise RuntimeError(f"step {version} asks for rollouts, and this run has no servers")
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
-        """Raise RuntimeError: to ask is a bug."""
-        raise RuntimeError("there is no verifier where nothing is sampled")
+        """Raise RuntimeError: this call is a bug."""
+        raise RuntimeError("this run samples nothing, so it has no verifier")
 
     def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
         """Raise RuntimeError: to ask is a bug."""
         raise RuntimeError("there is no verifier where nothing is sampled")
 
     def refit(self, version: int) -> dict[str, float]:
-        """Do nothing: the weights go to no server."""
+        """Do nothing: there is no server."""
         return {}
 
     def offload_servers(self) -> None:

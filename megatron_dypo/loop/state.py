@@ -1,4 +1,4 @@
-"""The state of a run while it lasts: each part is whole when the run begins, and has one type on each kind of rank."""
+"""The state of a running run. Each part is complete when the run begins, and has one type on each kind of rank."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def start_of_weights(self) -> str:
-        """The place that the weights of this run's start are from, for messages."""
+        """The origin of the weights at the start of this run, for messages."""
         return "the checkpoint" if self.progress.step else f"model.hf_path={self.config.model.hf_path}"
 
     @property
@@ -115,13 +115,15 @@ class Run:
             logprobs=self.logprobs,
             replica=self.replica,
             ranks=self.ranks,
-            config=self.config,
+            reference=self.config.objective.reference,
+            max_bad_steps=self.config.optimizer.max_bad_steps,
+            old_is_rollout=self.config.old_logp.source == "server",
             tally=self.tally,
         )
 
     @property
     def recorder(self) -> Recorder:
-        """The parts of this run that its record is made with."""
+        """The parts of this run that its record needs."""
         return Recorder(
             accounts=self.accounts,
             writer=self.writer,
@@ -133,7 +135,7 @@ class Run:
 
     @property
     def checkpointer(self) -> Checkpointer:
-        """The parts of this run that a checkpoint is written from."""
+        """The parts of this run that a checkpoint needs."""
         return Checkpointer(
             folder=self.dir / "checkpoints",
             policy=self.policy,

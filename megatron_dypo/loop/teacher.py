@@ -1,6 +1,6 @@
-"""A teacher's log-probs for what waits: every rollout of a group has them, or the prompt is dropped and counted.
+"""A teacher's log-probs of waiting groups. If any rollout of a group gets none, its prompt is dropped and counted.
 
-Only leaders ask, for the groups of their own replicas; nothing here is collective.
+Only leaders ask, each for the groups of its own replica. Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from megatron_dypo.types import Sample, SampleKind
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherReport:
-    """The outcome of asking for what waits."""
+    """The outcome of asking the teacher for the waiting groups."""
 
     asked: int = 0
-    """Rollouts."""
+    """Rollouts that the teacher was asked about."""
     answered: int = 0
-    """Those of them that have their log-probs now."""
+    """Rollouts that got their log-probs."""
     dropped: tuple[str, ...] = ()
-    """For each group that was dropped, why."""
+    """The reason for each dropped group."""
 
 
 class NoTeacher:
-    """The teacher of a run whose objective reads none, and of all ranks that are no leaders."""
+    """The teacher of a run whose objective reads no teacher, and of all ranks that are no leaders."""
 
     def missing(self, queues: Queues) -> list[Sample]:
         """Return nothing."""
@@ -48,17 +48,17 @@ class Teacher:
 
     client: TeacherClient
     reads: Callable[[Group], bool]
-    """Tells whether the objective reads the teacher's log-probs of a group."""
+    """Returns whether the objective reads the teacher's log-probs of a group."""
     show_progress: bool
     stop: StopFlag = STOP
-    """Ends the asking when it is set; groups without an answer go on waiting, for the run that resumes."""
+    """Interrupts the requests when it is set. Groups without an answer wait on, for the run that resumes."""
 
     def missing(self, queues: Queues) -> list[Sample]:
-        """Return the rollouts that wait without the log-probs that the objective reads."""
+        """Return the waiting rollouts that lack log-probs that the objective reads."""
         return without_teacher_logp(filter(self.reads, queues.groups()))
 
     def complete(self, queues: Queues) -> TeacherReport:
-        """Give every rollout that waits its ``teacher_logp``; take the groups out for which the teacher gave none."""
+        """Set ``teacher_logp`` of every waiting rollout; remove the groups for which the teacher gave none."""
         samples = self.missing(queues)
         answers = teacher_logprobs(samples, self.client, stop=self.stop, progress=self.show_progress)
         failures: dict[int, str] = {}
@@ -74,7 +74,7 @@ class Teacher:
 
 
 def without_teacher_logp(groups: Iterable[Group]) -> list[Sample]:
-    """Return the rollouts that the teacher has not given log-probs of."""
+    """Return the rollouts without the teacher's log-probs."""
     return [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.teacher_logp is None]
 
 

@@ -30,10 +30,10 @@ def train(config: Config) -> None:
     """Train until ``run.steps`` optimizer steps are done, then export; this process is one rank of the run.
 
     Raises:
-        RunEnded: on all ranks: the run ended before that, for its cause. What was done is in a checkpoint, unless the
-            weights are not finite. A model is exported only if the run was trained until nothing was left to learn.
+        RunEnded: on all ranks: the run ended earlier. Its state is in a checkpoint, unless the weights are not finite.
+            A model is then exported only if nothing was left to learn from.
     """
-    from megatron_dypo.loop.setup.build import open_run  # here, since it imports Megatron, which the loop does not need
+    from megatron_dypo.loop.setup.build import open_run  # imports Megatron, which the loop does not need
 
     with open_run(config) as run:
         train_run(run)
@@ -61,7 +61,9 @@ def train_run(run: Run) -> None:
 
 
 def begin(progress: Progress, policy: Policy, evaluator: Evaluator, recorder: Recorder, place: str) -> None:
-    """Bring the servers to the weights of now, and evaluate them before the first step; ``place`` is theirs, in words.
+    """Bring the current weights to the servers, and evaluate them before the first step.
+
+    ``place`` says where the weights come from.
 
     Raises:
         RunEnded: on all ranks: a weight is not finite.
@@ -78,12 +80,13 @@ def begin(progress: Progress, policy: Policy, evaluator: Evaluator, recorder: Re
 def train_step(
     progress: Progress, collector: Collector, updater: Updater, evaluator: Evaluator, recorder: Recorder
 ) -> None:
-    """Make one optimizer step, evaluate and refresh the reference where that is due, and write the step's metrics.
+    """Make one optimizer step, evaluate and refresh the reference if due, and write the step's metrics.
 
-    The first step of a rollout batch collects it; the servers get the weights after its last, or for an evaluation.
+    The first step of a rollout batch collects the batch. The servers get the weights after its last step, and for an
+    evaluation.
 
     Raises:
-        RunEnded: on all ranks: nothing can be learned from what was collected, or updates are not finite.
+        RunEnded: on all ranks: nothing can be learned from the collected groups, or updates are not finite.
     """
     refit: dict[str, float] = {}
     with recorder.timings.measure("step"):
@@ -125,7 +128,7 @@ def train_step(
 
 
 def require_last_update(progress: Progress) -> None:
-    """Raise RunEnded where the run's last update was skipped."""
+    """Raise RunEnded if the run's last update was skipped."""
     if progress.bad_steps:
         skipped = f"the last {progress.bad_steps} updates of the run were skipped"
         raise RunEnded(Cause.NOT_FINITE, f"{skipped}: {progress.last_problem}")
@@ -134,10 +137,10 @@ def require_last_update(progress: Progress) -> None:
 def save_and_export(
     end: RunEnded | None, progress: Progress, checkpointer: Checkpointer, export_to: Path | None
 ) -> None:
-    """Save the policy that a run ends with, if that is not done yet, and export it. Collective over the world.
+    """Save the final policy of a run, unless it is saved already, and export it. Collective over the world.
 
-    Nothing is saved of a run that made no step before its ``end``, or whose weights are not finite. A run is exported
-    that was trained until its last step (None), or until nothing was left to learn.
+    A run that made no step before its ``end``, or whose weights are not finite, saves nothing. A run is exported only
+    if it made all its steps (``end`` is None) or nothing was left to learn from.
     """
     if end is not None and (progress.step == 0 or end.cause is Cause.NOT_FINITE):
         return
@@ -146,4 +149,4 @@ def save_and_export(
         mark("saving and exporting")
     save_unless_saved(checkpointer, progress)
     if is_trained and export_to is not None:
-        checkpointer.policy.export(export_to)
+        checkpointer.policy.export(export_to, stop_ids=checkpointer.replica.stop_ids)

@@ -1,4 +1,4 @@
-"""The way from waiting groups to the token weights of one optimizer step. Called by all ranks.
+"""From waiting groups to the token weights of one optimizer step. Called by all ranks.
 
 A replica's leader holds the samples; its other ranks join for forward and backward passes.
 """
@@ -11,8 +11,7 @@ from dataclasses import replace
 from megatron_dypo.batching.queues import Group, Queues, newest, oldest, order_of
 from megatron_dypo.batching.rollout_batch import RolloutBatch
 from megatron_dypo.config.training import BatchingConfig
-from megatron_dypo.config.tree import Config
-from megatron_dypo.loop.books.tally import Tally, tally_sums, tally_update
+from megatron_dypo.loop.books.tally import Tally, tally_sums
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.objective.recipes.base import Objective, TraceBuffer
@@ -32,7 +31,7 @@ def open_batch(
 ) -> RolloutBatch:
     """Take the oldest ``prompts_per_batch`` groups over all replicas out of the queues; return them with log-probs.
 
-    What goes on waiting gets its log-probs too, unless those are to be of the version that begins its own batch.
+    Groups that stay in the queues get log-probs too, unless π_old must be the policy that begins their own batch.
 
     Args:
         version: of the policy's weights.
@@ -58,13 +57,12 @@ def count_totals(groups: Sequence[Group], ranks: Ranks) -> Totals:
 
 
 def token_weights(
-    groups: Sequence[Group], totals: Totals, objective: Objective, config: Config, *, step: int, tally: Tally
+    groups: Sequence[Group], totals: Totals, objective: Objective, *, step: int, tally: Tally
 ) -> list[Sample]:
-    """Return the samples of a minibatch, each with its token weights by the objective."""
+    """Return the samples of a minibatch, each with the objective's token weights."""
     weighted = []
     for group in groups:
         result = objective.weights_of(group, totals, step)
         weighted += [replace(s, weights=w) for s, w in zip(group, result.weights, strict=True)]
         tally_sums(tally, result.sums)
-    tally_update(tally, weighted, step, old_is_rollout=config.old_logp.source == "server")
     return weighted

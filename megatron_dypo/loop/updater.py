@@ -1,14 +1,14 @@
-"""One update of the policy, from the minibatch that it learns from to its report. Called by all ranks."""
+"""One update of the policy, from the minibatch to the report. Called by all ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megatron_dypo.batching.rollout_batch import Minibatch
-from megatron_dypo.config.tree import Config
+from megatron_dypo.config.objective import ReferenceConfig
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.books.accounts import enter_minibatch
-from megatron_dypo.loop.books.tally import Tally, tally_work
+from megatron_dypo.loop.books.tally import Tally, tally_update, tally_work
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.not_finite import count_update
 from megatron_dypo.loop.policy import Policy, UpdateReport
@@ -27,10 +27,14 @@ class Updater:
     policy: Policy
     objective: Objective
     logprobs: Logprobs
-    """Computed again for an objective that reads log π_θ of samples that older weights made."""
+    """Computes log π_θ again where the objective reads it and the samples come from older weights."""
     replica: Replica
     ranks: Ranks
-    config: Config
+    reference: ReferenceConfig
+    max_bad_steps: int
+    """See ``optimizer.max_bad_steps``."""
+    old_is_rollout: bool
+    """Whether log π_old is the servers' (``old_logp.source``)."""
     tally: Tally
 
 
@@ -42,24 +46,24 @@ class Update:
     """Counts of the minibatch over all replicas."""
     report: UpdateReport
     end: RunEnded | None
-    """The end of the run: weights are not finite, or too many updates in a row were skipped."""
+    """The end of the run, if weights are not finite or too many updates in a row were skipped."""
 
 
 def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) -> Update:
     """Make one optimizer step from ``minibatch``, and count it in ``progress``."""
-    enter_minibatch(updater.replica, minibatch, updater.tally)
+    tally = updater.tally
+    enter_minibatch(updater.replica, minibatch, tally)
     totals = count_totals(minibatch.groups, updater.ranks)
     groups = updater.logprobs.with_current(minibatch.groups, progress.step)
-    weighted = token_weights(groups, totals, updater.objective, updater.config, step=progress.step, tally=updater.tally)
+    weighted = token_weights(groups, totals, updater.objective, step=progress.step, tally=tally)
+    tally_update(tally, weighted, progress.step, old_is_rollout=updater.old_is_rollout)
     report = updater.policy.update(weighted)
-    tally_work(updater.tally, report.flops)
-    end = count_update(
-        progress, report, updater.policy, updater.replica, updater.ranks, updater.config.optimizer.max_bad_steps
-    )
+    tally_work(tally, report.flops)
+    end = count_update(progress, report, updater.policy, updater.replica, updater.ranks, updater.max_bad_steps)
     return Update(totals=totals, report=report, end=end)
 
 
 def refresh_reference(updater: Updater, step: int) -> None:
-    """Make the weights of now the reference, where the config says so after ``step``."""
-    if updater.policy.keeps_reference and updater.config.objective.reference.is_refreshed_after(step):
+    """Make the current weights the reference, if the config asks for it after ``step``."""
+    if updater.policy.keeps_reference and updater.reference.is_refreshed_after(step):
         updater.policy.refresh_reference()

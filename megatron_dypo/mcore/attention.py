@@ -1,7 +1,7 @@
-"""Core attention over packed sequences with torch alone; and the description of a packed row for Megatron.
+"""Core attention over packed sequences with plain torch, and the description of a packed microbatch for Megatron.
 
-Shapes: T tokens of the row, h query heads and g key-value heads of this tensor-parallel rank, d channels of a head,
-B sequences of a bucket padded to S tokens.
+Shapes: T tokens of the microbatch, h query heads and g key-value heads of this tensor-parallel rank, d channels of a
+head, B sequences of a bucket padded to S tokens.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 SHORT = 32
-"""Sequences up to this length share a bucket whatever their lengths: a call costs more than the padding."""
+"""Sequences up to this length always share a bucket, since a call costs more than the padding."""
 FILL = 0.75
-"""A longer sequence joins a bucket only if it fills at least this part of its padded length."""
+"""A longer sequence joins a bucket only if it fills at least this share of the padded length."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Sequences of like length, attended to in one call."""
+    """Sequences of similar length, processed in one call."""
 
     gather_N: torch.Tensor
-    """[B·S] token of each padded slot; slots beyond a sequence's end repeat its last token."""
+    """[B·S] index of the token in each padded slot. Slots after a sequence's end repeat its last token."""
     num_sequences: int
     length: int
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How a packed row is cut into padded buckets and put together again."""
+    """How a packed microbatch is divided into padded buckets and put together again."""
 
     buckets: tuple[Bucket, ...]
     slot_T: torch.Tensor
-    """Where token t stands in the concatenation of the padded buckets."""
+    """Position of token t in the concatenation of the padded buckets."""
 
 
 def packed_seq_params(cu_seqlens_S: torch.Tensor) -> PackedSeqParams:
-    """Return Megatron's description of a packed (``thd``) row.
+    """Return Megatron's description of a packed (``thd``) microbatch.
 
     Args:
-        cu_seqlens_S: [S+1] int boundaries of its sequences, from 0 to T, on any device; made int32 as kernels need it.
+        cu_seqlens_S: [S+1] int boundaries of its sequences, from 0 to T, on any device; converted to int32 for kernels.
     """
     cu_seqlens = cu_seqlens_S.to(torch.int32)
     longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
@@ -59,7 +59,7 @@ def packed_seq_params(cu_seqlens_S: torch.Tensor) -> PackedSeqParams:
 
 @functools.lru_cache(maxsize=64)
 def plan(cu_seqlens: tuple[int, ...], device: torch.device) -> Plan:
-    """Bucket the sequences of a row by length. The same for all layers of a microbatch, hence the cache."""
+    """Divide the sequences of a microbatch into buckets by length. Cached, since all layers use the same plan."""
     starts = cu_seqlens[:-1]
     lengths = [end - start for start, end in zip(starts, cu_seqlens[1:], strict=True)]
     slot_T = torch.empty(cu_seqlens[-1], dtype=torch.long)
@@ -78,7 +78,7 @@ def plan(cu_seqlens: tuple[int, ...], device: torch.device) -> Plan:
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Return the indices of the non-empty sequences in groups, longest first within a group and over the groups."""
+    """Return the indices of the non-empty sequences in groups. Groups, and sequences in a group, are longest first."""
     groups: list[list[int]] = []
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups else None
@@ -90,13 +90,13 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Plan, scale: float | None = None) -> torch.Tensor:
-    """Compute causal attention within each sequence of a packed row; exact, gradients included.
+    """Compute causal attention within each sequence of a packed microbatch. It is exact, gradients included.
 
-    Padding stands behind each sequence, so that under a causal mask no real token sees it, and its outputs are dropped.
+    Padding is after each sequence, so that under a causal mask no real token sees it. Outputs at padding are dropped.
 
     Args:
         q: [T, h, d]; k, v: [T, g, d] with g dividing h.
-        where: the row's plan.
+        where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
 
     Returns:

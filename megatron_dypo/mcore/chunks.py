@@ -15,12 +15,12 @@ from megatron_dypo.models.families.registry import expert_parameter
 
 class _Mlp(Protocol):
     local_expert_indices: Sequence[int]
-    """Global indices of this rank's experts; only a mixture of experts has them."""
+    """Global indices of this rank's experts. Only a mixture of experts has this field."""
 
 
 class _Layer(Protocol):
     layer_number: int
-    """Global, from 1."""
+    """Global number of the layer, from 1."""
     mlp: _Mlp
 
 
@@ -55,7 +55,7 @@ def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield this rank's parameters under names that carry the global indices of layer and expert, wrappers stripped.
+    """Yield this rank's parameters. Names have global indices of layer and expert, and no prefix of wrappers.
 
     With tied embeddings and more than one pipeline stage the last stage has its copy as ``output_layer.weight``.
     """
@@ -72,7 +72,7 @@ def named_global_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple
 
 
 def _with_global_expert(name: str, layer: _Layer) -> str:
-    """Return an expert's parameter under its global index; any other name as it is."""
+    """Return the name of an expert's parameter with its global index; other names unchanged."""
     found = expert_parameter(name)
     if found is None:
         return name

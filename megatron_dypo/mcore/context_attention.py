@@ -1,10 +1,11 @@
-"""Core attention with torch alone where each context-parallel rank holds a zig-zag part of every sequence.
+"""Core attention with plain torch if each context-parallel rank holds a zig-zag part of every sequence.
 
-Keys and values of the whole row are gathered; each rank answers for its own queries. Exact, and meant for tests and
-small models: Transformer Engine's ring attention never holds the keys of a whole row.
+Each rank gathers the keys and values of the whole microbatch and computes attention for its own queries. It is exact
+and meant for tests and small models: Transformer Engine's ring attention never holds the keys of a whole microbatch.
 
-Shapes: T tokens of the row, of which this rank holds T/n; h query heads and g key-value heads of this tensor-parallel
-rank, d channels of a head; B sequences of a bucket with K keys and Q = K/n queries each, padding included.
+Shapes: T tokens of the microbatch, of which this rank holds T/n; h query heads and g key-value heads of this
+tensor-parallel rank, d channels of a head; B sequences of a bucket with K keys and Q = K/n queries each, padding
+included.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from megatron_dypo.mcore.attention import group_by_length
 
 @dataclass(frozen=True, eq=False)
 class ContextBucket:
-    """Sequences of like length, attended to in one call. Slots beyond a sequence's end repeat its last token."""
+    """Sequences of similar length, processed in one call. Slots after a sequence's end repeat its last token."""
 
     query_N: Tensor
     """[B·Q] index of each query among this rank's tokens."""
     key_N: Tensor
-    """[B·K] index of each key among the gathered tokens: those of the first rank, of the second, …"""
+    """[B·K] index of each key among the gathered tokens, which are ordered by rank."""
     position_BQ: Tensor
     """Position of each query in its sequence."""
 
 
 @dataclass(frozen=True, eq=False)
 class ContextPlan:
-    """How this rank's part of a packed row is cut into padded buckets and put together again."""
+    """How this rank's part of a packed microbatch is divided into padded buckets and put together again."""
 
     buckets: tuple[ContextBucket, ...]
     slot_T: Tensor
-    """[T/n] where this rank's token stands in the concatenation of the buckets' queries."""
+    """[T/n] position of each of this rank's tokens in the concatenation of the buckets' queries."""
 
 
 @functools.lru_cache(maxsize=64)
 def context_plan(cu_seqlens: tuple[int, ...], rank: int, size: int, device: torch.device) -> ContextPlan:
-    """Bucket the sequences of a row by length for one of ``size`` context-parallel ranks."""
+    """Divide the sequences of a microbatch into buckets by length, for one of ``size`` context-parallel ranks."""
     num_local = cu_seqlens[-1] // size
     gathered = np.concatenate([zigzag_indices(cu_seqlens, r, size) for r in range(size)])
     slot_of_token = np.argsort(gathered)
@@ -77,11 +78,11 @@ def _repeat_last(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: float | None = None) -> Tensor:
-    """Compute causal attention of this rank's queries within each sequence of a packed row.
+    """Compute causal attention of this rank's queries within each sequence of a packed microbatch.
 
     Args:
         q: [T/n, h, d] of this rank; k, v: [T, g, d] of all ranks, in rank order, with g dividing h.
-        where: the row's plan.
+        where: the microbatch's plan.
         scale: factor on the scores; None: 1/√d.
 
     Returns:
@@ -94,7 +95,7 @@ def attend_gathered(q: Tensor, k: Tensor, v: Tensor, where: ContextPlan, scale: 
         k_BgKd, v_BgKd = (
             x.index_select(0, bucket.key_N).unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (k, v)
         )
-        # Keys in the padding of a shorter sequence stand behind all its queries.
+        # Keys in the padding of a shorter sequence are after all its queries, so the causal mask hides them.
         sees_B1QK = bucket.position_BQ[:, None, :, None] >= torch.arange(k_BgKd.shape[2], device=q.device)
         out_BhQd = F.scaled_dot_product_attention(
             q_BhQd, k_BgKd, v_BgKd, attn_mask=sees_B1QK, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -115,7 +116,7 @@ def attend_over_context(
     """Attend: [T/n, h, d] × [T/n, g, d] × [T/n, g, d] → [T/n, h·d]. Collective over the context-parallel ``group``.
 
     Args:
-        cu_seqlens: boundaries of the sequences in the whole row; 2n divides each length.
+        cu_seqlens: boundaries of the sequences in the whole microbatch; each length is a multiple of 2n.
     """
     # Forward gathers along the first dim, backward sums the ranks' gradients and scatters them.
     kv = gather_from_sequence_parallel_region(torch.stack((k, v), dim=1), group=group)

@@ -1,4 +1,4 @@
-"""``core_attention`` of a layer spec where Transformer Engine is not in use."""
+"""``core_attention`` of a layer spec without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_dypo.mcore.context_attention import attend_over_context
 
 
 class PackedAttention(MegatronModule):
-    """For packed rows and context parallelism; Megatron's own refuses both. T are the tokens of this rank."""
+    """Attention for packed microbatches and context parallelism, both of which Megatron's own refuses.
+
+    T are the tokens of this rank.
+    """
 
     def __init__(
         self,
@@ -42,9 +45,9 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend: [T, h, d] × [T, g, d] × [T, g, d] → [T, h·d]; the mask is always causal within a sequence.
 
-        With context parallelism they are this rank's zig-zag part of the row that ``packed_seq_params`` describes.
+        With context parallelism T is this rank's zig-zag part of the microbatch that ``packed_seq_params`` describes.
         """
-        assert packed_seq_params is not None, "rows are always packed here"
+        assert packed_seq_params is not None, "microbatches are always packed here"
         cu_seqlens = tuple(packed_seq_params.cu_seqlens_q.tolist())
         if self._cp_group is not None:
             return attend_over_context(query, key, value, cu_seqlens, self._cp_group, self.scale)

@@ -40,7 +40,7 @@ class Features:
     grad_accumulation_fusion: bool
     """Weight-gradient GEMMs add into the main gradient (Apex' ``fused_weight_gradient_mlp_cuda``)."""
     fp8_obstacles: Mapping[str, str] = field(default_factory=dict)
-    """FP8 recipe → what it lacks on this machine, for each recipe that cannot run."""
+    """FP8 recipe → reason, for each recipe that cannot run on this machine."""
 
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.transformer_engine else "torch, padded causal attention"
@@ -49,24 +49,24 @@ class Features:
 
 
 def shield_imports() -> None:
-    """Hide GPU-only packages from Megatron where there is no GPU; call it before the first import of ``megatron``.
+    """Hide GPU-only packages from Megatron if there is no GPU. Call it before the first import of ``megatron``.
 
-    With no GPU ``import transformer_engine`` raises RuntimeError, which Megatron's ``except ImportError`` lets through.
-    PyPI's ``apex`` is another project altogether and would be taken for NVIDIA's.
+    Without a GPU ``import transformer_engine`` raises RuntimeError, which Megatron's ``except ImportError`` does not
+    catch. PyPI's ``apex`` is a different project, which Megatron would mistake for NVIDIA's.
     """
-    # A dozen of Megatron's modules each say that they found neither; Features says once what is in use.
+    # A dozen of Megatron's modules warn that they found neither. Features reports once what is in use.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    # Its checkpoints go through parts of torch that are deprecated, as each tensor then says.
+    # Its checkpoints use deprecated parts of torch, which warn for each tensor.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed\.checkpoint")
     for name in _GPU_ONLY:
         found = importlib.util.find_spec(name) is not None
         if found and not (device.on_gpu() and _is_nvidias(name)):
-            _log.warning("%s is installed but of no use here; it is left out", name)
+            _log.warning("%s is installed but cannot be used here; it is left out", name)
             sys.modules[name] = None  # type: ignore[assignment]
 
 
 def probe() -> Features:
-    """Return what can be used on this machine."""
+    """Return the features that work on this machine."""
     usable = device.on_gpu()
     has_te = usable and importlib.util.find_spec("transformer_engine") is not None
     return Features(
@@ -83,13 +83,13 @@ def probe() -> Features:
 def fp8_obstacles(
     *, te_version: str | None, capability: tuple[int, int] | None, toolkit: tuple[int, ...]
 ) -> dict[str, str]:
-    """Return FP8 recipe → what it lacks, by the rules of Transformer Engine
+    """Return FP8 recipe → missing requirement. The rules are those of Transformer Engine
     (:data:`megatron_dypo.config.fp8.CAPABILITIES`) and Megatron (``fp8_utils.get_fp8_recipe``).
 
     Args:
         te_version: version of Transformer Engine; None: not in use.
-        capability: of the GPU; None on a CPU.
-        toolkit: version of the toolkit that torch was built with.
+        capability: compute capability of the GPU; None on a CPU.
+        toolkit: version of the CUDA toolkit with which torch was built.
     """
     obstacles: dict[str, str] = {}
     for recipe, oldest in _OLDEST_TE.items():
@@ -117,7 +117,7 @@ def require_fp8(fp8: Fp8Config, features: Features) -> None:
 
 
 def layer_spec(arch: Architecture, features: Features) -> ModuleSpec:
-    """Return the transformer layer: Transformer Engine's, or Megatron's local one with our packed attention."""
+    """Return the transformer layer: Transformer Engine's, or Megatron's local one with packed attention."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     num_experts = arch.experts.num_experts if arch.experts else None
@@ -140,7 +140,7 @@ def _with_our_router(spec: ModuleSpec, arch: Architecture) -> ModuleSpec:
         from megatron_dypo.mcore.moe_router import BalancedRouter
 
         spec.submodules.mlp.submodules.router = BalancedRouter
-        # The local spec would store the norm before experts as fused with their input projection, TE's does not.
+        # The local spec would store the norm before experts as fused with their input projection; TE's spec does not.
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
 

@@ -27,10 +27,10 @@ from megatron_dypo.types import Microbatch
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceMicrobatch:
-    """A microbatch as the model reads it; N are its response tokens.
+    """A microbatch on the device; N are its response tokens.
 
-    Streams (:mod:`megatron_dypo.objective.streams`) are for the loss alone, in ``inputs``. A value that the model
-    reads, such as the servers' choice of experts, would be a field of ``Microbatch`` and one beside ``tokens_1T``.
+    ``inputs`` holds the streams (:mod:`megatron_dypo.objective.streams`), which only the loss reads. A value that the
+    model reads, such as the servers' choice of experts, would be a field of ``Microbatch`` and a field here.
     """
 
     tokens_1T: Tensor
@@ -45,7 +45,7 @@ class DeviceMicrobatch:
 
 
 def to_device(batch: Microbatch) -> DeviceMicrobatch:
-    """Move what the forward pass and the loss read."""
+    """Move the values that the forward pass and the loss read to the device."""
     response_N = np.flatnonzero(batch.response_T)
 
     def at_response(stream_T: np.ndarray) -> Tensor:
@@ -77,19 +77,19 @@ def loss_pass(
     context_group: dist.ProcessGroup | None = None,
     bar: Progress | None = None,
 ) -> dict[str, float]:
-    """Run forward and backward over all microbatches; gradients end in the DDP buffers, summed over replicas.
+    """Run forward and backward over all microbatches. The DDP buffers then hold gradients summed over replicas.
 
-    The loss is globally normalised by its weights, so nothing here divides by microbatches, tokens or ranks.
+    The weights of the loss include the global normalisation, so nothing here divides by microbatches, tokens or ranks.
 
     Args:
         microbatches: packed with the objective's streams.
         context_group: ranks that hold the other parts of the same microbatches (context parallelism).
 
     Returns:
-        The loss's named sums over this replica's tokens on the last pipeline stage; elsewhere the same names, all 0.
+        The named sums of the loss over this replica's tokens on the last pipeline stage; zeros on other stages.
 
     Raises:
-        ValueError: the loss names its sums differently from one microbatch to the next.
+        ValueError: the names of the sums differ between microbatches.
     """
     names = sum_names(objective.loss, objective.streams)
 
@@ -110,7 +110,7 @@ def loss_pass(
 
 
 def add_over_ranks(sums: Mapping[str, float], layout: MeshRank) -> dict[str, float]:
-    """Add up the sums of :func:`loss_pass` over the world, each token once. Collective."""
+    """Add the sums of :func:`loss_pass` over the world, counting each token once. Collective."""
     totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device())
     totals *= layout.tp_rank == 0
     dist.all_reduce(totals)

@@ -1,8 +1,8 @@
 """Megatron's settings for FP8, and weights that exist only in FP8.
 
-Nothing here asks the machine: that is :mod:`megatron_dypo.mcore.features`; which sizes suit a recipe, and which do not,
-says :mod:`megatron_dypo.models.layout_rules`. Quantised parameters are those of ``Fp8Config.param_gather``; every
-function takes others as they are.
+:mod:`megatron_dypo.mcore.features` checks whether the machine can run a recipe, and
+:mod:`megatron_dypo.models.layout_rules` whether the sizes suit it. Parameters are quantised with
+``Fp8Config.param_gather``; the functions leave other parameters unchanged.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def layer_settings(fp8: Fp8Config) -> dict[str, Any]:
 def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
     """Return the arguments of ``DistributedDataParallelConfig``.
 
-    MXFP8 weights have two quantised copies, by rows and by columns: they are gathered in bf16 through the memory of the
-    gradients and quantised on arrival, which Megatron has no other way for.
+    MXFP8 weights have two quantised copies, by rows and by columns. Megatron can only gather them in bf16, through the
+    memory of the gradients, and quantise them on arrival.
     """
     if not fp8.param_gather:
         return {}
@@ -49,14 +49,14 @@ def gather_settings(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
-    """Return the arguments of Megatron's ``OptimizerConfig``; it needs none of them where its parameters are bf16."""
+    """Return the arguments of Megatron's ``OptimizerConfig``; there are none for bf16 parameters."""
     if not fp8.param_gather:
         return {}
     return {"fp8_recipe": fp8.recipe, "reuse_grad_buf_for_mxfp8_param_ag": fp8.recipe == "mxfp8"}
 
 
 def named_values(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``named_global_parameters`` one by one, quantised parameters as tensors of their nominal type."""
+    """Yield ``named_global_parameters`` one by one. Quantised parameters are dequantised to their nominal type."""
     for name, parameter in named_global_parameters(chunks):
         yield name, values(parameter)
 
@@ -69,8 +69,8 @@ def values(parameter: torch.Tensor) -> torch.Tensor:
 def named_initial_values(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors to write initial weights into: parameters, or the exact values behind quantised ones.
 
-    Transformer Engine keeps those on the CPU until the optimizer makes its main parameters of them. They are what
-    memory held when the model was built, so that whatever writes a quantised parameter must write them too.
+    Transformer Engine keeps the exact values on the CPU until the optimizer makes its main parameters from them. They
+    are uninitialised memory when the model is built. So code that writes a quantised parameter must write them too.
     """
     return [
         (name, _exact(parameter) if is_float8tensor(parameter) else parameter)
@@ -100,11 +100,11 @@ def _exact(parameter: Any) -> torch.Tensor:
 
 
 def forget_quantized_weights(chunks: Sequence[MegatronModule]) -> None:
-    """Have the next forward pass quantise bf16 weights anew, after they were changed from outside.
+    """Make the next forward pass quantise bf16 weights again, after other code changed them.
 
-    Transformer Engine quantises them at the first microbatch of a pass and keeps the result for the others
-    (``is_first_microbatch``). Megatron's schedules ask for it at each pass by themselves; whoever changes weights does
-    so here, so that nothing depends on it.
+    Transformer Engine quantises weights at the first microbatch of a pass and keeps the result for the others
+    (``is_first_microbatch``). Megatron's schedules request this at each pass too, but code that changes weights should
+    not depend on that.
     """
     for chunk in chunks:
         chunk.set_is_first_microbatch()

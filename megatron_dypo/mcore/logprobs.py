@@ -27,7 +27,7 @@ from megatron_dypo.types import Floats, Microbatch, Sample
 
 
 def round_up_microbatches(count: int, layout: MeshRank) -> int:
-    """Round ``count`` up to what the schedule takes: the interleaved one takes groups of the pipeline size."""
+    """Round ``count`` up to a number that the schedule accepts: an interleaved one needs multiples of ``pipeline``."""
     step = layout.pipeline if layout.virtual_pipeline > 1 else 1
     return -(-max(count, 1) // step) * step
 
@@ -40,11 +40,11 @@ def pack_microbatches(
     token_multiple: int,
     streams: Sequence[Stream],
 ) -> list[Microbatch]:
-    """Pack the samples of each bin; each microbatch is padded only to this layout's alignment.
+    """Pack the samples of each bin. Each microbatch is padded only to this layout's alignment.
 
     Args:
         token_multiple: ``Config.token_multiple``.
-        streams: the objective's; () for a pass without a loss.
+        streams: streams of the objective; () for a pass without a loss.
     """
     per_sequence = sequence_alignment(layout.context)
     lengths = padded_lengths(samples, per_sequence)
@@ -66,7 +66,8 @@ def sequence_logprobs(
 ) -> list[Floats] | None:
     """Return log π of each sample's response tokens. Collective over the replica; every rank passes the same samples.
 
-    Replicas that share out experts run as many forward passes as the one with the most: then it is collective over all.
+    If replicas share experts, all run as many forward passes as the one with the most microbatches. Then the function
+    is collective over the world.
 
     Args:
         budget: tokens in one microbatch.
@@ -121,7 +122,7 @@ def set_training(chunks: Sequence[torch.nn.Module], mode: bool) -> None:
 def _to_leader(own: torch.Tensor | None, packed: Sequence[Microbatch], layout: MeshRank) -> Floats | None:
     """Send the log-probs of all response tokens to the leader, which returns them in the microbatches' order.
 
-    They come from the last stage's ranks of tensor-parallel rank 0, each with its zig-zag part.
+    The ranks of the last stage with tensor-parallel rank 0 send them, each its zig-zag part.
     """
     if not layout.is_replica_leader:
         if layout.rank in layout.scoring_ranks:

@@ -1,16 +1,16 @@
-"""The policy: a GPTModel of Megatron's for an HF architecture, one wrapped chunk for each virtual pipeline stage.
+"""The policy: Megatron's GPTModel for an HF architecture, one wrapped chunk for each virtual pipeline stage.
 
-Order of building: :func:`build_model`, :func:`load_initial_weights`, and only then the optimizer, which copies the
-parameters into its fp32 main parameters.
+Order of building: :func:`build_model`, :func:`load_initial_weights`, then the optimizer, which copies the parameters
+into its fp32 main parameters.
 
-Forward of a chunk on one packed row of T tokens::
+Forward of a chunk on one packed microbatch of T tokens::
 
     output = chunk(tokens_1T, positions_1T, None, packed_seq_params=packed_seq_params(cu_seqlens_S))
 
-On the last stage ``output`` is the logits [1, T, V/tp], fp32, this rank's slice of the padded vocabulary, or with
-labels the log-probs of response tokens (:class:`~megatron_dypo.mcore.policy_model.PolicyModel`); on other stages the
-hidden states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, where tp must divide T). Rows of one batch
-may differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
+On the last stage ``output`` is the fp32 logits [1, T, V/tp], this rank's slice of the padded vocabulary. With labels it
+is the log-probs of response tokens (:class:`~megatron_dypo.mcore.policy_model.PolicyModel`). On other stages it is the
+hidden states [T, 1, hidden] ([T/tp, 1, hidden] with sequence parallelism, for which tp must divide T). Microbatches may
+differ in T. An interleaved schedule needs a number of microbatches that ``pipeline`` divides.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def build_model(
     distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
 ) -> list[DistributedDataParallel]:
-    """Build the chunks of this pipeline rank, in the order of their virtual stages; parameters are uninitialised
+    """Build the chunks of this pipeline rank, in the order of their virtual stages. Parameters are uninitialised
     memory.
 
-    Gradients are *summed* over microbatches and data-parallel ranks, never divided: the loss function returns
-    ``(loss, num_tokens, metrics)`` with a loss that is already normalised over the global batch (``num_tokens``, an int
-    tensor, is then ignored; a 2-tuple would be divided by the number of microbatches).
+    Gradients are *summed* over microbatches and data-parallel ranks, never divided. The loss function returns ``(loss,
+    num_tokens, metrics)`` with a loss that is already normalised over the global batch. ``num_tokens``, an int tensor,
+    is ignored; with a 2-tuple Megatron would divide by the number of microbatches.
 
     Raises:
-        ValueError: a layout that does not suit the architecture, an FP8 recipe that does not suit it or the machine.
+        ValueError: the layout does not suit the architecture, or an FP8 recipe does not suit it or the machine.
     """
     check_layout(arch, parallel)
     check_fp8_sizes(arch, parallel, model.fp8)
@@ -79,7 +79,7 @@ def build_model(
         held = [layer.layer_number - 1 for layer in module.decoder.layers]
         assert held == list(layers[layout.pp_rank][stage]), "Megatron lays the layers out in another way"
         wrapped = Float16Module(config, module) if config.bf16 else module
-        # Only the first chunk's gradients are reduced while others still compute, so only it is cut into buckets.
+        # Only the first chunk's gradients can be reduced while others still compute, so only it needs buckets.
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped, disable_bucketing=stage > 0))
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     config.finalize_model_grads_func = _finalize
@@ -128,7 +128,7 @@ def load_initial_weights(
     """Fill the parameters from ``model.mcore_path`` if set, else from the safetensors of ``model.hf_path``.
 
     Raises:
-        ValueError: a tensor that is missing, unknown or of the wrong shape.
+        ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     if model.mcore_path is not None:
         load_weights(model.mcore_path, chunks)
@@ -181,8 +181,8 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
         "qk_layernorm": arch.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # Weights are loaded, so nothing is drawn. perform_initialization=False would do that too, but leaves parameters
-        # without their tensor-parallel marks, and gradient norms are then wrong.
+        # Weights are loaded later, so no random values are drawn. perform_initialization=False would leave parameters
+        # without their tensor-parallel marks, and gradient norms would be wrong.
         "init_method": _leave_as_is,
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
@@ -190,8 +190,9 @@ def _sizes(arch: Architecture) -> dict[str, Any]:
 
 
 def _cut(parallel: ParallelConfig) -> dict[str, int | None]:
-    # Of two stages that are both named, one follows from the other. Interleaved, Megatron would divide by the number of
-    # stages between them, zero (get_transformer_layer_offset, transformer/transformer_layer.py:138 of 0.16.1).
+    # With two stages, the size of the last follows from that of the first. If both are given, an interleaved schedule
+    # in Megatron divides by the number of stages between them, zero (get_transformer_layer_offset,
+    # transformer/transformer_layer.py:138 of 0.16.1).
     implied = parallel.pipeline == 2 and parallel.first_stage_layers is not None
     return {
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
@@ -220,9 +221,9 @@ def _recompute(model: ModelConfig) -> dict[str, Any]:
 
 
 def _leave_as_is(weight: torch.Tensor) -> None:
-    """Initialise nothing: keep whatever the memory held."""
+    """Do not initialise: keep the uninitialised memory."""
 
 
 def _finalize(chunks: Any, num_tokens: Any, **groups: Any) -> None:
-    """Reduce gradients over all axes without the division by ``num_tokens``: the loss is normalised already."""
+    """Reduce gradients over all axes without dividing by ``num_tokens``, since the loss is already normalised."""
     finalize_model_grads(chunks, None, **groups)

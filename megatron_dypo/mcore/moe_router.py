@@ -1,23 +1,23 @@
 """The router of a mixture of experts: Megatron's, with a load-balancing loss that keeps its own normaliser.
 
-For each layer and each microbatch with n real tokens (padding is no token), over E experts of which a token takes k::
+For each layer and each microbatch with n real tokens (without padding), E experts, and k experts for each token::
 
     L = E · Σ_e f_e · P_e      f_e = share of the n·k assignments that expert e got
                                P_e = mean over the n tokens of the softmax over all experts
 
-so that L = 1 under perfect balance. The objective gains ``coefficient · Σ_layers Σ_microbatches (n/N) · L``, where N
-counts the real tokens of all microbatches of all replicas in the update: a mean, whatever their number and however they
-are spread over ranks. (transformers' ``load_balancing_loss_func`` is k · L for one layer; it pools the layers, which
-lets one layer's imbalance cancel another's.)
+so that L = 1 under perfect balance. The loss gets the term ``coefficient · Σ_layers Σ_microbatches (n/N) · L``, where N
+counts the real tokens of all microbatches of all replicas in the update. This is a mean over tokens, however they are
+spread over microbatches and ranks. (transformers' ``load_balancing_loss_func`` is k · L for one layer; it pools the
+layers, so that one layer's imbalance can cancel another's.)
 
-Megatron's own loss does not fit here: with ``calculate_per_token_loss`` it is multiplied by the number of tokens, in
-expectation of a division of all gradients by the global number of tokens at the end (transformer/moe/router.py:456-472
-of 0.16.1), which a globally normalised objective does not have.
+Megatron's own loss does not fit: with ``calculate_per_token_loss`` it is multiplied by the number of tokens, because
+all gradients are later divided by the global number of tokens (transformer/moe/router.py:456-472 of 0.16.1). A globally
+normalised objective has no such division.
 
-Routing replay (train with the experts that the rollout servers chose) would enter here: with
-``moe_enable_routing_replay`` Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206), and
-``BalancedRouter.routing`` would hand it the recorded top-k indices of the microbatch's tokens; they would travel with
-``Sample`` through ``batching.pack`` as a stream of [T, layers, k].
+Routing replay (training with the experts that the rollout servers chose) is not implemented. It would enter here: with
+``moe_enable_routing_replay`` Megatron gives each router a ``RouterReplay`` (transformer/moe/router.py:206).
+``BalancedRouter.routing`` would give it the recorded top-k indices of the microbatch's tokens, which ``Sample`` and
+``batching.pack`` would carry as a stream of [T, layers, k].
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class BalancedRouter(RouterWithOwnBalance):
     """See the module's docstring. Shape legend: T tokens on this rank, E experts."""
 
     update_tokens: float = 0.0
-    """N of the update, set by :func:`begin_update`; 0 outside of updates, where nothing is to be balanced."""
+    """N of the update, set by :func:`begin_update`; 0 outside of updates, when there is no load-balancing loss."""
     balance: Tensor | float = 0.0
-    """Σ (n/N) · L so far in the update, this rank's part: a tensor once there was a microbatch."""
+    """This rank's part of Σ (n/N) · L so far in the update; a tensor after the first microbatch."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route: [T, 1, E] logits → [T, E] routing weights, [T, E] whether chosen; the mask is true at padding."""
+        """Route: [T, 1, E] logits → [T, E] routing weights, [T, E] whether chosen. The mask is True at padding."""
         if padding_mask is not None and len(padding_mask) != len(logits):
             # Megatron cuts the mask for sequence parallelism on the first stage only (models/gpt/gpt_model.py:314).
             padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
@@ -53,14 +53,14 @@ class BalancedRouter(RouterWithOwnBalance):
         return routed
 
     def balanced(self, probs_TE: Tensor, scores_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-        """Attach this rank's part of coefficient · (n/N) · L to the routing weights; padding is zero in the inputs."""
+        """Attach this rank's part of coefficient · (n/N) · L to the routing weights. Inputs are 0 at padding."""
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0 or self.update_tokens == 0:
             return probs_TE
         counts_E, _, num_tokens = get_tokens_per_expert_and_token_count(
             chosen_TE, self.tp_cp_group, topk=self.topk, with_padding_mask=True
         )
-        # n·L, of which this rank's tokens contribute their softmax; 0 where a row is nothing but padding.
+        # This rank's part of n·L: the softmax of its tokens. It is 0 for a microbatch of padding only.
         total = (scores_TE.sum(dim=0) * counts_E).sum() * self.config.num_moe_experts
         loss = total / (self.topk * num_tokens.clamp(min=1)) / self.update_tokens
         self.balance = self.balance + loss.detach()
@@ -75,11 +75,11 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[BalancedRouter]:
 
 
 def mark_experts(chunk: torch.nn.Module) -> None:
-    """Have gradients of experts summed over the ranks that hold the same experts; call it before DDP wraps the chunk.
+    """Make DDP sum gradients of experts over the ranks that hold the same experts. Call it before DDP wraps the chunk.
 
-    Megatron marks them so only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1). Without it,
-    but with tensor parallelism, each tensor-parallel rank would keep the gradient of its own tokens; and experts that
-    are split would be reduced over ranks with other parts of them.
+    Megatron marks expert parameters only under expert parallelism (tensor_parallel/layers.py:829,886,1209 of 0.16.1).
+    Without the mark, each tensor-parallel rank would keep the gradient of only its own tokens, and split experts would
+    be reduced over ranks that hold other parts.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
@@ -90,8 +90,8 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     """Tell the routers how many real tokens the update has. Collective over data-parallel ranks if they balance.
 
     Args:
-        num_tokens: of this replica's microbatches, all of them; of the parts that this rank holds under context
-        parallelism.
+        num_tokens: real tokens of all microbatches of this replica; under context parallelism only those of this rank's
+            parts.
     """
     mine = [router for router in routers(chunks) if router.is_aux_loss_enabled()]
     if not mine:
@@ -104,8 +104,7 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
 
 
 def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-    """Return the load-balancing loss of the update, without its coefficient, as a mean over the layers; {} where there
-    is none.
+    """Return the load-balancing loss of the update, without its coefficient, as a mean over the layers; {} without one.
 
     Collective over the world after the backward pass.
     """
@@ -125,9 +124,9 @@ def moe_settings(
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
-        # Softmax over the chosen experts' logits is the softmax over all of them, divided by the chosen ones' sum.
+        # The softmax over the chosen experts' logits equals the softmax over all, divided by the sum of the chosen.
         "moe_router_pre_softmax": not experts.normalized,
-        # Logits in the model's type, softmax in fp32: as transformers, and as the rollout servers.
+        # Logits in the model's type, softmax in fp32, as in transformers and the rollout servers.
         "moe_router_dtype": None,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": moe_aux_loss_coef,

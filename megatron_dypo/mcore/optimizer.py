@@ -24,7 +24,7 @@ class StepResult:
     """The result of one update, the same on every rank."""
 
     ok: bool
-    """False: some gradient was not finite, and the weights are as they were."""
+    """False: some gradient was not finite, and the weights are unchanged."""
     grad_norm: float
     """Global L2 norm before clipping."""
     lr: float
@@ -32,7 +32,7 @@ class StepResult:
 
 
 class PolicyOptimizer:
-    """Megatron's optimizer and its schedule, stepped together. Update k, from 1, takes the schedule's k-th rate."""
+    """Megatron's optimizer and its schedule, stepped together. Update k (from 1) uses the k-th rate of the schedule."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class PolicyOptimizer:
     ) -> None:
         self.megatron = megatron
         self.num_updates = 0
-        """Updates tried so far; a checkpoint carries it."""
+        """Number of updates tried so far; a checkpoint stores it."""
         self._chunks = chunks
         self._scheduler = scheduler
 
     @property
     def kind(self) -> str:
-        """Return the class of Megatron's optimizer, which decides what a checkpoint holds."""
+        """Return the class of Megatron's optimizer, which determines the content of a checkpoint."""
         return type(self.megatron.chained_optimizers[0]).__name__
 
     def zero_grad(self) -> None:
@@ -58,7 +58,7 @@ class PolicyOptimizer:
         self.megatron.zero_grad()
 
     def step(self) -> StepResult:
-        """Clip and apply the gradients that the schedule of microbatches left. Collective over the world."""
+        """Clip and apply the gradients. Collective over the world."""
         self.num_updates += 1
         self._scheduler.num_steps = self.num_updates
         self._scheduler.step(0)
@@ -72,10 +72,10 @@ class PolicyOptimizer:
         return StepResult(ok=bool(ok), grad_norm=grad_norm, lr=lr)
 
     def load_state(self, state: Any) -> None:
-        """Take the moments and main parameters of a checkpoint; every setting stays that of this run's config.
+        """Load the moments and main parameters of a checkpoint, but keep every setting of this run's config.
 
-        Megatron's ``load_state_dict`` would bring the parameter groups' old learning rates, betas, epsilon and weight
-        decay back, and the schedule reads its bounds from the groups.
+        Megatron's ``load_state_dict`` would also restore the old learning rates, betas, epsilon and weight decay of the
+        parameter groups, from which the schedule reads its bounds.
         """
         settings = [_settings(group) for group in self.megatron.param_groups]
         self.megatron.load_state_dict(state)
@@ -83,13 +83,13 @@ class PolicyOptimizer:
             group.update(own)
 
     def reload_weights(self) -> None:
-        """Copy the model's parameters into the fp32 main parameters, after they were changed from outside."""
+        """Copy the model's parameters into the fp32 main parameters, after other code changed them."""
         self.megatron.reload_model_params()
 
     def rewrite_weights(self) -> None:
-        """Copy the fp32 main parameters into the model's, as an update ends. Collective over the world.
+        """Copy the fp32 main parameters into the model's, as at the end of an update. Collective over the world.
 
-        Only for a distributed optimizer.
+        Call it only with a distributed optimizer.
         """
         for optimizer in self.megatron.chained_optimizers:
             copy_main_params(optimizer)
@@ -110,18 +110,18 @@ def build_optimizer(
     total_steps: int,
     fp8: Fp8Config | None = None,
 ) -> PolicyOptimizer:
-    """Build the optimizer of chunks whose weights are loaded already.
+    """Build the optimizer of chunks whose weights are already loaded.
 
-    Decoupled weight decay on matrices only, not on norms and biases. The rate rises linearly over ``warmup_steps``,
-    and a decaying schedule would reach ``min_lr`` one update after ``total_steps``, so that no update is made at 0.
+    Decoupled weight decay applies to matrices, not to norms and biases. The rate rises linearly over ``warmup_steps``.
+    A decaying schedule would reach ``min_lr`` one update after ``total_steps``, so that no update has the rate 0.
 
     Args:
         dtype: ``ModelConfig.dtype``; main parameters, gradients and moments are fp32 in any case.
-        total_steps: updates of the whole run.
+        total_steps: number of updates of the whole run.
         fp8: ``ModelConfig.fp8``, if any.
 
     Raises:
-        ValueError: warm-up longer than the run.
+        ValueError: the warm-up is longer than the run.
     """
     if config.warmup_steps > total_steps:
         raise ValueError(f"warmup_steps={config.warmup_steps}: must not exceed the run's steps={total_steps}")

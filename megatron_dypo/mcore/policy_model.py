@@ -1,4 +1,4 @@
-"""GPTModel whose last stage can return log-probs of response tokens, and never makes the logits of a whole microbatch.
+"""GPTModel whose last stage returns log-probs of response tokens without the logits of a whole microbatch.
 
 Shape legend: T tokens of a packed microbatch, N its response tokens, H hidden size, V vocabulary entries on this rank.
 """
@@ -16,7 +16,7 @@ from megatron_dypo.objective.fused_logprobs import GradientSink, fused_logprobs
 
 
 class PolicyModel(ResponseModel):
-    """Hidden states → log-probs of the response tokens; prompts and padding cost nothing after the last layer.
+    """A model from tokens to log-probs of the response tokens. Prompts and padding cost nothing after the last layer.
 
     ``model(tokens_1T, positions_1T, None, labels=targets_N, loss_mask=response_N, ...)``, where ``response_N`` are
     positions in the microbatch and ``targets_N`` the token ids there, returns on the last stage
@@ -28,7 +28,7 @@ class PolicyModel(ResponseModel):
     def __init__(self, *args: Any, num_tokens: int, logprob_memory: int | None = None, **kwargs: Any) -> None:
         """
         Args:
-            num_tokens: entries of the real vocabulary; GPTModel's ``vocab_size`` is the padded one.
+            num_tokens: size of the real vocabulary; GPTModel's ``vocab_size`` includes padding.
             logprob_memory: ``memory_budget`` of ``fused_logprobs``, in bytes.
         """
         super().__init__(*args, **kwargs)
@@ -64,9 +64,9 @@ class PolicyModel(ResponseModel):
 def _main_grad_sink(weight_VH: Tensor, *, is_embedding: bool) -> GradientSink | None:
     """Return a sink into DDP's fp32 buffer, under the convention of Megatron's own fused weight gradients.
 
-    DDP's hook (distributed_data_parallel.py:427-448) adds ``param.grad`` unless ``grad_added_to_main_grad``, and with
-    overlap wants some ``param.grad`` to be there. A parameter that is the embedding too has the embedding's, which the
-    hook must add (``zero_out_wgrad``); any other gets memory that nobody reads.
+    DDP's hook (distributed_data_parallel.py:427-448) adds ``param.grad`` unless ``grad_added_to_main_grad``; with
+    overlap it requires some ``param.grad``. If the parameter is also the embedding, ``param.grad`` is the embedding's
+    gradient, which the hook must add (``zero_out_wgrad``). Otherwise it is memory that nobody reads.
     """
     main_grad = getattr(weight_VH, "main_grad", None)
     if main_grad is None or main_grad.dtype != torch.float32:

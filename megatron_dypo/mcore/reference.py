@@ -1,4 +1,4 @@
-"""π_ref as a CPU copy of this rank's weights, swapped into the model for a forward pass and out again."""
+"""π_ref as a CPU copy of this rank's weights, which is swapped into the model for a forward pass."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megatron_dypo.parallel import device
 class ReferencePolicy:
     """A second set of weights without a second model.
 
-    Costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size. Weights
-    move in place, so that the buffers of DDP and of the distributed optimizer stay what they are, and return bit by
-    bit.
+    It costs one CPU copy of this rank's parameters; a swap needs one more tensor of the largest parameter's size.
+    Weights are copied in place, so that the buffers of DDP and of the distributed optimizer stay valid, and are
+    restored bit for bit.
 
-    FP8: what Transformer Engine quantised of the weights that go is forgotten at both ends of the block. Where FP8 is
-    the only copy (``Fp8Config.param_gather``), a second rounding would not give the weights back; ``rewrite`` does.
+    FP8: at both ends of the block, Transformer Engine must quantise its weights again. If FP8 is the only copy
+    (``Fp8Config.param_gather``), a second rounding would not restore the weights exactly; ``rewrite`` does.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, rewrite: Callable[[], None] | None = None) -> None:
         """Capture the weights that the chunks hold now.
 
         Args:
-            rewrite: fills the parameters from the optimizer's main parameters; needed where parameters are quantised.
+            rewrite: fills the parameters from the optimizer's main parameters; needed if parameters are quantised.
                 Collective over the world.
         """
         self._chunks, self._rewrite = chunks, rewrite
@@ -48,9 +48,9 @@ class ReferencePolicy:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Make the model π_ref inside the block and the policy again after it, whatever happens inside.
+        """Make the model π_ref inside the block, and the policy again after it, also after an error.
 
-        Forward passes only: an optimizer step inside would be lost.
+        Use it only for forward passes: an optimizer step inside would be lost.
         """
         assert not self._is_in, "the reference is in the model already"
         exchanged = 0

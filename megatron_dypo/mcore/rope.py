@@ -1,9 +1,9 @@
 """Rotary frequencies and the scale of attention scores, as the HF config defines them.
 
-Megatron knows only the factor of llama3's four parameters, and its YaRN neither ``attention_factor`` nor, in the fused
-kernel for packed rows, any factor at all. So its plain rotary embedding is given our frequencies, and the factor goes
-into the scale of the scores, which every attention takes: the local one, that over context-parallel ranks, Transformer
-Engine's.
+Megatron supports only one of llama3's four parameters. Its YaRN lacks ``attention_factor``, and its fused kernel for
+packed microbatches applies no factor at all. So Megatron's plain rotary embedding gets the frequencies computed here,
+and the factor is applied to the scale of the scores, which every attention takes: the local one, the one over
+context-parallel ranks, and Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_dypo.models.hf.rope_scaling import LinearRopeScaling, Llama3RopeSc
 def inverse_frequencies(arch: Architecture, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return [head_dim / 2], the angle per position of each rotated pair.
 
-    In float32 the operations are those of transformers (modeling_rope_utils.py), in their order: an angle at position
-    100,000 shows a frequency's last bit.
+    In float32 the operations and their order are those of transformers (modeling_rope_utils.py), since at position
+    100,000 even the last bit of a frequency matters.
     """
     exponent = torch.arange(0, arch.head_dim, 2, dtype=dtype) / arch.head_dim
     period = arch.rope_theta**exponent
@@ -36,9 +36,9 @@ def inverse_frequencies(arch: Architecture, dtype: torch.dtype = torch.float32) 
 
 
 def softmax_scale(arch: Architecture) -> float | None:
-    """Return the factor on attention scores; None: 1/√head_dim, the default of every attention.
+    """Return the factor on attention scores. None: 1/√head_dim, the default of every attention.
 
-    YaRN multiplies the cosines and sines of queries and of keys by its attention factor, and so the scores by its
+    YaRN multiplies the cosines and sines of queries and keys by its attention factor. This multiplies the scores by its
     square.
     """
     if not isinstance(arch.rope_scaling, YarnRopeScaling) or arch.rope_scaling.attention_factor == 1:
@@ -47,8 +47,8 @@ def softmax_scale(arch: Architecture) -> float | None:
 
 
 def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Slow down waves longer than ``original_max / low_freq_factor`` by ``factor``, keep those shorter than
-    ``original_max / high_freq_factor``, interpolate between (Llama 3.1 release).
+    """Divide frequencies of waves longer than ``original_max / low_freq_factor`` by ``factor``, keep those shorter than
+    ``original_max / high_freq_factor``, and interpolate in between (Llama 3.1 release).
     """
     periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
     keep = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -57,12 +57,12 @@ def _llama3(frequency: Tensor, scaling: Llama3RopeScaling) -> Tensor:
 
 
 def _yarn(period: Tensor, scaling: YarnRopeScaling, arch: Architecture) -> Tensor:
-    """Slow down pairs that turn less than ``beta_slow`` times over the original positions by ``factor``, keep those
-    that turn more than ``beta_fast`` times, interpolate linearly in the pair's index between (arXiv 2309.00071, section
-    3.2)."""
+    """Divide frequencies of pairs that turn less than ``beta_slow`` times over the original positions by ``factor``,
+    keep those that turn more than ``beta_fast`` times, and interpolate linearly in the pair's index in between (arXiv
+    2309.00071, section 3.2)."""
 
     def pair_of(num_turns: float) -> float:
-        """Return the index, a fraction, of the pair that turns that often over the original positions."""
+        """Return the index (a fraction) of the pair that turns ``num_turns`` times over the original positions."""
         turns_of_first = scaling.original_max_position_embeddings / (num_turns * 2 * math.pi)
         return arch.head_dim * math.log(turns_of_first) / (2 * math.log(arch.rope_theta))
 

@@ -1,4 +1,4 @@
-"""The start of Megatron in this process: what has to happen before its first import, then groups and random numbers."""
+"""The start of Megatron in this process: preparation before its first import, then groups and random numbers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def start_megatron(parallel: ParallelConfig, *, timeout_s: float = 1800.0, seed:
     ``MASTER_PORT`` and ``LOCAL_RANK`` as torchrun sets them; without ``RANK`` the world is this process.
 
     Raises:
-        ValueError: the world is no multiple of tensor × pipeline × context; expert × expert_tensor does not divide a
-            stage's ranks; an unsupported version of Megatron on a CPU.
+        ValueError: the world is no multiple of tensor × pipeline × context; expert × expert_tensor does not divide the
+            ranks of a stage; or this version of Megatron is not supported on a CPU.
     """
     mesh = parallel.mesh(device.world_size())
     features.shield_imports()

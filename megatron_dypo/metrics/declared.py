@@ -1,4 +1,4 @@
-"""``objective_metrics.json``: the metrics that a run's objective declares, for a report that cannot import it."""
+"""``objective_metrics.json``: the metrics that a run's objective declares. A report cannot import the objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DECLARED_FILE = "objective_metrics.json"
 
 
 def write_declared(run_dir: Path, declared: Sequence[Metric]) -> None:
-    """Write what a report needs of the objective's metrics: name, unit, meaning and panel of each."""
+    """Write name, unit, meaning and panel of each of the objective's metrics, for a report."""
     rows = [{field.name: getattr(metric, field.name) for field in fields(Metric)} for metric in declared]
     replace_file(run_dir / DECLARED_FILE, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
 

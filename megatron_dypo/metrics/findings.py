@@ -1,4 +1,4 @@
-"""The findings of a check: problems that a run refuses, files that are not there, and notes."""
+"""The findings of a check: problems, missing files and notes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Findings:
     """Lists that the checks fill; every entry names file or key, value and rule."""
 
     problems: list[str] = field(default_factory=list)
-    """A run refuses to start, or can get nowhere."""
+    """Findings for which a run refuses to start, or would learn nothing."""
     missing: list[str] = field(default_factory=list)
-    """Files that are not on this machine: a run refuses to start, a dry run may be elsewhere."""
+    """Files that are not on this machine. A run refuses to start; a dry run may be on another machine."""
     notes: list[str] = field(default_factory=list)
-    """A run starts all the same."""
+    """Findings that do not keep a run from starting."""
 
     @contextlib.contextmanager
     def noting(self, where: str = "") -> Iterator[None]:
-        """Run a block; its error of input becomes a problem, and what the package warns of in it becomes notes.
+        """Run a block. An error of input in it becomes a problem, and warnings of the package become notes.
 
         ``where`` is put in front of both, unless it is there. An error that is nobody's input
         (:func:`~megatron_dypo.ending.cause_of`) is raised.
@@ -31,7 +31,7 @@ class Findings:
         prefix = f"{where}: " if where else ""
         logger = logging.getLogger("megatron_dypo")
         propagates, handlers = logger.propagate, logger.handlers
-        # In place of all others: who asked for the check says what it found, once.
+        # Replace all other handlers, so that each finding is reported once, by the caller.
         logger.propagate, logger.handlers = False, [_Notes(prefix, self.notes)]
         try:
             yield
@@ -43,7 +43,7 @@ class Findings:
             logger.propagate, logger.handlers = propagates, handlers
 
     def refused(self, *, dry_run: bool, strict: bool) -> list[str]:
-        """Return what ends the command with an error: in a dry run missing files do so only where it is strict."""
+        """Return the findings that end the command with an error. In a dry run missing files count only if strict."""
         missing = [] if dry_run and not strict else self.missing
         return [*self.problems, *missing, *(self.notes if strict else [])]
 

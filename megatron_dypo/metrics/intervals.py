@@ -8,7 +8,7 @@ import numpy as np
 
 
 def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
-    """95% Wilson score interval of a share of independent trials."""
+    """Return the 95% Wilson score interval of a share of independent trials."""
     from scipy.stats import binomtest  # takes two seconds to import, and most ranks compute no interval
 
     interval = binomtest(round(accuracy * num_samples), num_samples).proportion_ci(0.95, method="wilson")
@@ -16,10 +16,11 @@ def wilson_interval(accuracy: float, num_samples: int) -> tuple[float, float]:
 
 
 def accuracy_interval(correct_P: Sequence[int], samples_P: Sequence[int]) -> tuple[float, float]:
-    """95% interval of the accuracy over P prompts, of which each was answered several times.
+    """Return the 95% interval of the accuracy over P prompts with several responses each.
 
-    Responses to one prompt are alike, so they are not independent trials: the variance is that of prompts as clusters,
-    and Wilson's interval is taken for as many independent trials as have that variance (Kish's effective sample size).
+    Responses to one prompt are similar, so they are not independent trials. The variance treats prompts as clusters.
+    Wilson's interval is computed for the number of independent trials with that variance (Kish's effective sample
+    size).
 
     Args:
         correct_P: [P] correct responses of each prompt.
@@ -33,7 +34,7 @@ def accuracy_interval(correct_P: Sequence[int], samples_P: Sequence[int]) -> tup
     residuals = (correct - accuracy * samples) / total
     variance = float((residuals**2).sum()) * prompts / (prompts - 1)
     spread = accuracy * (1 - accuracy)
-    if spread == 0:  # all right or all wrong: nothing tells how alike the responses to one prompt are
+    if spread == 0:  # all right or all wrong: the similarity of responses to one prompt is unknown
         return wilson_interval(accuracy, prompts)
     effective = spread / variance if variance > 0 else total
     return wilson_interval(accuracy, round(min(max(effective, 1.0), total)))

@@ -1,4 +1,4 @@
-"""Log lines: the global leader's on the terminal, every rank's in the run folder."""
+"""Log lines: every rank logs to the run folder, and the global leader also to the terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _DATE = "%Y-%m-%d %H:%M:%S%z"  # a run passes midnight, and its nodes may be in 
 
 
 def set_up_logging(run_dir: str | Path) -> None:
-    """``<run_dir>/logs/rank_00000.log`` for this rank (appended to); the first rank also writes to stderr.
+    """Append this rank's lines to ``<run_dir>/logs/rank_00000.log``; the first rank also writes to stderr.
 
-    Progress bars share that stream, so lines go through tqdm, which redraws the bar below them.
+    Progress bars use that stream too, so lines go through tqdm, which redraws the bar below them.
     """
     rank = int(os.environ.get("RANK", "0"))
     handlers: list[logging.Handler] = [_RankFile(log_path(run_dir, rank))]
@@ -30,26 +30,26 @@ def set_up_logging(run_dir: str | Path) -> None:
 
 
 def log_path(run_dir: str | Path, rank: int) -> Path:
-    """The log file of a rank."""
+    """Return the log file of a rank."""
     return Path(run_dir) / "logs" / f"rank_{rank:05d}.log"
 
 
 def write_crashes(run_dir: str | Path, rank: int) -> None:
-    """Have a crash of the interpreter (a segmentation fault, an abort) write the stacks to the rank's log."""
+    """Make a crash of the interpreter (a segmentation fault, an abort) write the stacks to the rank's log."""
     path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     faulthandler.enable(path.open("a", encoding="utf-8"))  # open for as long as the process lives
 
 
 def append_line(run_dir: str | Path, rank: int, text: str) -> None:
-    """Write to a rank's log from any process of the run, past handlers. Raises OSError."""
+    """Append a line to a rank's log from any process of the run, without handlers. Raises OSError."""
     record = logging.LogRecord("megatron_dypo", logging.INFO, "", 0, text.rstrip("\n"), None, None)
     with log_path(run_dir, rank).open("a", encoding="utf-8") as file:
         file.write(_formatter().format(record) + "\n")
 
 
 def log_to_terminal() -> None:
-    """Lines on stderr only, for a process that is no rank of a run."""
+    """Log only to stderr, for a process that is no rank of a run."""
     _log_to([_TerminalHandler()])
 
 
@@ -67,7 +67,7 @@ def _formatter() -> logging.Formatter:
 
 
 class _RankFile(logging.FileHandler):
-    """Made at the first line: a rank that is refused, since another run uses the folder, leaves no trace there."""
+    """A rank's log file. It is made at the first line, so that a rank leaves no file in a folder of another run."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", delay=True)
@@ -78,7 +78,7 @@ class _RankFile(logging.FileHandler):
         return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """Say once that lines are lost (on a full disk, say), and not with a traceback for each."""
+        """Report once that lines are lost (for example on a full disk), instead of a traceback for each."""
         if not self._is_failing:
             self._is_failing = True
             print(f"megatron-dypo: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)

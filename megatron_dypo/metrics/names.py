@@ -1,6 +1,6 @@
 """The metrics that the trainer writes: name, unit and meaning of each. An objective adds its own (``SumMetric``).
 
-Names follow what people have dashboards for (``train/``, ``rollout/``, ``timing_s/``, ``perf/``, ``eval/``).
+Names use the common prefixes of dashboards (``train/``, ``rollout/``, ``timing_s/``, ``perf/``, ``eval/``).
 A part in angle brackets, as in ``eval/<set>/accuracy``, stands for any text without a slash.
 """
 
@@ -22,7 +22,7 @@ class Metric:
     """Empty for a pure number."""
     meaning: str
     panel: str = ""
-    """Title of the report's panel that shows it, where the report's own table does not show it."""
+    """Title of the report's panel that shows it, if no panel of the report's own table does."""
 
 
 METRICS: tuple[Metric, ...] = (
@@ -43,11 +43,11 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "train/flops_imbalance",
         "fraction",
-        "largest share of the update's FLOPs on a replica over the mean one, less 1",
+        "largest FLOPs of a replica in the update, divided by the mean, minus 1",
     ),
     Metric("train/staleness", "versions", "mean age of the weights that made this update's samples"),
     Metric("rollout/reward", "", "mean shaped reward of the rollouts that have a verdict"),
-    Metric("rollout/accuracy", "fraction", "rollouts that the verifier found correct, of those with a verdict"),
+    Metric("rollout/accuracy", "fraction", "correct rollouts among those with a verdict"),
     Metric("rollout/truncated_ratio", "fraction", "rollouts that hit the response limit"),
     Metric("rollout/response_len/mean", "tokens", "mean length of the responses"),
     Metric("rollout/response_len/max", "tokens", "longest response"),
@@ -67,11 +67,11 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollout/wrong_versions",
         "rollouts",
-        "rollouts dropped because weights of another version than the last refit's sampled them",
+        "rollouts dropped because weights of a wrong version sampled them",
     ),
     Metric("rollout/dropped_rollouts", "rollouts", "responses that were sampled and thrown away with their group"),
     Metric("rollout/dropped_tokens", "tokens", "tokens of these responses"),
-    Metric("rollout/dropped_longest", "tokens", "longest of these: above the mean, long answers are selected against"),
+    Metric("rollout/dropped_longest", "tokens", "longest of these; above the mean, long ones are lost more often"),
     Metric("rollout/verifier_errors", "rollouts", "rollouts whose verifier raised or missed its deadline"),
     Metric("rollout/policy_version", "", "version of the weights that sampled"),
     Metric("data/epoch", "epochs", "passes over the prompts that are complete"),
@@ -79,9 +79,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("data/dropped_traces", "traces", "teachers' traces over the length limit"),
     Metric("data/wrong_traces", "traces", "teachers' traces left out because the verifier calls them wrong"),
     Metric("ledger/drawn", "prompts", "draws of prompts since the run began: the sum of all accounts below"),
-    Metric("ledger/trained_rl", "prompts", "draws that were learned from by their own rollouts"),
-    Metric("ledger/trained_sft", "prompts", "draws that were learned from by a teacher's trace"),
-    Metric("ledger/trained_mix", "prompts", "draws that were learned from by their own rollouts and a trace together"),
+    Metric("ledger/trained_rl", "prompts", "draws trained on with their own rollouts"),
+    Metric("ledger/trained_sft", "prompts", "draws trained on with a teacher's trace"),
+    Metric("ledger/trained_mix", "prompts", "draws trained on with their own rollouts and a trace together"),
     Metric("ledger/dropped_easy", "prompts", "draws dropped as Easy"),
     Metric("ledger/dropped_no_teacher", "prompts", "draws to be distilled that have no trace"),
     Metric("ledger/dropped_too_long", "prompts", "draws longer than data.max_prompt_tokens"),
@@ -91,16 +91,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("ledger/dropped_no_teacher_logp", "prompts", "draws with a rollout that the teacher gave no log-probs of"),
     Metric("ledger/dropped_stale", "prompts", "draws that waited for longer than batching.max_staleness"),
     Metric("ledger/waiting", "prompts", "draws that wait for an update, or for their last one"),
-    Metric("ledger/in_flight", "prompts", "draws that are being sampled or graded, or will be first after a resume"),
+    Metric("ledger/in_flight", "prompts", "draws that are being sampled or graded, or are the first after a resume"),
     Metric("gate/easy", "fraction", "graded prompts with every rollout correct"),
     Metric("gate/mid", "fraction", "graded prompts with some rollouts correct"),
     Metric("gate/hard", "fraction", "graded prompts with no rollout correct"),
     Metric("gate/offline_share_prompts", "fraction", "prompts of the update that learn from a teacher"),
     Metric("gate/offline_share_sequences", "fraction", "sequences of the update that are teachers' traces"),
     Metric("gate/offline_share_tokens", "fraction", "response tokens of the update that are teachers'"),
-    Metric(
-        "gate/hard_without_teacher", "prompts", "prompts skipped because they were to learn from a trace and have none"
-    ),
+    Metric("gate/hard_without_teacher", "prompts", "prompts skipped because they need a trace and have none"),
     Metric("queue/distill", "prompts", "prompts that wait in the queue of teachers' traces after the update"),
     Metric("queue/reinforce", "prompts", "prompts that wait in the queue of rollout groups after the update"),
     Metric("queue/mix", "prompts", "prompts that wait in the queue of rollout groups with a trace after the update"),
@@ -111,11 +109,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("old_logp/server_error/sequence", "nats", "mean |difference of a whole rollout's log-prob|"),
     Metric("teacher/<name>/share", "fraction", "traces of the update drawn from this teacher"),
     Metric("refit/seconds", "s", "the step's last refit, from its first control call to its last"),
-    Metric("refit/pause_s", "s", "the part of it in which servers were paused"),
+    Metric("refit/pause_s", "s", "the part of that refit in which servers were paused"),
     Metric(
         "refit/bytes",
         "bytes",
-        "bytes that left the trainer in it: to every server (p2p, local), or once for all of them (broadcast, disk)",
+        "bytes that the trainer sent in it: to each server (p2p, local), or once for all servers (broadcast, disk)",
     ),
     Metric("refit/fenced", "servers", "servers that refits since the last update found lost, and fenced"),
     Metric("refit/rejoined", "servers", "fenced servers that answered again and got the weights"),
@@ -126,19 +124,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("timing_s/ref_log_prob", "s", "forward-only passes for log π_ref"),
     Metric("timing_s/teacher_log_prob", "s", "requests for a teacher's log-probs of rollouts"),
     Metric("timing_s/update_actor", "s", "forward, backward and optimizer"),
-    Metric("timing_s/refit", "s", "refit: the new weights to the servers"),
+    Metric("timing_s/refit", "s", "refit: sending the new weights to the servers"),
     Metric("timing_s/save_checkpoint", "s", "checkpoint"),
     Metric("timing_s/eval", "s", "held-out evaluation"),
     Metric("timing_s/step", "s", "the whole step"),
-    Metric("timing_s/other", "s", "the step less every part above"),
-    Metric("perf/tokens_per_sec", "tokens/s", "tokens of the update over the step's time"),
+    Metric("timing_s/other", "s", "the step minus every part above"),
+    Metric("perf/tokens_per_sec", "tokens/s", "tokens of the update divided by the step's time"),
     Metric("perf/tokens_per_gpu_per_sec", "tokens/s", "the same for each training process"),
-    Metric("perf/rollout_tokens_per_sec", "tokens/s", "sampled tokens over the time of the rollouts"),
-    Metric("perf/update_tokens_per_sec", "tokens/s", "tokens of the update over the time of forward and backward"),
+    Metric("perf/rollout_tokens_per_sec", "tokens/s", "sampled tokens divided by the time of the rollouts"),
+    Metric("perf/update_tokens_per_sec", "tokens/s", "tokens of the update / time of forward and backward"),
     Metric("perf/wait_time_ratio", "fraction", "share of the step in which the trainer waits for rollouts"),
     Metric("perf/overhead_ratio", "fraction", "timing_s/other over timing_s/step"),
     Metric("perf/peak_memory_gib", "GiB", "largest memory of a training process"),
-    Metric("eval/<set>/accuracy", "fraction", "held-out responses that are correct, of those with a verdict"),
+    Metric("eval/<set>/accuracy", "fraction", "correct held-out responses among those with a verdict"),
     Metric("eval/<set>/accuracy_low", "fraction", "lower end of its 95% interval (Wilson's, prompts as clusters)"),
     Metric("eval/<set>/accuracy_high", "fraction", "upper end of that interval"),
     Metric("eval/<set>/num_samples", "responses", "held-out responses with a verdict"),
@@ -147,9 +145,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/<set>/maj@<k>", "fraction", "chance that the majority of k responses is correct (docs/evaluation.md)"),
     Metric("eval/<set>/num_lost", "responses", "responses that never came: too long, refused or incomplete"),
     Metric("eval/<set>/num_without_verdict", "responses", "held-out responses that the verifier failed on"),
-    Metric(
-        "eval/<set>/<source>/accuracy", "fraction", "accuracy of the prompts of one source, where a set has several"
-    ),
+    Metric("eval/<set>/<source>/accuracy", "fraction", "accuracy on the prompts of one source, if a set has several"),
     Metric("eval/<set>/<source>/num_samples", "responses", "held-out responses of that source with a verdict"),
     Metric("eval/<set>/truncated_ratio", "fraction", "held-out responses that hit the response limit"),
     Metric("eval/<set>/response_len/mean", "tokens", "mean length of the held-out responses"),
@@ -157,7 +153,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def lookup(name: str, metrics: Iterable[Metric] = ()) -> Metric:
-    """Return the row that ``name`` belongs to, of the trainer's table or of ``metrics``, an objective's.
+    """Return the row for ``name``, from the trainer's table or from ``metrics``, those of an objective.
 
     Raises ValueError, with the nearest name, if there is none.
     """
@@ -173,7 +169,7 @@ def lookup(name: str, metrics: Iterable[Metric] = ()) -> Metric:
 
 
 def name_part(text: str) -> str:
-    """Return ``text`` as one part of a metric's name: without a slash, and different for different texts."""
+    """Return ``text`` as one part of a metric's name: without a slash. Different texts stay different."""
     return text.replace("%", "%25").replace("/", "%2F")
 
 

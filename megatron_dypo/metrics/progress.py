@@ -1,4 +1,4 @@
-"""Progress of long verbs: a bar on a terminal, a plain line now and then in a log file."""
+"""Progress of long operations: a bar on a terminal, an occasional line in a log file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LOG_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """The bar of ``with progress(...) as bar``; a ``tqdm`` bar is one too."""
+    """The bar of ``with progress(...) as bar``; a ``tqdm`` bar fits too."""
 
     def update(self, n: float | None = 1) -> object:
         """Count ``n`` more units as done."""
 
 
 class _Lines:
-    """``desc: 12/64 prompts, 3.1/s`` to a stream that is not a terminal, at most once in ``every_s`` seconds.
+    """Writes ``desc: 12/64 prompts, 3.1/s`` to a stream that is no terminal, at most once in ``every_s`` seconds.
 
-    A task that ends within that time leaves no line, unless it broke off: a log is not to fill with what went well.
+    A task that succeeds within that time writes no line, so that the log stays short.
     """
 
     def __init__(self, total: int, desc: str, unit: str, stream: TextIO, every_s: float) -> None:
@@ -69,8 +69,8 @@ def progress(
 ) -> Iterator[Progress]:
     """Show how much of ``total`` ``unit`` (plural, such as ``prompts``) is done and at what rate.
 
-    On a terminal a bar, removed at the end; elsewhere a line at most every ``every_s`` seconds and,
-    for a task that took longer than that or broke off, one at the end.
+    On a terminal it is a bar, removed at the end. Elsewhere it is a line at most every ``every_s`` seconds, and one at
+    the end if the task took longer than that or failed.
     ``enabled=False`` (ranks other than the first) shows nothing. The default stream is stderr.
 
         with progress(len(prompts), "rollouts", "prompts") as bar:

@@ -1,4 +1,4 @@
-"""Warnings that come again and again: the first is written, the others are counted.
+"""Repeated warnings: the first is written, the others are counted.
 
 ``warn_often(log, "%s: no answer: %s", url, error)`` takes the template as the kind of a warning. ``logs`` exports it.
 """
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 WINDOW_S = 60.0
-"""Seconds after a line in which warnings of its kind are only counted."""
+"""Seconds after a line during which warnings of the same kind are only counted."""
 MAX_KINDS = 256
-"""Kinds that are counted at a time; the one that was silent for longest goes first, its count written."""
+"""Most kinds that are counted at a time. Beyond that, the least recent kind is dropped and its count written."""
 
 
 @dataclass(kw_only=True)
@@ -25,9 +25,9 @@ class _Kind:
     until: float
     """Time on the clock until which warnings are only counted."""
     num_held: int = 0
-    """Counted since the last line."""
+    """Warnings counted since the last line."""
     last: str = ""
-    """Text of the last one that was counted."""
+    """Text of the last counted warning."""
 
     def write_held(self) -> None:
         if self.num_held:
@@ -41,7 +41,7 @@ class RepeatedWarnings:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._kinds: OrderedDict[tuple[str, str], _Kind] = OrderedDict()
-        self._lock = threading.RLock()  # a handler that fails may warn on its part
+        self._lock = threading.RLock()  # a failing handler may itself warn
 
     def warn(self, logger: logging.Logger, template: str, *args: object) -> None:
         """Write the warning if it is the first of its kind in this window, else count it."""
@@ -68,7 +68,7 @@ class RepeatedWarnings:
         return len(self._kinds)
 
     def flush(self) -> None:
-        """Write what is counted and not said yet, and begin anew."""
+        """Write the counts not written yet, and start again."""
         with self._lock:
             while self._kinds:
                 self._kinds.popitem(last=False)[1].write_held()
@@ -79,7 +79,7 @@ atexit.register(_warnings.flush)
 
 
 def warn_often(logger: logging.Logger, template: str, *args: object) -> None:
-    """Warn of something that may happen thousands of times, such as a request that failed.
+    """Warn of something that may happen thousands of times, such as a failed request.
 
     The first warning with this template is written. Those of the next :data:`WINDOW_S` seconds are counted, and written
     as one line, "<the last of them> (and 311 more like it)", with the next warning after that time or at the end.

@@ -1,6 +1,6 @@
-"""The samples of a run as people read them: ``samples/step_000012.jsonl``, one row for each prompt of a step.
+"""The samples of a run, for people: ``samples/step_000012.jsonl``, one row for each prompt of a step.
 
-With several data-parallel replicas each one writes its own file, ``step_000012.00003.jsonl``; a reader merges them.
+With several data-parallel replicas, each writes its own file, ``step_000012.00003.jsonl``; readers merge them.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class SampleRow(TypedDict):
     source: str
     prompt: str
     answer: Any
-    """Text, or what the row has for a verifier of the user's own."""
+    """The answer: text, or another value for a user's own verifier."""
     tier: str | None
     treatment: str
     teacher: str | None
-    """Whose trace was drawn; None where the prompt is not distilled."""
+    """The teacher whose trace was drawn; None if the prompt is not distilled."""
     policy_version: int | None
     """Version of the oldest rollout; None without rollouts."""
     rollouts: list[RolloutRow]
     trace: str | None
-    """The teacher's text."""
+    """The text of the trace."""
     dropped: str | None
-    """Why nothing is learned from the prompt; None where something is."""
+    """Why nothing is learned from the prompt; None if something is."""
 
 
 def sample_row(
@@ -62,7 +62,7 @@ def sample_row(
     trace: str | None = None,
     dropped: DropReason | None = None,
 ) -> SampleRow:
-    """The row of a graded group; ``teacher`` and ``trace`` (text) if it is distilled."""
+    """Return the row of a graded group, with ``teacher`` and ``trace`` (text) if it is distilled."""
     prompt = graded.prompt
     pairs = zip(graded.rollouts, graded.verdicts, strict=True)
     return SampleRow(
@@ -82,7 +82,7 @@ def sample_row(
 
 
 def dropped_row(step: int, prompt: Prompt, reason: DropReason) -> SampleRow:
-    """The row of a prompt whose group never came back."""
+    """Return the row of a prompt whose group never came back."""
     group = GradedGroup(prompt=prompt, rollouts=(), verdicts=(), tier=None)
     return sample_row(step, group, Treatment.DROP, dropped=reason)
 
@@ -100,36 +100,36 @@ def _rollout_row(rollout: Rollout, verdict: Verdict) -> RolloutRow:
 
 
 class SampleLog:
-    """Writes the samples of one replica; ``shard`` is its data-parallel rank, None when it is the only one."""
+    """Writes the samples of one replica. ``shard`` is its data-parallel rank, or None for the only replica."""
 
     def __init__(
         self, run_dir: Path, *, shard: int | None = None, max_rows: int = 0, folder: str = SAMPLES_DIR
     ) -> None:
-        """``max_rows``: rows to keep of each step (the first ones); 0: all. ``folder``: of the run, for the files."""
+        """``max_rows``: number of first rows to keep of each step; 0: all. ``folder``: subfolder of the run."""
         self.shard = shard
         self._dir = run_dir / folder
         self._suffix = "" if shard is None else f".{shard:05d}"
         self._max_rows = max_rows
 
     def write(self, step: int, rows: Sequence[SampleRow]) -> Path:
-        """Write the file of ``step``, all of it or nothing; a file that is there is replaced."""
+        """Write the file of ``step``, whole or not at all. An existing file is replaced."""
         self._dir.mkdir(parents=True, exist_ok=True)
         path = self._dir / f"step_{step:06d}{self._suffix}.jsonl"
         kept = rows[: self._max_rows] if self._max_rows else rows
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
-        # A lone surrogate becomes JSON's own escape. Not durable: each step writes a file, and a resumed run writes
-        # those after its checkpoint anew.
+        # A lone surrogate becomes a JSON escape. The write need not be durable, since a resumed run writes the files
+        # after its checkpoint again.
         replace_file(path, text.encode("utf-8", "backslashreplace"), durable=False)
         return path
 
 
 def eval_folder(name: str) -> str:
-    """Folder of a run that holds the responses to one evaluation set."""
+    """Return the subfolder of a run for the responses to one evaluation set."""
     return f"{SAMPLES_DIR}/eval/{name_part(name)}"
 
 
 def discard_samples(run_dir: Path, from_step: int) -> None:
-    """Remove the samples of ``from_step`` and later, whichever replica wrote them: a resumed run makes them anew."""
+    """Remove the samples of ``from_step`` and later of all replicas, since a resumed run writes them again."""
     for folder in (run_dir / SAMPLES_DIR, *(run_dir / SAMPLES_DIR / "eval").glob("*")):
         for step, paths in _files(folder).items():
             if step >= from_step:
@@ -138,12 +138,12 @@ def discard_samples(run_dir: Path, from_step: int) -> None:
 
 
 def sample_steps(run_dir: Path) -> list[int]:
-    """The steps that have samples, in order."""
+    """Return the steps that have samples, in order."""
     return sorted(_files(run_dir / SAMPLES_DIR))
 
 
 def read_samples(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of ``steps`` (default: all) in order of step, then replica; ValueError (file, line) for a bad line."""
+    """Yield the rows of ``steps`` (None: all) by step, then replica. ValueError (file, line) for a bad line."""
     files = _files(run_dir / SAMPLES_DIR)
     for step in sorted(files) if steps is None else steps:
         for path in files.get(step, ()):
@@ -161,7 +161,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[int, list[Path]]:
-    """Step → the files of its replicas, in order of replica."""
+    """Return step → files of its replicas, in the order of replicas."""
     found: dict[int, list[tuple[int, Path]]] = {}
     for path in folder.glob("step_*.jsonl"):
         match = _FILE_NAME.fullmatch(path.name)

@@ -26,10 +26,10 @@ class Sink(Protocol):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``: ``step``, ``time`` (seconds since the epoch), then the metrics; None if not
-    finite.
+    """Return the records of a ``metrics.jsonl``: ``step``, ``time`` (seconds since the epoch), then the metrics (None
+    if not finite).
 
-    A last line that a killed run left unfinished is ignored; ValueError (file, line) for any other bad line.
+    An unfinished last line of a killed run is ignored. ValueError (file, line) for any other bad line.
     """
     records = []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -63,7 +63,8 @@ class TensorBoardSink:
     """TensorBoard's event files."""
 
     def __init__(self, directory: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # brings torch: a command that only reads metrics needs none
+        # imports torch, which a command that only reads metrics does not need
+        from torch.utils.tensorboard import SummaryWriter
 
         # purge_step tells TensorBoard to forget the points that an earlier attempt wrote from this step on.
         self._writer = SummaryWriter(str(directory), purge_step=resume_step)
@@ -100,7 +101,7 @@ class WandbSink:
 
 
 def wandb_run_id(run_dir: Path) -> str:
-    """The W&B id of a run, ``<folder name>-<8 hex digits>``: made once and kept in the run folder."""
+    """Return the W&B id of a run, ``<folder name>-<8 hex digits>``. It is made once and kept in the run folder."""
     path = run_dir / WANDB_ID_FILE
     if not path.exists():
         folder = "".join(c if c.isalnum() and c.isascii() else "-" for c in run_dir.resolve().name)

@@ -1,8 +1,8 @@
-"""``run.dir/status.json``: whether a run goes on, how far it is, and how and why it ended.
+"""``run.dir/status.json``: whether a run is running, its progress, and how and why it ended.
 
-One attempt (one start of a run, however many ranks) writes it. Its first rank opens it while it holds the run's lock;
-each process of the attempt may then say why the attempt ended, and the first one to say so counts. The file always
-appears whole.
+One attempt (one start of a run, with all its ranks) writes it. The first rank opens it while it holds the run's lock.
+Then each process of the attempt may report why the attempt ended, and the first report counts. The file always appears
+whole.
 
 The loop calls :func:`report` after each step. Everything else is for :mod:`megatron_dypo.launch.attempt` and the
 launcher.
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 NAME = "status.json"
 BEFORE_FIRST_STEP = "before the first step of this start"
-"""Part of the message of an attempt that was stopped while it started."""
+"""Part of the message of an attempt that was stopped during its start."""
 _CLAIM = "status.ended"
 WRITE_EVERY_S = 1.0
 ATTEMPT_VARIABLE = "MEGATRON_DYPO_ATTEMPT"
-"""Environment of ranks that our launcher started: a name of the attempt that its ranks on all nodes share."""
+"""Environment variable of ranks that the launcher started: the name of the attempt, the same on all nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Record:
     step: int = 0
     """Optimizer steps done."""
     first_step: int | None = None
-    """Steps that were done before this attempt; None until the loop reports for the first time."""
+    """Steps done before this attempt; None until the loop's first report."""
     steps: int = 0
     """Steps of the whole run."""
     counts: Mapping[str, int | float] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Record:
         return "the launcher" if self.rank < 0 else f"rank {self.rank}"
 
     def steps_here(self) -> int | None:
-        """Optimizer steps of this attempt; None if the loop did not say."""
+        """Optimizer steps of this attempt; None if the loop did not report them."""
         if self.first_step is None:
             return 0 if BEFORE_FIRST_STEP in self.message else None
         return self.step - self.first_step
@@ -86,7 +86,7 @@ class Record:
 
 
 class RunStatus:
-    """This process's hand on the status file of an attempt."""
+    """This process's access to the status file of an attempt."""
 
     def __init__(self, run_dir: Path, attempt: str, rank: int) -> None:
         self._path, self._claim = run_dir / NAME, run_dir / _CLAIM
@@ -95,14 +95,14 @@ class RunStatus:
         self._written_at = -WRITE_EVERY_S
 
     def open(self) -> None:
-        """Start the record of this attempt; only the holder of the run's lock may."""
+        """Start the record of this attempt. Only the holder of the run's lock may call it."""
         self._claim.unlink(missing_ok=True)
         write_record(self._path, Record(attempt=self.attempt, rank=self._rank))
 
     def report(self, step: int, steps: int, counts: Mapping[str, int | float]) -> None:
-        """Note how far the run is. The first rank writes it, at most once a second."""
+        """Note the progress of the run. The first rank writes it, at most once a second."""
         first = self._progress.get("first_step", step)
-        # Only leaders know the counts: another rank that ends the run must not write zeros over them.
+        # Only leaders know the counts. Another rank that ends the run must not replace them by zeros.
         own = {"counts": dict(counts)} if counts else {}
         self._progress = {"step": step, "steps": steps, "first_step": first, **own}
         now = time.monotonic()
@@ -112,19 +112,19 @@ class RunStatus:
                 if (record := self.read()) and record.state == "running":
                     write_record(self._path, replace(record, **self._progress))
                     self.settle()  # another rank may have ended the run in the meantime
-            except OSError as error:  # the run's own files say whether it can go on
+            except OSError as error:  # the run ends only if its other files cannot be written either
                 warn_often(log, "%s cannot be written: %s", self._path, error)
 
     def read(self) -> Record | None:
-        """The record of this attempt; None if it has none (yet), or the file belongs to another attempt."""
+        """Return the record of this attempt; None if it has none yet, or if the file belongs to another attempt."""
         return self.ended() or self._mine(self._path)
 
     def ended(self) -> Record | None:
-        """How this attempt ended; None if nobody has said so yet."""
+        """Return the record of this attempt's end; None if no process has reported it yet."""
         return self._mine(self._claim)
 
     def end(self, cause: Cause, message: str) -> Record | None:
-        """Say why the attempt ends, unless another process has: the record that was written, or None.
+        """Report why the attempt ends, unless another process has. Return the written record, or None.
 
         Raises:
             OSError: the record cannot be written.
@@ -152,7 +152,7 @@ class RunStatus:
         return last
 
     def settle(self) -> None:
-        """Have the status file say what the first end said."""
+        """Write the first reported end to the status file."""
         if (last := self.ended()) is not None:
             replace_file(self._path, _text(last))
 
@@ -162,7 +162,7 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> Record | None:
-    """The status of a run folder; None if it has none, or one that cannot be read."""
+    """Return the status of a run folder; None if there is none or it cannot be read."""
     return _parse(run_dir / NAME)
 
 
@@ -178,7 +178,7 @@ _current: RunStatus | None = None  # of this process, as logging's root logger i
 
 @contextlib.contextmanager
 def current(run_status: RunStatus) -> Iterator[RunStatus]:
-    """Let :func:`report` report to ``run_status``."""
+    """Make :func:`report` write to ``run_status``."""
     global _current
     _current = run_status
     try:
@@ -188,14 +188,14 @@ def current(run_status: RunStatus) -> Iterator[RunStatus]:
 
 
 def report(*, step: int, steps: int, counts: Mapping[str, int | float] | None = None) -> None:
-    """Say how far the run is; call it on every rank when the loop begins and after each step.
+    """Report the progress of the run. Call it on every rank when the loop begins and after each step.
 
-    The end of the run says it again, whatever ends it. Without effect in a process that is no rank of a run.
+    The record of the run's end includes the progress. In a process that is no rank of a run this does nothing.
 
     Args:
         step: optimizer steps done.
-        steps: those of the whole run.
-        counts: what else the last line and ``status.json`` shall tell, such as groups graded and dropped.
+        steps: optimizer steps of the whole run.
+        counts: other numbers for the last line and ``status.json``, such as groups graded and dropped.
     """
     if _current is not None:
         _current.report(step, steps, counts or {})
@@ -207,7 +207,7 @@ def _text(record: Record) -> str:
 
 def write_record(path: Path, record: Record) -> None:
     """Write a status file."""
-    replace_file(path, _text(record), durable=False)  # of the run's progress, which the checkpoints have too
+    replace_file(path, _text(record), durable=False)  # progress is in the checkpoints too
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""The versions that a run ran on: ``versions.json`` in its folder."""
+"""``versions.json`` in a run's folder: the versions of the packages that the run used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "sglang", "tra
 
 
 def collect_versions() -> dict[str, str]:
-    """Distribution → installed version, for those that are installed; imports none of them."""
+    """Return distribution → version for the installed distributions, without importing them."""
     versions = {"megatron-dypo": megatron_dypo.__version__, "python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:

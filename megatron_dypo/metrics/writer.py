@@ -1,7 +1,7 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard and, when asked, Weights & Biases; and how the step's time is kept.
+"""Writing metrics to ``metrics.jsonl``, TensorBoard and optionally Weights & Biases, and measuring the step's time.
 
-The names are those of :mod:`megatron_dypo.metrics.names` and those that the objective declares. Any other is
-written all the same, and logged as an error, so that the tables stay true.
+Names come from :mod:`megatron_dypo.metrics.names` and from the objective. Any other name is written too, but logged as
+an error, so that the tables stay complete.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ log = logging.getLogger("megatron_dypo")
 
 
 class MetricsWriter:
-    """Writes one record a step to every sink of ``cfg``; a context manager.
+    """Writes one record for each step to every sink of ``cfg``; a context manager.
 
-    A run that resumes passes ``resume_step``, the first step that it will write: what an earlier attempt wrote for
-    that step and later ones is taken back, so that ``metrics.jsonl`` has one line a step. ``config`` is shown by W&B;
-    ``declared`` are the objective's own metrics.
+    A resumed run passes ``resume_step``, the first step that it will write. Records of an earlier attempt for that step
+    and later ones are removed, so that ``metrics.jsonl`` has one line for each step. W&B shows ``config``. ``declared``
+    are the objective's own metrics.
 
         with MetricsWriter(run_dir, cfg.logging, resume_step=step) as writer:
             writer.write(step, {"train/loss": 0.5})
@@ -43,7 +43,7 @@ class MetricsWriter:
         declared: Sequence[Metric] = (),
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        # W&B first: it can fail on a missing package, and then nothing has been touched.
+        # W&B first: if its package is missing, nothing has been changed yet.
         self._sinks: list[Sink] = [WandbSink(run_dir, cfg.wandb_project, config)] if cfg.wandb else []
         jsonl = JsonlSink(run_dir / METRICS_FILE, resume_step)
         self._sinks.append(jsonl)
@@ -55,9 +55,9 @@ class MetricsWriter:
             write_declared(run_dir, declared)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the record of ``step``; ValueError for a step that is not after the last one.
+        """Write the record of ``step``. ValueError if the step is not after the last one.
 
-        A name that is in no table is written all the same, and said once: a metric's name must not end a run.
+        A name that is in no table is written too and logged once, since a metric's name must not end a run.
         """
         if step <= self._last_step:
             raise ValueError(f"step={step}: must come after the last step written, {self._last_step}")
@@ -75,7 +75,7 @@ class MetricsWriter:
         try:
             lookup(name, self._declared)
         except ValueError as error:
-            log.error("%s: please report this; it is written all the same", error)
+            log.error("%s: please report this; the metric is written anyway", error)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -91,7 +91,7 @@ class MetricsWriter:
 
 
 class Timings:
-    """Seconds that the parts of a step take; parts are disjoint, and all lie within the part named ``step``.
+    """Seconds that the parts of a step take. Parts are disjoint, and all are inside the part named ``step``.
 
     timings = Timings()
     with timings.measure("step"):
@@ -106,7 +106,7 @@ class Timings:
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the time of the block to ``part``; ValueError if it is unknown or lies within another part."""
+        """Add the time of the block to ``part``. ValueError if the part is unknown or inside another part."""
         lookup(f"timing_s/{part}")
         if self._running is not None:
             raise ValueError(f"timing of {part!r} lies within that of {self._running!r}: parts must be disjoint")
@@ -120,7 +120,7 @@ class Timings:
             self._running = None
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last call; the counters start again at zero."""
+        """Return the metrics since the last call, and reset the counters."""
         seconds, self._seconds = self._seconds, {}
         metrics = {f"timing_s/{part}": value for part, value in seconds.items()}
         if "step" in seconds:
@@ -139,7 +139,7 @@ _LOSS_TERMS = (
 
 
 def summary_line(step: int, metrics: Mapping[str, float]) -> str:
-    """One line for the terminal; what is missing from ``metrics`` is left out."""
+    """Return one line for the terminal. Metrics that are missing are left out."""
     tiers = "/".join(f"{metrics.get(f'gate/{tier}', 0.0):.0%}" for tier in ("easy", "mid", "hard"))
     terms = " ".join(f"{label} {metrics[name]:.3g}" for name, label in _LOSS_TERMS if name in metrics)
     parts = [

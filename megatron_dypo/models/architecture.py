@@ -1,7 +1,7 @@
 """A decoder-only model as its HF ``config.json`` describes it, as plain data: no torch, no Megatron, no transformers.
 
-Fields that are not there have the defaults of transformers' configuration class of the family; docs/hf_models.md lists
-them, and those that must be there.
+Missing fields get the defaults of the family's configuration class in transformers. docs/hf_models.md lists them, and
+the fields that are required.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FAMILIES = tuple(DEFAULTS)
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The mixture of experts that stands in every layer in the place of the MLP."""
+    """The mixture of experts that replaces the MLP in every layer."""
 
     num_experts: int
     per_token: int
-    """Experts that each token is routed to, by the largest of its router's logits."""
+    """Number of experts for each token: those with the largest router logits."""
     ffn_hidden_size: int
     """Intermediate size of one expert."""
     normalized: bool
@@ -62,14 +62,17 @@ class Architecture:
     experts: Experts | None = None
     """None: a dense MLP in every layer."""
     sliding_window: int | None = None
-    """Tokens that attention reaches back over, the token itself included; None: to the first."""
+    """Number of last tokens that attention sees, the token itself included; None: all."""
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Return the smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
     def check_length(self, num_tokens: int, name: str) -> None:
-        """Raise ValueError for sequences, of ``name``, that a sliding window would cut: our attention knows none."""
+        """Raise ValueError for sequences longer than the sliding window, which attention here does not implement.
+
+        ``name`` is the name of the length in the message.
+        """
         if self.sliding_window is not None and num_tokens > self.sliding_window:
             raise ValueError(
                 f"{name} = {num_tokens}: must not exceed sliding_window={self.sliding_window} of the {self.family} "
@@ -78,41 +81,40 @@ class Architecture:
 
     @property
     def num_positions(self) -> int:
-        """Return the length of the longest sequence that the model is made for, scaling included."""
+        """Return the length of the longest sequence that the model supports, scaling included."""
         scaling = self.rope_scaling
         if isinstance(scaling, LinearRopeScaling):
             return int(self.max_position_embeddings * scaling.factor)
         if isinstance(scaling, YarnRopeScaling):
-            # Some configs give the positions before scaling (Qwen2.5), some those after it.
+            # Some configs give the positions before scaling (Qwen2.5), others those after it.
             reach = int(scaling.original_max_position_embeddings * scaling.factor)
             return max(self.max_position_embeddings, reach)
         return self.max_position_embeddings
 
     def check_positions(self, num_tokens: int) -> str | None:
-        """Warn of ``num_tokens`` beyond the model's positions, or beyond those SGLang serves unasked; None: neither."""
+        """Return a warning if ``num_tokens`` exceeds the model's positions, or those that SGLang serves by default;
+        else None."""
         if num_tokens <= self.num_positions:
             return None
         is_scaled = self.rope_scaling is not None and self.num_positions > self.max_position_embeddings
         scaled = f" under {self.rope_scaling.rope_type} scaling" if self.rope_scaling and is_scaled else ""
         return (
-            f"sequences of up to {num_tokens} tokens: the model is made for {self.num_positions} "
-            f"(max_position_embeddings={self.max_position_embeddings}{scaled}); answers beyond them are likely to be "
+            f"sequences of up to {num_tokens} tokens: the model supports {self.num_positions} "
+            f"(max_position_embeddings={self.max_position_embeddings}{scaled}); tokens beyond them are likely to be "
             "noise, and SGLang may refuse them"
         )
 
     def check_serving(self, num_tokens: int) -> str | None:
-        """Return what is to be said of SGLang serving sequences of ``num_tokens`` tokens: None, or what it does
-        otherwise.
+        """Return a warning if SGLang computes or serves sequences of ``num_tokens`` tokens differently; else None.
 
-        SGLang 0.5 passes over YaRN's ``attention_factor``, and does not multiply ``max_position_embeddings`` by the
-        factor.
+        SGLang 0.5 ignores YaRN's ``attention_factor``, and does not multiply ``max_position_embeddings`` by the factor.
         """
         scaling = self.rope_scaling
         if not isinstance(scaling, YarnRopeScaling):
             return None
         if abs(scaling.attention_factor - scaling.served_attention_factor) > 1e-6:
             return (
-                f"attention_factor={scaling.attention_factor:g} of the yarn scaling: SGLang passes over it and takes "
+                f"attention_factor={scaling.attention_factor:g} of the yarn scaling: SGLang ignores it and uses "
                 f"{scaling.served_attention_factor:g}, so that servers sample from another policy"
             )
         if self.max_position_embeddings < num_tokens <= self.num_positions:

@@ -1,8 +1,8 @@
-"""Exporting a model under training as an HF folder, each pipeline stage writing its own files at the same time."""
+"""Export of a model under training as an HF folder. Each pipeline stage writes its own files at the same time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,15 +26,19 @@ def export_hf(
     *,
     out_dir: str | Path,
     reference_hf_path: str | Path,
+    stop_ids: Sequence[int] = (),
     quantization: Quantization = "none",
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the policy as the HF folder ``out_dir``, which appears whole, replacing an older one.
 
-    Every rank passes its parameters, named with global indices; ranks that hold only copies of what others write return
-    at once, the others reach one file system. Tensors are gathered over TP (of experts: ETP) one by one, never over PP;
-    experts are written by the ranks that own them, and ``quantization`` is done by whoever writes. Configuration and
+    Every rank passes its parameters, named with global indices. Ranks whose parameters other ranks write return at
+    once; the writers must share one file system. Tensors are gathered over TP (experts: over ETP) one by one, never
+    over PP. Experts are written by the ranks that own them. Each writer quantises its tensors. Configuration and
     tokenizer come from ``reference_hf_path``.
+
+    Args:
+        stop_ids: ids at which the policy stops; generation_config.json names them all. The global leader's count.
 
     Raises:
         ValueError: a parameter that no rule matches, before anything is written.
@@ -55,7 +59,7 @@ def export_hf(
     dist.barrier(group=layout.senders_group)
     if layout.is_global_leader:
         config = quantization_config(arch, quantization)
-        finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config)
+        finish_hf_folder(partial_path(out_dir), Path(reference_hf_path), config, stop_ids)
         commit_folder(partial_path(out_dir), out_dir)
     dist.barrier(group=layout.senders_group)
 

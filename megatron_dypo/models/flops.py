@@ -1,16 +1,17 @@
-"""Floating-point operations of a training pass over one sequence: what replicas and microbatches are balanced by. Pure.
+"""Floating-point operations of a training pass over one sequence. Replicas and microbatches are balanced by them. Pure.
 
 The accounting is that of PaLM (Chowdhery et al. 2022, appendix B) and of Megatron-LM (Narayanan et al. 2021, appendix;
-``megatron/training/training.py``, ``num_floating_point_operations``), split into what grows with the length L of a
+``megatron/training/training.py``, ``num_floating_point_operations``), split into terms that grow with the length L of a
 sequence, with L², and with its R response tokens. Forward, for each layer with hidden size H, h query heads and g
 key-value heads of d channels, and a gated feed-forward layer of F channels::
 
     linear layers   2 · (H·d·(2h + 2g) + 3·H·F) · L        a multiplication and an addition for each parameter
     causal scores   2 · h·d · L²                           QKᵀ and PV, 2·h·d·L² each, half of it masked
 
-and after the last layer, on response tokens only, ``2 · H·V · R``. Norms, rotations, softmax and the embedding's
-look-up are left out, as there. The backward pass takes twice the forward's. The output projection is computed once more
-in the backward pass (:mod:`megatron_dypo.objective.fused_logprobs`), and so is what ``model.recompute`` names.
+and after the last layer, on response tokens only, ``2 · H·V · R``. As in these sources, norms, rotations, softmax and
+the embedding's look-up are left out, and the backward pass takes twice the forward's. The backward pass computes the
+output projection once more (:mod:`megatron_dypo.objective.fused_logprobs`), and also the parts that ``model.recompute``
+names.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def sequence_cost(arch: Architecture, recompute: str = "none") -> SequenceCost:
     """Return the FLOPs of forward and backward pass in the architecture.
 
     Args:
-        recompute: ``ModelConfig.recompute``: ``full`` repeats the layers' forward pass, ``selective`` their
-        attention's.
+        recompute: ``ModelConfig.recompute``. ``full`` repeats the forward pass of the layers, ``selective`` only that
+            of their attention.
     """
     width, passes = arch.num_attention_heads * arch.head_dim, 3
     qkv_and_output = arch.hidden_size * (2 * width + 2 * arch.num_key_value_heads * arch.head_dim)
     feed_forward = 3 * arch.hidden_size * arch.ffn_hidden_size
-    if arch.experts is not None:  # those that a token visits, and the router
+    if arch.experts is not None:  # the experts of one token, and the router
         chosen = 3 * arch.experts.ffn_hidden_size * arch.experts.per_token
         feed_forward = arch.hidden_size * (chosen + arch.experts.num_experts)
     return SequenceCost(

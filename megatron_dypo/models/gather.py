@@ -1,7 +1,7 @@
 """From the sharded parameters of one pipeline stage to whole HF tensors, one parameter at a time.
 
-Ranks that gather together agree before each gather that none of them has failed. So an error of one ends the iteration
-on all of them at once, instead of leaving the others to the time-out of their group.
+Before each gather, the ranks of the group agree that none of them has failed. So an error on one rank ends the
+iteration on all of them at once; otherwise the others would wait for the time-out of their group.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def iter_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield HF names and tensors of parameters: experts on expert-tensor rank 0, all others on tensor-parallel rank 0.
 
-    Collective over ``tp_group`` and ``etp_group`` (where they have more than one rank): each rank must exhaust or close
-    it, with the same experts as the other ranks of ``etp_group``, and the same other parameters as those of
-    ``tp_group``, in the same order. At most one parameter is whole at a time. A replicated parameter is yielded as it
-    is, not copied. Copies of tied embeddings are left out.
+    Collective over ``tp_group`` and ``etp_group`` (if they have more than one rank). Each rank must exhaust or close
+    the iterator. All ranks of ``etp_group`` need the same experts, and all ranks of ``tp_group`` the same other
+    parameters, in the same order. At most one parameter is whole at a time. A replicated parameter is yielded without a
+    copy. Copies of tied embeddings are left out.
 
     Raises:
-        ValueError: a parameter that no rule matches.
+        ValueError: no rule matches a parameter.
         PeerFailedError: another rank failed, or closed the iterator before its end.
     """
     peers = _Peers(params, arch, layout)
@@ -51,8 +51,8 @@ def iter_hf_tensors(
             shards = _gather_to_first(param.detach(), axis, peers) if _is_split(row, axis) else [param.detach()]
             if axis.rank == 0:
                 yield from zip(row.hf, row.rule.merge(shards, arch), strict=True)
-    except BaseException:  # also GeneratorExit: the caller failed, or wants no more
-        with contextlib.suppress(RuntimeError):  # a group that is broken itself; the first error says more
+    except BaseException:  # also GeneratorExit: the caller failed or has stopped early
+        with contextlib.suppress(RuntimeError):  # the group itself is broken; the first error says more
             peers.leave(failed=True)
         raise
     peers.leave(failed=False)
@@ -60,7 +60,7 @@ def iter_hf_tensors(
 
 @contextlib.contextmanager
 def exhausted(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """Exhaust the iterator at the end of the block, after an error too: the other ranks are still in their gathers."""
+    """Exhaust the iterator at the end of the block, also after an error, since other ranks still wait in gathers."""
     try:
         yield tensors
     except BaseException:
@@ -75,7 +75,7 @@ def exhausted(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[
 def sent_params(
     named_params: Iterable[tuple[str, Tensor]], arch: Architecture, layout: MeshRank
 ) -> list[tuple[str, Tensor]]:
-    """Return the parameters that this rank sends, or helps to make whole, when the policy leaves the mesh."""
+    """Return the parameters that this rank sends, or helps to gather, when the policy is exported or sent."""
     return [
         (name, param)
         for name, param in named_params
@@ -94,14 +94,14 @@ def written_specs(params: Iterable[tuple[str, Tensor]], arch: Architecture, layo
 
 
 def part_name(layout: MeshRank) -> str:
-    """Return the stem of the files that this rank writes; stems sort by stage."""
+    """Return the stem of the files that this rank writes. Stems sort by stage."""
     stage = f"stage-{layout.pp_rank:05d}"
     return stage if layout.leads_stage else f"{stage}-experts-{layout.ep_rank:05d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
-    """The axis that may split a parameter, as this rank sees it."""
+    """The axis that may split a parameter, from this rank's view."""
 
     rank: int
     size: int
@@ -109,12 +109,12 @@ class _Axis:
 
 
 class _Peers:
-    """The groups in which this rank gathers ``params``; in each, no rank starts a gather that another cannot join."""
+    """The groups in which this rank gathers ``params``. No rank starts a gather that another one cannot join."""
 
     def __init__(self, params: Sequence[tuple[str, Tensor]], arch: Architecture, layout: MeshRank) -> None:
         self._groups: list[dist.ProcessGroup | None] = []
         for name, _ in params:
-            with contextlib.suppress(ValueError):  # no rule matches: the iteration raises it, and tells these groups
+            with contextlib.suppress(ValueError):  # no rule matches: the iteration raises this and tells the groups
                 row = match(name, arch)
                 axis = _axis(row, layout)
                 if not row.is_copy and _is_split(row, axis) and axis.group not in self._groups:
@@ -127,14 +127,14 @@ class _Peers:
             PeerFailedError: one of them has failed.
         """
         if _any_failed([group], False):
-            self._groups.remove(group)  # its ranks all know by now
+            self._groups.remove(group)  # all its ranks know
             raise PeerFailedError("another rank failed while weights were gathered")
 
     def leave(self, *, failed: bool) -> None:
-        """Tell all groups whether this rank has failed; the last call.
+        """Tell all groups whether this rank has failed. No call may follow.
 
         Raises:
-            PeerFailedError: this rank has not, and another one has.
+            PeerFailedError: another rank has failed, and this one has not.
         """
         if _any_failed(self._groups, failed) and not failed:
             raise PeerFailedError("another rank failed while weights were gathered")
@@ -164,9 +164,9 @@ def _axis(row: Row, layout: MeshRank) -> _Axis:
 
 def _gather_to_first(shard: Tensor, axis: _Axis, peers: _Peers) -> list[Tensor]:
     """Return the shards of all ranks on the first rank of the axis, nothing on the others."""
-    # gloo sends the storage as it lies and ignores strides without a word
+    # gloo sends the storage and silently ignores strides
     shard = shard.contiguous()
     shards = [torch.empty_like(shard) for _ in range(axis.size)] if axis.rank == 0 else None
-    peers.agree(axis.group)  # after all that may fail on one rank alone
+    peers.agree(axis.group)  # after everything that may fail on a single rank
     dist.gather(shard, shards, group=axis.group, group_dst=0)
     return shards or []

@@ -1,8 +1,8 @@
-"""The rules between a model and the axes of the mesh: checked before anything is built, without torch and Megatron.
+"""Rules between a model and the axes of the mesh. They are checked before anything is built, without torch or Megatron.
 
-The rules between the axes alone, and between axes and number of ranks, are in ``ParallelConfig`` and ``Mesh``. Some
-combinations that Megatron accepts but computes wrongly cannot be asked for: ``mcore/model.py`` never batches the p2p
-communication of an interleaved schedule.
+Rules among the axes, and between axes and number of ranks, are in ``ParallelConfig`` and ``Mesh``. One combination that
+Megatron accepts but computes wrongly cannot be configured: ``mcore/model.py`` never batches the p2p communication of an
+interleaved schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_dypo.models.architecture import Architecture
 
 
 def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
-    """Check that the axes suit the architecture. Context parallelism suits any, as sequences are padded to it.
+    """Check that the axes suit the architecture. Context parallelism always does, since sequences are padded.
 
     Raises:
         ValueError: e.g. ``parallel.tensor=3 does not divide num_attention_heads=28``.
@@ -25,7 +25,7 @@ def check_layout(arch: Architecture, parallel: ParallelConfig) -> None:
     require(
         width * (parallel.tensor - 1) < arch.vocab_size,
         f"parallel.tensor={parallel.tensor}",
-        f"of vocab_size={arch.vocab_size}, {width} entries a rank, the last rank would have none",
+        f"with vocab_size={arch.vocab_size} and {width} entries for each rank, the last rank would have none",
     )
     _check_experts(arch, parallel)
 
@@ -34,7 +34,7 @@ def check_tensor_parallel(arch: Architecture, size: int, *, axis: str = "tensor_
     """Check that ``size`` ranks share heads, groups and a dense MLP evenly, as Megatron-Core requires.
 
     Args:
-        axis: what errors call the size.
+        axis: name of the size in errors.
 
     Raises:
         ValueError: e.g. ``tensor_parallel=3 does not divide num_attention_heads=28``.
@@ -68,7 +68,7 @@ def check_fp8_sizes(arch: Architecture, parallel: ParallelConfig, fp8: Fp8Config
         require(
             size % granule == 0, f"model.fp8.recipe={fp8.recipe}: {name} = {size}", f"must be a multiple of {granule}"
         )
-    per_stage = arch.num_layers // parallel.pipeline  # Megatron's limit, also where stages differ
+    per_stage = arch.num_layers // parallel.pipeline  # Megatron's limit, also if stages differ
     for name in ("first_layers_bf16", "last_layers_bf16"):
         value = getattr(fp8, name)
         require(
@@ -87,5 +87,5 @@ def _check_experts(arch: Architecture, parallel: ParallelConfig) -> None:
     require(
         parallel.tensor == 1 or parallel.sequence,
         f"parallel.tensor={parallel.tensor}",
-        "a mixture of experts needs parallel.sequence=true with it (Megatron refuses to train one otherwise)",
+        "a mixture of experts needs parallel.sequence=true with it (Megatron refuses to train otherwise)",
     )

@@ -1,4 +1,4 @@
-"""The parameters of a model are filled with HF weights."""
+"""Loading HF weights into the parameters of a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def load_hf_weights(
     arch: Architecture,
     position: Position,
 ) -> None:
-    """Copy into each parameter of the rank at ``position`` its shard, converted to the parameter's dtype and device.
+    """Fill each parameter of the rank at ``position`` with its shard, converted to the parameter's dtype and device.
 
-    Names carry the global layer index. Everything is checked before the first parameter is written. Weights that are
-    NaN or infinite, perhaps only in the smaller range of the parameter's dtype, are loaded with a warning.
+    Names contain the global layer index. Everything is checked before the first parameter is written. Weights that are
+    NaN or infinite, perhaps only after conversion to the parameter's dtype, are loaded with a warning.
 
     Raises:
-        ValueError: a parameter that no rule matches or whose shape differs; an HF tensor missing, unknown or misshapen.
+        ValueError: no rule matches a parameter, or its shape differs; an HF tensor is missing, unknown or misshapen.
     """
     reader.check_complete(arch)
     matched = [(param, match(name, arch)) for name, param in named_params]
@@ -34,9 +34,7 @@ def load_hf_weights(
         axis, (_, size) = "expert_tensor" if row.is_expert else "tensor", position.shard(is_expert=row.is_expert)
         shape = row.rule.mcore_shape(arch, size)
         if tuple(param.shape) != shape:
-            raise ValueError(
-                f"{row.mcore}: the model holds {tuple(param.shape)}, {axis}_parallel={size} asks for {shape}"
-            )
+            raise ValueError(f"{row.mcore}: the model holds {tuple(param.shape)}, {axis}_parallel={size} needs {shape}")
     for param, row in matched:
         rank, size = position.shard(is_expert=row.is_expert)
         param.copy_(row.rule.shard([reader.slice(name) for name in row.hf], arch, rank, size))

@@ -1,4 +1,4 @@
-"""A model folder with random weights, of any family that has a name table: to train from nothing, and to test with."""
+"""A model folder with random weights, of any family with a name table, for training from scratch and for tests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_dypo.models.families.registry import family_rows
 
 
 def write_random_model(folder: Path, hf_config: Mapping[str, Any], seed: int) -> int:
-    """Write ``config.json``, ``generation_config.json`` and fp32 weights; the tokenizer is the caller's.
+    """Write ``config.json``, ``generation_config.json`` and fp32 weights, but no tokenizer.
 
-    ``config.json`` is the last file written, so that a folder that has one is complete.
+    ``config.json`` is written last, so a folder with that file is complete.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it does not exist.
         hf_config: content of ``config.json``.
 
     Returns:
@@ -43,8 +43,9 @@ def write_random_model(folder: Path, hf_config: Mapping[str, Any], seed: int) ->
 def random_weights(arch: Architecture, seed: int) -> dict[str, torch.Tensor]:
     """Return random weights: HF name → fp32 tensor.
 
-    Matrices are normal with standard deviation 1/√fan-in, the embedding with 1, or 1/√hidden where it is also the
-    output layer; norms are one and biases zero. Small models learn much faster from this than from the customary 0.02.
+    Matrices are normal with standard deviation 1/√fan-in. The embedding has standard deviation 1, or 1/√hidden if it is
+    also the output layer. Norms are one and biases zero. Small models learn much faster from this than from the usual
+    0.02.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}

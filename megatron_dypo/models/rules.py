@@ -1,8 +1,8 @@
 """How one Megatron-Core parameter is laid out in terms of HF tensors: pure, no I/O, no process group.
 
-A rule answers one question, :meth:`Rule.pieces`: which runs of rows (or columns) of which HF tensors follow each other
-in the local shard of a tensor-parallel rank. Splitting and merging are both read off that list, so they cannot
-disagree. Shapes here are those of the ``local`` layer spec; TE's modules hold the same tensors.
+A rule answers one question, :meth:`Rule.pieces`: which runs of rows (or columns) of which HF tensors make up the local
+shard of a tensor-parallel rank, in order. Splitting and merging both use this list, so they cannot disagree. Shapes are
+those of the ``local`` layer spec; TE's modules hold the same tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of a local shard along the split dim, and where it lies in the stored tensor."""
+    """A run of a local shard along the split dim, and its place in the stored tensor."""
 
     local_start: int
     stored_start: int
@@ -47,7 +47,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of layout; subclasses say only shapes and pieces."""
+    """One kind of layout. Subclasses define only shapes and pieces."""
 
     @property
     def tp_dim(self) -> int | None:
@@ -59,8 +59,7 @@ class Rule:
         raise NotImplementedError
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        """Return the local shard of ``tp_rank``, from its first entry along ``tp_dim`` to its last one before
-        padding."""
+        """Return the pieces of the local shard of ``tp_rank`` in order, without padding."""
         raise NotImplementedError
 
     def mcore_shape(self, arch: Architecture, tp_size: int) -> Shape:
@@ -104,8 +103,7 @@ class Rule:
         return outputs
 
     def stored_shape(self, arch: Architecture, tp_size: int) -> Shape:
-        """Return the shape of one layer's whole tensor in a distributed checkpoint, which ``tp_size`` changes only by
-        padding."""
+        """Return the shape of one layer's whole tensor in a checkpoint; ``tp_size`` changes only its padding."""
         shape = self.mcore_shape(arch, tp_size)
         return shape if self.tp_dim is None else _resized(shape, self.tp_dim, shape[self.tp_dim] * tp_size)
 
@@ -184,7 +182,7 @@ class Vocab(Rule):
 
 @dataclass(frozen=True)
 class QKV(Rule):
-    """Query, key and value projections in one: for each group in turn its query heads, its key head, its value head."""
+    """Query, key and value projections in one tensor: for each group its query heads, its key head, its value head."""
 
     bias: bool = False
 
@@ -194,8 +192,7 @@ class QKV(Rule):
         return tuple((heads * arch.head_dim, *tail) for heads in rows)
 
     def pieces(self, arch: Architecture, tp_rank: int, tp_size: int) -> list[Piece]:
-        """Return the equal runs of rows; with more ranks than groups a rank's run may end within a group, even within a
-        head."""
+        """Return equal runs of rows. With more ranks than groups, a run may end within a group, even within a head."""
         _check_heads(arch, tp_size)
         heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
         query = heads // kv_heads * arch.head_dim
@@ -216,7 +213,7 @@ def mlp_input(arch: Architecture) -> Shape:
 
 @dataclass(frozen=True)
 class GateUp(Rule):
-    """Both input projections of a gated MLP: on each rank its rows of the gate, then its rows of the other."""
+    """Both input projections of a gated MLP: each rank has its rows of the gate, then its rows of the up projection."""
 
     shape: ShapeOf = mlp_input
     """Shape of one projection."""
@@ -235,8 +232,8 @@ class GateUp(Rule):
 
 
 def _check_heads(arch: Architecture, tp_size: int) -> None:
-    """Raise ValueError where ranks neither divide the groups of heads nor share each group evenly, as Megatron-Core
-    asks."""
+    """Raise ValueError unless ranks divide the groups of heads or share each group evenly, as Megatron-Core
+    requires."""
     _divide(arch.num_attention_heads, tp_size, "num_attention_heads")
     kv_heads = arch.num_key_value_heads
     if kv_heads % tp_size and tp_size % kv_heads:

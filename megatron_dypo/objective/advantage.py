@@ -11,8 +11,8 @@ def group_advantages(reward_G: Tensor, *, normalize_std: bool = True, epsilon: f
 
     Args:
         reward_G: [G] rewards of the group's rollouts.
-        normalize_std: divide by the group's standard deviation (the sample one, ``torch.std``, as GRPO's
-            implementations do); False: only centre (Dr. GRPO).
+        normalize_std: divide by the group's sample standard deviation (``torch.std``), as implementations of GRPO do;
+            False: only subtract the mean (Dr. GRPO).
         epsilon: ξ.
 
     Returns:

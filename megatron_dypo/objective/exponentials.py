@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 def exp_and_sums(shifted_RV: Tensor, sum_R: Tensor, weighted_R: Tensor | None, scratch_bytes: int) -> None:
-    """Exponentiate ``shifted_RV`` = s in place; write Σ exp(s), and Σ s·exp(s) where it is wanted."""
+    """Replace s = ``shifted_RV`` by exp(s) in place; write Σ exp(s) to ``sum_R``, and Σ s·exp(s) to ``weighted_R`` if
+    that is given."""
     if weighted_R is None:
         torch.sum(shifted_RV.exp_(), dim=1, out=sum_R)
         return
@@ -27,11 +28,11 @@ def weigh_by_gradients(
 ) -> None:
     """Multiply exp(s) in place by g_logp + g_H·(s − Σ p·s).
 
-    −p times that is the gradient by the logit, but for the chosen token's +g_logp: ∂ log π/∂logit_v has −p_v, and
-    ∂H/∂logit_v = −p_v·(log p_v + H), in which log Σ exp(s) cancels.
+    The result, times −1/Σ exp(s), is the gradient by the logits, except for the +g_logp of the chosen token:
+    ∂ log π/∂logit_v contains −p_v, and ∂H/∂logit_v = −p_v·(log p_v + H), in which log Σ exp(s) cancels.
 
     Args:
-        exp_RV: exp(s), s ≤ 0; 0 where it is too small for the type.
+        exp_RV: exp(s) with s ≤ 0; it may have underflowed to 0.
         mean_R: Σ p·s over the whole vocabulary.
     """
     tiny = torch.finfo(exp_RV.dtype).tiny  # its logarithm is finite, so that 0·log 0 is 0
@@ -42,8 +43,8 @@ def weigh_by_gradients(
 
 
 def _few_rows(chunk_RV: Tensor, scratch_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a chunk, as many at a time as ``scratch_bytes`` hold, one at least, and scratch of their
-    shape."""
+    """Yield the rows of a chunk a few at a time, with scratch of their shape: as many as fit into ``scratch_bytes``,
+    and at least one."""
     step = max(1, scratch_bytes // (chunk_RV.shape[1] * chunk_RV.element_size()))
     scratch = torch.empty_like(chunk_RV[:step])
     for start in range(0, len(chunk_RV), step):

@@ -1,7 +1,7 @@
 """Log-prob and entropy of chosen tokens from hidden states, fused with the vocab-parallel output projection.
 
-Logits exist for one chunk of rows at a time and are computed again in the backward pass. The tensor-parallel group is
-passed in.
+Logits exist for one chunk of rows at a time. The backward pass computes them again. The caller passes the
+tensor-parallel group.
 
 Shape legend: N rows (response tokens of a microbatch), R rows of one chunk, V vocabulary entries on this rank, H hidden
 size; ranks hold the vocabulary in their order.
@@ -27,12 +27,12 @@ _LOGITS_SHARE, _SCRATCH_SHARE = 0.75, 0.125
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSink:
-    """A tensor that accumulates the weight's gradient, in place of one of autograd's."""
+    """A tensor that accumulates the weight's gradient, so that autograd need not allocate one."""
 
     total_VH: Tensor
-    """fp32 (fp64 for an fp64 weight); the gradient is added to it during the backward pass."""
+    """fp32 (fp64 for an fp64 weight). The backward pass adds the gradient to it."""
     done: Callable[[], Tensor | None]
-    """Called after that; autograd gets its result as the weight's gradient."""
+    """Called after the gradient is added. Autograd takes its result as the weight's gradient."""
 
 
 def fused_logprobs(
@@ -49,24 +49,25 @@ def fused_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Return log π(target) and the entropy of π = softmax(hidden · weightᵀ / temperature), in fp32 (fp64 for fp64).
 
-    The gradient of ``hidden_NH`` is this rank's share: the caller adds it up over the group. Differentiable
-    once.
+    The gradient of ``hidden_NH`` is this rank's share: the caller sums it over the group. The function can be
+    differentiated once.
 
     Args:
         hidden_NH: [N, H] any float type, the same on every rank of the group.
         weight_VH: [V, H] this rank's rows of the vocabulary.
         targets_N: [N] int64 token ids of the whole vocabulary.
-        vocab_size: entries of the real vocabulary; rows beyond it are padding: no probability, no gradient, no cost.
+        vocab_size: size of the vocabulary. Rows from there on are padding and get no probability and no gradient.
         group: tensor-parallel group; None for a whole vocabulary on one rank.
         with_entropy: whether to compute the entropy.
-        memory_budget: bytes of scratch beside the gradients. Sets the rows of a chunk, at least one. None: half the
-            size of the weight in fp32, at least 256 MiB.
-        sink: takes the weight's gradient; None: autograd does.
+        memory_budget: bytes of scratch besides the gradients. It sets the rows of a chunk (at least one). None: half
+        the
+            size of the weight in fp32, and at least 256 MiB.
+        sink: takes the weight's gradient. None: autograd takes it.
 
     Returns:
         ``logp_N`` (−inf for a target outside the vocabulary) and ``entropy_N`` (None if not wanted), both with
-        gradient; the same on every rank of the group. The entropy's gradient costs nothing where the caller does not
-        ask for it.
+        gradient, and the same on every rank of the group. The entropy's gradient costs nothing unless the caller uses
+        it.
 
     Raises:
         ValueError: some rank of the group holds padding only.
@@ -113,7 +114,8 @@ class _Call:
     """Whether a backward pass may follow."""
 
     def chunks(self, num_rows: int) -> list[slice]:
-        """Cut the rows into chunks of nearly equal size, the last the largest, whose logits fit into their share."""
+        """Cut the rows into chunks of nearly equal size whose logits fit into the budget. The last chunk is the
+        largest."""
         most = max(1, int(self.memory_budget * _LOGITS_SHARE) // (self.width * self.dtype.itemsize))
         count = -(-num_rows // most)
         return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
@@ -132,7 +134,7 @@ class _Call:
         return Projection(weight_VH[: self.width], self.dtype, self.scratch_bytes)
 
     def columns(self, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [N] column of each target, and whether it is on this rank (its column is 0 if not)."""
+        """Return [N] the column of each target (0 for a target of another rank) and [N] whether it is on this rank."""
         local_N = targets_N - self.first
         is_here_N = (local_N >= 0) & (local_N < self.width)
         return torch.where(is_here_N, local_N, 0), is_here_N
@@ -176,7 +178,7 @@ class _FusedLogProbs(torch.autograd.Function):
         ctx.call, ctx.kept = call, (exp_RV, lift_N) if call.needs_backward else None
         if call.needs_backward:
             ctx.save_for_backward(hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N, mean_N)
-        # Not chosen − (top + log sum), which loses what is small beside large logits.
+        # Not chosen − (top + log sum): that would lose the small log sum beside large logits.
         return (chosen_N - top_N) - sum_N.log(), sum_N.log() - mean_N if mean_N is not None else None
 
     @staticmethod
@@ -185,7 +187,7 @@ class _FusedLogProbs(torch.autograd.Function):
         hidden_NH, weight_VH, column_N, is_here_N, top_N, sum_N, mean_N = ctx.saved_tensors
         call: _Call = ctx.call
         chunks = call.chunks(len(hidden_NH))
-        # d log π/d logit = onehot − exp/sum; the factor that is common to a row goes to the narrow operands.
+        # d log π/d logit = onehot − exp/sum. The factor 1/sum of a row is applied to the narrow operands.
         onehot_N, factor_N1 = torch.where(is_here_N, sum_N, 0.0), (-call.scale / sum_N)[:, None]
         logp_grad_N = grads[0] if grads[0] is not None else torch.zeros_like(sum_N)
         if grads[1] is None:
@@ -218,7 +220,8 @@ def _weight_gradient(ctx: Any, weight_VH: Tensor) -> Tensor | None:
 def _exponentials(
     ctx: Any, chunks: list[slice], hidden_NH: Tensor, weight_VH: Tensor, top_N: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield exp(logit − top) of each chunk, the last first; all in one buffer, which the caller may overwrite."""
+    """Yield exp(logit − top) of each chunk, the last chunk first. All share one buffer, which the caller may
+    overwrite."""
     if not chunks:
         return
     call: _Call = ctx.call

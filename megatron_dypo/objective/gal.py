@@ -1,7 +1,7 @@
-"""Group Alignment Loss, a pairwise contrast of successes and failures in one group (paper, eq. 14, 15, 23). Pure.
+"""Group Alignment Loss (GAL): a pairwise contrast of successes and failures in one group (paper, eq. 14, 15, 23). Pure.
 
-Shape legend: G members of a group, S its successes, F its failures. The loss splits exactly over trajectories:
-∇L_GAL = Σ_i c_i·∇ℓ_i with c_i = ∂L_GAL/∂ℓ_i, and the c_i need only the group's log-ratios, without gradient.
+Shape legend: G members of a group, S its successes, F its failures. The gradient is a sum over trajectories:
+∇L_GAL = Σ_i c_i·∇ℓ_i with c_i = ∂L_GAL/∂ℓ_i. The c_i depend only on the group's log-ratios ℓ_i, without gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class GalStatistics:
 
     loss: float
     eta: float
-    """η = E[w²], which the variance bound of eq. 17 is proportional to; ¼ where d = 0."""
+    """η = E[w²]; the variance bound of eq. 17 is proportional to it. It is ¼ if every d is 0."""
     saturation: float
     """Share of pairs with |β·d| above SATURATED_AT."""
     margin: float
@@ -58,7 +58,8 @@ def gal_coefficients(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> 
 
 
 def gal_statistics(log_ratio_G: Tensor, is_success_G: Tensor, beta: float) -> GalStatistics | None:
-    """Return diagnostics of one group, None without a pair. Arguments as in :func:`gal_coefficients`."""
+    """Return diagnostics of one group, or None if it has no pair. The arguments are those of
+    :func:`gal_coefficients`."""
     margin_SF = _margins(log_ratio_G, is_success_G, beta)
     if margin_SF.numel() == 0:
         return None
@@ -104,8 +105,8 @@ GAL_METRICS = (
     ),
     SumMetric(
         "gal/drift", "nats",
-        "mean |ℓ under this update's weights − ℓ under π_old|, scaled, over trajectories with GAL: what stale "
-        "coefficients ignore",
+        "mean |ℓ under this update's weights − ℓ under π_old|, scaled, over trajectories with GAL: the error of stale "
+        "coefficients",
         of="gal_drift", per="gal_sequences",
     ),
     SumMetric(

@@ -20,11 +20,11 @@ class Importance:
     """Weight and masks of each token; every field is [N] and without gradient."""
 
     weight: Tensor
-    """Of the policy gradient: min(u, cap), or 1."""
+    """Weight of the policy gradient: min(u, cap), or 1."""
     is_kept: Tensor
     """False: the token contributes nothing."""
     is_capped: Tensor
-    """The cap replaced u."""
+    """True: the cap replaced u."""
     is_token_masked: Tensor
     is_sequence_masked: Tensor
 
@@ -32,7 +32,8 @@ class Importance:
 def importance(log_u_N: Tensor, is_rollout_N: Tensor, sequences: Sequences, cfg: ImportanceConfig) -> Importance:
     """Return truncated importance weights (Yao et al. 2025), IcePop's masks (Ling Team 2025), masks of whole rollouts.
 
-    A value must be inside its bounds to be kept, so that NaN is masked. Only rollouts are weighted, capped or masked.
+    A token is kept only if its value is inside the bounds, so NaN is masked. Only rollouts are weighted, capped or
+    masked.
 
     Args:
         log_u_N: [N] log π_old − log π_rollout.

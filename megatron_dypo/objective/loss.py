@@ -1,4 +1,4 @@
-"""The token-local loss: a plain sum, blind to which objective made the weights (dypo.md, section 5). Pure.
+"""The token-local loss: a plain sum over tokens with token weights, the same for every objective. Pure.
 
 Shape legend: N response tokens of one microbatch.
 """
@@ -24,7 +24,7 @@ Sums = dict[str, Tensor]
 """Named sums over the tokens of a microbatch, for the metrics: scalars without gradient."""
 
 VALUE = "objective"
-"""The sum that is the objective's value (``train/loss``); the loss may hold only the gradient of a term."""
+"""The sum that is the objective's value (``train/loss``). The loss itself may have only the gradient of a term."""
 
 _COMMON = {stream.name for stream in STREAMS}
 _VALUES = ("pg", "kl", "sft", "rollout_nll", "entropy_bonus")
@@ -45,22 +45,22 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTokens:
-    """The response tokens of one microbatch under the policy, for a term of the loss of an objective's own."""
+    """The response tokens of one microbatch under the policy, as an objective's own loss term reads them."""
 
     logp: Tensor
     """[N] log π_θ with gradient; 0, without gradient, where ``objective.importance`` masks the token."""
     entropy: Tensor
-    """[N]; with gradient where the objective asks for that (``Objective.needs_entropy_gradient``)."""
+    """[N]; with gradient if the objective asks for it (``Objective.needs_entropy_gradient``)."""
     is_kept: Tensor
-    """[N] False: masked; such a token must contribute nothing."""
+    """[N] False: the token is masked and must contribute nothing."""
     importance: Tensor
-    """[N] u of ``objective.importance``, bounded by its cap; 1 without one."""
+    """[N] u of ``objective.importance``, bounded by its cap; 1 without a cap."""
     sequences: Sequences
-    """Means over the sequences, wherever they are split."""
+    """Computes means over whole sequences, also if they are split over ranks."""
 
 
 LossTerm = Callable[[PolicyTokens, LossInputs], tuple[Tensor, Sums]]
-"""Gives a scalar to be added to the loss, and named sums of its own. Pure; the same names in every call."""
+"""Returns a scalar that is added to the loss, and named sums of its own. Pure; the names are the same in every call."""
 TokenLoss = Callable[[Tensor, Tensor, LossInputs, Across | None], tuple[Tensor, Sums]]
 """``(logp_N, entropy_N, inputs, across)`` → the scalar loss, attached to the graph, and named sums."""
 
@@ -83,15 +83,15 @@ def token_loss(
       if its log-probs are NaN. Where a kept token reads a value that is not finite, loss and gradient are NaN.
     - k3 = e^δ − δ − 1 with δ = log π_ref − log π_θ.
     - w, without gradient, is the shape of the token (:mod:`megatron_dypo.objective.shapes`), 1 for ``constant``.
-    - A bound of the clip that is None is none. A trace's token has a ratio only where it has a pg weight.
-    - From a ratio (ρ or π_ref/π_θ) of e^20 on, e^x is continued by its tangent (``LOG_RATIO_LIMIT``): the gradient of
-      what no clip bounds stays finite, and keeps its direction.
+    - A clip bound of None does not clip. A trace's token has a ratio only if it has a pg weight.
+    - Above a ratio (ρ or π_ref/π_θ) of e^20, the tangent replaces e^x (``LOG_RATIO_LIMIT``): a gradient that no clip
+      bounds stays finite and keeps its direction.
     - Under ``gal_clip`` the nll weight of a GAL token is 0 where the ratio, r_t or s, has left the trust region in the
       direction in which GAL moves it: above 1+ε_high where the weight is positive, below 1−ε_low where it is negative.
 
     Args:
         logp_N: [N] log π_θ of the response tokens, with gradient.
-        entropy_N: [N] entropy H of π_θ, with gradient where an entropy weight is to have an effect.
+        entropy_N: [N] entropy H of π_θ, with gradient if there are entropy weights.
         across: see :class:`Sequences`.
         term: an objective's own part of the loss.
 
@@ -151,14 +151,14 @@ def token_loss(
 
 
 def sum_names(loss: TokenLoss, streams: Sequence[Stream]) -> tuple[str, ...]:
-    """Return the names of the sums that ``loss`` gives, by asking it for those of no tokens."""
+    """Return the names of the sums that ``loss`` returns; it is called with no tokens to find out."""
     empty = {stream.name: torch.from_numpy(np.empty(0, stream.dtype)) for stream in streams}
     inputs = LossInputs(streams=empty, sequence=torch.empty(0, dtype=torch.int64), num_sequences=0)
     return tuple(loss(torch.empty(0), torch.empty(0), inputs, None)[1])
 
 
 def _with_term(loss: Tensor, totals: Sums, own_loss: Tensor, own: Sums) -> tuple[Tensor, Sums]:
-    """Add an objective's own term, whose value is ``own["objective"]`` if it gives one, else ``own_loss``."""
+    """Add an objective's own term. Its value is ``own["objective"]`` if that is given, else ``own_loss``."""
     value = own.get(VALUE, own_loss)
     own = {name: total for name, total in own.items() if name != VALUE}
     if taken := own.keys() & totals.keys():
@@ -189,8 +189,8 @@ def _gal_sums(x: LossInputs, drift_N: Tensor, is_stopped_N: Tensor, sequences: S
 def _kept_logp(logp_N: Tensor, x: LossInputs, correction: Importance) -> Tensor:
     """[N] log π_θ of the tokens that are kept, 0 of those that are masked.
 
-    Where a kept token reads anything that is not finite, value *and gradient* are NaN, whatever its weights are: a clip
-    or a weight of 0 would hide it, and the optimizer looks at gradients.
+    If a kept token reads a value that is not finite, value *and gradient* are NaN, whatever its weights are. Otherwise
+    a clip or a weight of 0 would hide it from the optimizer, which looks at gradients.
     """
     reads_N = logp_N.detach() + x["advantage"] + x["pg_weight"] + x["kl_weight"] + x["nll_weight"] + correction.weight
     reads_N = reads_N + x["entropy_weight"] + x["nll_shape"] + x["shape_constant"]
@@ -206,13 +206,14 @@ def _shape(current_N: Tensor, entropy_N: Tensor, kept_N: Tensor, x: LossInputs, 
     """[N] the factor of each token's nll weight."""
     entropy_N = sequences.mean(
         _shown(entropy_N, kept_N)
-    )  # whatever the shapes are: with context parallelism all ranks add up here
+    )  # needed for any shape: with context parallelism all ranks must take part in this sum
     inputs = ShapeInputs(p=current_N.detach().exp(), entropy=entropy_N, constant=x["shape_constant"])
     return shape_factor(x["nll_shape"], inputs)
 
 
 def _shown(value_N: Tensor, kept_N: Tensor) -> Tensor:
-    """``value_N``, with 0 for what is not finite on a masked token: it is counted as masked, and says nothing else."""
+    """``value_N``, with 0 for values of masked tokens that are not finite; only the count of masked tokens shows
+    them."""
     return torch.where(kept_N | value_N.isfinite(), value_N, 0.0)
 
 

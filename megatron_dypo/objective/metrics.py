@@ -12,20 +12,20 @@ from megatron_dypo.metrics.names import Metric
 class SumMetric(Metric):
     """A metric of an update: one sum over the global batch, or the ratio of two.
 
-    The sums are those that the loss returns for its tokens and those of ``WeightedGroup.sums``, added up where they
-    share a name.
+    The loss returns sums over its tokens, and ``WeightedGroup.sums`` holds sums over groups. Sums of one name are added
+    up.
     """
 
     of: str
     """The sum."""
     per: str | None = None
-    """The sum that it is divided by; None: 1. The metric is left out of a step in which that sum is 0."""
+    """The sum that divides it; None: 1. The metric is left out of a step in which that sum is 0."""
     where: str | None = None
-    """The metric is left out of a step in which this sum is 0, though it does not divide by it."""
+    """Another sum. The metric is left out of a step in which it is 0."""
 
 
 def sum_metrics(metrics: Iterable[SumMetric], sums: Mapping[str, float]) -> dict[str, float]:
-    """Return name → value of the metrics that ``sums`` hold something for."""
+    """Return name → value of each metric whose sums are in ``sums``."""
     values = {}
     for metric in metrics:
         needed = [name for name in (metric.per, metric.where) if name is not None]
@@ -83,4 +83,4 @@ LOSS_METRICS = (
         of="rollouts_masked", per="rollouts",
     ),
 )  # fmt: skip
-"""What every objective has that uses :func:`megatron_dypo.objective.loss.token_loss`."""
+"""The metrics of every objective that uses :func:`megatron_dypo.objective.loss.token_loss`."""

@@ -12,7 +12,7 @@ from megatron_dypo.objective.recipes.registry import OBJECTIVES
 
 
 def all_metrics() -> tuple[Metric, ...]:
-    """Return each metric that a run with a built-in objective may write, those of one prefix together."""
+    """Return each metric that a run with a built-in objective may write, sorted by prefix."""
     declared = (metric for objective in OBJECTIVES.values() for metric in objective.metrics)
     by_name = {metric.name: metric for metric in (*declared, *METRICS)}
     prefixes = list(dict.fromkeys(_prefix(name) for name in by_name))
@@ -26,7 +26,7 @@ def markdown(metrics: Iterable[Metric]) -> str:
         "# Metrics",
         "",
         "Written by `python -m megatron_dypo.objective.metrics_page`. Each step is one line of `metrics.jsonl` and one",
-        "point in TensorBoard. An objective of yours adds its own: see "
+        "point in TensorBoard. An objective of your own adds its own metrics: see "
         "[adding_an_objective.md](adding_an_objective.md).",
         "",
         "| name | unit | meaning |",

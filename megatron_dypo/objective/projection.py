@@ -1,4 +1,4 @@
-"""Matmuls with the rows of an output weight, accumulated in fp32 or fp64 whatever the weight's type. Pure.
+"""Matmuls with the output weight, accumulated in fp32 or fp64 for any type of the weight. Pure.
 
 Shape legend: R rows of a chunk, V vocabulary entries on this rank, H hidden size.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 class Projection:
     """An output weight as the operand of three matmuls: logits, gradient of the hidden states, its own gradient.
 
-    A weight in bf16 or fp16 is multiplied as it is on an accelerator (its matmuls accumulate and answer in fp32) and
-    block by block as fp32 on a CPU, where a matmul of bf16 answers in bf16.
+    On an accelerator a weight in bf16 or fp16 is multiplied directly: matmuls there accumulate and return fp32. On a
+    CPU a matmul of bf16 returns bf16, so the weight is converted to fp32 block by block.
     """
 
     def __init__(self, weight_VH: Tensor, dtype: torch.dtype, scratch_bytes: int) -> None:
@@ -52,7 +52,7 @@ class Projection:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self._weight_VH), self._width):
-            # Not beyond the last row: the gradient may have further rows, of padding.
+            # Stop at the last row: the gradient may have more rows, for padding.
             columns = slice(start, min(start + self._width, len(self._weight_VH)))
             yield columns, self._weight_VH[columns].to(self._operand)
 

@@ -1,7 +1,7 @@
 """Ratios of probabilities from their logarithms, without overflow: exponentials, clipped surrogate, k3. Pure.
 
-Every comparison is made on the logarithms, and every exponential is finite, also where a bound then takes its place: a
-gradient of 0 times an infinite ratio would be NaN. Shape legend: N response tokens of one microbatch.
+Comparisons use the logarithms. Every exponential is finite, even if a bound replaces it afterwards: a gradient of 0
+times an infinite ratio would be NaN. Shape legend: N response tokens of one microbatch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from megatron_dypo.config.objective import LOG_RATIO_LIMIT, LossConfig
 
 
 def bounded_exp(log_N: Tensor) -> Tensor:
-    """Return [N] e^x; above :data:`LOG_RATIO_LIMIT` its tangent, so that value and gradient stay finite in fp32."""
+    """Return [N] e^x, and its tangent above :data:`LOG_RATIO_LIMIT`, so that value and gradient stay finite in fp32."""
     return _continued(torch.exp, log_N)
 
 
 def bounded_k3(delta_N: Tensor) -> Tensor:
-    """Return [N] e^δ − δ − 1, with :func:`bounded_exp`'s tangent; accurate near δ = 0, where the sum would cancel."""
+    """Return [N] e^δ − δ − 1, with the tangent of :func:`bounded_exp`. It is accurate near δ = 0, where the plain
+    difference would cancel."""
     return _continued(torch.expm1, delta_N) - delta_N
 
 
@@ -40,7 +41,7 @@ def clipped_surrogate(log_ratio_N: Tensor, advantage_N: Tensor, cfg: LossConfig)
     log_low, log_high = clip_bounds(cfg)
     is_up_N, is_down_N = advantage_N > 0, advantage_N < 0
     is_clipped_N = (is_up_N & (log_ratio_N > log_high)) | (is_down_N & (log_ratio_N < log_low))
-    # A bound that is none is never chosen.
+    # A bound of None is never chosen, so its value here does not matter.
     high, low = (1 + (bound or 0.0) for bound in (cfg.clip_high, -(cfg.clip_low or 0.0)))
     bound_N = torch.where(is_up_N, high, torch.full_like(advantage_N, low))
     if cfg.dual_clip is not None:

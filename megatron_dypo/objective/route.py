@@ -1,4 +1,4 @@
-"""Graded groups → samples: the objective says what becomes of each; the trainer draws a teacher's trace for it."""
+"""Graded groups → samples: the objective decides the treatment of each group; the trainer draws a teacher's trace."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     Args:
         step: the optimizer step that collects, for ``rl_only_steps`` and phases.
         version: version of the weights that the servers hold now.
-        seed: of the teacher draw, which is a pure function of (seed, prompt id, visit).
+        seed: of the draw of teachers, which is a pure function of (seed, prompt id, visit).
     """
     routed = Routed()
     for group in groups:
@@ -72,7 +72,7 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
 
 
 def will_learn_from(group: GradedGroup, objective: Objective, step: int) -> bool:
-    """Return whether :func:`route` will make samples of a group; not for one that has no verdict."""
+    """Return whether :func:`route` will make samples of a group. Call it only for a group that has its verdicts."""
     if group.tier is None:
         return False
     treatment = objective.treat(group, step)

@@ -1,4 +1,4 @@
-"""Means over whole sequences of a microbatch, returned to each of its tokens. Pure.
+"""Means over whole sequences of a microbatch, given to each of their tokens. Pure.
 
 Shape legend: N response tokens of one microbatch, S its sequences.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Across = Callable[[Tensor], Tensor]
-"""Adds up [S] float64 over the ranks that hold parts of the same sequences (context parallelism)."""
+"""Sums [S] float64 over the ranks that hold parts of the same sequences (context parallelism)."""
 
 
 class Sequences:
@@ -34,7 +34,7 @@ class Sequences:
         return (self._sums(value_N.detach().double())[self._index_N] * self.share_N).to(value_N.dtype)
 
     def _sums(self, value_N: Tensor) -> Tensor:
-        # float64: the order in which a GPU adds up must not show in the sums that fp32 makes of them.
+        # float64, so that the order of additions on a GPU does not change the fp32 result.
         total_S = torch.zeros(self._count, dtype=torch.float64, device=value_N.device)
         total_S.index_add_(0, self._index_N, value_N)
         return total_S if self._across is None else self._across(total_S)

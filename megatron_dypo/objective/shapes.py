@@ -1,7 +1,7 @@
 """Shapes: stop-gradient factors of −log π that depend on the token's own probability. Pure.
 
-A token's ``nll_weight`` is multiplied by the shape that its stream ``nll_shape`` names, so that the gradient of the
-loss is −w(p)·∇log π: the value of the loss is then not that of a paper that writes an integral of w.
+A token's ``nll_weight`` is multiplied by the shape that its stream ``nll_shape`` names. The gradient of the loss is
+then −w(p)·∇log π. Papers that write the loss as an integral of w have the same gradient, but another value.
 
 Shape legend: N response tokens of one microbatch.
 """
@@ -39,7 +39,7 @@ SHAPES: dict[str, Callable[[ShapeInputs], Tensor]] = {
     "trsft": lambda x: x.p / torch.maximum(x.p, x.constant),
     # e^(−H̄) + c·p: supervised learning and the policy gradient on a trace (SRFT, arXiv 2506.19767, eq. 8, 10)
     "srft": lambda x: torch.exp(-x.entropy) + x.constant * x.p,
-    # e^(−H̄) + c·γp/(p+γ)² with γ = 0.1: the same in the re-implementation by HPT's authors
+    # e^(−H̄) + c·γp/(p+γ)² with γ = 0.1: SRFT in the re-implementation by HPT's authors
     "srft_luffy": lambda x: torch.exp(-x.entropy) + x.constant * 0.1 * x.p / (x.p + 0.1) ** 2,
     # e^(H̄) (SRFT, eq. 12)
     "exp_entropy": lambda x: torch.exp(x.entropy),

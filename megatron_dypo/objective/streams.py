@@ -1,7 +1,8 @@
-"""Per-token streams: numbers that packing writes beside the tokens and the loss reads. They are declared here alone.
+"""Per-token streams: numbers that packing writes beside the tokens and the loss reads. They are declared only here.
 
-Packing, the move to the device and the inputs of the loss follow from an objective's tuple of :class:`Stream`; the wire
-carries whatever ``Sample.weights`` holds. An objective adds one of its own: ``(*STREAMS, Stream(name="shape"))``.
+Packing, the move to the device and the inputs of the loss all follow from an objective's tuple of :class:`Stream`.
+Samples that are sent between ranks carry everything in ``Sample.weights``. To add a stream, an objective declares
+``(*STREAMS, Stream(name="shape"))``.
 
 Shape legend: R response tokens of one sequence.
 """
@@ -27,9 +28,9 @@ class Stream:
     meaning: str = ""
     dtype: npt.DTypeLike = np.float32
     fill: float = 0.0
-    """The value of a token that was given none, and of prompts and padding, which the loss never reads."""
+    """The value of tokens without one. Prompts and padding have it too, but the loss never reads those."""
     read: Callable[[Sample], StreamValue | None] | None = None
-    """Takes the value from a sample; None: ``Sample.weights[name]``, which an objective gives."""
+    """Reads the value from a sample. None: the value is ``Sample.weights[name]``, which an objective sets."""
 
     def value_of(self, sample: Sample) -> StreamValue | None:
         """Return one number for all response tokens of ``sample``, or [R]; None where there is none."""
@@ -51,8 +52,7 @@ STREAMS = (
     Stream(name="nll_weight", meaning="weight of −log π: positive for a teacher's trace, −(1−α)·c_i/n for GAL"),
     Stream(
         name="gal_scale",
-        meaning="GAL only: 1 / (length divisor of ℓ), to find its tokens and to log how far ℓ has moved; 0 for SFT, "
-        "whose weight does not depend on the policy",
+        meaning="GAL only: 1 / (length divisor of ℓ). It marks GAL's tokens and scales the logged drift of ℓ",
     ),
     Stream(
         name="nll_shape",
@@ -70,5 +70,5 @@ STREAMS = (
         read=_is_trace,
     ),
 )
-"""The streams that :func:`megatron_dypo.objective.loss.token_loss` reads. A length divisor, 1/n and a tier's share are
-folded into the weights, so that the loss is a plain sum."""
+"""The streams that :func:`megatron_dypo.objective.loss.token_loss` reads. The weights already include the length
+divisor, 1/n and the share of the tier, so that the loss is a plain sum."""

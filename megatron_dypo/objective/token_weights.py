@@ -1,7 +1,7 @@
-"""From log-probs of a group to the token weights of the loss (dypo.md, sections 3 to 5). Pure.
+"""From the log-probs of a group to the token weights of the loss. Pure.
 
-An objective composes these: each function gives one term's share for each member of one group, with the global
-normaliser 1/n, the group's 1/k and the length divisor folded in. Legend: G members of a group.
+An objective combines these functions. Each returns one term's weights for each member of one group. The weights include
+the global 1/n, the group's 1/k and the length divisor. Legend: G members of a group.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_dypo.types import Sample, SampleKind, TokenWeights, Totals
 
 
 def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig, group: Sequence[Sample] = ()) -> float:
-    """Return the divisor of the token sum of ``sample``, the same in GRPO, SFT and ℓ_i (section 4, "one knob").
+    """Return the divisor of the token sum of ``sample``, the same in GRPO, SFT and ℓ_i.
 
     Args:
-        group: all members of its group, which ``group_mean`` reads; (): it is alone.
+        group: all members of the sample's group, which ``group_mean`` reads. (): the sample is alone.
     """
     match cfg.length_normalization:
         case "sum":
@@ -41,7 +41,7 @@ def length_divisor(sample: Sample, totals: Totals, cfg: ObjectiveConfig, group: 
 
 
 def trace_share(trace: Sample, totals: Totals, cfg: ObjectiveConfig, group: Sequence[Sample] = ()) -> float:
-    """Return the weight of one token of a trace, in a mean over prompts or as ``trace_normalization`` says."""
+    """Return the weight of one token of a trace, as ``trace_normalization`` says."""
     match cfg.trace_normalization:
         case "same":
             return 1 / (totals.num_prompts * length_divisor(trace, totals, cfg, group))
@@ -57,13 +57,13 @@ def sft_weights(
     """Return the weights of ``scale``·L_SFT of one prompt (eq. 5, 20), its share of the mean over prompts included.
 
     Args:
-        group: the trace's group, if it is not alone.
+        group: all members of the trace's group, if there are others.
     """
     return {"nll_weight": scale * trace_share(trace, totals, cfg, group)}
 
 
 def advantages(group: Sequence[Sample], cfg: ObjectiveConfig) -> list[float]:
-    """Return Â of each member (eq. 21), over all members that are given."""
+    """Return Â of each given member (eq. 21); all given members form the group."""
     reward_G = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
     return group_advantages(reward_G, normalize_std=cfg.normalize_std, epsilon=cfg.advantage_epsilon).tolist()
 
@@ -79,7 +79,7 @@ def grpo_weights(
     """Return the weights of ``scale``·L_GRPO of one prompt (eq. 3, 21, 22), the KL term included.
 
     Args:
-        step: of the weight of the KL term.
+        step: the optimizer step, on which the weight of the KL term may depend.
     """
     weights: list[TokenWeights] = []
     for sample, advantage in zip(group, advantages(group, cfg), strict=True):
@@ -90,7 +90,7 @@ def grpo_weights(
 
 
 def entropy_weight(totals: Totals, cfg: ObjectiveConfig, step: int) -> float:
-    """Return the weight of one token's entropy: ``entropy_coef`` over all response tokens of the update."""
+    """Return the weight of one token's entropy: ``entropy_coef`` / number of response tokens of the update."""
     return weight_at(cfg.entropy_coef, step) / max(sum(totals.num_response_tokens.values()), 1)
 
 
@@ -105,8 +105,8 @@ def gal_weights(
 ) -> tuple[list[TokenWeights], dict[str, float]]:
     """Return the weights of ``scale``·L_GAL of one prompt (eq. 14, 15), −``scale``·c_i/(n·divisor) on −log π, and sums.
 
-    The sums are those of ``GAL_METRICS``, and the group's share of the objective's value, which the loss does not hold:
-    its nll term has GAL's gradient and not its value. Without a pair there are none.
+    The sums are those of ``GAL_METRICS`` and the group's share of the objective's value: the nll term of the loss has
+    GAL's gradient, but not its value. A group without a pair has no sums.
     """
     log_ratio_G = group_log_ratios(group, totals, cfg)
     is_success_G = torch.tensor([sample.is_correct for sample in group])
@@ -123,7 +123,7 @@ def gal_weights(
 
 
 def group_log_ratios(group: Sequence[Sample], totals: Totals, cfg: ObjectiveConfig) -> Tensor:
-    """Return [G] float64 ℓ_i / divisor, under the update's own weights where those were computed, else under π_old."""
+    """Return [G] float64 ℓ_i / divisor, under the update's own weights if those were computed, else under π_old."""
     return torch.tensor([_log_ratio(s) / length_divisor(s, totals, cfg, group) for s in group], dtype=torch.float64)
 
 
@@ -137,7 +137,7 @@ def _log_ratio(sample: Sample) -> float:
 
 
 def add_weights(first: TokenWeights, second: TokenWeights) -> TokenWeights:
-    """Return the weights of both terms on one trajectory; at most one of them has an advantage or GAL's scale."""
+    """Add the weights of two terms on one trajectory; at most one of them has an advantage or GAL's scale."""
     both = {**first, **second}
     for name in first.keys() & second.keys():
         assert name not in ("advantage", "gal_scale"), f"{name} of two terms"

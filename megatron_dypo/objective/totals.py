@@ -19,7 +19,7 @@ class Counts:
 
 
 def count_groups(groups: Iterable[Sequence[Sample]]) -> Counts:
-    """Count whole groups, and their members by kind; a kind without a member has zeros."""
+    """Count groups, and their members by kind; a kind without members gets zeros."""
     groups = list(groups)
     lengths = {
         kind: [s.num_response_tokens for group in groups for s in group if s.kind is kind] for kind in SampleKind

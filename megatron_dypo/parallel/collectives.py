@@ -1,4 +1,4 @@
-"""Small Python values that ranks tell each other over torch.distributed: words and a few numbers, not tensors."""
+"""Exchange of small Python values (texts and a few numbers, not tensors) between ranks over torch.distributed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice between GPUs and CPUs, made in one place: the words cuda and nccl appear in no other file."""
+"""The choice between GPUs and CPUs. The words cuda and nccl appear in no other file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 @functools.cache
 def device_kind() -> str:
-    """Return ``"cuda"`` where torch sees a GPU, else ``"cpu"``; ``CUDA_VISIBLE_DEVICES=""`` forces the CPU."""
+    """Return ``"cuda"`` if torch sees a GPU, else ``"cpu"``. ``CUDA_VISIBLE_DEVICES=""`` forces the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -43,7 +43,7 @@ def bind() -> None:
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise ValueError(f"LOCAL_RANK={local_rank}: this host has {num_gpus} GPUs; start one rank for each GPU")
-    # Before the first kernel: tensor parallelism overlaps communication with GEMMs in the order of launch.
+    # Set before the first kernel: tensor parallelism overlaps communication with GEMMs in the order of launch.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
 

@@ -1,4 +1,4 @@
-"""This rank's process groups, beside its place in the mesh. The only reader of Megatron's ``parallel_state``."""
+"""This rank's process groups and its place in the mesh. No other file reads Megatron's ``parallel_state``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class MeshRank(Position):
     """This rank: its place in the mesh (:class:`Position`) and the process groups that it belongs to."""
 
     tp_group: dist.ProcessGroup
-    """Groups of device tensors."""
+    """Group for device tensors, like the next ones."""
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     """Data × context parallel ranks: those that hold the same parameters."""
     etp_group: dist.ProcessGroup | None = None
-    """None where experts are whole."""
+    """Ranks that split an expert; None if experts are whole."""
     replica_group: dist.ProcessGroup
     """CPU (gloo) group of this replica's ranks; the first is its leader."""
     leaders_group: dist.ProcessGroup | None
@@ -67,9 +67,9 @@ class MeshRank(Position):
 
 
 def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
-    """Join the world and make all groups of the mesh, Megatron's and ours. Collective over the world.
+    """Join the world and make all groups of the mesh, those of Megatron and of this package. Collective over the world.
 
-    Imports Megatron, so prepare it first: :func:`megatron_dypo.mcore.start.start_megatron` does both.
+    It imports Megatron, which must be prepared before: :func:`megatron_dypo.mcore.start.start_megatron` does both.
     """
     from megatron.core import parallel_state
 
@@ -105,10 +105,10 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
 
 
 def close(layout: MeshRank) -> None:
-    """Leave all groups. Collective: every rank calls it, after its last collective.
+    """Leave all groups. Collective: every rank calls it after its last collective.
 
-    Called while an exception unwinds, it does nothing: peers may be in any collective, so that waiting for them would
-    hide the error for as long as the timeout; they are freed when this process ends and its sockets close.
+    While an exception unwinds it does nothing: peers may be in any collective, and waiting for them would hide the
+    error until the timeout. They are freed when this process ends and its sockets close.
     """
     from megatron.core import parallel_state
 
@@ -125,7 +125,7 @@ def _cpu_group(ranks: Sequence[int], timeout: datetime.timedelta) -> dist.Proces
 
 
 def _check_rank_order(at: Position) -> None:
-    """Hold the mesh's numbering of the ranks against Megatron's, which alone decides who computes what."""
+    """Compare the mesh's numbering of ranks with Megatron's, which determines what each rank computes."""
     from megatron.core import parallel_state
 
     megatrons = (

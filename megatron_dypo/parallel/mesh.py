@@ -1,14 +1,14 @@
-"""The mesh of the trainer's ranks: the sizes of its axes, where each rank stands, which stage holds which layers.
+"""The mesh of the trainer's ranks: sizes of its axes, position of each rank, and layers of each stage.
 
-Pure, without torch and Megatron: the trainer, the planner, the converters and the plan of a refit all read it here.
+Pure, without torch or Megatron. The trainer, the planner, the converters and the plan of a refit all use it.
 
-Ranks are numbered as Megatron numbers them. The axes, the fastest first: tensor, context, data, pipeline. The experts
-of a pipeline stage are spread over all its ranks: expert_tensor, expert, copies of all experts. A *replica* is one
-whole copy of the policy: the ranks that have one ``dp_rank``.
+Ranks are numbered as in Megatron. The axes, the fastest first, are tensor, context, data, pipeline. The experts of a
+pipeline stage are spread over all its ranks: expert_tensor, expert, copies of all experts. A *replica* is one whole
+copy of the policy: the ranks with the same ``dp_rank``.
 
 Layers follow Megatron's rules (``TransformerConfig.__post_init__`` and ``get_transformer_layer_offset`` of 0.16.1):
-stages whose number of layers is not given share the rest evenly; the chunks of a stage are equally large; layers run
-through the first chunk of every stage, then through the second chunk of every stage, and so on.
+stages without a given number of layers share the rest evenly; the chunks of a stage have equal size; layers are
+assigned to the first chunk of every stage in turn, then to the second chunk of every stage, and so on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AXES = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Sizes of the axes. Every field has the meaning of the one of that name in ``ParallelConfig``."""
+    """Sizes of the axes. Every field means the same as in ``ParallelConfig``."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -33,11 +33,11 @@ class Mesh:
     data: int = 1
     """Replicas of the policy."""
     expert: int = 1
-    """Ranks that share out the experts of a layer. They may belong to several replicas."""
+    """Ranks over which the experts of a layer are spread. They may belong to several replicas."""
     expert_tensor: int = 1
-    """Ranks that each of these experts is split over."""
+    """Ranks over which each of these experts is split."""
     first_stage_layers: int | None = None
-    """Layers of the first stage; None: as many as on the stages between first and last."""
+    """Layers of the first stage; None: as many as the stages between first and last."""
     last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Mesh:
         return self.expert * self.expert_tensor
 
     def at(self, rank: int) -> Position:
-        """Return where global rank ``rank`` stands.
+        """Return the position of global rank ``rank``.
 
         Raises:
             ValueError: the mesh has no such rank.
@@ -86,7 +86,7 @@ class Mesh:
         return tuple(start + offset for start in starts for offset in range(inner))
 
     def sender_ranks(self) -> tuple[int, ...]:
-        """Return the global ranks that together hold the policy once and from which it leaves the mesh, ascending.
+        """Return the global ranks that send or export the policy, ascending. Together they hold it exactly once.
 
         On each stage these are the first tensor-parallel group and the first copy of the experts.
         """
@@ -132,7 +132,7 @@ class Mesh:
         return {name: value for name, value in fields.items() if value is not None}
 
     def _layers_between(self, num_layers: int) -> int:
-        """Return the layers of each stage that no field names; 0 where there is no such stage."""
+        """Return the number of layers of each stage for which no field gives it; 0 if there is no such stage."""
         given = self._given_layers()
         others, rest = self.pipeline - len(given), num_layers - sum(given.values())
         model, chunks = f"num_hidden_layers={num_layers}", others * self.virtual_pipeline
@@ -148,12 +148,12 @@ class Mesh:
         return rest // others
 
     def _check_even(self, num_layers: int) -> None:
-        """Require that the chunks of all stages divide the layers; name the way out where there is one."""
+        """Require that the chunks of all stages divide the layers; name a remedy if there is one."""
         axes = "parallel.pipeline" + (" × virtual_pipeline" if self.virtual_pipeline > 1 else "")
         size, way_out = self.pipeline * self.virtual_pipeline, ""
         if num_layers % self.virtual_pipeline == 0 and num_layers > size:
             way_out = (
-                "; parallel.first_stage_layers and parallel.last_stage_layers give these stages layers of their own, "
+                "; parallel.first_stage_layers and parallel.last_stage_layers set the layers of these stages, "
                 "and the others share the rest"
             )
         require_divides(axes, size, "num_hidden_layers", num_layers, hint=way_out)

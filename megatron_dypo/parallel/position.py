@@ -1,4 +1,4 @@
-"""Where one rank stands in the mesh. Pure, without torch and Megatron; :mod:`.mesh` states the order of the axes."""
+"""The position of one rank in the mesh. Pure, without torch or Megatron; :mod:`.mesh` defines the order of the axes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """One rank's place in the mesh: its coordinates, and what its replica and the mesh expect of it."""
+    """The position of one rank in the mesh: its coordinates, and its roles in its replica and in the mesh."""
 
     mesh: Mesh
     rank: int
@@ -48,12 +48,12 @@ class Position:
 
     @property
     def etp_rank(self) -> int:
-        """Return which part of each of its experts this rank holds."""
+        """Return the number of the part that this rank holds of each of its experts."""
         return self._in_stage % self.mesh.expert_tensor
 
     @property
     def ep_rank(self) -> int:
-        """Return which of a layer's experts this rank holds."""
+        """Return this rank's number along the expert axis, which determines the experts that it holds."""
         return self._in_stage // self.mesh.expert_tensor % self.mesh.expert
 
     @property

@@ -21,7 +21,7 @@ FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
-    """Bytes a token, by how tensor parallelism divides them."""
+    """Bytes for each token, by how tensor parallelism divides them."""
 
     between: float
     """Norms, residuals and experts: whole on every tensor-parallel rank, split with sequence parallelism."""
@@ -30,14 +30,14 @@ class LayerBytes:
     split: float
     """Split over tensor-parallel ranks: heads and channels of the feed-forward layer."""
     attention: float
-    """Split too: what the core attention keeps, less what its recomputation needs in its place (``selective``)."""
+    """Split too: bytes that core attention keeps, minus those that its recomputation needs instead (``selective``)."""
     input: float
-    """Input of the layer, which full recomputation keeps alone; divided as ``between``."""
+    """Input of the layer, the only tensor that full recomputation keeps; divided like ``between``."""
     backward: float
-    """Split: gradients that stand beside all of the above when the feed-forward layer's backward pass is half done."""
+    """Split: gradients that exist in addition, half-way through the feed-forward layer's backward pass."""
 
     def kept(self, recompute: str, tensor: int, sequence: bool) -> float:
-        """Return bytes a token on one rank, from the layer's forward to its backward pass."""
+        """Return the bytes for each token that one rank keeps from the layer's forward to its backward pass."""
         between = tensor if sequence else 1
         if recompute == "full":
             return self.input / between
@@ -45,7 +45,7 @@ class LayerBytes:
         return self.between / between + self.whole + (self.split + attention) / tensor
 
     def working(self, recompute: str, tensor: int, sequence: bool) -> float:
-        """Return bytes a token beside ``kept`` while the backward pass is in one layer."""
+        """Return the bytes for each token, in addition to ``kept``, while the backward pass is in one layer."""
         backward = self.backward / tensor + self.input / (tensor if sequence else 1)
         # Recomputation makes the layer's tensors again.
         again = self.kept("none", tensor, sequence) - self.kept(recompute, tensor, sequence)

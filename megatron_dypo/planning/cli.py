@@ -26,7 +26,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
-    """Say without a GPU whether a run fits, how long a step takes, and how to divide the GPUs.
+    """Estimate without a GPU whether a run fits, how long a step takes, and how to divide the GPUs.
 
     Exit status 1: the run does not fit, or the GPU cannot run it.
     """
@@ -65,7 +65,7 @@ def plan_refit(
     ] = Quantization.NONE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every rank, every link.")] = False,
 ) -> None:
-    """Say what a refit (weight sync) moves: bytes per rank and link, the limit, and the time of the plan's order.
+    """Show the cost of a refit (weight sync): bytes of ranks and links, the lower bound of the time, the planned time.
 
     Reads the config and MODEL/config.json; needs neither weights nor servers.
     """

@@ -15,9 +15,9 @@ from megatron_dypo.checks import require
 
 GIB = 2**30
 FP8_SHARE = 0.8
-"""A guess: of the share of the peak that kernels reach in bf16, what FP8 ones reach of theirs. Quantising and
-transposing are in it, and norms and activations that are no faster in FP8. See ``docs/planning.md`` for published
-figures beside it."""
+"""A guess: the share of the FP8 peak that FP8 kernels reach, relative to the share of the bf16 peak that bf16 kernels
+reach. It accounts for quantising and transposing, and for norms and activations, which are no faster in FP8.
+``docs/planning.md`` compares it with published figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Gpu:
 
     name: str
     capability: tuple[int, int]
-    """Compute capability, as the driver has it."""
+    """Compute capability."""
     memory: int
     """Bytes in total."""
     bf16: float
@@ -42,7 +42,7 @@ class Gpu:
     pcie: float
     """Bytes/s of one direction, to the memory of its host."""
     matmul: float
-    """Share of ``bf16`` that the kernels of a layer reach together in training, norms and attention among them."""
+    """Share of ``bf16`` that the kernels of a layer, including norms and attention, reach together in training."""
 
     @property
     def fp8_gain(self) -> float:
@@ -77,7 +77,7 @@ def _gpu(
 
 
 _GEN4, _GEN5 = 25.0, 50.0
-"""GB/s that a copy from pinned memory reaches over 16 lanes, of 32 and 64."""
+"""GB/s that a copy from pinned memory reaches over 16 lanes; the links' rates are 32 and 64."""
 
 _AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
 """Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of

@@ -14,19 +14,19 @@ from megatron_dypo.planning.setting import Assumptions, Setting
 
 
 def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: tuple[int, int], fused: bool) -> None:
-    """Check that the trainer's ranks fit into GPUs of ``memory`` bytes, fragmentation left out of account.
+    """Check that the trainer's ranks fit into GPUs of ``memory`` bytes, ignoring fragmentation.
 
     Args:
-        capability: compute capability of the GPUs, which says how many copies FP8 keeps.
+        capability: compute capability of the GPUs; the number of FP8 copies depends on it.
         fused: whether Transformer Engine is in use.
 
     Raises:
-        ValueError: they do not; names the largest term and what makes it smaller.
+        ValueError: they do not fit; the message names the largest term and how to reduce it.
     """
     setting = Setting(
         config=config,
         arch=load_architecture(config.model.hf_path),
-        # Its speed has no part in this.
+        # Only memory and capability matter here, not speed.
         gpu=dataclasses.replace(find_gpu("h100-80gb"), name="this GPU", memory=memory, capability=capability),
         gpus_per_node=trainer_gpus,
         trainer_gpus=trainer_gpus,
@@ -40,4 +40,4 @@ def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: 
     needed = tuple(term for term in tightest.terms if term.name != "fragmentation")
     tightest = dataclasses.replace(tightest, terms=needed)
     if tightest.spare < 0:
-        raise ValueError(f"{misfit(tightest)}; run.check_memory=false starts the run all the same")
+        raise ValueError(f"{misfit(tightest)}; run.check_memory=false starts the run anyway")

@@ -1,4 +1,4 @@
-"""A memory table: what one process wants of one device, term by term."""
+"""A memory table: the memory that one process needs on one device, term by term."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Term:
     name: str
     bytes: float
     why: str
-    """How it comes about, in a few words."""
+    """The calculation in a few words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Footprint:
     capacity: float
     """Bytes of the device."""
     elastic: float = 0.0
-    """Bytes of the terms that are there only because there is room for them."""
+    """Bytes of terms that use memory only if there is room."""
 
     @property
     def total(self) -> float:
@@ -36,7 +36,7 @@ class Footprint:
 
     @property
     def room(self) -> float:
-        """Return the bytes that are spare, or could be made so."""
+        """Return the bytes that are free or could be freed."""
         return self.spare + self.elastic
 
     @property

@@ -1,24 +1,24 @@
-"""The tensors that FP8 training holds in FP8, and the layers and FLOPs that are in FP8. Pure arithmetic; nobody ran it
-beside a GPU's counters.
+"""The tensors that FP8 training holds in FP8, and the layers and FLOPs that are in FP8. Pure arithmetic, not yet
+compared with a GPU's counters.
 
-Read off Transformer Engine's sources (2.20 in development), with Megatron-Core 0.16.1 around it:
+Source: Transformer Engine (2.20 in development), as used by Megatron-Core 0.16.1:
 
 - Each quantised tensor has a rowwise and a columnwise usage ("Performance considerations" of its documentation). With
-  one scale a tensor, GPUs whose GEMMs multiply FP8 operands in any layout read both from one copy, Ada and Hopper want
-  a transposed one (``csrc/quantizer.cpp``, ``nvte_is_non_tn_fp8_gemm_supported``); with scales of blocks
-  (``blockwise``, ``mxfp8``) the two always differ, since the blocks do.
-- Of a linear layer's input one copy is saved, the columnwise one (``module/linear.py``, ``module/layernorm_linear.py``,
-  ``module/grouped_linear.py``: ``update_usage``), or the rowwise one where tensor-parallel ranks gather it again.
-  Inputs that others keep in bf16 stay so: the norm's own input, the activation function's, the router's. The output of
-  attention is kept by attention; Megatron has its projection save that one (``set_save_original_input``, Transformer
-  Engine 2.6), but with ``delayed``, which cannot, an FP8 copy stands beside it.
-- Of weights, both usages are cached from the first microbatch on (``_fp8_workspaces``), beside bf16 parameters. With
-  ``param_gather`` the parameters are these copies, and nothing is in bf16: the rowwise one lies in DDP's buffer, whose
-  gathering moves 1 byte, and ``post_all_gather_processing`` makes the other. ``mxfp8`` cannot be gathered by one copy:
-  bf16 values travel through the memory of the gradients (``distributed/param_and_grad_buffer.py``), and the other
-  parameters then have a buffer beside themselves.
+  one scale for each tensor, GPUs whose GEMMs accept FP8 operands in any layout read both from one copy; Ada and Hopper
+  need a transposed second copy (``csrc/quantizer.cpp``, ``nvte_is_non_tn_fp8_gemm_supported``). With block scales
+  (``blockwise``, ``mxfp8``) the two always differ, since their blocks differ.
+- One copy of a linear layer's input is saved: the columnwise one (``module/linear.py``, ``module/layernorm_linear.py``,
+  ``module/grouped_linear.py``: ``update_usage``), or the rowwise one if tensor-parallel ranks gather it again. Inputs
+  that other operations keep in bf16 stay in bf16: those of the norm, the activation function and the router. Attention
+  keeps its output. In Megatron the projection saves that same tensor (``set_save_original_input``, Transformer Engine
+  2.6); ``delayed`` does not support this, so there is an FP8 copy too.
+- Both usages of weights are cached from the first microbatch on (``_fp8_workspaces``), beside bf16 parameters. With
+  ``param_gather`` the parameters are these copies, and nothing is in bf16: the rowwise copy is in DDP's buffer, whose
+  gathering moves 1 byte, and ``post_all_gather_processing`` makes the other one. With ``mxfp8`` one copy is not enough:
+  bf16 values are gathered through the memory of the gradients (``distributed/param_and_grad_buffer.py``), and the other
+  parameters then have an additional buffer.
 
-Histories of largest values (``delayed``) are kilobytes a layer, and left out.
+Histories of largest values (``delayed``) take kilobytes for each layer and are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.parallel.mesh import Mesh
 
 _ONE_LAYOUT = ((10, 0), (12, 0))
-"""Compute capabilities, the upper one excluded, whose GEMMs take FP8 operands in any layout."""
+"""Range of compute capabilities (without the upper one) whose GEMMs accept FP8 operands in any layout."""
 _BF16 = 2
 
 _INPUT_SCALE: dict[Recipe, float] = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
@@ -42,7 +42,7 @@ _WEIGHT_SCALE: dict[Recipe, float] = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """Bytes of an element of what an FP8 layer quantises, scales included."""
+    """Bytes for each element of the tensors that an FP8 layer quantises, scales included."""
 
     weight: float
     """All copies of a weight."""
@@ -53,9 +53,9 @@ class Quantized:
     gathered: float
     """The part of a weight that data-parallel ranks gather under ``param_gather``."""
     attention_output: float
-    """The copy that the projection after attention keeps beside that of attention."""
+    """The copy that the projection after attention keeps, in addition to attention's own."""
     is_buffered: bool
-    """Under ``param_gather`` the bf16 parameters have a buffer to be gathered in, as large as they are."""
+    """Whether, with ``param_gather``, the bf16 parameters have an additional buffer of their size for gathering."""
 
 
 def quantized(fp8: Fp8Config, capability: tuple[int, int]) -> Quantized | None:
@@ -84,10 +84,10 @@ def fp8_layers(fp8: Fp8Config, mesh: Mesh, num_layers: int, stage: int) -> int:
 
 
 def fp8_flops(arch: Architecture, fp8: Fp8Config) -> float:
-    """Share of a token's linear FLOPs (``SequenceCost.linear``) that are in FP8: all layers but those in bf16, no
-    router.
+    """Return the share of a token's linear FLOPs (``SequenceCost.linear``) that are in FP8: all layers except those in
+    bf16, without the router.
 
-    Scores of attention and the output projection, which ``SequenceCost`` counts apart, are in bf16.
+    Attention scores and the output projection, which ``SequenceCost`` counts separately, are in bf16.
     """
     if not fp8.is_on:
         return 0.0

@@ -19,9 +19,9 @@ from megatron_dypo.planning.schedule import chunks_in_flight
 from megatron_dypo.planning.setting import Setting
 
 RESERVED = int(2.5 * GIB)
-"""The driver's context, buffers of the communication library, workspaces of matmuls."""
+"""Bytes for the driver's context, buffers of the communication library and workspaces of matmuls."""
 FRAGMENTATION = 0.05
-"""Share of an update's allocations that the caching allocator holds and cannot give out."""
+"""Memory that the caching allocator holds but cannot use, relative to an update's allocations."""
 
 
 def trainer_footprints(setting: Setting) -> list[Footprint]:
@@ -93,7 +93,7 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
 
 
 def _parameters(setting: Setting, counts: Counts) -> list[Term]:
-    """Return the parameters of the model, and beside bf16 ones the copies that FP8 layers multiply with."""
+    """Return the parameters of the model, and the FP8 copies beside bf16 parameters."""
     e, fp8 = setting.element, setting.quantized
     if fp8 is None:
         return [Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B")]
@@ -125,7 +125,7 @@ def _activations(setting: Setting, stage: int) -> Term:
     layers = setting.mesh.stage_layers(arch.num_layers)[stage] // virtual
     kept = in_flight * layers * _mean_kept(setting, stage)
     if parallel.pipeline > 1:
-        kept += in_flight * e * arch.hidden_size / between  # what was sent stays until its gradient comes back
+        kept += in_flight * e * arch.hidden_size / between  # sent tensors stay until their gradients come back
     if stage == parallel.pipeline - 1:
         kept += norm_bytes(arch.hidden_size, e, fused=setting.fused) / between
     noun = ("row" if virtual == 1 else "chunk pass") + ("s" if virtual == 1 else "es") * (in_flight > 1)

@@ -1,14 +1,14 @@
-"""Seconds of a round of collection, and what it throws away. Pure arithmetic.
+"""Seconds of a round of collection, and the tokens that it discards. Pure arithmetic.
 
-A round is ``rollout.prompts_per_round`` prompts, or, where a stream collects (``rollout.oversample`` above 1, or
-``mode: async``), as many as a rollout batch takes. While requests wait, each server runs as many as its KV cache and
+A round has ``rollout.prompts_per_round`` prompts, or the prompts of a rollout batch if a stream collects
+(``rollout.oversample`` above 1, or ``mode: async``). While requests wait, each server runs as many as its KV cache and
 the clients allow; then the batch shrinks.
 
-Without oversampling a round ends with its last group, whose longest response is taken to reach the limit. With it,
-``oversample`` times the groups are begun and the round ends when the first of them are enough (``rollout/stream.py``).
-How long that takes follows from lengths: they are taken for exponential with the assumed mean r, so that of groups of k
-responses the share s is complete after −r·ln(1 − s^(1/k)) tokens, r at least and the limit at most. What is in flight
-then has about r tokens each: a synchronous loop aborts it, an asynchronous one takes it over into the next round.
+Without oversampling a round ends with its last group, whose longest response is assumed to reach the limit. With it,
+``oversample`` times the groups are started, and the round ends when enough of them are complete
+(``rollout/stream.py``). Lengths are assumed to be exponential with mean r. Then the share s of groups of k responses is
+complete after −r·ln(1 − s^(1/k)) tokens (at least r, at most the limit). Responses still in flight have about r tokens
+each. A synchronous loop aborts them; an asynchronous loop keeps them for the next round.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Round:
     """One round, over all servers."""
 
     prompts: float
-    """Whose groups it brings."""
+    """Prompts whose groups the round completes."""
     seconds: float
     aborted: float
-    """Tokens that were sampled for nothing."""
+    """Tokens of aborted responses."""
 
 
 def rollout_round(setting: Setting) -> Round:

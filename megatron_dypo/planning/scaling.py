@@ -1,4 +1,4 @@
-"""How to divide GPUs between trainer and servers, and what more of them bring. Pure arithmetic."""
+"""The division of GPUs between trainer and servers, and the effect of more GPUs. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Split:
     rollout_gpus: int
     time: StepTime
     fits: bool
-    """Whether the trainer fits: with fewer replicas each holds more of the optimizer."""
+    """Whether the trainer fits. With fewer replicas each rank holds more of the optimizer state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scale
 
 
 def _grain(setting: Setting) -> int:
-    """Return the number of GPUs that trainer GPUs are a multiple of."""
+    """Return the number of which the number of trainer GPUs must be a multiple."""
     is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
     fewest = setting.config.parallel.fewest_ranks
     return fewest if is_small else math.lcm(fewest, setting.gpus_per_node)

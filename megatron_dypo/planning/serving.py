@@ -1,8 +1,8 @@
-"""One GPU of an SGLang server: weights, KV cache, and how fast it decodes. Pure arithmetic.
+"""One GPU of an SGLang server: weights, KV cache, and speed of decoding. Pure arithmetic.
 
-Decoding reads the weights once and the KV cache of every running request, for one token of each request: it is bound by
-HBM until the batch is large. Requests are as many as the KV cache holds. FP8 weights (``refit.quantize``) are fewer
-bytes to hold and to read; their matmuls are taken for no faster than bf16's.
+For one token of each request, decoding reads the weights once and the KV cache of every running request. So it is bound
+by HBM until the batch is large. The KV cache limits the number of requests. FP8 weights (``refit.quantize``) are fewer
+bytes to hold and to read; their matmuls are assumed to be no faster than in bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from megatron_dypo.planning.parameters import ServedBytes, active_parameters, se
 from megatron_dypo.planning.setting import Setting
 
 MEM_FRACTION = 0.85
-"""SGLang's ``--mem-fraction-static`` where none is given: its own choice depends on GPU and TP and lies about here."""
+"""SGLang's ``--mem-fraction-static`` if none is given. SGLang's own choice depends on GPU and TP and is close to
+this."""
 HBM_EFFICIENCY = 0.7
 """Share of the data sheet's rate that decoding kernels reach."""
 STEP_OVERHEAD_S = 2e-3
@@ -34,7 +35,7 @@ class Server:
     tensor: int
     """GPUs that share them."""
     kv_bytes_per_token: float
-    """On one of its GPUs; heads are replicated where the GPUs are more than they."""
+    """Bytes on one of its GPUs. Heads are replicated if there are more GPUs than heads."""
     kv_tokens: float
     """Tokens that its KV cache holds."""
 
@@ -61,7 +62,7 @@ def make_server(setting: Setting) -> Server:
 
 
 def server_footprint(setting: Setting) -> Footprint:
-    """Return the memory of one GPU of a server; the KV cache that it needs is that of the longest sequence."""
+    """Return the memory of one GPU of a server. It needs at least the KV cache of the longest sequence."""
     server, cfg = make_server(setting), setting.config
     fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.refit.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -107,8 +108,8 @@ def prefill_s(setting: Setting, tokens: float) -> float:
 
 
 def _weights_read(setting: Setting, server: Server, batch: float) -> float:
-    """Return the bytes of weights that a step reads on a GPU: of experts, those that some token of the batch is sent
-    to."""
+    """Return the bytes of weights that a step reads on a GPU, including only experts that some token of the batch
+    uses."""
     experts = setting.arch.experts
     if experts is None:
         return server.weights_per_gpu

@@ -1,4 +1,4 @@
-"""The subject of a plan: a config, an architecture, a number of GPUs, and what must be assumed of the data."""
+"""The input of a plan: a config, an architecture, a number of GPUs, and assumptions about the data."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megatron_dypo.planning.fp8 import Quantized, quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Facts that no config has: measured after a first run, and guessed before it."""
+    """Facts that no config contains. They are guessed before a first run, and measured in it."""
 
     prompt_tokens: int
     """Mean length of a prompt."""
     response_tokens: int
     """Mean length of a rollout, and of a teacher's trace."""
     easy: float = 0.25
-    """Share of the prompts that all rollouts solve, which enter no update."""
+    """Share of Easy prompts, which enter no update."""
     hard: float = 0.25
-    """Share that no rollout solves: one trace each enters the update. The rest is Mid: whole groups enter."""
+    """Share of Hard prompts, of which one trace each enters the update. The others are Mid: whole groups enter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,12 @@ class Setting:
     gpus_per_node: int
     trainer_gpus: int
     num_servers: int
-    """SGLang servers, each of ``rollout.servers.tensor_parallel`` GPUs of its own."""
+    """Number of SGLang servers, each with ``rollout.servers.tensor_parallel`` GPUs."""
     assumed: Assumptions
     fused: bool = True
     """Transformer Engine's layers (see ``planning/activations.py``)."""
     on_gpu: bool = True
-    """False: ranks on CPUs, as in tests: nothing is reserved beside the tensors."""
+    """False: ranks on CPUs, as in tests, where no memory is reserved besides the tensors."""
 
     @property
     def element(self) -> int:
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def quantized(self) -> Quantized | None:
-        """Return the costs of what ``model.fp8`` quantises; None: nothing."""
+        """Return the costs of the tensors that ``model.fp8`` quantises; None without FP8."""
         return quantized(self.config.model.fp8, self.gpu.capability)
 
     @functools.cached_property
@@ -77,8 +77,8 @@ class Setting:
 
     @property
     def row_tokens(self) -> int:
-        """Return the tokens of the longest packed row, over all context-parallel ranks: a sequence above the budget is
-        a row."""
+        """Return the tokens of the longest microbatch over all context-parallel ranks; a sequence above the budget gets
+        its own."""
         return max(self.config.batching.tokens_per_microbatch, self.longest_sequence)
 
     @property
@@ -98,7 +98,7 @@ class Setting:
 
     @property
     def microbatches(self) -> int:
-        """Count the packed rows of one update on a replica."""
+        """Return the number of microbatches of one update on a replica."""
         tokens = self.sequences_per_update * self.sequence_tokens / self.data
         count = max(1, math.ceil(tokens / self.config.batching.tokens_per_microbatch))
         step = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline else 1
@@ -117,12 +117,12 @@ def make_setting(
     """Return the setting of a config.
 
     Args:
-        nodes: of the trainer; None: as many GPUs as ``parallel.num_processes``, or as few as the axes allow.
-        prompt_tokens, response_tokens: means; None: a quarter of the limits in the config.
+        nodes: number of trainer nodes. None: ``parallel.num_processes`` GPUs, or the fewest that the axes allow.
+        prompt_tokens, response_tokens: mean lengths. None: a quarter of the limits in the config.
 
     Raises:
-        ValueError: a model folder without ``config.json``, a layout that does not suit the model, the GPUs or the FP8
-        recipe.
+        ValueError: the model folder has no ``config.json``, or the layout does not suit the model, the GPUs or the FP8
+            recipe.
     """
     arch, parallel, servers = load_architecture(config.model.hf_path), config.parallel, config.rollout.servers
     check_layout(arch, parallel)

@@ -11,16 +11,16 @@ from megatron_dypo.planning.setting import Setting
 from megatron_dypo.planning.training import PassTime, logprob_time, swap_time, update_flops, update_time
 
 REFIT_S = 1.0
-"""Pausing the servers, HTTP calls, flushing caches."""
+"""Seconds for pausing the servers, HTTP calls and flushing caches."""
 REFIT_EFFICIENCY = 0.5
-"""Share of a link that refits of weights reach."""
+"""Share of a link's rate that refits reach."""
 DISK = 2e9
 """Bytes/s of a shared file system, for one writer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds, for one optimizer step; of what is done once a rollout batch, the step's share."""
+    """Seconds of one optimizer step. Work that is done once for each rollout batch counts with the step's share."""
 
     is_async: bool
     """``rollout.mode: async``: the next batch's rollouts are sampled beside log-probs and update."""
@@ -31,11 +31,12 @@ class StepTime:
     tokens: float
     """Tokens that enter the update."""
     generated: float
-    """Tokens sampled for it."""
+    """Tokens sampled for the step."""
     aborted: float
-    """Tokens beside those, of requests that were aborted."""
+    """Additional tokens of aborted requests."""
     mfu: float
-    """FLOPs of the model over those that the trainer's GPUs could do in bf16 during the update; in FP8 too."""
+    """FLOPs of the model divided by those that the trainer's GPUs could do in bf16 during the update (also with
+    FP8)."""
 
     @property
     def trainer(self) -> float:
@@ -103,7 +104,7 @@ def refit_time(setting: Setting) -> float:
 
 
 def reads_reference(setting: Setting) -> bool:
-    """Return whether π_ref has weights and a pass of its own; else π_old stands for it."""
+    """Return whether π_ref has its own weights and its own pass; else it is π_old."""
     objective = setting.config.objective
     return build_objective(objective).needs_reference() and objective.reference.mode != "old"
 

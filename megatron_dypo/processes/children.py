@@ -1,7 +1,8 @@
 """Processes that a run starts, and the signals between them.
 
-All starters use the functions of this module. The table says who starts whom, which signals reach the process, and what
-ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the requests of :mod:`megatron_dypo.processes.stop_requests`.
+Code that starts a process uses the functions of this module. The table shows who starts each process, which signals
+reach it, and what ends it. STOP means SIGUSR1, SIGTERM, SIGINT and SIGHUP, the requests of
+:mod:`megatron_dypo.processes.stop_requests`.
 
 | process | started by | signals | ended by |
 | --- | --- | --- | --- |
@@ -48,24 +49,24 @@ _PR_SET_PDEATHSIG = 1
 
 
 def program(target: str, *arguments: object, isolated: bool = False) -> list[str]:
-    """Return the command that calls ``target`` (``module:function``), which finds ``arguments`` in ``sys.argv[1:]``.
+    """Return the command that calls ``target`` (``module:function``) with ``arguments`` in ``sys.argv[1:]``.
 
-    The new interpreter has this one's import path. It is not a ``multiprocessing`` child, which would import the
+    The new interpreter has the same import path. It is not a ``multiprocessing`` child, which would import the
     trainer's main module, and with it torch and Megatron.
 
     Args:
-        isolated: no variable of the environment changes the interpreter.
+        isolated: ignore environment variables that change the interpreter.
     """
     module, function = target.split(":")
-    paths = [*sys.path, str(Path.cwd())]  # a user's module may lie where the run was started
+    paths = [*sys.path, str(Path.cwd())]  # a user's module may be in the folder where the run was started
     code = f"import sys; sys.path[:] = {paths!r}; from {module} import {function}; sys.exit({function}())"
-    flags = ["-u", "-I"] if isolated else ["-u"]  # unbuffered: what was printed before a sudden end is seen
+    flags = ["-u", "-I"] if isolated else ["-u"]  # unbuffered, so that output before a sudden end is not lost
     return [sys.executable, *flags, "-c", code, *map(str, arguments)]
 
 
 @contextlib.contextmanager
 def blocked(signals: Iterable[signal.Signals] = STOP) -> Iterator[None]:
-    """Block signals in this thread for the block; a process started in it begins with them blocked."""
+    """Block signals in this thread inside the block. A process started in it begins with them blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -80,15 +81,15 @@ def unblock(*signals: signal.Signals) -> None:
 
 def signal_group(group: int, number: signal.Signals) -> None:
     """Send a signal to all processes of a group; nothing happens if none is left."""
-    # PermissionError: what is left of the group belongs to another user.
+    # PermissionError: the rest of the group belongs to another user.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 
 
 def end_with_parent() -> None:
-    """Have this process get SIGTERM when its parent is gone, even by SIGKILL (Linux, ``prctl(2)``).
+    """Make this process get SIGTERM when its parent ends, even by SIGKILL (Linux, ``prctl(2)``).
 
-    SIGTERM gets its default action, which a trainer's children would otherwise inherit blocked.
+    SIGTERM is unblocked and gets its default action; children of a trainer would otherwise inherit it blocked.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     unblock(signal.SIGTERM)
@@ -96,32 +97,32 @@ def end_with_parent() -> None:
 
 
 def tie_to_parent() -> None:
-    """Ask for SIGTERM when the parent is gone; a process that blocks SIGTERM sees it pending."""
+    """Ask for SIGTERM when the parent ends. In a process that blocks SIGTERM it becomes pending."""
     parent = os.getppid()
     signal_at_parents_end(signal.SIGTERM)
-    if os.getppid() != parent:  # it went before the signal was asked for
+    if os.getppid() != parent:  # the parent ended before the request
         sys.exit(128 + signal.SIGTERM)
 
 
 def signal_at_parents_end(number: signal.Signals) -> None:
-    """Ask the kernel for a signal when the parent's thread that started this process ends, and when the parent does."""
+    """Ask the kernel for a signal when the parent ends, or when its thread that started this process ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def wait_for_end(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a process has ended, and leave it to others to reap it: until then its number is nobody else's."""
-    with contextlib.suppress(ChildProcessError):  # it is reaped
+    """Wait until a process has ended, without reaping it, so that its number is not reused yet."""
+    with contextlib.suppress(ChildProcessError):  # already reaped
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def end_of(process: subprocess.Popen[bytes]) -> Connection:
-    """Return a connection that becomes readable when the process has ended, even if children of it live on."""
+    """Return a connection that becomes readable when the process has ended, even if its children live on."""
     ours, theirs = Pipe(duplex=False)
 
     def tell() -> None:
         wait_for_end(process)
-        with theirs, contextlib.suppress(OSError):  # nobody wants to know any more
+        with theirs, contextlib.suppress(OSError):  # nobody waits any more
             theirs.send_bytes(b"ended")
 
     threading.Thread(target=tell, name=f"end of {process.pid}", daemon=True).start()

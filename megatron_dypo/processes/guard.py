@@ -1,12 +1,12 @@
 """Run one command in a process group that never outlives the process that asked for it.
 
-Arguments of the program: ``PARENT_PID GRACE_S COMMAND [ARGUMENT …]``. The command gets a session of its own. When it
-ends, the guard ends with its exit status. When the parent sends the guard SIGTERM, or the parent is gone (even by
-SIGKILL, which leaves it no time to clean up), the whole group gets SIGTERM, and after ``GRACE_S`` seconds SIGKILL:
-SGLang can hang indefinitely on a request that arrives while it shuts down.
+Arguments of the program: ``PARENT_PID GRACE_S COMMAND [ARGUMENT …]``. The command gets its own session. When it ends,
+the guard ends with its exit status. When the parent sends SIGTERM or is gone (even by SIGKILL, which leaves it no time
+to clean up), the whole group gets SIGTERM, and after ``GRACE_S`` seconds SIGKILL, since SGLang can hang indefinitely on
+a request that arrives while it shuts down.
 
-A process between the two, since a signal of the kernel (PR_SET_PDEATHSIG) cannot be followed by SIGKILL, and comes when
-the *thread* that started a process ends, too: to the guard it is only a reason to look.
+The kernel's own signal (PR_SET_PDEATHSIG) is not enough: it cannot be followed by SIGKILL, and it also comes when the
+*thread* that started a process ends. So this process stands in between, and the signal only makes it look.
 """
 
 import os
@@ -24,8 +24,8 @@ def _wait(child: subprocess.Popen[bytes], parent: int) -> None:
     """Return when the child has ended, the parent is gone, or the parent has sent a stop signal."""
     while child.poll() is None and os.getppid() == parent:
         received = signal.sigwaitinfo([*_STOP, signal.SIGCHLD])
-        # From the parent alone: Slurm may signal every process of a job step, and the trainer then still needs its
-        # servers, to finish its step.
+        # Only from the parent: Slurm may signal every process of a job step, and the trainer still needs its servers to
+        # finish its step.
         if received.si_signo in _STOP and received.si_pid == parent:
             return
 
@@ -35,13 +35,13 @@ def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     signal_group(child.pid, signal.SIGTERM)
     while child.poll() is None and (left_s := deadline - time.monotonic()) > 0:
         signal.sigtimedwait([signal.SIGCHLD], left_s)
-    # Also when the command itself has ended: its workers may not have.
+    # Also if the command itself has ended, since its workers may still run.
     signal_group(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _prepare_command() -> None:
-    """Run in the command's process before it: unblock the signals; end it with a guard that is killed."""
+    """Prepare the command's process: unblock signals, and make it end if the guard is killed."""
     unblock(*_STOP, signal.SIGCHLD)
     signal_at_parents_end(signal.SIGKILL)
 
@@ -49,7 +49,7 @@ def _prepare_command() -> None:
 def main() -> int:
     """Run the command and return its exit status."""
     parent, grace_s, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    # Blocked, so that none is lost between two waits; the command starts without these blocked.
+    # Block the signals, so that none is lost between two waits. The command starts with them unblocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, [*_STOP, signal.SIGCHLD])
     signal_at_parents_end(signal.SIGCHLD)
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_command)

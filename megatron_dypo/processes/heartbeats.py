@@ -1,4 +1,4 @@
-"""A rank's sign of life: what its main thread does, in a small file of the run folder (see :mod:`.watchdog`)."""
+"""Heartbeats of ranks: the activity of the main thread, in a small file of the run folder (see :mod:`.watchdog`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BYTES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """One rank's sign of life."""
+    """The heartbeat of one rank."""
 
     attempt: str
     rank: int
@@ -31,12 +31,12 @@ class Heartbeat:
     """Innermost function of the main thread, with file and line."""
     is_in_collective: bool
     idle_s: float
-    """Seconds since the main thread moved."""
+    """Seconds since the main thread last moved."""
     is_last: bool = False
-    """The rank has come to its end in order."""
+    """Whether the rank has ended normally."""
 
     def name(self) -> str:
-        """Return rank, host and process, as people read them."""
+        """Return rank, host and process, for people."""
         return f"rank {self.rank} on {self.host} (process {self.process.pid})"
 
     def place(self) -> str:
@@ -45,7 +45,8 @@ class Heartbeat:
 
 
 def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
-    """Return the ranks for which the others wait: those outside of collectives, else the fewest at one place."""
+    """Return the ranks for which the others wait: those outside of collectives, else the smallest group at one
+    place."""
     outside = [beat for beat in beats if not beat.is_in_collective]
     if outside and len(outside) < len(beats):
         return outside
@@ -56,7 +57,7 @@ def blame(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
 
 
 def stack_signature(frame: FrameType | None) -> list[tuple[int, int]]:
-    """Return a value that stays the same as long as the thread stands at the same instruction of the same calls."""
+    """Return a value that stays the same as long as the thread is at the same instruction of the same calls."""
     signature = []
     while frame is not None:
         signature.append((id(frame), frame.f_lasti))
@@ -65,7 +66,7 @@ def stack_signature(frame: FrameType | None) -> list[tuple[int, int]]:
 
 
 def where(frame: FrameType | None) -> str:
-    """Return the innermost function with file and line, as people read it."""
+    """Return the innermost function with file and line, for people."""
     if frame is None:
         return "its end"
     code = frame.f_code
@@ -73,7 +74,7 @@ def where(frame: FrameType | None) -> str:
 
 
 def is_in_collective(frame: FrameType | None) -> bool:
-    """Return whether the main thread waits for other ranks: in torch.distributed, or in Megatron for a neighbour."""
+    """Return whether the main thread waits for other ranks, in torch.distributed or in Megatron's communication."""
     if frame is None:
         return False
     name = frame.f_code.co_filename
@@ -87,7 +88,7 @@ def heartbeat_path(run_dir: Path, rank: int) -> Path:
 
 
 def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
-    """Overwrite the file in place with the same number of bytes: on a full disk, silence would look like a hang."""
+    """Overwrite the file in place with the same number of bytes, which works on a full disk too."""
     text = json.dumps(asdict(beat)).ljust(_BYTES - 1) + "\n"
     path = heartbeat_path(run_dir, beat.rank)
     try:
@@ -98,7 +99,7 @@ def write_heartbeat(run_dir: Path, beat: Heartbeat) -> None:
 
 
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
-    """Read a rank's heartbeat; None if it is not written yet, or is just being written."""
+    """Read a rank's heartbeat; None if it is not written yet or is being written."""
     try:
         found = json.loads(heartbeat_path(run_dir, rank).read_text())
         return Heartbeat(**{**found, "process": ProcessIdentity(**found["process"])})

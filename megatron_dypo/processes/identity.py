@@ -1,4 +1,4 @@
-"""The identity of a process: how to tell one from another, and whether it is alive."""
+"""The identity of a process, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessIdentity:
-    """A process, told from every other one: its number on one boot of one kernel, and when it started."""
+    """A unique name of a process: its number on one boot of one kernel, and its start time."""
 
     host: str
     machine: str
-    """Boot and namespace of process numbers: two processes that agree on it can look each other up by ``pid``."""
+    """Boot and namespace of process numbers. Processes with the same value can look each other up by ``pid``."""
     pid: int
     birth: str
-    """Its start in the kernel's clock ticks since boot; empty where the system does not say."""
+    """Start time in the kernel's clock ticks since boot; empty if the system does not tell."""
 
     def is_on_this_machine(self) -> bool:
         """Return whether :meth:`is_alive` can tell."""
         return bool(self.machine) and self.machine == _machine()
 
     def is_alive(self) -> bool:
-        """Return whether this very process still runs; ask only on its own machine. A zombie does not run."""
+        """Return whether this very process still runs. Call it only on the same machine. A zombie does not run."""
         birth = _birth(self.pid)
         return birth is not None and birth == self.birth
 

@@ -1,19 +1,19 @@
-"""Notices a rank that hangs, names it and what it was doing, and ends the run.
+"""Notices a rank that hangs, names it and its activity, and ends the run.
 
-Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` several times within ``run.watchdog_s``: what
-the main thread does (:func:`mark`), where in the code, and for how long it has not moved. Two rules, both by the clock
-of the rank that looks:
+Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` several times within ``run.watchdog_s``: the
+activity of the main thread (:func:`mark`), its place in the code, and how long it has not moved. There are two rules,
+both by the clock of the rank that reads:
 
-1. Each rank reads the heartbeat of the next one (the last reads the first's). One that does not change for
-   ``run.watchdog_s`` belongs to a process that is stopped, or to a host that is gone.
-2. The first rank, when its own main thread has not moved for that long, reads all of them. If no rank has moved, they
-   wait for one that hangs: the one that is not in a collective.
+1. Each rank reads the heartbeat of the next rank (the last reads the first's). If it does not change for
+   ``run.watchdog_s``, the process is stopped or its host is gone.
+2. If the main thread of the first rank has not moved for that long, it reads all heartbeats. If no rank has moved, they
+   all wait for a rank that hangs: the one that is not in a collective.
 
-A main thread moves when it calls :func:`mark` or when its stack changes between two looks. So a rank that waits for
-others does not move, and is not blamed as long as any rank does. The second rule holds from the first mark on: servers
-may take long to start.
+A main thread moves when it calls :func:`mark`, or when its stack changes between two looks. So a rank that waits for
+others does not move, but is not blamed as long as any rank moves. The second rule applies after the first mark, since
+servers may take long to start.
 
-A rank of a run that has ended badly ends too, also on a node whose launcher has not noticed.
+If a run has ended with an error, its remaining ranks end too, also on a node whose launcher has not noticed.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ from megatron_dypo.processes.heartbeats import (
 from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 
 _LOOKS = 10
-"""Looks within ``run.watchdog_s``."""
+"""Number of looks within ``run.watchdog_s``."""
 _MAX_INTERVAL_S = 30.0
 START_S = 300.0
-"""How long a rank may take to its first heartbeat."""
+"""Longest time until a rank's first heartbeat."""
 _NOT_SHARED = "it did not start, or its node has another file system at run.dir"
 AFTER_END_S = 20.0
-"""How long a rank may take to end on its own once the run has ended badly."""
+"""Longest time for a rank to end on its own after the run has ended with an error."""
 
 
 @dataclass
 class Work:
-    """The part of a step that the main thread does."""
+    """The activity of the main thread: a part of a step."""
 
     part: str = "starting"
     marks: int = 0
@@ -70,10 +70,10 @@ WORK = Work()  # of this process, as the main thread is
 
 
 def mark(part: str) -> None:
-    """Say what the main thread does, and that it moves: ``mark("collecting")``.
+    """Record the activity of the main thread, and that it moves: ``mark("collecting")``.
 
-    Call it where a part of a step begins, and in each turn of a loop that waits for the outside (rollouts, servers).
-    It costs nothing.
+    Call it at the beginning of each part of a step, and in each turn of a loop that waits for rollouts or servers. It
+    costs almost nothing.
     """
     WORK.part = part
     WORK.marks += 1
@@ -86,7 +86,7 @@ class Leave(Protocol):
 
 
 def start(run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Leave) -> None:
-    """Start this rank's thread; call it from the main thread.
+    """Start this rank's watchdog thread. Call it from the main thread.
 
     Args:
         patience_s: ``run.watchdog_s``; 0: no watchdog.
@@ -100,7 +100,7 @@ def start(run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Lea
 
 
 def finish() -> None:
-    """Say that this rank ends in order: its silence is no hang, and it watches no other rank any more."""
+    """Record that this rank ends normally, so that its silence is no hang, and stop watching other ranks."""
     if _current is not None:
         _current.finish()
 
@@ -109,7 +109,7 @@ _current: Watchdog | None = None  # of this process
 
 
 class Watchdog:
-    """The thread of one rank. It reads the next rank's file alone, and all files once its own main thread stands."""
+    """The thread of one rank. It reads the next rank's file; the first rank reads all files if it does not move."""
 
     def __init__(self, run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Leave) -> None:
         self._run_dir, self._status, self._patience_s, self._leave = run_dir, run_status, patience_s, leave
@@ -123,18 +123,18 @@ class Watchdog:
         self._next: Heartbeat | None = None
 
     def run(self) -> None:
-        """Look several times within ``run.watchdog_s``, until :meth:`finish`. The body of the thread."""
+        """Look several times within ``run.watchdog_s``, until :meth:`finish`. This is the body of the thread."""
         interval = min(_MAX_INTERVAL_S, self._patience_s / _LOOKS)
         while not self._is_over.wait(interval):
             self.look(time.monotonic())
 
     def finish(self) -> None:
-        """Write a last heartbeat, and look no more."""
+        """Write a last heartbeat, and stop looking."""
         self._is_over.set()
         write_heartbeat(self._run_dir, replace(self._own(time.monotonic()), is_last=True))
 
     def look(self, now: float) -> None:
-        """Write the own heartbeat, and look at the others'."""
+        """Write this rank's heartbeat, and look at those of others."""
         own = self._own(now)
         write_heartbeat(self._run_dir, own)
         self._end_with_run(now)
@@ -213,7 +213,7 @@ class Watchdog:
 
 
 def make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
-    """Have hung ranks of this machine write their stacks (faulthandler, on SIGABRT) and end, also stopped ones."""
+    """Make hung ranks of this machine, also stopped ones, write their stacks (faulthandler, on SIGABRT) and end."""
     for beat in hung:
         if beat.process != own and beat.process.is_on_this_machine() and beat.process.is_alive():
             os.kill(beat.process.pid, signal.SIGABRT)

@@ -1,4 +1,4 @@
-"""Answers of SGLang's control routes: bounded and checked, and the errors of calls that failed."""
+"""Answers of SGLang's control routes, bounded and checked, and the errors of failed calls."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import aiohttp
 Answer = dict[str, Any]
 
 MAX_ANSWER_BYTES = 16 * 2**20
-"""A longer answer is an error; ``/server_info``, the longest that SGLang gives, has some ten kB."""
+"""A longer answer is an error. SGLang's longest answer, ``/server_info``, has about ten kB."""
 _QUOTED_CHARACTERS = 500
 
 
 class ServerError(RuntimeError):
-    """A server refused a call, answered nonsense, or did not answer."""
+    """A server refused a call, gave an invalid answer, or did not answer."""
 
     def __init__(self, message: str, *urls: str, is_silent: bool = False) -> None:
-        """``urls``: the servers to blame; none where all failed and none stands out."""
+        """``urls``: the servers at fault; none if all failed in the same way."""
         super().__init__(message)
         self.urls = urls
         self.is_silent = is_silent
-        """Whether there was no answer at all, not even a refusal."""
+        """Whether there was no answer, not even a refusal."""
 
     @property
     def url(self) -> str | None:
-        """Return the server to blame, or the first of several; None: no server in particular."""
+        """Return the server at fault, or the first of several; None: no server in particular."""
         return self.urls[0] if self.urls else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """A server's model and sizes, by its own account."""
+    """A server's model and sizes, as the server reports them."""
 
     url: str
     model_path: str
@@ -45,11 +45,11 @@ class ServerInfo:
     data_parallel: int
     expert_parallel: int
     custom_loaders: tuple[str, ...]
-    """``--custom-weight-loader``: names under which it takes updates by functions that it imports."""
+    """``--custom-weight-loader``: import paths of functions that the server can use to receive weights."""
 
 
 class UnansweredError(ServerError):
-    """A call that was sent, and whose time ran out."""
+    """A call that was sent and got no answer in time."""
 
 
 async def read(response: aiohttp.ClientResponse, where: str, url: str) -> str:
@@ -67,8 +67,8 @@ async def read(response: aiohttp.ClientResponse, where: str, url: str) -> str:
 def joined(errors: Sequence[ServerError], *, is_collective: bool) -> ServerError:
     """Return one error for the errors of several servers.
 
-    In a collective call one server makes the others fail, or wait. So a server that is gone is blamed alone, and one
-    that only waits is not blamed.
+    In a collective call one failing server makes the others fail or wait. So if a server is gone, only that one is at
+    fault, and servers that only wait are not.
     """
     blamed = [error for error in errors if not (is_collective and isinstance(error, UnansweredError))]
     gone = [error for error in blamed if error.is_silent]

@@ -1,7 +1,7 @@
 """Control calls to SGLang: the same call to every server at once, each with a deadline and a checked answer.
 
-Ordinary (not async) code uses them. A daemon thread runs the event loop, so that a collective and the calls that
-announce it can be under way together. Every error names the server, the call and the answer.
+The interface is synchronous. A daemon thread runs the event loop, so that a collective and the calls that announce it
+can run at the same time. Every error names the server, the call and the answer.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ T = TypeVar("T")
 
 PauseMode = Literal["retract", "abort"]
 
-# When one server of a collective call fails, the others fail as a consequence. We wait that long for the first to fail.
+# If one server of a collective call fails, the others fail as a consequence. This is the wait for all to report.
 _GRACE_S = 2.0
 
 
 class SGLangControl:
-    """The control routes of some servers; one instance may be used from one thread at a time.
+    """The control routes of some servers. Only one thread at a time may use an instance.
 
-    It holds one HTTP session from its construction to :meth:`close`. Each call has a connection of its own: a server
-    may close a kept one just as a POST goes out.
+    It holds one HTTP session from its construction to :meth:`close`. Each call opens a new connection, since a server
+    may close an idle one just as a POST goes out.
     """
 
     def __init__(self, urls: Sequence[str], api_key: str | None) -> None:
         if not urls:
             raise ValueError("urls=(): a refit needs at least one SGLang server")
         self.urls = tuple(url.rstrip("/") for url in urls)
-        """The servers that get the calls; set between two attempts at a refit, never within one."""
+        """The servers that get the calls. It changes only between two attempts at a refit."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-control", daemon=True)
         self._thread.start()
         self._session = self._submit(_open_session(api_key)).result()
 
     def close(self) -> None:
-        """Drop the calls that are under way, close the session and stop the thread; called again, do nothing."""
+        """Drop the running calls, close the session and stop the thread. A second call does nothing."""
         if self._loop.is_closed():
             return
         self._submit(_cancel_others()).result()
@@ -55,7 +55,7 @@ class SGLangControl:
     # One method for each route.
 
     def describe(self, deadline: Deadline, urls: Sequence[str] | None = None) -> list[ServerInfo]:
-        """Ask each of ``urls`` (None: the control's own) for its model, version and parallel sizes, in order."""
+        """Ask each of ``urls`` (None: all servers) for its model, version and parallel sizes, in order."""
         urls = self.urls if urls is None else urls
         models = self._start("GET", "/model_info", None, deadline, fail_fast=False, urls=urls).result()
         servers = self._start("GET", "/server_info", None, deadline, fail_fast=False, urls=urls).result()
@@ -79,19 +79,19 @@ class SGLangControl:
         return [str(model.get("weight_version")) for model in self._all("GET", "/model_info", None, deadline)]
 
     def pause(self, mode: PauseMode, deadline: Deadline) -> None:
-        """Stop generating. Running requests go back to the queue without KV cache (``retract``), or end (``abort``)."""
+        """Stop generation. Running requests go back to the queue without KV cache (``retract``), or end (``abort``)."""
         self._all("POST", "/pause_generation", {"mode": mode}, deadline)
 
     def resume(self, deadline: Deadline) -> None:
-        """Generate again."""
+        """Resume generation."""
         self._all("POST", "/continue_generation", {}, deadline)
 
     def resume_memory(self, url: str, deadline: Deadline) -> None:
-        """Have one server take back the memory that it released, for weights that are still to come."""
+        """Make one server allocate the memory again that it released, for weights that come next."""
         self._start("POST", "/resume_memory_occupation", {}, deadline, fail_fast=False, urls=(url,)).result()
 
     def begin_update(self, deadline: Deadline) -> None:
-        """Open a weight-update session; one that a dead trainer left open is closed first."""
+        """Open a weight-update session. A session that a dead trainer left open is closed first."""
         try:
             self._all("POST", "/begin_weight_update", {}, deadline)
         except ServerError as error:
@@ -105,19 +105,19 @@ class SGLangControl:
         self._all("POST", "/end_weight_update", {}, deadline)
 
     def set_version(self, version: str, deadline: Deadline) -> None:
-        """Name the weights served; running requests record which of their tokens came before."""
+        """Set the name of the served weights. Running requests record which of their tokens came before."""
         self._all("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False}, deadline)
 
     def start_init_group(self, bodies: Sequence[Answer], deadline: Deadline) -> Future[list[Answer]]:
-        """Ask every server to join an update group; it answers when the group is whole."""
+        """Ask every server to join an update group. A server answers when the group is complete."""
         return self._start("POST", "/init_weights_update_group", bodies, deadline, fail_fast=True)
 
     def start_update(self, body: Answer, deadline: Deadline) -> Future[list[Answer]]:
-        """Announce a broadcast to every server; each answers when it has received and loaded the tensors."""
+        """Announce a broadcast to every server. A server answers when it has received and loaded the tensors."""
         return self._start("POST", "/update_weights_from_distributed", body, deadline, fail_fast=True)
 
     def start_load(self, bodies: Sequence[Answer], deadline: Deadline) -> list[Future[Answer]]:
-        """Ask each server to run a custom loader; each answers, or fails, when its own loader has ended."""
+        """Ask each server to run a custom loader. A server answers, or fails, when its loader has ended."""
         timeout_s, path = deadline.remaining(), "/update_weights_from_tensor"
         return [
             self._submit(self.call("POST", url, path, body, timeout_s))
@@ -125,15 +125,15 @@ class SGLangControl:
         ]
 
     def update_from_disk(self, path: str, deadline: Deadline) -> None:
-        """Load an HF folder that every server can read, and forget cached prefixes."""
+        """Make the servers load an HF folder that all can read, and drop cached prefixes."""
         self._all("POST", "/update_weights_from_disk", {"model_path": path, "flush_cache": True}, deadline)
 
     def attempt(
         self, steps: Sequence[tuple[str, Answer | None]], timeout_s: float, urls: Sequence[str] | None = None
     ) -> list[ServerError]:
-        """Make the calls ``(path, body)`` on each server one after the other, whatever is refused; returns the errors.
+        """Make the calls ``(path, body)`` on each server one after the other, also after refusals; return the errors.
 
-        A body of None makes a GET, any other a POST. ``urls``: None: the control's own. A server that takes all of
+        A body of None makes a GET, any other body a POST. ``urls`` of None means all servers. A server that uses up
         ``timeout_s`` gets no more calls.
         """
 
@@ -201,9 +201,9 @@ class SGLangControl:
         return [task.result() for task in tasks]
 
     async def call(self, method: str, url: str, path: str, body: Answer | None, timeout_s: float) -> Answer:
-        """Make one call of one server; runs in the control's loop.
+        """Make one call to one server. Runs in the control's event loop.
 
-        No redirect is followed: it would take the key to another place.
+        Redirects are not followed, since they would send the key to another host.
 
         Raises:
             ServerError: no answer, a refusal, a redirect, or an answer of more than ``MAX_ANSWER_BYTES``.
@@ -226,7 +226,7 @@ async def _open_session(api_key: str | None) -> aiohttp.ClientSession:
 
 
 async def _cancel_others() -> None:
-    """Cancel all tasks of the loop but this one, and wait for their ends."""
+    """Cancel all other tasks of the loop, and wait until they have ended."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

@@ -1,7 +1,7 @@
-"""The message by which the trainer tells each server rank of a refit, and the keys under which both ends write.
+"""The message that tells each server rank of a refit, and the keys of the store on which both ends write.
 
-The message is plain data. It travels as the name of an empty tensor in SGLang's update from tensors, since a custom
-loader is given names and tensors only.
+The message is plain data. SGLang gives a custom loader only names and tensors, so the message is sent as the name of an
+empty tensor in SGLang's update from tensors.
 
 On the store of a connection:
     inventory  written once by each server rank, before anything is sent: the parameters that the model has
@@ -29,14 +29,14 @@ from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
 PROTOCOL = 4
-"""Number of this message, and of what follows it on the store and the links; both sides must have the same."""
+"""Number of the protocol: this message, and the data on the store and the links. Both sides must have the same."""
 
 GO = "go"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """Everything that the plan follows from."""
+    """Everything that determines the plan."""
 
     arch: Architecture
     source: Mesh
@@ -45,7 +45,7 @@ class PlanInputs:
     element_size: int
 
     def make_plan(self) -> RefitPlan:
-        """Compute the plan; raises ValueError for sizes that do not suit the architecture."""
+        """Compute the plan. Raises ValueError for sizes that do not suit the architecture."""
         return make_plan(
             self.arch, self.source, self.servers, quantization=self.quantization, element_size=self.element_size
         )
@@ -53,7 +53,7 @@ class PlanInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlMessage:
-    """One refit, as one server rank is told of it."""
+    """The message to one server rank about one refit."""
 
     plan: PlanInputs
     server: int
@@ -63,11 +63,11 @@ class ControlMessage:
     store_host: str
     store_port: int
     connection: str
-    """Names the links, which outlive a refit."""
+    """Name of the connection; its links stay open between refits."""
     slot_bytes: int
-    """Limit of a message."""
+    """Largest size of one message on a link."""
     refit: int
-    """Number of the refit on this connection, from 1; 0 opens the connection, and sends nothing."""
+    """Number of the refit on this connection, from 1. 0 opens the connection and sends nothing."""
     version: int
     verify: Verify
     timeout_s: float
@@ -101,7 +101,7 @@ def report_key(refit: int, server: int, server_rank: int) -> str:
 
 
 def to_payload(message: ControlMessage) -> str:
-    """Encode a message for SGLang's ``serialized_named_tensors``: base64 of a pickle, by value, of [(name, tensor)]."""
+    """Encode a message for SGLang's ``serialized_named_tensors``: base64 of a pickle of [(name, tensor)]."""
     return base64.b64encode(pickle.dumps([(message.to_json(), torch.empty(0))])).decode()
 
 

@@ -1,4 +1,4 @@
-"""A moment by which something has to be over. Standard library only: servers use it too."""
+"""Deadlines. This module needs only the standard library, since servers import it too."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import time
 
 
 class Deadline:
-    """A moment by which a refit, or one attempt at it, has to be over."""
+    """The moment by which a refit, or one attempt at it, must end."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Return the seconds that are left, above 0.
+        """Return the seconds left, above 0.
 
         Raises:
-            TimeoutError: none are left.
+            TimeoutError: the deadline has passed.
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"the {self.seconds:g} s that it may take have passed")
+            raise TimeoutError(f"the time limit of {self.seconds:g} s has passed")
         return left
 
     def split(self) -> Deadline:
-        """Return a deadline at half of the time that is left, so that the other half remains after it.
+        """Return a deadline after half of the time left, so that the other half remains after it.
 
-        It has passed if this one has.
+        If this deadline has passed, so has the new one.
         """
         return Deadline(max(self._end - time.monotonic(), 0.0) / 2)

@@ -1,4 +1,4 @@
-"""Steps that all ranks take together: what fails on one rank is raised on all, and none waits indefinitely."""
+"""Steps that all ranks take together. A failure of one rank is raised on all, and no rank waits indefinitely."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ T = TypeVar("T")
 
 
 class RefitError(RuntimeError):
-    """A refit failed; raised on every rank with the reasons of all of them."""
+    """A refit failed. It is raised on every rank, with the reasons of all ranks."""
 
     def __init__(self, message: str, lost: Iterable[str] = (), cause: Cause = Cause.SERVERS_GONE) -> None:
         super().__init__(message)
         self.cause = cause
-        """Cause of the end of a run that this error ends: the cause on the first rank that failed."""
+        """The cause if this error ends the run: that of the first rank that failed."""
         self.lost = tuple(dict.fromkeys(lost))
-        """URLs of the servers to blame, as far as the failed calls tell; the same on every rank."""
+        """URLs of the servers at fault, as far as the failed calls tell; the same on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Failure:
-    """The failure of one rank, as the other ranks are told of it."""
+    """The failure of one rank, as it is sent to the other ranks."""
 
     reason: str
     urls: tuple[str, ...]
-    """Servers to blame."""
+    """Servers at fault."""
     cause: Cause
     is_echo: bool
-    """Whether the rank only heard of another rank's failure, which has the reason."""
+    """Whether the rank failed only because it was told of another rank's failure."""
 
 
 class Lockstep:
-    """The world's ranks, which run one action each at the same time."""
+    """All ranks of the world; in each step every rank runs one action at the same time."""
 
     def __init__(self, timeout_s: float) -> None:
-        """Collective over the world. A lost rank is a RuntimeError on the others after at most ``timeout_s``."""
+        """Collective over the world. If a rank is lost, the others raise RuntimeError after at most ``timeout_s``."""
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
     @overload
@@ -54,11 +54,11 @@ class Lockstep:
     def run(self, action: Callable[[], T] | None = None) -> T | None: ...
 
     def run(self, action: Callable[[], T] | None = None) -> T | None:
-        """Run ``action`` here (None: only wait for the other ranks) and return its result. Collective over the world.
+        """Run ``action`` (None: only wait for the other ranks) and return its result. Collective over the world.
 
         Raises:
-            RefitError: it failed here or elsewhere; the message names ranks and reasons.
-            KeyboardInterrupt, SystemExit: it was interrupted here; the other ranks get a RefitError.
+            RefitError: the action failed on some rank; the message names ranks and reasons.
+            KeyboardInterrupt, SystemExit: this rank was interrupted; the other ranks get a RefitError.
             RuntimeError: a rank was lost.
         """
         result, error = None, None
@@ -77,7 +77,7 @@ class Lockstep:
         return result
 
     def _share(self, failure: _Failure | None, error: BaseException | None) -> dict[int, _Failure]:
-        """Return the failures of all ranks, rank → failure, without mere echoes of another rank's."""
+        """Return the failures of all ranks: rank → failure, without those that another rank's failure caused."""
         try:
             if not self.total(int(failure is not None)):
                 return {}
@@ -85,7 +85,7 @@ class Lockstep:
         except RuntimeError as lost:
             if failure is None:
                 raise
-            raise RuntimeError(f"{failure.reason}; and no word of the other ranks: {lost}") from error
+            raise RuntimeError(f"{failure.reason}; the other ranks did not report: {lost}") from error
         found = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
         return {rank: failure for rank, failure in found.items() if not failure.is_echo} or found
 
@@ -105,7 +105,7 @@ class Lockstep:
 def _failure(error: BaseException) -> _Failure:
     if isinstance(error, ServerError):
         return _Failure(reason=str(error), urls=error.urls, cause=Cause.SERVERS_GONE, is_echo=False)
-    # These speak for themselves, if they say anything; the text of others (a KeyError's key) needs the name.
+    # Messages of these are clear without the name of the class. Those of others (a KeyError's key) are not.
     is_clear = isinstance(error, RuntimeError | ValueError | OSError) and bool(str(error))
     reason = str(error) if is_clear else f"{type(error).__name__}: {error}"
     return _Failure(reason=reason, urls=(), cause=cause_of(error), is_echo=isinstance(error, PeerFailedError))

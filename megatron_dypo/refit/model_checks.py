@@ -1,6 +1,6 @@
 """Checks before the first refit: trainer and servers must hold the same model.
 
-SGLang ignores unknown names and dies of wrong shapes, so nothing is sent before all checks pass.
+SGLang ignores unknown names and crashes on wrong shapes, so nothing is sent before all checks pass.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from megatron_dypo.refit.source import Source
 def check_shapes(
     named_params: Iterable[tuple[str, Tensor]], arch: Architecture, tp_size: int, etp_size: int = 1
 ) -> None:
-    """Raise ValueError unless the parameters of one rank have rules, and the shapes that their rules make."""
+    """Raise ValueError unless each parameter of this rank has a rule, and the shape that its rule gives."""
     for name, param in named_params:
         row = match(name, arch)
         expected = row.rule.mcore_shape(arch, etp_size if row.is_expert else tp_size)
         if tuple(param.shape) != expected:
-            raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture asks for {expected}")
+            raise ValueError(f"{name}: shape {tuple(param.shape)}, the architecture needs {expected}")
 
 
 def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> None:
-    """Raise ValueError unless every HF tensor of the architecture is sent, and by one stage only.
+    """Raise ValueError unless exactly one stage sends each HF tensor of the architecture.
 
     The error names the tensors that are missing, sent twice, or not of this architecture.
     """
@@ -48,10 +48,10 @@ def check_names(names_by_stage: Iterable[Iterable[str]], arch: Architecture) -> 
 
 
 def check_server(info: ServerInfo, arch: Architecture) -> None:
-    """Raise ServerError unless a server serves this architecture, as far as its answers and its model folder say.
+    """Raise ServerError unless a server serves this architecture, according to its answers and its model folder.
 
-    The folder is compared where we can read it. The error names the fields that differ, or what SGLang computes
-    otherwise.
+    The folder is compared if this process can read it. The error names the fields that differ, or the computation that
+    SGLang does differently.
     """
     if note := arch.check_serving(0):
         raise ServerError(f"{info.url}: {note}")
@@ -84,7 +84,7 @@ def _check_servers(control: SGLangControl, arch: Architecture, deadline: Deadlin
 
 
 def _check_held(source: Source) -> list[str]:
-    """Check the shapes of this rank's parameters; returns the names of the HF tensors that leave this rank."""
+    """Check the shapes of this rank's parameters; return the names of the HF tensors that this rank sends."""
     layout = source.layout
     check_shapes(source.params(), source.arch, layout.tensor, layout.expert_tensor)
     return [spec.name for spec in source.specs()]

@@ -1,7 +1,7 @@
 """The receiving end of a refit, inside SGLang: ``--custom-weight-loader megatron_dypo.refit.receiver.load``.
 
-SGLang calls :func:`load` in the scheduler process of each server rank. It needs torch and the standard library. What it
-writes to the store of a connection stands in :mod:`megatron_dypo.refit.control_message`.
+SGLang calls :func:`load` in the scheduler process of each server rank. This module needs only torch and the standard
+library. :mod:`megatron_dypo.refit.control_message` describes what it writes to the store of a connection.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ logger = logging.getLogger(__name__)
 def load(model: torch.nn.Module, named_tensors: list[tuple[str, Tensor]]) -> None:
     """Open a connection, or receive one refit into the parameters of ``model``, as the message says.
 
-    Raises nothing: that would end the server. Errors are reported to the trainer, which then fails the refit.
+    The function raises nothing, since that would end the server. It reports errors to the trainer, whose refit then
+    fails.
     """
     try:
         message = from_named_tensors(named_tensors)
         store = _held.store(message)
         try:
             report: dict[str, object] = {"bytes": _held.obey(model, message, store)}
-        except Exception as error:  # whatever it is, the trainer waits for a report
+        except Exception as error:  # the trainer waits for a report of any error
             logger.exception("refit %d, version %d", message.refit, message.version)
             report = {"error": str(error) or type(error).__name__}
             _held.forget()
@@ -61,10 +62,10 @@ class Session:
     """This rank's end of one connection to the trainer, and its part of the plan."""
 
     def __init__(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> None:
-        """Say what this rank holds, and meet all trainer ranks that send here.
+        """Report the parameters of this rank, and connect with all trainer ranks that send to it.
 
         Raises:
-            ValueError: a plan that is not possible.
+            ValueError: the plan is not possible.
             RuntimeError: a trainer rank did not come, or the trainer refused the inventory.
         """
         deadline = Deadline(message.timeout_s)
@@ -76,7 +77,7 @@ class Session:
         links: dict[int, list[Transfer]] = {}
         for transfer in transfers:
             links.setdefault(transfer.source, []).append(transfer)
-        # The trainer says go once it has found every parameter of the plan in the inventories.
+        # The trainer writes GO once it has found every parameter of the plan in the inventories.
         store.wait([GO], datetime.timedelta(seconds=deadline.remaining()))
         self._padded = self._padded_params(transfers)
         dtypes = {name: param.dtype for name, param in self._params.items()}
@@ -91,10 +92,10 @@ class Session:
         self._links = RECEIVERS[message.transport].connect(links_here, message.server_rank, deadline)
 
     def receive(self, message: ControlMessage) -> int:
-        """Bring all parameters to the refit's version; returns the bytes that came.
+        """Bring all parameters to the refit's version; return the number of bytes received.
 
         Raises:
-            RuntimeError: a trainer rank was lost, or other bytes came than were sent: names the parameters.
+            RuntimeError: a trainer rank was lost, or bytes changed on the way; the message names the parameters.
         """
         deadline = Deadline(message.timeout_s)
         for name in self._padded:
@@ -123,7 +124,7 @@ class Session:
 
 
 def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
-    """Return what this rank holds: name → shape and dtype, and the kind of its device."""
+    """Return the parameters of this rank (name → shape and dtype) and the kind of its device."""
     return {
         "device": device.device_kind(),
         "parameters": {n: [list(p.shape), str(p.dtype).removeprefix("torch.")] for n, p in params.items()},
@@ -131,15 +132,14 @@ def inventory(params: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 class _Held:
-    """The state of a process between the calls of :func:`load`: one store and one session, both of the last
-    connection."""
+    """The state of a process between calls of :func:`load`: store and session of the last connection."""
 
     def __init__(self) -> None:
         self._stores: dict[str, dist.Store] = {}
         self._sessions: dict[str, Session] = {}
 
     def store(self, message: ControlMessage) -> dist.Store:
-        """Return the trainer's store of the message's connection; a new connection replaces the one before."""
+        """Return the trainer's store of the message's connection. A new connection replaces the previous one."""
         if message.connection not in self._stores:
             self.forget()
             timeout = datetime.timedelta(seconds=message.timeout_s)
@@ -148,12 +148,12 @@ class _Held:
         return self._stores[message.connection]
 
     def obey(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> int:
-        """Open the connection, or receive over it; returns the bytes that came."""
+        """Open the connection, or receive over it; return the number of bytes received."""
         if message.refit == 0:
             self._sessions = {message.connection: Session(model, message, store)}
             return 0
         if message.connection not in self._sessions:
-            raise RuntimeError(f"connection {message.connection} is not held here (any more)")
+            raise RuntimeError(f"connection {message.connection} is not open here (any more)")
         return self._sessions[message.connection].receive(message)
 
     def forget(self) -> None:

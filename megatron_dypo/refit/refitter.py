@@ -1,14 +1,15 @@
 """Refit: bring the trainer's weights to the running SGLang servers, between two steps, without a restart.
 
-A refit pauses all servers and moves every tensor by the configured transport, upon which the servers drop cached
-prefixes. It then names the new version and lets the servers generate again. A server that is lost on the way is fenced,
-and the refit is repeated for the other servers, which stay paused until then; sending the same weights again does no
-harm. Either all servers that are left end at the new version, or the refit fails on every rank. Servers that may hold a
-mixture are then marked by a version that is no number, and their running requests are aborted.
+A refit pauses all servers and sends every tensor by the configured transport; the servers then drop cached prefixes.
+It sets the new version and lets the servers generate again. A server that is lost during the refit is fenced: it gets
+no requests and no weights. The refit is then repeated for the other servers, which stay paused until then; receiving
+the same weights twice does no harm. Either all remaining servers end with the new version, or the refit fails on every
+rank. Servers that may hold a mixture of weights then get a version that is no number, and their running requests are
+aborted.
 
-Running requests: with ``in_flight: pause`` they are retracted, not frozen in place. They lose their KV cache and
-continue from recomputed keys and values, so that no token of the new version is sampled from the old version's cache.
-(Tokens that they already have stay; their ``weight_versions`` tell the two apart.) With ``abort`` they end.
+With ``in_flight: pause`` running requests are retracted: they lose their KV cache and continue from recomputed keys and
+values, so that no token of the new version is sampled from the old version's cache. They keep their tokens, and their
+``weight_versions`` tell which version sampled which. With ``abort`` they end.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from megatron_dypo.refit.update_calls import RECOVERY_S, abort_update, begin_upd
 
 _MAX_ATTEMPTS = 4
 _RETRY_S = 0.5
-"""Pause between two probes of servers while none answers; nothing tells us when one starts again."""
+"""Seconds between two probes while no server answers. A server does not announce that it is up again."""
 
 
 class Refitter:
-    """Brings weights from the training mesh to the servers; made once, then :meth:`refit` after each update."""
+    """Brings weights from the training mesh to the servers. Make it once; call :meth:`refit` after each update."""
 
     def __init__(
         self,
@@ -59,14 +60,14 @@ class Refitter:
         hf_reference: Path,
         watch: Watch | None = None,
     ) -> None:
-        """Collective over the world; makes no call to a server yet.
+        """Collective over the world. It makes no call to a server yet.
 
         Args:
             named_params: yields this rank's parameters under Megatron-Core names with global layer indices.
             run_dir: ``refit.transport: disk`` writes below ``run_dir/refit``, which the servers must be able to read
                 under the same path.
-            hf_reference: HF folder whose config the servers serve.
-            watch: is asked on the global leader alone.
+            hf_reference: HF folder with the config that the servers serve.
+            watch: knows which servers died. Only the global leader asks it.
         """
         self._source = Source(layout=layout, arch=arch, named_params=named_params)
         self._config = config
@@ -85,17 +86,17 @@ class Refitter:
 
     @property
     def serving(self) -> tuple[str, ...]:
-        """Return the servers that hold the weights of the last refit; no other may get requests."""
+        """Return the servers that hold the weights of the last refit. Only these may get requests."""
         return self._servers.serving
 
     def refit(self, version: int) -> RefitReport:
-        """Bring all servers that answer to the current weights, named ``version``. Collective over the world.
+        """Bring the current weights, named ``version``, to all servers that answer. Collective over the world.
 
         Fenced servers that answer again take part. A server that is lost is fenced, and the others get the weights.
 
         Raises:
-            RefitError: on every rank, naming server, call and answer: no server is to blame, or none is left;
-                generation continues. A later refit may succeed.
+            RefitError: on every rank, naming server, call and answer: the failure is no server's fault, or no server is
+                left. Generation continues, and a later refit may succeed.
             RuntimeError: another rank was lost, within ``deadline_s`` and some seconds.
         """
         refit = RefitUnderWay(version=version, deadline=Deadline(self._config.deadline_s))
@@ -110,7 +111,7 @@ class Refitter:
                     self._fence_culprits(refit, error)
         except RefitError:
             self._abort(version)
-            self._lockstep.run()  # no rank ends the job before the servers generate again
+            self._lockstep.run()  # no rank may end the job before the servers generate again
             raise
         except BaseException:
             self._abort(version)
@@ -126,7 +127,7 @@ class Refitter:
         )
 
     def release(self) -> None:
-        """Let the servers release their memory until the next refit, where the config says so. Collective.
+        """Let the servers release their memory until the next refit, if the config asks for it. Collective.
 
         A server that refuses keeps its memory.
         """
@@ -134,15 +135,16 @@ class Refitter:
             self._leader.run(self._memory.release, self._config.deadline_s)
 
     def close(self) -> None:
-        """Leave the servers' groups and close the control. Not collective; the last call."""
+        """Leave the servers' groups and close the control. Not collective. No call may follow."""
         self._leave()
         if self._control is not None:
             self._control.close()
 
     def _attempt(self, refit: RefitUnderWay) -> int:
-        """Bring the weights to all servers that are not fenced; returns the bytes that left this rank."""
+        """Bring the weights to all servers that are not fenced; return the bytes that this rank sent."""
         refit.attempts += 1
-        # Half of the time, so that the other half is for the rest if a server hangs; all of it for the last server.
+        # Use half of the time, so that the other half is left for the other servers if one hangs. The last server gets
+        # all of it.
         deadline = refit.deadline.split() if len(self.serving) > 1 else refit.deadline
         if not self._is_verified:
             check_model(self._source, self._lockstep, self._leader, deadline)
@@ -165,10 +167,10 @@ class Refitter:
         return connect(self._source, self._control, self._lockstep, self._config, deadline)
 
     def _fence_culprits(self, refit: RefitUnderWay, error: RefitError) -> None:
-        """Fence the servers that made an attempt fail, so that the others can be tried again.
+        """Fence the servers that made an attempt fail, so that it can be repeated with the others.
 
         Raises:
-            RefitError: no server is to blame, or none is left.
+            RefitError: no server is at fault, or none is left.
         """
         self._drop_connection()
         drop_frames(error)
@@ -190,7 +192,7 @@ class Refitter:
         left = self.serving
         self._readmit(refit)
         if self.serving != left == before:
-            self._leave()  # in order, by calls to the servers of the old connection
+            self._leave()  # an orderly end, with calls to the servers of the old connection
         self._wait_for_server(refit)
         self._retarget()
 
@@ -207,13 +209,14 @@ class Refitter:
             self._servers.rejoin(back, refit.version)
 
     def _wait_for_server(self, refit: RefitUnderWay) -> None:
-        """Wait until at least one server can be refitted: fenced ones may come back.
+        """Wait until at least one server can be refitted; fenced servers may come back.
 
         Raises:
-            RefitError: none will, or none did before the deadline.
+            RefitError: no server will come back, or none did before the deadline.
         """
         while not self.serving:
-            self._fence_lost()  # so that the next refit does not take a server for lost that this one saw back
+            # Read the reports now, so that the next refit does not fence a server that is already back.
+            self._fence_lost()
             self._readmit(refit)
             if not self.serving:
                 self._leader.run(self._pause_between_probes, refit.deadline)
@@ -225,12 +228,12 @@ class Refitter:
         time.sleep(_RETRY_S)
 
     def _retarget(self) -> None:
-        """Address all further calls to the servers that are not fenced."""
+        """Send all further calls to the servers that are not fenced."""
         if self._control is not None:
             self._control.urls = self.serving
 
     def _abort(self, version: int) -> None:
-        """Drop the connection after a failure, so that no server waits for us, and let all servers generate again."""
+        """Drop the connection after a failure, so that no server waits for it, and let all servers generate again."""
         self._drop_connection()
         if self._leader.control is not None:
             abort_update(self._leader.control, version, in_session=self._in_session, is_dirty=self._is_dirty)

@@ -1,4 +1,4 @@
-"""The memory that servers release while the trainer needs it; used on the global leader."""
+"""The memory that servers release while the trainer needs it. Only the global leader uses this."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 class ServerMemory:
-    """Which servers have released their memory."""
+    """Tracks which servers have released their memory."""
 
     def __init__(self) -> None:
         self._released: set[str] = set()
 
     def release(self, control: SGLangControl, timeout_s: float) -> None:
-        """Have all servers release their memory; a server that refuses keeps it, with a warning."""
+        """Make all servers release their memory. A server that refuses keeps it, with a warning."""
         urls = set(control.urls) - self._released
-        # A server that is busy would die of the release; one that was paused before does not.
+        # A busy server would crash when it releases its memory; a paused one does not.
         for path, body in (("/pause_generation", {"mode": "retract"}), ("/release_memory_occupation", {})):
             for error in control.attempt([(path, body)], timeout_s, tuple(urls)):
                 logger.warning("a server keeps its memory: %s", error)
@@ -28,11 +28,11 @@ class ServerMemory:
         self._released |= urls
 
     def resume(self, control: SGLangControl, deadline: Deadline) -> None:
-        """Have the servers take their memory back, those alone that released it: the others would die of this."""
+        """Make the servers that released their memory allocate it again. Other servers would crash on this call."""
         for url in self._released & set(control.urls):
             control.resume_memory(url, deadline)
             self._released.discard(url)
 
     def forget(self, urls: Iterable[str]) -> None:
-        """Take note that these servers were started again, with all their memory."""
+        """Note that these servers were restarted and have all their memory."""
         self._released -= set(urls)

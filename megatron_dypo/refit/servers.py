@@ -1,6 +1,7 @@
-"""The servers of a run: those that serve rollouts and take part in refits, and those that are fenced.
+"""The servers of a run: serving ones, which take part in refits, and fenced ones.
 
-A fenced server gets no requests and no weights. It rejoins by a full refit, once it answers again. All ranks agree.
+A fenced server gets no requests and no weights. Once it answers again, it rejoins by a full refit. All ranks have the
+same lists.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from megatron_dypo.refit.model_checks import check_server
 logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 2.0
-"""How long each refit waits for a fenced server that hangs."""
+"""Longest wait of each refit for a fenced server that hangs."""
 _DRAIN_TIMEOUT_S = 10.0
-"""How long a fenced server that answers may take to end its requests."""
+"""Longest time for a fenced server that answers to end its requests."""
 
-# Ends the requests from before the server was fenced. It is unpaused first, since a paused server says that it is
-# unwell. The last call passes through the scheduler, so that its answer shows that the scheduler is alive too.
+# Calls that end the requests from before the server was fenced. It is unpaused first, since a paused server reports
+# that it is unhealthy. The last call passes through the scheduler, so its answer shows that the scheduler is alive too.
 _DRAIN: tuple[tuple[str, Answer | None], ...] = (
     ("/continue_generation", {}),
     ("/health", None),
@@ -36,13 +37,13 @@ _DRAIN: tuple[tuple[str, Answer | None], ...] = (
 
 @dataclass(kw_only=True)
 class RefitUnderWay:
-    """One refit under way; the same on every rank."""
+    """One running refit; the same on every rank."""
 
     version: int
     deadline: Deadline
     start: float = field(default_factory=time.monotonic)
     paused_at: float = math.inf
-    """Infinite until servers are paused."""
+    """Time of the first pause; infinite until then."""
     attempts: int = 0
 
 
@@ -54,11 +55,11 @@ class RefitReport:
     seconds: float
     """Wall-clock time of the whole refit, the servers' pause included."""
     pause_seconds: float
-    """From the first pause until all servers generate again."""
+    """Time from the first pause until all servers generate again."""
     bytes: int
-    """Bytes that left the trainer: to every server (p2p, local), or once for all servers (broadcast, disk)."""
+    """Bytes that the trainer sent: to each server (p2p, local), or once for all servers (broadcast, disk)."""
     fenced: int
-    """Servers fenced by this refit."""
+    """Number of servers that this refit fenced."""
     rejoined: int
     retries: int
     """Attempts after the first."""
@@ -66,12 +67,12 @@ class RefitReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """Asks whoever started the servers about them; the default knows nothing."""
+    """Reports of the owner of the servers about servers that died. The default reports nothing."""
 
     take_lost: Callable[[], Mapping[str, str]] = dict
-    """Returns URL → reason of the servers that ended since the last call, whether or not they run again."""
+    """Returns URL → reason for the servers that ended since the last call, whether or not they run again."""
     may_return: Callable[[], bool] = lambda: False
-    """Returns whether a server that does not answer may be started again, and answer after a while."""
+    """Returns whether a server that does not answer may be restarted and answer later."""
 
 
 class Servers:
@@ -97,11 +98,11 @@ class Servers:
 
     @property
     def reasons(self) -> str:
-        """Return the reasons for which servers are fenced, each once."""
+        """Return the reasons why servers are fenced, each once."""
         return "; ".join(dict.fromkeys(self._reasons.values()))
 
     def fence(self, reasons: Mapping[str, str]) -> None:
-        """Leave servers out until they rejoin. A server that is fenced already stays fenced, and is not counted again.
+        """Leave servers out until they rejoin. A server that is already fenced stays so and is not counted again.
 
         Args:
             reasons: URL → reason.
@@ -112,7 +113,7 @@ class Servers:
             self._reasons[url] = reason
             self.num_fenced += 1
             if self._logs:
-                logger.warning("server %s is fenced, it gets no requests: %s", url, reason)
+                logger.warning("server %s is fenced and gets no requests: %s", url, reason)
 
     def rejoin(self, urls: Iterable[str], version: int) -> None:
         """Take servers back, for the refit of ``version``."""
@@ -124,7 +125,8 @@ class Servers:
 
 
 def recovered_servers(control: SGLangControl, urls: Sequence[str], arch: Architecture) -> tuple[str, ...]:
-    """Return the fenced servers among ``urls`` that are well and serve ``arch``; they stay paused, without requests."""
+    """Return the fenced servers among ``urls`` that are healthy and serve ``arch``. They stay paused, without
+    requests."""
     unwell = _errors(control, (("/model_info", None),), _PROBE_TIMEOUT_S, urls)
     unwell |= _errors(control, _DRAIN, _DRAIN_TIMEOUT_S, [url for url in urls if url not in unwell])
     back = []
@@ -144,5 +146,5 @@ def recovered_servers(control: SGLangControl, urls: Sequence[str], arch: Archite
 def _errors(
     control: SGLangControl, steps: Sequence[tuple[str, Answer | None]], timeout_s: float, urls: Sequence[str]
 ) -> dict[str, ServerError]:
-    """Make calls on servers; returns URL → an error, of the servers that failed."""
+    """Make calls on servers; return URL → error for the servers that failed."""
     return {url: error for error in control.attempt(steps, timeout_s, urls) for url in error.urls}

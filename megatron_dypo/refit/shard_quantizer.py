@@ -1,4 +1,4 @@
-"""FP8 slices of the parameters that a rank holds, equal to those of the whole tensors quantised offline."""
+"""FP8 slices of this rank's parameters. They equal slices of the whole tensors quantised offline."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_dypo.refit.slices import rectangle
 
 
 class ShardQuantizer:
-    """Gives slices of one rank's parameters during one refit; parameters must not change while it is in use.
+    """Returns slices of one rank's parameters during one refit. Parameters must not change while it is in use.
 
-    Its construction is collective over ``tp_group`` and ``etp_group`` (where they have more than one rank). Each rank
-    computes its part of every block's amax, and one all-reduce for all experts and one for all other tensors combine
-    the parts. Memory beside the parameters: one fp32 number per block of the tensors that this rank has a part of, and
-    one slice.
+    Its construction is collective over ``tp_group`` and ``etp_group`` (if they have more than one rank). Each rank
+    computes its part of every block's amax. Two all-reduces combine the parts: one for all experts, one for all other
+    tensors. Memory besides the parameters: one fp32 number for each block of the tensors that this rank has a part of,
+    and one slice.
 
     Raises:
-        ValueError: a parameter that no rule matches.
+        ValueError: no rule matches a parameter.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class ShardQuantizer:
         self._make_grids(experts, layout.etp_rank, layout.expert_tensor, layout.etp_group)
 
     def slice(self, transfer: Transfer) -> Tensor:
-        """Return e4m3 values, fp32 scales, or the values of a tensor that is not quantised; contiguous."""
+        """Return e4m3 values, fp32 scales, or the values of a tensor that is not quantised. The result is
+        contiguous."""
         if transfer.part == "scale":
             amax = self._amax[weight_name(transfer.hf_name)]
             rows = slice(transfer.hf_row, transfer.hf_row + transfer.rows)
@@ -71,7 +72,7 @@ class ShardQuantizer:
             dist.all_reduce(buffer, dist.ReduceOp.MAX, group=group)
 
     def _allocate(self, rows: Sequence[Row]) -> Tensor:
-        """Make grids of zeros for the quantised tensors of these parameters, one after the other in one buffer."""
+        """Make grids of zeros for the quantised tensors of these parameters, all in one buffer."""
         shapes = {
             name: shape
             for row in rows
@@ -88,7 +89,7 @@ class ShardQuantizer:
         return buffer
 
     def _fill(self, row: Row, rank: int, size: int) -> None:
-        """Put into the grids the amax values of a shard, which is one of ``size``."""
+        """Write the amax values of shard ``rank`` of ``size`` into the grids."""
         dim, offset = row.rule.tp_dim or 0, 0
         for piece in row.rule.pieces(self._arch, rank, size):
             if is_quantized(name := row.hf[piece.source]):

@@ -1,4 +1,4 @@
-"""Rectangles of tensors, as a plan's coordinates give them, and the slices that a trainer rank sends."""
+"""Rectangles of tensors at the coordinates of a plan, and the slices that a trainer rank sends."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_dypo.refit.plan.refit_plan import Transfer
 
 
 class SliceSource(Protocol):
-    """Gives the slices of one refit; is asked once for each transfer, in the order of its link."""
+    """Returns the slices of one refit. It is called once for each transfer, in the order of the link."""
 
     def slice(self, transfer: Transfer) -> Tensor:
-        """Return [rows, cols] of a transfer; a view where that is possible."""
+        """Return [rows, cols] of a transfer, as a view if possible."""
         ...
 
 
 class ShardSlices:
-    """Slices of this rank's parameters as they are."""
+    """Slices of this rank's parameters without quantisation."""
 
     def __init__(self, named_params: Iterable[tuple[str, Tensor]], arch: Architecture) -> None:
         self._params = {match(name, arch).mcore: param.detach() for name, param in named_params}
@@ -33,7 +33,7 @@ class ShardSlices:
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """View a tensor as a plan counts it: the last dim is the columns, all others are rows; a vector is one column."""
+    """View a tensor as a plan's matrix: the last dim becomes the columns, all others the rows; a vector is a column."""
     return tensor.view(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
 
 
@@ -41,7 +41,7 @@ def rectangle(tensor: Tensor, row: int, col: int, rows: int, cols: int) -> Tenso
     """Return the [rows, cols] view into :func:`matrix`.
 
     Raises:
-        ValueError: the rectangle lies outside.
+        ValueError: the rectangle is outside of the matrix.
     """
     whole = matrix(tensor)
     if row + rows > whole.shape[0] or col + cols > whole.shape[1]:

@@ -1,4 +1,4 @@
-"""The policy as one trainer rank holds it, and when its whole tensors leave the rank."""
+"""The policy as one trainer rank holds it, and the turns in which ranks send whole tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dypo.models.hf.write import TensorSpec
 from megatron_dypo.parallel.groups import MeshRank
 
 Turn = tuple[int, int]
-"""Pipeline stage, expert rank."""
+"""One turn of sending: (pipeline stage, expert rank)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +25,19 @@ class Source:
     layout: MeshRank
     arch: Architecture
     named_params: Callable[[], Iterable[tuple[str, Tensor]]]
-    """Megatron-Core names with global layer indices, this rank's shards."""
+    """Yields this rank's shards under Megatron-Core names with global layer indices."""
 
     @property
     def turns(self) -> list[Turn]:
-        """Return all turns, in the order in which ranks send whole tensors.
+        """Return all turns in order.
 
-        The leader of a stage sends the stage's dense tensors in the first turn of the stage, and its own experts too.
+        In the first turn of a stage, its leader sends the stage's dense tensors and its own experts.
         """
         return list(itertools.product(range(self.layout.pipeline), range(self.layout.expert)))
 
     @property
     def own_turn(self) -> Turn | None:
-        """Return the turn in which this rank sends whole tensors; None for ranks that only take part in gathers, or in
+        """Return the turn in which this rank sends whole tensors; None if it only takes part in gathers, or in
         nothing."""
         layout = self.layout
         return (layout.pp_rank, layout.ep_rank) if layout.leads_stage or layout.leads_experts else None
@@ -45,14 +45,14 @@ class Source:
     def joins(self, turn: Turn) -> bool:
         """Return whether this rank takes part in a turn.
 
-        It does in the first turn of its stage, when dense tensors are gathered, and in the turn of its experts.
+        It does so in the first turn of its stage, when dense tensors are gathered, and in the turn of its experts.
         """
         layout = self.layout
         is_of_experts = layout.sends_experts and turn == (layout.pp_rank, layout.ep_rank)
         return is_of_experts or (layout.sends_dense and turn == (layout.pp_rank, 0))
 
     def params(self, turn: Turn | None = None) -> list[tuple[str, Tensor]]:
-        """Return this rank's parameters that are sent, in one turn or (None) in all of them."""
+        """Return this rank's parameters that are sent in one turn, or (None) in all turns."""
         sent = sent_params(self.named_params(), self.arch, self.layout)
         if turn is None:
             return sent
@@ -60,9 +60,9 @@ class Source:
         return [(n, p) for n, p in sent if (own if match(n, self.arch).is_expert else first) == turn]
 
     def tensors(self, turn: Turn | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield the HF tensors that leave this rank, in one turn or (None) in all of them, one at a time.
+        """Yield the HF tensors that this rank sends in one turn, or (None) in all turns, one at a time.
 
-        Collective over the ranks that join the turn (None: over all senders of a stage), which exhaust it together.
+        Collective over the ranks that join the turn (None: over all senders of a stage). All must exhaust the iterator.
         """
         return iter_hf_tensors(self.params(turn), self.arch, self.layout)
 

@@ -1,6 +1,6 @@
-"""The control calls around an update of weights, in their order; made by the global leader.
+"""The control calls before and after an update of weights. The global leader makes them.
 
-``in_session``: SGLang wants the update between ``/begin_weight_update`` and ``/end_weight_update``.
+``in_session``: whether SGLang needs the update between ``/begin_weight_update`` and ``/end_weight_update``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_dypo.refit.lockstep import RefitError
 logger = logging.getLogger(__name__)
 
 RECOVERY_S = 10.0
-"""Time that servers get for calls after a failure."""
+"""Seconds for the calls to servers after a failure."""
 
 Steps = list[tuple[str, Answer | None]]
 
@@ -24,17 +24,17 @@ Steps = list[tuple[str, Answer | None]]
 def begin_update(
     control: SGLangControl, in_flight: Literal["pause", "abort"], in_session: bool, deadline: Deadline
 ) -> None:
-    """Pause all servers; their running requests go back to the queue, or with ``abort`` end."""
+    """Pause all servers. Their running requests go back to the queue; with ``abort`` they end."""
     if in_flight == "abort":
         control.pause("abort", deadline)
-    # After an abort too: this drains the scheduler, so that no update's flush of the cache can be refused.
+    # Also after an abort: this drains the scheduler, so that it cannot refuse to flush its cache in the update.
     control.pause("retract", deadline)
     if in_session:
         control.begin_update(deadline)
 
 
 def end_update(control: SGLangControl, version: int, in_session: bool, deadline: Deadline) -> None:
-    """Name the new version, check that all servers serve it, and let them generate again."""
+    """Set the new version, check that all servers serve it, and let them generate again."""
     if in_session:
         control.end_update(deadline)
     control.set_version(str(version), deadline)
@@ -45,9 +45,9 @@ def end_update(control: SGLangControl, version: int, in_session: bool, deadline:
 
 
 def find_culprits(control: SGLangControl, error: RefitError, in_session: bool) -> tuple[str, ...]:
-    """Return the URLs of the servers that made an attempt fail; all others stay paused.
+    """Return the URLs of the servers that made an attempt fail. All others stay paused.
 
-    Servers that do not answer now are blamed; if all answer, the ones that the error blames are.
+    They are the servers that do not answer now; if all answer, they are the servers that the error names.
     """
     steps: Steps = [("/pause_generation", {"mode": "retract"})]
     if in_session:
@@ -62,8 +62,8 @@ def find_culprits(control: SGLangControl, error: RefitError, in_session: bool) -
 def abort_update(control: SGLangControl, version: int, *, in_session: bool, is_dirty: bool) -> None:
     """Let all servers generate again after a failure.
 
-    ``is_dirty``: some may hold a mixture of weights. All are then marked by a version that is no number, and their
-    requests end.
+    ``is_dirty``: some servers may hold a mixture of weights. All servers then get a version that is no number, and
+    their requests end.
     """
     steps: Steps = []
     if in_session:

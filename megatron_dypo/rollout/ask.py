@@ -1,4 +1,4 @@
-"""One POST to a server: its answer as JSON, or an error that says who failed."""
+"""One POST to a server: its answer as JSON, or an error whose class says who is at fault."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_dypo.rollout.descriptors import lacks_descriptors
 from megatron_dypo.rollout.router import NO_SERVER
 
 QUOTED_CHARACTERS = 200
-"""Length of a body's beginning in a message."""
+"""Characters of a body that a message quotes."""
 _QUOTED_BYTES = 4096
 _CHUNK_BYTES = 2**16
 _CONNECT_S = 10.0
@@ -26,13 +26,13 @@ _REFUSALS = (400, 413, 422)
 _KEY_REFUSALS = (401, 403)
 _BUSY = (429, 503)
 _OWN_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}
-"""This host lacks descriptors, buffers, memory or ports; that says nothing of the server."""
+"""Errors of a host without descriptors, buffers, memory or ports. The server is not at fault."""
 _GONE = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN}
-"""The server's host says that nothing listens, or its network that the host is down."""
+"""Errors that mean that nothing listens at the address, or that the host is down."""
 
 
 class AskError(Exception):
-    """One attempt that gave no answer to use."""
+    """One attempt without a usable answer."""
 
 
 class AttemptError(AskError):
@@ -65,14 +65,14 @@ class OwnLackError(AskError):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A decoded answer, with the part that a message may show."""
+    """A decoded answer, and the part of it that a message may show."""
 
     payload: Any
     shown: str
 
 
 def without_key(message: str, api_key: str | None) -> str:
-    """Return the message with the key blotted out: a server may have sent it back."""
+    """Return the message without the key, which a server may have sent back."""
     return message.replace(api_key, "***") if api_key else message
 
 
@@ -89,8 +89,8 @@ async def ask(
     """POST ``body`` to ``url`` and return the decoded answer.
 
     Args:
-        url: no redirect is followed from it, which would hand the key to another place.
-        timeout_s: for the whole answer; a connection gets 10 s of it.
+        url: redirects are not followed, since they would send the key to another host.
+        timeout_s: time for the whole answer; connecting may take 10 s of it.
         max_bytes: a longer answer is cut off.
 
     Raises:
@@ -106,7 +106,7 @@ async def ask(
         async with session.post(url, data=body, headers=headers, allow_redirects=False, timeout=limit) as response:
             is_good = response.status == 200
             text, is_whole = await _read(response, max_bytes if is_good else _QUOTED_BYTES)
-    except aiohttp.ClientSSLError as error:  # also a kind of the next
+    except aiohttp.ClientSSLError as error:  # a subclass of the next one
         raise AttemptError(f"{url}: {error}") from error
     except aiohttp.ClientConnectorError as error:
         raise connect_failure(url, error) from error
@@ -145,7 +145,7 @@ def _retry_after_s(value: str | None) -> float | None:
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:
-    """Return the body up to ``max_bytes``, and whether that is all of it; the rest is not read."""
+    """Return the first ``max_bytes`` of the body, and whether that is all of it."""
     chunks, size = [], 0
     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
         chunks.append(chunk)
@@ -157,9 +157,9 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes
 
 
 def connect_failure(url: str, error: aiohttp.ClientConnectorError) -> Exception:
-    """Return the error that says who is to blame for a connection that was not made."""
+    """Return the error whose class says who is at fault for a failed connection."""
     message = f"{url}: {error}"
-    # A host with several addresses may fail in several ways; they are in the text alone.
+    # A host with several addresses may fail in several ways. Only the text has all of them.
     numbers = {int(found) for found in re.findall(r"\[Errno (-?\d+)\]", str(error.os_error))}
     numbers |= {error.os_error.errno} if isinstance(error.os_error.errno, int) else set()
     if numbers & _OWN_LACKS:

@@ -1,4 +1,4 @@
-"""The attempts for one group: what a failed one costs, when the next comes, and when there is none."""
+"""The attempts for one group: the cost of a failed one, the pause before the next, and when to give up."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MAX_LACK_S = 1.0
 
 
 class GroupDroppedError(Exception):
-    """The group cannot be had: it stayed incomplete, or a server refuses its prompt."""
+    """There will be no group: it stayed incomplete, or a server refuses its prompt."""
 
     def __init__(self, message: str, reason: DropReason = DropReason.INCOMPLETE) -> None:
         super().__init__(message)
         self.reason = reason
-        """``REFUSED``: by a server, for good. ``INCOMPLETE``: after all retries, or at the deadline."""
+        """``REFUSED``: a server refuses it for good. ``INCOMPLETE``: all retries failed, or the deadline passed."""
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class Attempts:
     """The attempts for one group, from its first to its last."""
 
     retries: int
-    """Attempts after the first that may fail."""
+    """Number of attempts after the first."""
     deadline_s: float
     """Seconds for all attempts together."""
     backoff_s: float
@@ -37,7 +37,7 @@ class Attempts:
     ends_at: float
     """End of ``deadline_s`` on the monotonic clock."""
     wanted: str = "complete group"
-    """The thing that is asked for, in a message."""
+    """Name of the requested thing, for messages."""
     failures: int = 0
     """Attempts that count against ``retries``."""
     lacks: int = 0
@@ -57,7 +57,7 @@ class Attempts:
         return left_s
 
     def pause_after(self, error: AskError) -> float:
-        """Note a failed attempt and return how many seconds to wait before the next.
+        """Note a failed attempt, and return the seconds to wait before the next.
 
         A lost server costs no attempt: the next one goes elsewhere at once. Nor does a lack of this host's: other
         requests end and leave room. Nor does a server that says when to ask again: the next attempt waits that long.

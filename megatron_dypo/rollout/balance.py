@@ -1,4 +1,4 @@
-"""Which server gets the next request: the least loaded one that has not failed just now."""
+"""The choice of the server for the next request: the least loaded one that has not failed recently."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class NoServerError(Exception):
-    """Every server has gone, or does not hold the weights that it should."""
+    """Every server is gone or holds wrong weights."""
 
 
 class LeastLoaded:
-    """Own outstanding requests of each server; a server that failed rests for ``rest_s`` seconds.
+    """Chooses the server with the fewest open requests of this client. A server that failed rests for ``rest_s``
+    seconds.
 
-    Without the rest a failing server, which answers every request at once, would look idle and get them all. A server
+    Without the rest, a failing server that answers every request at once would look idle and get all requests. A server
     that is left out gets none.
     """
 
@@ -56,5 +57,5 @@ class LeastLoaded:
         if not urls:
             raise NoServerError(f"no SGLang server is left: {', '.join(self._outstanding)} went")
         awake = [url for url in urls if self._rests_until[url] <= now] or urls
-        self._turn += 1  # ties go round
+        self._turn += 1  # ties go to the servers in turn
         return min(awake, key=lambda url: (self._outstanding[url], (urls.index(url) - self._turn) % len(urls)))

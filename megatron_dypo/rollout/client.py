@@ -1,4 +1,4 @@
-"""Async client of SGLang's native ``/generate``: tokens in, groups of rollouts out."""
+"""Async client of SGLang's own ``/generate``: tokens in, groups of rollouts out."""
 
 from __future__ import annotations
 
@@ -27,38 +27,39 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """The servers that get requests and the versions whose answers count, as one value of one refit.
+    """The servers that get requests, and the versions whose answers count, as set by one refit.
 
-    The trainer's thread replaces it while the event loop reads it, so that the two never see half of a change.
+    The trainer's thread replaces the whole value while the event loop reads it, so the loop never sees half of a
+    change.
     """
 
     servers: LeastLoaded
     """Used by the event loop alone."""
     versions: Sequence[int] | None
-    """A group counts only if one of these versions sampled its newest token. They ascend. None: any version."""
+    """A group counts only if one of these versions sampled its newest token. Ascending. None: any version."""
 
 
 class SGLangClient(HttpClient):
     """Samples groups from one or several servers, or from one router.
 
-    A server that refuses connections, or serves other weights than it should, gets no more requests until
-    :meth:`use_servers` names it again; so does a router that refuses them, or has no server to ask.
+    A server that refuses connections or serves wrong weights gets no more requests until :meth:`use_servers` names it
+    again. The same holds for a router that refuses connections or has no server.
 
-    Use it as an async context manager around :meth:`generate`. One request samples a whole group, so that its prompt
-    is computed once. A cancelled :meth:`generate` closes its connection, on which SGLang aborts the group's requests.
-    No proxy of the environment is used. Any thread may call :meth:`use_servers` and :meth:`accept`.
+    Use it as an async context manager around :meth:`generate`. One request samples a whole group, so the server
+    computes the prompt once. If :meth:`generate` is cancelled, it closes its connection, and SGLang aborts the group's
+    requests. Proxies of the environment are not used. Any thread may call :meth:`use_servers` and :meth:`accept`.
 
     Args:
         urls: servers.
         router: gets the requests in place of ``urls``, which are behind it.
-        api_key: sent as a bearer token, and shown in no message; None: none is.
+        api_key: sent as a bearer token, and never shown in a message. None: no key is sent.
         cfg: sampling defaults, and limits: ``max_in_flight`` requests (groups) open at once; ``request_deadline_s``
             for a group from its first attempt to its last; ``retries`` attempts after the first.
         decode: token ids → text of a rollout.
-        stop_token_ids: end a response; the matched one is its last token.
+        stop_token_ids: tokens that end a response; the matched one is its last token.
         check: raises when the run has lost its servers for good. :meth:`watch` calls it every second in a thread.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
-        vocab_size: a response with a token id from there on is refused; None: none is.
+        vocab_size: a response with a token id at or above it is refused. None: no limit.
     """
 
     def __init__(
@@ -92,16 +93,16 @@ class SGLangClient(HttpClient):
         return self._upstream
 
     def use_servers(self, urls: Sequence[str], versions: Sequence[int] | None = None) -> None:
-        """Send future requests to ``urls``, and accept only groups that one of ``versions`` sampled; None: any."""
+        """Send future requests to ``urls``, and accept only groups sampled by one of ``versions``; None: by any."""
         targets = [self._router] if self._router is not None else urls
         servers = self._balance(targets)
         with self._writing:
             self._upstream = Upstream(servers=servers, versions=versions)
 
     def accept(self, versions: Sequence[int] | None) -> None:
-        """Accept only groups whose newest token one of these versions sampled, whichever server sent them; None: any.
+        """Accept only groups, from any server, whose newest token one of ``versions`` sampled; None: any version.
 
-        ``versions`` ascend: those that servers may hold now, that of the last refit last.
+        ``versions`` ascend. They are the versions that servers may hold now; the last one is that of the last refit.
         """
         with self._writing:
             self._upstream = replace(self._upstream, versions=versions)
@@ -114,7 +115,7 @@ class SGLangClient(HttpClient):
         max_new_tokens: int | None = None,
         seed: int | None = None,
     ) -> Sampling:
-        """Return the configured sampling with ``n`` rollouts per prompt and evaluation's own overrides."""
+        """Return the configured sampling with ``n`` rollouts per prompt and an evaluation's own values."""
         return Sampling(
             n=n,
             temperature=self._cfg.temperature if temperature is None else temperature,
@@ -126,11 +127,11 @@ class SGLangClient(HttpClient):
         )
 
     async def generate(self, prompt_tokens: Tokens, sampling: Sampling) -> tuple[Rollout, ...]:
-        """Sample one group: all ``sampling.n`` rollouts, or an error; never a part of them.
+        """Sample one group: return all ``sampling.n`` rollouts, never a part of them.
 
         Raises:
             GroupDroppedError: the group stayed incomplete after all retries, or missed its deadline; or a server
-                refuses the request for good (HTTP 400, 413, 422), such as a prompt beyond its context length.
+                refuses the request for good (HTTP 400, 413, 422), for example a prompt beyond its context length.
             NoServerError: no server is left to ask.
         """
         body = json.dumps(request_body(prompt_tokens, sampling)).encode()
@@ -139,13 +140,13 @@ class SGLangClient(HttpClient):
 
     @property
     def watch_turn_s(self) -> float:
-        """Seconds within which :meth:`watch` certainly runs the check once; 0 without a check."""
+        """Seconds within which :meth:`watch` runs the check at least once; 0 without a check."""
         return 0.0 if self._check is None else 1.5 * _WATCH_EVERY_S
 
     async def watch(self) -> None:
         """Run ``check`` every second until this is cancelled; await it beside :meth:`generate`.
 
-        The check runs in a thread: it may read a log or start a process. Every second, since it has no event.
+        The check runs in a thread, since it may read a log or start a process. It has no event to wait for.
         """
         while True:
             if self._check is not None:

@@ -26,10 +26,10 @@ from megatron_dypo.rollout.sampling import Sampling
 from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"
-"""None: the group was not done when the collection stopped."""
+"""The outcome for one prompt. None: the group was not done when the collection stopped."""
 
 _SIGN_OF_LIFE_S = 1.0
-"""The watchdog goes by the clock, so its sign of life does too."""
+"""Seconds between signs of life for the watchdog."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +51,9 @@ class CollectStats:
     prompts: int
     """Prompts that a server was asked for."""
     rollouts: int
-    """In complete groups."""
+    """Rollouts in complete groups."""
     tokens: int
-    """Response tokens of these."""
+    """Response tokens of these rollouts."""
     truncated: int
     """Rollouts that hit the length limit."""
     dropped: tuple[DroppedGroup, ...]
@@ -61,9 +61,10 @@ class CollectStats:
     client: ClientCounts
     """Counts of the client."""
     unserved: tuple[Prompt, ...]
-    """Prompts for which no server was left. Ask for them again after a refit; they count nowhere above."""
+    """Prompts for which no server was left. Ask for them again after a refit. The counts above leave them out."""
     unfinished: tuple[Prompt, ...]
-    """Prompts whose groups ``stop`` cut off. The run that resumes asks for them again; they count nowhere above."""
+    """Prompts whose groups ``stop`` interrupted. The run that resumes asks for them again. The counts above leave them
+    out."""
     seconds: float
 
     @property
@@ -73,7 +74,7 @@ class CollectStats:
 
     @property
     def wrong_versions(self) -> int:
-        """Rollouts dropped because weights of another version than that of the last refit sampled them."""
+        """Rollouts dropped because weights of a wrong version sampled them."""
         return self.client.wrong_versions
 
 
@@ -146,7 +147,7 @@ async def _collect(
     bar: Progress,
     stop: StopFlag | None,
 ) -> list[Outcome]:
-    """Ask for all groups at once; return when each has its outcome, when one fails for a bug, or at ``stop``."""
+    """Ask for all groups at once; return when each has an outcome, at the first bug, or at ``stop``."""
     async with client:
         samplings = [_seeded(sampling, prompt, seed_of) for prompt in prompts]
         pairs = zip(prompts, samplings, strict=True)
@@ -160,7 +161,7 @@ async def _collect(
             with set_at_stop(outcomes.over, stop):
                 await outcomes.over.wait()
             if outcomes.has_unserved:
-                # A connection ends before its server has: let the check say whether the last one is gone for good.
+                # A connection may break before the server has ended. The check tells whether the last one is gone.
                 await asyncio.wait([watch], timeout=client.watch_turn_s)
             if watch.done():
                 watch.result()  # raises the error of the check
@@ -172,7 +173,7 @@ async def _collect(
 
 
 class _Outcomes:
-    """The outcomes of a collection as they come in; ``over`` is set with the last one, or with the first bug."""
+    """The outcomes of a collection as they come in; ``over`` is set at the last one, or at the first bug."""
 
     def __init__(self, prompts: Sequence[Prompt], bar: Progress, group_size: int) -> None:
         self._prompts, self._bar, self._group_size = prompts, bar, group_size
@@ -208,28 +209,28 @@ class _Outcomes:
         return any(isinstance(outcome, NoServerError) for outcome in self._outcomes)
 
     def take(self) -> list[Outcome]:
-        """Return the outcomes in the order of the prompts; raise a bug that was met."""
+        """Return the outcomes in the order of the prompts; raise the first bug, if there was one."""
         if self._bug is not None:
             raise self._bug
         return self._outcomes
 
 
 def dropped_group(prompt: Prompt, error: GroupDroppedError) -> DroppedGroup:
-    """Return what is known of a group that cannot be had, and say so in the log."""
+    """Return the record of a group that will not come, and log it."""
     warn_often(_log, "dropped the group of prompt %s: %s", prompt.prompt_id, error)
     return DroppedGroup(prompt=prompt, reason=error.reason, message=str(error))
 
 
 @contextlib.contextmanager
 def set_at_stop(event: asyncio.Event, stop: StopFlag | None) -> Iterator[None]:
-    """Set an event of this loop when ``stop`` is set, from whichever thread."""
+    """Set an event of this loop when any thread sets ``stop``."""
     loop = asyncio.get_running_loop()
     with stop.calling(lambda: loop.call_soon_threadsafe(event.set)) if stop else contextlib.nullcontext():
         yield
 
 
 async def show_life(doing: str) -> None:
-    """Tell the watchdog that a wait for servers is no hang: requests have a deadline of their own."""
+    """Tell the watchdog that this rank is alive while it waits for servers: requests have their own deadlines."""
     while True:
         mark(doing)
         await asyncio.sleep(_SIGN_OF_LIFE_S)

@@ -1,4 +1,4 @@
-"""Counts of a client, beside the groups that it returns."""
+"""Counts of a client, besides the groups that it returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_dypo.rollout.responses import sampled_lengths
 
 @dataclass(frozen=True, kw_only=True)
 class ClientCounts:
-    """Failures on the way to complete groups."""
+    """Counts of failures while groups were sampled."""
 
     retries: int = 0
     """Attempts after the first, over all groups."""
@@ -33,7 +33,7 @@ class ClientCounts:
         )
 
     def since(self, before: ClientCounts) -> ClientCounts:
-        """Return the counts since ``before``; ``dropped_longest`` stays that of all time."""
+        """Return the counts since ``before``; ``dropped_longest`` stays that since the start."""
         return ClientCounts(
             retries=self.retries - before.retries,
             wrong_versions=self.wrong_versions - before.wrong_versions,
@@ -72,7 +72,7 @@ class AttemptCounts:
         )
 
     def count_dropped(self, payload: Any) -> None:
-        """Count what a server sampled and nobody will use."""
+        """Count responses that a server sampled and nobody will use."""
         lengths = sampled_lengths(payload)
         self.dropped_rollouts += len(lengths)
         self.dropped_tokens += sum(lengths)

@@ -1,4 +1,4 @@
-"""Open files: a request is a connection, and a connection is a file descriptor of this process."""
+"""The limit of open files: each request needs a connection, and each connection a file descriptor of this process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _log = logging.getLogger(__name__)
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit of open files to the hard one; return the limit that holds then.
+    """Raise this process's soft limit of open files to the hard limit; return the resulting limit.
 
-    To be called once at start, before requests are sent. Servers that the run starts inherit it.
+    Call it once at start, before requests are sent. Servers that the run starts inherit the limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:

@@ -1,4 +1,4 @@
-"""Async HTTP requests to one or several servers: spread, retried, with a deadline."""
+"""Async HTTP requests to one or several servers, with load balancing, retries and deadlines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class RequestLimits(Protocol):
-    """The fields of a section of the config that limit the requests of a client."""
+    """The config fields that limit the requests of a client."""
 
     @property
     def max_in_flight(self) -> int: ...
@@ -45,18 +45,18 @@ class RequestLimits(Protocol):
 class HttpClient(AttemptCounts):
     """Sends requests to the least loaded of several servers. Use it as an async context manager.
 
-    No proxy of the environment is used.
+    Proxies of the environment are not used.
 
     Args:
         urls: servers, or one router.
-        api_key: sent as a bearer token, and shown in no message; None: none is.
+        api_key: sent as a bearer token, and never shown in a message. None: no key is sent.
         cfg: limits: ``max_in_flight`` requests open at once; ``request_deadline_s`` for a request from its first
             attempt to its last; ``retries`` attempts after the first.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
     """
 
     wanted: ClassVar[str] = "complete group"
-    """The thing that is asked for, in a message."""
+    """Name of the requested thing, for messages."""
 
     def __init__(self, urls: Sequence[str], api_key: str | None, *, cfg: RequestLimits, backoff_s: float = 0.5) -> None:
         super().__init__()
@@ -91,16 +91,16 @@ class HttpClient(AttemptCounts):
         self._session = self._slots = None
 
     async def exchange(self, path: str, body: bytes, *, max_bytes: int, parse: Callable[[str, Answer], T]) -> T:
-        """POST ``body`` until an answer can be used, and return what ``parse`` makes of it.
+        """POST ``body`` until an answer is usable; return the result of ``parse``.
 
         Args:
-            path: behind the URL of the server that is chosen.
+            path: path on the chosen server.
             max_bytes: a longer answer is cut off.
-            parse: (URL of the server, answer) → the result; it raises :class:`AskError` for an answer that is no use.
+            parse: (URL of the server, answer) → the result; it raises :class:`AskError` for an unusable answer.
 
         Raises:
             GroupDroppedError: all retries failed, or the deadline passed; or a server refuses the request for good
-                (HTTP 400, 413, 422), such as a prompt beyond its context length.
+                (HTTP 400, 413, 422), for example a prompt beyond its context length.
             NoServerError: no server is left to ask.
         """
         assert self._slots is not None, "use `async with client`"
@@ -115,7 +115,7 @@ class HttpClient(AttemptCounts):
                 wanted=self.wanted,
             )
             while True:
-                # The servers of now: a failure here says nothing of a server that a later refit names again.
+                # Keep this value: a failure must not count against servers that a later refit names again.
                 servers = self.servers
                 with servers.server() as url:
                     try:
@@ -129,7 +129,7 @@ class HttpClient(AttemptCounts):
                         )
                         return parse(url, answer)
                     except AskError as error:
-                        attempts.left_s()  # past the deadline no server is to blame
+                        attempts.left_s()  # after the deadline the server is not at fault
                         pause_s = attempts.pause_after(self.blame(error, url, servers))
                         self.retries += not isinstance(error, OwnLackError)
                 await asyncio.sleep(pause_s)
@@ -142,7 +142,7 @@ class HttpClient(AttemptCounts):
         return LeastLoaded(urls, rest_s=4 * self._backoff_s, clock=time.monotonic)
 
     def blame(self, error: AskError, url: str, servers: LeastLoaded) -> AskError:
-        """Send the next requests elsewhere if the server is to blame for a failure; return the failure to count."""
+        """Send the next requests elsewhere if the server is at fault; return the failure to count."""
         if isinstance(error, OwnLackError):
             if not self._has_said_lack:
                 _log.warning("this host cannot open another connection; requests wait for others: %s", error)

@@ -1,4 +1,4 @@
-"""The key that trainer, router and servers share; it comes from the environment and goes into an HTTP header."""
+"""The API key that trainer, router and servers share. It comes from the environment and is sent in an HTTP header."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PRINTABLE = re.compile(r"[!-~]+")
 
 
 def read_api_key(name: str) -> str | None:
-    """Return the key in the environment variable ``name``; None where it is not set or empty.
+    """Return the key in the environment variable ``name``; None if it is unset or empty.
 
     Raises:
-        ValueError: it cannot be sent in a header (spaces, line ends, other than ASCII); the message does not show it.
+        ValueError: the key cannot be sent in a header (spaces, line ends, not ASCII). The message does not show it.
     """
     key = os.environ.get(name)
     if key and not _PRINTABLE.fullmatch(key):

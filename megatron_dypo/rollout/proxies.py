@@ -1,4 +1,4 @@
-"""Proxies of the environment, which must not stand between processes of a run."""
+"""Proxies of the environment. Processes of a run must reach each other without one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _NAMES = ("no_proxy", "NO_PROXY")
 
 
 def direct_hosts(env: Mapping[str, str], hosts: Iterable[str]) -> dict[str, str]:
-    """Return ``no_proxy`` and ``NO_PROXY`` with which ``hosts`` and this host are reached without a proxy.
+    """Return values of ``no_proxy`` and ``NO_PROXY`` with which no proxy is used for ``hosts`` and this host.
 
-    They name what either named before, and then the hosts. Libraries read one of the two, most of them the lower case
-    first. ``*`` stays alone: it counts only so.
+    They contain the names that either variable had, followed by the hosts. Libraries read one of the two, usually the
+    lower case first. ``*`` is kept as it is, since it is valid only alone.
     """
     given = [part.strip() for name in _NAMES for part in env.get(name, "").split(",") if part.strip()]
     names = ["*"] if "*" in given else dict.fromkeys([*given, *hosts, *_LOCAL])

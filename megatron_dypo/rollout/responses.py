@@ -1,4 +1,4 @@
-"""The answers in SGLang's ``/generate`` wire format, read as rollouts. Every field that is used is checked."""
+"""Answers in SGLang's ``/generate`` wire format, read as rollouts. Every field that is used is checked."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from megatron_dypo.types import Floats, Rollout, Tokens
 
 _LARGEST_ID = 2**31 - 1
 _LOGP_RANGE = (-1e4, 1e-3)
-"""A rounding error may lift a log-prob above 0. SGLang turns log 0 into the lowest float, which is none."""
+"""Range of log-probs. A rounding error may lift one above 0. SGLang writes log 0 as the lowest float, which is
+refused."""
 _MAX_QUOTED = 100
 
 
 class IncompleteGroupError(Exception):
-    """An answer that is not a whole group: a response is missing, did not end, or has a field that cannot be right."""
+    """An answer that is not a whole group: a response is missing, did not end, or has an invalid field."""
 
 
 class WrongVersionError(Exception):
-    """A response of other weights than those of the last refit."""
+    """A response sampled by wrong weights."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Response:
-    """One response whose fields are sound; its versions are not yet compared with those of the refits."""
+    """One response with valid fields. Its versions are not yet compared with those of the refits."""
 
     tokens: Tokens
     logp: Floats
@@ -49,15 +50,15 @@ def parse_group(
     """Return the ``sampling.n`` rollouts of an answer.
 
     Args:
-        payload: the decoded JSON, whatever it is.
-        versions: those that the server may hold now, ascending; the last is that of the last refit. The newest version
-            of the group must be one of them. Older tokens may be of any version before: a response that refits paused
-            begins with older ones, and other members may have ended before. None: any.
-        vocab_size: token ids are below it; None: any id is taken.
+        payload: the decoded JSON, of any type.
+        versions: versions that the server may hold now, ascending; the last is that of the last refit. The newest
+            version of the group must be one of them. Other tokens may be of any earlier version: a response that a
+            refit paused begins with them, and other members may have ended before. None: any version.
+        vocab_size: token ids must be below it. None: any id.
 
     Raises:
-        IncompleteGroupError: the answer is not a whole group of sound responses.
-        WrongVersionError: the server holds other weights than it should, or ones that no refit made sampled a token.
+        IncompleteGroupError: the answer is not a whole group of valid responses.
+        WrongVersionError: the server holds wrong weights, or a token was sampled by weights that no refit made.
     """
     outputs = payload if isinstance(payload, list) else [payload]  # an object when n = 1
     if len(outputs) != sampling.n:
@@ -69,7 +70,7 @@ def parse_group(
 
 
 def sampled_lengths(payload: Any) -> list[int]:
-    """Tokens of each response of an answer, sound or not, as far as it has any."""
+    """Return the number of tokens of each response of an answer, valid or not."""
     outputs = payload if isinstance(payload, list) else [payload]
     ids = [output.get("output_ids") for output in outputs if isinstance(output, dict)]
     return [len(one) for one in ids if isinstance(one, list) and one]
@@ -111,7 +112,8 @@ def _read_tokens(ids: Any, sampling: Sampling, id_limit: int) -> Tokens:
 
 
 def _require_stop(matched: Any, last: int, sampling: Sampling) -> None:
-    """SGLang matches a token. A match of text means another end: ``NaN happened`` where its logits are not numbers."""
+    """Require the response to end with a stop token. SGLang reports other ends as a matched text, such as ``NaN
+    happened`` for logits that are not numbers."""
     if matched is not None and (type(matched) is not int or matched != last):
         raise IncompleteGroupError(f"a response that ends with token {last} stopped at {quote(matched)}")
     if sampling.stop_token_ids and last not in sampling.stop_token_ids:
@@ -122,7 +124,7 @@ def _require_stop(matched: Any, last: int, sampling: Sampling) -> None:
 
 
 def _read_logp(rows: Any, tokens: Tokens) -> Floats:
-    """Rows are (log-prob, token id, text)."""
+    """Read the log-probs from rows (log-prob, token id, text)."""
     rows = rows if isinstance(rows, list) else []
     sound = all(isinstance(row, list | tuple) and len(row) >= 2 and type(row[1]) is int for row in rows)
     if not sound or [row[1] for row in rows] != tokens.tolist():
@@ -135,7 +137,8 @@ def _read_logp(rows: Any, tokens: Tokens) -> Floats:
 
 
 def _read_spans(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Versions and the index of the first token of each; ``weight_version`` alone is that of the last token."""
+    """Return the versions and the index of the first token of each. A single ``weight_version`` is that of the last
+    token."""
     spans = meta.get("weight_versions")
     if not spans:
         spans = [{"version": meta.get("weight_version"), "start": 0}]
@@ -152,7 +155,7 @@ def _read_spans(meta: dict[str, Any], num_tokens: int) -> tuple[tuple[str, ...],
 
 
 def _require_versions(responses: Sequence[_Response], versions: Sequence[int] | None) -> None:
-    # A server that was started again says ``default``, one that a refit failed on ``failed-<version>``.
+    # A restarted server says ``default``; a server on which a refit failed says ``failed-<version>``.
     names = [name for response in responses for name in response.versions]
     unknown = [name for name in names if not _is_number(name) and not (versions is None and name == "default")]
     if unknown:
@@ -180,7 +183,7 @@ def _is_number(version: str) -> bool:
 
 
 def _number(version: str) -> int:
-    """``default``, the weights that a server started with, is version 0."""
+    """Return the number of a version; ``default``, the weights that a server started with, is 0."""
     return 0 if version == "default" else int(version)
 
 
@@ -208,5 +211,5 @@ def quote(value: Any) -> str:
         return "a huge integer"
     try:
         return repr(value)[:_MAX_QUOTED]
-    except ValueError:  # an integer of thousands of digits somewhere in it
+    except ValueError:  # it contains an integer of thousands of digits
         return f"a {type(value).__name__} that cannot be shown"

@@ -1,4 +1,4 @@
-"""A router (``sglang-router``) that requests go through, told which servers may get them."""
+"""A router (``sglang-router``) in front of the servers. The trainer tells it which servers may get requests."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from dataclasses import dataclass
 from megatron_dypo.rollout.server.probe import request_json
 
 NO_SERVER = ("X-SMG-Error-Code", "no_available_workers")
-"""Header of an answer of a router that has no server to ask."""
+"""Header in the answer of a router that has no server."""
 _LOOK_EVERY_S = 0.05
-"""Seconds between two looks at the router's servers: it queues a change and announces nowhere that it is done."""
+"""Seconds between two looks at the router's servers: it queues a change and does not announce when it is done."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Router:
-    """A router and the key that it and its servers ask for."""
+    """A router, and the API key that it and its servers require."""
 
     url: str
     api_key: str | None
     deadline_s: float = 30.0
-    """Time that it gets to start, and to know its servers."""
+    """Time for the router to start and to know its servers."""
 
     def use_servers(self, servers: Iterable[str]) -> None:
-        """Have the router send requests to these servers, which answer, and to no others; return when it does.
+        """Make the router send requests only to these servers, which must be up; return when it does.
 
-        A router that does not get there in time is only logged: a rollout of the wrong weights is dropped, whichever
-        server it comes from. ``/workers`` is that of sglang-router 0.3, which queues the changes that it is asked for.
+        A router that is too slow is only logged, since rollouts of wrong weights are dropped anyway. ``/workers`` is
+        the interface of sglang-router 0.3, which queues changes.
         """
         wanted, asked = set(servers), set[str]()
         deadline = time.monotonic() + self.deadline_s
@@ -47,7 +47,7 @@ class Router:
             time.sleep(_LOOK_EVERY_S)
 
     def _workers(self) -> dict[str, str] | None:
-        """Return URL → id of its servers; None while it does not answer, or not as sglang-router does."""
+        """Return URL → id of its servers; None if it does not answer, or does not answer like sglang-router."""
         status, payload = request_json("GET", f"{self.url}/workers", self.api_key)
         workers = payload.get("workers") if status == 200 and isinstance(payload, dict) else None
         if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):

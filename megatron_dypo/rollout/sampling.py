@@ -8,7 +8,7 @@ from typing import Any
 from megatron_dypo.types import Tokens
 
 _BYTES_PER_TOKEN = 512
-"""Room for a token in an answer: its id, twice, its log-prob, its text and the fields around them take about 100."""
+"""Bytes allowed for a token in an answer. Its id (twice), log-prob, text and the fields around them take about 100."""
 _BYTES_PER_ANSWER = 2**20
 
 
@@ -23,16 +23,16 @@ class Sampling:
     top_k: int
     stop_token_ids: tuple[int, ...]
     seed: int | None = None
-    """Seed of the one rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
+    """Seed of the only rollout (``n`` is 1), for servers with ``--enable-deterministic-inference``."""
 
     @property
     def max_answer_bytes(self) -> int:
-        """Size above which an answer cannot be one to this request."""
+        """Size above which an answer cannot belong to this request."""
         return _BYTES_PER_ANSWER + self.n * self.max_new_tokens * _BYTES_PER_TOKEN
 
 
 def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
-    """Return the body of one request for a whole group: SGLang computes the prompt once for all ``n`` samples."""
+    """Return the body of one request for a whole group. SGLang then computes the prompt once for all ``n`` samples."""
     return {
         "input_ids": prompt_tokens.tolist(),
         "sampling_params": {
@@ -45,5 +45,5 @@ def request_body(prompt_tokens: Tokens, sampling: Sampling) -> dict[str, Any]:
             **({} if sampling.seed is None else {"sampling_seed": sampling.seed}),
         },
         "return_logprob": True,
-        "logprob_start_len": -1,  # none for the prompt
+        "logprob_start_len": -1,  # no log-probs of the prompt
     }

@@ -1,12 +1,12 @@
-"""Collection in the background: groups are sampled and finished in a thread while the trainer does something else.
+"""Collection in the background: groups are sampled and graded in a thread while the trainer does something else.
 
-The trainer says how many useful groups it still wants; the stream keeps that many (times ``oversample``) in flight, and
-no more: the number of groups sampled ahead is bounded, and so is their age. No draw is lost: a prompt whose group was
-not done when the stream stopped is the first to be sampled by the next one.
+The trainer says how many useful groups it still wants. The stream keeps at most that many (times ``oversample``) in
+flight, so the number of groups sampled ahead is bounded, and so is their age. No draw is lost: if a group was not done
+when the stream stopped, its prompt is sampled first at the next start.
 
-Three kinds of threads share the stream's state, and its lock guards it: the trainer's; the event loop's, which only
-waits for answers; and two workers of the loop, one that reads and tokenises prompts and one that grades groups. Nothing
-slow runs on the loop or under the lock.
+Three kinds of threads share the stream's state under its lock: the trainer's thread; the event loop's thread, which
+only waits for answers; and two workers of the loop, one of which reads and tokenises prompts while the other grades
+groups. Nothing slow runs on the loop or under the lock.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutStream(Generic[T]):
-    """Groups of rollouts, sampled and finished in a thread of its own from :meth:`start` to :meth:`stop`.
+    """Groups of rollouts that a separate thread samples and finishes, from :meth:`start` to :meth:`stop`.
 
     Args:
-        client: the stream's thread alone sends requests with it.
-        sampling: of every group.
-        work: where prompts come from, and what becomes of their groups.
+        client: a client that only the stream's thread uses.
+        sampling: sampling parameters of every group.
+        work: how prompts are drawn, and how their groups are finished.
         oversample: groups in flight for each group that is still wanted; at least 1.
-        max_unread: draws of any outcome that :meth:`take` has not returned, at which nothing more is drawn; None: no
-            limit. Without it a stream whose groups all fail would draw indefinitely while the trainer is busy.
-        stop: ends every :meth:`wait` once it is set.
+        max_unread: stop drawing when :meth:`take` has this many draws to return, of any outcome. None: no limit.
+            Without a limit, a stream whose groups all fail would draw indefinitely while the trainer is busy.
+        stop: ends every :meth:`wait` when it is set.
     """
 
     def __init__(
@@ -74,24 +74,24 @@ class RolloutStream(Generic[T]):
 
     @property
     def is_unserved(self) -> bool:
-        """No server is left to ask: nothing is drawn until :meth:`use_servers`."""
+        """Whether no server is left. Then nothing is drawn until :meth:`use_servers`."""
         with self._changed:
             return self._state.is_unserved
 
     @property
     def num_in_flight(self) -> int:
-        """Draws that have not come to an end."""
+        """Number of draws without an outcome."""
         with self._changed:
             return self._state.under_way
 
     @property
     def num_unread(self) -> int:
-        """Draws of any outcome that :meth:`take` would return."""
+        """Number of draws, of any outcome, that :meth:`take` would return."""
         with self._changed:
             return self._state.unread
 
     def start(self) -> None:
-        """Begin to collect what is wanted; nothing if it runs already."""
+        """Begin to collect the wanted groups. Do nothing if the stream runs already."""
         if self._thread is not None:
             return
         with self._changed:
@@ -100,7 +100,7 @@ class RolloutStream(Generic[T]):
         self._thread.start()
 
     def stop(self) -> None:
-        """Abort what is in flight; the next :meth:`start` samples it again. Idempotent."""
+        """Abort the groups in flight; the next :meth:`start` samples them again. Idempotent."""
         if self._thread is None:
             return
         with self._changed:
@@ -114,29 +114,29 @@ class RolloutStream(Generic[T]):
             state.in_flight.clear()
 
     def use_servers(self, urls: Sequence[str], versions: range) -> None:
-        """Send requests to ``urls`` from now on, as :meth:`SGLangClient.use_servers`; call it after a refit."""
+        """Send requests to ``urls`` from now on, like :meth:`SGLangClient.use_servers`. Call it after a refit."""
         with self._changed:
             self._client.use_servers(urls, versions)
             self._state.is_unserved = False
         self._sampler.wake()
 
     def accept(self, versions: range) -> None:
-        """Accept groups of ``versions``, as :meth:`SGLangClient.accept`; call it before a refit."""
+        """Accept groups of ``versions``, like :meth:`SGLangClient.accept`. Call it before a refit."""
         self._client.accept(versions)
 
     def want(self, count: int) -> None:
-        """Say how many useful groups are wanted from now on, those that :meth:`take` would return included."""
+        """Set how many useful groups are wanted from now on, including those that :meth:`take` would return."""
         with self._changed:
             self._state.wanted = count
         self._sampler.wake()
 
     def wait(self, timeout_s: float, useful: int = 1, resolved: int = 2**31) -> None:
-        """Wait until ``useful`` groups that count, or ``resolved`` draws of any outcome, can be taken.
+        """Wait until ``useful`` useful groups, or ``resolved`` draws of any outcome, can be taken.
 
         The wait also ends when no server is left, when ``stop`` is set, and after ``timeout_s``.
 
         Raises:
-            ServerDiedError, ValueError: as :func:`megatron_dypo.rollout.collect.collect`.
+            ServerDiedError, ValueError: as in :func:`megatron_dypo.rollout.collect.collect`.
         """
 
         def is_over() -> bool:
@@ -161,22 +161,20 @@ class RolloutStream(Generic[T]):
         return [finished for _, finished in done], counts
 
     def still(self) -> contextlib.AbstractContextManager[object]:
-        """Hold the stream's books: within the block nothing is drawn, and no group ends.
+        """Hold the stream's lock: within the block nothing is drawn, and no group ends.
 
-        The block may call :meth:`unfinished`: the lock is reentrant.
+        The block may call :meth:`unfinished`, since the lock is reentrant.
         """
         return self._changed
 
     def unfinished(self) -> list[int]:
-        """Return the orders that were drawn and that :meth:`take` has not accounted for, ascending.
-
-        A checkpoint stores them.
-        """
+        """Return the orders of the draws that :meth:`take` has not returned, ascending. A checkpoint stores them."""
         with self._changed:
             return self._state.unfinished()
 
     def postpone(self, prompts: Sequence[Prompt]) -> None:
-        """Sample these before any other (a resumed run's unfinished ones). Only while the stream does not run."""
+        """Sample these prompts (unfinished ones of a resumed run) before others. Call it only while the stream is
+        stopped."""
         assert self._thread is None, "the stream runs"
         with self._changed:
             self._state.postponed.extend(prompts)

@@ -30,15 +30,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StreamWork(Generic[T]):
-    """The work of a stream: where its prompts come from, and what becomes of their groups."""
+    """The work of a stream: how prompts are drawn, and how their groups are finished."""
 
     claim: Callable[[int], Sequence[int]]
-    """Takes the next draws, that many or fewer, and returns their orders. It must be quick: the stream calls it under
-    its lock, so that whoever holds the lock sees every draw either not made or unfinished."""
+    """Takes at most that many next draws, and returns their orders. It must be quick: the stream calls it under its
+    lock, so that other holders of the lock see each draw either not made or unfinished."""
     load: Callable[[Sequence[int]], tuple[Sequence[Prompt], DropCounts]]
-    """Reads and tokenises the prompts of claimed orders, in a worker thread. A prompt that it leaves out is counted."""
+    """Reads and tokenises the prompts of claimed orders in a worker thread, and counts those that it leaves out."""
     finish: Callable[[RolloutGroup], T]
-    """Makes of a group what the stream returns (grades it); called in a worker thread, one group at a time."""
+    """Turns a group into an item that the stream returns, by grading it. A worker thread calls it, one group at a
+    time."""
     is_useful: Callable[[T], bool]
     """Whether a finished group counts towards what is wanted."""
     planner: Planner | None = None
@@ -46,10 +47,10 @@ class StreamWork(Generic[T]):
 
 
 class StreamSampler(Generic[T]):
-    """The loop's side of a stream. ``changed`` is the lock of ``state``, and tells those who wait for a change.
+    """The event loop of a stream. ``changed`` is the lock of ``state``, and notifies threads that wait for a change.
 
     Args:
-        oversample, max_unread: as of :class:`megatron_dypo.rollout.stream.RolloutStream`.
+        oversample, max_unread: see :class:`megatron_dypo.rollout.stream.RolloutStream`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class StreamSampler(Generic[T]):
         self._wake: asyncio.Event | None = None
 
     def wake(self) -> None:
-        """Have the loop look at the state again; any thread may call it."""
+        """Make the loop look at the state again. Any thread may call it."""
         with self._changed:
             loop, wake = self._loop, self._wake
         if loop is not None and wake is not None:
@@ -78,7 +79,7 @@ class StreamSampler(Generic[T]):
                 loop.call_soon_threadsafe(wake.set)
 
     def run(self) -> None:
-        """Sample until the state says stop; an error is left there. The body of the stream's thread."""
+        """Sample until the state says stop; store an error in the state. This is the body of the stream's thread."""
         try:
             asyncio.run(self._collect())
         except BaseException as error:  # noqa: BLE001  handed to the trainer's thread, which raises it
@@ -114,7 +115,7 @@ class StreamSampler(Generic[T]):
                 finally:
                     for task in (*groups, watch):
                         task.cancel()
-                    # Loading goes on to its end, so that what it reads is known to be drawn.
+                    # Let loading finish, so that every claimed order is accounted for.
                     await asyncio.gather(*groups, watch, *([loading] if loading else []), return_exceptions=True)
 
     def _room(self) -> int:
@@ -133,7 +134,7 @@ class StreamSampler(Generic[T]):
         return prompts
 
     def _claim_orders(self) -> list[int]:
-        """Draw; return the orders to load, those first that an error kept from being loaded."""
+        """Draw, and return the orders to load. Orders that an error kept from being loaded come first."""
         with self._changed:
             state = self._state
             if not state.is_unserved and not state.claimed and (room := self._room()):

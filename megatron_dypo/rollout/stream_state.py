@@ -21,14 +21,14 @@ class StreamCounts:
     dropped: list[DroppedGroup] = field(default_factory=list)
     """Prompts without a group, with the reason."""
     left_out: DropCounts = field(default_factory=DropCounts)
-    """Draws and traces that are too long or wrong."""
+    """Counts of draws and traces that are too long or wrong."""
     client: ClientCounts = field(default_factory=ClientCounts)
     """Counts of the client."""
 
 
 @dataclass(kw_only=True)
 class StreamState(Generic[T]):
-    """State that the trainer's thread and the stream's share; guarded by the stream's lock."""
+    """State that the threads of trainer and stream share. The stream's lock guards it."""
 
     wanted: int = 0
     claimed: list[int] = field(default_factory=list)
@@ -37,26 +37,26 @@ class StreamState(Generic[T]):
     done: list[tuple[int, T]] = field(default_factory=list)
     """(order, finished group)."""
     useful: int = 0
-    """Groups of ``done`` that count towards ``wanted``."""
+    """Number of groups in ``done`` that count as wanted ones."""
     counts: StreamCounts = field(default_factory=StreamCounts)
     postponed: deque[Prompt] = field(default_factory=deque)
-    """Prompts that go first."""
+    """Prompts to sample first."""
     is_unserved: bool = False
     is_stopping: bool = False
     error: BaseException | None = None
 
     @property
     def unread(self) -> int:
-        """Draws that have come to an end of any kind and were not taken."""
+        """Number of draws with an outcome that were not taken."""
         return len(self.done) + len(self.counts.dropped) + self.counts.left_out.prompts
 
     @property
     def under_way(self) -> int:
-        """Draws that have not come to an end."""
+        """Number of draws without an outcome."""
         return len(self.claimed) + len(self.in_flight)
 
     def unfinished(self) -> list[int]:
-        """Return the orders of all draws that nobody has taken, ascending."""
+        """Return the orders of all draws that were not taken, ascending."""
         ended = [order for order, _ in self.done] + [dropped.prompt.order for dropped in self.counts.dropped]
         ended += self.counts.left_out.too_long
         return sorted([*self.claimed, *self.in_flight, *ended, *(prompt.order for prompt in self.postponed)])

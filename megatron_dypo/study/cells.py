@@ -1,4 +1,4 @@
-"""The cells of a comparison: each is a method with one seed (and one variant of the data), in a folder of its own.
+"""The cells of a comparison. A cell is a method with one seed (and one variant of the data), and has its own folder.
 
 | path under ``<out>/cells/<arm>/seed-<n>/`` | content |
 | --- | --- |
@@ -111,14 +111,14 @@ class Failure:
 
 
 def arms_of(spec: Spec) -> list[Arm]:
-    """Return the arms in the order of the description."""
+    """Return the arms in the order of the spec file."""
     return [Arm(method=method, data=data) for method in spec.methods for data in spec.data or (None,)]
 
 
 def plan_cells(spec: Spec) -> list[Cell]:
-    """Return every cell, with its config read and checked.
+    """Return every cell with its checked config.
 
-    Seeds vary slowest: a comparison that is broken off has all methods with its first seeds.
+    Seeds vary slowest, so that an interrupted comparison has all methods with the first seeds.
 
     Raises:
         ValueError: a method's or a variant's override breaks a rule of the config; each is named.
@@ -162,7 +162,7 @@ def write_configs(cell: Cell) -> None:
     """Write the files that the cell's two commands read."""
     config = cell.config
     of_eval = EvalCommandConfig(
-        seed=config.run.seed,  # of the responses, too: each run answers with draws of its own
+        seed=config.run.seed,  # also the seed of the responses, so that each run has different draws
         dtype=config.model.dtype,
         data=dataclasses.replace(config.data, prompts=()),
         rollout=config.rollout,
@@ -174,9 +174,9 @@ def write_configs(cell: Cell) -> None:
 
 
 def require_own_settings(cell: Cell) -> None:
-    """Raise ValueError if what the cell's folder holds was made with other settings than the cell has now.
+    """Raise ValueError if the content of the cell's folder was made with other settings than the cell has now.
 
-    Keys that the old config does not have are of a newer version of the package, and are let pass.
+    Keys that the old config lacks belong to a newer version of the package, and are allowed.
     """
     if not cell.is_done() and not (cell.run_dir / _CHECKPOINT).is_file():
         return
@@ -189,7 +189,7 @@ def require_own_settings(cell: Cell) -> None:
 
 
 def failure_of(cell: Cell) -> Failure | None:
-    """Return how the cell's last attempt failed; None if it did not, or nobody said."""
+    """Return how the cell's last attempt failed; None if it did not fail or left no report."""
     try:
         return Failure(**json.loads(cell.failed_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

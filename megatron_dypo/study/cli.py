@@ -13,8 +13,8 @@ from megatron_dypo.processes.stop_requests import hold_requests
 
 def compare(
     path: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML file; docs/comparison.md explains its keys.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the cells, end.")] = False,
-    table_only: Annotated[bool, typer.Option("--table-only", help="Run nothing; write the tables anew.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the cells and exit.")] = False,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Run nothing; only write the tables again.")] = False,
     slurm: Annotated[
         bool,
         typer.Option("--slurm", help="Submit the cells that are not done as a Slurm job array (slurm/compare.sh)."),
@@ -25,9 +25,9 @@ def compare(
 ) -> None:
     """Train methods with several seeds, evaluate them, and write tables with intervals and tests.
 
-    A cell is a method with one seed. Cells that are done are left alone, ones that were broken off go on: the same
-    command finishes what is missing. On Ctrl-C, SIGTERM or SIGUSR1 the run in progress saves a checkpoint, and the
-    command ends with status 75.
+    A cell is a method with one seed. Finished cells are not run again, and interrupted cells resume: the same command
+    completes the comparison. On Ctrl-C, SIGTERM or SIGUSR1 the current run saves a checkpoint, and the command ends
+    with status 75.
     """
     is_run = not (dry_run or slurm or table_only)
     if is_run:

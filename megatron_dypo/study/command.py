@@ -1,4 +1,5 @@
-"""One command of a cell: run under a guard, so that it never outlives the comparison; its output goes to a file."""
+"""One command of a cell. It runs under a guard, so that it never outlives the comparison, and its output goes to a
+file."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from megatron_dypo.processes.children import end_of, program
 from megatron_dypo.processes.stop_requests import STOP
 
 _LOOK_EVERY_S = 2.0
-"""Seconds between two looks at how far a run is: it tells nobody, it writes a file."""
+"""Seconds between two looks at the progress of a run, which it only writes to a file."""
 _TAIL_BYTES = 65_536
 
 

@@ -1,4 +1,4 @@
-"""A comparison from its description to its tables."""
+"""A comparison from its spec file to its tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCRIPT = "slurm/compare.sh"
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A comparison whose description and configs have been read and checked."""
+    """A comparison with checked spec file and configs."""
 
     path: Path
     spec: Spec
@@ -47,13 +47,13 @@ class Comparison:
         return [f"{cell.number}: {cell.label}: {reason(cell) or 'done'}" for cell in self.cells]
 
     def write(self) -> str:
-        """Write tables, page and figures of what is done; return the tables as Markdown."""
+        """Write tables, page and figures of the finished cells; return the tables as Markdown."""
         from megatron_dypo.study.write import write_results  # brings scipy and plotly, which --slurm need not wait for
 
         return write_results(self.spec, self.cells, self.groups)
 
     def run(self, numbers: Sequence[int] | None, *, say: Say, show: Say) -> None:
-        """Run the cells that are not done, or those of them with these numbers, then write the results.
+        """Run the unfinished cells (only those with these numbers, if given), then write the results.
 
         Raises:
             RunEnded: the process was asked to stop; or cells are missing: the cause is that of the first.
@@ -79,7 +79,7 @@ class Comparison:
     def _require_inputs(self, cells: Sequence[Cell], *, dry_run: bool) -> None:
         """Raise ValueError if a file that a run will need breaks a rule: now, not hours later, when its turn comes.
 
-        A train command of the user's own has inputs of its own.
+        Inputs of a user's own train command are not checked.
         """
         if self.spec.train_command != OUR_TRAIN_COMMAND:
             return
@@ -139,8 +139,8 @@ def open_comparison(path: Path) -> Comparison:
 
 
 def _listen(say: Say) -> None:
-    """Answer signals from now on: the first asks the run in progress to save, a second one ends this process, and its
-    guard what runs."""
+    """Answer signals from now on. The first asks the current run to save a checkpoint. A second one ends this process;
+    the guard then ends the run."""
 
     def on_insistence(number: signal.Signals) -> None:
         cause, message = stop_requests.end_of_insistence(number)

@@ -1,4 +1,4 @@
-"""The tables of a comparison as grids of words, the same for every format: their cells and the notes below."""
+"""The tables of a comparison as grids of texts with notes, independent of the output format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Entry:
 
     text: str
     small: str = ""
-    """Deviation and interval, which stand behind the text."""
+    """Deviation and interval, shown after the text."""
     mark: str = ""
     is_bold: bool = False
 

@@ -23,7 +23,7 @@ def reason(cell: Cell) -> str | None:
 
 
 def progress(cell: Cell) -> str:
-    """Return how far the cell is."""
+    """Return the progress of the cell, in words."""
     status = read_status(cell.run_dir)
     if status is None:
         return "before its first step"

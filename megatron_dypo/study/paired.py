@@ -1,7 +1,7 @@
 """Paired tests of two methods on the same items, and the correction for many of them. Pure: arrays in, numbers out.
 
-Suffixes: K seeds, I items, N tests. These tests take the runs as they are: they ask whether items differ, and know
-nothing of other seeds. :func:`megatron_dypo.study.resampling.spread` of the differences does, and decides.
+Suffixes: K seeds, I items, N tests. These tests only compare the given runs item by item and do not account for other
+seeds. :func:`megatron_dypo.study.resampling.spread` of the differences does, and decides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from megatron_dypo.study.spec import RESAMPLES
 
 
 def permutation_p(differences_I: Array, *, seed: int = 0, resamples: int = RESAMPLES) -> float:
-    """Return the two-sided p-value of a paired permutation test: each item's difference may change its sign."""
+    """Return the two-sided p-value of a paired permutation test, in which each item's difference may change its
+    sign."""
     found = stats.permutation_test(
         (differences_I,),
         _mean,
@@ -34,7 +35,7 @@ def _mean(values: Array, axis: int) -> Array:
 
 
 def wilcoxon_p(differences_I: Array) -> float:
-    """Return the two-sided p-value of Wilcoxon's signed-rank test; 1 where no item differs."""
+    """Return the two-sided p-value of Wilcoxon's signed-rank test; 1 if no item differs."""
     return float(stats.wilcoxon(differences_I).pvalue) if differences_I.any() else 1.0
 
 
@@ -54,7 +55,7 @@ def mcnemar_p(first_I: Array, second_I: Array) -> float:
 def holm(p_N: Sequence[float]) -> list[float]:
     """Return the p-values, adjusted so that the chance of any false finding among all N stays below the level.
 
-    The i-th smallest is multiplied by N − i + 1, and is no smaller than the ones before it (Holm 1979).
+    The i-th smallest is multiplied by N − i + 1, and then raised to at least its predecessor (Holm 1979).
     """
     adjusted, largest = [0.0] * len(p_N), 0.0
     for rank, index in enumerate(sorted(range(len(p_N)), key=lambda index: p_N[index])):

@@ -4,9 +4,9 @@ Suffixes: K seeds (training runs) of a method; I items of an evaluation set; B r
 score of each item under each seed, the mean over the item's samples.
 
 Seeds and items are crossed: every run answers the same items. So a mean over both has two sources of noise, and more
-of one does not help against the other. Items are many, and are resampled. Seeds are few: of three seeds a bootstrap
-over seeds may cover 83% instead of 95%, since it never sees anything outside of the three. So their part is drawn
-from Student's t with the variance between seeds, the part of it that comes from items and sampling taken off.
+of one does not reduce the other. There are many items, which are resampled. There are few seeds: a bootstrap over three
+seeds may cover 83% instead of 95%, since it never sees values outside of the three. So the part of the seeds is drawn
+from Student's t with the variance between seeds, without the variance that comes from items and sampling.
 ``benchmarks/interval_coverage.py`` measures the coverage.
 """
 
@@ -30,19 +30,19 @@ _POWER_RATIO = float(stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A mean and where it might lie."""
+    """A mean and its uncertainty."""
 
     mean: float
     sd: float | None
     """Standard deviation of the seeds' means; None with one seed."""
     low: float | None
-    """Lower end of the 95% interval over seeds and items, of items alone with one seed; None where a set has fewer than
+    """Lower end of the 95% interval over seeds and items (with one seed, over items only); None if a set has fewer than
     two items."""
     high: float | None
     p: float | None
     """Two-sided p-value of the mean being 0, which belongs to the interval; None without an interval."""
     detectable: float | None
-    """The true mean that a test at 5% tells from 0 in four cases of five, by the width of the interval."""
+    """The true mean that a test at 5% distinguishes from 0 in four cases out of five, given the interval's width."""
 
 
 def spread(tables: Sequence[Array], *, least: float = 0.0, seed: int = 0, resamples: int = RESAMPLES) -> Spread:
@@ -75,10 +75,10 @@ def spread(tables: Sequence[Array], *, least: float = 0.0, seed: int = 0, resamp
 
 
 def seeds_variance(tables: Sequence[Array]) -> float:
-    """Return the variance between seeds that is their own: without what items and sampling add to it.
+    """Return the variance between seeds without the contribution of items and sampling.
 
-    It is the variance of the seeds' means, less the residual variance of a two-way table that such a mean has. The
-    difference is a poor estimate where seeds are few, and may be negative; 1/K of the whole is kept at least.
+    It is the variance of the seeds' means, minus the residual variance of such a mean in a two-way table. With few
+    seeds the difference is a poor estimate and may be negative, so at least 1/K of the whole variance is kept.
     """
     means_K = np.mean([table.mean(axis=1) for table in tables], axis=0)
     whole = float(means_K.var(ddof=1))
@@ -98,8 +98,8 @@ def _residual_variance(scores_KI: Array) -> float:
 def _items_part(tables: Sequence[Array], seed: int, resamples: int) -> Array:
     """Return [B] deviations of the mean over items, as a bootstrap over the items of each set has them.
 
-    They are widened by the factor by which a t interval is wider than a bootstrap's of as many items (Hesterberg 2015,
-    arXiv 1411.5279, "expanded percentile interval").
+    They are multiplied by the ratio of the width of a t interval to that of a bootstrap with the same number of items
+    (Hesterberg 2015, arXiv 1411.5279, "expanded percentile interval").
     """
     parts = np.zeros(resamples)
     for index, table in enumerate(tables):
@@ -132,7 +132,7 @@ def expansion(num_items: int) -> float:
 def _student_draws(freedom: int, seed: int, resamples: int) -> Array:
     """Return [B] draws of Student's t: its quantiles, evenly spaced, in random order.
 
-    The tails of few degrees of freedom then do not depend on luck.
+    With few degrees of freedom, the tails then do not depend on chance.
     """
     quantiles_B = stats.t.ppf((np.arange(resamples) + 0.5) / resamples, freedom)
     return np.random.default_rng([seed, freedom]).permutation(quantiles_B)

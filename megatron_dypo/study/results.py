@@ -1,4 +1,4 @@
-"""The figures of one table: each arm on each column, and how it compares with its reference."""
+"""The figures of one table: estimates of each arm in each column, and differences to its reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dypo.study.scores import ScoreTable
 from megatron_dypo.study.spec import Spec, TableSpec
 
 LEVEL = 0.05
-"""Chance of a false finding that the table as a whole may have."""
+"""Largest chance of a false finding in the table as a whole."""
 Scores = Mapping[tuple[Arm, str], ScoreTable]
 Estimates = Mapping[tuple[Arm, str], "Estimate"]
 
@@ -51,7 +51,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An arm less its reference, over the seeds and items that both have."""
+    """The difference of an arm and its reference, over the seeds and items that both have."""
 
     spread: Spread
     seeds: int
@@ -79,7 +79,7 @@ class Result:
     """By arm and name of the column."""
     differences: Mapping[tuple[Arm, str], Difference]
     best: Mapping[str, Arm]
-    """Column → the arm that is better than every other one there; absent where the best are within noise."""
+    """Column → the arm that is better than every other arm; absent if the best arms are within noise."""
 
 
 def columns_of(table: TableSpec, groups: Mapping[str, Sequence[str]]) -> tuple[Column, ...]:
@@ -94,7 +94,7 @@ def columns_of(table: TableSpec, groups: Mapping[str, Sequence[str]]) -> tuple[C
 
 
 def make_result(name: str, spec: Spec, groups: Mapping[str, Sequence[str]], scores: Scores) -> Result:
-    """Compute one table of a comparison from the scores that there are."""
+    """Compute one table of a comparison from the available scores."""
     table = spec.tables[name]
     methods = table.methods or tuple(spec.methods)
     arms = tuple(sorted((arm for arm in arms_of(spec) if arm.method in methods), key=lambda a: methods.index(a.method)))
@@ -115,7 +115,7 @@ def make_result(name: str, spec: Spec, groups: Mapping[str, Sequence[str]], scor
 
 
 def _references(arms: Sequence[Arm], spec: Spec, table: TableSpec) -> dict[Arm, Arm]:
-    """Return what each arm is compared with: always an arm on the same data."""
+    """Return the reference of each arm: always an arm on the same data."""
     if table.against == "baseline":
         return {arm: replace(arm, method=spec.baseline) for arm in arms if arm.method != spec.baseline}
     by_data: dict[str | None, list[Arm]] = {}

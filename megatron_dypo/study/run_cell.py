@@ -1,4 +1,4 @@
-"""One cell from whatever its folder holds to its result: train or resume, evaluate, mark as done."""
+"""One cell from the current state of its folder to its result: train or resume, evaluate, mark as done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHORTEST_GRACE_S = 60.0
 
 
 class CellFailed(Exception):  # noqa: N818 (an end of the cell, not of the comparison)
-    """A cell that could not be completed; the failure says where and why."""
+    """A cell could not be completed. The failure says where and why."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.text())
@@ -27,7 +27,7 @@ class CellFailed(Exception):  # noqa: N818 (an end of the cell, not of the compa
 
 
 def run_cell(cell: Cell, spec: Spec, sets: Sequence[str]) -> None:
-    """Bring a cell to its end. A cell that is done stays as it is; one that was broken off goes on.
+    """Complete a cell. A finished cell is left unchanged; an interrupted cell resumes.
 
     Args:
         sets: names of the evaluation sets that must have records.
@@ -35,13 +35,13 @@ def run_cell(cell: Cell, spec: Spec, sets: Sequence[str]) -> None:
     Raises:
         RunEnded: another process runs the cell (``IN_USE``); or this one was asked to stop (``STOPPED``).
         ValueError: the cell's folder was made with other settings.
-        CellFailed: a command failed; ``failed.json`` says so, too.
+        CellFailed: a command failed; ``failed.json`` has the same report.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(cell.folder, on_loss=_leave)
     lock.acquire()
     try:
-        if cell.is_done():  # in the meantime, by another process
+        if cell.is_done():  # another process has completed it in the meantime
             return
         require_own_settings(cell)
         write_configs(cell)
@@ -149,6 +149,6 @@ def _count_records(cell: Cell, sets: Sequence[str]) -> dict[str, int]:
 
 
 def _leave(message: str) -> None:
-    """End this process: another one runs the cell. Its guard then ends the command."""
+    """End this process, since another one runs the cell. The guard then ends the command."""
     print(f"megatron-dypo: error: {message}", flush=True)
     os._exit(Cause.IN_USE.status)

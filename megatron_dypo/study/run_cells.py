@@ -1,4 +1,4 @@
-"""All cells of a comparison, one after the other: what is done is left alone, what failed is told and does not stop the
+"""Running all cells of a comparison one after the other. Finished cells are skipped; a failure does not stop the
 others."""
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Say = Callable[[str], None]
 
 
 def run_cells(cells: Sequence[Cell], spec: Spec, sets: Sequence[str], say: Say) -> list[RunEnded]:
-    """Run the cells that are not done; return how the ones ended that still are not.
+    """Run the unfinished cells; return the ends of those that are still unfinished.
 
     Raises:
         RunEnded: the process was asked to stop.
-        ValueError: a cell's folder was made with other settings; of those, nothing has run then.
+        ValueError: a cell's folder was made with other settings. No cell has run then.
     """
     waiting = [cell for cell in cells if not cell.is_done()]
     say(f"{len(cells) - len(waiting)} of {len(cells)} cells are done")

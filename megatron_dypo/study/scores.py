@@ -1,4 +1,4 @@
-"""From the records of the cells to tables of scores: seeds × items for each arm and evaluation set.
+"""Tables of scores from the records of the cells: seeds × items for each arm and evaluation set.
 
 Suffixes: K seeds, I items.
 """
@@ -35,7 +35,7 @@ class ScoreTable:
     seeds: tuple[int, ...]
     items: tuple[str, ...]
     scores_KI: Array
-    """pass@k of each item under each seed. Only items that have it under every seed are in it."""
+    """pass@k of each item under each seed, for the items that have it under every seed."""
     left_out: int
     """Items with a response in some cell of the comparison, that lack it under some seed of this arm."""
     samples: int

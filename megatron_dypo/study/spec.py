@@ -1,4 +1,4 @@
-"""The description of a comparison: which methods, seeds and data, on which evaluation sets, against which baseline.
+"""The spec file of a comparison: its methods, seeds, data, evaluation sets and baseline.
 
 ``docs/comparison.md`` explains the keys of the YAML file. Every key and every config of a cell is checked before
 anything runs.
@@ -31,7 +31,7 @@ OUR_EVAL_COMMAND = (*_OURS, "eval", "{model}", "--sets", "{sets}", "--out", "{ou
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """One table: its rows and columns, and what each row is compared with."""
+    """One table: its rows and columns, and the reference of each row."""
 
     methods: tuple[str, ...] = ()
     """Methods of the rows, in order. Empty: all of them, in the order of the file."""
@@ -46,7 +46,7 @@ class Spec:
     """A comparison, as its YAML file describes it."""
 
     config: str
-    """Config that all cells begin with."""
+    """Base config of all cells."""
     out: str
     """Folder of the comparison."""
     methods: dict[str, dict[str, Any]]
@@ -65,8 +65,8 @@ class Spec:
     pass_at: int = 1
     """k of pass@k, which the tables show. 1: the share of correct responses."""
     smallest_difference: float = 0.02
-    """Smallest difference that matters to you. A comparison that finds nothing, and could not have found this much, is
-    shown as too small to tell."""
+    """Smallest difference that matters to you. If a comparison finds no difference and could not have found this one,
+    the table shows it as too small to tell."""
     resamples: int = RESAMPLES
     """Resamples of the items, and permutations. No p-value is smaller than 2 / (resamples + 1)."""
     train_command: tuple[str, ...] = OUR_TRAIN_COMMAND
@@ -145,7 +145,7 @@ def read_spec(path: Path) -> Spec:
     problems = unknown_keys(tree, Spec)
     if not problems:
         try:
-            # By JSON, where pydantic is strict about types and still takes a list for a tuple.
+            # From JSON, since pydantic's strict mode then still accepts a list for a tuple.
             spec: Spec = _adapter().validate_json(json.dumps(tree, default=str), strict=True)
         except ValidationError as error:
             problems = list(_explain(error))
@@ -164,7 +164,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "missing":
             yield f"{where}: is required"
-        elif item["type"] == "value_error":  # a rule of ours, whose message names key and value
+        elif item["type"] == "value_error":  # a rule of this package, whose message names key and value
             yield item["msg"].removeprefix("Value error, ")
         else:
             yield f"{where}={item['input']!r}: {item['msg']}"

@@ -31,6 +31,8 @@ CASES = {
 """Model, ranks, axes and options of the run."""
 QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts")
 """Cases that run in every test run."""
+STOP_IDS = (2, 7)
+"""Ids at which the policy stops; generation_config.json of the model names the first one."""
 SMALL = 60_000
 """Bytes of a file, which then holds a few tensors."""
 
@@ -52,7 +54,10 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
 
     def export(name: str, **options: Any) -> None:
         params = named_global_parameters(session.chunks)
-        export_hf(params, session.arch, layout, out_dir=f"{run_dir}/expected/{name}", reference_hf_path=path, **options)
+        out_dir = f"{run_dir}/expected/{name}"
+        export_hf(
+            params, session.arch, layout, out_dir=out_dir, reference_hf_path=path, stop_ids=STOP_IDS, **options
+        )
 
     export("reference")
     for step in (1, 2):
@@ -67,6 +72,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
             trainer_state={},
             reference=reference,
             hf_path=path,
+            stop_ids=STOP_IDS,
         )
     export("cut", max_file_bytes=SMALL)
     close(layout)

@@ -125,7 +125,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once_beside_their_own(tmp
         run_ranks(2, rank_dies, tmp_path / "seen")
     kind, words = (tmp_path / "seen").read_text().split(" ", 1)
     assert kind == "RuntimeError"
-    assert words.startswith("KeyError: 'layers.7'; and no word of the other ranks: ")
+    assert words.startswith("KeyError: 'layers.7'; the other ranks did not report: ")
 
 
 def rank_echoes():

@@ -242,7 +242,14 @@ class FakePolicy:
         return "w"
 
     def save(
-        self, root: Path, step: int, *, trainer_state: Mapping[str, object], leader_state: bytes, keep: int
+        self,
+        root: Path,
+        step: int,
+        *,
+        trainer_state: Mapping[str, object],
+        leader_state: bytes,
+        stop_ids: Sequence[int],
+        keep: int,
     ) -> Path:
         self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
@@ -253,7 +260,7 @@ class FakePolicy:
         temporary.replace(folder / "trainer_state.json")
         return folder
 
-    def export(self, out_dir: Path) -> None:
+    def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         self.exported.append(out_dir)
 
 

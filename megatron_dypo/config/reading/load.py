@@ -74,7 +74,7 @@ def parse_config(tree: Mapping[str, Any], *, where: str, overrides: Sequence[str
 
     Args:
         where: names the mapping in errors.
-        overrides: ``section.key=value`` of those that are in the mapping already: errors of their keys name them.
+        overrides: ``section.key=value`` texts that the mapping already contains; errors of these keys name them.
     """
     return _parse(Config, with_preset(tree), where=where, overrides=overrides)
 
@@ -106,7 +106,7 @@ def dump_config(config: Config | EvalCommandConfig) -> str:
 def changed_lines(before: str, after: str) -> list[str]:
     """Return ``section.key: old → new`` for each value that differs between two dumped configs.
 
-    A key that only one of them has is shown as absent in the other, which another version wrote.
+    A key that only one of them has (another version wrote that one) is shown as absent in the other.
     """
     old, new = (dict(_leaves(yaml.safe_load(text), "")) for text in (before, after))
 
@@ -140,8 +140,7 @@ def _mapping_without(tree: Any, key: str) -> tuple[str, Any]:
 
 
 def flow_yaml(value: Any) -> str:
-    """Return a value as YAML in one line. It is dumped in a list, since PyYAML ends a scalar alone with a document
-    mark."""
+    """Return a value as YAML in one line."""
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
 
 

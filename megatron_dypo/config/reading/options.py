@@ -1,4 +1,4 @@
-"""An objective's own options, read from the mapping ``objective.options``."""
+"""The mapping ``objective.options`` read into an objective's own dataclass."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def starter_config(task: str, *, all_keys: bool = False) -> str:
 def _section_lines(
     section: Section, known: tuple[Section, ...], values: Mapping[str, Any], all_keys: bool, *, depth: int
 ) -> Iterator[str]:
-    """Yield the lines of a section. One that sets no value is commented out as a whole."""
+    """Yield the lines of a section. A section that sets no value is commented out as a whole."""
     is_set = any(key.startswith(f"{section.path}.") for key in values)
     yield f"{'  ' * depth}{'' if is_set else '# '}{section.path.rpartition('.')[2]}:"
     for key in section.keys:

@@ -19,7 +19,7 @@ _SHOWN = 200
 def read_typed(
     kind: type[T], tree: Mapping[str, Any], gone: Mapping[str, str] | None = None
 ) -> tuple[T | None, list[str]]:
-    """Return ``tree`` as a ``kind``, and no problems; or None and the problems, each of which begins with its key.
+    """Return ``tree`` as a ``kind`` with an empty list, or None with the problems. Each problem begins with its key.
 
     Args:
         gone: dotted keys that no longer exist, each with a hint.
@@ -41,7 +41,8 @@ def shortened(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, before: str = "", otherwise: str) -> str:
-    """Return a question for the known name that is nearest, after ``before``; else ``otherwise`` and all of them."""
+    """Return ``did you mean …?`` with the nearest known name (``before`` stands in front of it). If none is near,
+    return ``otherwise`` and all known names."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {before}{near[0]}?" if near else f"{otherwise}: {', '.join(known)}"
@@ -54,7 +55,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _section_of(hint: Any) -> type | None:
-    """Return the dataclass that a mapping under ``hint`` is read into; None without one."""
+    """Return the dataclass that a mapping under ``hint`` is read into, or None."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 

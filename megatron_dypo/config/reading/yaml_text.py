@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 _MAX_VALUES = 20_000
-"""Most values in one document, repetitions by aliases included. A config has about two hundred."""
+"""Most values in one document, counted with aliases unfolded. A config has about two hundred."""
 _MAX_DEPTH = 50
 _MAX_DIGITS = 300
 
@@ -82,7 +82,7 @@ def read_yaml(text: str, where: str) -> Any:
         value = yaml.load(text, Loader=_Loader)
         _require_reasonable(value)
     except RecursionError as error:
-        raise ValueError(f"{where}: not YAML of a config: nested too deeply") from error
+        raise ValueError(f"{where}: not the YAML of a config: nested too deeply") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML: {error}") from error
     except (ValueError, OverflowError) as error:
@@ -98,6 +98,6 @@ def _require_reasonable(value: Any) -> None:
         left -= 1
         if depth > _MAX_DEPTH or left < 0:
             limit = f"nested more than {_MAX_DEPTH} deep" if depth > _MAX_DEPTH else f"more than {_MAX_VALUES:,} values"
-            raise ValueError(f"not YAML of a config: {limit}")
+            raise ValueError(f"not the YAML of a config: {limit}")
         children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
         waiting += [(child, depth + 1) for child in children]

@@ -1,4 +1,4 @@
-"""Bad rows as a person reads them: the first in an error, all of them in a file."""
+"""Reports of bad rows for people: the first ones in an error, all of them in a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def settle_bad_rows(
 ) -> None:
     """Raise one ValueError that lists bad rows, or note in ``folder`` and in the log that they are left out.
 
-    All rows bad is an error even where they are to be skipped.
+    If all rows are bad, it is an error in any case.
     """
     if folder is not None:
         _write(folder / BAD_ROWS_FILE, problems, source)
@@ -69,5 +69,5 @@ def _lines_of_others(path: Path, ours: set[str]) -> list[str]:
             if json.loads(line)["file"] not in ours:
                 kept.append(line.decode())
         except (ValueError, TypeError, KeyError):
-            log.warning("%s has a line that is not from here: %.80r is left out", path, line)
+            log.warning("%s has a line of an unknown form: %.80r is left out", path, line)
     return kept

@@ -1,4 +1,4 @@
-"""Results of the row check in files beside the run, by a hash of all that they depend on."""
+"""Results of the row check in files of the run folder, named by a hash of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ log = logging.getLogger(__name__)
 
 CHECK_FOLDER = "data_check"
 _CHECK_VERSION = 1
-"""Raise it when the check learns or refuses something else of the same row."""
+"""Version of the check. Increase it when the check of a row gives another result."""
 _LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 _NOT_CHECKED = (
     *("prompts", "format", "fields", "teachers", "drop_wrong_traces", "on_bad_row"),
     *("max_prompt_tokens", "max_trace_tokens", "shuffle"),
 )
-"""Fields of :class:`DataConfig` that the check does not read, or whose meaning is hashed otherwise."""
+"""Fields of :class:`DataConfig` that the check does not read, or whose effect is hashed in another way."""
 _ARRAYS = ("prompt_tokens", "trace_start", "trace_teacher", "trace_tokens", "verifier", "source", "is_object")
 _NAMES = ("teachers", "verifiers", "sources", "columns")
 
 
 def check_hash(source: RowSource, tokenizer: Tokenizer, data: DataConfig) -> str:
-    """Hash all that a check depends on: the files' contents and names, columns, template and tokenizer, versions."""
+    """Hash everything a check depends on: contents and names of files, columns, template and tokenizer, versions."""
     parts = {
         "check": _CHECK_VERSION,
         "versions": [__version__, *(importlib.metadata.version(library) for library in _LIBRARIES)],
@@ -54,7 +54,7 @@ def check_hash(source: RowSource, tokenizer: Tokenizer, data: DataConfig) -> str
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return file → SHA-256 of a tokenizer, its chat template included."""
+    """Return file → SHA-256 for the files of a tokenizer, its chat template included."""
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         tokenizer.save(Path(folder))
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -62,7 +62,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def read_check(path: Path) -> RowsChecked | None:
-    """Read the result of an earlier check; None where there is none, or (with a warning) none that is whole."""
+    """Read the result of an earlier check; None if there is none, or (with a warning) if it is damaged."""
     arrays = read_arrays(path, (*_ARRAYS, "notes"))
     if arrays is None:
         return None
@@ -77,7 +77,7 @@ def read_check(path: Path) -> RowsChecked | None:
 
 
 def write_check(path: Path, checked: RowsChecked) -> None:
-    """Write the result of a check, all of it or nothing."""
+    """Write the result of a check, whole or not at all."""
     notes = {
         **{name: getattr(checked, name) for name in _NAMES},
         "num_failed_checks": checked.num_failed_checks,
@@ -88,7 +88,7 @@ def write_check(path: Path, checked: RowsChecked) -> None:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]] | None:
-    """Read arrays of an ``.npz`` file; None where there is no file, or (with a warning) none that is whole."""
+    """Read arrays of an ``.npz`` file; None if there is no file, or (with a warning) if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -100,7 +100,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write an ``.npz`` file, all of it or nothing; several processes may write the same one."""
+    """Write an ``.npz`` file, whole or not at all. Several processes may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
         np.savez(file, **cast(Any, arrays))

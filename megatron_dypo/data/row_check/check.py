@@ -1,4 +1,4 @@
-"""The check of all rows at opening: each is parsed, rendered and tokenised once, and what is learned of it is kept."""
+"""The check of all rows at opening: each is parsed, rendered and tokenised once, and the facts about it are kept."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from megatron_dypo.data.values import has_field, printable
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowsChecked:
-    """The facts about N rows with M traces that need no second reading."""
+    """The facts about N rows with M traces, kept so that the rows need not be read again."""
 
     prompt_tokens: npt.NDArray[np.int32]
-    """[N] Tokens of the prompt; −1 where they were not counted (a bad row, or a check without a tokenizer)."""
+    """[N] Tokens of the prompt; −1 if they were not counted (a bad row, or a check without a tokenizer)."""
     trace_start: npt.NDArray[np.int64]
-    """[N+1] Index of each row's first trace; its last is before the next row's first."""
+    """[N+1] Index of each row's first trace. The row's traces end before the next row's first."""
     trace_teacher: npt.NDArray[np.int32]
     """[M] Index into ``teachers``."""
     trace_tokens: npt.NDArray[np.int32]
-    """[M] Tokens of the trace as a target, end-of-sequence included; −1 as above."""
+    """[M] Tokens of the trace as a target, end-of-sequence included; −1 if they were not counted."""
     teachers: tuple[str, ...]
-    """Names in alphabetical order."""
+    """Names of the teachers, in alphabetical order."""
     verifier: npt.NDArray[np.int32]
-    """[N] Index into ``verifiers``; −1 where the row names none."""
+    """[N] Index into ``verifiers``; −1 if the row names none."""
     verifiers: tuple[str, ...]
     source: npt.NDArray[np.int32]
     """[N] Index into ``sources``; −1 for a bad row."""
@@ -43,15 +43,15 @@ class RowsChecked:
     is_object: npt.NDArray[np.bool_]
     """[N] Whether the answer is an object or a list."""
     columns: tuple[str, ...]
-    """Names of :class:`Columns` that some row has, be its value null."""
+    """Names of :class:`Columns` that some row has, even if the value is null."""
     num_failed_checks: int
-    """Traces left out by ``data.fields.trace_checks``."""
+    """Number of traces left out because of ``data.fields.trace_checks``."""
     problems: Mapping[int, Sequence[str]]
     """Bad rows → the rules that they break."""
 
 
 class PartCheck:
-    """The findings of the check of one part; they can be sent between processes."""
+    """The findings of the check of one part. They can be sent between processes."""
 
     def __init__(self) -> None:
         self.prompt_tokens, self.num_traces, self.trace_tokens = array("i"), array("i"), array("i")
@@ -106,7 +106,7 @@ def check_part(
     data: DataConfig,
     on_row: Callable[[int], object] | None = None,
 ) -> PartCheck:
-    """Check the rows of a part; ``on_row`` is called with 1 after each."""
+    """Check the rows of a part. After each row ``on_row`` is called with 1."""
     found = PartCheck()
     for line, record in zip(part.lines, part.scan(), strict=True):
         try:
@@ -145,7 +145,7 @@ def _count(row: PromptRow, tokenizer: Tokenizer, data: DataConfig) -> tuple[int,
 
 
 def join_parts(parts: Sequence[PartCheck], source: RowSource) -> RowsChecked:
-    """Join the checks of all parts, in the order of the rows; rows whose id another has before them become bad."""
+    """Join the checks of all parts, in the order of the rows. A row with the id of an earlier row becomes bad."""
     teachers = sorted({name for part in parts for name in _used(part, part.trace_teacher)})
     verifiers = sorted({name for part in parts for name in _used(part, part.verifier)})
     sources = sorted({name for part in parts for name in _used(part, part.source)})

@@ -1,4 +1,4 @@
-"""Runs the check of rows, over a few processes where the files are large."""
+"""Runs the check of rows, with several processes if the files are large."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_dypo.processes.children import blocked, end_with_parent
 
 _PART_BYTES = 4 * 2**20
 _BYTES_PER_PROCESS = 16 * 2**20
-"""Less data than this is checked in the time that another process needs to start."""
+"""Bytes for each process. Less data is checked in the time that another process needs to start."""
 _MAX_PROCESSES = 8
 
 
@@ -32,10 +32,10 @@ def check_rows(
     show_progress: bool = False,
     num_processes: int | None = None,
 ) -> RowsChecked:
-    """Check every row of ``source``; without a tokenizer nothing is rendered or counted.
+    """Check every row of ``source``. Without a tokenizer nothing is rendered or counted.
 
-    ``num_processes`` None: as many as the files' size and this process's cores ask for. Raises ValueError where a
-    Parquet row group is damaged or a file changes in the meantime; bad rows are in the result.
+    If ``num_processes`` is None, it follows from the size of the files and the number of cores. Raises ValueError if a
+    Parquet row group is damaged or a file changes during the check. Bad rows are in the result.
     """
     if num_processes is None:
         wanted = 1 + sum(source.sizes) // _BYTES_PER_PROCESS
@@ -64,16 +64,16 @@ _work: tuple[Tokenizer | None, DataConfig] | None = None
 def _in_processes(
     parts: Sequence[tuple[RowParser, RowPart]], tokenizer: Tokenizer | None, data: DataConfig, num_processes: int
 ) -> Iterator[PartCheck]:
-    # Spawned: a fork of a process with threads (torch's, pyarrow's) may hang.
+    # Spawn, since a fork of a process with threads (torch's, pyarrow's) may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(tokenizer, data)) as pool:
         try:
-            # The processes start here. The signals are for the run, which ends them.
+            # The processes start here. They must not get the signals, which are for the run; the run ends them.
             with blocked((signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)):
                 results = pool.map(_check, parts)
             yield from results
         except ValueError as error:
-            # As this process would say it, without the other's traceback.
+            # Raise it as an error of this process, without the other's traceback.
             raise ValueError(str(error)) from None
         except BrokenProcessPool as error:
             raise RuntimeError(

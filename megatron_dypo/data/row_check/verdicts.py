@@ -1,4 +1,4 @@
-"""The verifier's verdicts on the teachers' traces: judged once, at the start of a run, and kept beside the row
+"""The verifier's verdicts on the teachers' traces. They are judged once, at the start of a run, and stored with the row
 check."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dypo.types import Prompt
 log = logging.getLogger(__name__)
 
 Verify = Callable[[Sequence[tuple[Prompt, str]]], Sequence[bool | None]]
-"""(prompt, response) pairs → whether each is correct; None where there is no verdict."""
+"""(prompt, response) pairs → whether each is correct; None for no verdict."""
 
 _NOT_JUDGED, _NO_VERDICT, _WRONG, _RIGHT = -2, -1, 0, 1
 _BATCH = 256
@@ -33,13 +33,13 @@ class TraceVerdicts:
     """One verdict for each of the M traces of a data set's check."""
 
     codes: npt.NDArray[np.int8]
-    """[M] 1: right, 0: wrong, −1: the verifier failed, −2: not judged, since the trace is not used or not in the
+    """[M] 1: right, 0: wrong, −1: the verifier failed, −2: not judged, because the trace is not used or not in the
     sample."""
     is_sample: bool = False
-    """Whether traces that are used were not judged: no trace may be dropped by such verdicts."""
+    """Whether some used traces were not judged. Such verdicts must not be used to drop traces."""
 
     def is_wrong(self, index: int) -> bool:
-        """Tell whether the trace at an index of the check was called wrong."""
+        """Return whether the trace at an index of the check was judged wrong."""
         return bool(self.codes[index] == _WRONG)
 
     def counts(self, indices: npt.NDArray[np.int64]) -> tuple[int, int, int]:
@@ -61,12 +61,12 @@ def wrong_traces(
 ) -> TraceVerdicts:
     """Let ``verify`` judge every trace that the run may learn from, as the response to its prompt.
 
-    Traces of other teachers and traces over a length limit are not judged. The result is kept beside the row check,
-    where the data set has one, under ``verifier_key``: all that the verdicts depend on besides the data; '' keeps
-    nothing. Raises ValueError where ``data.drop_wrong_traces`` would leave no trace at all.
+    Traces of other teachers and traces over a length limit are not judged. If the data set has a stored row check, the
+    result is stored with it under ``verifier_key``, which contains everything the verdicts depend on besides the data;
+    '' stores nothing. Raises ValueError if ``data.drop_wrong_traces`` would leave no trace.
 
-    ``limit_per_teacher`` judges that many traces of each teacher, drawn by ``seed``: enough for a table, and no ground
-    to drop traces by (``TraceVerdicts.is_sample``).
+    With ``limit_per_teacher`` only that many traces of each teacher are judged, drawn by ``seed``. This is enough for a
+    table, but not for dropping traces (``TraceVerdicts.is_sample``).
     """
     used = used_traces(dataset, data)
     num_used = int(used.sum())
@@ -95,7 +95,7 @@ def wrong_traces(
 
 
 def used_traces(dataset: PromptDataset, data: DataConfig) -> npt.NDArray[np.bool_]:
-    """[M] Tell which traces the run may learn from: of a good row, a teacher in use, and within the length limits."""
+    """Return [M] whether the run may learn from a trace: its row is good, its teacher in use, its length in limits."""
     checked = dataset.checked
     is_row_used = np.zeros(len(checked.prompt_tokens), np.bool_)
     is_row_used[dataset.numbers] = True
@@ -109,9 +109,9 @@ def used_traces(dataset: PromptDataset, data: DataConfig) -> npt.NDArray[np.bool
 def _sampled(
     used: npt.NDArray[np.bool_], teacher: npt.NDArray[np.int32], limit: int, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """[M] Keep at most ``limit`` used traces of each teacher.
+    """Return [M] a selection of at most ``limit`` used traces of each teacher.
 
-    Raw Philox words draw the same in every version of NumPy.
+    Raw Philox words give the same draw in every version of NumPy.
     """
     words = np.random.Philox(seed).random_raw(len(used))
     kept = np.zeros(len(used), np.bool_)
@@ -151,7 +151,7 @@ def _judge(
             prompt = make_prompt(row, tokens, tokenizer, visit=0, order=number, traces={})
             for name, index in wanted.items():
                 indices.append(index)
-                # As the response would come from a server: without special tokens.
+                # A server's response has no special tokens either.
                 pairs.append((prompt, tokenizer.decode(end_trace(row.traces[name], tokenizer, tokens).tolist())))
             if len(pairs) >= _BATCH:
                 flush()

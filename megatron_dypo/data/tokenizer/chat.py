@@ -1,4 +1,4 @@
-"""Chat templates: a model's own jinja2 program from messages to the text of a prompt, and what its turns look like."""
+"""Chat templates: a model's jinja2 program from messages to the text of a prompt, and the text around its turns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Message = Mapping[str, Any]
 """``{"role": ..., "content": ...}``; a template may read other keys too."""
 
 _GIVEN = {"messages": "the prompt itself", "add_generation_prompt": "always true for a prompt"}
-"""Names that :meth:`ChatTemplate.render` gives to a template, which nobody else may."""
+"""Names that :meth:`ChatTemplate.render` passes to a template; a user may not set them."""
 _USER, _ASSISTANT = "dypo user text", "dypo assistant text"
-"""Words that no template writes on its own; it must not change them by ``trim``."""
+"""Texts that no template writes itself and that ``trim`` does not change."""
 _OPEN_TAG = re.compile(r"(?:<(\w+)>\s*(?:</\1>\s*)?|\[(\w+)\]\s*(?:\[/\2\]\s*)?)$")
-"""A tag that text ends with, opened or opened and closed: ``<think>\\n``, ``[THINK]``."""
+"""A tag at the end of a text, opened, or opened and closed: ``<think>\\n``, ``[THINK]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class Turns:
     """The text that a template writes around the turns of an assistant."""
 
     end: str = ""
-    """Text after the assistant's last message (``<|im_end|>\\n``); empty where the template writes none, or where it
-    cannot render an assistant's message."""
+    """Text after the assistant's last message (``<|im_end|>\\n``); empty if the template writes none or cannot render
+    an assistant's message."""
     generation_suffix: str = ""
-    """End of the answer's header beyond that of an earlier, finished answer: ``<think>\\n`` where the prompt
-    opens the thinking itself (Qwen3-Thinking, R1-Distill), else empty. A teacher's trace may begin with it too."""
+    """Additional end of the answer's header, compared with that of an earlier, finished answer: ``<think>\\n`` if the
+    prompt opens the thinking (Qwen3-Thinking, R1-Distill), else empty. A teacher's trace may begin with it too."""
 
 
 class ChatTemplate:
@@ -66,10 +66,10 @@ class ChatTemplate:
                 )
 
     def render(self, messages: Sequence[Message], *, for_generation: bool = True) -> str:
-        """The text of a conversation, up to and with the header of the assistant's next turn if ``for_generation``.
+        """Return the text of a conversation; with ``for_generation`` including the header of the assistant's next turn.
 
-        Raises ValueError with the template's own words when it refuses the messages (an unknown role, say), and with
-        the reason when it fails or takes too much time or memory.
+        Raises ValueError with the template's own words if it refuses the messages (for example an unknown role), and
+        with the reason if it fails or takes too much time or memory.
         """
         try:
             return self._render(messages, for_generation)
@@ -87,9 +87,10 @@ class ChatTemplate:
         return TEMPLATES.render(self._template, {**self._values, **given})
 
     def turns(self) -> Turns:
-        """Find out what the template writes around an assistant's turns, by rendering short conversations.
+        """Find out, by rendering short conversations, what the template writes around an assistant's turns.
 
-        Raises ValueError if the template fails even on one message of a user (it may refuse it), or loses its text.
+        Raises ValueError if the template fails on a single message of a user (refusing it is allowed), or loses its
+        text.
         """
         user, assistant = _message("user", _USER), _message("assistant", _ASSISTANT)
         try:
@@ -108,11 +109,11 @@ class ChatTemplate:
         earlier = self._probe([user, assistant, user], True)
         end = finished.rpartition(_ASSISTANT)[2] if finished is not None else ""
         between = None if earlier is None else earlier.partition(_USER)[2].partition(_ASSISTANT)[0]
-        # A template without roles writes the same after each message: the header of an answer, not the end of one.
+        # A template without roles writes the same text after each message. It is the header of an answer, not its end.
         return Turns(end="" if end == header else end, generation_suffix=_suffix(header, between))
 
     def _probe(self, messages: Sequence[Message], for_generation: bool) -> str | None:
-        """The text of a conversation with an assistant's turn; None, said once, where the template writes none."""
+        """Return the text of a conversation with an assistant's turn; None, logged once, if the template has none."""
         try:
             text = self._render(messages, for_generation)
         except TemplateError as error:
@@ -132,13 +133,14 @@ class ChatTemplate:
 
 
 def _suffix(header: str, earlier: str | None) -> str:
-    """Return the end of ``header``, of the next answer, beyond ``earlier``, of a finished one; else the tag that it
-    opens."""
+    """Return the end of ``header`` (of the next answer) that ``earlier`` (of a finished answer) lacks, else the tag
+    that the header opens."""
     tag = _OPEN_TAG.search(header)
     if earlier is not None:
         shorter = min(len(header), len(earlier))
         common = next((i for i, (a, b) in enumerate(zip(header, earlier, strict=False)) if a != b), shorter)
-        # Where both go on, they are two headers; a template may put a space before a finished answer, though.
+        # If both continue differently, they are two different headers. Only a space before a finished answer is
+        # allowed.
         beyond = header[common:] if not earlier[common:].strip() else ""
         if beyond.strip():
             return beyond

@@ -1,4 +1,4 @@
-"""The JSON files that lie beside a tokenizer: special tokens, chat template, stop ids."""
+"""The JSON files of a tokenizer's folder: special tokens, chat template, stop ids."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class TokenizerFolder:
     special_tokens: dict[str, str]
     """``bos_token``, ``eos_token``, ``pad_token``, … → their text."""
     add_bos: bool | None
-    """``add_bos_token`` of tokenizer_config.json; None where it says nothing."""
+    """``add_bos_token`` of tokenizer_config.json; None if it is missing."""
     legacy: bool
-    """``legacy`` of tokenizer_config.json: sentencepiece puts a space before the text after a special token too."""
+    """``legacy`` of tokenizer_config.json: whether sentencepiece also puts a space before text after a special
+    token."""
     stop_ids: Mapping[int, str]
     """``eos_token_id`` of generation_config.json, then of config.json → the file that names it."""
     chat_template: str | None
@@ -86,9 +87,9 @@ def read_folder(path: Path) -> TokenizerFolder:
 
 
 def read_bytes(path: Path) -> bytes | None:
-    """The content of a file, None if nothing has that name.
+    """Return the content of a file, or None if nothing has that name.
 
-    Raises ValueError for a folder, a link to nothing and a git-lfs pointer, which are not an absent file.
+    Raises ValueError for a folder, a broken link and a git-lfs pointer, which do not count as missing.
     """
     if not os.path.lexists(path):
         return None
@@ -101,7 +102,8 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a UTF-8 file, None if there is none. Raises ValueError as :func:`read_bytes`, and for bad UTF-8."""
+    """Return the text of a UTF-8 file, or None if there is none. Raises ValueError like :func:`read_bytes`, and for bad
+    UTF-8."""
     content = read_bytes(path)
     try:
         return None if content is None else content.decode("utf-8-sig")
@@ -110,9 +112,9 @@ def read_text(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file.
+    """Return the object in a JSON file, or {} if there is no file.
 
-    Raises ValueError naming the file if it holds another thing, or an object with a key twice.
+    Raises ValueError naming the file if it holds something else, or an object with a key twice.
     """
     text = read_text(path)
     if text is None:

@@ -1,4 +1,4 @@
-"""The part that both kinds of tokenizers share: special tokens, the end of a turn, prompts, saving."""
+"""The common part of both kinds of tokenizers: special tokens, the end of a turn, prompts, saving."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenizerOptions:
 
 
 class FolderTokenizer(ABC):
-    """A tokenizer file with the configuration beside it; a subclass reads the file and then calls :meth:`_finish`."""
+    """A tokenizer file with its configuration files. A subclass reads the file and then calls :meth:`_finish`."""
 
     def __init__(self, file: Path, vocab_size: int, options: TokenizerOptions) -> None:
         self._file, self._options = file, options
@@ -36,15 +36,15 @@ class FolderTokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """Ids of a text that is known to be Unicode."""
+        """Return the ids of a text that is valid Unicode."""
 
     @abstractmethod
     def _token_id(self, text: str) -> int | None:
-        """The id of one token."""
+        """Return the id of one token."""
 
     @abstractmethod
     def _token_text(self, token_id: int) -> str | None:
-        """The text of one token; None if the vocabulary has no such id."""
+        """Return the text of one token; None if the vocabulary has no such id."""
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -68,13 +68,13 @@ class FolderTokenizer(ABC):
         if self._template is None:
             raise ValueError(f"is a list of chat messages, but the tokenizer {self._file} has no chat template")
         ids = self.encode(self._template.render(messages))
-        # The template writes BOS, and so may the text of the first message.
+        # The template writes BOS; the text of the first message may also begin with it.
         while len(ids) > 1 and ids[0] == ids[1] == self._bos_id:
             ids = ids[1:]
         return ids
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Another process loads the file anew: what the libraries made of it cannot be sent.
+        # Another process loads the file again, since the objects of the libraries cannot be sent.
         return type(self), (self._file, self._options)
 
     def save(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class FolderTokenizer(ABC):
         return token_id
 
     def _finish(self, eos_token: int | None, bos_id: int | None, add_bos: bool, special: set[int]) -> None:
-        """Set what prompts and traces begin and end with; ``special`` are the ids that may end a turn."""
+        """Set the beginning and end of prompts and traces; ``special`` are the ids that may end a turn."""
         stop_ids = self._stop_ids()
         turns = Turns() if self._template is None else self._template.turns()
         turn_end = self._turn_end(turns.end, special)
@@ -132,7 +132,7 @@ class FolderTokenizer(ABC):
         return list(self._folder.stop_ids)
 
     def _turn_end(self, text: str, special: set[int]) -> int | None:
-        """The first special token that the chat template writes after an assistant's message."""
+        """Return the first special token that the chat template writes after an assistant's message."""
         found = next((token_id for token_id in self.encode(text) if token_id in special), None) if text else None
         if found is None and text.strip():
             log.warning(
@@ -143,7 +143,7 @@ class FolderTokenizer(ABC):
         return found
 
     def _require_added_tokens(self) -> None:
-        """Raise ValueError if HF adds a token that the vocabulary lacks (it would be text) or numbers otherwise."""
+        """Raise ValueError if the vocabulary lacks a token that HF adds (it would be text), or gives it another id."""
         for text, token_id in self._folder.added_tokens.items():
             if self._token_id(text) is None:
                 raise ValueError(

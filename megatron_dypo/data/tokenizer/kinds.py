@@ -27,14 +27,14 @@ class HFTokenizer(FolderTokenizer):
         bos_id = self._special_id("bos_token")
         add_bos = self._folder.add_bos
         if add_bos is None:
-            # Llama 3 and others say it in the post-processor of tokenizer.json instead.
+            # Llama 3 and others configure it in the post-processor of tokenizer.json.
             with _named_panics(self._name):
                 processed = self._tokenizer.encode("", add_special_tokens=True).ids
             add_bos = bos_id is not None and processed[:1] == [bos_id]
         self._finish(self._special_id("eos_token"), bos_id, add_bos, self._special())
 
     def _special(self) -> set[int]:
-        # Chat markers are often added as ordinary tokens; white space (Gemma's) marks nothing.
+        # Chat markers are often added as ordinary tokens. Added white space (Gemma) is no marker.
         added = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.content.strip()}
         named = {self._token_id(text) for text in self._folder.special_tokens.values()}
         return added | {token_id for token_id in named if token_id is not None}
@@ -60,7 +60,7 @@ class HFTokenizer(FolderTokenizer):
 
 @contextlib.contextmanager
 def _named_panics(file: str) -> Iterator[None]:
-    """Raise ValueError for a panic of the Rust library; the class of a panic is no Exception and has no public name."""
+    """Raise ValueError for a panic of the Rust library, whose class is no Exception and has no public name."""
     try:
         yield
     except BaseException as error:
@@ -79,9 +79,9 @@ def _load_json(file: Path) -> tokenizers.Tokenizer:
     except ValueError:
         raise
     except Exception as error:
-        # The library raises the bare class for every fault of a file.
+        # The library raises a plain Exception for every fault of a file.
         raise ValueError(f"{file}: is not a tokenizer of tokenizers {tokenizers.__version__}: {error}") from error
-    # The library numbers added tokens anew where the file leaves holes.
+    # If the ids of the file have gaps, the library renumbers added tokens.
     for token in content.get("added_tokens") or []:
         text, declared = token["content"], token["id"]
         if tokenizer.token_to_id(text) != declared:
@@ -89,23 +89,22 @@ def _load_json(file: Path) -> tokenizers.Tokenizer:
                 f"{file}: added_tokens: {text!r} has id {declared}, but is loaded as {tokenizer.token_to_id(text)}: "
                 "ids must follow those of the vocabulary without a hole"
             )
-    # A tokenizer.json may cut or pad; prompts and traces must come out whole.
+    # A tokenizer.json may truncate or pad, but prompts and traces must stay whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-"""``normalizer_spec { add_dummy_prefix: false }``: protobuf merges a message that follows into the one before."""
+"""``normalizer_spec { add_dummy_prefix: false }``. Appended to a model file, protobuf merges it into the model."""
 
 
 class SentencePieceTokenizer(FolderTokenizer):
     """A sentencepiece ``.model``, with or without the HF configuration files beside it.
 
-    The space that sentencepiece puts before a text is put before the whole text only, and not again after each special
-    token in it, unless tokenizer_config.json says ``legacy: true`` (Mistral 7B). A model with a BOS piece starts plain
-    prompts with it, as those of Llama, Mistral and Gemma do, unless tokenizer_config.json says
-    ``add_bos_token: false``.
+    Sentencepiece puts a space before a text. Here that happens only once for the whole text, and not after each special
+    token in it, unless tokenizer_config.json has ``legacy: true`` (Mistral 7B). If the model has a BOS piece, plain
+    prompts begin with it (as for Llama, Mistral and Gemma), unless tokenizer_config.json has ``add_bos_token: false``.
     """
 
     def __init__(self, file: Path, options: TokenizerOptions) -> None:
@@ -114,10 +113,10 @@ class SentencePieceTokenizer(FolderTokenizer):
         super().__init__(file, processor.vocab_size(), options)
         self._require_added_tokens()
         self._control = {processor.id_to_piece(i): i for i in range(processor.vocab_size()) if processor.is_control(i)}
-        # <unk> is no control piece; HF finds it in a text where tokenizer_config.json names it.
+        # <unk> is no control piece, but HF finds it in a text if tokenizer_config.json names it.
         named = [(text, self._token_id(text)) for text in self._folder.special_tokens.values()]
         self._control |= {text: token_id for text, token_id in named if token_id is not None}
-        # The longest first, so that no control piece hides another that it begins.
+        # The longest first, so that a piece cannot hide a longer one with the same beginning.
         pieces = sorted(self._control, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, pieces)) + ")" if pieces else r"(?!)")
         eos_id, bos_id = self._special_id("eos_token"), self._special_id("bos_token")
@@ -147,7 +146,7 @@ class SentencePieceTokenizer(FolderTokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        # A model whose embedding is padded may sample ids past the vocabulary: they have no text.
+        # A model with a padded embedding may sample ids beyond the vocabulary, which have no text.
         text: str = self._processor.decode([int(i) for i in ids if i < self.vocab_size and int(i) not in self._unseen])
         return text
 
@@ -166,7 +165,7 @@ class SentencePieceTokenizer(FolderTokenizer):
 def _load_model(
     file: Path,
 ) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]:
-    """The processor of a model file, and one for text that continues: without the space before a text."""
+    """Return the processor of a model file, and one for continued text, which adds no space before a text."""
     model = read_bytes(file)
     if model is None:
         raise ValueError(f"{file}: no such file")

@@ -15,34 +15,36 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     eos_id: int
-    """The token that ends a turn, and so a teacher's trace: under a chat template the first special token that it
-    writes after an assistant's message (``<|im_end|>``), else ``eos_token`` of tokenizer_config.json."""
+    """The token that ends a turn, and so a teacher's trace. With a chat template it is the first special token after an
+    assistant's message (``<|im_end|>``), else ``eos_token`` of tokenizer_config.json."""
     eos_ids: tuple[int, ...]
-    """Every id that stops generation: ``eos_id`` first, then ``eos_token``, those of generation_config.json and of
-    config.json, and those of ``rollout.stop_token_ids``."""
+    """Every id that stops generation: ``eos_id``, then ``eos_token``, the ids of generation_config.json and
+    config.json, and ``rollout.stop_token_ids``."""
     vocab_size: int
     """One more than the largest id."""
     generation_suffix: str
-    """Beginning of the answer that a rendered prompt has already: ``<think>\\n`` where the template opens the thinking,
-    else empty. A trace that begins with it too gets it once (:func:`megatron_dypo.data.tokenising.end_trace`)."""
+    """Beginning of the answer that a rendered prompt already contains: ``<think>\\n`` if the template opens the
+    thinking, else empty. In a trace that begins with it, it is not repeated
+    (:func:`megatron_dypo.data.tokenising.end_trace`)."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` with no BOS or EOS added; special tokens written in the text become their ids.
+        """Return the ids of ``text`` without adding BOS or EOS. Special tokens written in the text become their ids.
 
-        Raises ValueError for a text that is no Unicode (a lone surrogate).
+        Raises ValueError for a text that is not valid Unicode (a lone surrogate).
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; special tokens are left out."""
+        """Return the text of ``ids`` without special tokens."""
 
     def show(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens included: for people, and to see whether a text comes back."""
+        """Return the text of ``ids`` with special tokens, for people and for comparing texts."""
 
     def render(self, messages: Sequence[Message] | str, use_chat_template: bool) -> list[int]:
-        """Ids of a prompt: chat template with the header of the answer, or plain text with BOS if configured.
+        """Return the ids of a prompt: the chat template with the header of the answer, or plain text, with BOS if
+        configured.
 
-        A string is one user message when the tokenizer has a template and ``use_chat_template`` is set, else plain
-        text. A prompt begins with one BOS at most. Raises ValueError for messages without a template to render them.
+        A string is one message of a user if the tokenizer has a template and ``use_chat_template`` is set, else plain
+        text. A prompt begins with at most one BOS. Raises ValueError for messages without a template.
         """
 
     def save(self, folder: Path) -> None:
@@ -58,7 +60,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of an HF model folder, or a ``tokenizer.json`` or ``.model`` file.
 
-    A folder with both ``tokenizer.json`` and ``tokenizer.model`` is read by the former.
+    In a folder with both ``tokenizer.json`` and ``tokenizer.model``, the former is read.
 
     Args:
         path: the folder or file.
@@ -72,7 +74,7 @@ def load_tokenizer(
     path = Path(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "tokenizer.model"]
-        # A link to nothing counts: it is reported when it is read, and not taken for an absent file.
+        # A broken link counts as a file: reading it reports the problem.
         file = next((candidate for candidate in candidates if candidate.is_symlink() or candidate.exists()), None)
         if file is None:
             raise ValueError(f"{path}: has no tokenizer.json and no tokenizer.model")
@@ -93,9 +95,9 @@ def load_tokenizer(
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, place: Path | str) -> None:
-    """Raise ValueError if the tokenizer has ids that the model's embedding of ``vocab_size`` rows lacks.
+    """Raise ValueError if the tokenizer has ids at or above the embedding's ``vocab_size``.
 
-    ``place`` names the file that gives ``vocab_size``. Fewer ids than rows are normal: embeddings are padded.
+    ``place`` names the file that gives ``vocab_size``. Fewer ids than rows are normal, since embeddings are padded.
     """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The trainer's side of :mod:`megatron_dypo.data.tokenizer.template_worker`: one process for all templates of a trainer
 process.
 
-It starts with the first template (0.1 s) and costs about 0.1 ms a prompt.
+It starts with the first template (0.1 s) and takes about 0.1 ms for each prompt.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from megatron_dypo.data.tokenizer.template_worker import CPU_LIMIT_S, FAILED, ME
 from megatron_dypo.processes.children import blocked, program
 
 ANSWER_DEADLINE_S = 300.0
-"""Time for an answer. The limit of processor time comes first, unless the process is stopped."""
+"""Seconds for an answer. Unless the process is stopped, the limit of processor time is reached first."""
 
 
 class TemplateError(ValueError):
-    """A template is not jinja2, raised an error, or went over a limit; the text is the reason."""
+    """A template is not jinja2, raised an error, or exceeded a limit. The text is the reason."""
 
 
 class TemplateRefusedError(TemplateError):
-    """A template called ``raise_exception``: it takes no such messages; the text is the template's own."""
+    """A template called ``raise_exception`` because it does not accept the messages. The text is the template's own."""
 
 
 class _GoneError(Exception):
@@ -48,15 +48,15 @@ class TemplateProcess:
 
     @property
     def pid(self) -> int | None:
-        """Number of the process; None while there is none."""
+        """Return the number of the process; None if there is none."""
         return None if self._process is None else self._process.pid
 
     def variables(self, template: str) -> frozenset[str]:
-        """Names that ``template`` reads from outside. Raises TemplateError if it is not valid jinja2."""
+        """Return the names that ``template`` reads from outside. Raises TemplateError if it is not valid jinja2."""
         return frozenset(self._ask(template, None).split("\n")) - {""}
 
     def render(self, template: str, arguments: Mapping[str, Any]) -> str:
-        """The text that ``template`` writes. Raises TemplateError or TemplateRefusedError."""
+        """Return the text that ``template`` writes. Raises TemplateError or TemplateRefusedError."""
         return self._ask(template, dict(arguments))
 
     def close(self) -> None:
@@ -72,7 +72,8 @@ class TemplateProcess:
             try:
                 content = self._exchange(request)
             except _GoneError:
-                # Somebody may have killed the process; a template that kills it does so again.
+                # Try once more, since something else may have killed the process. A template that kills it does so
+                # again.
                 try:
                     content = self._exchange(request)
                 except _GoneError as error:
@@ -119,8 +120,8 @@ class TemplateProcess:
     def _leave_to_parent(self) -> None:
         if self._process is not None and self._connection is not None:
             self._connection.close()
-            self._process.returncode = 0  # not our child: there is nothing to wait for
-        # The lock may be held by a thread that the forked process does not have.
+            self._process.returncode = 0  # not a child of this process: there is nothing to wait for
+        # A thread that does not exist in the forked process may hold the lock.
         self._lock, self._process, self._connection = threading.Lock(), None, None
 
 

@@ -1,8 +1,8 @@
 """The process that runs chat templates: jinja2 in a sandbox, under limits of processor time and memory.
 
-A template is a program that comes with a model. Jinja2's sandbox keeps it from the machine, but not from a loop without
-end or a string of 10 GB; one C call may be either, so that only the kernel can stop it. The process is started by
-:mod:`megatron_dypo.data.tokenizer.template_process` and imports nothing but jinja2.
+A template is a program that comes with a model. Jinja2's sandbox protects the machine, but does not prevent an endless
+loop or a string of 10 GB. Either may be a single C call, which only the kernel can stop.
+:mod:`megatron_dypo.data.tokenizer.template_process` starts the process, which imports only jinja2.
 
 Protocol, over one :class:`multiprocessing.connection.Connection`: a request is a pickled tuple, ``(template, None)`` or
 ``(template, arguments)``; an answer is one status byte of :data:`OK`, :data:`REFUSED` or :data:`FAILED` and a text in
@@ -31,14 +31,14 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_LIMIT_S = 5
-"""Processor time of one rendering; a real template takes under a millisecond."""
+"""Seconds of processor time for one rendering; a real template takes less than a millisecond."""
 MEMORY_LIMIT = 512 << 20
-"""Memory for templates in bytes, besides what the interpreter itself has mapped."""
+"""Bytes of memory for templates, in addition to the memory of the interpreter."""
 TEXT_LIMIT = 16 << 20
-"""Bytes of the messages of one prompt, and of one rendered text."""
+"""Most bytes of the messages of one prompt, and of one rendered text."""
 
 OK, REFUSED, FAILED = b"+", b"!", b"-"
-"""The template did its work; it called ``raise_exception``; it is not jinja2, or broke a rule or a limit."""
+"""Status: the template succeeded; it called ``raise_exception``; it is not jinja2, or it broke a rule or a limit."""
 
 TEMPLATE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, MemoryError),

@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_dypo.config.words import counted
-from megatron_dypo.grading.workers.calling import Caller, describe
+from megatron_dypo.grading.workers.calling import Caller
 from megatron_dypo.grading.workers.results import read_result, shown
+from megatron_dypo.processes.importing import describe
 
 Outcome = tuple[bool, float, str | None]
 """is_correct, reward, error: the fields of a Verdict."""
@@ -26,10 +27,10 @@ Item = tuple[int, bytes]
 """A pair's number, and field → value for what its verifier asks for, pickled."""
 
 WHOLE_BATCH = -1
-"""Stands for a pair's number in the outcome of a batched call that failed: each of its pairs is then tried alone."""
+"""In the outcome of a failed batched call, this replaces a pair's number. Each of its pairs is then tried alone."""
 
 GRACE_S = 5.0
-"""How much later than its deadline a process ends that nobody has killed."""
+"""Seconds after its deadline at which a process ends itself, if the trainer has not killed it."""
 
 
 def late_error(deadline_s: float) -> str:
@@ -102,15 +103,15 @@ class Judge:
     def _timed(self, call: Callable[[], tuple[bool, float]]) -> Outcome:
         start = time.monotonic()
         outcome = _attempt(call)
-        # The trainer may look a moment late: a verdict is late or not whenever it looks.
+        # The trainer may look a moment late. Whether a verdict is late is decided here.
         return outcome if time.monotonic() - start <= self._deadline_s else (False, 0.0, late_error(self._deadline_s))
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """End this process when its trainer cannot; undo what a verifier did to the process.
+        """End this process if its trainer cannot, and undo changes that a verifier made to the process.
 
-        The trainer enforces the deadline. This alarm, whose default action no Python code can hold up, ends a
-        verification whose trainer has been killed.
+        The trainer enforces the deadline. If the trainer has been killed, this alarm ends the verification; its default
+        action cannot be delayed by Python code.
         """
         signal.signal(signal.SIGALRM, self._on_alarm)
         signal.setitimer(signal.ITIMER_REAL, self._deadline_s + GRACE_S)
@@ -120,7 +121,7 @@ class Judge:
 
     def _send(self, number: int, outcome: Outcome) -> None:
         if os.getpid() != self._pid:
-            os._exit(0)  # a verifier forked, and its child came back here: only one of them may answer
+            os._exit(0)  # a verifier forked and its child returned here; only one of them may answer
         self._connection.send_bytes(json.dumps([number, *outcome]).encode())
 
 
@@ -136,7 +137,7 @@ async def _attempt_async(caller: Caller, payload: bytes, deadline_s: float) -> O
         raise
     except BaseException as error:  # noqa: BLE001 (a verifier is foreign code: reported)
         return False, 0.0, describe(error)
-    # One that does not await holds up the loop, and with it the timer.
+    # A verifier that does not await blocks the loop, and with it the timer.
     is_late = time.monotonic() - start > deadline_s
     return (False, 0.0, late_error(deadline_s)) if is_late else (is_correct, reward, None)
 

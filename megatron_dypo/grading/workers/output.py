@@ -1,4 +1,4 @@
-"""The output of verifiers: passed on to standard error, up to a limit."""
+"""The output of verifiers, passed on to standard error up to a limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STDERR = 2
 class OutputTap:
     """Reads what verifier processes print and passes the first 64 KiB of it on, over all processes together.
 
-    The rest is read and thrown away, so that a verifier that prints much neither fills the run's log nor waits.
+    The rest is read and discarded, so that a verifier that prints much neither fills the run's log nor has to wait.
     """
 
     def __init__(self, limit_bytes: int = _LIMIT_BYTES) -> None:

@@ -10,32 +10,32 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 
 from megatron_dypo.grading.pairs import Pair, values_of
-from megatron_dypo.grading.workers.calling import describe
 from megatron_dypo.grading.workers.judging import WHOLE_BATCH, Item, Outcome, late_error
 from megatron_dypo.grading.workers.output import OutputTap
 from megatron_dypo.grading.workers.process import CallerInfo, ImportFailed, WorkerDied, WorkerProcess
 from megatron_dypo.grading.workers.worker import Setup
+from megatron_dypo.processes.importing import describe
 
 logger = logging.getLogger(__name__)
 
 _MAX_BATCH = 32
 _MAX_BATCH_BYTES = 2**20
 _MAX_IDLE_DEATHS = 8
-"""Processes that may die in a row before they answer for a pair."""
+"""Number of processes in a row that may die without answering for a pair."""
 
 _GIVE_UP_DEADLINES = 10
-"""Deadlines that may pass in one call without a verdict, however many pairs wait: a service that a verifier asks can
-be down for hours."""
+"""Number of deadlines that may pass in one call without a verdict. A service that a verifier asks can be down for
+hours."""
 
 Job = tuple[str, Pair]
-"""A verifier's name and what it is to judge."""
+"""A verifier's name and the pair to judge."""
 
 
 class Pool:
     """``workers`` processes, each of which has imported all verifiers of ``setup``.
 
-    A pair that raises, is late or ends its process costs itself only: the process is replaced, and the other pairs
-    that it held go to another one. Pairs that were judged together when that happened are tried again one at a time.
+    If a pair raises, is late or ends its process, no other pair is affected: the process is replaced, and its other
+    pairs go to another process. Pairs that were judged together with it are tried again one at a time.
     """
 
     def __init__(self, setup: Setup, *, workers: int, batch_size: int) -> None:
@@ -45,7 +45,7 @@ class Pool:
         self._tap = OutputTap()
         self._todo: dict[str, deque[int]] = {}
         self._alone: deque[int] = deque()
-        """Pairs that are tried in a batch of their own."""
+        """Pairs that are tried one at a time."""
         self._jobs: Sequence[Job] = ()
         self._idle_deaths = 0
 
@@ -77,10 +77,10 @@ class Pool:
         self._workers = []
 
     def run(self, jobs: Sequence[Job], on_outcome: Callable[[int, Outcome], None]) -> None:
-        """Judge ``jobs``; ``on_outcome`` gets each one's index with what came of it, in any order.
+        """Judge ``jobs``; call ``on_outcome`` with the index and outcome of each, in any order.
 
-        Once nothing but errors came for 10 deadlines, pairs that wait are given up with the last error. A call that
-        breaks off closes the pool, so that no process goes on with pairs that nobody waits for.
+        If only errors came for 10 deadlines, the waiting pairs get the last error. A call that fails closes the pool,
+        so that no process continues with pairs for which nobody waits.
         """
         self._jobs, self._todo, self._alone, self._idle_deaths = jobs, {}, deque(), 0
         for number, (name, _) in enumerate(jobs):
@@ -120,7 +120,7 @@ class Pool:
         return max(1, min(self._batch_size, -(-count // self._count)))
 
     def _hand_out(self, sizes: dict[str, int]) -> list[tuple[int, Outcome]]:
-        """Give idle processes their next batches; returns outcomes of pairs that cannot be sent."""
+        """Give idle processes their next batches; return outcomes of pairs that cannot be sent."""
         unsent: list[tuple[int, Outcome]] = []
         for worker in list(self._workers):
             if not worker.is_ready or worker.pending:
@@ -158,7 +158,7 @@ class Pool:
         return name, items, failed
 
     def _await_outcomes(self) -> list[tuple[int, Outcome]]:
-        """Wait until some process has something to say, has ended, or is overdue; return the outcomes."""
+        """Wait until some process has sent something, has ended or is overdue; return the outcomes."""
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
         timeout_s = max(0.0, min(deadlines) - time.monotonic()) + 0.001
         wait([waited for worker in self._workers for waited in (worker.connection, worker.end)], timeout_s)
@@ -170,7 +170,7 @@ class Pool:
             elif ending and not worker.is_ready:
                 worker.await_start()
             elif not worker.connection.poll():
-                # A child that outlives the process keeps the connection open: no end of file comes.
+                # A child that outlives the process keeps the connection open, so there is no end of file.
                 done += self._bury(worker, ending) if ending else []
             elif not worker.is_ready:
                 worker.receive_start()
@@ -191,7 +191,8 @@ class Pool:
         return [(number, outcome)]
 
     def _bury(self, worker: WorkerProcess, error: str) -> list[tuple[int, Outcome]]:
-        """Replace a process that is overdue or dead. The pair that it worked on has its outcome; others go back."""
+        """Replace a process that is overdue or dead. The pair it worked on gets ``error``; its other pairs are
+        requeued."""
         if not worker.is_ready:
             raise ImportFailed(dict.fromkeys(self._setup.paths, "its import takes too long"))
         pending = list(worker.pending)

@@ -1,4 +1,4 @@
-"""A verifier process as the trainer sees it: start, feed, watch, kill."""
+"""The trainer's side of a verifier process: start it, send pairs, watch it, kill it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_dypo.grading.workers.worker import Setup
 from megatron_dypo.processes.children import blocked, end_of, program, signal_group
 
 _SLACK_S = 1.0
-"""The process keeps ``deadline_s`` itself where it can; the trainer kills it this much later."""
+"""The process observes ``deadline_s`` itself if it can; the trainer kills it this many seconds later."""
 
 _EXIT_DEADLINE_S = 5.0
 
@@ -32,12 +32,12 @@ _SOCKET_BYTES = 64 * 1024
 
 
 class WorkerDied(Exception):  # noqa: N818
-    """The process ended, or ran over a deadline and was killed; the message says which."""
+    """The process ended, or exceeded a deadline and was killed; the message says which."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallerInfo:
-    """Facts that the trainer needs about a verifier that a process has imported."""
+    """Facts about an imported verifier that the trainer needs."""
 
     mode: Mode
     fields: tuple[str, ...]
@@ -53,11 +53,11 @@ class ImportFailed(ValueError):  # noqa: N818 (a user's mistake, shown by its me
 
 
 class WorkerProcess:
-    """One process with the pairs that it was given and has not answered yet.
+    """One process, with the pairs that it has not answered yet.
 
-    ``connection`` becomes readable when it has something to say, and ``end`` when it has ended, though its own children
-    may keep the connection open. ``deadline`` is the ``time.monotonic()`` by which one of the two must happen (None
-    when idle).
+    ``connection`` becomes readable when the process has sent something, and ``end`` when it has ended, even if its
+    children keep the connection open. ``deadline`` is the ``time.monotonic()`` by which one of the two must happen
+    (None when idle).
     """
 
     def __init__(self, setup: Setup, tap: OutputTap) -> None:
@@ -128,9 +128,9 @@ class WorkerProcess:
         self.is_ready, self.deadline = True, None
 
     def receive(self) -> tuple[int, Outcome]:
-        """Read one outcome: a pending pair's number, or WHOLE_BATCH, and what came of it.
+        """Read one outcome: the number of a pending pair, or WHOLE_BATCH, and its result.
 
-        Raises :class:`WorkerDied`, also when it sends what is no such outcome.
+        Raises :class:`WorkerDied`, also if the process sends something else.
         """
         try:
             number, is_correct, reward, problem = _parse_outcome(self.connection.recv_bytes())
@@ -159,7 +159,7 @@ class WorkerProcess:
         return self._ending() if self.end.poll() else None
 
     def stop(self) -> None:
-        """Kill the process and its children; returns when it is gone."""
+        """Kill the process and its children; return when it is gone."""
         self.connection.close()
         self._kill()
         self._process.wait()
@@ -171,8 +171,8 @@ class WorkerProcess:
         return ImportFailed(dict.fromkeys(self._setup.paths, problem))
 
     def _kill(self) -> None:
-        # The children too, and also when the process itself is gone: while a child has its id as that of their group,
-        # no other process gets it.
+        # Also kill children, even if the process itself is gone. Its id is that of their group, so it cannot be reused
+        # while a child lives.
         signal_group(self._process.pid, signal.SIGKILL)
 
     def _next_deadline(self) -> float:
@@ -191,7 +191,7 @@ class WorkerProcess:
 
 
 def _start(descriptor: int) -> subprocess.Popen[bytes]:
-    # Blocked until the process handles them itself: a signal that asks the run to stop would end it.
+    # Block signals until the process handles them itself. Otherwise a request to stop the run would end it.
     with blocked():
         return subprocess.Popen(
             program("megatron_dypo.grading.workers.worker:main", descriptor),

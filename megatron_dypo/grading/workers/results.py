@@ -1,4 +1,4 @@
-"""The values that a verifier may return, and their meanings."""
+"""The values that a verifier may return, and what they mean."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shown(value: object) -> str:
 
 
 def read_result(result: Any) -> tuple[bool, float]:
-    """Return (is_correct, reward) of what a verifier returned.
+    """Return (is_correct, reward) for the value that a verifier returned.
 
     A bool is both. A number is the reward, and correct from 1 up (within 1e-9). A dict has ``is_correct`` (or
     ``correct``, ``acc``): a bool, 0 or 1; and may have ``reward`` (or ``score``), a shaped reward that leaves

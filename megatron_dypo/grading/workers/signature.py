@@ -1,4 +1,4 @@
-"""The signature of a verifier's function: the names of its parameters say what it gets."""
+"""The signature of a verifier's function: the names of its parameters determine what it gets."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Signature:
 
 
 def read_signature(function: Callable[..., Any], ignored: Sequence[str] = ()) -> Signature:
-    """Decide by the names of its parameters what ``function`` gets.
+    """Decide from the names of its parameters what ``function`` gets.
 
-    ``response``, ``answer``, ``prompt``, ``source``, ``prompt_id`` and ``row`` get what they name. Without a parameter
-    ``response`` the first two, whatever their names, are the response and the answer; so are ``(response, gold)``. A
-    function with the plural of these names (``responses``, …) is batched: it gets lists. ``**kwargs`` gets all that is
-    left. ``ignored`` names parameters that somebody else fills in.
+    Parameters named ``response``, ``answer``, ``prompt``, ``source``, ``prompt_id`` and ``row`` get these fields.
+    Without a parameter ``response``, the first two parameters of any name are the response and the answer; the same
+    holds for ``(response, gold)``. A function with plural names (``responses``, …) is batched: it gets lists.
+    ``**kwargs`` gets all other fields. ``ignored`` names parameters that are filled in elsewhere.
 
     Raises ValueError naming a parameter that cannot be filled.
     """

@@ -1,4 +1,4 @@
-"""The program of a verifier process: it imports the verifiers, then judges the pairs that come."""
+"""The program of a verifier process: it imports the verifiers, then judges the pairs that it receives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_dypo.processes.children import STOP
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The first message to a process: all that it has to know."""
+    """The first message to a process: everything that it needs."""
 
     paths: Mapping[str, str]
     """Verifier's name → import path."""
@@ -37,16 +37,16 @@ class Setup:
 def main() -> None:
     """Answer on the connection whose descriptor is the first argument, until it is closed.
 
-    First a :class:`Setup` comes, then batches (verifier's name, items).
+    It receives a :class:`Setup`, then batches (verifier's name, items).
 
-    The first answer is {"problems": {name: reason}, "callers": {name: [mode, fields]}}; then follows
-    [number, is_correct, reward, error] for each pair as it is ready. Answers are JSON, so that nothing that a verifier
-    does can make the trainer run code.
+    The first answer is {"problems": {name: reason}, "callers": {name: [mode, fields]}}. Then [number, is_correct,
+    reward, error] follows for each pair as soon as it is judged. Answers are JSON, so that a verifier cannot make the
+    trainer run code.
     """
     _leave_stopping_to_the_trainer()
     faulthandler.enable()
     with suppress(OSError):  # not on Linux, or not allowed
-        # If memory runs out, the kernel is to end a verifier rather than a trainer or a server.
+        # If memory runs out, the kernel should end a verifier rather than a trainer or a server.
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection = Connection(int(sys.argv[1]))
     try:
@@ -65,10 +65,10 @@ def main() -> None:
 
 
 def _leave_stopping_to_the_trainer() -> None:
-    """Survive the signals that ask a run to stop: the trainer closes the connection, and that ends this process.
+    """Ignore the signals that ask a run to stop. The trainer closes the connection, and that ends this process.
 
-    The trainer has started this process with these signals blocked. Processes that a verifier starts do not inherit
-    this: a handler, unlike SIG_IGN, is lost at ``exec``.
+    The trainer has started this process with these signals blocked. A handler is used, since unlike SIG_IGN it is lost
+    at ``exec``, so that processes that a verifier starts do not ignore the signals.
     """
 
     def survive(number: int, frame: FrameType | None) -> None:
@@ -84,7 +84,7 @@ def _leave_stopping_to_the_trainer() -> None:
 
     for number in STOP:
         signal.signal(number, survive)
-    # Held back until then: a child that is stopped at once would lose the signal to a handler that it is about to drop.
+    # Block the signals during a fork. Otherwise a child that is stopped at once would lose the signal to this handler.
     os.register_at_fork(
         before=partial(hold, signal.SIG_BLOCK),
         after_in_parent=partial(hold, signal.SIG_UNBLOCK),

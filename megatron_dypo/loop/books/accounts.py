@@ -34,7 +34,7 @@ def enter(replica: Replica, graded: Sequence[GradedGroup], admitted: Admitted, *
 
 
 def ask_teacher(replica: Replica, teacher: Teacher | NoTeacher, tally: Tally, timings: Timings) -> None:
-    """Give what waits the teacher's log-probs, if the objective reads them; drop and count groups without."""
+    """Add the teacher's log-probs to the waiting groups, if the objective reads them; drop and count groups without."""
     if not teacher.missing(replica.queues):
         return
     with timings.measure("teacher_log_prob"):
@@ -47,7 +47,7 @@ def ask_teacher(replica: Replica, teacher: Teacher | NoTeacher, tally: Tally, ti
 
 
 def enter_left_out(replica: Replica, tally: Tally) -> None:
-    """Put what draws left out for its length into the books."""
+    """Enter prompts and traces that draws left out for their length into the books."""
     left_out = replica.take_left_out()
     replica.books.drop(DropReason.TOO_LONG, left_out.prompts)
     tally.add("dropped_prompts", left_out.prompts)
@@ -56,7 +56,7 @@ def enter_left_out(replica: Replica, tally: Tally) -> None:
 
 
 def enter_minibatch(replica: Replica, minibatch: Minibatch, tally: Tally) -> None:
-    """Put groups that enter their last update into the books, and count what goes on waiting."""
+    """Enter groups whose last update this is into the books, and count the groups that go on waiting."""
     for group in minibatch.finished:
         replica.books.ledger.train(group[0].treatment)
     for treatment, queue in replica.queues.waiting.items():
@@ -74,9 +74,9 @@ class Accounts:
     tally: Tally
 
     def balance(self, batch: RolloutBatch) -> Balance:
-        """Hold the books against what waits, ``batch`` included, and what is in flight; the same on every rank.
+        """Compare the books with the groups that wait (``batch`` included) or are in flight; the same on every rank.
 
-        Draws that are on no account, or on several, are a bug of ours, and logged. Collective over the world.
+        A draw on no account, or on several, is a bug of this package, and is logged. Collective over the world.
         """
         replica = self.replica
         with self.stream.still():
@@ -92,13 +92,14 @@ class Accounts:
         return found
 
     def report(self, step: int, steps: int, batch: RolloutBatch) -> Balance:
-        """Tell ``status.json`` that ``step`` of ``steps`` are done; return the balance. Collective over the world."""
+        """Write to ``status.json`` that ``step`` of ``steps`` are done; return the balance. Collective over the
+        world."""
         found = self.balance(batch)
         status.report(step=step, steps=steps, counts=found.counts())
         return found
 
     def log(self, step: int, steps: int, batch: RolloutBatch) -> None:
-        """Call :meth:`report`, and log what it says."""
+        """Call :meth:`report`, and log the result."""
         line = self.report(step, steps, batch).line()
         if self.ranks.is_global_leader:
             log.info("%d of %d steps are done; %s", step, steps, line)

@@ -1,4 +1,4 @@
-"""Admission: groups that came in wait for an update, or are dropped for a reason. Pure, but for a tally."""
+"""Admission: new groups wait for an update, or are dropped for a reason. Pure, except for a tally."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megatron_dypo.types import DropReason, GradedGroup, Prompt, Treatment
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """Groups that came in together, sorted by their fate."""
+    """Groups that came in together, sorted by what happens to them."""
 
     usable: Sequence[GradedGroup]
-    """Graded, or without rollouts; not stale."""
+    """Groups that are graded or have no rollouts, and are not stale."""
     routed: Routed
     """Parallel to ``usable``."""
     stale: Sequence[GradedGroup]
-    """Sampled by weights that are too old for an update."""
+    """Groups that were sampled by weights too old for an update."""
     unjudged: Sequence[GradedGroup]
-    """With a rollout that has no verdict."""
+    """Groups with a rollout that has no verdict."""
     dropped: Sequence[DroppedGroup]
     """Prompts without a group."""
 
@@ -72,7 +72,7 @@ def _is_stale(group: GradedGroup, version: int, max_version_lag: int) -> bool:
 
 
 def tally_admitted(tally: Tally, graded: Sequence[GradedGroup], admitted: Admitted) -> None:
-    """Count groups that came in, and their fates."""
+    """Count new groups, and what happens to them."""
     tally_groups(tally, graded)
     tally_dropped(tally, admitted.dropped)
     tally.extreme("max:epoch", max((group.prompt.visit for group in graded), default=0))

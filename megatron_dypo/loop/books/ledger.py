@@ -1,7 +1,7 @@
-"""The ledger of a run: the fate of every draw of a prompt.
+"""The ledger of a run: an account of every draw of a prompt.
 
-Each draw ends in exactly one of: trained on (its rollouts, a teacher's trace, or both), dropped for one reason, waiting
-for an update, or in flight. So at any time::
+Each draw is on exactly one account: trained on (its rollouts, a teacher's trace, or both), dropped for one reason,
+waiting for an update, or in flight. So at any time::
 
     drawn = trained + dropped + waiting + in flight
 
@@ -37,12 +37,12 @@ _WORDS = {
 
 @dataclass(kw_only=True)
 class Ledger:
-    """The draws of one replica since the run began, but for those that are still open."""
+    """The draws of one replica since the run began, without those that are still open."""
 
     drawn: int = 0
-    """Positions of the run's sequence of draws that were taken."""
+    """Number of draws taken from the run's sequence of draws."""
     trained: Counter[Treatment] = field(default_factory=Counter)
-    """Draws that have entered all their updates."""
+    """Draws that have been in all their updates."""
     dropped: Counter[DropReason] = field(default_factory=Counter)
 
     def draw(self, count: int) -> None:
@@ -101,7 +101,7 @@ class Balance:
 
     @property
     def difference(self) -> int:
-        """Draws that are on no account (positive), or on several (negative); 0 unless this package has a bug."""
+        """Number of draws on no account (positive) or on several (negative); 0 unless this package has a bug."""
         ended = sum(self.ledger.trained.values()) + sum(self.ledger.dropped.values())
         return self.ledger.drawn - ended - self.open.waiting - self.open.in_flight
 

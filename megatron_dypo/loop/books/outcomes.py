@@ -1,4 +1,4 @@
-"""The outcomes of one collection, over all replicas, and when they end the run. Pure."""
+"""The outcomes of one collection over all replicas, and the conditions under which they end the run. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNGRADED = (*_LOST, DropReason.NO_VERDICT, DropReason.TOO_LONG)
 
 @dataclass(kw_only=True)
 class Outcomes:
-    """Counts since a collection began; those of several replicas add up."""
+    """Counts since a collection began. Counts of several replicas can be added."""
 
     graded: int = 0
     """Groups with a tier, and prompts that need no rollouts."""
@@ -24,9 +24,9 @@ class Outcomes:
     verdicts: int = 0
     """Rollouts that the verifier judged."""
     teacher_answers: int = 0
-    """Rollouts that the teacher gave log-probs of."""
+    """Rollouts for which the teacher gave log-probs."""
     last_reason: str = ""
-    """The reason for which the last group was lost, or had no verdict."""
+    """Why the last group was lost or had no verdict."""
 
     def drop(self, reason: DropReason, count: int = 1, message: str = "") -> None:
         self.dropped[reason] += count
@@ -34,7 +34,7 @@ class Outcomes:
 
     @property
     def seen(self) -> int:
-        """Prompts that are graded, or dropped for whatever reason."""
+        """Prompts that are graded, or dropped for any reason."""
         return self.graded + sum(self.dropped[reason] for reason in _UNGRADED)
 
     @property
@@ -58,7 +58,7 @@ def end_on_request() -> RunEnded:
 
 
 def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:
-    """Count the rollouts that the verifier judged: not those that it failed on, nor those that it never got."""
+    """Count the rollouts that the verifier judged, without those that it failed on or never got."""
     return sum(
         verdict.error is None and not (fail_truncated and rollout.finish == "length")
         for group in groups
@@ -67,7 +67,7 @@ def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:
 
 
 def end_without_verdicts(now: Outcomes, before: Outcomes, at_least: int) -> RunEnded | None:
-    """Return the end of a run whose verifier, since ``before``, failed on ``at_least`` groups and judged nothing."""
+    """Return the end of the run if its verifier, since ``before``, judged nothing and failed on ``at_least`` groups."""
     failed = now.dropped[DropReason.NO_VERDICT] - before.dropped[DropReason.NO_VERDICT]
     if failed < at_least or now.verdicts > before.verdicts:
         return None
@@ -78,7 +78,8 @@ def end_without_verdicts(now: Outcomes, before: Outcomes, at_least: int) -> RunE
 
 
 def end_without_teacher(now: Outcomes, before: Outcomes, at_least: int) -> RunEnded | None:
-    """Return the end of a run whose teacher, since ``before``, failed on ``at_least`` groups and gave no log-probs."""
+    """Return the end of the run if its teacher, since ``before``, gave no log-probs and failed on ``at_least``
+    groups."""
     failed = now.dropped[DropReason.NO_TEACHER_LOGP] - before.dropped[DropReason.NO_TEACHER_LOGP]
     if failed < at_least or now.teacher_answers > before.teacher_answers:
         return None
@@ -89,10 +90,10 @@ def end_without_teacher(now: Outcomes, before: Outcomes, at_least: int) -> RunEn
 
 
 def end_without_samples(outcomes: Outcomes, *, num_prompts: int, step: int, max_prompt_tokens: int) -> RunEnded | None:
-    """Return the end of a run whose collection reached its limit and found nothing to learn from; None: look further.
+    """Return the end of the run if its collection reached its limit and found nothing to learn from; None: go on.
 
     Args:
-        num_prompts: rows of the data. Only a collection that has graded that many draws may say that nothing is left.
+        num_prompts: rows of the data. NOTHING_LEFT is possible only after that many draws were graded.
     """
     dropped = outcomes.dropped
     if outcomes.graded == 0:

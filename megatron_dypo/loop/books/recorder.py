@@ -1,4 +1,4 @@
-"""The record of a run: metrics of each step, a line for the terminal, and how far the run is."""
+"""The record of a run: metrics of each step, a line for the terminal, and the progress in ``status.json``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Writer(Protocol):
 
 
 class NoWriter:
-    """Stands for the writer on all ranks but one."""
+    """The writer on all ranks except one: it writes nothing."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorder:
-    """The parts of a run that its record is made with. Every method is called by all ranks."""
+    """Writes the record of a run. All ranks call every method."""
 
     accounts: Accounts
     writer: Writer
@@ -43,11 +43,12 @@ class Recorder:
     """Steps from one summary line to the next; see ``LoggingConfig``."""
 
     def report(self, progress: Progress) -> dict[str, float]:
-        """Tell ``status.json`` how far the run is; return the metrics of the books. Collective over the world."""
+        """Write the progress of the run to ``status.json``; return the metrics of the books. Collective over the
+        world."""
         return self.accounts.report(progress.step, self.total_steps, progress.batch).metrics()
 
     def gather(self, progress: Progress, update: Update) -> dict[str, float]:
-        """Return what was counted and timed in the step of ``update``, and count anew. Collective over the world."""
+        """Return the counts and times of the step of ``update``, and reset them. Collective over the world."""
         tally, timings, world_size = self.accounts.take_tally(), self.timings.take(), self.accounts.ranks.world_size
         metrics = step_metrics(tally, timings, update.totals, update.report.sums, self.declared, world_size)
         return metrics | self.report(progress)
@@ -59,16 +60,16 @@ class Recorder:
             log.info(summary_line(step, metrics))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the record of ``step``, with the time of what was measured since :meth:`gather`."""
+        """Write the record of ``step``, with times measured since :meth:`gather`."""
         self.writer.write(step, {**metrics, **self.timings.take()})
 
     def write_unfinished(self, progress: Progress) -> None:
-        """Write what a collection counted from which no update was made, as the record of the step that it was for."""
+        """Write the counts of a collection that led to no update, as the record of the step it was for."""
         timings, tally = self.timings.take(), self.accounts.take_tally()
         books = self.report(progress)
         if tally["asked"] or tally["dropped_prompts"]:
             self.writer.write(progress.step + 1, rollout_metrics(tally) | timings | books)
 
     def log(self, progress: Progress) -> None:
-        """Call :meth:`report`, and log what it says."""
+        """Call :meth:`report`, and log the result."""
         self.accounts.log(progress.step, self.total_steps, progress.batch)

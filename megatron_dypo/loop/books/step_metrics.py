@@ -1,4 +1,4 @@
-"""The metrics of a step, out of the sums that were counted in it."""
+"""The metrics of a step, computed from the sums counted in it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def update_metrics(
     """Return the metrics of an update.
 
     Args:
-        sums: those of the loss over all ranks; the groups' are in ``tally``.
+        sums: sums of the loss over all ranks. The sums of the groups are in ``tally``.
         declared: the objective's own metrics.
     """
     traces, tokens = totals.num_sequences[SampleKind.TRACE], totals.num_response_tokens
@@ -106,7 +106,7 @@ def step_metrics(
     declared: Iterable[SumMetric],
     world_size: int,
 ) -> dict[str, float]:
-    """Return the metrics of one step: of its collection, its update, its time and its memory."""
+    """Return the metrics of one step: collection, update, time and memory."""
     return {
         **rollout_metrics(tally),
         **update_metrics(tally, totals, sums, declared),
@@ -117,7 +117,7 @@ def step_metrics(
 
 
 def performance_metrics(tally: Tally, timings: dict[str, float], world_size: int) -> dict[str, float]:
-    """Return the rates of one step; ``timings`` are those of ``Timings.take``."""
+    """Return the rates of one step; ``timings`` come from ``Timings.take``."""
     step, gen, update = (timings.get(f"timing_s/{part}", 0.0) for part in ("step", "gen", "update_actor"))
     metrics = {}
     if step:

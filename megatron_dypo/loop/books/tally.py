@@ -1,4 +1,5 @@
-"""Sums that become a step's metrics: counted on every replica's leader, added over leaders, divided once at the end."""
+"""Sums that become a step's metrics. Every leader counts; the sums are added over leaders and divided once at the
+end."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from megatron_dypo.types import Floats, GradedGroup, Sample
 
 
 class Tally(dict[str, float]):
-    """Named sums; ``max:`` and ``min:`` keys keep an extreme instead. Missing ones are 0."""
+    """Named sums. Keys ``max:`` and ``min:`` keep an extreme instead. Missing sums are 0."""
 
     def __missing__(self, key: str) -> float:
         return 0.0
@@ -23,7 +24,7 @@ class Tally(dict[str, float]):
         return taken
 
     def merge(self, other: Tally) -> None:
-        """Add what another leader counted."""
+        """Add the sums of another leader."""
         for key, value in other.items():
             if key.startswith(("max:", "min:")):
                 self.extreme(key, value)
@@ -39,12 +40,12 @@ class Tally(dict[str, float]):
         self[key] += value
 
     def ratio(self, numerator: str, denominator: str) -> float | None:
-        """Return one sum over another; None where there is nothing to divide by."""
+        """Return one sum divided by another; None if the divisor is 0."""
         return self[numerator] / self[denominator] if self[denominator] else None
 
 
 def tally_client(tally: Tally, counts: ClientCounts) -> None:
-    """Count what went wrong while groups were collected; :func:`tally_dropped` counts the prompts without a group."""
+    """Count failures while groups were collected. :func:`tally_dropped` counts the prompts without a group."""
     for name in ("retries", "wrong_versions", "dropped_rollouts", "dropped_tokens"):
         tally.add(name, getattr(counts, name))
     tally.extreme("max:dropped_longest", counts.dropped_longest)
@@ -58,14 +59,15 @@ def tally_dropped(tally: Tally, dropped: Iterable[DroppedGroup]) -> None:
 
 
 def tally_refit(tally: Tally, report: RefitReport) -> None:
-    """Count the servers that one refit lost and won; call this on one rank."""
+    """Count the servers that one refit lost and got back; call this on one rank."""
     tally.add("refit/fenced", report.fenced)
     tally.add("refit/rejoined", report.rejoined)
     tally.add("refit/retries", report.retries)
 
 
 def tally_groups(tally: Tally, groups: Iterable[GradedGroup]) -> None:
-    """Count tiers, verdicts and lengths of graded groups. A rollout without a verdict is neither right nor wrong."""
+    """Count tiers, verdicts and lengths of graded groups. Rollouts without a verdict count as neither right nor
+    wrong."""
     for group in groups:
         tally.add("groups")
         tally.add("prompt_tokens", len(group.prompt.tokens))
@@ -99,7 +101,7 @@ def tally_sums(tally: Tally, sums: Mapping[str, float]) -> None:
 
 
 def tally_logprob_error(tally: Tally, error: Floats) -> None:
-    """Count one rollout's ``error``: [R] log-probs of the trainer less those of the servers."""
+    """Count one rollout's ``error``: [R] log-probs of the trainer minus those of the servers."""
     tally.add("logprob_error/rollouts")
     tally.add("logprob_error/tokens", len(error))
     tally.add("logprob_error/mean", float(abs(error).sum(dtype="float64")))
@@ -111,7 +113,7 @@ def tally_update(tally: Tally, samples: Sequence[Sample], version: int, *, old_i
     """Count the sequences of an update.
 
     Args:
-        old_is_rollout: ``old_logp`` are the servers' own, so that they say nothing of a mismatch.
+        old_is_rollout: ``old_logp`` are the servers' own, so there is no mismatch to measure.
     """
     for sample in samples:
         tally.add("sequences")

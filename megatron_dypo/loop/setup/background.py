@@ -31,9 +31,9 @@ def open_stream(
     """Return a stream that samples and grades this replica's draws once it is started.
 
     Args:
-        client: for the stream alone.
-        current_step: optimizer steps done, by which the objective says which groups are of use.
-        trace_text: gives the traces that the verifier judges beside rollouts.
+        client: a client that only the stream uses.
+        current_step: returns the optimizer steps done; whether a group is useful may depend on it.
+        trace_text: returns the trace that the verifier judges beside the rollouts of a prompt.
     """
     cfg, batching, replicas = config.rollout, config.batching, draws.replicas
 

@@ -1,4 +1,4 @@
-"""How a run is built: each part when all that it needs is there, closed in reverse order."""
+"""How a run is built. Each part is built after the parts it needs, and closed in reverse order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ log = logging.getLogger("megatron_dypo")
 
 
 def uses_servers(config: Config, objective: Objective, first_step: int) -> bool:
-    """Return whether any step that is left, or any evaluation, asks a server."""
+    """Return whether any remaining step or any evaluation asks a server."""
     steps_left = range(first_step, config.run.steps)
     return bool(steps_left) and (bool(config.eval.sets) or any(map(objective.needs_rollouts, steps_left)))
 
@@ -70,7 +70,7 @@ def open_run(config: Config) -> Iterator[Run]:
         teacher = open_teacher(base, opened)
         writer: Writer = NoWriter()
         if layout.is_global_leader:
-            _write_config(config)  # the first run's stays where a resume is refused: nothing was done with another
+            _write_config(config)  # only now: if a resume is refused, the config of the run stays
             writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)
@@ -98,7 +98,7 @@ def _lay(
     *,
     with_servers: bool,
 ) -> Foundation:
-    """Build the policy, and bring it to where the checkpoint ``latest`` left it."""
+    """Build the policy, and restore it from the checkpoint ``latest``."""
     timings, progress, restored = Timings(), Progress(), None
     policy = build_policy(config, layout, objective, timings=timings)
     if latest is not None:
@@ -151,7 +151,7 @@ def prepare_folder(config: Config, *, is_global_leader: bool) -> Path | None:
     """Make the run folder; return the checkpoint to resume from, if it holds one.
 
     Raises:
-        ValueError: there is one, and ``run.resume`` is false or ``run.steps`` is below the steps that are done.
+        ValueError: there is a checkpoint, and ``run.resume`` is false or ``run.steps`` is below its step.
     """
     folder = Path(config.run.dir)
     found = find_latest(folder / "checkpoints")

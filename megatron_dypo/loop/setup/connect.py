@@ -1,4 +1,4 @@
-"""How a run is connected to its servers: they start while the model is built, and every rank learns their addresses."""
+"""How a run connects to its servers. They start while the model is built; then every rank learns their addresses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("megatron_dypo")
 
 
 def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[ServerPool]:
-    """Start or reach the servers in a thread; they stop with ``stack``."""
+    """Start or reach the servers in a thread. Closing ``stack`` stops them."""
     executor = stack.enter_context(ThreadPoolExecutor(max_workers=1))
     log.info("starting or reaching SGLang servers")
     future = executor.submit(
@@ -47,7 +47,7 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
 
 
 def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool | None) -> Servers:
-    """Return the servers of a run, connected; ``pool`` is known on the global leader. Collective over the world."""
+    """Return the connected servers of a run; only the global leader has the ``pool``. Collective over the world."""
     config, ranks, policy = base.config, base.ranks, base.policy
     urls, api_key = ranks.of_leaders((pool.urls, pool.api_key) if pool else ((), None))[0]
     requests: LeaderRequests | FollowerRequests = FollowerRequests()
@@ -80,7 +80,7 @@ def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool 
 def _requests(
     base: Foundation, opened: OpenedLeader, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None
 ) -> LeaderRequests:
-    """Return a client and a rollout stream, to the same servers."""
+    """Return a client and a rollout stream for the same servers."""
     config, tokenizer, progress = base.config, opened.tokenizer, base.progress
 
     def decode(tokens: Tokens) -> str:

@@ -1,4 +1,4 @@
-"""The parts of a run that are there first, and that data and servers are opened with."""
+"""The parts of a run that are built first; opening data and servers needs them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_dypo.objective.recipes.base import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Foundation:
-    """The ranks and the policy of a run, and how far it is."""
+    """The ranks, the policy and the progress of a run."""
 
     config: Config
     ranks: MeshRanks
@@ -26,13 +26,13 @@ class Foundation:
     policy: MegatronPolicy
     progress: Progress
     restored: Restored | None
-    """The checkpoint that the run goes on from."""
+    """The checkpoint from which the run resumes."""
     with_servers: bool
-    """Whether a step that is left, or an evaluation, asks a server."""
+    """Whether a remaining step or an evaluation asks a server."""
     timings: Timings
     tally: Tally
     stack: contextlib.ExitStack
-    """Closes what is opened, in reverse order."""
+    """Closes the parts of the run in reverse order."""
 
     @property
     def run_dir(self) -> Path:

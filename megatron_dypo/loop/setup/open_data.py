@@ -26,11 +26,11 @@ from megatron_dypo.parallel.collectives import gather_objects
 log = logging.getLogger("megatron_dypo")
 
 _JUDGED_OF_TEACHER = 50
-"""Traces of each teacher that are judged at the start of a run, for a figure in its log."""
+"""Number of traces of each teacher that are judged at the start of a run; the log shows the share of correct ones."""
 
 
 def open_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
-    """Load the policy's tokenizer as the config wants it used.
+    """Load the policy's tokenizer with the settings of the config.
 
     Raises:
         ValueError: a broken file, or ids that the model's embedding of ``vocab_size`` rows lacks.
@@ -47,7 +47,7 @@ def open_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
 
 
 def open_dataset(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer) -> PromptDataset:
-    """Open and check the prompt files; the first leader does the work, and the others read its result.
+    """Open and check the prompt files. The first leader does the work; the others read its result.
 
     Raises:
         ValueError: bad rows, or every prompt is too long.
@@ -65,7 +65,7 @@ def open_dataset(config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenize
 def open_held_out(
     config: Config, leaders: dist.ProcessGroup, tokenizer: Tokenizer, stack: contextlib.ExitStack
 ) -> dict[str, EvalSet]:
-    """Open the evaluation sets by name; their traces, if they have any, are not read."""
+    """Open the evaluation sets: name → set. Their traces, if any, are not read."""
     with _first_leader_first(leaders):
         return open_sets(
             config.eval, config.data, tokenizer, stack, seed=config.run.seed, cache_dir=Path(config.run.dir)
@@ -73,11 +73,12 @@ def open_held_out(
 
 
 def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Verifier) -> None:
-    """Hold the data against the verifiers that will judge it, before anything is sampled.
+    """Check the data against the verifiers that will judge it, before anything is sampled.
 
     Raises:
-        ValueError: a row names a verifier that it may not; an answer is an object and its verifier reads text only; or
-            a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+        ValueError: a row names a verifier that it may not name; an answer is an object and its verifier reads only
+        text;
+            or a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
     """
     grading = config.grading
     problems = [found for name in sorted(dataset.verifiers) if (found := row_verifier_problem(grading, name))]
@@ -102,9 +103,9 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
 def judge_traces(
     config: Config, leaders: dist.ProcessGroup, dataset: PromptDataset, tokenizer: Tokenizer, verifier: Verifier
 ) -> TraceVerdicts | None:
-    """Let the verifier judge the teachers' traces, and log what it says of each teacher.
+    """Let the verifier judge the teachers' traces, and log the result for each teacher.
 
-    Every trace is judged for ``data.drop_wrong_traces``, else a sample. The result is kept beside the run.
+    With ``data.drop_wrong_traces`` every trace is judged, else a sample. The result is kept in the run folder.
 
     Returns:
         The verdicts that ``data.drop_wrong_traces`` needs, else None.
@@ -143,12 +144,12 @@ def _first_leader_first(leaders: dist.ProcessGroup) -> Iterator[None]:
 
 
 def data_identity(config: Config, stream: PromptStream) -> dict[str, Any]:
-    """Return all that gives a position of the run its row: a resumed run must find the same."""
+    """Return everything that maps a position of the run to its row. A resumed run must have the same."""
     return {"files": stream.fingerprint(), "shuffle": config.data.shuffle, "seed": config.run.seed}
 
 
 def require_same_data(stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]) -> None:
-    """Hold the data of a checkpoint against that of this run.
+    """Compare the data of a checkpoint with those of this run.
 
     Raises:
         ValueError: they differ, and ``run.allow_changed`` does not name ``data``.

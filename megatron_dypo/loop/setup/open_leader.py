@@ -1,4 +1,4 @@
-"""How a replica's leader is made: tokenizer, prompts, evaluation sets, verifier, and its place after a resume."""
+"""How a replica's leader is made: tokenizer, prompts, evaluation sets, verifier, and the restored position."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from megatron_dypo.metrics.samples import SampleLog
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedLeader:
-    """A leader, and what its requests to servers are made of."""
+    """A leader, and the parts that its requests to servers need."""
 
     leader: Leader
     tokenizer: Tokenizer
     verifier: Verifier
-    """Runs only where it is kept."""
+    """The verifier; its processes run only if the run needs verdicts."""
 
 
 def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
@@ -70,5 +70,6 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
         run_dir=base.run_dir,
         books=Books(ledger=draws.ledger),
         data_identity=identity,
+        stop_ids=tokenizer.eos_ids,
     )
     return OpenedLeader(leader=leader, tokenizer=tokenizer, verifier=verifier)

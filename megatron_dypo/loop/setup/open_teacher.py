@@ -1,4 +1,4 @@
-"""How a run is connected to a teacher's servers, where its objective reads their log-probs of rollouts."""
+"""How a run connects to a teacher's servers, if its objective reads their log-probs of rollouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dypo.rollout.teacher.client import TeacherClient
 
 
 def open_teacher(base: Foundation, opened: OpenedLeader | Follower) -> Teacher | NoTeacher:
-    """Return the teacher of this rank; every leader makes sure that it reaches the right one.
+    """Return the teacher of this rank. Every leader checks that it reaches the right servers.
 
     Raises:
         ValueError: a server does not answer, or has another tokenizer than the policy.

@@ -1,4 +1,4 @@
-"""The teachers' traces by the verifier: what a run's start and the check judge them with."""
+"""Verdicts on the teachers' traces, at the start of a run and in ``megatron-dypo check``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def judge_teachers(
     limit_per_teacher: int | None,
     show_progress: bool,
 ) -> list[TeacherStatistics]:
-    """Judge traces of each teacher and note those with wrong ones. Raises ValueError as ``wrong_traces``."""
+    """Judge traces of each teacher, and note the teachers with wrong ones. Raises ValueError as ``wrong_traces``."""
     if not dataset.teachers:
         return []
     verdicts = wrong_traces(
@@ -61,7 +61,7 @@ def judge_teachers(
 
 
 def judge_by(verifier: Verifier) -> Verify:
-    """Return the function that ``wrong_traces`` asks: a running verifier, with None where it gives no verdict."""
+    """Return the function that ``wrong_traces`` calls: it asks a running verifier, and returns None for no verdict."""
 
     def judge(pairs: Sequence[tuple[Prompt, str]]) -> list[bool | None]:
         verdicts = verifier.verify([pair_of(prompt, response) for prompt, response in pairs])
@@ -73,9 +73,9 @@ def judge_by(verifier: Verifier) -> Verify:
 def judged_trace_text(
     objective: Objective, decode: Callable[[Tokens], str], seed: int
 ) -> Callable[[Prompt], str | None] | None:
-    """Return a function that gives the text of the trace that is drawn for a visit of a prompt, None without a trace.
+    """Return a function from a prompt to the text of the trace that is drawn for its visit, or None without a trace.
 
-    Return None where ``objective`` needs no verdict of a trace.
+    Return None if ``objective`` needs no verdict on a trace.
     """
     if not objective.needs_trace_verdict():
         return None
@@ -88,10 +88,10 @@ def judged_trace_text(
 
 
 def verifier_key(cfg: GradingConfig) -> str:
-    """Return all that verdicts depend on besides the data, as text: verifiers, their files' contents, the version.
+    """Return, as text, everything that verdicts depend on besides the data: verifiers, their files, the version.
 
-    Empty, so that no verdict is kept, where the file of a verifier is not found. Other modules that a verifier's module
-    imports are not looked at: remove ``data_check`` in the run folder after a change of one.
+    The text is empty, and no verdict is kept, if the file of a verifier is not found. Modules that a verifier's module
+    imports are not included: after a change of one, remove ``data_check`` in the run folder.
     """
     files = {}
     for _, name in cfg.named_verifiers():
@@ -105,7 +105,7 @@ def verifier_key(cfg: GradingConfig) -> str:
 
 
 def _file_of(module: str) -> Path | None:
-    """Find the file of a module without importing its packages, which may do anything."""
+    """Find the file of a module without importing its packages, whose code may do anything."""
     for entry in sys.path:
         path = Path(entry or ".", *module.split("."))
         for file in (path.with_suffix(".py"), path / "__init__.py"):

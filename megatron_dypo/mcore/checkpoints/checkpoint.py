@@ -6,9 +6,9 @@ One checkpoint is a folder that appears whole or not at all::
       latest_checkpointed_iteration.txt     10
       step_000010/
         mcore/                              Megatron dist_checkpointing: weights, optimizer, RNG states
-        reference/                          the same of π_ref, if it is refreshed in the run
-        trainer_state.json                  what the loop needs
-        leader_00000.bin, …                 what each replica's leader needs (its queues)
+        reference/                          the same for π_ref, if the run refreshes it
+        trainer_state.json                  the state of the loop
+        leader_00000.bin, …                 the state of each replica's leader (its queues)
 
 It is written as ``step_000010.tmp``, synced and renamed. All ranks share the file system.
 """
@@ -56,12 +56,12 @@ _RESTORE = "restore it, or move the folder away to go on from an older checkpoin
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """The contents of a checkpoint besides weights, optimizer and RNG, which are in place already."""
+    """The contents of a checkpoint besides weights, optimizer and RNG, which are already restored."""
 
     step: int
     trainer_state: dict[str, Any]
     leader_states: list[bytes]
-    """By the ``dp_rank`` of the run that wrote them, however many replicas this run has."""
+    """One for each ``dp_rank`` of the run that wrote the checkpoint, however many replicas this run has."""
 
 
 def save(
@@ -75,19 +75,22 @@ def save(
     leader_state: bytes = b"",
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,
+    stop_ids: Sequence[int] = (),
     keep: int = 0,
 ) -> Path:
     """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
 
     Args:
-        trainer_state: JSON values; the global leader's counts.
-        leader_state: a replica leader's own bytes; other ranks' are ignored.
-        reference: π_ref, where resuming cannot rebuild it from the initial weights.
-        hf_path: HF folder whose configuration and tokenizer go beside the weights, so that the checkpoint converts
-        alone. keep: checkpoints to keep, this one included; 0: all.
+        trainer_state: JSON values. Those of the global leader are stored.
+        leader_state: bytes of a replica leader. Those of other ranks are ignored.
+        reference: π_ref, if resuming cannot rebuild it from the initial weights.
+        hf_path: HF folder whose configuration and tokenizer are copied into the checkpoint, which then converts without
+            that folder.
+        stop_ids: ids at which the policy stops, for the copied generation_config.json.
+        keep: checkpoints to keep, this one included; 0: all.
 
     Raises:
-        OSError: the file system took no more; nothing is left of this checkpoint, and older ones are as they were.
+        OSError: the file system is full. Nothing is left of this checkpoint, and older ones are unchanged.
     """
     final = folder_of(root, step)
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
@@ -95,7 +98,10 @@ def save(
         _on_leader(layout, lambda: make_partial(final, parts))
         _write_weights(partial_of(final), chunks, optimizer, layout, reference)
         header = _header(step, optimizer, layout) | {"trainer": trainer_state}
-        _write_state(partial_of(final), layout, header, leader_state, hf_path)
+        _write_state(partial_of(final), layout, header, leader_state)
+        if layout.is_global_leader and hf_path is not None:
+            (partial_of(final) / _WEIGHTS / HF_FOLDER).mkdir()
+            copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
         dist.barrier()
         _on_leader(layout, lambda: publish(final, keep=keep))
     except (CheckpointException, OSError) as error:
@@ -107,16 +113,11 @@ def save(
     return final
 
 
-def _write_state(
-    partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes, hf_path: str | Path | None
-) -> None:
+def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes) -> None:
     if layout.is_replica_leader:
         (partial / f"leader_{layout.dp_rank:05d}.bin").write_bytes(leader_state)
     if layout.is_global_leader:
         (partial / STATE).write_text(json.dumps(header, indent=1))
-        if hf_path is not None:
-            (partial / _WEIGHTS / HF_FOLDER).mkdir()
-            copy_beside(Path(hf_path), partial / _WEIGHTS / HF_FOLDER)
 
 
 def _write_weights(
@@ -142,15 +143,15 @@ def load(
     layout: MeshRank,
     reference: ReferencePolicy | None = None,
 ) -> Restored:
-    """Restore a checkpoint folder into this run's layout, whatever layout wrote it. Collective over the world.
+    """Restore a checkpoint, written by any layout, into this run's layout. Collective over the world.
 
-    RNG states come back only under the same tensor and pipeline sizes; under others they stay as seeded.
+    RNG states are restored only if tensor and pipeline sizes are the same; else they stay as seeded.
 
     Args:
-        reference: filled from the checkpoint if that has one, else left as it is.
+        reference: filled from the checkpoint if that has one, else unchanged.
 
     Raises:
-        ValueError: not a whole checkpoint, or one of another kind of optimizer.
+        ValueError: the checkpoint is not whole, or is of another kind of optimizer.
     """
     path = Path(path)
     header = _read_header(path)
@@ -185,7 +186,7 @@ def load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
         EOFError,
         json.JSONDecodeError,
     ) as error:
-        # torch gives the ranks' reasons to the first one alone.
+        # torch gives the reasons of all ranks only to the first one.
         failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
         reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
         raise ValueError(f"{path}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
@@ -193,7 +194,7 @@ def load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
-    """Read what each replica's leader saved. Raises ValueError if a file is missing."""
+    """Read the state of each replica's leader. Raises ValueError if a file is missing."""
     files = sorted(path.glob("leader_*.bin"))
     expected = header.get("data", len(files))
     if len(files) != expected:
@@ -209,7 +210,7 @@ def _whole_state(
     is_loading: bool,
     with_rng: bool = True,
 ) -> dict[str, Any]:
-    # Of the optimizer formats only this one can change every axis.
+    # This is the only optimizer format that allows every axis to change.
     metadata = {"dp_cp_group": layout.dp_group, "distrib_optim_sharding_type": "fully_reshardable"}
     state = model_state(chunks, metadata)
     state["optimizer"] = optimizer.megatron.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)

@@ -30,12 +30,13 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
     """Write the weights of an HF folder as a ``torch_dist`` checkpoint, in the files that the ranks of a mesh would
     write.
 
-    Of ``mesh``, tensor and the pipeline's fields matter; one replica writes, and experts are whole. The checkpoint
-    loads at any parallel sizes; a run with these sizes reads each file on one rank only. Types are kept.
-    ``<mcore_path>/hf`` keeps configuration and tokenizer for the way back.
+    Only tensor and pipeline sizes of ``mesh`` are used: one replica writes, and experts are whole. The checkpoint loads
+    at any parallel sizes; in a run with these sizes only one rank reads each file. Types are kept. Configuration and
+    tokenizer are kept in ``<mcore_path>/hf``, for a conversion back.
 
     Raises:
-        ValueError: an HF tensor missing, unknown or misshapen, a size that does not divide the model, ``mcore_path``
+        ValueError: an HF tensor is missing, unknown or misshapen; a size does not divide the model; or ``mcore_path``
+        is
             not vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
@@ -76,16 +77,17 @@ def mcore_to_hf(
     """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
 
     Configuration and tokenizer come from ``hf_reference``; the default is the folder that :func:`hf_to_mcore` or a
-    training run left in the checkpoint. Optimizer states in the checkpoint are passed over. Types are kept, except
-    those of weights that ``quantization`` puts into FP8, and ``config.json`` says so. The checkpoint says itself how it
-    is cut, so the sizes are held against the architecture and no more. That of a training run becomes the same files,
-    byte for byte, as the run's own export of that step: one for each stage at least.
+    training run left in the checkpoint. Optimizer states are not read. Types are kept, except those of weights that
+    ``quantization`` puts into FP8; ``config.json`` then says so. The checkpoint itself tells how it is split; the sizes
+    are only checked against the architecture. A checkpoint of a training run becomes the same files, byte for byte, as
+    the run's own export of that step.
 
     Args:
-        overwrite: replace the HF folder that is at ``hf_path``, once the new one is whole.
+        overwrite: replace the HF folder at ``hf_path``, once the new one is whole.
 
     Raises:
-        ValueError: a tensor missing, unknown or misshapen, no reference, ``hf_path`` not vacant. Nothing is written.
+        ValueError: a tensor is missing, unknown or misshapen; there is no reference; or ``hf_path`` is not vacant.
+            Nothing is written then.
     """
     reader = MCoreReader(mcore_path)
     reference = _reference(reader, hf_reference)
@@ -119,9 +121,9 @@ def _specs(row: Row, reader: MCoreReader, arch: Architecture) -> list[TensorSpec
 
 
 def _rows_by_part(reader: MCoreReader, arch: Architecture) -> dict[str, list[Row]]:
-    """Return the rows of each writer of an export, under the stem of its files, which sort as the writers do.
+    """Return the rows of each writer of an export: stem of its files → rows. Stems sort like the writers.
 
-    A run's export is written by the ranks that hold the weights, and it is they that wrote its checkpoint.
+    The ranks that hold the weights write a run's export. The same ranks wrote its checkpoint.
     """
     rows = [row for row in family_rows(arch) if not row.is_copy]
     if not reader.is_of_run:
@@ -133,7 +135,7 @@ def _rows_by_part(reader: MCoreReader, arch: Architecture) -> dict[str, list[Row
 
 
 def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
-    # π_ref of a run's checkpoint has no folder of its own.
+    # π_ref in a run's checkpoint has no such folder; it uses that of the policy.
     beside = (reader.path / HF_FOLDER, reader.path.parent / WEIGHTS_FOLDER / HF_FOLDER)
     reference = hf_reference or next((folder for folder in beside if folder.is_dir()), beside[0])
     if not (reference / "config.json").is_file():
@@ -144,7 +146,7 @@ def _reference(reader: MCoreReader, hf_reference: Path | None) -> Path:
 
 
 def _check_types(rows: list[Row], reader: HFReader, arch: Architecture) -> None:
-    """Require one type for all layers (and experts) of a parameter: a checkpoint stacks them in one tensor."""
+    """Require one type for all layers (and experts) of a parameter, since a checkpoint stacks them in one tensor."""
     type_of: dict[str, torch.dtype] = {}
     for row in rows:
         key = stored_key(row.mcore, arch)[0]
@@ -162,9 +164,9 @@ def _stage(row: Row, arch: Architecture, stage_of: Mapping[int, int]) -> int:
 
 
 def _chunks(row: Row, reader: HFReader, arch: Architecture, tp_rank: int, tp_size: int) -> Iterator[StoredChunk]:
-    """Yield the chunks of a parameter that one rank writes. The parameter is read once, with its first chunk.
+    """Yield the chunks of a parameter that one rank writes. The first chunk reads the parameter, once for all.
 
-    Experts are written whole by the first tensor-parallel rank, as a run without expert tensor parallelism does.
+    The first tensor-parallel rank writes whole experts, as in a run without expert tensor parallelism.
     """
     if row.is_expert:
         if tp_rank > 0:

@@ -1,4 +1,4 @@
-"""Exporting a checkpoint of a training run as an HF folder, in one process and without the run's machines."""
+"""Export of a training run's checkpoint as an HF folder, in one process and without the run's machines."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def export_run(
     """Write the policy of one checkpoint as an HF folder, byte for byte as the run itself exports that step.
 
     Args:
-        step: of the checkpoint; None: the newest whole one.
-        out_dir: takes the name when all is written; None: ``run_dir/exports/step_<step>``.
-        overwrite: replace an HF folder that is there already.
+        step: step of the checkpoint. None: the newest whole one.
+        out_dir: the HF folder; it appears when everything is written. None: ``run_dir/exports/step_<step>``.
+        overwrite: replace an existing HF folder.
 
     Returns:
         The HF folder.
 
     Raises:
-        ValueError: no run folder, no such checkpoint (the message names those that there are), a checkpoint that is
-            damaged, an ``out_dir`` that is not vacant or lies among the checkpoints. Nothing is written then.
+        ValueError: ``run_dir`` is no run folder; there is no such checkpoint (the message names the existing ones), or
+            it is damaged; or ``out_dir`` is not vacant or is inside the folder of checkpoints. Nothing is written then.
     """
     root = run_dir / CHECKPOINTS
     if not root.is_dir():
@@ -72,7 +72,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def whole_checkpoints(root: Path) -> dict[int, Path]:
-    """Return step → folder of the checkpoints that are whole; warn of folders that bear the name and are not."""
+    """Return step → folder of the whole checkpoints; warn of folders of that name that are not whole."""
     found: dict[int, Path] = {}
     for folder in sorted(root.iterdir()):
         name = _STEP.fullmatch(folder.name)

@@ -1,4 +1,4 @@
-"""The life of a checkpoint folder: written under another name, published whole, found again, pruned."""
+"""The life of a checkpoint folder: it is written under another name, published whole, found again, and removed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def step_of(checkpoint: Path) -> int:
 def find_latest(root: str | Path) -> Path | None:
     """Return the newest whole checkpoint under ``root``: the tracker's, or the highest step if the tracker was lost.
 
-    A tracker that is empty, holds no step or names a folder that is not whole was lost: a crash can leave it so. A
-    folder is whole if its ``trainer_state.json``, which is written after the weights, can be read.
+    A tracker counts as lost if it is empty, holds no step or names a folder that is not whole; a crash can leave such a
+    tracker. A folder is whole if its ``trainer_state.json``, which is written after the weights, can be read.
     """
     root = Path(root)
     steps = _steps(root)
@@ -53,9 +53,9 @@ def _tracked(root: Path) -> Path | None:
 
 
 def remove_partials(root: str | Path) -> None:
-    """Remove what saves that never ended left behind. Only for who holds the run's lock: no save may be under way."""
+    """Remove the remains of interrupted saves. The caller must hold the run's lock, so that no save is running."""
     for partial in Path(root).glob("step_*.tmp"):
-        log.warning("removing %s, which a save that did not end left", partial)
+        log.warning("removing %s, the remains of an interrupted save", partial)
         remove(partial)
 
 
@@ -74,7 +74,7 @@ def partial_of(final: Path) -> Path:
 
 
 def discard_partial(final: Path) -> None:
-    """Remove what a save that failed has written, so that the disk has room again."""
+    """Remove the files of a failed save, so that the disk has room again."""
     remove(partial_of(final))
 
 
@@ -82,7 +82,7 @@ def publish(final: Path, *, keep: int) -> None:
     """Sync the partial folder to disk, give it its name, move the tracker, then prune.
 
     Args:
-        keep: checkpoints to keep, this one included; 0: all. What a crash left half written goes too.
+        keep: checkpoints to keep, this one included; 0: all. Remains of interrupted saves are removed too.
     """
     root, partial = final.parent, partial_of(final)
     commit_folder(partial, final)

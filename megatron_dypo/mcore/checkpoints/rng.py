@@ -1,4 +1,4 @@
-"""RNG states of this rank as tensors, so that a checkpoint holds no pickles of ours."""
+"""RNG states of this rank as tensors, so that this package adds no pickles to a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sharded_state(layout: MeshRank) -> dict[str, ShardedTensor]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put the states of :func:`sharded_state` back."""
+    """Restore the states of :func:`sharded_state`."""
     torch.set_rng_state(states["cpu"])
     if device.on_gpu():
         device.set_rng_state(states["device"])

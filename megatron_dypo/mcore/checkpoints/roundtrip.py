@@ -1,4 +1,4 @@
-"""Whether a model comes back from a Megatron checkpoint bit for bit: tensor by tensor, never two models in memory."""
+"""A test that a model survives conversion to a Megatron checkpoint and back bit for bit, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that did not come back as it went."""
+    """A tensor that the conversion changed."""
 
     name: str
     shape: tuple[int, ...]
     num_elements: int
-    """Elements of which some bit differs; all of them where the type does."""
+    """Number of elements that differ in any bit; all elements if the type differs."""
     largest: float
     """Largest magnitude of a difference between two finite elements."""
 
@@ -40,11 +40,11 @@ def check_roundtrip(
 ) -> list[Difference]:
     """Convert an HF folder to a Megatron checkpoint for this mesh (None: one rank) and back, and compare every tensor.
 
-    ``work_dir`` takes both results, together twice the size of the model. With ``mcore_path`` that checkpoint takes the
-    place of the first conversion: is it the one of this HF folder?
+    Both results are written to ``work_dir``; together they have twice the size of the model. With ``mcore_path`` that
+    checkpoint replaces the first conversion; this tests whether it holds the weights of the HF folder.
 
     Raises:
-        ValueError: a model that cannot be converted, a work folder in which either result is there already.
+        ValueError: the model cannot be converted, or ``work_dir`` already holds one of the results.
     """
     if mcore_path is None:
         mcore_path = work_dir / "mcore"
@@ -59,10 +59,10 @@ def check_roundtrip(
 
 
 def differing_tensors(expected: Path, actual: Path, *, show_progress: bool = True) -> list[Difference]:
-    """List the tensors of a model that two HF folders hold differently; one of each folder is in memory at a time.
+    """List the tensors that differ between two HF folders of a model. One tensor of each is in memory at a time.
 
     Raises:
-        ValueError: a folder in which a tensor of the model is missing, unknown or misshapen.
+        ValueError: a tensor of the model is missing, unknown or misshapen in a folder.
     """
     arch = load_architecture(expected)
     readers = HFReader(expected), HFReader(actual)

@@ -1,4 +1,4 @@
-"""Turns Megatron's and torch's exceptions of a failed checkpoint into errors that the end of a run can sort."""
+"""Turns Megatron's and torch's exceptions of a failed save into errors for which the cause of the end is known."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_dypo.ending import Cause
 
 _UNWRITTEN = re.compile(r"unexpected pos|failed writing|No space left|File too large|quota exceeded")
-"""Messages of torch's writer where a file took no more; the operating system's number is lost on the way."""
+"""Messages of torch's writer for a full file system. It does not pass on the error number."""
 
 
 class SaveFailedError(RuntimeError):
-    """A checkpoint was not written, for a reason that the first rank has."""
+    """A checkpoint was not written. Only the first rank knows the reason."""
 
     cause = Cause.RANK_LOST
 
 
 def save_failure(error: CheckpointException, final: Path) -> Exception:
-    """Return one error that tells why Megatron's writers failed. All ranks get ``error``; the first has the reasons."""
+    """Return one error that tells why Megatron's writers failed. Only on the first rank ``error`` has the reasons."""
     if not error.failures:
         return SaveFailedError(f"{final}: not written; rank 0 has the reason")
     rank, (reason, _) = next(iter(error.failures.items()))

@@ -1,8 +1,8 @@
 """Megatron's ``torch_dist`` checkpoints, chunk by chunk, without Megatron and without a process group.
 
-The format is that of torch.distributed.checkpoint: ``.metadata`` says which chunk of which whole tensor lies where in
-which ``*.distcp`` file. Megatron adds ``common.pt`` and ``metadata.json``. Whole tensors do not depend on tensor or
-pipeline parallelism, except for the padding of the vocabulary.
+The format is that of torch.distributed.checkpoint: ``.metadata`` lists the chunks of every whole tensor with their
+files (``*.distcp``) and positions. Megatron adds ``common.pt`` and ``metadata.json``. Whole tensors do not depend on
+tensor or pipeline parallelism, except for the padding of the vocabulary.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ RUN_STATE = "trainer_state.json"
 """File that a training run writes beside the folder of its checkpoint's tensors."""
 
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng\.|rng_state")
-"""Keys of optimizer and RNG states; the last is Megatron's own name for those."""
+"""Keys of optimizer and RNG states; ``rng_state`` is Megatron's own name for the latter."""
 _FILE = re.compile(r"__(\d+)_\d+\.distcp")
 """Name of a file: the rank that wrote it, and a number."""
-# What an unpickler makes of damaged bytes.
+# Errors of an unpickler on damaged bytes.
 _DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -67,7 +67,7 @@ class StoredChunk:
     sizes: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    """Gives the part when its turn comes; any shape with the right number of elements."""
+    """Returns the part; its shape only needs the right number of elements."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,7 +83,7 @@ class MCoreWriter:
         self._results: list[WriteResult] = []
 
     def write_rank(self, rank: int, states: Iterable[str], chunks: Iterable[StoredChunk]) -> Iterator[int]:
-        """Write the file of one rank: empty states under the given keys, and chunks; yields the bytes of each chunk."""
+        """Write the file of one rank: empty states under the given keys, and chunks. Yield the bytes of each chunk."""
         name = f"__{rank}_0.distcp"
         with durable_file(self._folder / name) as stream:
 
@@ -110,7 +110,7 @@ class MCoreWriter:
         return MetadataIndex(chunk.key, chunk.offsets, len(whole.chunks) - 1)
 
     def finish(self) -> None:
-        """Write what belongs to no rank; without it the folder is no checkpoint."""
+        """Write the files that belong to no rank. Without them the folder is no checkpoint."""
         FileSystemWriter(self._folder).finish(self._metadata, [self._results])
         with durable_file(self._folder / "common.pt") as stream:
             torch.save({}, stream)
@@ -119,9 +119,9 @@ class MCoreWriter:
 
 
 class MCoreReader:
-    """The weights of a checkpoint, whoever wrote it and at whatever parallel sizes.
+    """The weights of a checkpoint, written by a run or a converter at any parallel sizes.
 
-    ``path`` may also be a step folder of a run, in which the checkpoint is the folder ``mcore``.
+    ``path`` may also be a step folder of a run, which contains the checkpoint as ``mcore``.
 
     Raises:
         ValueError: ``path`` is no ``torch_dist`` checkpoint.
@@ -134,7 +134,7 @@ class MCoreReader:
         self.path = folders[0]
         """Folder of the tensors."""
         self.is_of_run = (self.path.parent / RUN_STATE).is_file()
-        """Whether a training run wrote it, so that each pipeline stage wrote its own files."""
+        """Whether a training run wrote it. Then each pipeline stage wrote its own files."""
         refuse_lfs_pointer(self.path / ".metadata", _beginning(self.path / ".metadata"))
         try:
             metadata = FileSystemReader(self.path).read_metadata()
@@ -152,10 +152,10 @@ class MCoreReader:
         return self._wholes[stored_key(row.mcore, arch)[0]].properties.dtype
 
     def check_complete(self, arch: Architecture) -> None:
-        """Hold the checkpoint against the family's table: no tensor missing, unknown or misshapen, no chunk missing.
+        """Compare the checkpoint with the family's table: no tensor may be missing, unknown or misshapen.
 
         Raises:
-            ValueError: names every offending tensor.
+            ValueError: the message names every wrong tensor, also those with missing chunks.
         """
         expected = {}
         for row in family_rows(arch):
@@ -167,7 +167,7 @@ class MCoreReader:
             if key not in expected:
                 problems.append(f"tensor {key}: no rule of family {arch.family!r} matches it")
             elif not _same_but_for_padding(tuple(whole.size), expected[key], arch):
-                problems.append(f"tensor {key} has shape {tuple(whole.size)}, config.json asks for {expected[key]}")
+                problems.append(f"tensor {key} has shape {tuple(whole.size)}, config.json needs {expected[key]}")
             elif sum(chunk.sizes.numel() for chunk in whole.chunks) != whole.size.numel():
                 problems.append(f"tensor {key}: some of its chunks are missing")
             problems += self._missing_files(key, whole)
@@ -179,7 +179,7 @@ class MCoreReader:
         return [f"file {file}, which holds {key}, is missing" for file in files if not (self.path / file).is_file()]
 
     def writer(self, row: Row, arch: Architecture) -> int:
-        """Return the first of the ranks that wrote a parameter: the stage's leader, of an expert that of its owner."""
+        """Return the first rank that wrote a parameter: the stage's leader, or for an expert its first owner."""
         key, index = stored_key(row.mcore, arch)
         return min(self._rank_of(key, chunk) for chunk in self._chunks_of(key, index))
 
@@ -199,7 +199,7 @@ class MCoreReader:
         ]
 
     def read_hf(self, row: Row, arch: Architecture) -> tuple[Tensor, ...]:
-        """Return the HF tensors of a row; one stored chunk is in memory beside them."""
+        """Return the HF tensors of a row. Besides them only one stored chunk is in memory."""
         key, index = stored_key(row.mcore, arch)
         dtype, depth = self.dtype(row, arch), len(index)
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape in row.rule.hf_shapes(arch))
@@ -227,7 +227,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def _alone(chunk: StoredChunk) -> Tensor:
-    """Return the tensor of a chunk in a storage of its own: torch.save writes the whole storage of a view."""
+    """Return the tensor of a chunk in its own storage, since torch.save writes the whole storage of a view."""
     tensor = chunk.read().reshape(chunk.sizes).contiguous()
     assert tensor.dtype == chunk.dtype, chunk
     return tensor if tensor.untyped_storage().nbytes() == chunk.num_bytes else tensor.clone()

@@ -14,7 +14,7 @@ from megatron_dypo.mcore.chunks import unwrap
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Fill the chunks from a dist_checkpointing folder, or from one of our checkpoints. Collective over the world.
+    """Fill the chunks from a dist_checkpointing folder or a checkpoint of a run. Collective over the world.
 
     Build the optimizer after this, or call its ``reload_weights``.
 
@@ -30,7 +30,7 @@ def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
 def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the sharded state of the chunks under ``model``, or ``model0``, ``model1``, … for virtual stages.
 
-    Tensors in the files are named without that prefix and with all layers stacked, the same for every layout.
+    In the files, tensors have no such prefix and all layers are stacked, so the names are the same for every layout.
     """
     return {
         name: unwrap(chunk).sharded_state_dict(metadata=metadata)

@@ -1,8 +1,8 @@
-"""Private names of torch and Megatron that we use, and patches of them: all in this folder, one subject a file.
+"""All uses of private names of torch and Megatron, and all patches of them, one subject for each file.
 
 A private name may change in any release. Each is a :class:`~megatron_dypo.mcore.compat.private_name.PrivateName`, which
-says where upstream defines it and from which version on it is as we use it; ``tests/unit/mcore/test_compat.py`` fails
-when upstream changes it, and when a private name is used anywhere else.
+records where upstream defines it and the first version that suits this package. ``tests/unit/mcore/test_compat.py``
+fails if upstream changes a name, or if a private name is used elsewhere.
 
 SGLang's processes, which have no Megatron, import ``groups`` and ``storages`` for the refit.
 """

@@ -1,4 +1,4 @@
-"""Where a tensor lies in the files of a ``torch.distributed.checkpoint``."""
+"""The positions of tensors in the files of a ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FILE_VIEW = PrivateName(
     oldest="2.0",
     takes=("file", "offset", "length"),
 )
-"""Makes a file of a part of a file."""
+"""Wraps a part of a file as a file."""
 
 
 def storage_info(file: str, start: int, length: int) -> Any:
-    """Return what ``.metadata`` holds of a chunk that lies in ``file``, ``length`` bytes from ``start``."""
+    """Return the entry of ``.metadata`` for a chunk in ``file``: ``length`` bytes from ``start``."""
     return STORAGE_INFO.get()(file, start, length)
 
 

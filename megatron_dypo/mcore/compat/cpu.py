@@ -1,8 +1,8 @@
-"""Patches by which Megatron-Core 0.16.1 trains on CPUs over gloo; here those of torch.
+"""Patches of torch with which Megatron-Core 0.16.1 trains on CPUs over gloo.
 
-Megatron-Core's training step calls ``torch.cuda`` without asking. :func:`install` replaces what it calls, in this
-process, and nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around; paths
-are relative to ``megatron/core``. FP8 and CUDA graphs are not covered: they do not run on CPUs.
+Megatron-Core's training step always calls ``torch.cuda``. :func:`install` replaces these functions in this process; it
+does nothing on a machine with GPUs. Each patch names the upstream lines (of 0.16.1) that it works around, with paths
+relative to ``megatron/core``. FP8 and CUDA graphs are not covered, since they do not run on CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def install() -> None:
     """Patch torch and Megatron-Core for this process; a second call does nothing.
 
     Raises:
-        ValueError: another version of Megatron-Core, whose lines these patches do not know.
+        ValueError: another version of Megatron-Core, for which these patches were not written.
     """
     import megatron.core
 
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def _patch_torch_factories() -> None:
-    """Let factories ignore ``device="cuda"`` and ``pin_memory=True``, which Megatron has as literals.
+    """Make factories ignore ``device="cuda"`` and ``pin_memory=True``, which Megatron passes as literals.
 
     optimizer/clip_grads.py:90-207; distributed/param_and_grad_buffer.py:768;
     optimizer/optimizer.py:473-485; dist_checkpointing/exchange_utils.py:104,326;
@@ -65,7 +65,7 @@ def _patch_torch_factories() -> None:
 
 
 def _patch_torch_cuda() -> None:
-    """Replace the ``torch.cuda`` functions that Megatron calls without a GPU.
+    """Replace the ``torch.cuda`` functions that Megatron calls also without a GPU.
 
     ``current_device``: tensor_parallel/layers.py:261 and every other allocation. ``synchronize``:
     pipeline_parallel/p2p_communication.py:398. RNG: tensor_parallel/random.py:440 and the functions it calls.
@@ -78,7 +78,7 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_tensor_methods() -> None:
-    """Let ``tensor.cuda()`` return the tensor, and ``tensor.type()`` name a type of ``torch.cuda``.
+    """Make ``tensor.cuda()`` return the tensor, and ``tensor.type()`` return a type name of ``torch.cuda``.
 
     models/common/language_module/language_module.py (tied embeddings); optimizer/optimizer.py:671-699;
     optimizer/distrib_optimizer.py:361-435; optimizer/clip_grads.py:167.
@@ -95,7 +95,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_gloo_scatter() -> None:
-    """Scatter contiguous tensors: gloo reads memory and ignores strides (pytorch#24836), and so corrupts silently.
+    """Scatter only contiguous tensors: gloo ignores strides (pytorch#24836), which silently corrupts other tensors.
 
     optimizer/distrib_optimizer.py scatters parameter states on load.
     """
@@ -112,10 +112,10 @@ def _patch_gloo_scatter() -> None:
 
 
 def _patch_gloo_uneven() -> None:
-    """Gather and scatter tensors of different sizes, which gloo cannot.
+    """Gather and scatter tensors of different sizes, which gloo does not support.
 
-    Ranks that an expert is split over have different numbers of tokens for it: tensor_parallel/mappings.py:151 gathers
-    those over the expert-tensor group, :193 adds the outputs up and scatters them.
+    The ranks that share an expert have different numbers of tokens for it. tensor_parallel/mappings.py:151 gathers
+    these over the expert-tensor group; :193 sums the outputs and scatters them.
     """
     upstream_all_gather, upstream_reduce_scatter = dist.all_gather, dist.reduce_scatter
 

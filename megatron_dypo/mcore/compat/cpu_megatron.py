@@ -1,4 +1,4 @@
-"""Patches by which Megatron-Core 0.16.1 trains on CPUs over gloo; here those of Megatron itself. See ``cpu.py``."""
+"""Patches of Megatron itself with which Megatron-Core 0.16.1 trains on CPUs over gloo. See ``cpu.py``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SET_MAIN_PARAM = PrivateName(
     oldest="0.16.1",
     takes=("model_param", "tensors"),
 )
-"""Copies a parameter's loaded main parameter and moments to where the optimizer has them."""
+"""Copies a loaded main parameter and its moments into the optimizer."""
 
 
 def patch_megatron() -> None:
@@ -45,18 +45,20 @@ def patch_megatron() -> None:
 
 
 def _patch_rng_tracker() -> None:
-    """Take the RNG states of the CPU where Megatron takes those of a GPU (tensor_parallel/random.py:46-107)."""
+    """Use the RNG states of the CPU instead of those of a GPU (tensor_parallel/random.py:46-107)."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
-    # It warns on each fork that the CPU's state changed in a GPU context, which is the point here.
+    # On each fork it warns that the CPU's state changed, which is intended here.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
 def _patch_torch_norm() -> None:
-    """Let torch's norms run under sequence parallelism: mark their weights for the all-reduce, for want of which
-    transformer/torch_norm.py:36 refuses them."""
+    """Allow torch's norms under sequence parallelism by marking their weights for the all-reduce.
+
+    transformer/torch_norm.py:36 refuses them because that mark is missing.
+    """
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     def new_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
@@ -70,7 +72,7 @@ def _patch_torch_norm() -> None:
 
 
 def _patch_selective_checkpoint() -> None:
-    """Pass None for ``fp8=False``, which tensor_parallel/random.py:636 takes for FP8, so that it needs Transformer
+    """Pass None for ``fp8=False``: tensor_parallel/random.py:636 treats False as FP8, which needs Transformer
     Engine."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
@@ -86,12 +88,12 @@ def _patch_experts() -> None:
     """Run a mixture of experts without Transformer Engine and streams.
 
     transformer/moe/moe_utils.py:1192,1224 reads a name that only an import of Transformer Engine makes.
-    transformer/moe/token_dispatcher.py:445,871-899 copies counts to the host on a stream of their own.
+    transformer/moe/token_dispatcher.py:445,871-899 copies counts to the host on a separate stream.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     class Stream:
-        """All work on a CPU is in order."""
+        """A stream that does nothing, since work on a CPU is in order."""
 
         def wait_stream(self, other: Any) -> None: ...
 
@@ -113,11 +115,11 @@ def _patch_experts() -> None:
 
 
 def _patch_distributed_optimizer() -> None:
-    """Save and resume of the distributed optimizer over torch's AdamW (Apex' and TE's Adam keep no ``step`` tensor).
+    """Make save and resume of the distributed optimizer work with torch's AdamW, which keeps a ``step`` tensor.
 
-    optimizer/distrib_optimizer.py:640-642 needs states that exist only after the first step; :818-825 gives all
-    parameters one shared ``step`` tensor, which then advances once for each of them; :936-940 copies ``step`` too, and
-    writes into leaves that require gradients.
+    optimizer/distrib_optimizer.py:640-642 needs states that exist only after the first step. :818-825 gives all
+    parameters one shared ``step`` tensor, which then advances once for each parameter. :936-940 copies ``step`` too,
+    and writes into leaves that require gradients.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

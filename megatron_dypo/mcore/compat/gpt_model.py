@@ -1,4 +1,4 @@
-"""GPTModel with a public method for the way from the last hidden states to what the model returns.
+"""GPTModel with a public method for the step from the last hidden states to the model's output.
 
 Shape legend: T tokens of a packed microbatch, N its response tokens, H hidden size.
 """
@@ -20,12 +20,12 @@ POSTPROCESS = PrivateName(
     oldest="0.16",
     takes=("hidden_states", "labels", "loss_mask"),
 )
-"""Makes logits, or a loss where there are labels, on the last stage."""
+"""Computes logits, or a loss if there are labels, on the last stage."""
 POSTPROCESS.get()
 
 
 class ResponseModel(GPTModel):
-    """A GPTModel whose last stage returns :meth:`response_outputs` where it gets labels."""
+    """A GPTModel whose last stage returns :meth:`response_outputs` if it gets labels."""
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, loss_mask: Any = None, **kwargs: Any
@@ -35,9 +35,9 @@ class ResponseModel(GPTModel):
         return self.response_outputs(hidden_states, labels, loss_mask)
 
     def response_outputs(self, hidden_T1H: Tensor, targets_N: Tensor, response_N: Tensor) -> Any:
-        """Return the outputs at ``response_N``, positions in the microbatch, where the tokens are ``targets_N``.
+        """Return the outputs for the tokens ``targets_N`` at the positions ``response_N`` in the microbatch.
 
         Args:
-            hidden_T1H: under sequence parallelism the tokens of this rank.
+            hidden_T1H: hidden states; under sequence parallelism those of this rank's tokens.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Process groups outside the default one: those that a refit makes with SGLang's processes."""
+"""Process groups outside the default one, which a refit makes with SGLang's processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NEW_GROUP = PrivateName(
     oldest="2.6",
     takes=("group_size", "group_rank", "global_ranks_in_group", "backend", "store", "group_name", "timeout"),
 )
-"""Makes a group whose ranks are not those of the default group. SGLang joins by it too (``sglang/srt/utils/common.py``,
-``init_custom_process_group``), and both ends must be made alike."""
+"""Makes a group whose ranks are not those of the default group. SGLang uses the same function
+(``sglang/srt/utils/common.py``, ``init_custom_process_group``), and both ends must match."""
 
 WORLD = PrivateName(
     package="torch",
@@ -28,14 +28,14 @@ WORLD = PrivateName(
     source="pytorch/pytorch v2.13.0 torch/distributed/distributed_c10d.py:726 (pg_group_ranks)",
     oldest="2.0",
 )
-"""Holds ``pg_group_ranks``, by which collectives translate a global rank to one of a group."""
+"""Holds ``pg_group_ranks``, with which collectives translate a global rank to a rank of a group."""
 
 
 def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeout: datetime.timedelta) -> Any:
-    """Join a group outside the default one as its rank 0, as SGLang makes the other ranks. Waits for all of them.
+    """Join a group outside the default one as rank 0, and wait for the other ranks, which SGLang makes.
 
     Raises:
-        RuntimeError: somebody did not come within ``timeout``, or torch lacks the private names.
+        RuntimeError: a rank did not join within ``timeout``, or torch lacks the private names.
     """
     group, _ = NEW_GROUP.get()(
         size,
@@ -52,9 +52,9 @@ def join_as_rank_0(store: dist.Store, size: int, name: str, backend: str, timeou
 
 
 def separate_group(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """Make a group outside the default one and its registries: dropping the last reference closes it.
+    """Make a group outside the default one and its registries. Dropping the last reference closes it.
 
-    The group has ``send`` and ``recv`` of lists of tensors, as ``torch.distributed.ProcessGroup`` does.
+    Like ``torch.distributed.ProcessGroup``, the group has ``send`` and ``recv`` of lists of tensors.
     """
     if device.on_gpu():
         options = dist.ProcessGroupNCCL.Options()

@@ -1,4 +1,4 @@
-"""The end of an optimizer step: fp32 main parameters are copied into those of the model."""
+"""The end of an optimizer step: copying fp32 main parameters into the model's parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TO_BUFFER = PrivateName(
     source=_SOURCE,
     oldest="0.14",
 )
-"""Copies them into the buffer that ranks gather MXFP8 parameters from."""
+"""Copies main parameters into the buffer from which ranks gather MXFP8 parameters."""
 
 TO_MODEL = PrivateName(
     package="megatron-core",
@@ -25,10 +25,10 @@ TO_MODEL = PrivateName(
     source=_SOURCE,
     oldest="0.12",
 )
-"""Copies them into this rank's shards of the model's parameters."""
+"""Copies main parameters into this rank's shards of the model's parameters."""
 
 
 def copy_main_params(optimizer: Any) -> None:
-    """Copy a distributed optimizer's main parameters to where its parameters are gathered from."""
+    """Copy a distributed optimizer's main parameters into the buffers from which parameters are gathered."""
     copy = TO_BUFFER if optimizer.config.reuse_grad_buf_for_mxfp8_param_ag else TO_MODEL
     copy.get()(optimizer)

@@ -1,4 +1,4 @@
-"""A name of another package that its authors may change without notice."""
+"""Private names of other packages, which may change without notice."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _MISSING = object()
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateName:
-    """A private name, and the version and shape in which we use it."""
+    """A private name, with the version and the signature that this package uses."""
 
     package: str
-    """The distribution that has it, as pip calls it."""
+    """The distribution that has it, by its name for pip."""
     module: str
     name: str
-    """Within the module; dots lead to attributes."""
+    """Name within the module; dots lead to attributes."""
     source: str
-    """Repository, version and line that we read."""
+    """Repository, version and line where it was read."""
     oldest: str
-    """The first version of the package that has the name as we use it."""
+    """The first version of the package that has the name in this form."""
     takes: tuple[str, ...] = ()
-    """Parameters of a function that we pass, or take from its caller where we override it."""
+    """Parameters of a function that this package passes, or receives if it overrides the function."""
 
     def get(self) -> Any:
         """Return the object of that name.
 
         Raises:
-            RuntimeError: the package is too old, or has no such name (any more), or the function takes other arguments.
+            RuntimeError: the package is too old, no longer has the name, or the function takes other arguments.
         """
         version = importlib.metadata.version(self.package)
         found: Any = importlib.import_module(self.module)

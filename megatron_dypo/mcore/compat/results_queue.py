@@ -15,15 +15,16 @@ RESULTS_QUEUE = PrivateName(
     source="NVIDIA/Megatron-LM core_v0.16.1 megatron/core/dist_checkpointing/strategies/filesystem_async.py:48",
     oldest="0.12",
 )
-"""The queue of this process; None: ``_get_write_results_queue`` makes one when it is first asked."""
+"""The queue of this process. None: ``_get_write_results_queue`` makes one at its first call."""
 
 
 def use_results_queue(queue: Any) -> None:
-    """Have Megatron's writer take ``queue``, so that it makes none of its own.
+    """Make Megatron's writer use ``queue`` instead of one of its own.
 
-    Its own lives in one more process for each rank, which imports torch to read the results and waits indefinitely once
-    a trainer was killed. A save that returns when all is written (``AsyncRequest.execute_sync``) puts its results into
-    the queue and takes them out in one process: any queue will do.
+    Megatron's own queue needs one more process for each rank, which imports torch to read the results and waits
+    indefinitely after the trainer was killed. A save that returns when everything is written
+    (``AsyncRequest.execute_sync``) puts its results into the queue and takes them out in one process, so any queue will
+    do.
     """
     RESULTS_QUEUE.get()
     filesystem_async._results_queue = queue

@@ -23,7 +23,7 @@ APPLY_AUX_LOSS.get()
 
 
 class RouterWithOwnBalance(TopKRouter):
-    """A router whose load-balancing loss is that of :meth:`balanced`."""
+    """A router whose load-balancing loss :meth:`balanced` computes."""
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
@@ -35,6 +35,6 @@ class RouterWithOwnBalance(TopKRouter):
 
         Args:
             scores_TE: softmax over all experts.
-            chosen_TE: whether a token goes to an expert.
+            chosen_TE: whether the token goes to the expert.
         """
         raise NotImplementedError

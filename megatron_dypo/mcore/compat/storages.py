@@ -30,7 +30,8 @@ OPEN_STORAGE = PrivateName(
 def share_storage(storage: torch.UntypedStorage) -> tuple[Any, ...]:
     """Return a handle of a GPU's memory, for :func:`open_storage` in another process on this host.
 
-    The GPU is named by its UUID: processes may number GPUs differently. The memory must outlive its use there.
+    The handle has the GPU's UUID, since processes may number GPUs differently. The memory must stay allocated while the
+    other process uses it.
     """
     uuid = str(torch.cuda.get_device_properties(storage.device).uuid)
     return uuid, *SHARE_STORAGE.get()(storage)[1:]

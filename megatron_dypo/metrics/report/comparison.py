@@ -1,4 +1,4 @@
-"""``comparison.html``: several runs on one page: curves overlaid, end figures, differences of their configs."""
+"""``comparison.html``: several runs on one page, with overlaid curves, final figures and differences of configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which page a list of runs gets, and how it is kept up to date while the runs go on."""
+"""The choice of page for a list of runs, and its updates while the runs go on."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def follow(
 ) -> None:
     """Write the page again whenever a run has written something, until every run has ended.
 
-    The page reloads itself in the browser every ``every_s`` seconds, except the last one. A run that has written no
-    metrics yet is waited for. Ctrl-C ends the watch; the page then stays as it is.
+    The page reloads itself in the browser every ``every_s`` seconds; the final page does not. The function waits for
+    runs without metrics. Ctrl-C ends it and keeps the last page.
 
     Args:
-        say: prints one line, at the first page and at the end.
-        wait: waits for some seconds between two looks.
+        say: prints a line, at the first page and at the end.
+        wait: waits for the given seconds between two looks.
     """
     seen: object = None
     while not all((run_dir / METRICS_FILE).is_file() for run_dir in run_dirs):
@@ -71,6 +71,6 @@ def _has_ended(run_dir: Path) -> bool:
 
 
 def _state(run_dir: Path) -> list[tuple[int, int]]:
-    """Return size and time of the files whose change makes a new page."""
+    """Return size and time of the files whose change requires a new page."""
     facts = [path.stat() for name in (METRICS_FILE, STATUS_FILE) if (path := run_dir / name).is_file()]
     return [(fact.st_size, fact.st_mtime_ns) for fact in facts]

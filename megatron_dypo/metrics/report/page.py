@@ -97,7 +97,7 @@ def _environment() -> jinja2.Environment:
 
 
 def script_json(value: Any) -> Markup:
-    """Return JSON for the inside of a ``<script>`` element. No text in it, however hostile, can end the element."""
+    """Return JSON for the inside of a ``<script>`` element. No text in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 

@@ -65,11 +65,11 @@ PANELS = (
     Panel(
         title="Loss terms",
         unit="loss",
-        note="GAL is the mean over pairs; the other terms carry their weights in the objective.",
+        note="Each term carries its weight in the objective, unless its name says otherwise.",
         lines=(
             Line("train/loss", "total", _GRAY),
             Line("train/pg_loss", "GRPO", _BLUE),
-            Line("gal/loss", "GAL", _ORANGE),
+            Line("gal/loss", "GAL (unweighted)", _ORANGE),
             Line("train/sft_loss", "SFT", _PURPLE),
             Line("train/kl_loss", "KL", _TEAL),
         ),
@@ -77,15 +77,15 @@ PANELS = (
     Panel(
         title="GAL: η and saturation",
         unit="mean over pairs",
-        note="η = E[σ(−β·d)²] is ¼ at the reference and falls as right answers become likelier than wrong ones.",
+        note="η = E[σ(−β·d)²] is ¼ at the reference. It falls as successes become likelier than failures.",
         level=0.25,
         lines=(Line("gal/eta", "η", _BLUE), Line("gal/saturation", "saturated pairs", _ORANGE)),
     ),
     Panel(
         title="GAL: margin and drift",
         unit="nats",
-        note="Margin: success over failure. Log-ratio: of a trajectory to the reference policy. Drift: how far "
-        "the update's policy is from the one that made its rollouts.",
+        note="Margin: log-ratio of successes minus that of failures. Log-ratio: of a trajectory, to the reference "
+        "policy. Drift: distance of the update's policy from the policy that made its rollouts.",
         lines=(
             Line("gal/margin", "margin", _BLUE),
             Line("gal/log_ratio", "log-ratio", _ORANGE),
@@ -102,7 +102,7 @@ PANELS = (
     Panel(
         title="Log-prob gap",
         unit="nats per token",
-        note="Between the servers that sampled and the trainer, on the same tokens and weights.",
+        note="Servers against trainer, on the same tokens and weights.",
         log=True,
         lines=(
             Line("train/train_rollout_logprob_abs_diff", "mean", _BLUE),
@@ -145,8 +145,8 @@ PANELS = (
     Panel(
         title="Accounts of the prompts",
         unit="draws since the start",
-        note="Each draw of a prompt is on one account. If many are dropped for other reasons than Easy, look at data, "
-        "servers and verifier.",
+        note="Each draw of a prompt is on one account. If many draws are dropped for reasons other than Easy, look at "
+        "the data, the servers and the verifier.",
         stacked=True,
         lines=(
             Line("ledger/trained_rl", "trained on rollouts", _BLUE),

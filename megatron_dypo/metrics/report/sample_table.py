@@ -13,7 +13,7 @@ from megatron_dypo.metrics.samples import read_samples, sample_steps
 MAX_ROWS = 600
 """Most prompts on the page."""
 MAX_STEPS = 60
-"""Most steps that these come from."""
+"""Most steps from which these come."""
 MAX_CHARS = 8_000_000
 """Most characters of all their texts together."""
 
@@ -45,7 +45,7 @@ def select_samples(run_dir: Path) -> SampleTable:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Return ``text``, without its middle if it is longer than ``limit`` characters: answers are at the end."""
+    """Return ``text``, without its middle if it is longer than ``limit`` characters, since answers are at the end."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3
@@ -62,5 +62,5 @@ def _shortened(row: dict[str, Any], limit: int) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Return a text as it is, and an answer that is an object as JSON."""
+    """Return a text unchanged, and an answer that is an object as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

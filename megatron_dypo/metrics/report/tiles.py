@@ -1,4 +1,4 @@
-"""The numbers at the head of a report: those of ``summary.json``, else start and end of the records."""
+"""The numbers at the top of a report, from ``summary.json`` or else from the first and last records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_EDGE_STEPS = 5
 
 
 class Tile(NamedTuple):
-    """One number, with its label and, where it has one, its interval."""
+    """One number with its label and, if it has one, its interval."""
 
     label: str
     text: str

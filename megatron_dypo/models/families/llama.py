@@ -22,7 +22,7 @@ COMMON = (
     Row(_MCORE + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), Copy(hidden)),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(hidden)),
 )
-"""Rows of every model, whatever stands in the place of the MLP."""
+"""Rows of every model, without those of MLP or experts."""
 
 ROWS = (
     *COMMON,

@@ -1,4 +1,4 @@
-"""Mistral: Llama's tensors under Llama's names; what differs is in its config (``head_dim``, ``sliding_window``)."""
+"""Mistral: Llama's tensors under Llama's names. Only its config differs (``head_dim``, ``sliding_window``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Qwen3-MoE: Qwen3 with a router and experts in the place of the MLP.
+"""Qwen3-MoE: Qwen3 with a router and experts instead of the MLP.
 
-Experts are named one by one with their global index, as Megatron's ``SequentialMLP`` names its local ones. Their rows
-are split over expert-tensor ranks, which tensor parallelism of the rest says nothing about.
+Each expert has a name with its global index, as in Megatron's ``SequentialMLP`` (with local indices there). Experts are
+split over expert-tensor ranks, independently of the tensor parallelism of other parameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The name tables by family, and the two ways to ask them: all rows of a model, or the row of one parameter."""
+"""The name tables by family, and two queries: all rows of a model, and the row of one parameter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 
 def table(arch: Architecture) -> tuple[Row, ...]:
-    """Return the rows of an architecture, ``{layer}`` and ``{expert}`` still in them."""
+    """Return the rows of an architecture, with ``{layer}`` and ``{expert}`` in their names."""
     return (*FAMILIES[arch.family], llama.TIED_OUTPUT if arch.tied_embeddings else llama.OUTPUT)
 
 
@@ -53,7 +53,7 @@ def family_rows(arch: Architecture) -> Iterator[Row]:
 
 
 def match(mcore_name: str, arch: Architecture) -> Row:
-    """Return the concrete row of one parameter, named with its global layer index, by the local spec's name or TE's.
+    """Return the concrete row of one parameter, given its name in the local spec or TE's, with global layer index.
 
     Raises:
         ValueError: no row of the family matches, or the layer does not exist.
@@ -75,7 +75,7 @@ def match(mcore_name: str, arch: Architecture) -> Row:
 
 
 def expert_parameter(name: str) -> tuple[int, str] | None:
-    """Return the expert's index and the name within it of an expert's parameter in a layer, by either spec's name; else
+    """Return (index of the expert, name within the expert) for an expert's parameter under either spec's name, else
     None.
 
     expert_parameter("mlp.experts.linear_fc1.weight3") → (3, "linear_fc1.weight")
@@ -96,10 +96,11 @@ def _num_experts(arch: Architecture) -> int:
 
 
 def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...]]:
-    """Return the key of a parameter in a distributed checkpoint, and its indices on the first axes of the tensor there.
+    """Return the key of a parameter in a distributed checkpoint, and its indices on the first axes of the stored
+    tensor.
 
-    Megatron-Core stores the layers of a decoder as one tensor, the experts of a layer within it, and norms under TE's
-    names whatever the spec; TE does not fuse the norm before experts.
+    Megatron-Core stores all layers of a decoder, and all experts, in one tensor. For both specs, norms have TE's names;
+    TE does not fuse the norm before experts.
 
         stored_key("decoder.layers.3.input_layernorm.weight", arch)
         → ("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (3,))
@@ -115,14 +116,14 @@ def stored_key(mcore_name: str, arch: Architecture) -> tuple[str, tuple[int, ...
 
 
 def stacked_shape(index: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
-    """Return the sizes of the first axes of the stored tensor of a parameter that has this ``index`` on them."""
+    """Return the sizes of the first axes, those that ``index`` addresses, of a parameter's stored tensor."""
     return (arch.num_layers, _num_experts(arch))[: len(index)]
 
 
 def state_keys(layer: int, arch: Architecture) -> list[str]:
-    """Return the keys of states beside the weights of a layer in a distributed checkpoint.
+    """Return the keys of the states in a distributed checkpoint that belong to a layer but are no weights.
 
-    They are empty except under FP8, but Megatron-Core does not load a checkpoint without them.
+    The states are empty except under FP8, but Megatron-Core does not load a checkpoint without them.
     """
     mlp = () if arch.experts else ("mlp.linear_fc1", "mlp.linear_fc2")
     keys = [f"{module}._extra_state/shard_{layer}_{arch.num_layers}" for module in (*_ATTENTION_MODULES, *mlp)]
@@ -133,7 +134,6 @@ def state_keys(layer: int, arch: Architecture) -> list[str]:
 
 
 def is_redundant_hf_name(name: str, arch: Architecture) -> bool:
-    """Return whether an HF tensor may be there and is not read: a rotary buffer, or the output layer of a tied
-    model."""
+    """Return whether an HF tensor is allowed but not read: a rotary buffer, or the output layer of a tied model."""
     is_tied_copy = arch.tied_embeddings and (name,) == llama.OUTPUT.hf
     return is_tied_copy or _ROTARY_BUFFER.fullmatch(name) is not None

@@ -20,15 +20,15 @@ class Row:
     """HF tensors in the order that the rule expects."""
     rule: Rule
     is_copy: bool = False
-    """A second copy of HF tensors that another row holds: filled on load, left out of exports."""
+    """Whether another row has the same HF tensors. Such a copy is filled on load and left out of exports."""
 
     @property
     def is_expert(self) -> bool:
-        """Tell whether its rule's ranks are those of an expert-tensor group, and not of a tensor-parallel group."""
+        """Return whether the rule splits over an expert-tensor group rather than a tensor-parallel group."""
         return ".mlp.experts." in self.mcore
 
     def at(self, layer: int | None, expert: int | None = None) -> Row:
-        """Return this row for one layer and one expert of it; None for a row without the placeholder."""
+        """Return this row for one layer and one of its experts. None: the row has no such placeholder."""
 
         def fill(name: str) -> str:
             name = name if layer is None else name.replace(LAYER, str(layer))

@@ -1,4 +1,4 @@
-"""How the configuration classes of transformers fill what a config.json leaves out, family by family."""
+"""Defaults of transformers' configuration classes for fields that a config.json leaves out, for each family."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class FamilyDefaults:
     """The values of a family's fields that are missing or null."""
 
     key_value_heads: int | None
-    """None: as many as query heads."""
+    """Number of key-value heads. None: as many as query heads."""
     null_key_value_heads: bool = False
-    """Null is allowed and means as many as query heads."""
+    """Whether null is allowed, meaning as many as query heads."""
     head_dim: int | None = None
-    """None: hidden size / heads, also for null."""
+    """Channels of a head. None: hidden size / heads, also for null."""
 
 
 DEFAULTS = {
@@ -26,7 +26,7 @@ DEFAULTS = {
     "qwen3": FamilyDefaults(key_value_heads=32, null_key_value_heads=True, head_dim=128),
     "qwen3_moe": FamilyDefaults(key_value_heads=4),
 }
-"""``model_type`` → what is assumed."""
+"""``model_type`` → defaults."""
 
 
 def key_value_heads(fields: Fields, heads: int, defaults: FamilyDefaults) -> int:
@@ -47,7 +47,7 @@ def key_value_heads(fields: Fields, heads: int, defaults: FamilyDefaults) -> int
 
 
 def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) -> int:
-    """Return the channels of a head; ValueError for an odd number, or one that does not follow from the other sizes."""
+    """Return the channels of a head. ValueError if the number is odd or contradicts the other sizes."""
     if defaults.head_dim is not None or fields.get("head_dim") is not None:
         channels = fields.integer("head_dim", defaults.head_dim)
     else:
@@ -64,14 +64,14 @@ def head_dim(fields: Fields, hidden: int, heads: int, defaults: FamilyDefaults) 
 
 
 def refuse_unsupported(fields: Fields, family: str) -> None:
-    """Raise ValueError for a field that asks for what this package does not compute."""
+    """Raise ValueError for a field that needs a computation that this package lacks."""
     rules = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
     for name, allowed in rules.items():
         value = fields.get(name)
         if value is not None and (type(value) is not type(allowed) or value != allowed):
             fields.refuse(name, f"only {allowed!r} is supported")
     kinds = fields.get("layer_types")
-    # transformers passes over a Mistral's, whose one window is for all layers.
+    # transformers ignores this field of a Mistral model, whose window is the same in all layers.
     if (
         kinds is not None
         and family != "mistral"

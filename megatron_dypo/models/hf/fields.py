@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from megatron_dypo.models.hf.json_file import shown
 
 MAX_INTEGER = 2**31 - 1
-"""Largest size that a model may have: what Megatron's and SGLang's kernels index with."""
+"""Largest size in a model, since kernels of Megatron and SGLang use 32-bit indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +19,15 @@ class Fields:
 
     values: Mapping[str, Any]
     where: str
-    """Names the file in errors."""
+    """Name of the file, for errors."""
     section: str = ""
-    """Name of the object in the file, with a point at its end; empty: the object at the top."""
+    """Name of the object in the file, followed by a point; empty: the top-level object."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
     def get(self, name: str) -> Any:
-        """Return a value as it stands there; None if it does not."""
+        """Return the value of a field, unchecked; None if it is missing."""
         return self.values.get(name)
 
     def refuse(self, name: str, rule: str) -> NoReturn:
@@ -36,7 +36,7 @@ class Fields:
         raise ValueError(f"{self.where}: {self.section}{name}{value}: {rule}")
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """Return a size; ``default`` is for a field that is not there (None: it must be), never for null."""
+        """Return a size. A missing field gets ``default`` (None: the field is required); null does not."""
         value = self.values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_INTEGER:
             small = "" if not isinstance(value, int) or value <= MAX_INTEGER else f" up to {MAX_INTEGER}"
@@ -44,7 +44,7 @@ class Fields:
         return value
 
     def optional_integer(self, name: str, default: int | None = None) -> int | None:
-        """Return a size, or None for null; ``default`` is for a field that is not there."""
+        """Return a size, or None for null. A missing field gets ``default``."""
         return None if self.values.get(name, default) is None else self.integer(name, default)
 
     def number(
@@ -56,7 +56,7 @@ class Fields:
         least: float | None = None,
         most: float | None = None,
     ) -> float:
-        """Return a finite number within the bounds that are given; ``default`` as of :meth:`integer`."""
+        """Return a finite number within the given bounds. ``default`` is as in :meth:`integer`."""
         value = self.values.get(name, default)
         number = _as_float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
         bounds = {
@@ -70,21 +70,21 @@ class Fields:
         return number
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return true or false; ``default`` is for a field that is not there, never for null."""
+        """Return true or false. A missing field gets ``default``; null does not."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             self.refuse(name, "must be true or false")
         return value
 
     def object(self, name: str) -> Fields | None:
-        """Return the fields of an object inside this one; None where it is not there, null or empty."""
+        """Return the fields of an object inside this one; None if it is missing, null or empty."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, Mapping):
             self.refuse(name, "must be an object")
         return Fields(values=value, where=self.where, section=f"{self.section}{name}.") if value else None
 
     def refuse_others(self, known: Collection[str], rule: str) -> None:
-        """Raise ValueError for a field that is none of ``known`` and says something, that is, is not null."""
+        """Raise ValueError for a field that is not in ``known``, unless its value is null."""
         for name, value in self.values.items():
             if name not in known and value is not None:
                 self.refuse(name, rule)

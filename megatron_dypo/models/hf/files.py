@@ -1,4 +1,4 @@
-"""The safetensors files of an HF folder: which there are, and which tensor stands in which."""
+"""The safetensors files of an HF folder, and the file of each tensor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SINGLE_NAME = "model.safetensors"
 
 
 class SafetensorsFiles:
-    """The opened files of a folder; tensors are read only where they are sliced.
+    """The opened files of a folder. Slicing a tensor reads only the slice.
 
     Raises:
-        ValueError: neither an index nor a single file, or both that do not belong together; an index that is none; a
-            file that is missing, a git-lfs pointer, truncated or damaged; a tensor that the index names and its file
-            lacks, or that stands in two files.
+        ValueError: there is neither an index nor a single file, or both but they do not belong together; the index is
+            not an index; a file is missing, a git-lfs pointer, truncated or damaged; a tensor is in the index but not
+            in its file, or is in two files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +36,7 @@ class SafetensorsFiles:
             SINGLE_NAME: _open(single)
         }
         self.file_of = self._locate(folder, named)
-        """Tensor → its file, those of the index first and in its order."""
+        """Tensor → its file. Tensors of the index come first, in its order."""
 
     def _locate(self, folder: Path, named: dict[str, str]) -> dict[str, str]:
         file_of: dict[str, str] = {}
@@ -51,7 +51,7 @@ class SafetensorsFiles:
         return {**named, **file_of}
 
     def slice(self, name: str) -> Any:
-        """Return a lazy view of a tensor: indexing it reads that part."""
+        """Return a lazy view of a tensor. Indexing it reads that part."""
         return self._opened[self.file_of[name]].get_slice(name)
 
 
@@ -59,7 +59,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Return tensor → file of an index.
 
     Raises:
-        ValueError: not a JSON object with a ``weight_map`` of names to files of this folder.
+        ValueError: it is not a JSON object with a ``weight_map`` from names to files of this folder.
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -1,4 +1,4 @@
-"""Read a JSON file that somebody else wrote: whatever is wrong with it is one ValueError that names the file."""
+"""Reading JSON files that other programs wrote. Any fault is one ValueError that names the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 100
-"""Objects and lists inside each other; a model's own files have three or four."""
+"""Most levels of nested objects and lists; a model's own files have three or four."""
 _MAX_DIGITS = 4300  # Python refuses to read longer integers
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -18,24 +18,25 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 class _LongInteger:
-    """Stands for an integer that has too many digits to be read, until the field that holds it is known."""
+    """Placeholder for an integer with too many digits, until the name of its field is known."""
 
     def __init__(self, text: str) -> None:
         self.num_digits = len(text.lstrip("-"))
 
 
 def shown(value: object) -> str:
-    """Return ``repr(value)``, cut where it is long: a file may hold anything, an error message is one line."""
+    """Return ``repr(value)``, shortened so that a message stays one line."""
     return _REPR.repr(value)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object of a UTF-8 JSON file.
 
-    NaN and Infinity are read as floats, as Python writes them: the reader of a field decides.
+    NaN and Infinity are read as floats; the code that reads a field decides whether it allows them.
 
     Raises:
-        ValueError: no file, a git-lfs pointer, not UTF-8, not JSON, no object at the top, a field given twice with
+        ValueError: no file, a git-lfs pointer, not UTF-8, not JSON, no object at the top level, a field given twice
+        with
             different values, an integer of more than 4,300 digits, or more than ``MAX_DEPTH`` levels.
     """
     content = read_bytes(path)
@@ -67,7 +68,7 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a small file.
 
     Raises:
-        ValueError: no such file, one that cannot be read, or a git-lfs pointer.
+        ValueError: the file does not exist, cannot be read, or is a git-lfs pointer.
     """
     try:
         content = path.read_bytes()
@@ -78,13 +79,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def refuse_lfs_pointer(path: Path, beginning: bytes) -> None:
-    """Raise ValueError if a file that begins so only stands for the real one, which git-lfs has not fetched."""
+    """Raise ValueError if ``beginning`` is that of a pointer to a file that git-lfs has not fetched."""
     if beginning.startswith(_LFS_POINTER):
         raise ValueError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}")
 
 
 class _RepeatedFieldError(Exception):
-    """A field stands twice in one object, with different values."""
+    """A field occurs twice in one object, with different values."""
 
 
 def _integer(text: str) -> int | _LongInteger:

@@ -19,15 +19,15 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Types of weights, by their names in safetensors headers."""
 
 _ROWS = 4096
-"""Rows of a matrix that are compared at a time."""
+"""Number of rows of a matrix that are compared at a time."""
 _log = logging.getLogger(__name__)
 
 
 class HFReader:
-    """The tensors of an HF folder: opened at once, read only where they are sliced.
+    """The tensors of an HF folder. All files are opened at once; slicing a tensor reads only the slice.
 
     Raises:
-        ValueError: as :class:`~megatron_dypo.models.hf.files.SafetensorsFiles`.
+        ValueError: as in :class:`~megatron_dypo.models.hf.files.SafetensorsFiles`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,7 +39,7 @@ class HFReader:
         return list(self._files.file_of)
 
     def slice(self, name: str) -> Any:
-        """Return a lazy view of one tensor: indexing it reads that part."""
+        """Return a lazy view of one tensor. Indexing it reads that part."""
         if name not in self._files.file_of:
             raise ValueError(f"{self.path}: tensor {name} is missing")
         return self._files.slice(name)
@@ -48,23 +48,23 @@ class HFReader:
         return tuple(self.slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type of one tensor; ValueError for one that is no floating-point weight."""
+        """Return the type of one tensor. ValueError if it is no floating-point weight."""
         dtype = self.slice(name).get_dtype()
         if dtype not in DTYPES:
             raise ValueError(f"{self.path}: tensor {name} has type {dtype}: must be one of {', '.join(DTYPES)}")
         return DTYPES[dtype]
 
     def check_complete(self, arch: Architecture) -> None:
-        """Hold the folder against the family's table: no tensor missing, unknown, misshapen or of an odd type.
+        """Compare the folder with the family's table: no tensor may be missing, unknown, misshapen or of a wrong type.
 
         Raises:
-            ValueError: names every offending tensor, or the first scale of weights that are quantised.
+            ValueError: the message names every wrong tensor, or the first scale if weights are quantised.
         """
         file_of = self._files.file_of
         if scale := next(filter(is_scale, file_of), None):
             raise ValueError(
                 f"{self.path}: tensor {scale}: is a scale of quantised weights, which cannot be trained or converted; "
-                "name the folder that they were made from"
+                "name the folder from which they were made"
             )
         expected: dict[str, tuple[int, ...]] = {}
         for row in family_rows(arch):
@@ -74,7 +74,7 @@ class HFReader:
             if name in expected:
                 shape = self.shape(name)
                 if shape != expected[name]:
-                    problems.append(f"tensor {name} has shape {shape}, config.json asks for {expected[name]}")
+                    problems.append(f"tensor {name} has shape {shape}, config.json needs {expected[name]}")
                 self.dtype(name)
             elif not is_redundant_hf_name(name, arch):
                 problems.append(f"tensor {name}: no rule of family {arch.family!r} matches it")
@@ -83,18 +83,18 @@ class HFReader:
         self._say_what_is_passed_over(arch)
 
     def _say_what_is_passed_over(self, arch: Architecture) -> None:
-        """Warn, once in a process, of an output layer in the file that a tied model does not use."""
+        """Warn, once in a process, if the files have a different output layer that a tied model does not use."""
         (output,), (embedding,) = OUTPUT.hf, TIED_OUTPUT.hf
         if not arch.tied_embeddings or output not in self._files.file_of or self._equal(output, embedding):
             return
         warn_once(
-            f"{self.path / self._files.file_of[output]}: tensor {output} differs from {embedding}, and is passed over: "
+            f"{self.path / self._files.file_of[output]}: tensor {output} differs from {embedding}, and is ignored: "
             "tie_word_embeddings=true in config.json makes the embedding the output layer (transformers 5 would use "
             "the tensor; set tie_word_embeddings to false if it was trained)"
         )
 
     def _equal(self, name: str, other: str) -> bool:
-        """Return whether two matrices are the same; a part of each is in memory at a time."""
+        """Return whether two matrices are equal. Only a part of each is in memory at a time."""
         if self.shape(name) != self.shape(other) or self.dtype(name) != self.dtype(other):
             return False
         first, second, num_rows = self.slice(name), self.slice(other), self.shape(name)[0]

@@ -1,4 +1,4 @@
-"""Which rotary frequencies an HF ``config.json`` asks for, in the words of transformers 4 and 5."""
+"""The rotary frequencies that an HF ``config.json`` defines, in the formats of transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dypo.models.hf.fields import Fields
 from megatron_dypo.models.hf.json_file import shown
 
 DEFAULT_THETA = 10_000.0
-"""``rope_theta`` of every family where the config gives none (transformers, modeling_rope_utils.py)."""
+"""``rope_theta`` of every family if the config gives none (transformers, modeling_rope_utils.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnRopeScaling:
-    """YaRN (arXiv 2309.00071; ``rope_type: yarn``): how Qwen models reach beyond 32,768 positions."""
+    """YaRN (arXiv 2309.00071; ``rope_type: yarn``), with which Qwen models reach beyond 32,768 positions."""
 
     factor: float
     original_max_position_embeddings: int
@@ -47,9 +47,10 @@ class YarnRopeScaling:
     beta_fast: float = 32.0
     """Pairs that turn more often than this over the original positions keep their frequency."""
     beta_slow: float = 1.0
-    """Pairs that turn less often than this have theirs divided by ``factor``; those between are interpolated."""
+    """Frequencies of pairs that turn less often than this are divided by ``factor``; between the two bounds they are
+    interpolated."""
     truncate: bool = True
-    """The bounds of those between are rounded to whole pairs."""
+    """Whether the two bounds are rounded to whole pairs."""
     rope_type: str = "yarn"
 
 
@@ -63,7 +64,7 @@ _CLASSES: dict[str, type[RopeScaling]] = {
 ROPE_SCALINGS = tuple(_CLASSES)
 
 _MOST_FACTOR = 10_000.0
-"""Factors in use are below 100; a larger one than this is a slip of the pen."""
+"""Largest factor. Factors in use are below 100, so a larger one than this is a mistake."""
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}  # the last says how it came to be
@@ -77,17 +78,19 @@ _KNOWN = {
 
 
 def rope_scaling_from_data(fields: Mapping[str, Any] | None) -> RopeScaling | None:
-    """Return the scaling whose ``dataclasses.asdict`` is given."""
+    """Return the scaling from its ``dataclasses.asdict``."""
     return None if fields is None else _CLASSES[fields["rope_type"]](**fields)
 
 
 def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
-    """Return ``rope_theta`` and the scaling of a whole config, from ``rope_parameters`` (transformers 5), or from
-    ``rope_theta`` and ``rope_scaling`` (4), or from both where they agree.
+    """Return ``rope_theta`` and the scaling of a config.
+
+    They come from ``rope_parameters`` (transformers 5), from ``rope_theta`` and ``rope_scaling`` (transformers 4), or
+    from both if these agree.
 
     Raises:
-        ValueError: the two contradict each other, a scaling that is not supported, a parameter that is missing, out of
-            its range or of another scaling.
+        ValueError: the two contradict each other; the scaling is not supported; or a parameter is missing, out of its
+            range or one of another scaling.
     """
     _refuse_partial(config)
     thetas = [(f"{config.section}rope_theta", config.number("rope_theta", above=1))] if "rope_theta" in config else []
@@ -97,7 +100,7 @@ def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
         if fields is None:
             continue
         _refuse_partial(fields)
-        # A section without a rope_theta has that of the whole config, or the default: not that of the other section.
+        # A section without rope_theta uses that of the config, or the default, but never that of the other section.
         theta = fields.number("rope_theta", config.get("rope_theta") or DEFAULT_THETA, above=1)
         thetas.append((f"{section}.rope_theta", theta))
         scalings.append((section, _scaling(fields, config)))
@@ -105,7 +108,7 @@ def read_rope(config: Fields) -> tuple[float, RopeScaling | None]:
 
 
 def _agreed(said: list[tuple[str, Any]], default: Any, where: str) -> Any:
-    """Return what all that say something say."""
+    """Return the value on which all places that give one agree; ``default`` if none gives one."""
     for name, value in said[1:]:
         first, expected = said[0]
         if value != expected:
@@ -144,8 +147,8 @@ def _kind(fields: Fields) -> str:
     if kinds[0] == "dynamic":
         fields.refuse(
             names[0],
-            "is not supported: its frequencies depend on the length of the sequence at hand, so that a server's cached "
-            "keys and the trainer's differ; yarn reaches as far",
+            "is not supported: its frequencies depend on the current length of the sequence, so that a server's cached "
+            "keys and the trainer's differ; use yarn, which reaches as far",
         )
     if not isinstance(kinds[0], str) or kinds[0] not in _KNOWN:
         fields.refuse(names[0], f"must be 'default' or one of {', '.join(ROPE_SCALINGS)}")
@@ -195,7 +198,7 @@ def _yarn(fields: Fields, config: Fields) -> YarnRopeScaling:
 def _attention_factor(fields: Fields, factor: float) -> float:
     """Return YaRN's attention factor (equation 22 of arXiv 2309.00071, or the quotient of two such)."""
     mscales = [fields.number(name, least=0) for name in ("mscale", "mscale_all_dim") if fields.get(name) is not None]
-    if len(mscales) == 2 and all(mscales):  # transformers passes over one that is alone, or zero
+    if len(mscales) == 2 and all(mscales):  # transformers ignores a single one, and zeros
         return _of_mscale(factor, mscales[0]) / _of_mscale(factor, mscales[1])
     return _of_mscale(factor, 1.0)
 
@@ -209,7 +212,7 @@ def _number_or_default(fields: Fields, name: str, default: float) -> float:
 
 
 def _original_positions(fields: Fields, config: Fields) -> int:
-    """Return the positions of the pretraining: of the section, of the whole config, or all that there are."""
+    """Return the positions of the pretraining: from the section, else from the config, else all positions."""
     said = [(f.section + _ORIGINAL, f.integer(_ORIGINAL)) for f in (fields, config) if _ORIGINAL in f]
     if said:
         return int(_agreed(said, None, config.where))

@@ -1,7 +1,7 @@
 """Writing an HF safetensors folder tensor by tensor.
 
-A safetensors file opens with the table of its tensors, so names, types and shapes are planned before the first byte
-of data is written; then one tensor at a time is in memory, whatever the size of the files.
+A safetensors file begins with the table of its tensors. So names, types and shapes are planned before the first byte of
+data is written, and only one tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ MAX_FILE_BYTES = 5_000_000_000
 _QUANTIZED = "F8_E4M3"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: _QUANTIZED}
 _PART_SUFFIX = ".part"
+_GENERATION = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BESIDE = (
-    "generation_config.json",
+    _GENERATION,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -54,7 +56,7 @@ class TensorSpec:
 
 
 def plan_files(specs: Iterable[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
-    """Cut ``specs`` into files, in order, each of at most ``max_file_bytes`` or of one tensor."""
+    """Divide ``specs`` into files, in order. A file has at most ``max_file_bytes``, or a single tensor."""
     files: list[list[TensorSpec]] = []
     room = 0
     for spec in specs:
@@ -74,10 +76,10 @@ def write_parts(
     bar: Progress,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the files of one writer; ``tensors`` must yield what ``specs`` lists, in that order.
+    """Write the files of one writer. ``tensors`` must yield the tensors of ``specs`` in the same order.
 
-    Several processes may write to one folder under different stems, which sort as the files shall be numbered;
-    :func:`finish_hf_folder` gives the files their names. ``bar`` counts bytes.
+    Several processes may write to one folder under different stems. The files are numbered in the order of their stems;
+    :func:`finish_hf_folder` gives them their names. ``bar`` counts bytes.
     """
     for number, group in enumerate(plan_files(specs, max_file_bytes)):
         header, offset_of = _header(group)
@@ -92,11 +94,16 @@ def write_parts(
     assert next(tensors, None) is None, "more tensors than planned"
 
 
-def finish_hf_folder(folder: Path, reference: Path, quantization_config: Mapping[str, Any] | None = None) -> None:
-    """Name the parts as transformers expects, write the index, and put configuration and tokenizer beside them.
+def finish_hf_folder(
+    folder: Path,
+    reference: Path,
+    quantization_config: Mapping[str, Any] | None = None,
+    stop_ids: Sequence[int] = (),
+) -> None:
+    """Name the parts as transformers expects, write the index, and add configuration and tokenizer.
 
-    ``config.json`` and the files beside it come from ``reference``; its dtype becomes that of the weights which are not
-    quantised, and ``quantization_config`` is what it says of those which are.
+    The files besides the weights come from ``reference``. ``config.json`` gets the dtype of the weights that are not
+    quantised, and ``quantization_config`` for those that are. ``stop_ids`` are as in :func:`copy_beside`.
     """
     parts = sorted(folder.glob(f"*{_PART_SUFFIX}"))
     weight_map: dict[str, str] = {}
@@ -112,7 +119,7 @@ def finish_hf_folder(folder: Path, reference: Path, quantization_config: Mapping
     if len(parts) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / INDEX_NAME, index)
-    copy_beside(reference, folder, dtypes.pop() if len(dtypes) == 1 else None, quantization_config)
+    copy_beside(reference, folder, dtypes.pop() if len(dtypes) == 1 else None, quantization_config, stop_ids)
 
 
 def copy_beside(
@@ -120,8 +127,16 @@ def copy_beside(
     target: Path,
     dtype: torch.dtype | None = None,
     quantization_config: Mapping[str, Any] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
-    """Copy what an HF folder holds beside its weights: configurations, tokenizer, chat template, licence."""
+    """Copy the files of an HF folder besides its weights: configurations, tokenizer, chat template, licence.
+
+    Args:
+        dtype: of the weights, for ``config.json``. None: as in ``source``.
+        stop_ids: ids at which the model was trained to stop. ``eos_token_id`` of generation_config.json gets those that
+            it lacks. Otherwise transformers would generate past the end of a response: the file of a base model does
+            not name the end of a turn.
+    """
     config = read_json_object(source / "config.json")
     if dtype is not None:
         # transformers 5 calls it dtype, 4 torch_dtype; both read the older name
@@ -134,11 +149,23 @@ def copy_beside(
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
+    _add_stop_ids(source / _GENERATION, config, target / _GENERATION, stop_ids)
+
+
+def _add_stop_ids(source: Path, config: Mapping[str, Any], target: Path, stop_ids: Sequence[int]) -> None:
+    """Write generation_config.json with ``stop_ids`` added to ``eos_token_id``; do nothing if it has them all.
+
+    A folder without the file gets one from ``config.json``, which transformers reads in its place.
+    """
+    found = read_json_object(source) if source.is_file() else {key: config[key] for key in _TOKEN_IDS if key in config}
+    known = found.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if missing := [token_id for token_id in stop_ids if token_id not in known]:
+        _write_json(target, {**found, "eos_token_id": [*known, *missing]})
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """Return the first bytes of a file, and the offset of each tensor after them; in the order of the safetensors
-    library."""
+    """Return the header of a file, and the offset of each tensor after it, in the order of the safetensors library."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset_of: dict[str, int] = {}
     offset = 0
@@ -148,7 +175,7 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
         data_offsets = [offset - spec.num_bytes, offset]
         entries[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": data_offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data that follows is to be aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     return len(text).to_bytes(8, "little") + text, offset_of
 
 

@@ -1,13 +1,13 @@
-"""FP8 e4m3 with one scale for each block of a weight: pure functions on slices that know where they lie.
+"""FP8 e4m3 with one scale for each block of a weight: pure functions on slices with known positions.
 
-The formula is DeepGEMM's ``per_block_cast_to_fp8`` with plain fp32 scales (not rounded to powers of two), of which
-SGLang 0.5.23 keeps a copy in ``benchmark/deepseek_utils.py``. For a block x, or a row where a row is the block::
+The formula is DeepGEMM's ``per_block_cast_to_fp8`` with plain fp32 scales (not rounded to powers of two). SGLang 0.5.23
+has a copy in ``benchmark/deepseek_utils.py``. For a block x (a row, if a row is the block)::
 
     amax = max(|x|, 1e-4)        scale = amax / 448        q = e4m3(x · (1 / amax · 448))        x ≈ q · scale
 
-all in fp32 (torch computes ``448.0 / amax`` as reciprocal times 448). A slice of a tensor gives the amax of the blocks
-that it touches; the elementwise maximum over all slices is exact, so that slices quantised with it are, bit for bit,
-those of the whole tensor quantised at once.
+all in fp32 (torch computes ``448.0 / amax`` as reciprocal times 448). From each slice of a tensor comes an amax of the
+blocks that it touches. The elementwise maximum over all slices is exact, so slices quantised with it equal, bit for
+bit, slices of the whole tensor quantised at once.
 
 Grids hold one fp32 number for each block [ceil(N / rows), ceil(K / cols)] of a weight [N, K]; ``block`` is (rows,
 cols).
@@ -22,31 +22,30 @@ from megatron_dypo.models.quantized.names import Quantization, block_shape
 
 E4M3_MAX = 448.0
 MIN_AMAX = 1e-4
-"""A block of zeros gets the scale of this amax, not zero."""
+"""Smallest amax, so that a block of zeros does not get the scale 0."""
 
 _STRIPE_ELEMENTS = 1 << 20
-"""Elements that are in fp32 at a time while a tensor is quantised."""
+"""Number of elements in fp32 at a time while a tensor is quantised."""
 
 
 def touched_blocks(row: int, col: int, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[slice, slice]:
-    """Return where in the grid the blocks lie that a slice of this ``shape`` at (``row``, ``col``) touches."""
+    """Return the part of the grid whose blocks a slice of this ``shape`` at (``row``, ``col``) touches."""
     return _touched(row, shape[0], block[0]), _touched(col, shape[1], block[1])
 
 
 def block_amax(part_nk: Tensor, row: int, col: int, block: tuple[int, int]) -> Tensor:
-    """Return the largest magnitude, in a slice at (``row``, ``col``), of each block that it touches: fp32, not
-    clamped."""
+    """Return, in fp32 and not clamped, the largest magnitude of each block within a slice at (``row``, ``col``)."""
     down = _runs_amax(part_nk, row, block[0])
     return _runs_amax(down.T, col, block[1]).T.float().contiguous()
 
 
 def scales_of(amax: Tensor) -> Tensor:
-    """Return the scales of a grid of amax: what a checkpoint stores, to be multiplied with."""
+    """Return the scales of a grid of amax, as a checkpoint stores them: values are multiplied by them."""
     return amax.clamp(min=MIN_AMAX) / E4M3_MAX
 
 
 def quantize_slice(part_nk: Tensor, row: int, col: int, amax: Tensor, block: tuple[int, int]) -> Tensor:
-    """Quantise a slice at (``row``, ``col``) to e4m3 by the whole tensor's amax grid; few rows at a time are fp32."""
+    """Quantise a slice at (``row``, ``col``) to e4m3 with the whole tensor's amax grid, a few rows at a time."""
     inverse = amax.clamp(min=MIN_AMAX).reciprocal() * E4M3_MAX
     num_rows, num_cols = part_nk.shape
     device = part_nk.device
@@ -72,7 +71,7 @@ def _touched(start: int, length: int, block: int) -> slice:
 
 
 def _runs_amax(values: Tensor, start: int, block: int) -> Tensor:
-    """Return the largest magnitude over runs of rows, which end where ``start`` + row is a multiple of ``block``."""
+    """Return the largest magnitude over runs of rows; a run ends where ``start`` + row is a multiple of ``block``."""
     head = min(-start % block, len(values))
     tail = (len(values) - head) % block
     first, middle, last = values.split([head, len(values) - head - tail, tail])

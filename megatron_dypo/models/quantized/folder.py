@@ -1,4 +1,4 @@
-"""HF folders in FP8, as SGLang and transformers read them: one tensor at a time, and what config.json says of it."""
+"""HF folders in FP8 as SGLang and transformers read them: tensors, written one at a time, and their config.json."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def quantize_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     show_progress: bool = True,
 ) -> None:
-    """Write an HF folder again with its linear weights in FP8; other tensors, tokenizer and configuration are copied.
+    """Write a copy of an HF folder with its linear weights in FP8.
 
     Raises:
-        ValueError: a tensor missing, unknown or misshapen, an HF folder that is quantised already, ``out_path`` not
+        ValueError: a tensor is missing, unknown or misshapen; the HF folder is already quantised; or ``out_path`` is
+        not
             vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
@@ -47,7 +48,7 @@ def quantize_hf(
 
 
 def quantized_specs(specs: Iterable[TensorSpec], quantization: Quantization) -> list[TensorSpec]:
-    """Return the specs of the tensors to be written: the scales follow each quantised tensor."""
+    """Return the specs of the written tensors. Each quantised tensor is followed by its scales."""
     result = []
     for spec in specs:
         if quantization == "none" or not is_quantized(spec.name):
@@ -62,7 +63,7 @@ def quantized_specs(specs: Iterable[TensorSpec], quantization: Quantization) -> 
 def quantized_tensors(
     tensors: Iterable[tuple[str, Tensor]], quantization: Quantization
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of :func:`quantized_specs`, each quantised when its turn comes."""
+    """Yield the tensors of :func:`quantized_specs`, quantising one at a time."""
     for name, tensor in tensors:
         if quantization == "none" or not is_quantized(name):
             yield name, tensor
@@ -73,10 +74,10 @@ def quantized_tensors(
 
 
 def quantization_config(arch: Architecture, quantization: Quantization) -> dict[str, Any] | None:
-    """Return ``quantization_config`` of config.json; activations are quantised as they come.
+    """Return ``quantization_config`` of config.json. Servers quantise activations dynamically.
 
-    ``fp8_block`` is DeepSeek-V3's; ``fp8_channel`` that of compressed-tensors, which SGLang also serves with
-    ``--quantization w8a8_fp8``.
+    ``fp8_block`` is the format of DeepSeek-V3. ``fp8_channel`` is that of compressed-tensors, which SGLang also serves
+    with ``--quantization w8a8_fp8``.
     """
     if quantization == "none":
         return None

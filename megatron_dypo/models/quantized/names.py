@@ -1,4 +1,4 @@
-"""Which tensors of an HF checkpoint are quantised, and what their scales are called: names only, no torch."""
+"""The tensors of an HF checkpoint that are quantised, and the names of their scales: names only, no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 Quantization = Literal["none", "fp8_block", "fp8_channel"]
 
 BLOCK = 128
-"""Rows and columns of a block of ``fp8_block``, that of DeepSeek-V3's checkpoints."""
+"""Rows and columns of a block of ``fp8_block``, as in DeepSeek-V3's checkpoints."""
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|mlp\.experts\.\d+)\.\w+_proj\.weight")
 _SCALE_SUFFIX = {"fp8_block": "weight_scale_inv", "fp8_channel": "weight_scale"}
@@ -23,7 +23,7 @@ def is_quantized(hf_name: str) -> bool:
 
 
 def scale_name(hf_name: str, quantization: Quantization) -> str:
-    """Name of the scales of a quantised tensor.
+    """Return the name of the scales of a quantised tensor.
 
     scale_name("model.layers.0.mlp.up_proj.weight", "fp8_block") → "model.layers.0.mlp.up_proj.weight_scale_inv"
     """
@@ -31,12 +31,12 @@ def scale_name(hf_name: str, quantization: Quantization) -> str:
 
 
 def block_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns that share one scale, in a weight of this shape [N, K]: 128×128, or a whole row."""
+    """Return the rows and columns that share one scale in a weight of shape [N, K]: 128×128, or a whole row."""
     return (BLOCK, BLOCK) if quantization == "fp8_block" else (1, shape[1])
 
 
 def scale_shape(quantization: Quantization, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of the scales of a weight [N, K]: one for each block, those that an edge cuts off included."""
+    """Return the shape of the scales of a weight [N, K]: one for each block, including partial blocks at the edges."""
     rows, cols = block_shape(quantization, shape)
     return -(-shape[0] // rows), -(-shape[1] // cols)
 
@@ -47,5 +47,5 @@ def is_scale(hf_name: str) -> bool:
 
 
 def weight_name(hf_name: str) -> str:
-    """Name of the quantised tensor that scales belong to: :func:`scale_name` backwards."""
+    """Return the name of the quantised tensor of some scales, the inverse of :func:`scale_name`."""
     return hf_name.removesuffix(hf_name.rpartition(".")[2]) + "weight"

@@ -47,9 +47,9 @@ class Objective(ABC):
     """
 
     streams: tuple[Stream, ...] = STREAMS
-    """What each response token carries into the loss. One with more: ``(*STREAMS, Stream(name="shape"))``."""
+    """Values of each response token that the loss reads. To add one: ``(*STREAMS, Stream(name="shape"))``."""
     metrics: tuple[SumMetric, ...] = LOSS_METRICS
-    """What an update writes, from the sums of the loss and of the groups."""
+    """Metrics that an update writes, computed from the sums of the loss and of the groups."""
     options_type: type | None = None
     """A frozen dataclass of the objective's own options, which ``objective.options`` is read into; None: it has none,
     or reads ``cfg.options`` itself."""

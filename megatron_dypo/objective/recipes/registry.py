@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections import Counter
-from pathlib import Path
 
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.metrics.names import METRICS
@@ -67,22 +64,14 @@ def build_objective(cfg: ObjectiveConfig) -> Objective:
 
 
 def _import_class(path: str) -> type[Objective]:
-    """Import ``package.module:Class`` and require it to be a whole objective."""
+    """Import ``package.module:Class`` and require it to be a complete objective."""
     field, (module_name, _, class_name) = f"objective.name={path!r}", path.partition(":")
     if not module_name or not class_name.isidentifier():
         raise ValueError(f"{field}: must have the form my_package.module:MyObjective")
-    if (here := str(Path.cwd())) not in sys.path:  # as for verifiers; a console script's sys.path does not hold it
-        sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's code may raise anything while it is imported
-        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        raise ValueError(
-            f"{field}: module {module_name} cannot be imported: {type(error).__name__}: {error}{hint}"
-        ) from error
-    found = getattr(module, class_name, None)
-    if found is None:
-        raise ValueError(f"{field}: module {module_name} has no {class_name}")
+        found = import_name(path)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(f"{field}: {class_name} must be a subclass of {Objective.__module__}.Objective")
     missing = sorted(getattr(found, "__abstractmethods__", ()))

@@ -1,6 +1,6 @@
-"""Templates: the pieces of one layer that a trainer shard sends to a server. All layers of a kind have the same.
+"""Templates: the pieces of one layer that a trainer shard sends to a server. All layers of a kind share one template.
 
-The pieces of a template form a stream of bytes. It may be cut between any two row blocks. A row block is one row, or
+The pieces of a template form a stream of bytes, which may be cut between any two row blocks. A row block is one row, or
 with ``fp8_block`` the 128 rows of a block, so that values and their scales stay together.
 """
 
@@ -16,7 +16,7 @@ from megatron_dypo.models.quantized.names import BLOCK, Quantization, is_quantiz
 from megatron_dypo.refit.plan.rectangles import Rectangle, overlaps
 
 SCALE_BYTES = 4
-"""Scales are fp32."""
+"""Bytes of a scale, which is fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One rectangle that is sent to one server rank; in its names ``{layer}`` stands for the layer."""
+    """One rectangle that is sent to one server rank. In its names ``{layer}`` stands for the layer."""
 
     start: int
     """The byte of the template at which the piece begins."""
@@ -49,7 +49,7 @@ class Piece:
     cols: int
     value_bytes: int
     row_block: int
-    """Rows that are not separated."""
+    """Rows that must stay together."""
     scales_per_row_block: int
     """Scales that are sent with each row block: none, one per block, or one per row."""
 
@@ -59,20 +59,23 @@ class Piece:
         return self.bytes_of(self.rows)
 
     def bytes_of(self, rows: int) -> int:
-        """Return the bytes of that many rows, counted from the first row of any row block."""
+        """Return the bytes of ``rows`` rows that begin at a row block."""
         return (
             rows * self.cols * self.value_bytes + -(-rows // self.row_block) * self.scales_per_row_block * SCALE_BYTES
         )
 
     def rows_before(self, position: int) -> int:
-        """Return how many rows begin before this byte of the template, in whole row blocks: neighbours agree."""
+        """Return how many rows begin before this byte of the template, rounded to whole row blocks.
+
+        Two neighbours that cut at the same byte get the same number.
+        """
         blocks = -(-(position - self.start) // self.bytes_of(self.row_block))
         return min(max(blocks * self.row_block, 0), self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Pieces one after the other, as a stream of bytes: first all for one server rank, then all for the next."""
+    """The stream of pieces: first all pieces for one server rank, then all for the next."""
 
     by_server_rank: Mapping[int, Sequence[Piece]]
     """Server ranks in the order of sending."""
@@ -83,7 +86,7 @@ class Template:
 def make_template(
     sources: Sequence[Rectangle], server_ranks: Iterable[tuple[int, Sequence[Rectangle]]], encoding: Encoding
 ) -> Template:
-    """Cut a shard's rectangles into pieces for a server's ranks, which are given in the order of sending."""
+    """Cut a shard's rectangles into pieces for a server's ranks, given in the order of sending."""
     by_server_rank: dict[int, list[Piece]] = {}
     bytes_to: defaultdict[int, int] = defaultdict(int)
     position = 0
@@ -99,9 +102,9 @@ def make_template(
 
 
 def check_blocks(rectangles: Iterable[Rectangle], encoding: Encoding, holder: str) -> None:
-    """Raise ValueError unless all blocks of scales are whole on one rank, as SGLang requires.
+    """Raise ValueError if a block of scales is split over ranks, which SGLang does not allow.
 
-    The error names the tensor, where it is cut, and the rule.
+    The error names the tensor, the cut and the rule.
     """
     if encoding.quantization != "fp8_block":
         return
@@ -127,7 +130,7 @@ def _pieces(
             if encoding.quantization == "fp8_block":
                 row_block, scales = BLOCK, -(-cols // BLOCK)
             elif col == place.hf_col:
-                # A row has one scale. It is sent with the first columns that the server rank takes of that row.
+                # A row has one scale. It is sent with the first columns of the row that the server rank takes.
                 scales = 1
         piece = Piece(
             start=position,

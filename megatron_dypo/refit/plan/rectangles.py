@@ -1,6 +1,6 @@
 """Rectangles of HF tensors that trainer and servers hold, and their overlaps. Pure, no torch.
 
-Every tensor counts as a matrix: ``t.view(-1, t.shape[-1])``, or ``t.view(-1, 1)`` for one with a single dim.
+Every tensor is treated as a matrix: ``t.view(-1, t.shape[-1])``, or ``t.view(-1, 1)`` for a vector.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Rectangle:
     """``rows`` × ``cols`` entries of an HF tensor's matrix, and their place in the matrix of one rank's parameter."""
 
     name: str
-    """The parameter; ``{layer}`` stands for the layer in both names."""
+    """Name of the parameter. In both names ``{layer}`` stands for the layer."""
     row: int
     col: int
     hf_name: str
@@ -27,7 +27,7 @@ class Rectangle:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the rows and columns of a tensor that counts as a matrix."""
+    """Return the rows and columns of a tensor that is treated as a matrix."""
     return (shape[0], 1) if len(shape) == 1 else (math.prod(shape[:-1]), shape[-1])
 
 

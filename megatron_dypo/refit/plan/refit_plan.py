@@ -1,9 +1,10 @@
 """The plan of a refit: which slice of a trainer rank's parameter goes where in a server rank's parameter. Pure data.
 
-Both sides hold rectangles of HF tensors (:mod:`.trainer_shards`, :mod:`.server_tensors`). Each overlap of two is sent
-once to every server rank that needs it. Ranks that hold the same data share the sending: all its bytes, server after
-server, are cut into equal blocks, one per rank, so that each rank talks to few servers. The plan follows from the sizes
-alone. So every rank of both sides computes its own part of it, from one template per kind of layer (:mod:`.streams`).
+Both sides hold rectangles of HF tensors (:mod:`.trainer_shards`, :mod:`.server_tensors`). Each overlap of two
+rectangles is sent once to every server rank that needs it. Ranks that hold the same data share the sending: all its
+bytes, server after server, are cut into equal blocks, one per rank, so that each rank sends to few servers. The plan
+depends only on sizes. So every rank of both sides computes its own part of it, from one template per kind of layer
+(:mod:`.streams`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Transfer:
     server_rank: int
     """Tensor-parallel rank of the server."""
     source_name: str
-    """Megatron-Core parameter: the local spec's name, global indices of layer and expert."""
+    """Megatron-Core parameter: its name in the local spec, with global indices of layer and expert."""
     source_row: int
     source_col: int
     served_name: str
@@ -45,11 +46,11 @@ class Transfer:
     rows: int
     cols: int
     hf_name: str
-    """The HF tensor that holds the same rectangle; for scales, the checkpoint's tensor of scales."""
+    """The HF tensor that contains the rectangle; for scales, the checkpoint's tensor of scales."""
     hf_row: int
     hf_col: int
     part: Literal["value", "scale"] = "value"
-    """``scale``: scales of a quantised tensor; all coordinates count its blocks (with ``fp8_channel``: its rows)."""
+    """``scale``: scales of a quantised tensor. All coordinates then count its blocks (with ``fp8_channel``: rows)."""
 
 
 def make_plan(
@@ -63,7 +64,7 @@ def make_plan(
     """Make the plan from a trainer to servers; ``element_size``: bytes of a value that is not quantised.
 
     Raises:
-        ValueError: a mesh that does not suit the architecture, or that cuts blocks of scales.
+        ValueError: a mesh does not suit the architecture, or cuts blocks of scales.
     """
     require(len(servers) > 0, "servers=()", "name at least one")
     encoding = Encoding(quantization=quantization, element_size=element_size)
@@ -82,7 +83,7 @@ class RefitPlan:
         self._streams = Streams(arch, source, servers, encoding)
 
     def sends(self, rank: int) -> list[Transfer]:
-        """List the transfers that a trainer rank sends, in order: server after server, as :meth:`servers_of` says."""
+        """List the transfers that a trainer rank sends, server after server in the order of :meth:`servers_of`."""
         return [
             transfer
             for server in self.servers_of(rank)
@@ -92,7 +93,7 @@ class RefitPlan:
         ]
 
     def receives(self, server: int, server_rank: int) -> list[Transfer]:
-        """List the transfers that a server rank receives, those of each trainer rank in the order of sending."""
+        """List the transfers that a server rank receives. Those of one trainer rank are in the order of sending."""
         tensor = self.servers[server].tensor
         require(
             0 <= server_rank < tensor,
@@ -118,9 +119,9 @@ class RefitPlan:
         return tuple(sorted(senders))
 
     def servers_of(self, rank: int) -> tuple[int, ...]:
-        """Return the servers that a trainer rank sends to, in its order.
+        """Return the servers that a trainer rank sends to, in its order of sending.
 
-        Ranks of other stages and other tensor ranks begin with other servers.
+        Ranks of different stages and different tensor ranks begin with different servers.
         """
         world = self.source.world_size
         require(0 <= rank < world, f"rank={rank}", f"must be below {world}, the ranks of the trainer")
@@ -149,7 +150,7 @@ class RefitPlan:
         return transfer.rows * transfer.cols * size
 
     def served_shapes(self, server: int, server_rank: int) -> dict[str, tuple[int, ...]]:
-        """Return name → shape of every parameter that SGLang must hold on a server rank, scales included."""
+        """Return name → shape of each parameter, scales included, that SGLang must hold on a server rank."""
         shapes: dict[str, tuple[int, ...]] = {}
         quantization = self.encoding.quantization
         for tensor in self._streams.served[self.servers[server]][server_rank]:

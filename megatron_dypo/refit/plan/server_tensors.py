@@ -1,8 +1,9 @@
 """The servers' side of a plan: how SGLang holds the tensors of a family on one server rank. Pure, no torch, no SGLang.
 
-Read in SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe}.py``, ``layers/linear.py`` (fused projections, replicated
+Source, SGLang 0.5.23: ``models/{llama,qwen2,qwen3,qwen3_moe}.py``, ``layers/linear.py`` (fused projections, replicated
 key and value heads), ``layers/vocab_parallel_embedding.py`` (padding) and ``layers/moe/fused_moe_triton/layer.py``
-(expert stacks). Not for attention data parallelism, redundant experts, or kernels that reorder weights after loading.
+(expert stacks). Not supported: attention data parallelism, redundant experts, and kernels that reorder weights after
+loading.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class ServedTensor:
     """``{layer}`` stands for the layer."""
     shape: tuple[int, ...]
     rectangles: tuple[Rectangle, ...]
-    """The parts of HF tensors that it holds; the rest is padding with zeros."""
+    """The parts of HF tensors that it holds. Its other entries are zeros, for padding."""
 
 
 def served_tensors(arch: Architecture, server: ServerMesh, server_rank: int) -> list[ServedTensor]:
-    """List the parameters of a server rank; those of a layer once, with ``{layer}`` in their names.
+    """List the parameters of a server rank. Those of a layer occur once, with ``{layer}`` in their names.
 
     Raises:
-        ValueError: a server whose mesh does not suit the architecture.
+        ValueError: the server's mesh does not suit the architecture.
     """
     check_server_mesh(arch, server)
     names = (_EMBEDDING,) if _shares_embedding(arch) else (_EMBEDDING, _OUTPUT)
@@ -91,12 +92,12 @@ def _require_divides(size: int, name: str, value: int) -> None:
 
 
 def _shares_embedding(arch: Architecture) -> bool:
-    """Return whether the output layer is the embedding; SGLang's Qwen3-MoE has two tensors even where HF has one."""
+    """Return whether SGLang shares one tensor for embedding and output layer; its Qwen3-MoE never does."""
     return arch.tied_embeddings and arch.experts is None
 
 
 def _vocabulary(arch: Architecture, tensor: int, server_rank: int, name: str) -> ServedTensor:
-    """Return a range of the vocabulary, padded to a multiple of 64, or of 64 × tensor where only that can be split."""
+    """Return a range of the vocabulary, padded to a multiple of 64, or of 64 × tensor if ranks could not split that."""
     multiple = _VOCAB_MULTIPLE
     if _round_up(arch.vocab_size, multiple) % tensor:
         multiple *= tensor
@@ -141,7 +142,7 @@ def _mlp(arch: Architecture, tensor: int, server_rank: int) -> Iterator[ServedTe
 
 
 def _experts(experts: Experts, hidden_size: int, server: ServerMesh, server_rank: int) -> Iterator[ServedTensor]:
-    """Yield stacks of this rank's experts; neighbouring ranks hold the same experts and split their features."""
+    """Yield stacks of this rank's experts. Neighbouring ranks hold the same experts and split their features."""
     split = server.tensor // server.expert
     local, start = experts.ffn_hidden_size // split, server_rank % split * (experts.ffn_hidden_size // split)
     count = experts.num_experts // server.expert
@@ -171,7 +172,7 @@ def _whole(name: str, shape: tuple[int, ...]) -> ServedTensor:
 
 
 def _rows(name: str, shape: tuple[int, ...], runs: Sequence[tuple[str, int, int]]) -> ServedTensor:
-    """Return a parameter that stacks runs of rows, each (HF tensor, first row, number of rows)."""
+    """Return a parameter that stacks runs of rows; a run is (HF tensor, first row, number of rows)."""
     rectangles, row = [], 0
     cols = shape[-1] if len(shape) > 1 else 1
     for hf_name, start, length in runs:
@@ -183,7 +184,7 @@ def _rows(name: str, shape: tuple[int, ...], runs: Sequence[tuple[str, int, int]
 
 
 def _columns(name: str, shape: tuple[int, int], start: int) -> ServedTensor:
-    """Return a parameter that holds the columns from ``start`` of the HF tensor of the same name."""
+    """Return a parameter that holds columns of the HF tensor of the same name, beginning at ``start``."""
     rectangle = Rectangle(name=name, row=0, col=0, hf_name=name, hf_row=0, hf_col=start, rows=shape[0], cols=shape[1])
     return ServedTensor(name=name, shape=shape, rectangles=(rectangle,))
 

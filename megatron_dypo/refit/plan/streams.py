@@ -1,8 +1,9 @@
-"""Streams: all bytes that a shard sends to the servers, in order, and the part of them that each holder sends. Pure.
+"""Streams: all bytes that a shard sends to the servers, in order, and the part that each holder sends. Pure.
 
-The stream of a shard holds what the first server needs of it, layer after layer, then what the second server needs, and
-so on. It is cut into equal blocks, one per rank that holds the shard. A rank sends the row blocks that begin in its
-block. There is one template per kind of layer, so that only the answers to queries grow with the number of layers.
+The stream of a shard holds the parts that the first server needs, layer after layer, then the parts that the second
+server needs, and so on. It is cut into equal blocks, one for each rank that holds the shard (a holder). A holder sends
+the row blocks that begin in its block. There is one template per kind of layer, so only the answers to queries grow
+with the number of layers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from megatron_dypo.refit.plan.trainer_shards import (
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The rows from ``first`` to before ``end`` of an piece, of one layer: what one holder sends of it."""
+    """The rows of a piece of one layer that one holder sends: from ``first`` up to, but without, ``end``."""
 
     piece: Piece
     layer: int | None
@@ -41,7 +42,7 @@ class Streams:
     """The streams between one trainer and some servers.
 
     Raises:
-        ValueError: a mesh that does not suit the architecture, or that cuts blocks of scales.
+        ValueError: a mesh does not suit the architecture, or cuts blocks of scales.
     """
 
     def __init__(self, arch: Architecture, source: Mesh, servers: Sequence[ServerMesh], encoding: Encoding) -> None:
@@ -76,7 +77,7 @@ class Streams:
                 yield rank
 
     def cuts(self, shard: Shard, rank: int, server: int, server_rank: int | None = None) -> Iterator[Cut]:
-        """Yield what a holder sends of a shard to a server, or to one rank of it, in order."""
+        """Yield the cuts of a shard that a holder sends to a server, or to one rank of it, in order."""
         low, high = self._block(shard, rank)
         for start, template, layer in self._spans(shard, server, low, high):
             groups = (
@@ -90,7 +91,7 @@ class Streams:
                     yield Cut(piece, layer, first, end)
 
     def bytes_to(self, shard: Shard, rank: int, server: int) -> Iterator[tuple[int, int]]:
-        """Yield ranks of a server and bytes that a holder sends them; a rank may occur more than once."""
+        """Yield (server rank, bytes that a holder sends it). A rank may occur more than once."""
         low, high = self._block(shard, rank)
         for start, template, _ in self._spans(shard, server, low, high):
             if low <= start and start + template.num_bytes <= high:
@@ -102,7 +103,7 @@ class Streams:
                     yield server_rank, piece.bytes_of(rows)
 
     def _spans(self, shard: Shard, server: int, low: int, high: int) -> Iterator[tuple[int, Template, int | None]]:
-        """Yield the parts of a shard's stream to a server that touch a block: first byte, template, layer."""
+        """Yield the parts of a shard's stream to a server that overlap a block: first byte, template, layer."""
         start = self._server_starts(shard)[server]
         for place, layer in self._parts[shard.stage]:
             template = self._template(shard.kind, shard.index, place, self._servers[server])
@@ -116,8 +117,7 @@ class Streams:
         return total * number // count, total * (number + 1) // count
 
     def _find_server_starts(self, shard: Shard) -> list[int]:
-        """Return the byte of a shard's stream at which each server's part begins, then the byte at which the last part
-        ends."""
+        """Return the bytes of a shard's stream at which the servers' parts begin, and the end of the last part."""
         sizes = {
             server: sum(
                 self._template(shard.kind, shard.index, place, server).num_bytes
@@ -134,8 +134,8 @@ class Streams:
         return parts + ([("last", None)] if stage == self._source.pipeline - 1 else [])
 
     def _make_template(self, kind: Kind, index: int, place: Place, server: ServerMesh) -> Template:
-        """Make one template. Shards begin with different ranks of a server, so that not all send to the same one at
-        once."""
+        """Make one template. Different shards begin with different ranks of a server, so that they do not all send to
+        the same rank at once."""
         held = held_rectangles(self._arch, self._source, kind, index, place)
         first = index * server.tensor // num_shards(self._arch, self._source)[kind]
         server_ranks = [(first + i) % server.tensor for i in range(server.tensor)]
@@ -145,7 +145,7 @@ class Streams:
         )
 
     def _check(self) -> None:
-        """Raise ValueError for meshes that do not suit the architecture, or that cut blocks of scales."""
+        """Raise ValueError if a mesh does not suit the architecture, or cuts blocks of scales."""
         for kind, count in num_shards(self._arch, self._source).items():
             for index in range(count):
                 held = held_rectangles(self._arch, self._source, kind, index, "layer")

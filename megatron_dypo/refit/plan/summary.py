@@ -1,4 +1,4 @@
-"""The cost of a plan, for people: bytes of ranks and links, the lower bound of the time, and the predicted time."""
+"""The cost of a plan for people: bytes of ranks and links, a lower bound of the time, and the predicted time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LARGEST = 8
 _ROUNDING_BYTES = 1e-3
 
 Link = tuple[int, int, int]
-"""Source rank, server, rank of the server."""
+"""Trainer rank, server, server rank."""
 ServerRank = tuple[int, int]
-"""Server, rank of it."""
+"""Server, server rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +24,22 @@ class RefitSummary:
     """Bytes and times of one refit."""
 
     sent: Mapping[int, int]
-    """Bytes by trainer rank; 0 for ranks that send nothing."""
+    """Trainer rank → bytes; 0 for ranks that send nothing."""
     received: Mapping[ServerRank, int]
     links: Mapping[Link, int]
     bandwidth: float
     """Bytes per second that a rank can send, and that a rank can receive."""
     limit_s: float
-    """Bytes of the busiest rank ÷ bandwidth: no order can be faster."""
+    """Bytes of the busiest rank ÷ bandwidth. No order of sending can be faster."""
     predicted_s: float
-    """:func:`predict`."""
+    """The result of :func:`predict`."""
 
 
 def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
     """Compute everything that is printed of a plan, at ``bandwidth`` bytes per second for each rank.
 
     Raises:
-        ValueError: a bandwidth that is not positive.
+        ValueError: the bandwidth is not positive.
     """
     require(bandwidth > 0, f"bandwidth={bandwidth}", "must be positive")
     links = plan.link_bytes()
@@ -61,11 +61,11 @@ def summarize(plan: RefitPlan, bandwidth: float) -> RefitSummary:
 def predict(phases: Mapping[int, Sequence[Mapping[ServerRank, int]]], bandwidth: float) -> float:
     """Return the seconds until everything is sent, in a fluid model.
 
-    A trainer rank sends its phases one after the other (in a plan: server after server), and within a phase to all
-    server ranks at once, in proportion to their bytes. It sends at ``bandwidth``, divided by the overload of its most
-    loaded server rank: the sum over the trainer ranks of the rate at which they would send to it at full speed, divided
-    by ``bandwidth``. Bandwidth that stays free at other server ranks is not used. Latency, staging copies and shared
-    network links beyond the ranks' own are not modelled.
+    A trainer rank sends its phases one after the other (in a plan, a phase is a server), and within a phase to all
+    server ranks at once, in proportion to their bytes. Its speed is ``bandwidth`` divided by the overload of its most
+    loaded server rank. The overload of a server rank is the sum of the rates at which all trainer ranks would send to
+    it at full speed, divided by ``bandwidth``. Bandwidth that stays free at other server ranks is not used. The model
+    leaves out latency, staging copies and shared network links beyond the ranks' own.
     """
     queues = {source: list(reversed(own)) for source, own in phases.items() if own}
     shares = {source: _shares(own[-1]) for source, own in queues.items()}
@@ -144,7 +144,7 @@ def to_json(summary: RefitSummary) -> dict[str, Any]:
 
 
 def _phases(plan: RefitPlan, links: Mapping[Link, int]) -> dict[int, list[dict[ServerRank, int]]]:
-    """Return what each rank sends, server by server in the order of the plan."""
+    """Return, for each rank, the bytes to each server rank, server by server in the order of the plan."""
     by_server: defaultdict[tuple[int, int], dict[ServerRank, int]] = defaultdict(dict)
     for (source, server, server_rank), num_bytes in links.items():
         by_server[source, server][server, server_rank] = num_bytes

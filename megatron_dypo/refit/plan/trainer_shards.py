@@ -1,8 +1,8 @@
-"""The trainer's side of a plan: which rank holds which part of each tensor, and which ranks hold the same. Pure, no
+"""The trainer's side of a plan: which rank holds which part of each tensor, and which ranks hold copies. Pure, no
 torch.
 
-Ranks are numbered as Megatron numbers them: tensor fastest, then context, data, pipeline. The experts of a stage are
-spread over all its ranks: expert-tensor fastest, then expert, then the replicas of the experts.
+Ranks are numbered as in Megatron: tensor fastest, then context, data, pipeline. The experts of a stage are spread over
+all its ranks: expert-tensor fastest, then expert, then the replicas of the experts.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from megatron_dypo.refit.plan.rectangles import Rectangle, matrix_shape
 
 Kind = Literal["tensor", "stage", "expert"]
 Place = Literal["first", "layer", "last"]
-"""Before the layers (on the first stage), a layer, or after the layers (on the last stage)."""
+"""A place in the model: before the layers (on the first stage), a layer, or after the layers (on the last stage)."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Parameters that some ranks of a stage hold alike."""
+    """Parameters that some ranks of a stage all hold."""
 
     stage: int
     kind: Kind
-    """``tensor``: one rank's share of the split tensors. ``stage``: tensors that the whole stage holds. ``expert``: a
-    share of some experts."""
+    """``tensor``: one tensor-parallel rank's share of split tensors. ``stage``: tensors that all ranks of the stage
+    hold. ``expert``: a share of some experts."""
     index: int
-    """By kind: the tensor-parallel rank; 0; expert rank × expert_tensor + expert-tensor rank."""
+    """``tensor``: the tensor-parallel rank. ``stage``: 0. ``expert``: expert rank × expert_tensor + expert-tensor
+    rank."""
     holders: range
-    """Global ranks."""
+    """Global ranks that hold the shard."""
 
 
 def num_shards(arch: Architecture, layout: Mesh) -> dict[Kind, int]:
@@ -44,7 +45,7 @@ def num_shards(arch: Architecture, layout: Mesh) -> dict[Kind, int]:
 
 
 def shards_of_stage(arch: Architecture, layout: Mesh, stage: int) -> Iterator[Shard]:
-    """Yield the shards of a stage; those of one rank come in the order of their kinds."""
+    """Yield the shards of a stage. Those of one rank come in the order of their kinds."""
     first, end = stage * layout.stage_size, (stage + 1) * layout.stage_size
     for kind, size in num_shards(arch, layout).items():
         for index in range(size):
@@ -52,10 +53,10 @@ def shards_of_stage(arch: Architecture, layout: Mesh, stage: int) -> Iterator[Sh
 
 
 def held_rectangles(arch: Architecture, layout: Mesh, kind: Kind, index: int, place: Place) -> list[Rectangle]:
-    """List what the holders of a shard hold at one place; for a layer, with ``{layer}`` in the names.
+    """List the rectangles of a shard at one place. For a layer, names contain ``{layer}``.
 
     Raises:
-        ValueError: a mesh that does not suit the architecture.
+        ValueError: the mesh does not suit the architecture.
     """
     rectangles: list[Rectangle] = []
     for row in table(arch):
@@ -78,7 +79,7 @@ def _place(row: Row) -> Place:
 
 
 def _of_each_expert(row: Row, arch: Architecture, layout: Mesh, index: int) -> Iterator[Row]:
-    """Yield a row of the name table once per expert of a shard; a row of other tensors once."""
+    """Yield a row of the name table once for each expert of a shard; a row of other tensors once."""
     if EXPERT not in row.mcore or arch.experts is None:
         yield row
         return

@@ -1,9 +1,9 @@
 """The broadcast transport, SGLang's distributed update: HF tensors in buckets, broadcast to stock servers.
 
-The leader of each pipeline stage forms one group with all servers, of which it is rank 0, so nothing is gathered over
-stages. Each further rank that owns experts of the stage (the first rank of those that an expert is split over) does
-too, so nothing is gathered over owners. These ranks take turns, also in forming the groups: a server handles one such
-call after the other, and two half-formed groups on two servers would wait for each other.
+The leader of each pipeline stage forms a group with all servers, as its rank 0. So nothing is gathered over stages.
+Each other rank that owns experts of the stage (the first of the ranks that an expert is split over) also forms a group.
+So nothing is gathered over owners. These ranks take turns, also in forming the groups: a server handles such calls one
+after the other, and two half-formed groups on two servers would wait for each other.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_dypo.refit.transports.update_group import UpdateGroup
 
 
 class BroadcastConnection(Connection):
-    """The group in which this rank broadcasts, if it does."""
+    """The connection of this rank, with the group in which it broadcasts, if it does."""
 
     def __init__(self, source: Source, group: UpdateGroup | None, bucket_bytes: int) -> None:
-        """``group``: None on ranks that only take part in gathers, or in nothing."""
+        """``group`` is None on ranks that only take part in gathers, or in nothing."""
         self._source = source
         self._group = group
         self._bucket_bytes = bucket_bytes
@@ -41,10 +41,10 @@ class BroadcastConnection(Connection):
         bucket_bytes: int,
         deadline: Deadline,
     ) -> BroadcastConnection:
-        """Form all groups. Collective over the world; ``control``: on ranks that have a turn.
+        """Form all groups. Collective over the world. Ranks that have a turn need ``control``.
 
         Raises:
-            RefitError: on all ranks; no group is left.
+            RefitError: on all ranks. All groups are closed then.
         """
         group = None
         with contextlib.ExitStack() as undo:
@@ -72,7 +72,7 @@ class BroadcastConnection(Connection):
             self._group.leave()
 
     def _stream(self, turn: Turn, deadline: Deadline) -> int:
-        """Send the tensors of one turn; returns the bytes sent. Runs on all ranks that join the turn."""
+        """Send the tensors of one turn; return the bytes sent. All ranks that join the turn call it."""
         with exhausted(self._source.tensors(turn)) as tensors:
             if self._group is None:
                 return 0

@@ -1,4 +1,4 @@
-"""HF tensors, flattened into the byte buckets of SGLang's ``flattened_bucket`` format."""
+"""HF tensors flattened into byte buckets, in SGLang's ``flattened_bucket`` format."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel as one."""
+    """Tensors that are sent together."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     """Names of torch's types, without ``torch.``."""
     shapes: tuple[tuple[int, ...], ...]
     payload: Tensor
-    """[bytes] uint8; the tensors one after the other. Valid until the next bucket is asked for."""
+    """[bytes] uint8: the tensors one after the other. Valid until the next bucket is requested."""
 
 
 def fill_buckets(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
     """Flatten tensors into buckets of at most ``limit`` bytes, in one buffer that every bucket reuses.
 
-    A tensor of ``limit`` bytes or more is a bucket on its own, and is not copied. Within a bucket each tensor starts at
-    a multiple of its element size, as the receiver requires.
+    A tensor of ``limit`` bytes or more gets its own bucket and is not copied. Within a bucket each tensor starts at a
+    multiple of its element size, as the receiver requires.
     """
     buffer = torch.empty(0, dtype=torch.uint8)
     held: list[tuple[str, Tensor]] = []

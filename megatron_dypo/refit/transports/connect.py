@@ -1,5 +1,4 @@
-"""Opens the connection of a run: by the transport that the configuration names, or by the best that all servers
-support."""
+"""Opens the connection of a run, by the configured transport or by the best one that all servers support."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from megatron_dypo.refit.transports.update_group import address_towards
 
 Kind = Literal["local", "p2p", "broadcast"]
 KINDS: tuple[Kind, ...] = ("local", "p2p", "broadcast")
-"""The best first."""
+"""Transports, the best one first."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -37,11 +36,11 @@ def connect(
 ) -> Connection:
     """Choose among ``local``, ``p2p`` and ``broadcast``, and connect with all servers. Collective over the world.
 
-    ``control``: on the ranks that lead a stage or own experts, and so may broadcast; the global leader asks the
+    Ranks that lead a stage or own experts need ``control``, since they may broadcast. The global leader asks the
     servers.
 
     Raises:
-        RefitError: on all ranks; nothing stays open.
+        RefitError: on all ranks. Nothing stays open then.
     """
     leader = control if source.layout.is_global_leader else None
     one_host = len(set(lockstep.gather(host_id()))) == 1
@@ -53,10 +52,10 @@ def connect(
 
 
 def choose(config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool) -> tuple[Kind, str]:
-    """Return the transport, and why; ``one_host``: all trainer ranks are on this host.
+    """Return the transport, and the reason for it. ``one_host``: whether all trainer ranks are on this host.
 
     Raises:
-        ServerError: the requested transport is not possible; with ``auto``, none is.
+        ServerError: the requested transport is not possible; with ``auto``, no transport is.
     """
     planned = _planned_problem(infos)
     quantizes = config.quantize != "none"
@@ -78,12 +77,12 @@ def choose(config: RefitConfig, infos: Sequence[ServerInfo], one_host: bool) -> 
 
 
 def host_id() -> str:
-    """Return a word that is the same for all processes on a host, containers included, and differs between hosts."""
+    """Return a text that is the same for all processes on a host, also in containers, and differs between hosts."""
     return _BOOT_ID.read_text().strip()
 
 
 def is_here(url: str) -> bool:
-    """Return whether a server's address is one of this host's: the way there then starts where it ends."""
+    """Return whether a server's address belongs to this host: packets to it then leave from the same address."""
     parts = urlsplit(url)
     address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0][4][0]
     return address_towards([url]) == address

@@ -1,6 +1,6 @@
-"""The disk transport: trainer ranks write an HF folder that every server then loads.
+"""The disk transport: trainer ranks write an HF folder, which every server then loads.
 
-The leader of each pipeline stage, and each further rank that owns experts, writes its part.
+The leader of each pipeline stage, and each other rank that owns experts, writes its part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DiskConnection(Connection):
     """
 
     def __init__(self, source: Source, control: SGLangControl | None, folder: Path, reference: Path) -> None:
-        """``control``: on the global leader, None on the other ranks; ``reference``: HF folder with ``config.json``."""
+        """``control`` is None except on the global leader; ``reference`` is an HF folder with ``config.json``."""
         self._source = source
         self._control = control
         self._folder = folder.resolve()
@@ -41,10 +41,10 @@ class DiskConnection(Connection):
         yield functools.partial(self._load, control, path, deadline) if control else None
 
     def abort(self) -> None:
-        """Do nothing: the next refit begins with an empty folder."""
+        """Do nothing: the next refit starts with an empty folder."""
 
     def close(self) -> None:
-        """Do nothing: the servers name the last folder as their model, so it stays."""
+        """Do nothing: the last folder stays, since the servers name it as their model."""
 
     def _start(self, path: Path) -> None:
         for left_over in self._folder.glob(".version_*"):
@@ -52,7 +52,7 @@ class DiskConnection(Connection):
         start_folder(path)
 
     def _write(self, folder: Path) -> int:
-        """Write the tensors that leave this rank; returns the bytes written. Runs on all ranks that send."""
+        """Write this rank's tensors; return the bytes written. All ranks that send call it."""
         specs = self._source.specs()
         num_bytes = sum(spec.num_bytes for spec in specs)
         with (
@@ -63,7 +63,7 @@ class DiskConnection(Connection):
         return num_bytes
 
     def _load(self, control: SGLangControl, path: Path, deadline: Deadline) -> None:
-        """Finish the folder, and have the servers load it."""
+        """Finish the folder, and make the servers load it."""
         finish_hf_folder(partial_path(path), self._reference)
         commit_folder(partial_path(path), path)
         control.update_from_disk(str(path), deadline)

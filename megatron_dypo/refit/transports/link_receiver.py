@@ -1,4 +1,4 @@
-"""The server rank's end of one link during one refit: puts messages into parameters, then compares checksums."""
+"""The server rank's end of one link during one refit: it writes messages into parameters, then compares checksums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LinkReceiver:
         messages: Sequence[Message],
         refit: ControlMessage,
     ) -> None:
-        """``source``: the trainer rank at the other end."""
+        """``source`` is the trainer rank at the other end."""
         self.source = source
         self.num_bytes = 0
         self._params = params
@@ -36,11 +36,11 @@ class LinkReceiver:
         self._refit = refit
 
     def receive(self) -> None:
-        """Take all messages, put their parts into place, then compare the checksums of those that are verified.
+        """Receive all messages, write their parts into the parameters, and compare the checksums of verified parts.
 
         Raises:
             LinkError: the trainer rank was lost.
-            RuntimeError: checksums differ; names the parameters.
+            RuntimeError: checksums differ; the message names the parameters.
         """
         waiting: deque[tuple[Message, Tensor | None]] = deque()
         upcoming = iter(self._messages)
@@ -61,7 +61,7 @@ class LinkReceiver:
             self._compare(torch.stack(sums))
 
     def _expect(self, message: Message) -> tuple[Message, Tensor | None]:
-        """Announce a message; returns it, and the place that it goes to directly, if there is one."""
+        """Announce a message; return it, and the place into which it is received directly, if any."""
         into = None
         if len(message.parts) == 1:
             place = self._place(message.parts[0])
@@ -75,7 +75,7 @@ class LinkReceiver:
             place.copy_(part_of(payload, part, place.dtype))
 
     def _place(self, part: Part) -> Tensor:
-        """Return the [rows, cols] view into the parameter that a part goes to."""
+        """Return the [rows, cols] view into the parameter for a part."""
         to = part.transfer
         param = self._params[to.served_name]
         return rectangle(param, to.served_row + part.first_row, to.served_col, part.rows, to.cols)
@@ -84,7 +84,7 @@ class LinkReceiver:
         return (p for p in message.parts if should_verify(p.index, self._refit.version, self._refit.verify))
 
     def _compare(self, ours: Tensor) -> None:
-        """Take the trainer rank's checksums and compare them with ``ours``."""
+        """Receive the trainer rank's checksums and compare them with ``ours``."""
         theirs = torch.empty_like(ours)
         for piece in as_bytes(theirs).split(self._refit.slot_bytes):
             self._link.expect(piece.numel(), piece)

@@ -1,4 +1,4 @@
-"""The trainer rank's end of one link during one refit: sends slices as messages, then the checksums of some."""
+"""The trainer rank's end of one link during one refit: it sends slices as messages, then checksums of some parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LinkSender:
         verify: Verify,
         slot_bytes: int,
     ) -> None:
-        """``dtypes``: types of the server rank's parameters; slices are converted to them."""
+        """``dtypes`` are the types of the server rank's parameters; slices are converted to them."""
         self.num_bytes = 0
         self._slices = slices
         self._link = link
@@ -40,7 +40,7 @@ class LinkSender:
         self._held: tuple[Transfer, Tensor] | None = None
 
     def send(self) -> None:
-        """Send everything; returns when it has left.
+        """Send everything; return when all bytes have left.
 
         Raises:
             LinkError: the server rank was lost.
@@ -58,7 +58,7 @@ class LinkSender:
         self._link.drain()
 
     def _payload(self, message: Message) -> Tensor:
-        """Return the bytes of a message: the parameter's own where they are contiguous, else a copy."""
+        """Return the bytes of a message: those of the parameter if they are contiguous, else a copy."""
         if len(message.parts) == 1:
             rows = self._rows(message.parts[0])
             if rows.is_contiguous() and rows.dtype == self._dtypes[message.parts[0].transfer.served_name]:
@@ -69,7 +69,7 @@ class LinkSender:
         return buffer
 
     def _rows(self, part: Part) -> Tensor:
-        """Return one part as [rows, cols]; the slice of its transfer is asked for once."""
+        """Return one part as [rows, cols]. The slice of its transfer is requested only once."""
         if self._held is None or self._held[0] is not part.transfer:
             self._held = (part.transfer, self._slices.slice(part.transfer))
         return self._held[1][part.first_row : part.first_row + part.rows]

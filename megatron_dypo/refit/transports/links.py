@@ -1,7 +1,7 @@
 """Links: one carries bytes from one trainer rank to one server rank, over a network or through shared memory.
 
-Messages are taken in the order in which they were posted, and both ends know their sizes. Up to ``DEPTH`` messages are
-under way at a time, so that packing, sending and unpacking overlap.
+Messages are received in the order in which they were posted, and both ends know their sizes. Up to ``DEPTH`` messages
+are in flight at a time, so that packing, sending and unpacking overlap.
 """
 
 from __future__ import annotations
@@ -16,40 +16,39 @@ from typing_extensions import Self
 from megatron_dypo.refit.deadline import Deadline
 
 DEPTH = 3
-"""Messages under way on a link at most, and staging buffers on each end."""
+"""Most messages in flight on a link, and the number of staging buffers on each end."""
 
 
 class LinkError(RuntimeError):
-    """The other end of a link was lost, or did not keep the deadline."""
+    """The other end of a link was lost or missed the deadline."""
 
 
 class Outgoing(ABC):
-    """The trainer rank's end of a link, for one refit. All methods raise LinkError where the other end is lost or
-    late."""
+    """The trainer rank's end of a link, for one refit. All methods raise LinkError if the other end is lost or late."""
 
     @abstractmethod
     def stage(self, num_bytes: int) -> Tensor:
-        """Return [num_bytes] uint8 to fill and then :meth:`post`; waits until a buffer is free."""
+        """Wait for a free buffer; return [num_bytes] uint8 of it, to fill and then :meth:`post`."""
 
     @abstractmethod
     def post(self, payload: Tensor) -> None:
-        """Send a staged buffer, or any contiguous uint8 tensor, which must not change until :meth:`drain` returns."""
+        """Send a staged buffer or any contiguous uint8 tensor. It must not change until :meth:`drain` returns."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Wait until everything posted has left, and all buffers are free."""
+        """Wait until everything posted has left and all buffers are free."""
 
 
 class Incoming(ABC):
-    """The server rank's end of a link, for one refit. Call ``expect`` up to DEPTH times ahead, then ``take``,
-    ``release``.
+    """The server rank's end of a link, for one refit. For each message call ``expect`` (up to DEPTH messages ahead),
+    then ``take``, then ``release``.
 
-    All methods raise LinkError where the other end is lost or late.
+    All methods raise LinkError if the other end is lost or late.
     """
 
     @abstractmethod
     def expect(self, num_bytes: int, into: Tensor | None) -> None:
-        """Announce the next message: to be written to ``into`` (contiguous uint8), or None: to a staging buffer."""
+        """Announce the next message. It is received into ``into`` (contiguous uint8), or (None) a staging buffer."""
 
     @abstractmethod
     def take(self) -> Tensor:
@@ -57,7 +56,7 @@ class Incoming(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Free the buffer of the taken message for another one."""
+        """Free the buffer of the taken message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +64,13 @@ class ServerLinks:
     """The links to one server, as both ends describe them."""
 
     store: dist.Store
-    """Where the ends find each other."""
+    """The store on which the ends find each other."""
     server: int
     sources: tuple[int, ...]
     """The trainer ranks that send to the server, ascending."""
     num_server_ranks: int
     slot_bytes: int
-    """Size of one staging buffer: the limit of a message."""
+    """Size of one staging buffer, and so the largest size of a message."""
 
 
 class Sender(ABC):
@@ -80,8 +79,8 @@ class Sender(ABC):
     @classmethod
     @abstractmethod
     def connect(cls, links: ServerLinks, rank: int, deadline: Deadline) -> Self:
-        """Meet the ranks of the server. Connect with several servers in ascending order, or two half-made connections
-        wait for each other.
+        """Connect with the ranks of the server. Several servers must be connected in ascending order. Otherwise two
+        half-made connections would wait for each other.
 
         Raises:
             LinkError: a server rank did not come.
@@ -102,7 +101,7 @@ class Receiver(ABC):
     @classmethod
     @abstractmethod
     def connect(cls, links: ServerLinks, server_rank: int, deadline: Deadline) -> Self:
-        """Meet the trainer ranks that send here.
+        """Connect with the trainer ranks that send to this rank.
 
         Raises:
             LinkError: a trainer rank did not come.

@@ -1,9 +1,9 @@
-"""Links between processes on one host: shared buffers, and a Unix socket that says which buffers are full or free.
+"""Links between processes on one host: shared buffers, and a Unix socket that tells which buffers are full or free.
 
-The socket carries one byte for each full buffer, and one byte back for each free one. When it closes, the other side is
-lost. A trainer rank listens in a folder that only this user can enter, until all its server ranks have come. The folder
-may have a long name (TMPDIR), but the address of a Unix socket has at most 107 bytes: sockets are bound and reached by
-way of an open descriptor of the folder.
+The socket carries one byte for each full buffer, and one byte back for each freed one. If it closes, the other side is
+lost. A trainer rank listens in a folder that only this user can enter, until all its server ranks have connected. The
+folder may have a long name (TMPDIR), but the address of a Unix socket has at most 107 bytes. So sockets are bound and
+reached through an open descriptor of the folder.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Channel:
         self.ring = ring
 
     def send_byte(self, what: bytes, deadline: Deadline) -> None:
-        """Send one byte; raises LinkError where that fails."""
+        """Send one byte. Raises LinkError if that fails."""
         try:
             self._connection.settimeout(deadline.remaining())
             self._connection.sendall(what)
-        except OSError as error:  # TimeoutError is one
+        except OSError as error:  # includes TimeoutError
             raise LinkError(f"shared memory: {_describe(error)}") from error
 
     def receive_byte(self, what: bytes, deadline: Deadline) -> None:
-        """Wait for one byte; raises LinkError where another one comes, or none."""
+        """Wait for one byte. Raises LinkError if a different byte or none comes."""
         try:
             self._connection.settimeout(deadline.remaining())
             received = self._connection.recv(1)
@@ -56,7 +56,7 @@ class Channel:
             )
 
     def close(self) -> None:
-        # Not only close(): another thread may be waiting in recv, which would hold the connection open.
+        # close() is not enough: another thread may be waiting in recv, which would keep the connection open.
         with contextlib.suppress(OSError):  # the other side closed first
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
@@ -99,7 +99,7 @@ class LocalSender(Sender):
 
 
 class LocalReceiver(Receiver):
-    """One ring for each trainer rank that sends here."""
+    """One ring for each trainer rank that sends to this rank."""
 
     def __init__(self, channels: Mapping[int, Channel]) -> None:
         self._channels = dict(channels)
@@ -140,7 +140,7 @@ class LocalOutgoing(Outgoing):
         slot = self.stage(payload.numel())
         if slot.data_ptr() != payload.data_ptr():
             slot.copy_(payload)
-        device.synchronize()  # the other process has streams of its own
+        device.synchronize()  # the other process has its own streams
         self._channel.send_byte(_FULL, self._deadline)
         self._num_posted += 1
 
@@ -182,7 +182,7 @@ def _path_key(links: ServerLinks, source: int) -> str:
 
 
 def _accept(listener: socket.socket, slot_bytes: int, deadline: Deadline) -> tuple[int, Channel]:
-    """Wait for the next server rank that connects, and give it a new ring."""
+    """Wait for the next server rank to connect, and give it a new ring."""
     listener.settimeout(deadline.remaining())
     connection, _ = listener.accept()
     connection.settimeout(deadline.remaining())
@@ -206,7 +206,7 @@ def _connect(path: str, server_rank: int, slot_bytes: int, deadline: Deadline) -
 
 @contextlib.contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """Yield a short address for the socket at ``path``, however long the path is (Linux)."""
+    """Yield a short address for the socket at ``path``, for a path of any length (Linux)."""
     if not _DESCRIPTORS.is_dir():
         yield str(path)
         return

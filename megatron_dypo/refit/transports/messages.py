@@ -1,4 +1,4 @@
-"""Cuts the transfers of one link into messages. Both ends compute them, so that no header is sent. Pure."""
+"""Cuts the transfers of one link into messages. Both ends compute the cuts, so that no header is sent. Pure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_dypo.refit.plan.refit_plan import Transfer
 _ALIGN = 16
 """Each part of a message starts at a multiple of this many bytes, so that it can be viewed in its dtype."""
 _ALONE = 256 * 1024
-"""A part of that many bytes is a message on its own: where it is contiguous, straight from or into its parameter."""
+"""A part of at least this many bytes is its own message. If contiguous, it is sent or received without a copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some rows of one transfer, and where their bytes lie in their message."""
+    """Some rows of one transfer, and the place of their bytes in the message."""
 
     index: int
     """Number of the part in its link."""
     transfer: Transfer
     first_row: int
-    """Within the transfer."""
+    """First row, counted within the transfer."""
     rows: int
     offset: int
     num_bytes: int
@@ -33,16 +33,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Bytes that are sent at once."""
+    """Bytes that are sent together."""
 
     parts: tuple[Part, ...]
     num_bytes: int
 
 
 def cut(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit: int) -> Iterator[Message]:
-    """Cut transfers into messages of at most ``limit`` bytes: large parts alone, small ones together.
+    """Cut transfers into messages of at most ``limit`` bytes. Large parts get their own message; small ones share one.
 
-    ``dtypes``: of the server rank's parameters.
+    ``dtypes`` are the types of the server rank's parameters.
 
     Raises:
         ValueError: one row is longer than ``limit``.
@@ -74,7 +74,7 @@ def part_of(message: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(transfers: Iterable[Transfer], dtypes: Mapping[str, torch.dtype], limit: int) -> Iterator[Part]:
-    """Cut transfers by rows where they are longer than ``limit``; offsets are still to be set."""
+    """Cut transfers that are longer than ``limit`` by rows. The offsets of the parts are set later."""
     index = 0
     for transfer in transfers:
         row_bytes = transfer.cols * dtypes[transfer.served_name].itemsize

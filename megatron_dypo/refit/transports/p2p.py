@@ -1,8 +1,8 @@
 """Links over torch.distributed: one process group per server, of the trainer ranks that send to it and its own ranks.
 
-The groups stand outside torch's default group, on a store of their own, and nobody else sends in them. Every server has
-its own group, so that the loss of one server is no error on the links to another. Ranks in a group: the trainer ranks
-in ascending order, then the server's ranks.
+The groups are separate from torch's default group, with their own store, and carry only these messages. Every server
+has its own group, so that the loss of one server causes no error on the links to another. Ranks in a group: the trainer
+ranks in ascending order, then the server's ranks.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class GroupOutgoing(Outgoing):
         self._deadline = deadline
         self._slots: list[Tensor] = []
         self._next_slot = 0
-        # Tensors are kept with their work: the group does not keep them alive.
+        # Keep each tensor with its work, since the group does not keep it alive.
         self._pending: deque[tuple[Any, Tensor]] = deque()
 
     def stage(self, num_bytes: int) -> Tensor:
-        """Return the slot of DEPTH posts ago, which is free when fewer than DEPTH messages are under way."""
+        """Return the slot that was used DEPTH posts ago; it is free when fewer than DEPTH messages are in flight."""
         self._wait_below(DEPTH)
         if len(self._slots) < DEPTH:
             self._slots.append(torch.empty(self._slot_bytes, dtype=torch.uint8, device=device.device()))
@@ -162,7 +162,7 @@ class GroupIncoming(Incoming):
 
 @contextlib.contextmanager
 def _as_link_errors() -> Iterator[None]:
-    """Raise LinkError for the RuntimeError that torch.distributed raises whatever happens to a connection."""
+    """Raise LinkError in place of the RuntimeError that torch.distributed raises for every failure of a connection."""
     try:
         yield
     except (RuntimeError, TimeoutError) as error:

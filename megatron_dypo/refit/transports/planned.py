@@ -1,7 +1,7 @@
-"""The planned transports, ``p2p`` and ``local``: each rank sends each server rank the slices that it needs, once.
+"""The planned transports, ``p2p`` and ``local``: trainer ranks send each server rank exactly the slices that it needs.
 
-The servers are reached by :mod:`megatron_dypo.refit.receiver`, which SGLang loads. A :class:`ControlMessage` tells them
-of each refit. The links, and a store on which both sides meet, stay open between refits.
+SGLang loads :mod:`megatron_dypo.refit.receiver`, the servers' end. A :class:`ControlMessage` tells it of each refit.
+The links, and a store on which both sides meet, stay open between refits.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from megatron_dypo.refit.transports.trainer_rank import TrainerRank
 from megatron_dypo.refit.transports.update_group import address_towards
 
 _SMALLEST_SLOT, _LARGEST_SLOT = 2**20, 16 * 2**20
-"""Bytes of one staging buffer; larger ones gain nothing."""
+"""Smallest and largest size of one staging buffer in bytes; larger buffers are not faster."""
 
 
 class PlannedConnection(Connection):
-    """This rank's links to server ranks; on the leader also the calls that tell the servers of each refit."""
+    """This rank's links to server ranks, and on the leader the calls that tell the servers of each refit."""
 
     def __init__(self, trainer_rank: TrainerRank, server_ranks: ServerRanks | None) -> None:
-        """``server_ranks``: on the global leader, None on the other ranks."""
+        """``server_ranks`` is None except on the global leader."""
         self._trainer_rank = trainer_rank
         self._server_ranks = server_ranks
         self._num_refits = 0
@@ -55,10 +55,10 @@ class PlannedConnection(Connection):
         config: RefitConfig,
         deadline: Deadline,
     ) -> PlannedConnection:
-        """Connect all ranks with all servers. Collective over the world; ``control``: on the global leader.
+        """Connect all ranks with all servers. Collective over the world. The global leader needs ``control``.
 
         Raises:
-            RefitError: on all ranks; nothing stays open.
+            RefitError: on all ranks. Nothing stays open then.
         """
         with contextlib.ExitStack() as undo:
             server_ranks = lockstep.run(
@@ -146,9 +146,9 @@ def _prepare(source: Source, offer: Offer, config: RefitConfig, deadline: Deadli
 
 
 def _slices(source: Source, quantization: Quantization) -> SliceSource:
-    """Return the slices of the parameters as they are now.
+    """Return the slices of the current parameters.
 
-    Collective over the tensor-parallel groups where weights are quantised.
+    Collective over the tensor-parallel groups if weights are quantised.
     """
     if quantization == "none":
         return ShardSlices(source.named_params(), source.arch)

@@ -1,8 +1,7 @@
-"""A few buffers that a trainer rank writes and a server rank on the same host reads.
+"""Rings of buffers that a trainer rank writes and a server rank on the same host reads.
 
-They are host memory, or a GPU's memory shared by CUDA IPC.
-
-Neither has a name in the file system: the server rank gets host memory as a file descriptor, a GPU's as an IPC handle.
+The buffers are host memory, which is passed as a file descriptor, or GPU memory, which is passed as a CUDA IPC handle.
+Neither has a name in the file system.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from megatron_dypo.parallel import device
 
 
 class Ring:
-    """[slots, bytes] uint8 shared by two processes, which agree elsewhere on who may touch which slot."""
+    """[slots, bytes] uint8 shared by two processes. It does not control which of them may use which slot."""
 
     def __init__(self, slots: Tensor, offer: str, fd: int | None) -> None:
         self.slots = slots
         self.offer = offer
-        """JSON by which the other process finds the memory, together with ``fd``."""
+        """JSON with which, and with ``fd``, the other process finds the memory."""
         self.fd = fd
-        """Descriptor of host memory; the other process needs a copy of it."""
+        """Descriptor of host memory. The other process needs a copy of it."""
 
     def close(self) -> None:
-        """Give the descriptor back; the memory goes with the last reference to ``slots`` on both sides."""
+        """Close the descriptor. The memory is freed with the last reference to ``slots`` on both sides."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

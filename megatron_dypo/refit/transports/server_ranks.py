@@ -1,4 +1,4 @@
-"""The leader's side of a planned connection: the ranks of all servers, what each is told, and what it answers."""
+"""The leader's side of a planned connection: messages to the ranks of all servers, and their answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_dypo.refit.plan.refit_plan import RefitPlan, ServerMesh
 from megatron_dypo.rollout.server.command import WEIGHT_LOADER
 
 _ENDED = "{}"
-"""Stands in the store for an inventory that does not come, since the server's call has ended."""
+"""Value in the store in place of an inventory that will not come, because the server's call has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,15 @@ class Offer:
 
     urls: tuple[str, ...]
     message: ControlMessage
-    """The message to the first rank of the first server; the other server ranks get the same, with their own place."""
+    """The message to the first rank of the first server. Other server ranks get the same with their own server and
+    rank."""
 
 
 def server_mesh(info: ServerInfo) -> ServerMesh:
-    """Return the mesh of a server that the planned transports can reach.
+    """Return the mesh of a server.
 
     Raises:
-        ServerError: they cannot reach it.
+        ServerError: the planned transports cannot reach this server.
     """
     for name in ("pipeline_parallel", "data_parallel"):
         size = getattr(info, name)
@@ -57,21 +58,21 @@ class ServerRanks:
     """All ranks of the servers of one connection, and the store on which they meet the trainer's ranks."""
 
     def __init__(self, control: SGLangControl, store: dist.TCPStore, plan: RefitPlan, message: ControlMessage) -> None:
-        """``store``: the master; with its last reference go the server ranks that still wait on it."""
+        """``store`` is the master of the store. With its last reference, server ranks that still wait on it fail."""
         self._control = control
         self._store = store
         self._plan = plan
         self.offer = Offer(urls=control.urls, message=message)
-        # A second client: a wait on the first one would hold up a write from the control's thread.
+        # A second client, since a wait on the first one would block writes of the control's thread.
         timeout = datetime.timedelta(seconds=message.timeout_s)
         self._notes = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
         self._answers: list[Future[dict[str, Any]]] = []
 
     def ask_to_connect(self, deadline: Deadline) -> None:
-        """Tell every server rank of the connection, and compare what it holds with the plan.
+        """Announce the connection to every server rank, and compare its inventory with the plan.
 
         Raises:
-            ServerError: a rank that failed, or whose parameters are not those of the plan; none has connected.
+            ServerError: a rank failed, or its parameters differ from the plan. No rank has connected then.
         """
         self.announce(0, 0, deadline)
         for server, answer in enumerate(self._answers):
@@ -90,11 +91,11 @@ class ServerRanks:
                     raise self._error(server, server_rank, "; ".join(problems))
 
     def let_connect(self) -> None:
-        """Let the server ranks connect: all inventories are as planned."""
+        """Let the server ranks connect, once all inventories are as planned."""
         self._store.set(GO, "")
 
     def announce(self, refit: int, version: int, deadline: Deadline) -> None:
-        """Tell every server rank of a refit; does not wait for them."""
+        """Announce a refit to every server rank, without waiting for answers."""
         message = dataclasses.replace(self.offer.message, refit=refit, version=version, timeout_s=deadline.remaining())
         bodies: list[dict[str, Any]] = [
             {
@@ -103,7 +104,7 @@ class ServerRanks:
                     for server_rank in range(mesh.tensor)
                 ],
                 "load_format": WEIGHT_LOADER,
-                # Here, not by /flush_cache: that also collects the server's garbage, which takes longer than a refit.
+                # /flush_cache would also collect the server's garbage, which takes longer than a refit.
                 "flush_cache": True,
             }
             for server, mesh in enumerate(self._plan.servers)
@@ -128,7 +129,7 @@ class ServerRanks:
             raise ServerError("; ".join(map(str, errors)), *(url for error in errors for url in error.urls))
 
     def abort(self) -> None:
-        """Wait for no more answers, and drop the store; the last call."""
+        """Stop waiting for answers, and drop the store. No call may follow."""
         for answer in self._answers:
             answer.cancel()
         del self._store, self._notes
@@ -162,11 +163,11 @@ class ServerRanks:
 
 
 def shape_mismatches(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[int, ...]]) -> list[str]:
-    """List how the parameters of a server rank differ from the plan, as sentences; at most one for each parameter."""
+    """List the differences between the parameters of a server rank and the plan: one text for each parameter."""
     problems = [f"{name} is not among its parameters" for name in sorted(planned.keys() - held.keys())]
     problems += [f"{name} is a parameter that the plan leaves out" for name in sorted(held.keys() - planned.keys())]
     problems += [
-        f"{name} has shape {held[name]}, the plan says {planned[name]}"
+        f"{name} has shape {held[name]}, the plan has {planned[name]}"
         for name in sorted(held.keys() & planned.keys())
         if held[name] != planned[name]
     ]
@@ -174,7 +175,8 @@ def shape_mismatches(held: dict[str, tuple[int, ...]], planned: dict[str, tuple[
 
 
 def _note_end(store: dist.Store, keys: Sequence[str], _: Future[Any]) -> None:
-    """Free whoever waits for inventories that have not come when a server's call ends; runs in the control's thread."""
-    with contextlib.suppress(RuntimeError):  # the store has gone, and with it those who wait
+    """When a server's call ends, write its missing inventories, so that nobody waits for them. Runs in the control's
+    thread."""
+    with contextlib.suppress(RuntimeError):  # the store is gone, and so are those who wait
         for key in keys:
             store.compare_set(key, "", _ENDED)

@@ -12,12 +12,11 @@ from megatron_dypo.parallel import device
 
 
 def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseException | None]:
-    """Run the actions concurrently under ``inference_mode``, on this thread's GPU.
+    """Run the actions concurrently under ``inference_mode``, on this thread's GPU, until all have ended.
 
-    Returns, per action, the exception that it raised or None, when all have ended. An action whose thread cannot start
-    has raised the reason for that.
+    Return, for each action, the exception that it raised, or None. If its thread cannot start, that is the exception.
     """
-    errors: list[BaseException | None] = [None] * len(actions)  # without the variables of their frames
+    errors: list[BaseException | None] = [None] * len(actions)  # the variables of their frames are dropped
     gpu = torch.accelerator.current_device_index() if device.on_gpu() else None
 
     def run(index: int) -> None:
@@ -35,7 +34,7 @@ def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseExceptio
         thread = threading.Thread(target=run, args=(index,), daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # no more threads, by a limit of the system
+        except RuntimeError as error:  # the system allows no more threads
             errors[index] = error
         else:
             started.append(thread)
@@ -45,10 +44,10 @@ def run_concurrently(actions: Sequence[Callable[[], None]]) -> list[BaseExceptio
 
 
 def drop_frames(error: BaseException | None) -> None:
-    """Clear the variables of all frames that an error, and the errors that led to it, came through.
+    """Clear the variables in the frames of an error and of the errors that led to it.
 
-    The variables refer to stores and groups. Their sockets close with the last reference only, and that is what frees
-    a peer that waits on the other side: no reference must last for as long as somebody handles the error.
+    The variables refer to stores and groups, whose sockets close only with the last reference. A peer that waits on the
+    other side is freed only then, so no reference may stay alive while somebody handles the error.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)

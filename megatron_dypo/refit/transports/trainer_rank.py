@@ -1,4 +1,4 @@
-"""A trainer rank's side of a planned connection: its links to the ranks of all servers that it sends to."""
+"""A trainer rank's side of a planned connection: its links to the server ranks that it sends to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SENDERS: dict[str, type[Sender]] = {"p2p": GroupSender, "local": LocalSender}
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 
 Link = tuple[int, int]
-"""A server, and a rank of it."""
+"""Server, server rank."""
 
 
 class TrainerRank:
@@ -44,12 +44,12 @@ class TrainerRank:
         make_slices: Callable[[], SliceSource],
         verify: Verify,
     ) -> None:
-        """Read from the store which parameters the server ranks have.
+        """Read the parameters of the server ranks from the store.
 
-        ``make_slices`` returns this rank's slices as they are at the time of a refit.
+        ``make_slices`` returns this rank's current slices at the time of a refit.
 
         Raises:
-            ServerError: a server on another kind of device, or with parameters of other types than the plan's.
+            ServerError: a server runs on another kind of device, or its parameters have other types than the plan's.
         """
         self._plan = plan
         self._rank = rank
@@ -71,10 +71,10 @@ class TrainerRank:
             self._messages[link] = list(cut(of_link, dtypes, slot_bytes))
 
     def connect(self, transport: str, deadline: Deadline) -> None:
-        """Meet the ranks of all servers that this rank sends to.
+        """Connect with the ranks of all servers that this rank sends to.
 
         Raises:
-            ServerError: a server did not come.
+            ServerError: a server did not connect.
         """
         for server in sorted({server for server, _ in self._messages}):
             links = ServerLinks(
@@ -90,12 +90,12 @@ class TrainerRank:
                 raise ServerError(f"{self._urls[server]}: no connection: {error}", self._urls[server]) from error
 
     def send(self, version: int, deadline: Deadline) -> int:
-        """Send everything over all links at once; returns the bytes.
+        """Send everything over all links at once; return the bytes sent.
 
-        Collective over the tensor-parallel groups where weights are quantised.
+        Collective over the tensor-parallel groups if weights are quantised.
 
         Raises:
-            ServerError: names every server that was lost.
+            ServerError: servers were lost; the message names each.
         """
         slices = self._make_slices()
         senders = {
@@ -116,7 +116,7 @@ class TrainerRank:
         return sum(sender.num_bytes for sender in senders.values())
 
     def close(self) -> None:
-        """Close all links at once, and drop the store; the last call."""
+        """Close all links at once, and drop the store. No call may follow."""
         for sender in self._senders.values():
             sender.close()
         self._senders.clear()
@@ -131,7 +131,7 @@ class TrainerRank:
             raise ServerError("; ".join(sorted(lost)), *{self._urls[server] for server, _ in errors})
 
     def _require_dtype(self, transfer: Transfer, dtype: torch.dtype) -> None:
-        """Raise ServerError unless quantised weights and their scales arrive as they are; others may be rounded."""
+        """Raise ServerError if quantised weights or their scales would change their type; others may be rounded."""
         is_quantized = self._plan.encoding.is_quantized(transfer.hf_name)
         wanted = (torch.float8_e4m3fn,) if is_quantized else (torch.float32,) if transfer.part == "scale" else _FLOATS
         if dtype not in wanted:

@@ -32,12 +32,12 @@ class UpdateGroup:
     def __init__(self, control: SGLangControl, name: str, store: Any, group: dist.ProcessGroup) -> None:
         self._control = control
         self._name = name
-        self._store = store  # the servers talk to it as long as the group lives
+        self._store = store  # the servers use it as long as the group exists
         self._group = group
 
     @classmethod
     def form(cls, control: SGLangControl, backend: str, deadline: Deadline) -> UpdateGroup:
-        """Form a new group, under a name of its own.
+        """Form a new group with a unique name.
 
         Raises:
             ServerError: a server did not join.
@@ -61,7 +61,7 @@ class UpdateGroup:
         return cls(control, name, store, group)
 
     def send(self, bucket: Bucket, deadline: Deadline) -> None:
-        """Broadcast one bucket; returns when every server has loaded it.
+        """Broadcast one bucket; return when every server has loaded it.
 
         Raises:
             ServerError: a server refused, died, or took too long.
@@ -72,7 +72,7 @@ class UpdateGroup:
             "shapes": bucket.shapes,
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            # Here, not by /flush_cache: that also collects the server's garbage, which takes longer than a refit.
+            # /flush_cache would also collect the server's garbage, which takes longer than a refit.
             "flush_cache": True,
         }
         loaded = self._control.start_update(body, deadline)
@@ -82,32 +82,32 @@ class UpdateGroup:
         except RuntimeError as error:
             if isinstance(error, ServerError):
                 raise
-            # The connection was cut; the HTTP call says by whom.
+            # The connection broke. The HTTP call tells which server is at fault.
             loaded.result()
             raise
         loaded.result()
 
     def abandon(self) -> None:
-        """Leave at once: closing the connections frees servers that wait for a broadcast.
+        """Close the group at once. This frees servers that wait for a broadcast.
 
-        A broadcast that is under way delays the closing until it times out, so a thread does it.
+        A running broadcast delays the closing until it times out, so a thread does it.
         """
         _in_daemon_thread(functools.partial(dist.destroy_process_group, self._group))
 
     def leave(self) -> None:
-        """Leave in order, telling the servers."""
+        """Tell the servers, then close the group."""
         self._control.attempt([("/destroy_weights_update_group", {"group_name": self._name})], timeout_s=10.0)
         dist.destroy_process_group(self._group)
 
 
 def address_towards(urls: Sequence[str]) -> str:
-    """Return this host's address on the way to the servers: a loopback address only where all servers are local."""
+    """Return the address of this host as the servers reach it: a loopback address only if all servers are local."""
     address = "127.0.0.1"
     for url in urls:
         parts = urlsplit(url)
         family, kind, _, _, server = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(server)  # a datagram socket sends nothing; it only looks the route up
+            probe.connect(server)  # connecting a datagram socket sends nothing; it only finds the route
             address = probe.getsockname()[0]
         if not address.startswith("127.") and address != "::1":
             break
@@ -122,7 +122,8 @@ def _require_plain(info: ServerInfo) -> None:
 
 
 def _in_daemon_thread(action: Callable[[], T]) -> Future[T]:
-    """Run a call that cannot be interrupted in a thread that neither we nor the end of the process have to wait for."""
+    """Run a call that cannot be interrupted in a daemon thread, so that neither the caller nor the end of the process
+    must wait for it."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -139,8 +140,9 @@ def _await(made: Future[T], answers: Future[Any], deadline: Deadline) -> T:
     """Wait for ``made`` and return its result, as long as no answer is an error.
 
     Raises:
-        ServerError: an answer is an error. Until there are answers their own deadline counts: its error names the
-        server. TimeoutError: all servers have answered, and the deadline has passed.
+        ServerError: an answer is an error. While answers are missing, only the deadline of their call counts, since its
+            error names the server.
+        TimeoutError: all servers have answered, and the deadline has passed.
     """
     wait([made, answers], return_when=FIRST_COMPLETED)
     if not made.done():

@@ -1,4 +1,4 @@
-"""The start of one SGLang server as plain data: command line, environment and port."""
+"""Command line, environment and port of one SGLang server, as plain data."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TORCHRUN = re.compile(r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GR
 
 
 class PortLease:
-    """A TCP port that nobody listens on, kept from other runs on this host until :meth:`release`.
+    """A free TCP port, reserved against other runs on this host until :meth:`release`.
 
-    A server binds its port some ten seconds after it was chosen. The claim in between is an abstract Unix socket,
-    which the kernel drops with the process.
+    A server binds its port some ten seconds after it was chosen. In between an abstract Unix socket claims the port;
+    the kernel drops the claim with the process.
     """
 
     def __init__(self, port: int, claim: socket.socket) -> None:
@@ -43,8 +43,8 @@ def lease_port(host: str, first: int) -> PortLease:
     """Return the lowest free and unclaimed port from ``first`` upward.
 
     Raises:
-        ValueError: there is none up to 65535, or ``host`` is no address of this machine.
-        OSError: this process may open no socket there.
+        ValueError: no port up to 65535 is free, or ``host`` is no address of this machine.
+        OSError: this process may not open a socket there.
     """
     for port in range(first, 65536):
         claim = socket.socket(socket.AF_UNIX)
@@ -77,10 +77,10 @@ def server_command(
 ) -> list[str]:
     """Return the command line of server ``index`` of a run, without the API key, which ``ps`` would show.
 
-    SGLang gets no tokenizer: tokens go in and out, so any tokenizer of ours will do.
+    SGLang needs no tokenizer, since tokens go in and out. So the model may have any tokenizer that this package reads.
 
     Raises:
-        ValueError: ``dtype`` is not one that the trainer has too.
+        ValueError: the trainer does not have ``dtype``.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
@@ -104,9 +104,9 @@ def server_command(
 
 
 def link_package(folder: Path) -> Path:
-    """Make a folder for the import path of a server: it holds this package and nothing else.
+    """Make a folder for the import path of a server that holds only this package.
 
-    The server's interpreter may be another than ours, with packages of its own that ours must not hide.
+    The server may have another interpreter with its own packages, which the trainer's must not hide.
     """
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "megatron_dypo"
@@ -124,21 +124,25 @@ def server_environment(
     *,
     host: str,
 ) -> dict[str, str]:
-    """Return the environment of a server: the trainer's without torchrun's variables, and what rollouts and refits
-    need.
+    """Return the environment of a server: the trainer's without torchrun's variables, plus the variables that rollouts
+    and refits need.
 
-    ``cores`` are the CPU cores to split among tensor-parallel ranks. ``python_path``: see :func:`link_package`.
-    ``host``: the address of the server, which must be reached without a proxy: SGLang warms up by a request to itself.
-    A variable of ``inherited`` (``OMP_NUM_THREADS``, …) stays, unless correctness depends on it.
+    Args:
+        inherited: the trainer's environment. Its values (``OMP_NUM_THREADS``, …) stay, unless correctness depends on
+            the variable.
+        cores: CPU cores to split among tensor-parallel ranks.
+        python_path: see :func:`link_package`.
+        host: address of the server. No proxy may be used for it: SGLang warms up by a request to itself.
     """
     env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
     if len(env.get("TMPDIR", "")) > _MAX_TMPDIR:
-        env["TMPDIR"] = "/tmp"  # SGLang's sockets lie there, and the address of a Unix socket has 107 characters
+        # SGLang puts its sockets there, and the address of a Unix socket has at most 107 characters.
+        env["TMPDIR"] = "/tmp"
     env |= direct_hosts(env, [host])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
-    # Log-probs of temperature 1, whatever the sampling temperature.
+    # Log-probs at temperature 1, for any sampling temperature.
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
-    env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # else /health makes a token, which takes a second
+    env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # else /health generates a token, which takes a second
     env.setdefault("SGLANG_REQUEST_STATE_WAIT_TIMEOUT", "1")  # seconds until a closed connection aborts its request
     env.setdefault("HF_HUB_OFFLINE", "1")
     if device == "cpu":
@@ -150,7 +154,7 @@ def server_environment(
 
 
 def _bind(cores: Sequence[int], ranks: int) -> str:
-    """Return the cores of each rank, such as ``0,1|2,3``; ranks share cores when there are too few."""
+    """Return the cores of each rank, such as ``0,1|2,3``; ranks share cores if there are too few."""
     each = max(1, len(cores) // ranks)
     starts = [rank * each % len(cores) for rank in range(ranks)]
     return "|".join(",".join(map(str, cores[start : start + each])) for start in starts)

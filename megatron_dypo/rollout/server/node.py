@@ -1,4 +1,4 @@
-"""The servers of one node, for a trainer on other nodes: ``megatron-dypo serve`` runs this."""
+"""The servers of one node for a trainer on other nodes. ``megatron-dypo serve`` runs this."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, server_args: str = "") -> None:
     """Keep ``rollout.servers.per_node`` servers at ``rollout.servers.port`` and the ports after it, until SIGTERM.
 
-    One that dies is started again, ``rollout.servers.max_restarts`` times, with the weights of the model folder: it is
-    the trainer that brings it up to date.
+    A server that dies is started again, up to ``rollout.servers.max_restarts`` times, with the weights of the model
+    folder. The trainer then brings it the current weights.
 
     Args:
-        first: number of this node's first server among those of all nodes; server ``i`` samples with seed + ``i``.
+        first: number of this node's first server among the servers of all nodes; server ``i`` samples with seed +
+        ``i``.
         server_args: more arguments for SGLang, after ``rollout.servers.extra_args``, as a shell would read them.
 
     Raises:
@@ -36,7 +37,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, serv
     cfg = config.rollout.servers
     if read_api_key(cfg.api_key_env) is None:
         raise ValueError(f"{cfg.api_key_env} is not set: the trainer and every server need the same key")
-    # This node's servers alone: other nodes have theirs.
+    # Only this node's servers; other nodes have their own.
     cfg = replace(cfg, urls=(), urls_are_restarted=False, router=None, nodes=1)
     cfg = replace(cfg, extra_args=(*cfg.extra_args, *shlex.split(server_args)))
     _require_ports(cfg)
@@ -48,7 +49,7 @@ def keep_servers(config: Config, *, device: str, first: int, log_dir: Path, serv
 
 
 def _require_ports(cfg: ServersConfig) -> None:
-    """Raise ValueError if a port is taken: the trainer was told these ports, so others will not do."""
+    """Raise ValueError if a port is taken. The trainer expects exactly these ports."""
     for port in range(cfg.port, cfg.port + cfg.per_node):
         lease = lease_port(cfg.host, port)
         lease.release()

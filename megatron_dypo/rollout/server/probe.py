@@ -1,4 +1,4 @@
-"""Small requests to one server before any rollout: does it answer, take our key, give log-probs of temperature 1?"""
+"""Small requests to one server before any rollout: does it answer, accept the key, give log-probs at temperature 1?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 HEALTH_EVERY_S = 0.2
-"""Seconds between two looks at a server that starts: SGLang announces nowhere but in /health that it is up."""
+"""Seconds between two looks at a starting server. SGLang announces only in /health that it is up."""
 _ATTEMPT_S = 5.0
 _GENERATE_S = 120.0
 _PROBE_IDS = [1, 2, 3, 4]
@@ -18,17 +18,18 @@ _MAX_BYTES = 2**20
 
 
 def http_status(url: str, api_key: str | None) -> int | None:
-    """Return the HTTP status of a GET; None when nothing answers."""
+    """Return the HTTP status of a GET; None if nothing answers."""
     return request_json("GET", url, api_key)[0]
 
 
 def request_json(
     method: str, url: str, api_key: str | None, body: Any = None, *, timeout_s: float = _ATTEMPT_S
 ) -> tuple[int | None, Any]:
-    """Return HTTP status and payload of a small request; both are None when nothing answers.
+    """Return HTTP status and payload of a small request; both are None if nothing answers.
 
-    The payload is None unless the status is 2xx and the body is JSON of at most 1 MiB. No proxy of the environment is
-    used, and no redirect is followed: that would hand the key to another place. Blocks; call it outside of event loops.
+    The payload is None unless the status is 2xx and the body is JSON of at most 1 MiB. Proxies of the environment are
+    not used. Redirects are not followed, since they would send the key to another host. Blocks: call it outside of
+    event loops.
     """
     return asyncio.run(_request(method, url, api_key, body, timeout_s))
 
@@ -49,7 +50,7 @@ async def _request(method: str, url: str, api_key: str | None, body: Any, timeou
 
 
 async def _beginning(response: aiohttp.ClientResponse) -> bytes:
-    """Return the body, or one byte more of it than is allowed."""
+    """Return the body, cut off one byte after the limit."""
     body = b""
     while len(body) <= _MAX_BYTES and (chunk := await response.content.read(_MAX_BYTES + 1 - len(body))):
         body += chunk
@@ -57,7 +58,7 @@ async def _beginning(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _decode(body: bytes) -> Any:
-    """Return the JSON of a body; None if it is none, or too long."""
+    """Return the JSON of a body; None if it is no JSON or too long."""
     try:
         return json.loads(body) if len(body) <= _MAX_BYTES else None
     except (ValueError, RecursionError):
@@ -68,7 +69,7 @@ def log_probs_are_untempered(url: str, api_key: str | None) -> bool:
     """Return whether a server's log-probs stay the same when the sampling temperature changes (SGLang's own do not).
 
     Raises:
-        ValueError: it does not answer with log-probs at all.
+        ValueError: its answer has no log-probs.
     """
     plain, tempered = (_next_log_probs(url, api_key, temperature) for temperature in (1.0, 0.5))
     return all(abs(a - b) < 0.01 for a, b in zip(plain, tempered, strict=True))

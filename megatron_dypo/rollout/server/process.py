@@ -1,4 +1,4 @@
-"""One SGLang server process under its guard, with its log and its key file."""
+"""One SGLang server process with its guard, its log and its key file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAIL_LINES = 30
 
 
 class ServerDiedError(RuntimeError):
-    """A server of the run has ended on its own; the message names it and quotes the end of its log."""
+    """A server of the run has ended on its own. The message names it and quotes the end of its log."""
 
     cause = Cause.SERVERS_GONE
 
@@ -31,9 +31,9 @@ class ServerProcess:
         self._api_key = ""
 
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
-        """Start ``command``, which reads the API key from ``key_file`` (SGLang's ``--config``) and not its arguments.
+        """Start ``command``. It reads the API key from ``key_file`` (SGLang's ``--config``), not from its arguments.
 
-        Once it has ended it may be started again; the log goes on.
+        A server that has ended may be started again; its log continues.
         """
         self._api_key = api_key
         _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
@@ -46,7 +46,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(env),
-                start_new_session=True,  # Ctrl-C reaches the trainer alone, which then stops its servers in order
+                start_new_session=True,  # Ctrl-C reaches only the trainer, which then stops its servers in order
             )
 
     def ending(self) -> str | None:
@@ -62,7 +62,8 @@ class ServerProcess:
             raise ServerDiedError(f"{self.ending()}; the last lines of {self.log_path}:\n{words}")
 
     def forget_key(self, api_key: str) -> None:
-        """Once the server runs: delete the key file, and overwrite the key in the arguments that SGLang logs."""
+        """Delete the key file, and overwrite the key in the arguments that SGLang logs. Call it once the server
+        runs."""
         self.key_file.unlink(missing_ok=True)
         text, key = self.log_path.read_bytes(), api_key.encode()
         with self.log_path.open("r+b") as log:
@@ -78,7 +79,7 @@ class ServerProcess:
             self._guard.terminate()
 
     def wait(self) -> None:
-        """Wait until the server has ended, for whatever reason."""
+        """Wait until the server has ended, for any reason."""
         if self._guard is not None:
             wait_for_end(self._guard)
 
@@ -90,7 +91,7 @@ class ServerProcess:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, from its first byte on."""
+    """Write a file that only its owner can ever read."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)

@@ -38,7 +38,7 @@ class NotHealthyError(TimeoutError):
 class ServerPool:
     """The servers of a run; leaving the context stops those that the run started.
 
-    They also stop when this process dies in any way. One that dies is started again at the same port.
+    They also stop if this process dies in any way. A server that dies is started again at the same port.
     """
 
     def __init__(self, urls: Sequence[str], api_key: str | None, *, urls_are_restarted: bool = False) -> None:
@@ -51,10 +51,10 @@ class ServerPool:
         self._supervisor: Supervisor | None = None
 
     def check(self) -> None:
-        """Look after the started servers (cheap; nothing is sent to one that is up).
+        """Check the started servers, and start dead ones again. It is cheap and sends nothing to running servers.
 
         Raises:
-            ServerDiedError: one died and ``max_restarts`` is 0, or all did and none is started again; the message
+            ServerDiedError: one died and ``max_restarts`` is 0, or all died and none is started again; the message
                 quotes their logs.
         """
         if self._supervisor is not None:
@@ -64,12 +64,12 @@ class ServerPool:
             process.check()
 
     def wait_for_loss(self) -> None:
-        """Wait until :meth:`check` raises, and raise that. Only where this pool has started its servers."""
+        """Wait until :meth:`check` raises, and raise its error. Call it only if this pool has started its servers."""
         assert self._supervisor is not None
         self._supervisor.wait_for_loss()
 
     def take_lost(self) -> dict[str, str]:
-        """Return URL → how it ended, for the servers that died since the last call; most run again, or soon will.
+        """Return URL → reason for the servers that died since the last call; most of them run again, or soon will.
 
         Raises:
             ServerDiedError: as :meth:`check` does.
@@ -80,7 +80,7 @@ class ServerPool:
         return {url: death for url, death in deaths.items() if death is not None}
 
     def may_return(self) -> bool:
-        """Return whether a server that does not answer may do so after a while, without anybody's help."""
+        """Return whether a server that does not answer may come back on its own."""
         if self._supervisor is None:
             return self.urls_are_restarted
         return any(server.given_up is None for server in self._supervisor.servers)
@@ -144,8 +144,8 @@ class ServerPool:
             status = http_status(f"{url}/model_info", self.api_key)
             if status in (401, 403):
                 raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
-            if status not in (200, None):  # None: it died just now; the first refit finds out
-                raise ValueError(f"{url}/model_info: HTTP {status}: what answers there is not an SGLang server")
+            if status not in (200, None):  # None: it has just died, which the first refit will notice
+                raise ValueError(f"{url}/model_info: HTTP {status}: this is not an SGLang server")
         for process in self._processes:
             assert self.api_key is not None
             process.forget_key(self.api_key)
@@ -168,7 +168,7 @@ class ServerPool:
         )
 
     def _is_healthy(self, process: ServerProcess) -> bool:
-        """Return whether a server that was started again is up; if so, remove its key from the disk."""
+        """Return whether a restarted server is up; if so, remove its key from the disk."""
         if http_status(f"{process.url}/health", self.api_key) != 200:
             return False
         assert self.api_key is not None
@@ -188,15 +188,19 @@ def start_servers(
 ) -> ServerPool:
     """Start ``cfg.per_node`` servers, or reach those of ``cfg.urls``, and return when all are healthy.
 
-    Each writes to ``log_dir/sglang_<i>.log``. Server ``i`` samples with ``seed + i``; SGLang has no seed for a request.
-    ``device``: ``cpu``, or the accelerator, which SGLang finds on its own. ``temperature``: of training rollouts;
-    unless it is 1, given servers are asked whether their log-probs are those of temperature 1.
+    Server ``i`` logs to ``log_dir/sglang_<i>.log`` and samples with ``seed + i``, since SGLang has no seed for each
+    request.
+
+    Args:
+        device: ``cpu``, or the accelerator, which SGLang finds on its own.
+        temperature: temperature of training rollouts. If it is not 1, servers given by URL are tested: their log-probs
+            must be those of temperature 1.
 
     Raises:
         ServerDiedError: a server ended while it started.
         NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` refuses the API key, or gives tempered log-probs; ``dtype``, ``cfg.port``
-            or the key breaks a rule; ``cfg.nodes`` promises servers that nobody has started.
+        ValueError: a server of ``cfg.urls`` refuses the API key, or its log-probs depend on the temperature; ``dtype``,
+            ``cfg.port`` or the key breaks a rule; or ``cfg.nodes`` is above 1 without ``cfg.urls``.
     """
     if not cfg.urls and cfg.nodes > 1:
         raise ValueError(
@@ -226,6 +230,6 @@ def _require_untempered(pool: ServerPool, temperature: float) -> None:
     for url in pool.urls:
         if not log_probs_are_untempered(url, pool.api_key):
             raise ValueError(
-                f"temperature={temperature}: log-probs of {url} depend on it, those of temperature 1 are needed: "
+                f"temperature={temperature}: log-probs of {url} depend on it, but must be those of temperature 1: "
                 "start the server with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
             )

@@ -1,4 +1,4 @@
-"""Servers of the run that are started again when they die."""
+"""Supervision of the run's servers: a server that dies is started again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _log = logging.getLogger(__name__)
 
 
 class Supervised:
-    """One server that runs, started again when it dies, up to ``restarts`` times.
+    """One running server. It is started again when it dies, up to ``restarts`` times.
 
-    A server that came back holds the weights of its model folder, not those of the last refit.
+    A restarted server holds the weights of its model folder, not those of the last refit.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class Supervised:
         restarts: int,
         deadline_s: float,
     ) -> None:
-        """Look after ``process``, which ``start`` starts again.
+        """Supervise ``process``; ``start`` starts it again.
 
-        A server that is not healthy ``deadline_s`` after its start is stopped, as if it had died.
+        A server that is not healthy ``deadline_s`` after its start is stopped and counts as dead.
         """
         self.process = process
         self._start, self._is_healthy = start, is_healthy
@@ -44,11 +44,11 @@ class Supervised:
 
     @property
     def given_up(self) -> str | None:
-        """How it ended, with the end of its log, if it is dead and stays so."""
+        """How the server ended, with the end of its log, if it is not started again; else None."""
         return self._given_up
 
     def take_death(self) -> str | None:
-        """Return how the server last ended, if it did since the last call; it may run again by now."""
+        """Return how the server last ended, if it ended since the last call. It may run again by now."""
         with self._lock:
             untold, self._untold = self._untold, None
         return untold
@@ -62,7 +62,7 @@ class Supervised:
                 self._restart(ending)
 
     def look_after(self) -> None:
-        """Start the server again each time that it ends, until it is given up or left alone."""
+        """Start the server again each time it ends, until it is given up or :meth:`leave_alone` is called."""
         while not self._is_over.is_set() and self._given_up is None:
             num_starts = self._num_starts
             self.process.wait()
@@ -71,12 +71,12 @@ class Supervised:
                 self._await_health()
 
     def leave_alone(self) -> None:
-        """Start the server no more, from now on."""
+        """Do not start the server again from now on."""
         with self._lock:
             self._is_over.set()
 
     def _await_health(self) -> None:
-        """Wait until a server that was started again is up, or has ended; stop one that takes too long."""
+        """Wait until a restarted server is up or has ended; stop one that takes too long."""
         while not self._is_over.wait(HEALTH_EVERY_S):
             is_healthy = self._is_healthy()
             if self.process.ending() is not None:
@@ -102,15 +102,15 @@ class Supervised:
         _log.warning("%s; starting it again (%d of %d times)", ending, self._num_starts, self._restarts)
         try:
             self._start()
-        except OSError as error:  # no process or descriptor left: as if it had died once more
+        except OSError as error:  # no process or descriptor left: count it as another death
             _log.warning("%s could not be started: %s", self.process.name, error)
 
 
 class Supervisor:
-    """Looks after servers, each from a thread of its own that waits for its end, until :meth:`stop`."""
+    """Supervises servers until :meth:`stop`. For each server one thread waits for its end."""
 
     def __init__(self, servers: Sequence[Supervised], *, needs_all: bool = False) -> None:
-        """``needs_all``: the loss of one server is the loss of all."""
+        """Start supervising. With ``needs_all``, losing one server counts as losing all."""
         self.servers = tuple(servers)
         self._needs_all = needs_all
         self._error: BaseException | None = None
@@ -124,7 +124,7 @@ class Supervisor:
 
         Raises:
             ServerDiedError: no server is left (or, with ``needs_all``, one is gone), and none will be started again.
-            RuntimeError: nobody looks after the servers any more, for a reason that is an error of ours.
+            RuntimeError: a supervising thread has failed, which is a bug.
         """
         if self._error is not None:
             raise RuntimeError("the thread that looks after the servers has ended") from self._error
@@ -137,14 +137,14 @@ class Supervisor:
             raise ServerDiedError("no SGLang server is left: " + "\n".join(filter(None, ends)))
 
     def wait_for_loss(self) -> None:
-        """Wait until :meth:`check` raises, and raise that."""
+        """Wait until :meth:`check` raises, and raise its error."""
         while True:
             self.check()
             self._has_news.wait()
             self._has_news.clear()
 
     def stop(self) -> None:
-        """Have no server started again once this returns."""
+        """Stop supervising. No server is started again once this returns."""
         for server in self.servers:
             server.leave_alone()
 

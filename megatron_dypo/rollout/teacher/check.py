@@ -1,4 +1,4 @@
-"""Checks of a teacher's servers before any rollout: they answer, and have the policy's tokenizer."""
+"""Checks of a teacher's servers before any rollout: they answer and have the policy's tokenizer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_dypo.rollout.server.probe import request_json
 PROBE_TEXT = (
     "Let f(x) = 3x² − 12.5; so ∑ f(i) = 1,024.\n\n    def f(x):\treturn 3*x**2  # naïve\n答案是 42。 Привет! 🙂"
 )
-"""Scripts, digits, white space and signs, on which tokenizers differ."""
+"""Scripts, digits, white space and signs for which tokenizers differ."""
 _TIMEOUT_S = 60.0
 
 
 class Tokenizer(Protocol):
-    """The policy's tokenizer, as far as it is compared."""
+    """The part of the policy's tokenizer that is compared."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -33,7 +33,7 @@ def require_same_tokenizer(cfg: TeacherServersConfig, api_key: str | None, token
     A teacher whose vocabulary is smaller than the policy's does not know the last token.
 
     Raises:
-        ValueError: names the server, and the ids or texts that differ; or the server does not answer.
+        ValueError: ids or texts differ, or a server does not answer; the message names the server.
     """
     expected = tokenizer.encode(PROBE_TEXT)
     last = tokenizer.vocab_size - 1

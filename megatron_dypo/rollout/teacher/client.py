@@ -19,19 +19,19 @@ _log = logging.getLogger(__name__)
 
 
 class NoLogprobsError(Exception):
-    """The teacher gave no log-probs of a rollout, and will not be asked for them again."""
+    """The teacher gave no log-probs of a rollout, and will not be asked again."""
 
 
 class TeacherClient(HttpClient):
     """Asks one or several servers of one teacher model.
 
-    A server that fails rests for a while; one that is down is asked again, since nobody names it anew as a refit names
-    the policy's servers. Use it as an async context manager. No proxy of the environment is used.
+    A server that fails rests for a while. A server that is down is asked again later, since no refit tells when it is
+    back. Use it as an async context manager. Proxies of the environment are not used.
 
     Args:
         cfg: the servers and the limits: ``max_in_flight`` requests at once, ``request_deadline_s`` for a rollout from
             its first attempt to its last, ``retries`` attempts after the first.
-        api_key: sent as a bearer token, and shown in no message; None: none is.
+        api_key: sent as a bearer token, and never shown in a message. None: no key is sent.
         vocab_size: one more than the largest id of the policy's tokenizer.
         backoff_s: wait before the first retry; doubles each time, with jitter, up to 30 s.
     """
@@ -48,8 +48,8 @@ class TeacherClient(HttpClient):
         """Return the teacher's [R] log-probs of ``response`` after ``prompt``, at temperature 1.
 
         Raises:
-            NoLogprobsError: no sound answer after all retries or at the deadline, or a server refuses the request for
-                good, such as a sequence beyond its context length.
+            NoLogprobsError: no valid answer after all retries or at the deadline, or a server refuses the request for
+                good, for example a sequence beyond its context length.
         """
         body = json.dumps(self._format.request(prompt, response)).encode()
         limit = most_bytes(len(prompt) + len(response))
@@ -60,7 +60,7 @@ class TeacherClient(HttpClient):
             raise NoLogprobsError(str(error)) from error
 
     def blame(self, error: AskError, url: str, servers: LeastLoaded) -> AskError:
-        """Let a server rest that failed, or is down: that costs an attempt, too."""
+        """Let a server rest if it failed or is down. Here a server that is down costs an attempt too."""
         if not isinstance(error, AttemptError | LostServerError):
             return super().blame(error, url, servers)
         warn_often(_log, "an attempt for a teacher's log-probs failed: %s", error)

@@ -17,29 +17,30 @@ from megatron_dypo.types import Floats, Tokens
 _BYTES_PER_TOKEN = 512
 _BYTES_PER_ANSWER = 2**20
 _LOGP_RANGE = (-1e4, 1e-3)
-"""A rounding error may lift a log-prob above 0. SGLang turns log 0 into the lowest float, which is none."""
+"""Range of log-probs. A rounding error may lift one above 0. SGLang writes log 0 as the lowest float, which is
+refused."""
 _ID_PREFIX = "token_id:"
-"""vLLM's name of a token under ``return_tokens_as_token_ids``."""
+"""Prefix of a token id in vLLM's answers with ``return_tokens_as_token_ids``."""
 
 
 class BadAnswerError(Exception):
-    """An answer that is not a log-prob for each token of the response."""
+    """An answer without a valid log-prob for each token of the response."""
 
 
 class Format(Protocol):
-    """One kind of server."""
+    """The wire format of one kind of server."""
 
     path: str
-    """Where requests for log-probs go."""
+    """URL path for requests for log-probs."""
 
     def request(self, prompt: Tokens, response: Tokens) -> dict[str, Any]:
         """Return the body of a request for the log-probs of ``response`` after ``prompt``."""
 
     def read(self, payload: Any, prompt: Tokens, response: Tokens) -> Floats:
-        """Return the [R] log-probs of an answer, whatever it is.
+        """Return the [R] log-probs of an answer of any type.
 
         Raises:
-            BadAnswerError: they are too few or too many, of other tokens, or not finite.
+            BadAnswerError: log-probs are too few or too many, of other tokens, or not finite.
         """
 
 
@@ -56,7 +57,7 @@ class SGLangFormat:
             "input_ids": np.concatenate([prompt, response]).tolist(),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": -1},
             "return_logprob": True,
-            # From the last token of the prompt, whose own log-prob is left out, so that the prompt stays in the cache.
+            # Start at the last token of the prompt (its log-prob is left out), so that the prompt stays in the cache.
             "logprob_start_len": len(prompt) - 1,
         }
 

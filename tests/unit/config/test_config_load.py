@@ -117,7 +117,7 @@ def test_importing_the_config_loads_nothing_heavy():
 
 def test_an_asynchronous_run_must_correct_for_older_weights(write):
     path = write({**MINIMAL, "rollout": {"mode": "async"}})
-    with pytest.raises(ValueError, match=r"rollout\.mode=async: samples from older weights"):
+    with pytest.raises(ValueError, match=r"rollout\.mode=async: samples come from older weights"):
         load_config(path)
     load_config(path, ["objective.importance.cap=2.0"])
     load_config(path, ["old_logp.source=server"])

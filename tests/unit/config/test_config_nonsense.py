@@ -186,6 +186,6 @@ def test_an_error_names_keys_of_the_file_alone(override: str, place: str, tmp_pa
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "x" * 81])
 def test_an_evaluation_set_has_a_name_that_is_a_folder_of_its_own(name: str) -> None:
-    with pytest.raises(ValueError, match="a name is a part of metrics and a folder"):
+    with pytest.raises(ValueError, match="metrics and a folder have this name"):
         EvalConfig(sets={name: EvalSetConfig(path="p.jsonl")})
     EvalConfig(sets={name: EvalSetConfig(path="p.jsonl") for name in ("a/b", "a b", "…")})

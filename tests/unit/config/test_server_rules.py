@@ -92,14 +92,14 @@ def test_a_url_may_be_any_host_and_port(urls: list[str]) -> None:
     ],
 )
 def test_a_server_is_named_once(first: str, second: str) -> None:
-    with pytest.raises(ValueError, match=r"urls=.*is there twice: 'http.*' is the same place"):
+    with pytest.raises(ValueError, match=r"urls=.*is given twice: 'http.*' is the same server"):
         ServersConfig(urls=("http://b:1", first, second))
 
 
 def test_a_router_is_a_place_too_and_none_of_its_servers() -> None:
     with pytest.raises(ValueError, match="router='r:1': must be http"):
         ServersConfig(urls=("http://a:1",), router="r:1")
-    with pytest.raises(ValueError, match="router='http://a:1/': is there twice"):
+    with pytest.raises(ValueError, match="router='http://a:1/': is given twice"):
         ServersConfig(urls=("http://a:1",), router="http://a:1/")
 
 

@@ -170,7 +170,7 @@ def test_results_become_correctness_and_reward() -> None:
     ("path", "message"),
     [
         ("no.such.module:f", r"'no\.such\.module:f': cannot import no\.such\.module: No module named 'no'"),
-        (f"{HERE}:nothing", "has no function 'nothing'"),
+        (f"{HERE}:nothing", "has no 'nothing'"),
         (f"{HERE}:NOT_A_FUNCTION", "has no function 'NOT_A_FUNCTION'"),
         (f"{HERE}:wants_more", "function wants_more: its parameter 'threshold' has no default and is none of answer"),
         ("tests.support.grading.raises_on_import:f", r"RuntimeError: the licence .* \(raises_on_import.py:3\)"),

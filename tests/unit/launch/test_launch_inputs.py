@@ -178,7 +178,7 @@ def test_a_context_length_among_the_servers_arguments_is_their_limit(argument: s
 def test_a_cache_that_holds_no_whole_sequence_is_noted(tokens: int, is_noted: bool, tmp_path: Path) -> None:
     config = case(tmp_path, rollout={"max_new_tokens": 100, "servers": {"max_total_tokens": tokens}})
     notes = check_inputs(config).notes
-    assert any("SGLang cuts responses where its KV cache ends" in note for note in notes) == is_noted
+    assert any("SGLang truncates responses when its KV cache is full" in note for note in notes) == is_noted
 
 
 def test_servers_of_others_may_have_another_limit_which_is_only_noted(tmp_path: Path) -> None:
@@ -355,8 +355,8 @@ class TestLargeFiles:
 
 def test_settings_of_an_evaluation_without_a_set_are_noted(tmp_path: Path) -> None:
     notes = check_inputs(case(tmp_path, eval={"sets": {}, "every": 5, "samples_per_prompt": 2})).notes
-    assert "eval.every=5: does nothing, for eval.sets names no set" in notes
-    assert "eval.samples_per_prompt=2: does nothing, for eval.sets names no set" in notes
+    assert "eval.every=5: does nothing: eval.sets names no set" in notes
+    assert "eval.samples_per_prompt=2: does nothing: eval.sets names no set" in notes
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_transformer_engine_without_a_gpu_does_not_break_megatron(tmp_path, erro
     )
     assert result.returncode == 0, result.stderr
     assert "layers: torch" in result.stdout
-    assert "transformer_engine is installed but of no use here" in result.stderr
+    assert "transformer_engine is installed but cannot be used here" in result.stderr
 
 
 def test_fp8_is_refused_without_a_gpu():

@@ -2,12 +2,14 @@
 
 import pytest
 
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.metrics.intervals import wilson_interval
-from megatron_dypo.metrics.names import Metric, lookup
+from megatron_dypo.metrics.names import METRICS, Metric, lookup
 from megatron_dypo.metrics.report.panels import PANELS, TIER_COLORS
 from megatron_dypo.metrics.report.plots import MAX_BARS, MAX_POINTS, build_plots, thin
 from megatron_dypo.metrics.report.sample_table import MAX_CHARS, MAX_ROWS, select_samples, shorten
 from megatron_dypo.objective.metrics_page import all_metrics
+from megatron_dypo.objective.recipes.registry import build_objective
 from tests.support.run_folder import make_run, step_metrics
 
 
@@ -52,6 +54,20 @@ def test_declared_metrics_are_drawn_in_the_panel_that_they_name_and_unknown_ones
     assert [line.name for line in figures["Loss terms"].data] == ["loss"]
     assert figures["mine/odd"].data[0].y == (3.0,)
     assert figures.keys() == {"Shape", "Loss terms", "GAL: η and saturation", "mine/odd"}
+
+
+@pytest.mark.parametrize(("name", "shows_gal"), [("dypo", True), ("grpo", False), ("sft", False)])
+def test_a_report_speaks_of_gal_only_if_the_objective_has_it(name, shows_gal):
+    declared = build_objective(ObjectiveConfig(name=name)).metrics
+    names = [metric.name for metric in (*METRICS, *declared) if "{" not in metric.name]
+    plots = build_plots([{"step": 0, **dict.fromkeys(names, 0.5)}], declared)
+    words = [
+        text
+        for plot in plots
+        for text in (plot.title, plot.note, *(trace.name for trace in plot.figure.data))
+        if "GAL" in text or "η" in text
+    ]
+    assert bool(words) is shows_gal, words
 
 
 def test_a_plot_holds_the_values_of_the_records():

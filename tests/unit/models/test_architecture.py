@@ -297,7 +297,7 @@ def test_more_tokens_than_positions_are_said(said, positions):
     assert arch.check_positions(positions) is None
     note = arch.check_positions(positions + 1)
     assert note is not None
-    assert f"sequences of up to {positions + 1} tokens: the model is made for {positions} " in note
+    assert f"sequences of up to {positions + 1} tokens: the model supports {positions} " in note
     assert ("under" in note) == (positions > 512)
 
 
@@ -307,7 +307,7 @@ def test_what_sglang_serves_otherwise_is_said():
 
     assert note(None, 10**6) is None
     assert note(YARN, 512) is None
-    assert "SGLang passes over it and takes 1.13863" in note({**YARN, "attention_factor": 1.0}, 512)
+    assert "SGLang ignores it and uses 1.13863" in note({**YARN, "attention_factor": 1.0}, 512)
     assert note({**YARN, "attention_factor": 1.1386294361119891}, 512) is None
     assert "--context-length 2048" in note({**YARN, "original_max_position_embeddings": 512}, 513)
 

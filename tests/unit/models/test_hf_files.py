@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_dypo.models.hf.files import INDEX_NAME, SINGLE_NAME, SafetensorsFi
 from megatron_dypo.models.hf.read import HFReader, warn_once
 from megatron_dypo.models.load import load_hf_weights
 from megatron_dypo.parallel.mesh import Mesh
-from tests.support.hf_models import make_hf_model
+from tests.support.hf_models import import_transformers, make_hf_model
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 663\n"
 
@@ -163,6 +164,43 @@ def test_both_names_of_the_type_follow_the_weights(tied, tmp_path):
         copy_beside(tied, target, torch.bfloat16)
         written = json.loads((target / "config.json").read_text())
         assert {name: written[name] for name in written if "dtype" in name} == dict.fromkeys(names, "bfloat16")
+
+
+def test_generation_with_transformers_ends_where_the_training_did(tied, tmp_path):
+    from megatron_dypo.models.hf.write import copy_beside
+
+    transformers = import_transformers()
+    prompt = torch.arange(3, 9)[None]
+
+    def generated(folder: Path) -> list[int]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return model.generate(prompt, do_sample=False, max_new_tokens=8)[0, prompt.shape[1] :].tolist()
+
+    without = generated(tied)
+    assert len(without) == 8
+    for name, has_file in (("base", True), ("bare", False)):
+        source, target = shutil.copytree(tied, tmp_path / name), tmp_path / f"{name}_export"
+        if not has_file:
+            (source / "generation_config.json").unlink()
+        shutil.copytree(source, target)
+        copy_beside(source, target, stop_ids=(without[3], 2))
+        assert generated(target) == without[: without.index(without[3]) + 1]
+        written = transformers.GenerationConfig.from_pretrained(target)
+        assert set(written.eos_token_id) == {2, without[3]}
+        assert written.bos_token_id == 1
+
+
+def test_a_generation_config_that_names_every_stop_is_copied_byte_for_byte(tied, tmp_path):
+    from megatron_dypo.models.hf.write import copy_beside
+
+    text = '{"temperature": 0.7, "eos_token_id": [7, 2]}'
+    (tied / "generation_config.json").write_text(text)
+    (tmp_path / "copy").mkdir()
+    copy_beside(tied, tmp_path / "copy", stop_ids=(2, 7))
+    assert (tmp_path / "copy" / "generation_config.json").read_text() == text
+    copy_beside(tied, tmp_path / "copy", stop_ids=(5, 2))
+    written = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert written == {"temperature": 0.7, "eos_token_id": [7, 2, 5]}
 
 
 def test_the_scaling_of_positions_is_written_back_unchanged(tied, tmp_path):

@@ -41,7 +41,10 @@ def test_stages_with_layers_of_their_own_are_the_way_out_of_94_layers():
     ("sizes", "message"),
     [
         ({"ffn_hidden_size": 97}, "parallel.tensor=4 does not divide intermediate_size=97"),
-        ({"vocab_size": 9}, "parallel.tensor=4: of vocab_size=9, 3 entries a rank, the last rank would have none"),
+        (
+            {"vocab_size": 9},
+            "parallel.tensor=4: with vocab_size=9 and 3 entries for each rank, the last rank would have none",
+        ),
     ],
 )
 def test_a_model_that_tensor_parallelism_cannot_split_is_refused(sizes, message):

@@ -91,7 +91,7 @@ def test_fields_that_contradict_each_other_are_refused(fields, message):
         Mesh(**fields)
 
 
-WAY_OUT = "; parallel.first_stage_layers and parallel.last_stage_layers give these stages layers of their own"
+WAY_OUT = "; parallel.first_stage_layers and parallel.last_stage_layers set the layers of these stages"
 
 
 @pytest.mark.parametrize(

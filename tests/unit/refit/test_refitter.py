@@ -118,7 +118,7 @@ def test_another_size_is_refused_before_anything_is_sent(setting, tmp_path):
 def test_a_parameter_of_the_wrong_shape_is_refused(setting):
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     setting.params[name] = setting.params[name][:-1]
-    with pytest.raises(RefitError, match=r"linear_fc2.weight: shape \(15, 24\), the architecture asks for \(16, 24\)"):
+    with pytest.raises(RefitError, match=r"linear_fc2.weight: shape \(15, 24\), the architecture needs \(16, 24\)"):
         setting.refitter.refit(1)
 
 
