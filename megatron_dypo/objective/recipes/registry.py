@@ -22,6 +22,7 @@ from megatron_dypo.objective.recipes.sft_then_rl import SftThenRl
 from megatron_dypo.objective.recipes.srft import Srft
 from megatron_dypo.objective.recipes.superrl import SuperRl
 from megatron_dypo.objective.recipes.trapo import Trapo
+from megatron_dypo.processes.importing import import_name
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "dypo": Dypo,
