@@ -88,11 +88,13 @@ def _fork_when_asked_to_spawn() -> None:
     multiprocessing.set_start_method = set_fork
 
 
+_stub_kernels()
+_stub_torchvision()
+
+
 def main() -> None:
     """Serve until SIGTERM; no child process outlives it."""
     gc.disable()  # the objects that imports make stay: a collection would look at all of them for nothing
-    _stub_kernels()
-    _stub_torchvision()
     _fork_when_asked_to_spawn()
     import sglang.srt.entrypoints.http_server  # noqa: F401 (before the forks)
     from sglang.launch_server import run_server

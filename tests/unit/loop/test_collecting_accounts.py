@@ -171,7 +171,7 @@ def test_a_batch_that_stays_short_is_said_with_its_reason(
 ) -> None:
     config = make_config(tmp_path, rollout=rollout, batching={"prompts_per_update": ROUND, "max_collect_rounds": 1})
     with FakeSGLang() as fake, caplog.at_level("WARNING", logger="megatron_dypo"):
-        run = make_run([fake.url], config, judge=lambda row, n: right(row, n) if row % 2 else mixed(row, n))
+        run = make_run([fake.url], config, judge=lambda row, n: right(row, n) if row % 4 else mixed(row, n))
         collect_groups(run)
         short = caplog.text
         caplog.clear()
