@@ -23,8 +23,10 @@ from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.groups import Planner, sample_group
 from megatron_dypo.rollout.sampling import Sampling
-from megatron_dypo.types import DropReason, Prompt, RolloutGroup
+from megatron_dypo.types import DropReason, Prompt, Rollout, RolloutGroup
 
+Asked: TypeAlias = "RolloutGroup | tuple[Rollout, ...]"
+"""A group that was sampled as its plan says, or the rollouts of one request."""
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"
 """The outcome for one prompt. None: the group was not done when the collection stopped."""
 
@@ -107,7 +109,12 @@ def collect(
     # Its thread starts with the first rollouts that a plan has judged.
     judging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")
     with judging, progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
-        ask = functools.partial(sample_group, client, planner=planner, worker=judging)
+
+        def ask(prompt: Prompt, own: Sampling) -> Awaitable[Asked]:
+            if planner is None:
+                return client.generate(prompt.tokens, own)
+            return sample_group(client, prompt, own, planner=planner, worker=judging)
+
         outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
     return groups, _stats(prompts, outcomes, client.counts(), time.monotonic() - start)
@@ -143,7 +150,7 @@ async def _collect(
     client: SGLangClient,
     sampling: Sampling,
     seed_of: Callable[[Prompt], int] | None,
-    ask: Callable[[Prompt, Sampling], Awaitable[RolloutGroup]],
+    ask: Callable[[Prompt, Sampling], Awaitable[Asked]],
     bar: Progress,
     stop: StopFlag | None,
 ) -> list[Outcome]:
@@ -184,13 +191,16 @@ class _Outcomes:
         if not prompts:
             self.over.set()
 
-    def note(self, place: int, group: asyncio.Future[RolloutGroup]) -> None:
+    def note(self, place: int, group: asyncio.Future[Asked]) -> None:
         """Enter the outcome of the prompt at ``place``."""
         if group.cancelled():
             return
         error, prompt = group.exception(), self._prompts[place]
         if error is None:
-            self._outcomes[place] = group.result()
+            asked = group.result()
+            if not isinstance(asked, RolloutGroup):
+                asked = RolloutGroup(prompt=prompt, rollouts=asked)
+            self._outcomes[place] = asked
         elif isinstance(error, GroupDroppedError):
             self._outcomes[place] = dropped_group(prompt, error)
         elif isinstance(error, NoServerError):

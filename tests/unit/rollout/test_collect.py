@@ -343,8 +343,8 @@ def test_a_bug_in_one_group_ends_the_collection_at_once() -> None:
             collect(make_prompts(2), client, group_size=2, progress=False)
 
 
-def test_a_request_is_four_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group is sampled as its plan says, generated, exchanged for an answer with retries, and asked of one server."""
+def test_a_request_is_three_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group is generated, exchanged for an answer with retries, and asked of one server."""
     post, calls = aiohttp.ClientSession.post, []
 
     def noted(self: aiohttp.ClientSession, *args: Any, **options: Any) -> Any:
@@ -355,4 +355,4 @@ def test_a_request_is_four_calls_away_from_the_collection(monkeypatch: pytest.Mo
     monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
     with FakeSGLang() as fake:
         collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
-    assert calls == [["ask", "exchange", "generate", "sample_group", "collect"]]
+    assert calls == [["ask", "exchange", "generate", "collect"]]
