@@ -1,4 +1,4 @@
-"""Multiple choice: which option a response settles on."""
+"""Verify multiple choice: find the option that a response settles on."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _DECORATION = re.compile(r"[\s:*$_\"'“]{0,20}")
 
 @dataclass(frozen=True, kw_only=True)
 class _Labels:
-    """How the options of a question are labelled."""
+    """Patterns for the labels of a question's options."""
 
     label: re.Pattern[str]
     """One label in running text."""
     whole: re.Pattern[str]
-    """A label at the start of a box, and the rest."""
+    """A label at the start of a box."""
     more: re.Pattern[str]
-    """A second label behind the first: such a text settles on nothing."""
+    """A second label behind the first: a text with both settles on no option."""
     line: re.Pattern[str]
     """A line that is a label, or begins with one; the rest of the line is the group ``rest``."""
 
 
 def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
     bracketed = rf"(?:[(\[]\s{{0,3}}{one}\s{{0,3}}[)\]]|<<{one}>>)"
-    # A small letter outside brackets is a label behind a colon, at the end of its line.
+    # A small letter outside brackets is a label only between a colon and the end of its line.
     small = rf"(?<=:)\s?{one}(?=[.)]?\s{{0,9}}(?:\n|\Z))"
     label = rf"(?:{bracketed}|{lone}|{small})"
     return _Labels(
@@ -58,21 +58,20 @@ def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
     )
 
 
-# A lone capital; "A" and "I" before a lower-case word are English ("the answer is a mystery", "the answer, I think").
+# A label is a lone capital. "A" and "I" before a lower-case word are English words ("A mystery", "the answer, I think").
 _LETTERS = _labels(
     "[A-Ja-j]",
     r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|and\b|or\b|for\b)[a-z]))(?![\w'’^=+*<>{\\]|-\w)",
     r"[ \t*$]{0,9}(?P<rest>[.):,][^\n]*)?",
 )
-# "3 m/s" and "3.5" are answers, no labels; "3. Then" is a step.
+# "3 m/s" and "3.5" are answers, not labels; "3. Then" is a step.
 _DIGITS = _labels(
     "[1-9]", r"[1-9](?![\w'’^=+*/<>{\\%-]|[.,:]\d|\s?[=+*/^<>×÷%-]|\s+[a-z])", r"[ \t*$]{0,9}(?P<rest>)[).]?"
 )
 
 
 def verify_choice(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
-    """True if the option that ``response`` settles on is that of ``answer`` (``B``, ``(B)``, ``b.``, or a digit:
-    ``3``).
+    """Return whether ``response`` settles on the option that ``answer`` names (``B``, ``(B)``, ``b.``, or a digit).
 
     Raises ValueError if ``answer`` is not one letter A to J or one digit 1 to 9.
     """
@@ -89,15 +88,17 @@ def gold_label(answer: str) -> str:
 
 
 def chosen_label(response: str, gold: str, style: AnswerStyle = AUTO) -> str | None:
-    """Return the option that ``response`` settles on: a digit where ``gold`` is one, else a letter; None: no option."""
+    """Return the option that ``response`` settles on: a digit if ``gold`` is one, else a letter; None: no option."""
     return _chosen(response, style, _DIGITS if gold.isdigit() else _LETTERS)
 
 
 def chosen_letter(response: str, style: AnswerStyle = AUTO) -> str | None:
-    """The letter A–J of the last ``\\boxed{B}`` or ``<answer>B</answer>``; where that has no letter, of the last
-    "answer is (B)", "Answer: B", "option B", ``答案：B``; without one and without a box, of the last line that is or
-    begins with a letter alone ("B", "(B)", "B. Paris"); else None. Two letters ("A or B", ``\\boxed{A, B}``) are no
-    choice.
+    """Return the letter A–J that ``response`` chooses; None if it chooses none.
+
+    It is the letter in the last ``\\boxed{B}`` or ``<answer>B</answer>``. If no letter is there, it is that of the last
+    "answer is (B)", "Answer: B", "option B" or ``答案：B``. Without such a phrase and without a box or tag, it is that
+    of the last line that is a lone letter or begins with one ("B", "(B)", "B. Paris"). Two letters ("A or B",
+    ``\\boxed{A, B}``) are no choice.
     """
     return _chosen(response, style, _LETTERS)
 
@@ -123,7 +124,7 @@ def _chosen(response: str, style: AnswerStyle, labels: _Labels) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """``text`` with half-width letters, without font commands and end tokens."""
+    """Return ``text`` with half-width letters and without font commands and end tokens."""
     text = unicodedata.normalize("NFKC", without_end_tokens(text))
     return _FORM.sub(lambda match: match[1] or " ", text.replace("**", ""))
 
@@ -133,7 +134,7 @@ def _name(label: str) -> str:
 
 
 def _settled_at_start(text: str, labels: _Labels) -> str | None:
-    """The label with which ``text`` begins; empty if two stand there; None if none does."""
+    """Return the label at the start of ``text``; empty if two labels are there; None if none is."""
     text = text.strip(" \t\r\n*$")
     lead = _LEAD.match(text)
     text = text[lead.end() :].strip(" *$") if lead is not None else text
@@ -144,7 +145,7 @@ def _settled_at_start(text: str, labels: _Labels) -> str | None:
 
 
 def _last_stated(text: str, labels: _Labels) -> str | None:
-    """Return the label of the last "answer is B"; see :func:`_settled_at_start`."""
+    """Return the label of the last "answer is B"; empty and None are as in :func:`_settled_at_start`."""
     settled = None
     for statement in _STATED.finditer(text):
         start = _DECORATION.match(text, statement.end())

@@ -1,4 +1,4 @@
-"""Exact match of the final answer, as a string."""
+"""Verify an exact match: compare the final answer as a string."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _ALL_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s?\{([^{}]*
 
 
 def verify_exact(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
-    """True if the stated answer of ``response`` equals ``answer`` after normalisation.
+    """Return whether the stated answer of ``response`` equals ``answer`` after normalisation.
 
-    The stated answer is the one that the response marks (see
-    :func:`megatron_dypo.grading.answers.extract.marked_answer`); without a mark, and in format ``auto`` only, what
-    follows the last "answer is" or "answer:" in its sentence or its line; without one, the last line that is not blank.
-    Normalisation: Unicode NFKC, case folded, runs of white space are one space, ``\\text{…}`` around the whole, quotes,
-    ``$``, ``*`` and ``.,;:!`` around the answer are left out, and a decimal loses the zeros at its end (27.0 is 27).
-    Raises ValueError if ``answer`` is blank.
+    The stated answer is the one that the response marks (:func:`megatron_dypo.grading.answers.extract.marked_answer`).
+    In format ``auto`` a response without a mark states the rest of the sentence, or of the line, after its last "answer
+    is" or "answer:"; without such a phrase it states its last line that is not blank. Normalisation applies Unicode
+    NFKC, folds case, makes each run of white space one space, removes ``\\text{…}``, quotes, ``$``, ``*`` and ``.,;:!``
+    around the answer, and removes the zeros at the end of a decimal (27.0 is 27). Raises ValueError if ``answer`` is
+    blank.
     """
     gold = normalized(gold_text(answer))
     return gold in (normalized(claim) for claim in stated_answers(response, style))
 
 
 def stated_answers(response: str, style: AnswerStyle = AUTO) -> list[str]:
-    """The readings of the part of ``response`` that states its answer: one, or none for a response that states none.
+    """Return the readings of the answer that ``response`` states; none if it states none.
 
-    After "answer is" there are two: the rest of the line, and of the sentence ("The answer is Paris. It lies …").
+    After "answer is" there are two: the rest of the line and the rest of the sentence ("The answer is Paris. It lies
+    …"). Otherwise there is one.
     """
     marked = marked_answer(response, style)
     if marked is not None:
@@ -53,7 +54,7 @@ def stated_answers(response: str, style: AnswerStyle = AUTO) -> list[str]:
 
 
 def normalized(text: str) -> str:
-    """``text`` in the form in which answers are compared."""
+    """Return ``text`` in the form in which answers are compared."""
     text = text.strip(" \t\r\n$*").rstrip(".")
     whole = _ALL_TEXT.fullmatch(text)
     text = unicodedata.normalize("NFKC", whole[1] if whole else text)
@@ -65,7 +66,7 @@ def normalized(text: str) -> str:
 
 
 def _canonical(sign: str, whole: str, decimals: str) -> str:
-    """A decimal without the zeros that say nothing."""
+    """Return a decimal without the zeros at its end."""
     decimals = decimals.rstrip("0")
     text = (whole or "0") + ("." + decimals if decimals else "")
     return text if sign != "-" or not text.strip("0.") else "-" + text

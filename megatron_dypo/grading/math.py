@@ -1,4 +1,4 @@
-"""Mathematical equality, by exact fractions where the answers are plain numbers and by math-verify elsewhere.
+"""Verify mathematical equality: plain numbers by exact fractions, other answers by math-verify.
 
 Imported in verifier processes only: math-verify brings sympy, and some inputs keep it busy indefinitely.
 """
@@ -13,10 +13,10 @@ from megatron_dypo.grading.answers.unmarked import claimed_answer
 
 
 def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
-    """True if ``response`` ends with an answer equal to ``answer``; ``docs/verifiers.md`` shows what equals what.
+    """Return whether the answer of ``response`` equals ``answer``; ``docs/verifiers.md`` shows which answers are equal.
 
-    The answer of a response is what :func:`megatron_dypo.grading.answers.unmarked.claimed_answer` finds. Raises
-    ValueError if ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
+    :func:`megatron_dypo.grading.answers.unmarked.claimed_answer` finds the answer of the response. Raises ValueError if
+    ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
     """
     gold = gold_text(answer)
     claim = claimed_answer(response, gold, style)

@@ -1,4 +1,4 @@
-"""An answer's text without what LaTeX and Markdown add to its looks. Its meaning stays."""
+"""Clean the text of an answer: remove LaTeX and Markdown that change its looks and not its meaning."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import re
 from megatron_dypo.grading.answers.rationals import tightened
 
 WORD = "\x01"
-"""Stands before each word that was in ``\\text{…}``, so that ``5\\text{ m}`` is not ``5 m``, a number times a variable.
-"""
+"""Mark before each word that was in ``\\text{…}``: it keeps ``5\\text{ m}`` apart from ``5 m``, 5 times a variable."""
 SET_OPEN, SET_CLOSE = "\x05", "\x06"
-"""``\\{`` and ``\\}``."""
+"""Marks for ``\\{`` and ``\\}``."""
 
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x3002: ".", 0x3001: ","}
 _TEXT = re.compile(r"\\(?:text|textrm|textnormal|textup|mbox|hbox|mathrm|mathsf|rm)\s?\{([^{}\\]*)\}")
@@ -31,19 +30,19 @@ _MATRIX = re.compile(r"[\[(]\s?\\begin\{array\}(?:\{[a-z| ]*\})?(.*?)\\end\{arra
 _ROOT_OF_FRACTION = re.compile(r"\\sqrt\s?(\\[dtc]?frac\{[^{}]*\}\{[^{}]*\})")
 _TRAILING = " \t\r\n.;:,\\"
 MAX_LENGTH = 4000
-"""A longer text is no answer, unless it is the gold itself."""
+"""Most characters of an answer. A longer text equals only a gold answer with the same text."""
 
 
 def cleaned(text: str) -> str:
-    """``text`` with one spelling for each thing that LaTeX can write in several.
+    """Return ``text`` with one spelling for each thing that LaTeX can write in several ways.
 
-    Words of ``\\text{…}`` are marked by :data:`WORD`, set braces are :data:`SET_OPEN` and :data:`SET_CLOSE`, tight
-    commas and thin spaces are as in :func:`tightened`. Dollar signs, sizes, display marks and a final stop are left
-    out. A text longer than :data:`MAX_LENGTH` is returned as it is.
+    A word of ``\\text{…}`` gets the mark :data:`WORD`; set braces become :data:`SET_OPEN` and :data:`SET_CLOSE`; tight
+    commas and thin spaces become what :func:`tightened` makes of them. Dollar signs, sizes, display marks and a final
+    stop are removed. A text longer than :data:`MAX_LENGTH` is returned unchanged.
     """
     if len(text) > MAX_LENGTH:
         return text
-    if _DOUBLED.search(text):  # escaped twice, as in JSON
+    if _DOUBLED.search(text):  # backslashes escaped twice, for example by JSON
         text = text.replace("\\\\", "\\")
     text = tightened(text.translate(_FULL_WIDTH))
     text = _STYLED.sub(r" \1 ", text)
@@ -56,7 +55,7 @@ def cleaned(text: str) -> str:
     text = _MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = re.sub(r"\\(begin|end)\{[bB]matrix\}", r"\\\1{pmatrix}", text)
     text = _SHORT_FRAC.sub(_long_frac, text)
-    text = _ROOT_OF_FRACTION.sub(r"\\sqrt{\1}", text)  # math-verify takes \sqrt\frac{1}{4} for 1/4
+    text = _ROOT_OF_FRACTION.sub(r"\\sqrt{\1}", text)  # math-verify reads \sqrt\frac{1}{4} as 1/4
     return re.sub(r"[ \t]+(\^?)", lambda blank: blank[1] or " ", text).rstrip(_TRAILING).lstrip(" \t\r\n:")
 
 
@@ -70,12 +69,12 @@ def _long_frac(match: re.Match[str]) -> str:
 
 
 def literal(text: str) -> str:
-    """A cleaned text in the form in which equal texts are equal answers."""
+    """Return a cleaned text without marks and extra spaces. Two answers with the same literal text are equal."""
     return re.sub(r"\s+", " ", text.replace(WORD, "")).rstrip(_TRAILING).lstrip()
 
 
 def latex(text: str) -> str:
-    """A cleaned text as LaTeX again."""
+    """Turn a cleaned text back into LaTeX."""
     for mark, spelling in ((WORD, ""), (SET_OPEN, "\\{"), (SET_CLOSE, "\\}"), ("\x04", ",")):
         text = text.replace(mark, spelling)
     return _BARE_FUNCTION.sub(r"\\\1", _BARE_ROOT.sub(r"\\sqrt{\1}", text))

@@ -1,4 +1,4 @@
-"""Where a response states its final answer. Every function takes time linear in the length of the text."""
+"""Find where a response states its final answer. Every function takes time linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_dypo.config.grading import Thinking
 from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
 
-# `\\{` is a line break and a brace; `\{` is a character. Two backslashes before "boxed" come from double escaping.
+# `\\{` is a line break and then a brace; `\{` is one character. Two backslashes before "boxed" come from double escaping.
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s{0,99}\{)|\\\\(?!boxed|fbox)|\\[{}]|(?P<brace>[{}])")
 _THINKING = re.compile(r"<(/?)[ \t]{0,9}(think|thinking|thought|reasoning)[ \t]{0,9}>", re.IGNORECASE)
 _TAG = re.compile(r"<(/?)[ \t]{0,9}answer[ \t]{0,9}>", re.IGNORECASE)
@@ -29,7 +29,7 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z|\*)|。")
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """One closed ``\\boxed{…}``: ``text[start:end]``, with its content."""
+    """A closed ``\\boxed{…}``, which is ``text[start:end]``, and its content."""
 
     start: int
     end: int
@@ -37,7 +37,7 @@ class Box:
 
 
 def boxes(text: str) -> list[Box]:
-    """All ``\\boxed{…}`` and ``\\fbox{…}`` of ``text`` whose braces are balanced, in the order in which they open."""
+    """Return each ``\\boxed{…}`` and ``\\fbox{…}`` of ``text`` whose braces are balanced, in the order of opening."""
     open_braces: list[tuple[int, int] | None] = []
     found = []
     for match in _BRACES.finditer(text):
@@ -51,7 +51,7 @@ def boxes(text: str) -> list[Box]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{…}`` whose braces are balanced; None if there is none.
+    """Return the content of the last ``\\boxed{…}`` whose braces are balanced; None if there is none.
 
     >>> last_boxed(r"\\boxed{1} or rather \\boxed{\\frac{1}{2}}")
     '\\\\frac{1}{2}'
@@ -61,7 +61,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """The answer in the last box; boxes joined by a comma, "and" or "or" are one list.
+    """Return the answer in the last box; boxes joined by a comma, "and" or "or" are one list. None without a box.
 
     >>> boxed_answer(r"$\\boxed{1}$ and $\\boxed{2}$")
     '1, 2'
@@ -71,7 +71,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _last_statement(text: str, found: list[Box]) -> tuple[int, str]:
-    """(where it starts, its content): the last box and those that are joined to it."""
+    """Return (start, content) of the last box together with the boxes that are joined to it."""
     joined = [found[-1]]
     for box in reversed(found[:-1]):
         if not _is_joined(text[box.end : joined[-1].start] if box.end <= joined[-1].start else None):
@@ -89,9 +89,9 @@ def _is_joined(between: str | None) -> bool:
 
 
 def after_thinking(text: str, thinking: Thinking) -> str | None:
-    """The part of ``text`` that may state an answer under the rule ``thinking``; None if no part may.
+    """Return the part of ``text`` that may state an answer under the rule ``thinking``; None if no part may.
 
-    A tag is ``<think>``, ``<thinking>``, ``<thought>`` or ``<reasoning>``, in any case.
+    The tags ``<think>``, ``<thinking>``, ``<thought>`` and ``<reasoning>``, in upper or lower case, enclose thinking.
     """
     if thinking == "anywhere":
         return text
@@ -109,7 +109,7 @@ def after_thinking(text: str, thinking: Thinking) -> str | None:
 
 
 def without_end_tokens(text: str) -> str:
-    """``text`` without the white space and the special tokens (``<|im_end|>``, ``</s>``) at its end."""
+    """Return ``text`` without the white space and the special tokens (``<|im_end|>``, ``</s>``) at its end."""
     end = len(text.rstrip())
     while token := _END_TOKEN.search(text, max(0, end - 50), end):
         end = token.start()
@@ -119,10 +119,10 @@ def without_end_tokens(text: str) -> str:
 
 
 def marked_answer(response: str, style: AnswerStyle = AUTO) -> str | None:
-    """The answer that ``response`` marks in the format of ``style``; None if it marks none.
+    """Return the answer that ``response`` marks in the format of ``style``; None if it marks none.
 
-    ``auto`` takes the last of the boxes and ``<answer>`` pairs; without either, the last ``####`` that a number
-    follows or that stands on the last line (others are Markdown headings).
+    ``auto`` takes the last box or ``<answer>`` pair. Without either it takes the last ``####``, if a number follows it
+    or it is on the last line; any other ``####`` is a Markdown heading.
     """
     if style.answer_format == "r1_zero":
         return _r1_zero(response)
@@ -161,7 +161,7 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _tagged(text: str) -> tuple[int, str | None]:
-    """(end, content) of the last ``<answer>…</answer>``; the content is that of a box inside, if there is one."""
+    """Return (end, content) of the last ``<answer>…</answer>``. If a box is inside, the content is that of the box."""
     content, start, end = None, None, 0
     for match in _TAG.finditer(text):
         if not match[1]:
@@ -176,7 +176,7 @@ def _tagged(text: str) -> tuple[int, str | None]:
 
 
 def _r1_zero(response: str) -> str | None:
-    """The answer of ``<think>…</think> <answer>…</answer>``; the prompt may have opened ``<think>``."""
+    """Return the answer of ``<think>…</think> <answer>…</answer>``; the prompt may have opened ``<think>``."""
     text = without_end_tokens(response)
     head, closing, tail = text.partition("</think>")
     thought = head.strip().removeprefix("<think>")
@@ -190,10 +190,10 @@ def _r1_zero(response: str) -> str | None:
 
 
 def last_phrase(text: str, *patterns: re.Pattern[str], whole_line: bool = False) -> str | None:
-    """Return the statement after the last "(final) answer is", "answer:" or "answer =" of ``text``, up to the end of
-    its sentence (or of its line).
+    """Return the statement after the last "(final) answer is", "answer:" or "answer =" of ``text``.
 
-    If nothing follows on its line, the next line that is not blank; None without such a phrase.
+    It ends with its sentence, or with its line if ``whole_line``. If nothing follows the phrase on its line, it is the
+    next line that is not blank. Without such a phrase return None.
     """
     found = [match for pattern in patterns or (_ANSWER, _FINAL_ANSWER) for match in pattern.finditer(text)]
     if not found:
@@ -208,8 +208,11 @@ def last_phrase(text: str, *patterns: re.Pattern[str], whole_line: bool = False)
 
 
 def gold_text(answer: str) -> str:
-    """The answer that a data set's ``answer`` field states: its boxes (two are a list), its ``<answer>`` pair, what
-    follows ``####`` in its last line (GSM8K's raw field), else the whole field. Raises ValueError if that is blank."""
+    """Return the answer that a data set's ``answer`` field states.
+
+    It is the first of these that the field has: its last box (joined boxes are a list), its ``<answer>`` pair, the text
+    after ``####`` in its last line (GSM8K's raw field), the whole field. Raises ValueError if it is blank.
+    """
     text = boxed_answer(answer)
     if text is None:
         text = _tagged(answer)[1]

@@ -1,4 +1,4 @@
-"""Equality of formulas by math-verify, and a numeric check of what it calls equal.
+"""Compare formulas by math-verify, and confirm its "equal" by numeric values.
 
 Imported in verifier processes only: math-verify brings sympy, and some inputs keep it busy indefinitely.
 """
@@ -12,21 +12,21 @@ from typing import Any
 import math_verify
 import sympy
 
-# It warns that its timeouts are off. They are off because they use SIGALRM and raise a BaseException; the deadline
-# that counts is the one on this process.
+# math-verify warns that its timeouts are off. They are off because they use SIGALRM and raise a BaseException; the
+# whole process has a deadline instead.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _SUBSCRIPT = re.compile(r"\d\}?_")
 _DIGITS = 50
 _POINTS = (sympy.Rational(37, 29), sympy.Rational(53, 41), sympy.Rational(11, 17))
-"""Values for the first, second, … variable, in turn: no special points of common functions."""
+"""Values for the first, second, … variable, in turn. No common function has a special value there."""
 
 
 def same_formula(gold: str, claim: str) -> bool:
-    """True if math-verify calls the LaTeX formulas ``gold`` and ``claim`` equal and their values confirm it.
+    """Return whether math-verify calls the LaTeX formulas ``gold`` and ``claim`` equal and their values confirm it.
 
-    math-verify rounds to six decimals (so that 1/2004! is 1/2006!) and drops subscripts (so that 204_5 is 204_6).
-    Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
+    math-verify alone is not enough: it rounds to six decimals (1/2004! equals 1/2006!) and drops subscripts (204_5
+    equals 204_6). This function never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
     """
     if _SUBSCRIPT.search(gold) or _SUBSCRIPT.search(claim):
         return False
@@ -37,18 +37,18 @@ def same_formula(gold: str, claim: str) -> bool:
 
 
 def boxed(text: str) -> str:
-    """``text`` in a box, where math-verify reads it as it is, without looking for a formula in it."""
+    """Return ``text`` in a box: math-verify then reads all of it and does not look for a formula inside."""
     return "\\boxed{" + text + "}"
 
 
 def parsed(text: str) -> list[Any]:
-    """Return the findings of math-verify in ``text``: sympy objects, then the text that it read."""
+    """Return what math-verify finds in ``text``: sympy objects, then the text that it read."""
     found: list[Any] = math_verify.parse(text, parsing_timeout=None)
     return found
 
 
 def is_confirmed(gold: Any, claim: Any) -> bool:
-    """Return False if the values of two expressions differ; True for what has no value (equations, intervals, sets)."""
+    """Return False if the values of two expressions differ; True for equations, intervals and sets, without a value."""
     if isinstance(gold, sympy.MatrixBase) and isinstance(claim, sympy.MatrixBase):
         return gold.shape == claim.shape and all(is_confirmed(a, b) for a, b in zip(gold, claim, strict=True))
     if not (isinstance(gold, sympy.Expr) and isinstance(claim, sympy.Expr)):
@@ -65,6 +65,6 @@ def is_confirmed(gold: Any, claim: Any) -> bool:
 
 
 def _value(expression: sympy.Expr) -> Any:
-    """Its value with 50 digits; None if it has none that is finite."""
+    """Return the value of an expression to 50 digits; None if it has no finite value."""
     value = expression.evalf(_DIGITS)
     return value if value.is_number and value.is_finite and not value.free_symbols else None

@@ -1,4 +1,4 @@
-"""Plain numbers in LaTeX or in text, read and compared exactly."""
+"""Read plain numbers in LaTeX or in text, and compare them exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FRAC = re.compile(r"\\[dtc]?frac(?![A-Za-z])")
 _OPERATOR = re.compile(r"/|\\times|\\cdot|\\div|\*|×|÷|·")
 _BLANKS = re.compile(r"\s*\n\s*|\s+")
 _NOISE = re.compile(r"(?<![\d,\x04])[ \n]|[ \n](?!\d)|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\?\$")
-"""Characters that may stand in a number without changing it; a space between two digits would."""
+"""Characters that do not change a number that they are in. A space between two digits is none of them."""
 _MAX_LENGTH = 400
 _MAX_DEPTH = 20
 _MAX_BITS = 100_000
@@ -32,22 +32,25 @@ class Rational:
 
     value: Fraction
     is_decimal: bool
-    """It has a decimal point, so that it may be a rounded value."""
+    """Whether it has a decimal point: then it may be a rounded value."""
 
 
 def tightened(text: str) -> str:
-    """``text`` with one spelling for each kind of thousands separator: ``{,}`` and ``,\\!`` become
-    :data:`TIGHT_COMMA`; thin, non-breaking and other LaTeX spaces become a space."""
+    """Return ``text`` with one spelling for each kind of thousands separator.
+
+    ``{,}`` and ``,\\!`` become :data:`TIGHT_COMMA`; thin, non-breaking and other LaTeX spaces become a space.
+    """
     return _SPACES.sub(" ", _TIGHT.sub(TIGHT_COMMA, text)).replace("−", "-")
 
 
 def read_rational(text: str) -> Rational | None:
-    """The number that ``text`` is, exactly; None if it is anything but a plain rational.
+    """Return the exact number that ``text`` writes; None if it writes anything but a plain rational number.
 
-    Plain: an integer, a decimal, ``1.5e-7``, a quotient ``a/b`` or ``\\frac{a}{b}``, an integer power, a factorial, and
-    products of these (``1.6 \\times 10^{-19}``), with a sign in front. Thousands are one to three digits and then
-    groups of three, all after the same separator: a comma without a space, or a thin or plain space. So ``32,349`` and
-    ``32 349`` are numbers, and ``32, 349``, ``0,180`` and ``1,234,56`` are not.
+    Plain numbers are: an integer, a decimal, ``1.5e-7``, a quotient ``a/b`` or ``\\frac{a}{b}``, an integer power, a
+    factorial, and products of these (``1.6 \\times 10^{-19}``), with or without a sign in front. A number with
+    thousands separators has one to three digits and then groups of three, all after the same separator: a comma
+    without a space, or a thin or plain space. So ``32,349`` and ``32 349`` are numbers; ``32, 349``, ``0,180`` and
+    ``1,234,56`` are not.
 
     >>> read_rational(r"-\\frac{1}{2^{3}}").value
     Fraction(-1, 8)
@@ -69,9 +72,10 @@ def read_rational(text: str) -> Rational | None:
 
 
 def same_number(gold: Rational, claim: Rational) -> bool:
-    """Equality: exact between integers and fractions; where one is a decimal, up to 1e-6·min(1, size of the larger).
+    """Return whether two numbers are equal.
 
-    So 0.333333 is 1/3, but 1.7e-19 is not 1.6e-19, as it is under a tolerance that is only absolute.
+    Integers and fractions must be equal exactly. If one number is a decimal, they may differ by 1e-6·min(1, size of
+    the larger). So 0.333333 equals 1/3, and 1.7e-19 does not equal 1.6e-19; with an absolute tolerance it would.
     """
     if gold.value == claim.value:
         return True
@@ -86,7 +90,7 @@ class _NotPlain(Exception):  # noqa: N818 (never leaves this file)
 
 
 class _RationalReader:
-    """Recursive descent over one short string."""
+    """A recursive-descent parser of one short string."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0

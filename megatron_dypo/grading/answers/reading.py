@@ -1,4 +1,4 @@
-"""The kinds of answers: a number, a number in a base, a list, words or a formula."""
+"""Read an answer as one of these kinds: a number, a number in a base, a list, words or a formula."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Quantity:
     unit: Unit
     name: str | None
     text: str
-    """The number as it is written."""
+    """The number as the answer writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Based:
-    """A number in a base, as it is written: ``204_5``. It equals no number without that base."""
+    """A number written with its base: ``204_5``. It equals no number without that base."""
 
     digits: str
     base: str
@@ -33,7 +33,7 @@ class Based:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """Several answers: without brackets or in set braces in any order, else (tuples, intervals) in theirs."""
+    """Several answers. Their order counts in tuples and intervals, but not in sets and lists without brackets."""
 
     brackets: str
     """``(]`` for a half-open interval; empty for a bare list; ``{}`` for a set."""
@@ -42,14 +42,14 @@ class Listing:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """An answer in words, case folded; or a ratio or time such as ``3:4``."""
+    """An answer in words, with its case folded; or a ratio or time such as ``3:4``."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """Anything else: a cleaned text, its name taken off, and the words that stood in it."""
+    """Any other answer: a cleaned text without its name, and the words in it."""
 
     text: str
     name: str | None
@@ -58,8 +58,8 @@ class Formula:
 
 @dataclass(frozen=True, kw_only=True)
 class Unclear:
-    """A text that states no one thing, such as two numbers with a space between, or that is no good LaTeX; it equals
-    only the same text."""
+    """A text without one clear meaning, such as two numbers with a space between or broken LaTeX. It equals only the
+    same text."""
 
 
 Answer = Quantity | Based | Listing | Words | Formula | Unclear
@@ -108,10 +108,10 @@ _MAX_FORMULA = 2000
 
 
 def read_answer(text: str) -> Answer:
-    """Read a cleaned text; see :func:`megatron_dypo.grading.answers.cleaning.cleaned`."""
+    """Read a text that :func:`megatron_dypo.grading.answers.cleaning.cleaned` has cleaned."""
     text = ungrouped(_without_lead(text).strip())
     listing = split_list(text) if text.startswith("(") else None
-    if listing is not None and listing[0]:  # Before numbers are read: (1,100) is no 1100.
+    if listing is not None and listing[0]:  # Before numbers are read: (1,100) is not 1100.
         return Listing(brackets=listing[0], items=listing[1])
     quantity = _read_quantity(text)
     if quantity is not None:
@@ -148,13 +148,13 @@ def _last_of_chain(name: str | None, value: str) -> str | None:
 
 
 def _without_lead(text: str) -> str:
-    """``text`` without "The answer is" in front."""
+    """Return ``text`` without "The answer is" in front."""
     lead = _LEAD.match(text)
     return text[lead.end() :] if lead is not None and _LEAD_END.search(lead[0]) else text
 
 
 def _is_words(text: str) -> bool:
-    """All of it is in ``\\text{…}``, or it is too long for a product of variables."""
+    """Return whether ``text`` is words: all in ``\\text{…}``, or one too long for a product of variables."""
     if not _WORDS.fullmatch(text):
         return False
     parts = re.findall(rf"{WORD}?[A-Za-z'’-]+", text)
@@ -162,18 +162,18 @@ def _is_words(text: str) -> bool:
 
 
 def _words_of(formula: str) -> tuple[str, ...]:
-    """The words in ``formula`` that are no functions and no products of a few variables."""
+    """Return the words in ``formula`` that are neither functions nor products of a few variables."""
     found = re.findall(rf"{WORD}[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z]{{4,}}", _ENVIRONMENT.sub(" ", formula))
     return tuple(word.lstrip(WORD) for word in found if word not in _FUNCTIONS)
 
 
 def commands_of(formula: str) -> set[str]:
-    """The LaTeX commands of ``formula`` that math-verify may skip: all but those it is known to read."""
+    """Return the LaTeX commands of ``formula`` that math-verify may skip: all but those that it is known to read."""
     return set(re.findall(r"\\([A-Za-z]+)", formula)) - _KNOWN_COMMANDS
 
 
 def variables_of(formula: str) -> set[str]:
-    """The letters outside LaTeX commands and names of functions; not e and i, which are numbers."""
+    """Return the letters outside LaTeX commands and function names, without e and i, which are numbers."""
     bare = re.sub(r"\\[A-Za-z]+|" + WORD + "[A-Za-z]+", " ", _ENVIRONMENT.sub(" ", formula))
     return set(re.sub("|".join(sorted(_FUNCTIONS, key=len, reverse=True)), " ", bare)) & _LETTERS
 
@@ -200,7 +200,7 @@ def _read_quantity(text: str) -> Quantity | None:
 
 
 def _number_and_tail(text: str) -> list[tuple[str, str]]:
-    """The ways to cut ``text`` behind a digit or a bracket, the latest cut first."""
+    """Return each way to cut ``text`` in two after a digit or a bracket, the last cut first."""
     cuts = [match.end() for match in re.finditer(r"[\d})!.](?!\d)", text)]
     return [(text[:cut], text[cut:]) for cut in reversed(cuts) if cut == len(text) or text[cut] not in "^_"]
 
@@ -218,7 +218,7 @@ def _read_mixed(text: str) -> Rational | None:
 
 
 def _read_repeating(text: str) -> Rational | None:
-    """``0.1\\overline{6}`` is 1/6."""
+    """Read a repeating decimal: ``0.1\\overline{6}`` is 1/6."""
     match = _REPEATING.fullmatch(text.strip())
     if match is None:
         return None

@@ -1,7 +1,7 @@
-"""Whether two answers are the same; like compares with like.
+"""Decide whether two answers are the same. Only answers of the same kind can be.
 
-Numbers are compared exactly. Formulas are left to the function that the caller brings, so that this file needs no
-computer algebra.
+Numbers are compared exactly. The caller brings the function that compares formulas, so this file needs no computer
+algebra.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _RELATION = re.compile(
     r"[<>≤≥≠∼→≡']|!=|\\(?:leq?|geq?|leqslant|geqslant|neq?|not|lt|gt|to|rightarrow|mapsto|equiv|p?mod|bmod|sim|propto|mid|nmid)"
     r"(?![A-Za-z])"
 )
-"""Signs that make a statement of a formula; one side with such a sign equals no side without."""
+"""Signs that turn a formula into a statement. An answer with such a sign never equals one without."""
 _UNORDERED = ("", "{}")
 _MAX_WRITTEN_BITS = 4000
-"""Python refuses to write integers of more than 4,300 digits: 5000! stays 5000!."""
+"""A larger number is passed on as the answer writes it (5000!): Python refuses to print more than 4,300 digits."""
 
 
 def same_answer(gold: str, claim: str, same_formula: SameFormula) -> bool:
-    """True if the texts ``gold`` and ``claim`` state the same answer.
+    """Return whether the texts ``gold`` and ``claim`` state the same answer.
 
-    A list, set, tuple or interval equals only one of its own kind with as many members; a number equals a number;
-    words equal the same words; and two formulas, or a formula and a number, are equal if ``same_formula`` says so.
+    A list, set, tuple or interval equals only one of its own kind with the same number of members; a number equals a
+    number; words equal the same words. For two formulas, or a formula and a number, ``same_formula`` decides.
     """
     gold, claim = cleaned(gold), cleaned(claim)
     if not gold or not claim:
@@ -85,7 +85,7 @@ def _same_quantity(gold: Quantity, claim: Quantity) -> bool:
     )
     if same_number(first, second):
         return True
-    # 50% is 50 where the question asks for per cent, and it is 0.5.
+    # 50% equals 50, if the question asks for per cent, and it equals 0.5.
     if gold.unit.is_percent == claim.unit.is_percent:
         return False
     percent, other = (first, second) if gold.unit.is_percent else (second, first)
@@ -108,9 +108,9 @@ def _same_listing(gold: Listing, claim: Listing, same_formula: SameFormula) -> b
 
 
 def _says_as_much(gold: Formula | Quantity, claim: Formula | Quantity) -> bool:
-    """False if one side has words ("not 5"), a relation ("> 5", "x \\to 5") or a variable that the other has not.
+    """Return False if one side has words ("not 5"), a relation ("> 5", "x \\to 5") or a variable that the other lacks.
 
-    math-verify takes the m of ``5m`` for a unit, so that it would be 5.
+    math-verify would call ``5m`` and 5 equal: it reads the m as a unit.
     """
     texts = [one.text if isinstance(one, Formula) else "" for one in (gold, claim)]
     words = [one.words if isinstance(one, Formula) else () for one in (gold, claim)]
@@ -123,7 +123,7 @@ def _says_as_much(gold: Formula | Quantity, claim: Formula | Quantity) -> bool:
 
 
 def _same_named(gold: Formula | Quantity, claim: Formula | Quantity, same_formula: SameFormula) -> bool:
-    """``y = 2x`` equals ``2x``, and ``y = 2x`` as a whole equals ``x = y/2``."""
+    """Compare formulas that may have names: ``y = 2x`` equals ``2x``, and as an equation it equals ``x = y/2``."""
     is_equation = any(one.name is None and isinstance(one, Formula) and "=" in one.text for one in (gold, claim))
     if gold.name == claim.name or (None in (gold.name, claim.name) and not is_equation):
         return same_formula(_formula(gold), _formula(claim))
@@ -132,7 +132,7 @@ def _same_named(gold: Formula | Quantity, claim: Formula | Quantity, same_formul
 
 
 def _same_interval(gold: Answer, claim: Answer, same_formula: SameFormula) -> bool:
-    """An interval may be written as inequalities or as a union."""
+    """Compare an interval with a formula: the formula may write it as inequalities or as a union."""
     pair = gold, claim
     intervals = [one for one in pair if isinstance(one, Listing) and len(one.items) == 2 and len(one.brackets) == 2]
     formulas = [one for one in pair if isinstance(one, Formula)]

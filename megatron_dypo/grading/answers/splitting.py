@@ -1,4 +1,4 @@
-"""Lists, sets, tuples and intervals: how an answer's text falls into its members."""
+"""Split the text of a list, set, tuple or interval into its members."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MAX_GROUPS = 20
 
 
 def split_list(text: str) -> tuple[str, tuple[str, ...]] | None:
-    """(brackets, members) of a list in a cleaned text; None if it is one thing.
+    """Return (brackets, members) of the list in a cleaned text; None if the text is not a list.
 
-    Members are separated by a comma that is not inside a number, a semicolon, "and" or "or", outside all brackets.
-    ``a \\pm b`` is two members. Brackets are those around the whole: ``()``, ``(]``, ``[)``, ``[]``, ``{}`` for a set;
-    empty for none. Round brackets around a single thing, and braces without a backslash, are only grouping. Brackets
-    around nothing but a number with thousands, ``(1,100)``, are an interval or a point.
+    Outside all brackets, a semicolon, "and", "or", or a comma that is not inside a number separates two members.
+    ``a \\pm b`` is two members. The brackets are those around the whole text: ``()``, ``(]``, ``[)``, ``[]``, ``{}``
+    for a set; empty for none. Round brackets around a single member, and braces without a backslash, only group. A
+    number with thousands separators and nothing else in brackets, ``(1,100)``, is an interval or a point.
 
     >>> split_list("0, 180")
     ('', ('0', '180'))
@@ -41,7 +41,7 @@ def split_list(text: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def ungrouped(text: str) -> str:
-    """``text`` without the round brackets around a single thing and the braces without a backslash around anything."""
+    """Remove round brackets around a single member, and braces without a backslash around any text."""
     text = text.strip()
     for _ in range(_MAX_GROUPS):
         if not text or text[0] not in "({" or _closing_of(text) != len(text) - 1:
@@ -54,7 +54,7 @@ def ungrouped(text: str) -> str:
 
 
 def _closing_of(text: str) -> int:
-    """Index of the bracket that closes the one at the start of ``text``; -1 if none does."""
+    """Return the index of the bracket that closes the one at the start of ``text``; -1 if none does."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character in _OPENING) - (character in _CLOSING)
@@ -64,7 +64,7 @@ def _closing_of(text: str) -> int:
 
 
 def is_balanced(text: str) -> bool:
-    """True if every bracket and bar of ``text`` is closed; ``[0,1)`` is closed."""
+    """Return whether every bracket and bar of ``text`` is closed; ``[0,1)`` is closed."""
     depth = 0
     for character in text:
         depth += (character in _OPENING) - (character in _CLOSING)
@@ -74,9 +74,9 @@ def is_balanced(text: str) -> bool:
 
 
 def _bracketed(text: str) -> list[str]:
-    """Members of what stands in brackets: where every comma could be one of thousands, every comma separates.
+    """Return the members of a text in brackets. If each comma could separate thousands, each separates members.
 
-    Not where a member would begin with a zero, as in ``(1,000)``: nobody writes a list like that.
+    The exception is a text whose member would begin with a zero, ``(1,000)``: nobody writes a list like that.
     """
     members = _members(text)
     if len(members) == 1:
@@ -97,7 +97,7 @@ def _members(text: str, thousands: re.Pattern[str] | None = _THOUSANDS) -> list[
         end = index
         if depth == 0 and index in conjunctions:
             end = conjunctions[index]
-            if members and not text[start:index].strip():  # the comma of "2, 3, and 4" has separated
+            if members and not text[start:index].strip():  # the comma of "2, 3, and 4" has separated them already
                 start = index = end
                 continue
         elif depth == 0 and (character == ";" or (character == "," and index not in inside_number)):

@@ -1,4 +1,4 @@
-"""How a response states its answer: the format that the prompt asks for, and what thinking counts for."""
+"""The style in which a response states its answer: its format, and the rule for thinking before it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_dypo.config.grading import AnswerFormat, Thinking
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerStyle:
-    """Where the built-in verifiers look for an answer; ``docs/verifiers.md`` states the rules.
+    """The format and the thinking rule by which built-in verifiers look for an answer (``docs/verifiers.md``).
 
-    Raises ValueError for a format or a thinking rule that is not known.
+    Raises ValueError for an unknown format or thinking rule.
     """
 
     answer_format: AnswerFormat = "auto"

@@ -1,4 +1,4 @@
-"""Units behind a number: which words are units, and how large they are."""
+"""Read the unit behind a number: decide whether its words are a unit, and of which size."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ class Unit:
     scale: int = 1
     """1,000,000 for "million"."""
     dimension: str | None = None
-    """``length^2``; None where the words are not in the table: such a unit equals any other."""
+    """For example ``length^2``. None: the words are not in the table, and the unit equals any other."""
     size: Fraction = Fraction(1)
-    """In the dimension's base unit."""
+    """Size of one unit in the dimension's base unit."""
 
 
 def read_unit(text: str) -> Unit | None:
-    """The unit that ``text``, a cleaned text behind a number, is; None if it may be anything else (a variable, "or
-    13").
+    """Return the unit that ``text``, a cleaned text behind a number, names.
 
-    Words in ``\\text{…}`` and words of three letters are units unless they are known to change the number ("less",
-    "dozen"); shorter words outside ``\\text{…}`` only if they are in the table.
+    Return None if the text may be anything else: a variable, "or 13". Words in ``\\text{…}`` and words of three or more
+    letters are units unless they are known to change the number ("less", "dozen"). Shorter words outside ``\\text{…}``
+    are units only if they are in the table.
     """
     match = _TAIL.fullmatch(text)
     if match is None:
@@ -118,7 +118,7 @@ def _is_unit(match: re.Match[str]) -> bool:
 
 
 def _known_unit(words: list[re.Match[str]]) -> tuple[str | None, Fraction]:
-    """(dimension, size) of "cm", "cm^2" or "square feet"; (None, 1) for all else."""
+    """Return (dimension, size) of a unit such as "cm", "cm^2" or "square feet"; (None, 1) for any other words."""
     power = 1
     if len(words) == 2 and words[0]["word"].lower() in _POWERS:
         power = _POWERS[words.pop(0)["word"].lower()]

@@ -1,4 +1,4 @@
-"""The answer of a response that marks none: its last "answer is …", else its last formula or number."""
+"""Find the answer of a response that marks none: its last "answer is …", else its last formula or number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_dypo.grading.answers.reading import Quantity, Words, read_answer
 from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
 
 _TAIL_CHARACTERS = 4000
-"""A response that marks no answer is looked at in its end only."""
+"""Characters at the end of a response in which an unmarked answer is looked for."""
 _SHORT = 200
 _ARITHMETIC = re.compile(r"[ \d.,+*/×÷^()=-]*\d[ .)]*")
 _IS = re.compile(r"\b(?:is|are|equals)\b")
@@ -36,9 +36,10 @@ _REASON = re.compile(r",?\s(?:because|since|which|as|so|for)\b|,\s(?:not|rather)
 
 
 def claimed_answer(response: str, gold: str, style: AnswerStyle = AUTO) -> str | None:
-    """Return the answer of a mathematical response: the one that it marks (see
-    :func:`megatron_dypo.grading.answers.extract.marked_answer`), else, in format ``auto`` only, what
-    :func:`unmarked_answer` finds; None where it states none.
+    """Return the answer of a mathematical response; None if it states none.
+
+    It is the answer that the response marks (:func:`megatron_dypo.grading.answers.extract.marked_answer`). If it marks
+    none and the format is ``auto``, it is the one that :func:`unmarked_answer` finds.
     """
     claim = marked_answer(response, style)
     if claim is not None and style.answer_format == "final_answer":
@@ -50,11 +51,12 @@ def claimed_answer(response: str, gold: str, style: AnswerStyle = AUTO) -> str |
 
 
 def unmarked_answer(text: str, gold: str) -> str | None:
-    """The answer that ``text`` states without a mark; None if it states none.
+    """Return the answer that ``text`` states without a mark; None if it states none.
 
-    It is what follows the last "answer is" or "answer:", up to the end of the sentence or its "because". A sentence
-    of words alone ("the answer is clear") counts only where ``gold`` is words. Else it is the last ``$formula$`` or
-    number in the last 4,000 characters; a number that is a part of something ("2x + 3", "12 or 13") is none.
+    Only the last 4,000 characters are read. The answer is the text after the last "answer is" or "answer:", up to the
+    end of the sentence or its "because". If that is only words ("the answer is clear"), it counts only if ``gold`` is
+    words too. Else the answer is the last ``$formula$`` or number; a number that is part of a larger expression
+    ("2x + 3", "12 or 13") does not count.
     """
     text = _ANNOTATION.sub("", _tail(text)).replace("**", "")
     if len(text) <= _SHORT and (_ARITHMETIC.fullmatch(text) or isinstance(read_answer(cleaned(text)), Quantity)):
@@ -69,15 +71,16 @@ def unmarked_answer(text: str, gold: str) -> str | None:
 
 
 def _tail(text: str) -> str:
-    """The end of ``text``, from the start of a line where there is one: half a ``$formula$`` would pair wrongly."""
+    """Return the end of ``text``, if possible from the start of a line: the ``$`` of half a formula would mislead."""
     tail = text[-_TAIL_CHARACTERS:]
     return tail.partition("\n")[2] if len(tail) < len(text) and "\n" in tail.rstrip() else tail
 
 
 def statement(phrase: str) -> str:
-    """Return ``phrase`` without its reason.
+    """Return what ``phrase`` states, without its reason.
 
-    Of "the largest n is 34" that is what the one "is" states; of a formula that only words follow, the formula.
+    If it has one "is" ("the largest n is 34"), return the part after it. If it is a formula followed only by words,
+    drop the formula's dollar signs.
     """
     reason = _REASON.search(phrase)
     if reason is not None and reason.start() > 0:
@@ -96,7 +99,7 @@ def _inside(formula: re.Match[str]) -> str:
 
 
 def last_value(text: str) -> str | None:
-    """Return the last ``$formula$`` or number of ``text``; None if it has none, or if that is a part of something."""
+    """Return the last ``$formula$`` or number of ``text``; None if it has none, or only part of an expression."""
     formulas = list(_MATH.finditer(text))
     behind = formulas[-1].end() if formulas else 0
     numbers = [match for match in _NUMBER.finditer(text, behind) if match[0]]
@@ -112,7 +115,7 @@ def _just_before(text: str, match: re.Match[str]) -> str:
 
 
 def _whole_number(text: str, number: re.Match[str]) -> str | None:
-    """The number as it is written; None if it is a part of a formula or of a list."""
+    """Return the number as the text writes it; None if it is part of a formula or of a list."""
     before = _just_before(text, number).rstrip("$€£\\")
     after = text[number.end() : number.end() + 40]
     if _BEFORE.search(before) or _AFTER.match(after) or (number[0][0] in "-−" and _BEFORE_MINUS.search(before)):
