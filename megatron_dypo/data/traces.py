@@ -1,4 +1,4 @@
-"""The traces of one row: who they are of, and which of them may be used."""
+"""Read the traces of one row: the teacher of each, and whether it may be used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _KINDS = "must be a text, a chat message, a list of them, or an object: teacher 
 
 
 def read_traces(column: str, value: Any, checks: Sequence[tuple[str, Any]]) -> tuple[dict[str, str], int]:
-    """Return teacher name → text of one column's value, and how many of its traces failed a check.
+    """Return teacher name → text for the value of one column, and how many of its traces failed a check.
 
-    Traces that come without names are called after their column: ``target`` where there is one, ``generation_0``,
-    ``generation_1``, … where ``generations`` is a list. ``checks`` are (column, value) of columns of booleans. Raises
-    :class:`Broken`.
+    Traces without names are called after their column: ``target`` if the column holds one trace; ``generation_0``,
+    ``generation_1``, … if the column ``generations`` holds a list. ``checks`` are (column, value) of columns of
+    booleans; a trace must be true in all of them. Raises :class:`Broken`.
     """
     names, traces, parts = _named(column.rpartition(".")[2], value)
     passed = _passed(names, traces, checks)
@@ -28,7 +28,7 @@ def read_traces(column: str, value: Any, checks: Sequence[tuple[str, Any]]) -> t
 
 
 def _named(column: str, value: Any) -> tuple[list[str], list[Any], list[str]]:
-    """Return names, traces and their places in the value, in the value's order."""
+    """Return the names, the traces and their places in the value (``[0]``, ``.name``), in the value's order."""
     if isinstance(value, str) or _is_message(value) or _is_chat(value):
         return [column], [value], [""]
     if isinstance(value, list):
@@ -56,7 +56,7 @@ def _passed(names: Sequence[str], traces: Sequence[Any], checks: Iterable[tuple[
         for index, flag in enumerate(flags):
             if flag is not None and not isinstance(flag, bool):
                 raise Broken(flag, f"the column {column} must hold booleans", f"[{index}]")
-            # A null says nothing, which is not true.
+            # A null does not pass.
             passed[index] = passed[index] and flag is True
     return passed
 
@@ -92,7 +92,7 @@ def _text_of(trace: Any, part: str) -> str:
 
 
 def _is_json(text: str) -> bool:
-    # Only for a string in place of the whole column: it may be a trace, or all traces by name.
+    # For a string that is the whole value of the column: it may be one trace, or all traces written as JSON.
     if not text.lstrip().startswith(("{", "[")):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The values in a row of prompt data: reading JSON, finding a field, the rules for texts, and showing a value."""
+"""Handle the values in a row of prompt data: read JSON, find a field, check texts, show a value in a message."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 MAX_DEPTH = 32
 """Levels of lists and objects that a value may have."""
 _MAX_DIGITS = 4300
-"""Digits of an integer that Python converts without being asked to (sys.int_info.default_max_str_digits)."""
+"""Most digits of an integer that Python converts by default (sys.int_info.default_max_str_digits)."""
 
 
-class Broken(Exception):  # noqa: N818 (it becomes a line of a BadRow, never shown by its name)
+class Broken(Exception):  # noqa: N818 (it becomes a line of a BadRow; its own name is never shown)
     """A value that breaks a rule; ``part`` says where in its field it is (``[0].content``)."""
 
     def __init__(self, value: object, rule: str, part: str = "") -> None:
@@ -25,7 +25,7 @@ class Broken(Exception):  # noqa: N818 (it becomes a line of a BadRow, never sho
 
 
 class HugeInteger:
-    """Stands for an integer too long to convert; it is an error only where it is used."""
+    """The stand-in for an integer that is too long to convert. It is an error only if a field uses it."""
 
     def __init__(self, digits: int) -> None:
         self._digits = digits
@@ -35,7 +35,7 @@ class HugeInteger:
 
 
 class LongFloat(float):
-    """A number with more digits than a float holds: it counts as the float, and is written as the row has it."""
+    """A number with more digits than a float holds. Its value is the float; its text is the row's."""
 
     def __new__(cls, text: str) -> LongFloat:
         number = super().__new__(cls, text)
@@ -49,7 +49,7 @@ class LongFloat(float):
 
 
 def parse_json(text: str) -> Any:
-    """Read one JSON value. Raises :class:`Broken` where it is none, or where an object has a key twice."""
+    """Read one JSON value. Raises :class:`Broken` if the text is not JSON, or an object has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_float=_float)
     except json.JSONDecodeError as error:
@@ -74,25 +74,25 @@ def _integer(text: str) -> int | HugeInteger:
 def _float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        return number  # It is refused where it is used.
+        return number  # refused later, if a field uses it
     try:
         exact = Decimal(text) == Decimal(repr(number))
-    except InvalidOperation:  # An exponent of twenty digits.
+    except InvalidOperation:  # for example an exponent of twenty digits
         exact = False
     return number if exact else LongFloat(text)
 
 
 class Absent(enum.Enum):
-    """Tells a field that is not there from one that is null."""
+    """The answer for a field that a record lacks, as opposed to a field that is null."""
 
     MISSING = "missing"
 
 
 def lookup(record: Mapping[str, Any], name: str) -> Any:
-    """Return the field ``name`` of a record, ``Absent.MISSING`` where it has none.
+    """Return the field ``name`` of a record; ``Absent.MISSING`` if the record has none.
 
-    A key that is ``name`` itself wins; else ``a.b`` is the field ``b`` of the object ``a``, which may also be written
-    as JSON in a string. Raises :class:`Broken` where ``a`` is there and is no object.
+    A key equal to ``name`` wins. Otherwise ``a.b`` is the field ``b`` of the object ``a``, which may also be a string
+    that holds the object as JSON. Raises :class:`Broken` if ``a`` is present and not an object.
     """
     if name in record:
         return record[name]
@@ -113,7 +113,7 @@ def lookup(record: Mapping[str, Any], name: str) -> Any:
 
 
 def has_field(record: Mapping[str, Any], name: str) -> bool:
-    """Tell whether a record has the field ``name``; what cannot be read counts, for it is reported otherwise."""
+    """Tell whether a record has the field ``name``. A field that cannot be read counts: its own error is reported."""
     try:
         return lookup(record, name) is not Absent.MISSING
     except Broken:
@@ -121,7 +121,7 @@ def has_field(record: Mapping[str, Any], name: str) -> bool:
 
 
 def check_characters(text: str, part: str = "") -> None:
-    """Raise :class:`Broken` where a text has a NUL or a lone surrogate: no tokenizer or server takes them."""
+    """Raise :class:`Broken` if a text has a NUL or a lone surrogate: no tokenizer or server accepts them."""
     if "\0" in text:
         raise Broken(text, f"has a NUL character at index {text.index(chr(0))}", part)
     if not text.isascii():
@@ -132,7 +132,7 @@ def check_characters(text: str, part: str = "") -> None:
 
 
 def check_tree(value: object) -> None:
-    """Raise :class:`Broken` at the first part of a nested value that JSON in UTF-8 cannot hold, or too deep."""
+    """Raise :class:`Broken` if JSON in UTF-8 cannot hold a part of a nested value, or if it is nested too deeply."""
     stack: list[tuple[object, str, int]] = [(value, "", 0)]
     while stack:
         node, part, depth = stack.pop()
@@ -161,7 +161,7 @@ _SHORT.maxlevel = 4
 
 
 def shown(value: object) -> str:
-    """Show a value in at most 80 characters, whatever it is."""
+    """Return any value as text of at most 80 characters."""
     text = printable(_SHORT.repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -1,4 +1,4 @@
-"""The servers of an evaluation: started for an HF folder, as a run starts them, or reached by URL."""
+"""The servers of an evaluation: started for an HF folder in the way a training run starts them, or reached by URL."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def target_of(model: str, cfg: EvalCommandConfig, *, urls: Sequence[str], api: A
 
 
 class Serving:
-    """A running endpoint. If the command started the servers, a server that dies is restarted and asked again."""
+    """A running endpoint. If the command started the servers, it restarts a server that dies and asks it again."""
 
     def __init__(self, endpoint: Endpoint, pool: ServerPool | None, deadline_s: float) -> None:
         self.endpoint, self._pool, self._deadline_s = endpoint, pool, deadline_s
@@ -75,7 +75,7 @@ class Serving:
         """Check the servers that the command started every second. Without such servers, wait indefinitely.
 
         Raises:
-            ServerDiedError: they are lost for good.
+            ServerDiedError: the servers are lost for good.
         """
         if self._pool is None:
             await asyncio.Event().wait()
@@ -92,7 +92,7 @@ class Serving:
         """Wait until one of the servers that the command started answers again; return False if none can.
 
         Raises:
-            ServerDiedError: they are lost for good.
+            ServerDiedError: the servers are lost for good.
         """
         if self._pool is None or not self._pool.may_return():
             return False
@@ -123,9 +123,9 @@ def serving(
     """Start or reach the servers for the block.
 
     Raises:
-        ValueError: nothing answers at a URL, it refuses the key, or it does not serve the model.
-        ServerDiedError: a server that was started ended.
-        NotHealthyError: a server that was started does not answer in time.
+        ValueError: nothing answers at a URL, or its server refuses the key or does not serve the model.
+        ServerDiedError: a server that this function started has ended.
+        NotHealthyError: a server that this function started does not answer in time.
     """
     servers = cfg.rollout.servers
     if target.api != "sglang":

@@ -75,8 +75,7 @@ class Position:
 
     @property
     def sends_dense(self) -> bool:
-        """Tell whether this rank's shards of all parameters but experts leave the mesh (exports, refits): replica 0's
-        do."""
+        """Tell whether exports and refits send this rank's shards of all parameters but experts: those of replica 0."""
         return self.dp_rank == 0 and self.cp_rank == 0
 
     @property
@@ -86,7 +85,7 @@ class Position:
 
     @property
     def sends_experts(self) -> bool:
-        """Tell whether this rank's shards of experts leave the mesh: those of the first copy do."""
+        """Tell whether exports and refits send this rank's shards of experts: those of the first copy."""
         return self.expert_replica == 0
 
     @property
@@ -96,13 +95,12 @@ class Position:
 
     @property
     def is_sender(self) -> bool:
-        """Tell whether any shard of this rank leaves the mesh."""
+        """Tell whether exports and refits send any shard of this rank."""
         return self.sends_dense or self.sends_experts
 
     @property
     def shares_experts(self) -> bool:
-        """Tell whether this rank computes with experts of other ranks, maybe of other replicas, and so waits for
-        them."""
+        """Tell whether this rank uses experts of other ranks, possibly of other replicas, and so waits for them."""
         return self.mesh.expert_ranks > 1
 
     @property
@@ -117,7 +115,7 @@ class Position:
 
     @property
     def scoring_ranks(self) -> tuple[int, ...]:
-        """Return the global ranks of this replica's last pipeline stage with tensor-parallel rank 0, by ``cp_rank``."""
+        """Return the global ranks in this replica's last pipeline stage whose ``tp_rank`` is 0, by ``cp_rank``."""
         return self.replica_ranks[-self.mesh.tensor * self.mesh.context :: self.mesh.tensor]
 
     @property

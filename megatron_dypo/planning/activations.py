@@ -1,12 +1,15 @@
-"""Bytes that autograd keeps of one transformer layer until its backward pass, for each token of a row. Pure.
+"""Count the bytes that autograd keeps of one transformer layer until its backward pass, for each token of a microbatch.
+Pure.
 
-Two implementations (``mcore/features.py`` chooses): *fused*, Transformer Engine's modules with flash attention on a
-GPU; and *unfused*, Megatron's local modules around torch's RMSNorm and our packed attention. Neither keeps scores of S
-× S. Read off the saved tensors of the layers (unfused: measured, ``benchmarks/memory_model.py``); symbols: H hidden
-size, h query heads, g key-value heads, d channels of a head, F channels of the feed-forward layer, e bytes of an
-element.
+There are two implementations of a layer (``mcore/features.py`` chooses). *Fused* is Transformer Engine's modules, with
+flash attention, on a GPU. *Unfused* is Megatron's local modules around torch's RMSNorm and the packed attention of this
+package. Neither keeps S × S attention scores. The counts are read off the tensors that each module saves; those of
+unfused layers are measured too (``benchmarks/memory_model.py``).
 
-In FP8 (fused only) a linear layer keeps its input quantised: ``planning/fp8.py``.
+Symbols: H hidden size, h query heads, g key-value heads, d channels of a head, F channels of the feed-forward layer, e
+bytes of an element.
+
+With FP8 (fused only) a linear layer keeps a quantised copy of its input: ``planning/fp8.py``.
 """
 
 from __future__ import annotations
@@ -21,20 +24,20 @@ FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBytes:
-    """Bytes for each token, by how tensor parallelism divides them."""
+    """Bytes for each token, grouped by the way tensor parallelism divides them."""
 
     between: float
-    """Norms, residuals and experts: whole on every tensor-parallel rank, split with sequence parallelism."""
+    """Norms, residuals and experts. Sequence parallelism splits them; without it each tensor-parallel rank has all."""
     whole: float
-    """Whole on every tensor-parallel rank in any case."""
+    """Tensors that are whole on every tensor-parallel rank, with sequence parallelism too."""
     split: float
-    """Split over tensor-parallel ranks: heads and channels of the feed-forward layer."""
+    """Heads and channels of the feed-forward layer, which are split over tensor-parallel ranks."""
     attention: float
-    """Split too: bytes that core attention keeps, minus those that its recomputation needs instead (``selective``)."""
+    """Bytes that core attention keeps, minus those that ``selective`` recomputation needs instead; split too."""
     input: float
     """Input of the layer, the only tensor that full recomputation keeps; divided like ``between``."""
     backward: float
-    """Split: gradients that exist in addition, half-way through the feed-forward layer's backward pass."""
+    """Additional gradients half-way through the feed-forward layer's backward pass; split."""
 
     def kept(self, recompute: str, tensor: int, sequence: bool) -> float:
         """Return the bytes for each token that one rank keeps from the layer's forward to its backward pass."""
@@ -47,7 +50,7 @@ class LayerBytes:
     def working(self, recompute: str, tensor: int, sequence: bool) -> float:
         """Return the bytes for each token, in addition to ``kept``, while the backward pass is in one layer."""
         backward = self.backward / tensor + self.input / (tensor if sequence else 1)
-        # Recomputation makes the layer's tensors again.
+        # Full recomputation makes the layer's tensors again.
         again = self.kept("none", tensor, sequence) - self.kept(recompute, tensor, sequence)
         return backward + (again if recompute == "full" else 0.0)
 
@@ -60,7 +63,7 @@ def layer_bytes(
     Args:
         element: bytes, 2 for bf16 and 4 for fp32.
         expert_tensor: ranks that split each expert, and gather each other's tokens for it.
-        fp8: of a layer in FP8; fused layers only.
+        fp8: bytes of quantised tensors, for a layer in FP8; fused layers only.
     """
     if fused:
         return _fused(arch, element, expert_tensor, fp8)
@@ -69,8 +72,10 @@ def layer_bytes(
 
 
 def norm_bytes(width: int, element: int, *, fused: bool) -> float:
-    """Return bytes of a norm's input and output, and of what torch's unfused RMSNorm keeps between them (in bf16: two
-    fp32 copies, and not the input)."""
+    """Return the bytes that a norm keeps: its input, its output, and what torch's unfused RMSNorm keeps between them.
+
+    In bf16 the unfused norm keeps two fp32 copies, and not the input.
+    """
     if fused:
         return 2 * width * element
     return width * (3 * FP32 if element == FP32 else 2 * FP32 + element)
@@ -79,18 +84,18 @@ def norm_bytes(width: int, element: int, *, fused: bool) -> float:
 def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None) -> LayerBytes:
     H, h, g, d = _sizes(arch)
     saved = fp8.saved_input if fp8 else e
-    # Values are a view of the projection's output, so that all of it stays; rotation makes q and k anew.
+    # Values are a view of the projection's output, which therefore stays whole. Rotation makes new q and k.
     q_copy = h * d if arch.qk_norm else 0
     output_copy = fp8.attention_output * h * d if fp8 else 0.0
     heads = e * ((h + 2 * g) * d + (h + g) * d + q_copy + h * d) + output_copy + FP32 * h
-    # A norm's input and its output, which is a linear layer's input, and of experts the router's too.
+    # Inputs and outputs of both norms. An output is the input of a linear layer, and with experts also of the router.
     norms = 2 * e * H + saved * H + (e if arch.experts else saved) * H
     ffn = 0.0 if arch.experts else (2 * e + saved) * arch.ffn_hidden_size
     return LayerBytes(
         between=norms + _fused_experts(arch.experts, H, e, expert_tensor, saved),
         whole=0.0,
         split=heads + ffn,
-        # Flash attention keeps its output, the next projection's input, and one number a head.
+        # Flash attention keeps only its output (the next projection's input) and one number a head.
         attention=0.0,
         input=e * H,
         backward=_widest(arch) * (e if fp8 is None else max(e, _fp8_backward(fp8, e))),
@@ -98,8 +103,10 @@ def _fused(arch: Architecture, e: int, expert_tensor: int, fp8: Quantized | None
 
 
 def _fp8_backward(fp8: Quantized, e: int) -> float:
-    """Return a channel's bytes during the backward pass of the feed-forward layer's first half: the gradients of gate
-    and value and their quantised copies stand where the channel's own tensors were freed."""
+    """Return a channel's additional bytes in the backward pass of the feed-forward layer's first half.
+
+    They are the gradients of gate and value and their quantised copies, minus the channel's own tensors, freed by then.
+    """
     return 2 * (e + fp8.gradient) - (2 * e + fp8.saved_input)
 
 
@@ -109,7 +116,8 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
     head_norms = 0
     if arch.qk_norm:
         head_norms = 2 * FP32 * (h + g) * d if is_narrow else FP32 * (qkv + h * d + (h + g) * d)
-    # Padded copies of q, k and v, the output and its log-sum-exp; or else rotated q and k, and the projection's output.
+    # Kept by attention: padded copies of q, k and v, the output and its log-sum-exp. Kept for recomputation instead:
+    # rotated q and k, and the projection's output.
     core = e * (qkv + h * d) + FP32 * h
     core_inputs = e * (h + g) * d + (0 if arch.qk_norm and not is_narrow else e * qkv)
     ffn = 0 if arch.experts else 5 * arch.ffn_hidden_size
@@ -124,14 +132,14 @@ def _unfused(arch: Architecture, e: int, experts: float) -> LayerBytes:
 
 
 def _experts(experts: Experts | None, H: int, e: int, split: int) -> float:
-    """Return bytes a token of its chosen experts' inputs, channels and outputs, under perfect balance."""
+    """Return the bytes for each token of its experts' inputs, channels and outputs, under perfect balance."""
     if experts is None:
         return 0.0
     return _router(experts) + e * experts.per_token * (2 * split * H + 6 * experts.ffn_hidden_size)
 
 
 def _fused_experts(experts: Experts | None, H: int, e: int, split: int, saved: float) -> float:
-    """Return bytes a token of its chosen experts' inputs and channels; ``saved``: bytes of an element of an input."""
+    """Return the bytes for each token of its experts' inputs and channels; ``saved``: bytes of an input's element."""
     if experts is None:
         return 0.0
     F = experts.ffn_hidden_size

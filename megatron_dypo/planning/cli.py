@@ -1,4 +1,4 @@
-"""``megatron-dypo plan`` and ``megatron-dypo plan-refit``."""
+"""The commands ``megatron-dypo plan`` and ``megatron-dypo plan-refit``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def plan(
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Mean prompt.", show_default="a quarter of the limit")
+        int | None, typer.Option(min=1, help="Mean length of a prompt.", show_default="a quarter of the limit")
     ] = None,
     response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Mean response.", show_default="a quarter of the limit")
+        int | None, typer.Option(min=1, help="Mean length of a response.", show_default="a quarter of the limit")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
@@ -61,7 +61,7 @@ def plan_refit(
         int | None, typer.Option(min=1, help="SGLang's --ep-size.", show_default="extra_args, or 1")
     ] = None,
     quantization: Annotated[
-        Quantization, typer.Option(help="Format of linear weights on the way.")
+        Quantization, typer.Option(help="Format in which linear weights are sent.")
     ] = Quantization.NONE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every rank, every link.")] = False,
 ) -> None:

@@ -1,10 +1,10 @@
-"""GPUs and their links, by the vendors' data sheets: dense rates, one direction of a link, SI units.
+"""GPUs and their links according to the vendors' data sheets: dense rates, one direction of a link, SI units.
 
 Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "L40S"
-(without NVLink: its GPUs talk over PCIe); the A800 is an A100 with NVLink at 400 GB/s, the H800 an H100 with NVLink at
-400 GB/s (both directions together). Memory is what the driver reports as total, which is less than the name. Network:
-one port of the customary DGX/HGX node for each GPU (200 Gbit/s beside Ampere and Ada, 400 Gbit/s after them). The share
-that kernels reach is no vendor's figure, see ``docs/planning.md``.
+(without NVLink: its GPUs communicate over PCIe). The A800 is an A100, and the H800 an H100, with NVLink at 400 GB/s
+(both directions together). Memory is the total that the driver reports, which is less than the name says. Network: each
+GPU has one port of the usual DGX/HGX node (200 Gbit/s for Ampere and Ada, 400 Gbit/s for later ones). The share that
+kernels reach is no vendor's figure: see ``docs/planning.md``.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ _GEN4, _GEN5 = 25.0, 50.0
 """GB/s that a copy from pinned memory reaches over 16 lanes; the links' rates are 32 and 64."""
 
 _AMPERE, _HOPPER, _SLOW = 0.62, 0.55, 0.75
-"""Ampere: agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper: with the 41 to 48% MFU of
-Megatron-LM's README; the H20, whose matmuls are slow beside its memory, the L40S and the B200 are guesses."""
+"""Shares for ``Gpu.matmul``. Ampere's agrees with the iteration times of Korthikanti et al. 2022, table 5; Hopper's
+agrees with the 41 to 48% MFU of Megatron-LM's README. Those of the H20 (its matmuls are slow relative to its memory),
+the L40S and the B200 are guesses."""
 
 GPUS = {
     gpu.name: gpu

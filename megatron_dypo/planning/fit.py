@@ -21,7 +21,7 @@ def check_memory(config: Config, *, trainer_gpus: int, memory: int, capability: 
         fused: whether Transformer Engine is in use.
 
     Raises:
-        ValueError: they do not fit; the message names the largest term and how to reduce it.
+        ValueError: a rank does not fit; the message names the largest term and how to reduce it.
     """
     setting = Setting(
         config=config,

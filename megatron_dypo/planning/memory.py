@@ -1,9 +1,11 @@
-"""Memory of one rank of the trainer, term by term, as ``mcore/`` lays it out. Pure arithmetic.
+"""Count the memory of one trainer rank, term by term, as ``mcore/`` allocates it. Pure arithmetic.
 
-Symbols: T tokens of a row on this rank, t tensor-parallel ranks, e bytes of an element of the model. What Megatron's
-DDP and optimizer hold for each parameter: the parameter e, a gradient of 4 bytes (``grad_reduce_in_fp32``), two moments
-of 4, and for bf16 an fp32 main parameter; the distributed optimizer divides the last three by the ranks with the same
-parameters. What FP8 changes of parameters and activations: ``planning/fp8.py``.
+Symbols: T tokens of a microbatch on this rank, t tensor-parallel ranks, e bytes of an element of the model.
+
+For each parameter Megatron's DDP and optimizer hold the parameter (e bytes), a gradient (4 bytes,
+``grad_reduce_in_fp32``), two moments (4 bytes each), and for bf16 an fp32 main parameter. The distributed optimizer
+divides the last three by the number of ranks with the same parameters. ``planning/fp8.py`` describes the effect of FP8
+on parameters and activations.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ FRAGMENTATION = 0.05
 
 
 def trainer_footprints(setting: Setting) -> list[Footprint]:
-    """Return the footprint of a rank of each pipeline stage, first to last."""
+    """Return the footprint of one rank in each pipeline stage, first to last."""
     return [_stage(setting, stage) for stage in range(setting.config.parallel.pipeline)]
 
 
@@ -93,7 +95,7 @@ def model_state(setting: Setting, counts: Counts) -> list[Term]:
 
 
 def _parameters(setting: Setting, counts: Counts) -> list[Term]:
-    """Return the parameters of the model, and the FP8 copies beside bf16 parameters."""
+    """Return the memory of the parameters, and of FP8 copies that exist in addition to bf16 parameters."""
     e, fp8 = setting.element, setting.quantized
     if fp8 is None:
         return [Term(name="parameters", bytes=counts.total * e, why=f"{counts.total / 1e9:.3f}e9 × {e} B")]
@@ -114,7 +116,7 @@ def _fp8_layers(setting: Setting, stage: int) -> int:
 
 
 def _activations(setting: Setting, stage: int) -> Term:
-    """Return the memory that layers keep from forward to backward pass, over all rows in flight."""
+    """Return the memory that layers keep from forward to backward pass, over all microbatches in flight."""
     cfg, arch, e = setting.config, setting.arch, setting.element
     parallel = cfg.parallel
     virtual, tokens = setting.mesh.virtual_pipeline, setting.row_tokens / parallel.context
@@ -137,7 +139,7 @@ def _activations(setting: Setting, stage: int) -> Term:
 
 
 def _mean_kept(setting: Setting, stage: int) -> float:
-    """Return bytes a token that a layer of the stage keeps, averaged over layers in bf16 and in FP8."""
+    """Return the bytes for each token that a layer of the stage keeps, averaged over bf16 and FP8 layers."""
     parallel, recompute = setting.config.parallel, setting.config.model.recompute
     narrow = _fp8_layers(setting, stage) / setting.mesh.stage_layers(setting.arch.num_layers)[stage]
     bf16, fp8 = (layer.kept(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
@@ -145,7 +147,7 @@ def _mean_kept(setting: Setting, stage: int) -> float:
 
 
 def _layers(setting: Setting) -> tuple[LayerBytes, LayerBytes]:
-    """Return a layer in the type of the parameters, and one in FP8; without FP8 both are the same."""
+    """Return the bytes of a layer in the parameters' type, and of one in FP8; without FP8 both are the same."""
     make = partial(
         layer_bytes,
         setting.arch,
@@ -157,8 +159,7 @@ def _layers(setting: Setting) -> tuple[LayerBytes, LayerBytes]:
 
 
 def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
-    """Return the memory that the backward pass of one layer takes beside the activations, or the loss if it takes
-    more."""
+    """Return the memory, besides activations, of the backward pass of one layer, or of the loss if it needs more."""
     parallel, tokens = setting.config.parallel, setting.row_tokens / setting.config.parallel.context
     recompute = setting.config.model.recompute
     working = max(layer.working(recompute, parallel.tensor, parallel.sequence) for layer in _layers(setting))
@@ -169,10 +170,11 @@ def _working_set(setting: Setting, stage: int, counts: Counts) -> Term:
 
 
 def _loss(setting: Setting, tokens: float) -> float:
-    """Return the bytes that ``objective/fused_logprobs.py`` holds if every token of the row is a response token.
+    """Return the bytes that ``objective/fused_logprobs.py`` holds if every token of the microbatch is a response token.
 
-    Forward: a chunk of fp32 logits, and a copy of some rows of it for the entropy. Backward: the chunk, gradients of
-    the chosen hidden states in two types, what autograd sees as the output weight's gradient, and blocks of operands.
+    The forward pass holds a chunk of fp32 logits, and a copy of some of its rows for the entropy. The backward pass
+    holds the chunk, the gradients of the chosen hidden states in two types, the gradient of the output weight that it
+    returns to autograd, and blocks of operands.
     """
     arch, e = setting.arch, setting.element
     width = -(-arch.vocab_size // setting.config.parallel.tensor)
@@ -182,17 +184,17 @@ def _loss(setting: Setting, tokens: float) -> float:
     logits, scratch = rows * width * FP32, budget / 8
     hidden = tokens * arch.hidden_size
     block = min(scratch, width * arch.hidden_size * FP32)  # rows of the weight that are multiplied at once, as fp32
-    if setting.on_gpu:  # there they are multiplied in bf16, and so is their part of the logits' gradient
+    if setting.on_gpu:  # a GPU multiplies them, and their part of the logits' gradient, in bf16
         block *= e * rows / (arch.hidden_size * FP32)
     operands = block if e < FP32 else 0.0
     forward = min(scratch, logits)
     backward = e * width * arch.hidden_size + e * hidden + 2 * FP32 * rows * arch.hidden_size
-    chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered, and those of response tokens
+    chosen = e * hidden * (2 if setting.config.parallel.sequence else 1)  # gathered ones, response tokens'
     return chosen + logits + operands + max(forward, backward) + 20 * FP32 * tokens
 
 
 def _logprob_budget(setting: Setting, width: int) -> float:
-    """Return the scratch bytes that ``fused_logprobs`` is given, or takes on its own."""
+    """Return the scratch bytes of ``fused_logprobs``: the config's, or its default."""
     given = setting.config.model.logprob_memory_mib
     return max(256 * 2**20, width * setting.arch.hidden_size * FP32 / 2) if given is None else given * 2**20
 
@@ -208,10 +210,10 @@ def _gather_buffer(setting: Setting) -> Term:
 
 
 def _streams(setting: Setting) -> Term:
-    """Return the memory of an update's rows, all of which are on the device from its start
+    """Return the memory of an update's microbatches, which are all on the device from its start
     (``mcore/forward_step.py``)."""
     tokens = setting.microbatches * min(setting.row_tokens, setting.config.batching.tokens_per_microbatch)
-    per_token = 17 + 61  # ids, positions, padding; and of a response token targets, streams and indices
+    per_token = 17 + 61  # ids, positions and padding; for a response token also targets, streams and indices
     return Term(
         name="rows", bytes=per_token * tokens / setting.config.parallel.context, why="token streams of the update"
     )

@@ -1,4 +1,4 @@
-"""Parameters of the policy: on one rank of the trainer, and in total. Read off the name table of the family."""
+"""Count the parameters of the policy on one trainer rank and in total, from the name table of the model family."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Counts:
     largest: int
     """Elements of the largest tensor."""
     fp8: int = 0
-    """Weights of linear layers, among all these, that are in FP8."""
+    """Weights of linear layers in FP8; ``dense`` and ``experts`` include them."""
 
     @property
     def total(self) -> int:
@@ -31,7 +31,7 @@ class Counts:
 
     @property
     def other(self) -> int:
-        """Return how many are not in FP8."""
+        """Return the number of parameters that are not in FP8."""
         return self.total - self.fp8
 
 
@@ -60,7 +60,8 @@ def stage_parameters(
 ) -> Counts:
     """Count the parameters on one rank of a pipeline stage that holds ``layers`` layers, ``fp8_layers`` of them in FP8.
 
-    Stages of tied embeddings that are first and last hold one copy; a last stage that is not first its own.
+    With tied embeddings, a stage that is both first and last holds one copy of the embedding; otherwise the last stage
+    holds a second copy.
     """
     dense = experts = largest = fp8 = 0
     for row in table(arch):
@@ -86,7 +87,7 @@ def served_bytes(arch: Architecture, element: int, quantization: Quantization) -
 
     Args:
         element: bytes of a value that is not quantised.
-        quantization: of linear weights (``models/quantized/names.py``): a byte each, and fp32 scales.
+        quantization: format of linear weights (``models/quantized/names.py``): a byte each, and fp32 scales.
     """
     dense = experts = 0
     for row in table(arch):
@@ -103,7 +104,7 @@ def served_bytes(arch: Architecture, element: int, quantization: Quantization) -
 
 
 def active_parameters(arch: Architecture) -> int:
-    """Count the parameters of the layers that a token is multiplied with: of experts, only those that it visits."""
+    """Count the parameters of the layers that a token uses: all dense ones, and those of the experts that it visits."""
     counts = stage_parameters(arch, tensor=1, expert=1, layers=arch.num_layers, is_first=False, is_last=False)
     if arch.experts is None:
         return counts.dense
@@ -111,7 +112,7 @@ def active_parameters(arch: Architecture) -> int:
 
 
 def _is_linear(row: Row) -> bool:
-    """Return whether a parameter is the weight of a linear layer of the transformer, which trainer and servers hold in
+    """Return whether a parameter is the weight of a transformer's linear layer, which trainer and servers can hold in
     FP8."""
     return all(is_quantized(name) for name in row.at(0, 0).hf)
 

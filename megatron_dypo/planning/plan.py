@@ -1,4 +1,4 @@
-"""A whole plan: does it fit, how long does a step take, how should GPUs be divided."""
+"""A whole plan: whether a run fits, how long a step takes, and how to divide the GPUs."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ REMEDIES = {
     "reserved": "a GPU with more memory",
     "fragmentation": "less of the terms above it",
 }
-"""Term → what makes it smaller."""
+"""Name of a memory term → settings that make it smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that the report says."""
+    """All figures of the report."""
 
     setting: Setting
     stages: tuple[Footprint, ...]
-    """Trainer, first pipeline stage to last."""
+    """Memory of a trainer rank in each pipeline stage, first to last."""
     server: Footprint
     reference: float
-    """Bytes of host memory on each trainer node for π_ref; 0: none is kept."""
+    """Bytes of host memory on each trainer node for π_ref; 0: π_ref needs no weights of its own."""
     step: StepTime
     balanced: Split | None
-    """Best division of the same GPUs with rollouts beside the update; None: no division fits."""
+    """Best division of the same GPUs for sampling rollouts during the update; None: no division fits."""
     synchronous: Split | None
-    """Best division with one part after the other."""
+    """Best division for rollout and update one after the other; None: no division fits."""
     scaling: tuple[Scaled, ...]
 
     @property
@@ -64,17 +64,17 @@ class Plan:
         return [misfit(footprint) for footprint in (fullest(list(self.stages)), self.server) if footprint.spare < 0]
 
     def obstacles(self) -> list[str]:
-        """Return one line for what the GPU cannot do at all."""
+        """Return a line if the GPU cannot run the config's FP8 recipe."""
         obstacle = fp8_obstacle(self.setting)
         return [] if obstacle is None else [obstacle]
 
     def problems(self) -> list[str]:
-        """Say why the run cannot be; empty: it can."""
+        """Return the reasons why the run is impossible; empty: it is possible."""
         return [*self.obstacles(), *self.misfits()]
 
 
 def make_plan(setting: Setting) -> Plan:
-    """Plan a setting; takes a second or so."""
+    """Make the plan of a setting. It takes about a second."""
     can_divide = bool(splits(setting))
     return Plan(
         setting=setting,

@@ -1,4 +1,4 @@
-"""``megatron-dypo plan-refit``: the bytes that a refit would move and their way, from config files alone."""
+"""Plan a refit from config files alone, for ``megatron-dypo plan-refit``: the bytes it moves, from where to where."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class RefitOptions:
     """Facts that the config does not hold."""
 
     world_size: int | None = None
-    """Ranks of the trainer; None: ``parallel.num_processes``, or as few as the axes allow."""
+    """Ranks of the trainer; None: ``parallel.num_processes``, or the fewest that the axes allow."""
     ep_size: int | None = None
-    """SGLang's ``--ep-size``; None: that in ``rollout.servers.extra_args``, or 1."""
+    """SGLang's ``--ep-size``; None: the value in ``rollout.servers.extra_args``, or 1."""
     quantization: Quantization = "none"
     gpus_per_node: int = 8
-    """GPUs of a rollout node: a server of more of them spans several nodes."""
+    """GPUs of a rollout node. A server with more GPUs spans several nodes."""
 
 
 def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
-    """Return the plan of a run's refits; of the model only ``<model.hf_path>/config.json`` is read.
+    """Return the plan of a run's refits. Only ``<model.hf_path>/config.json`` of the model is read.
 
     Raises:
-        ValueError: a trainer or servers that do not suit the architecture, or each other.
+        ValueError: the trainer or the servers do not suit the architecture or each other.
     """
     servers = config.rollout.servers
     ep_size = options.ep_size or _ep_size(servers.extra_args)
@@ -48,7 +48,7 @@ def plan_of_config(config: Config, options: RefitOptions) -> RefitPlan:
 
 
 def refusal_of_training(config: Config) -> str | None:
-    """Return why ``train`` would refuse the config's layout, or None: plans know more layouts than ``train``."""
+    """Return why ``train`` would refuse the config's layout; None if it accepts it. Plans support more layouts."""
     try:
         check_layout(load_architecture(config.model.hf_path), config.parallel)
     except ValueError as error:

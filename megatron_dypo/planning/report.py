@@ -1,4 +1,4 @@
-"""A plan as text for a person."""
+"""Write a plan as text for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RULE = "-" * 118
 
 
 def render(plan: Plan) -> str:
-    """Return the report, with a final newline; its last lines are the verdict."""
+    """Return the report as text that ends with a newline. Its last lines are the verdict."""
     parts = (
         _setting(plan),
         _memory(plan),
@@ -53,7 +53,7 @@ def _setting(plan: Plan) -> list[str]:
 
 
 def _types(plan: Plan) -> str:
-    """Describe the types of the policy in training."""
+    """Return the data types of the policy in training, as text."""
     model = plan.setting.config.model
     if not model.fp8.is_on:
         return model.dtype
@@ -87,7 +87,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _distinct(stages: tuple[Footprint, ...]) -> list[Footprint]:
-    """Return first, last and fullest stage, in order."""
+    """Return the first, the last and the fullest stage, in pipeline order."""
     tightest = fullest(list(stages))
     return [stage for i, stage in enumerate(stages) if i in (0, len(stages) - 1) or stage is tightest]
 

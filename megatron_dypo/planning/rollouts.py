@@ -1,8 +1,8 @@
-"""Seconds of a round of collection, and the tokens that it discards. Pure arithmetic.
+"""Estimate the seconds of a round of collection, and the tokens that it discards. Pure arithmetic.
 
-A round has ``rollout.prompts_per_round`` prompts, or the prompts of a rollout batch if a stream collects
-(``rollout.oversample`` above 1, or ``mode: async``). While requests wait, each server runs as many as its KV cache and
-the clients allow; then the batch shrinks.
+A round has ``rollout.prompts_per_round`` prompts. If a stream collects (``rollout.oversample`` above 1, or ``mode:
+async``), it has the prompts of a rollout batch instead. While requests wait, each server runs as many as its KV cache
+and the clients allow; after that the number of running requests falls.
 
 Without oversampling a round ends with its last group, whose longest response is assumed to reach the limit. With it,
 ``oversample`` times the groups are started, and the round ends when enough of them are complete

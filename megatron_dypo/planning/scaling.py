@@ -34,12 +34,14 @@ class Scaled:
     split: Split | None
     """None: too few GPUs for one replica and one server."""
     efficiency: float
-    """Tokens a second and GPU, over those of the smallest size that works."""
+    """Tokens per second and GPU, divided by those of the smallest size that works."""
 
 
 def splits(setting: Setting) -> list[Split]:
-    """Return every division of the setting's GPUs that fits, in whole nodes (whole servers and replicas, on one
-    node)."""
+    """Return every division of the setting's GPUs that fits.
+
+    Trainer and servers get whole nodes; on a single node they get whole replicas and servers.
+    """
     total = setting.trainer_gpus + setting.rollout_gpus
     grain = _grain(setting)
     found = (_split(setting, trainer, total - trainer) for trainer in range(grain, total, grain))
@@ -47,12 +49,12 @@ def splits(setting: Setting) -> list[Split]:
 
 
 def best_split(setting: Setting, *, overlapped: bool) -> Split:
-    """Return the division with the shortest step: one part after the other, or with rollouts beside the update."""
+    """Return the division with the shortest step; ``overlapped``: rollouts are sampled during the update."""
     return min(splits(setting), key=lambda split: split.time.overlapped if overlapped else split.time.sequential)
 
 
 def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scaled]:
-    """Scale prompts of an update, replicas and servers together; the division of GPUs is the setting's."""
+    """Scale an update's prompts, the replicas and the servers together; keep the setting's division of GPUs."""
     share = setting.trainer_gpus / (setting.trainer_gpus + setting.rollout_gpus)
     rows: list[Scaled] = []
     first = None
@@ -66,7 +68,7 @@ def weak_scaling(setting: Setting, sizes: tuple[int, ...] = SIZES) -> list[Scale
 
 
 def _grain(setting: Setting) -> int:
-    """Return the number of which the number of trainer GPUs must be a multiple."""
+    """Return the divisor of every possible number of trainer GPUs."""
     is_small = setting.trainer_gpus + setting.rollout_gpus <= setting.gpus_per_node
     fewest = setting.config.parallel.fewest_ranks
     return fewest if is_small else math.lcm(fewest, setting.gpus_per_node)

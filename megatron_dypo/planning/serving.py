@@ -1,8 +1,8 @@
-"""One GPU of an SGLang server: weights, KV cache, and speed of decoding. Pure arithmetic.
+"""Estimate one GPU of an SGLang server: its weights, its KV cache and its decoding speed. Pure arithmetic.
 
-For one token of each request, decoding reads the weights once and the KV cache of every running request. So it is bound
-by HBM until the batch is large. The KV cache limits the number of requests. FP8 weights (``refit.quantize``) are fewer
-bytes to hold and to read; their matmuls are assumed to be no faster than in bf16.
+A decoding step makes one token of each request. It reads the weights once, and the KV cache of every running request.
+So HBM limits the speed until the batch is large. The KV cache limits the number of requests. FP8 weights
+(``refit.quantize``) are fewer bytes to hold and to read; their matmuls are assumed to be no faster than in bf16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HBM_EFFICIENCY = 0.7
 STEP_OVERHEAD_S = 2e-3
 """Scheduling, sampling and kernel launches of a decoding step."""
 ALLREDUCE_S = 15e-6
-"""Latency of one all-reduce of a layer in a node."""
+"""Latency of one all-reduce within a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Server:
     """The capacity of one server."""
 
     weights: ServedBytes
-    """Weights of all its GPUs together."""
+    """Weights on all GPUs of the server together."""
     tensor: int
-    """GPUs that share them."""
+    """GPUs that share the weights."""
     kv_bytes_per_token: float
-    """Bytes on one of its GPUs. Heads are replicated if there are more GPUs than heads."""
+    """Bytes of KV cache on one GPU. Heads are replicated if there are more GPUs than heads."""
     kv_tokens: float
     """Tokens that its KV cache holds."""
 
@@ -44,7 +44,7 @@ class Server:
         return self.weights.total / self.tensor
 
     def concurrency(self, tokens: float) -> float:
-        """Return the requests of a mean length that run at once."""
+        """Return how many requests of ``tokens`` tokens on average can run at once."""
         return self.kv_tokens / tokens
 
 
@@ -62,7 +62,7 @@ def make_server(setting: Setting) -> Server:
 
 
 def server_footprint(setting: Setting) -> Footprint:
-    """Return the memory of one GPU of a server. It needs at least the KV cache of the longest sequence."""
+    """Return the memory of one GPU of a server. Its KV cache holds at least the longest sequence."""
     server, cfg = make_server(setting), setting.config
     fraction, quantize = cfg.rollout.servers.mem_fraction or MEM_FRACTION, cfg.refit.quantize
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -95,7 +95,7 @@ def decode_step_s(setting: Setting, server: Server, batch: float) -> float:
     arch, gpu, tensor = setting.arch, setting.gpu, setting.config.rollout.servers.tensor_parallel
     context = setting.assumed.prompt_tokens + setting.assumed.response_tokens / 2
     read = _weights_read(setting, server, batch) + batch * context * server.kv_bytes_per_token
-    # The output projection is a matmul of every token too.
+    # Every token also goes through the output projection, which is not among the layers.
     work = 2.0 * batch * (active_parameters(arch) + arch.hidden_size * arch.vocab_size) / tensor
     reduced = 2 * arch.num_layers * _allreduce_s(setting, batch * arch.hidden_size * setting.element, tensor)
     return max(read / (gpu.hbm * HBM_EFFICIENCY), work / (gpu.bf16 * gpu.matmul)) + reduced + STEP_OVERHEAD_S
@@ -108,8 +108,7 @@ def prefill_s(setting: Setting, tokens: float) -> float:
 
 
 def _weights_read(setting: Setting, server: Server, batch: float) -> float:
-    """Return the bytes of weights that a step reads on a GPU, including only experts that some token of the batch
-    uses."""
+    """Return the bytes of weights that a decoding step reads on a GPU. Only experts that a token uses are read."""
     experts = setting.arch.experts
     if experts is None:
         return server.weights_per_gpu

@@ -18,7 +18,7 @@ from megatron_dypo.planning.fp8 import Quantized, quantized
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Facts that no config contains. They are guessed before a first run, and measured in it."""
+    """Facts that no config contains. Guess them before a first run, and measure them in it."""
 
     prompt_tokens: int
     """Mean length of a prompt."""
@@ -27,7 +27,7 @@ class Assumptions:
     easy: float = 0.25
     """Share of Easy prompts, which enter no update."""
     hard: float = 0.25
-    """Share of Hard prompts, of which one trace each enters the update. The others are Mid: whole groups enter."""
+    """Share of Hard prompts: one trace of each enters the update. All other prompts are Mid: whole groups enter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Setting:
     """Number of SGLang servers, each with ``rollout.servers.tensor_parallel`` GPUs."""
     assumed: Assumptions
     fused: bool = True
-    """Transformer Engine's layers (see ``planning/activations.py``)."""
+    """Whether layers are Transformer Engine's (see ``planning/activations.py``)."""
     on_gpu: bool = True
-    """False: ranks on CPUs, as in tests, where no memory is reserved besides the tensors."""
+    """Whether ranks run on GPUs. On CPUs, as in tests, no memory is reserved besides the tensors."""
 
     @property
     def element(self) -> int:
@@ -77,8 +77,10 @@ class Setting:
 
     @property
     def row_tokens(self) -> int:
-        """Return the tokens of the longest microbatch over all context-parallel ranks; a sequence above the budget gets
-        its own."""
+        """Return the tokens of the longest microbatch, over all context-parallel ranks together.
+
+        A sequence that is longer than the budget gets a microbatch of its own.
+        """
         return max(self.config.batching.tokens_per_microbatch, self.longest_sequence)
 
     @property

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step of the loop, by its parts: rollout, log-probs, update, refit. Pure arithmetic."""
+"""Estimate the seconds of one optimizer step, part by part: rollout, log-probs, update, refit. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DISK = 2e9
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step. Work that is done once for each rollout batch counts with the step's share."""
+    """Seconds of one optimizer step. Work that is done once for a rollout batch counts by the step's share of it."""
 
     is_async: bool
-    """``rollout.mode: async``: the next batch's rollouts are sampled beside log-probs and update."""
+    """Whether ``rollout.mode`` is ``async``: the next rollouts are sampled during log-probs and update."""
     rollout: float
     logprobs: float
     update: PassTime
@@ -35,8 +35,7 @@ class StepTime:
     aborted: float
     """Additional tokens of aborted requests."""
     mfu: float
-    """FLOPs of the model divided by those that the trainer's GPUs could do in bf16 during the update (also with
-    FP8)."""
+    """FLOPs of the model divided by those that the trainer's GPUs could do in bf16 during the update; with FP8 too."""
 
     @property
     def trainer(self) -> float:
@@ -54,7 +53,7 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
-        """Return the seconds of a step that makes the next batch's rollouts beside log-probs and update."""
+        """Return the seconds of a step that samples the next batch's rollouts during log-probs and update."""
         return max(self.rollout, self.trainer) + self.refit
 
     @property
@@ -90,21 +89,21 @@ def step_time(setting: Setting) -> StepTime:
 
 
 def refit_time(setting: Setting) -> float:
-    """Return the seconds of sending all weights to all servers, quantised ones in FP8."""
+    """Return the seconds of sending all weights to all servers; quantised weights are sent in FP8."""
     refit = setting.config.refit
     size, transport = served_bytes(setting.arch, setting.element, refit.quantize).total, refit.transport
     rate = REFIT_EFFICIENCY * setting.gpu.network
     if transport == "disk":
         return REFIT_S + 2 * size / DISK
     if transport == "broadcast":
-        # Stages take turns, each through the network port of its first rank.
+        # Pipeline stages send in turn, each through the network port of its first rank.
         return REFIT_S + size / rate
     received = size / setting.config.rollout.servers.tensor_parallel
     return REFIT_S + max(received, size * setting.num_servers / setting.trainer_gpus) / rate
 
 
 def reads_reference(setting: Setting) -> bool:
-    """Return whether π_ref has its own weights and its own pass; else it is π_old."""
+    """Return whether π_ref has its own weights and its own forward pass; if not, it is π_old or unused."""
     objective = setting.config.objective
     return build_objective(objective).needs_reference() and objective.reference.mode != "old"
 

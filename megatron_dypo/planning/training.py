@@ -1,18 +1,18 @@
-"""Seconds of the trainer's passes: matmuls at a share of the GPU's peak, and the communication that is not hidden.
-Pure.
+"""Estimate the seconds of the trainer's passes: matmuls at a share of the GPU's peak, and communication that is not
+hidden. Pure.
 
-FLOPs are those of :mod:`megatron_dypo.models.flops`. Communication by axis, for each row of T tokens and layer
-(Korthikanti et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
+FLOPs are those of :mod:`megatron_dypo.models.flops`. Communication by axis, for each microbatch of T tokens and each
+layer (Korthikanti et al. 2022, section 4.2.2; Narayanan et al. 2021, section 3):
 
-- tensor: four all-gathers or reduce-scatters of T·H forward, and as many backward, with sequence parallelism one more
-  for each of the two inputs; each moves (t − 1)/t of T·H elements a rank.
+- tensor: four all-gathers or reduce-scatters of T·H elements in the forward pass and four in the backward pass; with
+  sequence parallelism two more, one for each of the two inputs. Each moves (t − 1)/t of T·H elements a rank.
 - context: keys and values go round the ring once forward and, with their gradients, twice backward.
-- expert: a token's hidden state to its experts and back, forward and backward.
-- pipeline: hidden states between stages, the bubble, and waiting for the stage with the most layers.
-- data: gradients in fp32, once an update, and parameters back where the optimizer is distributed.
+- expert: a token's hidden state goes to its experts and back, forward and backward.
+- pipeline: sending hidden states between stages, the bubble, and waiting for the stage with the most layers.
+- data: gradients in fp32 once an update, and parameters back if the optimizer is distributed.
 
-FP8 makes linear layers faster (``planning/fp8.py``, ``devices.FP8_SHARE``), their recomputation too, and under
-``param_gather`` parameters smaller to gather. What tensor-parallel ranks exchange is counted in bf16 all the same.
+FP8 speeds up linear layers and their recomputation (``planning/fp8.py``, ``devices.FP8_SHARE``). With ``param_gather``
+it also shrinks the parameters that are gathered. Traffic between tensor-parallel ranks is counted in bf16 even so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_dypo.planning.setting import Setting
 
 LINK_EFFICIENCY = 0.8
 BUCKET = 40_000_000
-"""Parameters that Megatron's DDP reduces at once, at least (``DistributedDataParallelConfig.bucket_size``)."""
+"""Fewest parameters that Megatron's DDP reduces at once (``DistributedDataParallelConfig.bucket_size``)."""
 HOP_S = 10e-6
 """Latency of one step of a ring between nodes."""
 RING_EXPOSED = 0.25
@@ -37,7 +37,7 @@ RING_EXPOSED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class PassTime:
-    """Seconds of one forward, or forward and backward, pass of all rows of a batch."""
+    """Seconds of one forward pass, or of a forward and backward pass, over all microbatches of a batch."""
 
     compute: float
     tensor: float
@@ -64,22 +64,22 @@ def update_time(setting: Setting) -> PassTime:
 
 
 def logprob_time(setting: Setting, sequences: float) -> PassTime:
-    """Return the time of a forward pass over that many rollouts: log π_old, or log π_ref."""
+    """Return the time of a forward pass over ``sequences`` rollouts, for log π_old or for log π_ref."""
     cost = sequence_cost(setting.arch)
-    # Of three passes, and of four of the output projection, one.
+    # An update's cost is three passes, and four of the output projection; this is one of each.
     forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
     return _pass(setting, forward, sequences, 1, is_update=False)
 
 
 def swap_time(setting: Setting) -> float:
-    """Return the seconds of moving π_ref into the model and out again: each way this rank's parameters go to the host
-    and from it."""
+    """Return the seconds of moving π_ref into the model and out again. Each way, this rank's parameters go to the host,
+    and other parameters come from it."""
     counts = largest_counts(setting)
     return 4 * counts.total * setting.element / setting.gpu.pcie
 
 
 def update_flops(setting: Setting) -> float:
-    """Return FLOPs of an update without what recomputation repeats: what MFU counts."""
+    """Return the FLOPs of an update that MFU counts: those without recomputation."""
     return _flops(setting, sequence_cost(setting.arch)) * setting.sequences_per_update
 
 
@@ -88,7 +88,7 @@ def _flops(setting: Setting, cost: SequenceCost) -> float:
 
 
 def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> float:
-    """Return the seconds of the matmuls of that many sequences, spread over all GPUs."""
+    """Return the seconds of the matmuls of ``sequences`` sequences, spread over all GPUs."""
     flops = _flops(setting, cost) * sequences
     in_fp8 = fp8_flops(setting.arch, setting.config.model.fp8) * cost.linear * setting.sequence_tokens * sequences
     flops -= in_fp8 * (1 - 1 / setting.gpu.fp8_gain)
@@ -96,8 +96,11 @@ def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> 
 
 
 def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
-    """Return the time of one pass. ``cost``: of a sequence. ``passes``: forward passes' worth of work for each token; a
-    backward pass is two."""
+    """Return the time of one pass over all sequences.
+
+    ``cost`` is the cost of one sequence. ``passes`` is the work for each token, in forward passes: a backward pass
+    counts as two.
+    """
     parallel, arch = setting.config.parallel, setting.arch
     tokens = sequences * setting.sequence_tokens / setting.data / parallel.context
     hidden = tokens * arch.hidden_size * setting.element
@@ -128,12 +131,12 @@ def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *
 
 
 def _link(setting: Setting, span: int) -> float:
-    """Return bytes/s between ranks where ``span`` neighbouring GPUs talk to each other."""
+    """Return the bytes/s between ranks, if ``span`` neighbouring GPUs communicate."""
     return LINK_EFFICIENCY * (setting.gpu.nvlink if span <= setting.gpus_per_node else setting.gpu.network)
 
 
 def _tensor_seconds(setting: Setting, hidden: float, passes: int, is_update: bool) -> float:
-    """Return the seconds of one layer's tensor-parallel communication; ``hidden``: bytes of all rows' hidden states."""
+    """Return the seconds of one layer's tensor-parallel communication; ``hidden``: bytes of all hidden states."""
     parallel = setting.config.parallel
     calls = 8 + 2 * parallel.sequence if is_update else 4
     calls += 4 * (passes == 4)  # the recomputed forward pass
@@ -156,23 +159,22 @@ def _expert_seconds(setting: Setting, hidden: float, is_update: bool) -> float:
 
 
 def _once(setting: Setting) -> tuple[float, float]:
-    """Return the seconds of reducing gradients over the replicas, and of the optimizer's reading and writing of its
-    state."""
+    """Return the seconds of reducing gradients over the replicas, and of reading and writing the optimizer's state."""
     cfg, counts = setting.config, largest_counts(setting)
     ranks = setting.data * cfg.parallel.context
     gathered = _gathered_bytes(setting, counts)
     moved = (counts.total * 4 + (gathered if cfg.optimizer.distributed else counts.total * 4)) * (ranks - 1) / ranks
     shards = ranks if cfg.optimizer.distributed else 1
-    # Gradient, main parameter and two moments are read, the last three and the parameter written.
+    # The gradient, the main parameter and two moments are read; the last three and the parameter are written.
     touched = (counts.total * (4 * 4 + 3 * 4) + gathered) / shards
-    # Megatron makes a bucket of at least a million parameters for each rank, so that many ranks do not mean many hops.
+    # Megatron's buckets grow to a million parameters for each rank, so the hops do not grow with many ranks.
     hops = 2 * (ranks - 1) * max(1.0, counts.total / max(BUCKET, 1_000_000 * ranks))
     reduced = moved / _link(setting, setting.mesh.stage_size) + hops * HOP_S
     return reduced, touched / setting.gpu.hbm
 
 
 def _gathered_bytes(setting: Setting, counts: Counts) -> float:
-    """Return the bytes of a rank's parameters in the type that they are written and gathered in."""
+    """Return the bytes of a rank's parameters in the type in which they are written and gathered."""
     fp8 = setting.quantized
     if fp8 is None or not setting.config.model.fp8.param_gather:
         return counts.total * setting.element

@@ -1,4 +1,4 @@
-"""Groups of rollouts, sampled as their plans say: the parts of a group follow each other on one event loop."""
+"""Sample groups of rollouts according to their plans. All groups share one event loop."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans the groups of a collection, and judges rollouts on which later ones of their groups depend."""
+    """A planner of the groups of a collection. It also judges rollouts if later ones of the group depend on them."""
 
     plan: Callable[[Prompt], GroupPlan]
     num_rollouts: int
     """Members of a group."""
     judge: Callable[[RolloutGroup], Sequence[Verdict]]
-    """Called in a worker thread, with the rollouts of one step of a plan."""
+    """Called in a worker thread with the rollouts of one step of a plan."""
 
 
 async def sample_group(
     client: SGLangClient, prompt: Prompt, sampling: Sampling, *, planner: Planner | None, worker: Executor
 ) -> RolloutGroup:
-    """Sample one group, all of it or an error.
+    """Sample one group: return all of it, or raise.
 
     Args:
-        sampling: of a whole group; ``n`` and ``max_new_tokens`` of a part follow from it.
-        planner: None: ``sampling.n`` rollouts from the prompt.
-        worker: runs ``planner.judge``.
+        sampling: parameters of a whole group; ``n`` and ``max_new_tokens`` of a part follow from them.
+        planner: None: sample ``sampling.n`` rollouts from the prompt.
+        worker: the executor that runs ``planner.judge``.
 
     Raises:
-        GroupDroppedError, NoServerError: as :meth:`SGLangClient.generate`, of any part.
+        GroupDroppedError, NoServerError: :meth:`SGLangClient.generate` raised it for one of the parts.
     """
     if planner is None:
         return RolloutGroup(prompt=prompt, rollouts=await client.generate(prompt.tokens, sampling))
@@ -55,13 +55,13 @@ async def sample_group(
             break
         group = RolloutGroup(prompt=prompt, rollouts=tuple(sampled))
         verdicts += await asyncio.get_running_loop().run_in_executor(worker, planner.judge, group)
-        # A group with a rollout that has no verdict is dropped: more rollouts would be lost.
+        # A group with a rollout without a verdict will be dropped: do not sample more of it.
         parts = () if any(verdict.error is not None for verdict in verdicts) else plan.then(verdicts)
     return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts), verdicts=tuple(verdicts))
 
 
 async def _together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results of all; where one fails, cancel the others and raise."""
+    """Return the results of all coroutines; if one fails, cancel the others and raise."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         return list(await asyncio.gather(*tasks))
@@ -74,7 +74,7 @@ async def _together(parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 async def _sample_part(
     client: SGLangClient, prompt: Prompt, sampling: Sampling, part: GroupPart, version: int | None
 ) -> tuple[Rollout, ...]:
-    """``version``: of the rollouts before, which is that of a part without any of its own."""
+    """Sample one part. ``version`` is the policy version of the rollouts before, for a part that samples nothing."""
     if part.is_whole:
         assert version is not None, "the first parts of a plan are sampled"
         return (_whole(part.prefix, client.decode(part.prefix), version),) * part.count
@@ -98,7 +98,7 @@ def _whole(trace: Tokens, text: str, version: int) -> Rollout:
 
 
 def _behind(prefix: Tokens, sampled: Rollout, client: SGLangClient) -> Rollout:
-    """Return the response of ``prefix`` and what the policy sampled after it."""
+    """Return the response made of ``prefix`` and the tokens that the policy sampled after it."""
     tokens = np.concatenate([prefix, sampled.tokens]).astype(np.int32)
     return replace(
         sampled,

@@ -1,4 +1,4 @@
-"""Plans of groups: rollouts are sampled at once or in parts, from the prompt or from a teacher's first tokens. Pure.
+"""Plans of groups: rollouts are sampled all at once or in parts, from the prompt or after a teacher's tokens. Pure.
 
 An objective gives the plan of each prompt; :mod:`megatron_dypo.rollout.groups` carries it out.
 """
@@ -16,28 +16,28 @@ from megatron_dypo.types import Tokens, Verdict
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GroupPart:
-    """Rollouts of a group that one request samples."""
+    """A part of a group: rollouts that one request samples."""
 
     count: int
     prefix: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
-    """[R] A teacher's first tokens, which each response begins with; the policy goes on from there. They and what is
-    sampled are at most ``rollout.max_new_tokens``, of which one at least is sampled."""
+    """[R] First tokens of a teacher's trace. Each response begins with them, and the policy goes on from there. Prefix
+    and sampled tokens together are at most ``rollout.max_new_tokens``; at least one token is sampled."""
     is_whole: bool = False
-    """The prefix is a whole response: nothing is sampled, and each rollout of the part is the teacher's trace."""
+    """Whether the prefix is a whole response. If so, nothing is sampled: each rollout of the part is the trace."""
 
 
 NextParts: TypeAlias = Callable[[Sequence[Verdict]], Sequence[GroupPart]]
-"""Verdicts of the rollouts so far, in their order → the parts to sample next; () where the group is whole."""
+"""Verdicts of the rollouts so far, in their order → the parts to sample next; () once the group is complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """The parts of one group. Its members are in the order of the parts."""
+    """The parts of one group. The members of the group are in the order of the parts."""
 
     first: Sequence[GroupPart]
-    """Sampled at the same time; one of them at least is sampled by the policy."""
+    """Parts that are sampled first, at the same time. The policy samples at least one of them."""
     then: NextParts | None = None
-    """Asked once the rollouts so far are judged; None: no part waits for a verdict."""
+    """Called once the rollouts so far are judged; None: no part waits for a verdict."""
 
 
 def whole_group(count: int) -> GroupPlan:

@@ -1,10 +1,10 @@
-"""The results of a comparison on disk: tables as Markdown and LaTeX, one HTML page, and all figures as JSON.
+"""Write the results of a comparison: tables as Markdown and LaTeX, one HTML page, and all figures as JSON.
 
 | path under ``<out>`` | content |
 | --- | --- |
-| ``tables/<name>.md``, ``tables/<name>.tex`` | each table, and the one of its differences |
+| ``tables/<name>.md``, ``tables/<name>.tex`` | each table, and the table of its differences |
 | ``comparison.html`` | all tables and plots |
-| ``results.json`` | every figure of them, unrounded, and the cells that are missing |
+| ``results.json`` | every figure of the tables, unrounded, and the missing cells |
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_dypo.study.spec import Spec
 
 
 def write_results(spec: Spec, cells: Sequence[Cell], groups: Mapping[str, Sequence[str]]) -> str:
-    """Write every table, the page and the figures from the cells that are done; return the tables as Markdown.
+    """Write every table, the page and the figures of the cells that are done; return the tables as Markdown.
 
-    The same cells give the same files, byte by byte but for the page's nonce.
+    The same cells give the same bytes, except for the page's nonce.
 
     Raises:
         ValueError: a file of records is damaged.

@@ -4,9 +4,9 @@ A template is a program that comes with a model. Jinja2's sandbox protects the m
 loop or a string of 10 GB. Either may be a single C call, which only the kernel can stop.
 :mod:`megatron_dypo.data.tokenizer.template_process` starts the process, which imports only jinja2.
 
-Protocol, over one :class:`multiprocessing.connection.Connection`: a request is a pickled tuple, ``(template, None)`` or
-``(template, arguments)``; an answer is one status byte of :data:`OK`, :data:`REFUSED` or :data:`FAILED` and a text in
-UTF-8: the names that the template reads, the text that it writes, or the reason.
+Protocol, over one :class:`multiprocessing.connection.Connection`: a request is a pickled tuple. ``(template, None)``
+asks for the names that the template reads; ``(template, arguments)`` asks for the text that it writes. An answer is one
+status byte, :data:`OK`, :data:`REFUSED` or :data:`FAILED`, and a text in UTF-8: what was asked for, or the reason.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ CPU_LIMIT_S = 5
 MEMORY_LIMIT = 512 << 20
 """Bytes of memory for templates, in addition to the memory of the interpreter."""
 TEXT_LIMIT = 16 << 20
-"""Most bytes of the messages of one prompt, and of one rendered text."""
+"""Most bytes of the messages of one prompt; also the most bytes of one rendered text."""
 
 OK, REFUSED, FAILED = b"+", b"!", b"-"
-"""Status: the template succeeded; it called ``raise_exception``; it is not jinja2, or it broke a rule or a limit."""
+"""Status: the template succeeded; it called ``raise_exception``; it is not jinja2, or broke a rule or a limit."""
 
 TEMPLATE_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError, LookupError, MemoryError),
     *(NameError, OSError, ReferenceError, RuntimeError, StopIteration, SyntaxError, SystemError, TypeError, ValueError),
     jinja2.TemplateError,
 )
-"""Exceptions that a template can raise: an expression of it may call any method of a string, a number or a list."""
+"""Exceptions that a template can raise: its expressions may call any method of a string, a number or a list."""
 
 
 class Refusal(jinja2.TemplateError):
-    """The template called ``raise_exception``: its author foresaw these messages and takes none of them."""
+    """The error of a template that called ``raise_exception``: its author excluded these messages on purpose."""
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %}`` marks assistant text for trainers that mask by template; here it is only its body."""
+    """The block ``{% generation %}``. It marks assistant text for trainers that mask by template; it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
 
@@ -69,7 +69,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own tojson escapes HTML, which is no part of a prompt.
+    # jinja2's own tojson escapes characters for HTML, which a prompt does not want.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -98,14 +98,14 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def variables(template: str) -> list[str]:
-    """Names that ``template`` reads from outside, in order, those that every template has left out."""
+    """Return the names that ``template`` reads from its arguments, sorted, without those that every template has."""
     _compile(template)
     names = jinja2.meta.find_undeclared_variables(_environment().parse(template))
     return sorted(names - set(_environment().globals))
 
 
 def answer(template: str, arguments: Mapping[str, Any] | None) -> bytes:
-    """The answer to one request, as the protocol above has it."""
+    """Return the answer to one request of the protocol above."""
     try:
         text = "\n".join(variables(template)) if arguments is None else _compile(template).render(**arguments)
         content = text.encode("utf-8", "surrogatepass")
@@ -130,10 +130,10 @@ def _reason(error: BaseException) -> str:
 
 def main() -> None:
     """Answer requests on the connection whose file descriptor is the first argument, until it is closed."""
-    # These are for the trainer; this process ends when the trainer's end of the connection does.
+    # These signals are meant for the trainer. This process ends when the trainer closes its end of the connection.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # An ignored or blocked signal is inherited; this one is the limit of time.
+    # SIGPROF enforces the time limit. The parent may have ignored or blocked it, and children inherit that.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -144,7 +144,7 @@ def main() -> None:
             template, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        # SIGPROF ends the process, in the middle of a C call too.
+        # SIGPROF ends the process, even in the middle of a C call.
         signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
         content = answer(template, arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def _limit_memory() -> None:
-    # A preloaded library may have mapped gigabytes before this line.
+    # The limit is on top of what is mapped already: a preloaded library may have mapped gigabytes.
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = mapped + MEMORY_LIMIT
