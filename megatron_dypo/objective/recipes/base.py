@@ -1,4 +1,4 @@
-"""The seam of an objective: which groups it learns from, the weights on their tokens, its streams, loss and metrics."""
+"""The interface of an objective: the groups it learns from, the weights of their tokens, its streams, loss, metrics."""
 
 from __future__ import annotations
 
@@ -21,65 +21,65 @@ from megatron_dypo.types import GradedGroup, Prompt, Sample, TokenWeights, Total
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedGroup:
-    """Token weights of each member of a group, in its order."""
+    """Token weights of each member of a group, in the group's order."""
 
     weights: Sequence[TokenWeights]
     sums: Mapping[str, float] = field(default_factory=dict)
-    """The group's share of sums for the metrics; ``objective`` is its share of the objective's value (``train/loss``),
-    where the loss holds only the gradient of a term."""
+    """The group's share of sums for the metrics. If the loss has only the gradient of a term and not its value, the sum
+    ``objective`` is the group's share of that value (``train/loss``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceBuffer:
-    """Traces that are put aside, and make up an update of their own once there are enough."""
+    """A buffer of traces. Once it has enough of them, the newest make up an update of their own."""
 
     size: int
-    """Traces of one update, over all replicas: the newest. It follows the updates of the rollout batch that was begun
-    when they were there; each rollout batch is followed by one such update at most."""
+    """Traces of one such update, over all replicas. If that many are there when a rollout batch begins, the update
+    follows the updates of that batch. At most one such update follows a rollout batch."""
     keeps: int
-    """Traces that a replica keeps, the newest; older ones are forgotten."""
+    """Most traces that a replica keeps. It keeps the newest and forgets older ones."""
 
 
 class Objective(ABC):
-    """One objective. The trainer calls these methods and knows nothing else of it.
+    """One objective. The trainer calls these methods and knows nothing else about the objective.
 
-    Everything is pure: no ranks, no I/O, no state that one step leaves for another.
+    Every method is pure: it uses no ranks and no I/O, and keeps no state between steps.
     """
 
     streams: tuple[Stream, ...] = STREAMS
-    """Values of each response token that the loss reads. To add one: ``(*STREAMS, Stream(name="shape"))``."""
+    """Values of each response token that the loss reads. Write ``(*STREAMS, Stream(name="shape"))`` to add one."""
     metrics: tuple[SumMetric, ...] = LOSS_METRICS
     """Metrics that an update writes, computed from the sums of the loss and of the groups."""
     options_type: type | None = None
-    """A frozen dataclass of the objective's own options, which ``objective.options`` is read into; None: it has none,
-    or reads ``cfg.options`` itself."""
+    """A frozen dataclass of the objective's own options; ``objective.options`` is read into it. None: the objective has
+    no options, or reads ``cfg.options`` itself."""
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
-        """Keep the config; ValueError for options that the objective cannot work with."""
+        """Keep the config. Raises ValueError for options that the objective cannot work with."""
         self.cfg = cfg
 
     @abstractmethod
     def needs_rollouts(self, step: int) -> bool:
-        """Say whether the step samples; False: it learns from traces alone, and no server is asked."""
+        """Say whether the step samples rollouts. If not, it learns from traces alone, and no server is asked."""
 
     def needs_reference(self) -> bool:
         """Say whether ``Sample.ref_logp`` is read."""
         return False
 
     def needs_entropy_gradient(self) -> bool:
-        """Say whether the loss has a gradient of the entropy: of ``entropy_weight``, or of a ``loss_term``."""
+        """Say whether the loss has a gradient of the entropy, by ``entropy_weight`` or by ``loss_term``."""
         return bounds(self.cfg.entropy_coef)[1] > 0
 
     def needs_current_logprobs(self) -> bool:
-        """Say whether ``Sample.current_logp_sum`` is read of samples that older weights made."""
+        """Say whether ``Sample.current_logp_sum`` is read for samples that older weights sampled."""
         return False
 
     def needs_teacher_logp(self) -> bool:
-        """Say whether ``Sample.teacher_logp`` is read of any rollout; the run then asks the servers of a teacher."""
+        """Say whether ``Sample.teacher_logp`` is read for any rollout. If so, the run asks the servers of a teacher."""
         return False
 
     def reads_teacher(self, group: Sequence[Sample]) -> bool:
-        """Say whether ``Sample.teacher_logp`` is read of the rollouts of this group."""
+        """Say whether ``Sample.teacher_logp`` is read for the rollouts of this group."""
         return self.needs_teacher_logp()
 
     def needs_trace_verdict(self) -> bool:
@@ -90,54 +90,54 @@ class Objective(ABC):
         return False
 
     def num_rollouts(self, group_size: int) -> int:
-        """Return the rollouts to sample of a prompt, where ``rollout.group_size`` is ``group_size``."""
+        """Return the number of rollouts to sample for a prompt; ``group_size`` is ``rollout.group_size``."""
         return group_size
 
     def plan_group(self, prompt: Prompt, group_size: int, *, step: int, seed: int) -> GroupPlan:
         """Return the parts in which the rollouts of a prompt are sampled; a pure function of its arguments.
 
         Args:
-            step: the optimizer step that collects.
-            seed: of the run, for draws (:mod:`megatron_dypo.data.teachers`).
+            step: the optimizer step for which rollouts are collected.
+            seed: the run's seed, for draws (:mod:`megatron_dypo.data.teachers`).
         """
         return whole_group(self.num_rollouts(group_size))
 
     def forces_prefixes(self) -> bool:
-        """Say whether a plan has a part with a prefix: such tokens have no log-probs by a server."""
+        """Say whether a plan may have a part with a prefix. The tokens of a prefix have no log-probs from a server."""
         return False
 
     def parts_in_turn(self) -> int:
-        """Return the most requests for one group that wait for each other, by which a collection may take longer."""
+        """Return the most requests for one group that wait for each other; a collection may take that much longer."""
         return 1
 
     def needs_old_entropy(self) -> bool:
-        """Say whether ``Sample.old_entropy`` is read of rollouts with forced tokens."""
+        """Say whether ``Sample.old_entropy`` is read for rollouts with forced tokens."""
         return False
 
     def trace_buffer(self) -> TraceBuffer | None:
-        """Return how traces are buffered for updates of their own; None: none are. The same in every call."""
+        """Return how traces are buffered for updates of their own; None: no trace is. Every call returns the same."""
         return None
 
     def buffers_trace(self, group: GradedGroup, step: int) -> bool:
-        """Say whether a trace of the group's prompt is put into the buffer, whatever :meth:`treat` makes of the group.
+        """Say whether a trace of the group's prompt is put into the buffer, whatever :meth:`treat` says of the group.
 
-        It is alone in its group then, of treatment ``DISTILL``, and :meth:`token_weights` gets it in its own update.
+        In its update the trace is a group of its own with the treatment ``DISTILL``, for :meth:`token_weights`.
         """
         return False
 
     @abstractmethod
     def treat(self, group: GradedGroup, step: int) -> Treatment:
-        """Say what becomes of a group; its ``tier`` is None, and it has no verdicts, where there were no rollouts."""
+        """Return the treatment of a group. A group without rollouts has no verdicts, and its ``tier`` is None."""
 
     @abstractmethod
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        """Return the weights of one whole group: one trace, the k rollouts of one prompt, or both, the trace last."""
+        """Return the weights of one whole group: a trace, the k rollouts of a prompt, or rollouts and then a trace."""
 
     def weights_of(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        """Return :meth:`token_weights`, and the entropy bonus of ``entropy_coef`` on every response token.
+        """Return :meth:`token_weights` plus the entropy bonus of ``entropy_coef`` on every response token.
 
         Raises:
-            ValueError: an entropy weight where :meth:`needs_entropy_gradient` says that it has no effect.
+            ValueError: there is an entropy weight, but :meth:`needs_entropy_gradient` says no: it would have no effect.
         """
         weighted = self.token_weights(group, totals, step)
         if bonus := entropy_weight(totals, self.cfg, step):
@@ -148,10 +148,10 @@ class Objective(ABC):
         return weighted
 
     def loss_term(self, policy: PolicyTokens, x: LossInputs) -> tuple[Tensor, Sums]:
-        """Return what the objective adds to the loss of one microbatch, a scalar, and named sums: scalars, [N] summed.
+        """Return the objective's own term of the loss of one microbatch, a scalar, and named sums, scalars over N.
 
-        A token that ``policy.is_kept`` masks must contribute nothing. The names are the same in every call. The term's
-        value is the sum ``objective``, if there is one, else the scalar.
+        A token that ``policy.is_kept`` masks must contribute nothing. Every call returns the same names. The value of
+        the term is the sum ``objective``, if there is one, else the scalar.
         """
         return policy.logp.new_zeros(()), {}
 

@@ -23,7 +23,7 @@ class ChordOptions:
     mu: Weight = 0.1
     """μ: the weight of the supervised term; a weight."""
     phi: bool = True
-    """Each token of a trace counts by φ = p(1−p)."""
+    """Whether φ = p(1−p) scales the weight of each token of a trace."""
 
     def __post_init__(self) -> None:
         require_weight(self, "mu", high=1.0)
@@ -36,9 +36,9 @@ class Chord(Mixed):
     token of a trace gets μ/N* of −φ·log π, φ = p(1−p) without gradient (eq. 5, 6), N* the traces' tokens.
 
     Source: arXiv 2508.11408; code modelscope/Trinity-RFT chord_policy_loss.py. Paper and code differ: dual clip 3 and
-    means of microbatches in the code. Ambiguous: 200 steps of μ (section 4.3) or 30 (appendix). Not the same here: the
-    paper's expert data are other prompts than those of RL; here traces belong to the prompts that are sampled, and a
-    row without a trace gives rollouts alone.
+    means of microbatches in the code. Ambiguous: 200 steps of μ (section 4.3) or 30 (appendix). Different here: the
+    paper's expert data has other prompts than RL; here traces belong to the sampled prompts, and a row without a trace
+    gives rollouts alone.
     """
 
     options_type = ChordOptions

@@ -21,7 +21,7 @@ class FixedOptions:
     trace_weight: Weight = 0.5
     """λ: the weight of −log π of the trace against that of GRPO; a weight."""
     trace_takes_a_place: bool = False
-    """The trace is one of the k members, so that k − 1 rollouts are sampled; else k."""
+    """Whether the trace is one of the k members: then k − 1 rollouts are sampled, else k."""
 
     def __post_init__(self) -> None:
         require_weight(self, "trace_weight", high=1.0)
@@ -31,7 +31,7 @@ class Fixed(Mixed):
     """L = (1/n) Σ_q [λ·L_SFT + (1−λ)·L_GRPO], for every prompt.
 
     Each token of the trace gets λ/(n·length) of −log π; each token of rollout i gets (1−λ)/(n·k·length) of the clipped
-    surrogate with Â_i over the rollouts alone. Â of a prompt without a trace is the same, and it has no other term.
+    surrogate with Â_i over the rollouts alone. A prompt without a trace has the same Â_i and no term of a trace.
 
     Sources: CHORD's figure 9 (arXiv 2508.11408; token means, λ in {0.02, 0.1, 0.5}); "RL w/ SFT loss" of LUFFY (arXiv
     2504.14945; code ElliottYan/LUFFY mix_actor.py:112-142: 7 rollouts, no std, no clip, Σ/8192, and 1.0 of the token

@@ -1,4 +1,4 @@
-"""The seam of objectives whose rollouts go on from a teacher's first tokens."""
+"""The base of objectives whose rollouts continue the first tokens of a teacher's trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_dypo.types import Floats, GradedGroup, Prompt, Sample, Tokens, Tre
 
 
 class Forced(Objective):
-    """Every prompt gives its rollouts; some of them begin with tokens of a teacher's trace, if its row has one."""
+    """An objective that learns from every prompt's rollouts; some begin with tokens of a trace, if the row has one."""
 
     def __init__(self, cfg: ObjectiveConfig) -> None:
         require(cfg.ratio == "token", "objective.ratio=sequence", "must be token: forced tokens are not of one ratio")
@@ -39,21 +39,22 @@ class Forced(Objective):
 
 
 def trace_of(prompt: Prompt, seed: int) -> Tokens:
-    """Return the trace that is drawn for a visit of a prompt; no tokens where its row has none."""
+    """Return the trace that is drawn for a visit of a prompt; no tokens if its row has no trace."""
     drawn = draw_trace(prompt, seed)
     return np.empty(0, np.int32) if drawn is None else drawn[1]
 
 
 def first_tokens(trace: Tokens, share: float) -> Tokens:
-    """Return the first ``share`` of a trace, rounded down; never its end, so that the policy has a token to sample."""
+    """Return the first ``share`` of a trace, rounded down, without its last token: the policy must sample one."""
     return trace[: max(min(int(share * len(trace)), len(trace) - 1), 0)]
 
 
 def guided_plan(trace: Tokens, sizes: Sequence[int], shares: Sequence[float], thresholds: Sequence[float]) -> GroupPlan:
-    """Return a plan in which more of a trace is given, the less the rollouts before were rewarded.
+    """Return a plan that gives more of a trace to later rollouts while the rewards so far are low.
 
-    Micro-group i of ``sizes[i]`` rollouts begins with ``shares[i]`` of ``trace`` if the mean reward of all rollouts
-    before it is below ``thresholds[i]``; the first one does not. A share of 1 is the trace itself, all of it.
+    Micro-group i has ``sizes[i]`` rollouts. They begin with ``shares[i]`` of ``trace`` if the mean reward of all
+    rollouts before them is below ``thresholds[i]``. The first micro-group has no prefix. A share of 1 is all of the
+    trace: nothing is sampled.
     """
     numbers = {before: i for i, before in enumerate(accumulate(sizes, initial=0))}
 
@@ -70,7 +71,7 @@ def guided_plan(trace: Tokens, sizes: Sequence[int], shares: Sequence[float], th
 
 
 def most_uncertain(sample: Sample, share: float) -> npt.NDArray[np.bool_]:
-    """Return for each forced token whether the entropy of π_old there is among the largest ``share`` of them."""
+    """Return for each forced token whether the entropy of π_old at it is among the largest ``share`` of all."""
     is_kept = np.ones(sample.num_forced_tokens, np.bool_)
     if share < 1:
         assert sample.old_entropy is not None, "log-probs and entropies come before token weights"
@@ -80,9 +81,10 @@ def most_uncertain(sample: Sample, share: float) -> npt.NDArray[np.bool_]:
 
 
 def behind(sample: Sample, mean: float, after: float, keep: float) -> Floats:
-    """Return [R] the advantages of a rollout with forced tokens, by its reward R.
+    """Return [R] the advantages of a rollout with forced tokens and the reward R.
 
-    R − ``mean`` on the most uncertain share ``keep`` of the forced tokens, 0 on the others; then ``after``·R.
+    They are R − ``mean`` on the most uncertain share ``keep`` of the forced tokens, 0 on the other forced tokens, and
+    ``after``·R on the sampled tokens.
     """
     advantage_R = np.full(sample.num_response_tokens, after * sample.reward, np.float32)
     advantage_R[: sample.num_forced_tokens] = (sample.reward - mean) * most_uncertain(sample, keep)
@@ -102,7 +104,7 @@ def forced_sums(group: Sequence[Sample]) -> dict[str, float]:
 
 
 def forced_metrics(objective: str) -> tuple[SumMetric, ...]:
-    """Return the metrics of rollouts with forced tokens, of the sums of :func:`forced_sums`."""
+    """Return the metrics of rollouts with forced tokens, computed from the sums of :func:`forced_sums`."""
     panel = "Rollouts behind a trace's beginning"
     return (
         SumMetric(

@@ -13,8 +13,8 @@ from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
 class Grpo(Objective):
     """GRPO (eq. 3, 21, 22).
 
-    Each token of rollout i gets the group's Â_i = (R_i − mean R)/(std R + ξ) by the clipped surrogate, and β_KL of k3;
-    1/(n·k·length) each.
+    Each token of rollout i gets 1/(n·k·length) of the clipped surrogate with Â_i = (R_i − mean R)/(std R + ξ), and of
+    β_KL·k3.
     """
 
     def needs_rollouts(self, step: int) -> bool:

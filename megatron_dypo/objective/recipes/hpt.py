@@ -19,17 +19,17 @@ class HptOptions:
     """Options of ``hpt``."""
 
     gate: float = 0.0
-    """γ of the paper: a prompt is supervised if at most this share of its rollouts is right."""
+    """γ of the paper: a prompt gets supervised learning if at most this share of its rollouts is right."""
 
     def __post_init__(self) -> None:
         require(0 <= self.gate <= 1, f"gate={self.gate}", "must be in [0, 1]")
 
 
 class Hpt(Objective):
-    """P ≤ γ: L_SFT of a trace; else L_GRPO, P the share of right rollouts.
+    """L_SFT of a trace if P ≤ γ, else L_GRPO; P is the share of right rollouts.
 
-    Where P ≤ γ, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets 1/(n·k·length)
-    of the clipped surrogate. Groups that are all right have Â = 0 and still count in n.
+    If P ≤ γ, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets 1/(n·k·length) of
+    the clipped surrogate. Groups that are all right have Â = 0 and still count in n.
 
     Source: arXiv 2509.04419 v2, eq. 10-13 (RL: token sum; SFT: token mean); code TsinghuaC3I/Unify-Post-Training
     mix_trainer.py:394-402 (no std, no clip, Σ/8192 against the token mean of each microbatch, entropy bonus 0.001).

@@ -30,14 +30,14 @@ class LuffyOptions:
 class Luffy(Mixed):
     """Mixed-policy GRPO with policy shaping.
 
-    A group is k−1 rollouts and the trace, all judged; Â is over all k. Each token of rollout i gets 1/(n·k·length) of
-    the surrogate; each token of the trace gets Â*/(n·k·length) of −f(p), f(p) = p/(p+γ), whose gradient is γp/(p+γ)² of
-    −log π (π_φ = 1, no clip). Rows without a trace give GRPO on the k−1 rollouts.
+    A group is k−1 rollouts and the trace; all are judged, and Â is over all k. Each token of rollout i gets
+    1/(n·k·length) of the surrogate; each token of the trace gets Â*/(n·k·length) of −f(p), f(p) = p/(p+γ), whose
+    gradient is γp/(p+γ)² of −log π (π_φ = 1, no clip). Rows without a trace give GRPO on the k−1 rollouts.
 
     Source: arXiv 2504.14945 v5, eq. 4-6; code ElliottYan/LUFFY mix_core_alg.py. Paper and code differ: std and clip of
     eq. 4, 6 against neither, Z (``group_mean``) against 8192, entropy 0.01 against 0.001. Ambiguous: the weight of the
-    entropy, which in the code follows from the number of microbatches. A trace that is judged wrong has Â* < 0, as
-    there.
+    entropy, which in the code follows from the number of microbatches. A trace that is judged wrong has Â* < 0, in the
+    code too.
     """
 
     options_type = LuffyOptions

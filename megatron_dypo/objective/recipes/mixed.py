@@ -1,4 +1,4 @@
-"""The seam of objectives that learn from rollouts and a trace of the same prompt at once."""
+"""The base of objectives that learn from rollouts and a trace of the same prompt at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_dypo.types import GradedGroup, Treatment
 
 
 class Mixed(Objective):
-    """Every prompt gives its rollouts, and a teacher's trace if its row has one."""
+    """An objective that learns from the rollouts of every prompt, and from a teacher's trace if the row has one."""
 
     def needs_rollouts(self, step: int) -> bool:
         return True
@@ -22,7 +22,7 @@ class Mixed(Objective):
 
 
 def trace_advantage(objective: str) -> SumMetric:
-    """Return the metric of the advantage of traces, of the sums ``trace_advantage`` and ``judged_traces``."""
+    """Return the metric of the traces' mean advantage, from the sums ``trace_advantage`` and ``judged_traces``."""
     return SumMetric(
         f"{objective}/trace_advantage",
         "",
@@ -34,10 +34,10 @@ def trace_advantage(objective: str) -> SumMetric:
 
 
 def less_the_trace(group_size: int) -> int:
-    """Return the rollouts of a group in which a trace takes one of ``group_size`` places.
+    """Return the number of rollouts in a group in which a trace takes one of ``group_size`` places.
 
     Raises:
-        ValueError: one rollout would be left, which has nothing to be compared with where a row has no trace.
+        ValueError: only one rollout would be left: in a row without a trace it could be compared with nothing.
     """
     if group_size < 3:
         raise ValueError(f"rollout.group_size={group_size}: must be at least 3, since a trace takes one of the places")

@@ -19,7 +19,7 @@ from megatron_dypo.types import GradedGroup, Sample, Totals, Treatment
 class Opd(Objective):
     """On-policy distillation.
 
-    Each token of rollout i gets a·Â_i − λ(log π − log π_T): up where the teacher finds it likelier than the policy.
+    Each token of rollout i gets a·Â_i − λ(log π − log π_T): more if the teacher finds it likelier than the policy does.
     """
 
     streams = (*STREAMS, *OPD_STREAMS)

@@ -1,4 +1,4 @@
-"""Prefix-RFT: one rollout of each group goes on from the beginning of a teacher's trace, and both are learned from."""
+"""Prefix-RFT: one rollout of each group continues the beginning of a teacher's trace; both parts are learned from."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class PrefixRftOptions:
     """Options of ``prefix_rft``."""
 
     low: Weight = field(default_factory=lambda: Schedule(start=0.95, end=0.05, steps=500, shape="cosine"))
-    """Least share of a trace that is a prefix; a weight."""
+    """Smallest share of a trace that becomes a prefix; a weight."""
     high: float = 0.95
-    """Largest share."""
+    """Largest share of a trace that becomes a prefix."""
     keep: float = 0.2
     """Share of a prefix that is learned from: the tokens with the largest entropy of π_old."""
     continuation: Literal["reward", "none"] = "reward"
-    """Advantage of what follows the prefix: its reward, or none."""
+    """Advantage of the tokens after the prefix: the reward, or none."""
 
     def __post_init__(self) -> None:
         require(0 < self.high < 1, f"high={self.high}", "must be in (0, 1)")
@@ -42,12 +42,12 @@ class PrefixRftOptions:
 class PrefixRft(Forced):
     """GRPO on k−1 rollouts, and on a k-th: y*_{<L} and the policy's continuation; L = ⌊l·|y*|⌋, l ~ U(low, high).
 
-    Each token of rollout i < k gets 1/(n·k·length) of the surrogate, Â over these k−1. So do, of the k-th, the share
-    ``keep`` of the prefix with the largest entropy, with R_k − mean of the k−1, and the continuation, with R_k.
+    Each token of rollout i < k gets 1/(n·k·length) of the surrogate, with Â over these k−1. So does each token of the
+    k-th: its prefix, where entropy is in the top ``keep``, with R_k − mean R of the k−1; its continuation, with R_k.
 
-    Source: arXiv 2507.01679; code ZeroYuHuang/prefix_rft core_algos.py:262-308, dp_actor.py. Not the same: entropies
-    are π_θ's over a microbatch in the code; here π_old's over a prefix. Ambiguous: which advantages were run (``_v2``
-    has 0 in place of R_k, in the prefix too); std, dual clip 3 and the entropy bonus.
+    Source: arXiv 2507.01679; code ZeroYuHuang/prefix_rft core_algos.py:262-308, dp_actor.py. Different: entropies in
+    the code are π_θ's over a microbatch; here they are π_old's over a prefix. Ambiguous: which advantages were run
+    (``_v2`` has 0 in place of R_k, in the prefix too); std, dual clip 3 and the entropy bonus.
     """
 
     options_type = PrefixRftOptions

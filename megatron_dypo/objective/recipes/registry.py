@@ -1,4 +1,4 @@
-"""Objectives by name: a new one is a file beside this and a row here, or a class of the user's by its import path."""
+"""Objectives by name. A new one is a file in this folder and a row here, or a user's class named by its import path."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def build_objective(cfg: ObjectiveConfig) -> Objective:
     """Return the objective that ``cfg.name`` names: a row of the registry, or ``package.module:Class``.
 
-    An import path runs the code of that module. It comes from the config alone, never from data.
+    Importing a class runs the code of its module. The path comes from the config alone, never from data.
 
     Raises:
-        ValueError: no such objective, module or class, a class that is not an :class:`Objective`, or options that the
-            objective cannot work with.
+        ValueError: there is no such objective, module or class, the class is not an :class:`Objective`, or the
+            objective cannot work with the options.
     """
     if ":" in cfg.name:
         return _check_declarations(_import_class(cfg.name)(cfg), f"objective.name={cfg.name!r}")
@@ -82,7 +82,7 @@ def _import_class(path: str) -> type[Objective]:
 
 
 def _check_declarations(objective: Objective, field: str) -> Objective:
-    """Require names of streams and metrics to be unique, and every name to belong to one owner."""
+    """Require the names of streams and metrics to be unique, and no metric to have the name of one of the trainer's."""
     streams = [stream.name for stream in objective.streams]
     metrics = [metric.name for metric in objective.metrics]
     twice = [name for names in (streams, metrics) for name, count in Counter(names).items() if count > 1]
@@ -92,5 +92,5 @@ def _check_declarations(objective: Objective, field: str) -> Objective:
         raise ValueError(f"{field}: metrics {', '.join(taken)} are the trainer's own")
     sum_names(
         objective.loss, objective.streams
-    )  # so that a loss that cannot be computed is found before the run starts
+    )  # computes the loss once: an error in it is found before the run starts
     return objective

@@ -1,4 +1,4 @@
-"""ReLIFT: GRPO on all prompts, and now and then an update on buffered traces of those that no rollout solved."""
+"""ReLIFT: GRPO on all prompts, and now and then an update on buffered traces of prompts that no rollout solved."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ReliftOptions:
     """Options of ``relift``."""
 
     buffer_size: int = 128
-    """M: traces of one update of their own; it is made once that many wait."""
+    """M: traces of an update on the buffer, which is made once that many wait."""
     buffer_keeps: int = 4096
-    """Traces that a replica keeps waiting, the newest."""
+    """Most traces that wait on a replica; older ones are forgotten."""
     buffer_entropy_coef: Weight = 1e-4
-    """α: weight of the entropy in that update; a weight. ``objective.entropy_coef`` is that of the others."""
+    """α: weight of the entropy in an update on the buffer; a weight. Other updates use ``objective.entropy_coef``."""
 
     def __post_init__(self) -> None:
         require_positive(self, "buffer_size")
@@ -34,15 +34,15 @@ class ReliftOptions:
 
 
 class Relift(Grpo):
-    """Each rollout as in ``grpo``; a trace of each Hard prompt goes into a buffer.
+    """Each rollout gets what ``grpo`` gives it; a trace of each Hard prompt goes into a buffer.
 
-    Once M traces are there, one update follows those of a rollout batch: each token of the M newest gets 1/(M·length)
-    of −γ·log π − α·H.
+    Once M traces wait, an update on them follows the updates of a rollout batch: each token of the M newest gets
+    1/(M·length) of −γ·log π − α·H.
 
     Source: arXiv 2506.07527; code TheRoadQaQ/ReLIFT trainer.py:417-520, actor.py:204-218. Paper and code differ: token
     mean over the group, std and clip against Σ/8192 and neither; α 1e-4 against 1e-3; trace means against the token
-    mean of microbatches. Not the same: the code gives that update an AdamW state, a norm clip and a learning rate of
-    its own; the paper does not, and here both updates share theirs, and each counts as a step of ``run.steps``.
+    mean of microbatches. Different: the code gives that update an AdamW state, a norm clip and a learning rate of its
+    own; in the paper and here all updates share them. Here each update counts as a step of ``run.steps``.
     """
 
     options_type = ReliftOptions

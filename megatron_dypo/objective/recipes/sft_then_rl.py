@@ -36,6 +36,6 @@ class SftThenRl(Objective):
         return self._phase(step).treat(group, step)
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        # By what the group is, not by the phase: traces queued at the end of the first phase stay traces.
+        # The group decides, not the phase: traces queued at the end of the first phase are still traces in the second.
         own = self.sft if group[0].treatment is Treatment.DISTILL else self.grpo
         return own.token_weights(group, totals, step)

@@ -22,8 +22,8 @@ class SrftOptions:
     """Options of ``srft``."""
 
     variant: Literal["paper", "hpt_code"] = "paper"
-    """``hpt_code``: the re-implementation by HPT's authors: the trace takes a place of the group, its policy gradient
-    has LUFFY's shape (γ = 0.1), with the share of one member."""
+    """``hpt_code`` is the re-implementation by HPT's authors: the trace takes one of the group's places, and its policy
+    gradient has LUFFY's shape (γ = 0.1) and the share of one member."""
     trace_weight: float = 0.5
     """The 0.5 of w_SFT = 0.5·e^(−H̄)."""
     right_weight: float = 0.1
@@ -36,12 +36,12 @@ class SrftOptions:
 class Srft(Mixed):
     """L = L_SFT of the trace + L_RL of the trace + L_RL of the rollouts (eq. 13).
 
-    Each token of the trace gets 0.5·e^(−H̄) + Â*·p of −log π, 1/(n·length) each (eq. 8, 10; Â* over rollouts and trace,
-    eq. 7). Each token of a right rollout gets 0.1·e^(H̄) of −log π, of a wrong one −1; 1/(n·k·length) each (eq. 12). H̄
-    is the mean entropy of the sequence. No ratio, no clip; rows without a trace give the rollouts' terms.
+    Each token of the trace gets 1/(n·length) of −(0.5·e^(−H̄) + Â*·p)·log π (eq. 8, 10; Â* over rollouts and trace, eq.
+    7). Each token of a right rollout gets 1/(n·k·length) of −0.1·e^(H̄)·log π, of a wrong one of log π (eq. 12). H̄ is
+    the mean entropy of the sequence. No ratio, no clip; rows without a trace give the rollouts' terms.
 
-    Source: arXiv 2506.19767 v1; there is no code of its authors; TsinghuaC3I/Unify-Post-Training (mix_actor.py:349-400)
-    has another reading, and does not reach the published figures. Ambiguous: the tokens of H; token sum or mean; 8 + 1
+    Source: arXiv 2506.19767 v1. Its authors published no code. TsinghuaC3I/Unify-Post-Training (mix_actor.py:349-400)
+    reads it differently, and does not reach the published figures. Ambiguous: the tokens of H; token sum or mean; 8 + 1
     members (here) or 7 + 1; the entropy bonus.
     """
 

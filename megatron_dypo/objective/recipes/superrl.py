@@ -19,18 +19,18 @@ class SuperRlOptions:
     """Options of ``superrl``."""
 
     gate: Literal["reward", "advantage"] = "reward"
-    """A prompt goes to RL if a rollout has a positive reward; or (SuperRL-A) a positive advantage, so that groups of
-    equal rewards, all right ones too, are supervised."""
+    """A prompt goes to RL if a rollout has a positive ``reward``. With ``advantage`` (SuperRL-A) it goes to RL if a
+    rollout has a positive advantage; groups of equal rewards, also all right ones, get supervised learning."""
 
 
 class SuperRl(Objective):
     """L = (1/n) Σ_q [c·L_GRPO + (1−c)·L_SFT], c = 1 if max R > 0.
 
-    Where c is 0, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets GRPO's
+    If c is 0, each token of one trace gets 1/(n·length) of −log π; else each token of rollout i gets GRPO's
     1/(n·k·length) of the clipped surrogate. Groups that are all right have Â = 0 and still count in n.
 
     Source: arXiv 2506.01096 v2, eq. 1, 2, section 3.2 (v1 is another method). Ambiguous: whether the authors' code
-    decides for a prompt or for a batch. Here it is a prompt. Of several demonstrations the paper takes the mean; here
+    decides for a prompt or for a batch; here it is a prompt. The paper takes the mean over several demonstrations; here
     one is drawn at each visit, with the same expectation. Not done: the learnt weights of "Log-Sigma".
     """
 

@@ -1,4 +1,4 @@
-"""TRAPO: where a prompt's rollouts so far are too often wrong, the next ones begin with more of a teacher's trace."""
+"""TRAPO: if too many rollouts of a prompt are wrong, its next rollouts begin with more of a teacher's trace."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class TrapoOptions:
     """Options of ``trapo``."""
 
     guides: Literal["paper", "code"] = "paper"
-    """Shares of the trace and the mean rewards below which they are given: 0.2, 0.5, 1; or the code's 0.25, 0.5, 1."""
+    """Shares of the trace, and the mean rewards below which they are given. The paper's shares are 0.2, 0.5, 1; the
+    code's are 0.25, 0.5, 1."""
     alpha: float = 0.1
     """α of TrSFT."""
 
@@ -37,10 +38,11 @@ class TrapoOptions:
 
 
 class Trapo(Forced):
-    """GRPO on micro-groups of k/2, k/4, k/8 and k/8 rollouts, and TrSFT on the prefixes that the later ones begin with.
+    """GRPO on micro-groups of k/2, k/4, k/8 and k/8 rollouts, and TrSFT on the prefixes of the later ones.
 
-    Each sampled token of rollout i gets 1/(n·k·length) of the surrogate with Â over all k; each token of a prefix gets
-    as much of −w·log π, w = p/max(p, α) without gradient. A prefix of share 1 is the whole trace: nothing is sampled.
+    Each sampled token of rollout i gets 1/(n·k·length) of the surrogate with Â over all k; each token of its prefix
+    gets 1/(n·k·length) of −w·log π, w = p/max(p, α) without gradient. A prefix of share 1 is the whole trace: nothing
+    is sampled.
 
     Source: arXiv 2512.17636; code Su-my/TRAPO mix_trainer.py:455-520, mix_core_alg.py:235. Paper and code differ: the
     ``guides``; std and clip against neither, Σ/8192; batch 128, lr 5e-6 against 8, 1e-6. Ambiguous: the paper's
