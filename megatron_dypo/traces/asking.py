@@ -1,4 +1,4 @@
-"""Asking all teachers at once: each prompt until enough of its responses are right, each response recorded."""
+"""Ask all teachers at once. Each prompt is asked until enough responses are right; every response is recorded."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from megatron_dypo.traces.tasks import Tasks, task_key
 from megatron_dypo.types import DropReason
 
 _MAX_FAILURES = 16
-"""Responses in a row that every attempt failed for, before a teacher is given up."""
+"""A teacher is given up after this many responses in a row for which every attempt failed."""
 _STOP = (signal.SIGINT, signal.SIGTERM)
 
 _log = logging.getLogger("megatron_dypo")
 
 
 class Stopped(Exception):  # noqa: N818 (the user asked for it)
-    """The program was asked to stop; everything that came is recorded."""
+    """The end of the program on request. Every response that came is recorded."""
 
 
 def ask_teachers(
@@ -47,10 +47,10 @@ def ask_teachers(
 ) -> dict[str, str]:
     """Ask each teacher of ``endpoints`` about every task that its ledger has open.
 
-    A teacher that fails ends its own work alone.
+    If a teacher fails, only its own work ends.
 
     Returns:
-        Teacher → why it was given up, for those that were.
+        Teacher → why it was given up, for the teachers that were.
 
     Raises:
         Stopped: SIGINT or SIGTERM came.
@@ -69,7 +69,7 @@ def ask_teachers(
 
 
 async def _until_stopped(work: Coroutine[Any, Any, dict[str, str]]) -> dict[str, str]:
-    """Cancel ``work`` at a signal to stop, so that it records what came."""
+    """Run ``work``, and cancel it at a signal to stop; it then records every response that came."""
     task = asyncio.ensure_future(work)
     if threading.current_thread() is threading.main_thread():
         for number in _STOP:
@@ -84,7 +84,7 @@ async def _with_judge(judge: Judge, teachers: list[_Teacher]) -> list[str | None
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if judging.done():
-            judging.result()  # raises its error
+            judging.result()  # raises the judge's error
         return await asking
     finally:
         asking.cancel()
@@ -94,7 +94,7 @@ async def _with_judge(judge: Judge, teachers: list[_Teacher]) -> list[str | None
 
 
 class _Teacher:
-    """The asking of one teacher."""
+    """The work of asking one teacher."""
 
     def __init__(
         self, tasks: Tasks, ledger: Ledger, endpoint: OpenAIEndpoint, judge: Judge, seed: int, bar: Progress
@@ -135,7 +135,7 @@ class _Teacher:
             self._bar.update(1)
 
     async def _ask(self, prompt: EvalPrompt) -> Reply | str | None:
-        """Return a response, the text of a refusal for good, or None where every attempt failed."""
+        """Return a response, the text of a final refusal, or None if every attempt failed."""
         try:
             reply = await self._endpoint.ask(prompt)
         except GroupDroppedError as error:

@@ -1,4 +1,4 @@
-"""Requests to one teacher: their rate, the pauses that it asks for, and a key that it refuses."""
+"""Send requests to one teacher: limit their rate, pause if its server asks for it, and report a refused key."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_dypo.traces.config import TeacherConfig
 
 
 class TeacherFailedError(Exception):
-    """The teacher gives no response that can be used; others may."""
+    """The failure of one teacher: it gives no usable response. Other teachers may go on."""
 
 
 class Turns:
-    """The times at which attempts may begin: at most ``per_s`` in a second, evenly, and none during a pause."""
+    """The times at which attempts may begin: at most ``per_s`` per second, evenly spaced, and none during a pause."""
 
     def __init__(self, per_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._gap_s = 0.0 if per_s is None else 1 / per_s
@@ -31,7 +31,7 @@ class Turns:
         self._next = self._held_until = clock()
 
     def reserve(self) -> float:
-        """Take the next turn; return the seconds until it."""
+        """Take the next turn; return the seconds until it begins."""
         now = self._clock()
         turn = max(now, self._next, self._held_until)
         self._next = turn + self._gap_s
@@ -43,7 +43,7 @@ class Turns:
 
     @property
     def is_held(self) -> bool:
-        """Whether a pause is not over: a turn that was taken before it is to be taken again."""
+        """Tell whether a pause is on. A turn that was taken before the pause must be taken again."""
         return self._clock() < self._held_until
 
 
@@ -65,7 +65,7 @@ class TeacherClient(HttpClient):
                 return
 
     def blame(self, error: AskError, url: str, servers: LeastLoaded) -> AskError:
-        """Treat a failure as every client does; pause all requests where the server asks for it.
+        """Treat a failure as :class:`HttpClient` does; in addition, pause all requests if the server asks for it.
 
         Raises:
             TeacherFailedError: the key is refused, or the pause is longer than a response may take.
@@ -82,14 +82,14 @@ class TeacherClient(HttpClient):
 
 
 def open_endpoint(name: str, cfg: TeacherConfig) -> OpenAIEndpoint:
-    """Return a teacher's endpoint, having seen that it answers.
+    """Check that a teacher's endpoint answers, and return the endpoint.
 
     Raises:
         ValueError: nothing answers, the key is refused or missing, or another model is served.
     """
     api_key = read_api_key(cfg.api_key_env) if cfg.api_key_env is not None else None
     if cfg.api_key_env is not None and api_key is None:
-        raise ValueError(f"the environment variable {cfg.api_key_env} is not set: it is to hold the API key")
+        raise ValueError(f"the environment variable {cfg.api_key_env} is not set: it must hold the API key")
     key_name = cfg.api_key_env or "api_key_env"
     hosts, base = reach_openai(cfg.urls, model=cfg.model, api_key=api_key, key_name=key_name)
     own = SetSettings(

@@ -1,4 +1,4 @@
-"""The configuration of ``tools/generate_traces.py``: teachers, how they are asked, and who judges their traces."""
+"""The configuration of ``tools/generate_traces.py``: teachers, how to ask them, and verifiers of their traces."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TeacherConfig:
     """One teacher: SGLang servers, or any endpoint with OpenAI's API."""
 
     urls: tuple[str, ...]
-    """``http(s)://HOST[:PORT][/PATH]``; the path is that of the API, ``/v1`` without one. Several share the work."""
+    """``http(s)://HOST[:PORT][/PATH]``. PATH is the API's path; default ``/v1``. Several URLs share the work."""
     model: str
     """Name of the model at the endpoint."""
     api: Literal["chat", "completions"] = "chat"
-    """``chat`` sends messages, which the endpoint renders; ``completions`` sends the prompt's text as it is."""
+    """``chat`` sends messages, which the endpoint renders; ``completions`` sends the prompt's text unchanged."""
     api_key_env: str | None = None
     """Name of the environment variable with the key. ``null``: no key is sent."""
     temperature: float = 0.6
@@ -36,11 +36,11 @@ class TeacherConfig:
     top_k: int = -1
     """-1: all tokens."""
     max_tokens: int = 16384
-    """Longest response. One that is cut there is not kept."""
+    """Most tokens of a response. A response that is cut at this limit is not kept."""
     samples: int = 4
     """Most responses to one prompt. They are asked for one after the other, until ``keep`` are right."""
     keep: int = 1
-    """Different right responses that are kept of each prompt; the second is called ``NAME#2``."""
+    """Most right responses that are kept for each prompt, all different; the second is called ``NAME#2``."""
     requests_per_s: float | None = None
     """Most requests that begin in a second. ``null``: no limit."""
     max_in_flight: int = 32
@@ -55,8 +55,8 @@ class TeacherConfig:
     price_out: float = 0.0
     """Price of a million tokens of responses."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """More fields of each request, such as ``{chat_template_kwargs: {enable_thinking: true}}``. They are written beside
-    the records: no key belongs here."""
+    """More fields of each request, such as ``{chat_template_kwargs: {enable_thinking: true}}``. They are written to a
+    file beside the records: do not put a key here."""
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "urls=[]", "name at least one, as in [http://HOST:30000]")
@@ -76,7 +76,7 @@ class TeacherConfig:
         )
         if self.requests_per_s is not None:
             require_positive(self, "requests_per_s")
-        # A key that was written here by mistake must not be shown.
+        # The message must not show the value: it may be a key that was written here by mistake.
         is_name = self.api_key_env is None or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env) is not None
         require(is_name, "api_key_env", "must be the name of an environment variable: letters, digits and _")
 
@@ -86,7 +86,7 @@ class TraceCommandConfig:
     """The file of ``tools/generate_traces.py --teachers``."""
 
     teachers: Mapping[str, TeacherConfig] = field(default_factory=dict)
-    """Name in ``traces`` → the teacher."""
+    """Name of the teacher, which is also its name in ``traces`` → the teacher."""
     seed: int = 1
     """Seed of the responses."""
     data: DataConfig = field(default_factory=DataConfig)

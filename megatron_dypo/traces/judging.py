@@ -1,4 +1,4 @@
-"""Judging teachers' responses as they come, many at a time, and recording each with its verdict."""
+"""Judge teachers' responses as they come, many at a time, and record each with its verdict."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class _Came:
 
 
 class Judge:
-    """Judges and records responses of all teachers. ``run`` does the work, beside those who call ``record``."""
+    """The judge of all teachers' responses. ``run`` judges and records, while other tasks call ``record``."""
 
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
         self._queue: asyncio.Queue[_Came | None] = asyncio.Queue()
 
     async def record(self, ledger: Ledger, key: bytes, prompt: EvalPrompt, got: Reply | str) -> None:
-        """Return when a response (or a refusal, as text) is judged and on the disk."""
+        """Hand a response (or a refusal, as text) to ``run``; return once it is judged and on disk."""
         recorded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         reply, refusal = (None, got) if isinstance(got, str) else (got, None)
         came = _Came(ledger=ledger, key=key.hex(), prompt=prompt, reply=reply, refusal=refusal, recorded=recorded)
@@ -42,11 +42,11 @@ class Judge:
         await recorded
 
     def end(self) -> None:
-        """Have ``run`` return when everything that came is recorded."""
+        """Make ``run`` return once everything that came is recorded."""
         self._queue.put_nowait(None)
 
     async def run(self) -> None:
-        """Judge and record until the end."""
+        """Judge and record until :meth:`end` is called."""
         is_open = True
         while is_open:
             batch = [await self._queue.get()]
@@ -56,7 +56,7 @@ class Judge:
             came = [one for one in batch if one is not None]
             await asyncio.to_thread(self._write, came)
             for one in came:
-                if not one.recorded.done():  # it may be cancelled
+                if not one.recorded.done():  # a waiting task may have been cancelled
                     one.recorded.set_result(None)
 
     def _write(self, came: list[_Came]) -> None:

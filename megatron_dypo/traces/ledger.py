@@ -1,4 +1,4 @@
-"""The responses of one teacher: a line for each, kept durably, and what they come to for each task."""
+"""The responses of one teacher: a line of a file for each, and their totals for each task in memory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class TraceRecord:
     id: str
     """Id of the first row with this prompt."""
     sample: int
-    """Which of the prompt's responses, from 0."""
+    """Number of the response among those to the prompt, from 0."""
     correct: bool | None
     """None: there is no verdict, and ``error`` says why."""
     truncated: bool
-    """Whether it hit the length limit: it is not kept, and not judged."""
+    """Whether the response hit the length limit. If so, it is neither judged nor kept."""
     refused: bool
-    """Whether the endpoint refuses this prompt for good; there is no response then."""
+    """Whether the endpoint refuses this prompt for good. If so, there is no response."""
     num_tokens: int
     num_prompt_tokens: int
     response: str
@@ -59,7 +59,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(kw_only=True)
 class Counts:
-    """Sums over the responses of one teacher, over all calls of the program."""
+    """Counts of one teacher's responses, over all calls of the program."""
 
     asked: int = 0
     right: int = 0
@@ -68,17 +68,17 @@ class Counts:
     no_verdict: int = 0
     refused: int = 0
     duplicates: int = 0
-    """Right ones whose text was there already."""
+    """Right responses with the text of a response that is kept already."""
     num_tokens: int = 0
     num_prompt_tokens: int = 0
 
 
 class Ledger:
-    """The responses of one teacher, on the disk, and some bytes for each task in memory; a context manager.
+    """The responses of one teacher on disk, and some bytes for each task in memory. It is a context manager.
 
     Args:
-        folder: of the records; the teacher's are in ``<name>.jsonl``.
-        setting: what decides responses and verdicts; records of another one are refused.
+        folder: folder of the records; this teacher's are in ``<name>.jsonl``.
+        setting: everything that decides responses and verdicts; records of another setting are refused.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Ledger:
         self._lacking = tasks.lacking(name)
         self.counts = Counts()
         self.num_foreign = 0
-        """Records of prompts that the file does not have."""
+        """Records of prompts that the prompt file does not have."""
 
     def __enter__(self) -> Ledger:
         with contextlib.ExitStack() as stack:
@@ -132,22 +132,22 @@ class Ledger:
 
     @property
     def has_trace(self) -> npt.NDArray[np.bool_]:
-        """Whether the teacher got a task right, for each."""
+        """Return for each task whether the teacher got it right."""
         return self._num_kept > 0
 
     @property
     def was_asked(self) -> npt.NDArray[np.bool_]:
-        """Whether there is a response to a task, for each."""
+        """Return for each task whether there is a response to it."""
         return (self._asked > 0) & ~self._refused
 
     @property
     def kept_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each response that is kept."""
+        """Return the tokens of each response that is kept."""
         return self._lengths[np.arange(self.cfg.keep) < self._num_kept[:, None]]
 
     @property
     def num_left(self) -> int:
-        """Tasks that are not done."""
+        """Return the number of tasks that are not done."""
         return int(np.count_nonzero(~self._done()))
 
     def is_done(self, task: int) -> bool:
@@ -159,7 +159,7 @@ class Ledger:
         return int(self._asked[task])
 
     def append(self, records: Sequence[TraceRecord]) -> None:
-        """Add records; they are on the disk when this returns."""
+        """Add records. They are on disk when this returns."""
         offsets = self._lines.append([vars(record) for record in records])
         for record, offset in zip(records, offsets, strict=True):
             self._note(record, offset)
@@ -225,6 +225,6 @@ class Ledger:
 
 
 def text_hash(text: str) -> np.uint64:
-    """Return a hash of a text that white space does not change."""
+    """Return a hash of a text; texts that differ only in white space have the same hash."""
     plain = " ".join(text.split()).encode("utf-8", "backslashreplace")
     return np.uint64(int.from_bytes(hashlib.sha256(plain).digest()[:8], "big"))

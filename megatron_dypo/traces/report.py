@@ -1,4 +1,4 @@
-"""Figures of teachers: what they were asked and got right, at which cost, how long, and how far they agree."""
+"""Figures of teachers: responses asked and right, cost, lengths of traces, and agreement between teachers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def trace_report(tasks: Tasks, ledgers: Mapping[str, Ledger], left_out: Mapping[
     """Return the figures of all teachers, for JSON.
 
     Args:
-        left_out: teacher → rows whose trace another teacher has word for word.
+        left_out: teacher → traces that were left out because another teacher has the same text.
     """
     served = {name: ledger.has_trace for name, ledger in ledgers.items()}
     num_servers = np.sum(list(served.values()), axis=0)
@@ -65,7 +65,7 @@ def _distribution(lengths: npt.NDArray[np.int32]) -> dict[str, float] | None:
 
 
 def _agreement(one: Ledger, other: Ledger) -> dict[str, Any]:
-    """Count the prompts that two teachers were asked by who got them right, in one of the responses at least."""
+    """Count the prompts that two teachers were both asked, by who got them right in at least one response."""
     both = one.was_asked & other.was_asked
     a, b = one.has_trace[both], other.has_trace[both]
     return {
@@ -80,7 +80,7 @@ def _agreement(one: Ledger, other: Ledger) -> dict[str, Any]:
 
 
 def to_text(report: Mapping[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the report as text for people."""
     lines = [
         f"{report['prompts_with_trace']} of {report['prompts']} different prompts have a trace ({report['rows']} rows)"
     ]

@@ -1,4 +1,4 @@
-"""``tools/generate_traces.py`` from its input to its report: prompts, records, teachers, traces, figures."""
+"""Run ``tools/generate_traces.py``: read prompts and records, ask teachers, write traces and a report."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def records_folder(out: Path) -> Path:
 def generate_traces(prompts: Path, out: Path, cfg: TraceCommandConfig, *, show_progress: bool = True) -> dict[str, Any]:
     """Ask teachers about the prompts of a file, and write its rows with the right responses as traces.
 
-    A response that has a record is not asked for again, so a call that was cut off goes on. ``out`` and the report are
-    written at the end, also where a teacher was given up on the way.
+    A response that has a record is not asked for again, so the same call continues one that was cut off. ``out`` and
+    the report are written at the end, even if a teacher was given up on the way.
 
     Returns:
-        The report, which is in the folder of the records too.
+        The report. It is also written to the folder of the records.
 
     Raises:
         ValueError: an input breaks a rule; a teacher cannot be reached at the start; records are of another setting.
-        RunEnded: teachers were given up, or a signal to stop came; what came before is recorded.
+        RunEnded: teachers were given up, or a signal to stop came; the responses before that are recorded.
     """
     _require_places(prompts, out)
     folder = records_folder(out)
@@ -83,7 +83,7 @@ def _ask(
     stack: contextlib.ExitStack,
     show_progress: bool,
 ) -> dict[str, str]:
-    """Ask for the responses that are missing; return why teachers were given up. None is reached if none is needed."""
+    """Ask for missing responses; return teacher → why it was given up. Teachers with none missing are not contacted."""
     for ledger in ledgers.values():
         if ledger.counts.asked or ledger.num_foreign:
             _log.info(
@@ -121,7 +121,7 @@ def _so_far(ledgers: Mapping[str, Ledger], out: Path) -> str:
 
 
 def _setting(cfg: TraceCommandConfig, teacher: TeacherConfig) -> dict[str, Any]:
-    """Return what decides the responses of a teacher, and their verdicts."""
+    """Return all settings that decide the responses of a teacher and their verdicts."""
     grading = dataclasses.asdict(cfg.grading)
     sampling = ("model", "api", "temperature", "top_p", "top_k", "max_tokens")
     return {

@@ -1,4 +1,4 @@
-"""The prompts of a file that teachers are asked: each different prompt once, however many rows have it."""
+"""The prompts that teachers are asked: each different prompt of a file once, even if several rows have it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _SHOWN_PROBLEMS = 20
 
 
 class Tasks:
-    """The different prompts of a file, by number; a task is a prompt with its answer and its verifier.
+    """The different prompts of a file, by number. A task is a prompt with its answer and its verifier.
 
-    Holds some bytes for each row, never the rows.
+    It keeps some bytes for each row in memory, not the rows.
 
     Args:
         path: JSONL or Parquet file.
-        teachers: names, of which a row may have traces already.
+        teachers: names of teachers; a row may have traces of them already.
 
     Raises:
-        ValueError: the file cannot be read, or rows break rules; all of them are named with file, line, field, value
-            and rule.
+        ValueError: the file cannot be read, or rows break rules. The message names each bad row with file, line, field,
+            value and rule.
     """
 
     def __init__(self, path: Path, cfg: TraceCommandConfig, teachers: Collection[str], *, show_progress: bool) -> None:
@@ -48,7 +48,7 @@ class Tasks:
         self._first_rows, self._of_row = array("Q"), array("Q")
         self._lacking = {name: bytearray() for name in teachers}
         self.verifiers: set[str] = set()
-        """Verifiers that rows name for themselves."""
+        """Verifiers that rows name in their own column."""
         with progress(len(self.source), "reading prompts", "rows", enabled=show_progress) as bar:
             problems = []
             for place, row in self._rows():
@@ -75,11 +75,11 @@ class Tasks:
         return self._of_row[index]
 
     def find(self, key: bytes) -> int | None:
-        """Return the task with a key; None where the file has none."""
+        """Return the task with the given key; None if the file has none."""
         return self._number_of.get(key)
 
     def lacking(self, teacher: str) -> npt.NDArray[np.bool_]:
-        """Return for each task whether one of its rows has no trace of the teacher in the file."""
+        """Return for each task whether the file has a row of it without a trace of the teacher."""
         return np.frombuffer(self._lacking[teacher], np.bool_)
 
     def _rows(self) -> Iterator[tuple[str, PromptRow | BadRow]]:
@@ -122,7 +122,7 @@ class Tasks:
 
 
 def task_key(row: PromptRow) -> bytes:
-    """Return a hash of prompt, answer, and what chooses the verifier: it stays when the file's rows move."""
+    """Return a hash of a row's prompt, answer, verifier and source; it does not depend on the row's place in the file."""
     text = json.dumps([row.prompt, row.answer, row.verifier, row.source], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:16]
 

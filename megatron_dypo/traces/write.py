@@ -1,4 +1,4 @@
-"""The prompt file with the teachers' traces: its rows, each with the right responses to its prompt."""
+"""Write the rows of a prompt file again, each with the teachers' right responses to its prompt as traces."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_dypo.traces.tasks import Tasks
 
 
 def write_rows(path: Path, tasks: Tasks, ledgers: Mapping[str, Ledger], *, show_progress: bool) -> dict[str, int]:
-    """Write every row of the prompt file to ``path``, all of them or nothing, with its traces.
+    """Write every row of the prompt file with its traces to ``path``; on an error, write nothing.
 
-    A row keeps its other columns and the traces that it has. A text that it has already, but for white space, is not
+    A row keeps its other columns and the traces that it has. A text that the row has already (white space aside) is not
     added under another teacher's name: it would be drawn twice as often.
 
     Returns:
-        Teacher → traces that were left out for this reason.
+        Teacher → number of traces that were left out for this reason.
     """
     source, left_out = tasks.source, dict.fromkeys(ledgers, 0)
     with new_file(path) as file, progress(len(source), "writing rows", "rows", enabled=show_progress) as bar:
@@ -42,12 +42,12 @@ def write_rows(path: Path, tasks: Tasks, ledgers: Mapping[str, Ledger], *, show_
 
 
 def trace_name(teacher: str, place: int) -> str:
-    """Return the name of a teacher's trace: its own for the first one of a prompt, ``NAME#2`` for the second."""
+    """Return the name of a teacher's trace: the teacher's for the first of a prompt, ``NAME#2`` for the second."""
     return teacher if place == 0 else f"{teacher}#{place + 1}"
 
 
 def _fields(row: PromptRow, place: tuple[Path, int], traces: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row under the names of the format ``plain``. An id that only says file and line is left out."""
+    """Return a row under the column names of the format ``plain``, without an id that only says file and line."""
     path, line = place
     named = {"prompt": row.prompt, "answer": row.answer, "source": row.source}
     if row.prompt_id != f"{path.name}:{line}":

@@ -1,4 +1,4 @@
-"""A published file → a prompt file of ours, whole or not at all."""
+"""Convert a published file to a prompt file of this package. On an error, no file is written."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _SHOWN_PROBLEMS = 20
 def prepare_set(name: str, path: Path, out: Path, *, instruction: str = "", is_part: bool = False) -> int:
     """Write the rows of a published file as JSONL with ``id``, ``prompt``, ``answer``, ``source``, ``verifier``.
 
-    Multiple choice has ``options`` besides.
+    A row of multiple choice also has ``options``.
 
     Args:
-        name: of the set, a key of ``BENCHMARKS``.
-        instruction: text behind each prompt, such as where to put the answer.
-        is_part: whether the file may have another number of rows than the published ones.
+        name: name of the set, a key of ``BENCHMARKS``.
+        instruction: text to put after each prompt, for example where to write the answer.
+        is_part: whether the file may have another number of rows than the published files.
 
     Returns:
-        Rows written.
+        The number of rows written.
 
     Raises:
-        ValueError: the file cannot be read or is of another set, or rows break rules; each is named with file, line,
-            field, value and rule.
+        ValueError: the file cannot be read or is of another set, or rows break rules. The message names each bad row
+            with file, line, field, value and rule.
     """
     benchmark = _benchmark(name)
     if out.suffix != ".jsonl":

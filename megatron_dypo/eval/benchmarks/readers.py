@@ -1,6 +1,6 @@
-"""Records of published files → prompt, answer and options; one function for each kind of record.
+"""Read prompt, answer and options from records of published files: one function for each kind of record.
 
-Each raises :class:`BadRow` with field, value and rule.
+Each function raises :class:`BadRow` with field, value and rule.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Question:
     prompt: str
     answer: str
     id: str | None = None
-    """Id in the file; None: it has none."""
+    """Id of the question in the file; None: the file has no ids."""
     options: tuple[str, ...] = ()
-    """Texts of the options of multiple choice; ``answer`` is a label then."""
+    """Texts of the options of multiple choice. With options, ``answer`` is a label."""
 
 
 def _value(record: Mapping[str, Any], *names: str) -> tuple[str, Any]:
-    """Return name and value of the first of ``names`` that the record has and that is not null."""
+    """Return the name and value of the first field among ``names`` that the record has and that is not null."""
     for name in names:
         if record.get(name) is not None:
             return name, record[name]
@@ -57,7 +57,7 @@ def _id(record: Mapping[str, Any], *names: str) -> str | None:
 
 
 def _whole_number(record: Mapping[str, Any]) -> str:
-    """Return the answer as an integer: files have 27, 27.0, "27", "27.0" and ["27.0"]; or the box of the solution."""
+    """Return the answer (27, 27.0, "27", "27.0" or ["27.0"]) as an integer; without one, the solution's box."""
     if record.get("answer") is None and record.get("solution") is not None:
         name, value = "solution", gold_text(_text(record, "solution"))
     else:
@@ -81,21 +81,21 @@ def read_aime(record: Mapping[str, Any]) -> Question:
 
 
 def read_amc(record: Mapping[str, Any]) -> Question:
-    """Read a problem of AMC 12 whose options were left out, so that its answer is an integer."""
+    """Read a problem of AMC 12 without its options. The answer is an integer."""
     return Question(
         prompt=_text(record, "problem", "question"), answer=_whole_number(record), id=_id(record, "id", "unique_id")
     )
 
 
 def read_math(record: Mapping[str, Any]) -> Question:
-    """Read a problem of MATH: the column ``answer``."""
+    """Read a problem of MATH. The answer is in the column ``answer``."""
     return Question(
         prompt=_text(record, "problem", "question"), answer=_text(record, "answer"), id=_id(record, "unique_id", "id")
     )
 
 
 def read_minerva(record: Mapping[str, Any]) -> Question:
-    """Read a problem of Minerva's: the column ``answer``, else what its solution boxes."""
+    """Read a problem of Minerva's set. The answer is in the column ``answer``, or boxed in the solution."""
     prompt, own_id = _text(record, "problem", "question"), _id(record, "idx", "id")
     if record.get("answer") is not None:
         return Question(prompt=prompt, answer=_text(record, "answer"), id=own_id)
@@ -109,7 +109,7 @@ def read_minerva(record: Mapping[str, Any]) -> Question:
 
 
 def read_olympiad(record: Mapping[str, Any]) -> Question:
-    """Read an open problem of OlympiadBench that is text alone; several answers become a list."""
+    """Read an open problem of OlympiadBench without pictures. Several answers become a list."""
     for name, value in record.items():
         if name.startswith("image_") and value is not None:
             raise BadRow(f"{name}={shown(value)}: has a picture: the set is of texts alone (OE_TO_maths_en_COMP)")
@@ -124,7 +124,7 @@ def read_olympiad(record: Mapping[str, Any]) -> Question:
 
 
 def read_gsm8k(record: Mapping[str, Any]) -> Question:
-    """Read a problem of GSM8K: the number behind ``####`` is the answer."""
+    """Read a problem of GSM8K. The answer is the number after ``####``."""
     solution = _text(record, "answer")
     found = _GSM8K.search(solution)
     if found is None:
@@ -133,7 +133,7 @@ def read_gsm8k(record: Mapping[str, Any]) -> Question:
 
 
 def read_arc(record: Mapping[str, Any]) -> Question:
-    """Read a question of ARC: ``choices`` and ``answerKey``, or verl's columns with the options in the prompt."""
+    """Read a question of ARC: columns ``choices`` and ``answerKey``, or verl's columns with options in the prompt."""
     if "reward_model" in record:
         return _read_verl_choice(record)
     name, choices = _value(record, "choices")
@@ -145,7 +145,7 @@ def read_arc(record: Mapping[str, Any]) -> Question:
 
 
 def read_gpqa(record: Mapping[str, Any]) -> Question:
-    """Read a question of GPQA. The place of the right option follows from a hash of the question."""
+    """Read a question of GPQA. A hash of the question decides the place of the right option."""
     question = _text(record, "Question")
     texts = [_text(record, "Correct Answer"), *(_text(record, f"Incorrect Answer {i}") for i in (1, 2, 3))]
     order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{i}:{question}".encode()).digest())
@@ -157,7 +157,7 @@ def read_gpqa(record: Mapping[str, Any]) -> Question:
 def choice(
     question: str, texts: Sequence[str], labels: Sequence[str], label: str, field: str, own_id: str | None
 ) -> Question:
-    """Return a question of multiple choice: the options are lines ``A) …``, which can be shuffled."""
+    """Return a question of multiple choice. The options become lines ``A) …``, which can be shuffled later."""
     if label not in labels:
         raise BadRow(f"{field}={shown(label)}: must be one of the labels {', '.join(labels)}")
     options = [text.strip() for text in texts]

@@ -1,4 +1,4 @@
-"""The benchmarks of the paper, and GPQA-Diamond: where each is to be had, its licence, its size and its records."""
+"""The benchmarks of the paper, and GPQA-Diamond: where to get each, its licence, its size and its records."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Benchmark:
 
     title: str
     rows: tuple[int, ...]
-    """Sizes that its published files have."""
+    """Numbers of rows of its published files."""
     where: str
-    """Places of files whose records ``read`` knows."""
+    """Places of files whose records ``read`` can read."""
     licence: str
     columns: str
-    """Columns that are read."""
+    """Columns that ``read`` reads."""
     read: Callable[[Mapping[str, Any]], readers.Question]
     verifier: str
     samples: int = 1
-    """Responses to each prompt that papers report."""
+    """Responses to each prompt in the reports of papers."""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -139,7 +139,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def listing() -> str:
-    """Return all sets, for people."""
+    """Return the list of all sets, as text for people."""
     lines = []
     for name, one in BENCHMARKS.items():
         sizes = " or ".join(str(count) for count in one.rows)

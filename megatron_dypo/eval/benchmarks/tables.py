@@ -1,4 +1,4 @@
-"""The rows of a published file: JSONL, Parquet, JSON (a list of objects) or CSV."""
+"""Read the rows of a published file: JSONL, Parquet, JSON (a list of objects) or CSV."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_dypo.data.values import Broken, parse_json
 KINDS = (".jsonl", ".parquet", ".json", ".csv")
 
 Rows = Iterator[tuple[str, Any]]
-"""(``file:line``, the record, or a :class:`BadRow` in its place)."""
+"""Yields (``file:line``, the record or a :class:`BadRow`)."""
 
 
 def read_table(path: Path) -> Rows:
     """Yield the rows of a file, each with its place.
 
     Raises:
-        ValueError: the file cannot be read, or is of no such kind.
+        ValueError: the file cannot be read, or its ending is not one of ``KINDS``.
     """
     if path.suffix not in KINDS:
         raise ValueError(f"{path}: must end in {', '.join(KINDS)}")
@@ -71,7 +71,7 @@ def _csv_rows(path: Path) -> Rows:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")  # line ends of a field stay as they are
+        return path.read_bytes().decode("utf-8-sig")  # keeps line ends inside a field
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
     except OSError as error:
