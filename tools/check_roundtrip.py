@@ -22,11 +22,11 @@ def main(
     mcore_path: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint that is said to hold the same weights; default: one is made.", show_default=False
+            help="Checkpoint that should hold the same weights; default: one is made.", show_default=False
         ),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Tensor-parallel size of the checkpoint that is made.")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="Its pipeline-parallel size.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Pipeline-parallel size of the checkpoint that is made.")] = 1,
     first_stage_layers: Annotated[
         int | None, typer.Option(help="Layers of the first stage, as of a run.", show_default="as the others")
     ] = None,
@@ -35,7 +35,7 @@ def main(
     ] = None,
     work_dir: Annotated[
         Path | None,
-        typer.Option(help="Where twice the model fits for the while; default: the system's temporary folder."),
+        typer.Option(help="Folder with room for twice the model; default: the system's temporary folder."),
     ] = None,
 ) -> None:
     """Check that a model comes back from a Megatron checkpoint bit for bit; exit code 1 if it does not."""
@@ -62,7 +62,7 @@ def main(
 
 
 def table(differences: list[Difference]) -> str:
-    """A line for each tensor, columns aligned."""
+    """Return a line for each tensor, with columns aligned."""
     rows = [("tensor", "shape", "elements", "largest difference")]
     for found in differences:
         rows.append((found.name, "×".join(map(str, found.shape)), str(found.num_elements), f"{found.largest:.3g}"))

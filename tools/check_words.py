@@ -23,7 +23,7 @@ LEFT_OUT = (
     "tests/unit/grading/data/",
     "tests/unit/tools/test_check_words.py",
 )
-"""Files of the past, of other authors, and this one."""
+"""Files that are not checked: files about the past, files of other authors, and this file with its test."""
 
 OLD_WORDS = {
     r"push(es|ed|ing)?|update_weights(?!_from)|weights\.(transport|verify|quantize|deadline_s)": "refit",
@@ -52,7 +52,7 @@ OLD_WORDS = {
 """Pattern of an old word -> the word to use."""
 
 NOUN_CLAUSE = re.compile(r"(What|Of|As|The same)\b")
-"""A beginning of a docstring that needs a second reading."""
+"""A noun clause at the beginning of a docstring."""
 
 _PATTERNS = [(re.compile(rf"(?<![\w-])(?:{old})(?!\w)", re.IGNORECASE), new) for old, new in OLD_WORDS.items()]
 
@@ -77,7 +77,7 @@ def beginnings(path: Path, name: str) -> Iterator[str]:
 
 
 def tracked_files() -> list[str]:
-    """Return the names of the files to look at, from the root."""
+    """Return the names of the files to check, relative to the root."""
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = (name for name in done.stdout.splitlines() if Path(name).suffix in SUFFIXES)
     return [name for name in names if not name.startswith(LEFT_OUT) and (ROOT / name).is_file()]

@@ -16,7 +16,7 @@ from megatron_dypo.models.quantized.names import Quantization
 
 
 def main(
-    mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder: of a converter, or a run's checkpoints/step_N.")],
+    mcore_path: Annotated[Path, typer.Option(help="Checkpoint folder: a converter's, or a run's checkpoints/step_N.")],
     hf_path: Annotated[Path, typer.Option(help="HF folder to create.")],
     hf_reference: Annotated[
         Path | None,
@@ -27,7 +27,7 @@ def main(
         ),
     ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option(help="Size that wrote the checkpoint. Not needed: a checkpoint says itself how it is cut.")
+        int, typer.Option(help="Size that wrote the checkpoint. Not needed: the checkpoint says how it is split.")
     ] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="As above.")] = 1,
     quantize: Annotated[

@@ -43,7 +43,7 @@ def main(
 
 
 def run() -> None:
-    """Run the program; an error that it knows becomes a line and an exit status."""
+    """Run the program; print a known error as one line, and exit with its status."""
     from megatron_dypo.ending import Cause, RunEnded
 
     try:

@@ -25,13 +25,13 @@ def main(
         typer.Option(help="Result file; default: benchmarks/results/gpu_<device>_<date>.json.", show_default=False),
     ] = None,
     hidden: Annotated[int, typer.Option(help="Hidden size of the policy.")] = 4096,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
-    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 32_000,
-    tokens: Annotated[int, typer.Option(help="Tokens of one update, about.")] = 18_432,
+    layers: Annotated[int, typer.Option(help="Layers of the policy.")] = 4,
+    vocab: Annotated[int, typer.Option(help="Vocabulary size of the policy.")] = 32_000,
+    tokens: Annotated[int, typer.Option(help="Approximate tokens of one update.")] = 18_432,
     steps: Annotated[int, typer.Option(help="Updates in each precision.")] = 50,
     cpu_smoke: Annotated[bool, typer.Option(help="A tiny run in fp32 and bf16, on a machine without a GPU.")] = False,
 ) -> None:
-    """Exit code 0: every bar is met; 1: some are not; 2: there is no GPU."""
+    """Check a GPU machine. Exit code 0: every bar is met; 1: some are not; 2: there is no GPU."""
     from tools.gpu_parts.check import run_check, run_part
     from tools.gpu_parts.logprob_speed import ProjectionSizes
     from tools.gpu_parts.synthetic import CheckSizes

@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 @app.command("list")
 def list_sets() -> None:
-    """Show each set: where its file is to be had, its licence, its columns, its size."""
+    """Show each set: where to get its file, its licence, its columns, its size."""
     from megatron_dypo.eval.benchmarks.sets import listing
 
     typer.echo(listing())
@@ -31,7 +31,7 @@ def make(
     instruction: Annotated[
         str, typer.Option(help="Text behind each prompt, such as: Put your final answer within \\boxed{}.")
     ] = "",
-    part: Annotated[bool, typer.Option("--part", help="The file may have another number of rows.")] = False,
+    part: Annotated[bool, typer.Option("--part", help="Accept a file with another number of rows.")] = False,
 ) -> None:
     """Write the rows of a published file as a prompt file.
 
@@ -44,7 +44,7 @@ def make(
 
 
 def run() -> None:
-    """Run the program; a user's mistake becomes a line and exit status 65."""
+    """Run the program; print a user's mistake as one line, and exit with status 65."""
     from megatron_dypo.ending import Cause
 
     try:

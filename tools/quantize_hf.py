@@ -1,4 +1,4 @@
-"""Write an HF model folder again in FP8, which SGLang serves at half the size of bf16.
+"""Write an FP8 copy of an HF model folder. SGLang serves it at half the size of bf16.
 
 python tools/quantize_hf.py --hf-path models/Qwen2.5-7B --out-path models/Qwen2.5-7B-FP8 --quantize fp8_block
 """

@@ -1,4 +1,4 @@
-"""Run the parts of the check, each in its process, and compare precisions."""
+"""Run the parts of the GPU check, each in a process of its own, and compare precisions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Part = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Types of one series of updates."""
+    """Data types of one series of updates."""
 
     name: str
     dtype: str
@@ -36,14 +36,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class PartError(RuntimeError):
-    """A part ended with an error; the message is the last line that it wrote."""
+    """The failure of a part; the message is the last line that the part wrote."""
 
 
 def run_part(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A part in a process of its own.
+    """Run a part in a process of its own, and return its result.
 
     Raises:
-        PartError: it failed.
+        PartError: the part failed.
     """
     command = [sys.executable, "-m", "tools.gpu_parts.part", json.dumps(spec)]
     paths = [str(_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -58,7 +58,7 @@ def run_part(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def precisions(machine: Mapping[str, Any]) -> list[Precision]:
-    """Those that the machine can run, the first of them the one that others are held against."""
+    """Return the precisions that the machine can run. The others are compared with the first."""
     if not machine["on_gpu"]:
         return [Precision(name="float32", dtype="float32"), Precision(name="bf16", dtype="bfloat16")]
     recipes = [r for r in ("delayed", "tensorwise", "blockwise", "mxfp8") if r not in machine["fp8_obstacles"]]
@@ -75,10 +75,10 @@ def run_check(
     run_part: Part = run_part,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Everything that is written to the result file; a part that fails leaves its ``error`` there and stops no other.
+    """Return the content of the result file. A part that fails leaves its ``error`` there; the other parts go on.
 
     Args:
-        work: folder for what precisions are compared by: two bytes a parameter each.
+        work: folder for the tensors by which precisions are compared: two bytes for each parameter and precision.
     """
     series: dict[str, dict[str, Any]] = {}
     chosen = precisions(machine)
@@ -113,7 +113,7 @@ def run_check(
 
 
 def compare(reference: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float]:
-    """Of losses and time. Gaps are relative to the reference's loss at the same update."""
+    """Compare losses, time and memory. Gaps are relative to the reference's loss at the same update."""
     pairs = zip(reference["losses"], result["losses"], strict=True)
     gaps = [abs(own - other) / max(abs(other), 1e-12) for other, own in pairs]
     return {
@@ -125,7 +125,7 @@ def compare(reference: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str
 
 
 def compare_tensors(reference: Mapping[str, torch.Tensor], result: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Cosine of the first update's gradients; mean and largest gap of the scoring pass's log-probs, in nats."""
+    """Return the cosine of the first update's gradients, and the mean and largest gap of log-probs in nats."""
     own, other = result["gradient"].float(), reference["gradient"].float()
     cosine = torch.dot(own, other) / (own.norm() * other.norm())
     gap_N = (result["logp"] - reference["logp"]).abs()
@@ -137,7 +137,7 @@ def compare_tensors(reference: Mapping[str, torch.Tensor], result: Mapping[str, 
 
 
 def verdicts(series: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """Bar → whether it is met, for each precision that was held against another; and that each ran at all."""
+    """Return bar → whether it is met: each precision runs, and those that are compared meet loss and speed."""
     met = {}
     for name, result in series.items():
         met[f"{name} runs"] = "error" not in result
@@ -149,7 +149,7 @@ def verdicts(series: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
 
 
 def find_rates(device: str) -> Gpu | None:
-    """The data sheet of a device by the name that its driver gives; None if there is none."""
+    """Return the data sheet of a device, found by the name that its driver gives; None if there is none."""
     words = device.lower().replace("-", " ").split()
     return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words), None)
 

@@ -1,8 +1,9 @@
-"""Time and memory of log-probs from hidden states, forward and backward: ours, eager, and Megatron's fused
-cross-entropy.
+"""Measure time and memory of log-probs from hidden states, forward and backward, in three variants.
 
-All get the same response tokens, one rank's whole vocabulary, and the gradients of hidden states and weight. The other
-two make the logits of all tokens. The limit is that of the products alone, by a product of the same shape timed beside.
+``fused`` is this package's, ``megatron`` is Megatron's fused cross-entropy, and ``eager`` is plain torch. All get the
+same response tokens and one rank's whole vocabulary, and make the gradients of hidden states and weight. ``megatron``
+and ``eager`` make the logits of all tokens. The limit is the time of the matrix products alone: one product of the same
+shape is timed too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def measure_logprobs(sizes: ProjectionSizes, dtype: torch.dtype, group: dist.ProcessGroup) -> dict[str, Any]:
-    """Variant → seconds (median) and GiB beyond the inputs; for ours also the share of the limit of the products.
+    """Return variant → seconds (median) and GiB beyond the inputs; also the share of the limit that ``fused`` reaches.
 
     A variant that runs out of memory has ``out_of_memory`` instead.
     """
@@ -67,7 +68,7 @@ def measure_logprobs(sizes: ProjectionSizes, dtype: torch.dtype, group: dist.Pro
     product_s = _seconds(lambda: hidden_NH @ weight_VH.t(), sizes.rounds)
     results["product_s"] = product_s
     results["product_flops_per_s"] = 2 * sizes.tokens * sizes.hidden * sizes.vocab / product_s
-    # Forward, forward again, and the two gradients.
+    # Four products: forward, forward again, and the two gradients.
     results["share_of_product_limit"] = 4 * product_s / results["fused"]["seconds"]
     return results
 
@@ -104,7 +105,7 @@ def _measure(function: LogProbs, inputs: tuple[Tensor, Tensor, Tensor], rounds: 
 
 
 def _seconds(call: Callable[[], object], rounds: int) -> float:
-    """The median after one call that is not counted."""
+    """Return the median seconds of a call, after one call that is not counted."""
     times = []
     for _ in range(rounds + 1):
         device.synchronize()

@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: ``python -m tools.gpu_parts.part '{"what": …}'``.
+"""Make one measurement in a process of its own: ``python -m tools.gpu_parts.part '{"what": …}'``.
 
-Transformer Engine keeps FP8 state for the whole process, and an error on the GPU spoils it: precisions must not meet.
-The last line of the output is the result, as JSON.
+Each precision needs its own process: Transformer Engine keeps FP8 state for the whole process, and an error on the GPU
+makes the process unusable. The last line of the output is the result, as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.gpu_parts.synthetic import CheckSizes
 
 
 def machine() -> dict[str, Any]:
-    """Name and generation of the device, and the FP8 recipes that it cannot run."""
+    """Return the name and generation of the device, and the FP8 recipes that it cannot run."""
     from megatron_dypo.mcore import features
     from megatron_dypo.parallel import device
 
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(layout: MeshRank, spec: dict[str, Any]) -> dict[str, Any]:
-    """What ``spec`` asks for, on the process group that stands."""
+    """Make the measurement that ``spec`` asks for, on the process group that exists."""
     if spec["what"] == "logprobs":
         sizes = ProjectionSizes(**spec["sizes"])
         return measure_logprobs(sizes, getattr(torch, spec["dtype"]), layout.tp_group)

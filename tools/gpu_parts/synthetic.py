@@ -1,4 +1,4 @@
-"""Sizes of a policy and a batch made of nothing but these: the same on every machine and in every precision."""
+"""A synthetic policy and batch that depend only on sizes: the same on every machine and in every precision."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ GROUP_SIZE, NUM_CORRECT = 8, 3
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSizes:
-    """What the updates are made on."""
+    """Sizes of the policy and of the batch."""
 
     hidden: int = 4096
     layers: int = 4
     head_dim: int = 128
     vocab: int = 32_000
     tokens: int = 18_432
-    """In one update, about; a packed row holds up to half of them."""
+    """Approximate tokens of one update; a microbatch holds up to half of them."""
     length: int = 1024
-    """Of each sequence; a quarter is prompt."""
+    """Tokens of each sequence; a quarter is prompt."""
     steps: int = 50
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class CheckSizes:
 
 
 def architecture(sizes: CheckSizes) -> Architecture:
-    """A Llama: four query heads for a key-value head, and 3.5 × hidden in the feed-forward layer."""
+    """Return a Llama with four query heads for a key-value head, and 3.5 × hidden in the feed-forward layer."""
     heads = sizes.hidden // sizes.head_dim
     return Architecture(
         family="llama",
@@ -61,7 +61,7 @@ def architecture(sizes: CheckSizes) -> Architecture:
 
 
 def make_samples(sizes: CheckSizes) -> list[Sample]:
-    """Groups of rollouts, some of them correct (Mid), and a trace (Hard) for each, as many as ``tokens`` hold."""
+    """Return groups of rollouts, some of them right (Mid), and one trace (Hard) for each, up to ``tokens`` tokens."""
     generator = np.random.default_rng(0)
     samples = []
     for order in range(sizes.tokens // ((GROUP_SIZE + 1) * sizes.length)):
@@ -87,5 +87,5 @@ def make_samples(sizes: CheckSizes) -> list[Sample]:
 
 
 def count(samples: Sequence[Sample]) -> Totals:
-    """Of the whole batch."""
+    """Return the totals of the whole batch."""
     return add_counts([count_groups([list(group) for _, group in itertools.groupby(samples, key=lambda s: s.order)])])

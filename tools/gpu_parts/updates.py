@@ -1,7 +1,7 @@
-"""DYPO updates of a synthetic policy on fixed samples, in one precision: what they compute and what they cost.
+"""Make DYPO updates of a synthetic policy on fixed samples in one precision, and measure their results and cost.
 
-Everything between samples and weights is what a run does: the scoring pass, the objective's weights, packing with the
-recipe's alignment, ``loss_pass`` and the optimizer. Only servers, data and exchange between replicas are missing.
+All steps from samples to updated weights are those of a run: the pass for log-probs, the objective's weights, packing
+with the recipe's alignment, ``loss_pass`` and the optimizer. There are no servers, no data and no other replicas.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ class UpdateRun:
     """Numbers of one precision; ``step_s`` is the median without the first update."""
 
     losses: list[float]
-    """Of each update: surrogate + KL + distillation."""
+    """Loss of each update: surrogate + KL + distillation."""
     grad_norms: list[float]
     step_s: float
     tokens_per_s: float
     model_flops_per_s: float
-    """Of the arithmetic that the model needs; the output projection's second forward pass is not counted."""
+    """FLOPs that the model needs, per second, without the output projection's second forward pass."""
     score_s: float
     peak_gib: float
 
 
 def run_updates(sizes: CheckSizes, layout: MeshRank, *, dtype: Dtype, fp8: Fp8Config, keep: Path) -> UpdateRun:
-    """Score once, then ``sizes.steps`` updates on the same samples.
+    """Compute log-probs once, then make ``sizes.steps`` updates on the same samples.
 
     Args:
-        keep: file for what precisions are compared by: log-probs of the scoring pass and the first update's gradient.
+        keep: file for the tensors by which precisions are compared: those log-probs and the first update's gradient.
 
     Raises:
-        ValueError: a recipe that suits not the sizes or the machine.
+        ValueError: the recipe does not suit the sizes or the machine.
     """
     device.reset_peak_memory()
     chunks, optimizer = _build(sizes, layout, dtype, fp8)
@@ -108,7 +108,7 @@ def _build(sizes: CheckSizes, layout: MeshRank, dtype: Dtype, fp8: Fp8Config) ->
 
 @torch.no_grad()
 def _fill_weights(chunks: Sequence[Any]) -> None:
-    """Norms are one; matrices are normal with standard deviation 0.02, each drawn by a seed of its own name."""
+    """Set norms to one, and draw matrices from a normal distribution (std 0.02), each with the seed of its name."""
     for name, parameter in named_global_parameters(chunks):
         if parameter.dim() == 1:
             parameter.fill_(1.0)
@@ -118,7 +118,7 @@ def _fill_weights(chunks: Sequence[Any]) -> None:
 
 
 def _token_weights(samples: Sequence[Sample], logp: Sequence[Floats]) -> list[Sample]:
-    """The objective's weights, with the policy now for both π_old and π_ref."""
+    """Return the samples with the objective's weights; π_old and π_ref are both the current policy."""
     objective, totals = build_objective(OBJECTIVE), count(samples)
     for sample, own in zip(samples, logp, strict=True):
         sample.old_logp = sample.ref_logp = own
@@ -139,7 +139,7 @@ def _pack(samples: Sequence[Sample], layout: MeshRank, budget: int, token_multip
 
 
 def _gradient(chunks: Sequence[Any]) -> torch.Tensor:
-    """All of it, bf16 on the CPU, in the order of the parameters."""
+    """Return the whole gradient in bf16 on the CPU, in the order of the parameters."""
     parameters: list[Any] = [parameter for _, parameter in named_global_parameters(chunks)]
     return torch.cat([parameter.main_grad.flatten().to("cpu", torch.bfloat16) for parameter in parameters])
 

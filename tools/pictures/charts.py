@@ -1,4 +1,4 @@
-"""The picture of a report: four of its curves, from the metrics of a real quickstart run."""
+"""Draw the picture of a report: four of its curves, from the metrics of a real quickstart run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = (
     "eval/heldout/accuracy_low",
     "eval/heldout/accuracy_high",
 )
-"""The metrics that are drawn and so kept in the source."""
+"""The metrics that are drawn, and therefore kept in the source file."""
 
 _WIDTH, _HEIGHT, _GAP = 440.0, 190.0, 60.0
 _BLUE, _ORANGE = "#2f6db5", "#d9772b"
@@ -60,7 +60,7 @@ def draw_report(source: Path) -> str:
 
 
 class Axes:
-    """The area of one chart: steps to the right, values from 0 to ``top`` upwards."""
+    """The area of one chart. Steps go to the right, values from 0 to ``top`` go up."""
 
     def __init__(self, x: float, y: float, last_step: int, top: float) -> None:
         self.x, self.y, self._last_step, self._top = x, y, last_step, top
@@ -70,7 +70,7 @@ class Axes:
         return self.x + _WIDTH * step / self._last_step, self.y + _HEIGHT * (1 - value / self._top)
 
     def frame(self) -> list[str]:
-        """Return grid, ticks and the label of the steps."""
+        """Return the grid, the ticks and the label of the step axis."""
         parts = []
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             value = share * self._top

@@ -1,4 +1,4 @@
-"""A diagram of boxes and arrows, from a YAML source.
+"""Draw a diagram of boxes and arrows from a YAML source.
 
 size: [940, 300]
 title: what the picture shows
@@ -89,7 +89,7 @@ def _edge(box: Mapping[str, Any], towards: Point) -> Point:
 
 
 def _halfway(points: Sequence[Point]) -> Point:
-    """Return the middle of the longest piece."""
+    """Return the middle of the longest piece of the line through ``points``."""
     pieces = pairwise(points)
     (x0, y0), (x1, y1) = max(pieces, key=lambda piece: abs(piece[0][0] - piece[1][0]) + abs(piece[0][1] - piece[1][1]))
     return (x0 + x1) / 2, (y0 + y1) / 2

@@ -17,12 +17,12 @@ def element(name: str, text: str | None = None, **attributes: object) -> str:
 
 
 def label(x: float, y: float, text: str, **attributes: object) -> str:
-    """Return a text whose middle is at x, unless ``text_anchor`` says otherwise."""
+    """Return a text element whose middle is at x, unless ``text_anchor`` says otherwise."""
     return element("text", text, **{"x": x, "y": y, "text_anchor": "middle", "fill": INK, **attributes})
 
 
 def document(width: float, height: float, title: str, parts: Iterable[str]) -> str:
-    """Return a whole SVG file on a white ground, with a title for readers who cannot see it."""
+    """Return a whole SVG file with a white background, and a title for readers who cannot see the picture."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_number(width)} {_number(height)}" '
         f'width="{_number(width)}" role="img" font-family={quoteattr(FONT)} font-size="13">'
