@@ -1,12 +1,12 @@
-"""A step of an asynchronous run against that of a synchronous one: the quickstart, the same updates from the same
-policy.
+"""Compare the step time of an asynchronous run with that of a synchronous run of the quickstart.
 
     python benchmarks/asynchrony.py
 
-Both runs begin with the quickstart's warm start (made first, if it is not there). They take turns, a block of steps
-each, every block resumed from the checkpoint of the one before, so that a change of the machine's load hits both. A
-step's time is its share of the wall clock, ``timing_s/step`` of the metrics; the first step of a block, for which
-nothing was collected ahead, is left out. Held-out accuracy comes with its 95% interval (Wilson).
+Both runs make the same updates and begin with the quickstart's warm start, which is made first if it does not exist.
+They take turns, a block of steps each, so that a change of the machine's load affects both; every block resumes from
+the checkpoint of the run's last block. The time of a step is ``timing_s/step`` of the metrics, its share of the wall
+clock. The first step of each block is left out: nothing was collected ahead for it. Held-out accuracy is printed with
+its 95% interval (Wilson).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run(*command: str) -> None:
 
 
 def make_warm_start(folder: Path, *, smoke: bool) -> None:
-    """Run the quickstart up to the first steps of its DYPO run, which are not used here; only its model for a smoke."""
+    """Run the quickstart up to the first steps of its DYPO run, which are not used; ``smoke``: make only a model."""
     if (folder / "warmup" / "hf" / "config.json").is_file():
         return
     if not smoke:
@@ -50,7 +50,7 @@ def make_warm_start(folder: Path, *, smoke: bool) -> None:
 
 
 def train_block(folder: Path, name: str, steps: int, *more: str) -> None:
-    """Bring the run of a variant to ``steps`` steps."""
+    """Train a variant until its run has ``steps`` steps."""
     run(
         *["-m", "megatron_dypo.cli", "train", str(QUICKSTART / "dypo.yaml")],
         *[f"run.dir={folder / name}", f"run.steps={steps}", "checkpoint.every=0", "export.hf=false"],
@@ -60,12 +60,12 @@ def train_block(folder: Path, name: str, steps: int, *more: str) -> None:
 
 
 def measure(folder: Path, name: str, block: int) -> dict[str, float]:
-    """What the metrics of a variant say."""
+    """Return the figures of a variant, from its metrics."""
     rows = {int(row["step"]): row for row in read_metrics(folder / name / "metrics.jsonl")}
     steps = [step for step in sorted(rows) if "timing_s/step" in rows[step] and step % block != 1]
     accuracy = rows[max(rows)]["eval/heldout/accuracy"]
     low, high = wilson_interval(accuracy, int(rows[max(rows)]["eval/heldout/num_samples"]))
-    # A step that learns from what the queues held has no rollouts of its own.
+    # A step that learns from queued groups has no rollouts of its own.
     versions = {step: rows[step].get("rollout/policy_version") for step in steps}
     ages = [step - 1 - version for step, version in versions.items() if version is not None]
     found = {
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="two blocks of two steps, no warm start: does it run?")
     args = parser.parse_args()
-    args.out = args.out.resolve()  # commands run in the repository, and this one anywhere
+    args.out = args.out.resolve()  # the commands run in the repository, this program in any folder
     measuring.print_header()
     smoke = (
         [

@@ -1,13 +1,14 @@
-"""How often the 95% intervals of `megatron-dypo compare` hold the truth, by simulation.
+"""Measure by simulation how often the 95% intervals of `megatron-dypo compare` contain the truth.
 
     python benchmarks/interval_coverage.py
 
-Runs on items: the logit of each response is the difficulty of the item, plus the luck of the run, plus what both have
-together, all normal. The truth is the mean over all runs and items, by quadrature. Columns: seeds, items, samples of an
-item, standard deviation of the runs' luck, mean logit; coverage of ``ours``, of ``resampled`` (a percentile bootstrap
-that resamples seeds and items) and of ``items`` (a bootstrap over items alone), and the median width of ours. The last
-line is one JSON object: smallest and largest coverage of ours over the settings with three or more seeds, and over
-those with two.
+Simulated runs answer items. The logit of a response is the sum of the item's difficulty, the run's luck, and a term for
+this run and item together, all normal. The truth is the mean accuracy over all runs and items, by quadrature.
+
+Columns: seeds, items, samples of an item, standard deviation of the runs' luck, mean logit; then the coverage of
+``ours`` (the intervals of `compare`), of ``resampled`` (a percentile bootstrap that resamples seeds and items) and of
+``items`` (a bootstrap over items alone); then the median width of ``ours``. The last line is one JSON object: the
+smallest and largest coverage of ``ours`` over the settings with three or more seeds, and over those with two.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=399)
-    parser.add_argument("--smoke", action="store_true", help="a tiny size, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="a tiny size: does it run?")
     args = parser.parse_args()
     repetitions, settings = (10, SETTINGS[:3]) if args.smoke else (args.repetitions, SETTINGS)
     measure.print_header()

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive, exactly: for machines whose allocator keeps no statistics."""
+"""Count the bytes of all live tensors exactly, for machines whose allocator keeps no statistics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages from the operation that makes them until they are freed.
+    """A counter of live storages: each counts from the operation that makes it until it is freed.
 
-    Views share a storage and count once. What an operation allocates and frees inside its kernel is not seen.
+    Views share a storage and count once. Memory that a kernel allocates and frees inside is not counted.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind these tensors."""
+    """Return the bytes of the storages of these tensors, each counted once."""
     return sum({s._cdata: s.nbytes() for s in _storages(tensors)}.values())
 
 

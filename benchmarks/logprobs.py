@@ -1,16 +1,17 @@
-"""Time and peak memory of log-probs and entropy from hidden states, forward and backward, against two alternatives.
+"""Compare time and peak memory of log-probs and entropy from hidden states, forward and backward, with alternatives.
 
     python benchmarks/logprobs.py
 
-- ``eager``: logits of all tokens, ``log_softmax``, ``gather``; entropy without gradient, with one temporary.
-- ``chunked``: logits of all tokens are made and kept; log_softmax and its gradient go over them in chunks of tokens, as
-  NeMo-RL's chunked log-prob function does. ``chunked_response``: the same on the response tokens only.
-- ``fused``: ours, on the response tokens only, with its default memory budget.
+- ``eager``: makes the logits of all tokens, then ``log_softmax`` and ``gather``. Entropy has no gradient and needs one
+  temporary.
+- ``chunked``: makes and keeps the logits of all tokens. log_softmax and its gradient work on chunks of tokens, as in
+  NeMo-RL's chunked log-prob function. ``chunked_response``: the same on the response tokens only.
+- ``fused``: this package's function, on the response tokens only, with its default memory budget.
 
-Every measurement is one forward and backward pass in a fresh process; rounds go through the variants in turn, so that
-a change of the machine's load hits all of them, and medians are compared. Peak memory is the growth of the process's
-maximal resident set during the pass: inputs are in memory before it, gradients of hidden states and weight count. The
-last line is one JSON object of ratios.
+Every measurement is one forward and backward pass in a fresh process. Each round measures every variant once, so that a
+change of the machine's load affects all of them; medians are compared. Peak memory is the growth of the process's
+maximal resident set during the pass. Inputs are in memory before it and do not count; gradients of hidden states and
+weight do. The last line is one JSON object of ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 from megatron_dypo.objective.fused_logprobs import fused_logprobs
 
 CHUNK_TOKENS = 512
-"""Of the chunked alternative."""
+"""Tokens of one chunk in the variants ``chunked`` and ``chunked_response``."""
 
 
 def eager(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, response: slice) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def fused(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, response: sli
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Keeps the logits; the softmax exists for one chunk of tokens at a time."""
+    """Log-probs that keep the logits, and make the softmax of one chunk of tokens at a time."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ VARIANTS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """One pass in this process."""
+    """Measure one pass in this process."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     hidden_TH = torch.randn(args.tokens, args.hidden)
@@ -119,7 +120,7 @@ def _peak() -> int:
 
 
 def compare(args: argparse.Namespace) -> dict[str, float]:
-    """Rounds over the variants, each in a process of its own; ratios of medians."""
+    """Measure each variant once a round, each time in a process of its own; return ratios of medians."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(args.rounds):
         for name in VARIANTS:

@@ -1,4 +1,4 @@
-"""Time and peak memory of one process, and where and how a measurement was made: what the benchmarks share."""
+"""Functions that the benchmarks share: measure time and peak memory, and print where and how a measurement was made."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 LEAN_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
-"""glibc gives freed blocks of 1 MiB and more back at once, so that resident memory is what is in use."""
+"""Settings with which glibc returns freed blocks of 1 MiB and more at once: resident memory is then memory in use."""
 
 
 def run_ranks(script: str, arguments: list[str], *, ranks: int = 1, lean: bool = False) -> Any:
-    """Run ``script`` in a process of its own, or in ``ranks`` of them under torchrun, one thread each.
+    """Run ``script`` in a process of its own, or in ``ranks`` processes under torchrun, with one thread each.
 
     Returns:
-        The JSON object on the last line of their output.
+        The JSON object on the last line of the output.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = {
@@ -37,8 +37,7 @@ def run_ranks(script: str, arguments: list[str], *, ranks: int = 1, lean: bool =
 
 
 def print_header() -> None:
-    """Print when, of which commit and on what machine the measurement is made, and the command: a results file's first
-    lines."""
+    """Print the first lines of a results file: the time, the commit, the machine and the command of the measurement."""
     moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -50,7 +49,7 @@ def print_header() -> None:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Print the load at the end, and the result as the last line."""
+    """Print the machine's load at the end, and then the result, which is the last line."""
     print(f"# load at the end: {_load()}")
     print(json.dumps(result), flush=True)
 
@@ -65,7 +64,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit that is checked out, and whether files differ from it; "unknown" outside a clone."""
+    """Return the commit that is checked out, and whether files differ from it; "unknown" outside a clone."""
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:
@@ -84,12 +83,12 @@ def _lines(path: str) -> list[str]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now (Linux)."""
+    """Return the resident memory of this process now (Linux)."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that was resident since the process began or :func:`reset_peak`."""
+    """Return the largest resident memory since the process began, or since :func:`reset_peak`."""
     return _status("VmHWM")
 
 
@@ -100,9 +99,9 @@ def reset_peak() -> None:
 def interleaved(
     variants: Mapping[str, Callable[[], Any]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each variant by round: on the wall's clock, and of this process's time on processors.
+    """Return the seconds of each variant by round: of the wall clock, and of this process's processor time.
 
-    Rounds go through the variants in turn, every other one backwards, so that a change of the machine's load hits all.
+    Each round calls every variant once, every other round in reverse order: a change of the machine's load affects all.
     """
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,11 +1,12 @@
-"""The memory model of ``megatron-dypo plan`` against the live tensors of real updates.
+"""Compare the memory model of ``megatron-dypo plan`` with the live tensors of real updates.
 
     python benchmarks/memory_model.py
 
-Each case builds model, optimizer and packed rows as a run does, makes two updates, and counts the bytes of every tensor
-storage that is alive (``live_bytes.py``), on each rank: parameters, gradients, optimizer state, and the peak of what is
-alive beside them (activations, the loss's scratch, buffers, the rows). The model (``planning/memory.py``) is asked for
-the same stage. Ranks are processes over gloo; what kernels allocate inside themselves is not counted.
+Each case builds the model, the optimizer and the microbatches as a run does, and makes two updates. On each rank it
+counts the bytes of every live tensor storage (``live_bytes.py``): parameters, gradients, optimizer state, and the peak
+of all other tensors (activations, the loss's scratch, buffers, the microbatches). The memory model
+(``planning/memory.py``) predicts the same bytes for the rank's stage. Ranks are processes over gloo. Memory that
+kernels allocate inside is not counted.
 
 Every token but one of a sequence is a response token. The last line is one JSON object, the largest error of each part.
 """
@@ -40,13 +41,13 @@ class Case:
     vocab: int = 1024
     kv_heads: int = 2
     experts: int = 0
-    """0: dense; else that many, of which 2 a token."""
+    """Number of experts, of which a token uses 2; 0: the model is dense."""
     row: int = 1024
-    """Tokens of a packed row."""
+    """Tokens of a microbatch."""
     sequences: int = 4
-    """In a row, all of one length."""
+    """Sequences in a microbatch, all of one length."""
     rows: int = 1
-    """On each replica."""
+    """Microbatches on each replica."""
 
 
 CASES = (
@@ -69,7 +70,7 @@ CASES = (
 
 
 def compare(case: Case) -> dict[str, float]:
-    """Print measured and modelled bytes of each rank; the largest relative error of each part."""
+    """Print the measured and the modelled bytes of each rank; return the largest relative error of each part."""
     answers = measure.run_ranks(str(Path(__file__)), ["--measure", json.dumps(asdict(case))], ranks=case.ranks)
     worst = dict.fromkeys(PARTS, 0.0)
     print(f"\n{case.name}: MiB measured, modelled, error")

@@ -1,4 +1,4 @@
-"""One rank of a case of ``memory_model.py``: a real update, its live tensors, and what the model says of them."""
+"""Run one rank of a case of ``memory_model.py``: a real update, its live tensors, and the model's prediction."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron_dypo.types import Microbatch, Sample, SampleKind, Treatment
 
 
 def answer(case: Any) -> None:
-    """Measure, ask the model, and print both of every rank as JSON on the first."""
+    """Measure and predict; on the first rank, print the results of all ranks as JSON."""
     features.shield_imports()
     config = configuration(case)
     layout = start_megatron(config.parallel)
@@ -57,7 +57,7 @@ def configuration(case: Any) -> Config:
 
 
 def modelled(case: Any, config: Config, arch: Architecture, layout: MeshRank) -> dict[str, float]:
-    """The terms of this rank's stage."""
+    """Return the model's prediction for this rank's stage."""
     config = dataclasses.replace(
         config,
         batching=dataclasses.replace(config.batching, prompts_per_update=layout.data * case.rows * case.sequences),
@@ -69,7 +69,7 @@ def modelled(case: Any, config: Config, arch: Architecture, layout: MeshRank) ->
         gpus_per_node=8,
         trainer_gpus=layout.world_size,
         num_servers=1,
-        # Hard prompts only: one sequence each.
+        # All prompts are Hard, so that each gives one sequence.
         assumed=Assumptions(prompt_tokens=1, response_tokens=case.row // case.sequences - 1, easy=0.0, hard=1.0),
         fused=False,
         on_gpu=False,
@@ -80,7 +80,7 @@ def modelled(case: Any, config: Config, arch: Architecture, layout: MeshRank) ->
 
 
 def measured(case: Any, config: Config, arch: Architecture, layout: MeshRank) -> dict[str, float]:
-    """Live bytes in the second update, when the optimizer has its state."""
+    """Return the live bytes of the second update, in which the optimizer has its state."""
     from megatron_dypo.mcore.forward_step import loss_pass
     from megatron_dypo.mcore.model import build_model
     from megatron_dypo.mcore.optimizer import build_optimizer
@@ -109,7 +109,7 @@ def measured(case: Any, config: Config, arch: Architecture, layout: MeshRank) ->
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Main parameters and moments; main parameters of fp32 models are the parameters themselves."""
+    """Yield the main parameters and moments. In an fp32 model the main parameters are the parameters themselves."""
     for chained in optimizer.megatron.chained_optimizers:
         for group in chained.optimizer.param_groups:
             for parameter in group["params"]:

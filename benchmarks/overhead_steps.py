@@ -1,4 +1,4 @@
-"""The steps that ``step_overhead.py`` compares, on one rank."""
+"""Run, on one rank, the steps that ``step_overhead.py`` compares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OBJECTIVE = ObjectiveConfig()
 
 
 def answer(what: str, shape: Any, rounds: int) -> None:
-    """Measure and print one JSON object on the first rank."""
+    """Measure; print the result as one JSON object on the first rank."""
     features.shield_imports()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = ParallelConfig(tensor=size)
@@ -49,7 +49,7 @@ def answer(what: str, shape: Any, rounds: int) -> None:
 
 
 def measure_time(shape: Any, parallel: ParallelConfig, layout: MeshRank, rounds: int) -> dict[str, Any]:
-    """Seconds of each variant by round, and of what stands beside the update."""
+    """Return the seconds of each variant by round, and of the work besides the update: log-probs, weights, packing."""
     from megatron_dypo.mcore.logprobs import sequence_logprobs
 
     bench = Bench(shape, parallel, layout)
@@ -73,8 +73,8 @@ def measure_time(shape: Any, parallel: ParallelConfig, layout: MeshRank, rounds:
 
 
 def measure_memory(shape: Any, parallel: ParallelConfig, layout: MeshRank, variant: str) -> dict[str, int]:
-    """Peak growth of this rank's resident set over two updates; the largest of the ranks."""
-    from megatron_dypo.mcore import forward_step, model, optimizer  # noqa: F401, imports are no part of a step
+    """Return the peak growth of a rank's resident set over two updates; the largest over all ranks."""
+    from megatron_dypo.mcore import forward_step, model, optimizer  # noqa: F401, before the start: imports do not count
 
     start = measure.resident_bytes()
     bench = Bench(shape, parallel, layout)
@@ -88,7 +88,7 @@ def measure_memory(shape: Any, parallel: ParallelConfig, layout: MeshRank, varia
 
 
 class Bench:
-    """A model with its optimizer, and the packed rows of one update."""
+    """A model with its optimizer, and the microbatches of one update."""
 
     def __init__(self, shape: Any, parallel: ParallelConfig, layout: MeshRank) -> None:
         from megatron_dypo.mcore.model import build_model
@@ -105,7 +105,7 @@ class Bench:
         self.rows = pack_microbatches(token_weights(self.groups), shape.rows, self.arch, layout)
 
     def step(self, variant: str) -> None:
-        """One update."""
+        """Make one update."""
         from megatron_dypo.mcore.forward_step import loss_pass
 
         self.optimizer.zero_grad()
@@ -117,7 +117,7 @@ class Bench:
 
 
 def cross_entropy_pass(chunks: Sequence[Any], rows: Sequence[Microbatch], *, fused: bool) -> None:
-    """Megatron's schedule around its own GPTModel and loss: PolicyModel differs from it in one method."""
+    """Run Megatron's schedule with its own GPTModel and loss. PolicyModel differs from GPTModel in one method."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -162,7 +162,7 @@ def architecture(shape: Any) -> Architecture:
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=heads,
-        num_key_value_heads=2,  # what the two tensor-parallel ranks divide
+        num_key_value_heads=2,  # divided between the two tensor-parallel ranks
         head_dim=64,
         ffn_hidden_size=shape.ffn,
         vocab_size=shape.vocab,
@@ -177,7 +177,7 @@ def architecture(shape: Any) -> Architecture:
 
 
 def draw_groups(shape: Any) -> list[list[Sample]]:
-    """Mid groups, half of each correct, and teachers' traces."""
+    """Draw Mid groups, in which half of the rollouts are right, and teachers' traces."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(shape.length), 0.3, shape.rollouts + shape.traces), 8, None).astype(int)
     draw = partial(_sample, rng, shape)
@@ -208,7 +208,7 @@ def _sample(rng: Any, shape: Any, order: int, member: int, length: int, *, is_tr
 
 
 def token_weights(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
-    """Every sample with its token weights."""
+    """Return every sample with its token weights."""
     totals = add_counts([count_groups(groups)])
     objective = build_objective(OBJECTIVE)
     return [

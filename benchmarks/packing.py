@@ -1,23 +1,29 @@
-"""Padding and balance of one update's plan, against token-balanced packing, verl's balancing and round robin.
+"""Compare padding and balance of one update's plan with token-balanced packing, verl's balancing and round robin.
 
     python benchmarks/packing.py
 
-1,024 sequences of reasoning lengths (log-normal, median 1,800 tokens, σ = 0.9, clipped to 200–8,192 tokens, of which
-150 are prompt) on 8 data-parallel ranks of 2 tensor-parallel ranks, several draws, for each budget of tokens in a
-microbatch.
+The data are 1,024 sequences of reasoning lengths (log-normal, median 1,800 tokens, σ = 0.9, clipped to 200–8,192
+tokens, of which 150 are prompt) on 8 data-parallel ranks of 2 tensor-parallel ranks. Several draws are planned for each
+budget of tokens in a microbatch.
 
-- ``flops``: ours. Ranks, then the microbatches of each rank, by FLOPs within the budget; rows of their own length.
-- ``tokens``: largest first by length over the ranks, best-fit decreasing in each.
-- ``verl``: what verl's ``balance_batch`` and ``rearrange_micro_batches`` do by sequence length: Karmarkar–Karp with as
-  many sequences on each rank, then Karmarkar–Karp over ⌈tokens/budget⌉ microbatches, which may exceed the budget.
-- ``round_robin``: sequence i on rank i mod 8, microbatches filled in that order.
+- ``flops``: this package's plan. It balances the ranks by FLOPs, then the microbatches of each rank by FLOPs within the
+  budget. Each microbatch has its own length.
+- ``tokens``: sequences go to ranks by length, largest first, and to the microbatches of a rank by best-fit decreasing.
+- ``verl``: verl's ``balance_batch`` and ``rearrange_micro_batches`` by sequence length: Karmarkar–Karp with the same
+  number of sequences on each rank, then Karmarkar–Karp over ⌈tokens/budget⌉ microbatches, which may exceed the budget.
+- ``round_robin``: sequence i is on rank i mod 8; microbatches are filled in that order.
 
-Columns, worst over the draws: ``padding`` of rows with their own lengths, ``padding_fp8`` of the same with 8
-tensor-parallel ranks and FP8 (multiples of 128 tokens) and ``padding_equal`` of rows that all have the fullest one's
-length; ``flops`` and ``tokens``: the largest rank over the mean one, less 1; ``within``: the same over the microbatches
-of one rank, worst rank; ``lockstep``: the time lost where ranks wait for each other after every microbatch; ``fullest``
-row over the budget; microbatches on a rank; milliseconds to plan. The last line is one JSON object, of ``flops`` at its
-worst over draws, budgets and architectures.
+Columns, each the worst over the draws:
+
+- ``padding``: share of padding, if each microbatch has its own length; ``padding_fp8``: the same with 8 tensor-parallel
+  ranks and FP8 (multiples of 128 tokens); ``padding_equal``: if every microbatch has the length of the fullest.
+- ``flops``, ``tokens``: the largest rank divided by the mean, minus 1; ``within``: the same over the microbatches of
+  one rank, for the worst rank.
+- ``lockstep``: the share of time lost if ranks wait for each other after every microbatch.
+- ``fullest``: the fullest microbatch divided by the budget; ``microbatches``: microbatches on a rank; ``ms``: time to
+  plan in milliseconds.
+
+The last line is one JSON object: the worst figures of ``flops`` over draws, budgets and architectures.
 """
 
 from __future__ import annotations
@@ -105,7 +111,7 @@ VARIANTS: dict[str, Callable[[Sequence[int], Sequence[float], int, int], Plan]] 
 
 
 def karmarkar_karp(values: Sequence[int], count: int, *, equal_size: bool = False) -> list[list[int]]:
-    """Largest differencing over ``count`` sets; with ``equal_size`` each merge joins one item more to every set."""
+    """Divide items into ``count`` sets by largest differencing; with ``equal_size`` all sets get the same number."""
     order = sorted(range(len(values)), key=lambda i: (values[i], i))
     step = count if equal_size else 1
     assert len(values) % step == 0, "as many for each set"
@@ -178,7 +184,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
 
 
 def time_many(sequences: int, ranks: int, budget: int) -> None:
-    """Seconds to plan a very large update, and a very large rank."""
+    """Print the seconds to plan a very large update, and the same update on a single rank."""
     lengths = draw_lengths(0, sequences)
     cost = sequence_cost(ARCHITECTURES["Qwen2.5-7B"])
     costs = [cost(n, n - PROMPT) for n in lengths]

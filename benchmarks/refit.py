@@ -1,23 +1,24 @@
-"""A refit of weights from TP2 ranks into TP2 servers, slices to their places, against two ways to move the same model.
+"""Compare a refit from TP2 trainer ranks to TP2 servers with two other ways to move the same model.
 
     python benchmarks/refit.py [--rounds 7]
 
-Random weights of a Llama-like model in bf16, 1.2 GB, over gloo between processes of this machine. Variants take turns
-in the same processes; every way ends when all server ranks hold all their weights in place:
+The weights are random: a Llama-like model in bf16, 1.2 GB, sent over gloo between processes of this machine. Variants
+take turns in the same processes:
 
-- ``planned``: the trainer's ranks send what the plan says, over connections of before, with sampled checksums; the
-  server ranks run the loader that SGLang runs. HTTP calls to a server are not in it.
-- ``raw``: gloo's send and receive of as many bytes on each link, one tensor each, into memory that is thrown away.
+- ``planned``: the trainer ranks send the slices of the plan, over connections that exist already, with sampled
+  checksums; the server ranks run the loader that SGLang runs. HTTP calls to a server are not included.
+- ``raw``: gloo sends and receives the same number of bytes on each link, as one tensor, into memory that is discarded.
 - ``broadcast``: rank 0 gathers each whole tensor, and broadcasts buckets of 512 MiB; each server rank copies its slices
   out.
 
-What arrives by ``planned`` and by ``broadcast`` is compared. The last line is one JSON object; see README.md.
+``planned`` and ``broadcast`` end when every server rank holds all its weights in place; the two results are compared.
+The last line is one JSON object; see README.md.
 
 All ratios depend on the machine. With one server 4 processes copy at the same time, with two servers 6. ``raw`` is one
-copy of each byte through gloo; ``planned`` adds a checksum of a sixteenth and a copy into place, which overlap with
-sending only as far as there are cores for them. ``broadcast`` pays for new memory of each tensor and bucket. So a busy
-machine, or one of few cores, changes ``raw`` and ``planned`` by different factors: compare figures of one machine at
-one load, and read every round.
+copy of each byte through gloo. ``planned`` adds a checksum of a sixteenth of the bytes and a copy into place; they
+overlap with sending only if there are cores for them. ``broadcast`` allocates new memory for each tensor and bucket. So
+a busy machine, or one with few cores, changes ``raw`` and ``planned`` by different factors: compare figures of one
+machine at one load, and read every round.
 """
 
 from __future__ import annotations

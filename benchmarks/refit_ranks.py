@@ -1,4 +1,4 @@
-"""What the ranks of ``refit.py`` do: the first two are the trainer's, each further pair is a server's."""
+"""Run one rank of ``refit.py``: the first two ranks are the trainer's, each further pair is a server's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Variants = dict[str, Callable[[], object]]
 
 
 def answer(case: dict[str, int]) -> None:
-    """Measure, and print one JSON object on the first rank."""
+    """Measure; print the result as one JSON object on the first rank."""
     dist.init_process_group("gloo")
     sources = dist.new_group([0, 1])
     holders = dist.new_group([0, *range(TENSOR, dist.get_world_size())])
@@ -91,7 +91,7 @@ _stores: list[dist.Store] = []
 
 
 def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
-    """What rank 0 tells all others of the connection."""
+    """Return the message by which rank 0 tells all other ranks about the connection."""
     inputs = PlanInputs(
         arch=arch,
         source=Mesh(tensor=TENSOR),
@@ -118,7 +118,7 @@ def meeting(arch: Architecture, num_servers: int) -> ControlMessage:
 
 
 def in_step(action: Callable[[], object]) -> Callable[[], None]:
-    """All ranks begin together, and none is done before all are."""
+    """Return a step that all ranks begin together, and that ends on each rank once all have finished."""
 
     def step() -> None:
         dist.barrier()
@@ -129,7 +129,7 @@ def in_step(action: Callable[[], object]) -> Callable[[], None]:
 
 
 def raw_transfers(message: ControlMessage) -> dict[tuple[int, int], int]:
-    """(source, the rank in this job that stands for a server rank) → bytes."""
+    """Return (trainer rank, the rank of this job that plays the server rank) → bytes."""
     links = message.plan.make_plan().link_bytes()
     return {
         (source, TENSOR * (1 + server) + server_rank): size for (source, server, server_rank), size in links.items()
@@ -137,7 +137,7 @@ def raw_transfers(message: ControlMessage) -> dict[tuple[int, int], int]:
 
 
 class SourceEnd:
-    """A rank of the trainer."""
+    """One rank of the trainer."""
 
     num_bytes = 0
 
@@ -181,7 +181,7 @@ class SourceEnd:
             dist.broadcast_object_list([None], 0, group=self._holders)
 
     def forget(self) -> None:
-        """Nothing arrives here."""
+        """Do nothing: no weights arrive at a trainer rank."""
 
     def sums(self) -> list[Any]:
         return []
@@ -217,7 +217,7 @@ class SourceEnd:
 
 
 class ServerEnd:
-    """A rank of a server, with what SGLang would hold there."""
+    """One rank of a server, with the tensors that SGLang would hold there."""
 
     def __init__(self, message: ControlMessage, server: int, server_rank: int, holders: dist.ProcessGroup) -> None:
         self.message = dataclasses.replace(message, server=server, server_rank=server_rank)
@@ -241,7 +241,7 @@ class ServerEnd:
         return {"planned": self.take_refit, "raw": self.take_raw, "broadcast": self.take_broadcast}
 
     def named_parameters(self) -> Any:
-        """What the loader asks a model for."""
+        """Return the names and tensors that the loader asks of a model."""
         return self.held.items()
 
     def take_refit(self) -> None:

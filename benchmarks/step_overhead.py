@@ -1,25 +1,27 @@
-"""Time and peak memory of a DYPO update against a plain cross-entropy step of Megatron's on the same packed tokens.
+"""Compare time and peak memory of a DYPO update with Megatron's plain cross-entropy step on the same packed tokens.
 
     python benchmarks/step_overhead.py
 
-- ``dypo``: SFT, GRPO and GAL in one update: forward, token loss, backward, optimizer. The scoring passes before it
-  (log π_old) are not in it; their time is printed beside it, as are those of token weights and packing.
-- ``sft``: Megatron-Core's ``GPTModel`` with labels: logits of the whole row, fused vocab-parallel cross-entropy
-  (``cross_entropy_loss_fusion``), mean over response tokens; the same parameters, rows, schedule and optimizer.
-- ``sft_unfused``: the same with Megatron's default cross-entropy, which is the leaner one on a CPU.
+- ``dypo``: SFT, GRPO and GAL in one update: forward, token loss, backward, optimizer. The passes for log π_old before
+  it are not included; their time, and that of token weights and packing, is printed separately.
+- ``sft``: Megatron-Core's ``GPTModel`` with labels: logits of the whole microbatch, fused vocab-parallel cross-entropy
+  (``cross_entropy_loss_fusion``), mean over response tokens; the same parameters, microbatches, schedule and optimizer.
+- ``sft_unfused``: the same with Megatron's default cross-entropy, which needs less on a CPU.
 
-One process, and two tensor-parallel ranks over gloo; fp32, one thread for each rank. Prompts are a quarter of the
-tokens. The main shape has 4 layers of 256 channels and 32,768 vocabulary entries, which gives the output projection 73%
-of the parameters that a token is multiplied with (a 7B model: 8%), so that what DYPO adds behind the last layer counts
-for more than it would there. Times are medians over rounds that go through the variants in turn, in one process and on
-one model; the time of the processor is beside them, which other load on the machine changes less. Peak memory is the
-growth of the resident set since before the model was built, of each variant in a process of its own: parameters,
-gradients and optimizer state count, as they do in a GPU's ``max_memory_allocated``; ``step`` is the part above them.
+Each is measured in one process, and on two tensor-parallel ranks over gloo, in fp32 with one thread for each rank.
+Prompts are a quarter of the tokens. The main shape has 4 layers of 256 channels and 32,768 vocabulary entries. Its
+output projection has 73% of the parameters that a token is multiplied with (a 7B model: 8%), so the work that DYPO adds
+after the last layer counts for more than in a large model.
 
-``memory_k64_vs_k4``: groups of 64 rollouts against groups of 4, the same sequences otherwise.
+Times are medians over rounds; each round runs every variant once, in one process and on one model. Processor time is
+printed too: other load on the machine changes it less. Peak memory is the growth of the resident set since before the
+model was built, with each variant in a process of its own. Parameters, gradients and optimizer state count, as they do
+in a GPU's ``max_memory_allocated``; ``step`` is the memory on top of them.
 
-The last line is one JSON object; each of its ratios is the worst over one process and TP2 on the main shape (all shapes
-that were asked for, if that one was not), against the better of ``sft`` and ``sft_unfused``.
+``memory_k64_vs_k4`` compares groups of 64 rollouts with groups of 4; the sequences are otherwise the same.
+
+The last line is one JSON object. Each of its ratios is relative to the better of ``sft`` and ``sft_unfused``, and is
+the worst over one process and TP2 on the main shape (or on all shapes, if the main shape was not asked for).
 """
 
 from __future__ import annotations
@@ -62,11 +64,11 @@ SHAPES = {
 }
 K_SHAPE = Shape(rollouts=64, traces=16, length=48)
 SMOKE = {"hidden": 128, "layers": 2, "ffn": 64, "vocab": 500, "length": 16}
-"""What ``--smoke`` makes of every shape."""
+"""Sizes that ``--smoke`` gives every shape."""
 
 
 def ask(what: str, shape: Shape, ranks: int, args: argparse.Namespace) -> Any:
-    """One measurement in processes of its own."""
+    """Make one measurement in processes of its own."""
     arguments = ["--measure", what, "--shape", json.dumps(asdict(shape)), "--rounds", str(args.rounds)]
     return measure.run_ranks(str(Path(__file__)), arguments, ranks=ranks, lean=what.startswith("memory"))
 
@@ -112,7 +114,7 @@ def compare_group_sizes(ranks: int, args: argparse.Namespace) -> float:
 
 
 def check_shapes(names: list[str], ranks: list[int]) -> None:
-    """Raise ValueError where a shape cannot be divided over some number of ranks: at the start, not after minutes."""
+    """Raise ValueError if a shape cannot be divided over one of the numbers of ranks, before anything is measured."""
     for name, shape in [*((name, SHAPES[name]) for name in names), ("group sizes", K_SHAPE)]:
         for size in ranks:
             try:
@@ -143,14 +145,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="one round of tiny shapes: does it run?")
     parser.add_argument("--measure", help="one measurement in this process: time, or memory:<variant>")
-    parser.add_argument("--shape", help="its shape, as JSON")
+    parser.add_argument("--shape", help="shape of that measurement, as JSON")
     args = parser.parse_args()
     if args.measure:
         overhead_steps.answer(args.measure, Shape(**json.loads(args.shape)), args.rounds)
         return
     check_shapes(args.shapes, args.ranks)
     if args.smoke:
-        args.shapes, args.rounds = args.shapes[:1], 1  # they are all made tiny, and so alike
+        args.shapes, args.rounds = args.shapes[:1], 1  # one is enough: all get the same tiny sizes
     measure.print_header()
     measure.print_result({name: round(value, 4) for name, value in compare(args).items()})
 
