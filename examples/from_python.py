@@ -1,8 +1,8 @@
-"""Two steps of DYPO through the public Python API: make a tiny model and its data, train, read what the run wrote.
+"""Make two steps of DYPO by the public Python API: make a tiny model and its data, train, read what the run wrote.
 
     python examples/from_python.py
 
-The model has a million random weights and knows nothing yet, so that every prompt is Hard and both steps learn from the
+The model has a million random weights and knows nothing yet. So every prompt is Hard, and both steps learn from the
 teachers' traces. ``make quickstart`` shows a whole run.
 """
 

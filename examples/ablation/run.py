@@ -1,10 +1,10 @@
-"""Train every row of ``ablation.yaml`` and print the table. Run again after an interruption, it goes on.
+"""Train every row of ``ablation.yaml`` and print the table. After an interruption, the same command goes on.
 
     python examples/ablation/run.py                   # all rows
-    python examples/ablation/run.py dypo no_gal       # these
+    python examples/ablation/run.py dypo no_gal       # these two
 
-It begins with the warm start that ``make quickstart`` leaves in ``runs/quickstart``. Each row is a run of
-``megatron-dypo train`` in ``runs/ablation/<row>/seed-<n>``, whose command is printed.
+Every row begins with the warm start that ``make quickstart`` leaves in ``runs/quickstart``. Each row is a run of
+``megatron-dypo train`` in ``runs/ablation/<row>/seed-<n>``; its command is printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_spec() -> dict[str, Any]:
 
 
 def overrides_of(spec: dict[str, Any], row: str, seed: int) -> list[str]:
-    """Return the overrides of a row's run, as ``train`` takes them."""
+    """Return the overrides of a row's run, in the form of ``train``'s arguments."""
     own = {"run.dir": str(run_dir(spec, row, seed)), "run.seed": seed, **spec["methods"][row]}
     return [f"{key}={flow_yaml(value)}" for key, value in own.items()]
 
@@ -43,7 +43,7 @@ def run_dir(spec: dict[str, Any], row: str, seed: int) -> Path:
 
 
 def train(spec: dict[str, Any], row: str, seed: int) -> None:
-    """Train a row, unless its model is there."""
+    """Train a row, unless its model exists already."""
     overrides = overrides_of(spec, row, seed)
     load_config(ROOT / spec["config"], overrides)
     if (ROOT / run_dir(spec, row, seed) / "hf").is_dir():
@@ -62,7 +62,7 @@ def accuracies(folder: Path) -> dict[str, float]:
 
 
 def table(spec: dict[str, Any], rows: Iterable[str]) -> str:
-    """Return rows and their accuracies in percent, the mean over seeds."""
+    """Return a table of the rows and their accuracies in percent, each the mean over seeds."""
     lines = []
     for row in rows:
         seen = [own for seed in spec["seeds"] if (own := accuracies(ROOT / run_dir(spec, row, seed)))]
@@ -73,7 +73,7 @@ def table(spec: dict[str, Any], rows: Iterable[str]) -> str:
 
 
 def main(
-    rows: Annotated[list[str] | None, typer.Argument(help="rows of ablation.yaml; all without any")] = None,
+    rows: Annotated[list[str] | None, typer.Argument(help="rows of ablation.yaml; default: all")] = None,
 ) -> None:
     """Train rows that are missing, then print the tables."""
     spec = read_spec()

@@ -1,11 +1,11 @@
-"""Make what dypo.yaml needs from GSM8K: prompt data with two teachers, and a small model with a tokenizer of its own.
+"""Make the inputs of dypo.yaml from GSM8K: prompt data with two teachers, and a small model with its own tokenizer.
 
-GSM8K's rows are ``{"question", "answer"}``; an answer is a solution whose calculations are annotated, ``<<48/2=24>>``,
-and ends with ``#### 72``. The teachers:
+A row of GSM8K has a ``question`` and an ``answer``. The answer is a solution that annotates its calculations,
+``<<48/2=24>>``, and ends with ``#### 72``. The teachers are:
 
-* ``solutions``: the data set's own, without the annotations;
-* ``calculations``: only the annotations, ``48/2=24; 48+24=72``, then the answer. Some rows have none, and so one
-  teacher.
+* ``solutions``: the solution of the data set, without the annotations;
+* ``calculations``: only the annotations, ``48/2=24; 48+24=72``, then the answer. Rows without annotations have only the
+  teacher ``solutions``.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ HF_CONFIG = {
 
 
 class TokenizerKind(str, Enum):
-    """Which library trains the tokenizer."""
+    """The library that trains the tokenizer."""
 
     bpe = "bpe"
     sentencepiece = "sentencepiece"
 
 
 def read_gsm8k(path: Path) -> list[dict[str, str]]:
-    """Rows of a GSM8K file. Raises ValueError naming the file and line of a row that is none."""
+    """Read the rows of a GSM8K file. Raises ValueError with the file and line of a bad row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --data needs train.jsonl and test.jsonl of GSM8K")
     rows = []
@@ -76,7 +76,7 @@ def read_gsm8k(path: Path) -> list[dict[str, str]]:
 
 
 def prompt_row(row: dict[str, str], row_id: str) -> dict[str, object]:
-    """One row of prompt data."""
+    """Return a row of prompt data for a row of GSM8K."""
     solution, _, answer = row["answer"].rpartition(ANSWER_MARK)
     answer = answer.strip().replace(",", "")
     ending = f"{ANSWER_MARK}{answer}"

@@ -1,4 +1,4 @@
-"""Train a small tokenizer and write it as an HF model folder has it: byte-level BPE, or sentencepiece."""
+"""Train a small tokenizer, byte-level BPE or sentencepiece, and write its files to an HF model folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ TRAINERS: Mapping[str, Callable[[Sequence[str], Path, int], None]] = {
 
 
 def _write_config(folder: Path, tokenizer_class: str, stale: str) -> None:
-    """Write ``tokenizer_config.json``; the file ``stale`` of the other kind, if an earlier call left one, goes."""
+    """Write ``tokenizer_config.json``; remove ``stale``, the other kind's file, if an earlier call left it."""
     (folder / stale).unlink(missing_ok=True)
     config = {
         "tokenizer_class": tokenizer_class,

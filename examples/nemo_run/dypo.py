@@ -1,16 +1,16 @@
-"""DYPO with NeMo-Run: rollout servers and trainer as one experiment.
+"""Run DYPO with NeMo-Run: rollout servers and trainer are one experiment.
 
     python examples/nemo_run/dypo.py model=tiny
     python examples/nemo_run/dypo.py --dryrun run.executor=slurm model=llama3_70b model.optimizer.lr=5e-7
 
-``run.executor`` is ``local`` or ``slurm`` (``executors.py``), ``model`` one of ``recipes.py``; docs/nemo_run.md says
-more.
+``run.executor`` is ``local`` or ``slurm`` (``executors.py``), and ``model`` is a recipe of ``recipes.py``.
+docs/nemo_run.md says more.
 """
 
 import os
 import sys
 
-import executors  # noqa: F401 - registers its factories
+import executors  # noqa: F401 - importing it registers its factories
 import nemo_run as run
 from recipes import ROOT, Recipe
 from tasks import Job, local_tasks, slurm_tasks
@@ -23,15 +23,15 @@ def dypo(ctx: run.cli.RunContext, model: Recipe, home: str = str(ROOT), venv: st
     """Train a model with DYPO.
 
     Args:
-        ctx: where and how: NeMo-Run's own options.
-        model: a recipe; ``model.section.key=value`` changes any option of ours.
+        ctx: NeMo-Run's own options: where and how to run.
+        model: a recipe; ``model.section.key=value`` changes any option of the config.
         home: this repository on the machines that run the job.
-        venv: their Python environment, which is not NeMo-Run's; unused with ``run.executor.container_image``.
+        venv: Python environment of those machines, not NeMo-Run's; unused with ``run.executor.container_image``.
     """
     job = Job(recipe=model, overrides=model.overrides(), home=home, venv=venv)
     make_tasks = slurm_tasks if isinstance(ctx.executor, run.SlurmExecutor) else local_tasks
     try:
-        # Types and rules of all options, broken here and not when the job starts.
+        # Check types and rules of all options now, and not when the job starts.
         load_config(model.file, job.overrides)
         tasks, places = make_tasks(job, ctx.executor)
     except ValueError as error:
@@ -45,7 +45,7 @@ def dypo(ctx: run.cli.RunContext, model: Recipe, home: str = str(ROOT), venv: st
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)  # relative paths mean what they mean to all other commands
+    os.chdir(ROOT)  # relative paths begin here, as for all other commands
     run.cli.main(
         dypo,
         type="experiment",

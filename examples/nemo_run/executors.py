@@ -1,4 +1,5 @@
-"""Where an experiment runs: factories for ``run.executor=NAME``, changed with ``run.executor.option=value``."""
+"""Executors, which say where an experiment runs. Choose one by ``run.executor=NAME``, change it by
+``run.executor.option=value``."""
 
 import nemo_run as run
 
@@ -6,16 +7,17 @@ import nemo_run as run
 @run.cli.factory
 @run.autoconvert
 def local() -> run.LocalExecutor:
-    """This machine."""
+    """Run on this machine."""
     return run.LocalExecutor()
 
 
 @run.cli.factory
 @run.autoconvert
 def slurm() -> run.SlurmExecutor:
-    """A Slurm cluster, from one of its login nodes; with pyxis where ``container_image`` is set.
+    """Run on a Slurm cluster, from one of its login nodes; with pyxis if ``container_image`` is set.
 
-    Nodes come from the recipe. SIGUSR1, five minutes ahead of the time limit, has the trainer write a checkpoint.
+    The recipe sets the number of nodes. Slurm sends SIGUSR1 five minutes before the time limit; the trainer then writes
+    a checkpoint.
     """
     return run.SlurmExecutor(
         account="dypo",

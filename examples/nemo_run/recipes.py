@@ -1,4 +1,4 @@
-"""Recipes: configs of ours that NeMo-Run's command line selects with ``model=NAME`` and changes with
+"""Recipes: configs of this repository. NeMo-Run's command line selects one by ``model=NAME`` and changes it by
 ``model.section.key=value``."""
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Config):
-    """A config, the file that it differs from, and how many nodes share the work."""
+    """A config, the file that it was read from, and the numbers of nodes."""
 
     file: str
     """YAML file, from the repository root."""
@@ -28,26 +28,26 @@ class Recipe(Config):
     """Nodes with ``rollout.servers.per_node`` servers each."""
 
     def overrides(self) -> list[str]:
-        """``section.key=value`` for all that differs from :attr:`file`."""
+        """Return ``section.key=value`` for each option that differs from :attr:`file`."""
         config = Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
         return override_lines(load_config(ROOT / self.file), config)
 
 
 @run.cli.factory
 def tiny() -> run.Config[Recipe]:
-    """The quickstart's DYPO run: a million parameters on two pipeline stages, one server, all on CPUs."""
+    """Make the quickstart's DYPO run: a million parameters on two pipeline stages, one server, all on CPUs."""
     return _recipe("examples/quickstart/dypo.yaml")
 
 
 @run.cli.factory
 def qwen2_5_math_7b() -> run.Config[Recipe]:
-    """The paper's setting: a node of eight GPUs that trains, a node of eight servers."""
+    """Make the paper's setting: a node of eight GPUs that trains, and a node of eight servers."""
     return _recipe("examples/qwen2_5_math_7b/dypo.yaml")
 
 
 @run.cli.factory
 def llama3_70b() -> run.Config[Recipe]:
-    """Llama-3-70B on eight nodes that train and four with a server each."""
+    """Make a run of Llama-3-70B on eight nodes that train and four nodes with a server each."""
     return _recipe("examples/llama3_70b/config.yaml", trainer_nodes=8, rollout_nodes=4)
 
 
@@ -58,14 +58,14 @@ def _recipe(file: str, overrides: Sequence[str] = (), **nodes: int) -> run.Confi
 
 
 def _as_run_config(value: Any) -> Any:
-    """A tree of dataclasses as one of ``run.Config``, which the command line can change."""
+    """Return a tree of dataclasses as a tree of ``run.Config``, which the command line can change."""
     if not is_dataclass(value):
         return value
     return run.Config(type(value), **{f.name: _as_run_config(getattr(value, f.name)) for f in fields(value)})
 
 
 def _options(section: type) -> Iterator[tuple[str, Any]]:
-    """Annotation of each option as it is written, and the type that it means."""
+    """Yield for each option its annotation as text, and the type that the annotation means."""
     hints = get_type_hints(section)
     for f in fields(section):
         if is_dataclass(hints[f.name]):
@@ -75,10 +75,10 @@ def _options(section: type) -> Iterator[tuple[str, Any]]:
 
 
 def _register(annotation: str, kind: Any) -> None:
-    """Have NeMo-Run read values of this type as our own overrides are read: YAML, then pydantic.
+    """Make NeMo-Run read values of this type as ``train`` reads overrides: by YAML, then by pydantic.
 
-    Its parser has no rule for an annotation that is a string (``from __future__ import annotations``), for tuples, and
-    for ``int | None``.
+    NeMo-Run's parser has no rule for annotations that are strings (``from __future__ import annotations``), for tuples,
+    and for ``int | None``.
     """
     adapter = TypeAdapter(kind)
     type_parser.register_parser(annotation)(lambda text, _: adapter.validate_python(yaml.safe_load(text)))

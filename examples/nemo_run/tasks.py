@@ -1,4 +1,4 @@
-"""The two tasks of an experiment, trainer and rollout servers, and where each runs."""
+"""Make the two tasks of an experiment, trainer and rollout servers, and the executor of each."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from megatron_dypo.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be run."""
+    """A run, and where its files are."""
 
     recipe: Recipe
     overrides: list[str]
-    """What makes the recipe of its file."""
+    """Overrides that turn the recipe's file into the recipe."""
     home: str
-    """The repository, where the job runs."""
+    """Path of the repository on the machines that run the job."""
     venv: str
     """Environment of trainer and servers, unless they run in a container."""
 
 
 def local_tasks(job: Job, executor: run.LocalExecutor) -> tuple[list[run.Script], list[run.LocalExecutor]]:
-    """Trainer and servers on this machine; NeMo-Run stops one when the other has ended."""
+    """Make the tasks of trainer and servers on this machine. When one has ended, NeMo-Run stops the other."""
     recipe, servers = job.recipe, job.recipe.rollout.servers
-    # Both inherit it; NeMo-Run would write a setting of its own down.
+    # Both tasks inherit the key from the environment. NeMo-Run would write its own settings to a file.
     os.environ.setdefault(servers.api_key_env, secrets.token_hex(16))
     urls = ",".join(f"http://{servers.host}:{servers.port + index}" for index in range(servers.per_node))
 
@@ -37,24 +37,25 @@ def local_tasks(job: Job, executor: run.LocalExecutor) -> tuple[list[run.Script]
         args = ["megatron_dypo.cli", command, recipe.file, *job.overrides, *arguments]
         return run.Script(entrypoint=f"{job.venv}/bin/python", path="-m", args=args)
 
-    # torchx kills a task 10 s after its SIGTERM, and SGLang may need that long on its own.
+    # torchx kills a task 10 s after SIGTERM. Shorten the servers' own grace time, so that they end before that.
     serve = task("serve", "rollout.servers.stop_grace_s=3", "--log-dir", f"{recipe.run.dir}/logs")
-    # The trainer last: NeMo-Run 0.11.1 takes the state of a local group from its last task (schedulers/local.py,
-    # describe).
+    # The trainer must be last: NeMo-Run 0.11.1 takes the state of a local group from its last task
+    # (schedulers/local.py, describe).
     return [serve, task("train", f"rollout.servers.urls=[{urls}]")], [executor, executor.clone()]
 
 
 def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script], list[run.SlurmExecutor]]:
-    """Trainer nodes and rollout nodes as one heterogeneous job; when either part ends, NeMo-Run's script ends the
-    other.
+    """Make the tasks of trainer nodes and rollout nodes in one heterogeneous job.
+
+    When one part ends, NeMo-Run's script ends the other.
 
     Raises:
-        ValueError: nodes that the recipe does not know of, no GPUs, or a path that NeMo-Run would change.
+        ValueError: ``run.executor.nodes`` is set, there are no GPUs, or NeMo-Run would change a path.
     """
     nodes, gpus = executor.nodes, executor.gpus_per_node
     require(nodes == 1, f"run.executor.nodes={nodes}", "set model.trainer_nodes and model.rollout_nodes")
     require(bool(gpus), f"run.executor.gpus_per_node={gpus}", "must be given: nodes are filled by it")
-    # NeMo-Run replaces this text wherever it stands in a batch script.
+    # NeMo-Run replaces this text everywhere in a batch script.
     require("/nemo_run" not in job.home + job.venv, f"home={job.home}, venv={job.venv}", "must not contain /nemo_run")
     trainer, servers = executor.clone(), executor.clone()
     trainer.setup_lines = _setup_lines(job, executor)
@@ -73,7 +74,7 @@ def slurm_tasks(job: Job, executor: run.SlurmExecutor) -> tuple[list[run.Script]
 
 
 def _setup_lines(job: Job, executor: run.SlurmExecutor) -> str:
-    """Settings of slurm/common.sh, as `sbatch slurm/dypo_70b.sh` takes them from the environment, and their users."""
+    """Return lines of a batch script that set the settings of slurm/common.sh and source slurm/het_job.sh."""
     settings = {"DYPO_HOME": job.home, "CONFIG": job.recipe.file}
     if executor.container_image:
         settings |= {"IMAGE": executor.container_image, "MOUNTS": ",".join(executor.container_mounts)}
@@ -86,8 +87,7 @@ def _setup_lines(job: Job, executor: run.SlurmExecutor) -> str:
 
 
 def _run_at_home(home: str, part: run.SlurmExecutor) -> None:
-    """Have the commands of a part start in the repository and not in NeMo-Run's folder: of two such options the last
-    counts."""
+    """Make the commands of a part start in the repository, not in NeMo-Run's folder. The last such option counts."""
     if part.container_image:
         part.container_mounts = [*part.container_mounts, f"{home}:{home}"]
         place = ["--no-container-mount-home", f"--container-workdir={home}"]
@@ -97,5 +97,5 @@ def _run_at_home(home: str, part: run.SlurmExecutor) -> None:
 
 
 def _node_script(role: str, arguments: str) -> run.Script:
-    """slurm/node.sh completes a command with what differs from node to node; the batch script expands the variables."""
+    """Make a task of slurm/node.sh, which adds node-specific arguments. The batch script expands the variables."""
     return run.Script(entrypoint="bash", path="slurm/node.sh", args=[role, '"$PYTHON"', arguments])

@@ -1,8 +1,9 @@
-"""The quickstart: data, model, warm start, DYPO, report, summary. Run again after an interruption, it goes on.
+"""Run the quickstart: data, model, warm start, DYPO, report, summary. After an interruption, the same command goes on.
 
     python examples/quickstart/run.py
 
-Every stage but the first is a command of ``megatron-dypo``, printed before it runs, and so can be run by hand.
+Every stage but the first is a command of ``megatron-dypo``. It is printed before it runs, so you can also run it by
+hand.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TRAIN = {0: 400, 1: 800, 2: 1400, 3: 1400}
 
 
 def make_inputs(out: Path, seed: int) -> None:
-    """Problems for the warm start, for DYPO and held-out ones, all different; and a random model."""
+    """Write problems for the warm start, for DYPO and for evaluation, all different, and a random model."""
     rng = random.Random(seed)
     heldout = draw_problems(HELDOUT, rng)
     train = draw_problems(TRAIN, rng, exclude=heldout)
@@ -45,7 +46,7 @@ def make_inputs(out: Path, seed: int) -> None:
 
 
 def overrides(out: Path, seed: int, stage: str) -> list[str]:
-    """What a config of this folder must be told when the place of the results, or the seed, is not the usual one."""
+    """Return the overrides of a stage's config if the folder of the results or the seed is not the default."""
     seeds = [f"run.seed={seed}"] if seed != DEFAULT_SEED else []
     if out == DEFAULT_OUT:
         return seeds

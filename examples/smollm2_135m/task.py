@@ -16,7 +16,7 @@ WORDINGS = ("What is {} plus {}?", "Add {} and {}.", "What do {} and {} make tog
 
 @dataclass(frozen=True)
 class Question:
-    """Two numbers to be added, and the words that ask for it."""
+    """Two numbers to be added, and the words that ask for their sum."""
 
     first: int
     second: int
@@ -34,7 +34,7 @@ class Question:
 def add_tens_and_ones(question: Question) -> str:
     """Write the trace of the teacher ``tens_and_ones``.
 
-    Of 47 and 95: 40 + 90 = 130, 7 + 5 = 12, 130 + 12 = 142. The answer is 142.
+    Example for 47 and 95: 40 + 90 = 130, 7 + 5 = 12, 130 + 12 = 142. The answer is 142.
     """
     (tens, ones), (more_tens, more_ones) = divmod(question.first, 10), divmod(question.second, 10)
     high, low = 10 * (tens + more_tens), ones + more_ones
@@ -45,7 +45,7 @@ def add_tens_and_ones(question: Question) -> str:
 def add_in_two_steps(question: Question) -> str:
     """Write the trace of the teacher ``two_steps``.
 
-    Of 47 and 95: 47 + 90 = 137, 137 + 5 = 142. The answer is 142.
+    Example for 47 and 95: 47 + 90 = 137, 137 + 5 = 142. The answer is 142.
     """
     tens, ones = divmod(question.second, 10)
     half = question.first + 10 * tens
@@ -57,7 +57,7 @@ TEACHERS: Mapping[str, Callable[[Question], str]] = {"tens_and_ones": add_tens_a
 
 
 def draw_questions(counts: Sequence[int], rng: random.Random) -> list[list[Question]]:
-    """Draw sets of ``counts`` questions; no two of them, in all sets, add the same two numbers in the same order.
+    """Draw sets of ``counts`` questions. No two questions of all sets add the same two numbers in the same order.
 
     Raises:
         ValueError: there are not that many pairs of numbers.
@@ -70,7 +70,7 @@ def draw_questions(counts: Sequence[int], rng: random.Random) -> list[list[Quest
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Write prompt data (JSONL), with the traces of both teachers; the file appears when it is complete."""
+    """Write prompt data (JSONL) with the traces of both teachers. The file appears once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
         for question in questions:
@@ -78,7 +78,7 @@ def write_questions(path: Path, questions: Iterable[Question]) -> None:
 
 
 def prompt_row(question: Question) -> dict[str, object]:
-    """Return one row of prompt data: a message, of which the model's own chat template makes the prompt."""
+    """Return one row of prompt data. Its prompt is a message; the model's own chat template renders it."""
     return {
         "id": f"{question.first}+{question.second}",
         "prompt": [{"role": "user", "content": question.text}],

@@ -1,4 +1,4 @@
-"""Stages of a job that goes on after an interruption, and the commands that they run."""
+"""Run the stages of a job that goes on after an interruption, and the commands of the stages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Stages:
-    """Which stages are complete and how long each took, kept in a file, so that a second call goes on."""
+    """The stages of a job: which are complete, and how long each took. A file keeps this for the next call."""
 
     def __init__(self, path: Path, seed: int) -> None:
-        """Raises ValueError when the folder holds a job of another seed."""
+        """Read the file. Raises ValueError if the folder holds a job of another seed."""
         self._path = path
         self._state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "stages": {}}
         if self._state["seed"] != seed:
@@ -30,7 +30,7 @@ class Stages:
 
     @property
     def seconds(self) -> float:
-        """Time of all stages, those of earlier calls and broken-off ones included."""
+        """Return the time of all stages, including those of earlier calls and those that were interrupted."""
         return sum(float(stage["seconds"]) for stage in self._state["stages"].values())
 
     def run(self, name: str, action: Callable[[], None]) -> None:
@@ -67,6 +67,6 @@ def _run(name: str, arguments: tuple[str, ...], program: list[str]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=2) + "\n")

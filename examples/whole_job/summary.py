@@ -1,4 +1,4 @@
-"""What the metrics of a run say in a few numbers."""
+"""Summarize the metrics of a run in a few numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NUM_EDGE_STEPS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Content of ``summary.json``."""
+    """The content of ``summary.json``."""
 
     accuracy_before: float
     accuracy_before_interval: tuple[float, float]
-    """Wilson's, 95%."""
+    """95% interval (Wilson)."""
     accuracy_after: float
     accuracy_after_interval: tuple[float, float]
     tiers_first: dict[str, float]
@@ -44,10 +44,10 @@ class Summary:
 
 
 def summarize(metrics: Path, *, eval_set: str, seconds: float) -> Summary:
-    """The summary of a run's ``metrics.jsonl``.
+    """Return the summary of a run's ``metrics.jsonl``.
 
     Raises:
-        ValueError: the file does not have two evaluations and at least one step; names the file and what is missing.
+        ValueError: the file has fewer than two evaluations or no graded step.
     """
     rows = read_metrics(metrics)
     evaluations = [row for row in rows if f"eval/{eval_set}/accuracy" in row]
@@ -84,7 +84,7 @@ def _mean_tiers(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def closing_words(summary: Summary, out: Path, job: str) -> str:
-    """Return what the reader should see at the end of a job whose DYPO run is in ``out / "dypo"``."""
+    """Return the text to print at the end of a job whose DYPO run is in ``out / "dypo"``."""
 
     def accuracy(value: float, interval: tuple[float, float]) -> str:
         return f"{value:6.1%}   (95% interval {interval[0]:.1%} to {interval[1]:.1%})"
