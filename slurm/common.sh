@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# One job: trainer nodes and rollout nodes in one allocation, a job step for each role, no Ray. Sourced by dypo_*.sh,
-# which set DYPO_HOME, CONFIG, ROLLOUT_NODES and DEFAULT_NODES. docs/slurm.md tells how to use it.
+# Run one job: trainer nodes and rollout nodes in one allocation, a job step for each role, no Ray. Sourced by dypo_*.sh,
+# which set DYPO_HOME, CONFIG, ROLLOUT_NODES and DEFAULT_NODES. docs/slurm.md explains how to use it.
 #
 # Settings, from the environment of sbatch:
 #   IMAGE, MOUNTS          container image and mounts (pyxis); or
@@ -13,7 +13,7 @@
 #   LOG_ROOT               folder for logs, runs/slurm
 #   ROUTER=1               put sglang-router in front of the servers, on the first rollout node; else the trainer sends to
 #                          the least loaded one
-#   GRACE_S                seconds that the trainer gets to finish its step and save, 270; below the lead of --signal
+#   GRACE_S                seconds for the trainer to finish its step and save, 270; must be below the lead of --signal
 #   MAX_REQUEUES           50
 
 declare -A PID=() # role → process of its srun
@@ -56,7 +56,7 @@ read_settings() {
   [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file in DYPO_HOME=$DYPO_HOME"
   CONTAINER=()
   if [ -n "${IMAGE:-}" ]; then
-    # An image that has a path is a file; anything else is a name in a registry.
+    # IMAGE is a file if it begins with a slash; anything else is a name in a registry.
     [[ $IMAGE != /* || -f $IMAGE || -n ${DRY_RUN:-} ]] || fail "IMAGE=$IMAGE: no such file"
     CONTAINER=(--container-image="$IMAGE" --container-mounts="$DYPO_HOME:$DYPO_HOME,$LOG_ROOT:$LOG_ROOT${MOUNTS:+,$MOUNTS}"
       --no-container-mount-home --container-workdir="$DYPO_HOME")
@@ -69,7 +69,7 @@ read_settings() {
   fi
 }
 
-# NODES: all; TRAIN: those that train; ROLLOUT: those that serve.
+# NODES: all nodes; TRAIN: nodes that train; ROLLOUT: nodes that serve.
 divide_nodes() {
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -88,11 +88,11 @@ divide_nodes() {
   fi
   [ "${ROUTER:-0}:$ROLLOUT_NODES" != 1:0 ] || fail "ROUTER=1 needs ROLLOUT_NODES: servers of the run itself have none"
   OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
-  # First, so that one of the user's that says another number is seen by read_config, not hidden.
+  # Put this before the user's overrides: read_config then sees a different number of the user's.
   OVERRIDES=("rollout.servers.nodes=$(rollout_nodes)" "${OVERRIDES[@]}")
 }
 
-# What rollout.servers.nodes must be: servers of the run itself are on one node.
+# Print the right value of rollout.servers.nodes: servers that the run starts itself are on one node.
 rollout_nodes() { echo $((${#ROLLOUT[@]} > 0 ? ${#ROLLOUT[@]} : 1)); }
 
 make_log_folder() {
@@ -107,7 +107,7 @@ make_log_folder() {
 }
 
 set_environment() {
-  # Ports of this attempt, below the ephemeral range: what an earlier one left on a node does not get in the way.
+  # Ports of this attempt, below the ephemeral range. They differ from those of processes that an earlier attempt left.
   set_value DYPO_PORT $((10000 + (${SLURM_JOB_ID:-0} * 7 + ATTEMPT) % 250 * 80))
   set_value DYPO_TRAIN_NODES "${TRAIN[*]}"
   set_value DYPO_ROLLOUT_NODES "${ROLLOUT[*]}"
@@ -119,16 +119,16 @@ set_environment() {
   set_default HF_HOME "$LOG_ROOT/hf_home"
   set_default HF_HUB_OFFLINE 1
   set_default CUDA_DEVICE_MAX_CONNECTIONS 1 # for TP and CP, before Blackwell; SGLang sets its own
-  # SGLang turns both off for itself; the two ends of a NCCL group that carries weights must agree.
+  # SGLang turns both off in its processes. The two ends of a NCCL group that carries weights must agree.
   set_default NCCL_CUMEM_ENABLE 0
   set_default NCCL_NVLS_ENABLE 0
   set_default NVSHMEM_DISABLE_NCCL 1
   export PYTHONPATH=$DYPO_HOME${PYTHONPATH:+:$PYTHONPATH} no_proxy
   no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost,$(join , "${NODES[@]}")
-  # Where the cluster needs them, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA come with sbatch's environment.
+  # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA, if the cluster needs them, come from sbatch's environment.
   [ -z "${DRY_RUN:-}" ] || return 0
   ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
-  # In the environment only: job steps inherit it, no command line and no file of the job shows it.
+  # The key is in the environment only: job steps inherit it, and no command line and no file of the job shows it.
   DYPO_SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   export DYPO_SGLANG_API_KEY
 }
@@ -138,10 +138,10 @@ set_value() {
   [ -z "${DRY_RUN:-}" ] || printf 'export %s=%q\n' "$1" "$2"
 }
 
-# The same, unless the environment of sbatch has a value.
+# set_default NAME VALUE: as set_value, unless the environment of sbatch has a value.
 set_default() { set_value "$1" "${!1:-$2}"; }
 
-# Resolve the config where nothing has started yet, and take the sizes of the servers from it.
+# Resolve the config before anything starts, and take the sizes of the servers from it.
 read_config() {
   local resolved errors in_container=()
   errors=$(mktemp)
@@ -169,10 +169,10 @@ read_config() {
   fi
 }
 
-# Value of a key of rollout.servers in a resolved config.
+# Print the value of a key of rollout.servers in a resolved config.
 field() { awk -v key="$1:" '/^  servers:/ { inside = 1 } inside && $1 == key { print $2; exit }'; }
 
-# What megatron-dypo says is wrong, or the last line of a traceback.
+# Print the error that megatron-dypo reports, or the last line of a traceback.
 one_line() {
   awk '/^megatron-dypo: error: / { sub(/^megatron-dypo: error: /, ""); text = $0; ours = 1; next }
        ours { text = text "; " $0; next } { text = $0 } END { print text }'
@@ -192,7 +192,7 @@ step() {
     shift
   done
   shift
-  # Servers of other nodes go on when one node's have ended, so that the trainer can finish its step and save.
+  # When the servers of one node have ended, those of other nodes go on: the trainer can finish its step and save.
   [ "$role" != rollout ] || kill=0
   where=(--nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$(join , "${nodes[@]}")")
   local command=(srun --overlap --kill-on-bad-exit="$kill" --cpu-bind=none "${where[@]}" --chdir="$DYPO_HOME"
@@ -215,7 +215,7 @@ start() {
   fi
 }
 
-# One a line; a server that spans nodes answers on its first.
+# Print one URL a line. A server that spans several nodes answers on the first of them.
 server_urls() {
   local index server
   for index in "${!ROLLOUT[@]}"; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The cells of a comparison as a job array; each task trains and evaluates one cell on one node:
+# Run the cells of a comparison as a job array; each task trains and evaluates one cell on one node:
 #   VENV=/shared/venv megatron-dypo compare comparison.yaml --slurm
-# submits this file for the cells that are not done. Submitting again finishes what was killed. Sizes of a node and limits
-# come from the environment of sbatch (SBATCH_PARTITION, SBATCH_TIMELIMIT, …); IMAGE, MOUNTS, VENV and MAX_REQUEUES are
-# those of slurm/common.sh.
+# submits this file for the cells that are not done. Submit again to finish cells that were killed. The size of a node and
+# limits come from the environment of sbatch (SBATCH_PARTITION, SBATCH_TIMELIMIT, …). slurm/common.sh explains IMAGE,
+# MOUNTS, VENV and MAX_REQUEUES.
 #SBATCH --job-name=compare
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -42,20 +42,20 @@ run_cell() { # leaves the status of the command in $status
     status=0
     wait "$cell" || status=$?
   done
-  # The trap may have come when the command had just ended. 127: no more is known.
+  # The signal may have come just after the command ended. 127: its status is no longer known.
   local own=0
   wait "$cell" || own=$?
   [ "$own" = 127 ] || status=$own
 }
 
-# The run finishes its step and saves. SIGTERM comes when the job is cancelled, and must not bring it back; and, where the site
-# gives a grace time, ahead of a preemption: then the job still runs.
+# The run finishes its step and saves. SIGTERM comes when the job is cancelled: then the job must not be requeued. If the
+# site gives a grace time, SIGTERM also comes before a preemption: then the job is still running.
 is_cancelled=0
 trap 'kill -USR1 "$cell" 2>/dev/null || true' USR1
 trap '[ "$(job_state)" = RUNNING ] || is_cancelled=1; kill -USR1 "$cell" 2>/dev/null || true' TERM
 run_cell
 if [ "$status" = 73 ]; then
-  # Locks of a task that was killed on another node are free after 3 minutes without a sign of life.
+  # A task that was killed on another node may have left a lock. It is free after 3 minutes without a sign of life.
   say "cell $SLURM_ARRAY_TASK_ID is in use: trying once more in 210 s, in case that its task was killed"
   sleep 210
   run_cell

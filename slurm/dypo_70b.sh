@@ -19,7 +19,7 @@ set -euo pipefail
 DYPO_HOME=${DYPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 CONFIG=${CONFIG:-examples/llama3_70b/config.yaml}
 ROLLOUT_NODES=${ROLLOUT_NODES:-4}
-DEFAULT_NODES=12 # of a rendering (DRY_RUN=1), as in the header
+DEFAULT_NODES=12 # nodes of a dry run (DRY_RUN=1), as in the header
 
 # Slurm runs a copy of this file, from another folder.
 [ -f "$DYPO_HOME/slurm/common.sh" ] || {

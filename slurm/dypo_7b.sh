@@ -19,7 +19,7 @@ set -euo pipefail
 DYPO_HOME=${DYPO_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 CONFIG=${CONFIG:-examples/qwen2_5_math_7b/dypo.yaml}
 ROLLOUT_NODES=${ROLLOUT_NODES:-1}
-DEFAULT_NODES=2 # of a rendering (DRY_RUN=1), as in the header
+DEFAULT_NODES=2 # nodes of a dry run (DRY_RUN=1), as in the header
 
 # Slurm runs a copy of this file, from another folder.
 [ -f "$DYPO_HOME/slurm/common.sh" ] || {
@@ -28,5 +28,5 @@ DEFAULT_NODES=2 # of a rendering (DRY_RUN=1), as in the header
 }
 # shellcheck source=slurm/common.sh
 source "$DYPO_HOME/slurm/common.sh"
-# Servers of one GPU each; an override of yours comes later and wins.
+# Servers have one GPU each; the user's overrides come later and win.
 run_job rollout.servers.per_node=8 "$@"

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # what sources this file uses the variables
-# A heterogeneous job, trainer nodes and then rollout nodes, that another tool than slurm/common.sh starts and watches
-# (examples/nemo_run): folder, environment and checks. Sourced by its batch script, which sets DYPO_HOME, CONFIG, OVERRIDES
-# and the settings of common.sh, and then uses PYTHON, TRAIN, OVERRIDES, SERVER_URLS and DYPO_LOGS.
+# Prepare a heterogeneous job (trainer nodes, then rollout nodes) that another tool starts and watches (examples/nemo_run):
+# folder, environment and checks. Sourced by the tool's batch script, which sets DYPO_HOME, CONFIG, OVERRIDES and the
+# settings of common.sh, and then uses PYTHON, TRAIN, OVERRIDES, SERVER_URLS and DYPO_LOGS.
 
-{ set +vx; } 2>/dev/null # the servers' key is not for a log of what the script does
+{ set +vx; } 2>/dev/null # no log of executed commands: it would show the servers' key
 set -o pipefail
 # shellcheck source=slurm/common.sh
 source "$DYPO_HOME/slurm/common.sh"
@@ -20,8 +20,8 @@ read_config
 mapfile -t urls < <(server_urls)
 SERVER_URLS="rollout.servers.urls=[$(join , "${urls[@]}")]"
 
-# node.sh leaves the mark when the trainer wrote a checkpoint because it was asked to stop, and one line for each node
-# of how the trainer ended.
+# node.sh leaves a mark if the trainer wrote a checkpoint because it was asked to stop, and for each node a line that says
+# how the trainer ended.
 conclude_het_job() {
   local status=$?
   { set +x; } 2>/dev/null

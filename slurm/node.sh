@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What one node of a job does: node.sh ROLE COMMAND... (or: node.sh preflight). Started by srun, once on each node.
-# COMMAND is completed with what differs from node to node. Settings come from slurm/common.sh by the environment.
+# Do the work of one node of a job: node.sh ROLE COMMAND... (or: node.sh preflight). srun starts it once on each node.
+# It adds to COMMAND the arguments that differ between nodes. Settings come from slurm/common.sh by the environment.
 # shellcheck disable=SC2086 # lists of nodes are words
 set -euo pipefail
 
 NODE=${SLURMD_NODENAME:-$(hostname -s)}
 
-# This node's place in a list of nodes; Slurm's own numbers need not follow it.
+# Print this node's index in a list of nodes; Slurm's own numbers may have another order.
 index_among() {
   local index=0 host
   for host; do
@@ -17,7 +17,7 @@ index_among() {
   return 1
 }
 
-# The first thing that is wrong with this node, as one line; nothing if it is well.
+# Print the first problem of this node as one line; print nothing if the node is well.
 find_fault() {
   [ "$(cat "$DYPO_LOGS/canary" 2>&1)" = "$SLURM_JOB_ID" ] || {
     echo "cannot read $DYPO_LOGS/canary: LOG_ROOT must be on a file system that all nodes share"
@@ -38,7 +38,7 @@ find_fault() {
     echo "$count of $GPUS_PER_NODE GPUs answer"
     return
   }
-  # A driver writes [N/A] or No where there is nothing to tell.
+  # The driver writes [N/A] or No for a value that it does not know.
   awk -F ', *' '$2 ~ /^[1-9]/ || $3 ~ /^(Yes|[1-9])/ || $4 ~ /^(Yes|[1-9])/ { print "GPU " $1 " has memory errors: " $0; exit }' \
     <<<"$listed"
 }
@@ -55,8 +55,8 @@ preflight() {
   fi
 }
 
-# Ends with 0 and leaves a mark when the run stopped on request: any other status would have srun kill the other nodes.
-# How the run ended, for the job's last line, comes from megatron_dypo/launch/torchrun.py in one line.
+# If the run stopped on request, end with 0 and leave a mark: with any other status srun would kill the other nodes.
+# megatron_dypo/launch/torchrun.py writes one line that says how the run ended, for the last line of the job.
 train() {
   PET_NODE_RANK=$(index_among $DYPO_TRAIN_NODES) # torchrun's --node-rank
   export PET_NODE_RANK
@@ -64,21 +64,21 @@ train() {
   export MEGATRON_DYPO_END_FILE=$DYPO_LOGS/ends/$NODE
   local status=0
   "$@" || status=$?
-  if [ "$status" = 75 ]; then # the one status of docs/exit_statuses.md after which the same command is started again
+  if [ "$status" = 75 ]; then # by docs/exit_statuses.md, the one status after which the same command is started again
     touch "$DYPO_LOGS/stopped"
     status=0
   fi
   exit "$status"
 }
 
-# The servers of this node, or this node's part of a server that spans NODES_PER_SERVER of them.
+# Run the servers of this node, or this node's part of a server that spans NODES_PER_SERVER nodes.
 serve() {
   local index hosts spread=()
   index=$(index_among $DYPO_ROLLOUT_NODES)
   if [ "$NODES_PER_SERVER" -gt 1 ]; then
     read -ra hosts <<<"$DYPO_ROLLOUT_NODES"
     local first=${hosts[index - index % NODES_PER_SERVER]}
-    # Its parts cannot start again one by one.
+    # The parts of such a server cannot start again one by one.
     spread=(rollout.servers.max_restarts=0 --server-args
       "--nnodes $NODES_PER_SERVER --node-rank $((index % NODES_PER_SERVER)) --dist-init-addr $first:$((DYPO_PORT + 2))")
   fi
@@ -89,7 +89,7 @@ serve() {
   exit "$status"
 }
 
-# Again when it dies: it keeps nothing, since every refit of the trainer tells it the servers.
+# Run the router, and start it again when it dies. It need not keep the servers: every refit of the trainer names them.
 route() {
   local restarts=3
   until "$@"; do
@@ -99,7 +99,7 @@ route() {
   done
 }
 
-# Python blocks the signal once it runs; until then it must not kill what starts.
+# Python blocks the signal once it runs. Until then the signal must not kill the starting process.
 trap '' USR1
 case ${1:-} in
   preflight) preflight ;;

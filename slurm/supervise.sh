@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# The life of a job after its roles have started: what ends it, what is saved, and what is tried again. Sourced by common.sh.
+# Watch a job after its roles have started: decide when it ends, save, and requeue it. Sourced by common.sh.
 
-STOP_AT='' # SECONDS at which a trainer that was asked to stop has had its time
+STOP_AT='' # value of SECONDS at which the time of a trainer that was asked to stop is over
 WANTS_STOP=''
-trap 'WANTS_STOP="the time limit is near, or the job is preempted"' USR1 # from now on: bash dies of a signal without a trap
+trap 'WANTS_STOP="the time limit is near, or the job is preempted"' USR1 # set early: without a trap the signal kills bash
 
-# SIGTERM comes when Slurm ends the job (scancel, the time limit) and, where the site gives a grace time, ahead of a
-# preemption: then the job still runs.
+# SIGTERM comes when Slurm ends the job (scancel, the time limit). If the site gives a grace time, it also comes before a
+# preemption: then the job is still running.
 terminated() {
   [ "$(job_state)" = RUNNING ] || exit 143
   WANTS_STOP='the time limit is near, or the job is preempted'
@@ -14,12 +14,12 @@ terminated() {
 
 job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }
 
-# Every node looks at itself first. Bad ones are left out, and the job goes back to the queue for others.
+# Every node checks itself first. If some are bad, the job goes back to the queue, to run on other nodes.
 check_nodes() {
   step preflight "${NODES[@]}" -- bash slurm/node.sh preflight &
   wait $! || fail "preflight: a node did not answer; see $DYPO_LOGS/preflight.*.log"
-  # srun ends with 0 too where a node could not start the step, for want of the folder of its output.
-  local bad missing deadline=$((SECONDS + ${MARKS_S:-60})) # a file server may show a new file late
+  # srun also ends with 0 if a node could not start the step because it lacks the folder for its output.
+  local bad missing deadline=$((SECONDS + ${MARKS_S:-60})) # a file server may show new files late
   mapfile -t missing < <(unmarked_nodes)
   while [ "${#missing[@]}" -gt 0 ] && [ "$SECONDS" -lt "$deadline" ]; do
     sleep 1
@@ -37,7 +37,7 @@ check_nodes() {
   requeue "without $(join , "${bad[@]}")" "${bad[@]}"
 }
 
-# Nodes that said neither that they are well nor that they are bad.
+# Print the nodes that have said neither that they are well nor that they are bad.
 unmarked_nodes() {
   local node
   for node in "${NODES[@]}"; do
@@ -58,7 +58,7 @@ supervise() {
     done
     notice_ended_servers
     if [ -n "$STOP_AT" ] && [ $((SECONDS % 20)) = 0 ]; then
-      kill -USR1 "${PID[trainer]}" || true # again, for a rank that had not yet started when it came first
+      kill -USR1 "${PID[trainer]}" || true # sent again for a rank that had not yet started the first time
     fi
     if [ -n "$STOP_AT" ] && [ "$SECONDS" -ge "$STOP_AT" ]; then
       say "the trainer did not stop within GRACE_S=$GRACE_S; its last checkpoint counts"
@@ -71,11 +71,11 @@ ask_trainer_to_stop() {
   [ -z "$STOP_AT" ] || return 0
   say "$1: the trainer finishes its step and saves"
   STOP_AT=$((SECONDS + GRACE_S))
-  kill -USR1 "${PID[trainer]}" || true # it may have ended just now
+  kill -USR1 "${PID[trainer]}" || true # the trainer may have just ended
 }
 
-# The servers of a node have ended for good, while those of others may go on. With status 0 they were told to, by a
-# SIGTERM that Slurm sent to all steps; while the trainer is stopping, it is no failure either.
+# Notice that the servers of a node have ended for good; those of other nodes may go on. Status 0 is no failure: Slurm
+# told them to end by a SIGTERM to all steps. Nor is any status while the trainer is stopping.
 notice_ended_servers() {
   local node status
   node=$(find "$DYPO_LOGS/ended" -type f -printf '%f\n' -quit)
@@ -94,7 +94,7 @@ role_ended() {
   wait "${PID[$role]}" || status=$?
   unset "PID[$role]"
   if [ "$role" != trainer ]; then
-    notice_ended_servers # says more
+    notice_ended_servers # its message says more
     [ -z "${FAILURE:-}$STOP_AT$WANTS_STOP" ] || return 0
     FAILURE="$role ended with status $status; see $DYPO_LOGS/$role.*.log$(quote_error "$role.*")"
     ask_trainer_to_stop "$FAILURE"
@@ -109,7 +109,7 @@ role_ended() {
   fi
 }
 
-# The trainer has stopped on request, or has had its time: try again, unless a role had failed.
+# The trainer has stopped on request, or its time is over: requeue the job, unless a role failed.
 conclude() {
   [ -z "${FAILURE:-}" ] || fail "$FAILURE; submit again to resume"
   if made_no_step "$DYPO_LOGS" && made_no_step "$LOG_ROOT/${SLURM_JOB_NAME:-dypo}/$JOB.$((ATTEMPT - 1))"; then
@@ -119,10 +119,10 @@ conclude() {
   requeue "to go on from the last checkpoint"
 }
 
-# requeue REASON [NODE...]: the next attempt of this job, without those nodes.
+# requeue REASON [NODE...]: queue the next attempt of this job, without those nodes.
 requeue() {
   [ "$(job_state)" != COMPLETING ] || fail "the job was cancelled; submit again to resume"
-  trap '' TERM USR1 # Slurm ends this attempt as soon as it is asked
+  trap '' TERM USR1 # Slurm ends this attempt as soon as it gets the request
   say "attempt $ATTEMPT is requeued $1"
   scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue $SLURM_JOB_ID failed; submit again to resume"
   if [ $# -gt 1 ]; then
@@ -144,8 +144,8 @@ stop_roles() {
   PID=()
 }
 
-# Why the trainer ended, on which node it began, and where more is to be read. A node that only lost the others
-# (77, rank_lost) counts where no other says why.
+# Print why the trainer ended, on which node that began, and which log says more. A node that only lost the others (77,
+# rank_lost) counts only if no other node gives a reason.
 trainer_end() {
   local file first='' node said=''
   while read -r file; do
@@ -161,10 +161,10 @@ trainer_end() {
   echo "trainer${first:+ on $node} ended with status $1; see $DYPO_LOGS/trainer.$node.log${said:-$(quote_error "trainer.$node")}"
 }
 
-# Whether the trainer of an attempt said that it made no optimizer step; its folder is given.
+# Tell whether the trainer of the attempt with the given folder said that it made no optimizer step.
 made_no_step() { [ -d "$1/ends" ] && grep -qsE '^[0-9]+ 0 ' "$1/ends"/* && ! grep -qsE '^[0-9]+ ([1-9]|\?)' "$1/ends"/*; }
 
-# What a role said first that looks like a reason; its log is named without its ending.
+# Print the first line of a role's log that looks like a reason; the log's name is given without its ending.
 quote_error() {
   local line
   # shellcheck disable=SC2086 # the name may be a pattern
