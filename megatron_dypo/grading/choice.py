@@ -58,7 +58,7 @@ def _labels(one: str, lone: str, rest_of_line: str) -> _Labels:
     )
 
 
-# A label is a lone capital. "A" and "I" before a lower-case word are English words ("A mystery", "the answer, I think").
+# A label is a lone capital. "A" and "I" before a lower-case word are English ("is A mystery", "the answer, I think").
 _LETTERS = _labels(
     "[A-Ja-j]",
     r"(?:[B-HJ]|[AI](?!\s+(?!because\b|since\b|as\b|and\b|or\b|for\b)[a-z]))(?![\w'’^=+*<>{\\]|-\w)",

@@ -122,7 +122,7 @@ class Tasks:
 
 
 def task_key(row: PromptRow) -> bytes:
-    """Return a hash of a row's prompt, answer, verifier and source; it does not depend on the row's place in the file."""
+    """Return a hash of a row's prompt, answer, verifier and source; it stays the same when the file's rows move."""
     text = json.dumps([row.prompt, row.answer, row.verifier, row.source], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()[:16]
 

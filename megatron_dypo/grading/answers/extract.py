@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_dypo.config.grading import Thinking
 from megatron_dypo.grading.answers.style import AUTO, AnswerStyle
 
-# `\\{` is a line break and then a brace; `\{` is one character. Two backslashes before "boxed" come from double escaping.
+# `\\{` is a line break, then a brace; `\{` is one character. Two backslashes before "boxed" come from double escaping.
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s{0,99}\{)|\\\\(?!boxed|fbox)|\\[{}]|(?P<brace>[{}])")
 _THINKING = re.compile(r"<(/?)[ \t]{0,9}(think|thinking|thought|reasoning)[ \t]{0,9}>", re.IGNORECASE)
 _TAG = re.compile(r"<(/?)[ \t]{0,9}answer[ \t]{0,9}>", re.IGNORECASE)
