@@ -1,4 +1,4 @@
-"""Environment of every test: one thread a process, no network, no compile, no deadline for examples of Hypothesis.
+"""Set the environment of every test: one thread a process, no network, no compile, no deadline for Hypothesis examples.
 
 Each test gets the mark of its folder (``-m e2e``), and folders whose files take long come first.
 """
@@ -18,7 +18,7 @@ import torch
 from megatron_dypo.metrics.repeats import flush_repeated
 
 torch.set_num_threads(1)
-# No deadline: how long an example takes says more of what else the machine does than of the code.
+# No deadline: the time of an example depends more on other load of the machine than on the code.
 hypothesis.settings.register_profile("megatron_dypo", deadline=None)
 hypothesis.settings.load_profile("megatron_dypo")
 
@@ -27,7 +27,7 @@ TESTS = Path(__file__).parent
 FOLDERS = ("e2e", "dist", "unit", "gpu")
 """Folders of tests and their marks. Those with long files come first, so that two workers end together."""
 E2E_TIMEOUT_S = 1800
-"""Of an e2e test with its fixtures, which start servers and runs: a test that needs more says so itself."""
+"""Time limit of an e2e test with its fixtures, which start servers and runs. A test that needs more sets its own."""
 
 
 def folder_of(item: pytest.Item) -> str:
@@ -48,13 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _first_warnings_are_first():
-    """A warning that another test has caused is not counted as repeated."""
+    """Forget the warnings of other tests, so that the first of this test does not count as repeated."""
     flush_repeated()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _hangups_are_heard():
-    """Processes that tests start hear SIGHUP as usual, also where the tests run under ``nohup``."""
+    """Let processes that tests start receive SIGHUP as usual, even if the tests run under ``nohup``."""
     inherited = signal.signal(signal.SIGHUP, lambda number, frame: None)
     yield
     signal.signal(signal.SIGHUP, inherited)

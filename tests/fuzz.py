@@ -30,7 +30,7 @@ TARGETS = {
 
 
 def run_seed(seed: int) -> list[str]:
-    """Run every target under a seed; the names of those that failed."""
+    """Run every target under a seed; return the names of those that failed."""
     failed = []
     for name, path in TARGETS.items():
         command = [sys.executable, "-m", "pytest", path, "-m", "slow", "-q", "--timeout", "1800"]
@@ -46,7 +46,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Time after which no further seed is begun.")] = 30.0,
     seed: Annotated[int | None, typer.Option(help="Run this seed alone.")] = None,
 ) -> None:
-    """Fuzz until the time is over, or one seed."""
+    """Fuzz until the time is over, or with one seed."""
     if seed is not None:
         raise typer.Exit(1 if run_seed(seed) else 0)
     start, next_seed = time.monotonic(), 1 + len(SEEDS.read_text().splitlines() if SEEDS.exists() else [])

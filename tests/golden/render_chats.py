@@ -1,6 +1,6 @@
-"""What each family of chat templates makes of a prompt and a trace, as text.
+"""Render a prompt and a trace by each family of chat templates, as text.
 
-``python -m tests.golden.render_chats`` writes ``chat_families.txt`` anew.
+``python -m tests.golden.render_chats`` writes ``chat_families.txt`` again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TRACE = "<think>\nOne and two.</think>\n\\boxed{3}"
 
 
 def render(name: str) -> list[str]:
-    """The lines of one family: each value is a Python string."""
+    """Return the lines of one family; each value is written as a Python string."""
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as folder:
         write_family(Path(folder), family)

@@ -1,6 +1,6 @@
-"""What ``megatron-dypo check`` says of a tiny run.
+"""Render the output of ``megatron-dypo check`` on a tiny run.
 
-``python -m tests.golden.render_check`` writes ``check_report.txt`` anew.
+``python -m tests.golden.render_check`` writes ``check_report.txt`` again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "check_report.txt"
 
 
 def render_check(folder: Path) -> str:
-    """The report of the case under ``folder``, which it calls FOLDER."""
+    """Return the report of the case under ``folder``; the text FOLDER stands for that path."""
     config = case(folder, grading={"by_source": {"gsm": "exact"}})
     return to_text(survey(config, show_progress=False)).replace(str(folder), "FOLDER") + "\n"
 

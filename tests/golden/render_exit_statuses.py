@@ -1,4 +1,4 @@
-"""Write docs/exit_statuses.md anew: ``python -m tests.golden.render_exit_statuses``."""
+"""Write docs/exit_statuses.md again: ``python -m tests.golden.render_exit_statuses``."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the Slurm scripts would run, as text. ``python tests/golden/render_jobs.py`` writes the golden files anew."""
+"""Render the Slurm scripts' commands as text. ``python tests/golden/render_jobs.py`` writes the golden files again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dry runs of the NeMo-Run recipes, as text: ``python -m tests.golden.render_nemo_run`` renews the golden files."""
+"""Render dry runs of the NeMo-Run recipes: ``python -m tests.golden.render_nemo_run`` writes the golden files again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DRY_RUNS: dict[str, list[str]] = {
         "run.executor.container_mounts=['/shared:/shared']",
     ],
 }
-"""Golden file → arguments besides those that make paths the same on every machine."""
+"""Golden file → arguments, without those that make paths the same on every machine."""
 
 _MARGIN = re.compile(r"^(?:\[[\d:]+\] ?| {11})|\s+(?:\w+\.py:\d+)?\s*$", re.MULTILINE)
-"""Of a line of NeMo-Run's log: time on the left, place in its source on the right."""
+"""The margins of a line of NeMo-Run's log: a time on the left, a place in its source on the right."""
 
 
 def render(name: str) -> str:
-    """The batch script that would be submitted, without times, ids and this machine's paths."""
+    """Return the batch script that would be submitted, without times, ids and this machine's paths."""
     where = ["home=/shared/megatron_dypo", "venv=/shared/venv"]
     with tempfile.TemporaryDirectory() as home:
         arguments = ["--dryrun", "run.executor=slurm", *where, *DRY_RUNS[name]]

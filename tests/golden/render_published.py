@@ -1,6 +1,6 @@
-"""What chat templates and tokenizers of published models make of a prompt and a trace, as text.
+"""Render a prompt and a trace by chat templates and tokenizers of published models, as text.
 
-``python -m tests.golden.render_published`` writes ``published_chats.txt`` anew.
+``python -m tests.golden.render_published`` writes ``published_chats.txt`` again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "published_chats.txt"
 
 
 def render(name: str, tokenizer: Tokenizer) -> str:
-    """The section of one model: texts are Python strings."""
+    """Return the section of one model; texts are written as Python strings."""
     lines = [f"== {name}"]
     for label, chat in CHATS.items():
         lines.append(f"{label}: {tokenizer.show(tokenizer.render(chat, True))!r}")
@@ -35,7 +35,7 @@ def render(name: str, tokenizer: Tokenizer) -> str:
 
 
 def render_all() -> str:
-    """Every section, a blank line between two."""
+    """Return all sections, with a blank line between two."""
     with tempfile.TemporaryDirectory() as folder:
         return "\n".join(
             render(name, load_tokenizer(write_published(Path(folder) / name, name), chat_template_args=model.arguments))

@@ -1,4 +1,4 @@
-"""The rooms that are mutated: which files, how many mutants, and which tests stand for them.
+"""The rooms that are mutated: the files of each, the number of mutants, and the tests that should kill them.
 
 A file's tests are those under ``tests/unit`` that import it, or those of its room where none does; ``also`` adds files
 that reach it through others.
@@ -16,13 +16,13 @@ class Room:
     """One part of the package."""
 
     files: tuple[str, ...]
-    """Globs; one that matches nothing is passed over, since files are renamed."""
+    """Globs of files. A glob that matches nothing is ignored, since files are renamed."""
     count: int
-    """Mutants drawn from all of its files, beside the ones written by hand."""
+    """Mutants drawn from all files of the room, in addition to those written by hand."""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """File → tests that come first: most mutants die there."""
+    """File → tests to run first: they kill most mutants."""
     without: tuple[str, ...] = ()
-    """Tests that are too slow for what they say of these files."""
+    """Tests that are too slow for the few mutants of these files that they kill."""
 
 
 _LOSS = (
@@ -173,13 +173,13 @@ ROOMS = {
 
 
 def files_of(room: Room, root: Path) -> list[str]:
-    """The room's files under ``root``, by name."""
+    """Return the room's files under ``root``, sorted by name."""
     found = {str(path.relative_to(root)) for pattern in room.files for path in root.glob(pattern)}
     return sorted(path for path in found if Path(path).name != "__init__.py")
 
 
 def tests_of(room: Room, path: str, root: Path) -> list[str]:
-    """Test files that stand for ``path``: what ``also`` names, and those that import it, the shortest first."""
+    """Return the test files for ``path``: those that ``also`` names, and those that import it, the shortest first."""
     module = path.removesuffix(".py").replace("/", ".")
     package, _, name = module.rpartition(".")
     wanted = (f"from {module} import", f"import {module}", f"from {package} import {name}")

@@ -1,6 +1,6 @@
-"""Mutants written by hand: bugs that once passed every test. Each is a text that occurs once in its file, and another.
+"""Mutants written by hand: bugs that once passed every test. Each replaces a text that occurs once.
 
-A file changes and an old text is gone: the run then says so, and the line is to be written anew.
+If a file changes and no longer has an old text, the run reports it; write that line again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Hand:
     old: str
     new: str
     law: str
-    """What it breaks."""
+    """The law that the bug breaks."""
 
 
 _O, _B, _R = "megatron_dypo/objective/", "megatron_dypo/batching/", "megatron_dypo/objective/recipes/"

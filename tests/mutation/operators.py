@@ -1,4 +1,4 @@
-"""Mutants of a source file: changes of one expression or statement that a real bug would look like."""
+"""Make mutants of a source file: changes of one expression or statement that look like real bugs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ALIKE = (
     ("append", "extend"),
     ("answer", "source", "text"), ("prompt_tokens", "response_tokens"), ("normalize_std", "is_on"), ("first", "width"),
 )  # fmt: skip
-"""Attributes and words of one type, of which a slip takes one for another."""
+"""Attributes and words of one type that are easily confused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,11 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names it after lines have moved."""
+        """Return a name of the mutant that stays the same when lines move."""
         return self.path, self.function, self.text, self.old, self.new
 
     def apply(self, source: bytes) -> bytes:
-        """The source with the change."""
+        """Return the source with the change."""
         return source[: self.start] + self.new.encode() + source[self.end :]
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class Mutant:
 
 
 def mutants_of(path: str, source: str) -> list[Mutant]:
-    """Every mutant of a file that still compiles, in the order of the text."""
+    """Return every mutant of a file that still compiles, in the order of the text."""
     finder = _Finder(path, source)
     finder.visit(ast.parse(source))
     unique = {(m.start, m.end, m.new): m for m in finder.found}
@@ -101,7 +101,7 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
 
 
 def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    """``count`` of them, drawn from the rules in turn, so that frequent rules do not crowd out the others."""
+    """Draw ``count`` mutants from the rules in turn, so that frequent rules do not crowd out the others."""
     rng = random.Random(seed)
     by_rule: dict[str, list[Mutant]] = {}
     for mutant in mutants:
@@ -117,7 +117,7 @@ def sample(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 class _Finder(ast.NodeVisitor):
-    """Walks over what runs: no annotations, docstrings, messages, assertions or imports."""
+    """A visitor of code that runs. It skips annotations, docstrings, messages, assertions and imports."""
 
     def __init__(self, path: str, source: str) -> None:
         self.path, self.source, self.found = path, source.encode(), list[Mutant]()
@@ -156,7 +156,7 @@ class _Finder(ast.NodeVisitor):
     def visit_Raise(self, node: ast.Raise) -> None: ...
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Positions inside f-strings are not those of the file before Python 3.12."""
+        """Skip f-strings: before Python 3.12 positions inside them are not those of the file."""
 
     def visit_Import(self, node: ast.Import) -> None: ...
 

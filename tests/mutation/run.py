@@ -2,8 +2,8 @@
 
     python -m tests.mutation.run --only objective --only batching --jobs 2
 
-Prints every survivor. ``equivalents.json`` names mutants that change nothing, with the reason; they are not run. The
-status is 1 where fewer than 95% of the others were killed, or where a mutant written by hand no longer fits its file.
+It prints every survivor. ``equivalents.json`` names mutants that change nothing, with the reason; they are not run. The
+exit status is 1 if fewer than 95% of the others were killed, or a mutant written by hand no longer fits its file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENTS = Path(__file__).with_name("equivalents.json")
 BAR = 0.95
 KEY = ("path", "function", "text", "old", "new")
-"""What names a mutant in a report and among the equivalents (see ``Mutant.key``)."""
+"""Fields that name a mutant in a report and among the equivalents (see ``Mutant.key``)."""
 _NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".hypothesis", ".*_cache", "runs", "shared")
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of one mutant."""
+    """The outcome of one mutant."""
 
     room: str
     mutant: Mutant
@@ -62,7 +62,7 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, tests: Sequence[str], cpu_s: float, *, path: str = "", source: bytes = b"") -> dict[str, Any]:
-        """Run ``tests`` with ``source`` in the place of ``path``."""
+        """Run ``tests`` with ``source`` in place of the file ``path``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         task = {"path": path, "source": source.decode(), "tests": list(tests), "cpu_s": cpu_s}
@@ -77,7 +77,7 @@ class Worker:
 
 
 def chosen(name: str, room: Room, seed: int, count: int | None) -> tuple[list[Mutant], list[str]]:
-    """The room's mutants, drawn and written by hand; and a line for each of the latter that no longer fits."""
+    """Return the room's mutants, and a line for each handwritten mutant that no longer fits its file."""
     files = files_of(room, ROOT)
     drawn = [m for path in files for m in mutants_of(path, (ROOT / path).read_text())]
     mutants, misfits = sample(drawn, room.count if count is None else count, seed), []
@@ -107,7 +107,7 @@ def chosen(name: str, room: Room, seed: int, count: int | None) -> tuple[list[Mu
 
 @contextmanager
 def workers(jobs: int) -> Iterator[SimpleQueue[Worker]]:
-    """``jobs`` idle workers, each with a copy of the tree, which goes at the end."""
+    """Start ``jobs`` idle workers, each with a copy of the tree. The copies are removed at the end."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         made = [Worker(Path(folder) / str(i)) for i in range(jobs)]
         idle: SimpleQueue[Worker] = SimpleQueue()
@@ -123,7 +123,7 @@ def workers(jobs: int) -> Iterator[SimpleQueue[Worker]]:
 def run_room(
     name: str, mutants: Sequence[Mutant], idle: SimpleQueue[Worker], jobs: int, *, with_baseline: bool, cpu_s: float
 ) -> list[Outcome]:
-    """Every mutant of a room, after its tests passed without one; ``cpu_s`` is the most that one may take."""
+    """Run every mutant of a room, after its tests passed without one; ``cpu_s``: processor time for each."""
     rows = json.loads(EQUIVALENTS.read_text())
     equivalent = {tuple(row[part] for part in KEY) for row in rows}
     sources = {path: (ROOT / path).read_bytes() for path in {m.path for m in mutants}}  # the tree may change meanwhile
@@ -187,7 +187,7 @@ def main() -> int:
         print(*(m for mutants in picked.values() for m in mutants), sep="\n")
         print({name: len(mutants) for name, mutants in picked.items()}, *misfits, sep="\n")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copies are removed
     started, outcomes = time.monotonic(), []
     with workers(arguments.jobs) as idle:
         for name, mutants in picked.items():
@@ -202,7 +202,7 @@ def main() -> int:
 
 
 def summary(outcomes: Sequence[Outcome], misfits: Sequence[str], seconds: float) -> int:
-    """Print counts and the share that was killed; the status of the run."""
+    """Print counts and the share of killed mutants; return the exit status of the run."""
     is_low = False
     for name in dict.fromkeys(o.room for o in outcomes):
         states = Counter(o.state for o in outcomes if o.room == name)

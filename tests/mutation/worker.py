@@ -1,7 +1,7 @@
-"""The process that runs tests on mutants, one forked child for each, in a copy of the tree: its working directory.
+"""The process that runs tests on mutants, each in a forked child. Its working directory is a copy of the tree.
 
-Reads a JSON task a line, answers a JSON result a line. The heavy libraries are imported here, once; the package and its
-tests only in the children, so that each sees the file as it is then.
+It reads a JSON task a line, and answers with a JSON result a line. It imports the heavy libraries once. Only the
+children import the package and its tests, so that each child sees the current file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _EPOCH = 2_000_000_000
 
 def main() -> None:
     """Serve tasks until the input ends."""
-    os.environ["TESTS_START_METHOD"] = "fork"  # ranks need not import everything again (see tests.support.dist.spawn)
+    os.environ["TESTS_START_METHOD"] = "fork"  # ranks then import nothing again (tests.support.dist.spawn)
     for name in PRELOADED:
         importlib.import_module(name)
     for number, line in enumerate(sys.stdin):
@@ -72,7 +72,7 @@ def _run(tests: list[str], cpu_s: float) -> dict[str, object]:
     is_late = False
     status = _ended(child)
     while status is None:
-        if time.monotonic() - started > 6 * cpu_s:  # it waits, and does not compute
+        if time.monotonic() - started > 6 * cpu_s:  # the child waits instead of computing
             os.killpg(child, signal.SIGKILL)
             is_late = True
         time.sleep(0.02)
@@ -85,7 +85,7 @@ def _run(tests: list[str], cpu_s: float) -> dict[str, object]:
 
 
 def _ended(child: int) -> int | None:
-    """Its wait status; None while it runs."""
+    """Return the child's wait status; None while it runs."""
     pid, status = os.waitpid(child, os.WNOHANG)
     return status if pid else None
 

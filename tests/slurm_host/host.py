@@ -28,7 +28,7 @@ class SlurmHost:
         self.root, self._environment = root, environment
 
     def call(self, *command: str) -> str:
-        """Standard output of a Slurm command, which must succeed."""
+        """Return the standard output of a Slurm command, which must succeed."""
         done = subprocess.run(
             command, env=self._environment, cwd=self.root, capture_output=True, text=True, timeout=60, check=False
         )
@@ -36,14 +36,14 @@ class SlurmHost:
         return done.stdout.strip()
 
     def wait_until_idle(self, deadline_s: float = 180.0) -> None:
-        """Until a job may get any node; one that ended badly holds its nodes for a while."""
+        """Wait until a job may get any node. A job that ended badly holds its nodes for a while."""
         deadline = time.monotonic() + deadline_s
         while set(states := self.call("sinfo", "--noheader", "--Node", "--format=%t").split()) != {"idle"}:
             assert time.monotonic() < deadline, f"nodes after {deadline_s:g} s: {states}"
             time.sleep(0.2)
 
     def submit(self, folder: Path, script: str, *overrides: str, nodes: int, options=(), **environment: str) -> Job:
-        """``sbatch slurm/<script>`` on nodes of 2 GPUs, with this interpreter's environment; logs are in ``folder``."""
+        """Run ``sbatch slurm/<script>`` on nodes of 2 GPUs in this interpreter's environment; logs go to ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "DYPO_HOME": str(REPOSITORY),
@@ -66,7 +66,7 @@ class SlurmHost:
 
 
 class Job:
-    """A submitted job; requeueing keeps its number."""
+    """A submitted job. It keeps its number when it is requeued."""
 
     def __init__(self, host: SlurmHost, number: str, output: Path, logs: Path) -> None:
         self.host, self.number, self.output_file, self.logs = host, number, output, logs
@@ -82,7 +82,7 @@ class Job:
         return self.output().strip().splitlines()[-1]
 
     def everything(self) -> str:
-        """What a person would look at when a test fails."""
+        """Return the texts that a person would read when a test fails."""
         logs = [f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.logs.glob("*/*.log"))]
         return "\n".join([self.output(), *logs])
 
@@ -95,7 +95,7 @@ class Job:
             time.sleep(0.1)
 
     def wait(self, deadline_s: float) -> str:
-        """The state in which the job ended."""
+        """Wait for the job's end; return its state."""
         deadline = time.monotonic() + deadline_s
         while (state := self.show()["JobState"]) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
             assert time.monotonic() < deadline, f"{state} after {deadline_s:g} s\n{self.everything()}"
@@ -103,9 +103,9 @@ class Job:
         return state
 
     def start_again_now(self, deadline_s: float = 120.0, **changes: str) -> None:
-        """Once the job is back in the queue, change it and let it start without Slurm's two minutes of delay.
+        """Wait until the job is back in the queue, change it, and let it start without Slurm's two minutes of delay.
 
-        Within the second in which it was requeued it must not: nodes still refuse its old credential.
+        It must not start within the second in which it was requeued: nodes still refuse its old credential.
         """
         deadline = time.monotonic() + deadline_s
         while (state := self.show())["JobState"] != "PENDING" or state["Restarts"] == "0":
@@ -116,7 +116,7 @@ class Job:
 
 
 def require(condition: bool, what: str) -> None:
-    """Skip where something is missing, but fail where ``DYPO_REQUIRE_SLURM`` says that it must be there."""
+    """Skip the test if something is missing; fail if ``DYPO_REQUIRE_SLURM`` is set."""
     if condition:
         return
     if os.environ.get("DYPO_REQUIRE_SLURM"):
@@ -125,7 +125,7 @@ def require(condition: bool, what: str) -> None:
 
 
 def start_slurm(*, nodes: int, spank: Path | None = None) -> SlurmHost:
-    """Raises pytest's skip where this host has no Slurm."""
+    """Start a Slurm; skip the test if this host has none."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     require(not missing, f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
     require(os.geteuid() == 0, "needs root, for Slurm's daemons")

@@ -1,4 +1,4 @@
-"""Architectures to test layouts with."""
+"""Architectures for tests of layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dypo.models.architecture import FAMILIES, Architecture, Experts
 
 
 def make_arch(family: str = "llama", **overrides: Any) -> Architecture:
-    """A small architecture of which every size is different."""
+    """Make a small architecture whose sizes are all different."""
     sizes = {
         "num_layers": 4,
         "hidden_size": 20,
@@ -41,7 +41,7 @@ def divisors(value: int) -> list[int]:
 
 @st.composite
 def sharded_architectures(draw: st.DrawFn) -> tuple[Architecture, int]:
-    """An architecture, and a size that divides it as tensor parallelism and as expert tensor parallelism."""
+    """Draw an architecture, and a size that divides it by tensor parallelism and by expert tensor parallelism."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     # Megatron-Core lets ranks divide the key heads, or key heads divide the ranks.
     kv_heads = draw(st.one_of(st.integers(1, 3).map(lambda k: k * tp_size), st.sampled_from(divisors(tp_size))))

@@ -1,4 +1,4 @@
-"""The models and layouts of the bars for planning, and what planning for one of them costs, run as a program.
+"""Models and layouts for the bars of planning. As a program: measure the cost of planning for one of them.
 
 ``python -m tests.support.big_models NAME QUANTIZATION`` prints one JSON object.
 """

@@ -1,7 +1,7 @@
 """Chat templates in the manner of published families, each with a tiny tokenizer that has the same special tokens.
 
-The templates are written for these tests: they give, for plain conversations, the text that the published ones give
-(``test_published_templates.py`` compares the two).
+The templates are written for these tests. For plain conversations they give the same text as the published templates
+(``test_published_templates.py`` compares them).
 """
 
 from __future__ import annotations

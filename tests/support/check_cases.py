@@ -28,12 +28,12 @@ MODEL = {
 
 
 def approve(response: str, answer: str) -> bool:
-    """A verifier that accepts everything."""
+    """Accept every response, as a verifier."""
     return True
 
 
 def rows(count: int = 40) -> list[dict[str, Any]]:
-    """Sums with two teachers; 15% of the second one's traces are wrong."""
+    """Return sums with traces of two teachers; 15% of the second teacher's are wrong."""
     return [
         {
             "id": f"sum-{number}",

@@ -26,7 +26,7 @@ Answer = Callable[[str, int], str]
 
 
 def write_tokenizer_folder(folder: Path) -> Path:
-    """Write what an evaluation reads of an HF folder: no weights, a tokenizer without a chat template."""
+    """Write the files of an HF folder that an evaluation reads: a tokenizer without a chat template, no weights."""
     folder.mkdir(parents=True)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": len(CHARACTERS)}))
@@ -34,7 +34,7 @@ def write_tokenizer_folder(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of characters, in the place of one that is there."""
+    """Write a tokenizer of characters; replace one that exists."""
     tokenizer = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(CHARACTERS)}, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -55,14 +55,14 @@ def write_sums(path: Path, count: int = 6, **columns: Any) -> Path:
 
 
 def often_right(prompt: str, seed: int) -> str:
-    """A model that is right in about two of three responses, and else gives one of two wrong answers."""
+    """Answer as a model that is right in about two of three responses, and gives one of two wrong answers otherwise."""
     left, right = prompt.rstrip("=").split("+")
     total, draw = int(left) + int(right), hashlib.sha256(f"{prompt}{seed}".encode()).digest()[0] % 6
     return f"It is \\boxed{{{total if draw < 4 else total + draw}}}"
 
 
 def sglang(answer: Answer, folder: Path) -> Callable[[dict[str, Any]], web.Response]:
-    """An answer of SGLang's ``/generate``."""
+    """Make an answer of SGLang's ``/generate``."""
     tokenizer = load_tokenizer(folder)
 
     def reply(body: dict[str, Any]) -> web.Response:
@@ -83,7 +83,7 @@ def sglang(answer: Answer, folder: Path) -> Callable[[dict[str, Any]], web.Respo
 
 
 def chat(text: str | None, finish: str = "stop", **message: Any) -> web.Response:
-    """An answer of OpenAI's chat API."""
+    """Make an answer of OpenAI's chat API."""
     choice = {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
     return web.json_response({"choices": [choice], "usage": {"completion_tokens": 5}})
 

@@ -1,4 +1,4 @@
-"""Modules of an example's folder, beside those of the same names of other examples."""
+"""Load modules of an example's folder, although other examples have modules of the same names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load_example(folder: str, *names: str) -> list[ModuleType]:
-    """Import modules of an example as its scripts do; afterwards the names mean again what they meant before."""
+    """Import modules of an example as its scripts do; afterwards restore the meaning of their names."""
     path = EXAMPLES / folder
     own = {file.stem for file in path.glob("*.py")}
     others = {name: sys.modules.pop(name) for name in own & sys.modules.keys()}

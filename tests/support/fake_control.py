@@ -1,4 +1,4 @@
-"""Servers that answer SGLang's control routes over real HTTP and write down what they were asked."""
+"""Fake servers that answer SGLang's control routes over real HTTP and record the requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = "secret"
 
 @dataclass
 class FakeServer:
-    """One server: its state, its record, and answers that a test sets in place of the usual ones."""
+    """One server: its state, its record of requests, and answers that a test sets in place of the usual ones."""
 
     model_path: str = "elsewhere"
     model_type: str = "qwen3"
@@ -33,28 +33,28 @@ class FakeServer:
     _http: ThreadingHTTPServer | None = None
 
     def start(self) -> None:
-        """Listen: at a free port at first, at the same one again after :meth:`die`."""
+        """Listen at a free port; after :meth:`die`, listen at the same port again."""
         port = int(self.url.rpartition(":")[2] or 0)
         self._http = _Server(("127.0.0.1", port), _handler(self))
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def die(self) -> None:
-        """Refuse all further connections; called again, does nothing."""
+        """Refuse all further connections. A second call does nothing."""
         http, self._http = self._http, None
         if http is not None:
             http.shutdown()
             http.server_close()
 
     def come_back(self) -> None:
-        """As a new process would: with the weights of its model folder."""
+        """Answer again as a new process would: with the weights of the model folder."""
         self.version, self.on_call = "default", lambda path: None
         self.calls.clear()
         self.start()
 
     @property
     def posts(self) -> list[str]:
-        """Paths of all POSTs, in order."""
+        """Return the paths of all POSTs, in order."""
         return [path for path, _ in self.calls if path not in ("/model_info", "/server_info")]
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -75,7 +75,7 @@ class FakeServer:
 
 @contextmanager
 def fake_servers(count: int, **state: Any) -> Iterator[list[FakeServer]]:
-    """``count`` servers that ask for ``KEY``; stopped at the end."""
+    """Start ``count`` servers that require ``KEY``; stop them at the end."""
     servers = [FakeServer(**state) for _ in range(count)]
     for server in servers:
         server.start()
@@ -88,7 +88,7 @@ def fake_servers(count: int, **state: Any) -> Iterator[list[FakeServer]]:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that gave up is what some tests are about; the client's side reports it."""
+        """Ignore the error: in some tests a client gives up on purpose, and the client's side reports it."""
 
 
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
@@ -113,6 +113,6 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """The record is in ``server.calls``."""
+            """Print nothing: ``server.calls`` has the record."""
 
     return Handler

@@ -1,7 +1,7 @@
 """A program that takes a server's command line and serves its health endpoints; run under the guard by tests.
 
-How it behaves comes from the environment: FAKE_SERVER=ok, =dies (right after a line to its log), =stubborn (ignores
-SIGTERM and has a child that does too), =tempered (its log-probs depend on the temperature).
+The environment sets its behaviour: FAKE_SERVER=ok, =dies (right after writing a line to its log), =stubborn (it ignores
+SIGTERM, and so does its child), =tempered (its log-probs depend on the temperature).
 """
 
 import json

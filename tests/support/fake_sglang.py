@@ -1,4 +1,4 @@
-"""A hand-written upstream that speaks as much of SGLang's ``/generate`` as the client needs, over real sockets."""
+"""A handwritten server that speaks the part of SGLang's ``/generate`` that the client needs, over real sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 10.
 
 
 def sample(body: dict[str, Any], index: int, **meta: Any) -> dict[str, Any]:
-    """One response: tokens (last prompt token, index, 2) with log-probs −1, −2, −3."""
+    """Make one response: tokens (last prompt token, index, 2) with log-probs −1, −2, −3."""
     tokens = [body["input_ids"][-1], index, 2]
     return {
         "output_ids": tokens,
@@ -42,15 +42,15 @@ _ABOUT: dict[str, dict[str, Any]] = {
     "/model_info": {"is_generation": True},
     "/server_info": {"tp_size": 1},
 }
-"""What a router asks a server before it takes it."""
+"""Answers to the questions that a router asks before it accepts a server."""
 
 
 class FakeSGLang:
-    """``with FakeSGLang(plan) as fake``: a server at ``fake.url`` that treats each request as ``plan`` says.
+    """A server at ``fake.url`` that treats each request as ``plan`` says: ``with FakeSGLang(plan) as fake``.
 
-    ``version`` is that of all tokens. ``hang`` answers when ``fake.release`` is called. ``fake.requests`` are the
-    bodies in the order of arrival, ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose connection
-    the client closed.
+    All tokens have the policy version ``version``. ``hang`` answers when ``fake.release`` is called. ``fake.requests``
+    are the bodies in the order of arrival, ``fake.arrivals`` their times, ``fake.cancelled`` counts requests whose
+    connection the client closed.
     """
 
     def __init__(self, plan: Plan = lambda index, body: "ok", *, version: str = "default") -> None:
@@ -93,7 +93,7 @@ class FakeSGLang:
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     def hide(self, path: str) -> None:
-        """Know this path no more."""
+        """Answer this path as unknown from now on."""
         self._hidden.add(path)
 
     async def _tell(self, answer: dict[str, Any], request: web.Request) -> web.Response:

@@ -11,12 +11,12 @@ from tests.support.fake_sglang import Reply
 
 
 def logp_of(token: int) -> float:
-    """The log-prob that the fake teacher gives a token, wherever it stands."""
+    """Return the log-prob that the fake teacher gives a token at any place."""
     return -0.25 - token / 64
 
 
 def sglang_payload(body: dict[str, Any]) -> dict[str, Any]:
-    """The answer of SGLang's ``/generate`` that samples nothing: the first row has no log-prob."""
+    """Make the answer of SGLang's ``/generate`` that samples nothing. Its first row has no log-prob."""
     start = body["logprob_start_len"]
     rows: list[list[Any]] = [[logp_of(token), token, None] for token in body["input_ids"][start:]]
     rows[0][0] = None
@@ -24,7 +24,7 @@ def sglang_payload(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def openai_payload(body: dict[str, Any], *, names_ids: bool = True, samples: bool = True) -> dict[str, Any]:
-    """The answer of ``/v1/completions`` with ``echo``; with one sampled token where ``samples``."""
+    """Make the answer of ``/v1/completions`` with ``echo``; with one sampled token if ``samples``."""
     tokens = [*body["prompt"], *([9] if samples else [])]
     values: list[float | None] = [logp_of(token) for token in tokens]
     values[0] = None
@@ -33,7 +33,7 @@ def openai_payload(body: dict[str, Any], *, names_ids: bool = True, samples: boo
 
 
 class Codes:
-    """A tokenizer: a character is a token, its code modulo the size of the vocabulary."""
+    """A tokenizer with a token for each character: its code modulo the size of the vocabulary."""
 
     def __init__(self, vocab_size: int = 128) -> None:
         self.vocab_size = vocab_size
@@ -46,7 +46,7 @@ class Codes:
 
 
 def answer(body: dict[str, Any], tokenizer: Codes | None = None) -> Reply:
-    """A sound answer to any request that a run sends to a teacher."""
+    """Give a sound answer to any request that a run sends to a teacher."""
     own = tokenizer or Codes()
     if "input_ids" in body:
         payload = sglang_payload(body)

@@ -1,6 +1,7 @@
-"""The losses of the methods with forced tokens or a buffer of traces, as their papers and codes write them.
+"""Losses of the methods with forced tokens or a buffer of traces, as their papers and codes write them.
 
-As :mod:`tests.support.rival_equations`; ``forced`` of a rollout counts its first tokens that are a teacher's.
+Conventions are those of :mod:`tests.support.rival_equations`. ``forced`` of a rollout is the number of its first tokens
+that are a teacher's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ReduceGroup: TypeAlias = Callable[[Sequence[Tensor], Sequence[Response]], Tensor
 
 
 def relift(reduce: ReduceGroup, *, std: bool, clip: bool, coef: float) -> Equation:
-    """The updates on rollouts."""
+    """Return the loss of the updates on rollouts."""
 
     def loss(prompts: Prompts) -> Tensor:
         terms, low = [], 0.2 if clip else None
@@ -42,7 +43,7 @@ def relift(reduce: ReduceGroup, *, std: bool, clip: bool, coef: float) -> Equati
 
 
 def relift_buffer(coef: float, is_token_mean: bool) -> Equation:
-    """The update on the traces of the prompts that no rollout solved."""
+    """Return the loss of the update on traces of prompts that no rollout solved."""
 
     def loss(prompts: Prompts) -> Tensor:
         traces = [p.trace for p in prompts if not any(y.reward for y in p.rollouts)]
@@ -53,7 +54,7 @@ def relift_buffer(coef: float, is_token_mean: bool) -> Equation:
 
 
 def prefix_rft(continuation: bool, coef: float, dual: float | None) -> Equation:
-    """k−1 rollouts, and one behind a prefix: its 20% most uncertain tokens, and what follows if ``continuation``."""
+    """Return the loss: k−1 rollouts, and one's 20% most uncertain prefix tokens, and if asked its continuation."""
 
     def loss(prompts: Prompts) -> Tensor:
         terms = []
@@ -72,7 +73,7 @@ def prefix_rft(continuation: bool, coef: float, dual: float | None) -> Equation:
 
 
 def trapo(reduce: Reduce, *, std: bool, clip: bool, coef: float) -> Equation:
-    """GRPO on what is sampled, and p/max(p, 0.1) of −log π on what is a teacher's, of every rollout."""
+    """Return the loss: GRPO on sampled tokens, and p/max(p, 0.1) of −log π on a teacher's tokens, in every rollout."""
 
     def loss(prompts: Prompts) -> Tensor:
         terms = []

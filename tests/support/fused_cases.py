@@ -17,15 +17,15 @@ EVERYTHING = 2**20
 
 
 def logits_as_hidden(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and a weight whose product is exactly these logits."""
+    """Return hidden states and a weight whose product is exactly these logits."""
     return logits_NV.clone(), torch.eye(logits_NV.shape[1])
 
 
 def projected(g: torch.Generator, num_rows: int = 7, size: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Operands on a grid of 1/8 and 1/32, so coarse that fp32 holds every partial sum of a logit exactly.
+    """Return operands on a grid of 1/8 and 1/32, so coarse that fp32 holds every partial sum of a logit exactly.
 
-    Else the order in which a processor's matmul adds up would move logits by some 1e-5, and entropies by 1e-6 (at a
-    size of 20): the matmul's rounding, not that of the code under test.
+    Otherwise the order of additions in a processor's matmul would move logits by about 1e-5, and entropies by 1e-6 (at
+    a size of 20). That is the rounding of the matmul, not of the code under test.
     """
     hidden_NH = torch.randn(num_rows, HIDDEN, generator=g).mul(8).round() / 8
     weight_VH = torch.randn(16, HIDDEN, generator=g).mul(32).round() / 32
@@ -45,7 +45,7 @@ CASES: dict[str, Callable[[torch.Generator], tuple[Tensor, Tensor]]] = {
 
 
 def weighted_sum(logp_N: Tensor, coef_N: Tensor, entropy_N: Tensor | None, entropy_coef_N: Tensor | None) -> Tensor:
-    """The loss of these tests; an entropy without coefficients is left out of the graph."""
+    """Return the loss of these tests; an entropy without coefficients is left out of the graph."""
     loss = (logp_N * coef_N).sum()
     return loss if entropy_coef_N is None else loss + (present(entropy_N) * entropy_coef_N).sum()
 
@@ -59,7 +59,7 @@ def reference(
     temperature: float = 1.0,
     entropy_coef_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float64: log-probs, entropy, gradients of Σ coef·logp (+ coef·entropy) by hidden and weight; padding masked."""
+    """Return in float64 log-probs, entropy, gradients of Σ coef·logp (+ coef·entropy) by hidden and weight."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden_NH, weight_VH))
     logits = hidden @ weight.t() / temperature
     is_padding = torch.arange(len(weight)) >= vocab_size
@@ -71,14 +71,14 @@ def reference(
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:
-    """Of the largest entry; absolute where all entries are below one."""
+    """Return the error relative to the largest entry; the absolute error if all entries are below one."""
     if not expected.numel():
         return 0.0
     return float((ours.double() - expected).abs().max() / max(float(expected.abs().max()), 1.0))
 
 
 def gradient_error(ours: Tensor, expected: Tensor) -> float:
-    """Of the largest entry, however small; where float64 has exact zeros (saturated softmax) so must we."""
+    """Return the error relative to the largest entry, even a small one. Zeros of float64 must be zeros of the code."""
     largest = float(expected.abs().max())
     error = float((ours.double() - expected).abs().max())
     return error / largest if largest > 1e-300 else error

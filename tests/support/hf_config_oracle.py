@@ -1,4 +1,4 @@
-"""What transformers reads from a model's configuration, in our words: to compare an Architecture field by field."""
+"""Read a model's configuration by transformers, in the terms of an Architecture, to compare the two field by field."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.support.hf_models import import_transformers
 
 
 def config_from(raw: dict[str, Any]) -> Any:
-    """transformers' configuration of the content of a config.json."""
+    """Return transformers' configuration for the content of a config.json."""
     transformers = import_transformers()
     transformers.logging.set_verbosity_error()
     return transformers.AutoConfig.for_model(**raw)
 
 
 def as_transformers_reads(config: Any) -> dict[str, Any]:
-    """Field of :class:`Architecture` → its value by transformers' configuration; rotary ones by what they amount to."""
+    """Return field of :class:`Architecture` → value by transformers; rotary fields are compared by their effect."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, attention_factor = _rotary(config, head_dim)
     fields = {
@@ -51,7 +51,7 @@ def as_transformers_reads(config: Any) -> dict[str, Any]:
 
 
 def as_we_read(arch: Architecture) -> dict[str, Any]:
-    """The same of ours."""
+    """Return the same fields of an Architecture."""
     from megatron_dypo.mcore.rope import inverse_frequencies, softmax_scale
 
     passed_over = ("rope_scaling", "qkv_bias", "qk_norm", "experts")
@@ -64,7 +64,7 @@ def as_we_read(arch: Architecture) -> dict[str, Any]:
 
 
 def differences(arch: Architecture, theirs: dict[str, Any]) -> list[str]:
-    """Every field that :func:`as_transformers_reads` gives otherwise."""
+    """Return every field for which :func:`as_transformers_reads` has another value."""
     ours = as_we_read(arch)
     assert ours.keys() == theirs.keys()
     return [f"{name}: {ours[name]} ≠ {theirs[name]}" for name in ours if not _same(ours[name], theirs[name])]

@@ -1,4 +1,4 @@
-"""Tiny random HF models made with transformers, tokenizer and generation config beside them."""
+"""Make tiny random HF models with transformers, with a tokenizer and a generation config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 24}),
 }
-"""Name → transformers' config class and what differs from the sizes below."""
+"""Name → transformers' config class, and values that differ from the sizes below."""
 
 _EXPERTS = {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
@@ -35,7 +35,7 @@ MOE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe_raw_weights": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": False}),
 }
-"""The same for mixtures of experts, which refuse some layouts that dense models take."""
+"""Kinds with experts, which refuse some layouts that dense models accept."""
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -54,7 +54,7 @@ SIZES: dict[str, Any] = {
 
 @functools.cache
 def import_transformers() -> Any:
-    """transformers, with its model classes importable beside a torchvision that this torch cannot load."""
+    """Import transformers so that its model classes load even if this torch cannot load torchvision."""
     if torch.version.cuda is None:
         sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     import transformers
@@ -84,7 +84,7 @@ def make_hf_model(kind: str, path: Path, *, dtype: torch.dtype = torch.float32, 
 
 
 def save_tokenizer(path: Path, vocab_size: int) -> None:
-    """A word-level tokenizer: ``<pad>``, ``<s>``, ``</s>``, then ``t3``, ``t4``, …"""
+    """Write a word-level tokenizer: ``<pad>``, ``<s>``, ``</s>``, then ``t3``, ``t4``, …"""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", *(f"t{i}" for i in range(3, vocab_size))]

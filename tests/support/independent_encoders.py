@@ -1,4 +1,4 @@
-"""Encoders of published tokenizers without any of our code: naive merging of byte pairs, and sentencepiece itself."""
+"""Encoders of published tokenizers that share no code with the package: naive byte-pair merging, and sentencepiece."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.published_families import Published, added_tokens, read_patte
 from tests.support.published_folders import merge_bytes
 
 Encode = Callable[[str, bool], list[int]]
-"""Ids of a text between special tokens, and whether nothing is before it."""
+"""(Text between special tokens, whether nothing is before it) → ids."""
 
 
 def by_byte_pairs(model: Published) -> tuple[dict[str, int], Encode]:

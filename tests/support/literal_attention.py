@@ -1,4 +1,4 @@
-"""Attention that knows no packing."""
+"""Attention without packing, to compare with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def literal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-    """[T, h, d] → [T, h·d], one query, one head and one sequence at a time."""
+    """Compute attention, [T, h, d] → [T, h·d], one query, one head and one sequence at a time."""
     rows = []
     for start, end in itertools.pairwise(cu_seqlens):
         for t in range(start, end):

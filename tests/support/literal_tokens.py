@@ -1,4 +1,4 @@
-"""The loss of one microbatch as its docstrings put it: Python floats, token by token, derivatives by hand."""
+"""Compute the loss of a microbatch as its docstrings define it: Python floats, token by token, derivatives by hand."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 from megatron_dypo.config.objective import ImportanceConfig, ObjectiveConfig
 
 FAR = 20.0
-"""Where e^x goes on by its tangent."""
+"""From this x on, the tangent replaces e^x."""
 
 
 def exponential(x: float) -> tuple[float, float]:
-    """(e^x, its derivative), by the tangent from FAR on."""
+    """Return (e^x, its derivative), from FAR on by the tangent."""
     if x > FAR:
         return math.exp(FAR) * (1 + x - FAR), math.exp(FAR)
     return math.exp(x), math.exp(x)
 
 
 def k3(delta: float) -> tuple[float, float]:
-    """(e^δ − δ − 1, its derivative)."""
+    """Return (e^δ − δ − 1, its derivative)."""
     value, slope = exponential(delta)
     return (value - delta - 1 if delta > FAR else math.expm1(delta) - delta), slope - 1
 
 
 def surrogate(log_rho: float, advantage: float, cfg: ObjectiveConfig) -> tuple[float, float, bool]:
-    """(Loss, derivative by log ρ, whether a bound replaced ρ), by eq. 22's cases."""
+    """Return (loss, derivative by log ρ, whether a bound replaced ρ) by the cases of eq. 22."""
     if advantage > 0 and cfg.clip_high is not None and log_rho > math.log(1 + cfg.clip_high):
         return -advantage * (1 + cfg.clip_high), 0.0, True
     if advantage < 0 and cfg.clip_low is not None and log_rho < math.log(1 - cfg.clip_low):
@@ -39,7 +39,7 @@ def surrogate(log_rho: float, advantage: float, cfg: ObjectiveConfig) -> tuple[f
 
 
 def shape(logp: float, mean_entropy: float, x: Mapping[str, Any], t: int) -> float:
-    """The factor of the nll weight of token ``t``, by the name in ``x["shape"]``."""
+    """Return the factor of the nll weight of token ``t`` by the shape that ``x["shape"]`` names."""
     p, c = math.exp(logp), x["shape_constant"][t] if "shape_constant" in x else 0.0
     match x["shape"][t] if "shape" in x else "constant":
         case "constant":
@@ -65,12 +65,12 @@ def shape(logp: float, mean_entropy: float, x: Mapping[str, Any], t: int) -> flo
 class Literal:
     loss: float = 0.0
     size: float = 0.0
-    """Σ of the terms' absolute values: what rounding is relative to."""
+    """Σ of the terms' absolute values; rounding errors are relative to it."""
     gradient: list[float] = field(default_factory=list)
     gradient_size: list[float] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     distance: float = math.inf
-    """Of the nearest log-ratio from a bound; nearer than rounding, either side is right."""
+    """Distance of the nearest log-ratio from a bound. If it is below rounding, either side of the bound is right."""
 
     def add(self, name: str, value: float = 1.0) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value)
@@ -82,7 +82,7 @@ class Literal:
 def literal_tokens(
     logp: Sequence[float], entropy: Sequence[float], x: Mapping[str, Sequence[float]], cfg: ObjectiveConfig
 ) -> Literal:
-    """``x``: stream → list, with ``is_trace`` and ``sequence`` of each token."""
+    """Compute the loss of ``x``: stream → list, with ``is_trace`` and ``sequence`` of each token."""
     out = Literal()
     clips = (cfg.clip_high is not None and 1 + cfg.clip_high, cfg.clip_low is not None and 1 - cfg.clip_low)
     members: dict[float, list[int]] = {}

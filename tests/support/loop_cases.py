@@ -1,4 +1,4 @@
-"""Runs for tests of the loop: ranks that are threads, fake servers, a scripted verifier, no Megatron."""
+"""Make runs for tests of the loop: ranks are threads, servers are fake, the verifier is scripted; no Megatron."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PROMPTS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class OneRank:
-    """The ranks of a run that is alone; or of one of several replicas, whose others say nothing."""
+    """The ranks of a run with one rank, or of one replica whose peers stay silent."""
 
     replica: int = 0
     replicas: int = 1
@@ -77,7 +77,7 @@ class OneRank:
 
 
 class Meeting:
-    """Where ranks that are threads meet: each gives a value and gets all, by rank."""
+    """A meeting point of ranks that are threads: each gives a value and gets all values, by rank."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=30.0)
@@ -117,7 +117,7 @@ class ThreadRanks:
         return self.rank == 0
 
     def of_leaders(self, mine: T) -> list[T]:
-        # A copy, as a message between processes would be.
+        # A message between processes would be a copy too.
         return copy.deepcopy(self.meeting.exchange(self.rank, mine)[:: self.ranks_per_replica])
 
     def any_rank(self, mine: bool) -> bool:
@@ -125,7 +125,7 @@ class ThreadRanks:
 
 
 def run_in_threads(count: int, work: Callable[[ThreadRanks], R], ranks_per_replica: int = 1) -> list[R]:
-    """Run ``work`` on ``count`` ranks, a thread each; return what each returns, or raise what the first one raised."""
+    """Run ``work`` on ``count`` ranks, a thread each; return their results, or raise the first error."""
     meeting = Meeting(count)
     ranks = [
         ThreadRanks(meeting=meeting, rank=rank, world_size=count, ranks_per_replica=ranks_per_replica)
@@ -136,7 +136,7 @@ def run_in_threads(count: int, work: Callable[[ThreadRanks], R], ranks_per_repli
 
 
 class Refits:
-    """A refitter of servers that are there: it keeps the versions, and tells fake servers which one they hold."""
+    """A refitter of servers that are always there. It records versions, and tells each fake server its version."""
 
     def __init__(self, urls: Sequence[str] = (), fakes: Sequence[FakeSGLang] = ()) -> None:
         self.serving = tuple(urls) or tuple(fake.url for fake in fakes)
@@ -157,7 +157,7 @@ class Refits:
 
 
 class NextServer:
-    """A refitter: after each refit another server serves."""
+    """A refitter after whose every refit another server serves."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._urls, self.refitted = list(urls), list[int]()
@@ -171,11 +171,11 @@ class NextServer:
         )  # fmt: skip
 
     def release(self) -> None:
-        """The servers keep their memory."""
+        """Do nothing: the servers keep their memory."""
 
 
 class Records:
-    """A writer of metrics that keeps them."""
+    """A metrics writer that keeps them in memory."""
 
     def __init__(self) -> None:
         self.metrics: dict[int, dict[str, float]] = {}
@@ -186,16 +186,16 @@ class Records:
 
 
 class FakePolicy:
-    """A policy without a model: its log-probs say which version of the weights they are of, and its updates are kept.
+    """A policy without a model. Its log-probs show the version of the weights; it records its updates.
 
-    A token has log-prob −version − 1; under the reference −0.5.
+    A token has the log-prob −version − 1; under the reference policy −0.5.
     """
 
     def __init__(self, *, keeps_reference: bool = False, is_leader: bool = True) -> None:
         self.keeps_reference, self._is_leader = keeps_reference, is_leader
         self.version = 0
         self.asked: list[tuple[int, list[int]]] = []
-        """Version and draws of each pass for log-probs."""
+        """(Version, draws) of each pass for log-probs."""
         self.updates: list[list[Sample]] = []
         self.saved: dict[int, dict[str, Any]] = {}
         self.exported: list[Path] = []
@@ -209,7 +209,7 @@ class FakePolicy:
         return [np.full(sample.num_response_tokens, -1.0 - self.version, np.float32) for sample in samples]
 
     def entropies(self, samples: Sequence[Sample]) -> list[Any]:
-        """The earlier a token, the more uncertain."""
+        """Return entropies that fall from token to token."""
         assert self._is_leader or not samples, "a follower holds no samples"
         return [np.arange(sample.num_response_tokens, 0, -1).astype(np.float32) for sample in samples]
 
@@ -253,7 +253,7 @@ class FakePolicy:
     ) -> Path:
         self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
-        # On each rank, since there is no barrier as in a real one; whole at once, since other ranks look at it.
+        # Each rank writes it, since there is no barrier as in a real run; atomically, since other ranks read it.
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{id(self)}.tmp"
         temporary.write_text("{}")
@@ -265,7 +265,7 @@ class FakePolicy:
 
 
 class Prompts:
-    """An endless stream of prompts over ``PROMPTS`` rows; those whose row is in ``too_long`` are left out."""
+    """An endless stream of prompts over ``PROMPTS`` rows, without the rows in ``too_long``."""
 
     def __init__(self, too_long: Sequence[int] = (), traces: Sequence[int] = range(PROMPTS)) -> None:
         self.too_long, self.traces = set(too_long), set(traces)
@@ -336,9 +336,9 @@ class Words:
 
 
 class Oracle:
-    """A verifier: the response "101 3 2" is rollout 3 of row 1, and ``judge`` says what is thought of it.
+    """A verifier that asks ``judge``. The response "101 3 2" is rollout 3 of row 1.
 
-    The row of a teacher's trace is negative.
+    For a teacher's trace the row is negative.
     """
 
     def __init__(self, judge: Callable[[int, int], Verdict]) -> None:
@@ -366,7 +366,7 @@ def silent(_row: int, _member: int) -> Verdict:
 
 
 def aime(**options: Any) -> EvalConfig:
-    """The section ``eval`` with one set."""
+    """Return the section ``eval`` with one set."""
     return EvalConfig(sets={"aime": EvalSetConfig(path="data/aime.jsonl")}, **options)
 
 
@@ -396,7 +396,7 @@ def make_config(
         **{
             "eval": EvalConfig(),
             "objective": ObjectiveConfig(),
-            # The servers' log-probs, so that a collection in the background asks for no pass of the policy.
+            # Log-probs are the servers': a collection in the background then needs no pass of the policy.
             "old_logp": OldLogpConfig(source="server"),
             **sections,
         },
@@ -404,7 +404,7 @@ def make_config(
 
 
 def make_client(urls: Sequence[str], config: Config, check: Callable[[], None] | None = None) -> SGLangClient:
-    """A client that tries again soon."""
+    """Make a client that retries quickly."""
     return SGLangClient(
         urls,
         None,
@@ -427,7 +427,7 @@ def make_run(
     policy: Any = None,
     check: Callable[[], None] | None = None,
 ) -> Run:
-    """A run of one rank of ``ranks``, which leads a replica unless they say otherwise.
+    """Make the run of one rank of ``ranks``, which leads a replica unless ``ranks`` says otherwise.
 
     ``check`` raises when the servers are lost for good.
     """
@@ -481,38 +481,38 @@ def make_run(
 
 
 def collect_groups(run: Run) -> None:
-    """One collection for the run's next step."""
+    """Collect for the run's next step."""
     collector, step = run.collector, run.progress.step
     (collect_from_stream if collector.uses_stream(step) else collect_in_rounds)(collector, step)
 
 
 def make_step(run: Run) -> None:
-    """One step of the loop, with the checkpoint that is due after it."""
+    """Make one step of the loop, with the checkpoint that is due after it."""
     train_step(run.progress, run.collector, run.updater, run.evaluator, run.recorder)
     save_if_due(run.checkpointer, run.progress)
 
 
 def leader_of(run: Run) -> Leader:
-    """The data of a run's replica."""
+    """Return the data side of a run's replica."""
     assert isinstance(run.replica, Leader)
     return run.replica
 
 
 def requests_of(run: Run) -> LeaderRequests:
-    """The clients of a run's replica."""
+    """Return the requests of a run's replica."""
     assert isinstance(run.servers, Servers)
     assert isinstance(run.servers.requests, LeaderRequests)
     return run.servers.requests
 
 
 def serve(run: Run, url: str) -> None:
-    """Send the requests to come to ``url``, whatever weights it serves."""
+    """Send future requests to ``url``, whatever weights it serves."""
     requests = requests_of(run)
     requests.client.use_servers([url])
 
 
 def make_leader(config: Config, ranks: Any, prompts: Any) -> Leader:
-    """The data side of one replica."""
+    """Make the data side of one replica."""
     ledger, run_dir = Ledger(), Path(config.run.dir)
     return Leader(
         draws=Draws(source=prompts, ledger=ledger, replica=ranks.replica, replicas=ranks.replicas),

@@ -1,4 +1,4 @@
-"""NeMo-Run for tests: in an environment of its own, as its users have it."""
+"""Run NeMo-Run for tests, in an environment of its own, as its users do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PYTHON = REPOSITORY / ".venv-nemo-run" / "bin" / "python"
 
 
 def nemo_run_python() -> Path:
-    """Return the interpreter; where it is missing, make it if ``DYPO_REQUIRE_NEMO_RUN`` is set, else skip the test."""
+    """Return the interpreter. If it is missing, make it if ``DYPO_REQUIRE_NEMO_RUN`` is set, else skip the test."""
     required = os.environ.get("DYPO_REQUIRE_NEMO_RUN")
     question = [] if required else ["--question"]
     made = subprocess.run(["make", *question, "setup-nemo-run"], cwd=REPOSITORY, capture_output=True, text=True)
@@ -26,12 +26,12 @@ def nemo_run_python() -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Of a call of the program: what NeMo-Run writes is under ``home``, and its lines do not wrap."""
+    """Return the environment of a call: NeMo-Run writes its files under ``home``, and its lines do not wrap."""
     return {**os.environ, "NEMORUN_HOME": str(home), "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
 
 
 def dypo(python: Path, home: Path, *arguments: str, deadline_s: float = 600.0) -> subprocess.CompletedProcess[str]:
-    """Run ``examples/nemo_run/dypo.py``; its two streams come as one."""
+    """Run ``examples/nemo_run/dypo.py``; its error stream is part of its output."""
     return subprocess.run(
         [python, PROGRAM, *arguments],
         env=environment(home),

@@ -14,7 +14,7 @@ from megatron_dypo.types import Sample, SampleKind, Totals, Treatment
 def loss_inputs(
     num_tokens: int, *, sequence: Any = None, num_sequences: int | None = None, **streams: Any
 ) -> LossInputs:
-    """Float64 streams of the loss; what is not given is zero, and all tokens are one sequence."""
+    """Return float64 streams of the loss. Streams that are not given are zero; all tokens are one sequence."""
     zeros = {stream.name: [0.0] * num_tokens for stream in STREAMS}
     tensors = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in {**zeros, **streams}.items()}
     tensors["is_trace"] = tensors["is_trace"].bool()
@@ -24,7 +24,7 @@ def loss_inputs(
 
 
 def totals_of(groups: Sequence[Sequence[Sample]]) -> Totals:
-    """Counts over whole groups, as the trainer makes them."""
+    """Return counts over whole groups, as the trainer makes them."""
     by_kind = {kind: [s for g in groups for s in g if s.kind is kind] for kind in SampleKind}
     return Totals(
         num_prompts=len(groups),
@@ -36,7 +36,7 @@ def totals_of(groups: Sequence[Sequence[Sample]]) -> Totals:
 def random_groups(
     seed: int, *, num_hard: int = 2, num_mid: int = 3, group_size: int = 4, vocab: int = 50, max_response: int = 9
 ) -> list[list[Sample]]:
-    """``num_hard`` traces and ``num_mid`` groups with at least one success and one failure each."""
+    """Draw ``num_hard`` traces, and ``num_mid`` groups with at least one success and one failure each."""
     rng = np.random.default_rng(seed)
     groups = []
     for order in range(num_hard + num_mid):

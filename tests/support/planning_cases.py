@@ -19,7 +19,7 @@ CONFIGS = ROOT / "tests" / "planning_configs"
 
 
 def architecture(**changes: Any) -> Architecture:
-    """A Llama-like decoder whose layers have 12·H² parameters, as GPT's: F = 8·H/3, but for rounding."""
+    """Make a Llama-like decoder whose layers have 12·H² parameters, as GPT's have: F = 8·H/3, rounded."""
     hidden = changes.get("hidden_size", 768)
     sizes: dict[str, Any] = {
         "family": "llama",
@@ -51,7 +51,7 @@ def pretraining(
     length: int = 2048,
     recompute: Literal["none", "selective", "full"] = "selective",
 ) -> Setting:
-    """``batch`` whole sequences of ``length`` an update on A100s, nothing but responses."""
+    """Make a setting on A100s with ``batch`` sequences of ``length`` in an update, all of them responses."""
     config = Config(
         model=ModelConfig(hf_path="none", recompute=recompute),
         parallel=ParallelConfig(**parallel),
@@ -71,7 +71,7 @@ def pretraining(
 
 
 def from_file(name: str, *overrides: str, gpu: str = "h100-80gb", **options: Any) -> Setting:
-    """The setting of ``tests/planning_configs/<name>.yaml``."""
+    """Return the setting of ``tests/planning_configs/<name>.yaml``."""
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
     model = dataclasses.replace(config.model, hf_path=str(ROOT / config.model.hf_path))
     return make_setting(dataclasses.replace(config, model=model), find_gpu(gpu), **options)

@@ -1,4 +1,4 @@
-"""A value that may be None, where a test knows that it is there."""
+"""Unwrap a value that may be None by its type, but never is in the test."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ T = TypeVar("T")
 
 
 def present(value: T | None) -> T:
-    """Return ``value``; fail where it is None."""
+    """Return ``value``; fail if it is None."""
     assert value is not None
     return value

@@ -1,4 +1,4 @@
-"""Uses of other packages' private names in a Python file, found in its text."""
+"""Find uses of other packages' private names in the text of a Python file."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterable, Iterator
 
 OWN = {"self", "cls"}
 STANDARD = {("os", "_exit"), ("sys", "_current_frames"), ("super()", "_open")}
-"""Of Python's library: the first two are documented; a handler of ``logging`` opens its file by ``_open``."""
+"""Names of Python's library that may be used: two are documented; ``logging`` opens a handler's file by ``_open``."""
 BUILTINS = {"getattr", "setattr", "hasattr", "delattr"}
 
 
 def is_private(name: str) -> bool:
-    """Whether a name begins with one underscore."""
+    """Return whether a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
 def private_uses(source: str, own: Iterable[str] = ()) -> list[str]:
-    """Each use of a private name that neither the file defines nor ``own`` has: "line: what is written there"."""
+    """Return "line: expression" for each use of a private name that neither the file defines nor ``own`` has."""
     tree = ast.parse(source)
     known = {*defined_names(source), *own}
     return [*_imports(tree), *_attributes(tree, known), *_strings(tree), *_overrides(tree)]
 
 
 def defined_names(source: str) -> set[str]:
-    """Functions, methods, fields and attributes of ``self`` that a file defines."""
+    """Return functions, methods, fields and attributes of ``self`` that a file defines."""
     names = set[str]()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -68,7 +68,7 @@ def _strings(tree: ast.AST) -> Iterator[str]:
 
 
 def _overrides(tree: ast.AST) -> Iterator[str]:
-    """Private methods that a class gives to a base of torch or Megatron, which has such a method itself."""
+    """Return private methods by which a class overrides a method of its base in torch or Megatron."""
     modules = {
         alias.asname or alias.name: (node.module, alias.name)
         for node in ast.walk(tree)

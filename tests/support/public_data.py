@@ -14,7 +14,7 @@ _BESIDE = Path(__file__).parents[3] / "shared" / "data"
 
 
 def public_file(name: str) -> Path:
-    """Return the path of a published file; skip the test where it is not there."""
+    """Return the path of a published file; skip the test if it is missing."""
     path = Path(os.environ.get("DYPO_DATA") or _BESIDE) / name
     if not path.is_file():
         pytest.skip(f"{path} is not there: DYPO_DATA names the folder with the benchmarks' files")
@@ -22,7 +22,7 @@ def public_file(name: str) -> Path:
 
 
 def public_rows(name: str) -> list[dict[str, Any]]:
-    """Return the records of a published file; skip the test where it is not there."""
+    """Return the records of a published file; skip the test if it is missing."""
     path = public_file(name)
     if path.suffix == ".parquet":
         rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()

@@ -64,11 +64,11 @@ class Published:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Values for the chat template."""
     edit: tuple[str, str] | None = None
-    """A text of the template and what this model's own has in its place."""
+    """(Text of the template, text that this model's own template has instead)."""
 
     @property
     def tokenizer(self) -> str:
-        """The same for models with the same tokenizer."""
+        """Return a name that models with the same tokenizer share."""
         return f"{self.vocabulary}_{self.bos_token}_{len(self.added)}"
 
     @property
@@ -157,7 +157,7 @@ def sentencepiece_model(model: Published) -> Path:
 
 @functools.cache
 def read_ranks(vocabulary: str) -> dict[bytes, int]:
-    """Return the bytes of each token → its id, of a vocabulary in tiktoken's format."""
+    """Return bytes of a token → id, for a vocabulary in tiktoken's format."""
     package, name = {
         "qwen": ("dashscope", "dashscope/resources/qwen.tiktoken"),
         "llama3": ("llama-models", "llama_models/llama3/tokenizer.model"),

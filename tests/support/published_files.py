@@ -1,4 +1,4 @@
-"""Files of published models: of the packages of ``requirements/test_data.txt``, and of llama.cpp."""
+"""Find files of published models, in the packages of ``requirements/test_data.txt`` and in llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NoReturn
 import pytest
 
 FOLDER = Path(sys.prefix) / "test_data"
-"""Where ``make setup-test-data`` puts the packages; on no import path."""
+"""Folder where ``make setup-test-data`` puts the packages. It is on no import path."""
 _LLAMA_CPP = Path(__file__).parents[2] / ".venv-llama-cpp"
 
 
 def published_file(package: str, name: str) -> Path:
     """Return the path of a file of a package.
 
-    Without the package the test is skipped, or fails where ``DYPO_REQUIRE_TEST_DATA`` is set.
+    Without the package the test is skipped; if ``DYPO_REQUIRE_TEST_DATA`` is set, it fails.
     """
     found = _find(package)
     path = Path(str(found.locate_file(name)))
@@ -30,7 +30,7 @@ def published_file(package: str, name: str) -> Path:
 def llama_cpp_file(name: str) -> Path:
     """Return the path of a file that ``make setup-llama-cpp`` fetches.
 
-    Without it the test is skipped, or fails where ``DYPO_REQUIRE_LLAMA_CPP`` is set.
+    Without the file the test is skipped; if ``DYPO_REQUIRE_LLAMA_CPP`` is set, it fails.
     """
     path = _LLAMA_CPP / name
     if not path.is_file():
@@ -39,7 +39,7 @@ def llama_cpp_file(name: str) -> Path:
 
 
 def version_of(package: str) -> str:
-    """Return the version of a package; without it as :func:`published_file`."""
+    """Return the version of a package; skip or fail without it, like :func:`published_file`."""
     return _find(package).version
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer folders of published models, made of the vocabularies that packages carry."""
+"""Write tokenizer folders of published models, from vocabularies in packages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.published_families import (
 def write_published(folder: Path, name: str) -> Path:
     """Write the folder of a published model: tokenizer, tokenizer_config.json, generation_config.json.
 
-    Folders beside each other share the files of a tokenizer that several models have.
+    Folders with the same parent share the files of a tokenizer that several models have.
     """
     model = PUBLISHED[name]
     folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def merge_bytes(word: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]
 
 @functools.cache
 def _vocabulary(vocabulary: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return what a byte-level BPE of the tokenizers library is made of: token → id, and the merges in order."""
+    """Return token → id, and the merges in order, for a byte-level BPE of the tokenizers library."""
     ranks = read_ranks(vocabulary)
     # GPT-2's alphabet: printable bytes are themselves, the others the characters from 256 on.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -73,7 +73,7 @@ def _vocabulary(vocabulary: str) -> tuple[dict[str, int], list[tuple[str, str]]]
     char = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     text = {token: "".join(char[byte] for byte in token) for token in ranks}
     pairs = (merge_bytes(token, ranks, rank) for token, rank in ranks.items() if len(token) > 1)
-    # A few tokens of Llama 3 no merge leads to; ignore_merges is for these.
+    # No merge leads to a few tokens of Llama 3: ignore_merges is for them.
     merges = [(text[pair[0]], text[pair[1]]) for pair in pairs if len(pair) == 2]
     return {text[token]: rank for token, rank in ranks.items()}, merges
 
@@ -110,7 +110,7 @@ def _from_ranks(model: Published) -> Tokenizer:
 
 
 def convert_sentencepiece(file: Path) -> Tokenizer:
-    """Return the tokenizer.json that goes with a sentencepiece model, as transformers 4 made the published ones."""
+    """Return the tokenizer.json for a sentencepiece model, made as transformers 4 made the published ones."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}

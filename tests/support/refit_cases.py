@@ -1,4 +1,4 @@
-"""Random trainers, servers and architectures for the plan of a refit, and a naive account of what SGLang then holds."""
+"""Draw trainers, servers and architectures for refit plans, and compute naively what SGLang must hold."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def qwen3_moe_experts(num_experts: int, ffn_hidden_size: int) -> Experts:
 
 @st.composite
 def cases(draw: st.DrawFn, unit: int = 1, families: tuple[str, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")) -> Case:
-    """Architectures of which every size that may be cut is a multiple of ``unit`` on each rank."""
+    """Draw cases in which every size that may be cut is a multiple of ``unit`` on each rank."""
     family = draw(st.sampled_from(families))
     tensor = draw(st.sampled_from([1, 2, 4] if unit == 1 else [1, 2]))
     pipeline, virtual_pipeline = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 1, 2]))
@@ -100,7 +100,7 @@ def _architectures(
 
 
 def numbered_hf_tensors(arch: Architecture) -> dict[str, Tensor]:
-    """All HF tensors of an architecture; no two of their elements are equal, none is zero."""
+    """Return all HF tensors of an architecture; no two of their elements are equal, and none is zero."""
     tensors: dict[str, Tensor] = {}
     start = 1
     for row in family_rows(arch):
@@ -113,17 +113,17 @@ def numbered_hf_tensors(arch: Architecture) -> dict[str, Tensor]:
 
 
 class NaiveServerRank:
-    """What SGLang's loaders make of HF tensors on one rank, written after them and not after the plan."""
+    """The tensors that SGLang's loaders make of HF tensors on one rank, written after the loaders, not the plan."""
 
     def __init__(self, arch: Architecture, server: ServerMesh, server_rank: int, *, split_inputs: bool = True) -> None:
-        """``split_inputs=False``: tensors that have one column, scales of rows, which RowParallelLinear does not
-        split."""
+        """Take the tensors. ``split_inputs=False`` is for scales of rows, which have one column: RowParallelLinear does
+        not split them."""
         self._arch, self._size, self._rank = arch, server.tensor, server_rank
         self._expert_size, self._split_inputs = server.expert, split_inputs
 
     def linear(self, hf: dict[str, Tensor], prefix: str, kind: str) -> dict[str, Tensor]:
-        """QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear, FusedMoE of one layer: tensors of a
-        kind."""
+        """Load one kind of tensors as one layer's QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear and
+        FusedMoE do."""
         attention = prefix + "self_attn."
         query, key, value = (hf[f"{attention}{name}_proj.{kind}"] for name in "qkv")
         tensors = {
@@ -140,7 +140,7 @@ class NaiveServerRank:
         return tensors
 
     def whole(self, hf: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Everything of an unquantised model."""
+        """Return all tensors of an unquantised model."""
         arch = self._arch
         tensors = {name: tensor for name, tensor in hf.items() if "norm" in name or name.endswith("mlp.gate.weight")}
         tensors["model.embed_tokens.weight"] = self._vocabulary(hf["model.embed_tokens.weight"])

@@ -1,4 +1,4 @@
-"""What tests of refits to two fake servers look at."""
+"""The setting of tests of refits to two fake servers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HF_CONFIG = {
 
 @dataclasses.dataclass
 class Lost:
-    """What the owner of the servers says of them."""
+    """The servers that their owner reports as lost."""
 
     deaths: dict[str, str] = dataclasses.field(default_factory=dict)
     may_return: bool = False

@@ -1,5 +1,5 @@
 """Both ends of a refit without Megatron and without SGLang: ranks that hold shards of a random model, and servers over
-real HTTP with a process for each tensor-parallel rank, which runs our loader on a bag of parameters.
+real HTTP with a process for each tensor-parallel rank, which runs the package's loader on a bag of parameters.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tests.support.dist.spawn import forking
 from tests.support.fake_control import FakeServer
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Parameters of a server's rank: name → shape, dtype."""
+"""Parameters of a server's rank: name → (shape, dtype)."""
 
 
 def hf_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The HF tensor of that name in the random model ``seed``; the same in every process."""
+    """Make the HF tensor ``name`` of the random model ``seed``; it is the same in every process."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator).to(dtype)
 
@@ -46,7 +46,7 @@ def hf_tensors(arch: Architecture, seed: int, dtype: torch.dtype = torch.float32
 
 
 def plain_layout(axes: Mesh, rank: int) -> MeshRank:
-    """The place of one rank of a mesh, without process groups: planned refits use none of them."""
+    """Return the layout of one rank of a mesh without process groups, which planned refits do not use."""
     groups: dict[str, Any] = dict.fromkeys(
         ("tp_group", "pp_group", "cp_group", "dp_group", "replica_group", "leaders_group")
     )
@@ -54,7 +54,7 @@ def plain_layout(axes: Mesh, rank: int) -> MeshRank:
 
 
 def held_names(arch: Architecture, axes: Mesh, layout: MeshRank) -> list[str]:
-    """Megatron-Core parameters of a rank."""
+    """Return the names of a rank's Megatron-Core parameters."""
     layers = axes.layers_of(layout.pp_rank, arch.num_layers)
     experts = arch.experts.num_experts // axes.expert if arch.experts else 0
     owned = range(layout.ep_rank * experts, (layout.ep_rank + 1) * experts)
@@ -69,7 +69,7 @@ def held_names(arch: Architecture, axes: Mesh, layout: MeshRank) -> list[str]:
 
 
 def shard(name: str, arch: Architecture, layout: MeshRank, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One parameter of a rank, cut out of the random model."""
+    """Return one parameter of a rank, cut out of the random model."""
     row = match(name, arch)
     tensors = [hf_tensor(n, s, seed, dtype) for n, s in zip(row.hf, row.rule.hf_shapes(arch), strict=True)]
     ranks = (0, 1) if row.is_expert else (layout.tp_rank, layout.tensor)
@@ -84,7 +84,7 @@ def served_shapes(
 
 
 def served_params(arch: Architecture, server: ServerMesh, server_rank: int, hf: dict[str, Tensor]) -> dict[str, bytes]:
-    """What a rank of a server must hold of a model, put together from whole HF tensors."""
+    """Return the parameters that a server's rank must hold, put together from whole HF tensors."""
     params = {}
     for name, shape, parts in _served(arch, server, server_rank):
         param = params[name] = torch.zeros(shape, dtype=next(iter(hf.values())).dtype)
@@ -124,10 +124,10 @@ Prepare = Callable[[], None]
 
 
 class StandInServer(FakeServer):
-    """A server whose ranks are processes that run our loader, as SGLang's schedulers do."""
+    """A server whose ranks are processes that run the package's loader, as SGLang's schedulers do."""
 
     def start_ranks(self, ranks: Sequence[Shapes], prepare: Prepare | None = None) -> None:
-        """``prepare`` runs in each process first: to make it misbehave."""
+        """Start the processes. ``prepare`` runs first in each, for example to make it misbehave."""
         context = forking()
         self.one_at_a_time = threading.Lock()
         self.pipes: list[Connection] = []
@@ -140,7 +140,7 @@ class StandInServer(FakeServer):
             self.pipes.append(ours)
             self.processes.append(process)
         for pipe in self.pipes:
-            pipe.recv()  # it is ready: a server answers only then
+            pipe.recv()  # wait until it is ready: a server answers only then
 
     def stop_ranks(self) -> None:
         for process in self.processes:
@@ -148,7 +148,7 @@ class StandInServer(FakeServer):
             process.join()
 
     def params(self, server_rank: int) -> dict[str, bytes]:
-        """What a rank holds, once the refit that it is at has ended."""
+        """Return the parameters of a rank, once its current refit has ended."""
         with self.one_at_a_time:
             self.pipes[server_rank].send(("params", None))
             params: dict[str, bytes] = self.pipes[server_rank].recv()
@@ -165,7 +165,7 @@ class StandInServer(FakeServer):
                 for pipe in self.pipes:
                     pipe.recv()
             except EOFError:
-                # As SGLang's server, which does not outlive a scheduler; the connection closes without an answer.
+                # Like SGLang's server, it does not outlive a scheduler: the connection closes without an answer.
                 self.die()
                 raise
         return 200, {"success": True}
@@ -208,5 +208,5 @@ def _serve_rank(pipe: Connection, shapes: Shapes, prepare: Prepare | None) -> No
             load(model, pickle.loads(base64.b64decode(argument)))
             pipe.send(None)
         elif command == "params":
-            # As bytes: tensors would be sent as shared memory, which needs this process to live on.
+            # Send bytes: tensors would be sent as shared memory, which ends with this process.
             pipe.send({name: bytes(as_bytes(param).numpy()) for name, param in model.held.items()})

@@ -1,4 +1,4 @@
-"""Prompts with rollouts and traces for the tests of objectives, and the gradients that an objective gives their tokens.
+"""Make prompts with rollouts and traces for the tests of objectives, and the gradients of their tokens.
 
 Shape legend: R response tokens of one sequence.
 """
@@ -40,21 +40,21 @@ class Response:
     old_logp: np.ndarray
     reward: float
     forced: int = 0
-    """The first tokens that are a teacher's."""
+    """Number of first tokens that are a teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One prompt: k responses of the policy, and a teacher's, or none of one."""
+    """One prompt: k responses of the policy, and a teacher's trace or none."""
 
     rollouts: tuple[Response, ...]
     trace: Response | None
 
 
 def ragged_cases(seed: int = 0, k: int = 4, longest: int = 9, forced: Sequence[float] = ()) -> list[Case]:
-    """A prompt that is right always, one sometimes, one never; responses of many lengths, ratios inside and outside.
+    """Make prompts that are right always, sometimes and never; lengths vary, ratios are inside and outside the clip.
 
-    The last rollouts begin with these shares of ``forced`` tokens, one at least; the others with none.
+    The last rollouts begin with the shares ``forced`` of a teacher's tokens, at least one; the others have none.
     """
     rng = np.random.default_rng(seed)
 
@@ -75,7 +75,7 @@ def _forced(response: Response, share: float) -> Response:
 
 
 def config_of(**objective: Any) -> ObjectiveConfig:
-    """The objective's config as a run reads it, its preset applied."""
+    """Return the objective's config as a run reads it, with the preset applied."""
     tree = {"model": {"hf_path": "m"}, "data": {"prompts": ["p.jsonl"]}, "objective": objective}
     return parse_config(tree, where="test").objective
 
@@ -83,7 +83,7 @@ def config_of(**objective: Any) -> ObjectiveConfig:
 def routed(
     cases: Sequence[Case], objective: Objective, k: int, step: int, *, buffered: bool = False
 ) -> list[list[Sample]]:
-    """The samples of each prompt, by the objective's own gate, with log π_old; or the traces that it buffers."""
+    """Return the samples of each prompt by the objective's own gate, with log π_old; or the traces that it buffers."""
     groups = [_graded(order, case, objective.num_rollouts(k)) for order, case in enumerate(cases)]
     outcome = route(groups, objective, step=step, version=0, seed=0)
     samples = outcome.buffered if buffered else outcome.samples
@@ -105,10 +105,10 @@ def gradients(
     replicas: int = 1,
     buffered: bool = False,
 ) -> tuple[Gradients, Gradients]:
-    """The gradient by log π and by the entropy of each sequence's tokens: {(prompt, member or "trace"): [R]} twice.
+    """Return gradients by log π and by the entropy of each sequence's tokens: {(prompt, member or "trace"): [R]} twice.
 
     Groups are counted on ``replicas`` replicas, packed into ``microbatches``, and the losses are added up.
-    ``buffered``: of an update on buffered traces.
+    ``buffered``: return those of an update on buffered traces.
     """
     objective = build_objective(cfg)
     groups = [group for group in routed(cases, objective, k, step, buffered=buffered) if group]
@@ -128,7 +128,7 @@ def gradients(
 def _pass(
     objective: Objective, samples: Sequence[Sample], cases: Sequence[Case]
 ) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
-    """Loss and backward of one microbatch; {key: (gradient by log π, by the entropy)}."""
+    """Run loss and backward of one microbatch; return {key: (gradient by log π, gradient by the entropy)}."""
     packed = pack(samples, range(len(samples)), sum(len(s.tokens) for s in samples), streams=objective.streams)
     at = np.flatnonzero(packed.response_T)
     streams: dict[str, Any] = {name: stream[at] for name, stream in packed.streams.items()}

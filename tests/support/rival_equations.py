@@ -1,7 +1,7 @@
-"""The losses of published methods as their papers and codes write them, one prompt after the other, in float64.
+"""Losses of published methods as their papers and codes write them, one prompt after the other, in float64.
 
-Which of them a preset promises stands in :mod:`tests.support.rival_presets`. Where a publication shapes a gradient by
-the derivative of its loss, so does this: the trainer's shapes are checked against autograd. ``p`` is a prompt:
+:mod:`tests.support.rival_presets` says which loss a preset promises. If a publication shapes a gradient by the
+derivative of its loss, so does this file: the trainer's shapes are checked against autograd. ``p`` is a prompt:
 ``p.rollouts`` and ``p.trace`` have ``logp``, ``entropy``, ``old`` ([R] tensors, the first two with gradient) and
 ``reward``.
 """
@@ -23,7 +23,7 @@ Equation: TypeAlias = Callable[[Prompts], Tensor]
 
 
 def add(terms: Iterable[Tensor]) -> Tensor:
-    """Their sum, 0 for none."""
+    """Return the sum; 0 for no terms."""
     return sum(terms, start=torch.zeros((), dtype=torch.float64))
 
 
@@ -39,7 +39,7 @@ def advantages(rewards: Sequence[float], std: bool) -> list[float]:
 def surrogate(
     y: Response, advantage: float, low: float | None = 0.2, high: float | None = 0.2, dual: float | None = None
 ) -> Tensor:
-    """[R] −C(ρ, Â); ``low`` None: no clip."""
+    """Return [R] −C(ρ, Â); ``low=None``: no clip."""
     ratio = (y.logp - y.old).exp()
     if low is None or high is None:
         return -ratio * advantage
@@ -74,14 +74,14 @@ def grpo(
     high: float | None = 0.2,
     dual: float | None = None,
 ) -> Tensor:
-    """One prompt's (1/k) Σ_i reduce(−C)."""
+    """Return one prompt's (1/k) Σ_i reduce(−C)."""
     scores = advantages([y.reward for y in rollouts], std)
     terms = [reduce(surrogate(y, a, low, high, dual), y) for y, a in zip(rollouts, scores, strict=True)]
     return add(terms) / len(rollouts)
 
 
 def entropy_bonus(sequences: Sequence[Response], coef: float) -> Tensor:
-    """−coef times the mean entropy of all tokens."""
+    """Return −coef times the mean entropy of all tokens."""
     entropies = torch.cat([y.entropy for y in sequences])
     return -coef * entropies.mean()
 
@@ -112,7 +112,7 @@ def dr_grpo(coef: float) -> Equation:
 
 
 def sft_then_rl(prompts: Prompts) -> Tensor:
-    """The first phase: supervised, normalised and with the entropy bonus as the second."""
+    """Return the loss of the first phase: supervised, with the normaliser and the entropy bonus of the second phase."""
     terms = [-p.trace.logp.sum() / 8192 for p in prompts]
     return add(terms) / len(prompts) + entropy_bonus(traces_of(prompts), 0.01)
 
@@ -130,7 +130,7 @@ def fixed_chord(prompts: Prompts) -> Tensor:
 
 
 def rl_with_sft_loss(prompts: Prompts) -> Tensor:
-    """Up to the scale 1/1.1: a sum over sequences with 64 of the policy and 6.4 of the supervised term, over 64."""
+    """Return the loss up to the scale 1/1.1: a sum over 64 sequences of the policy and 6.4 supervised ones, over 64."""
     rl = add(grpo(p.rollouts[:-1], over_8192, std=False, low=None) for p in prompts) / len(prompts)
     loss = (rl + 0.1 * token_mean_nll(traces_of(prompts))) / 1.1
     return loss + entropy_bonus([*rollouts_of(prompts, -1), *traces_of(prompts)], 0.001)
@@ -232,7 +232,7 @@ def hpt(
     sft_scale: float | None = None,
     coef: float = 0.0,
 ) -> Equation:
-    """``sft_scale`` None: the mean over prompts of each trace's mean; else that times one token mean of all traces."""
+    """Return the loss; ``sft_scale`` None: mean over prompts of each trace's mean; else it times all traces' mean."""
 
     def loss(prompts: Prompts) -> Tensor:
         low = 0.2 if clip else None

@@ -1,4 +1,4 @@
-"""What each preset promises: its loss at step 0, in the numbers that are published, not as the config has them."""
+"""The loss that each preset promises at step 0, with the published numbers, not with the config's."""
 
 from __future__ import annotations
 

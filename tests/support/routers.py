@@ -1,4 +1,4 @@
-"""The real router for tests: ``megatron-dypo route`` as a process of its own."""
+"""Run the real router for tests: ``megatron-dypo route`` in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def running_router(folder: Path, servers: Sequence[str], key: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """URL and process of a router that answers; its output is in ``folder/router.log``."""
+    """Start a router; give its URL and process once it answers. Its output is in ``folder/router.log``."""
     lease = lease_port("127.0.0.1", 31800)
     url = f"http://127.0.0.1:{lease.port}"
     config = {

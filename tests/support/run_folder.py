@@ -10,7 +10,7 @@ HOSTILE = "</script><script>document.title='owned'</script><!-- <img src=x onerr
 
 
 def make_run(run_dir: Path, num_steps: int, num_prompts: int = 2, text: str = "so it is 4") -> Path:
-    """A run with metrics and, of each step, ``num_prompts`` samples whose every text is ``text``."""
+    """Write a run with metrics, and for each step ``num_prompts`` samples in which every text is ``text``."""
     log = SampleLog(run_dir)
     with MetricsWriter(run_dir, LoggingConfig(tensorboard=False)) as writer:
         for step in range(num_steps):

@@ -12,11 +12,11 @@ SIZES: dict[str, Any] = {
     "vocab_size": 131,
     "max_position_embeddings": 512,
 }
-"""What every config.json must give."""
+"""Keys that every config.json must have."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
 
 def smallest(family: str) -> dict[str, Any]:
-    """Return a config.json of this model type with nothing that may be left out."""
+    """Return a config.json of this model type with required keys only."""
     return {"model_type": family, **SIZES, **(EXPERT_SIZES if family == "qwen3_moe" else {})}

@@ -1,4 +1,4 @@
-"""Draws of a teacher for prompts that are nothing but their traces."""
+"""Draw teachers for prompts that consist of their traces only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny tokenizers, trained on the spot."""
+"""Train tiny tokenizers for tests."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def train_sentencepiece(folder: Path, **config: object) -> Path:
 
 
 def variant(source: Path, target: Path, **changes: object) -> Path:
-    """A copy of a tokenizer folder with keys of tokenizer_config.json changed; None removes one."""
+    """Copy a tokenizer folder and change keys of tokenizer_config.json; None removes a key."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     path = target / "tokenizer_config.json"
     config = {**json.loads(path.read_text()), **changes}

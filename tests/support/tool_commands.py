@@ -1,4 +1,4 @@
-"""The scripts of tools/, in processes of their own."""
+"""Run the scripts of tools/ in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``tools/<name>``; return how it ended and what it wrote."""
+    """Run ``tools/<name>``; return its exit status and its output."""
     command = [sys.executable, TOOLS / name, *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)

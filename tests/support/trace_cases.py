@@ -15,7 +15,7 @@ from megatron_dypo.traces.run import generate_traces, records_folder
 from tests.support.fake_sglang import Reply
 
 QUICK: dict[str, Any] = {"model": "m", "retries": 0, "request_deadline_s": 20.0, "max_in_flight": 2, "samples": 3}
-"""Keys of a teacher of a test, without its URLs."""
+"""Keys of a test's teacher, without its URLs."""
 
 
 def write_prompts(path: Path, count: int = 3, **columns: Any) -> Path:

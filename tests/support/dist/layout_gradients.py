@@ -1,4 +1,4 @@
-"""What one rank does for a row of the matrix over layouts: the whole objective, forwards and backwards."""
+"""Run one rank of a row of the matrix over layouts: forward and backward passes of the whole objective."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One layout, and how it is fed."""
+    """One layout, and the passes that run on it."""
 
     ranks: int
     axes: dict[str, Any] = field(default_factory=dict)
-    """Of ``ParallelConfig``; data parallelism is what is left."""
+    """Axes of ``ParallelConfig``. The ranks that they leave over are data parallel."""
     kind: str = "qwen3"
-    """Of ``tests.support.hf_models``."""
+    """Kind of model of ``tests.support.hf_models``."""
     passes: tuple[tuple[int, int | None], ...] = ((0, 2),)
     """(Index of the objective, number of packed rows a replica; None: one sequence a row) of each pass."""
     recompute: Literal["none", "selective", "full"] = "none"
     distributed: bool = False
     """Distributed optimizer."""
     overlap: bool = False
-    """Of the gradients' reduction with the backward pass."""
+    """Whether the reduction of gradients overlaps the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What one rank saw of a row."""
+    """The results of one rank for a row."""
 
     gradients: list[dict[str, Any]]
-    """Of each pass, under HF names, of this rank's stage; {} on ranks that hold the same as others."""
+    """HF name → gradient of this rank's stage, for each pass; {} on ranks that hold the same as another rank."""
     statistics: list[Any]
-    """Of each pass, summed over all ranks as the training step does."""
+    """Statistics of each pass, summed over all ranks as the training step sums them."""
     grad_norm: float
-    """The optimizer's, of the last pass."""
+    """The optimizer's gradient norm of the last pass."""
     logprobs: dict[tuple[int, int], Any]
-    """On a replica's leader: by (order, member), from a forward-only pass."""
+    """(order, member) → log-probs of a forward-only pass; on a replica's leader only."""
 
 
 def rank_rows(
@@ -58,7 +58,7 @@ def rank_rows(
     groups: Sequence[Sequence[Sample]],
     objectives: Sequence[ObjectiveConfig],
 ) -> dict[str, Seen]:
-    """Each row in turn, with a store of its own to meet at; ``rows`` and the result are by name."""
+    """Run each row in turn, with a store of its own for the rendezvous; ``rows`` and the result are by name."""
     seen: dict[str, Seen] = {}
     for (name, row), port in zip(rows.items(), ports, strict=True):
         try:
@@ -104,7 +104,7 @@ def _row(
 def _scored(
     chunks: Sequence[torch.nn.Module], groups: Sequence[Sequence[Sample]], layout: MeshRank
 ) -> tuple[list[list[Sample]] | None, dict[tuple[int, int], Floats]]:
-    """This replica's groups, GAL's log-probs taken from our own forward-only pass; and those log-probs."""
+    """Return this replica's groups with GAL's log-probs from a forward-only pass, and those log-probs."""
     from megatron_dypo.mcore.logprobs import sequence_logprobs
 
     mine = [g for g in groups if g[0].order % layout.data == layout.dp_rank]
@@ -131,7 +131,7 @@ def _backward(
     count: int | None,
     layout: MeshRank,
 ) -> dict[str, float]:
-    """Forward and backward passes of one update; the statistics of its loss."""
+    """Run the forward and backward passes of one update; return the statistics of its loss."""
     from megatron_dypo.batching.exchange import balance, broadcast_samples
     from megatron_dypo.batching.zigzag import shard
     from megatron_dypo.mcore.forward_step import loss_pass
@@ -156,7 +156,7 @@ def _backward(
 
 
 def packed_microbatches(samples: Sequence[Sample], count: int | None, layout: MeshRank) -> list[Microbatch]:
-    """``count`` microbatches of this layout; None: one sequence each."""
+    """Pack ``count`` microbatches for this layout; None: one sequence each."""
     from megatron_dypo.batching.pack import (
         alignment,
         pack,
@@ -184,7 +184,7 @@ def packed_microbatches(samples: Sequence[Sample], count: int | None, layout: Me
 def stage_gradients(
     chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshRank, distributed: bool
 ) -> dict[str, Any]:
-    """Whole HF tensors of this stage, each from one of the ranks that hold it."""
+    """Return the whole HF tensors of this stage, each from one of the ranks that hold it."""
     from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
     from megatron_dypo.models.gather import iter_hf_tensors, sent_params
 
@@ -196,7 +196,7 @@ def stage_gradients(
 
 
 def _gather_shards(chunks: Sequence[Any]) -> None:
-    """The distributed optimizer leaves each rank the sum of its own part of every bucket."""
+    """Gather gradients: the distributed optimizer leaves each rank the sum of only its own part of every bucket."""
     for buffer in (b for chunk in chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:

@@ -1,6 +1,6 @@
-"""DYPO as the paper writes it: one process, float64, a transformers model, a loop over every pair of every group.
+"""Compute DYPO as the paper writes it: one process, float64, a transformers model, a loop over every pair of a group.
 
-And the options that the paper does not have, as the docstrings of the configuration put them.
+Options that the paper does not have are computed as the docstrings of the configuration define them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Arrays: TypeAlias = "dict[str, npt.NDArray[np.float64]]"
 
 
 def float64_model(path: str) -> Any:
-    """The model of a folder; grouped matmuls, transformers' way with experts, know no float64."""
+    """Load the model of a folder in float64, without transformers' grouped matmuls for experts, which lack float64."""
     auto = import_transformers().AutoModelForCausalLM
     return auto.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
 
 
 def literal_gradients(path: str, groups: Sequence[Group], cfg: ObjectiveConfig) -> tuple[float, Arrays]:
-    """Loss and HF-named gradients of the whole objective; ``Sample`` gives tokens, rewards, old and reference log-probs."""
+    """Return loss and HF-named gradients of the whole objective; ``Sample`` has tokens, rewards and all log-probs."""
     model = float64_model(path)
     loss = literal_loss(model, groups, cfg)
     loss.backward()
@@ -40,7 +40,7 @@ def literal_gradients(path: str, groups: Sequence[Group], cfg: ObjectiveConfig) 
 
 
 def hf_gradients(model: Any) -> Arrays:
-    """Gradients under the names of a model folder, in which each expert has tensors of its own."""
+    """Return gradients under the names of a model folder, in which each expert has tensors of its own."""
     gradients: Arrays = {}
     for name, parameter in model.named_parameters():
         head, is_expert, kind = name.partition(".mlp.experts.")
@@ -55,21 +55,21 @@ def hf_gradients(model: Any) -> Arrays:
 
 
 def literal_logprobs(path: str, groups: Sequence[Group]) -> dict[tuple[int, int], npt.NDArray[np.float64]]:
-    """[R] float64 log-probs of each sample's response, by (order, member)."""
+    """Return (order, member) → [R] float64 log-probs of the sample's response."""
     model = float64_model(path)
     with torch.no_grad():
         return {(s.order, s.member): response_logp(model, s).numpy() for group in groups for s in group}
 
 
 def literal_loss(model: Any, groups: Sequence[Group], cfg: ObjectiveConfig) -> Tensor:
-    """Eq. 4 and 24 under a model's own log-probs."""
+    """Return the loss of eq. 4 and 24, with a model's own log-probs."""
     return loss_of_logprobs([[response_logp(model, sample) for sample in group] for group in groups], groups, cfg)
 
 
 def loss_of_logprobs(
     logps_by_group: Sequence[Sequence[Tensor]], groups: Sequence[Group], cfg: ObjectiveConfig
 ) -> Tensor:
-    """Eq. 4 and 24: the mean over the prompts of the batch; and the same mean of the objectives that have one term each."""
+    """Return eq. 4 and 24, a mean over the batch's prompts, and the same mean for each objective with a single term."""
     lengths = {kind: [s.num_response_tokens for g in groups for s in g if s.kind is kind] for kind in SampleKind}
     total = torch.zeros((), dtype=torch.float64)
     for group, logps in zip(groups, logps_by_group, strict=True):
@@ -124,17 +124,17 @@ def grpo(group: Group, logps: Sequence[Tensor], divisors: Sequence[float], cfg: 
 
 
 def log_moves(sample: Sample, logp: Tensor) -> Tensor:
-    """log π_θ/π_old of each token."""
+    """Return log π_θ/π_old of each token."""
     return logp - torch.tensor(present(sample.old_logp).astype("float64"))
 
 
 def mismatch(sample: Sample) -> list[float]:
-    """π_old/π_rollout of each token."""
+    """Return π_old/π_rollout of each token."""
     return [math.exp(float(o) - float(r)) for o, r in zip(present(sample.old_logp), present(sample.rollout_logp), strict=True)]
 
 
 def is_trusted(sample: Sample, cfg: ImportanceConfig) -> list[bool]:
-    """Of each token whether the mismatch of trainer and servers leaves it in."""
+    """Return for each token whether it is kept in spite of the mismatch of trainer and servers."""
     us = mismatch(sample)
     low, high = cfg.sequence_bounds or (0.0, math.inf)
     gap = sum(abs(math.log(u)) for u in us) / len(us)
@@ -160,7 +160,7 @@ def gal(group: Group, logps: Sequence[Tensor], divisors: Sequence[float], cfg: O
 
 
 def stays_near(sample: Sample, logp: Tensor, cfg: ObjectiveConfig) -> list[bool]:
-    """Of each token whether GAL may still move it: successes up, failures down."""
+    """Return for each token whether GAL may still move it: successes up, failures down."""
     moved = log_moves(sample, logp).detach()
     if cfg.gal_clip == "none":
         return [True] * len(moved)

@@ -1,4 +1,4 @@
-"""Ranks that make several updates from each rollout batch, without servers: rollouts are put into the queues."""
+"""Run ranks that make several updates from each rollout batch, without servers: rollouts are put into the queues."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_dypo.data.prompts import DropCounts
 from tests.support.objective_cases import random_groups
 
 PROMPTS = 4
-"""Of one update; a rollout batch has two mini-batches."""
+"""Prompts of one update. A rollout batch has two minibatches."""
 MODES = ("exact", "stale")
 
 
 class Recorder:
-    """A refitter and a writer that keep what they are told."""
+    """A refitter and a metrics writer that record their calls."""
 
     serving = ("server",)
     bytes = fenced = rejoined = retries = 0
@@ -43,14 +43,14 @@ class Recorder:
         return self
 
     def release(self) -> None:
-        """The servers keep their memory."""
+        """Do nothing: the servers keep their memory."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics[step] = dict(metrics)
 
 
 class NoRows:
-    """Stands for the prompts, which come from nowhere here."""
+    """A stand-in for the prompts, which these runs do not draw."""
 
     def __len__(self) -> int:
         return 0
@@ -81,7 +81,7 @@ def config_of(
 
 
 def batch_of(index: int) -> list[list[Any]]:
-    """The groups of one rollout batch as they come from the servers, made by the weights after two updates each."""
+    """Return the groups of one rollout batch as servers would give them, sampled after every two updates."""
     groups = random_groups(11 + index, num_hard=2, num_mid=6, group_size=4, vocab=131)
     fresh: dict[str, Any] = {"policy_version": 2 * index, "old_logp": None, "ref_logp": None}
     return [[dataclasses.replace(s, order=s.order + 8 * index, **fresh) for s in group] for group in groups]
@@ -122,12 +122,12 @@ def _train(config: Config, layout: Any, age: int = 0) -> dict[str, Any]:
 
 
 def _aged(sample: Any, age: int) -> Any:
-    """The sample as weights of ``age`` versions before would have made it."""
+    """Return the sample as weights of ``age`` versions earlier would have sampled it."""
     return dataclasses.replace(sample, policy_version=max(0, sample.policy_version - age))
 
 
 def _resume(config: Config, layout: Any) -> Any:
-    """Weights after two updates of a batch: without a stop, and with one between them."""
+    """Return the weights after two updates of a batch: without a stop, and with a stop between them."""
     from megatron_dypo.loop.resume import restore_batch, save_checkpoint
     from megatron_dypo.loop.progress import Progress
     from tests.support.loop_cases import make_step
@@ -160,13 +160,13 @@ class Watched:
         return self._policy.update(weighted)
 
     def groups(self) -> list[list[Any]]:
-        """The groups that this rank's replica gave to updates, oldest first."""
+        """Return the groups that this rank's replica gave to updates, oldest first."""
         members = sorted(self._samples)
         return [[self._samples[k] for k in group] for _, group in itertools.groupby(members, key=lambda key: key[0])]
 
 
 def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
-    """A run without servers and prompts, what its refitter and its writer are told, and its policy."""
+    """Make a run without servers and prompts; return it with its recorder and its policy."""
     from megatron_dypo.loop.draws import Draws
     from megatron_dypo.loop.books.ledger import Ledger
     from megatron_dypo.loop.megatron_policy import build_policy
@@ -215,7 +215,7 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
 
 
 def put(run: Any, groups: list[list[Any]]) -> None:
-    """Put this replica's part of what came from the servers into its queues and its books."""
+    """Put this replica's part of the servers' groups into its queues and its accounts."""
     from megatron_dypo.loop.replica import Leader
 
     if not isinstance(run.replica, Leader):

@@ -1,4 +1,4 @@
-"""What the ranks of planned refits between stand-ins do; they return plain data, which the tests judge."""
+"""Run the ranks of planned refits between stand-ins. They return plain data, which the tests judge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUCKET_MIB = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refit:
-    """What each rank of a test refits, and how."""
+    """The refits of one rank, and their settings."""
 
     arch: Architecture
     axes: Mesh
@@ -35,7 +35,7 @@ class Refit:
     quantize: str = "none"
     deadline_s: float = 60.0
     seeds: tuple[int, ...] = (1, 2)
-    """Of the models, one after the other."""
+    """Seeds of the models, one refit for each."""
 
 
 class Allocations(TorchDispatchMode):
@@ -55,7 +55,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def in_all_threads(self) -> Iterator[None]:
-        """A dispatch mode holds for one thread: enter it in this one and in those that start in the meantime."""
+        """Enter a dispatch mode, which holds for one thread, in this thread and in threads that start meanwhile."""
         mode, plain = self, threading.Thread
 
         class RecordedThread(threading.Thread):
@@ -72,7 +72,7 @@ class Allocations(TorchDispatchMode):
 
 
 def rank_refit(refit: Refit) -> list[dict[str, Any]]:
-    """One refit for each seed; what each came to."""
+    """Make one refit for each seed; return the result of each."""
     from megatron_dypo.config.refit import RefitConfig
     from megatron_dypo.refit.refitter import Refitter
     from megatron_dypo.refit.lockstep import RefitError
@@ -98,7 +98,7 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
         run_dir=folder,
         hf_reference=folder,
     )
-    dist.barrier()  # the first collective imports a good part of torch, which is no part of a refit
+    dist.barrier()  # the first collective imports a large part of torch, which must not count as part of a refit
     outcomes = []
     for version, seed in enumerate(refit.seeds):
         params.update({name: shard(name, refit.arch, layout, seed, refit.dtype) for name in params})

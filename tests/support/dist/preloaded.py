@@ -1,4 +1,4 @@
-"""What most ranks import, imported once in the process that they are forked from; nothing here may start a thread."""
+"""Import what most ranks need, once, in the process from which they are forked. No import may start a thread."""
 
 from megatron_dypo.mcore import features
 

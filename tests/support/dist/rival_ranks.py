@@ -1,4 +1,4 @@
-"""What one rank does for the rivals of DYPO: the gradient of each, under each layout of its world size."""
+"""Run one rank for the rivals of DYPO: the gradient of each rival, under each layout of a world size."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.support.dist.layout_gradients import packed_microbatches, stage_gradi
 def rank_gradients(
     layouts: Mapping[str, Any], ports: Sequence[int], path: str, updates: Mapping[str, Any]
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(layout, objective): this rank's HF-named gradients}; ``updates``: name → (config, weighted samples).
+    """Return {(layout, objective): this rank's HF-named gradients}; ``updates``: name → (config, weighted samples).
 
-    Under "entropies" the leader has those of each update's response tokens, by the pass for π_old.
+    On the leader, "entropies" has the entropies of each update's response tokens, from the pass for π_old.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for (name, axes), port in zip(layouts.items(), ports, strict=True):

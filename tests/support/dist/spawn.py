@@ -1,6 +1,6 @@
 """Run a function on N ranks: real processes over gloo, each with one thread, a deadline and its own rendezvous.
 
-They are forked from a process that has imported Megatron and has done nothing else: the import takes longer than most tests.
+Ranks are forked from a process that has imported Megatron and done nothing else: the import is slower than most tests.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch.distributed as dist
 from megatron_dypo.mcore import features
 
 START_METHOD = "TESTS_START_METHOD"
-"""Variable: ``fork`` for a process that has imported Megatron, done nothing else and ends after one file of tests."""
+"""Environment variable: ``fork`` in a process that has only imported Megatron and ends after one file of tests."""
 
 
 class RankError(AssertionError):
-    """Some rank raised, died or did not finish; the message holds what each of them said."""
+    """The failure of a rank that raised, died or did not finish; the message has the output of every rank."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 480.0) -> list[Any]:
-    """``function(*args)`` on each of ``world_size`` ranks, under the environment that torchrun would give them.
+    """Run ``function(*args)`` on each of ``world_size`` ranks, in the environment that torchrun would give them.
 
-    ``function`` is a module-level function; arguments and results are pickled. ``start_megatron`` or
-    ``torch.distributed.init_process_group`` is the function's own affair.
+    ``function`` is a module-level function; arguments and results are pickled. It calls ``start_megatron`` or
+    ``torch.distributed.init_process_group`` itself.
 
     Returns:
         The results, by rank.
@@ -112,7 +112,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """This process's, and what torchrun adds to it."""
+    """Return this process's environment with the variables that torchrun adds."""
     added = {
         "RANK": rank,
         "LOCAL_RANK": rank,

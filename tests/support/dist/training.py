@@ -1,4 +1,4 @@
-"""A few steps of plain language-model training on fixed rows, for tests of optimizer, checkpoints and reference."""
+"""Make a few steps of plain language-model training on fixed microbatches, for tests of optimizer and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Session:
     optimizer: Any
 
     def train(self, first: int, last: int) -> list[tuple[float, float]]:
-        """Updates ``first`` to ``last``, each on rows of its own; (gradient norm, rate) of each."""
+        """Make updates ``first`` to ``last``, each on its own rows; return (gradient norm, learning rate) of each."""
         results = []
         for update in range(first, last + 1):
             self.optimizer.zero_grad()
@@ -34,7 +34,7 @@ class Session:
         return results
 
     def run(self, update: int, *, forward_only: bool = False) -> list[torch.Tensor]:
-        """Forward and backward of the rows of one update; the summed losses, on the last stage."""
+        """Run forward and backward passes of one update's rows; return the summed losses on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         mine = rows(update)[self.layout.dp_rank :: self.layout.data]
@@ -49,7 +49,7 @@ class Session:
         )
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Whole HF tensors of this stage, on its first rank; experts on the first ranks that own them."""
+        """Return whole HF tensors of this stage on its first rank, experts on the first ranks that own them."""
         from megatron_dypo.mcore.chunks import named_global_parameters
         from megatron_dypo.models.gather import iter_hf_tensors, sent_params
 
@@ -60,7 +60,7 @@ class Session:
 
 
 def rows(update: int) -> list[np.ndarray]:
-    """[NUM_ROWS][T] tokens of packed rows, a pure function of the update's number."""
+    """Return [NUM_ROWS][T] tokens of packed rows, a pure function of the update's number."""
     generator = np.random.default_rng(update)
     return [generator.integers(3, VOCAB, size=sum(LENGTHS)) for _ in range(NUM_ROWS)]
 
@@ -68,7 +68,7 @@ def rows(update: int) -> list[np.ndarray]:
 def start(
     path: str, layout: Any, parallel: Any, dtype: Literal["float32", "bfloat16"] = "float32", recompute: Any = "none", **optimizer: Any
 ) -> Session:
-    """A model with its initial weights and a fresh optimizer."""
+    """Make a model with its initial weights and a fresh optimizer."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig
     from megatron_dypo.config.training import OptimizerConfig

@@ -15,7 +15,7 @@ from megatron_dypo.metrics.sinks import read_metrics
 REPOSITORY = Path(__file__).parents[3]
 COMMAND = (sys.executable, "-m", "megatron_dypo.cli")
 DEADLINE_S = 900.0
-"""Of a command; on an idle machine one takes less than a minute, on a busy one with slow cores ten times that."""
+"""Deadline of a command. It takes less than a minute on an idle machine, and ten times that on a busy, slow one."""
 
 
 def start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
@@ -41,14 +41,14 @@ def finished(process: subprocess.Popen[str], status: int = 0, deadline_s: float 
     try:
         output, _ = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # ranks and servers end with it
+        os.killpg(process.pid, signal.SIGKILL)  # ranks and servers are in the same group
         raise
     assert process.returncode == status, output
     return output
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
-    """Wait until the condition holds; the command must go on until then. At the deadline it is killed."""
+    """Wait until the condition holds. The command must go on until then; it is killed at the deadline."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]

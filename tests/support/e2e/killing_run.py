@@ -29,7 +29,7 @@ log = logging.getLogger("megatron_dypo.killing_run")
 
 
 class Killer:
-    """Kills the servers of one run, from the process of its rank 0."""
+    """A killer of one run's servers, in the process of rank 0."""
 
     def __init__(self, moments: list[tuple[str, int, float]]) -> None:
         self._moments = moments
@@ -42,7 +42,7 @@ class Killer:
         self.urls = self.urls or urls
 
     def notice(self, event: str, url: str) -> None:
-        """A request of this kind is about to go to a server."""
+        """Note that a request of this kind is about to go to a server; kill the server if it is time."""
         with self._lock:
             if not self._moments:
                 return
@@ -50,7 +50,7 @@ class Killer:
             if event != expected or url != self.urls[index] or url not in self.serving:
                 return
             self._moments.pop(0)
-            self.serving = ()  # nothing more until a refit has gathered the servers
+            self.serving = ()  # ignore requests until a refit has gathered the servers again
         log.info("killing %s %.3f s after %s", url, delay_s, event)
         if delay_s == 0:
             kill_server(url)
@@ -59,7 +59,7 @@ class Killer:
         self._under_way.start()
 
     def await_all(self, deadline_s: float = 600.0) -> None:
-        """Until every server answers."""
+        """Wait until every server answers."""
         if self._under_way is not None:
             self._under_way.join()
         deadline = time.monotonic() + deadline_s
@@ -69,7 +69,7 @@ class Killer:
 
 
 def install(killer: Killer) -> None:
-    """Have the client, the refitter and its control tell the killer what they do."""
+    """Make the client, the refitter and its control notify the killer."""
     ask, call, refit = vars(http_client)["ask"], SGLangControl.call, Refitter.refit
 
     async def noticed_ask(session: Any, url: str, body: bytes, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What trainer ranks do in the refit tests: spawned under gloo, TP2 × PP2, against real servers.
+"""Run trainer ranks for the refit tests: TP2 × PP2 over gloo, against real servers.
 
 Rank functions return plain data; the tests judge it.
 """
@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 
 HANG_DEADLINE_S = 40.0
-"""Of a refit to a server that hangs, of which half passes."""
+"""Deadline of a refit to a server that hangs. Half of it passes in the test."""
 VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "hung": 5, "resumed": 8}
 PROMPT = list(range(3, 15))
 IN_FLIGHT_TOKENS = 2000
-"""Enough for a refit to begin, on a loaded machine too, before a request ends."""
+"""So many tokens that a refit begins before a request ends, also on a loaded machine."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Servers:
 
 
 class Trainer:
-    """One rank with a model, whose weights are those of any HF folder of the same architecture."""
+    """One rank with a model. It can take the weights of any HF folder of the same architecture."""
 
     def __init__(self, servers: Servers, **axes: int) -> None:
-        """``axes``: of the trainer, TP2 × PP2 if none is given."""
+        """Build the model. ``axes`` are the trainer's; default: TP2 × PP2."""
         from megatron_dypo.config.model import ModelConfig, ParallelConfig
         from megatron_dypo.mcore.model import build_model
         from megatron_dypo.mcore.start import start_megatron
@@ -107,7 +107,7 @@ class Running:
                     self._started.set()
 
     def meta(self) -> dict[str, Any]:
-        """``meta_info`` of the ended request."""
+        """Return ``meta_info`` of the request once it has ended."""
         self._thread.join(120)
         assert not self._thread.is_alive()
         return self.last["meta_info"]
@@ -124,7 +124,7 @@ def ask(servers: Servers, url: str, path: str, body: dict | None = None) -> Any:
 
 
 def checksums(servers: Servers, url: str) -> dict[str, str]:
-    """Hash of every parameter of a server's first rank."""
+    """Return a hash of every parameter of a server's first rank."""
     return checksums_by_rank(servers, url)[0]
 
 
@@ -134,7 +134,7 @@ def checksums_by_rank(servers: Servers, url: str) -> list[dict[str, str]]:
 
 
 def rank_refit(servers: Servers, first: str, second: str) -> dict[str, Any]:
-    """Refits by each transport, and with requests in flight; what rank 0 saw."""
+    """Refit by each transport, also with requests in flight; return what rank 0 saw."""
     trainer = Trainer(servers)
     seen: dict[str, Any] = {}
     is_first = trainer.layout.rank == 0
@@ -157,8 +157,9 @@ def rank_refit(servers: Servers, first: str, second: str) -> dict[str, Any]:
 
 
 def rank_refit_while_a_server_dies(servers: Servers, weights: str) -> dict[str, Any]:
-    """A refit during which the last server is killed, while requests are in flight on the first. Its deadline is beyond
-    that of any test: nobody can have waited for half of it."""
+    """Refit while the last server is killed and requests are in flight on the first.
+
+    The deadline is longer than that of any test: nobody can have waited for half of it."""
     trainer = Trainer(servers)
     trainer.become(weights)
     victim, survivor = servers.urls[-1], servers.urls[0]
@@ -187,7 +188,7 @@ def rank_refit_while_a_server_dies(servers: Servers, weights: str) -> dict[str, 
 
 
 def rank_refit_while_a_server_hangs(servers: Servers, weights: str) -> dict[str, Any]:
-    """A refit to a server that hangs with a request in flight, and one after it has woken up."""
+    """Refit a server that hangs with a request in flight, and refit again once it has woken up."""
     trainer = Trainer(servers)
     trainer.become(weights)
     victim, is_first = servers.urls[-1], trainer.layout.rank == 0
@@ -213,13 +214,13 @@ def rank_refit_while_a_server_hangs(servers: Servers, weights: str) -> dict[str,
 
 
 def kill_server(url: str) -> None:
-    """SIGKILL to the process that listens there and to all its children."""
+    """Send SIGKILL to the process that listens at the URL, and to all its children."""
     for process in server_family(url):
         process.kill()
 
 
 def server_family(url: str) -> list[psutil.Process]:
-    """The process that listens there, after all its children."""
+    """Return all children of the process that listens at the URL, and then that process."""
     port = int(url.rsplit(":", 1)[1])
     (pid,) = {
         one.pid for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.laddr.port == port

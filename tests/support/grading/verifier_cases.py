@@ -1,4 +1,4 @@
-"""Our own cases for the verifiers, and the page that shows them.
+"""Handwritten cases for the verifiers, and the page that shows them.
 
 ``python -m tests.support.grading.verifier_cases`` writes the table into docs/verifiers.md.
 """
@@ -27,7 +27,7 @@ END = "<!-- end of cases -->\n"
 
 
 def table() -> str:
-    """The cases as Markdown, one table a verifier and rule."""
+    """Return the cases as Markdown, with one table for each verifier and rule."""
     parts = []
     for (verifier, about), rows in itertools.groupby(CASES, key=lambda case: (case["verifier"], case["about"])):
         parts.append(f"\n**{verifier}**: {about}\n\n| gold | accepted | refused |\n|---|---|---|\n")
@@ -40,7 +40,7 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """``text`` of the page with the table of today."""
+    """Return ``text`` of the page with the current table."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return head + BEGIN + table() + END + tail

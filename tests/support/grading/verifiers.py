@@ -1,4 +1,4 @@
-"""Verifiers for the tests, most of which misbehave: each is told by the response what to do."""
+"""Verifiers for the tests. Most of them misbehave: the response tells each what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def obedient(response: str, answer: str) -> object:
-    """Does what ``response`` says, else compares it with ``answer``."""
+    """Do what ``response`` says, or else compare it with ``answer``."""
     if response == "hang":
         threading.Event().wait()
     if response == "hang in C":
@@ -39,9 +39,9 @@ def obedient(response: str, answer: str) -> object:
 
 
 def strange(response: str, answer: Any) -> object:
-    """Leaves its process in another state than it found it, or answers in a way that nobody expects."""
+    """Change the state of the process, or answer in a way that nobody expects."""
     if response == "fork":
-        os.fork()  # both return
+        os.fork()  # both processes return
     if response == "fork and die":
         if os.fork() == 0:
             threading.Event().wait()
@@ -80,7 +80,7 @@ def strange(response: str, answer: Any) -> object:
 
 
 def _end_of_terminated_children() -> list[int]:
-    """Exit codes of a child by ``exec`` and one by ``fork``, both terminated."""
+    """Terminate a child started by ``exec`` and one started by ``fork``; return their exit codes."""
     started = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
     started.terminate()
     forked = os.fork()
@@ -101,7 +101,7 @@ class _UnprintableError(Exception):
 
 
 def returns(response: str, answer: str) -> object:
-    """Returns one of the kinds of results."""
+    """Return one of the kinds of results."""
     return {
         "true": True,
         "numpy": np.bool_(True),
@@ -120,12 +120,12 @@ def returns(response: str, answer: str) -> object:
 
 
 def pid(response: str, answer: str) -> float:
-    """The reward is the process that judged."""
+    """Return the id of the judging process as the reward."""
     return float(os.getpid())
 
 
 def whole_row(response: str, answer: Any, *, prompt: str, source: str, prompt_id: str, row: Mapping[str, Any]) -> bool:
-    """Gets everything, and compares it with what the answer, an object, says."""
+    """Compare every argument with the values in the answer, which is an object."""
     return answer == {"response": response, "prompt": prompt, "source": source, "id": prompt_id, "row": row}
 
 
@@ -134,13 +134,13 @@ def source_only(response: str, gold: str, source: str = "") -> bool:
 
 
 def verl_score(data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None) -> dict[str, Any]:
-    """In the form of verl."""
+    """Judge with the parameters of verl's verifiers."""
     is_right = solution_str == ground_truth and extra_info == {"split": data_source}
     return {"score": 1.0 if is_right else -1.0, "acc": is_right, "pred": solution_str}
 
 
 async def asynchronous(response: str, answer: str) -> object:
-    if response == "meet":  # passes only if another one runs at the same time
+    if response == "meet":  # passes only if another verifier runs at the same time
         _waiting.append(response)
         while len(_waiting) < 2:
             await asyncio.sleep(0.01)
@@ -160,12 +160,12 @@ _waiting: list[str] = []
 
 @functools.lru_cache(maxsize=1)
 def hidden_async(response: str, answer: str) -> object:
-    """An asynchronous function that does not look like one."""
+    """Return a coroutine, although it is not declared as asynchronous."""
     return asynchronous(response, answer)
 
 
 def batched(responses: list[str], answers: list[str]) -> list[object]:
-    """A batched verifier; the reward is the number of pairs that came at once."""
+    """Judge a batch of pairs; the reward is the number of pairs in it."""
     if "too few" in responses:
         return []
     return [

@@ -38,7 +38,7 @@ def make_client(
     vocab_size: int | None = None,
     **fields: Any,
 ) -> SGLangClient:
-    """Return a client of these servers, impatient enough for tests; ``fields`` of ``RolloutConfig``."""
+    """Return a client of these servers with short waits; ``fields`` are those of ``RolloutConfig``."""
 
     def decode(tokens: Tokens) -> str:
         return " ".join(map(str, tokens))

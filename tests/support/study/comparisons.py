@@ -1,4 +1,4 @@
-"""Comparisons of fake runs for tests."""
+"""Write and run comparisons of fake runs for tests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tell(folder: Path, kind: str, cell: str, text: str = "") -> Path:
 
 
 def run_here(path: Path, numbers: list[int] | None = None) -> tuple[list[str], str]:
-    """Run a comparison in this process; return how cells ended that are not done, and the table."""
+    """Run a comparison in this process; return the ends of cells that are not done, and the table."""
     comparison = open_comparison(path)
     cells = [comparison.cells[number] for number in numbers] if numbers else comparison.cells
     left = run_cells(cells, comparison.spec, comparison.sets, say=lambda _: None)

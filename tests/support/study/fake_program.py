@@ -1,8 +1,8 @@
 """The commands of a cell without a model: ``fake_program.py JOURNAL train CELL`` and ``… eval CELL``; CELL is a folder.
 
-They write the files that the real ones write, and note in JOURNAL when they begin and end. Files beside JOURNAL say
-what they are to do: ``hold.<cell>``: wait until that file is gone; ``fail.<cell>``: end with the cause in it. They
-import nothing of the package, so that they start fast and do not share its mistakes.
+They write the files of the real commands, and note in JOURNAL when they begin and end. Files beside JOURNAL give them
+orders: ``hold.<cell>``: wait until that file is gone; ``fail.<cell>``: end with the cause in it. They import nothing of
+the package, so that they start fast and do not share its mistakes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEADLINE_S = 120.0
 SETS = ("math", "logic")
 ITEMS = 40
 GAIN = {"dypo": 0.5, "grpo": 0.25, "sft": 0.2}
-"""Share of the items that a method gets right beyond luck."""
+"""Share of the items that a method gets right, in addition to those right by luck."""
 STATUSES = {"stopped": 75, "out_of_memory": 71, "done": 0}
 
 
