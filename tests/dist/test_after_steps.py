@@ -1,4 +1,4 @@
-"""What a step leaves behind: checkpoints, refits, metrics and books; and what each end of a run saves and exports."""
+"""The results of a step: checkpoints, refits, metrics and accounts; and what each end of a run saves and exports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAUSES = ("STOPPED", "NOT_FINITE", "NOTHING_LEFT")
 
 
 def rank_finish(path: str, folder: str) -> dict[str, Any]:
-    """All runs of this file, one after the other on one rank."""
+    """Make all runs of this file, one after the other on one rank."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close
@@ -52,7 +52,7 @@ def _saved(run: Any) -> list[int]:
 
 
 def _schedule(run: Any, recorder: Any) -> Any:
-    """Three steps of a run of three, two of a batch."""
+    """Make the three steps of a run, two of a batch."""
     from tests.support.loop_cases import make_step
 
     after = []
@@ -67,7 +67,7 @@ def _schedule(run: Any, recorder: Any) -> Any:
 
 
 def _epochs(run: Any, recorder: Any) -> Any:
-    """The books after each of four updates: two passes over a batch of two."""
+    """Return the accounts after each of four updates: two passes over a batch of two."""
     from tests.support.loop_cases import make_step
 
     put(run, batch_of(0))
@@ -80,7 +80,7 @@ def _epochs(run: Any, recorder: Any) -> Any:
 
 
 def _skipped(run: Any, recorder: Any) -> Any:
-    """Two updates that are not finite, two that are, one that is not."""
+    """Make two updates that are not finite, two that are, and one that is not."""
     from tests.support.loop_cases import make_step
 
     counts = []
@@ -97,7 +97,7 @@ def _spoilt(groups: Any) -> Any:
 
 
 def _evaluated(run: Any, recorder: Any) -> Any:
-    """One step of a batch of two, with an evaluation after every step, against a server."""
+    """Make one step of a batch of two against a server, with an evaluation after every step."""
     from megatron_dypo.loop.train import train_step
     from tests.support.loop_cases import make_step
     from tests.support import loop_cases
@@ -116,7 +116,7 @@ def _evaluated(run: Any, recorder: Any) -> Any:
 
 
 def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
-    """A run that resumed at its last step."""
+    """Resume a run at its last step."""
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.progress import Progress
     from megatron_dypo.loop.train import train_run
@@ -130,7 +130,7 @@ def _started(run: Any, recorder: Any, bad_steps: int) -> Any:
 
 
 def _trained(run: Any, recorder: Any) -> Any:
-    """A whole run of three steps, two of a batch, whose rollouts are there from the start."""
+    """Make a whole run of three steps, two of a batch; its rollouts exist from the start."""
     from megatron_dypo.loop.train import train_run
 
     for index in (0, 1):
@@ -140,7 +140,7 @@ def _trained(run: Any, recorder: Any) -> Any:
 
 
 def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
-    """An end by ``cause`` after that many steps, while a collection has counted something."""
+    """End a run by ``cause`` after that many steps, while a collection has counted something."""
     from megatron_dypo.ending import Cause, RunEnded
     from megatron_dypo.loop.train import train_run
     from tests.support.loop_cases import make_step
@@ -156,7 +156,7 @@ def _ended(run: Any, recorder: Any, cause: str, steps: int) -> Any:
 
 
 def _saved_twice(run: Any, recorder: Any) -> Any:
-    """A run whose last step is saved before it ends."""
+    """End a run whose last step is saved already."""
     from megatron_dypo.loop.resume import save_unless_saved
     from tests.support.loop_cases import make_step
     from megatron_dypo.mcore.checkpoints.folder import find_latest

@@ -14,11 +14,11 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 
 BAD = "decoder.layers.3.mlp.linear_fc2.weight"
-"""Of the last layer: with two stages the second rank has it."""
+"""A weight of the last layer: with two stages the second rank has it."""
 
 
 def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict[str, Any]:
-    """Updates of a run with a NaN in one of its weights, from the start or later, or with rewards that are infinite."""
+    """Make updates of a run with a NaN in one weight, from the start or later, or with infinite rewards."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.not_finite import require_finite_weights

@@ -18,7 +18,7 @@ STATE = {"cursor": 17, "policy_version": 2}
 
 
 def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
-    """Weights after 4 uninterrupted updates, saved after 2; and those of a run resumed here from that checkpoint."""
+    """Return weights after 4 uninterrupted updates, saved after 2, and those of a run resumed from that checkpoint."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.reference import ReferencePolicy
@@ -49,7 +49,7 @@ def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ..
 
 
 def rank_read(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
-    """What a run under other axes makes of the checkpoint."""
+    """Resume the checkpoint in a run with other axes."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.start import start_megatron
@@ -78,7 +78,7 @@ def _resume(path: str, layout: Any, parallel: Any, options: dict, folder: Path) 
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The stages' tensors together."""
+    """Join the tensors of all stages."""
     whole = {name: tensor for part in parts for name, tensor in part.items()}
     assert len(whole) == sum(map(len, parts))
     return whole

@@ -1,4 +1,4 @@
-"""Collections of two replicas: what one leader finds out, both ranks do."""
+"""Collections of two replicas: both ranks act on what one leader finds out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.dist.spawn import run_ranks
 
 
 def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, Any]:
-    """One collection on this rank of two; how it ended, and the books of both."""
+    """Collect on this rank of two; return how it ended, and the accounts of both."""
     import torch.distributed as dist
 
     from megatron_dypo.config.model import ParallelConfig
@@ -31,7 +31,7 @@ def rank_collect(folder: str, rollout: dict[str, Any], case: str) -> dict[str, A
     def gone() -> None:
         raise ServerDiedError("SGLang server 0 ended with status 137")
 
-    # Replica 1 is slow: its queues fill by what replica 0 collects.
+    # Replica 1 is slow: replica 0's groups fill its queues.
     plan = {"slow": lambda index, body: "hang" if rank else "ok"}.get(case, lambda index, body: "ok")
     with FakeSGLang(plan) as fake:
         config = make_config(folder, rollout=rollout)

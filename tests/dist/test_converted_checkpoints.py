@@ -25,22 +25,24 @@ LAYOUTS = {
     "tp2_sp_etp2": (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}, (2, 2)),
     "tp2_sp_ep2_pp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "pipeline": 2}, (1, 1)),
 }
-"""Ranks, the axes that they run, and the TP × PP that the converted checkpoint was written for."""
+"""Number of ranks, their axes, and the TP × PP for which the converted checkpoint was written."""
 
 
 def kinds_of(axes: dict) -> list[str]:
-    """Mixtures of experts where experts are spread or split. Elsewhere dense models: all kinds on one rank, and in the
-    layout that has every axis; in the others one of each that differs in what is tied, biased and normalised."""
+    """Return the kinds of models of a layout.
+
+    Layouts that spread or split experts get mixtures of experts. Others get dense models: all kinds on one rank and in
+    the layout that has every axis; elsewhere one of each combination of tied embeddings, biases and norms."""
     if {"expert", "expert_tensor"} & axes.keys():
         return ["qwen3_moe"]
     return list(KINDS) if not axes or "first_stage_layers" in axes else ["llama_tied", "qwen2", "qwen3"]
 
 
 def rank_task(root: str, axes: dict) -> dict[str, list[str]]:
-    """For every model: load it from HF and from the converted checkpoint, then save it and export it.
+    """Load every model from HF and from the converted checkpoint, then save and export it.
 
     Returns:
-        By model, the parameters that differ between the two, or that loading left untouched.
+        Model → parameters that differ between the two, or that loading left unchanged.
     """
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
@@ -65,7 +67,7 @@ def _one_model(root: Path, kind: str, parallel, layout) -> list[str]:
     named = dict(named_global_parameters(chunks))
     assert named.keys() == converted.keys()
     _save(chunks, root / "trained" / kind / "mcore", layout)
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second save replaces the first
         _export(named, arch, layout, root / "exports" / kind, hf)
     return [name for name in named if not torch.equal(named[name], converted[name]) or (named[name] == -1).any()]
 
@@ -84,7 +86,7 @@ def _load(hf: Path, mcore: Path | None, arch, parallel, layout) -> list:
 
 
 def _save(chunks: list, folder: Path, layout) -> None:
-    """As a run does, with something of an optimizer beside the weights."""
+    """Save as a run does, with some optimizer state in addition to the weights."""
     from megatron.core import dist_checkpointing
 
     from megatron_dypo.mcore.checkpoints.weights import model_state
@@ -122,7 +124,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(
     request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict, list[dict[str, list[str]]]]:
-    """Folder with what the ranks of one layout read and wrote, the axes, and what each rank found wrong."""
+    """Run the ranks of one layout; give the folder of their files, the axes, and the errors that each rank found."""
     world_size, axes, (tp, pp) = LAYOUTS[request.param]
     root = tmp_path_factory.mktemp(request.param)
     (root / "hf").symlink_to(models)
@@ -180,7 +182,7 @@ def test_every_stage_and_every_owner_of_experts_writes_its_own_files(ran) -> Non
 
 
 def writer_of(name: str, axes: dict) -> tuple[int, int]:
-    """Pipeline stage and expert rank that hold a tensor of a model with four layers and four experts."""
+    """Return the pipeline stage and expert rank that hold a tensor of a model with four layers and four experts."""
     stages, owners = axes.get("pipeline", 1), axes.get("expert", 1)
     parts = name.split(".")
     if parts[1] != "layers":

@@ -10,12 +10,12 @@ from tests.support.objective_cases import random_groups
 
 
 def work(sample):
-    """Long sequences cost more than their length."""
+    """Return the work of a sequence: a long one costs more than in proportion to its length."""
     return float(len(sample.tokens) ** 2)
 
 
 def rank_exchange(seed):
-    """Three leaders, holding very different shares, balance; then ranks 0 and 1 are one replica of two."""
+    """Balance three leaders that hold very different shares; then ranks 0 and 1 are one replica of two."""
     from megatron_dypo.batching.exchange import balance, broadcast_samples
     from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 

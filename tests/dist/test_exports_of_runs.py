@@ -30,15 +30,15 @@ CASES = {
 }
 """Model, ranks, axes and options of the run."""
 QUICK = ("one rank, bf16", "pipeline, tied embeddings", "virtual pipeline", "experts")
-"""Cases that run in every test run."""
+"""Cases that are not left to the slow tests."""
 STOP_IDS = (2, 7)
 """Ids at which the policy stops; generation_config.json of the model names the first one."""
 SMALL = 60_000
-"""Bytes of a file, which then holds a few tensors."""
+"""Bytes of a file: so few that it holds only a few tensors."""
 
 
 def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
-    """Two updates, a checkpoint after each with the first weights as its reference, an export after each."""
+    """Make two updates, and after each a checkpoint (the first weights are its reference policy) and an export."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.chunks import named_global_parameters

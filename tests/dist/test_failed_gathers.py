@@ -18,7 +18,7 @@ from tests.support.dist.spawn import run_ranks
 from tests.support.refit_standins import held_names, plain_layout, shard
 
 TIMEOUT_S = 3600.0
-"""Of the groups, and longer than any test may take: nobody can have waited for it."""
+"""Time-out of the groups. It is longer than any test may take: nobody can have waited for it."""
 ARCH = make_arch("qwen3")
 MIXTURE = make_arch(
     "qwen3_moe", experts=Experts(num_experts=2, per_token=1, ffn_hidden_size=8, normalized=True, moe_aux_loss_coef=0.0)
@@ -26,7 +26,7 @@ MIXTURE = make_arch(
 
 
 def faulty_params(fault: str, named: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    """The parameters, of which the middle one may have a name that no family has."""
+    """Yield the parameters; the middle one may have a name that no family has."""
     middle = len(named) // 2
     if fault == "a name without a rule":
         named[middle] = ("decoder.unheard_of.weight", named[middle][1])
@@ -34,7 +34,7 @@ def faulty_params(fault: str, named: list[tuple[str, torch.Tensor]]) -> list[tup
 
 
 def consume(fault: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
-    """Take the tensors, all or until the fault; returns how many."""
+    """Take the tensors until the end or the fault; return how many came."""
     count = 0
     for _ in tensors:
         count += 1
@@ -46,14 +46,14 @@ def consume(fault: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
 
 
 def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str]:
-    """The error of this rank and its text."""
+    """Return the error of this rank and its text."""
     from megatron_dypo.models.gather import exhausted, iter_hf_tensors
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
     rank, arch = dist.get_rank(), MIXTURE if mixture else ARCH
     axes = Mesh(tensor=2, expert_tensor=2 if mixture else 1)
     groups: dict[str, Any] = {"tp_group": dist.new_group([0, 1])}
-    if mixture:  # a group of its own on the same ranks
+    if mixture:  # another group on the same ranks
         groups["etp_group"] = dist.new_group([0, 1])
     layout = dataclasses.replace(plain_layout(axes, rank), **groups)
     named = [(name, shard(name, arch, layout, 1)) for name in held_names(arch, axes, layout)]

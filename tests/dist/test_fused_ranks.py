@@ -1,4 +1,4 @@
-"""Fused log-probs over two tensor-parallel ranks, alone and behind Megatron's models, against float64."""
+"""Fused log-probs over two tensor-parallel ranks, alone and after Megatron's models, against float64."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.hf_models import make_hf_model
 
 NUM_ROWS, HIDDEN, VOCAB = 9, 16, 21
 BUDGETS = (1, 4 * 11 * 4, 2**20)
-"""Chunks of one row, of a few, of all."""
+"""Memory budgets for chunks of one row, of a few rows, of all rows."""
 
 
 def inputs(name: str) -> tuple[torch.Tensor, ...]:
-    """Hidden states, the whole padded weight, targets, coefficients of log-probs and of entropies."""
+    """Return hidden states, the whole padded weight, targets, and coefficients of log-probs and of entropies."""
     g = torch.Generator().manual_seed(0)
     targets, coef = torch.randint(0, VOCAB, (NUM_ROWS,), generator=g), torch.randn(2, NUM_ROWS, generator=g)
     if name == "huge":
@@ -35,7 +35,7 @@ CASES = ("random", "huge", "one rank has all the probability", "bf16 weight", "n
 
 
 def rank_results(cases: tuple[str, ...]) -> dict:
-    """By (case, budget): log-probs, entropy, the whole gradient of the hidden states, this rank's of the weight."""
+    """Return (case, budget) → log-probs, entropy, the hidden states' gradient, this rank's gradient of the weight."""
     import torch.distributed as dist
 
     from megatron_dypo.objective.fused_logprobs import fused_logprobs
@@ -102,13 +102,13 @@ def test_a_rank_of_padding_only_is_refused_on_all_ranks() -> None:
 
 
 ONE_TOKEN = 1e-6
-"""MiB, in which not even one token's logits fit: tokens are scored one by one."""
+"""MiB that not even one token's logits fit into: tokens are then processed one by one."""
 LENGTHS = (5, 14, 3)
 RESPONSE = (2, 3, 8, 9, 10, 18, 20)
 
 
 def rank_model(path: str, axes: dict[str, Any], dtype: Any, logprob_memory_mib: float | None) -> dict | None:
-    """Main gradients (each rank's own) after two backward passes through log-probs, then through whole logits."""
+    """Return this rank's main gradients after two backward passes through log-probs, then through whole logits."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_dypo.models.architecture import load_architecture
@@ -160,7 +160,7 @@ def rank_model(path: str, axes: dict[str, Any], dtype: Any, logprob_memory_mib: 
 
 
 def _naive(logits_NV, targets_N, vocab_size, layout):
-    """All ranks' logits gathered with their gradients, then log_softmax."""
+    """Gather all ranks' logits with their gradients, then apply log_softmax."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     whole = gather_from_tensor_model_parallel_region(logits_NV, group=layout.tp_group)[:, :vocab_size]
@@ -189,7 +189,7 @@ def test_models_get_the_gradients_of_their_whole_logits(kind, world_size, axes, 
     for results in run_ranks(world_size, rank_model, paths[kind], axes, dtype, memory_mb):
         ours, expected = results[True], results[False]
         assert ours.keys() == expected.keys()
-        bar = 1e-5 if dtype == "float32" else 4e-2  # logits rounded to bf16 in whole logits, and not in ours
+        bar = 1e-5 if dtype == "float32" else 4e-2  # whole logits are rounded to bf16, those of the fused pass are not
         for name, theirs in expected.items():
             assert np.abs(theirs).max() > 0, name
             assert np.abs(ours[name] - theirs).max() <= bar * np.abs(theirs).max(), name
@@ -200,7 +200,7 @@ LOGITS_MB = MANY * WIDE * 4 / 2**20
 
 
 def rank_peaks(path: str, budgets_mb: tuple[float, ...]) -> list[float]:
-    """MiB at the peak of a forward and a backward pass, under each budget for logits."""
+    """Return the peak MiB of a forward and a backward pass under each budget for logits."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.attention import packed_seq_params

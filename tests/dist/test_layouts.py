@@ -1,6 +1,6 @@
-"""The matrix over layouts: gradient of the whole objective against a literal float64 one in one process.
+"""The matrix over layouts: the gradient of the whole objective against a literal float64 gradient in one process.
 
-Rows of one world size share one start of processes; a row is a line of ``ROWS``.
+A row is a line of ``ROWS``. Rows of the same world size share one start of processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BY_SEQUENCE: dict[str, dict[str, Any]] = {
         "importance": ImportanceConfig(cap=1.3, token_bounds=(0.5, 2.0), sequence_bounds=(0.7, 1.4), sequence_max_gap=0.5),
     },
 }
-"""Options that look at whole sequences, which context parallelism cuts."""
+"""Options that depend on whole sequences, which context parallelism cuts."""
 OBJECTIVES += [dataclasses.replace(OBJECTIVES[MEAN], **options) for options in BY_SEQUENCE.values()]
 
 TP, PP, VPP, CP = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"context": 2}
@@ -51,7 +51,7 @@ WHOLE = tuple((objective, 2) for objective in range(CONSTANT + 1, len(OBJECTIVES
 SHARDED: dict[str, Any] = {"distributed": True}
 
 DEEPER: dict[str, tuple[str, dict[str, Any]]] = {"qwen3, 6 layers": ("qwen3", {"num_hidden_layers": 6})}
-"""Kinds of rows that four layers are too few for."""
+"""Kinds of models for rows that need more than four layers."""
 
 ROWS = {
     "one process": Row(ranks=1, passes=EVERY),
@@ -140,7 +140,7 @@ ROWS = {
 
 @functools.cache
 def groups():
-    """Groups whose old and reference policies differ from the current one."""
+    """Make groups whose old and reference policies differ from the current one."""
     made = random_groups(5, num_hard=2, num_mid=4, group_size=4, vocab=131)
     rng, rollout_rng = np.random.default_rng(1), np.random.default_rng(2)
     for sample in (s for g in made for s in g if s.old_logp is not None):
@@ -160,7 +160,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(paths, request):
-    """Row → what its ranks saw; starts the processes of each world size once, for the rows that are to be tested."""
+    """Return row → its ranks' results; the processes of a world size start once for all its rows."""
     chosen = {item.callspec.params["name"] for item in request.session.items if "name" in getattr(item, "fixturenames", ())}
 
     @functools.cache
@@ -207,7 +207,7 @@ def test_gradient_of_the_whole_objective_equals_the_literal_one(name, seen, path
 
 @pytest.mark.parametrize("option", range(len(BY_SEQUENCE)))
 def test_each_option_that_looks_at_sequences_changes_the_literal_gradient(option, paths):
-    """Else its rows would say nothing of it."""
+    """Otherwise the option's rows would test nothing."""
     plain, other = (literal(paths["qwen3"], index) for index in (MEAN, WHOLE[option][0]))
     assert max(np.abs(other[key] - grad).max() / np.abs(grad).max() for key, grad in plain.items()) > 1e-2
 

@@ -1,4 +1,4 @@
-"""Steps that all ranks take together: whatever is raised on one is raised on all, at once."""
+"""Steps that all ranks take together: an error on one rank is raised on all ranks at once."""
 
 from typing import Any
 import os
@@ -10,11 +10,11 @@ from megatron_dypo.ending import Cause, cause_of
 from tests.support.dist.spawn import RankError, run_ranks
 
 DEADLINE_S = 3600.0
-"""Of the steps, and longer than any test may take: nobody can have waited for it."""
+"""Deadline of the steps. It is longer than any test may take: nobody can have waited for it."""
 
 
 class Odd(Exception):
-    """Of no kind that anybody expects."""
+    """An error of an unexpected kind."""
 
 
 def fail(kind):
@@ -40,7 +40,7 @@ def fail(kind):
 
 
 def step_ranks(kinds):
-    """For each kind, what this rank raised and its cause; rank 1 fails, and in the last step both do."""
+    """Return for each kind of error what this rank raised, and its cause. Rank 1 fails, in the last step both do."""
     from megatron_dypo.refit.lockstep import Lockstep
 
     dist.init_process_group("gloo")
@@ -75,7 +75,7 @@ ON_ALL = {
 
 @pytest.fixture(scope="module")
 def ranks():
-    """What each rank saw, by kind; the last is the failure of both."""
+    """Return what each rank saw, by kind of error; the last is the failure of both."""
     return run_ranks(2, step_ranks, [*ON_ALL, "interrupt", "exit", "key"])
 
 
@@ -107,7 +107,7 @@ def test_failures_of_several_ranks_are_all_named(ranks):
 
 
 def rank_dies(path):
-    """Rank 1 dies within its action; rank 0 tells what it then saw."""
+    """Let rank 1 die in its action; return what rank 0 then saw."""
     from megatron_dypo.refit.lockstep import Lockstep
 
     dist.init_process_group("gloo")
@@ -129,7 +129,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once_beside_their_own(tmp
 
 
 def rank_echoes():
-    """Rank 1 has no room on its disk, and rank 0 fails since rank 1 does; the failure as rank 0 then sees it."""
+    """Let rank 1's disk be full and rank 0 fail because of it; return the failure as rank 0 sees it."""
     from megatron_dypo.models.gather import PeerFailedError
     from megatron_dypo.refit.lockstep import Lockstep, RefitError
 

@@ -1,4 +1,4 @@
-"""Logits of our Megatron models against transformers."""
+"""Logits of the package's Megatron models against transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def expected(models: dict[str, Path]) -> dict[str, list[np.ndarray]]:
-    """transformers' logits, one sequence at a time."""
+    """Return transformers' logits, one sequence at a time."""
     logits = {}
     for kind, path in models.items():
         oracle = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -66,7 +66,7 @@ def test_packed_logits_equal_transformers(world_size, axes, models, expected) ->
 
 
 def test_without_its_scaling_a_model_has_other_logits(models, expected) -> None:
-    """The tolerance above tells them apart: on short sequences too, by the attention factor."""
+    """The tolerance above notices missing scaling, on short sequences too (by the attention factor)."""
     load = import_transformers().AutoModelForCausalLM.from_pretrained
     for name in SCALED:
         plain = load(models[name], dtype=torch.float32, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})

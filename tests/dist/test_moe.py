@@ -73,7 +73,7 @@ def _path(root):
 
 
 def rank_scores(path, axes, samples):
-    """Log-probs of the samples, all of which the first replica holds."""
+    """Return the log-probs of the samples, all of which the first replica holds."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
@@ -105,7 +105,7 @@ def test_a_replica_without_samples_lends_its_experts_to_the_scoring_of_others(ax
 
 AUX_LOSS_COEF = 0.7
 MEMBERS = ((0, 1, 2, 3), (4, 5), (6,), ())
-"""Samples of each microbatch; rows are padded to the fullest, and the last is nothing but padding."""
+"""Samples of each microbatch. All are padded to the fullest; the last is nothing but padding."""
 
 
 def balance_samples():
@@ -113,7 +113,7 @@ def balance_samples():
 
 
 def rank_balance_gradients(path, axes):
-    """Gradients of the load-balancing loss alone, as every token weight is zero; the gradient norm; the metric."""
+    """Return the gradients of the load-balancing loss alone (all token weights are zero), their norm, the metric."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.training import OptimizerConfig
@@ -149,12 +149,12 @@ def rank_balance_gradients(path, axes):
 
 
 RECOMPUTE: dict[int, Any] = {1: "none", 2: "full"}
-"""By pipeline size: recomputation must not count the loss twice."""
+"""Pipeline size → recomputation, which must not count the loss twice."""
 
 
 @functools.cache
 def _literal_balance_gradients(path):
-    """coefficient · Σ_layers Σ_microbatches (n/N) · E Σ_e f_e P_e in float64: gradient, norm of it, mean over layers."""
+    """Compute coefficient·Σ_layers Σ_microbatches (n/N)·E Σ_e f_e P_e in float64: gradient, norm, mean over layers."""
     model = float64_model(path)
     samples = balance_samples()
     config, total = model.config, torch.zeros((), dtype=torch.float64)
@@ -171,7 +171,7 @@ def _literal_balance_gradients(path):
             share_E = torch.bincount(chosen, minlength=len(mean_E)).double() / len(chosen)
             balance = len(mean_E) * (share_E * mean_E).sum()
             total = total + AUX_LOSS_COEF * len(logits_TE) / num_tokens * balance
-    # The last layer's experts and what follows them have no part in it.
+    # The last layer's experts, and everything after them, have no gradient.
     (total + 0.0 * sum(p.sum() for p in model.parameters())).backward()
     gradients = hf_gradients(model)
     norm = math.sqrt(sum((grad**2).sum() for grad in gradients.values()))

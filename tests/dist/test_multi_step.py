@@ -1,4 +1,4 @@
-"""Several updates from one rollout batch: each one's gradient against the literal objective at its own weights."""
+"""Several updates from one rollout batch: the gradient of each against the literal objective at its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @functools.cache
 def trained(layout: str, root: Any) -> dict[str, Any]:
-    """What every rank saw, put together."""
+    """Train, and join the results of all ranks."""
     path = make_hf_model("qwen3", root / "model", num_hidden_layers=2)
     world_size, axes = LAYOUTS[layout]
     ranks = run_ranks(world_size, rank_train, str(path), str(root / layout.replace(" ", "_")), axes)
@@ -60,7 +60,7 @@ def gradient_error(ours: dict[str, np.ndarray], model: Any, groups: Any, cfg: Ob
 
 
 def literal_drift(model: Any, groups: Any) -> float:
-    """Mean |ℓ − ℓ_old| of the rollouts, each ℓ divided by the trajectory's length."""
+    """Return the mean |ℓ − ℓ_old| of the rollouts, each ℓ divided by the trajectory's length."""
     moves = []
     for group in (g for g in groups if g[0].treatment is Treatment.REINFORCE):
         lengths = [s.num_response_tokens for s in group]
@@ -104,7 +104,7 @@ def test_log_probs_of_old_policy_and_reference_are_those_of_their_weights_in_eve
 def test_rollouts_of_older_weights_get_coefficients_of_the_weights_that_learn_from_them(layout, root) -> None:
     seen = trained(layout, root)["older"]
     exact, stale = (config_of("m", "d", {}, mode).objective for mode in ("exact", "stale"))
-    first = seen["steps"][2]  # of the second batch, which weights of version 1 made and those of version 2 learn from
+    first = seen["steps"][2]  # of the second batch: weights of version 1 sampled it, weights of version 2 learn from it
     groups, model = seen["groups"][2 * PROMPTS : 3 * PROMPTS], model_at(first["weights"], root)
     assert all((s.old_logp == s.rollout_logp).all() for g in groups for s in g if s.treatment is Treatment.REINFORCE)
     assert gradient_error(first["grads"], model, groups, exact) <= 1e-5
@@ -164,7 +164,7 @@ def test_the_servers_log_probs_can_stand_for_pi_old_and_their_error_is_measured(
     assert metrics[1][name + "mean"] == pytest.approx(np.abs(np.concatenate(errors)).mean(), rel=1e-5)
     assert metrics[1][name + "max"] == pytest.approx(np.abs(np.concatenate(errors)).max(), rel=1e-5)
     assert metrics[1][name + "sequence"] == pytest.approx(np.mean([abs(e.sum()) for e in errors]), rel=1e-5)
-    assert not any(key.startswith(name) for step in (2, 3, 4) for key in metrics[step])  # every second batch
+    assert not any(key.startswith(name) for step in (2, 3, 4) for key in metrics[step])  # every second batch has none
     assert not any("train_rollout_logprob" in key for key in metrics[1])
     for i in (0, 1):
         step, groups = seen["steps"][i], seen["groups"][PROMPTS * i : PROMPTS * (i + 1)]

@@ -1,4 +1,4 @@
-"""A run as :func:`megatron_dypo.loop.setup.build.open_run` builds it: with servers that it starts, and without any."""
+"""Runs that :func:`megatron_dypo.loop.setup.build.open_run` builds: with servers of its own, and without servers."""
 
 from __future__ import annotations
 

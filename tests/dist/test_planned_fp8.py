@@ -1,4 +1,4 @@
-"""FP8 on its way: what arrives at a server of a quantised model is, bit for bit, the quantised export."""
+"""Refits in FP8: the tensors that arrive at a server of a quantised model equal the quantised export bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SERVER = ServerMesh(tensor=2)
 
 
 def shapes_of(server_rank: int, quantization: Quantization) -> Shapes:
-    """The parameters of a rank of a server of the quantised model."""
+    """Return the parameters of a server's rank for the quantised model."""
     shapes: Shapes = {}
     for name, shape in make_plan(ARCH, AXES, [SERVER], quantization=quantization).served_shapes(0, server_rank).items():
         is_value = name.endswith("_proj.weight")
@@ -44,7 +44,7 @@ def shapes_of(server_rank: int, quantization: Quantization) -> Shapes:
 
 
 def expected_of(server_rank: int, quantization: Quantization) -> dict[str, bytes]:
-    """Whole HF tensors, quantised offline, then cut."""
+    """Return whole HF tensors, quantised offline and then cut."""
     shapes = shapes_of(server_rank, quantization)
     params = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     model = hf_tensors(ARCH, seed=2)

@@ -1,4 +1,4 @@
-"""Planned refits between stand-ins: what arrives, what travels and is allocated for it, and what is refused."""
+"""Planned refits between stand-ins: what arrives, how much is sent and allocated, and what is refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ CASES = {
 @pytest.mark.parametrize("kind", ["p2p", "local"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_of_every_server_holds_its_part_of_the_model(case, kind):
-    """In two refits, the second over the connections of the first; nothing but its own bytes comes to a rank."""
+    """The second refit uses the connections of the first. A rank gets its own bytes and no others."""
     arch, axes, layouts = CASES[case]
     with servers(arch, layouts) as running:
         refit = Refit(arch=arch, axes=axes, urls=tuple(server.url for server in running), kind=kind)
@@ -107,7 +107,7 @@ def test_a_server_with_other_parameters_is_refused_before_anything_is_sent():
 
 
 def corrupt_what_comes() -> None:
-    """In a server's rank: flip a bit of each message on its way."""
+    """Flip a bit of each message, in a server's rank."""
     from megatron_dypo.refit.transports import p2p
 
     take = p2p.GroupIncoming.take
@@ -165,7 +165,7 @@ NEVER_S = 3600.0
     [
         ("p2p", die_while_receiving, NEVER_S),
         ("local", die_while_receiving, NEVER_S),
-        # It still answers control calls, so that the next refit takes it in again.
+        # The server still answers control calls, so the next refit includes it again.
         ("p2p", hang_while_receiving, 20.0),
     ],
 )

@@ -1,4 +1,4 @@
-"""FP8 from running ranks: slices of shards that cut blocks, and exports, against the offline conversion."""
+"""FP8 from running ranks, against the offline conversion: slices of shards that cut blocks, and exports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "moe_inte
 
 
 def slices_of(name: str, param: torch.Tensor, arch, layout, kind: Quantization) -> list[Transfer]:
-    """All of a parameter, each piece cut in two at an odd place, and all of its scales."""
+    """Return all of a parameter, each piece cut in two at an odd place, and all its scales."""
     from megatron_dypo.models.families.registry import match
 
     row = match(name, arch)
@@ -62,7 +62,7 @@ def slices_of(name: str, param: torch.Tensor, arch, layout, kind: Quantization) 
 
 
 def planned(arch, layout, kind: Quantization) -> list[Transfer]:
-    """What this rank sends to two servers of one and two ranks; the plan refuses shards that cut blocks."""
+    """Return what this rank sends to servers of one and of two ranks; the plan refuses shards that cut blocks."""
     if kind == "fp8_block":
         return []
     axes = ("tensor", "pipeline", "virtual_pipeline", "context", "data", "expert", "expert_tensor")
@@ -72,7 +72,7 @@ def planned(arch, layout, kind: Quantization) -> list[Transfer]:
 
 
 def rank_task(hf: str, out: str, axes: dict) -> dict[str, list[tuple[Transfer, np.ndarray]]]:
-    """Bytes of every slice that this rank serves, by kind; and exports to ``out``, plain and in each kind."""
+    """Return the bytes of every slice that this rank sends, by kind; export to ``out``, plain and in each kind."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.chunks import named_global_parameters

@@ -1,5 +1,5 @@
-"""A refit from ranks with replicas and interleaved stages: each tensor is written once, an error of one is one of
-all."""
+"""A refit from ranks with replicas and interleaved stages: each tensor is written once, and an error of one rank is an
+error of all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORLD_SIZE = 4  # two replicas
 def rank_refit(
     model: str, axes: dict[str, Any], urls: list[str], run_dir: str, misshapen_on: int | None
 ) -> tuple[tuple[str, int], list[list[str]]]:
-    """A refit by disk: (error, bytes); and the tensors that leave this rank in each turn of a broadcast."""
+    """Refit by disk; return (error, bytes), and the tensors that leave this rank in each turn of a broadcast."""
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.config.refit import RefitConfig

@@ -1,4 +1,4 @@
-"""A checkpoint brings moments and weights back, and no setting: those are the config's."""
+"""A checkpoint restores moments and weights, but no settings: those come from the config."""
 
 from __future__ import annotations
 

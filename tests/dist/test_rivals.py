@@ -31,15 +31,15 @@ PRESETS = (
     "srft_hpt_code", "chord_phi_paper", "hpt_code", "prefix_rft_code", "trapo_paper", "trapo_code",
     "relift_paper/buffer",
 )  # fmt: skip
-"""One of each way in which a token gets its weight; tests/unit/objective/test_rivals.py has all."""
+"""A preset for each way in which a token gets its weight; tests/unit/objective/test_rivals.py has all presets."""
 K, VOCAB = 8, 131
 FORCED = {"prefix_rft_code": (0.6,), "trapo_paper": (0.3, 0.5, 1), "trapo_code": (0.3, 1)}
-"""Shares of the last rollouts that are a teacher's tokens."""
+"""Share of a teacher's tokens in each of the last rollouts."""
 
 
 @functools.cache
 def groups(forced=()):
-    """A prompt that is right always, one sometimes, one never; ragged responses, and a right trace each."""
+    """Make prompts that are right always, sometimes and never; lengths vary, and each has a right trace."""
     rng = np.random.default_rng(0)
 
     def tokens(low, high):
@@ -73,7 +73,7 @@ def groups(forced=()):
 
 
 def weighted(name, cfg, entropies):
-    """The samples of an update with their token weights, as the trainer makes them."""
+    """Return the samples of an update with their token weights, as the trainer makes them."""
     objective = build_objective(cfg)
     count = objective.num_rollouts(K)
     shown = [dataclasses.replace(g, rollouts=g.rollouts[:count], verdicts=g.verdicts[:count]) for g in groups(FORCED.get(name, ()))]
@@ -91,7 +91,7 @@ def weighted(name, cfg, entropies):
 
 
 def sequence(model, prompt, response, old, reward, forced=0):
-    """One response under the model: log-probs and entropies with gradient."""
+    """Return one response under the model: log-probs and entropies with gradient."""
     tokens = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))
     logp_LV = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)[len(prompt) - 1 : -1]
     entropy = -(logp_LV.exp() * logp_LV).sum(-1)
@@ -100,7 +100,7 @@ def sequence(model, prompt, response, old, reward, forced=0):
 
 
 def prompts_under(model, forced=()):
-    """The prompts as an equation reads them."""
+    """Return the prompts in the form that an equation reads."""
     prompts = []
     for group in groups(forced):
         make = functools.partial(sequence, model, group.prompt.tokens)
@@ -112,7 +112,7 @@ def prompts_under(model, forced=()):
 
 
 def old_entropies(path, name):
-    """{(prompt, member): entropies} by the model; π_old is the same here."""
+    """Return {(prompt, member): entropies} of the model, which is also π_old here."""
     with torch.no_grad():
         prompts = prompts_under(float64_model(path), FORCED.get(name, ()))
     return {(i, j): y.entropy.numpy() for i, p in enumerate(prompts) for j, y in enumerate(p.rollouts)}

@@ -1,4 +1,4 @@
-"""The reference swap, steps that are refused, recomputation and half precision, seen in one job of two replicas."""
+"""The reference swap, refused steps, recomputation and half precision, in one job of two replicas."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _resume(new: Any, other: Any, root: str, layout: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the first replica saw; the ranks of the other hold the same weights."""
+    """Return what the first replica saw; the ranks of the other hold the same weights."""
     folder = tmp_path_factory.mktemp("training")
     path = make_hf_model("qwen3", folder / "hf", num_hidden_layers=2)
     return run_ranks(2, rank_observe, str(path), str(folder / "checkpoints"))[0]

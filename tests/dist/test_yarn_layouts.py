@@ -1,4 +1,4 @@
-"""YaRN's scaling reaches every way of computing attention: gradients equal those of one rank that recomputes nothing."""
+"""YaRN's scaling reaches every way of computing attention: gradients equal those of one rank without recomputation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 def rank_train(path: str, axes: dict, recompute: str) -> list[tuple[float, float]]:
-    """Gradient norm and rate of two updates on rows of up to 16 tokens, where the model has 4 original positions."""
+    """Return gradient norm and rate of two updates on rows of up to 16 tokens; the model has 4 original positions."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close

@@ -5,7 +5,7 @@
         model = make_hf_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
         return sglang_servers(model, per_node=2)  # a ServerPool: .urls, .api_key, .check()
 
-The pool is then that file's own, and stops after its last test.
+The pool belongs to that file alone, and stops after its last test.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 
 @pytest.fixture(scope="module")
 def sglang_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerPool]]:
-    """A factory of servers on the CPU in float32, which live until the end of the test file.
+    """Give a factory of servers on the CPU in float32, which live until the end of the test file.
 
     ``sglang_servers(model_path, dtype="float32", **fields of ServersConfig) -> ServerPool``. One start takes about
     15 s, and a server 2 GiB: share them within a file.

@@ -16,7 +16,7 @@ ASYNC = {"mode": "async", "prompts_per_round": 8}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An asynchronous run of two replicas, stopped in the middle and resumed."""
+    """Make an asynchronous run of two replicas, stop it in the middle and resume it."""
     folder = tmp_path_factory.mktemp("async")
     config = write_task(
         folder,

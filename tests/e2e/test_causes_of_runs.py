@@ -18,7 +18,7 @@ SFT: dict[str, Any] = {"objective": {"name": "sft"}}
 
 
 def ended(folder: Path, config: Path, cause: Cause, *overrides: str) -> tuple[str, dict[str, Any]]:
-    """Output and status file of a run that must end for ``cause``."""
+    """Return the output and the status file of a run that must end for ``cause``."""
     output = train(config, *overrides, status=cause.status)
     record = json.loads((folder / "run" / "status.json").read_text())
     assert (record["state"], record["cause"], record["status"]) == ("ended", cause.label, cause.status)
@@ -30,13 +30,13 @@ def ended(folder: Path, config: Path, cause: Cause, *overrides: str) -> tuple[st
 
 @pytest.mark.slow
 def test_groups_that_never_come_back_end_the_run_with_the_last_reason(tmp_path: Path) -> None:
-    # So short that no answer comes in time, whatever the machine does.
+    # The deadline is so short that no answer comes in time on any machine.
     config = write_task(tmp_path, rollout={"request_deadline_s": 0.0001, "retries": 0})
     output, record = ended(tmp_path, config, Cause.GROUPS_LOST)
     assert "request_deadline_s=0.0001" in record["message"]
     assert record["counts"]["dropped_incomplete"] == record["counts"]["drawn"] > 0
     assert output.count("dropped the group of prompt") < 10, "a repeated warning is written once, with a count"
-    # In the background too, and without an end to the log.
+    # The same in the background, with a log that does not grow without end.
     again = train(config, "rollout.mode=async", "objective.importance.cap=2.0", status=Cause.GROUPS_LOST.status)
     assert len(again.splitlines()) < 200
 

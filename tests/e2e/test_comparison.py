@@ -20,7 +20,7 @@ DEADLINE_S = 2400.0
 
 
 def write_comparison(folder: Path) -> Path:
-    """Two teachers, two seeds, two steps; supervised and greedy, so that each run of it gives the same."""
+    """Write a comparison: two teachers, two seeds, two steps; supervised and greedy, so every run gives the same."""
     held_out = {"held_out": {"path": str(folder / "held_out.jsonl")}}
     rollout = {"prompts_per_round": 8, "max_new_tokens": 12, "max_in_flight": 1}
     sections: dict[str, Any] = {"objective": {"name": "sft"}, "rollout": rollout}
@@ -39,7 +39,7 @@ def write_comparison(folder: Path) -> Path:
 
 
 def compare(path: Path) -> str:
-    """Run a comparison to its end, and return its table."""
+    """Run a comparison to its end; return its table."""
     output = finished(start("compare", path), deadline_s=DEADLINE_S)
     table = (path.parent / "out" / "tables" / "main.md").read_text()
     assert table.strip() in output

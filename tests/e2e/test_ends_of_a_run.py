@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def task(tmp_path):
-    """Config of a supervised run of two ranks that goes on for longer than any test."""
+    """Write the config of a supervised run of two ranks that is longer than any test."""
     run = {"dir": str(tmp_path / "run"), "steps": 100_000}
     return write_task(
         tmp_path, run=run, objective={"name": "sft"}, parallel={"num_processes": 2}, checkpoint={"every": 0}
@@ -77,7 +77,7 @@ def test_ctrl_c_saves_under_a_long_temporary_folder(task, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once(task):
     process = begun(task)
-    os.killpg(process.pid, signal.SIGSTOP)  # so that both come before a step ends
+    os.killpg(process.pid, signal.SIGSTOP)  # then both signals come before a step ends
     ranks = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)

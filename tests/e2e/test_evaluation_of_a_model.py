@@ -1,5 +1,5 @@
-"""``megatron-dypo eval`` of the quickstart's model on a real SGLang: killed and started again it ends with the figures
-of one go, whatever API the responses come by, and whichever folder of a run the model is in."""
+"""``megatron-dypo eval`` of the quickstart's model on a real SGLang. Killed and started again, it ends with the figures
+of an uninterrupted evaluation, by every API, and for every folder of a run that the model may be in."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.examples import load_example
 
 ITEMS = 40
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-"""Renders a prompt as itself, so that every API of the server gets the same tokens."""
+"""A chat template that returns the prompt unchanged, so that every API of the server gets the same tokens."""
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's model with random weights."""
+    """Write the quickstart's model with random weights."""
     (model,) = load_example("quickstart", "model")
     folder: Path = tmp_path_factory.mktemp("models") / "quickstart"
     model.write_model(folder, 1)
@@ -43,7 +43,7 @@ def server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sets file with additions of the quickstart's task."""
+    """Write a sets file with additions of the quickstart's task."""
     folder = tmp_path_factory.mktemp("sets")
     (task,) = load_example("quickstart", "task")
     task.write_problems(folder / "heldout.jsonl", task.draw_problems({0: ITEMS // 2, 1: ITEMS // 2}, random.Random(1)))
@@ -52,7 +52,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"chat_template": False},
         "rollout": {"max_new_tokens": 24, "max_in_flight": 1},
         "grading": {"verifier": "exact", "workers": 1},
-        # Greedy: responses are compared, and SGLang on a CPU takes no seed of a request.
+        # Greedy, since responses are compared and SGLang on a CPU accepts no seed of a request.
         "eval": {"temperature": 0, "sets": {"heldout": {"path": str(folder / "heldout.jsonl")}}},
     }
     (folder / "sets.yaml").write_text(json.dumps(tree))
@@ -72,7 +72,7 @@ def summary(out: Path) -> Any:
 
 
 def start_eval(*arguments: object, key: str | None = None) -> subprocess.Popen[str]:
-    """Start an evaluation; ``key``: that of the servers that it is given."""
+    """Start an evaluation; ``key``: the key of the given servers."""
     if key is None:
         return start("eval", *arguments)
     return start("eval", *arguments, DYPO_SGLANG_API_KEY=key)

@@ -1,4 +1,4 @@
-"""The examples as their READMEs say to run them."""
+"""The examples, run as their READMEs say."""
 
 from __future__ import annotations
 

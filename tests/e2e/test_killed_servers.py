@@ -1,4 +1,4 @@
-"""Whole training runs whose SGLang servers are killed: the run goes on, and no rollout is of the wrong weights."""
+"""Whole training runs whose SGLang servers are killed: the run goes on, and no rollout is sampled by wrong weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.e2e.parity_task import write_task
 
 REPOSITORY = Path(__file__).parents[2]
 MAX_GAP = 1e-3
-"""Largest mean |log-prob of SGLang − of the trainer|, fp32: a step's update moves it by more."""
+"""Largest mean |SGLang's log-prob − the trainer's| in fp32. The update of a step changes log-probs by more."""
 UPDATES = {"p2p": "/update_weights_from_tensor", "broadcast": "/update_weights_from_distributed"}
 """Transport → the call that announces weights."""
 EVENTS = (
@@ -42,7 +42,7 @@ def run(
     count: int,
     deadline_s: float,
 ):
-    """Log and metrics of a run that must end well."""
+    """Return the log and the metrics of a run that must end well."""
     config = write_task(
         folder,
         run={"steps": steps},
@@ -67,8 +67,9 @@ def run(
 
 
 def kills_behind_the_fence(log: str) -> int:
-    """How many kills were asked for while a refit probed whether the fenced server is well again. It then stays fenced,
-    which is not told again, unless the kill comes with so much delay that the server has rejoined."""
+    """Count the kills that were requested while a refit probed whether the fenced server is well again.
+
+    The server then stays fenced, which is not reported again, unless the kill comes so late that it has rejoined."""
     fenced: set[str] = set()
     count = 0
     for line in log.splitlines():

@@ -24,7 +24,7 @@ def python() -> Path:
 
 
 def tiny(folder: Path) -> list[str]:
-    """The recipe ``tiny`` with a model and data of its own: two pipeline stages, one server, two steps."""
+    """Make the recipe ``tiny`` with a model and data of its own: two pipeline stages, one server, two steps."""
     write_task(folder)
     return [
         "model=tiny",
@@ -50,7 +50,7 @@ def assert_trained(run_dir: Path) -> None:
 
 
 def command_lines_with(text: str) -> list[list[str]]:
-    """Of the running processes; one that ends in the meantime has none."""
+    """Return the command lines of running processes that contain a text. A process that ends meanwhile has none."""
     found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     return [words for words in found if any(text in word for word in words)]
 
@@ -92,7 +92,7 @@ def test_the_slurm_executor_trains_on_two_nodes_with_a_third_that_serves(python,
         job = Job(host, number, folder / f"sbatch_{name}_{number}.out", logs / name)
         assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
         assert "job exited with code 0" in job.output()
-        # No other name of the key occurs: its value is not shown either.
+        # The output does not name the key, and so does not show its value.
         assert "DYPO_SGLANG_API_KEY" not in job.output()
         assert_trained(tmp_path / "run")
         assert list((logs / name / f"{number}.0" / "rollout.node3").glob("sglang_*.log"))

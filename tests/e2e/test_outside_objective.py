@@ -1,4 +1,4 @@
-"""An objective in one file of the user's, outside the package: it trains, and its stream and metrics are everywhere."""
+"""An objective in a user's file, outside the package: it trains, and its stream and metrics reach every place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN = ("shape/mean", "shape/traces")
 
 
 def trained(folder: Path, **sections: Any) -> dict[int, dict[str, float]]:
-    """Records of a run with the throw-away objective, by step."""
+    """Return the records of a run with the throw-away objective, by step."""
     (folder / "my_package").mkdir()
     shutil.copy(OBJECTIVE, folder / "my_package" / "my_module.py")
     config = write_task(folder, **sections)
@@ -55,7 +55,7 @@ def test_an_objective_of_one_file_trains_on_rollouts_of_real_servers(tmp_path: P
     assert sorted(records) == [1, 2]
     for record in records.values():
         assert record["rollout/num_rollouts"] >= 32
-        # A sum that no group has given is no metric of that step.
+        # If no group gives a sum, the step has no metric of it.
         traces = record["train/num_prompts"] * record["gate/offline_share_prompts"]
         assert record.get("shape/traces", 0.0) == pytest.approx(traces)
     assert any("train/pg_loss" in record for record in records.values())

@@ -1,7 +1,7 @@
 """Every way of refitting, from two trainer meshes into real SGLang servers of one and of two ranks, one and two of
-them. Each mesh and each size of a server is in one pair; all other pairs, between stand-ins: test_planned_transport.py.
+them. Each mesh and each size of a server is in one pair; test_planned_transport.py has all other pairs, with stand-ins.
 
-What a server must hold is what one holds that loaded the trainer's HF export: its checksums of every tensor.
+A server must have the same checksum of every tensor as a server that loaded the trainer's HF export.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def servers(
 
 
 def rank_refit_all_ways(servers: Servers, models: list[str], axes: dict[str, int]) -> dict[str, Any]:
-    """(transport, number of servers) → what they hold then and what they should, and the bytes that were sent; and the
-    rollouts after a refit that followed a release of memory."""
+    """Return (transport, number of servers) → the servers' and the expected checksums, and the bytes that were sent.
+
+    Also return the rollouts after a refit that followed a release of memory."""
     trainer = Trainer(servers, **axes)
     is_first = trainer.layout.rank == 0
     expected = {model: _loaded_export(trainer, model) for model in models}
@@ -77,7 +78,7 @@ def rank_refit_all_ways(servers: Servers, models: list[str], axes: dict[str, int
 
 
 def _loaded_export(trainer: Trainer, model: str) -> list[dict[str, str]]:
-    """Checksums, on rank 0, of a server that loaded the trainer's export of a model."""
+    """Return, on rank 0, the checksums of a server that loaded the trainer's export of a model."""
     from megatron_dypo.models.export import export_hf
 
     trainer.become(model)
@@ -90,7 +91,7 @@ def _loaded_export(trainer: Trainer, model: str) -> list[dict[str, str]]:
 
 
 def _released(trainer: Trainer, model: str) -> list[dict[str, Any]]:
-    """Two refits with released memory between them; on rank 0, what the servers then answer."""
+    """Refit twice, and release memory in between; return, on rank 0, the servers' answers."""
     trainer.become(model)
     refitter = trainer.refitter(transport="auto", offload_servers=True)
     refitter.refit(101)

@@ -1,4 +1,4 @@
-"""A run that gets SIGUSR1, as Slurm sends it: to every process, at any time; and one that is killed."""
+"""A run that gets SIGUSR1 as Slurm sends it, to every process at any time; and a run that is killed."""
 
 from __future__ import annotations
 

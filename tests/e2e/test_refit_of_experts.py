@@ -35,8 +35,10 @@ def servers(sglang_servers: Callable[..., ServerPool], tmp_path_factory: pytest.
 
 
 def rank_refits(servers: Servers, models: dict[str, str], axes: dict[str, int]) -> dict[str, Any]:
-    """Refit the model of each transport twice, the second time over the connections of the first. On rank 0, what the
-    server then says of :data:`TOKENS`."""
+    """Refit the model of each transport twice, the second time over the connections of the first.
+
+    Return, on rank 0, the server's answer about :data:`TOKENS` after the second refit.
+    """
     from megatron_dypo.parallel.groups import close
 
     trainer, seen, version = Trainer(servers, **axes), {}, 0

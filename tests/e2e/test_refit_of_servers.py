@@ -23,7 +23,7 @@ from tests.support.e2e.refitting_ranks import (
 )
 from tests.support.hf_models import import_transformers, make_hf_model
 
-# About 1.7 MiB for each stage, so that each sends several buckets of 1 MiB.
+# Each stage has about 1.7 MiB, and so sends several buckets of 1 MiB.
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -48,7 +48,7 @@ def servers(models, sglang_servers, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(models, servers):
-    """The checksums of a server that loaded each model itself."""
+    """Return the checksums of a server that loaded each model itself."""
     sums = []
     for model in (*models[1:], models[0]):
         ask(servers, servers.urls[0], "/update_weights_from_disk", {"model_path": str(model)})
@@ -63,7 +63,7 @@ def seen(models, servers, loaded):
 
 @pytest.fixture(scope="module")
 def rollouts(seen, servers):
-    """Fresh rollouts of each server after the last refit of model b."""
+    """Return new rollouts of each server after the last refit of model b."""
     sampling = {"temperature": 1.0, "max_new_tokens": 32, "ignore_eos": True}
     body = {"input_ids": [PROMPT, PROMPT[:5]], "sampling_params": sampling, "return_logprob": True}
     return [rollout for url in servers.urls for rollout in ask(servers, url, "/generate", body)]
@@ -141,7 +141,7 @@ def test_a_server_that_woke_up_rejoins_by_a_full_refit_without_its_old_requests(
 
 
 def test_a_server_killed_in_a_refit_is_fenced_and_the_rest_gets_the_weights(hung, models, servers, loaded):
-    """Last: it costs a server."""
+    """This test is the last one: it kills a server."""
     outcomes = run_ranks(4, rank_refit_while_a_server_dies, servers, str(models[2]))
     for outcome in outcomes:
         assert outcome["serving"] == servers.urls[:1]

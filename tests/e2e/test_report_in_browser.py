@@ -1,4 +1,4 @@
-"""The report and the comparison in a real browser, where one is installed."""
+"""The report and the comparison in a real browser, if one is installed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrom
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a browser's settings, which the first start of a module makes."""
+    """Make the folder of a browser's settings, at the first start in this module."""
     return tmp_path_factory.mktemp("profile")
 
 
 def dom_of(page: Path, profile: Path) -> str:
-    """The document that a browser makes of ``page`` once its scripts have run."""
+    """Return the document that a browser makes of ``page`` once its scripts have run."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout

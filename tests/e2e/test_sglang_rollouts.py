@@ -33,7 +33,7 @@ from megatron_dypo.types import Prompt, RolloutGroup, Sample, SampleKind, Treatm
 from tests.support.hf_models import import_transformers, make_hf_model
 
 STOP_IDS = tuple(range(2, 22))
-"""Many, so that a random model of 131 tokens stops within a few."""
+"""So many ids that a random model with 131 tokens stops soon."""
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_a_prompt_beyond_the_context_length_is_dropped_alone_with_sglangs_words(
 
 
 def test_cancelled_groups_stop_at_the_server(pool: ServerPool) -> None:
-    """Its cache cannot be flushed while requests run. These have a quarter of a million tokens to sample."""
+    """The server cannot flush its cache while requests run. These would sample a quarter of a million tokens."""
 
     async def cancel_midway() -> None:
         client = SGLangClient(pool.urls, pool.api_key, cfg=RolloutConfig(), decode=str, stop_token_ids=())
@@ -202,14 +202,14 @@ def test_cancelled_groups_stop_at_the_server(pool: ServerPool) -> None:
 
 
 def family_of(url: str) -> list[psutil.Process]:
-    """Guard, server, scheduler and detokenizer of a server; they alone have its port among their arguments."""
+    """Return a server's guard, server, scheduler and detokenizer processes: only they have its port as an argument."""
     port = url.rpartition(":")[2]
     roots = [process for process in psutil.process_iter(["cmdline"]) if port in (process.info["cmdline"] or [])]
     return list({process: None for root in roots for process in [root, *root.children(recursive=True)]})
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Not even a zombie, which init has yet to reap."""
+    """Return whether a process is alive; a zombie that init has yet to reap is not."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -238,7 +238,7 @@ signal.pause()
 
 
 def test_a_crash_in_a_server_ends_a_collection_at_once_and_nothing_is_left(pool: ServerPool) -> None:
-    """Last: it costs the server."""
+    """This test is the last one: it kills the server."""
     family = family_of(pool.urls[0])
     (scheduler,) = [process for process in family if process.name().startswith("sglang::sched")]
 
@@ -249,7 +249,7 @@ def test_a_crash_in_a_server_ends_a_collection_at_once_and_nothing_is_left(pool:
 
     cfg = RolloutConfig(max_new_tokens=490, request_deadline_s=3600.0)
     client = SGLangClient(pool.urls, pool.api_key, cfg=cfg, decode=str, stop_token_ids=(), check=crash_then_check)
-    # At once: the deadline of its requests is longer than that of this test.
+    # The collection ended at once: the deadline of its requests is longer than this test's.
     with pool, pytest.raises(ServerDiedError, match=r"(?s)SGLang server 0 .*sglang_0\.log"):
         collect(make_prompts(4), client, group_size=8, progress=False)
     assert not [process for process in family if is_alive(process)]

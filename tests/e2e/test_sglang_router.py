@@ -87,7 +87,7 @@ def test_a_server_that_the_router_is_not_told_of_samples_nothing(pool: ServerPoo
 
 
 def test_a_group_that_is_cancelled_at_the_router_stops_at_the_server(pool: ServerPool, router: Router) -> None:
-    """Its cache cannot be flushed while requests run."""
+    """The server cannot flush its cache while requests run."""
     server = pool.urls[0]
 
     async def is_busy() -> bool:

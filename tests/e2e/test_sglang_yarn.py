@@ -16,11 +16,11 @@ from tests.support.hf_models import import_transformers, make_hf_model
 
 ROPE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LENGTH = 90
-"""Tokens, where the model has 32 original positions."""
+"""Tokens of a sequence; the model has 32 original positions."""
 
 
 def log_probs(url: str, api_key: str, tokens: list[int]) -> np.ndarray:
-    """[LENGTH − 1] of all tokens but the first."""
+    """Return [LENGTH − 1] the log-probs of all tokens but the first."""
     sampling = {"max_new_tokens": 1, "temperature": 1.0}
     body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
     request = urllib.request.Request(

@@ -15,7 +15,7 @@ from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import make_hf_model
 
 DEADLINE_S = 900.0
-"""A job starts and trains in less than a minute; on a machine that is busy otherwise, in several."""
+"""Deadline of a job. It starts and trains in less than a minute, or in several minutes on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def five_nodes():
 
 @pytest.fixture
 def slurm(five_nodes):
-    """All nodes are idle, so that a job gets the first ones."""
+    """Wait until all nodes are idle, so that a job gets the first ones."""
     five_nodes.wait_until_idle()
     return five_nodes
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Config of a tiny task at TP 2; tests give it run folders of their own."""
+    """Write the config of a tiny task at TP 2; each test gives its runs their own folders."""
     servers = {"servers": {"start_deadline_s": DEADLINE_S}}
     return write_task(tmp_path_factory.mktemp("task"), parallel={"tensor": 2}, rollout=servers)
 
@@ -51,7 +51,7 @@ def steps_of(folder):
 
 
 def assert_same_steps(whole, parts):
-    """What a run learnt is bit for bit the same, step by step, in a whole run and in one that was cut in parts."""
+    """Check that a run that was interrupted learnt bit for bit the same in every step as an uninterrupted run."""
     expected, resumed = steps_of(whole), steps_of(parts)
     assert expected.keys() == resumed.keys()
     for step in expected:
@@ -145,10 +145,10 @@ def test_colocated_nodes_train_on_their_first_gpu_and_serve_on_the_other(slurm, 
 
 @pytest.mark.slow
 def test_an_engine_that_needs_more_gpus_than_a_node_has_spans_two(slurm, task, tmp_path):
-    # On a CPU SGLang makes some widths larger, so that each rank has a multiple of 32; this model's are such.
+    # On a CPU SGLang enlarges some widths to a multiple of 32 on each rank; this model's widths are such multiples.
     model = make_hf_model("qwen3", tmp_path / "model", intermediate_size=128)
     sizes = [f"model.hf_path={model}", "parallel.tensor=1", "rollout.servers.tensor_parallel=2"]
-    sizes += ["run.steps=3", "refit.transport=p2p"]  # as between real hosts
+    sizes += ["run.steps=3", "refit.transport=p2p"]  # the transport between real hosts
     one_gpu = {"options": ["--gpus-per-node=1"], "GPUS_PER_NODE": "1"}
     job = submit(slurm, task, tmp_path, *sizes, nodes=3, rollout_nodes=2, **one_gpu)
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
@@ -161,7 +161,7 @@ def test_an_engine_that_needs_more_gpus_than_a_node_has_spans_two(slurm, task, t
 
 @pytest.mark.slow
 def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task, tmp_path):
-    # Slurm looks at limits every half minute: steps are to be long, so that not all are made by then.
+    # Slurm checks limits every half minute: steps must be long, so that some remain at that time.
     size = ["rollout.prompts_per_round=768", "batching.prompts_per_update=768", "run.steps=40"]
     overrides = ["objective.name=sft", "checkpoint.every=0", *size]
     whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
@@ -249,7 +249,7 @@ def test_a_node_with_a_sick_gpu_is_named_left_out_and_replaced(slurm, task, tmp_
 
 
 def job_process(job, *words):
-    """A process of a running job with these words next to each other in its command line."""
+    """Return a process of a running job that has these words next to each other in its command line."""
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         starts = range(len(line) - len(words) + 1)
@@ -259,7 +259,7 @@ def job_process(job, *words):
 
 
 def kill_server(job, node):
-    """SIGKILL to the SGLang process that a node's log names."""
+    """Send SIGKILL to the SGLang process that a node's log names."""
     log = (job.logs / "latest" / f"rollout.{node}.log").read_text()
     port = log.split(f"http://{node}:")[1].split(",")[0]
     found = [p for p in psutil.process_iter(["cmdline"]) if "sglang_cpu.py" in " ".join(p.info["cmdline"] or [])]
@@ -271,7 +271,7 @@ def kill_server(job, node):
 
 @pytest.fixture(scope="module")
 def slurm_with_containers(tmp_path_factory):
-    """A Slurm whose srun takes pyxis' flags and starts no container."""
+    """Start a Slurm whose srun accepts pyxis' flags and starts no container."""
     folder = tmp_path_factory.mktemp("containers")
     plugin, source = folder / "pyxis.so", REPOSITORY / "tests" / "slurm_host" / "noop_pyxis.c"
     build = subprocess.run(

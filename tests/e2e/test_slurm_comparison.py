@@ -1,4 +1,4 @@
-"""A comparison as a job array on a real Slurm: cells that are cancelled or killed are finished by submitting again."""
+"""A comparison as a job array on a real Slurm: submitting again finishes cells that were cancelled or killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def slurm():
 
 
 def submit(slurm, path):
-    """Submit what is missing; return the job's number and the command that was run."""
+    """Submit the missing cells; return the job's number and the command that was run."""
     settings = {"VENV": sys.prefix, "DYPO_HOME": str(REPOSITORY), "SBATCH_GPUS_PER_NODE": "2"}
     environment = {**os.environ, **settings, "SLURM_CONF": str(slurm.root / "slurm" / "slurm.conf")}
 
@@ -52,7 +52,7 @@ def wait_until_gone(slurm):
 
 
 def kill_task(cell):
-    """SIGKILL to the batch script of the task that runs a cell, and to its comparison."""
+    """Send SIGKILL to the batch script of the task that runs a cell, and to its comparison."""
     comparison = psutil.Process(present(read_holder(cell)).process.pid)
     for process in (present(comparison.parent()), comparison):
         process.kill()

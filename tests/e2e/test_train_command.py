@@ -19,12 +19,12 @@ from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers
 
 MAX_GAP = 1e-3
-"""Largest mean |log-prob of SGLang − of the trainer| after a refit, fp32."""
+"""Largest mean |SGLang's log-prob − the trainer's| after a refit, in fp32."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A DYPO run at TP2×PP2 with evaluation, and its output."""
+    """Make a DYPO run at TP2×PP2 with evaluation; return it with its output."""
     folder = tmp_path_factory.mktemp("dypo")
     config = write_task(
         folder,
@@ -94,16 +94,17 @@ def test_report_is_one_page(finished: tuple[Path, str]) -> None:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
-    """A run of two replicas that was killed and started again: its folder, the output of the second start, and the step
-    that the first one had saved."""
+    """Make a run of two replicas, kill it and start it again.
+
+    Return its folder, the output of the second start, and the step that the first start had saved."""
     folder = tmp_path_factory.mktemp("killed")
     sections: dict[str, Any] = {"parallel": {"num_processes": 2}, "optimizer": {"distributed": True}}
-    config = write_task(folder, run={"steps": 100}, **sections)  # more than it lives to make
+    config = write_task(folder, run={"steps": 100}, **sections)  # more than it makes before it is killed
     process = start("train", config)
     tracker = folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_until(process, lambda: tracker.is_file() and int(tracker.read_text()) >= 2)
     process.kill()
-    process.communicate(timeout=DEADLINE_S)  # until ranks and servers, too, have closed the pipe: none outlives it
+    process.communicate(timeout=DEADLINE_S)  # returns once ranks and servers have closed the pipe: none is left
     saved = int(tracker.read_text())
     return folder / "run", train(config, f"run.steps={saved + 2}"), saved
 
@@ -129,7 +130,7 @@ def test_two_replicas_share_prompts_and_work(killed: tuple[Path, str, int]) -> N
 
 @pytest.mark.slow
 def test_context_parallel_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    # Adam's first step divides each gradient by its own size; eps keeps rounding out of those that are almost zero.
+    # Adam's first step divides each gradient by its own size; eps suppresses rounding errors of gradients near zero.
     options: dict[str, Any] = {"objective": {"name": "sft"}, "optimizer": {"lr": 1e-3, "eps": 1e-5}}
     runs = []
     for name, axes in (("one", {}), ("four", {"tensor": 2, "context": 2, "sequence": True})):

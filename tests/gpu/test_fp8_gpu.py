@@ -34,5 +34,5 @@ def test_updates_agree_with_bf16_on_rows_of_any_length(recipe, bf16, tmp_path):
     result, kept = measured(recipe, tmp_path / "kept")
     assert compare(bf16[0], result)["loss_gap_max"] < 0.01
     assert compare_tensors(bf16[1], kept)["gradient_cosine"] > 0.97
-    # Were the recipe not in use, nothing would differ.
+    # If the recipe were not in use, nothing would differ.
     assert 0 < compare_tensors(bf16[1], kept)["score_gap_mean"] < 0.1

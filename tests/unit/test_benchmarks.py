@@ -1,4 +1,4 @@
-"""The benchmarks run to their last line, at sizes that say nothing; what they measure is in benchmarks/results."""
+"""The benchmarks run to their last line at meaninglessly small sizes; benchmarks/results has their measurements."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_the_interval_of_an_asynchronous_run_is_that_of_its_own_number_of_sample
         {"step": step, "timing_s/step": float(step), "rollout/policy_version": step - 1, "timing_s/gen": 0.5}
         for step in range(1, 5)
     ]
-    del rows[1]["rollout/policy_version"]  # a step that learned from what the queues held
+    del rows[1]["rollout/policy_version"]  # a step that learned from queued groups
     rows[-1] |= {"eval/heldout/accuracy": 0.5, "eval/heldout/num_samples": 40}
     (tmp_path / "sync").mkdir()
     (tmp_path / "sync" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

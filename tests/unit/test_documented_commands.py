@@ -1,4 +1,4 @@
-"""Every command that the README and the pages show: run where it needs neither server nor weights, else parsed."""
+"""Every command of the README and the pages: it is run if it needs neither server nor weights, else parsed."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ PAGES = [
 COMMANDS = [command for page in PAGES for command in commands_of(page, (ROOT / page).read_text(encoding="utf-8"))]
 OURS = typer.main.get_group(app).commands
 RUN = {"config", "init", "plan", "plan-refit", "report", "grade"}
-"""These run for real, and ``train --dry-run``; of others the options and the config are checked."""
+"""Commands that run for real, as does ``train --dry-run``. For others the options and the config are checked."""
 ENDLESS = "--live"
 """The option of a command that goes on until its run ends; it is parsed only."""
 FILE_ENDINGS = {"json", "jsonl", "lock", "py", "safetensors", "yaml"}
-"""Of names such as run.lock and model.safetensors, which are no keys."""
+"""Endings of file names such as run.lock and model.safetensors, which are not keys."""
 FOREIGN = {"hf", "pytest"}
-"""Programs of others, whose options are not ours to check."""
+"""Programs of other projects, whose options are not checked."""
 
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone with what the pages assume besides: the README's config, runs that are over, and responses."""
+    """Make a clone with the files that the pages assume: the README's config, finished runs, and responses."""
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name != "runs":
             (tmp_path / path.name).symlink_to(path)
@@ -58,9 +58,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check_ours(name: str, words: tuple[str, ...]) -> None:
-    """Run a command of ours, or parse it and its config."""
+    """Run a command of the package, or parse it and its config."""
     assert name in OURS, f"megatron-dypo has no command {name}"
-    if any(word.isupper() or word.startswith("[") for word in words):  # how to call it, with names for values
+    if any(word.isupper() or word.startswith("[") for word in words):  # a synopsis, with names for values
         known = {option for parameter in OURS[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", " ".join(words))) <= known
         return
@@ -74,7 +74,7 @@ def check_ours(name: str, words: tuple[str, ...]) -> None:
 
 
 def check_script(path: str, words: tuple[str, ...]) -> None:
-    """A Python script is there, and knows the options that are given."""
+    """Check that a Python script exists, and knows the given options."""
     source = (ROOT / path).read_text(encoding="utf-8")
     options = {word.partition("=")[0] for word in words if word.startswith("--")}
     declared = source if "add_argument" in source or not options else source + _imported(source)
@@ -92,7 +92,7 @@ def _is_typer_option(option: str, source: str) -> bool:
 
 
 def check_job(script: str, overrides: tuple[str, ...]) -> None:
-    """A Slurm script is there, and its config takes the overrides."""
+    """Check that a Slurm script exists, and its config accepts the overrides."""
     default = re.search(r"^CONFIG=\$\{CONFIG:-(.*)\}", (ROOT / script).read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert default is not None
     load_config(ROOT / default[1], [override for override in overrides if override != "…"])

@@ -25,7 +25,7 @@ def test_only_what_worked_needs_no_advice():
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch names it."""
+    """An error with the name of torch's."""
 
 
 class OfServers(RuntimeError):  # noqa: N818

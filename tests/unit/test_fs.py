@@ -14,7 +14,7 @@ from megatron_dypo.fs import commit_folder, make_exclusively, new_file, new_fold
 
 
 class Disk:
-    """The names that were synced and renamed, in order."""
+    """The record of names that were synced and renamed, in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -22,7 +22,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    """Notes each fsync and rename, and does it."""
+    """Record each fsync and rename, and do it."""
     disk, fsync, replace, rename = Disk(), os.fsync, os.replace, os.rename
 
     def noted_fsync(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""The direction of imports: the contract of setup.cfg holds, can fail, and is what the documents say."""
+"""The direction of imports: the contract of setup.cfg holds, can fail, and agrees with the documents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINT = Path(sys.executable).parent / "lint-imports"
 
 
 def sections() -> dict[str, configparser.SectionProxy]:
-    """The sections of setup.cfg that import-linter reads, by the name of the contract."""
+    """Return the sections of setup.cfg that import-linter reads, by the name of the contract."""
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     prefix = "importlinter:contract:"
@@ -25,7 +25,7 @@ def sections() -> dict[str, configparser.SectionProxy]:
 
 
 def layers() -> list[list[str]]:
-    """The rooms of each layer, lowest layer first."""
+    """Return the rooms of each layer, lowest layer first."""
     lines = sections()["rooms"]["layers"].split("\n")
     return [re.findall(r"\w+", line) for line in reversed(lines) if line.strip()]
 
@@ -77,7 +77,7 @@ def test_an_import_against_a_contract_breaks_it(contract, room, line, tmp_path):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").touch()
     (package / "__init__.py").touch()
-    if contract != "rooms":  # of which every module of the package is a room
+    if contract != "rooms":  # the contract "rooms" has every module of the package
         (package / "heavy.py").write_text("import torch\n")
     (package / "mcore" / "model.py").write_text("import megatron.core\n")
     server = package / "rollout" / "server"

@@ -1,4 +1,4 @@
-"""What the README says of the package is so."""
+"""The README describes the package correctly."""
 
 import json
 import operator

@@ -19,7 +19,7 @@ def assert_each_once(values, bins):
 
 
 def smallest_maximum(costs, count):
-    """The optimum, by trying every assignment."""
+    """Return the optimum, found by trying every assignment."""
     assignments = itertools.product(range(count), repeat=len(costs))
     return min(
         max(sum(c for c, a in zip(costs, where, strict=True) if a == b) for b in range(count)) for where in assignments
@@ -37,7 +37,7 @@ def test_best_fit_places_each_once_within_the_capacity(sizes, capacity):
 
 @given(sizes, st.integers(40, 90))
 def test_best_fit_takes_less_than_twice_the_volume(sizes, capacity):
-    # Any two bins together hold more than the capacity, else the later one would not have been opened.
+    # Any two bins together hold more than the capacity. Otherwise the later bin would not have been opened.
     lower_bound = -(-sum(sizes) // capacity)
     assert lower_bound <= len(bins_best_fit(sizes, capacity)) <= max(2 * lower_bound - 1, 0)
 
@@ -103,7 +103,7 @@ def test_an_item_beyond_the_capacity_is_alone():
 
 @pytest.mark.parametrize("count", [20, 40])
 def test_a_full_light_bin_gives_way_to_the_emptiest_one(count):
-    # The cheap large items fill bins that stay the lightest; the rest must go elsewhere, beyond the lightest few.
+    # Large cheap items fill bins that remain the lightest. The rest must go to bins other than those few.
     sizes, costs = [100] * (count - 1) + [10] * 10, [1.0] * (count - 1) + [0.5] * 10
     bins = bins_within(costs, sizes, count=count, capacity=100)
     assert bins is not None

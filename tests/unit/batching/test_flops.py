@@ -10,7 +10,7 @@ from tests.support.hf_models import KINDS, SIZES, import_transformers
 
 
 def tiny(kind):
-    """transformers' model and our description of it."""
+    """Return transformers' model and the package's description of it."""
     transformers = import_transformers()
     config_class, extra = KINDS[kind]
     config = getattr(transformers, config_class)(**{**SIZES, **extra})

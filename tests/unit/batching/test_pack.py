@@ -55,7 +55,7 @@ def test_microbatches_come_costliest_first(lengths, budget):
 
 
 def test_microbatches_are_balanced_by_cost_where_the_budget_allows():
-    # By length [8] and [4, 4] would be equal; by its square one long sequence is worth four of half the length.
+    # By length, [8] and [4, 4] would be equal. By length squared, one long sequence equals four of half its length.
     bins = plan_microbatches([8, 4, 4, 4, 4], budget=20, count=2, costs=[64.0, 16.0, 16.0, 16.0, 16.0])
     assert bins == [[0], [1, 2, 3, 4]]
 

@@ -20,7 +20,7 @@ QWEN_600M = {
 
 
 def reasoning_lengths(seed, count=1024):
-    """Log-normal with a median of 1,800 tokens; what would be longer than 8,192 is truncated there."""
+    """Draw log-normal lengths with a median of 1,800 tokens, truncated at 8,192."""
     drawn = np.random.default_rng(seed).lognormal(np.log(1800), 0.9, count)
     return np.clip(drawn, 200, 8192).astype(int).tolist()
 

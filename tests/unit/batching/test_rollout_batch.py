@@ -1,4 +1,4 @@
-"""A rollout batch as a value: which groups each minibatch has, over replicas and passes, and after a resume."""
+"""A rollout batch as a value: the groups of each minibatch, over replicas and passes, and after a resume."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ def orders_of(groups):
 
 
 def minibatches(batch, count):
-    """All minibatches of ``count`` groups, until the batch is used up."""
+    """Return all minibatches of ``count`` groups, until the batch is used up."""
     found = []
     while not batch.is_used_up:
         minibatch, batch = batch.next_minibatch(count)
@@ -31,7 +31,7 @@ def whole(passes, orders=ORDERS):
 
 
 def by_turns(orders, passes, count):
-    """The rule in other words: each group has a number of updates left, and those with the most go first, by age."""
+    """Apply the rule in another form: each group has a number of updates left; those with the most go first, by age."""
     left, found = dict.fromkeys(orders, passes), []
     while left:
         turn = sorted(left, key=lambda order: (-left[order], order))[:count]
@@ -57,7 +57,7 @@ def test_a_short_minibatch_is_filled_up_from_the_next_pass():
 
 @pytest.mark.parametrize(("passes", "count"), [(1, 2), (1, 4), (2, 2), (1, 5)])
 def test_a_batch_over_uneven_replicas_ends_on_all_of_them_at_once(passes, count):
-    """The first replica holds one group of five and is empty long before; a follower holds none."""
+    """The first replica holds one of five groups and is empty early; a follower holds none."""
     parts = [GROUPS[:1], GROUPS[1:], []]
     replicas = [RolloutBatch(orders=ORDERS, groups=tuple(part), passes=passes) for part in parts]
     found = [minibatches(replica, count) for replica in replicas]

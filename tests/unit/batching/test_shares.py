@@ -1,4 +1,4 @@
-"""Which replica gets which sample of an update."""
+"""The replica that gets each sample of an update."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from tests.support.objective_cases import random_groups
 
 
 class OneLeader:
-    """The group of a run with one replica."""
+    """The process group of a run with one replica."""
 
     def size(self) -> int:
         return 1

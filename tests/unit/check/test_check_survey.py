@@ -1,4 +1,4 @@
-"""``megatron-dypo check``: everything that a run reads, looked at before it runs."""
+"""``megatron-dypo check`` looks at everything that a run reads, before the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems and notes: whose errors they are, and what is heard of the package's own warnings."""
+"""Problems and notes: which errors become which, and what happens to the package's own warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disk space that a run needs."""
+"""The disk space that a run needs."""
 
 from __future__ import annotations
 

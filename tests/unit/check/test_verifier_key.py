@@ -1,4 +1,4 @@
-"""What verdicts on traces are kept under."""
+"""The key under which verdicts on traces are kept."""
 
 from __future__ import annotations
 

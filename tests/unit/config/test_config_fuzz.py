@@ -1,4 +1,4 @@
-"""Any config.json and any index: an architecture that transformers reads alike, or our ValueError; no traceback."""
+"""Any config.json and any index give the same architecture as in transformers, or a ValueError; never a traceback."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ VALUES = st.recursive(
 
 @st.composite
 def mutated_configs(draw: st.DrawFn) -> dict[str, Any]:
-    """A good config with one to three changes: a field gone, another value, another field, also inside the scaling."""
+    """Draw a good config with one to three changes: a field removed, changed or added, also inside the scaling."""
     config = json.loads(json.dumps(draw(st.sampled_from(BASES))))
     for _ in range(draw(st.integers(1, 3))):
         sections = [value for value in config.values() if isinstance(value, dict)]
@@ -99,11 +99,11 @@ def mutated_configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 REFUSALS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
-"""What transformers raises for a config that it does not take."""
+"""Errors that transformers raises for a config that it refuses."""
 
 
 def outcome(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, str]:
-    """The result and no message, or no result and that of our ValueError."""
+    """Return (result, ""), or (None, message of the ValueError)."""
     try:
         return function(*arguments, **options), ""
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Configs that no run can have: each is refused with the file or override, the field, the value and the rule."""
+"""Impossible configs: each is refused with the file or override, the field, the value and the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objective's section: every number finite and in its range; bounds of u hold 1."""
+"""The objective's section: every number is finite and in its range, and the bounds of u include 1."""
 
 import math
 from dataclasses import fields
@@ -118,7 +118,7 @@ def test_the_ends_of_the_ranges_are_inside():
         {"clip_high": 1e8},
     ):
         ObjectiveConfig(**options)
-    assert math.exp(LOG_RATIO_LIMIT) > 1 + 1e8  # no clip's bound is on the tangent
+    assert math.exp(LOG_RATIO_LIMIT) > 1 + 1e8  # no clip bound reaches the tangent
     with pytest.raises(ValueError, match="sequence_max_gap=0"):
         ImportanceConfig(sequence_max_gap=0.0)
 
@@ -135,7 +135,7 @@ def test_a_correction_is_on_where_any_option_is():
 
 
 def test_the_defaults_are_the_papers():
-    """Section 4 and table of hyper-parameters: GRPO at ε = 0.2, α = 0.5, γ = β = 1, frozen reference, nothing else."""
+    """The paper's section 4 and table of hyper-parameters: GRPO at ε = 0.2, α = 0.5, γ = β = 1, frozen reference."""
     plain = {f.name: getattr(ObjectiveConfig(), f.name) for f in fields(ObjectiveConfig)}
     assert plain == {
         "preset": None,

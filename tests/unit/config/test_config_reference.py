@@ -1,4 +1,4 @@
-"""The configuration reference: every key, its type and its default, as ``config`` prints it and the page has it."""
+"""The configuration reference: the page and the output of ``config`` have every key, its type and its default."""
 
 from __future__ import annotations
 

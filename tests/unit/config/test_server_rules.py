@@ -1,4 +1,4 @@
-"""Rules of rollout and refit settings: what cannot be is refused with field, value and rule."""
+"""Rules of rollout and refit settings: an impossible value is refused with field, value and rule."""
 
 from __future__ import annotations
 

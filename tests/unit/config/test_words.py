@@ -1,4 +1,4 @@
-"""Words of messages."""
+"""Functions for the words of messages."""
 
 import pytest
 

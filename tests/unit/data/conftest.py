@@ -1,4 +1,4 @@
-"""Tiny tokenizers, trained on the spot."""
+"""Tiny tokenizers, trained for the tests."""
 
 from __future__ import annotations
 

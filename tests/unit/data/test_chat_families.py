@@ -65,7 +65,7 @@ def test_the_end_of_a_turn_stops_sampling_and_ends_a_trace(tmp_path: Path, name:
     assert tokenizer.eos_id == _token(tokenizer, end)
     assert tokenizer.eos_ids[0] == tokenizer.eos_id
     assert end_trace(f"3{end}", tokenizer).tolist() == [*tokenizer.encode("3"), tokenizer.eos_id]
-    # eos_token and the ids of generation_config.json go on to stop.
+    # eos_token and the ids of generation_config.json still stop.
     for text in (FAMILIES[name].eos_token, *FAMILIES[name].stops):
         assert _token(tokenizer, text) in tokenizer.eos_ids
 
@@ -94,9 +94,9 @@ def test_a_template_tells_the_end_where_eos_token_is_missing(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        # The end of a turn is plain text, which the vocabulary has not as a token.
+        # The end of a turn is plain text; the vocabulary has no token for it.
         ("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}", True),
-        # No end at all, as GLM writes it: the next turn's header ends a turn.
+        # As in GLM, a turn has no end: the header of the next turn ends it.
         ("{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% endfor %}<|im_start|>", False),
         # A template that refuses an assistant's messages.
         (
@@ -126,7 +126,7 @@ def test_a_template_for_one_exchange_tells_its_end(tmp_path: Path) -> None:
 
 
 def test_the_header_of_the_next_answer_is_no_end_of_a_turn(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"  # roles are all one to it
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"  # it ignores roles
     tokenizer = load_tokenizer(write_family(tmp_path / "t", FAMILIES["qwen2_5_math"], chat_template=template))
     assert tokenizer.eos_id == _token(tokenizer, "<|endoftext|>")
 

@@ -62,7 +62,7 @@ DEEPMATH = {
 
 
 def _both(tmp_path: Path, record: dict, **data: Any) -> PromptRow:
-    """The row of a record, which JSONL and Parquet must give alike."""
+    """Return the row of a record, which JSONL and Parquet must read alike."""
     (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
     rows = []

@@ -1,4 +1,4 @@
-"""docs/data.md says of formats and fields what the package does; the config takes them."""
+"""docs/data.md describes formats and fields correctly, and the config accepts them."""
 
 from __future__ import annotations
 

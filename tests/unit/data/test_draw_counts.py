@@ -1,4 +1,4 @@
-"""Counts of what draws and checks left out."""
+"""Counts of rows and traces that draws and checks left out."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.support.published_files import llama_cpp_file
 from tests.support.published_folders import convert_sentencepiece, write_published
 
 PUBLISHED_AS = {"llama-bpe": "llama3_8b_instruct", "qwen2": "qwen2_5_7b_instruct"}
-"""Vocabularies and models that have them."""
+"""Vocabulary → a model that has it."""
 
 
 def _fields(vocabulary: str, *names: str) -> list[Any]:
@@ -41,7 +41,7 @@ def _recorded(vocabulary: str) -> list[tuple[str, list[int]]]:
 
 
 def _write_llama_2(folder: Path) -> Path:
-    """Write the folder of Llama 2 Chat: the published pieces, the settings of its files, a template of our own."""
+    """Write the folder of Llama 2 Chat: the published pieces, the settings of its files, and a handwritten template."""
     model = import_protobuf().ModelProto()
     for piece, score, kind in zip(*_fields("llama-spm", "tokens", "scores", "token_type"), strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)
@@ -90,7 +90,7 @@ def test_tokens_and_merges_are_those_of_a_published_model(tmp_path: Path, vocabu
     ours = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tokens, all_merges = _fields(vocabulary, "tokens", "merges")
     assert [tokens[i] for i in ours["vocab"].values()] == list(ours["vocab"])
-    # Llama 3's list has every way to make a token; one is enough to reach it.
+    # Llama 3's list has every way to make a token, but one way is enough.
     merges = [" ".join(pair) for pair in ours["merges"]]
     assert merges == all_merges if vocabulary == "qwen2" else set(merges) <= set(all_merges)
 
@@ -114,7 +114,7 @@ def test_a_prompt_for_llama_2_has_the_text_of_sglangs_own_template(llama_2: Path
 
 
 def _sglang_templates() -> Any:
-    """Load the one file of SGLang, which needs nothing of the rest."""
+    """Load one file of SGLang, which does not need the rest of SGLang."""
     package = importlib.util.find_spec("sglang")
     if package is None:
         pytest.skip("needs sglang, whose chat templates it reads")

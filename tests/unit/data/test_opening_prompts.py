@@ -26,7 +26,7 @@ from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from megatron_dypo.ending import Cause, cause_of
 from tests.support.tiny_tokenizers import variant
 
-# As Mistral's: no system role.
+# Like Mistral's, this template has no system role.
 NO_SYSTEM = """{% for message in messages %}{% if message['role'] == 'system' %}
 {{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}
 <|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"""
@@ -75,7 +75,7 @@ class CountingTokenizer:
 
 
 class ActingTokenizer(CountingTokenizer):
-    """A tokenizer that does something to the process of the check before it renders."""
+    """A tokenizer that acts on the checking process before it renders."""
 
     def __init__(self, inner: Tokenizer, action: Callable[[], None]) -> None:
         super().__init__(inner)
@@ -114,7 +114,7 @@ def test_messages_without_a_template_are_found_at_opening(tokenizer: Tokenizer, 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}\n \n"])
 def test_a_prompt_that_renders_to_nothing_is_found(bpe_folder: Path, tmp_path: Path, start: str) -> None:
-    # A template that leaves out what it does not know.
+    # This template leaves out roles that it does not know.
     template = start + "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     tokenizer = load_tokenizer(variant(bpe_folder, tmp_path / "t", chat_template=template))
     path = _write(tmp_path / "x.jsonl", [ROWS[0], {"prompt": SYSTEM[:1], "answer": "1"}])
@@ -165,7 +165,7 @@ def test_a_column_that_the_config_names_and_no_row_has_is_an_error(
         open_prompts([path], data, tokenizer, cache_dir=tmp_path / "run")
     with pytest.raises(ValueError, match=rf"data\.fields\.{field}=tracez: no row"):
         open_prompts([path], data, tokenizer, cache_dir=tmp_path / "run")
-    # One row with a null is enough, and a set to evaluate on needs none.
+    # One row with a null is enough. An evaluation set needs none.
     assert len(open_prompts([path], data, tokenizer, held_out=True)) == 48
     _write(path, [*ROWS, {**ROWS[0], "tracez": None}])
     assert len(open_prompts([path], data, tokenizer, cache_dir=tmp_path / "run")) == 49
@@ -254,7 +254,7 @@ def test_a_second_opening_reads_what_the_first_found(tokenizer: Tokenizer, tmp_p
     first = _open(path, tokenizer, tmp_path / "run")
     assert first.check_file is not None
     assert [file.suffix for file in (tmp_path / "run" / "data_check").iterdir()] == [".npz"]
-    # Limits, teachers and shuffling change nothing of what is known of a row.
+    # The result for a row does not depend on limits, teachers and shuffling.
     data = DataConfig(max_prompt_tokens=50, teachers=("r1",), shuffle=False)
     counting: Any = CountingTokenizer(tokenizer)
     second = open_prompts([path], data, counting, cache_dir=tmp_path / "run")
@@ -381,7 +381,7 @@ def test_skipped_rows_are_counted_listed_and_no_part_of_the_data(
         (str(path), 4, 1),
         (str(path), 5, 2),
     ]
-    # The same again reads the result, and drops nothing else.
+    # Opening again reads the result, and drops nothing else.
     again = _open(path, tokenizer, tmp_path / "run", on_bad_row="skip")
     assert [row.prompt_id for row in again] == [row.prompt_id for row in dataset]
     stream = PromptStream(dataset, tokenizer, DataConfig(), 1)

@@ -1,4 +1,4 @@
-"""Files that cannot be used are named at opening, whatever is wrong with them."""
+"""A file that cannot be used is named at opening, for every kind of damage."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_checksums_of_pages_are_verified(tmp_path: Path) -> None:
         ValueError, match=r"x\.parquet: row group 1 \(rows 21 to 40\) cannot be read, the file is damaged"
     ):
         PromptDataset([path])
-    # Nor does skipping bad rows hide it: a damaged file is no bad row.
+    # Skipping bad rows does not hide it: a damaged file is not a bad row.
     with pytest.raises(ValueError, match="row group 1"):
         PromptDataset([path], data=DataConfig(on_bad_row="skip"))
 

@@ -1,6 +1,6 @@
 """The chat templates that models were published with, as the package ``trl`` carries them, on a tiny tokenizer.
 
-``test_published_tokenizers.py`` has them with the models' own tokenizers.
+``test_published_tokenizers.py`` tests them with the models' own tokenizers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OURS = {
     "qwen3_instruct_2507.jinja": "qwen3",
     "deepseek_r1_distill.jinja": "r1_distill",
 }
-"""Published templates whose text our own of :mod:`tests.support.chat_families` gives, for plain conversations."""
+"""Published template → family of :mod:`tests.support.chat_families` with the same text for plain conversations."""
 _MANY = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|eot_id|>", "<|end_of_text|>")
 _GENERAL = Family(template="", special=(*_MANY, "<s>", "</s>"), bos_token="<s>", eos_token="</s>")
 ENDS = {
@@ -65,7 +65,7 @@ def test_a_published_template_tells_the_end_of_a_turn_and_what_the_prompt_opens(
 
 @pytest.mark.parametrize(
     ("name", "chat"),
-    # Gemma's takes no system message.
+    # Gemma's template accepts no system message.
     [(name, chat) for name in ENDS for chat in CHATS if (name, chat) != ("gemma.jinja", "system")],
 )
 def test_a_published_template_gives_the_ids_that_transformers_gives(tmp_path: Path, name: str, chat: str) -> None:

@@ -84,7 +84,7 @@ _QWEN_STOPS = {"<|im_end|>": 151645, "<|endoftext|>": 151643}
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A published model's tokenizer, read by us and by transformers."""
+    """A published model's tokenizer, read by this package and by transformers."""
 
     name: str
     folder: Path
@@ -113,7 +113,7 @@ _SHARED: dict[Path, transformers.PreTrainedTokenizerFast] = {}
 
 
 def _theirs(shared: Path, folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """Load the tokenizer as transformers does, once for the models that share it; only the last one is kept."""
+    """Load the tokenizer by transformers, once for the models that share it. Only the last one is kept."""
     if shared not in _SHARED:
         _SHARED.clear()
         _SHARED[shared] = transformers.AutoTokenizer.from_pretrained(folder)
@@ -215,7 +215,7 @@ def test_a_prompt_for_mistral_has_the_ids_of_its_makers_own_encoder(root: Path, 
 
 
 WITH_THINKING = ("qwen3_8b_base", "qwen3_8b", "qwen3_4b_thinking_2507")
-"""Models whose template writes the thinking of the last answer; that of R1-Distill drops it."""
+"""Models whose template keeps the thinking of the last answer; R1-Distill's template drops it."""
 
 
 def test_a_prompt_and_its_trace_are_the_finished_conversation_of_transformers(loaded: Loaded) -> None:

@@ -1,4 +1,4 @@
-"""The column of traces, in each of its forms, as text by the teacher's name."""
+"""Each form of the column of traces is read as teacher name → text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config.json of published models, as the tokenizer's reader sees it."""
+"""The tokenizer's reader on the config.json of published models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_tokenizer_beside_the_config_of_another_model_is_refused(tmp_path: Pat
 
 def test_published_vocabularies_are_padded() -> None:
     class Qwen3:
-        """As many ids as Qwen3's tokenizer.json has."""
+        """A tokenizer with the number of ids of Qwen3's tokenizer.json."""
 
         vocab_size = 151669
 

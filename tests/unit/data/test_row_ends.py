@@ -1,4 +1,4 @@
-"""The last line of a file without a line break: only JSON that ends too early may have been cut off."""
+"""The last line of a file without a line break: it counts as cut off only if its JSON ends too early."""
 
 from pathlib import Path
 

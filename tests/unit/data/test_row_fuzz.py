@@ -1,4 +1,4 @@
-"""Whatever a prompt file holds, opening it works or raises a ValueError that names the file."""
+"""Opening a prompt file with any content works, or raises a ValueError that names the file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _check_row(record: object, columns: Columns) -> None:
 
 
 def _open_and_draw(path: Path, tokenizer: Tokenizer, **data: Any) -> None:
-    """Open a file; where it opens, every row of it can be drawn."""
+    """Open a file; if it opens, draw every row of it."""
     config = DataConfig(max_prompt_tokens=10**6, **data)
     text = ""
     try:

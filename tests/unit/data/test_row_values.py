@@ -1,4 +1,4 @@
-"""Values of rows: what no tokenizer, server or verifier takes is found at opening; names of fields may have dots."""
+"""Values that no tokenizer, server or verifier accepts are found at opening; names of fields may have dots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids as people see them: with special tokens, and the text as it was."""
+"""Token ids shown to people: with special tokens, and the text unchanged."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_template_that_fails_is_named_with_the_reason(template: str, reason: s
         ("{% nonsense %}", "is not valid jinja2: line 1: Encountered unknown tag"),
         ("{{ x | nonsense }}", "No filter named 'nonsense'"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
-        # Jinja2 takes it; the Python that it becomes has too many blocks in each other.
+        # Jinja2 accepts it, but the Python code that it generates has too many nested blocks.
         ("{% for m in messages %}" * 60 + "{% endfor %}" * 60, "SyntaxError"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_template_without_end_is_ended_by_the_limit_of_processor_time() -> Non
     process = TemplateProcess()
     try:
         assert process.render(GOOD, {"messages": USER}) == "hello"
-        # The kernel's signal, sent at once: the limit itself takes 5 s, in the slow tests.
+        # Send the kernel's signal at once. The slow tests wait for the limit itself, 5 s.
         os.kill(_pid(process), signal.SIGPROF)
         with pytest.raises(TemplateError, match="takes more than 5 s of processor time"):
             process.render(GOOD, {"messages": USER})
@@ -145,7 +145,7 @@ def test_the_process_ends_with_a_trainer_that_was_killed() -> None:
     try:
         process = os.pidfd_open(int(done.stdout))
     except ProcessLookupError:
-        return  # it has ended already
+        return  # the process has ended already
     try:
         assert select.select([process], [], [], 30.0)[0], "the process goes on"
     finally:

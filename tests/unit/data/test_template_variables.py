@@ -1,4 +1,4 @@
-"""What a chat template reads from outside."""
+"""The names that a chat template reads from outside."""
 
 from __future__ import annotations
 

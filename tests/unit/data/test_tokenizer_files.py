@@ -107,7 +107,7 @@ def test_a_file_that_holds_another_thing_is_named(
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
 def test_a_link_to_nothing_is_not_an_absent_file(bpe_folder: Path, tmp_path: Path, name: str) -> None:
-    """As in a hub's cache whose blobs were deleted."""
+    """A hub's cache has such links if its blobs were deleted."""
     folder = variant(bpe_folder, tmp_path / "t")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../blobs/gone")

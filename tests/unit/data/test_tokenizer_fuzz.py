@@ -35,7 +35,7 @@ JUNK: list[Any] = [
 
 
 def _nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of the values in a JSON tree; of a long list or object only the ends."""
+    """Yield the paths of the values in a JSON tree; only those at both ends of a long list or object."""
     items = list(tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else [])
     if len(items) > 40:
         items = items[:3] + items[-3:]

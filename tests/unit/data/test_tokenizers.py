@@ -212,12 +212,12 @@ def test_a_saved_tokenizer_loads_the_same(
     again = load_tokenizer(tmp_path / "export")
     assert again.render(CHATS[0], True) == tokenizer.render(CHATS[0], True)
     assert again.eos_ids == tokenizer.eos_ids
-    again.save(tmp_path / "export")  # onto itself: nothing to do, nothing lost
+    again.save(tmp_path / "export")  # onto itself: nothing changes and nothing is lost
     assert load_tokenizer(tmp_path / "export").vocab_size == tokenizer.vocab_size
 
 
 def test_a_model_folder_with_a_sentencepiece_model_alone_is_enough(tmp_path: Path) -> None:
-    """As Llama 2 and the first Mistral were released: stop ids come from the model's own configuration."""
+    """Llama 2 and the first Mistral were released like this. Stop ids come from the model's own configuration."""
     folder = train_sentencepiece(tmp_path / "llama2")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": processor.eos_id()}))

@@ -30,7 +30,7 @@ def _row(number: int) -> dict[str, Any]:
 
 
 class Judge:
-    """Says whether a response ends with the answer, and counts."""
+    """A verifier that accepts a response that ends with the answer, and counts."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Prompt, str]] = []
@@ -80,7 +80,7 @@ def test_a_sample_judges_that_many_traces_of_each_teacher_and_is_kept_under_its_
     whole = sampled(None)
     assert not whole.is_sample
     assert all(code in (-2, other) for code, other in zip(found.codes, whole.codes, strict=True))
-    # More than there are is all of them.
+    # A sample larger than the number of traces is all of them.
     before = len(judge.pairs)
     assert not sampled(1000).is_sample
     assert len(judge.pairs) == before
@@ -88,7 +88,7 @@ def test_a_sample_judges_that_many_traces_of_each_teacher_and_is_kept_under_its_
 
 def test_no_trace_is_dropped_by_a_sample(tokenizer: Tokenizer, tmp_path: Path) -> None:
     dataset = _open(tokenizer, tmp_path)
-    # All of the sample is wrong, which says nothing of the rest.
+    # All of the sample is wrong. That does not show that the rest is.
     verdicts = wrong_traces(
         dataset,
         lambda pairs: [False] * len(pairs),

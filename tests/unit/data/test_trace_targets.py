@@ -1,4 +1,4 @@
-"""A trace as a target: it ends with the stop token once, and begins with what the prompt does not have already."""
+"""A trace as a target ends with one stop token, and does not repeat the beginning that the prompt has already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dypo.data.tokenising import end_trace, require_target
 from megatron_dypo.data.tokenizer.open import Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizers import TEMPLATE, train_bpe, variant
 
-# As Qwen3-Thinking's and R1-Distill's: the header of the answer opens the thinking.
+# In Qwen3-Thinking's and R1-Distill's templates the header of the answer opens the thinking.
 THINKING = TEMPLATE.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%")
 NO_THINKING = TEMPLATE.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n\n</think>\n\n{%")
 STOPS = ("<|im_end|>", "<|endoftext|>")
@@ -86,13 +86,13 @@ def test_a_tag_that_the_prompt_ends_with_comes_once(folder: Path, tmp_path: Path
 
 
 def test_a_special_token_that_the_prompt_ends_with_comes_once(tmp_path: Path) -> None:
-    # As Magistral's [THINK]: it has no text when decoded.
+    # Like Magistral's [THINK], this token has no text when decoded.
     template = TEMPLATE.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<|bos|>\n{%")
     tokenizer = load_tokenizer(train_bpe(tmp_path / "t", chat_template=template))
     prompt = _render(tokenizer)
     ids = end_trace("<|bos|>\nOne.", tokenizer, prompt).tolist()
     assert ids == [*tokenizer.encode("One."), tokenizer.eos_id]
-    # A prompt that does not end so leaves the trace as it is.
+    # If the prompt does not end like that, the trace is unchanged.
     plain = tokenizer.encode("What is 1 + 1?")
     assert end_trace("<|bos|>\nOne.", tokenizer, plain).tolist() == [
         *tokenizer.encode("<|bos|>\nOne."),

@@ -1,4 +1,4 @@
-"""Teachers' traces: what the verifier says of them, what of them is used, and the table of a run's start."""
+"""Teachers' traces: the verifier's verdicts, the traces that are used, and the table at a run's start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATA = DataConfig(max_trace_tokens=40, drop_wrong_traces=True)
 
 
 class Judge:
-    """Says whether a response ends with the answer; knows nothing of ``crash``."""
+    """A verifier that accepts a response that ends with the answer, and fails on ``crash``."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Prompt, str]] = []
@@ -71,7 +71,7 @@ def test_wrong_traces_are_left_out_of_draws_and_counted(
         assert (SLASHED in prompt.traces) == (number % 5 != 0)
         assert ("r1" in prompt.traces) == (number == 7 or number % 4 == 2)
     assert (drops.wrong_traces, drops.traces, drops.prompts) == (2 * 4, 2 * 9, 0)
-    # Without the option nothing is left out.
+    # Without the option no trace is left out.
     kept, drops = PromptStream(dataset, tokenizer, DataConfig(max_trace_tokens=40), 1).take(0, 40)
     assert all(SLASHED in prompt.traces for prompt in kept)
     assert drops.wrong_traces == 0
@@ -125,7 +125,7 @@ def test_a_verifier_that_calls_every_trace_wrong_is_an_error(tokenizer: Tokenize
     dataset = _open(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="calls each of the 26 teachers' traces wrong"):
         wrong_traces(dataset, lambda pairs: [False] * len(pairs), tokenizer=tokenizer, data=DATA, verifier_key="no")
-    # Where wrong traces are not dropped, it is only told.
+    # If wrong traces are not dropped, they are only reported.
     keep = DataConfig(max_trace_tokens=40)
     wrong_traces(dataset, lambda pairs: [False] * len(pairs), tokenizer=tokenizer, data=keep, verifier_key="no")
 

@@ -1,4 +1,4 @@
-"""What docs/hf_models.md says of defaults, scalings and messages is so."""
+"""docs/hf_models.md states defaults, scalings and messages correctly."""
 
 import re
 from pathlib import Path

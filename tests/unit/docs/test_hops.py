@@ -12,7 +12,7 @@ LINK = re.compile(r"^(\d+)\. `([\w/]+\.py)`: `(\w+)`$", re.MULTILINE)
 
 
 def chains() -> list[list[tuple[str, str]]]:
-    """The chains of the page: (file, function) of each link, the caller first."""
+    """Return the chains of the page: (file, function) of each link, the caller first."""
     found: list[list[tuple[str, str]]] = []
     for number, file, function in LINK.findall(PAGE):
         found += [[]] if number == "1" else []

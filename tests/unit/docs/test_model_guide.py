@@ -1,4 +1,4 @@
-"""What docs/adding_a_model.md says is in the code, is there."""
+"""The code has everything that docs/adding_a_model.md says it has."""
 
 from __future__ import annotations
 

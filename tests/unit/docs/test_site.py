@@ -1,4 +1,4 @@
-"""The site of docs/: pages are in its navigation, pictures are those of their sources, files that are named exist."""
+"""The site of docs/: its navigation has every page, pictures match their sources, and files that it names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published files become evaluation sets: every row, with its answer; a file that is not of the set is refused."""
+"""Published files become evaluation sets with every row and its answer; a file of another set is refused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SHORT: dict[str, list[dict[str, Any]]] = {
         for labels in (["A", "B"],)
     ],
 }
-"""Rows written by hand with the columns of the published files, where tests have no such file."""
+"""Handwritten rows with the columns of published files, for sets of which tests have no file."""
 ANSWERS = {
     "aime24": ["3", "204"],
     "amc23_40": ["27", "36", "-1"],
@@ -75,7 +75,7 @@ ANSWERS = {
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows in the kind of file that the name says."""
+    """Write rows to a file of the kind that its name says."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":

@@ -1,4 +1,4 @@
-"""avg@n, pass@k and maj@k are what a count over all choices of responses gives."""
+"""avg@n, pass@k and maj@k equal a count over all choices of responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def chosen(responses: list[str], k: int) -> list[tuple[str, ...]]:
 
 
 def literal_majority(choice: tuple[str, ...]) -> Fraction:
-    """The chance that the majority of one choice is "right"; "" abstains."""
+    """Return the chance that the majority of a choice is "right"; "" abstains."""
     counts = Counter(answer for answer in choice if answer)
     most = [answer for answer, count in counts.items() if count == max(counts.values())]
     return Fraction("right" in most, len(most)) if most else Fraction(0)
@@ -88,7 +88,7 @@ def test_a_majority_of_all_responses_shares_ties() -> None:
 
 
 def test_majorities_of_many_responses_stay_exact() -> None:
-    # Two answers: the majority of k is right if more than half are; half counts half (hypergeometric).
+    # With two answers the majority of k is right if more than half are; exactly half counts 1/2 (hypergeometric).
     from scipy.stats import hypergeom
 
     n, c, k = 256, 120, 64

@@ -1,4 +1,4 @@
-"""``megatron-dypo eval`` against fake servers: what is asked, recorded, counted, and gone on with."""
+"""``megatron-dypo eval`` against fake servers: requests, records, counts, and continuing after a stop."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_to_the_figures_of_one_in_one_go(
 def test_a_finished_evaluation_asks_nobody(folder: Path) -> None:
     with FakeSGLang(plan(folder)) as fake:
         first = run_eval(folder, folder / "out", sums(folder), urls=(fake.url,))
-    # Nothing listens there any more.
+    # Nothing listens at that port any more.
     assert run_eval(folder, folder / "out", sums(folder), urls=(fake.url,)) == first
 
 
@@ -288,7 +288,7 @@ def test_an_answer_that_is_no_whole_response_is_none(folder: Path, caplog: pytes
 
 
 def test_a_majority_counts_the_file_s_options_whatever_their_order(folder: Path) -> None:
-    """A model that always chooses neon, for one prompt where that is right and for one where it is wrong."""
+    """The model always chooses neon: that is right for one prompt and wrong for another."""
     question = "Which is a {}?\nA) iron\nB) neon\nC) salt\nD) wood\n"
     rows = [
         {"id": "gas", "prompt": question.format("gas"), "answer": "B"},

@@ -1,4 +1,4 @@
-"""Shuffled options: the right one stays right, and nothing else of the prompt changes."""
+"""Shuffled options: the right option stays right, and the rest of the prompt does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: nothing that was written is lost, nothing of another setting is mixed in."""
+"""Records: no written record is lost, and records of another setting are not mixed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples are scripts, not a package: their folders go on the path, as when they are run."""
+"""Put the folders of the examples on the path: they are scripts, not a package."""
 
 from __future__ import annotations
 

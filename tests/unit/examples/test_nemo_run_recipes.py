@@ -1,4 +1,4 @@
-"""NeMo-Run: what would be submitted is as in the golden files, and what the page about it says can be called."""
+"""NeMo-Run: submitted scripts equal the golden files, and the commands of its page can be called."""
 
 from __future__ import annotations
 

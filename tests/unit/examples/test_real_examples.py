@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 EXAMPLES = {"examples/llama3_70b/config.yaml": 8, "examples/qwen2_5_math_7b/dypo.yaml": 1}
 """Config → nodes that train."""
 OUR_CHANGES = {"max_position_embeddings": 16384, "rope_theta": 40000.0}
-"""What the README of the 7B example says to be changed in its config.json."""
+"""Changes of config.json that the README of the 7B example asks for."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def planned(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def spare(plan: dict[str, Any]) -> float:
-    """Share of a GPU's memory that stays free on the fullest rank."""
+    """Return the share of a GPU's memory that stays free on the fullest rank."""
     return min(1 - footprint["total"] / footprint["capacity"] for footprint in plan["memory_bytes"])
 
 

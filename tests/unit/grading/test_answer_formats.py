@@ -1,4 +1,4 @@
-"""Where a response states its answer: marks, formats, thinking; on long and broken texts too."""
+"""Finding where a response states its answer: marks, formats, thinking; also in long and broken texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_dypo.grading.math import verify_math
 
 LENGTH = 60_000
 GROWTH = 10
-"""Bound of the processor time for a text that is four times as long: a linear pass takes four times as much, a
+"""Largest growth of processor time for a text that is four times as long. A linear pass takes four times as long, a
 quadratic one 16 times."""
 PIECES = [
     "\\boxed{",
@@ -61,7 +61,7 @@ PIECES = [
 
 
 def _naive_last_box(text: str) -> str | None:
-    """The definition: the last box from which the braces close."""
+    """Find the last box by its definition: the last one from which the braces close."""
     for start in reversed(range(len(text))):
         if text.startswith("\\boxed{", start):
             depth = 0
@@ -141,7 +141,7 @@ def test_a_megabyte_is_read(piece: str) -> None:
 
 
 def test_a_hundred_thousand_boxes_and_brackets_are_read() -> None:
-    """Each of them once: in quadratic time it would take hours."""
+    """Each is read once: in quadratic time it would take hours."""
     assert last_boxed("\\boxed{" * 100_000) is None
     assert last_boxed("\\boxed{" * 100_000 + "5}") == "5"
     assert last_boxed("\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}") == "{" * 100_000 + "}" * 100_000

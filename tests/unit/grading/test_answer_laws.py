@@ -1,4 +1,4 @@
-"""Laws of reading and comparing answers, on made-up numbers, lists and texts. No formula is asked of math-verify."""
+"""Laws of reading and comparing answers, on random numbers, lists and texts. math-verify is not used."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def spelled_integers(draw: st.DrawFn) -> tuple[int, str]:
 
 @st.composite
 def spelled_rationals(draw: st.DrawFn) -> tuple[Fraction, str]:
-    """A number and one of its spellings."""
+    """Draw a number and one of its spellings."""
     kind = draw(st.sampled_from(["integer", "fraction", "decimal", "mixed", "scientific", "repeating"]))
     if kind == "integer":
         whole, text = draw(spelled_integers())

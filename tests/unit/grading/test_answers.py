@@ -40,7 +40,7 @@ GSM8K = [
     ("32 / 96 * 100% = 33.333...%, which rounds down to 33%\n#### 33", "33"),
     ("It costs 1,000 * 1.5 = $<<1000*1.5=1500>>1,500.\n#### 1,500", "1500"),
 ]
-"""In the form of GSM8K's solutions (Cobbe et al., MIT licence)."""
+"""Answers in the form of GSM8K's solutions (Cobbe et al., MIT licence)."""
 
 
 @pytest.mark.parametrize("gold", MATH_500)

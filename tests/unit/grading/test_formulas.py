@@ -1,4 +1,4 @@
-"""What math-verify calls equal is confirmed by values."""
+"""Values confirm formulas that math-verify calls equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gold answers of five public benchmarks, each against itself and against those of other rows.
+"""The gold answers of five public benchmarks, each compared with itself and with those of other rows.
 
 ``DYPO_DATA`` names the folder with gsm8k_test.jsonl, math500_test.jsonl, aime24.jsonl, aime25.jsonl, amc23_83.jsonl and
 arc_c.parquet; these files are not shipped.
@@ -60,7 +60,7 @@ def test_each_raw_answer_field_of_gsm8k_is_right_by_its_own_last_number(folder: 
 def test_each_solution_of_math_500_states_its_answer_and_no_other_rows(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "math500_test.jsonl").read_text(encoding="utf-8").splitlines()]
     wrong = [row["answer"] for row in rows if not verify_math(row["solution"], row["answer"])]
-    assert wrong == ["\\frac{639}{40}"]  # it boxes the mixed number too, joined by "or"
+    assert wrong == ["\\frac{639}{40}"]  # the row boxes the mixed number too, joined by "or"
     choice = random.Random(0)
     for _ in range(NUM_SAMPLED):
         row, other = choice.sample(rows, 2)
@@ -91,7 +91,7 @@ def _never(gold: str, claim: str) -> bool:
 
 
 def _near(a: Quantity, b: Quantity) -> bool:
-    """Numbers far apart, of which neither is a hundredth of the other, need not go through the comparison."""
+    """Return False for numbers that are far apart, unless one is a hundredth of the other: they need no comparison."""
     x, y = a.number.value, b.number.value
     return abs(x - y) < 1 or "%" in a.text + b.text or a.unit != b.unit
 

@@ -1,4 +1,4 @@
-"""What docs/own_verifier.md shows works as shown."""
+"""The examples of docs/own_verifier.md work as shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page's modules and its file of pairs."""
+    """Write a folder with the page's modules and its file of pairs."""
     folder = tmp_path_factory.mktemp("own_verifier")
     for block in _blocks("python"):
         name, code = block.split("\n", 1)

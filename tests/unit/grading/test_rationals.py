@@ -1,4 +1,4 @@
-"""Plain numbers, exactly."""
+"""Plain numbers are read exactly."""
 
 from __future__ import annotations
 

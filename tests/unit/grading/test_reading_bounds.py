@@ -1,4 +1,4 @@
-"""What an answer's text is read as where it is barely, or barely not, of a kind."""
+"""Reading answers that are barely, or barely not, of a kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graders against hand-judged pairs, against the golds of published sets, and against texts that take long."""
+"""The verifiers on hand-judged pairs, on the golds of published sets, and on texts that take long."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MATH_FILES = (
 
 
 def verdict(verifier: str, pair: Pair) -> tuple[bool, float]:
-    """The verdict on a pair, and its processor time."""
+    """Return the verdict on a pair, and its processor time."""
     gold, claim, _ = pair
     start = time.process_time()
     is_correct = VERIFIERS[verifier](response(verifier, claim), gold)

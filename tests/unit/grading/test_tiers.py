@@ -1,4 +1,4 @@
-"""The gate."""
+"""The gate: the tier of a group of verdicts."""
 
 from __future__ import annotations
 

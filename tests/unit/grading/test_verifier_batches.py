@@ -1,4 +1,4 @@
-"""Asynchronous and batched verifiers: pairs that are judged together pay for themselves only."""
+"""Asynchronous and batched verifiers: a bad pair costs no other pair that is judged together with it."""
 
 from __future__ import annotations
 

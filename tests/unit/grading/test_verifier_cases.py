@@ -1,4 +1,4 @@
-"""What each built-in verifier accepts and refuses: the rows of docs/verifiers.md."""
+"""Each built-in verifier accepts and refuses what the rows of docs/verifiers.md say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a verifier does to its process, no other pair pays for it, and no verdict is another pair's."""
+"""Anything that a verifier does to its process costs no other pair, and no pair gets another pair's verdict."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_children_of_a_verifier_that_ended_are_killed(strange: Verifier) -> None
 
 
 def _children_of_groups() -> list[int]:
-    """Processes that run this module's verifiers."""
+    """Return the processes that run this module's verifiers."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -128,7 +128,7 @@ class _Unpicklable:
 
 
 class _UnknownThere:
-    """Its class can be found by the trainer alone."""
+    """An error whose class only the trainer can find."""
 
 
 _UnknownThere.__module__ = "no_such_module"
@@ -140,7 +140,7 @@ def test_an_answer_that_cannot_be_sent_costs_itself_only(strange: Verifier) -> N
         nested = [nested]
     answers: list[Any] = [_Unpicklable(), nested, _UnknownThere(), (lambda: 0), "a", {"b": np.arange(3)}, {"c"}]
     errors = [verdict.error for verdict in strange.verify([("a", answer) for answer in answers])]
-    # Taken apart without recursion, which would end this process.
+    # Take it apart without recursion, which would end this process.
     while nested:
         nested = nested.pop()
     assert "RuntimeError: stays here" in (errors[0] or "")
@@ -201,7 +201,7 @@ def test_each_pair_has_its_own_verdict_whatever_the_others_do(seed: int) -> None
 
 
 def test_only_what_a_verifier_asks_for_travels_to_it() -> None:
-    row = {"large": functools.partial(print), "own": (lambda: 0)}  # could not be sent
+    row = {"large": functools.partial(print), "own": (lambda: 0)}  # these values could not be sent
     with Verifier(_config("strange")) as verifier:
         assert verifier.verify([Pair(response="a", answer="a", row=row)]) == [RIGHT]
 

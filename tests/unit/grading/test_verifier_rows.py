@@ -1,4 +1,4 @@
-"""Rows: what travels of them to a verifier, and which verifier they choose."""
+"""Rows: the fields that are sent to a verifier, and the verifier that a row chooses."""
 
 from __future__ import annotations
 

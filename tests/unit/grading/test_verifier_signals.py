@@ -1,4 +1,4 @@
-"""Signals: those that ask a run to stop, and the alarms of verifiers."""
+"""Signals in verifier processes: requests to stop a run, and the alarms of verifiers."""
 
 from __future__ import annotations
 

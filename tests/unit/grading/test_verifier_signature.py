@@ -1,4 +1,4 @@
-"""The names of a verifier's parameters say what it gets."""
+"""The names of a verifier's parameters decide which fields it gets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VALUES = {
 
 def _call(function: Callable[..., Any], **options: Any) -> Any:
     signature = read_signature(function, ignored=tuple(options))
-    values = {field: VALUES[field] for field in signature.fields}  # no more than it asks for is sent
+    values = {field: VALUES[field] for field in signature.fields}  # only the fields that it asks for are sent
     return Caller(function=function, signature=signature, options=options, wants_text=False).call(values)
 
 

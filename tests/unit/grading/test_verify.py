@@ -1,4 +1,4 @@
-"""The verifier processes: one bad pair costs one sample, whatever it does."""
+"""The verifier processes: a bad pair of any kind costs one sample."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def _is_running(pid: int) -> bool:
 def test_a_module_beside_the_run_is_found(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text("def score(response, answer):\n    return len(response) == int(answer)\n")
     code = (
-        "import sys; sys.path.remove('')\n"  # as under a console script
+        "import sys; sys.path.remove('')\n"  # as in a console script
         "from megatron_dypo.config.grading import GradingConfig\n"
         "from megatron_dypo.grading.verify import Verifier\n"
         "with Verifier(GradingConfig(verifier='my_rewards:score')) as v:\n"

@@ -1,4 +1,4 @@
-"""Each way in which a rank can end has its exit status, one line for who started it, and a record in the run folder."""
+"""Each way in which a rank can end has an exit status, a line for the user, and a record in the run folder."""
 
 import json
 import os
@@ -233,12 +233,12 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
 
 
 def test_a_rank_of_torchrun_ends_at_once_when_its_launcher_tells_it_to(tmp_path):
-    # This process is the launcher: it started the rank.
+    # This process plays the launcher: it started the rank.
     process = start(tmp_path / "run", LOOP, RANK="0", WORLD_SIZE="1")
     wait_for(lambda: (tmp_path / "run" / "looping").exists())
     process.terminate()
     assert finish(process) == (Cause.TERMINATED.status, "")
-    assert status_of(tmp_path / "run")["state"] == "running"  # the launcher says why
+    assert status_of(tmp_path / "run")["state"] == "running"  # the launcher writes the cause, not the rank
     assert not (tmp_path / "run" / "run.lock").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a dry run, and every start of a run, says of its inputs."""
+"""Dry runs, and all starts of runs, report on the inputs."""
 
 from __future__ import annotations
 

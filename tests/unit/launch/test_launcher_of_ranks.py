@@ -1,4 +1,4 @@
-"""With what the launcher of a node ends, whatever its ranks ended with."""
+"""The exit status of a node's launcher, for all ends of its ranks."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def launcher(tmp_path):
 def test_the_cause_that_a_rank_gave_is_the_launchers(launcher, tmp_path, cause, capsys):
     RunStatus(tmp_path, "this", 3).end(cause, "said by the rank")
     assert launcher.conclude({3: cause.status, 0: -signal.SIGTERM, 1: TERM}) == cause.status
-    assert launcher.conclude({0: -signal.SIGTERM}) == cause.status  # the ranks of another node
+    assert launcher.conclude({0: -signal.SIGTERM}) == cause.status  # ranks of another node failed
     assert capsys.readouterr().err == ""
 
 

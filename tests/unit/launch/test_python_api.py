@@ -70,7 +70,7 @@ def test_the_page_lists_every_public_name_and_no_other() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with a tokenizer, a prompt file and a run, under the names that the page uses."""
+    """Write a model folder with a tokenizer, a prompt file and a run, under the names that the page uses."""
     place = tmp_path_factory.mktemp("python_api")
     sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
     from model import write_model
@@ -90,7 +90,7 @@ def examples() -> list[str]:
 
 @pytest.mark.parametrize("code", examples(), ids=["one group", "prompt files", "a run that is over", "a run"])
 def test_an_example_of_the_page_runs(code: str, folder: Path) -> None:
-    # As a script of a user: the check of the data runs in processes that import it.
+    # Run it as a user's script: the check of the data runs in processes that import it.
     printed = run_python(f"if __name__ == '__main__':\n    exec({code!r})", folder)
     assert printed or "assert" in code
     if "run_training" in code:

@@ -1,4 +1,4 @@
-"""One run at a time uses a run folder, whatever became of the last one."""
+"""One run at a time uses a run folder, in whatever way the last run ended."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def wait_for(condition):
 
 
 def left_by(folder, *, job="", age_s=0.0, **process):
-    """A lock as a process on another machine left it, unless ``process`` says otherwise."""
+    """Write the lock that a process left: one on another machine, unless ``process`` names one."""
     identity = asdict(own_identity()) | {"machine": "another", "host": "node7"} | process
     text = json.dumps({"token": "t", "process": identity, "since": "then", "job": job})
     (folder / NAME).write_text(text)
@@ -37,7 +37,7 @@ def left_by(folder, *, job="", age_s=0.0, **process):
 
 
 def gone():
-    """Identity of a process of this machine that has ended."""
+    """Return the identity of a process of this machine that has ended."""
     code = "import json; from dataclasses import asdict; from megatron_dypo.processes.identity import own_identity; "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(json.dumps(asdict(own_identity())))"], capture_output=True, check=True
@@ -59,7 +59,7 @@ def test_a_lock_is_held_until_it_is_released(tmp_path):
     lock.release()
     assert list(tmp_path.iterdir()) == []
     (again := make_lock(tmp_path)).acquire()
-    lock.release()  # of the first: not the second's
+    lock.release()  # the first run's lock, not the second's
     assert read_holder(tmp_path) is not None
     again.release()
 

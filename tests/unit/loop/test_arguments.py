@@ -11,7 +11,7 @@ import megatron_dypo
 
 LOOP = Path(megatron_dypo.__file__).parent / "loop"
 ALLOWED = {("train.py", "train_run")}
-"""The loop itself; a run is built by ``open_run`` and restored by ``restore_batch``, which need no run."""
+"""The loop itself. ``open_run`` builds a run and ``restore_batch`` restores one; neither takes a run."""
 
 
 def functions_that_take_a_run(source: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Asking on after servers have gone: one rank, fake servers, and a refitter that names the next one at each refit."""
+"""Sampling goes on after servers are lost: one rank, fake servers, a refitter that names the next at each refit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAIRS = functools.partial(collect, group_size=2)
 
 
 class Routes:
-    """A router that keeps what it is told."""
+    """A router that records its calls."""
 
     def __init__(self) -> None:
         self.served: list[tuple[str, ...]] = []
@@ -37,7 +37,7 @@ class Routes:
 
 @dataclass(frozen=True, kw_only=True)
 class Accepting(FollowerRequests):
-    """Requests that keep which versions they are told to take."""
+    """Requests that record the versions that they must accept."""
 
     accepted: list[list[int]] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ def _refitted(servers: Servers | NoServers) -> list[int]:
 
 
 def of_urls(urls: Sequence[str], **rollout: Any) -> Servers:
-    """The servers of one rank: at each refit the next of ``urls`` serves, and none before."""
+    """Make the servers of one rank. At each refit the next of ``urls`` serves; before the first refit none does."""
     config = make_config("unused", rollout={"retries": 2, **rollout})
     servers = make_run([closed_url()], config, refitter=NextServer(urls)).servers
     assert isinstance(servers, Servers)
@@ -128,7 +128,7 @@ def test_a_refit_that_fails_is_not_remembered_as_one() -> None:
 
 
 def test_a_long_answer_that_spans_refits_is_taken_after_a_rescue_refit_of_the_same_version() -> None:
-    """One member ended before two refits, the other after: the newest version is the server's."""
+    """One member ended before two refits, the other after them: the newest version is the server's."""
     ends = ("20", "23")
 
     def reply(body: dict[str, Any]) -> web.Response:

@@ -1,4 +1,4 @@
-"""A teacher in the loop: rollouts that wait have its log-probs, or their prompts are dropped and counted."""
+"""A teacher in the loop: waiting rollouts have its log-probs, or their prompts are dropped and counted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_with_teacher(server: FakeSGLang, teacher: FakeSGLang, run_dir: Path, **s
 
 
 def refuses(*rows: int) -> Any:
-    """A plan of a teacher that refuses the rollouts of these rows' prompts."""
+    """Return the plan of a teacher that refuses the rollouts of these rows' prompts."""
 
     def plan(_: int, body: dict[str, Any]) -> Reply:
         return "400" if body["input_ids"][1] - 100 in rows else answer(body)

@@ -1,4 +1,4 @@
-"""Collections against a fake server: what comes of every draw, and which collections end a run."""
+"""Collections against a fake server: the outcome of every draw, and the collections that end a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODES = [{}, {"mode": "async"}, {"oversample": 1.5}]
 
 
 def collect(run: Run) -> None:
-    """One collection; a stream that goes on is stopped after it."""
+    """Collect once; stop a stream that goes on."""
     try:
         collect_groups(run)
     finally:

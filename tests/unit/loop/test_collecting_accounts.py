@@ -1,4 +1,4 @@
-"""Accounts of a collection beside those of ``test_collecting``: what is stale, too long, resumed, lost or of use."""
+"""Accounts of a collection that ``test_collecting`` lacks: groups that are stale, too long, resumed, lost or of use."""
 
 from __future__ import annotations
 

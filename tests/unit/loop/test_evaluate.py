@@ -1,4 +1,4 @@
-"""Held-out accuracy: never a number without samples, and what is missing is counted."""
+"""Held-out accuracy is never a number without samples, and missing samples are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts that go on from a trace's beginning in the loop: sampled, judged, scored, trained on, in a checkpoint."""
+"""Rollouts that continue the beginning of a trace, in the loop: sampling, verdicts, log-probs, training, checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAPO = ObjectiveConfig(name="trapo", normalize_std=False, clip_low=None, clip_h
 
 
 class LongTraces(Prompts):
-    """Each row has a trace of ten tokens, which ends with the end of a sequence."""
+    """Prompts whose rows each have a trace of ten tokens; the last token ends the sequence."""
 
     def prompt(self, order: int) -> Prompt:
         plain = vars(super().prompt(order))
@@ -30,7 +30,7 @@ class LongTraces(Prompts):
 
 
 def judge(row: int, member: int) -> Verdict:
-    """A response behind a teacher's tokens (its row is negative) is right; of the others, the first of a request."""
+    """Judge: a response after a teacher's tokens (its row is negative) is right; so is the first of other requests."""
     is_right = row < 0 or member == 0
     return Verdict(is_correct=is_right, reward=float(is_right))
 

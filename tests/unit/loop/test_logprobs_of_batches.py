@@ -1,4 +1,4 @@
-"""Which samples get log-probs of which weights, and that the groups that come in stay as they are."""
+"""Each sample gets log-probs of the right weights, and the groups that come in are not changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.objective_cases import random_groups
 
 
 def fresh(version: int = 4) -> list[Any]:
-    """Two traces and three groups of rollouts, as they come in."""
+    """Make two traces and three groups of rollouts, as they come in."""
     new: dict[str, Any] = {"old_logp": None, "ref_logp": None, "policy_version": version}
     return [[replace(s, **new) for s in group] for group in random_groups(5, num_hard=2, num_mid=3)]
 

@@ -48,7 +48,7 @@ TRAINER: dict[str, Any] = {
     "old_logp": OldLogpConfig(source="trainer"),
     "objective": ObjectiveConfig(importance=ImportanceConfig(cap=2.0)),
 }
-"""Log-probs by the policy; an asynchronous run then has to correct for them."""
+"""Settings for log-probs by the policy; an asynchronous run then must correct for the mismatch."""
 
 
 class Ended:
@@ -70,7 +70,7 @@ class Ended:
 
     @property
     def released(self) -> int:
-        """Times that the servers were told to let their memory go."""
+        """Number of times that the servers were told to release memory."""
         released: int = self.run.servers.refitter.released  # type: ignore[union-attr]
         return released
 
@@ -90,7 +90,7 @@ def train(
     refitter: Any = None,
     policy: Callable[[bool], FakePolicy] = lambda is_leader: FakePolicy(is_leader=is_leader),
 ) -> list[Ended]:
-    """Train on each rank of (ranks, ranks of a replica); all ask one fake server, whose version the first rank sets."""
+    """Train on each rank of (ranks, ranks of a replica). All ask one fake server; the first rank sets its version."""
     size, ranks_per_replica = world
     with FakeSGLang(plan) as fake:
 
@@ -145,7 +145,7 @@ def test_a_run_makes_its_steps_on_all_ranks_alike_and_its_books_balance(
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_a_synchronous_run_has_log_probs_of_the_weights_that_sampled(tmp_path: Path, world: tuple[int, int]) -> None:
-    """Three of four prompts enter each step; the rest waits with the log-probs that it got when it came in."""
+    """Three of four prompts enter each step; the others wait with the log-probs that they got when they came in."""
     config = make_config(tmp_path, steps=4, batching={"prompts_per_update": 3, "max_staleness": 9}, **TRAINER)
     ranks = train(config, world=world)
     entered = [(step, s) for ended in ranks for step, samples in enumerate(ended.policy.updates) for s in samples]
@@ -283,7 +283,7 @@ def test_the_weights_are_evaluated_before_the_first_step_when_it_is_due_and_afte
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_run_that_stopped_inside_a_batch_goes_on_with_its_next_minibatch(tmp_path: Path, replicas: int) -> None:
-    """However many replicas go on: the minibatches are those of the run that was not stopped."""
+    """With any number of replicas, the minibatches are those of the run that was not stopped."""
     batching = {"updates_per_batch": 2, "prompts_per_update": 2, "epochs_per_batch": 2}
     config = make_config(tmp_path, steps=6, batching=batching, checkpoint=CheckpointConfig(every=1, keep=9))
     (whole,) = train(config)
@@ -300,7 +300,7 @@ def test_a_run_that_stopped_inside_a_batch_goes_on_with_its_next_minibatch(tmp_p
 
 
 def resumed(config: Config, saved: dict[str, Any], step: int, ranks: OneRank) -> list[list[Any]]:
-    """The updates of what is left of a batch, by a replica that asks no server for it."""
+    """Make the remaining updates of a batch, on a replica that asks no server for them."""
     run = make_run(["http://127.0.0.1:9"], config, ranks=ranks)
     leader, state = leader_of(run), saved["trainer_state"]
     restore_draws(leader.draws, state)
@@ -329,7 +329,7 @@ def test_the_samples_of_a_step_are_written_for_people(tmp_path: Path) -> None:
 
 
 def test_the_loop_imports_no_megatron() -> None:
-    """So that its tests need none, and a fake policy stands for it."""
+    """So its tests need no Megatron: a fake policy takes its place."""
     program = (
         "import sys, megatron_dypo.loop.train, megatron_dypo.loop.state, megatron_dypo.loop.setup.background\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'megatron'])"

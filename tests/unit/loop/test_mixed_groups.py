@@ -1,4 +1,4 @@
-"""Groups of rollouts with a teacher's trace in the loop: sampled, judged, queued, trained on, and in the books."""
+"""Groups of rollouts with a teacher's trace in the loop: sampling, verdicts, queues, training, and accounts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LUFFY = ObjectiveConfig(name="luffy", normalize_std=False, clip_low=None, clip_h
 
 
 def judge(row: int, member: int) -> Verdict:
-    """A trace (its row is negative) is right and gets three quarters; of the rollouts the first is right."""
+    """Judge: a trace (its row is negative) is right and gets 0.75; of the rollouts the first is right."""
     is_trace = row < 0
     return Verdict(is_correct=is_trace or member == 0, reward=0.75 if is_trace else float(member == 0))
 
@@ -82,7 +82,7 @@ def test_a_run_trains_on_both_with_the_traces_advantage_over_all_members(
     assert metrics["luffy/trace_reward"] == 0.75
     assert metrics["gate/offline_share_prompts"] == 1.0
     assert metrics["gate/offline_share_sequences"] == 0.25
-    # Counted where the trace was drawn: a stream may draw the second step's groups in the first.
+    # A trace counts in the step that drew it: a stream may draw the second step's groups in the first.
     assert run.writer.metrics[1]["teacher/teacher/share"] == 1.0
 
 

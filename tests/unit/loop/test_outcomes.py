@@ -1,4 +1,4 @@
-"""When a collection ends a run, and by which cause: pure counts."""
+"""The counts with which a collection ends a run, and the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint stores of the loop, and how a run of any number of replicas goes on with it."""
+"""The loop's state in a checkpoint, and runs of any number of replicas that go on with it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_another_version_wrote_is_named_with_what_it_lacks() -
 
 
 def test_draws_that_a_replica_is_behind_with_are_in_flight_for_the_run_that_resumes(tmp_path: Path) -> None:
-    """Replica 0 has drawn up to 10, replica 1 up to 6; each has one prompt in flight, and 7 and 9 are nobody's yet."""
+    """Replica 0 has drawn up to 10, replica 1 up to 6. Each has one prompt in flight; nobody has drawn 7 and 9 yet."""
 
     def state_of(ranks: ThreadRanks) -> dict[str, Any]:
         leader = make_leader(make_config(tmp_path), ranks, Prompts(too_long=[2]))

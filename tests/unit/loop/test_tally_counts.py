@@ -1,4 +1,4 @@
-"""What a step counts while it collects: each thing under its own name, over what it is a share of."""
+"""Counts of a step while it collects: each has its own name, and each share its own denominator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.graded_groups import graded
 
 
 def without_verdict(order: int) -> GradedGroup:
-    """A group of three: one right, one wrong, and one on which the verifier failed."""
+    """Make a group of three: one right, one wrong, and one on which the verifier failed."""
     group = graded(order, [True, False, False])
     verdicts = (*group.verdicts[:2], Verdict(is_correct=False, reward=0.0, error="KeyError"))
     return replace(group, verdicts=verdicts, tier=None)

@@ -1,4 +1,4 @@
-"""Traces that are put aside in the loop: an update of their own when there are enough, and a checkpoint between."""
+"""Buffered traces in the loop: they get an update of their own once there are enough, also after a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def relift(size: int = SIZE, keeps: int = 100) -> ObjectiveConfig:
 
 
 def judge(row: int, member: int) -> Verdict:
-    """Row 0 is Mid; all others are Hard."""
+    """Judge: row 0 is Mid; all others are Hard."""
     is_right = row == 0 and member == 0
     return Verdict(is_correct=is_right, reward=float(is_right))
 
@@ -73,7 +73,7 @@ def test_an_update_on_the_newest_traces_follows_the_batch_that_finds_enough_of_t
     first, second, own, _ = updates_of(run)
     assert kinds(first) == ([0, 1, 2, 3], {SampleKind.ROLLOUT})
     assert kinds(second) == ([4, 5, 6, 7], {SampleKind.ROLLOUT})
-    # Hard are 1, 2, 3 and 4 to 7: seven, of which the newest six are taken.
+    # Rows 1, 2, 3 and 4 to 7 are Hard. Of these seven the newest six are taken.
     assert kinds(own) == ([2, 3, 4, 5, 6, 7], {SampleKind.TRACE})
     share = 1 / (SIZE * 2)
     for sample in own:

@@ -1,4 +1,4 @@
-"""Packed attention against a literal one that knows no packing."""
+"""Packed attention against literal attention without packing."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ def publish(root, step, keep=0):
 
 
 def crash(root, step):
-    """A save that never came to its end."""
+    """Leave the files of a save that never ended."""
     folder.make_partial(folder.folder_of(root, step), ("mcore",))
 
 
@@ -85,7 +85,7 @@ def test_what_has_a_checkpoints_name_and_is_not_whole_is_never_the_latest(tmp_pa
         (spoilt / folder.STATE).write_text("" if spoil == "empty state" else '{"step": 2')
     (tmp_path / folder.TRACKER).write_text("20")
     assert folder.find_latest(tmp_path) == tmp_path / "step_000010"
-    publish(tmp_path, 20)  # the run gets there again
+    publish(tmp_path, 20)  # the run reaches that step again
     assert folder.find_latest(tmp_path) == spoilt
 
 

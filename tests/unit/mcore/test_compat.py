@@ -1,4 +1,4 @@
-"""Private names of other packages are still as we use them: a new release that changes one fails here first."""
+"""Private names of other packages still work as this package uses them; a release that changes one fails here first."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ HANDLE = [
     "event_handle",
     "event_sync_required",
 ]
-"""A shared storage as torch's own code passes it on, after the GPU's number."""
+"""The values by which torch's own code passes on a shared storage, after the GPU's number."""
 
 
 def all_private_names() -> dict[str, PrivateName]:
-    """Every PrivateName of the folder, by file and name."""
+    """Return every PrivateName of the folder, by file and name."""
     found: dict[str, PrivateName] = {}
     for module in pkgutil.iter_modules(compat.__path__):
         values = vars(importlib.import_module(f"{compat.__name__}.{module.name}"))
@@ -133,7 +133,7 @@ def _words(*nodes: ast.expr) -> list[str]:
 
 
 def test_a_shared_storage_is_opened_with_what_sharing_it_returned():
-    """The tuple is opaque to us: torch's own code must pass it on in the order in which it got it."""
+    """The tuple is opaque: torch's own code must pass it on in the order in which it got it."""
     shared = [
         _words(node.targets[0])
         for node in ast.walk(ast.parse(inspect.getsource(reductions.reduce_tensor)))
@@ -178,7 +178,7 @@ def test_megatrons_writer_takes_the_queue_that_it_is_given(monkeypatch: pytest.M
 
 
 def test_an_optimizer_step_ends_with_the_copies_that_we_make() -> None:
-    """Of main parameters into the buffer under MXFP8, else into the model."""
+    """With MXFP8 the main parameters are copied into the buffer, otherwise into the model."""
     from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
     source = inspect.getsource(MixedPrecisionOptimizer.step_with_ready_grads)
@@ -206,7 +206,7 @@ def test_a_changed_name_and_an_old_package_are_said_with_versions_and_source(cha
 
 @pytest.mark.parametrize("module", ["groups", "storages"])
 def test_the_files_of_a_refit_are_imported_without_megatron(module: str) -> None:
-    """As inside SGLang."""
+    """SGLang imports them so."""
     code = f"import sys; sys.modules['megatron'] = None; import megatron_dypo.mcore.compat.{module}"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,4 @@
-"""Attention over context-parallel ranks against a literal one over the whole row; the ranks in one process."""
+"""Attention over context-parallel ranks, in one process, against literal attention over the whole row."""
 
 import numpy as np
 import pytest

@@ -90,7 +90,7 @@ def redundant(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def edited(source: Path, tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy of an HF folder with edited weights."""
+    """Copy an HF folder and edit its weights."""
     copy = shutil.copytree(source, tmp_path / "edited")
     weights = load_file(copy / "model.safetensors")
     edit(weights)
@@ -210,7 +210,7 @@ def test_an_interrupted_write_leaves_nothing(models, tmp_path):
 
 
 def _peak_bytes(direction: str, source: Path, target: Path) -> int:
-    """Growth of anonymous memory while converting: what is held, file mappings left out."""
+    """Return the growth of anonymous memory while converting, that is, without file mappings."""
     baseline, peak, finished = _anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -239,7 +239,7 @@ def test_no_conversion_holds_more_than_a_few_tensors(tmp_path):
     largest = 4 * 256 * 1024
     tiny = make_hf_model("llama", tmp_path / "tiny")
     with mp.get_context("spawn").Pool(1) as pool:
-        # The first call imports; its model is tiny, so that no freed memory is left over for the calls that count.
+        # The first call imports modules. Its model is tiny: it leaves no freed memory to the calls that count.
         pool.apply(_peak_bytes, ("mcore", tiny, tmp_path / "tiny_mcore"))
         pool.apply(_peak_bytes, ("hf", tmp_path / "tiny_mcore", tmp_path / "tiny_hf"))
         to_mcore = pool.apply(_peak_bytes, ("mcore", source, tmp_path / "mcore"))

@@ -1,4 +1,4 @@
-"""A checkpoint of which a file is damaged or missing is named, with what to do: it is no bug of ours."""
+"""A checkpoint with a damaged or missing file is named, with what to do. It is not reported as a bug of the package."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is exported, and where to."""
+"""The choice of the checkpoint of a run to export, and of the folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def models(root: Path) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model for each step and a run that has checkpoints of them."""
+    """Write a folder with a model for each step, and a run with checkpoints of these models."""
     root = tmp_path_factory.mktemp("run")
     for seed, (step, model) in enumerate(models(root).items()):
         make_hf_model("qwen2", model, seed=seed, num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""FP8 as Megatron is told of it; nothing here runs in FP8."""
+"""FP8 settings for Megatron. Nothing here runs in FP8."""
 
 import dataclasses
 
@@ -137,7 +137,7 @@ def test_a_recipe_that_cannot_run_here_is_refused_in_one_line():
 
 
 class Layer(torch.nn.Module):
-    """A linear layer that remembers, as Transformer Engine's, whether its quantised weight is out of date."""
+    """A linear layer that knows, like Transformer Engine's, whether its quantised weight is out of date."""
 
     def __init__(self):
         super().__init__()

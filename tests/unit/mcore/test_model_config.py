@@ -1,4 +1,4 @@
-"""What the model refuses, and what it tells Megatron."""
+"""Configs that the model refuses, and the settings that it passes to Megatron."""
 
 import dataclasses
 

@@ -64,7 +64,7 @@ def test_scaled_frequencies_and_attention_factor_are_those_of_transformers_to_th
 
 
 def yarn_frequencies(rope, head_dim):
-    """Section 3.2 of arXiv 2309.00071, pair by pair."""
+    """Compute the frequencies of section 3.2 of arXiv 2309.00071, pair by pair."""
     theta, factor, original = rope["rope_theta"], rope["factor"], rope["original_max_position_embeddings"]
 
     def pair_that_turns(times):

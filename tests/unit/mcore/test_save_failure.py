@@ -1,4 +1,4 @@
-"""A save that failed, as the end of a run sees it."""
+"""The end of a run after a save that failed."""
 
 import errno
 import traceback

@@ -1,4 +1,4 @@
-"""Values of a step's metrics: every numerator over its own denominator, by numbers that are all different."""
+"""Values of a step's metrics: each is its own numerator over its own denominator. All numbers are different."""
 
 import numpy as np
 import pytest
@@ -110,5 +110,5 @@ def test_an_update_counts_all_its_tokens_the_response_and_the_age_of_each_sequen
     assert metrics["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(2.0)
     assert metrics["train/train_rollout_logprob_abs_diff"] == pytest.approx(SUMS["mismatch_abs"] / 230)
     quiet = Tally()
-    tally_update(quiet, samples, 20, old_is_rollout=True)  # the servers' own log-probs say nothing of a mismatch
+    tally_update(quiet, samples, 20, old_is_rollout=True)  # the servers' own log-probs show no mismatch
     assert not any("logprob_abs_diff" in name for name in metrics_of(quiet))

@@ -157,7 +157,7 @@ def test_a_missing_wandb_says_how_to_install_it(tmp_path, monkeypatch):
 
 
 class _FakeWandb(ModuleType):
-    """Keeps what it is told, in place of a server."""
+    """A stand-in for a server that records its calls."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

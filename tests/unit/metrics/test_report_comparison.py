@@ -1,4 +1,4 @@
-"""The comparison of several runs: aligned names, differences of configs, figures at the end, one line for each run."""
+"""The comparison of several runs: aligned names, config differences, figures at the end, one curve for each run."""
 
 from __future__ import annotations
 

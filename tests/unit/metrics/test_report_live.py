@@ -13,7 +13,7 @@ REFRESH = '<meta http-equiv="refresh" content="7">'
 
 
 class Clock:
-    """Stands for the time between two looks: each wait does the next thing that the run does."""
+    """A stand-in for the time between two looks at the run: each wait makes the run's next change."""
 
     def __init__(self, *happenings) -> None:
         self.waited: list[float] = []

@@ -1,4 +1,4 @@
-"""The report: one page, complete in itself, whatever the run's texts are."""
+"""The report is one self-contained page, for any texts of the run."""
 
 import json
 from html.parser import HTMLParser
@@ -11,7 +11,7 @@ from tests.support.run_folder import HOSTILE, make_run
 
 
 class _Page(HTMLParser):
-    """What a browser would see: script elements, links to other files, and the text outside scripts."""
+    """A parser of a page's script elements, links to other files, and text outside scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ def test_a_report_does_not_undo_an_end(tmp_path, first, monkeypatch):
         RunStatus(tmp_path, "attempt", 1).end(Cause.BUG, "broken")
         report(step=2, steps=4)
     assert present(read_status(tmp_path)).cause == "bug"
-    # … also where the two crossed: the report read "running" and wrote after the end.
+    # The same if the two crossed: the report read "running", and wrote after the end.
     status.write_record(tmp_path / "status.json", Record(attempt="attempt"))
     first.settle()
     assert present(read_status(tmp_path)).cause == "bug"

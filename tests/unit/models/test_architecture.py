@@ -1,4 +1,4 @@
-"""What is read from an HF config, and what is refused."""
+"""Reading an architecture from an HF config, and refusing configs."""
 
 import pytest
 

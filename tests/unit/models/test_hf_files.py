@@ -1,4 +1,4 @@
-"""Safetensors files of an HF folder: what is missing, damaged or contradictory is said, and nothing else is read."""
+"""Safetensors files of an HF folder: missing, damaged or contradictory files are reported, and no others are read."""
 
 from __future__ import annotations
 

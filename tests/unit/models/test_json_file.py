@@ -1,4 +1,4 @@
-"""A JSON file of somebody else: it is read, or one line names it and says what is wrong."""
+"""A JSON file of another program is read, or one line names it and its error."""
 
 import json
 

@@ -29,18 +29,18 @@ DTYPES = [torch.bfloat16, torch.float32]
 E4M3 = np.array(
     [m * 2.0**-9 for m in range(8)] + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)][:-1]
 )
-"""The finite numbers of e4m3 from zero up; a number's index is its bit pattern."""
+"""The finite numbers of e4m3 from zero upwards. A number's index is its bit pattern."""
 
 
 def random_weight(shape, dtype=torch.float32, seed=0) -> torch.Tensor:
-    """Rows of very different sizes."""
+    """Draw a weight with rows of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-6, 2, shape[0])[torch.randperm(shape[0], generator=generator)]
     return (torch.randn(shape, generator=generator) * sizes[:, None]).to(dtype)
 
 
 def naive(weight: torch.Tensor, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Bit patterns and scales, one block after the other, numbers looked up in the table."""
+    """Compute bit patterns and scales, one block after the other, by looking numbers up in the table."""
     values = weight.float().numpy()
     rows, cols = (128, 128) if kind == "fp8_block" else (1, values.shape[1])
     bits = np.zeros(values.shape, dtype=np.uint8)
@@ -55,7 +55,7 @@ def naive(weight: torch.Tensor, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest_e4m3(values: np.ndarray) -> np.ndarray:
-    """Bit patterns, ties to the even one."""
+    """Return the bit patterns of the nearest numbers, for ties the even one."""
     magnitude = np.abs(values).astype(np.float64)
     above = np.minimum(np.searchsorted(E4M3, magnitude), len(E4M3) - 1)
     below = np.maximum(above - 1, 0)

@@ -1,4 +1,4 @@
-"""FP8 folders: what is written, and what transformers and SGLang make of it."""
+"""FP8 folders: their content, and how transformers and SGLang read it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_dypo.parallel.mesh import Mesh
 from tests.support.hf_models import import_transformers, make_hf_model
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "num_hidden_layers": 2}
-"""None of them is a multiple of 128, so that blocks are cut off at every edge."""
+"""Sizes that are no multiples of 128: blocks are cut off at every edge."""
 MODELS = ["qwen2", "qwen3_moe"]
 KINDS: list[Quantization] = ["fp8_block", "fp8_channel"]
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_converts_to_what_its_conversion_quantises_to(model, kind, 
 
 
 def dequantized(folder: Path, kind: Quantization) -> dict[str, torch.Tensor]:
-    """The weights that a quantised folder stands for, in fp32."""
+    """Return the weights that a quantised folder stands for, in fp32."""
     written = load_file(folder / "model.safetensors")
     weights = {}
     for name, tensor in written.items():
@@ -100,11 +100,11 @@ def test_logits_are_near_those_of_the_model_that_was_quantised(kind, folders, tm
 
 
 def test_transformers_reads_the_weights_that_we_mean(folders):
-    """The format with a scale for each row; for blocks it needs a package that this project does not depend on."""
+    """The format has a scale for each row; for blocks transformers needs a package that this project lacks."""
     pytest.importorskip("compressed_tensors")
     model = load_model(folders["qwen2", "fp8_channel"])
     with torch.no_grad():
-        model(torch.tensor([[3]]))  # the first forward puts the weights back
+        model(torch.tensor([[3]]))  # the first forward pass restores the weights
     loaded = model.state_dict()
     for name, weight in dequantized(folders["qwen2", "fp8_channel"], "fp8_channel").items():
         torch.testing.assert_close(loaded[name], weight, rtol=2**-8, atol=0)  # it multiplies in bf16

@@ -17,7 +17,7 @@ from tests.support.architectures import make_arch, sharded_architectures
 
 
 def hf_tensors(row: Row, arch: Architecture) -> list[Tensor]:
-    """Tensors of the right shapes, no two elements of which are equal, none of them zero."""
+    """Make tensors of the right shapes; no two elements are equal, and none is zero."""
     tensors, start = [], 1
     for shape in row.rule.hf_shapes(arch):
         size = torch.Size(shape).numel()

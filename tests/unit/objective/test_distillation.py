@@ -1,4 +1,4 @@
-"""On-policy distillation against its equations as written, in float64, and against a worked example of two prompts."""
+"""On-policy distillation against its equations in float64, and against a worked example of two prompts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ EXAMPLE: dict[str, Any] = {
         [[-1.7, -0.3, -2.2], [-0.5, -3.0, -0.2], [-2.0, -0.4, -0.9], [-0.6, -2.6, -0.8]],
     ],
 }
-"""A Mid and a Hard prompt, four rollouts of three tokens each."""
+"""A Mid and a Hard prompt, each with four rollouts of three tokens."""
 CLIPPED_LOSS = 0.2246580824336119
 CLIPPED = [
     [0.0, -0.0569176626577932, -0.040250995991126526], [0.0, 0.031917662657793194, 0.0819176626577932],
@@ -91,7 +91,7 @@ def example_groups() -> list[list[Any]]:
 
 
 def ragged_groups(seed: int = 0) -> tuple[list[list[Any]], list[Logps]]:
-    """Three groups of rollouts of unequal lengths; the servers' and the trainer's log-probs differ."""
+    """Make three groups of rollouts of unequal lengths; the servers' and the trainer's log-probs differ."""
     rng = np.random.default_rng(seed)
     groups = []
     for order, size in enumerate((4, 3, 5)):
@@ -110,7 +110,7 @@ def ragged_groups(seed: int = 0) -> tuple[list[list[Any]], list[Logps]]:
 def loss_and_gradients(
     groups: Sequence[Sequence[Any]], logps: Sequence[Logps], cfg: ObjectiveConfig
 ) -> tuple[float, list[Logps], dict[str, float], dict[str, float]]:
-    """Loss, gradient of each sample and named sums, through the packing's streams, in float64."""
+    """Return loss, gradient of each sample and named sums in float64, through packed streams."""
     objective, totals = build_objective(cfg), totals_of(groups)
     weighted, group_sums = list[Sample](), dict[str, float]()
     for group in groups:
@@ -145,7 +145,7 @@ def test_loss_and_gradient_of_the_worked_example(estimator: Any, loss: float, gr
 def literal_loss(
     groups: Sequence[Sequence[Any]], logp_of: Mapping[tuple[int, int], torch.Tensor], cfg: Any
 ) -> torch.Tensor:
-    """The equations as written: one loop over groups, members and tokens."""
+    """Compute the equations as written: one loop over groups, members and tokens."""
     total, opd, n = torch.zeros((), dtype=torch.float64), cfg.opd, len(groups)
     for group in groups:
         rewards = torch.tensor([s.reward for s in group], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The loss in fp32 where ratios over- or underflow, and where its inputs are not numbers."""
+"""The loss in fp32 with ratios that over- or underflow, and with inputs that are not numbers."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def run(logp, given, cfg, dtype=torch.float32, entropy=None):
-    """Loss, gradient and named sums, of streams in ``dtype``."""
+    """Return loss, gradient and named sums for streams in ``dtype``."""
     given = {**given, "nll_shape": [shape_index(name) for name in given.get("shape", ["constant"] * len(logp))]}
     x = loss_inputs(len(logp), **{name: values for name, values in given.items() if name != "shape"})
     typed = {name: v if v.dtype == torch.bool else v.to(dtype) for name, v in x.streams.items()}
@@ -105,7 +105,7 @@ UNITS = st.floats(0.0009765625, 1, width=32)
 
 @st.composite
 def microbatches(draw):
-    """(log-probs, entropies, streams): up to four sequences, traces among them, of weights as objectives make them."""
+    """Draw (log-probs, entropies, streams): up to four sequences, also traces, with weights like the objectives'."""
     sequence = sorted(draw(st.lists(st.integers(0, 3), min_size=1, max_size=8)))
     sequence = [sorted(set(sequence)).index(s) for s in sequence]
     count, length = sequence[-1] + 1, len(sequence)
@@ -126,7 +126,7 @@ def microbatches(draw):
     given["nll_weight"] = [nll[s] for s in sequence]
     for name in ("old_logp", "ref_logp", "rollout_logp"):
         given[name] = draw(st.lists(LOGPS, min_size=length, max_size=length))
-    if draw(st.booleans()):  # near enough for the masks to keep some
+    if draw(st.booleans()):  # so near that the masks keep some tokens
         near = draw(st.lists(st.floats(-0.5, 0.5, width=32), min_size=length, max_size=length))
         given["rollout_logp"] = [float(np.float32(o - d)) for o, d in zip(given["old_logp"], near, strict=True)]
     logp = draw(st.lists(LOGPS, min_size=length, max_size=length))
@@ -178,7 +178,7 @@ NOT_NUMBERS = (math.nan, math.inf, -math.inf)
 
 
 def two_tokens(**changes):
-    """One token of each of two rollouts that no mask touches."""
+    """Return a token of each of two rollouts; no mask applies to them."""
     given = {
         "advantage": [1.0, -1.0],
         "pg_weight": [0.5, 0.5],
@@ -197,7 +197,7 @@ def two_tokens(**changes):
 @pytest.mark.parametrize("stream", ["logp", "old_logp", "ref_logp"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_masked_token_may_hold_anything(name, stream, bad):
-    """Its rollout log-prob has it masked; loss, gradient of the other token and all sums are as if it held numbers."""
+    """Its rollout log-prob masks it. Loss, the other token's gradient and all sums are as if it held numbers."""
     importance = ImportanceConfig(token_bounds=(0.5, 2.0), sequence_bounds=(0.5, 2.0))
     cfg = ObjectiveConfig(**{**vars(CONFIGS[name]), "importance": importance})
     given, logp = two_tokens(rollout_logp=[-9.0, -1.0]), [-1.1, -1.1]
@@ -255,7 +255,7 @@ def test_a_trace_whose_log_prob_is_no_number_shows_and_its_other_streams_are_not
 
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 def test_what_no_option_reads_may_be_missing(bad):
-    """A reference without a KL term, the servers' log-probs without a correction."""
+    """Reference log-probs may be missing without a KL term, and the servers' log-probs without a correction."""
     given = two_tokens(kl_weight=[0.0, 0.0], ref_logp=[bad, bad], rollout_logp=[bad, -1.0])
     loss, grad, _ = run([-1.1, -1.1], given, ObjectiveConfig())
     assert math.isfinite(loss)

@@ -1,4 +1,4 @@
-"""Plans of the objectives whose rollouts go on from a trace's beginning: how long it is, and who gets it."""
+"""Plans of objectives whose rollouts continue the beginning of a trace: its length, and the rollouts that get it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def right() -> Verdict:
 
 
 def micro_groups(preset: str, rights: Sequence[int], k: int = 8) -> list[tuple[int, int, bool]]:
-    """(count, prefix, whole) of each micro-group, where that many of its rollouts are right."""
+    """Return (count, prefix, whole) of each micro-group if that many of its rollouts are right."""
     plan, verdicts, found = plan_of(preset, prompt(1), k=k), list[Verdict](), list[tuple[int, int, bool]]()
     parts: Sequence[GroupPart] = plan.first
     for count in rights:

@@ -29,7 +29,7 @@ def run(hidden_NH, weight_VH, targets_N, coef_N, entropy_coef_N=None, **options)
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_logits_of_every_case_are_exact_in_fp32(name):
-    """So that the bounds below are those of our own sums: logarithm, exponentials and the entropy's two sums."""
+    """Then the bounds below are about the code's own sums: logarithm, exponentials and the entropy's two sums."""
     hidden, weight = CASES[name](torch.Generator().manual_seed(0))
     logits = hidden.double() @ weight.double().t()
     for order in (torch.arange(weight.shape[1]), torch.arange(weight.shape[1]).flip(0)):
@@ -72,7 +72,7 @@ def test_gradients_of_an_entropy_bonus_equal_those_of_float64(with_logp, name, v
         hidden, weight, targets, coef, bonus, vocab_size=vocab_size, memory_budget=budget, temperature=0.5
     )
     for ours, exact in ((hidden_grad, expected[2]), (weight_grad, expected[3])):
-        # A saturated softmax has no gradient of its entropy; float64 leaves rounding errors of its own there.
+        # A saturated softmax has no gradient of its entropy; the float64 reference has rounding errors there.
         largest = max(float(exact.abs().max()), 1e-6)
         assert float((ours.double() - exact).abs().max()) <= 1e-5 * largest
     assert (weight_grad[vocab_size:] == 0).all()
@@ -142,7 +142,7 @@ def test_bf16_weights_are_multiplied_and_accumulated_in_fp32(hidden_type, budget
     assert logp.dtype == entropy.dtype == torch.float32
     assert relative_error(logp, expected[0]) <= 1e-6
     assert relative_error(entropy, expected[1]) <= 1e-6
-    # Only the final rounding of each gradient to its own type.
+    # The only error is the final rounding of each gradient to its own type.
     assert (hidden_grad.dtype, weight_grad.dtype) == (hidden_type, torch.bfloat16)
     assert gradient_error(hidden_grad, expected[2]) <= (2**-8 if hidden_type is torch.bfloat16 else 1e-5)
     assert gradient_error(weight_grad, expected[3]) <= 2**-8
@@ -212,7 +212,7 @@ def test_a_target_outside_the_real_vocabulary_has_no_probability():
 
 @pytest.mark.parametrize("with_bonus", [False, True])
 def test_logits_of_all_rows_never_exist(with_bonus):
-    """Peak of what torch allocates, over a budget that holds an eighth of the logits."""
+    """Measure the peak of torch's allocations with a budget of an eighth of the logits."""
     num_rows, width = 512, 4096
     hidden, weight = torch.randn(num_rows, 8), torch.randn(width, 8, requires_grad=True)
     targets, budget = torch.arange(num_rows), num_rows * width * 4 // 8

@@ -1,4 +1,4 @@
-"""Fused log-probs with the vocabulary over several ranks: threads of this process, over real gloo groups."""
+"""Fused log-probs with the vocabulary split over ranks, which are threads of this process over real gloo groups."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -21,7 +21,7 @@ from tests.support.fused_cases import (
 
 
 def over_ranks(size, work):
-    """What ``work(rank, group)`` returns on each of ``size`` ranks."""
+    """Return the results of ``work(rank, group)`` on each of ``size`` ranks."""
     store, deadline = dist.HashStore(), timedelta(seconds=60)
 
     def rank_work(rank):

@@ -10,7 +10,7 @@ from megatron_dypo.objective.gal import gal_coefficients, gal_statistics
 
 @st.composite
 def groups(draw):
-    """(log-ratios [G], successes [G], β) with any mix of successes and failures."""
+    """Draw (log-ratios [G], successes [G], β) with any mix of successes and failures."""
     size = draw(st.integers(2, 12))
     ratios = draw(st.lists(st.floats(-200, 200), min_size=size, max_size=size))
     success = draw(st.lists(st.booleans(), min_size=size, max_size=size))
@@ -19,7 +19,7 @@ def groups(draw):
 
 
 def literal_loss(log_ratio_G, success_G, beta):
-    """Eq. 14 and 15 as written: a loop over every pair."""
+    """Compute eq. 14 and 15 as written: a loop over every pair."""
     pairs = [
         -torch.nn.functional.logsigmoid(beta * (log_ratio_G[s] - log_ratio_G[f]))
         for s in range(len(success_G))

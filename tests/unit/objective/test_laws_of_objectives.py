@@ -1,4 +1,4 @@
-"""Who needs what, who is wrong, what stays a trace, and the three counts."""
+"""Laws of all objectives: what each needs, which answers are wrong, what remains a trace, and the three counts."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ def test_a_reference_is_needed_where_gal_or_a_kl_term_reads_it(name, options, ex
 
 
 def test_an_objective_that_needs_a_reference_reads_it_and_one_that_needs_none_does_not():
-    """Weights can be made without reference log-probs, and are the same with others, just where none is needed."""
+    """Only an objective that needs none makes weights without reference log-probs, and the same weights with others."""
     groups = random_groups(3, num_hard=0, num_mid=2)
     other = [
         [dataclasses.replace(s, ref_logp=s.ref_logp - np.arange(len(s.ref_logp), dtype=np.float32)) for s in g]
@@ -73,7 +73,7 @@ def test_current_log_probs_are_needed_for_exact_coefficients_of_gal_alone(name, 
 
 
 def test_coefficients_are_those_of_the_weights_that_scored_last():
-    """Of older log-probs and of newer ones the newer count, and each less the reference's, over its own divisor."""
+    """Newer log-probs count, not older ones; each is the difference to the reference's, over its own divisor."""
     (group,) = random_groups(5, num_hard=0, num_mid=1)
     totals = totals_of([group])
     for mode, divisor in (("sum", 1.0), ("constant", 4.0)):
@@ -116,7 +116,7 @@ def shaped(order, flags, rewards):
 
 
 def test_a_wrong_answer_with_a_positive_reward_is_wrong():
-    """A verdict's flag says who is right; the shaped reward moves advantages and nothing else."""
+    """A verdict's flag says which answer is right; the shaped reward changes advantages and nothing else."""
     flags, rewards = [False, True, False], [0.9, -0.4, 0.0]
     routed = route([shaped(0, flags, rewards)], built("dypo"), step=0, version=4, seed=1)
     (group,) = routed.samples
@@ -159,7 +159,7 @@ def test_prompts_sequences_and_tokens_are_three_counts():
 
 @pytest.mark.parametrize("mode", ["sum", "sequence_mean", "token_mean", "constant"])
 def test_each_count_enters_the_weights_where_the_mode_says(mode):
-    """Twice the prompts halve every weight; twice the sequences or half the tokens halve only token_mean's divisor."""
+    """Twice the prompts halve every weight. Twice the sequences or half the tokens halve only token_mean's divisor."""
     groups = random_groups(8, num_hard=1, num_mid=1)
     totals = totals_of(groups)
     more = {

@@ -1,6 +1,6 @@
-"""Gradient of every objective by every token's log-prob, through weights, packing and loss, against eq. 4 as written.
+"""The gradient of every objective by every token's log-prob, through weights, packing and loss, against eq. 4.
 
-With weights of the terms that differ from each other and from one, so that no two of them can be exchanged.
+The weights of the terms differ from each other and from one, so that no two terms can be exchanged.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ NAMES = ("dypo", "grpo", "sft", "sft_then_rl")
 
 
 def batch(seed=0):
-    """Groups of unequal sizes and lengths whose shaped rewards disagree with the flags, and log-probs of a policy."""
+    """Make groups of unequal sizes and lengths whose shaped rewards disagree with the flags, with log-probs."""
     rng = np.random.default_rng(seed)
     groups = [
         *random_groups(seed, num_hard=3, num_mid=3),
@@ -59,7 +59,7 @@ def config_of(name, mode, options):
 
 
 def ours(groups, logps, cfg, step=5):
-    """Loss, gradient of each sample and named sums, in float64."""
+    """Return loss, gradient of each sample and named sums, in float64."""
     objective = build_objective(cfg)
     totals = add_counts([count_groups(groups[:3]), count_groups(groups[3:])])
     it, weighted = iter(logps), []
@@ -91,7 +91,7 @@ def literal(groups, logps, cfg):
 
 
 def kept(name, groups, logps):
-    """What an objective may be given: traces, rollouts, or both."""
+    """Return the groups that an objective may get: traces, rollouts, or both."""
     kinds = {"grpo": [Treatment.REINFORCE], "sft": [Treatment.DISTILL]}.get(name, list(Treatment))
     pairs = zip((s for g in groups for s in g), logps, strict=True)
     return [g for g in groups if g[0].treatment in kinds], [logp for s, logp in pairs if s.treatment in kinds]
@@ -110,11 +110,11 @@ def test_the_gradient_of_every_token_is_the_literal_objectives(name, mode, optio
 
 @pytest.mark.parametrize("name", ["dypo", "grpo", "sft_then_rl"])
 def test_each_set_of_options_and_each_mode_changes_the_literal_gradient(name):
-    """Else the comparison would say nothing of it."""
+    """Otherwise the comparison would not test the options."""
     groups, logps = kept(name, *batch())
     seen = [torch.cat(literal(groups, logps, config_of(name, *case))) for case in itertools.product(MODES, OPTIONS)]
     same = [(a - b).abs().max() / b.abs().max() for a, b in itertools.combinations(seen, 2)]
-    # GAL's own options are nothing to the others.
+    # GAL's own options do not affect the others.
     assert sum(error < 1e-3 for error in same) <= (0 if name == "dypo" else 4 * 3)
 
 
@@ -137,7 +137,7 @@ def test_the_gradient_is_linear_in_alpha_and_gamma(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loss_of_the_log_is_the_literal_value(mode):
-    """The tokens' share and that of groups with GAL, which the loss itself holds as a gradient only."""
+    """It is the share of the tokens plus that of groups with GAL, of which the loss itself has only the gradient."""
     groups, logps = batch(4)
     cfg = config_of("dypo", mode, "weights")
     objective, totals = build_objective(cfg), add_counts([count_groups(groups)])

@@ -9,7 +9,7 @@ from tests.support.objective_cases import loss_inputs
 
 
 def run(logp, cfg=None, **streams):
-    """Loss, gradient and named sums of one sequence's tokens; what is not given is zero."""
+    """Return loss, gradient and named sums of one sequence's tokens; streams that are not given are zero."""
     logp_N = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
     loss, sums = token_loss(
         logp_N, torch.zeros_like(logp_N), loss_inputs(len(logp), **streams), cfg or ObjectiveConfig()

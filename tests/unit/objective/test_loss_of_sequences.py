@@ -1,4 +1,4 @@
-"""Sequence ratio, GAL's trust region and mismatch of trainer and servers against loops over sequences and tokens."""
+"""The sequence ratio, GAL's trust region and the mismatch correction, against loops over sequences and tokens."""
 
 import math
 
@@ -18,7 +18,7 @@ IS_TRACE = (False, False, False, True, False)
 
 
 def streams(seed=0, spread=0.4):
-    """Sequences of LENGTHS with weights as objectives make them, shuffled over the microbatch; current log-probs."""
+    """Make sequences of LENGTHS with weights like the objectives', shuffled in the microbatch, and log-probs."""
     rng = np.random.default_rng(seed)
     by_sequence = {name: rng.normal(size=len(LENGTHS)) for name in ("advantage", "nll_weight")}
     by_sequence |= {name: rng.uniform(0.1, 1, len(LENGTHS)) for name in ("pg_weight", "kl_weight")}
@@ -36,7 +36,7 @@ def streams(seed=0, spread=0.4):
 
 
 def literal(logp, x, cfg):
-    """The loss of each sequence on its own, token by token, as the docstrings of config and loss have it."""
+    """Compute the loss of each sequence on its own, token by token, as the docstrings of config and loss define it."""
     total = 0.0
     for i in range(len(LENGTHS)):
         at = [t for t in range(len(logp)) if x["sequence"][t] == i]
@@ -125,14 +125,14 @@ def test_gradient_equals_that_of_the_literal_sequence_loss(name, seed):
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "token ratio"])
 def test_each_option_changes_the_gradient_of_these_cases(name):
-    """Else the comparison above would say nothing of it."""
+    """Otherwise the comparison above would not test the options."""
     cases = [streams(seed) for seed in range(4)]
     plain, other = ([ours(*c, ObjectiveConfig(**CONFIGS[n]))[1] for c in cases] for n in ("token ratio", name))
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(plain, other, strict=True))
 
 
 def test_sequence_means_do_not_care_where_a_sequence_is_split():
-    """Two halves of a microbatch, each told the sums of both, are the whole: what context parallelism needs."""
+    """Two halves of a microbatch that each get the sums of both equal the whole. Context parallelism needs this."""
     cfg = ObjectiveConfig(ratio="sequence", gal_clip="sequence", importance=ImportanceConfig(sequence_max_gap=0.35))
     logp, given = streams(3)
     _, grad_N, sums = ours(logp, given, cfg)
@@ -191,7 +191,7 @@ def test_gal_is_stopped_only_in_the_direction_of_its_push(mode):
     _, grad_N, sums = ours(logs, given, cfg)
     assert (grad_N == 0).tolist() == [True, False, False, True, False, False]
     assert (sums["gal_clipped"], sums["gal_tokens"]) == (2, 6)
-    constant = {**given, "gal_scale": [0.0] * 6}  # a likelihood term that no log-ratio stands behind is not GAL's
+    constant = {**given, "gal_scale": [0.0] * 6}  # a likelihood term without a log-ratio is not GAL's
     assert not (ours(logs, constant, cfg)[1] == 0).any()
 
 

@@ -22,30 +22,30 @@ SHAPED = "tests.support.throwaway_objective:ShapedTraces"
 
 
 class Twice(Sft):
-    """Declares one of its streams twice."""
+    """An objective that declares one of its streams twice."""
 
     streams = (*STREAMS, Stream(name="advantage"))
 
 
 class Taken(Sft):
-    """Declares a metric that the trainer writes."""
+    """An objective that declares a metric of the trainer."""
 
     metrics = (SumMetric("train/grad_norm", "", "not the optimizer's", of="objective"),)
 
 
 class TakenSum(Sft):
-    """Gives a sum under a name of the loss."""
+    """An objective that gives a sum under a name of the loss."""
 
     def loss_term(self, policy, x):
         return policy.logp.sum() * 0, {"kl": torch.zeros(())}
 
 
 class Unfinished(Objective):
-    """Has no method of its own."""
+    """An objective without methods of its own."""
 
 
 class Elsewhere:
-    """Has nothing to do with objectives."""
+    """A class that is no objective."""
 
 
 def build(name, **options):
@@ -99,7 +99,7 @@ def test_options_reach_an_objective_of_ones_own_and_the_built_in_ones_refuse_the
 
 
 def shaped_inputs(seed=0):
-    """A packed batch of traces with the weights of the objective, its inputs of the loss, and log-probs."""
+    """Return the loss inputs of a packed batch of traces with the objective's weights, and log-probs."""
     objective, groups = build(SHAPED, gamma=0.2), random_groups(seed, num_hard=3, num_mid=0)
     weights = [objective.token_weights(group, totals_of(groups), 0).weights[0] for group in groups]
     samples = [dataclasses.replace(g[0], weights=w) for g, w in zip(groups, weights, strict=True)]

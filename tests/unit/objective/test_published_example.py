@@ -1,5 +1,4 @@
-"""The worked example of the rivals: two prompts, four rollouts and a trace each, every gradient worked out by
-autograd."""
+"""The worked example of the rivals: two prompts with four rollouts and a trace each, and all gradients by autograd."""
 
 import dataclasses
 import json
@@ -42,7 +41,7 @@ ROWS = {
     "sft_then_rl/after_switch": ({"name": "sft_then_rl", "sft_steps": 5}, 1),
     "fixed/lambda_0.5_sequence_mean": ({"name": "fixed", "options": {"trace_weight": 0.5}}, 1),
     "fixed/lambda_0.1_sequence_mean": ({"name": "fixed", "options": {"trace_weight": 0.1}}, 1),
-    # The forks' sum over all sequences: n·k times the mean over prompts and members, so that λ/(1−λ) = 1/(n·k).
+    # The forks sum over all sequences: n·k times the mean over prompts and members, so that λ/(1−λ) = 1/(n·k).
     "rl_with_sft_loss/code": (
         {"name": "fixed", **OPEN, **ONE_SFT, "options": {"trace_weight": 1 / 7, "trace_takes_a_place": True}},
         7,
@@ -64,16 +63,16 @@ ROWS = {
     "hpt/code_gamma_0": ({"name": "hpt", **OPEN, **ONE_SFT, "gamma": 0.125}, 8),
     # The prefix is ⌊0.95·3⌋ = 2 tokens of the trace; the example has no continuation.
     "prefix_rft/released_keep_0.5": ({"name": "prefix_rft", **DR, "options": {"keep": 0.5}}, 1),
-    # TrSFT alone: the whole trace is one of eight members that are all right.
+    # TrSFT alone: the whole trace is one of eight members, and all members are right.
     "trapo/trsft": ({"name": "trapo"}, 8),
     "opd_grpo/slime_lambda_1": ({"name": f"{__name__}:Distilled"}, 1),
     "hpt/paper_gamma_0.5": ({"name": "hpt", **SUM, "options": {"gate": 0.5}}, 1),
 }
-"""Name in the example → our config, and how many times our objective it is (a scale that AdamW does not see)."""
+"""Name in the example → config, and the example's scale relative to the objective (AdamW ignores a scale)."""
 
 
 def behind_prefixes(case, i):
-    """Three rollouts, and the reward of the fourth for the two tokens of the prefix; nothing follows them."""
+    """Make three rollouts, and a fourth that is a prefix of two tokens without a continuation."""
     told = EXAMPLE["data"]["told"][i]
     begun = Response(
         logp=case.trace.logp[:2],
@@ -86,13 +85,13 @@ def behind_prefixes(case, i):
 
 
 def all_right(case, i):
-    """Seven rollouts and the whole trace, all of them right, so that only what is a teacher's has a gradient."""
+    """Make seven rollouts and the whole trace, all of them right: only the teacher's tokens have a gradient."""
     own = [dataclasses.replace(y, reward=1.0) for y in (*case.rollouts, *case.rollouts[:3])]
     return Case(rollouts=(*own, dataclasses.replace(case.trace, forced=3)), trace=case.trace)
 
 
 FORCED = {"prefix_rft/released_keep_0.5": (behind_prefixes, 4), "trapo/trsft": (all_right, 8)}
-"""Rows in which the trace is the last member of its group: how that is made, and the size of the group."""
+"""Rows in which the trace is the last member of its group → the function that makes it, and the group's size."""
 
 
 def cases():

@@ -1,4 +1,4 @@
-"""Weights of whole batches: what each objective does with each tier, and what its weights add up to."""
+"""Weights of whole batches: each objective's treatment of each tier, and the sums of its weights."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ def test_gal_weights_of_a_group_sum_to_zero_over_scaled_trajectories(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_three_terms_get_the_same_divisor(mode):
-    """A trace and a rollout of one length differ by their scales alone."""
+    """A trace and a rollout of the same length differ only by their scales."""
     groups = random_groups(4, num_hard=1, num_mid=1, group_size=2)
     for group in groups:
         for sample in group:

@@ -1,4 +1,4 @@
-"""Each preset's gradient on every token is that of the published equation, by autograd in float64."""
+"""Each preset's gradient on every token equals that of the published equation, by autograd in float64."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,14 +14,14 @@ from tests.support.rival_equations import chord, token_mean_grpo, token_mean_nll
 from tests.support.rival_presets import BUFFER_EQUATIONS, EQUATIONS
 
 OWN = {"sft_then_rl_luffy_paper": {"sft_steps": 3}}
-"""What a preset leaves to the run."""
+"""Options that a preset leaves to the run."""
 
 
 K = {"trapo_paper": 8, "trapo_code": 8}
 FORCED = {
     "prefix_rft_paper": (0.6,), "prefix_rft_code": (0.6,), "trapo_paper": (0.2, 0.2, 0.5, 1), "trapo_code": (0.3, 1)
 }  # fmt: skip
-"""Shares of forced tokens of the last rollouts of each group."""
+"""Share of forced tokens in each of a group's last rollouts."""
 
 
 def cases_of(name, seed=0):
@@ -29,7 +29,7 @@ def cases_of(name, seed=0):
 
 
 def literal(cases, equation):
-    """The gradients of ``equation`` by log π and by entropy, keyed as :func:`gradients` keys them."""
+    """Return the gradients of ``equation`` by log π and by entropy, with the keys of :func:`gradients`."""
     prompts = [
         SimpleNamespace(rollouts=[leaf(r) for r in case.rollouts], trace=case.trace and leaf(case.trace))
         for case in cases
@@ -42,7 +42,7 @@ def literal(cases, equation):
 
 def leaf(response):
     tensors = {name: torch.tensor(getattr(response, name), requires_grad=True) for name in ("logp", "entropy")}
-    # π_old as the trainer has it: fp32, which samples carry.
+    # π_old is the trainer's: samples carry it in fp32.
     old = torch.tensor(response.old_logp.astype(np.float32).astype(np.float64))
     return SimpleNamespace(**tensors, old=old, reward=response.reward, forced=response.forced)
 

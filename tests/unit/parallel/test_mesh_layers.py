@@ -1,4 +1,4 @@
-"""Which stage and chunk holds which layers."""
+"""The layers of each stage and chunk."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Where ranks stand in the mesh, which of them make a replica, and which send the policy out of it."""
+"""The position of ranks in the mesh, the ranks of a replica, and the ranks that send the policy out of the mesh."""
 
 import dataclasses
 import itertools

@@ -9,7 +9,7 @@ from tests.support.planning_cases import architecture
 
 @pytest.mark.parametrize("tensor", [1, 8])
 def test_a_fused_layer_keeps_what_korthikanti_publish_within_6_percent(tensor):
-    """34·s·b·h/t with sequence parallelism and without scores. Ours: no dropout masks (−2), rotated q and k (+4)."""
+    """34·s·b·h/t with sequence parallelism and without scores. Here: no dropout masks (−2), rotated q and k (+4)."""
     arch = architecture(hidden_size=12_288, num_attention_heads=96, num_key_value_heads=96)
     kept = layer_bytes(arch, 2, fused=True).kept("none", tensor, tensor > 1)
     published = 34 * arch.hidden_size / tensor
@@ -18,7 +18,7 @@ def test_a_fused_layer_keeps_what_korthikanti_publish_within_6_percent(tensor):
 
 
 def test_without_sequence_parallelism_norms_and_residuals_are_whole_on_every_rank():
-    """Published: 10 + 24/t; ours: 8 without the masks, and 28/t."""
+    """Published: 10 + 24/t. Here: 8 (without dropout masks) + 28/t."""
     arch = architecture(hidden_size=12_288, num_attention_heads=96, num_key_value_heads=96)
     kept = layer_bytes(arch, 2, fused=True).kept("none", 8, False)
     assert kept == pytest.approx((8 + 28 / 8) * arch.hidden_size, rel=0.003)

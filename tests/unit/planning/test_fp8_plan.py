@@ -1,4 +1,4 @@
-"""FP8 training in the plan: times against published ones, bytes against a count by hand, and the laws of both."""
+"""FP8 training in the plan: times against published times, bytes against a count by hand, and the laws of both."""
 
 import dataclasses
 from typing import Any
@@ -85,14 +85,14 @@ def test_layers_in_bf16_take_their_share_of_the_time_saved():
 
 
 def test_full_recomputation_repeats_linear_layers_in_fp8():
-    """Three passes become four: a third more of linear layers and scores, none of the output projection."""
+    """Three passes become four: linear layers and scores take a third more, the output projection does not."""
     none, full = (update_time(small(Fp8Config(recipe="tensorwise"), recompute=r)).compute for r in ("none", "full"))
     bf16_none, bf16_full = (update_time(small(recompute=r)).compute for r in ("none", "full"))
     assert 0 < full - none < bf16_full - bf16_none
 
 
 def test_scores_and_output_projection_stay_in_bf16():
-    """What FP8 saves is all of the linear layers' time but the share that it still takes."""
+    """FP8 saves the linear layers' time, except for the share that it still takes."""
     setting = small(Fp8Config(recipe="tensorwise"))
     saved = update_time(small()).compute - update_time(setting).compute
     tokens = 64 * 2048

@@ -21,7 +21,7 @@ PAPER = (
 )
 GOLDEN = ROOT / "tests" / "golden" / "plan_llama3_70b.txt"
 REGENERATE = "python -m megatron_dypo.cli plan tests/planning_configs/llama3_70b.yaml"
-"""Its output is the golden file."""
+"""The command whose output is the golden file."""
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_the_plan_is_that_of_the_configs_trainer_and_servers(config_path):
 
 
 def test_a_rank_sends_the_layers_of_its_stage(config_path):
-    """Each layer once, and the first and last stage what stands before and after the layers."""
+    """Each layer is sent once; the first and last stage also send the tensors before and after the layers."""
     stages = ["parallel.pipeline=2", "parallel.first_stage_layers=1", "model.dtype=float32"]
     result = invoke(config_path(), *stages, "--json")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Servers of an FP8 model in the plan, against what a conversion writes."""
+"""Servers of an FP8 model in the plan, against the bytes that a conversion writes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.support.planning_cases import from_file
 
 KINDS: tuple[Quantization, ...] = ("fp8_block", "fp8_channel")
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 24, "num_hidden_layers": 2}
-"""No multiples of 128, so that blocks are cut off."""
+"""Sizes that are no multiples of 128, so that blocks are cut off."""
 
 
 @pytest.mark.parametrize("model", ["qwen2", "qwen3_moe"])
@@ -46,7 +46,7 @@ def test_what_quantisation_frees_of_a_server_is_kv_cache(name, kind):
 
 @pytest.mark.parametrize("name", ["llama3_70b", "qwen3_235b_a22b"])
 def test_decoding_few_requests_gains_what_it_no_longer_reads(name):
-    """Between none and twice as fast: the KV cache, all-reduces and the overhead of a step stay."""
+    """The speed is less than doubled: the KV cache, all-reduces and the overhead of a step stay the same."""
     settings = [from_file(name, f"refit.quantize={kind}") for kind in ("none", "fp8_block")]
     plain, narrow = (decode_step_s(setting, make_server(setting), 4) for setting in settings)
     assert narrow < plain < 2 * narrow

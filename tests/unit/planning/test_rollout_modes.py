@@ -1,4 +1,4 @@
-"""What ``rollout.oversample`` and ``rollout.mode`` make of a step."""
+"""The effect of ``rollout.oversample`` and ``rollout.mode`` on a step."""
 
 import dataclasses
 import random
@@ -21,7 +21,7 @@ def setting(*overrides):
 
 @pytest.mark.parametrize("max_in_flight", [64, 1024], ids=["requests wait", "all at once"])
 def test_a_synchronous_round_ends_with_its_longest_response(max_in_flight):
-    """Full batches, then the drain to the limit: nothing of a stream is in it."""
+    """It consists of full batches, then the drain to the limit; nothing of a stream is in it."""
     made = setting(f"rollout.max_in_flight={max_in_flight}")
     cfg, server, response = made.config.rollout, make_server(made), made.assumed.response_tokens
     requests = cfg.prompts_per_round * cfg.group_size / made.num_servers
@@ -55,7 +55,7 @@ def test_oversampling_ends_a_round_sooner_and_aborts_what_it_began_too_much(max_
 
 @pytest.mark.parametrize("oversample", [1.25, 1.5, 2.0])
 def test_the_length_of_a_drain_is_that_of_simulated_groups(oversample):
-    """All groups begun at once, exponential lengths: when are the first of them enough?"""
+    """All groups begin at once with exponential lengths: the drain ends when enough groups are complete."""
     cfg = dataclasses.replace(setting().config.rollout, oversample=oversample, max_new_tokens=10**9)
     wanted, mean, random_lengths = 400, 1000.0, random.Random(7)
     begun = round(wanted * oversample)

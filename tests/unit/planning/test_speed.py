@@ -1,4 +1,4 @@
-"""Times of the plan against published ones, and the laws that they keep."""
+"""Times of the plan against published times, and laws that they obey."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_equal_stages_are_idle_for_the_published_share(virtual, rows):
 
 
 def test_the_stage_with_the_most_layers_sets_the_pace():
-    uneven = ("parallel.first_stage_layers=17", "parallel.last_stage_layers=15")  # and 24 on the two between, not 20
+    uneven = ("parallel.first_stage_layers=17", "parallel.last_stage_layers=15")  # 24 on the two between, not 20
     times = [
         update_time(from_file("llama3_70b", *overrides, "batching.prompts_per_update=4096"))
         for overrides in ((), uneven)
@@ -88,7 +88,7 @@ def test_the_longest_response_bounds_a_round_from_below():
 def test_shards_reach_the_servers_sooner_than_whole_tensors():
     broadcast, disk = (refit_time(from_file("llama3_70b", f"refit.transport={name}")) for name in ("broadcast", "disk"))
     assert broadcast < disk
-    # The bytes of the model, once, through one port of 50 GB/s at most.
+    # The model's bytes go once through one port of at most 50 GB/s.
     assert broadcast >= 2 * 70.55e9 / 50e9
 
 

@@ -1,4 +1,4 @@
-"""State of parameters and optimizer, and the refusal of what cannot fit."""
+"""The memory of parameters and optimizer, and the refusal of a run that cannot fit."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from tests.support.planning_cases import architecture, from_file, pretraining
 def test_published_models_have_their_published_number_of_parameters(name, billions, active):
     arch = from_file(name).arch
     assert whole_model(arch).total / 1e9 == pytest.approx(billions, abs=0.001)
-    if active:  # their figure counts embedding and output layer
+    if active:  # the published figure counts embedding and output layer
         with_embeddings = active_parameters(arch) + 2 * arch.vocab_size * arch.hidden_size
         assert with_embeddings / 1e9 == pytest.approx(active, abs=0.1)
 
@@ -55,7 +55,7 @@ def test_a_stage_is_charged_for_its_own_layers():
     layers = [next(t.why for t in f.terms if t.name == "activations") for f in (first, second, third, last)]
     assert [int(why.partition(" layers")[0].split()[-1]) for why in layers] == [23, 24, 24, 23]
     assert second["parameters"] == third["parameters"]
-    # Three rows are in flight on the second stage, two on the third.
+    # Three microbatches are in flight on the second stage, two on the third.
     assert second["activations"] == pytest.approx(1.5 * third["activations"])
 
 

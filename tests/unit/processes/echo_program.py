@@ -1,4 +1,4 @@
-"""A program that says what it was given."""
+"""A program that prints its arguments."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Processes that a run starts: what they begin with, and how their end is known."""
+"""Processes that a run starts: their initial state, and how their end is noticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[3] / "docs/processes.md"
 
 
 def table(text: str) -> list[str]:
-    """The rows of the first table; in the module a row goes on in indented lines."""
+    """Return the rows of the first table; in the module a row continues in indented lines."""
     _, _, rest = text.partition("\n|")
     rows = f"|{rest}".partition("\n\n")[0].replace("\n  ", " ")
     return rows.splitlines()
@@ -65,7 +65,7 @@ def test_whoever_waits_for_an_end_leaves_the_process_to_be_reaped() -> None:
     wait_for_end(process)
     assert Path(f"/proc/{process.pid}").exists()
     assert process.wait() == 5
-    wait_for_end(process)  # it is reaped: there is nothing to wait for
+    wait_for_end(process)  # the process is reaped already: there is nothing to wait for
 
 
 def test_a_server_does_not_outlive_a_guard_that_is_killed() -> None:
@@ -76,7 +76,7 @@ def test_a_server_does_not_outlive_a_guard_that_is_killed() -> None:
         assert guard.stdout is not None
         assert guard.stdout.readline() == "runs\n"
         guard.kill()
-        assert guard.stdout.read() == ""  # nobody holds the pipe any more
+        assert guard.stdout.read() == ""  # no process holds the pipe any more
 
 
 def test_a_signal_to_a_group_without_processes_is_none() -> None:
@@ -87,7 +87,7 @@ def test_a_signal_to_a_group_without_processes_is_none() -> None:
 
 @pytest.mark.parametrize("ended_thread", [False, True])
 def test_a_guard_outlives_the_thread_that_started_it_and_not_the_process(tmp_path: Path, ended_thread: bool) -> None:
-    """The kernel's signal comes in both cases."""
+    """The kernel sends its signal in both cases."""
     server = "import os, signal, time; print(os.getpid(), flush=True); time.sleep(600)"
     trainer = f"""
 import os, subprocess, sys, threading

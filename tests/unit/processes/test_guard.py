@@ -1,4 +1,4 @@
-"""The process that stands between a trainer and its server."""
+"""The guard: the process between a trainer and its server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def guarded(program: str, grace_s: float = 5.0) -> list[str]:
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal was sent to a process that has not taken it yet."""
+    """Return whether a signal was sent to a process and is not delivered yet."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     (mask,) = (line.split()[1] for line in lines if line.startswith("ShdPnd:"))
     return bool(int(mask, 16) & 1 << number - 1)
@@ -45,7 +45,7 @@ def test_a_stop_signal_of_another_process_than_the_parent_stops_nothing() -> Non
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         stranger = f"import os; os.kill({process.pid}, {int(signal.SIGTERM)})"
-        for _ in range(2):  # a guard that ends its group takes no second one
+        for _ in range(2):  # a guard that is ending its group ignores a second signal
             subprocess.run([sys.executable, "-c", stranger], timeout=60, check=True)
             wait_until(lambda: not is_pending(process.pid, signal.SIGTERM), "the guard has taken the signal")
         answer, _ = process.communicate("\n", timeout=60)

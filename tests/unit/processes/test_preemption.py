@@ -1,4 +1,4 @@
-"""Requests to stop in processes of their own: pytest's mask stays as it is. test_end_of_a_rank.py has the answers."""
+"""Requests to stop, in processes of their own: pytest's mask does not change. test_end_of_a_rank.py tests reactions."""
 
 import subprocess
 import sys

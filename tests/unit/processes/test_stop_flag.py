@@ -1,4 +1,4 @@
-"""A flag that wakes whoever waits for it."""
+"""A flag that wakes every waiting thread."""
 
 from __future__ import annotations
 

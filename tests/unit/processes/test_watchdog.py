@@ -1,4 +1,4 @@
-"""Who is blamed when a run stands still, and who is not."""
+"""The ranks that are blamed when a run stands still, and those that are not."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ PATIENCE_S = 100.0
 
 
 class Left(Exception):  # noqa: N818
-    """In place of an exit."""
+    """An exception in place of an exit."""
 
 
 def leave(cause, message, before_exit=lambda: None):
@@ -30,7 +30,7 @@ def leave(cause, message, before_exit=lambda: None):
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
-    """``ranks(3)``: the watchdogs of three ranks of one attempt, at time 0."""
+    """Give ``ranks(3)``: the watchdogs of three ranks of one attempt, at time 0."""
     monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
     monkeypatch.setattr("megatron_dypo.processes.watchdog.time.monotonic", lambda: 0.0)
     (tmp_path / FOLDER).mkdir()
@@ -100,7 +100,7 @@ def test_a_heartbeat_of_an_earlier_attempt_is_none(ranks, tmp_path):
     first, _ = ranks(2)
     write_heartbeat(tmp_path, beat(1, attempt="earlier"))
     first.look(0.0)
-    first.look(PATIENCE_S)  # would be silence, were it of this attempt
+    first.look(PATIENCE_S)  # would count as silence if it were of this attempt
 
 
 def test_no_rank_moves_for_the_one_outside_of_collectives(ranks, tmp_path):
@@ -110,7 +110,7 @@ def test_no_rank_moves_for_the_one_outside_of_collectives(ranks, tmp_path):
     write_heartbeat(tmp_path, beat(2, idle_s=101.0))
     with pytest.raises(Left) as left:
         stand(first, tmp_path, 1)
-    # This test's main thread waits for another thread, and not in a collective.
+    # The main thread of this test waits for another thread, not in a collective.
     assert re.match(r"no rank moves: rank 0 on .* \(process \d+\) has not for \d+ s, update at ", left.value.args[1])
 
 

@@ -1,4 +1,4 @@
-"""One trainer rank with a refitter to two fake servers."""
+"""Fixtures: one trainer rank with a refitter to two fake servers."""
 
 from __future__ import annotations
 

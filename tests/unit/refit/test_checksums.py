@@ -1,4 +1,4 @@
-"""Checksums find what changes on a way, whatever the dtype and wherever the bytes lie."""
+"""Checksums find changes on the way, for every dtype and any place of the bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dypo.refit.checksums import SAMPLE_EVERY, checksum, should_verify
 
 
 def by_definition(data: bytes) -> list[int]:
-    """Σ wᵢ and Σ i·wᵢ modulo 2⁶⁴, as signed numbers."""
+    """Compute Σ wᵢ and Σ i·wᵢ modulo 2⁶⁴, as signed numbers."""
     padded = data + bytes(-len(data) % 8)
     words = [int.from_bytes(padded[i : i + 8], "little", signed=True) for i in range(0, len(padded), 8)]
     sums = sum(words), sum(i * word for i, word in enumerate(words))

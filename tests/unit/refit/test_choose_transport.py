@@ -1,4 +1,4 @@
-"""Which transport a run gets, and what it says of it."""
+"""The transport that a run gets, and the message about it."""
 
 from __future__ import annotations
 

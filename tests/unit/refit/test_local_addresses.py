@@ -1,4 +1,4 @@
-"""Where the ends of shared memory meet."""
+"""The addresses at which both ends of shared memory meet."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""Planning for large models: time, memory, and how near the plan's order comes to the limit of its busiest rank."""
+"""Planning for large models: time, memory, and the plan's order against the lower bound of its busiest rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.big_models import CASES, SERVERS, architecture
     ("name", "quantization"),
     [
         *((name, "none") for name in CASES),
-        # With ep_size=1 each rank would have 192 features of an expert, which are no whole blocks.
+        # With ep_size=1 each rank would have 192 features of an expert, which is not a whole number of blocks.
         *((name, "fp8_block") for name in CASES if name != "qwen3-235b-a22b"),
     ],
 )

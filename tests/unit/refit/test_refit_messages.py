@@ -1,4 +1,4 @@
-"""Links are cut into messages alike on both ends, and the parts make up every transfer once."""
+"""Both ends cut a link into the same messages, whose parts make up every transfer once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The plan of a refit, executed on numbers and compared with what SGLang's loaders would make of the same HF
-tensors."""
+"""The plan of a refit, executed on numbers and compared with the result of SGLang's loaders for the same HF tensors."""
 
 from __future__ import annotations
 
@@ -30,14 +29,14 @@ def matrix(tensor: Tensor) -> Matrix:
 
 
 class Trainer:
-    """The shards of every rank, placed as Megatron places them: counted out rank by rank, layer by layer."""
+    """The shards of every rank, placed as Megatron places them, rank by rank and layer by layer."""
 
     def __init__(self, case: Case, shard: Callable[[Row, int, int], Tensor]) -> None:
         self._case, self._shard = case, shard
         self._rows = {row.mcore: row for row in family_rows(case.arch) if not row.is_copy}
         self._made: dict[tuple[str, int], Matrix] = {}
         self.holders: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
-        """Ranks by parameter and number of the shard of it."""
+        """(Parameter, number of its shard) → ranks that hold it."""
         self._numbers: list[dict[str, int]] = []
         for rank in range(case.source.world_size):
             held = self._held(rank)
@@ -54,7 +53,7 @@ class Trainer:
         return self._made[name, number]
 
     def peers(self, rank: int, name: str) -> frozenset[int]:
-        """The ranks that hold the same."""
+        """Return the ranks that hold the same shard."""
         return frozenset(self.holders[name, self._numbers[rank][name]])
 
     def _held(self, rank: int) -> dict[str, int]:
@@ -95,7 +94,7 @@ def all_sends(plan: RefitPlan) -> list[Transfer]:
 def execute(
     transfers: list[Transfer], trainer: Trainer, hf: dict[str, Matrix], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
-    """The parameters of all server ranks after the transfers, and how often each of their elements was written."""
+    """Execute the transfers; return the parameters of all server ranks, and how often each element was written."""
     made = {name: np.zeros((math.prod(s[:-1]), s[-1]) if len(s) > 1 else (s[0], 1), int) for name, s in shapes.items()}
     writes = {name: np.zeros_like(array) for name, array in made.items()}
     for t in transfers:
@@ -164,7 +163,7 @@ def is_linear(served_name: str) -> bool:
 
 
 def assert_shared_fairly(plan: RefitPlan, trainer: Trainer, sends: list[Transfer], tensor_bytes: int) -> None:
-    """No rank sends more than the mean over those that hold the same data, and one tensor."""
+    """Check that no rank sends more than the mean over the ranks with the same data, plus one tensor."""
     by_peers: Counter[frozenset[int]] = Counter()
     by_rank: Counter[int] = Counter()
     for transfer in sends:
@@ -176,7 +175,7 @@ def assert_shared_fairly(plan: RefitPlan, trainer: Trainer, sends: list[Transfer
 
 
 def assert_both_sides_agree(plan: RefitPlan, sends: list[Transfer]) -> None:
-    """Each link has one order, and the totals are those of its transfers."""
+    """Check that both ends of a link have one order, and that its totals are those of its transfers."""
     sent, received = defaultdict(list), defaultdict(list)
     for transfer in sends:
         sent[transfer.source, transfer.server, transfer.server_rank].append(transfer)
@@ -190,7 +189,7 @@ def assert_both_sides_agree(plan: RefitPlan, sends: list[Transfer]) -> None:
 
 
 def numbered_scales(case: Case, kind: str, block: Callable[[Tensor], tuple[int, int]]) -> dict[str, Tensor]:
-    """Scales of all quantised HF tensors, by their own names, all different."""
+    """Return scales of all quantised HF tensors by name, all different."""
     scales, start = {}, 1
     for name, tensor in numbered_hf_tensors(case.arch).items():
         if is_quantized(name):
@@ -208,7 +207,7 @@ def assert_scales_arrive(
     scales = numbered_scales(case, kind, block)
 
     def shard(row: Row, rank: int, size: int) -> Tensor:
-        """The scales of a shard, found by sharding tensors of which every value is the number of its scale."""
+        """Return the scales of a shard, found by sharding tensors whose every value is the number of its scale."""
         spread = []
         for name, shape in zip(row.hf, row.rule.hf_shapes(case.arch), strict=True):
             rows, cols = block(torch.empty(shape))

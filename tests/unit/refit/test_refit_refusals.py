@@ -1,4 +1,4 @@
-"""Layouts that no plan exists for, and the words in which they are refused."""
+"""Layouts without a plan, and the messages that refuse them."""
 
 from __future__ import annotations
 

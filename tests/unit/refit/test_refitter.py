@@ -1,4 +1,4 @@
-"""The order of a refit's calls and what a failure of each leaves behind: one rank, fake servers, the disk transport."""
+"""The order of a refit's calls, and the state after a failure of each: one rank, fake servers, the disk transport."""
 
 import json
 

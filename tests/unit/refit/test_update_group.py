@@ -22,13 +22,13 @@ from megatron_dypo.refit.transports.update_group import UpdateGroup
 from tests.support.fake_control import KEY, FakeServer
 
 DEADLINE_S = 3600.0
-"""Longer than any test may take: nobody can have waited for it."""
+"""A deadline longer than any test may take: nobody can have waited for it."""
 INIT, UPDATE = "/init_weights_update_group", "/update_weights_from_distributed"
 TENSORS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5, dtype=torch.bfloat16))]
 
 
 def take_part(pipe: Connection) -> None:
-    """In a process of its own, as SGLang's scheduler: join groups, and receive buckets in the last one."""
+    """Join groups and receive buckets in the last one, in a process of its own, as SGLang's scheduler does."""
     pipe.send("ready")
     group: Any = None
     while True:
@@ -58,7 +58,7 @@ def join(body: dict[str, Any]) -> Any:
 
 @dataclass
 class JoiningServer(FakeServer):
-    """A server that joins the group, and keeps what it receives."""
+    """A server that joins the group, and records what it receives."""
 
     received: list[bytes] = field(default_factory=list)
     pipe: Any = None
@@ -78,7 +78,7 @@ class JoiningServer(FakeServer):
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[Connection]:
-    """The way to the process that takes part; it has imported everything."""
+    """Give the connection to the process that takes part, once it has imported everything."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=take_part, args=(theirs,), daemon=True)

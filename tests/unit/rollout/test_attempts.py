@@ -1,4 +1,4 @@
-"""What a failed attempt for a group costs, and when the next one comes."""
+"""The cost of a failed attempt for a group, and the time of the next attempt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts of a client: sums, the longest, and what came since an earlier look."""
+"""Counts of a client: sums, maxima, and differences since an earlier look."""
 
 from __future__ import annotations
 

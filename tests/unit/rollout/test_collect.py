@@ -1,4 +1,4 @@
-"""Collecting groups from an upstream that fails in every way it can."""
+"""Collecting groups from servers that fail in every way."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_server_that_dies_ends_the_collection_at_once_and_aborts_the_rest() ->
             raise ServerDiedError("SGLang server 0 (http://…) ended with status 137")
 
     with FakeSGLang(lambda index, body: "hang") as fake:
-        client = make_client([fake.url], check, request_deadline_s=3600.0)  # so that nobody can have waited for it
+        client = make_client([fake.url], check, request_deadline_s=3600.0)  # so long that nobody can have waited for it
         with pytest.raises(ServerDiedError, match=r"server 0 .* status 137"):
             collect(make_prompts(3), client, group_size=2, progress=False)
         wait_until(lambda: fake.cancelled == 3, "all connections are closed")
@@ -279,7 +279,7 @@ def test_after_a_stop_request_nothing_is_asked() -> None:
 
 
 def test_a_check_that_takes_its_time_holds_up_no_answer() -> None:
-    """A check may restart a server or read its log."""
+    """A check may take long: it may restart a server or read its log."""
     answered = threading.Event()
 
     def check() -> None:
@@ -344,7 +344,7 @@ def test_a_bug_in_one_group_ends_the_collection_at_once() -> None:
 
 
 def test_a_request_is_three_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group is generated, exchanged for an answer with retries, and asked of one server."""
+    """The calls are: generate, get an answer with retries, ask one server."""
     post, calls = aiohttp.ClientSession.post, []
 
     def noted(self: aiohttp.ClientSession, *args: Any, **options: Any) -> Any:

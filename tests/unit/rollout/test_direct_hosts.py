@@ -1,4 +1,4 @@
-"""Proxies of the environment stand between no two processes of a run."""
+"""No proxy of the environment is used between two processes of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment(host: str, **inherited: str) -> dict[str, str]:
 def test_a_server_reaches_itself_without_a_proxy(
     host: str, inherited: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the two libraries that its warm-up and its own tools use."""
+    """The test uses the two libraries of the server's warm-up and tools."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment(host, **inherited).items():

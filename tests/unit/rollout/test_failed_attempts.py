@@ -1,4 +1,4 @@
-"""Answers that are none, and failures that are our own: what each costs, and what is said of it."""
+"""Unusable answers, and failures of the client itself: the cost and the message of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def text(body: str | bytes, status: int = 200, **headers: str) -> Callable[[dict
 
 
 def with_meta(**meta: Any) -> Callable[[dict[str, Any]], web.Response]:
-    """A sound answer but for these fields."""
+    """Return an answer that is sound except for these fields."""
     return lambda body: web.json_response(
         [sample(body, index, **meta) for index in range(body["sampling_params"]["n"])]
     )
@@ -87,7 +87,7 @@ def test_an_answer_that_is_none_is_retried_and_said(name: str, caplog: pytest.Lo
 
 
 def dropped(url: str, **fields: Any) -> GroupDroppedError:
-    """What becomes of one prompt that the server never answers well."""
+    """Return the error for a prompt that the server never answers well."""
 
     async def one(client: SGLangClient) -> GroupDroppedError:
         async with client:
@@ -162,7 +162,7 @@ def test_a_body_is_shown_on_one_line_of_200_characters() -> None:
 
 
 def test_an_answer_may_be_as_long_as_its_longest_responses() -> None:
-    """Every token takes a log-prob of 20 digits and a text that is escaped."""
+    """Every token has a log-prob of 20 digits and a text that is escaped."""
 
     def long_answer(body: dict[str, Any]) -> web.Response:
         n, length = body["sampling_params"]["n"], body["sampling_params"]["max_new_tokens"]
@@ -232,7 +232,7 @@ def test_a_server_that_gives_nonsense_at_once_does_not_get_all_requests() -> Non
 
 @contextmanager
 def few_descriptors(free: int) -> Iterator[None]:
-    """A soft limit that leaves about that many to open."""
+    """Set a soft limit that leaves about that many files to open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     probes = [socket.socket() for _ in range(free)]
     highest = max(probe.fileno() for probe in probes)
@@ -381,7 +381,7 @@ def test_no_proxy_of_the_environment_stands_between_client_and_server(monkeypatc
 
 
 def test_what_fails_after_a_push_says_nothing_of_a_server_that_the_push_named_anew() -> None:
-    """The old answer is of wrong weights, and the server is asked once more; the second such answer shuts it out."""
+    """The old answer is of wrong weights, so the server is asked once more. The second such answer excludes it."""
     with FakeSGLang(lambda index, body: "hang" if index == 0 else "ok") as fake:
         client = make_client([fake.url])
         client.use_servers([fake.url], (7,))
@@ -415,7 +415,7 @@ def test_whatever_bytes_a_server_sends_a_group_is_dropped_with_its_reason(status
 
 
 def raw_server(answer: bytes) -> socket.socket:
-    """A socket that gives these bytes to whoever connects, once it has read a request, and closes."""
+    """Start a socket that reads a request, answers with these bytes, and closes."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:

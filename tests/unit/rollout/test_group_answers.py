@@ -1,4 +1,4 @@
-"""No field of a server's answer is trusted: what is not a whole, sound group is refused by name."""
+"""No field of a server's answer is trusted: an answer that is not a whole, sound group is refused by field name."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def parse(payload: Any, n: int = 2, versions: Sequence[int] | None = (3,), **lim
 
 
 def answer(n: int = 2, **meta: Any) -> list[dict[str, Any]]:
-    """A sound answer of weights of version 3, but for ``meta`` of its last response."""
+    """Return an answer of weights of version 3 that is sound except for ``meta`` of its last response."""
     whole = [sample(BODY, index, weight_version="3") for index in range(n)]
     whole[-1]["meta_info"] |= meta
     return whole
 
 
 def of_tokens(tokens: list[Any], finish: dict[str, Any] | None = None, logp: float = -1.0) -> list[dict[str, Any]]:
-    """A sound answer whose last response has these tokens."""
+    """Return a sound answer whose last response has these tokens."""
     rows = [[logp, token, None] for token in tokens]
     whole = answer(output_token_logprobs=rows, finish_reason=finish or {"type": "length", "length": len(tokens)})
     whole[-1]["output_ids"] = tokens
@@ -52,7 +52,7 @@ def of_tokens(tokens: list[Any], finish: dict[str, Any] | None = None, logp: flo
 
 
 def spans(*versions: str) -> dict[str, Any]:
-    """Version fields of a response whose tokens these sampled, one each."""
+    """Return the version fields of a response; each of these versions sampled one token."""
     found = [{"version": version, "start": i, "end": i + 1} for i, version in enumerate(versions)]
     return {"weight_version": versions[-1], "weight_versions": found}
 
@@ -159,7 +159,7 @@ def test_a_version_that_no_push_names_is_a_wrong_one(version: str) -> None:
 
 @pytest.mark.parametrize("members", [("20,21", "20,21,23"), ("20,21,22,23", "20,21"), ("3", "23"), ("0", "22")])
 def test_only_the_newest_version_of_a_group_says_what_its_server_holds(members: tuple[str, str]) -> None:
-    """A long answer spans refits that others of its group ended before."""
+    """A long response spans refits; others of its group ended before them."""
     longest = max(len(member.split(",")) for member in members)
     whole: list[dict[str, Any]] = [
         {
@@ -216,7 +216,7 @@ def test_lengths_of_what_is_thrown_away_are_told_whatever_is_wrong_with_it() -> 
 
 
 def paths(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a nested value."""
+    """Yield every place in a nested value."""
     keys = node.keys() if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
     return [path, *(found for key in keys for found in paths(node[key], (*path, key)))]
 
@@ -244,7 +244,7 @@ JSON = st.recursive(
 
 
 def fuzz(path: tuple[Any, ...], value: Any, is_deleted: bool) -> None:
-    """One field of a sound answer is another or missing: the answer is refused, or it is still sound."""
+    """Change or remove one field of a sound answer: the answer is refused, or is still sound."""
 
     def change(node: Any, key: Any) -> None:
         if is_deleted:

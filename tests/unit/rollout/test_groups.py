@@ -1,4 +1,4 @@
-"""Groups that are sampled in parts: behind a teacher's tokens, and by the verdicts of the rollouts before."""
+"""Groups that are sampled in parts: after a teacher's tokens, and depending on the verdicts of earlier rollouts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_prefix_leaves_the_policy_a_token_at_least(limit: int) -> None:
         body = fake.requests[0]
     assert len(body["input_ids"]) == len(make_prompts(1)[0].tokens) + limit - 1
     assert body["sampling_params"]["max_new_tokens"] == 1
-    assert stats.dropped  # the fake's answers are of three tokens
+    assert stats.dropped  # the fake server's answers have three tokens
 
 
 def test_later_parts_follow_from_the_verdicts_of_all_before_and_each_rollout_is_judged_once() -> None:

@@ -1,4 +1,4 @@
-"""Command line, environment and port of a server."""
+"""The command line, the environment and the port of a server."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_server_can_import_what_it_loads_weights_with_and_nothing_else_of_ours
     path, modules = run.stdout.splitlines()
     assert path.startswith(str(tmp_path / "path"))
     assert not set(heavy.split(", ")) & set(modules.split())
-    link_package(tmp_path / "path")  # a run that goes on finds the link of before
+    link_package(tmp_path / "path")  # a resumed run finds the old link
 
 
 def test_the_users_thread_count_stays() -> None:
@@ -153,7 +153,7 @@ def test_a_host_that_is_no_address_of_this_machine_is_named_and_not_taken_for_bu
 
 
 def test_the_launcher_imports_nothing_of_this_package() -> None:
-    """Its interpreter may be one that has SGLang but not us."""
+    """Its interpreter may have SGLang but not this package."""
     launcher = Path(command_module.__file__).with_name("sglang_cpu.py")
     code = f"import runpy, sys; runpy.run_path({str(launcher)!r}); print('megatron_dypo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -42,7 +42,7 @@ class Answering:
             do_POST = do_GET
 
             def log_message(self, format: str, *args: object) -> None:
-                """Nobody reads it."""
+                """Print nothing: nobody reads it."""
 
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"

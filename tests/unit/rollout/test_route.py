@@ -55,7 +55,7 @@ def test_the_router_shares_requests_among_the_servers_that_it_is_told_and_hands_
 
 
 def test_a_request_arrives_with_all_that_it_asks_for(router_process: tuple[str, subprocess.Popen]) -> None:
-    """The router reads it into a type of its own, and would drop a field that this does not have."""
+    """The router reads a request into its own type, and would drop a field that the type lacks."""
     url, _ = router_process
     (prompt,) = make_prompts(1)
     with FakeSGLang() as server:

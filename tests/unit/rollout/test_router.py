@@ -1,4 +1,4 @@
-"""What a router is told, over real HTTP to a stand-in that answers as sglang-router 0.3 does."""
+"""Calls to a router, over real HTTP to a stand-in that answers as sglang-router 0.3 does."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_dypo.rollout.router import Router
 
 
 class FakeRouter:
-    """Knows ``servers`` (URL → id). It queues orders, and obeys them when it is asked for its servers again."""
+    """A router with ``servers`` (URL → id). It queues orders, and carries them out when asked for its servers again."""
 
     def __init__(self, *servers: str) -> None:
         self.servers = {url: f"id-{url}" for url in servers}
         self.told: list[tuple[str, str, str]] = []
-        """(method, path or URL of a server, key that came along)."""
+        """(method, path or URL of a server, key) of each call."""
         self.keys: set[str | None] = set()
         self.is_mute = False
-        """It answers no request to add a server."""
+        """Whether it leaves requests to add a server unanswered."""
         self.queue: list[tuple[str, str]] = []
         self._listings = 0
         fake = self
@@ -52,7 +52,7 @@ class FakeRouter:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Kept in ``told``."""
+                """Print nothing: ``told`` has the record."""
 
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""A node's servers for a trainer elsewhere, with real processes that take a server's place."""
+"""A node's servers for a trainer on another node, with real processes in place of the servers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ KEY = "0123456789abcdef"
 
 @pytest.fixture
 def node(tmp_path: Path):
-    """Starts ``megatron-dypo serve`` with two stand-ins at the ports after ``port``, as on one of four nodes; all have
-    ended afterwards."""
+    """Give a function that starts ``megatron-dypo serve`` with two stand-ins at the ports after ``port``, as on one of
+    four nodes; check that all have ended afterwards."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@" --mark {tmp_path}\n')
     python.chmod(0o755)
@@ -64,7 +64,7 @@ def server_at(port: int) -> psutil.Process:
 
 
 def free_pair() -> int:
-    """A port that is free together with the next one."""
+    """Return a port that is free together with the next one."""
     port = 31700
     while True:
         first = lease_port("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""Servers stop with the run, however it ends; shown with real processes that take a server's place."""
+"""Servers stop with the run, in whatever way it ends. Real processes take the place of the servers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROGRAM = Path(__file__).parents[2] / "support/fake_server_program.py"
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
-    """An interpreter that runs the fake program in place of any script or module; its path marks its processes."""
+    """Write an interpreter that runs the fake program in place of any script; its path marks its processes."""
     path = tmp_path / "python"
     path.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@" --mark {tmp_path}\n')
     path.chmod(0o755)
@@ -33,7 +33,7 @@ def python(tmp_path: Path) -> str:
 
 
 def alive(tmp_path: Path) -> list[psutil.Process]:
-    """Processes of servers started by a test (zombies that init has yet to reap are not alive)."""
+    """Return the live processes of servers that a test started, without zombies that init has yet to reap."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         arguments = process.info["cmdline"] or []
@@ -81,7 +81,7 @@ def test_a_server_that_dies_while_it_starts_is_named_with_its_last_words(
 
 
 def kill(tmp_path: Path, url: str) -> None:
-    """SIGKILL to the server at a URL, once it listens there."""
+    """Send SIGKILL to the server at a URL, once it listens there."""
     port = url.rpartition(":")[2]
     wait_until(lambda: http_status(f"{url}/health", None) == 200, "the server runs")
     for process in alive(tmp_path):

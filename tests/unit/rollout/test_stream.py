@@ -1,4 +1,4 @@
-"""Collection in the background, from an upstream that answers when it is told to."""
+"""Collection in the background, from a server that answers when it is told to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.rollout.clients import make_client, make_prompts
 
 
 class Draws:
-    """The first ``limit`` prompts, in order; remembers which were drawn. Those of ``too_long`` are left out."""
+    """The first ``limit`` prompts in order, without those in ``too_long``. It records which were drawn."""
 
     def __init__(self, limit: int = 1000, too_long: Sequence[int] = ()) -> None:
         self._prompts = make_prompts(limit)
@@ -64,7 +64,7 @@ def make_stream(
 
 @pytest.fixture
 def held() -> Iterator[FakeSGLang]:
-    """A server that answers nothing until it is released."""
+    """Start a server that answers nothing until it is released."""
     with FakeSGLang(lambda index, body: "hang") as fake:
         yield fake
 

@@ -1,4 +1,4 @@
-"""Servers that are looked after by a thread, whatever happens to it."""
+"""A thread that looks after servers, and everything that may happen to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.fake_sglang import wait_until
 
 @pytest.fixture
 def ended(tmp_path: Path) -> ServerProcess:
-    """A server that has ended with status 3."""
+    """Make a server that has ended with status 3."""
     process = ServerProcess("server", "http://127.0.0.1:9", tmp_path / "server.log", grace_s=0.1)
     process.start([sys.executable, "-c", "raise SystemExit(3)"], {}, "key")
     wait_until(lambda: process.ending() is not None, "it has ended")

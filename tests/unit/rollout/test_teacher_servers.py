@@ -1,4 +1,4 @@
-"""A teacher's log-probs of rollouts: sound answers are taken, and every kind of bad one is not."""
+"""A teacher's log-probs of rollouts: sound answers are accepted, and every kind of bad answer is refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_an_openai_server_may_leave_out_ids_and_the_sampled_token(names_ids: boo
 
 
 def changed(change: Callable[[list[Any], dict[str, Any]], None]) -> Callable[[dict[str, Any]], Any]:
-    """SGLang's answer with its rows changed."""
+    """Return SGLang's answer with its rows changed."""
 
     def payload(body: dict[str, Any]) -> Any:
         found = sglang_payload(body)
@@ -193,7 +193,7 @@ def test_a_bad_answer_is_asked_for_again() -> None:
 
 
 def test_requests_are_spread_over_servers_and_bounded() -> None:
-    both_asked = threading.Barrier(2, timeout=20.0)  # neither server is ahead of the other, so that none is less loaded
+    both_asked = threading.Barrier(2, timeout=20.0)  # then neither server is ahead, and none is less loaded
 
     def plan(_: int, body: dict[str, Any]) -> Reply:
         both_asked.wait()

@@ -1,4 +1,4 @@
-"""A task of a comparison's job array: slurm/compare.sh without a Slurm, its python a script that ends as it is told."""
+"""A task of a comparison's job array: slurm/compare.sh without Slurm; its python is a script that ends as told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the last line of a job says, and which ends are tried again: slurm/supervise.sh without a Slurm."""
+"""The last line of a job, and the ends after which it is requeued: slurm/supervise.sh without Slurm."""
 
 import os
 import re
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """``job(SCRIPT)``: what the script says after supervise.sh was sourced, with stand-ins for Slurm's commands."""
+    """A job: ``job(SCRIPT)`` sources supervise.sh with stand-ins for Slurm's commands; it returns the output."""
 
     logs: Path
 

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ as text: they parse, shellcheck is content, and they would run what the golden files show."""
+"""The scripts of slurm/ as text: they parse, shellcheck finds nothing, and their commands equal the golden files."""
 
 import shutil
 import subprocess

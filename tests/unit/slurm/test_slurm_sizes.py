@@ -1,4 +1,4 @@
-"""The numbers of servers that a config, a plan and a Slurm job speak of are the same ones."""
+"""A config, a plan and a Slurm job have the same numbers of servers."""
 
 import json
 import os

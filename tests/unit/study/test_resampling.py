@@ -1,4 +1,4 @@
-"""Intervals over seeds and items: scipy in cases of one level, Student's t without items, coverage by simulation."""
+"""Intervals over seeds and items, against scipy for one level and Student's t without items; coverage by simulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.present import present
 
 
 def accuracies(rng, seeds, items, samples, *, of_seeds):
-    """Scores of runs on items: logits of item difficulty, of the run, and of both together."""
+    """Draw scores of runs on items; a logit sums terms of the item, of the run, and of both together."""
     logits = rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, 1.5, (1, items)) + rng.normal(0, 0.5, (seeds, items))
     return rng.binomial(samples, 1 / (1 + np.exp(-logits))) / samples  # mean 1/2, by symmetry
 

@@ -1,4 +1,4 @@
-"""Cells are run once, go on after any end, and a failure of one is told and stops no other. Commands are stand-ins."""
+"""Cells run once and go on after any end; a failure of one is reported and stops no other. Commands are stand-ins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CELLS = ["dypo/seed-1", "grpo/seed-1", "dypo/seed-2", "grpo/seed-2"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A comparison that nothing disturbed: its folder, and the table that it printed."""
+    """Run a comparison undisturbed; return its folder, and the table that it printed."""
     folder = tmp_path_factory.mktemp("whole")
     table, _ = compare(write_comparison(folder))
     return folder, table

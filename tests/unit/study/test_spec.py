@@ -1,4 +1,4 @@
-"""A mistake in the description of a comparison is told before anything runs, with the key, the value and the rule."""
+"""A mistake in the description of a comparison is reported before anything runs, with key, value and rule."""
 
 from __future__ import annotations
 

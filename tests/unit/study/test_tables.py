@@ -1,4 +1,4 @@
-"""What the tables say: who is better, what is noise, what is too small to tell, and what is missing."""
+"""The tables say which method is better, what is noise, what is too small to tell, and what is missing."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def spec(*methods, **changes):
 
 
 def cell(correct, prefix="item", lacking=()):
-    """Scores of one cell: 0 or 1 for each item."""
+    """Return the scores of one cell: 0 or 1 for each item."""
     items = {f"{prefix}{index:04}": float(value) for index, value in enumerate(correct)}
     known = {item: value for item, value in items.items() if item not in lacking}
     return CellScores(by_item=known, items=frozenset(items), samples=1)
 
 
 def scores_of(means, *, items=600, seeds=(1, 2, 3), sets=("math", "logic"), seed=0):
-    """Scores of methods with these true accuracies, which all find the same items easy."""
+    """Draw scores of methods with these true accuracies; all methods find the same items easy."""
     rng, found = np.random.default_rng(seed), {}
     for name in sets:
         luck = rng.random(items)

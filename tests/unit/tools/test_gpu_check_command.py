@@ -1,4 +1,4 @@
-"""The check of a GPU machine, where there is none: its code on a CPU, and what it makes of results."""
+"""The check of a GPU machine, on a machine without one: its code on a CPU, and its verdicts on results."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(source: Path, target: Path) -> Path:
-    """A copy of a model with one bit flipped in one tensor and two numbers changed in another."""
+    """Copy a model, flip one bit of one tensor, and change two numbers of another."""
     weights = load_file(source / "model.safetensors")
     weights[DOWN].view(torch.int16)[5, 7] ^= 1
     weights[NORM][3], weights[NORM][4] = float("nan"), weights[NORM][4] + 0.5

@@ -1,4 +1,4 @@
-"""Traces of teachers: right responses are kept, each once; records count everything; rows stay as they were."""
+"""Traces of teachers: right responses are kept, each once; records count all responses; rows are not changed."""
 
 from __future__ import annotations
 

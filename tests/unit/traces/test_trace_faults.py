@@ -1,4 +1,4 @@
-"""Faults while traces are made: each is said in a line, nothing that came is lost, and nothing is asked twice."""
+"""Faults while traces are made: each is reported in a line, no response is lost, and none is asked for twice."""
 
 from __future__ import annotations
 
