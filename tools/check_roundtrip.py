@@ -21,9 +21,7 @@ def main(
     hf_path: Annotated[Path, typer.Option(help="HF folder: config.json, safetensors.")],
     mcore_path: Annotated[
         Path | None,
-        typer.Option(
-            help="Checkpoint that should hold the same weights; default: one is made.", show_default=False
-        ),
+        typer.Option(help="Checkpoint that should hold the same weights; default: one is made.", show_default=False),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Tensor-parallel size of the checkpoint that is made.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Pipeline-parallel size of the checkpoint that is made.")] = 1,

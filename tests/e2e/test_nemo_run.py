@@ -50,7 +50,7 @@ def assert_trained(run_dir: Path) -> None:
 
 
 def command_lines_with(text: str) -> list[list[str]]:
-    """Return the command lines of running processes that contain a text. A process that ends meanwhile has none."""
+    """Return command lines of running processes that contain a text. A process that ends in the meantime has none."""
     found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     return [words for words in found if any(text in word for word in words)]
 

@@ -33,7 +33,7 @@ from megatron_dypo.types import Prompt, RolloutGroup, Sample, SampleKind, Treatm
 from tests.support.hf_models import import_transformers, make_hf_model
 
 STOP_IDS = tuple(range(2, 22))
-"""So many ids that a random model with 131 tokens stops soon."""
+"""Many ids, so that a random model with 131 tokens stops soon."""
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ class Allocations(TorchDispatchMode):
 
     @contextlib.contextmanager
     def in_all_threads(self) -> Iterator[None]:
-        """Enter a dispatch mode, which holds for one thread, in this thread and in threads that start meanwhile."""
+        """Enter a dispatch mode, which holds for one thread, in this thread and in new threads of the block."""
         mode, plain = self, threading.Thread
 
         class RecordedThread(threading.Thread):

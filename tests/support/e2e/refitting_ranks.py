@@ -20,7 +20,7 @@ HANG_DEADLINE_S = 40.0
 VERSIONS = {"broadcast": 1, "disk": 2, "pause": 3, "abort": 4, "hung": 5, "resumed": 8}
 PROMPT = list(range(3, 15))
 IN_FLIGHT_TOKENS = 2000
-"""So many tokens that a refit begins before a request ends, also on a loaded machine."""
+"""Enough tokens for a refit to begin before a request ends, also on a loaded machine."""
 
 
 @dataclass(frozen=True)
