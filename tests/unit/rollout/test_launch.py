@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -158,6 +159,45 @@ def test_the_launcher_imports_nothing_of_this_package() -> None:
     code = f"import runpy, sys; runpy.run_path({str(launcher)!r}); print('megatron_dypo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "False"
+
+
+FORKING_SGLANG = {
+    "__init__.py": "",
+    "srt/__init__.py": "",
+    "srt/entrypoints/__init__.py": "",
+    "launch_server.py": """
+import multiprocessing
+
+def run_server(arguments):
+    multiprocessing.set_start_method("spawn", force=True)  # as SGLang does
+    import sglang.srt.entrypoints.http_server as imported_here
+
+    imported_here.was_imported_before = True
+    child = multiprocessing.Process(target=say_whether_it_was)
+    child.start()
+    child.join()
+
+def say_whether_it_was():
+    import sglang.srt.entrypoints.http_server as imported
+
+    print(getattr(imported, "was_imported_before", False), flush=True)
+""",
+    "srt/entrypoints/http_server.py": "",
+    "srt/server_args.py": "prepare_server_args = list",
+    "srt/utils.py": "def kill_process_tree(pid, include_parent): pass",
+}
+"""A package with SGLang's names, whose server starts one process and ends with it."""
+
+
+def test_a_server_on_a_cpu_imports_sglang_once_for_all_of_its_processes(tmp_path: Path) -> None:
+    for name, text in FORKING_SGLANG.items():
+        (tmp_path / "sglang" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sglang" / name).write_text(text)
+    launcher = Path(command_module.__file__).with_name("sglang_cpu.py")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(launcher)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "True"
 
 
 def test_the_sockets_of_a_server_have_short_addresses() -> None:
