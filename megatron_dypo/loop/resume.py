@@ -135,9 +135,11 @@ def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> Rollou
     if isinstance(replica, Follower):
         return RolloutBatch.from_json(state)
     try:
-        groups, buffered = load_groups(stored.leader_states), load_groups(stored.leader_states, buffered=True)
+        found = load_groups(stored.leader_states)
     except (ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path}: a file leader_*.bin is damaged: {error}") from error
+    groups = [group for group in found if not group[0].is_buffered]
+    buffered = [group for group in found if group[0].is_buffered]
     share = slice(replica.draws.replica, None, replica.draws.replicas)
     own, own_buffered = groups[share], buffered[share]
     batch = RolloutBatch.from_json(state, own, own_buffered)
@@ -152,13 +154,15 @@ def restore_batch(stored: RestoredState, replica: Replica, path: Path) -> Rollou
     return batch
 
 
-def load_groups(leader_states: Sequence[bytes], *, buffered: bool = False) -> list[Group]:
-    """Return all groups of a checkpoint, oldest first, each with its members in their order; or its buffered traces."""
-    stored = [sample for state in leader_states for sample in load_samples(state) if sample.is_buffered == buffered]
-    samples = sorted(stored, key=lambda s: (s.order, s.member))
-    groups: dict[int, Group] = {}
+def load_groups(leader_states: Sequence[bytes]) -> list[Group]:
+    """Return all groups of a checkpoint, oldest first, each with its members in their order.
+
+    A trace in the buffer is a group of its own, beside the group of the same draw.
+    """
+    samples = sorted((s for state in leader_states for s in load_samples(state)), key=lambda s: (s.order, s.member))
+    groups: dict[tuple[int, bool], Group] = {}
     for sample in samples:
-        groups.setdefault(sample.order, []).append(sample)
+        groups.setdefault((sample.order, sample.is_buffered), []).append(sample)
     return list(groups.values())
 
 
