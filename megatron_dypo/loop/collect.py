@@ -128,8 +128,9 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
                 objective, k = collector.objective, collector.rollout.group_size
-                plan = planner_of(objective, k, step=lambda: step, seed=collector.seed, judge=servers.judge)
-                ask = functools.partial(collect, group_size=plan.num_rollouts, planner=plan, stop=collector.stop)
+                planner = planner_of(objective, k, step=lambda: step, seed=collector.seed, judge=servers.judge)
+                size = objective.num_rollouts(k)
+                ask = functools.partial(collect, group_size=size, planner=planner, stop=collector.stop)
                 sampled = servers.sample(prompts, step, "gen", ask)
                 with collector.timings.measure("reward"):
                     graded = servers.grade(sampled.groups)

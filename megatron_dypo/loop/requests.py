@@ -22,13 +22,19 @@ def planner_of(
     step: Callable[[], int],
     seed: int,
     judge: Callable[[RolloutGroup], Sequence[Verdict]],
-) -> Planner:
-    """Return the planner that puts groups together as the objective says; ``step`` gives the step that collects."""
-    return Planner(
-        plan=lambda prompt: objective.plan_group(prompt, group_size, step=step(), seed=seed),
-        num_rollouts=objective.num_rollouts(group_size),
-        judge=judge,
-    )
+) -> Planner | None:
+    """Return the planner that puts groups together as the objective says; ``step`` gives the step that collects.
+
+    None: the objective has no plans of its own, so that one request samples a whole group.
+    """
+    if type(objective).plan_group is Objective.plan_group:
+        return None
+    return Planner(plan=lambda prompt: objective.plan_group(prompt, group_size, step=step(), seed=seed), judge=judge)
+
+
+def judge_rollouts(group: RolloutGroup, verifier: Verifier, fail_truncated: bool) -> Sequence[Verdict]:
+    """Judge the rollouts of a group that is not complete yet."""
+    return grade([group], verifier, fail_truncated, show_progress=False)[0].verdicts
 
 
 class NoStream:
@@ -85,7 +91,7 @@ class LeaderRequests:
 
     def judge(self, group: RolloutGroup) -> Sequence[Verdict]:
         """Return the verdicts of the rollouts of a group that is not whole yet."""
-        return grade([group], self.verifier, self.fail_truncated, show_progress=False)[0].verdicts
+        return judge_rollouts(group, self.verifier, self.fail_truncated)
 
     def accept(self, recent: range) -> None:
         """Accept groups of these versions from the stream. Called before a refit."""

@@ -23,8 +23,6 @@ class Planner:
     """A planner of the groups of a collection. It also judges rollouts if later ones of the group depend on them."""
 
     plan: Callable[[Prompt], GroupPlan]
-    num_rollouts: int
-    """Members of a group."""
     judge: Callable[[RolloutGroup], Sequence[Verdict]]
     """Called in a worker thread with the rollouts of one step of a plan."""
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.loop.draws import Draws
-from megatron_dypo.loop.requests import planner_of
+from megatron_dypo.loop.requests import judge_rollouts, planner_of
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.route import will_learn_from
 from megatron_dypo.processes.stop_requests import STOP
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.stream import RolloutStream
 from megatron_dypo.rollout.stream_sampler import StreamWork
-from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup, Verdict
+from megatron_dypo.types import GradedGroup, Prompt, RolloutGroup
 
 
 def open_stream(
@@ -37,12 +38,11 @@ def open_stream(
     """
     cfg, batching, replicas = config.rollout, config.batching, draws.replicas
 
-    def graded(group: RolloutGroup) -> GradedGroup:
-        fail_truncated = config.grading.fail_truncated
-        return grade([group], verifier, fail_truncated, trace_text=trace_text, show_progress=False)[0]
+    fail_truncated = config.grading.fail_truncated
+    judged = functools.partial(judge_rollouts, verifier=verifier, fail_truncated=fail_truncated)
 
-    def judged(group: RolloutGroup) -> Sequence[Verdict]:
-        return grade([group], verifier, config.grading.fail_truncated, show_progress=False)[0].verdicts
+    def graded(group: RolloutGroup) -> GradedGroup:
+        return grade([group], verifier, fail_truncated, trace_text=trace_text, show_progress=False)[0]
 
     # All that a collection may look at, and two batches in flight.
     max_unread = max(

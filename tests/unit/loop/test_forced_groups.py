@@ -10,15 +10,18 @@ import pytest
 
 from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
+from megatron_dypo.loop.requests import planner_of
 from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.loop.train import train_run
-from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.objective.recipes.registry import OBJECTIVES, build_objective
 from megatron_dypo.types import Prompt, Sample, Verdict
 from tests.support.fake_sglang import FakeSGLang
 from tests.support.loop_cases import ROUND, FakePolicy, Prompts, Records, Refits, collect_groups, make_config, make_run
 
 PREFIX_RFT = ObjectiveConfig(name="prefix_rft", normalize_std=False, clip_low=None, clip_high=None)
 TRAPO = ObjectiveConfig(name="trapo", normalize_std=False, clip_low=None, clip_high=None)
+
+OPTIONS: dict[str, dict[str, Any]] = {"sft_then_rl": {"sft_steps": 1}}
 
 
 class LongTraces(Prompts):
@@ -122,3 +125,10 @@ def test_the_servers_log_probs_cannot_stand_for_those_of_forced_tokens(tmp_path:
     config = make_config(tmp_path, objective=PREFIX_RFT)
     with pytest.raises(ValueError, match=r"old_logp\.source=server: must be trainer: objective\.name=prefix_rft"):
         require_logprob_sources(config, build_objective(config.objective))
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_only_an_objective_with_plans_of_its_own_has_groups_sampled_in_parts(name: str) -> None:
+    objective = build_objective(ObjectiveConfig(name=name, **OPTIONS.get(name, {})))
+    planner = planner_of(objective, 8, step=lambda: 1, seed=1, judge=lambda group: ())
+    assert (planner is not None) == (name in ("prefix_rft", "trapo"))

@@ -28,7 +28,7 @@ def never(group: RolloutGroup) -> Sequence[Verdict]:
 
 
 def planner(plan: Callable[[Prompt], GroupPlan], judge: Callable[[RolloutGroup], Sequence[Verdict]] = never) -> Planner:
-    return Planner(plan=plan, num_rollouts=4, judge=judge)
+    return Planner(plan=plan, judge=judge)
 
 
 def sampled(
