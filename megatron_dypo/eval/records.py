@@ -99,8 +99,7 @@ class RecordFile:
 
     Raises:
         ValueError: another process has the file open; or its records belong to another setting, in which case the
-        message
-            names the first field that differs.
+            message names the first field that differs.
     """
 
     def __init__(self, out: Path, name: str, setting: Mapping[str, Any]) -> None:

@@ -177,8 +177,7 @@ def grade(
 
     Args:
         trace_text: returns the teacher's trace that is judged beside a prompt's rollouts, or None. Without it no trace
-        is
-            judged.
+            is judged.
     """
     truncated = Verdict(is_correct=False, reward=0.0)
     texts = [

@@ -60,8 +60,7 @@ def fused_logprobs(
         group: tensor-parallel group; None for a whole vocabulary on one rank.
         with_entropy: whether to compute the entropy.
         memory_budget: bytes of scratch besides the gradients. It sets the rows of a chunk (at least one). None: half
-        the
-            size of the weight in fp32, and at least 256 MiB.
+            the size of the weight in fp32, and at least 256 MiB.
         sink: takes the weight's gradient. None: autograd takes it.
 
     Returns:

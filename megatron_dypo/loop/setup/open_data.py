@@ -77,8 +77,7 @@ def check_against_verifier(config: Config, dataset: PromptDataset, verifier: Ver
 
     Raises:
         ValueError: a row names a verifier that it may not name; an answer is an object and its verifier reads only
-        text;
-            or a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
+            text; or a verifier asks for the row's other columns, which ``data.keep_row`` leaves out.
     """
     grading = config.grading
     problems = [found for name in sorted(dataset.verifiers) if (found := row_verifier_problem(grading, name))]

@@ -36,8 +36,7 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
 
     Raises:
         ValueError: an HF tensor is missing, unknown or misshapen; a size does not divide the model; or ``mcore_path``
-        is
-            not vacant. Nothing is written then.
+            is not vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
     check_tensor_parallel(arch, mesh.tensor)

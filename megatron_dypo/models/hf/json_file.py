@@ -36,8 +36,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: no file, a git-lfs pointer, not UTF-8, not JSON, no object at the top level, a field given twice
-        with
-            different values, an integer of more than 4,300 digits, or more than ``MAX_DEPTH`` levels.
+            with different values, an integer of more than 4,300 digits, or more than ``MAX_DEPTH`` levels.
     """
     content = read_bytes(path)
     try:

@@ -31,8 +31,7 @@ def quantize_hf(
 
     Raises:
         ValueError: a tensor is missing, unknown or misshapen; the HF folder is already quantised; or ``out_path`` is
-        not
-            vacant. Nothing is written then.
+            not vacant. Nothing is written then.
     """
     arch = load_architecture(hf_path)
     reader = HFReader(hf_path)
