@@ -71,6 +71,16 @@ def open_rows(path: Path, columns: Collection[str] | None, required: Collection[
     return rows
 
 
+def require_output(out: Path, source: Path, what: str) -> None:
+    """Raise ValueError unless rows that are made from ``source`` (for messages: ``what``) can be written to ``out``."""
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out}: must end in .jsonl")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"{out}: must be a file in a folder that is there")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ValueError(f"{out}: is {what} itself: give another name")
+
+
 def require_kind(path: Path) -> None:
     """Raise ValueError naming the file unless its name and its first bytes suit a prompt file."""
     if path.suffix not in (".jsonl", ".parquet"):

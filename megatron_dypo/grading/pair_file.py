@@ -12,11 +12,11 @@ import pyarrow.parquet
 
 from megatron_dypo.config.words import counted
 from megatron_dypo.data.files import RowFile, open_rows
+from megatron_dypo.data.problems import Problems
 from megatron_dypo.data.rows import BadRow
 from megatron_dypo.grading.pairs import Pair
 from megatron_dypo.grading.workers.results import shown
 
-_SHOWN_PROBLEMS = 20
 _MISSING = object()
 _ROW_FIELDS = {"prompt": "prompt", "source": "source", "id": "prompt_id"}
 """Column → field of a verifier that gets it, if it is text. The row keeps the column too."""
@@ -52,14 +52,12 @@ class PairFile:
     def __init__(self, path: Path, fields: Fields) -> None:
         self.path, self._fields = path, fields
         self._rows = _open(path)
-        problems, num_problems = [], 0
+        problems = Problems()
         for line in self._lines():
             if isinstance(line, str):
-                num_problems += 1
-                problems += [line] if num_problems <= _SHOWN_PROBLEMS else []
+                problems.add(line)
         if problems:
-            more = [f"  and {num_problems - len(problems)} more"] if num_problems > len(problems) else []
-            raise ValueError("\n".join([f"{path}: {counted(num_problems, 'bad row')}:", *problems, *more]))
+            raise ValueError(problems.under(f"{path}: {counted(len(problems), 'bad row')}:"))
         if not len(self._rows):
             raise ValueError(f"{path}: has no rows")
 

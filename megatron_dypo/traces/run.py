@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_dypo.data.files import require_output
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.eval.endpoints import OpenAIEndpoint
 from megatron_dypo.fs import replace_file
@@ -47,7 +48,7 @@ def generate_traces(prompts: Path, out: Path, cfg: TraceCommandConfig, *, show_p
         ValueError: an input breaks a rule; a teacher cannot be reached at the start; records are of another setting.
         RunEnded: teachers were given up, or a signal to stop came; the responses before that are recorded.
     """
-    _require_places(prompts, out)
+    require_output(out, prompts, "the prompt file")
     folder = records_folder(out)
     tasks = Tasks(prompts, cfg, cfg.teachers.keys(), show_progress=show_progress)
     with contextlib.ExitStack() as stack:
@@ -64,15 +65,6 @@ def generate_traces(prompts: Path, out: Path, cfg: TraceCommandConfig, *, show_p
             lines = [f"teacher {name} was given up: {why}" for name, why in failures.items()]
             raise RunEnded(Cause.SERVERS_GONE, "\n".join([*lines, _so_far(ledgers, out)]))
     return report
-
-
-def _require_places(prompts: Path, out: Path) -> None:
-    if out.suffix != ".jsonl":
-        raise ValueError(f"{out}: must end in .jsonl")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"{out}: must be a file in a folder that is there")
-    if out.exists() and prompts.exists() and out.samefile(prompts):
-        raise ValueError(f"{out}: is the prompt file itself: give another name for its rows with traces")
 
 
 def _ask(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.words import counted
 from megatron_dypo.data.formats import columns_of
+from megatron_dypo.data.problems import Problems
 from megatron_dypo.data.rows import BadRow, PromptRow
 from megatron_dypo.data.source import RowSource
 from megatron_dypo.data.values import shown
@@ -23,7 +24,6 @@ from megatron_dypo.metrics.progress import progress
 from megatron_dypo.traces.config import TraceCommandConfig
 
 _PART_BYTES = 8 * 2**20
-_SHOWN_PROBLEMS = 20
 
 
 class Tasks:
@@ -50,18 +50,15 @@ class Tasks:
         self.verifiers: set[str] = set()
         """Verifiers that rows name in their own column."""
         with progress(len(self.source), "reading prompts", "rows", enabled=show_progress) as bar:
-            problems = []
+            problems = Problems()
             for place, row in self._rows():
                 bar.update(1)
                 if isinstance(row, BadRow):
-                    problems.append(f"  {place}: {row}")
+                    problems.add(f"  {place}: {row}")
                 else:
                     self._add(row)
         if problems:
-            rest = len(problems) - _SHOWN_PROBLEMS
-            more = [f"  and {counted(rest, 'more row')}"] if rest > 0 else []
-            head = f"{counted(len(problems), 'bad row')} in the prompt file:"
-            raise ValueError("\n".join([head, *problems[:_SHOWN_PROBLEMS], *more]))
+            raise ValueError(problems.under(f"{counted(len(problems), 'bad row')} in the prompt file:"))
 
     def __len__(self) -> int:
         return len(self._first_rows)

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.words import counted
+from megatron_dypo.data.files import require_output
 from megatron_dypo.data.formats import FORMATS
+from megatron_dypo.data.problems import Problems
 from megatron_dypo.data.rows import BadRow, parse_row
 from megatron_dypo.data.values import shown
 from megatron_dypo.eval.benchmarks.readers import Question
 from megatron_dypo.eval.benchmarks.sets import BENCHMARKS, Benchmark
 from megatron_dypo.eval.benchmarks.tables import read_table
 from megatron_dypo.fs import new_file
-
-_SHOWN_PROBLEMS = 20
 
 
 def prepare_set(name: str, path: Path, out: Path, *, instruction: str = "", is_part: bool = False) -> int:
@@ -36,12 +36,7 @@ def prepare_set(name: str, path: Path, out: Path, *, instruction: str = "", is_p
             with file, line, field, value and rule.
     """
     benchmark = _benchmark(name)
-    if out.suffix != ".jsonl":
-        raise ValueError(f"{out}: must end in .jsonl")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ValueError(f"{out}: must be a file in a folder that is there")
-    if out.exists() and path.exists() and out.samefile(path):
-        raise ValueError(f"{out}: is the published file itself: give another name")
+    require_output(out, path, "the published file")
     rows = _rows(name, benchmark, path, instruction)
     sizes = " or ".join(map(str, benchmark.rows))
     if not is_part and len(rows) not in benchmark.rows:
@@ -64,7 +59,7 @@ def _benchmark(name: str) -> Benchmark:
 
 def _rows(name: str, benchmark: Benchmark, path: Path, instruction: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+    problems = Problems()
     places: dict[str, str] = {}
     for number, (place, record) in enumerate(read_table(path)):
         try:
@@ -78,12 +73,10 @@ def _rows(name: str, benchmark: Benchmark, path: Path, instruction: str) -> list
                 raise BadRow(f"id={shown(row['id'])}: is that of {first} too")
             rows.append(row)
         except BadRow as bad:
-            problems.append(f"  {place}: {bad}")
+            problems.add(f"  {place}: {bad}")
     if problems:
-        rest = len(problems) - _SHOWN_PROBLEMS
-        more = [f"  and {counted(rest, 'more row')}"] if rest > 0 else []
         head = f"{counted(len(problems), 'row')} of {path} cannot be one of {name} ({benchmark.columns}):"
-        raise ValueError("\n".join([head, *problems[:_SHOWN_PROBLEMS], *more]))
+        raise ValueError(problems.under(head))
     return rows
 
 
