@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from megatron_dypo.config.words import counted
 from megatron_dypo.fs import replace_file, sync
 
 _BLOCK_BYTES = 2**20
+
+T = TypeVar("T")
 
 _log = logging.getLogger("megatron_dypo")
 
@@ -25,8 +29,17 @@ def whole_lines(content: bytes) -> tuple[bytes, int]:
     return content[:end], len(content) - end
 
 
-def parse_object(line: bytes, place: str, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
-    """Return the object of a line. Raises ValueError unless it has exactly the fields of ``kinds``, of these types."""
+def parse_line(line: bytes, place: str, of: type[T]) -> T:
+    """Return the record of a line.
+
+    Args:
+        place: file and line, for messages.
+        of: dataclass whose fields are texts, numbers, booleans or None.
+
+    Raises:
+        ValueError: the line is no object with exactly the fields of ``of``, of their types.
+    """
+    kinds = _kinds(of)  # type: ignore[arg-type]  # mypy doubts that a class can be hashed
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -37,7 +50,14 @@ def parse_object(line: bytes, place: str, kinds: Mapping[str, tuple[type, ...]])
         if type(value[name]) not in allowed:
             words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
             raise ValueError(f"{place}: {name}={value[name]!r}: must be {words}")
-    return value
+    return of(**value)
+
+
+@functools.cache
+def _kinds(of: type) -> dict[str, tuple[type, ...]]:
+    """Return the types that each field of a dataclass may have."""
+    hints = get_type_hints(of)
+    return {field.name: get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(of)}
 
 
 class LockedLines:

@@ -188,7 +188,12 @@ class EvalSet:
     def _shown(self, plain: str | list[Message], tokens: Tokens) -> str:
         if self._tokenizer is not None:
             return self._tokenizer.decode(tokens.tolist())
-        return plain if isinstance(plain, str) else "\n".join(str(message["content"]) for message in plain)
+        return plain_text(plain)
+
+
+def plain_text(prompt: str | list[Message]) -> str:
+    """Return a prompt as text for people: of messages, the contents."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
 def response_seed(seed: int, prompt_id: str, sample: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_dypo.eval.locked_lines import LockedLines, parse_object, whole_lines
+from megatron_dypo.eval.locked_lines import LockedLines, parse_line, whole_lines
 from megatron_dypo.metrics.names import name_part
 
 SUMMARY_FILE = "summary.json"
@@ -43,21 +43,6 @@ class Record:
     error: str | None = None
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "set": (str,),
-    "item": (str,),
-    "sample": (int,),
-    "seed": (int,),
-    "source": (str,),
-    "correct": (bool, type(None)),
-    "truncated": (bool,),
-    "num_tokens": (int,),
-    "response": (str,),
-    "answer": (str, type(None)),
-    "error": (str, type(None)),
-}
-
-
 def records_path(out: Path, name: str) -> Path:
     """Return the file with the records of the set ``name``."""
     return out / f"{name_part(name)}.jsonl"
@@ -77,16 +62,12 @@ def read_records(path: Path) -> list[Record]:
     text, _ = whole_lines(path.read_bytes()) if path.exists() else (b"", 0)
     records: dict[tuple[str, int], Record] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        record = _parse(line, f"{path}:{number}")
+        record = parse_line(line, f"{path}:{number}", Record)
         key = (record.item, record.sample)
         if key in records:
             raise ValueError(f"{path}:{number}: item={record.item!r}, sample={record.sample}: has a record already")
         records[key] = record
     return list(records.values())
-
-
-def _parse(line: bytes, place: str) -> Record:
-    return Record(**parse_object(line, place, _KINDS))
 
 
 class RecordFile:

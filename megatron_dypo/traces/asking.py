@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dypo.data.rows import PromptRow
 from megatron_dypo.eval.endpoints import OpenAIEndpoint
-from megatron_dypo.eval.prompts import EvalPrompt, response_seed
+from megatron_dypo.eval.prompts import EvalPrompt, plain_text, response_seed
 from megatron_dypo.eval.replies import Reply
 from megatron_dypo.grading.verify import Verifier
 from megatron_dypo.metrics.logs import warn_often
@@ -127,7 +128,7 @@ class _Teacher:
             row = self._tasks.row(task)
             key = task_key(row)
             while not self._ledger.is_done(task):
-                prompt = self._prompt(task, key)
+                prompt = self._prompt(task, row, key)
                 got = await self._ask(prompt)
                 if got is None:
                     break
@@ -151,15 +152,14 @@ class _Teacher:
         self._failures = 0
         return reply
 
-    def _prompt(self, task: int, key: bytes) -> EvalPrompt:
-        row, sample = self._tasks.row(task), self._ledger.next_sample(task)
-        plain = row.prompt
+    def _prompt(self, task: int, row: PromptRow, key: bytes) -> EvalPrompt:
+        sample, plain = self._ledger.next_sample(task), row.prompt
         return EvalPrompt(
             prompt_id=row.prompt_id,
             visit=sample,
             order=task,
             tokens=np.empty(0, np.int32),
-            text=plain if isinstance(plain, str) else "\n".join(str(message["content"]) for message in plain),
+            text=plain_text(plain),
             answer=row.answer,
             source=row.source,
             verifier=row.verifier,

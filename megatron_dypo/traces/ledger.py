@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_dypo.eval.locked_lines import LockedLines, parse_object
+from megatron_dypo.eval.locked_lines import LockedLines, parse_line
 from megatron_dypo.metrics.names import name_part
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.traces.config import TeacherConfig
@@ -41,20 +41,6 @@ class TraceRecord:
     num_prompt_tokens: int
     response: str
     error: str | None = None
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "key": (str,),
-    "id": (str,),
-    "sample": (int,),
-    "correct": (bool, type(None)),
-    "truncated": (bool,),
-    "refused": (bool,),
-    "num_tokens": (int,),
-    "num_prompt_tokens": (int,),
-    "response": (str,),
-    "error": (str, type(None)),
-}
 
 
 @dataclass(kw_only=True)
@@ -126,7 +112,7 @@ class Ledger:
             progress(path.stat().st_size, f"records of {self.name}", "bytes", enabled=self._show_progress) as bar,
         ):
             for number, line in enumerate(file, start=1):
-                self._note(TraceRecord(**parse_object(line, f"{path}:{number}", _KINDS)), offset)
+                self._note(parse_line(line, f"{path}:{number}", TraceRecord), offset)
                 offset += len(line)
                 bar.update(len(line))
 
@@ -152,7 +138,7 @@ class Ledger:
 
     def is_done(self, task: int) -> bool:
         """Return whether nothing is left to ask about a task."""
-        return not self._is_open(task)
+        return bool(self._done(task))
 
     def next_sample(self, task: int) -> int:
         """Return the number of the next response to a task."""
@@ -175,17 +161,10 @@ class Ledger:
                 texts.append(str(json.loads(file.readline())["response"]))
         return texts
 
-    def _done(self) -> npt.NDArray[np.bool_]:
-        enough = (self._asked >= self.cfg.samples) | (self._num_kept >= self.cfg.keep)
-        return enough | self._refused | ~self._lacking
-
-    def _is_open(self, task: int) -> bool:
-        return bool(
-            self._lacking[task]
-            and not self._refused[task]
-            and self._asked[task] < self.cfg.samples
-            and self._num_kept[task] < self.cfg.keep
-        )
+    def _done(self, at: int | slice = slice(None)) -> Any:
+        """Return whether the task at a number is done; for a slice, an array."""
+        enough = (self._asked[at] >= self.cfg.samples) | (self._num_kept[at] >= self.cfg.keep)
+        return enough | self._refused[at] | ~self._lacking[at]
 
     def _note(self, record: TraceRecord, offset: int) -> None:
         try:
