@@ -114,6 +114,10 @@ def close(layout: MeshRank) -> None:
 
     if sys.exc_info()[0] is not None:
         return
+    # Over the world, in three steps on the CPU's groups: gloo lets a rank go while its peers still make connections.
+    dist.barrier(group=layout.replica_group)
+    if layout.leaders_group is not None:
+        dist.barrier(group=layout.leaders_group)
     dist.barrier(group=layout.replica_group)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

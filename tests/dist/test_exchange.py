@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tests.support.dist.spawn import run_ranks
+from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.objective_cases import random_groups
 
 
@@ -19,7 +19,7 @@ def rank_exchange(seed):
     from megatron_dypo.batching.exchange import balance, broadcast_samples
     from megatron_dypo.parallel.collectives import broadcast_object, gather_objects
 
-    dist.init_process_group("gloo")
+    join_world()
     groups = random_groups(seed, num_hard=4, num_mid=6)
     rank = dist.get_rank()
     owner = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # rank 2 holds nothing

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_dypo.models.architecture import Experts
 from megatron_dypo.refit.plan.refit_plan import Mesh
 from tests.support.architectures import make_arch
-from tests.support.dist.spawn import run_ranks
+from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.refit_standins import held_names, plain_layout, shard
 
 TIMEOUT_S = 3600.0
@@ -49,7 +49,7 @@ def rank_gathers(fault: str, mixture: bool, faulty_rank: int) -> tuple[str, str]
     """Return the error of this rank and its text."""
     from megatron_dypo.models.gather import exhausted, iter_hf_tensors
 
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+    join_world(datetime.timedelta(seconds=TIMEOUT_S))
     rank, arch = dist.get_rank(), MIXTURE if mixture else ARCH
     axes = Mesh(tensor=2, expert_tensor=2 if mixture else 1)
     groups: dict[str, Any] = {"tp_group": dist.new_group([0, 1])}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.dist.spawn import run_ranks
+from tests.support.dist.spawn import join_world, run_ranks
 from tests.support.hf_models import make_hf_model
 
 NUM_ROWS, HIDDEN, VOCAB = 9, 16, 21
@@ -40,7 +40,7 @@ def rank_results(cases: tuple[str, ...]) -> dict:
 
     from megatron_dypo.objective.fused_logprobs import fused_logprobs
 
-    dist.init_process_group("gloo")
+    join_world()
     group, rank = dist.group.WORLD, dist.get_rank()
     results = {}
     for name in cases:
@@ -90,7 +90,7 @@ def rank_refusal() -> str:
 
     from megatron_dypo.objective.fused_logprobs import fused_logprobs
 
-    dist.init_process_group("gloo")
+    join_world()
     with pytest.raises(ValueError, match="vocab_size=2") as error:
         fused_logprobs(torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([0]), vocab_size=2, group=dist.group.WORLD)
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dypo.ending import Cause, cause_of
-from tests.support.dist.spawn import RankError, run_ranks
+from tests.support.dist.spawn import RankError, join_world, run_ranks
 
 DEADLINE_S = 3600.0
 """Deadline of the steps. It is longer than any test may take: nobody can have waited for it."""
@@ -43,7 +43,7 @@ def step_ranks(kinds):
     """Return for each kind of error what this rank raised, and its cause. Rank 1 fails, in the last step both do."""
     from megatron_dypo.refit.lockstep import Lockstep
 
-    dist.init_process_group("gloo")
+    join_world()
     lockstep, rank = Lockstep(DEADLINE_S), dist.get_rank()
     seen: list[Any] = []
     for index, kind in enumerate(kinds):
@@ -110,7 +110,7 @@ def rank_dies(path):
     """Let rank 1 die in its action; return what rank 0 then saw."""
     from megatron_dypo.refit.lockstep import Lockstep
 
-    dist.init_process_group("gloo")
+    join_world()
     lockstep = Lockstep(DEADLINE_S)
     if dist.get_rank() == 1:
         lockstep.run(lambda: os._exit(9))
@@ -133,7 +133,7 @@ def rank_echoes():
     from megatron_dypo.models.gather import PeerFailedError
     from megatron_dypo.refit.lockstep import Lockstep, RefitError
 
-    dist.init_process_group("gloo")
+    join_world()
     lockstep, rank = Lockstep(DEADLINE_S), dist.get_rank()
 
     def echo():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.parallel.mesh import Mesh
+from tests.support.dist.spawn import join_world
 from tests.support.refit_standins import held_names, plain_layout, shard
 from tests.support.fake_control import KEY
 
@@ -77,7 +78,7 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
     from megatron_dypo.refit.refitter import Refitter
     from megatron_dypo.refit.lockstep import RefitError
 
-    dist.init_process_group("gloo")
+    join_world()  # its barrier imports a large part of torch, which must not count as part of a refit
     layout = plain_layout(refit.axes, dist.get_rank())
     params: dict[str, Any] = dict.fromkeys(held_names(refit.arch, refit.axes, layout))
     config = RefitConfig(
@@ -98,7 +99,6 @@ def rank_refit(refit: Refit) -> list[dict[str, Any]]:
         run_dir=folder,
         hf_reference=folder,
     )
-    dist.barrier()  # the first collective imports a large part of torch, which must not count as part of a refit
     outcomes = []
     for version, seed in enumerate(refit.seeds):
         params.update({name: shard(name, refit.arch, layout, seed, refit.dtype) for name in params})

@@ -6,6 +6,7 @@ Ranks are forked from a process that has imported Megatron and done nothing else
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing as mp
 import os
 import signal
@@ -31,7 +32,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
     """Run ``function(*args)`` on each of ``world_size`` ranks, in the environment that torchrun would give them.
 
     ``function`` is a module-level function; arguments and results are pickled. It calls ``start_megatron`` or
-    ``torch.distributed.init_process_group`` itself.
+    :func:`join_world` itself.
 
     Returns:
         The results, by rank.
@@ -62,6 +63,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
+
+
+def join_world(timeout: datetime.timedelta | None = None) -> None:
+    """Join the gloo group of all ranks, and wait until all are in it.
+
+    gloo lets a rank go as soon as its own connections stand. A rank that then leaves would close connections that its
+    peers are still making, and they would fail in its place.
+    """
+    dist.init_process_group("gloo", timeout=timeout)
+    dist.barrier()
 
 
 def forking() -> Any:
