@@ -45,6 +45,7 @@ ROWS: dict[int, dict[str, Row]] = {
         "tp2 sp pp2 vpp2, tied": Row(axes=SP | VPP, kind="llama_tied"),
         "tp2 dp2": Row(axes=TP),
         "experts, ep2 pp2": Row(axes=EP | PP, kind="qwen3_moe"),
+        "experts, tp2 sp ep2 dp2": Row(axes=SP | EP, kind="qwen3_moe"),
         "experts, ep2 dp4": Row(axes=EP, kind="qwen3_moe"),
     },
 }

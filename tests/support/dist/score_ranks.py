@@ -45,7 +45,7 @@ def rank_scores(
 def _row(row: Row, port: int, path: str, samples: Sequence[Sample]) -> Seen:
     from megatron_dypo.config.model import ModelConfig, ParallelConfig
     from megatron_dypo.mcore.model import build_model, load_initial_weights
-    from megatron_dypo.mcore.scores import sequence_scores, shares_experts_with_others
+    from megatron_dypo.mcore.scores import sequence_scores
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.models.architecture import load_architecture
     from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
@@ -58,7 +58,7 @@ def _row(row: Row, port: int, path: str, samples: Sequence[Sample]) -> Seen:
     model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute)  # type: ignore[arg-type]
     chunks = build_model(arch, model, parallel, layout, **row.options)
     load_initial_weights(chunks, model, arch, layout)
-    is_joint = shares_experts_with_others(layout)
+    is_joint = layout.mesh.replicas_share_experts
     mine = [i for i in range(len(samples)) if is_joint or i % layout.data == layout.dp_rank]
     found: list[dict[int, Floats]] = []
     for gradient_map in (WholeGradient(arch), RandomProjection(SIZE, SEED)):
