@@ -32,4 +32,8 @@ class ProbeConfig:
         require(self.prompts >= 3, f"prompts={self.prompts}", "must be at least 3: intervals are over prompts")
         require(self.repeats >= 2, f"repeats={self.repeats}", "must be at least 2: a variance needs two groups")
         size = self.dimension
-        require(size == 0 or (size >= 2 and size.bit_count() == 1), f"dimension={size}", "must be 0 or a power of two")
+        require(
+            size == 0 or (2 <= size <= 2**24 and size.bit_count() == 1),
+            f"dimension={size}",
+            "must be 0, or a power of two from 2 to 2^24",
+        )

@@ -14,8 +14,8 @@ from megatron_dypo.planning.training import pass_time
 
 TEACHERS = 2
 """Teachers whose traces are scored, where the config does not name them; the paper's m."""
-_HASH_PASSES = 10
-"""Reads and writes of an 8-byte number for each entry of a gradient, to hash its address."""
+_HASH_PASSES = 14
+"""Reads and writes of a 4-byte number for each entry of a gradient, to hash its address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,14 @@ def probe_cost(setting: Setting) -> ProbeCost:
     passes = 3 + (cfg.model.recompute == "full")
     one = pass_time(alone, sequence_cost(setting.arch, cfg.model.recompute), setting.data, passes, is_update=True)
     counts = largest_counts(setting).total
-    projection = counts * (2 * 4 + _HASH_PASSES * 8) / setting.gpu.hbm  # gradients are zeroed and read
+    projection = counts * (2 * 4 + _HASH_PASSES * 4) / setting.gpu.hbm  # gradients are zeroed and read
     size = cfg.probe.dimension or whole_model(setting.arch).total
     return ProbeCost(
         trajectories=trajectories,
         rollout=rollout_round(_sampling(setting)).seconds,
         scores=rounds * (one.total - one.data - one.optimizer + projection),
         update=rounds * one.total,
-        device_bytes=BLOCK * 8 * 5 + min(KEPT_ENTRIES, counts) * 4 + 3 * size * 8,
+        device_bytes=BLOCK["cuda"] * 8 + min(KEPT_ENTRIES, counts) * 4 + 3 * size * 8,
         host_bytes=trajectories * size * 4,
     )
 
