@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_dypo.checks import require
 from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.tree import Config
-from megatron_dypo.mcore.checkpoints.folder import find_latest, folder_of, step_of
+from megatron_dypo.mcore.checkpoints.folder import STATE, find_latest, folder_of, step_of
 
 CHECKPOINTS = "checkpoints"
 FOLDER = "probe"
@@ -53,13 +53,12 @@ def probe_target(path: Path, *, initial: bool = False) -> ProbeTarget:
         latest = None if initial else find_latest(path / CHECKPOINTS)
         require(initial or latest is not None, f"{path / CHECKPOINTS}", "has no whole checkpoint; --initial needs none")
         return ProbeTarget(run_dir=path, checkpoint=latest)
-    run_dir = path.resolve().parent.parent
-    is_checkpoint = path.resolve().parent.name == CHECKPOINTS and (run_dir / "config.yaml").is_file()
-    require(
-        is_checkpoint and path.is_dir(), f"{path}", "must be a run folder (with config.yaml) or RUN/checkpoints/step_N"
-    )
+    checkpoint = path.absolute()
+    run_dir = checkpoint.parent.parent
+    is_checkpoint = checkpoint.parent.name == CHECKPOINTS and (run_dir / "config.yaml").is_file() and path.is_dir()
+    require(is_checkpoint, f"{path}", "must be a run folder (with config.yaml) or RUN/checkpoints/step_N")
     require(not initial, f"{path} --initial", "name the run folder: a checkpoint has its own weights")
-    name = path.name.removeprefix("step_")
-    found = folder_of(path.parent, int(name)) if name.isdecimal() else path
-    require(name.isdecimal() and (path / "trainer_state.json").is_file(), f"{path}", "is no whole checkpoint of a run")
-    return ProbeTarget(run_dir=path.parent.parent, checkpoint=found)
+    number = checkpoint.name.removeprefix("step_")
+    is_whole = number.isdecimal() and (checkpoint / STATE).is_file()
+    require(is_whole, f"{path}", "is no whole checkpoint of a run")
+    return ProbeTarget(run_dir=run_dir, checkpoint=checkpoint)
