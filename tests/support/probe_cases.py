@@ -120,3 +120,35 @@ def naive_gradients(
     assert k >= 2
     eta = (weight**2).sum((-1, -2)) / pairs
     return {"grpo": grpo * is_mid[..., None], "gal": gal * is_mid[..., None], "is_mid": is_mid, "eta": eta}
+
+
+def weighted_moments(found: dict[str, np.ndarray], *, given_mid: bool) -> dict[str, dict[str, float]]:
+    """Return total, within, between and mean products of many prompts' gradients [P, R, d], as a population has them.
+
+    Biased by 1/P, so for many prompts alone. A prompt counts as often as it is Mid, if ``given_mid``.
+    """
+    share = found["is_mid"].astype(np.float64) if given_mid else np.ones(found["is_mid"].shape)
+    count = share.sum(1)
+    kept = count >= 2
+    result: dict[str, dict[str, float]] = {"total": {}, "within_prompts": {}, "between_prompts": {}, "squared_mean": {}}
+    for name, a, b in (("grpo", "grpo", "grpo"), ("gal", "gal", "gal"), ("covariance", "grpo", "gal")):
+        first, second = found[a], found[b]
+        means = [(one * share[..., None]).sum((0, 1)) / share.sum() for one in (first, second)]
+        mean = float(means[0] @ means[1])
+        total = float(((first * second).sum(-1) * share).sum() / share.sum()) - mean
+        part = share[kept]
+        own = [
+            (one[kept] * part[..., None]).sum(1, keepdims=True) / count[kept][:, None, None] for one in (first, second)
+        ]
+        products = ((first[kept] - own[0]) * (second[kept] - own[1])).sum(-1)
+        variance = (products * part).sum(1) / (count[kept] - 1)
+        within = float((variance * count[kept]).sum() / count[kept].sum())
+        result["total"][name], result["within_prompts"][name] = total, within
+        result["between_prompts"][name], result["squared_mean"][name] = total - within, mean
+    return result
+
+
+def mixed(parts: dict[str, float], alpha: float) -> float:
+    """Return the moment of α·GRPO + (1 − α)·GAL."""
+    rest = 1 - alpha
+    return alpha**2 * parts["grpo"] + rest**2 * parts["gal"] + 2 * alpha * rest * parts["covariance"]
