@@ -46,6 +46,12 @@ class Estimate:
         """Whether there is an interval."""
         return self.low is not None and self.high is not None
 
+    def root(self) -> Estimate:
+        """Return the estimate of the square root of a quantity that is not negative."""
+        roots = (None if end is None else math.sqrt(max(end, 0.0)) for end in (self.value, self.low, self.high))
+        value, low, high = roots
+        return Estimate(value=value, low=low, high=high)
+
 
 Scale = Literal["plain", "log", "fisher"]
 _TO_SCALE: dict[Scale, Callable[[Floats], Floats]] = {"plain": np.asarray, "log": np.log, "fisher": np.arctanh}
@@ -81,8 +87,9 @@ def estimate(
     Args:
         values_B: [B] the estimate under each row of :func:`jackknife_weights`; the first is the estimate itself.
         informative: number of prompts that have data for it; the degrees of freedom are one less.
-        scale: on which the interval is symmetric. ``log``: of a positive quantity. ``fisher``: of a correlation, by
-            Fisher's transform. It is ``plain`` instead if a value is outside of the scale.
+        scale: on which the interval is symmetric. ``log``: of a positive quantity. ``fisher``: of a cosine, by
+            Fisher's transform, with the jackknife's correction of the bias: near 1 the quotient of unbiased estimates
+            is often above 1. It is ``plain`` instead if a value is outside of the scale.
         least: smallest value that it can have; value and interval are cut there.
         largest: largest value.
     """
@@ -90,6 +97,8 @@ def estimate(
     others_B = others_B[np.isfinite(others_B)]
     if not math.isfinite(value):
         return UNKNOWN
+    if scale == "fisher" and len(others_B):
+        value -= (len(others_B) - 1) * (float(others_B.mean()) - value)
     cut = min(max(value, least), largest)
     count = min(informative, len(others_B))
     if count < MIN_PROMPTS or 2 * len(others_B) < len(values_B) - 1:
