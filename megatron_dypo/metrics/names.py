@@ -127,6 +127,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("timing_s/refit", "s", "refit: sending the new weights to the servers"),
     Metric("timing_s/save_checkpoint", "s", "checkpoint"),
     Metric("timing_s/eval", "s", "held-out evaluation"),
+    Metric("timing_s/probe", "s", "probe: rollouts, log-probs and scores (probe.every)"),
     Metric("timing_s/step", "s", "the whole step"),
     Metric("timing_s/other", "s", "the step minus every part above"),
     Metric("perf/tokens_per_sec", "tokens/s", "tokens of the update divided by the step's time"),

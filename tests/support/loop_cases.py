@@ -216,6 +216,14 @@ class FakePolicy:
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return [np.full(sample.num_response_tokens, -0.5, np.float32) for sample in samples]
 
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Any]:
+        """Return vectors that depend on the tokens alone."""
+        assert self._is_leader or not samples, "a follower holds no samples"
+        return [
+            np.random.default_rng([seed, *sample.tokens.tolist()]).normal(size=dimension).astype(np.float32)
+            for sample in samples
+        ]
+
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return self.logprobs(samples)
 
