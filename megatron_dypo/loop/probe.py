@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from megatron_dypo.types import GradedGroup, Sample, Treatment
 
 FOLDER = "probe"
 """Folder in the run folder."""
+
+_SECONDS = ("rollout_seconds", "score_seconds", "estimate_seconds")
+"""The parts of a probe that take time, in the order in which they happen."""
 
 log = logging.getLogger("megatron_dypo")
 
@@ -205,7 +208,7 @@ def _cost(scores: Scores, clock: Sequence[float]) -> dict[str, float]:
     """Return what the probe took; ``clock`` has the times at its start and after each of its three parts."""
     seconds = [after - before for before, after in itertools.pairwise(clock)]
     return {
-        **dict(zip(("rollout_seconds", "score_seconds", "estimate_seconds"), seconds, strict=True)),
+        **dict(zip(_SECONDS, seconds, strict=True)),
         "trajectories": len(scores.length_N),
         "response_tokens": int(scores.length_N.sum()),
         "dimension": scores.score_Nd.shape[1],
@@ -217,3 +220,28 @@ def _write(result: dict[str, Any], path: Path) -> None:
 
     replace_file(path, json.dumps(result, indent=1) + "\n")
     log.info("probe of step %d: %s\n%s", result["step"], path, text(result))
+
+
+def _moments(result: Mapping[str, Any]) -> GradientMoments | None:
+    """Return the moments of Mid prompts; None where one of them cannot be told, or on ranks without a result."""
+    if not result:
+        return None
+    total = result["moments"]["mid"]["total"]
+    values = {name: total[name]["value"] for name in ("grpo", "gal", "covariance")}
+    return None if None in values.values() else GradientMoments(**values)
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    if not result:
+        return {}
+    mid = result["moments"]["mid"]
+    estimates = {
+        "probe/var_grpo": mid["total"]["grpo"],
+        "probe/var_gal": mid["total"]["gal"],
+        "probe/covariance": mid["total"]["covariance"],
+        "probe/snr_mix": mid["signal_to_noise"]["mix"],
+        "probe/cosine": mid["cosine_of_means"],
+        "probe/best_alpha": mid["mix"]["best_alpha"],
+    }
+    known = {name: one["value"] for name, one in estimates.items() if one["value"] is not None}
+    return {**known, "probe/seconds": sum(result["cost"][part] for part in _SECONDS)}

@@ -496,7 +496,7 @@ def collect_groups(run: Run) -> None:
 
 def make_step(run: Run) -> None:
     """Make one step of the loop, with the checkpoint that is due after it."""
-    train_step(run.progress, run.collector, run.updater, run.evaluator, run.recorder)
+    train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
     save_if_due(run.checkpointer, run.progress)
 
 
