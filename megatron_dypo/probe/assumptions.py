@@ -80,6 +80,10 @@ def judge(
          ratios["gal_to_grpo"], {"below": 1.0}),
         ("mix_variance", f"The mix with α = {alpha:g} has a smaller variance than GRPO alone (eq. 4; figure: "
          "Var(mix)/Var(GRPO)).", ratios["mix_to_grpo"], {"below": 1.0}),
+        ("gal_signal", "GAL's smaller variance is more than a smaller gradient: its signal-to-noise ratio is larger "
+         "(figure: quotient to GRPO's).", ratios["signal_gal_to_grpo"], {"above": 1.0}),
+        ("mix_signal", f"The mix with α = {alpha:g} has a larger signal-to-noise ratio than GRPO (figure: quotient).",
+         ratios["signal_mix_to_grpo"], {"above": 1.0}),
         ("eta", "Successes are told from failures, so that η = E[w²] is below ¼ and bounds GAL's variance (eq. 17).",
          margins["eta"], {"below": 0.25}),
         ("same_direction", "The mean gradients of GAL and GRPO point the same way (figure: their cosine).",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from megatron_dypo.probe.moments import (
@@ -70,6 +68,12 @@ def _ratios(moments: Moments, alpha: float) -> Tree:
     return {
         "gal_to_grpo": _estimate(ratio(total_B["gal"], total_B["grpo"]), moments, scale="log"),
         "mix_to_grpo": _estimate(ratio(of_mix(total_B, alpha), total_B["grpo"]), moments, scale="log"),
+        "signal_gal_to_grpo": _estimate(
+            ratio(_signal_of(moments, 0.0), _signal_of(moments, 1.0)), moments, scale="log"
+        ),
+        "signal_mix_to_grpo": _estimate(
+            ratio(_signal_of(moments, alpha), _signal_of(moments, 1.0)), moments, scale="log"
+        ),
         "correlation": _correlation(total_B, moments),
         "correlation_within_prompts": _correlation(moments.within_B, moments),
     }
@@ -104,25 +108,25 @@ def _mix(moments: Moments, alpha: float) -> Tree:
 
 def _signal(moments: Moments, alpha: float) -> Tree:
     """Return |mean|² / variance of one prompt's gradient; of n prompts it is n times that."""
-
-    def of(weight: float) -> Floats:
-        return ratio(of_mix(moments.mean_B, weight), of_mix(moments.total_B, weight))
-
     return {
-        "grpo": _estimate(of(1.0), moments),
-        "gal": _estimate(of(0.0), moments),
-        "mix": _estimate(of(alpha), moments),
-        "best_alpha": _best_signal(moments, of),
+        "grpo": _estimate(_signal_of(moments, 1.0), moments),
+        "gal": _estimate(_signal_of(moments, 0.0), moments),
+        "mix": _estimate(_signal_of(moments, alpha), moments),
+        "best_alpha": _best_signal(moments),
     }
 
 
-def _best_signal(moments: Moments, of: Callable[[float], Floats]) -> Estimate:
+def _signal_of(moments: Moments, alpha: float) -> Floats:
+    return ratio(of_mix(moments.mean_B, alpha), of_mix(moments.total_B, alpha))
+
+
+def _best_signal(moments: Moments) -> Estimate:
     """Return the α in [0, 1] with the largest signal-to-noise ratio.
 
     A maximum at an end of [0, 1] stays there without any one prompt, so that the jackknife sees no uncertainty. So the
     interval has every α at which the sign of the derivative is not certain: a test of each α, inverted.
     """
-    values = np.array([of(alpha)[0] for alpha in _FINE])
+    values = np.array([_signal_of(moments, alpha)[0] for alpha in _FINE])
     if not np.isfinite(values).all():
         return Estimate(value=None, low=None, high=None)
     slopes = [_estimate(signal_slope(moments, alpha), moments) for alpha in _FINE]

@@ -92,7 +92,7 @@ def compute_moments(products: Products, weight_BP: Floats, scope: Scope) -> Mome
         square_P, mean_PP = products.square_P[pair], products.mean_PP[pair]
         mean_B[pair] = ratio(pair_sums(weight_BP, mean_PP), pair_counts(chance_BP))
         total_B[pair] = ratio(weight_BP @ square_P, chance_BP.sum(axis=1)) - mean_B[pair]
-        # Σ over the prompt's counted groups of a·b, minus the part of their mean: [1, or R/M of it]
+        # Σ over the counted groups of (a − mean)·(b − mean), where groups that are not counted have zero vectors
         deviation_P = products.groups_P * square_P - products.groups_P**2 * np.diag(mean_PP) / np.maximum(count_P, 1)
         own_P = deviation_P / np.maximum(count_P - 1, 1)
         within_B[pair] = ratio(paired_BP @ own_P, paired_BP.sum(axis=1))

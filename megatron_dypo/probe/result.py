@@ -106,7 +106,7 @@ def text(result: Mapping[str, Any]) -> str:
     for one in result["assumptions"]:
         lines += [
             f"  {one['verdict'].upper():<14}  {one['claim']}",
-            f"{'':18}{_interval(one['estimate'])}; {one['why']}",
+            f"{'':18}{_number(one['estimate']['value'])}; {one['why']}",
         ]
     lines += ["", "Figures (95% intervals)"]
     for part in ("tiers", "moments", "margins", "gate", "shares", "teachers"):
@@ -118,6 +118,8 @@ def text(result: Mapping[str, Any]) -> str:
 def _rows(tree: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         path = f"{name}.{key}"
+        if key == "grid":  # a curve, for plots
+            continue
         if isinstance(value, Mapping) and value.keys() == {"value", "low", "high"}:
             yield path, _interval(value)
         elif isinstance(value, Mapping):

@@ -56,6 +56,8 @@ def truth(given_mid: bool) -> dict[str, Any]:
         "ratios": {
             "gal_to_grpo": total["gal"] / total["grpo"],
             "mix_to_grpo": mixed(total, ALPHA) / total["grpo"],
+            "signal_gal_to_grpo": mean["gal"] / total["gal"] / (mean["grpo"] / total["grpo"]),
+            "signal_mix_to_grpo": mixed(mean, ALPHA) / mixed(total, ALPHA) / (mean["grpo"] / total["grpo"]),
             "correlation": total["covariance"] / np.sqrt(total["grpo"] * total["gal"]),
         },
         "mix": {
@@ -93,7 +95,7 @@ def test_intervals_contain_the_population_in_at_least_nine_trials_of_ten(scope):
             for name, value in values.items():
                 one = found[part][name]
                 held[part, name].append(one.low - 1e-12 <= value <= one.high + 1e-12)
-    assert len(held) == 25
+    assert len(held) == 27
     shares = {key: np.mean(hits) for key, hits in held.items()}
     assert {key: share for key, share in shares.items() if share < 0.9} == {}
 

@@ -111,4 +111,11 @@ def test_a_value_that_is_not_known_has_no_interval():
 def test_a_value_outside_of_the_scale_gets_a_plain_interval():
     values = np.array([0.1, -0.2, 0.1, 0.4])
     assert estimate(values, informative=3, scale="log") == estimate(values, informative=3)
-    assert estimate(values + 1, informative=3, scale="fisher") == estimate(values + 1, informative=3)
+    found, plain = (estimate(values + 1, informative=3, scale=scale) for scale in ("fisher", "plain"))
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high))
+
+
+def test_the_jackknife_corrects_the_bias_of_a_cosine():
+    found = estimate(np.array([0.5, 0.4, 0.5, 0.54]), informative=3, scale="fisher")
+    assert found.value == pytest.approx(3 * 0.5 - 2 * (0.4 + 0.5 + 0.54) / 3)
+    assert estimate(np.array([0.5, 0.4, 0.5, 0.54]), informative=3).value == 0.5

@@ -38,6 +38,7 @@ def test_shares_add_up_to_one():
 
 def test_shares_equal_loops_over_pairs_of_different_groups():
     drawn = draw(1, prompts=6, repeats=4, by_length=0.3)
+    pairs: list[Any]
     correct = drawn["correct"]
     is_mid = correct.any(-1) & ~correct.all(-1)
     kept = [q for q in range(6) if is_mid[q].sum() >= 2]
