@@ -38,6 +38,8 @@ def test_a_probe_in_training_keeps_its_scores_and_alpha_follows_it(run: Path) ->
     for step in (1, 2):
         scores = load(run / "probe" / f"step_{step:06d}.npz")
         assert scores.score_Nd.shape == (PROMPTS * (REPEATS * GROUP + 2), 512), "rollouts and two traces of each prompt"
+        norms = np.linalg.norm(scores.score_Nd, axis=1)
+        assert norms.max() < 20 * np.median(norms), "nothing of the update before is left in a score"
         assert set(scores.log_ratio_N) == {"old", "frozen"}
         assert scores.teachers == ("long", "short")
         assert np.bincount(scores.repeat_N + 1).tolist() == [2 * PROMPTS, *[PROMPTS * GROUP] * REPEATS]
