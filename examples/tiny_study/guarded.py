@@ -19,6 +19,7 @@ from typing import IO, Any
 from whole_job.stages import ROOT
 
 from megatron_dypo.config.reading.load import flow_yaml
+from megatron_dypo.ending import Cause
 from megatron_dypo.processes.children import program
 
 KEY = "DYPO_SGLANG_API_KEY"
@@ -37,15 +38,27 @@ def start(command: Sequence[str], grace_s: float, output: IO[bytes] | None = Non
 
 
 def run_to_the_end(command: Sequence[str], grace_s: float) -> int:
-    """Run a command and return its exit status. SIGTERM and Ctrl-C ask the command to stop."""
+    """Run a command and return its exit status.
+
+    SIGTERM and Ctrl-C ask the command to stop, and end this program with the status of a run that was stopped.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        process.terminate()
+
     process = start(command, grace_s)
-    requests = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: process.terminate()) for number in requests}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
+        status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked:
+        print("stopped on request; run the same command again to go on", file=sys.stderr)
+        sys.exit(Cause.STOPPED.status)
+    return status
 
 
 @contextlib.contextmanager

@@ -68,8 +68,9 @@ def _fixed(plan: Plan) -> Iterable[str]:
             f"- **Budget of rollouts**: {plan.steps} steps × {prompts} prompts × {group} rollouts = "
             f"{plan.steps * prompts * group:,} for every method that samples in each step. A step collects one round, "
             "however many of its prompts are Easy, so that no objective gets more rollouts than another. Only if a "
-            f"whole round has nothing to learn from is another one drawn. `sft` samples nothing: it gets {prompts} traces in "
-            "each step. `sft_then_rl` samples nothing in its first phase. The tables say how many rollouts each used.",
+            "whole round has nothing to learn from is another one drawn. `sft` samples nothing: it gets "
+            f"{prompts} traces in each step. `sft_then_rl` samples nothing in its first phase. The tables say how many "
+            "rollouts each used.",
             _tuning_words(plan, rates),
             f"- **Final runs**: seeds {', '.join(map(str, plan.seeds))}. The sets are `heldout` (the training "
             "distribution), `longer` (longer numbers or words than any that was trained on) and `phrasing` (another "

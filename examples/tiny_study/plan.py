@@ -125,6 +125,8 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ValueError: one line for each problem, with file, key, value and rule.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: must be a mapping of keys")

@@ -1,4 +1,7 @@
-"""Collect the results of a study in one value, which is committed and from which the page is rendered."""
+"""Collect the results of a study in one value, which is committed and from which the page is rendered.
+
+The working folder is the repository's root.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,11 @@ def collect_results(plan: Plan) -> Results:
         ValueError: a file of results is damaged.
     """
     tasks = {task: _of_task(plan, task) for task in plan.tasks if results_path(plan, task, "final").is_file()}
-    return {"commit": _commit(), "machine": f"{platform.machine()}, {platform.python_version()}", "tasks": tasks}
+    return {"commit": _commit(), "machine": f"{platform.machine()}, Python {platform.python_version()}", "tasks": tasks}
 
 
 def _of_task(plan: Plan, task: str) -> Results:
-    path = spec_path(plan, task, "final")
-    cells = open_comparison(path.relative_to(ROOT)).cells
+    cells = open_comparison(spec_path(plan, task, "final")).cells
     found: Results = json.loads(results_path(plan, task, "final").read_text(encoding="utf-8"))
     done = [cell for cell in cells if cell.is_done()]
     return {

@@ -22,8 +22,8 @@ DIVERGED = f"training failed: {Cause.NOT_FINITE.label} "
 
 
 def spec_path(plan: Plan, task: str, kind: str) -> Path:
-    """Return the file of a comparison: ``kind`` is ``tuning`` or ``final``."""
-    return ROOT / plan.folder(task) / f"{kind}.yaml"
+    """Return the file of a comparison, relative to the root: ``kind`` is ``tuning`` or ``final``."""
+    return plan.folder(task) / f"{kind}.yaml"
 
 
 def results_path(plan: Plan, task: str, kind: str) -> Path:
@@ -34,8 +34,8 @@ def results_path(plan: Plan, task: str, kind: str) -> Path:
 def write_spec(plan: Plan, task: str, kind: str, content: Mapping[str, Any]) -> Path:
     """Write the description of a comparison, whole or not at all."""
     path = spec_path(plan, task, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, yaml.safe_dump(dict(content), sort_keys=False, width=120))
+    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+    replace_file(ROOT / path, yaml.safe_dump(dict(content), sort_keys=False, width=120))
     return path
 
 
