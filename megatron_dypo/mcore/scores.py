@@ -59,17 +59,12 @@ def sequence_scores(
     _zero(chunks)
 
 
-def shares_experts_with_others(layout: MeshRank) -> bool:
-    """Tell whether tokens of one replica are computed by experts of another."""
-    return layout.shares_experts and layout.data > 1
-
-
 def _summed(part_d: torch.Tensor, layout: MeshRank) -> torch.Tensor:
     """Return the sum over the ranks that worked on one trajectory, on the leader; zeros elsewhere."""
     dist.reduce(part_d, layout.leader_rank, group=layout.replica_group)
     if layout.leaders_group is None:
         return torch.zeros_like(part_d)
-    if shares_experts_with_others(layout):
+    if layout.mesh.replicas_share_experts:
         dist.all_reduce(part_d, group=layout.leaders_group)
         part_d /= layout.data
     return part_d

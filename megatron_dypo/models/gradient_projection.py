@@ -21,8 +21,9 @@ from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows
 from megatron_dypo.models.families.table import Row
 
-BLOCK = 2**22
-"""Entries that are hashed at a time; it bounds the scratch memory (some 100 MB)."""
+BLOCK = {"cpu": 2**17, "cuda": 2**24}
+"""Entries that are hashed at a time, by type of device: few enough for a CPU's cache, enough for a GPU's cores. A block
+takes 8 bytes of scratch memory an entry."""
 KEPT_ENTRIES = 2**24
 """A rank with at most so many entries keeps their slots (4 bytes each) instead of hashing again for each gradient."""
 
@@ -34,9 +35,14 @@ class GradientMap(Protocol):
     def size(self) -> int:
         """Return d."""
 
-    def slots(self, hf_name: str, index: Tensor) -> Tensor:
-        """Return where entries of an HF tensor, given by their flat indices, are added: s < d with sign +1, or s = d +
-        t with sign −1 at t."""
+    def slots(self, hf_name: str, row_R: Tensor, column_C: Tensor, columns: int) -> Tensor:
+        """Return [R, C] where entries of an HF tensor are added: s < d with sign +1, or s = d + t with sign −1 at t.
+
+        Args:
+            row_R: rows of the entries.
+            column_C: columns of the entries.
+            columns: columns of the whole tensor.
+        """
 
 
 class RandomProjection:
@@ -50,18 +56,22 @@ class RandomProjection:
     def __init__(self, size: int, seed: int) -> None:
         """
         Args:
-            size: d, a power of two of at least 2.
+            size: d, a power of two from 2 to 2^24.
 
         Raises:
             ValueError: ``size`` is no such number.
         """
-        require(size >= 2 and size.bit_count() == 1, f"size={size}", "must be a power of two of at least 2")
+        require(2 <= size <= 2**24 and size.bit_count() == 1, f"size={size}", "must be a power of two from 2 to 2^24")
         self.size, self._seed = size, seed
 
-    def slots(self, hf_name: str, index: Tensor) -> Tensor:
-        digest = hashlib.blake2b(f"{self._seed}:{hf_name}".encode(), digest_size=8).digest()
-        mixed = _mix(index + int.from_bytes(digest, "little", signed=True))
-        return mixed & (2 * self.size - 1)
+    def slots(self, hf_name: str, row_R: Tensor, column_C: Tensor, columns: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self._seed}:{hf_name}".encode(), digest_size=16).digest()
+        of_rows, of_columns = (int.from_bytes(part, "little", signed=True) for part in (digest[:8], digest[8:]))
+        # Sums of a row's and a column's key are mixed again: by themselves they repeat at the corners of rectangles.
+        # 32 bits are enough, and CPUs multiply twice as many of them at a time.
+        key_RC = _mix(row_R + of_rows).to(torch.int32)[:, None] + _mix(column_C + of_columns).to(torch.int32)
+        key_RC.mul_(_MURMUR[0]).bitwise_xor_(key_RC >> 15).mul_(_MURMUR[1])
+        return key_RC.bitwise_right_shift_(31 - self.size.bit_length()).bitwise_and_(2 * self.size - 1)
 
 
 class WholeGradient:
@@ -76,8 +86,8 @@ class WholeGradient:
                     self._starts[name] = self.size
                     self.size += math.prod(shape)
 
-    def slots(self, hf_name: str, index: Tensor) -> Tensor:
-        return index + self._starts[hf_name]
+    def slots(self, hf_name: str, row_R: Tensor, column_C: Tensor, columns: int) -> Tensor:
+        return row_R[:, None] * columns + column_C + self._starts[hf_name]
 
 
 class ShardProjector:
@@ -114,7 +124,7 @@ class ShardProjector:
             offset += piece.length
             part = part if part.ndim > 1 else part[:, None]
             first_row, first_column = (piece.start, 0) if dim == 0 else (0, piece.start)
-            step = max(1, BLOCK // part.shape[1])
+            step = max(1, BLOCK[gradient.device.type] // part.shape[1])
             for start in range(0, len(part), step):
                 yield (
                     part[start : start + step],
@@ -132,7 +142,7 @@ class ShardProjector:
         rows, columns = block.shape
         row_R = torch.arange(place.row, place.row + rows, device=block.device)
         column_C = torch.arange(place.column, place.column + columns, device=block.device)
-        slots = self._map.slots(place.hf_name, (row_R[:, None] * place.columns + column_C).reshape(-1))
+        slots = self._map.slots(place.hf_name, row_R, column_C, place.columns).reshape(-1)
         if self._num_kept + slots.numel() <= KEPT_ENTRIES:
             self._kept[place] = slots = slots.to(torch.int32)
             self._num_kept += slots.numel()
@@ -165,8 +175,10 @@ def _shifted(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+def _signed(value: int, bits: int = 64) -> int:
+    return value - 2**bits if value >= 2 ** (bits - 1) else value
 
 
 _GOLDEN, _FIRST, _SECOND = (_signed(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_MURMUR = (_signed(0x85EBCA6B, 32), _signed(0xC2B2AE35, 32))
+"""Factors of MurmurHash3's 32-bit finaliser (Appleby 2011)."""

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.models.architecture import load_architecture
 from megatron_dypo.models.families.registry import family_rows
+from megatron_dypo.probe.gradients import Setting, make_groups, prompt_gradients
+from megatron_dypo.probe.scores import Scores
 from megatron_dypo.types import Floats, Sample
 from tests.support.dist.literal_objective import float64_model, hf_gradients
-from tests.support.dist.score_ranks import Row, Seen, rank_scores
+from tests.support.dist.score_ranks import Row, Seen, rank_scores, rank_update
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
 from tests.support.objective_cases import random_groups
@@ -45,6 +48,7 @@ ROWS: dict[int, dict[str, Row]] = {
         "tp2 sp pp2 vpp2, tied": Row(axes=SP | VPP, kind="llama_tied"),
         "tp2 dp2": Row(axes=TP),
         "experts, ep2 pp2": Row(axes=EP | PP, kind="qwen3_moe"),
+        "experts, tp2 sp ep2 dp2": Row(axes=SP | EP, kind="qwen3_moe"),
         "experts, ep2 dp4": Row(axes=EP, kind="qwen3_moe"),
     },
 }
@@ -107,3 +111,28 @@ def test_scores_are_the_gradients_of_whole_log_probs_in_every_layout(world_size,
     alone = merged(seen_by(1)[one], "projected")
     for ours, theirs in zip(merged(ranks, "projected"), alone, strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs), name
+
+
+@pytest.mark.parametrize("normalization", ["sum", "sequence_mean", "token_mean", "constant"])
+def test_the_gradient_of_a_first_update_is_the_sum_of_scores_with_the_probes_weights(normalization, paths) -> None:
+    groups = random_groups(7, num_hard=0, num_mid=4)
+    cfg = ObjectiveConfig(alpha=0.3, length_normalization=normalization, constant_length=7)
+    ((update, scores, ratios),) = run_ranks(1, rank_update, paths["qwen3"], groups, cfg)
+    samples = [sample for group in groups for sample in group]
+    measured = Scores(
+        score_Nd=np.stack(scores),
+        prompt_N=np.repeat(np.arange(4), 4),
+        repeat_N=np.zeros(16, np.int64),
+        teacher_N=np.full(16, -1),
+        is_correct_N=np.array([sample.is_correct for sample in samples]),
+        reward_N=np.array([sample.reward for sample in samples]),
+        length_N=np.array([sample.num_response_tokens for sample in samples]),
+        log_ratio_N={"old": np.zeros(16), "frozen": np.array(ratios)},
+        prompt_ids=("a", "b", "c", "d"),
+        teachers=(),
+        step=0,
+    )
+    setting = Setting(group_size=4, length_normalization=normalization, constant_length=7)
+    found = prompt_gradients(measured, make_groups(measured, setting))
+    mix = sum(0.3 * one.grpo_Rd[0] + 0.7 * one.gal_Rd[0] for one in found) / 4
+    assert np.linalg.norm(mix - update) <= 1e-5 * np.linalg.norm(update)

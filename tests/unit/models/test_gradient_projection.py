@@ -57,21 +57,36 @@ def test_shards_of_any_size_add_up_to_the_projection_of_the_whole() -> None:
 def test_blocks_and_kept_slots_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = gradients(2)
     expected = projected(ShardProjector(RandomProjection(128, 7), ARCH), whole)
-    monkeypatch.setattr("megatron_dypo.models.gradient_projection.BLOCK", 8)
+    monkeypatch.setattr("megatron_dypo.models.gradient_projection.BLOCK", {"cpu": 8})
     monkeypatch.setattr("megatron_dypo.models.gradient_projection.KEPT_ENTRIES", 50)
     projector = ShardProjector(RandomProjection(128, 7), ARCH)
     for _ in range(2):
         assert torch.allclose(projected(projector, whole), expected, rtol=0, atol=1e-5)
 
 
+def slots_of(size: int, seed: int, name: str, rows: int, columns: int) -> torch.Tensor:
+    return RandomProjection(size, seed).slots(name, torch.arange(rows), torch.arange(columns), columns)
+
+
 def test_other_seeds_and_other_tensors_are_projected_in_another_way() -> None:
-    index = torch.arange(1000)
-    slots = RandomProjection(256, 1).slots("a", index)
-    assert torch.equal(slots, RandomProjection(256, 1).slots("a", index))
-    for other in (RandomProjection(256, 2).slots("a", index), RandomProjection(256, 1).slots("b", index)):
+    slots = slots_of(256, 1, "a", 20, 50)
+    assert torch.equal(slots, slots_of(256, 1, "a", 20, 50))
+    for other in (slots_of(256, 2, "a", 20, 50), slots_of(256, 1, "b", 20, 50)):
         assert int((slots == other).sum()) < 20, "of 1000 entries about 2 fall on the same of 512 slots"
-    counts = torch.bincount(RandomProjection(256, 1).slots("a", torch.arange(512 * 400)), minlength=512)
-    assert float((counts - 400.0).square().mean()) == pytest.approx(400, rel=0.25), "as independent throws"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512 * 400, 1), (1, 512 * 400), (400, 512), (512, 400)])
+def test_entries_fall_on_slots_like_independent_throws(rows: int, columns: int) -> None:
+    slots = slots_of(256, 1, "a", rows, columns)
+    counts = torch.bincount(slots.reshape(-1), minlength=512)
+    assert float((counts - 400.0).square().mean()) == pytest.approx(400, rel=0.25)
+
+
+def test_the_corners_of_rectangles_fall_on_slots_independently() -> None:
+    sign = 1.0 - 2.0 * (slots_of(2, 1, "a", 300, 300) >= 2).double()
+    corners = sign[:-1, :-1] * sign[1:, :-1] * sign[:-1, 1:] * sign[1:, 1:]
+    assert abs(float(corners.mean())) < 5 / 299, "products of four independent signs cancel"
+    assert float(torch.linalg.matrix_norm(sign, 2)) < 3 * 300**0.5, "signs of a product form would have norm 300"
 
 
 def test_the_whole_gradient_is_in_the_order_of_the_table_and_tied_embeddings_are_one() -> None:
