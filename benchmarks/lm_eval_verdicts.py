@@ -16,7 +16,7 @@ from megatron_dypo.eval.records import read_records, records_path
 from megatron_dypo.grading.answers.extract import marked_answer
 
 FLEXIBLE, STRICT = FILTERS = ("flexible-extract", "strict-match")
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+|/[1-9]\d*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,9 @@ def reason(ours: Judged, theirs: Judged, name: str) -> str:
 
 
 def number(answer: str) -> Fraction | None:
-    """Return the number that an answer is, without ``$``, commas and a final full stop; None if it is none."""
+    """Return the number that an answer is, without ``$``, commas and a final full stop; None if it is none.
+
+    Our records have ``37/2`` for 18.5.
+    """
     bare = re.sub(r"[$,]|\.$", "", answer)
     return Fraction(bare) if _NUMBER.fullmatch(bare) else None

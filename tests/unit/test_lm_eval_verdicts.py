@@ -67,6 +67,7 @@ def by_harness(response, gold, name):
         ("flexible-extract", "He has 5 + 3", "3", "harness", PART),
         ("flexible-extract", "The answer is 5. And so on ...", "5", "ours", SIGNS),
         ("flexible-extract", "It is 12.0", "12", "ours", TEXTS),
+        ("flexible-extract", "It is $18.50", "18.5", "ours", TEXTS),
         ("flexible-extract", "The answer is seven", "seven", "ours", NO_NUMBER),
     ],
 )
