@@ -11,7 +11,7 @@ from megatron_dypo.checks import require, require_not_negative, require_positive
 from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.presets import PRESETS
 from megatron_dypo.config.reading.typed import nearest
-from megatron_dypo.config.schedule import Weight, require_weight
+from megatron_dypo.config.schedule import Weight, bounds, require_weight, weight_at
 
 LOG_RATIO_LIMIT = 20.0
 """Above this log-ratio x the loss replaces e^x by its tangent at the limit (e^20 is 4.9e8). An fp32 sum of squares of
@@ -60,6 +60,26 @@ class ReferenceConfig:
     def is_refreshed_after(self, step: int) -> bool:
         """Whether the policy becomes π_ref once ``step`` updates are done."""
         return self.mode == "refreshed" and step % self.refresh_every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAlphaConfig:
+    """α that follows the probe, with ``objective.alpha: auto``: the α of the least gradient variance."""
+
+    start: float = 0.5
+    """α before the first probe."""
+    low: float = 0.1
+    """Smallest α of any update."""
+    high: float = 0.9
+    """Largest α of any update."""
+    smoothing: float = 0.5
+    """Weight of the earlier probes in the running estimates of variances and covariance. 0: the last probe alone."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self)
+        require(0 <= self.low <= self.high <= 1, f"low={self.low}, high={self.high}", "must be 0 <= low <= high <= 1")
+        require(self.low <= self.start <= self.high, f"start={self.start}", "must be from low to high")
+        require(0 <= self.smoothing < 1, f"smoothing={self.smoothing}", "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +165,10 @@ class ObjectiveConfig:
     """``dypo``, ``grpo``, ``opd``, ``sft``, ``sft_then_rl`` or a method of docs/rivals.md; or
     ``my_package.module:MyObjective``, a class of your own (docs/adding_an_objective.md). Such a name runs the code of
     that module in every training process."""
-    alpha: Weight = 0.5
-    """α: share of GRPO on Mid prompts; GAL has the share 1 − α (eq. 4). A weight."""
+    alpha: Weight | Literal["auto"] = 0.5
+    """α: share of GRPO on Mid prompts; GAL has the share 1 − α (eq. 4). A weight. ``auto``: an experiment of ours, see
+    ``auto_alpha``; it needs ``probe.every``."""
+    auto_alpha: AutoAlphaConfig = field(default_factory=AutoAlphaConfig)
     gamma: Weight = 1.0
     """γ: scale of the loss on teachers' traces (eq. 4). A weight."""
     beta_gal: float = 1.0
@@ -204,11 +226,20 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _require_finite(self)
         self._require_preset()
-        require_weight(self, "alpha", high=1.0)
+        if self.alpha != "auto":
+            require_weight(self, "alpha", high=1.0)
         require_weight(self, "gamma", "kl_coef", "entropy_coef")
         require_not_negative(self, "rl_only_steps", "sft_steps")
         require_positive(self, "beta_gal", "constant_length", "advantage_epsilon")
         self._require_bounds()
+
+    def alpha_at(self, step: int) -> float:
+        """Return α of the update that follows ``step`` updates; with ``auto`` that before the first probe."""
+        return self.auto_alpha.start if self.alpha == "auto" else weight_at(self.alpha, step)
+
+    def least_alpha(self) -> float:
+        """Return the smallest α of any update."""
+        return self.auto_alpha.low if self.alpha == "auto" else bounds(self.alpha)[0]
 
     def _require_preset(self) -> None:
         hint = nearest(self.preset or "", PRESETS, otherwise="presets")

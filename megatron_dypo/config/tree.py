@@ -17,6 +17,7 @@ from megatron_dypo.config.evaluation import EvalConfig
 from megatron_dypo.config.grading import GradingConfig
 from megatron_dypo.config.model import ModelConfig, ParallelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
+from megatron_dypo.config.probe import ProbeConfig
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.config.rollout import RolloutConfig
 from megatron_dypo.config.run import CheckpointConfig, ExportConfig, LoggingConfig, RunConfig
@@ -41,6 +42,7 @@ class Config:
     refit: RefitConfig = field(default_factory=RefitConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
@@ -63,6 +65,11 @@ class Config:
             "rollout.mode=async",
             "samples come from older weights: correct for that with objective.importance (cap: 2.0 is usual), or set "
             "old_logp.source=server, where the clipped ratio is relative to the weights that sampled",
+        )
+        require(
+            self.objective.alpha != "auto" or self.probe.every > 0,
+            "objective.alpha=auto",
+            "needs probe.every: α follows the probe's estimates",
         )
         require(
             not (self.refit.offload_servers and self.rollout.servers.urls),

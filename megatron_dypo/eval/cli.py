@@ -7,7 +7,7 @@ import signal
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,16 +58,21 @@ def evaluate(
         signal.signal(signal.SIGTERM, lambda received, _: sys.exit(128 + received))  # servers stop, responses are kept
     from megatron_dypo.config.eval_command import EvalCommandConfig
     from megatron_dypo.config.reading.load import load_tree
-    from megatron_dypo.ending import Cause
     from megatron_dypo.eval.run import evaluate_model
     from megatron_dypo.eval.serving import target_of
-    from megatron_dypo.eval.table import to_text
     from megatron_dypo.metrics.logs import log_to_terminal
 
     log_to_terminal()
     cfg = load_tree(EvalCommandConfig, sets, overrides or [])
     target = target_of(model, cfg, urls=url or (), api=api.value, tokenizer=tokenizer)
-    summary = evaluate_model(target, cfg, out)
+    _show(evaluate_model(target, cfg, out), as_json)
+
+
+def _show(summary: dict[str, Any], as_json: bool) -> None:
+    """Print the figures, and exit with a status of its own if a set has no verdict."""
+    from megatron_dypo.ending import Cause
+    from megatron_dypo.eval.table import to_text
+
     typer.echo(json.dumps(summary, indent=2) if as_json else to_text(summary))
     if any(figures["avg"] is None for figures in summary["sets"].values()):
         raise typer.Exit(Cause.NO_VERDICTS.status)

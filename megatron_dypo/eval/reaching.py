@@ -7,15 +7,7 @@ from urllib.parse import urlsplit
 
 from megatron_dypo.checks import require
 from megatron_dypo.config.urls import require_urls
-from megatron_dypo.rollout.server.probe import request_json
-
-
-def require_answer(url: str, status: int | None, key_name: str) -> None:
-    """Raise ValueError where nothing answered (``status`` None), or the key of ``key_name`` was refused."""
-    if status is None:
-        raise ValueError(f"{url}: nothing answers there: start the server first, or correct the URL")
-    if status in (401, 403):
-        raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
+from megatron_dypo.rollout.server.probe import require_answer, served_models
 
 
 def reach_openai(urls: Sequence[str], *, model: str, api_key: str | None, key_name: str) -> tuple[tuple[str, ...], str]:
@@ -29,15 +21,9 @@ def reach_openai(urls: Sequence[str], *, model: str, api_key: str | None, key_na
     """
     hosts, base = split_urls(urls)
     for host in hosts:
-        status, listed = request_json("GET", f"{host}{base}/models", api_key)
+        status, names = served_models(f"{host}{base}", api_key)
         require_answer(f"{host}{base}", status, key_name)
-        data = listed.get("data") if isinstance(listed, dict) else None
-        names = [one.get("id") for one in data if isinstance(one, dict)] if isinstance(data, list) else []
-        require(
-            not names or model in names,
-            f"model={model!r}",
-            f"{host}{base} serves {', '.join(map(str, names[:10]))}",
-        )
+        require(not names or model in names, f"model={model!r}", f"{host}{base} serves {', '.join(names[:10])}")
     return hosts, base
 
 

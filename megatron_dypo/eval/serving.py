@@ -16,12 +16,12 @@ from megatron_dypo.config.urls import require_urls
 from megatron_dypo.data.tokenizer.open import Tokenizer
 from megatron_dypo.eval.endpoints import Api, Endpoint, OpenAIEndpoint, SGLangEndpoint
 from megatron_dypo.eval.model import hf_folder_of
-from megatron_dypo.eval.reaching import reach_openai, require_answer, url_without_path
+from megatron_dypo.eval.reaching import reach_openai, url_without_path
 from megatron_dypo.parallel.device import device_kind
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.http_client import HttpClient
 from megatron_dypo.rollout.keys import read_api_key
-from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status
+from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, require_answer
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
 
 _WATCH_EVERY_S = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -36,7 +37,7 @@ def train(
             stop_before_start()
     from megatron_dypo.check.inputs import check_inputs
     from megatron_dypo.config.reading.load import dump_config, load_config
-    from megatron_dypo.launch.start import launch
+    from megatron_dypo.launch.start import launch, train_rank
     from megatron_dypo.metrics.findings import Findings
 
     resolved = load_config(config, overrides or [])
@@ -49,7 +50,36 @@ def train(
     for note in [*found.missing, *found.notes]:
         typer.echo(f"note: {note}", err=True)
     if not dry_run:
-        launch(resolved, config, overrides or [])
+        launch(resolved, ["train", str(config), *(overrides or [])], train_rank)
+
+
+def probe(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, for its newest checkpoint, or RUN/checkpoints/step_N.")
+    ],
+    overrides: Overrides = None,
+    initial: Annotated[bool, typer.Option("--initial", help="Measure the weights that the run began with.")] = False,
+) -> None:
+    """Measure the variance and bias of GRPO's, GAL's and the teachers' gradients on the weights of a run.
+
+    Prints which assumptions of the paper hold on these weights, which do not, and which cannot be told. The results are
+    RUN/probe/step_N.json and step_N.npz; `megatron-dypo report RUN` shows them. The section `probe` of the config says
+    how much is measured; `objective.name=dypo` adds the reference to a run whose objective keeps none.
+
+    The command starts as many local ranks as the layout needs; under torchrun it is one rank. docs/probe.md.
+    """
+    hold_requests()
+    if "RANK" not in os.environ:
+        stop_before_start()
+    from megatron_dypo.launch.probe_target import probe_target
+    from megatron_dypo.launch.start import check_inputs, launch, probe_rank
+
+    target = probe_target(run, initial=initial)
+    config = target.config(overrides or [])
+    if ATTEMPT_VARIABLE not in os.environ and (missing := check_inputs(config)):
+        raise ValueError("\n".join(missing))
+    flags = ["--initial"] if initial else []
+    launch(config, ["probe", str(run), *flags, *(overrides or [])], functools.partial(probe_rank, target=target))
 
 
 def serve(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.launch.probe_target import ProbeTarget
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
 """Environment variable of a launcher: the command that became the launcher has checked the inputs."""
@@ -33,35 +33,49 @@ def check_inputs(config: Config) -> list[str]:
     return found.missing
 
 
-def launch(config: Config, config_path: Path, overrides: Sequence[str]) -> NoReturn:
+def launch(config: Config, command: Sequence[str], work: Callable[[Config], None]) -> NoReturn:
     """Run this process as one rank (under torchrun, or if one rank is enough), else start the local ranks.
 
     The process ends with the status of a :class:`~megatron_dypo.ending.Cause`.
+
+    Args:
+        command: of ``megatron-dypo``, with its arguments; the ranks run it again.
+        work: the work of one rank.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if "RANK" not in os.environ and config.parallel.local_ranks > 1:
-        _become_local_ranks(config.parallel.local_ranks, config_path, overrides)
+        _become_local_ranks(config.parallel.local_ranks, command)
     from megatron_dypo.launch.attempt import run_rank
 
-    sys.exit(run_rank(config, _train))
+    def prepared(config: Config) -> None:
+        from megatron_dypo.mcore.features import shield_imports
+        from megatron_dypo.rollout.descriptors import raise_descriptor_limit
+
+        raise_descriptor_limit()  # servers and checkpoint writers inherit it
+        shield_imports()  # before anything imports Megatron
+        work(config)
+
+    sys.exit(run_rank(config, prepared))
 
 
-def _train(config: Config) -> None:
-    from megatron_dypo.mcore.features import shield_imports
-    from megatron_dypo.rollout.descriptors import raise_descriptor_limit
-
-    raise_descriptor_limit()  # servers and checkpoint writers inherit it
-    shield_imports()  # before anything imports Megatron
+def train_rank(config: Config) -> None:
+    """Do the work of one rank of ``megatron-dypo train``."""
     from megatron_dypo.loop.train import train
 
     train(config)
 
 
-def _become_local_ranks(count: int, config_path: Path, overrides: Sequence[str]) -> NoReturn:
+def probe_rank(config: Config, target: ProbeTarget) -> None:
+    """Do the work of one rank of ``megatron-dypo probe``."""
+    from megatron_dypo.loop.probe_checkpoint import probe_checkpoint
+
+    probe_checkpoint(config, target.checkpoint, target.run_dir)
+
+
+def _become_local_ranks(count: int, command: Sequence[str]) -> NoReturn:
     """Turn this process into torchrun, which passes signals on to the ranks; pending ones stay pending."""
     torchrun = [sys.executable, "-m", "megatron_dypo.launch.torchrun", "--standalone", f"--nproc-per-node={count}"]
-    command = [*torchrun, "-m", "megatron_dypo.cli", "train", str(config_path), *overrides]
     os.environ[CHECKED_VARIABLE] = "1"
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [*torchrun, "-m", "megatron_dypo.cli", *command])

@@ -1,6 +1,7 @@
 """torchrun for the ranks of a run. It passes on requests to stop, and its exit status tells why the run ended.
 
-``python -m megatron_dypo.launch.torchrun ARGUMENTS -m megatron_dypo.cli train CONFIG …`` takes torchrun's arguments.
+``python -m megatron_dypo.launch.torchrun ARGUMENTS -m megatron_dypo.cli train CONFIG …`` takes torchrun's arguments;
+``probe RUN`` in place of ``train CONFIG`` works in the same way.
 Plain torchrun dies of signals that are meant for the ranks, always ends with status 1 if a rank fails, and prints its
 own traceback below that of the rank. On each node this process reads config and inputs before it starts ranks, so that
 a mistake there is reported once.
@@ -57,7 +58,8 @@ class Launcher:
     """The launcher of one node's ranks."""
 
     status: RunStatus | None
-    """Status file of the attempt; None if the ranks do something other than train."""
+    """Status file of the attempt; None if the ranks do something other than train or
+    probe."""
     run_dir: Path | None
     has_first_rank: bool = False
     """Whether this launcher certainly starts rank 0 of the run."""
@@ -148,28 +150,34 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
         ValueError: the config or one of its inputs breaks a rule.
         RunEnded: the run folder is in use.
     """
-    command = train_command(arguments)
+    command = run_command(arguments)
     if command is None:
         return Launcher(status=None, run_dir=None)
     from megatron_dypo.config.reading.load import load_config
+    from megatron_dypo.launch.probe_target import probe_target
     from megatron_dypo.launch.start import CHECKED_VARIABLE, check_inputs
 
-    config = load_config(Path(command[0]), command[1:])
+    name, subject, *overrides = command
+    if name == "train":
+        config = load_config(Path(subject), overrides)
+    else:
+        config = probe_target(Path(subject), initial="--initial" in arguments).config(overrides)
     if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):
         raise ValueError("\n".join(notes))
-    run_dir, name, has_first_rank = Path(config.run.dir), _attempt_name(arguments), _has_first_rank(arguments)
+    run_dir, attempt, has_first_rank = Path(config.run.dir), _attempt_name(arguments), _has_first_rank(arguments)
     if has_first_rank:
         require_free(make_run_folder(run_dir))
-    os.environ[ATTEMPT_VARIABLE] = name
-    return Launcher(status=RunStatus(run_dir, name, rank=-1), run_dir=run_dir, has_first_rank=has_first_rank)
+    os.environ[ATTEMPT_VARIABLE] = attempt
+    return Launcher(status=RunStatus(run_dir, attempt, rank=-1), run_dir=run_dir, has_first_rank=has_first_rank)
 
 
-def train_command(arguments: Sequence[str]) -> list[str] | None:
-    """Return CONFIG and overrides of a ``train`` command; None for another program or without a config."""
+def run_command(arguments: Sequence[str]) -> list[str] | None:
+    """Return the words of a ``train`` or ``probe`` command without its options; None for another program."""
     words = list(arguments)
     for index, word in enumerate(words):
-        if word == "megatron_dypo.cli" and words[index + 1 : index + 2] == ["train"]:
-            return [w for w in words[index + 2 :] if not w.startswith("--")] or None
+        if word == "megatron_dypo.cli" and words[index + 1 : index + 2] in (["train"], ["probe"]):
+            found = [w for w in words[index + 1 :] if not w.startswith("--")]
+            return found if len(found) > 1 else None
     return None
 
 

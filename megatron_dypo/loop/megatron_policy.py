@@ -23,13 +23,15 @@ from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.moe_router import balance_metrics
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.export import export_hf
 from megatron_dypo.models.flops import sequence_cost
+from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
 from megatron_dypo.objective.recipes.base import Objective
-from megatron_dypo.parallel.collectives import gather_world
+from megatron_dypo.parallel.collectives import gather_objects, gather_world
 from megatron_dypo.parallel.groups import MeshRank
 from megatron_dypo.types import Floats, Microbatch, Sample
 
@@ -66,6 +68,27 @@ class MegatronPolicy:
 
     def entropies(self, samples: Sequence[Sample]) -> list[Floats]:
         return self._score(self._of_leader(samples), entropy=True)
+
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
+        layout, own = self.layout, range(len(samples))
+        if layout.mesh.replicas_share_experts and layout.leaders_group is not None:
+            # All replicas compute every score together.
+            parts = gather_objects([without_arrays(sample) for sample in samples], layout.leaders_group)
+            first = sum(len(part) for part in parts[: layout.dp_rank])
+            own = range(first, first + len(samples))
+            samples = [sample for part in parts for sample in part]
+        samples = self._of_leader(samples)
+        with progress(len(samples), "scores", "trajectories", enabled=layout.is_global_leader) as bar:
+            scores = sequence_scores(
+                self.chunks,
+                samples,
+                RandomProjection(dimension, seed) if dimension else WholeGradient(self.arch),
+                arch=self.arch,
+                layout=layout,
+                token_multiple=self.config.token_multiple,
+                bar=bar,
+            )
+            return [score for index, score in enumerate(scores) if index in own]
 
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         """Spread the samples over replicas, pack them, and make one optimizer step from all of them."""

@@ -50,6 +50,15 @@ class Policy(Protocol):
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return the same for samples that every rank of the replica already holds, such as those of an update."""
 
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Floats]:
+        """Return the projected score ∇_θ Σ_t log π(a_t) of each sample, [d] (see
+        :mod:`megatron_dypo.models.gradient_projection`).
+
+        Args:
+            dimension: d; 0: the whole gradient.
+            seed: of the projection.
+        """
+
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         """Make one optimizer step from the samples of all replicas, which have their token weights."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_dypo.batching.rollout_batch import RolloutBatch
+from megatron_dypo.objective.auto_alpha import GradientMoments
 
 
 @dataclass(kw_only=True)
@@ -19,6 +20,8 @@ class Progress:
     """The current rollout batch. If it is used up, the next step collects a new one."""
     bad_steps: int = 0
     """Updates in a row that were skipped because their gradients were not finite."""
+    moments: GradientMoments | None = None
+    """Running estimates of the probe, for ``objective.alpha: auto``; None before the first, and with any other α."""
     last_problem: str = ""
     """Why the last skipped update was skipped."""
 

@@ -107,6 +107,11 @@ class Leader:
         held_out = self.held_out[name]
         return [(item, held_out.prompts(item)) for item in held_out.items(self.draws.replica, self.draws.replicas)]
 
+    def probe_prompts(self, count: int) -> list[Prompt]:
+        """Return this replica's part of the run's first ``count`` prompts, which then still count as not drawn."""
+        draws = self.draws
+        return draws.source.at(range(draws.replica, min(count, len(draws.source)), draws.replicas))[0]
+
     def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None:
         """Write the file in ``samples/`` of the collection for ``step``."""
         self.sample_log.write(step, [row for one in admitted for row in sample_rows(step, one, self._text_of)])
@@ -147,6 +152,9 @@ class Follower:
         return DropCounts()
 
     def held_out_items(self, name: str) -> list[HeldOutItem]:
+        return []
+
+    def probe_prompts(self, count: int) -> list[Prompt]:
         return []
 
     def write_samples(self, step: int, admitted: Sequence[Admitted]) -> None: ...

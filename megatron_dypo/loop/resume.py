@@ -75,6 +75,7 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
             **drawn_state(replica, checkpointer.stream, checkpointer.ranks),
             "batches": progress.batches,
             "batch": batch.as_json(),
+            "moments": progress.moments and progress.moments.as_json(),
             "data": replica.data_identity,
         },
         leader_state=dump_samples(kept),

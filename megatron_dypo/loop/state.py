@@ -14,6 +14,7 @@ from megatron_dypo.loop.collect import Collector
 from megatron_dypo.loop.evaluate import Evaluator
 from megatron_dypo.loop.logprobs import Logprobs
 from megatron_dypo.loop.policy import Policy
+from megatron_dypo.loop.probe import Prober
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
@@ -107,6 +108,22 @@ class Run:
         )
 
     @property
+    def prober(self) -> Prober:
+        """The parts of this run that a probe uses."""
+        return Prober(
+            policy=self.policy,
+            replica=self.replica,
+            servers=self.servers,
+            ranks=self.ranks,
+            cfg=self.config.probe,
+            objective=self.config.objective,
+            group_size=self.config.rollout.group_size,
+            run_dir=self.dir,
+            offloads_servers=self.config.refit.offload_servers,
+            timings=self.timings,
+        )
+
+    @property
     def updater(self) -> Updater:
         """The parts of this run that an update uses."""
         return Updater(
@@ -116,6 +133,7 @@ class Run:
             replica=self.replica,
             ranks=self.ranks,
             reference=self.config.objective.reference,
+            auto_alpha=self.config.objective.auto_alpha,
             max_bad_steps=self.config.optimizer.max_bad_steps,
             old_is_rollout=self.config.old_logp.source == "server",
             tally=self.tally,

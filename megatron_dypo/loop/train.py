@@ -17,6 +17,7 @@ from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.evaluate import Evaluator, evaluate
 from megatron_dypo.loop.not_finite import require_finite_weights
 from megatron_dypo.loop.policy import Policy
+from megatron_dypo.loop.probe import Prober, probe
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.resume import Checkpointer, save_if_due, save_unless_saved
 from megatron_dypo.loop.state import Run
@@ -48,7 +49,7 @@ def train_run(run: Run) -> None:
         while progress.step < run.config.run.steps:
             if run.ranks.any_rank(is_requested()):
                 raise RunEnded(Cause.STOPPED, f"stopped on request; what was done is in {checkpointer.folder}")
-            train_step(progress, run.collector, run.updater, run.evaluator, recorder)
+            train_step(progress, run.collector, run.updater, run.evaluator, run.prober, recorder)
             save_if_due(checkpointer, progress)
         require_last_update(progress)
     except RunEnded as end:
@@ -78,12 +79,17 @@ def begin(progress: Progress, policy: Policy, evaluator: Evaluator, recorder: Re
 
 
 def train_step(
-    progress: Progress, collector: Collector, updater: Updater, evaluator: Evaluator, recorder: Recorder
+    progress: Progress,
+    collector: Collector,
+    updater: Updater,
+    evaluator: Evaluator,
+    prober: Prober,
+    recorder: Recorder,
 ) -> None:
-    """Make one optimizer step, evaluate and refresh the reference if due, and write the step's metrics.
+    """Make one optimizer step, evaluate, probe and refresh the reference if due, and write the step's metrics.
 
     The first step of a rollout batch collects the batch. The servers get the weights after its last step, and for an
-    evaluation.
+    evaluation or a probe.
 
     Raises:
         RunEnded: on all ranks: nothing can be learned from the collected groups, or updates are not finite.
@@ -110,8 +116,8 @@ def train_step(
         minibatch, progress.batch = progress.batch.next_minibatch(collector.batching.prompts_per_update)
         mark("updating")
         update = update_policy(updater, minibatch, progress)
-        is_evaluated = evaluator.is_due(progress.step, recorder.total_steps)
-        if update.end is None and (minibatch.is_last or is_evaluated):
+        is_evaluated, is_probed = evaluator.is_due(progress.step, recorder.total_steps), prober.is_due(progress.step)
+        if update.end is None and (minibatch.is_last or is_evaluated or is_probed):
             mark("refitting the servers")
             refit = collector.servers.refit(progress.step)
     metrics = {**update.report.metrics, **refit, **recorder.gather(progress, update)}
@@ -123,8 +129,23 @@ def train_step(
     if is_evaluated:
         mark("evaluating")
         metrics |= evaluate(evaluator, progress.step)
+    if is_probed:
+        mark("probing")
+        metrics |= probe_weights(updater, prober, progress)
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     recorder.write(progress.step, metrics)
+
+
+def probe_weights(updater: Updater, prober: Prober, progress: Progress) -> dict[str, float]:
+    """Probe the weights of now, and let α follow if the config asks for it; return the metrics."""
+    report = probe(prober, progress.step)
+    if prober.objective.alpha != "auto":
+        return report.metrics
+    if report.moments is not None:
+        progress.moments = report.moments.mixed_into(progress.moments, updater.auto_alpha.smoothing)
+    if progress.moments is None:
+        return report.metrics
+    return {**report.metrics, "probe/alpha": progress.moments.alpha(updater.auto_alpha)}
 
 
 def require_last_update(progress: Progress) -> None:

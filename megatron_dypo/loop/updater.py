@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dypo.batching.rollout_batch import Minibatch
-from megatron_dypo.config.objective import ReferenceConfig
+from megatron_dypo.config.objective import AutoAlphaConfig, ReferenceConfig
 from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.books.accounts import enter_minibatch
 from megatron_dypo.loop.books.tally import Tally, tally_update, tally_work
@@ -31,6 +31,7 @@ class Updater:
     replica: Replica
     ranks: Ranks
     reference: ReferenceConfig
+    auto_alpha: AutoAlphaConfig
     max_bad_steps: int
     """See ``optimizer.max_bad_steps``."""
     old_is_rollout: bool
@@ -55,7 +56,11 @@ def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) ->
     enter_minibatch(updater.replica, minibatch, tally)
     totals = count_totals(minibatch.groups, updater.ranks)
     groups = updater.logprobs.with_current(minibatch.groups, progress.step)
-    weighted = token_weights(groups, totals, updater.objective, step=progress.step, tally=tally)
+    moments = progress.moments
+    objective = (
+        updater.objective if moments is None else updater.objective.with_alpha(moments.alpha(updater.auto_alpha))
+    )
+    weighted = token_weights(groups, totals, objective, step=progress.step, tally=tally)
     tally_update(tally, weighted, progress.step, old_is_rollout=updater.old_is_rollout)
     report = updater.policy.update(weighted)
     tally_work(tally, report.flops)

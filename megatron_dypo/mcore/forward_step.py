@@ -117,6 +117,16 @@ def add_over_ranks(sums: Mapping[str, float], layout: MeshRank) -> dict[str, flo
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
+def score_pass(chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch]) -> None:
+    """Run forward and backward of Σ log π over the response tokens. The microbatches need no streams."""
+
+    def total(batch: DeviceMicrobatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        value = output[0].sum()
+        return value, torch.tensor(1, dtype=torch.int), value.detach()
+
+    _run(chunks, microbatches, total, forward_only=False)
+
+
 def logprob_pass(
     chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, entropy: bool = False
 ) -> list[Tensor]:

@@ -23,6 +23,7 @@ Routing replay (training with the experts that the rollout servers chose) is not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +102,20 @@ def begin_update(chunks: Sequence[torch.nn.Module], num_tokens: int) -> None:
     for router in mine:
         router.update_tokens = float(total) / router.tp_group.size()
         router.balance = 0.0
+
+
+@contextmanager
+def leave_out_balance(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Run the block's passes without the load-balancing loss."""
+    mine = list(routers(chunks))
+    before = [router.update_tokens for router in mine]
+    for router in mine:
+        router.update_tokens = 0.0
+    try:
+        yield
+    finally:
+        for router, num_tokens in zip(mine, before, strict=True):
+            router.update_tokens = num_tokens
 
 
 def balance_metrics(chunks: Sequence[torch.nn.Module]) -> dict[str, float]:

@@ -19,16 +19,22 @@ SAMPLES_DIR = "samples"
 _FILE_NAME = re.compile(r"step_(\d+)(?:\.(\d+))?\.jsonl")
 
 
-class RolloutRow(TypedDict):
+class VerdictRow(TypedDict):
+    """The verifier's verdict on a rollout or a trace."""
+
+    is_correct: bool
+    reward: float
+    error: str | None
+    """Why there is no verdict; None if there is one."""
+
+
+class RolloutRow(VerdictRow):
     """One rollout, with its verdict."""
 
     text: str
-    is_correct: bool
-    reward: float
     finish: str
     num_tokens: int
     policy_version: int
-    error: str | None
 
 
 class SampleRow(TypedDict):
@@ -49,6 +55,8 @@ class SampleRow(TypedDict):
     rollouts: list[RolloutRow]
     trace: str | None
     """The text of the trace."""
+    trace_verdict: VerdictRow | None
+    """The verdict on the trace; None if the objective does not ask for one."""
     dropped: str | None
     """Why nothing is learned from the prompt; None if something is."""
 
@@ -77,6 +85,7 @@ def sample_row(
         policy_version=min((rollout.policy_version for rollout in graded.rollouts), default=None),
         rollouts=[_rollout_row(rollout, verdict) for rollout, verdict in pairs],
         trace=trace,
+        trace_verdict=_verdict_row(graded.trace_verdict) if graded.trace_verdict else None,
         dropped=dropped.value if dropped else None,
     )
 
@@ -89,14 +98,16 @@ def dropped_row(step: int, prompt: Prompt, reason: DropReason) -> SampleRow:
 
 def _rollout_row(rollout: Rollout, verdict: Verdict) -> RolloutRow:
     return RolloutRow(
+        **_verdict_row(verdict),
         text=rollout.text,
-        is_correct=verdict.is_correct,
-        reward=verdict.reward,
         finish=rollout.finish,
         num_tokens=len(rollout.tokens),
         policy_version=rollout.policy_version,
-        error=verdict.error,
     )
+
+
+def _verdict_row(verdict: Verdict) -> VerdictRow:
+    return VerdictRow(is_correct=verdict.is_correct, reward=verdict.reward, error=verdict.error)
 
 
 class SampleLog:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_dypo.config.objective import LossConfig
 from megatron_dypo.objective.importance import Importance, importance
-from megatron_dypo.objective.ratios import bounded_k3, clip_bounds, clipped_surrogate
+from megatron_dypo.objective.moves import gal_stops, moves_from_old, shown
+from megatron_dypo.objective.ratios import bounded_k3, clipped_surrogate
 from megatron_dypo.objective.sequences import Across, Sequences
 from megatron_dypo.objective.shapes import ShapeInputs, shape_factor
 from megatron_dypo.objective.streams import STREAMS, Stream
@@ -106,41 +107,25 @@ def token_loss(
     log_u_N = torch.where(is_rollout_N, x["old_logp"] - x["rollout_logp"], 0.0)
     correction = importance(log_u_N, is_rollout_N, sequences, cfg.importance)
     kept_N, current_N = correction.is_kept, _kept_logp(logp_N, x, correction)
-    has_ratio_N = is_rollout_N | (x["pg_weight"] != 0)
-    log_ratio_N = torch.where(has_ratio_N & kept_N, current_N - x["old_logp"], 0.0)
-    moved_N = _shown(torch.where(has_ratio_N, logp_N.detach() - x["old_logp"], 0.0), kept_N)
-    drift_N = sequences.mean(moved_N)
-    log_rho_N = log_ratio_N
-    if cfg.ratio == "sequence":
-        log_rho_N = torch.where(kept_N, drift_N, 0.0) + (log_ratio_N - log_ratio_N.detach())
-    clip_N, is_clipped_N = clipped_surrogate(log_rho_N, x["advantage"], cfg)
+    moves = moves_from_old(logp_N, current_N, kept_N, x.streams, sequences, cfg)
+    clip_N, is_clipped_N = clipped_surrogate(moves.log_rho, x["advantage"], cfg)
     delta_N = torch.where((x["kl_weight"] != 0) & kept_N, x["ref_logp"] - current_N, 0.0)
-    is_stopped_N = _left_trust_region(moved_N, drift_N, x, cfg)
-    nll_weight_N = torch.where(
-        kept_N & ~is_stopped_N, x["nll_weight"] * _shape(current_N, entropy_N, kept_N, x, sequences), 0.0
-    )
+    is_stopped_N = gal_stops(moves, x.streams, cfg)
+    shape_N = _shape(current_N, entropy_N, kept_N, x, sequences)
+    nll_weight_N = torch.where(kept_N & ~is_stopped_N, x["nll_weight"] * shape_N, 0.0)
 
     pg_N = torch.where(kept_N, x["pg_weight"] * correction.weight, 0.0) * clip_N
     kl_N, nll_N = x["kl_weight"] * bounded_k3(delta_N), -nll_weight_N * current_N
     bonus_N = -x["entropy_weight"] * torch.where(kept_N & (x["entropy_weight"] != 0), entropy_N, 0.0)
     loss = (pg_N + kl_N + nll_N + bonus_N).sum()
     sums = {
-        "pg": pg_N,
-        "kl": kl_N,
-        "sft": torch.where(x["is_trace"], nll_N, 0.0),
-        "rollout_nll": torch.where(is_rollout_N & (x["gal_scale"] == 0), nll_N, 0.0),
-        "entropy_bonus": bonus_N,
-        "trace_nll": torch.where(x["is_trace"], -current_N, 0.0),
-        "tokens": torch.ones_like(logp_N),
-        "trace_tokens": x["is_trace"],
-        "rollout_tokens": is_rollout_N,
-        "rollouts": is_rollout_N * sequences.share_N,
-        "entropy": torch.where(is_rollout_N, _shown(entropy_N, kept_N), 0.0),
+        **_weighted_sums(x, pg=pg_N, kl=kl_N, nll=nll_N, bonus=bonus_N),
         "clipped": is_clipped_N & kept_N & (x["pg_weight"] != 0),
-        "ppo_kl": torch.where(is_rollout_N, -moved_N, 0.0),
-        "mismatch_abs": _shown(log_u_N, kept_N).abs(),
+        "ppo_kl": torch.where(is_rollout_N, -moves.log_ratio, 0.0),
+        "mismatch_abs": shown(log_u_N, kept_N).abs(),
+        **_plain_sums(current_N, entropy_N, kept_N, x, sequences),
         **_importance_sums(correction, sequences),
-        **_gal_sums(x, drift_N, is_stopped_N, sequences),
+        **_gal_sums(x, moves.drift, is_stopped_N, sequences),
     }
     totals = {name: value_N.detach().double().sum() for name, value_N in sums.items()}
     totals[VALUE] = sum((totals[name] for name in _VALUES), start=torch.zeros_like(totals["pg"]))
@@ -166,6 +151,30 @@ def _with_term(loss: Tensor, totals: Sums, own_loss: Tensor, own: Sums) -> tuple
     totals = totals | {name: total.detach().double() for name, total in own.items()}
     totals[VALUE] = totals[VALUE] + value.detach().double()
     return loss + own_loss, totals
+
+
+def _weighted_sums(x: LossInputs, *, pg: Tensor, kl: Tensor, nll: Tensor, bonus: Tensor) -> Sums:
+    """Return the weighted losses, the nll split by origin; GAL's part of it has a value of its own."""
+    return {
+        "pg": pg,
+        "kl": kl,
+        "sft": torch.where(x["is_trace"], nll, 0.0),
+        "rollout_nll": torch.where(~x["is_trace"] & (x["gal_scale"] == 0), nll, 0.0),
+        "entropy_bonus": bonus,
+    }
+
+
+def _plain_sums(current_N: Tensor, entropy_N: Tensor, kept_N: Tensor, x: LossInputs, sequences: Sequences) -> Sums:
+    """Return counts of tokens and rollouts, −log π of traces and entropies of rollouts: no weight is in them."""
+    is_rollout_N = ~x["is_trace"]
+    return {
+        "trace_nll": torch.where(x["is_trace"], -current_N, 0.0),
+        "tokens": torch.ones_like(current_N),
+        "trace_tokens": x["is_trace"],
+        "rollout_tokens": is_rollout_N,
+        "rollouts": is_rollout_N * sequences.share_N,
+        "entropy": torch.where(is_rollout_N, shown(entropy_N, kept_N), 0.0),
+    }
 
 
 def _importance_sums(correction: Importance, sequences: Sequences) -> Sums:
@@ -205,23 +214,7 @@ def _kept_logp(logp_N: Tensor, x: LossInputs, correction: Importance) -> Tensor:
 def _shape(current_N: Tensor, entropy_N: Tensor, kept_N: Tensor, x: LossInputs, sequences: Sequences) -> Tensor:
     """[N] the factor of each token's nll weight."""
     entropy_N = sequences.mean(
-        _shown(entropy_N, kept_N)
+        shown(entropy_N, kept_N)
     )  # needed for any shape: with context parallelism all ranks must take part in this sum
     inputs = ShapeInputs(p=current_N.detach().exp(), entropy=entropy_N, constant=x["shape_constant"])
     return shape_factor(x["nll_shape"], inputs)
-
-
-def _shown(value_N: Tensor, kept_N: Tensor) -> Tensor:
-    """``value_N``, with 0 for values of masked tokens that are not finite; only the count of masked tokens shows
-    them."""
-    return torch.where(kept_N | value_N.isfinite(), value_N, 0.0)
-
-
-def _left_trust_region(log_ratio_N: Tensor, sequence_log_ratio_N: Tensor, x: LossInputs, cfg: LossConfig) -> Tensor:
-    """[N] where GAL has moved the ratio out of [1−ε_low, 1+ε_high] already."""
-    if cfg.gal_clip == "none":
-        return torch.zeros_like(x["is_trace"])
-    log_N, weight_N = sequence_log_ratio_N if cfg.gal_clip == "sequence" else log_ratio_N, x["nll_weight"]
-    low, high = clip_bounds(cfg)
-    too_far_N = torch.where(weight_N > 0, log_N > high, log_N < low)
-    return too_far_N & (x["gal_scale"] != 0) & (weight_N != 0)

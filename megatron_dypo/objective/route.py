@@ -51,18 +51,18 @@ def route(groups: Sequence[GradedGroup], objective: Objective, *, step: int, ver
     routed = Routed()
     for group in groups:
         treatment, teacher, reason = objective.treat(group, step), None, None
-        samples = _rollout_samples(group, treatment) if treatment in _WITH_ROLLOUTS else []
+        samples = rollout_samples(group, treatment) if treatment in _WITH_ROLLOUTS else []
         if treatment in _WITH_TRACE:
             drawn = draw_trace(group.prompt, seed)
             if drawn is None:
                 treatment, samples, reason = Treatment.DROP, [], DropReason.NO_TEACHER
             else:
                 teacher, trace = drawn
-                samples.append(_trace_sample(group, trace, treatment, member=len(samples), version=version))
+                samples.append(trace_sample(group, trace, treatment, member=len(samples), version=version))
         elif treatment is Treatment.DROP:
             reason = DropReason.EASY
         if objective.buffers_trace(group, step) and (drawn := draw_trace(group.prompt, seed)) is not None:
-            kept = _trace_sample(group, drawn[1], Treatment.DISTILL, member=0, version=version)
+            kept = trace_sample(group, drawn[1], Treatment.DISTILL, member=0, version=version)
             routed.buffered.append([replace(kept, is_buffered=True)])
         routed.treatments.append(treatment)
         routed.samples.append(samples)
@@ -79,7 +79,8 @@ def will_learn_from(group: GradedGroup, objective: Objective, step: int) -> bool
     return treatment is Treatment.REINFORCE or (treatment in _WITH_TRACE and bool(group.prompt.traces))
 
 
-def _rollout_samples(group: GradedGroup, treatment: Treatment) -> list[Sample]:
+def rollout_samples(group: GradedGroup, treatment: Treatment) -> list[Sample]:
+    """Return one sample for each rollout of a group that has its verdicts."""
     oldest = _oldest_version(group)
     return [
         Sample(
@@ -99,7 +100,8 @@ def _rollout_samples(group: GradedGroup, treatment: Treatment) -> list[Sample]:
     ]
 
 
-def _trace_sample(group: GradedGroup, trace: Tokens, treatment: Treatment, *, member: int, version: int) -> Sample:
+def trace_sample(group: GradedGroup, trace: Tokens, treatment: Treatment, *, member: int, version: int) -> Sample:
+    """Return the sample of a teacher's trace, the ``member`` of the group."""
     verdict = group.trace_verdict
     return Sample(
         order=group.prompt.order,

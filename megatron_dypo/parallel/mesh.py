@@ -71,6 +71,14 @@ class Mesh:
         """Return the number of ranks that hold all experts of a stage once."""
         return self.expert * self.expert_tensor
 
+    @property
+    def replicas_share_experts(self) -> bool:
+        """Return whether tokens of one replica are computed by experts of another.
+
+        The ranks that hold all experts once are neighbours in their stage, as are those of a replica.
+        """
+        return self.expert_ranks > 1 and (self.tensor * self.context) % self.expert_ranks != 0
+
     def at(self, rank: int) -> Position:
         """Return the position of global rank ``rank``.
 

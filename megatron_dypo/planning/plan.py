@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_dypo.config.fp8 import CAPABILITIES, missing_capability
 from megatron_dypo.planning.devices import GPUS
 from megatron_dypo.planning.footprint import Footprint, fullest
 from megatron_dypo.planning.memory import reference_bytes, trainer_footprints
+from megatron_dypo.planning.probe import ProbeCost, probe_cost
 from megatron_dypo.planning.scaling import Scaled, Split, best_split, splits, weak_scaling
 from megatron_dypo.planning.serving import server_footprint
 from megatron_dypo.planning.setting import Setting
@@ -45,6 +46,7 @@ class Plan:
     reference: float
     """Bytes of host memory on each trainer node for π_ref; 0: π_ref needs no weights of its own."""
     step: StepTime
+    probe: ProbeCost
     balanced: Split | None
     """Best division of the same GPUs for sampling rollouts during the update; None: no division fits."""
     synchronous: Split | None
@@ -82,6 +84,7 @@ def make_plan(setting: Setting) -> Plan:
         server=server_footprint(setting),
         reference=reference_bytes(setting) if reads_reference(setting) else 0.0,
         step=step_time(setting),
+        probe=probe_cost(setting),
         balanced=best_split(setting, overlapped=True) if can_divide else None,
         synchronous=best_split(setting, overlapped=False) if can_divide else None,
         scaling=tuple(weak_scaling(setting)),
@@ -124,6 +127,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "memory_bytes": [_memory(footprint) for footprint in (*plan.stages, plan.server)],
         "host_bytes_per_node": {"reference": plan.reference},
         "step": _step(step),
+        "probe": asdict(plan.probe),
         "best_split": {
             name: None if split is None else {"trainer_gpus": split.trainer_gpus, "rollout_gpus": split.rollout_gpus}
             for name, split in (("overlapped", plan.balanced), ("synchronous", plan.synchronous))

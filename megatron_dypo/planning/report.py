@@ -19,6 +19,7 @@ def render(plan: Plan) -> str:
         _setting(plan),
         _memory(plan),
         _step(plan),
+        _probe(plan),
         _division(plan),
         _scaling(plan.scaling, plan.step.is_async),
         _verdict(plan),
@@ -120,6 +121,20 @@ def _step(plan: Plan) -> list[str]:
     how = "rollouts beside the update" if step.is_async else "one after the other"
     lines.append(f"  idle: trainer {step.trainer_idle:.0%}, servers {step.rollout_idle:.0%} ({how})")
     return lines
+
+
+def _probe(plan: Plan) -> list[str]:
+    cfg, cost, step = plan.setting.config, plan.probe, plan.step
+    every = f", every {cfg.probe.every} steps" if cfg.probe.every else ""
+    return [
+        f"PROBE of {cfg.probe.prompts} prompts × {cfg.probe.repeats} × {cfg.rollout.group_size} rollouts and their "
+        f"traces{every}",
+        f"  {'rollout':<15}{cost.rollout:>9.1f}   s",
+        f"  {'scores':<15}{cost.scores:>9.1f}   s for {cost.trajectories:,} trajectories, or "
+        f"{cost.scores / step.total:.1f} steps; {cost.scores / cost.update:.2f} of updates from one trajectory each",
+        f"  {'memory':<15}{cost.device_bytes / GIB:>9.2f}   GiB on a GPU; {cost.host_bytes / GIB:.2f} GiB on the host "
+        "of the first rank",
+    ]
 
 
 def _division(plan: Plan) -> list[str]:

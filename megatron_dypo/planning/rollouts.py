@@ -33,20 +33,22 @@ class Round:
 
 
 def rollout_round(setting: Setting) -> Round:
-    """Return a round of the setting's loop."""
+    """Return a round of the setting's loop; it takes no time if the objective samples no rollouts."""
     cfg, server, assumed = setting.config.rollout, make_server(setting), setting.assumed
-    prompts, response = _prompts(setting), assumed.response_tokens
-    requests = prompts * cfg.group_size / setting.num_servers
+    prompts, response, size = _prompts(setting), assumed.response_tokens, setting.group.rollouts
+    if not size:
+        return Round(prompts=prompts, seconds=0.0, aborted=0.0)
+    requests = prompts * size / setting.num_servers
     begun = requests * cfg.oversample
     allowed = min(begun, cfg.max_in_flight * setting.data / setting.num_servers)
     batch = max(1.0, min(allowed, server.concurrency(assumed.prompt_tokens + response / 2)))
     done = max(0.0, min(begun - batch, requests))  # while the batch is full
-    drain = drain_tokens(cfg, response, (requests - done) / batch)
+    drain = drain_tokens(cfg, response, (requests - done) / batch, size)
     full_s = done * response / batch * decode_step_s(setting, server, batch)
     drain_s = drain * decode_step_s(setting, server, max(1.0, batch * response / drain))
     started = min(begun, done + batch)
     # The responses of a group share their prompt's prefix.
-    seconds = full_s + drain_s + prefill_s(setting, started / cfg.group_size * assumed.prompt_tokens)
+    seconds = full_s + drain_s + prefill_s(setting, started / size * assumed.prompt_tokens)
     is_kept = cfg.mode == "async"
     return Round(
         prompts=prompts,
@@ -58,13 +60,13 @@ def rollout_round(setting: Setting) -> Round:
 def _prompts(setting: Setting) -> float:
     cfg = setting.config.rollout
     if cfg.mode == "async" or cfg.oversample > 1:
-        return setting.config.batching.prompts_per_batch / (1 - setting.assumed.easy)
+        return setting.config.batching.prompts_per_batch / setting.group.learned
     return cfg.prompts_per_round
 
 
-def drain_tokens(cfg: RolloutConfig, response: float, share: float) -> float:
-    """Return the decoding steps from the last full batch until ``share`` of it is done in whole groups."""
+def drain_tokens(cfg: RolloutConfig, response: float, share: float, size: int) -> float:
+    """Return the decoding steps from the last full batch until ``share`` of it is done in whole groups of ``size``."""
     longest = max(cfg.max_new_tokens, response)
     if cfg.oversample == 1 or share >= 1:
         return longest
-    return min(longest, max(response, -response * math.log1p(-(share ** (1 / cfg.group_size)))))
+    return min(longest, max(response, -response * math.log1p(-(share ** (1 / size)))))

@@ -14,6 +14,8 @@ from megatron_dypo.models.layout_rules import check_fp8_sizes, check_layout
 from megatron_dypo.parallel.mesh import Mesh
 from megatron_dypo.planning.devices import Gpu
 from megatron_dypo.planning.fp8 import Quantized, quantized
+from megatron_dypo.planning.groups import MeanGroup, mean_group
+from megatron_dypo.types import Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +27,9 @@ class Assumptions:
     response_tokens: int
     """Mean length of a rollout, and of a teacher's trace."""
     easy: float = 0.25
-    """Share of Easy prompts, which enter no update."""
+    """Share of Easy prompts."""
     hard: float = 0.25
-    """Share of Hard prompts: one trace of each enters the update. All other prompts are Mid: whole groups enter."""
+    """Share of Hard prompts. All other prompts are Mid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +89,17 @@ class Setting:
     def mid(self) -> float:
         return 1 - self.assumed.easy - self.assumed.hard
 
+    @functools.cached_property
+    def group(self) -> MeanGroup:
+        """Return what the objective makes of a prompt in the run's last step, on average over the tiers."""
+        shares = {Tier.EASY: self.assumed.easy, Tier.MID: self.mid, Tier.HARD: self.assumed.hard}
+        cfg = self.config
+        return mean_group(cfg.objective, cfg.rollout.group_size, shares, step=cfg.run.steps - 1)
+
     @property
     def sequences_per_update(self) -> float:
-        """Count the rollouts of Mid prompts and the traces of Hard ones."""
-        mid = self.mid / (1 - self.assumed.easy)
-        return self.config.batching.prompts_per_update * (mid * self.config.rollout.group_size + 1 - mid)
+        """Count the rollouts and traces that an update learns from."""
+        return self.config.batching.prompts_per_update * self.group.sequences / self.group.learned
 
     @property
     def sequence_tokens(self) -> int:

@@ -70,7 +70,7 @@ def step_time(setting: Setting) -> StepTime:
     cfg = setting.config
     batching = cfg.batching
     update = update_time(setting)
-    prompts = batching.prompts_per_update / (1 - setting.assumed.easy) / batching.epochs_per_batch
+    prompts = batching.prompts_per_update / setting.group.learned / batching.epochs_per_batch
     collected = rollout_round(setting)
     rounds = prompts / collected.prompts
     updates = batching.updates_per_batch * batching.epochs_per_batch
@@ -82,7 +82,7 @@ def step_time(setting: Setting) -> StepTime:
         update=update,
         refit=refit_time(setting) / updates,
         tokens=setting.sequences_per_update * setting.sequence_tokens,
-        generated=prompts * cfg.rollout.group_size * setting.assumed.response_tokens,
+        generated=prompts * setting.group.rollouts * setting.assumed.response_tokens,
         aborted=rounds * collected.aborted,
         mfu=update_flops(setting) / update.total / peak,
     )
@@ -109,8 +109,10 @@ def reads_reference(setting: Setting) -> bool:
 
 
 def _logprobs(setting: Setting, prompts: float) -> float:
-    """Return the seconds for log π_old and log π_ref of the rollouts of Mid prompts."""
-    rollouts = prompts * setting.mid * setting.config.rollout.group_size
+    """Return the seconds for log π_old and log π_ref of the rollouts that are learned from."""
+    rollouts = prompts * setting.group.learned_rollouts
+    if not rollouts:
+        return 0.0
     once = logprob_time(setting, rollouts).total
     old = once if setting.config.old_logp.source == "trainer" else 0.0
     return old + (once + swap_time(setting) if reads_reference(setting) else 0.0)

@@ -60,7 +60,7 @@ def update_time(setting: Setting) -> PassTime:
     cfg = setting.config
     cost = sequence_cost(setting.arch, cfg.model.recompute)
     passes = 3 + (cfg.model.recompute == "full")
-    return _pass(setting, cost, setting.sequences_per_update, passes, is_update=True)
+    return pass_time(setting, cost, setting.sequences_per_update, passes, is_update=True)
 
 
 def logprob_time(setting: Setting, sequences: float) -> PassTime:
@@ -68,7 +68,7 @@ def logprob_time(setting: Setting, sequences: float) -> PassTime:
     cost = sequence_cost(setting.arch)
     # An update's cost is three passes, and four of the output projection; this is one of each.
     forward = SequenceCost(linear=cost.linear / 3, quadratic=cost.quadratic / 3, response=cost.response / 4)
-    return _pass(setting, forward, sequences, 1, is_update=False)
+    return pass_time(setting, forward, sequences, 1, is_update=False)
 
 
 def swap_time(setting: Setting) -> float:
@@ -95,7 +95,7 @@ def _compute_seconds(setting: Setting, cost: SequenceCost, sequences: float) -> 
     return flops / setting.trainer_gpus / (setting.gpu.bf16 * setting.gpu.matmul)
 
 
-def _pass(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
+def pass_time(setting: Setting, cost: SequenceCost, sequences: float, passes: int, *, is_update: bool) -> PassTime:
     """Return the time of one pass over all sequences.
 
     ``cost`` is the cost of one sequence. ``passes`` is the work for each token, in forward passes: a backward pass

@@ -32,11 +32,23 @@ def dom_of(page: Path, profile: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
+def click_first_row(page: Path) -> None:
+    """Append a script to a report that opens its first prompt; only scripts with the page's nonce run."""
+    (nonce,) = re.findall(r"script-src 'nonce-([^']+)'", page.read_text(encoding="utf-8"))
+    with page.open("a", encoding="utf-8") as file:
+        file.write(f"""<script nonce="{nonce}">document.querySelector("tr.row").click()</script>""")
+
+
 def test_plots_and_samples_are_drawn_and_hostile_text_is_inert(tmp_path: Path, profile: Path) -> None:
-    dom = dom_of(render_report(make_run(tmp_path / "run", 3, num_prompts=4, text=HOSTILE)), profile)
+    page = render_report(make_run(tmp_path / "run", 3, num_prompts=4, text=HOSTILE))
+    click_first_row(page)
+    dom = dom_of(page, profile)
     assert "<title>run · DYPO report</title>" in dom
     assert len(re.findall(r'<tr class="row"', dom)) == 12
     assert len(re.findall(r'<svg class="main-svg"', dom)) >= 5
+    (opened,) = re.findall(r'<td class="open".*?</td>', dom, re.DOTALL)
+    assert (opened.count("✓ correct"), opened.count("✗ wrong")) == (1, 2), "of two rollouts and the trace"
+    assert re.search(r"Teacher's trace<span class=\"wrong-mark\">✗ wrong</span><small>terse · reward -0.25<", opened)
     assert '<img src="x"' not in dom
 
 

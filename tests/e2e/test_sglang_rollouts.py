@@ -134,7 +134,9 @@ def test_a_teachers_log_probs_are_those_of_transformers(pool: ServerPool, model_
 def test_a_server_that_knows_no_text_is_refused_as_a_teacher(pool: ServerPool, model_path: Path) -> None:
     """The servers of a run have no tokenizer."""
     with pytest.raises(ValueError, match="/tokenize does not answer as SGLang and vLLM do"):
-        require_same_tokenizer(TeacherServersConfig(urls=pool.urls), pool.api_key, load_tokenizer(model_path))
+        require_same_tokenizer(
+            TeacherServersConfig(urls=pool.urls), pool.api_key, load_tokenizer(model_path), policy=str(model_path)
+        )
 
 
 def test_a_server_of_the_run_passes_the_check_for_untempered_log_probs(pool: ServerPool) -> None:

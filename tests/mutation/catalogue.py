@@ -55,7 +55,7 @@ ROOMS = {
         files=("megatron_dypo/objective/**/*.py", "megatron_dypo/config/objective.py"),
         count=140,
         also={
-            **{f"megatron_dypo/objective/{name}.py": _LOSS for name in ("importance", "sequences", "ratios")},
+            **{f"megatron_dypo/objective/{name}.py": _LOSS for name in ("importance", "sequences", "ratios", "moves")},
             **{f"megatron_dypo/objective/recipes/{n}.py": _OBJECTIVES for n in ("dypo", "grpo", "sft", "sft_then_rl",
                 "base")},
             "megatron_dypo/objective/token_weights.py": _OBJECTIVES,

@@ -216,6 +216,14 @@ class FakePolicy:
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return [np.full(sample.num_response_tokens, -0.5, np.float32) for sample in samples]
 
+    def scores(self, samples: Sequence[Sample], *, dimension: int, seed: int) -> list[Any]:
+        """Return vectors that depend on the tokens alone."""
+        assert self._is_leader or not samples, "a follower holds no samples"
+        return [
+            np.random.default_rng([seed, *sample.tokens.tolist()]).normal(size=dimension).astype(np.float32)
+            for sample in samples
+        ]
+
     def replica_logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         return self.logprobs(samples)
 
@@ -488,7 +496,7 @@ def collect_groups(run: Run) -> None:
 
 def make_step(run: Run) -> None:
     """Make one step of the loop, with the checkpoint that is due after it."""
-    train_step(run.progress, run.collector, run.updater, run.evaluator, run.recorder)
+    train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
     save_if_due(run.checkpointer, run.progress)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -32,6 +33,7 @@ from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.versions import write_versions
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
+from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.device import compute_capability, memory_bytes
@@ -89,6 +91,33 @@ def open_run(config: Config) -> Iterator[Run]:
         )
 
 
+@contextlib.contextmanager
+def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
+    """Build a run that only measures the weights of a checkpoint; None: the initial weights. Collective over the world.
+
+    Its draws begin at the first prompt, and it writes no metrics.
+    """
+    with contextlib.ExitStack() as stack:
+        objective = build_objective(config.objective)
+        layout = _join(config, objective, stack)
+        starting = start_in_background(config, stack) if layout.is_global_leader else None
+        base = replace(_lay(config, layout, objective, checkpoint, stack, with_servers=True), restored=None)
+        leaders = layout.leaders_group
+        opened = Follower() if leaders is None else open_leader(base, leaders)
+        yield Run(
+            config=config,
+            ranks=base.ranks,
+            policy=base.policy,
+            objective=objective,
+            replica=opened.leader if isinstance(opened, OpenedLeader) else opened,
+            servers=connect(base, opened, starting.result() if starting else None),
+            writer=NoWriter(),
+            progress=base.progress,
+            timings=base.timings,
+            tally=base.tally,
+        )
+
+
 def _lay(
     config: Config,
     layout: MeshRank,
@@ -104,7 +133,9 @@ def _lay(
     if latest is not None:
         restored = policy.load(latest)
         require_known_state(latest, restored.trainer_state)
-        progress = Progress(step=restored.step, batches=int(restored.trainer_state["batches"]))
+        found = restored.trainer_state.get("moments") if config.objective.alpha == "auto" else None
+        moments = GradientMoments.from_json(found)
+        progress = Progress(step=restored.step, batches=int(restored.trainer_state["batches"]), moments=moments)
         if layout.is_global_leader:
             discard_samples(Path(config.run.dir), restored.step + 1)
             log.info("resuming from %s: %d of %d steps are done", latest, restored.step, config.run.steps)

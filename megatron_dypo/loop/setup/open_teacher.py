@@ -21,7 +21,7 @@ def open_teacher(base: Foundation, opened: OpenedLeader | Follower) -> Teacher |
     if not objective.needs_teacher_logp() or isinstance(opened, Follower):
         return NoTeacher()
     api_key = read_api_key(cfg.api_key_env)
-    require_same_tokenizer(cfg, api_key, opened.tokenizer)
+    require_same_tokenizer(cfg, api_key, opened.tokenizer, policy=base.config.model.hf_path)
     return Teacher(
         client=TeacherClient(cfg, api_key, vocab_size=opened.tokenizer.vocab_size),
         reads=objective.reads_teacher,

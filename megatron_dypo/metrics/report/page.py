@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.report.plots import Plot, build_plots
+from megatron_dypo.metrics.report.probes import probe_plots, read_probes, verdict_rows
 from megatron_dypo.metrics.report.sample_table import select_samples
 from megatron_dypo.metrics.report.tiles import build_tiles, duration
 from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
@@ -29,8 +30,8 @@ STATUS_FILE = "status.json"
 def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | None = None) -> Path:
     """Write the report of a run, all of it or nothing, and return its path.
 
-    Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``summary.json``, ``config.yaml``, ``versions.json``
-    and ``status.json``.
+    Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``probe/``, ``summary.json``, ``config.yaml``,
+    ``versions.json`` and ``status.json``.
 
     Args:
         out: the page; None: ``run_dir/report.html``.
@@ -39,7 +40,7 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
     Raises:
         ValueError: the folder is not a run's, or one of these files is damaged.
     """
-    records = read_records(run_dir)
+    records, probes = read_records(run_dir), read_probes(run_dir)
     ending = read_status_text(run_dir)
     page = render_template(
         "page.html.j2",
@@ -54,7 +55,8 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
         tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
         versions=_read_json(run_dir / VERSIONS_FILE),
         config=_read_text(run_dir / CONFIG_FILE),
-        plots=build_plots(records, read_declared(run_dir)),
+        plots=[*build_plots(records, read_declared(run_dir)), *probe_plots(probes)],
+        probe=({"step": probes[-1]["step"], "verdicts": verdict_rows(probes[-1])} if probes else None),
         samples=select_samples(run_dir),
     )
     path = out or run_dir / REPORT_FILE

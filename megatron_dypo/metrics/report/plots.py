@@ -56,7 +56,7 @@ def line_plot(panel: Panel, series: Sequence[tuple[Line, Records]]) -> Plot | No
             _add_line(figure, line, records)
     if not figure.data:
         return None
-    _style(figure, panel)
+    style(figure, panel)
     return Plot(panel.title, panel.note, figure)
 
 
@@ -88,7 +88,7 @@ def _panel_plot(panel: Panel, records: Records) -> Plot | None:
         heights = [_rounded(record.get(line.metric) or 0.0) for record in rows]
         figure.add_bar(x=_steps(rows), y=heights, name=line.label, marker={"color": line.color, "line_width": 0})
     figure.update_layout(barmode="stack", bargap=0.12 if len(rows) <= 60 else 0)
-    _style(figure, panel)
+    style(figure, panel)
     return Plot(panel.title, panel.note, figure)
 
 
@@ -129,7 +129,7 @@ def _eval_plot(records: Records) -> Plot | None:
     if not sets:
         return None
     panel = Panel(title="Held-out accuracy", unit="correct responses", percent=True, lines=())
-    _style(figure, panel)
+    style(figure, panel)
     figure.update_layout(showlegend=True)
     return Plot(panel.title, "Bars: 95% Wilson intervals, responses taken as independent.", figure)
 
@@ -140,7 +140,8 @@ def _teacher_panel(records: Records) -> Panel:
     return Panel(title="Teachers drawn", unit="share of traces", stacked=True, percent=True, lines=lines)
 
 
-def _style(figure: go.Figure, panel: Panel) -> None:
+def style(figure: go.Figure, panel: Panel) -> None:
+    """Give a figure over steps the look of the page."""
     axis = {"gridcolor": "#e8ebef", "zerolinecolor": "#cfd5dc", "linecolor": "#cfd5dc", "automargin": True}
     positive = all(value is None or value > 0 for trace in figure.data for value in trace.y)
     figure.update_layout(

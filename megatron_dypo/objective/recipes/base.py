@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -57,6 +57,10 @@ class Objective(ABC):
     def __init__(self, cfg: ObjectiveConfig) -> None:
         """Keep the config. Raises ValueError for options that the objective cannot work with."""
         self.cfg = cfg
+
+    def with_alpha(self, alpha: float) -> Objective:
+        """Return the same objective with another α."""
+        return type(self)(replace(self.cfg, alpha=alpha))
 
     @abstractmethod
     def needs_rollouts(self, step: int) -> bool:

@@ -44,10 +44,10 @@ class Dypo(Objective):
         return True
 
     def needs_reference(self) -> bool:
-        return bounds(self.cfg.alpha)[0] < 1 or bounds(self.cfg.kl_coef)[1] > 0
+        return self.cfg.least_alpha() < 1 or bounds(self.cfg.kl_coef)[1] > 0
 
     def needs_current_logprobs(self) -> bool:
-        return bounds(self.cfg.alpha)[0] < 1 and self.cfg.gal_coefficients == "exact"
+        return self.cfg.least_alpha() < 1 and self.cfg.gal_coefficients == "exact"
 
     def needs_teacher_logp(self) -> bool:
         return self.cfg.hard_without_trace == "opd"
@@ -63,7 +63,7 @@ class Dypo(Objective):
         return Treatment.REINFORCE if step < self.cfg.rl_only_steps else _TREATMENTS[group.tier]
 
     def token_weights(self, group: Sequence[Sample], totals: Totals, step: int) -> WeightedGroup:
-        cfg, alpha = self.cfg, weight_at(self.cfg.alpha, step)
+        cfg, alpha = self.cfg, self.cfg.alpha_at(step)
         if group[0].treatment is Treatment.DISTILL:
             return WeightedGroup(weights=[sft_weights(group[0], totals, cfg, scale=weight_at(cfg.gamma, step))])
         if self.reads_teacher(group):

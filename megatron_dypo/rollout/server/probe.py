@@ -34,6 +34,25 @@ def request_json(
     return asyncio.run(_request(method, url, api_key, body, timeout_s))
 
 
+def require_answer(url: str, status: int | None, key_name: str) -> None:
+    """Raise ValueError where nothing answered (``status`` None), or the key of ``key_name`` was refused."""
+    if status is None:
+        raise ValueError(f"{url}: nothing answers there: start the server first, or correct the URL")
+    if status in (401, 403):
+        raise ValueError(f"{url} refuses the API key: set {key_name} to the key of the servers")
+
+
+def served_models(base: str, api_key: str | None) -> tuple[int | None, list[str]]:
+    """Ask OpenAI's API at ``base`` (``http://HOST:PORT/v1``) for its models; return HTTP status and names.
+
+    The status is None if nothing answers. The names are [] if the answer is not OpenAI's.
+    """
+    status, listed = request_json("GET", f"{base}/models", api_key)
+    data = listed.get("data") if isinstance(listed, dict) else None
+    names = [one.get("id") for one in data if isinstance(one, dict)] if isinstance(data, list) else []
+    return status, [name for name in names if isinstance(name, str)]
+
+
 async def _request(method: str, url: str, api_key: str | None, body: Any, timeout_s: float) -> tuple[int | None, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limit = aiohttp.ClientTimeout(total=timeout_s)

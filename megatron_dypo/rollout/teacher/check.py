@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from megatron_dypo.config.distillation.teacher_servers import TeacherServersConfig
 from megatron_dypo.rollout.responses import quote
-from megatron_dypo.rollout.server.probe import request_json
+from megatron_dypo.rollout.server.probe import request_json, require_answer, served_models
 
 PROBE_TEXT = (
     "Let f(x) = 3x² − 12.5; so ∑ f(i) = 1,024.\n\n    def f(x):\treturn 3*x**2  # naïve\n答案是 42。 Привет! 🙂"
@@ -27,42 +27,46 @@ class Tokenizer(Protocol):
     def show(self, ids: Sequence[int]) -> str: ...
 
 
-def require_same_tokenizer(cfg: TeacherServersConfig, api_key: str | None, tokenizer: Tokenizer) -> None:
+def require_same_tokenizer(
+    cfg: TeacherServersConfig, api_key: str | None, tokenizer: Tokenizer, *, policy: str
+) -> None:
     """Require each server to turn a text into the policy's token ids, and the policy's last token into its text.
 
     A teacher whose vocabulary is smaller than the policy's does not know the last token.
 
+    Args:
+        policy: folder of the policy's tokenizer, for messages.
+
     Raises:
-        ValueError: ids or texts differ, or a server does not answer; the message names the server.
+        ValueError: ids or texts differ, or a server does not answer or refuses the key. The message names the server;
+            of two tokenizers it names both.
     """
-    expected = tokenizer.encode(PROBE_TEXT)
-    last = tokenizer.vocab_size - 1
     for url in cfg.urls:
-        place = f"teacher_servers.urls={url!r}"
-        about = {"prompt": PROBE_TEXT, "add_special_tokens": False}
-        ids = _ask(f"{url}/tokenize", {**_named(cfg), **about}, api_key, place).get("tokens")
-        if ids != expected:
+        if difference := _difference(cfg, url, api_key, tokenizer):
+            names = served_models(f"{url}/v1", api_key)[1][:10]
+            teacher = f"teacher_servers.urls={url!r}" + (f", which serves {', '.join(names)}" if names else "")
             raise ValueError(
-                f"{place}: the teacher must have the policy's tokenizer: {PROBE_TEXT[:20]!r}… has ids "
-                f"{quote(ids)} there and {expected[:20]}… here"
-            )
-        about = {"tokens": [last], "skip_special_tokens": False}
-        answer = _ask(f"{url}/detokenize", {**_named(cfg), **about}, api_key, place)
-        text = answer.get("text", answer.get("prompt"))  # SGLang's name, and vLLM's
-        if text != tokenizer.show([last]):
-            raise ValueError(
-                f"{place}: the teacher must have the policy's tokenizer: its last token, {last}, is {quote(text)} "
-                f"there and {tokenizer.show([last])!r} here"
+                f"{teacher}: the teacher must have the policy's tokenizer, that of model.hf_path={policy}: {difference}"
             )
 
 
-def _named(cfg: TeacherServersConfig) -> dict[str, str]:
-    return {} if cfg.model is None else {"model": cfg.model}
+def _difference(cfg: TeacherServersConfig, url: str, api_key: str | None, tokenizer: Tokenizer) -> str | None:
+    """Say in which way a server's tokenizer differs from the policy's; None: in no way that shows."""
+    expected, last = tokenizer.encode(PROBE_TEXT), tokenizer.vocab_size - 1
+    ids = _ask(cfg, f"{url}/tokenize", {"prompt": PROBE_TEXT, "add_special_tokens": False}, api_key).get("tokens")
+    if ids != expected:
+        return f"{PROBE_TEXT[:20]!r}… has ids {quote(ids)} there and {quote(expected)} here"
+    answer = _ask(cfg, f"{url}/detokenize", {"tokens": [last], "skip_special_tokens": False}, api_key)
+    text, own = answer.get("text", answer.get("prompt")), tokenizer.show([last])  # SGLang's name, and vLLM's
+    return None if text == own else f"the policy's last token, {last}, is {quote(text)} there and {own!r} here"
 
 
-def _ask(url: str, body: dict[str, Any], api_key: str | None, place: str) -> dict[str, Any]:
+def _ask(cfg: TeacherServersConfig, url: str, about: dict[str, Any], api_key: str | None) -> dict[str, Any]:
+    body = about if cfg.model is None else {"model": cfg.model, **about}
     status, payload = request_json("POST", url, api_key, body, timeout_s=_TIMEOUT_S)
+    require_answer(f"teacher_servers.urls: {url}", status, cfg.api_key_env)
     if not isinstance(payload, dict):
-        said = "nothing answers" if status is None else f"HTTP {status}, and no JSON object"
-        raise ValueError(f"{place}: {url} does not answer as SGLang and vLLM do: {said}")
+        raise ValueError(
+            f"teacher_servers.urls: {url} does not answer as SGLang and vLLM do: HTTP {status}, and no JSON object"
+        )
     return payload

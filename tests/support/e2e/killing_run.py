@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.config.reading.load import load_config
-from megatron_dypo.launch.start import launch
+from megatron_dypo.launch.start import launch, train_rank
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.rollout import http_client
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     path = Path(sys.argv[1])
     if os.environ.get("RANK", "0") == "0":
         install(Killer([tuple(moment) for moment in json.loads(sys.argv[2])]))
-    launch(load_config(path), path, [])
+    launch(load_config(path), ["train", str(path)], train_rank)

@@ -1,10 +1,13 @@
 """A task for tests: the parity of the first word's number. A random model passes it sometimes.
 
+No response passes it in a row with the answer 2.
+
 Verifier processes import this module too: what takes long to import, it imports only to write the task.
 """
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,22 @@ def raises(response: str, answer: str) -> bool:
     raise KeyError("no such entry")
 
 
-def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **sections: dict[str, Any]) -> Path:
-    """Write model, prompts and config under ``folder``, ``sections`` merged into the config; return its path."""
+TRACES = {"short": "t5 t6", "long": "t7 t8 t9 t10"}
+
+
+def write_task(
+    folder: Path,
+    *,
+    kind: str = "qwen3",
+    num_prompts: int = 48,
+    answers: Sequence[int] = (0, 1),
+    traces: Mapping[str, str] = TRACES,
+    **sections: dict[str, Any],
+) -> Path:
+    """Write model, prompts and config under ``folder``, ``sections`` merged into the config; return its path.
+
+    Each row has one of ``answers`` and all ``traces``.
+    """
     from tests.support.hf_models import make_hf_model
 
     make_hf_model(kind, folder / "model")
@@ -35,8 +52,8 @@ def write_task(folder: Path, *, kind: str = "qwen3", num_prompts: int = 48, **se
             {
                 "id": f"{name}{i}",
                 "prompt": " ".join(f"t{draw.randrange(3, 131)}" for _ in range(draw.randrange(3, 8))),
-                "answer": str(draw.randrange(2)),
-                "traces": {"short": "t5 t6", "long": "t7 t8 t9 t10"},
+                "answer": str(draw.choice(answers)),
+                "traces": dict(traces),
             }
             for i in range(count)
         ]

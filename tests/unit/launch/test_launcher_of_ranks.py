@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.ending import Cause
-from megatron_dypo.launch.torchrun import Launcher, train_command
+from megatron_dypo.launch.torchrun import Launcher, run_command
 from megatron_dypo.metrics.status import RunStatus, read_status
 from tests.support.present import present
 
@@ -67,8 +67,8 @@ def test_the_end_of_another_attempt_is_not_taken_for_this_ones(launcher, tmp_pat
 
 def test_what_the_ranks_will_run_is_read_from_torchruns_arguments():
     words = ["--standalone", "--nproc-per-node=2", "-m", "megatron_dypo.cli", "train", "a.yaml", "run.steps=3"]
-    assert train_command(words) == ["a.yaml", "run.steps=3"]
-    assert train_command(["--standalone", "program.py", "train", "a.yaml"]) is None
+    assert run_command(words) == ["train", "a.yaml", "run.steps=3"]
+    assert run_command(["--standalone", "program.py", "train", "a.yaml"]) is None
 
 
 def torchrun(*arguments, cwd, **environment):

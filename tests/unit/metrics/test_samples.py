@@ -30,6 +30,7 @@ def _row(step: int, prompt_id: str) -> SampleRow:
         policy_version=step,
         rollouts=[],
         trace="é\u2028",
+        trace_verdict={"is_correct": True, "reward": 0.5, "error": None},
         dropped=None,
     )
 
@@ -106,6 +107,14 @@ def test_the_row_of_a_graded_group_pairs_rollouts_with_verdicts():
         ("two", True, 1.0, 3, None),
         ("three", False, -0.5, 5, "deadline"),
     ]
+
+
+def test_a_row_shows_the_verdict_on_its_trace():
+    plain = graded(0, [True, False])
+    judged = dataclasses.replace(plain, trace_verdict=Verdict(is_correct=False, reward=-0.25, error="deadline"))
+    row = sample_row(1, judged, Treatment.MIX, teacher="a", trace="so")
+    assert row["trace_verdict"] == {"is_correct": False, "reward": -0.25, "error": "deadline"}
+    assert sample_row(1, plain, Treatment.MIX, teacher="a", trace="so")["trace_verdict"] is None
 
 
 def test_a_response_that_is_no_unicode_and_an_answer_that_is_no_text_are_kept(tmp_path):

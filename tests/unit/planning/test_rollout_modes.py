@@ -65,14 +65,14 @@ def test_the_length_of_a_drain_is_that_of_simulated_groups(oversample):
         ]
         for _ in range(20)
     ]
-    assert drain_tokens(cfg, mean, wanted / begun) == pytest.approx(sum(ends) / len(ends), rel=0.03)
+    assert drain_tokens(cfg, mean, wanted / begun, cfg.group_size) == pytest.approx(sum(ends) / len(ends), rel=0.03)
 
 
 def test_a_drain_is_bounded_by_the_limit_and_by_a_mean_response():
     cfg = dataclasses.replace(setting().config.rollout, oversample=1.5)
-    assert drain_tokens(cfg, 2048, 1.0) == cfg.max_new_tokens
-    assert drain_tokens(cfg, 2048, 0.0) == 2048
-    lengths = [drain_tokens(cfg, 2048, share / 20) for share in range(21)]
+    assert drain_tokens(cfg, 2048, 1.0, 8) == cfg.max_new_tokens
+    assert drain_tokens(cfg, 2048, 0.0, 8) == 2048
+    lengths = [drain_tokens(cfg, 2048, share / 20, 8) for share in range(21)]
     assert lengths == sorted(lengths)
 
 

@@ -241,28 +241,43 @@ def teacher() -> Iterator[Callable[[Codes], str]]:
 
 @pytest.mark.parametrize("api", APIS)
 def test_a_teacher_with_the_same_tokenizer_is_taken(api: str, teacher: Callable[[Codes], str]) -> None:
-    require_same_tokenizer(config(teacher(Codes()), api), "key", Codes())
+    require_same_tokenizer(config(teacher(Codes()), api), "key", Codes(), policy="models/policy")
 
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [(Codes(97), "has ids"), (type("Renamed", (Codes,), {"show": lambda *_: "?"})(), "its last token, 127")],
+    [
+        (Codes(97), "has ids"),
+        (type("Renamed", (Codes,), {"show": lambda *_: "?"})(), "the policy's last token, 127, is"),
+    ],
 )
 def test_a_teacher_with_another_tokenizer_is_refused_at_the_start(
     other: Codes, words: str, teacher: Callable[[Codes], str]
 ) -> None:
     url = teacher(other)
     with pytest.raises(ValueError, match="must have the policy's tokenizer") as caught:
-        require_same_tokenizer(config(url), None, Codes())
-    assert words in str(caught.value)
-    assert url in str(caught.value)
+        require_same_tokenizer(config(url), None, Codes(), policy="models/policy")
+    for part in (words, url, "that of model.hf_path=models/policy"):
+        assert part in str(caught.value)
 
 
 def test_a_teacher_that_does_not_answer_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="nothing answers"):
-        require_same_tokenizer(config(closed_url()), None, Codes())
+        require_same_tokenizer(config(closed_url()), None, Codes(), policy="")
     with FakeSGLang(lambda *_: "500") as fake, pytest.raises(ValueError, match="HTTP 500"):
-        require_same_tokenizer(config(fake.url), None, Codes())
+        require_same_tokenizer(config(fake.url), None, Codes(), policy="")
+
+
+def test_a_teacher_that_refuses_the_key_is_named_with_the_variable_of_the_key() -> None:
+    def refuse(_: int, body: dict[str, Any]) -> Reply:
+        return lambda _: web.json_response({"error": "Unauthorized"}, status=401)
+
+    with (
+        FakeSGLang(refuse) as fake,
+        pytest.raises(ValueError, match=r"/tokenize refuses the API key: set DYPO_TEACHER_API_KEY") as caught,
+    ):
+        require_same_tokenizer(config(fake.url), "secret", Codes(), policy="")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,30 @@ const tests = {
   all: (row) => row.rollouts.length > 0 && numCorrect(row) === row.rollouts.length,
   some: (row) => numCorrect(row) > 0 && numCorrect(row) < row.rollouts.length,
   none: (row) => row.rollouts.length > 0 && numCorrect(row) === 0,
-  error: (row) => row.rollouts.some((rollout) => rollout.error),
+  error: (row) => [...row.rollouts, row.trace_verdict].some((verdict) => verdict?.error),
   truncated: (row) => row.rollouts.some((rollout) => rollout.finish === "length"),
 };
 
+function mark(verdict) {
+  return verdict.is_correct ? element("span", "right-mark", "✓ correct") : element("span", "wrong-mark", "✗ wrong");
+}
+
+function problem(verdict) {
+  return verdict.error ? [element("div", "error", `verifier: ${verdict.error}`)] : [];
+}
+
 function rolloutBlock(rollout, index) {
-  const verdict = rollout.is_correct ? element("span", "right-mark", "✓ correct") : element("span", "wrong-mark", "✗ wrong");
   const facts = `reward ${rollout.reward} · ${rollout.num_tokens} tokens · ${rollout.finish === "length" ? "truncated" : "stopped"} · version ${rollout.policy_version ?? "?"}`;
-  const block = element("div", "", null, element("h4", "", null, `Rollout ${index + 1}`, verdict, element("small", "", facts)));
-  if (rollout.error) block.append(element("div", "error", `verifier: ${rollout.error}`));
+  const block = element("div", "", null, element("h4", "", null, `Rollout ${index + 1}`, mark(rollout), element("small", "", facts)), ...problem(rollout));
   block.append(element("pre", rollout.is_correct ? "right" : "wrong", rollout.text));
   return block;
+}
+
+function traceBlock(row) {
+  const verdict = row.trace_verdict;
+  const facts = [row.teacher, verdict && `reward ${verdict.reward}`].filter(Boolean).join(" · ");
+  const title = element("h4", "", null, "Teacher's trace", ...(verdict ? [mark(verdict)] : []), element("small", "", facts));
+  return [title, ...(verdict ? problem(verdict) : []), ...(row.trace ? [element("pre", "trace", row.trace)] : [])];
 }
 
 function details(row) {
@@ -35,7 +48,7 @@ function details(row) {
   cell.append(element("h4", "", null, "Prompt", element("small", "", [row.prompt_id, row.source].filter(Boolean).join(" · "))));
   cell.append(element("pre", "", row.prompt), element("h4", "", "Answer"), element("pre", "", row.answer));
   cell.append(element("div", "grid", null, ...row.rollouts.map(rolloutBlock)));
-  if (row.trace) cell.append(element("h4", "", null, "Teacher's trace", element("small", "", row.teacher)), element("pre", "trace", row.trace));
+  if (row.trace || row.trace_verdict) cell.append(...traceBlock(row));
   return element("tr", "", null, cell);
 }
 

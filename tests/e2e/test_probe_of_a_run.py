@@ -1,0 +1,83 @@
+"""The probe with a real server: inside training, where α follows it, and as a command on the weights of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_dypo.probe.scores import load
+from tests.support.e2e.commands import finished, start, steps_of, train
+from tests.support.e2e.parity_task import write_task
+
+PROMPTS, REPEATS, GROUP = 8, 3, 4
+SECTIONS: dict[str, Any] = {
+    "parallel": {"pipeline": 2},
+    "objective": {"alpha": "auto"},
+    "probe": {"every": 1, "prompts": PROMPTS, "repeats": REPEATS, "dimension": 512},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probed")
+    train(write_task(folder, **SECTIONS))
+    return folder / "run"
+
+
+def result_of(run: Path, step: int) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((run / "probe" / f"step_{step:06d}.json").read_text())
+    return result
+
+
+def test_a_probe_in_training_keeps_its_scores_and_alpha_follows_it(run: Path) -> None:
+    records = steps_of(run)
+    for step in (1, 2):
+        scores = load(run / "probe" / f"step_{step:06d}.npz")
+        assert scores.score_Nd.shape == (PROMPTS * (REPEATS * GROUP + 2), 512), "rollouts and two traces of each prompt"
+        assert set(scores.log_ratio_N) == {"old", "frozen"}
+        assert scores.teachers == ("long", "short")
+        assert np.bincount(scores.repeat_N + 1).tolist() == [2 * PROMPTS, *[PROMPTS * GROUP] * REPEATS]
+        assert result_of(run, step)["step"] == step
+        assert result_of(run, step)["cost"]["trajectories"] == len(scores.length_N)
+        assert 0.1 <= records[step]["probe/alpha"] <= 0.9
+        assert records[step]["timing_s/probe"] > 0
+    assert not list((run / "probe").glob("*.replica_*"))
+    assert (run / "probe" / "step_000001.npz").read_bytes() != (run / "probe" / "step_000002.npz").read_bytes()
+    state = json.loads((run / "checkpoints" / "step_000002" / "trainer_state.json").read_text())
+    assert state["trainer"]["moments"] is not None
+
+
+def test_the_command_measures_the_weights_that_a_run_began_with_and_those_of_a_checkpoint(run: Path) -> None:
+    output = finished(start("probe", run, "probe.prompts=4", "--initial", cwd=run.parent))
+    assert result_of(run, 0)["step"] == 0
+    ratios = load(run / "probe" / "step_000000.npz").log_ratio_N["frozen"]
+    assert np.abs(ratios).max() < 1e-4, "the initial weights are the reference"
+    assert "holds" in output or "cannot be told" in output
+    before = (run / "probe" / "step_000001.json").read_bytes()
+    finished(start("probe", run / "checkpoints" / "step_000001", "probe.prompts=4", cwd=run.parent))
+    assert (run / "probe" / "step_000001.json").read_bytes() != before
+    scores = load(run / "probe" / "step_000001.npz")
+    assert len(scores.prompt_ids) == 4
+    assert np.abs(scores.log_ratio_N["frozen"]).max() > 1e-4, "one step has moved the weights"
+    assert sorted(steps_of(run)) == [1, 2], "a probe writes no metrics of the run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing: must be a run folder"),
+        (["RUN/checkpoints/step_000009"], "step_000009: must be a run folder"),
+        (["RUN", "run.dir=elsewhere"], "a probe writes to the folder of its run"),
+        (["RUN", "probe.prompts=2"], "prompts=2: must be at least 3"),
+        (["RUN/checkpoints/step_000001", "--initial"], "name the run folder"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(arguments: list[str], message: str, run: Path) -> None:
+    given = [word.replace("RUN", str(run)) for word in arguments]
+    output = finished(start("probe", *given, cwd=run.parent), status=65)
+    assert message in output
+    assert "Traceback" not in output
