@@ -70,7 +70,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def compare(
     ours: Mapping[str, Judged], theirs: Mapping[str, Mapping[str, Judged]], gold: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Print every difference and a table, and return the counts. Raises ValueError if a side lacks an item."""
+    """Print every difference of responses, verdicts and answers, and a table, and return the counts.
+
+    Raises ValueError if a side lacks an item.
+    """
     if any(set(side) != set(gold) for side in (ours, *theirs.values())):
         raise ValueError(f"{len(gold)} items: a response is missing: {len(ours)} of ours, {len(theirs[FLEXIBLE])}")
     same = {item for item in gold if ours[item].response == theirs[FLEXIBLE][item].response}
@@ -83,8 +86,11 @@ def compare(
     result["correct_and_truncated"] = sum(one.correct and one.truncated for one in ours.values())
     for name, others in theirs.items():
         differ = [item for item in gold if ours[item].correct != others[item].correct]
-        for item in differ:
-            print(f"item {item}: gold {gold[item]}: {difference(ours[item], others[item], name)}")
+        read = [item for item in gold if not same_answer(ours[item].answer, others[item].answer)]
+        for item in gold:
+            if item in {*differ, *read}:
+                print(f"item {item}: gold {gold[item]}: {difference(ours[item], others[item], name)}")
+        result[f"same_answers_{name}"] = len(gold) - len(read)
         result[f"correct_{name}"] = sum(other.correct for other in others.values())
         result[f"same_verdicts_{name}"] = len(gold) - len(differ)
         result[f"reasons_{name}"] = dict(Counter(reason(ours[item], others[item], name) for item in differ))
@@ -106,17 +112,28 @@ def first_difference(ours: Judged, theirs: Judged) -> str:
 
 
 def difference(ours: Judged, theirs: Judged, name: str) -> str:
-    """Show two verdicts that differ, with both answers, the reason and the end of our response."""
+    """Show two verdicts, with both answers, why these or the verdicts differ, and the end of our response."""
     end = "cut off after " if ours.truncated else "ends "
     return (
-        f"math {'right' if ours.correct else 'wrong'} ({ours.answer!r}), "
-        f"{name} {'right' if theirs.correct else 'wrong'} ({theirs.answer!r}): "
+        f"math {'right' if ours.correct else 'wrong'} ({shown(ours)}), "
+        f"{name} {'right' if theirs.correct else 'wrong'} ({shown(theirs)}): "
         f"{reason(ours, theirs, name)}; {end}{ours.response[-60:]!r}"
     )
 
 
+def shown(one: Judged) -> str:
+    return "no answer" if one.answer is None else repr(one.answer if len(one.answer) <= 40 else f"{one.answer[:40]}…")
+
+
+def same_answer(ours: str | None, theirs: str | None) -> bool:
+    """Return whether two graders read the same: the same text, the same number, or no answer."""
+    if ours is None or theirs is None:
+        return ours == theirs
+    return ours == theirs or (number(ours) is not None and number(ours) == number(theirs))
+
+
 def reason(ours: Judged, theirs: Judged, name: str) -> str:
-    """Name the class of a difference between our verdict and that of the harness's filter ``name``."""
+    """Name the class of a difference between our verdict or answer and that of the harness's filter ``name``."""
     if ours.response != theirs.response:
         return "other responses"
     if theirs.answer is None:
@@ -130,8 +147,8 @@ def reason(ours: Judged, theirs: Judged, name: str) -> str:
     if marked_answer(ours.response) is None:
         return "ours takes the answer that a sentence states, the harness the last number"
     if name == STRICT:
-        return "ours takes the last ####, the harness the first"
-    return "ours takes the marked answer, the harness the last number"
+        return "ours takes the line of the last ####, the harness the number after the first"
+    return "ours takes the whole marked answer, the harness the last number"
 
 
 def number(answer: str) -> Fraction | None:

@@ -21,8 +21,8 @@ IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
 NO_MARK, NO_NUMBER = "no #### and number for the harness", "no number for the harness"
 TEXTS, SIGNS = "the same number: the harness compares texts", "the harness reads signs as a number"
-FIRST = "ours takes the last ####, the harness the first"
-MARKED = "ours takes the marked answer, the harness the last number"
+FIRST = "ours takes the line of the last ####, the harness the number after the first"
+MARKED = "ours takes the whole marked answer, the harness the last number"
 STATED = "ours takes the answer that a sentence states, the harness the last number"
 PART = "ours takes no number that is a part of something larger"
 
@@ -85,36 +85,40 @@ def test_verdicts_on_two_responses_differ_because_of_the_responses():
     assert reason(by_ours("7", "7"), by_harness("8", "7", "flexible-extract"), "flexible-extract") == "other responses"
 
 
-def test_every_pair_of_verdicts_that_differs_is_printed_and_no_other(capsys):
+def test_every_pair_of_verdicts_or_answers_that_differs_is_printed_and_no_other(capsys):
     from lm_eval_verdicts import compare
 
-    golds = {"0": "12", "1": "7", "2": "1"}
-    ours = {"0": by_ours("so 12.0", "12"), "1": by_ours("so 7", "7", truncated=True), "2": by_ours("one", "1")}
-    responses = {"0": "so 12.0", "1": "so 7", "2": "two"}
+    golds = {"0": "12", "1": "7", "2": "1", "3": "9"}
+    responses = {"0": "so 12.0", "1": "so 7", "2": "two", "3": "#### 5\nnot 6"}
+    ours = {item: by_ours(response, golds[item], truncated=item == "1") for item, response in responses.items()}
+    ours["2"] = by_ours("one", "1")
     theirs = {
         name: {item: by_harness(response, golds[item], name) for item, response in responses.items()}
         for name in FILTERS
     }  # fmt: skip
     assert compare(ours, theirs, golds) == {
-        "items": 3,
-        "same_responses": 2,
+        "items": 4,
+        "same_responses": 3,
         "correct_ours": 2,
         "truncated": 1,
         "correct_and_truncated": 1,
         "correct_strict-match": 0,
-        "same_verdicts_strict-match": 1,
+        "same_verdicts_strict-match": 2,
+        "same_answers_strict-match": 2,
         "reasons_strict-match": {NO_MARK: 2},
         "correct_flexible-extract": 1,
-        "same_verdicts_flexible-extract": 2,
+        "same_verdicts_flexible-extract": 3,
+        "same_answers_flexible-extract": 3,
         "reasons_flexible-extract": {TEXTS: 1},
     }
     assert capsys.readouterr().out.splitlines() == [
         "item 2: other responses: from character 0: ours 'one', theirs 'two'",
-        f"item 0: gold 12: math right ('12'), strict-match wrong (None): {NO_MARK}; ends 'so 12.0'",
-        f"item 1: gold 7: math right ('7'), strict-match wrong (None): {NO_MARK}; cut off after 'so 7'",
+        f"item 0: gold 12: math right ('12'), strict-match wrong (no answer): {NO_MARK}; ends 'so 12.0'",
+        f"item 1: gold 7: math right ('7'), strict-match wrong (no answer): {NO_MARK}; cut off after 'so 7'",
         f"item 0: gold 12: math right ('12'), flexible-extract wrong ('12.0'): {TEXTS}; ends 'so 12.0'",
-        "strict-match      both right   0, math alone   2, the harness alone   0, both wrong   1",
-        "flexible-extract  both right   1, math alone   1, the harness alone   0, both wrong   1",
+        f"item 3: gold 9: math wrong ('5'), flexible-extract wrong ('6'): {MARKED}; ends '#### 5\\nnot 6'",
+        "strict-match      both right   0, math alone   2, the harness alone   0, both wrong   2",
+        "flexible-extract  both right   1, math alone   1, the harness alone   0, both wrong   2",
     ]
 
 
