@@ -44,7 +44,7 @@ DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-lm-eval setup-docs quickstart smollm2 \
-	test test-all lint format docs pictures clean
+	tiny-study tiny-study-smollm2 test test-all lint format docs pictures clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -116,6 +116,12 @@ quickstart: setup  ## Train a tiny model with DYPO from start to end.
 
 smollm2: setup setup-smollm2  ## Train a pretrained model of 135 million parameters with DYPO, on two CPU cores.
 	$(BIN)/python examples/smollm2_135m/run.py
+
+tiny-study: setup  ## Compare every objective on two tiny tasks, tuned alike, with five seeds (hours).
+	$(BIN)/python examples/tiny_study/run.py
+
+tiny-study-smollm2: setup setup-smollm2  ## Compare DYPO, GRPO, SFT and SFT then RL on a pretrained model (hours).
+	$(BIN)/python examples/tiny_study/run.py examples/tiny_study/smollm2.yaml
 
 test: setup setup-test-data  ## Run the tests that need no GPU and are not marked slow.
 	@# By file: the tests of one share servers and runs. Not by their number in a file: tests/conftest.py has put long ones first.

@@ -20,6 +20,8 @@ LAST_LINES = {
     "memory_model": {"parameters", "gradients", "optimizer", "activations", "peak"},
     "refit": {"bandwidth_vs_raw", "time_vs_broadcast", "time_vs_broadcast_2_servers"},
     "interval_coverage": {"coverage_3_or_more_seeds", "coverage_2_seeds"},
+    "probe": {"time_vs_updates", "memory_256_vs_32"},
+    "probe_coverage": {"least_coverage"},
     "asynchrony": {"step_time_vs_sync", "accuracy", "accuracy_of_sync", "intervals_overlap"},
     "lm_eval_gsm8k": {"items", "same_responses", "correct_ours", "truncated", "correct_and_truncated"}
     | {
