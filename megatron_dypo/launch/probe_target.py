@@ -1,4 +1,4 @@
-"""What ``megatron-dypo probe`` measures: the config and the weights of a run, and where the results go."""
+"""The target of ``megatron-dypo probe``: the config and the weights of a run, and the folder of the results."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.types import Floats, Sample
+from tests.support.present import present
 
 SIZE, SEED = 4096, 3
 
@@ -101,7 +102,7 @@ def rank_update(path: str, groups: Sequence[Sequence[Sample]], cfg: Any) -> tupl
     load_initial_weights(chunks, model, arch, layout)
     flat = [sample for group in groups for sample in group]
     logps = sequence_logprobs(chunks, flat, layout=layout, budget=64) or []
-    ratios = [float(np.sum(p, dtype=np.float64) - np.sum(s.ref_logp, dtype=np.float64)) for p, s in zip(logps, flat, strict=True)]
+    ratios = [float(np.sum(p, dtype=np.float64) - np.sum(present(s.ref_logp), dtype=np.float64)) for p, s in zip(logps, flat, strict=True)]
     scores = list(sequence_scores(chunks, flat, WholeGradient(arch), arch=arch, layout=layout))
     old = iter(logps)
     objective, weighted = build_objective(cfg), []
