@@ -43,10 +43,6 @@ STOPS = [2, *range(80, 131)]
 
 
 @pytest.fixture(scope="module")
-def has_lines(path: Path, count: int) -> bool:
-    return path.is_file() and path.read_bytes().count(b"\n") >= count
-
-
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_hf_model("qwen3", tmp_path_factory.mktemp("models") / "teacher", seed=7)
     generation = path / "generation_config.json"
@@ -109,6 +105,10 @@ def of_sglang(server: OpenAIServer, model_path: Path) -> dict[str, Any]:
         "samples": SAMPLES,
         "keep": KEEP,
     }
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return path.is_file() and path.read_bytes().count(b"\n") >= count
 
 
 def different(texts: Sequence[str]) -> list[str]:
