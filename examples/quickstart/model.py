@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -37,16 +38,16 @@ HF_CONFIG = {
 }
 
 
-def write_model(folder: Path, seed: int) -> int:
-    """Write the HF model folder and return the number of parameters."""
-    write_tokenizer(folder)
-    return write_random_model(folder, HF_CONFIG, seed)
+def write_model(folder: Path, seed: int, tokens: Sequence[str] = VOCABULARY) -> int:
+    """Write the HF model folder and return the number of parameters. ``tokens`` begins with PAD and END."""
+    write_tokenizer(folder, tokens)
+    return write_random_model(folder, {**HF_CONFIG, "vocab_size": len(tokens)}, seed)
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, tokens: Sequence[str]) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``: a token for each character, one for the answer's mark."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(f"{ANSWER_MARK}|."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -21,8 +21,8 @@ from pathlib import Path
 from megatron_dypo.fs import new_file
 
 ANSWER_MARK = "####"
-LOW, HIGH = 100, 1000
-"""Range of the numbers: three digits."""
+NUM_DIGITS = 3
+"""Digits of each number."""
 MAX_DRAWS = 1000
 """Most random draws for each wanted problem. The rarest kind, without a carry, is one in seven."""
 
@@ -85,11 +85,14 @@ def _trace(steps: Iterable[str], digits: list[int], carry: int) -> str:
 TEACHERS: Mapping[str, Callable[[Addition], str]] = {"columns": add_by_columns, "glance": add_at_a_glance}
 
 
-def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterable[Addition] = ()) -> list[Addition]:
+def draw_problems(
+    counts: Mapping[int, int], rng: random.Random, exclude: Iterable[Addition] = (), *, num_digits: int = NUM_DIGITS
+) -> list[Addition]:
     """Draw different problems, ``counts[c]`` of them with c carries, and shuffle them; none is in ``exclude``.
 
     Raises ValueError if there are not that many.
     """
+    low, high = 10 ** (num_digits - 1), 10**num_digits
     taken = set(exclude)
     drawn: list[Addition] = []
     for carries, count in counts.items():
@@ -97,7 +100,7 @@ def draw_problems(counts: Mapping[int, int], rng: random.Random, exclude: Iterab
         for _ in range(MAX_DRAWS * count):
             if found == count:
                 break
-            problem = Addition(rng.randrange(LOW, HIGH), rng.randrange(LOW, HIGH))
+            problem = Addition(rng.randrange(low, high), rng.randrange(low, high))
             if problem.num_carries == carries and problem not in taken:
                 taken.add(problem)
                 drawn.append(problem)

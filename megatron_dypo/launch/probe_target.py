@@ -36,7 +36,7 @@ class ProbeTarget:
         step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         folder = folder_of(self.run_dir / FOLDER, step)
         # An evaluation would need its data too, and a probe waits for all of its rollouts.
-        own = ["eval.sets={}", "rollout.mode=sync", "probe.every=0", f"run.dir={json.dumps(str(folder))}"]
+        own = ["eval.sets={}", "rollout.mode=sync", f"run.dir={json.dumps(str(folder))}"]
         return load_config(self.run_dir / "config.yaml", [*overrides, *own])
 
 

@@ -59,6 +59,9 @@ def _row(row: Row, port: int, path: str, samples: Sequence[Sample]) -> Seen:
     model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute)  # type: ignore[arg-type]
     chunks = build_model(arch, model, parallel, layout, **row.options)
     load_initial_weights(chunks, model, arch, layout)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.grad = parameter.main_grad.fill_(3.0)  # as an fp32 optimizer leaves it
     is_joint = layout.mesh.replicas_share_experts
     mine = [i for i in range(len(samples)) if is_joint or i % layout.data == layout.dp_rank]
     found: list[dict[int, Floats]] = []

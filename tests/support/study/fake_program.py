@@ -21,7 +21,7 @@ SETS = ("math", "logic")
 ITEMS = 40
 GAIN = {"dypo": 0.5, "grpo": 0.25, "sft": 0.2}
 """Share of the items that a method gets right, in addition to those right by luck."""
-STATUSES = {"stopped": 75, "out_of_memory": 71, "done": 0}
+STATUSES = {"stopped": 75, "out_of_memory": 71, "not_finite": 13, "done": 0}
 
 
 def main() -> int:

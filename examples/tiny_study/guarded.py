@@ -1,0 +1,84 @@
+"""Commands that never outlive this program, and one SGLang server for all cells of a study.
+
+With one server not every cell waits for its own to start. Each run brings it the run's weights before it asks for
+anything, and every cell's model has the same shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from whole_job.stages import ROOT
+
+from megatron_dypo.config.reading.load import flow_yaml
+from megatron_dypo.ending import Cause
+from megatron_dypo.processes.children import program
+
+KEY = "DYPO_SGLANG_API_KEY"
+CLI = (sys.executable, "-m", "megatron_dypo.cli")
+SERVER_GRACE_S, COMPARE_GRACE_S = 30.0, 900.0
+"""Seconds between SIGTERM and SIGKILL. A comparison that is asked to stop saves a checkpoint."""
+
+
+def start(command: Sequence[str], grace_s: float, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start a command under a guard, which ends it if this process is killed."""
+    guard = program("megatron_dypo.processes.guard:main", os.getpid(), grace_s, *command)
+    # In a session of its own, so that Ctrl-C reaches this process alone, which then stops the command in order.
+    return subprocess.Popen(
+        guard, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def run_to_the_end(command: Sequence[str], grace_s: float) -> int:
+    """Run a command and return its exit status.
+
+    SIGTERM and Ctrl-C ask the command to stop, and end this program with the status of a run that was stopped.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        process.terminate()
+
+    process = start(command, grace_s)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        print("stopped on request; run the same command again to go on", file=sys.stderr)
+        sys.exit(Cause.STOPPED.status)
+    return status
+
+
+@contextlib.contextmanager
+def kept_server(config: str, arm: Mapping[str, Any], log_dir: Path, port: int) -> Iterator[None]:
+    """Keep ``megatron-dypo serve`` alive inside the block, with a key that the commands of the block inherit.
+
+    A run waits for the server until ``rollout.servers.start_deadline_s``.
+
+    Args:
+        arm: overrides of a cell; the server reads those of its model and of the rollouts.
+    """
+    os.environ.setdefault(KEY, secrets.token_hex(16))
+    own = {key: value for key, value in arm.items() if key.startswith(("model.", "rollout."))}
+    own |= {"rollout.servers.port": port, "rollout.servers.urls": [], "rollout.servers.urls_are_restarted": False}
+    words = [f"{key}={flow_yaml(value)}" for key, value in own.items()]
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with (log_dir / "serve.log").open("ab") as log:
+        process = start([*CLI, "serve", config, *words, "--log-dir", str(log_dir)], SERVER_GRACE_S, log)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,90 @@
+"""The script of the tiny study goes on from any end and does nothing twice. Its cells' commands are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from megatron_dypo.ending import Cause
+from tests.support.study.comparisons import journal_lines, tell, wait_until
+from tests.support.study.fake_study import write_plan
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "examples" / "tiny_study" / "run.py"
+RATES = ("0.001", "0.01", "0.1")
+TUNING = [f"{method}.lr{rate}/seed-100" for method in ("dypo", "grpo") for rate in RATES]
+FINAL = [f"{method}/seed-{seed}" for seed in (1, 2) for method in ("dypo", "grpo", "dypo_again")]
+DEADLINE_S = 600.0
+
+
+def start(plan: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(plan)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == status, output
+    return output
+
+
+def end_in_the_middle(plan: Path, cell: str, number: signal.Signals) -> None:
+    """Run the script, end it while a cell is trained, and wait until all that it has started is gone."""
+    hold = tell(plan.parent, "hold", cell)
+    process = start(plan)
+    is_there = f"begin train {cell}"
+    wait_until(lambda: is_there in journal_lines(plan.parent) or process.poll() is not None, cell, DEADLINE_S)
+    assert process.poll() is None, process.communicate()[0]
+    running = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    finish(process, -9 if number == signal.SIGKILL else Cause.STOPPED.status)
+    gone, alive = psutil.wait_procs(running, timeout=DEADLINE_S)
+    assert gone
+    assert not alive
+    hold.unlink()
+
+
+def counts(folder: Path, verb: str) -> Counter[str]:
+    return Counter(line.removeprefix(f"{verb} ") for line in journal_lines(folder) if line.startswith(f"{verb} "))
+
+
+def test_a_study_that_is_stopped_and_killed_chooses_rates_and_runs_no_cell_twice(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    tell(tmp_path, "fail", TUNING[3], "not_finite")  # the smallest rate of grpo diverges
+    end_in_the_middle(plan, TUNING[1], signal.SIGTERM)
+    end_in_the_middle(plan, FINAL[1], signal.SIGKILL)
+    finish(start(plan))
+    trained = Counter({**dict.fromkeys([*TUNING, *FINAL], 1), TUNING[1]: 2, FINAL[1]: 2})
+    assert counts(tmp_path, "begin train") == trained
+    done = set(TUNING) - {TUNING[3]} | set(FINAL)
+    assert counts(tmp_path, "begin eval") == counts(tmp_path, "end train") == Counter(done)
+    results = json.loads((tmp_path / "docs" / "fake" / "results.json").read_text())
+    (found,) = results["tasks"].values()
+    assert found["rates"] == {"dypo": 0.01, "grpo": 0.01}, "of two rates that tie the smaller one"
+    assert found["rollouts"] == dict.fromkeys(("dypo", "grpo", "dypo_again"), 3 * 16 * 8.0)
+    page = (tmp_path / "docs" / "fake.md").read_text()
+    assert re.search(r"\| grpo \| ([\d.]+) \| diverged \| \*\*\1\*\* \|", page)
+    assert "has not been run" not in page
+    assert (tmp_path / "docs" / "fake" / "additions.svg").read_text().count("<path") >= 2
+    again = {path.name: path.read_bytes() for path in (tmp_path / "docs" / "fake").iterdir()}
+    finish(start(plan))
+    assert counts(tmp_path, "begin train") == trained
+    assert {path.name: path.read_bytes() for path in (tmp_path / "docs" / "fake").iterdir()} == again
+
+
+def test_a_failure_that_is_no_result_ends_the_study_with_its_status(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, learning_rates=[0.01], seeds=[1])
+    order = tell(tmp_path, "fail", FINAL[1], "out_of_memory")
+    assert "out_of_memory" in finish(start(plan), Cause.OUT_OF_MEMORY.status)
+    assert not (tmp_path / "docs").exists()
+    order.unlink()
+    finish(start(plan))
+    assert counts(tmp_path, "begin train") == Counter({**dict.fromkeys(FINAL[:3], 1), FINAL[1]: 2})
