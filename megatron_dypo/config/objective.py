@@ -69,9 +69,9 @@ class AutoAlphaConfig:
     start: float = 0.5
     """α before the first probe."""
     low: float = 0.1
-    """Smallest α."""
+    """Smallest α of any update."""
     high: float = 0.9
-    """Largest α."""
+    """Largest α of any update."""
     smoothing: float = 0.5
     """Weight of the earlier probes in the running estimates of variances and covariance. 0: the last probe alone."""
 

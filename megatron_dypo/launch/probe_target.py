@@ -1,4 +1,4 @@
-"""What ``megatron-dypo probe`` measures: the config and the weights of a run, and where the results go."""
+"""The target of ``megatron-dypo probe``: the config and the weights of a run, and the folder of the results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ProbeTarget:
         step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         folder = folder_of(self.run_dir / FOLDER, step)
         # An evaluation would need its data too, and a probe waits for all of its rollouts.
-        own = ["eval.sets={}", "rollout.mode=sync", "probe.every=0", f"run.dir={json.dumps(str(folder))}"]
+        own = ["eval.sets={}", "rollout.mode=sync", f"run.dir={json.dumps(str(folder))}"]
         return load_config(self.run_dir / "config.yaml", [*overrides, *own])
 
 

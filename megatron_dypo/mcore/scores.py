@@ -89,6 +89,8 @@ def _local_gradients(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 def _zero(chunks: Sequence[torch.nn.Module]) -> None:
     for chunk in chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
+        for parameter in chunk.parameters():
+            parameter.grad = None  # an fp32 optimizer leaves it as another name of the buffer, which would count twice
 
 
 def _projected(

@@ -25,7 +25,7 @@ BLOCK = {"cpu": 2**17, "cuda": 2**24}
 """Entries that are hashed at a time, by type of device: few enough for a CPU's cache, enough for a GPU's cores. A block
 takes 8 bytes of scratch memory an entry."""
 KEPT_ENTRIES = 2**24
-"""A rank with at most so many entries keeps their slots (4 bytes each) instead of hashing again for each gradient."""
+"""A rank with at most this number of entries keeps their slots (4 bytes each) and hashes them once."""
 
 
 class GradientMap(Protocol):

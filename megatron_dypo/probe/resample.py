@@ -56,6 +56,8 @@ class Estimate:
 Scale = Literal["plain", "log", "fisher"]
 _TO_SCALE: dict[Scale, Callable[[Floats], Floats]] = {"plain": np.asarray, "log": np.log, "fisher": np.arctanh}
 _FROM_SCALE: dict[Scale, Callable[[float], float]] = {"plain": float, "log": math.exp, "fisher": math.tanh}
+_WIDEST = math.log(1e9)
+"""An interval of a positive quantity over more orders of magnitude than nine says nothing, and soon overflows."""
 UNKNOWN = Estimate(value=None, low=None, high=None)
 Tree: TypeAlias = Mapping[str, "Estimate | Tree | float | int | str | list[Tree] | None"]
 """Named estimates, in any depth."""
@@ -106,6 +108,8 @@ def estimate(
     used: Scale = scale if _is_inside(np.append(others_B, value), scale) else "plain"
     centre = float(_TO_SCALE[used](np.array(value)))
     below, above = _half_widths(_TO_SCALE[used](others_B), count - 1)
+    if used == "log" and below + above > _WIDEST:
+        return Estimate(value=cut, low=None, high=None)
     low, high = (min(max(_FROM_SCALE[used](end), least), largest) for end in (centre - below, centre + above))
     return Estimate(value=cut, low=low, high=high)
 
@@ -165,4 +169,6 @@ def to_plain(value: object) -> object:
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {name: to_plain(one) for name, one in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     return [to_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -15,6 +15,7 @@ from megatron_dypo.types import Sample
 from tests.support.e2e.commands import steps_of, train
 from tests.support.e2e.parity_task import write_task
 from tests.support.e2e.waiting import Oracle, Row, groups_in, response, row_of, rows_of, trainer_state
+from tests.support.present import present
 
 MAX_GAP = 1e-4
 """Largest difference of log-probs and entropies of SGLang, the trainer and transformers, in fp32."""
@@ -119,9 +120,9 @@ def test_log_probs_of_server_trainer_and_transformers_agree_behind_a_prefix(run:
             assert given is not None
             assert np.isnan(given[:n]).all(), "the server did not sample these"
             np.testing.assert_allclose(given[n:], logp_R[n:], rtol=0, atol=MAX_GAP)
-            np.testing.assert_allclose(sample.old_logp, logp_R, rtol=0, atol=MAX_GAP)
+            np.testing.assert_allclose(present(sample.old_logp), logp_R, rtol=0, atol=MAX_GAP)
             if run.objective == "prefix_rft" and n:
-                np.testing.assert_allclose(sample.old_entropy, entropy_R, rtol=0, atol=MAX_GAP)
+                np.testing.assert_allclose(present(sample.old_entropy), entropy_R, rtol=0, atol=MAX_GAP)
 
 
 def test_the_verdict_is_on_the_whole_response(run: ForcedRun) -> None:
@@ -140,7 +141,11 @@ def test_metrics_are_those_of_the_rollouts_that_the_step_learned_from(run: Force
     assert record[f"{run.objective}/forced_ratio"] == pytest.approx(len(behind) / members)
     assert record[f"{run.objective}/forced_reward"] == pytest.approx(np.mean([s.reward for s in behind]))
     assert record[f"{run.objective}/forced_share"] == pytest.approx(np.mean(shares))
-    gaps = [np.nanmax(abs(s.old_logp - s.rollout_logp), initial=0.0) for group in run.groups for s in group]
+    gaps = [
+        np.nanmax(abs(present(s.old_logp) - present(s.rollout_logp)), initial=0.0)
+        for group in run.groups
+        for s in group
+    ]
     assert record["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(max(gaps), abs=1e-7)
     for step in (1, 2):
         assert run.records[step]["train/grad_norm"] > 0

@@ -77,8 +77,8 @@ def loss_of_logprobs(
         if group[0].treatment is Treatment.DISTILL:
             total = total - weight_at(cfg.gamma, 0) * logps[0].sum() / divisors[0]
         elif cfg.name == "dypo":
-            total = total + weight_at(cfg.alpha, 0) * grpo(group, logps, divisors, cfg)
-            total = total + (1 - weight_at(cfg.alpha, 0)) * gal(group, logps, divisors, cfg)
+            total = total + cfg.alpha_at(0) * grpo(group, logps, divisors, cfg)
+            total = total + (1 - cfg.alpha_at(0)) * gal(group, logps, divisors, cfg)
         else:
             total = total + grpo(group, logps, divisors, cfg)
     return total / len(groups)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dypo.types import Floats, Sample
+from tests.support.present import present
 
 SIZE, SEED = 4096, 3
 
@@ -58,6 +59,9 @@ def _row(row: Row, port: int, path: str, samples: Sequence[Sample]) -> Seen:
     model = ModelConfig(hf_path=path, dtype="float32", recompute=row.recompute)  # type: ignore[arg-type]
     chunks = build_model(arch, model, parallel, layout, **row.options)
     load_initial_weights(chunks, model, arch, layout)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.grad = parameter.main_grad.fill_(3.0)  # as an fp32 optimizer leaves it
     is_joint = layout.mesh.replicas_share_experts
     mine = [i for i in range(len(samples)) if is_joint or i % layout.data == layout.dp_rank]
     found: list[dict[int, Floats]] = []
@@ -101,7 +105,7 @@ def rank_update(path: str, groups: Sequence[Sequence[Sample]], cfg: Any) -> tupl
     load_initial_weights(chunks, model, arch, layout)
     flat = [sample for group in groups for sample in group]
     logps = sequence_logprobs(chunks, flat, layout=layout, budget=64) or []
-    ratios = [float(np.sum(p, dtype=np.float64) - np.sum(s.ref_logp, dtype=np.float64)) for p, s in zip(logps, flat, strict=True)]
+    ratios = [float(np.sum(p, dtype=np.float64) - np.sum(present(s.ref_logp), dtype=np.float64)) for p, s in zip(logps, flat, strict=True)]
     scores = list(sequence_scores(chunks, flat, WholeGradient(arch), arch=arch, layout=layout))
     old = iter(logps)
     objective, weighted = build_objective(cfg), []

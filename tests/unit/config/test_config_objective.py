@@ -8,6 +8,7 @@ import pytest
 from megatron_dypo.config.distillation.opd import OpdConfig
 from megatron_dypo.config.objective import (
     LOG_RATIO_LIMIT,
+    AutoAlphaConfig,
     ImportanceConfig,
     ObjectiveConfig,
     OldLogpConfig,
@@ -19,7 +20,7 @@ FLOATS = [
     (section, f.name)
     for section in SECTIONS
     for f in fields(section)
-    if ("float" in f.type or f.type == "Weight") and "tuple" not in f.type
+    if ("float" in f.type or f.type.startswith("Weight")) and "tuple" not in f.type
 ]
 BOUNDS = ("token_bounds", "sequence_bounds")
 INTEGERS = [(section, f.name) for section in SECTIONS for f in fields(section) if f.type == "int"]
@@ -143,6 +144,7 @@ def test_the_defaults_are_the_papers():
         "trace_normalization": "same",
         "name": "dypo",
         "alpha": 0.5,
+        "auto_alpha": AutoAlphaConfig(start=0.5, low=0.1, high=0.9, smoothing=0.5),
         "gamma": 1.0,
         "beta_gal": 1.0,
         "gal_coefficients": "exact",

@@ -49,9 +49,8 @@ def test_the_initial_weights_need_no_checkpoint(run: Path) -> None:
 
 
 def test_the_config_is_the_runs_without_what_a_probe_does_not_do(run: Path) -> None:
-    config = probe_target(run).config(["probe.prompts=7", "probe.every=3"])
+    config = probe_target(run).config(["probe.prompts=7"])
     assert config.probe.prompts == 7
-    assert config.probe.every == 0
     assert config.eval.sets == {}
     assert config.rollout.mode == "sync"
     assert config.rollout.group_size == 2

@@ -126,7 +126,7 @@ def test_prompts_without_traces_have_rollouts_alone(tmp_path: Path) -> None:
 
 def test_it_is_made_at_the_steps_of_the_config_with_the_weights_of_that_step(tmp_path: Path) -> None:
     with FakeSGLang() as fake:
-        run = run_of(tmp_path, fake, objective=ObjectiveConfig(alpha="auto"), batching={"prompts_per_batch": 12})
+        run = run_of(tmp_path, fake, objective=ObjectiveConfig(alpha="auto"), batching={"updates_per_batch": 3})
         run.servers.refit(0)
         for _ in range(3):
             train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
@@ -136,4 +136,4 @@ def test_it_is_made_at_the_steps_of_the_config_with_the_weights_of_that_step(tmp
     assert "probe/seconds" in records[2]
     assert "probe/seconds" not in records[1]
     for name in records[2]:
-        lookup(name)
+        lookup(name, run.objective.metrics)

@@ -119,3 +119,13 @@ def test_the_jackknife_corrects_the_bias_of_a_cosine():
     found = estimate(np.array([0.5, 0.4, 0.5, 0.54]), informative=3, scale="fisher")
     assert found.value == pytest.approx(3 * 0.5 - 2 * (0.4 + 0.5 + 0.54) / 3)
     assert estimate(np.array([0.5, 0.4, 0.5, 0.54]), informative=3).value == 0.5
+
+
+def test_an_interval_over_many_orders_of_magnitude_is_none_and_overflows_nowhere():
+    values = np.array([1.0, *np.exp(np.linspace(-300, 300, 12))])
+    found = estimate(values, informative=12, scale="log")
+    assert (found.value, found.low, found.high) == (1.0, None, None)
+
+
+def test_what_is_no_number_is_null_in_a_file():
+    assert to_plain({"a": [math.inf, math.nan, 1.5], "b": -math.inf}) == {"a": [None, None, 1.5], "b": None}
