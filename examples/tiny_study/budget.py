@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: how many cells, steps and rollouts, and how many seconds on two idle cores."""
+"""The arithmetic of a plan: how many cells, steps and rollouts, and how many seconds by the plan's estimates."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,9 @@ from megatron_dypo.processes.children import program
 
 KEY = "DYPO_SGLANG_API_KEY"
 CLI = (sys.executable, "-m", "megatron_dypo.cli")
+_READY = b"serving at "
+"""The words of ``megatron-dypo serve`` that follow the start of its servers."""
+_LOOK_EVERY_S = 0.2
 SERVER_GRACE_S, COMPARE_GRACE_S = 30.0, 900.0
 """Seconds between SIGTERM and SIGKILL. A comparison that is asked to stop saves a checkpoint."""
 
@@ -65,20 +69,34 @@ def run_to_the_end(command: Sequence[str], grace_s: float) -> int:
 def kept_server(config: str, arm: Mapping[str, Any], log_dir: Path, port: int) -> Iterator[None]:
     """Keep ``megatron-dypo serve`` alive inside the block, with a key that the commands of the block inherit.
 
-    A run waits for the server until ``rollout.servers.start_deadline_s``.
-
     Args:
         arm: overrides of a cell; the server reads those of its model and of the rollouts.
+
+    Raises:
+        ValueError: the server ended before it was ready, for example because the port is taken.
     """
     os.environ.setdefault(KEY, secrets.token_hex(16))
     own = {key: value for key, value in arm.items() if key.startswith(("model.", "rollout."))}
     own |= {"rollout.servers.port": port, "rollout.servers.urls": [], "rollout.servers.urls_are_restarted": False}
     words = [f"{key}={flow_yaml(value)}" for key, value in own.items()]
     log_dir.mkdir(parents=True, exist_ok=True)
-    with (log_dir / "serve.log").open("ab") as log:
+    path = log_dir / "serve.log"
+    with path.open("ab") as log:
+        begin = log.tell()
         process = start([*CLI, "serve", config, *words, "--log-dir", str(log_dir)], SERVER_GRACE_S, log)
     try:
+        _await_ready(process, path, begin)
         yield
     finally:
         process.terminate()
         process.wait()
+
+
+def _await_ready(process: subprocess.Popen[bytes], path: Path, begin: int) -> None:
+    """Return when the part of the log from ``begin`` says that the server is ready. ``serve`` has its own deadline."""
+    print(f"starting the server of all cells, log {path}", flush=True)
+    while _READY not in path.read_bytes()[begin:]:
+        if process.poll() is not None:
+            words = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise ValueError(f"{path}: the server ended before it was ready: {''.join(words)}")
+        time.sleep(_LOOK_EVERY_S)

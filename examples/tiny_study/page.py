@@ -79,7 +79,7 @@ def _fixed(plan: Plan) -> Iterable[str]:
             f"- **Tests**: every method against `{plan.baseline}`, with p by Holm over the table; a difference of "
             f"{plan.smallest_difference:g} matters. [Comparisons](comparison.md) has the statistics.",
             *(f"- **Check of the tests**: `{name}` is `{own}` entered again." for name, own in plan.copies.items()),
-            f"- **Time**: at most {plan.hours:g} hours on two idle cores. The arithmetic:",
+            f"- **Time**: planned for at most {plan.hours:g} hours on two idle cores, from estimated times:",
         ]
     )
     yield budget_table(plan)

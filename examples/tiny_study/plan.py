@@ -25,7 +25,7 @@ RECORDS_COMMAND = (sys.executable, str(ROOT / "examples" / "tiny_study" / "recor
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Measured times on two idle cores."""
+    """Estimated times on two idle cores; README.md says from what."""
 
     inputs: float
     """Data, model and warm start of one task."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -88,3 +89,12 @@ def test_a_failure_that_is_no_result_ends_the_study_with_its_status(tmp_path: Pa
     order.unlink()
     finish(start(plan))
     assert counts(tmp_path, "begin train") == Counter({**dict.fromkeys(FINAL[:3], 1), FINAL[1]: 2})
+
+
+def test_a_server_whose_port_is_taken_ends_the_study_before_its_first_cell(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        plan = write_plan(tmp_path, keep_server=True, server_port=port)
+        output = finish(start(plan), 1)
+    assert f"port {port} of 127.0.0.1 is taken" in output
+    assert journal_lines(tmp_path) == []
