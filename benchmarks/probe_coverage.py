@@ -125,19 +125,22 @@ def run_trials(products: Products, truth: dict[Scope, dict[str, float]], size: S
         found = [estimates(part, scope) for part in parts]
         whole = estimates(products, scope)
         for name, value in truth[scope].items():
-            seen = np.array([sides(one[name], value) for one in found])
-            first, rest = seen[: size.trials], seen[size.trials :]
-            intervals, of_many = int(first.sum()), max(int(rest.sum()), 1)
-            held, (many, below, above) = int(first[:, 0].sum()), rest.sum(axis=0) / of_many
-            widths = [one[name].high - one[name].low for one in found if one[name].is_certain]
-            width = float(np.median(widths)) / abs(value) if widths and value else float("nan")
-            print(
-                f"{scope:5} {name:18} {value:10.4g} {_text(whole[name].value)} | {held:2}/{intervals:2} "
-                f"{size.trials - intervals:4} | {many:.3f}  {below:.3f}  {above:.3f} {width:5.2f}",
-                flush=True,
-            )
-            shares.append(held / intervals if intervals else 0.0)
+            row, share = _row([one[name] for one in found], value, size.trials)
+            print(f"{scope:5} {name:18} {value:10.4g} {_text(whole[name].value)} | {row}", flush=True)
+            shares.append(share)
     return min(shares)
+
+
+def _row(found: list[Estimate], truth: float, trials: int) -> tuple[str, float]:
+    """Return the columns of the trials, and the share of the first ``trials`` of them."""
+    seen = np.array([sides(one, truth) for one in found])
+    first, rest = seen[:trials], seen[trials:]
+    intervals, held = int(first.sum()), int(first[:, 0].sum())
+    many, below, above = rest.sum(axis=0) / max(int(rest.sum()), 1)
+    widths = [one.high - one.low for one in found if one.low is not None and one.high is not None]
+    width = float(np.median(widths)) / abs(truth) if widths and truth else float("nan")
+    row = f"{held:2}/{intervals:2} {trials - intervals:4} | {many:.3f}  {below:.3f}  {above:.3f} {width:5.2f}"
+    return row, held / intervals if intervals else 0.0
 
 
 def _text(value: float | None) -> str:
