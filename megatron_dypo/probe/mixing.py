@@ -14,7 +14,7 @@ from megatron_dypo.probe.moments import (
     of_mix,
     signal_slope,
 )
-from megatron_dypo.probe.resample import Estimate, Scale, Tree, estimate, jackknife_weights, ratio
+from megatron_dypo.probe.resample import Estimate, Scale, Tree, estimate, estimate_covariance, jackknife_weights, ratio
 from megatron_dypo.probe.scores import Floats
 
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
@@ -41,6 +41,8 @@ def estimate_moments(products: Products, alpha: float, scope: Scope, *, seed: in
         name: {names[pair]: _estimate(part[pair], moments, scale=_scale(name, pair)) for pair in PAIRS}
         for name, part in parts.items()
     }
+    for name in ("total", "within_prompts"):
+        found[name] = {**found[name], "covariance": _covariance(parts[name], moments)}
     return {
         "prompts": len(products.groups_P),
         "prompts_with_mid": moments.informative,
@@ -83,6 +85,13 @@ def _correlation(parts_B: dict[str, Floats], moments: Moments) -> Estimate:
     product_B = np.maximum(parts_B["grpo"], 0) * np.maximum(parts_B["gal"], 0)
     values_B = ratio(parts_B["both"], np.sqrt(product_B))
     return estimate(values_B, informative=moments.informative, scale="fisher", least=-1.0, largest=1.0)
+
+
+def _covariance(parts_B: dict[str, Floats], moments: Moments) -> Estimate:
+    """Return the covariance; it has no interval if the correlation or the variances have none."""
+    size_B = np.sqrt(np.maximum(parts_B["grpo"], 0) * np.maximum(parts_B["gal"], 0))
+    size = _estimate(size_B, moments, scale="log")
+    return estimate_covariance(parts_B["both"], _correlation(parts_B, moments), size)
 
 
 def _mix(moments: Moments, alpha: float) -> Tree:

@@ -14,14 +14,13 @@ to 1 is due to few, rare groups.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from megatron_dypo.probe.scores import Floats
 
@@ -117,22 +116,55 @@ def estimate(
 def _half_widths(others_B: Floats, freedom: int) -> tuple[float, float]:
     """Return how far the interval reaches below and above the estimate.
 
+    A few prompts with large influence make the standard error uncertain. So Student's t has no more degrees of freedom
+    than a χ² whose relative variance is that of the squared standard error, by the kurtosis of the influences
+    (Satterthwaite 1946); of normal data it has one for each prompt.
+
     With data that are skewed to the right, an estimate that is too low has a standard error that is too small. So the
-    side of the longer tail is wider than Student's t by Edgeworth's term of a studentised mean, a·(1 + 2t²), where a is
-    the acceleration of Efron (1987), at most by t. The other side is left as it is.
+    side of the longer tail is wider by Edgeworth's term of a studentised mean, a·(1 + 2t²), where a is the acceleration
+    of Efron (1987) and t the quantile of ``freedom``, at most by t. The other side is left as it is.
     """
     error, quantile = standard_error(others_B), _quantile(freedom)
-    influence_B = others_B.mean() - others_B
-    cubes, squares = float((influence_B**3).sum()), float((influence_B**2).sum())
+    influence_B, count = others_B.mean() - others_B, len(others_B)
+    squares, cubes, fourths = (float((influence_B**power).sum()) for power in (2, 3, 4))
     acceleration = cubes / (6 * squares**1.5) if squares > 0 else 0.0
     more = min(abs(acceleration) * (1 + 2 * quantile**2), quantile)
+    excess = count * fourths / squares**2 - 1 if squares > 0 else 0.0
+    if excess * freedom > 2 * count:
+        quantile = _quantile(2 * count / excess)
     below, above = (more, 0.0) if acceleration < 0 else (0.0, more)
     return error * (quantile + below), error * (quantile + above)
 
 
-@functools.cache
-def _quantile(freedom: int) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+def _quantile(freedom: float) -> float:
+    return float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def estimate_covariance(values_B: Floats, correlation: Estimate, size: Estimate) -> Estimate:
+    """Return a covariance with an interval from those of its two factors.
+
+    The estimate of a large covariance is as skewed as those of the variances, and has no scale of its own, because it
+    may be negative. So the distances of the ends are those of the factors, added as if they were independent, by the
+    method of variance estimates recovery (Donner and Zou 2012).
+
+    Args:
+        values_B: [B] the covariance under each row of :func:`jackknife_weights`.
+        correlation: its first factor.
+        size: the second factor, the geometric mean of the two variances.
+    """
+    ends = (correlation.low, correlation.high, size.value, size.low, size.high)
+    value = float(values_B[0])
+    if None in ends or not size.value or not math.isfinite(value):
+        return Estimate(value=value if math.isfinite(value) else None, low=None, high=None)
+    least, largest, scale, smallest, greatest = (float(end) for end in ends if end is not None)
+    factor = min(max(value / scale, least), largest)
+    inner, outer = abs(factor) * (scale - smallest), abs(factor) * (greatest - scale)
+    below, above = (inner, outer) if factor >= 0 else (outer, inner)
+    return Estimate(
+        value=value,
+        low=value - math.hypot(scale * (factor - least), below),
+        high=value + math.hypot(scale * (largest - factor), above),
+    )
 
 
 def _is_inside(values: Floats, scale: Scale) -> bool:

@@ -10,7 +10,10 @@ from scipy import stats
 
 from megatron_dypo.probe.resample import (
     MAX_BLOCKS,
+    UNKNOWN,
+    Estimate,
     estimate,
+    estimate_covariance,
     jackknife_weights,
     pair_counts,
     pair_sums,
@@ -37,9 +40,11 @@ def test_the_side_of_the_longer_tail_is_wider():
         found = estimate(ratio(weights @ (sign * values), weights.sum(axis=1)), informative=10)
         ends = sorted(abs(present(end) - sign * 0.1) for end in (found.low, found.high))
         quantile, error = stats.t.ppf(0.975, 9), stats.sem(values)
+        kurtosis = 10 * (9 * 0.1**4 + 0.9**4) / (9 * 0.1**2 + 0.9**2) ** 2
+        fewer = stats.t.ppf(0.975, 2 * 10 / (kurtosis - 1))
         # the third and second moments of nine values of −0.1 and one of 0.9
         acceleration = (9 * -(0.1**3) + 0.9**3) / (6 * (9 * 0.1**2 + 0.9**2) ** 1.5)
-        assert ends == pytest.approx([error * quantile, error * (quantile + acceleration * (1 + 2 * quantile**2))])
+        assert ends == pytest.approx([error * fewer, error * (fewer + acceleration * (1 + 2 * quantile**2))])
         assert (present(found.high) - sign * 0.1 > sign * 0.1 - present(found.low)) == (sign > 0)
 
 
@@ -70,6 +75,64 @@ def test_intervals_of_a_variance_cover_it():
         found = estimate(squares - means, informative=20, scale="log")
         hits.append(present(found.low) <= 1 <= present(found.high))
     assert np.mean(hits) >= 0.92
+
+
+def heavy_tailed(seed):
+    """Return the sums of squares of two vectors of sizes with a heavy tail, and of their products, of each prompt."""
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((32, 2, 8)) * np.exp(rng.standard_normal(32))[:, None, None]
+    first, second = noise[:, 0], 0.8 * noise[:, 0] + 0.6 * noise[:, 1]
+    return [(a * b).sum(axis=1) for a, b in ((first, first), (second, second), (first, second))]
+
+
+def test_intervals_of_quotients_of_heavy_tailed_sums_cover_them():
+    weights, hits = jackknife_weights(32), []
+    for seed in range(300):
+        first, second, both = (weights @ values for values in heavy_tailed(seed))
+        quotient = estimate(second / first, informative=32, scale="log")
+        correlation = estimate(both / np.sqrt(first * second), informative=32, scale="fisher")
+        hits.append(
+            [present(one.low) <= truth <= present(one.high) for one, truth in ((quotient, 1), (correlation, 0.8))]
+        )
+    assert np.mean(hits, axis=0).min() >= 0.9
+
+
+def test_a_heavy_tailed_covariance_is_covered_as_often_as_the_variances():
+    weights, hits = jackknife_weights(32), []
+    for seed in range(300):
+        first, second, both = (weights @ values / weights.sum(axis=1) for values in heavy_tailed(seed))
+        size = np.sqrt(first * second)
+        found = estimate_covariance(
+            both, estimate(both / size, informative=32, scale="fisher"), estimate(size, informative=32, scale="log")
+        )
+        plain = estimate(both, informative=32)
+        truths = (0.8 * 8 * np.exp(2), 0.8 * 8 * np.exp(2), 8 * np.exp(2))
+        ends = (found, plain, estimate(first, informative=32, scale="log"))
+        if all(one.is_certain for one in ends):  # not if one prompt is nearly all
+            hits.append(
+                [present(one.low) <= truth <= present(one.high) for one, truth in zip(ends, truths, strict=True)]
+            )
+    assert len(hits) >= 290
+    covered, on_a_plain_scale, variances = np.mean(hits, axis=0)
+    assert covered >= variances - 0.02
+    assert covered >= on_a_plain_scale + 0.05
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_interval_of_a_covariance_adds_the_distances_of_its_factors(sign):
+    correlation = Estimate(value=sign * 0.5, low=min(sign * 0.3, sign * 0.6), high=max(sign * 0.3, sign * 0.6))
+    found = estimate_covariance(np.array([sign * 2.0]), correlation, Estimate(value=4.0, low=3.0, high=8.0))
+    near, far = math.hypot(4 * 0.2, 0.5 * 1), math.hypot(4 * 0.1, 0.5 * 4)
+    assert found.value == sign * 2.0
+    assert sorted((present(found.low), present(found.high)), key=abs) == pytest.approx(
+        [sign * (2 - near), sign * (2 + far)]
+    )
+
+
+def test_a_covariance_without_a_correlation_or_a_size_has_no_interval():
+    known = Estimate(value=1.0, low=0.5, high=2.0)
+    for factors in ((UNKNOWN, known), (known, UNKNOWN)):
+        assert estimate_covariance(np.array([1.5]), *factors) == Estimate(value=1.5, low=None, high=None)
 
 
 def test_sums_over_pairs_leave_out_each_prompt_with_itself():
