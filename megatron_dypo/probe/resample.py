@@ -2,13 +2,15 @@
 
 Every estimate of the probe is a smooth function of sums over prompts and over pairs of different prompts. It is
 computed with all prompts, and again without each one (or without each of at most ``MAX_BLOCKS`` random blocks, where
-there are more prompts). The interval is Student's t with the jackknife's standard error, of variances on a
-logarithmic scale.
+there are more prompts). The interval is Student's t with the jackknife's standard error: of variances and their
+quotients on a logarithmic scale, of correlations on Fisher's, of a covariance from the intervals of its two factors.
 
 The jackknife leaves pairs of different prompts different; a bootstrap has most prompts more than once, and pairs them
 with themselves. With 30 prompts of 4 groups, 95% intervals of the moments covered the truth in 92% to 98% of 250 trials
-(tests/unit/probe/test_moments.py). A correlation above 0.98 is covered less often: what it lacks
-to 1 is due to few, rare groups.
+(tests/unit/probe/test_moments.py). Where a tenth of the groups has half of the variance, as in the quickstart, 32
+prompts, of which 16 have a Mid group, are too few for that: see ``benchmarks/probe_coverage.py``. An estimate of a
+variance is then too low more often than its interval says. A correlation above 0.98 is covered less often: what it
+lacks to 1 is due to few, rare groups.
 """
 
 from __future__ import annotations
