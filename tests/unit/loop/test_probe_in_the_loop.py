@@ -113,11 +113,13 @@ def test_with_fewer_than_three_prompts_the_run_ends_and_says_so(tmp_path: Path) 
     assert end.value.cause is Cause.NO_VERDICTS
 
 
-def test_a_run_goes_on_if_too_few_of_its_first_prompts_can_be_probed(tmp_path: Path, caplog: Any) -> None:
+def test_a_run_goes_on_if_too_few_of_its_first_prompts_can_be_probed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with FakeSGLang() as fake:
         config = make_config(tmp_path, probe=dataclasses.replace(CFG, every=1))
         prompts = Prompts(too_long=range(PROMPTS - 2))
-        run = make_run(
+        run: Any = make_run(
             [fake.url], config, prompts=prompts, policy=FakePolicy(keeps_reference=True), refitter=Refits(fakes=[fake])
         )
         run.servers.refit(0)
