@@ -8,6 +8,9 @@
   NeMo-RL's chunked log-prob function. ``chunked_response``: the same on the response tokens only.
 - ``fused``: this package's function, on the response tokens only, with its default memory budget.
 
+With ``--entropy-gradient`` the loss has an entropy bonus too, and ``eager`` and ``fused`` alone are compared: the
+chunked versions have no gradient of the entropy.
+
 Every measurement is one forward and backward pass in a fresh process. Each round measures every variant once, so that a
 change of the machine's load affects all of them; medians are compared. Peak memory is the growth of the process's
 maximal resident set during the pass. Inputs are in memory before it and do not count; gradients of hidden states and
@@ -40,6 +43,12 @@ def eager(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, response: sli
     logp_TV = (hidden_TH @ weight_VH.t()).log_softmax(dim=-1)
     with torch.no_grad():
         entropy_T = -logp_TV.exp().mul_(logp_TV).sum(dim=-1)
+    return logp_TV.gather(1, targets_T[:, None])[response, 0], entropy_T[response]
+
+
+def eager_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, response: slice) -> tuple[Tensor, Tensor]:
+    logp_TV = (hidden_TH @ weight_VH.t()).log_softmax(dim=-1)
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(dim=-1)
     return logp_TV.gather(1, targets_T[:, None])[response, 0], entropy_T[response]
 
 
@@ -88,6 +97,10 @@ VARIANTS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "chunked_response": chunked_response,
     "fused": fused,
 }
+WITH_ENTROPY = {"eager": eager_entropy, "fused": fused}
+"""Variants whose entropy has a gradient."""
+BONUS = 0.1
+"""Weight of the entropy with ``--entropy-gradient``."""
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -101,10 +114,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     weight_VH.requires_grad_()
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # starts the threads
     before, start = _peak(), time.perf_counter()
-    logp, entropy = VARIANTS[name](hidden_TH, weight_VH, targets_T, slice(args.tokens - args.response, None))
-    logp.sum().backward()
-    seconds = time.perf_counter() - start
+    variants = WITH_ENTROPY if args.entropy_gradient else VARIANTS
+    logp, entropy = variants[name](hidden_TH, weight_VH, targets_T, slice(args.tokens - args.response, None))
     assert entropy is not None
+    (logp.sum() + BONUS * entropy.sum() if args.entropy_gradient else logp.sum()).backward()
+    seconds = time.perf_counter() - start
     assert weight_VH.grad is not None
     return {
         "seconds": seconds,
@@ -121,9 +135,10 @@ def _peak() -> int:
 
 def compare(args: argparse.Namespace) -> dict[str, float]:
     """Measure each variant once a round, each time in a process of its own; return ratios of medians."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    variants = WITH_ENTROPY if args.entropy_gradient else VARIANTS
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for _ in range(args.rounds):
-        for name in VARIANTS:
+        for name in variants:
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[name].append(json.loads(output))
@@ -140,7 +155,8 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
         print(f"{name:17} {median['seconds']:7.2f} s {median['bytes'] / 2**20:9.0f} MiB   seconds by round {spread}")
     return {
         f"{what}_vs_{name}": round(medians["fused"][key] / medians[name][key], 4)
-        for name in ("eager", "chunked", "chunked_response")
+        for name in variants
+        if name != "fused"
         for what, key in (("memory", "bytes"), ("time", "seconds"))
     }
 
@@ -153,6 +169,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=2_048, help="how many of the tokens are response")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--entropy-gradient", action="store_true", help="add an entropy bonus to the loss")
     parser.add_argument("--smoke", action="store_true", help="one round of a tiny shape: does it run?")
     parser.add_argument("--measure", choices=VARIANTS, help="one pass in this process, as JSON")
     args = parser.parse_args()

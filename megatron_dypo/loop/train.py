@@ -7,6 +7,7 @@ the parts of the run in the order in which they act.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
@@ -25,6 +26,8 @@ from megatron_dypo.loop.update import open_batch
 from megatron_dypo.loop.updater import Updater, refresh_reference, update_policy
 from megatron_dypo.processes.stop_requests import is_requested
 from megatron_dypo.processes.watchdog import mark
+
+log = logging.getLogger("megatron_dypo")
 
 
 def train(config: Config) -> None:
@@ -137,8 +140,17 @@ def train_step(
 
 
 def probe_weights(updater: Updater, prober: Prober, progress: Progress) -> dict[str, float]:
-    """Probe the weights of now, and let α follow if the config asks for it; return the metrics."""
-    report = probe(prober, progress.step)
+    """Probe the weights of now, and let α follow if the config asks for it; return the metrics.
+
+    Without enough prompts there is no probe: a measurement does not end a run.
+    """
+    try:
+        report = probe(prober, progress.step)
+    except RunEnded as end:
+        if end.cause is not Cause.NO_VERDICTS:
+            raise
+        log.warning("step %d: no probe: %s", progress.step, end)
+        return {}
     if prober.objective.alpha != "auto":
         return report.metrics
     if report.moments is not None:

@@ -44,9 +44,10 @@ log = logging.getLogger("megatron_dypo")
 
 
 def uses_servers(config: Config, objective: Objective, first_step: int) -> bool:
-    """Return whether any remaining step or any evaluation asks a server."""
+    """Return whether any remaining step, evaluation or probe asks a server."""
     steps_left = range(first_step, config.run.steps)
-    return bool(steps_left) and (bool(config.eval.sets) or any(map(objective.needs_rollouts, steps_left)))
+    measures = bool(config.eval.sets) or config.probe.every > 0
+    return bool(steps_left) and (measures or any(map(objective.needs_rollouts, steps_left)))
 
 
 @contextlib.contextmanager

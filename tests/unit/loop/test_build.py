@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig
+from megatron_dypo.config.probe import ProbeConfig
 from megatron_dypo.config.run import RunConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.objective.recipes.registry import build_objective
@@ -31,6 +33,8 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
     sft, both = ObjectiveConfig(name="sft"), ObjectiveConfig(name="sft_then_rl", sft_steps=4)
     assert not uses_servers(config(sft), build_objective(sft), 0)
     assert uses_servers(config(sft, sets=("e",)), build_objective(sft), 0)
+    probed = dataclasses.replace(config(sft), probe=ProbeConfig(every=5))
+    assert uses_servers(probed, build_objective(sft), 0)
     assert uses_servers(config(both), build_objective(both), 0)
     assert not uses_servers(config(both), build_objective(both), 10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,22 @@ def test_with_fewer_than_three_prompts_the_run_ends_and_says_so(tmp_path: Path) 
     with FakeSGLang() as fake, pytest.raises(RunEnded, match="probe: only 0 of 5 prompts") as end:
         probe(run_of(tmp_path, fake, silent).prober, 4)
     assert end.value.cause is Cause.NO_VERDICTS
+
+
+def test_a_run_goes_on_if_too_few_of_its_first_prompts_can_be_probed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeSGLang() as fake:
+        config = make_config(tmp_path, probe=dataclasses.replace(CFG, every=1))
+        prompts = Prompts(too_long=range(PROMPTS - 2))
+        run: Any = make_run(
+            [fake.url], config, prompts=prompts, policy=FakePolicy(keeps_reference=True), refitter=Refits(fakes=[fake])
+        )
+        run.servers.refit(0)
+        train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
+    assert run.progress.step == 1
+    assert "step 1: no probe: probe: only 2 of 5 prompts" in caplog.text
+    assert "probe/seconds" not in run.writer.metrics[1]
 
 
 def test_prompts_without_traces_have_rollouts_alone(tmp_path: Path) -> None:
