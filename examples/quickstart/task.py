@@ -17,8 +17,11 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_dypo.fs import new_file
+
+T = TypeVar("T")
 
 ANSWER_MARK = "####"
 NUM_DIGITS = 3
@@ -96,19 +99,32 @@ def draw_problems(
     taken = set(exclude)
     drawn: list[Addition] = []
     for carries, count in counts.items():
-        found = 0
-        for _ in range(MAX_DRAWS * count):
-            if found == count:
-                break
-            problem = Addition(rng.randrange(low, high), rng.randrange(low, high))
-            if problem.num_carries == carries and problem not in taken:
-                taken.add(problem)
-                drawn.append(problem)
-                found += 1
-        if found < count:
-            raise ValueError(f"counts={dict(counts)}: found only {found} additions with {carries} carries")
+        found = draw_distinct(
+            lambda: Addition(rng.randrange(low, high), rng.randrange(low, high)),
+            count,
+            taken,
+            accepts=lambda problem, carries=carries: problem.num_carries == carries,
+        )
+        if len(found) < count:
+            raise ValueError(f"counts={dict(counts)}: found only {len(found)} additions with {carries} carries")
+        drawn += found
     rng.shuffle(drawn)
     return drawn
+
+
+def draw_distinct(
+    draw: Callable[[], T], count: int, taken: set[T], *, accepts: Callable[[T], bool] = lambda _: True
+) -> list[T]:
+    """Draw ``count`` accepted values that are not in ``taken``, and add them to it; fewer if they are hard to find."""
+    found: list[T] = []
+    for _ in range(MAX_DRAWS * count):
+        if len(found) == count:
+            break
+        value = draw()
+        if accepts(value) and value not in taken:
+            taken.add(value)
+            found.append(value)
+    return found
 
 
 def write_problems(path: Path, problems: Iterable[Addition]) -> None:

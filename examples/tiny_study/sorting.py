@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "quickstart"))
-from task import ANSWER_MARK, MAX_DRAWS
+from task import ANSWER_MARK, draw_distinct
 
 Rows = list[dict[str, object]]
 
@@ -79,17 +79,10 @@ def draw_words(counts: Mapping[int, int], rng: random.Random, exclude: Iterable[
     taken = set(exclude)
     drawn: list[str] = []
     for length, count in counts.items():
-        found = 0
-        for _ in range(MAX_DRAWS * count):
-            if found == count:
-                break
-            word = "".join(rng.sample(LETTERS, length))
-            if word not in taken:
-                taken.add(word)
-                drawn.append(word)
-                found += 1
-        if found < count:
-            raise ValueError(f"counts={dict(counts)}: found only {found} words of {length} letters")
+        found = draw_distinct(lambda length=length: "".join(rng.sample(LETTERS, length)), count, taken)
+        if len(found) < count:
+            raise ValueError(f"counts={dict(counts)}: found only {len(found)} words of {length} letters")
+        drawn += found
     rng.shuffle(drawn)
     return drawn
 
