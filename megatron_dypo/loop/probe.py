@@ -27,15 +27,13 @@ from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
 from megatron_dypo.loop.servers import NoServers, Servers
+from megatron_dypo.metrics.probe_files import FOLDER
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.route import rollout_samples, trace_sample
 from megatron_dypo.probe.scores import Scores, join, load, save
 from megatron_dypo.rollout.collect import collect
 from megatron_dypo.types import GradedGroup, Sample, Treatment
-
-FOLDER = "probe"
-"""Folder in the run folder."""
 
 _SECONDS = ("rollout_seconds", "score_seconds", "estimate_seconds")
 """The parts of a probe that take time, in the order in which they happen."""
@@ -153,11 +151,12 @@ def _score(prober: Prober, groups: Sequence[GradedGroup], step: int) -> Scores |
     teachers = sorted({name for part in prober.ranks.of_leaders(named) for name in part})
     if not found:
         return None
+    prompt_of, teacher_of = ({name: index for index, name in enumerate(names)} for names in (prompt_ids, teachers))
     return Scores(
         score_Nd=np.stack(scores),
-        prompt_N=np.array([prompt_ids.index(one.prompt_id) for one in found], np.int64),
+        prompt_N=np.array([prompt_of[one.prompt_id] for one in found], np.int64),
         repeat_N=np.array([one.repeat for one in found], np.int64),
-        teacher_N=np.array([-1 if one.teacher is None else teachers.index(one.teacher) for one in found], np.int64),
+        teacher_N=np.array([-1 if one.teacher is None else teacher_of[one.teacher] for one in found], np.int64),
         is_correct_N=np.array([sample.is_correct for sample in samples], np.bool_),
         reward_N=np.array([sample.reward for sample in samples], np.float64),
         length_N=np.array([sample.num_response_tokens for sample in samples], np.int64),

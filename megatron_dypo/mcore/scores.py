@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -45,14 +46,14 @@ def sequence_scores(
     at the same time, and the function is collective over the world. Each rank must exhaust the iterator. The gradients
     in DDP's buffers are lost.
     """
-    projector = ShardProjector(gradient_map, arch)
+    projector, held = ShardProjector(gradient_map, arch), _counted(chunks, arch, layout)
     with _local_gradients(chunks), leave_out_balance(chunks):
         for sample in samples:
             _zero(chunks)
             bins: list[list[int]] = [[0], *([] for _ in range(round_up_microbatches(1, layout) - 1))]
             packed = pack_microbatches([sample], bins, layout, token_multiple=token_multiple, streams=())
             score_pass(chunks, [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed])
-            score_d = _summed(_projected(chunks, projector, arch, layout), layout)
+            score_d = _summed(_projected(held, projector), layout)
             if bar is not None:
                 bar.update(1)
             yield score_d.to(torch.float32).numpy()
@@ -93,16 +94,32 @@ def _zero(chunks: Sequence[torch.nn.Module]) -> None:
             parameter.grad = None  # an fp32 optimizer leaves it as another name of the buffer, which would count twice
 
 
-def _projected(
-    chunks: Sequence[torch.nn.Module], projector: ShardProjector, arch: Architecture, layout: MeshRank
-) -> torch.Tensor:
-    """Return this rank's part of the projection, [d] float64 on the CPU."""
-    total_D = torch.zeros(2 * projector.size, dtype=torch.float64, device=device())
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Held:
+    """A parameter whose gradient this rank projects, and this rank's place on the axis that may split it."""
+
+    parameter: torch.nn.Parameter
+    row: Row
+    rank: int
+    size: int
+
+
+def _counted(chunks: Sequence[torch.nn.Module], arch: Architecture, layout: MeshRank) -> list[_Held]:
+    """List the parameters of this rank whose gradients add to the sum over ranks."""
+    found = []
     for name, parameter in named_global_parameters(chunks):
         row = match(name, arch)
         rank, size = (layout.etp_rank, layout.expert_tensor) if row.is_expert else (layout.tp_rank, layout.tensor)
         if _is_counted(name, parameter, row, chunks, layout):
-            projector.add(total_D, main_grad(parameter), row, rank, size)
+            found.append(_Held(parameter=parameter, row=row, rank=rank, size=size))
+    return found
+
+
+def _projected(held: Sequence[_Held], projector: ShardProjector) -> torch.Tensor:
+    """Return this rank's part of the projection, [d] float64 on the CPU."""
+    total_D = torch.zeros(2 * projector.size, dtype=torch.float64, device=device())
+    for one in held:
+        projector.add(total_D, main_grad(one.parameter), one.row, one.rank, one.size)
     return projector.signed(total_D).cpu()
 
 

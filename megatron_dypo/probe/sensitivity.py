@@ -21,10 +21,10 @@ NORMALIZATIONS: tuple[LengthNormalization, ...] = ("sum", "sequence_mean", "toke
 
 def estimate_sensitivity(scores: Scores, setting: Setting, alpha: float, *, seed: int = 0) -> list[Tree]:
     """Return a row for each changed setting: the key, its value, and estimates over all prompts, gate included."""
-    return [
-        {"key": key, "value": getattr(changed, key), **_row(scores, changed, alpha, seed)}
-        for key, changed in _settings(scores, setting)
-    ]
+    changes = list(_settings(scores, setting))
+    # Each key has one row with its own value, and all of these rows are of the same setting.
+    rows = {changed: _row(scores, changed, alpha, seed) for changed in dict.fromkeys(changed for _, changed in changes)}
+    return [{"key": key, "value": getattr(changed, key), **rows[changed]} for key, changed in changes]
 
 
 def _settings(scores: Scores, setting: Setting) -> Iterator[tuple[str, Setting]]:
