@@ -6,7 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from megatron_dypo.mcore.checkpoints.export_run import CHECKPOINTS, EXPORTS, export_run, whole_checkpoints
+from megatron_dypo.mcore.checkpoints.export_run import EXPORTS, export_run, whole_checkpoints
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS
 
 _SAMPLED_BYTES = 2**20
 

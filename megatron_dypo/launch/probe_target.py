@@ -10,11 +10,8 @@ from pathlib import Path
 from megatron_dypo.checks import require
 from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.tree import Config
-from megatron_dypo.mcore.checkpoints.folder import STATE, find_latest, folder_of, step_of
-
-CHECKPOINTS = "checkpoints"
-FOLDER = "probe"
-"""Folder of a run for the results, and for the logs of each probe."""
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, STATE, find_latest, folder_of, step_of
+from megatron_dypo.metrics.probe_files import FOLDER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,17 +82,6 @@ class PromptGradients:
     gal_Rd: Floats
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Gradients:
-    """The gradients of all groups of all prompts; zero vectors for groups that are not Mid."""
-
-    grpo_PRd: Floats
-    gal_PRd: Floats
-    is_mid_PR: NDArray[np.bool_]
-    is_hard_PR: NDArray[np.bool_]
-    is_group_PR: NDArray[np.bool_]
-
-
 def make_groups(scores: Scores, setting: Setting) -> Groups:
     """Form groups of k rollouts of each prompt and compute their weights.
 
@@ -137,26 +126,6 @@ def prompt_gradients(scores: Scores, groups: Groups) -> Iterator[PromptGradients
         yield PromptGradients(
             grpo_Rd=np.einsum("rk,rkd->rd", grpo_Rk, score_Rkd), gal_Rd=np.einsum("rk,rkd->rd", gal_Rk, score_Rkd)
         )
-
-
-def gradients(scores: Scores, setting: Setting) -> Gradients:
-    """Return the gradient of every group.
-
-    Raises:
-        ValueError: see :func:`make_groups`.
-    """
-    groups = make_groups(scores, setting)
-    shape = (*groups.is_group_PR.shape, scores.score_Nd.shape[1])
-    grpo_PRd, gal_PRd = np.zeros(shape), np.zeros(shape)
-    for prompt, one in enumerate(prompt_gradients(scores, groups)):
-        grpo_PRd[prompt], gal_PRd[prompt] = one.grpo_Rd, one.gal_Rd
-    return Gradients(
-        grpo_PRd=grpo_PRd,
-        gal_PRd=gal_PRd,
-        is_mid_PR=groups.is_mid_PR,
-        is_hard_PR=groups.is_hard_PR,
-        is_group_PR=groups.is_group_PR,
-    )
 
 
 def sft_gradients(scores: Scores, setting: Setting) -> tuple[Floats, NDArray[np.bool_]]:

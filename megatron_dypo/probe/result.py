@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from megatron_dypo.checks import require
+from megatron_dypo.metrics.probe_files import FORMAT
 from megatron_dypo.probe.assumptions import judge
 from megatron_dypo.probe.gate import estimate_gate, hard_gate, mid_gate
 from megatron_dypo.probe.gradients import Groups, Setting, make_groups
@@ -20,9 +21,6 @@ from megatron_dypo.probe.scores import Scores
 from megatron_dypo.probe.sensitivity import estimate_sensitivity
 from megatron_dypo.probe.shares import estimate_shares
 from megatron_dypo.probe.teachers import estimate_teachers, teacher_errors
-
-FORMAT = 1
-"""Version of the result's format."""
 
 
 def analyse(

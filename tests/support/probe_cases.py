@@ -1,4 +1,6 @@
-"""A population of prompts with known moments, for the tests of the probe; all naive, in float64, without the package.
+"""A population of prompts with known moments, for the tests of the probe; naive, in float64.
+
+``gradients`` alone is computed by the package.
 
 Rollouts of prompt q are correct with chance p_q. A score is (correct − p_q)·(u + z_q) + noise, longer responses have
 more noise, and the log-ratio against the frozen reference leans towards the correct ones.
@@ -10,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_dypo.probe.scores import Scores
+from megatron_dypo.probe.gradients import Setting, make_groups, prompt_gradients
+from megatron_dypo.probe.scores import Floats, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,3 +156,30 @@ def mixed(parts: dict[str, float], alpha: float) -> float:
     """Return the moment of α·GRPO + (1 − α)·GAL."""
     rest = 1 - alpha
     return alpha**2 * parts["grpo"] + rest**2 * parts["gal"] + 2 * alpha * rest * parts["covariance"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gradients:
+    """The gradients of all groups of all prompts; zero vectors for groups that are not Mid."""
+
+    grpo_PRd: Floats
+    gal_PRd: Floats
+    is_mid_PR: NDArray[np.bool_]
+    is_hard_PR: NDArray[np.bool_]
+    is_group_PR: NDArray[np.bool_]
+
+
+def gradients(scores: Scores, setting: Setting) -> Gradients:
+    """Return the gradient of every group, by the package."""
+    groups = make_groups(scores, setting)
+    shape = (*groups.is_group_PR.shape, scores.score_Nd.shape[1])
+    grpo_PRd, gal_PRd = np.zeros(shape), np.zeros(shape)
+    for prompt, one in enumerate(prompt_gradients(scores, groups)):
+        grpo_PRd[prompt], gal_PRd[prompt] = one.grpo_Rd, one.gal_Rd
+    return Gradients(
+        grpo_PRd=grpo_PRd,
+        gal_PRd=gal_PRd,
+        is_mid_PR=groups.is_mid_PR,
+        is_hard_PR=groups.is_hard_PR,
+        is_group_PR=groups.is_group_PR,
+    )

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from megatron_dypo.fs import check_vacant
 from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS
 from megatron_dypo.mcore.checkpoints.torch_dist import RUN_STATE, WEIGHTS_FOLDER
 from megatron_dypo.models.quantized.names import Quantization
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run that holds its checkpoints."""
 EXPORTS = "exports"
 """Folder of a run that exports go to by default."""
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megatron_dypo.fs import commit_folder, remove, replace_file
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
 STATE = "trainer_state.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 log = logging.getLogger(__name__)

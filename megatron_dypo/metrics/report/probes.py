@@ -9,11 +9,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from megatron_dypo.metrics.probe_files import FOLDER, FORMAT
 from megatron_dypo.metrics.report.panels import CYCLE, Panel
 from megatron_dypo.metrics.report.plots import Plot, style
 
-FOLDER = "probe"
-_FORMAT = 1
 _OVER_STEPS = (
     ("Probe: variances", "ratio to GRPO's variance", 1.0, "Var(GAL)/Var(GRPO) and Var(mix)/Var(GRPO), given Mid.",
      (("GAL", ("ratios", "gal_to_grpo")), ("mix", ("ratios", "mix_to_grpo")))),
@@ -42,8 +41,8 @@ def read_probes(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}: not JSON: {error}") from error
         found = result.get("format") if isinstance(result, dict) else None
-        if found != _FORMAT:
-            raise ValueError(f"{path}: format={found}: must be {_FORMAT}; measure again with `megatron-dypo probe`")
+        if found != FORMAT:
+            raise ValueError(f"{path}: format={found}: must be {FORMAT}; measure again with `megatron-dypo probe`")
         results.append(result)
     return sorted(results, key=lambda result: int(result["step"]))
 

@@ -11,9 +11,9 @@ import pytest
 from megatron_dypo.config.objective import ObjectiveConfig
 from megatron_dypo.objective.token_weights import gal_weights, grpo_weights, sft_weights
 from megatron_dypo.objective.totals import add_counts, count_groups
-from megatron_dypo.probe.gradients import Setting, gradients, make_groups, prompt_gradients, sft_gradients
+from megatron_dypo.probe.gradients import Setting, make_groups, prompt_gradients, sft_gradients
 from megatron_dypo.types import Sample, SampleKind, Treatment
-from tests.support.probe_cases import Population, draw_rollouts, naive_gradients, take, to_scores
+from tests.support.probe_cases import Population, draw_rollouts, gradients, naive_gradients, take, to_scores
 
 NORMALIZATIONS = ("sum", "sequence_mean", "token_mean", "group_mean", "constant")
 

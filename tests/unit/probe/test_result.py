@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_dypo.metrics.probe_files import FORMAT
 from megatron_dypo.probe.assumptions import decide, decide_zero
 from megatron_dypo.probe.gradients import Setting
 from megatron_dypo.probe.resample import UNKNOWN, Estimate
-from megatron_dypo.probe.result import FORMAT, analyse, text
+from megatron_dypo.probe.result import analyse, text
 from tests.support.probe_cases import Population, draw_rollouts, take, to_scores
 
 SETTING = Setting(group_size=4, length_normalization="sum")
