@@ -18,7 +18,7 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.megatron_policy import build_policy
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import MeshRanks
-from megatron_dypo.loop.replica import Follower
+from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.resume import require_known_state, restore_batch
 from megatron_dypo.loop.servers import NoServers
 from megatron_dypo.loop.setup.connect import connect, start_in_background
@@ -66,9 +66,7 @@ def open_run(config: Config) -> Iterator[Run]:
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
-        leaders = layout.leaders_group
-        opened = Follower() if leaders is None else open_leader(base, leaders)
-        replica = opened.leader if isinstance(opened, OpenedLeader) else opened
+        opened, replica = _open_replica(base)
         servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
         teacher = open_teacher(base, opened)
         writer: Writer = NoWriter()
@@ -103,20 +101,29 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
         layout = _join(config, objective, stack)
         starting = start_in_background(config, stack) if layout.is_global_leader else None
         base = replace(_lay(config, layout, objective, checkpoint, stack, with_servers=True), restored=None)
-        leaders = layout.leaders_group
-        opened = Follower() if leaders is None else open_leader(base, leaders)
+        opened, replica = _open_replica(base)
         yield Run(
             config=config,
             ranks=base.ranks,
             policy=base.policy,
             objective=objective,
-            replica=opened.leader if isinstance(opened, OpenedLeader) else opened,
+            replica=replica,
             servers=connect(base, opened, starting.result() if starting else None),
             writer=NoWriter(),
             progress=base.progress,
             timings=base.timings,
             tally=base.tally,
         )
+
+
+def _open_replica(base: Foundation) -> tuple[OpenedLeader | Follower, Replica]:
+    """Open the data of this rank's replica, if it leads one; return what was opened, and the replica."""
+    leaders = base.policy.layout.leaders_group
+    if leaders is None:
+        follower = Follower()
+        return follower, follower
+    opened = open_leader(base, leaders)
+    return opened, opened.leader
 
 
 def _lay(
