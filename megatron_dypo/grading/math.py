@@ -16,7 +16,7 @@ def verify_math(response: str, answer: str, style: AnswerStyle = AUTO) -> bool:
     """Return whether the answer of ``response`` equals ``answer``; ``docs/verifiers.md`` shows which answers are equal.
 
     :func:`megatron_dypo.grading.answers.unmarked.claimed_answer` finds the answer of the response. Raises ValueError if
-    ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
+    ``answer`` is blank. Never returns for inputs such as ``9^{9^{9^9}}``: run it under a limit.
     """
     gold = gold_text(answer)
     claim = claimed_answer(response, gold, style)

@@ -13,7 +13,7 @@ import math_verify
 import sympy
 
 # math-verify warns that its timeouts are off. They are off because they use SIGALRM and raise a BaseException; the
-# whole process has a deadline instead.
+# whole process has a limit of processor time instead.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _SUBSCRIPT = re.compile(r"\d\}?_")
@@ -26,7 +26,7 @@ def same_formula(gold: str, claim: str) -> bool:
     """Return whether math-verify calls the LaTeX formulas ``gold`` and ``claim`` equal and their values confirm it.
 
     math-verify alone is not enough: it rounds to six decimals (1/2004! equals 1/2006!) and drops subscripts (204_5
-    equals 204_6). This function never returns for inputs such as ``9^{9^{9^9}}``: run it under a deadline.
+    equals 204_6). This function never returns for inputs such as ``9^{9^{9^9}}``: run it under a limit.
     """
     if _SUBSCRIPT.search(gold) or _SUBSCRIPT.search(claim):
         return False

@@ -19,12 +19,13 @@ class Caller:
     signature: Signature
     options: Mapping[str, Any]
     """Keyword arguments of every call."""
-    wants_text: bool
-    """Whether the answer must be text. A number becomes text; anything else is then an error."""
+    is_built_in: bool
+    """Whether it is one of our verifiers. They compare text. An answer that is a number becomes text; anything else is
+    an error."""
 
     def call(self, values: Mapping[str, Any]) -> Any:
         """Call the function on one pair: field → value."""
-        if self.wants_text and "answer" in values:
+        if self.is_built_in and "answer" in values:
             values = {**values, "answer": _gold_text(values["answer"])}
         positional = [values[field] for field in self.signature.positional]
         return self.function(*positional, **{p: values[field] for p, field in self.signature.by_name}, **self.options)
@@ -34,7 +35,7 @@ class Caller:
         return self.call({field: [row[field] for row in rows] for field in self.signature.fields})
 
 
-def load_caller(import_path: str, options: Mapping[str, Any], *, wants_text: bool) -> Caller:
+def load_caller(import_path: str, options: Mapping[str, Any], *, is_built_in: bool) -> Caller:
     """Import ``pkg.module:function``. Raises ValueError naming the part that is wrong."""
     function = import_name(import_path)
     module_name, _, name = import_path.partition(":")
@@ -44,7 +45,7 @@ def load_caller(import_path: str, options: Mapping[str, Any], *, wants_text: boo
         signature = read_signature(function, ignored=tuple(options))
     except ValueError as error:
         raise ValueError(f"function {name}: {error}") from error
-    return Caller(function=function, signature=signature, options=options, wants_text=wants_text)
+    return Caller(function=function, signature=signature, options=options, is_built_in=is_built_in)
 
 
 def _gold_text(answer: Any) -> str:

@@ -16,7 +16,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from megatron_dypo.grading.workers.judging import WHOLE_BATCH, Item, Outcome
+from megatron_dypo.grading.workers.judging import MAX_PROCESSOR_S, WHOLE_BATCH, Item, Outcome
 from megatron_dypo.grading.workers.output import OutputTap
 from megatron_dypo.grading.workers.signature import Mode
 from megatron_dypo.grading.workers.worker import Setup
@@ -185,6 +185,8 @@ class WorkerProcess:
             return "verifier process closed its connection"
         if code == -signal.SIGKILL:
             return "verifier process killed by SIGKILL (often the kernel, for memory)"
+        if code == -signal.SIGXCPU:
+            return f"no verdict within {MAX_PROCESSOR_S} s of processor time"
         if code < 0:
             return f"verifier process killed by {_signal_name(-code)}"
         return f"verifier process exited with {code}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ def main() -> None:
     """
     _leave_stopping_to_the_trainer()
     faulthandler.enable()
+    # A process that is ended leaves no file core in the run folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with suppress(OSError):  # not on Linux, or not allowed
         # If memory runs out, the kernel should end a verifier rather than a trainer or a server.
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -97,7 +100,7 @@ def _load(setup: Setup) -> tuple[dict[str, Caller], dict[str, str]]:
     callers, problems = {}, {}
     for name, path in setup.paths.items():
         try:
-            callers[name] = load_caller(path, setup.options.get(name, {}), wants_text=name in setup.built_in)
+            callers[name] = load_caller(path, setup.options.get(name, {}), is_built_in=name in setup.built_in)
         except ValueError as error:
             problems[name] = str(error)
     return callers, problems

@@ -335,4 +335,4 @@ ENDLESS: list[tuple[str, str]] = [
     (r"\boxed{(10^{10})!}", "7"),
     (r"\boxed{\binom{10^9}{5 \cdot 10^8}}", "1"),
 ]
-"""(response, gold) that keep math-verify busy for minutes or longer: a deadline ends them."""
+"""(response, gold) that keep math-verify busy for minutes or longer: a limit of processor time ends them."""

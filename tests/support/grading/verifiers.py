@@ -174,6 +174,14 @@ def batched(responses: list[str], answers: list[str]) -> list[object]:
     ]
 
 
+def spin(response: str, answer: str) -> bool:
+    """Use as many seconds of processor time as the response says."""
+    start = time.process_time()
+    while time.process_time() - start < float(response):
+        pass
+    return True
+
+
 def hangs_always(response: str, answer: str) -> bool:
     threading.Event().wait()
     return True

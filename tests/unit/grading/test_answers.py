@@ -81,13 +81,13 @@ def test_math(response: str, answer: str, is_correct: bool) -> None:
     assert verify_math(response, answer) is is_correct
 
 
-def test_an_endless_tower_costs_one_sample_within_the_deadline() -> None:
+def test_an_endless_tower_costs_one_sample() -> None:
     pairs = [(f"\\boxed{{{i}\\sqrt{{2}}}}", f"\\sqrt{{{2 * i * i}}}") for i in range(12)]
     pairs[5] = ("\\boxed{9^{9^{9^9}}}", "3")
-    with Verifier(GradingConfig(workers=2, deadline_s=3)) as verifier:
+    with Verifier(GradingConfig(workers=2)) as verifier:
         verdicts = verifier.verify(pairs)
     assert [v.is_correct for v in verdicts] == [i != 5 for i in range(12)]
-    assert verdicts[5].error == "no verdict within deadline_s=3"
+    assert verdicts[5].error == "no verdict within 2 s of processor time"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,12 +14,14 @@ from megatron_dypo.grading.answers.extract import gold_text
 from megatron_dypo.grading.choice import verify_choice
 from megatron_dypo.grading.math import verify_math
 from megatron_dypo.grading.verify import Verifier
+from megatron_dypo.grading.workers.judging import MAX_PROCESSOR_S
 from tests.support.grading.equivalent_pairs import ENDLESS, MISSES, PAIRS, PATHOLOGICAL, Pair, response
 from tests.support.grading.verifier_cases import PAGE, VERIFIERS
+from tests.support.grading.verifiers import spin
 from tests.support.public_data import public_rows
 
-MAX_PROCESSOR_S = 2.0
-"""Most processor time of one verdict."""
+START_PROCESSOR_S = 15.0
+"""Upper bound of the processor time that a verifier process needs for its imports."""
 MATH_FILES = (
     "aime24.jsonl",
     "aime25.jsonl",
@@ -81,8 +86,32 @@ def test_a_verdict_on_a_text_that_is_long_or_deep_takes_at_most_two_seconds_of_p
         assert time.process_time() - start <= MAX_PROCESSOR_S, text[:60]
 
 
-def test_the_deadline_of_the_processes_ends_what_never_ends() -> None:
-    with Verifier(GradingConfig(workers=2, deadline_s=0.5)) as verifier:
-        verdicts = verifier.verify(ENDLESS)
-    assert [one.error for one in verdicts] == ["no verdict within deadline_s=0.5"] * len(ENDLESS)
-    assert not any(one.is_correct for one in verdicts)
+def test_what_never_ends_costs_at_most_two_seconds_of_processor_time_whatever_the_deadline() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with Verifier(GradingConfig(workers=1, deadline_s=300.0)) as verifier:
+        ((good, *verdicts), (last,)) = verifier.verify([("7", "7"), *ENDLESS]), verifier.verify([("7", "7")])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert {one.error for one in verdicts} == {f"no verdict within {MAX_PROCESSOR_S} s of processor time"}
+    assert [one.is_correct for one in (good, *verdicts, last)] == [True, *[False] * len(ENDLESS), True]
+    processes = 1 + len(ENDLESS)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used <= len(ENDLESS) * MAX_PROCESSOR_S + processes * START_PROCESSOR_S
+
+
+def test_a_verifier_of_the_users_has_the_deadline_alone() -> None:
+    with Verifier(GradingConfig(verifier=f"{spin.__module__}:spin", workers=1, deadline_s=300.0)) as verifier:
+        (verdict_of_long,) = verifier.verify([(str(MAX_PROCESSOR_S + 1.0), "")])
+    assert verdict_of_long.is_correct
+
+
+def test_a_limit_of_the_environment_stays() -> None:
+    """``ulimit -t`` is a hard limit, which no process may raise."""
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_CPU, (600, 600))\n"
+        "from megatron_dypo.config.grading import GradingConfig\n"
+        "from megatron_dypo.grading.verify import Verifier\n"
+        "with Verifier(GradingConfig(workers=1)) as verifier:\n"
+        "    print(verifier.verify([('7', '7')])[0].is_correct)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True"]

@@ -25,7 +25,7 @@ VALUES = {
 def _call(function: Callable[..., Any], **options: Any) -> Any:
     signature = read_signature(function, ignored=tuple(options))
     values = {field: VALUES[field] for field in signature.fields}  # only the fields that it asks for are sent
-    return Caller(function=function, signature=signature, options=options, wants_text=False).call(values)
+    return Caller(function=function, signature=signature, options=options, is_built_in=False).call(values)
 
 
 class Callable1:
@@ -97,7 +97,7 @@ def test_plural_names_make_a_function_batched() -> None:
 
     signature = read_signature(batched)
     assert signature.mode == "batch"
-    caller = Caller(function=batched, signature=signature, options={}, wants_text=False)
+    caller = Caller(function=batched, signature=signature, options={}, is_built_in=False)
     assert caller.call_batch([VALUES, VALUES | {"response": "Q"}]) == [("R", "A", {"x": 1}), ("Q", "A", {"x": 1})]
 
 
