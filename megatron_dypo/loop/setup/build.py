@@ -28,7 +28,9 @@ from megatron_dypo.loop.setup.open_teacher import open_teacher
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
-from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
+from megatron_dypo.mcore.checkpoints.choose import newest_whole
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, candidates, step_of
+from megatron_dypo.mcore.checkpoints.verify import Readers
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.versions import write_versions
@@ -36,9 +38,11 @@ from megatron_dypo.metrics.writer import MetricsWriter, Timings
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.recipes.registry import build_objective
+from megatron_dypo.parallel.collectives import gather_world
 from megatron_dypo.parallel.device import compute_capability, memory_bytes
 from megatron_dypo.parallel.groups import MeshRank, close
 from megatron_dypo.planning.fit import check_memory
+from megatron_dypo.processes.watchdog import mark
 
 log = logging.getLogger("megatron_dypo")
 
@@ -61,7 +65,8 @@ def open_run(config: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         objective = build_objective(config.objective)
         layout = _join(config, objective, stack)
-        latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
+        mark("verifying the checkpoint")
+        latest = prepare_folder(config, Readers(rank=layout.rank, count=layout.world_size, gather=gather_world))
         require_logprob_sources(config, objective)
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
@@ -186,19 +191,21 @@ def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> 
     return layout
 
 
-def prepare_folder(config: Config, *, is_global_leader: bool) -> Path | None:
-    """Make the run folder; return the checkpoint to resume from, if it holds one.
+def prepare_folder(config: Config, readers: Readers) -> Path | None:
+    """Make the run folder; return the checkpoint to resume from, if it holds one. Collective over ``readers``.
 
     Raises:
-        ValueError: there is a checkpoint, and ``run.resume`` is false or ``run.steps`` is below its step.
+        ValueError: there is a checkpoint, and ``run.resume`` is false or ``run.steps`` is below its step; or there are
+            checkpoints, and none is whole.
     """
     folder = Path(config.run.dir)
-    found = find_latest(folder / "checkpoints")
-    if found and not config.run.resume:
-        raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
+    existing = readers.gather(candidates(folder / CHECKPOINTS) if readers.is_first else None)[0]
+    if existing and not config.run.resume:
+        raise ValueError(f"run.resume=false: {existing[0]} exists; choose another run.dir or allow resuming")
+    found = newest_whole(existing, config.checkpoint.verify, readers)
     if found and step_of(found) > config.run.steps:
         raise ValueError(f"run.steps={config.run.steps}: is below the {step_of(found)} steps done in {found}")
-    if is_global_leader:
+    if readers.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "config.yaml"
         if found and written.is_file():

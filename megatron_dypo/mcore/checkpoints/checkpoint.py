@@ -9,6 +9,7 @@ One checkpoint is a folder that appears whole or not at all::
         reference/                          the same for π_ref, if the run refreshes it
         trainer_state.json                  the state of the loop
         leader_00000.bin, …                 the state of each replica's leader (its queues)
+        manifest.json                       size and checksums of all these files, written last
 
 It is written as ``step_000010.tmp``, synced and renamed. All ranks share the file system.
 """
@@ -16,7 +17,6 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 from __future__ import annotations
 
 import json
-import pickle
 import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ import psutil  # noqa: F401, Megatron's writer needs it without saying so, and h
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore.checkpoints import rng
@@ -41,17 +40,20 @@ from megatron_dypo.mcore.checkpoints.folder import (
 )
 from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
+from megatron_dypo.mcore.checkpoints.parts import leader_states, load_parts, read_header
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
+from megatron_dypo.mcore.checkpoints.sealing import seal
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
+from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
 from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
 from megatron_dypo.mcore.compat.results_queue import use_results_queue
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
+from megatron_dypo.parallel.collectives import gather_world
 from megatron_dypo.parallel.groups import MeshRank
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
-_RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ def save(
             (partial_of(final) / _WEIGHTS / HF_FOLDER).mkdir()
             copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
         dist.barrier()
+        seal(partial_of(final), layout, gather_world)
         _on_leader(layout, lambda: publish(final, keep=keep))
     except (CheckpointException, OSError) as error:
         if layout.is_global_leader:
@@ -154,7 +157,7 @@ def load(
         ValueError: the checkpoint is not whole, or is of another kind of optimizer.
     """
     path = Path(path)
-    header = _read_header(path)
+    header = read_header(path)
     leaders = leader_states(path, header)
     if header["optimizer"] != optimizer.kind:
         raise ValueError(
@@ -166,40 +169,13 @@ def load(
         reference.capture()
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
-    loaded = load_parts(state, path)
+    loaded = load_parts(state, path / _WEIGHTS)
     fill(chunks, loaded)
     optimizer.load_state(loaded["optimizer"])
     optimizer.num_updates = int(header["num_updates"])
     if same_axes:
         rng.restore(loaded["rng"])
     return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
-
-
-def load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read Megatron's part of a checkpoint into ``state``. Raises ValueError if a file is damaged or missing."""
-    try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path / _WEIGHTS))
-    except (
-        CheckpointException,
-        CheckpointingException,
-        pickle.UnpicklingError,
-        EOFError,
-        json.JSONDecodeError,
-    ) as error:
-        # torch gives the reasons of all ranks only to the first one.
-        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-        reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
-        raise ValueError(f"{path}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
-    return loaded
-
-
-def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
-    """Read the state of each replica's leader. Raises ValueError if a file is missing."""
-    files = sorted(path.glob("leader_*.bin"))
-    expected = header.get("data", len(files))
-    if len(files) != expected:
-        raise ValueError(f"{path}: has {len(files)} files leader_*.bin of {expected}: {_RESTORE}")
-    return [file.read_bytes() for file in files]
 
 
 def _whole_state(
@@ -227,14 +203,8 @@ def _header(step: int, optimizer: PolicyOptimizer, layout: MeshRank) -> dict[str
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "data": layout.data,
+        HAS_MANIFEST: True,
     }
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    if not (path / STATE).is_file():
-        raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
-    header: dict[str, Any] = json.loads((path / STATE).read_text())
-    return header
 
 
 def _on_leader(layout: MeshRank, action: Callable[[], object]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dypo.fs import commit_folder, remove, replace_file
+from megatron_dypo.fs import commit_folder, remove, replace_file, sync
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 STATE = "trainer_state.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+DAMAGED = ".damaged"
+"""Suffix of a checkpoint that was set aside."""
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{6,})")
@@ -43,6 +46,40 @@ def find_latest(root: str | Path) -> Path | None:
     if tracked is not None and steps:
         log.warning("%s: names no whole checkpoint; taking %s", root / TRACKER, steps[-1])
     return steps[-1] if steps else None
+
+
+def candidates(root: str | Path) -> list[Path]:
+    """Return the folders that may be the checkpoint to resume from, best first; whether they are whole is not known.
+
+    The tracker's is first, then older ones. Without a usable tracker all count, the newest first.
+    """
+    root = Path(root)
+    found = sorted(filter(Path.is_dir, _named(root)), key=step_of, reverse=True)
+    tracked = _tracked(root)
+    if tracked in found:
+        return found[found.index(tracked) :]
+    if tracked is not None and found:
+        log.warning("%s: names no checkpoint; beginning with %s", root / TRACKER, found[0])
+    return found
+
+
+def set_aside(damaged: Path) -> Path:
+    """Rename a damaged checkpoint to ``step_<step>.damaged``, so that it is neither counted nor overwritten or removed.
+
+    Return its new path.
+    """
+    number, path = 1, damaged.with_suffix(DAMAGED)
+    while os.path.lexists(path):
+        number += 1
+        path = damaged.with_suffix(f"{DAMAGED}-{number}")
+    damaged.rename(path)
+    sync(damaged.parent)
+    return path
+
+
+def track(checkpoint: Path) -> None:
+    """Point the tracker at a checkpoint."""
+    replace_file(checkpoint.parent / TRACKER, str(step_of(checkpoint)))
 
 
 def _tracked(root: Path) -> Path | None:
@@ -88,7 +125,7 @@ def publish(final: Path, *, keep: int) -> None:
     """
     root, partial = final.parent, partial_of(final)
     commit_folder(partial, final)
-    replace_file(root / TRACKER, str(step_of(final)))
+    track(final)
     others = [folder for folder in _steps(root) if folder != final]
     surplus = others[: max(0, len(others) + 1 - keep)] if keep else []
     for old in [*surplus, *root.glob("step_*.tmp")]:
@@ -97,8 +134,11 @@ def publish(final: Path, *, keep: int) -> None:
 
 def _steps(root: Path) -> list[Path]:
     """List the whole checkpoints, by step."""
-    found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and _is_whole(folder)]
-    return sorted(found, key=step_of)
+    return sorted(filter(_is_whole, _named(root)), key=step_of)
+
+
+def _named(root: Path) -> list[Path]:
+    return [path for path in root.glob("step_*") if _STEP.fullmatch(path.name)]
 
 
 def _is_whole(folder: Path) -> bool:
