@@ -43,6 +43,8 @@ from tiny_study.specs import (
 )
 
 STUDY = Path("examples/tiny_study/study.yaml")
+# A model of this size gains nothing from a second thread, and threads that wait for each other slow down all that runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def compare(plan: Plan, task: str, kind: str, content: dict[str, Any]) -> None:
