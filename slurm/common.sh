@@ -15,6 +15,8 @@
 #                          the least loaded one
 #   GRACE_S                seconds for the trainer to finish its step and save, 270; must be below the lead of --signal
 #   MAX_REQUEUES           50
+#   MAX_RESTARTS           3; starts of a lost trainer in place, without a new checkpoint in between
+#   SPARE_NODES            0; nodes that wait to replace a lost trainer node; needs sbatch --no-kill
 
 declare -A PID=() # role → process of its srun
 
@@ -48,6 +50,8 @@ read_settings() {
   TRAIN_PER_NODE=${TRAIN_PER_NODE:-$((COLOCATED ? GPUS_PER_NODE / 2 : GPUS_PER_NODE))}
   LOG_ROOT=${LOG_ROOT:-$DYPO_HOME/runs/slurm}
   GRACE_S=${GRACE_S:-270}
+  MAX_RESTARTS=${MAX_RESTARTS:-3}
+  SPARE_NODES=${SPARE_NODES:-0} SPARE=()
   ATTEMPT=${SLURM_RESTART_COUNT:-0}
   JOB=${SLURM_JOB_ID:-JOBID}
   [ -n "${SLURM_JOB_ID:-}${DRY_RUN:-}" ] || fail "not in a Slurm job: submit with sbatch, or set DRY_RUN=1 to see what it would run"
@@ -69,22 +73,24 @@ read_settings() {
   fi
 }
 
-# NODES: all nodes; TRAIN: nodes that train; ROLLOUT: nodes that serve.
+# NODES: all nodes; TRAIN: nodes that train; ROLLOUT: nodes that serve; SPARE: nodes that wait.
 divide_nodes() {
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   else
     mapfile -t NODES < <(seq -f 'node%g' "${SLURM_NNODES:-$DEFAULT_NODES}")
   fi
-  local count=${#NODES[@]}
+  local count=$((${#NODES[@]} - SPARE_NODES))
+  SPARE=("${NODES[@]:count > 0 ? count : 0}")
   if [ "$COLOCATED" = 1 ]; then
+    [ "$SPARE_NODES" = 0 ] || fail "SPARE_NODES=$SPARE_NODES: COLOCATED=1 loses servers with a trainer node; needs 0"
     [ "$ROLLOUT_NODES" -le "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES: the job has $count nodes"
     TRAIN=("${NODES[@]}")
     ROLLOUT=("${NODES[@]:0:ROLLOUT_NODES}")
   else
-    [ "$ROLLOUT_NODES" -lt "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES of $count nodes leaves none to train: give sbatch more --nodes"
+    [ "$ROLLOUT_NODES" -lt "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES of ${#NODES[@]} nodes$([ "$SPARE_NODES" = 0 ] || echo " with SPARE_NODES=$SPARE_NODES") leaves none to train: give sbatch more --nodes"
     TRAIN=("${NODES[@]:0:count-ROLLOUT_NODES}")
-    ROLLOUT=("${NODES[@]:count-ROLLOUT_NODES}")
+    ROLLOUT=("${NODES[@]:count-ROLLOUT_NODES:ROLLOUT_NODES}")
   fi
   [ "${ROUTER:-0}:$ROLLOUT_NODES" != 1:0 ] || fail "ROUTER=1 needs ROLLOUT_NODES: servers of the run itself have none"
   OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
@@ -103,7 +109,8 @@ make_log_folder() {
   echo "$JOB" >"$DYPO_LOGS/canary"
   printf '%s trainer\n' "${TRAIN[@]}" >"$DYPO_LOGS/roles"
   [ "${#ROLLOUT[@]}" = 0 ] || printf '%s rollout\n' "${ROLLOUT[@]}" >>"$DYPO_LOGS/roles"
-  say "job $JOB, attempt $ATTEMPT: ${#TRAIN[@]} trainer and ${#ROLLOUT[@]} rollout nodes; logs in $DYPO_LOGS"
+  [ "${#SPARE[@]}" = 0 ] || printf '%s spare\n' "${SPARE[@]}" >>"$DYPO_LOGS/roles"
+  say "job $JOB, attempt $ATTEMPT: ${#TRAIN[@]} trainer and ${#ROLLOUT[@]} rollout nodes$([ "$SPARE_NODES" = 0 ] || echo ", $SPARE_NODES spare"); logs in $DYPO_LOGS"
 }
 
 set_environment() {
@@ -151,6 +158,7 @@ read_config() {
   resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")"
   [ ! -d "$DYPO_LOGS" ] || echo "$resolved" >"$DYPO_LOGS/config.yaml"
   rm "$errors"
+  RUN_DIR=$(awk '/^run:/ { inside = 1 } inside && $1 == "dir:" { sub(/^ *dir: */, ""); print; exit }' <<<"$resolved")
   SERVERS_PER_NODE=$(field per_node <<<"$resolved")
   local tensor_parallel nodes
   nodes=$(field nodes <<<"$resolved")
@@ -241,7 +249,11 @@ start_rollouts() {
 }
 
 start_trainer() {
+  # Another port for each start: the last one may still be in use. The number also tells the run's lock who came first.
+  export DYPO_TRAINER_START=$TRAINER_STARTS
+  local port=$((DYPO_PORT + TRAINER_STARTS % 16 + (TRAINER_STARTS % 16 > 0 ? 3 : 0)))
+  count_start
   start trainer "${TRAIN[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh trainer "$PYTHON" -m megatron_dypo.launch.torchrun \
-    --nnodes="${#TRAIN[@]}" --nproc-per-node="$TRAIN_PER_NODE" --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT" \
+    --nnodes="${#TRAIN[@]}" --nproc-per-node="$TRAIN_PER_NODE" --master-addr="${TRAIN[0]}" --master-port="$port" \
     --max-restarts=0 -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}"
 }
