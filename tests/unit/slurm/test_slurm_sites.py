@@ -78,7 +78,7 @@ def test_compilers_of_kernels_write_to_a_private_folder_of_the_node(job: Job, tm
     (job.logs / "canary").write_text("12\n")
     settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "2"}
     settings |= {"SLURM_TMPDIR": str(tmp_path), "DYPO_TRAIN_NODES": "node1", "TORCHINDUCTOR_CACHE_DIR": "/mine"}
-    command = [NODE, "trainer", "env"]
+    command = [str(NODE), "trainer", "env"]
     done = subprocess.run(
         command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60, check=True
     )
