@@ -50,6 +50,9 @@ class CheckpointConfig:
     """Steps between checkpoints. 0: only the last step, which always saves."""
     keep: int = 2
     """Newest checkpoints to keep. 0: all."""
+    async_save: bool = False
+    """Write checkpoints while training goes on: a save copies the state into host memory and returns. The next save
+    waits for it. After a crash in between, the checkpoint before counts."""
     verify: Literal["manifest", "full"] = "full"
     """Comparison of a checkpoint with its manifest before a resume. ``manifest``: names and sizes of all files, and
     checksums of all but the tensor files. ``full``: the checksums of all files; each rank reads its share, at about

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
+from megatron_dypo.mcore.checkpoints.folder import folder_of
+from megatron_dypo.mcore.checkpoints.saving import Saver
 from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
@@ -49,6 +52,7 @@ class MegatronPolicy:
     reference: ReferencePolicy | None
     """None if the objective reads no reference, or uses π_old as the reference."""
     timings: Timings
+    saver: Saver = field(default_factory=Saver)
 
     @property
     def keeps_reference(self) -> bool:
@@ -140,9 +144,11 @@ class MegatronPolicy:
         leader_state: bytes,
         stop_ids: Sequence[int],
         keep: int,
+        waits: bool = True,
     ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
-        return checkpoint.save(
+        begin = functools.partial(
+            checkpoint.begin_save,
             root,
             step,
             chunks=self.chunks,
@@ -155,6 +161,14 @@ class MegatronPolicy:
             stop_ids=stop_ids,
             keep=keep,
         )
+        self.saver.begin(begin, waits=waits)
+        return folder_of(root, step)
+
+    def finish_save(self, *, waits: bool) -> None:
+        if waits:
+            self.saver.finish()
+        else:
+            self.saver.poll()
 
     def load(self, path: Path) -> checkpoint.Restored:
         """Bring weights, optimizer, RNG states and reference back from a checkpoint; return the rest of it."""

@@ -82,8 +82,21 @@ class Policy(Protocol):
         leader_state: bytes,
         stop_ids: Sequence[int],
         keep: int,
+        waits: bool = True,
     ) -> Path:
-        """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""
+        """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder.
+
+        Args:
+            waits: the folder is there when this returns. Otherwise it is written while training goes on, and
+                :meth:`finish_save` must be called.
+        """
+
+    def finish_save(self, *, waits: bool) -> None:
+        """Publish the checkpoint that is being written, if it is written or with ``waits``. Collective over the world.
+
+        Raises:
+            OSError: the file system is full. Nothing is left of that checkpoint.
+        """
 
     def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         """Write the weights as a Hugging Face model folder, whose generation ends at ``stop_ids``."""

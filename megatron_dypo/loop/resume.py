@@ -46,25 +46,33 @@ class Checkpointer:
 def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
     """Save a checkpoint if the config asks for it, unless the last update was skipped. Collective over the world.
 
-    The time it takes is in the metrics of the next step.
+    Before that, publish the one that was written meanwhile. The time it takes is in the metrics of the next step.
     """
+    if checkpointer.cfg.async_save:
+        with checkpointer.timings.measure("save_checkpoint"):
+            checkpointer.policy.finish_save(waits=False)
     every, is_last = checkpointer.cfg.every, progress.step == checkpointer.total_steps
     is_due = is_last or (every > 0 and progress.step % every == 0)
     if is_due and progress.bad_steps == 0:
         mark("saving a checkpoint")
         with checkpointer.timings.measure("save_checkpoint"):
-            save_checkpoint(checkpointer, progress)
+            save_checkpoint(checkpointer, progress, waits=is_last or not checkpointer.cfg.async_save)
 
 
 def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
     """Save a checkpoint of this step, if there is none. Collective over the world."""
+    checkpointer.policy.finish_save(waits=True)
     latest = folder.find_latest(checkpointer.folder)
     if latest is None or folder.step_of(latest) != progress.step:
         save_checkpoint(checkpointer, progress)
 
 
-def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
-    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
+def save_checkpoint(checkpointer: Checkpointer, progress: Progress, *, waits: bool = True) -> Path:
+    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world.
+
+    Args:
+        waits: the folder is there when this returns; see :meth:`megatron_dypo.loop.policy.Policy.save`.
+    """
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
     kept = [sample for group in groups for sample in group]
@@ -81,6 +89,7 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
         keep=checkpointer.cfg.keep,
+        waits=waits,
     )
 
 

@@ -176,6 +176,7 @@ def save_and_export(
     if it made all its steps (``end`` is None) or nothing was left to learn from.
     """
     if end is not None and (progress.step == 0 or end.cause is Cause.NOT_FINITE):
+        checkpointer.policy.finish_save(waits=True)
         return
     is_trained = end is None or end.cause is Cause.NOTHING_LEFT
     if is_trained:

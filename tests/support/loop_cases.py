@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -198,6 +199,9 @@ class FakePolicy:
         """(Version, draws) of each pass for log-probs."""
         self.updates: list[list[Sample]] = []
         self.saved: dict[int, dict[str, Any]] = {}
+        self.pending: Callable[[], object] | None = None
+        self.published: list[tuple[int, int]] = []
+        """(Step of a checkpoint, version of the weights when it was published)."""
         self.exported: list[Path] = []
         self.refreshed: list[int] = []
         self.bad_updates: set[int] = set()
@@ -258,15 +262,29 @@ class FakePolicy:
         leader_state: bytes,
         stop_ids: Sequence[int],
         keep: int,
+        waits: bool = True,
     ) -> Path:
-        self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
+        self.finish_save(waits=True)
+        state = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
+        self.pending = functools.partial(self._publish, folder, step, state)
+        if waits:
+            self.finish_save(waits=True)
+        return folder
+
+    def finish_save(self, *, waits: bool) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending()
+
+    def _publish(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        self.saved[step] = state
+        self.published.append((step, self.version))
         # Each rank writes it, since there is no barrier as in a real run; atomically, since other ranks read it.
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{id(self)}.tmp"
         temporary.write_text("{}")
         temporary.replace(folder / "trainer_state.json")
-        return folder
 
     def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         self.exported.append(out_dir)

@@ -17,7 +17,6 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import psutil  # noqa: F401, Megatron's writer needs it without saying so, and hangs where it is missing
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore.checkpoints import rng
@@ -42,15 +41,13 @@ from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
 from megatron_dypo.mcore.checkpoints.parts import leader_states, load_parts, read_header
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
-from megatron_dypo.mcore.checkpoints.sealing import seal
+from megatron_dypo.mcore.checkpoints.saving import PendingSave, stage
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
 from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
 from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
-from megatron_dypo.mcore.compat.results_queue import use_results_queue
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
-from megatron_dypo.parallel.collectives import gather_world
 from megatron_dypo.parallel.groups import MeshRank
 
 _WEIGHTS, _REFERENCE = "mcore", "reference"
@@ -80,7 +77,39 @@ def save(
     stop_ids: Sequence[int] = (),
     keep: int = 0,
 ) -> Path:
-    """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
+    """Write ``root/step_<step>`` and point the tracker at it; return it. As :func:`begin_save`, and finished."""
+    return begin_save(
+        root,
+        step,
+        chunks=chunks,
+        optimizer=optimizer,
+        layout=layout,
+        trainer_state=trainer_state,
+        leader_state=leader_state,
+        reference=reference,
+        hf_path=hf_path,
+        stop_ids=stop_ids,
+        keep=keep,
+    ).finish()
+
+
+def begin_save(
+    root: str | Path,
+    step: int,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: PolicyOptimizer,
+    layout: MeshRank,
+    trainer_state: Mapping[str, object],
+    leader_state: bytes = b"",
+    reference: ReferencePolicy | None = None,
+    hf_path: str | Path | None = None,
+    stop_ids: Sequence[int] = (),
+    keep: int = 0,
+) -> PendingSave:
+    """Copy the state into host memory, and begin to write ``root/step_<step>`` from it. Collective over the world.
+
+    When this returns, training may go on. The caller must call :meth:`PendingSave.finish` on all ranks.
 
     Args:
         trainer_state: JSON values. Those of the global leader are stored.
@@ -98,22 +127,20 @@ def save(
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
     try:
         _on_leader(layout, lambda: make_partial(final, parts))
-        _write_weights(partial_of(final), chunks, optimizer, layout, reference)
+        requests = _stage_weights(partial_of(final), chunks, optimizer, layout, reference)
         header = _header(step, optimizer, layout) | {"trainer": trainer_state}
         _write_state(partial_of(final), layout, header, leader_state)
         if layout.is_global_leader and hf_path is not None:
             (partial_of(final) / _WEIGHTS / HF_FOLDER).mkdir()
             copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
         dist.barrier()
-        seal(partial_of(final), layout, gather_world)
-        _on_leader(layout, lambda: publish(final, keep=keep))
     except (CheckpointException, OSError) as error:
         if layout.is_global_leader:
             discard_partial(final)
         if isinstance(error, CheckpointException):
             raise save_failure(error, final) from error
         raise
-    return final
+    return PendingSave(final, layout, requests, lambda: publish(final, keep=keep))
 
 
 def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes) -> None:
@@ -123,19 +150,18 @@ def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader
         (partial / STATE).write_text(json.dumps(header, indent=1))
 
 
-def _write_weights(
+def _stage_weights(
     partial: Path,
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
     layout: MeshRank,
     reference: ReferencePolicy | None,
-) -> None:
-    state = _whole_state(chunks, optimizer, layout, is_loading=False)
-    use_results_queue(queue.SimpleQueue())
-    dist_checkpointing.save(state, str(partial / _WEIGHTS))
+) -> list[AsyncRequest]:
+    requests = [stage(_whole_state(chunks, optimizer, layout, is_loading=False), partial / _WEIGHTS, layout)]
     if reference is not None:
         with reference.swapped_in():
-            dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
+            requests.append(stage(model_state(chunks), partial / _REFERENCE, layout))
+    return requests
 
 
 def load(
