@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.types import Floats, Sample
 
 
@@ -81,7 +82,7 @@ class Policy(Protocol):
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
     ) -> Path:
         """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.requests import Stream
 from megatron_dypo.mcore.checkpoints import folder
+from megatron_dypo.mcore.checkpoints.prune import SCORES, scores_for
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.processes.watchdog import mark
 
@@ -43,17 +45,20 @@ class Checkpointer:
     timings: Timings
 
 
-def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
+def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping[str, float]) -> None:
     """Save a checkpoint if the config asks for it, unless the last update was skipped. Collective over the world.
 
     The time it takes is in the metrics of the next step.
+
+    Args:
+        metrics: of the step, for ``checkpoint.keep_best``.
     """
     every, is_last = checkpointer.cfg.every, progress.step == checkpointer.total_steps
     is_due = is_last or (every > 0 and progress.step % every == 0)
     if is_due and progress.bad_steps == 0:
         mark("saving a checkpoint")
         with checkpointer.timings.measure("save_checkpoint"):
-            save_checkpoint(checkpointer, progress)
+            save_checkpoint(checkpointer, progress, metrics)
 
 
 def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
@@ -63,7 +68,9 @@ def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
         save_checkpoint(checkpointer, progress)
 
 
-def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
+def save_checkpoint(
+    checkpointer: Checkpointer, progress: Progress, metrics: Mapping[str, float] = MappingProxyType({})
+) -> Path:
     """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
@@ -77,10 +84,11 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
             "data": replica.data_identity,
+            SCORES: scores_for(metrics, checkpointer.cfg, progress.step),
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
-        keep=checkpointer.cfg.keep,
+        cfg=checkpointer.cfg,
     )
 
 

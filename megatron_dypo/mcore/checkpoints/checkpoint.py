@@ -29,6 +29,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.mcore.checkpoints import rng
 from megatron_dypo.mcore.checkpoints.folder import (
     STATE,
@@ -41,11 +42,12 @@ from megatron_dypo.mcore.checkpoints.folder import (
 from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
 from megatron_dypo.mcore.checkpoints.parts import leader_states, load_parts, read_header
+from megatron_dypo.mcore.checkpoints.prune import prune
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
 from megatron_dypo.mcore.checkpoints.sealing import seal
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
 from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
-from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
+from megatron_dypo.mcore.checkpoints.weights import fill, model_state, read_weights
 from megatron_dypo.mcore.compat.results_queue import use_results_queue
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
@@ -53,6 +55,7 @@ from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.parallel.collectives import gather_world
 from megatron_dypo.parallel.groups import MeshRank
 
+KEEP_ALL = CheckpointConfig(keep=0)
 _WEIGHTS, _REFERENCE = "mcore", "reference"
 
 
@@ -78,7 +81,7 @@ def save(
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,
     stop_ids: Sequence[int] = (),
-    keep: int = 0,
+    cfg: CheckpointConfig = KEEP_ALL,
 ) -> Path:
     """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
 
@@ -89,7 +92,7 @@ def save(
         hf_path: HF folder whose configuration and tokenizer are copied into the checkpoint, which then converts without
             that folder.
         stop_ids: ids at which the policy stops, for the copied generation_config.json.
-        keep: checkpoints to keep, this one included; 0: all.
+        cfg: rules by which older checkpoints stay; the others are removed.
 
     Raises:
         OSError: the file system is full. Nothing is left of this checkpoint, and older ones are unchanged.
@@ -106,7 +109,7 @@ def save(
             copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
         dist.barrier()
         seal(partial_of(final), layout, gather_world)
-        _on_leader(layout, lambda: publish(final, keep=keep))
+        _on_leader(layout, lambda: _publish_and_prune(final, cfg))
     except (CheckpointException, OSError) as error:
         if layout.is_global_leader:
             discard_partial(final)
@@ -114,6 +117,11 @@ def save(
             raise save_failure(error, final) from error
         raise
     return final
+
+
+def _publish_and_prune(final: Path, cfg: CheckpointConfig) -> None:
+    publish(final)
+    prune(final, cfg)
 
 
 def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes) -> None:
@@ -165,7 +173,7 @@ def load(
             "keep model.dtype and optimizer.distributed as they were"
         )
     if reference is not None and (path / _REFERENCE).is_dir():
-        load_weights(path / _REFERENCE, chunks)
+        read_weights(path / _REFERENCE, chunks)
         reference.capture()
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
