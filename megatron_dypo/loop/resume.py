@@ -26,7 +26,7 @@ from megatron_dypo.mcore.checkpoints.prune import SCORES, scores_for
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.processes.watchdog import mark
 
-_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "data"}
+_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "inputs"}
 """Keys of the trainer's state in a checkpoint that resuming reads (:func:`save_checkpoint` writes them)."""
 
 
@@ -83,7 +83,7 @@ def save_checkpoint(
             "batches": progress.batches,
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
-            "data": replica.data_identity,
+            "inputs": replica.inputs,
             SCORES: scores_for(metrics, checkpointer.cfg, progress.step),
         },
         leader_state=dump_samples(kept),
