@@ -40,6 +40,7 @@ def answer(rounds: int, folder: str, *, smoke: bool) -> None:
     import overhead_steps
 
     from megatron_dypo.config.model import ParallelConfig
+    from megatron_dypo.config.run import CheckpointConfig
     from megatron_dypo.mcore import features
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.checkpoints.saving import PendingSave
@@ -55,7 +56,7 @@ def answer(rounds: int, folder: str, *, smoke: bool) -> None:
     def begin() -> PendingSave:
         start = time.perf_counter()
         state: dict[str, Any] = {"chunks": bench.chunks, "optimizer": bench.optimizer, "layout": layout}
-        pending = checkpoint.begin_save(folder, next(numbers), **state, trainer_state={}, keep=1)
+        pending = checkpoint.begin_save(folder, next(numbers), **state, trainer_state={}, cfg=CheckpointConfig(keep=1))
         copies.append(time.perf_counter() - start)
         return pending
 

@@ -17,7 +17,7 @@ from megatron_dypo.eval.cli import evaluate
 from megatron_dypo.grading.cli import grade
 from megatron_dypo.launch.attempt import end_of
 from megatron_dypo.launch.cli import probe, route, serve, train
-from megatron_dypo.mcore.cli import export
+from megatron_dypo.mcore.cli import checkpoints, export
 from megatron_dypo.metrics.report.cli import report
 from megatron_dypo.planning.cli import plan, plan_refit
 from megatron_dypo.study.cli import compare
@@ -48,6 +48,7 @@ app.command()(probe)
 app.command()(report)
 app.command()(compare)
 app.command()(export)
+app.command()(checkpoints)
 app.command("eval")(evaluate)
 app.command()(grade)
 app.command()(plan)

@@ -13,6 +13,7 @@ from megatron_dypo.batching.exchange import balance, broadcast_samples
 from megatron_dypo.batching.pack import num_microbatches, padded_lengths, plan_microbatches, sequence_alignment
 from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.batching.zigzag import shard
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
@@ -143,7 +144,7 @@ class MegatronPolicy:
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
         waits: bool = True,
     ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
@@ -159,7 +160,7 @@ class MegatronPolicy:
             reference=self.reference if is_refreshed else None,
             hf_path=self.config.model.hf_path,
             stop_ids=stop_ids,
-            keep=keep,
+            cfg=cfg,
         )
         self.saver.begin(begin, waits=waits)
         return folder_of(root, step)

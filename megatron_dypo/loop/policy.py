@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.types import Floats, Sample
 
 
@@ -81,10 +82,10 @@ class Policy(Protocol):
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
         waits: bool = True,
     ) -> Path:
-        """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder.
+        """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.begin_save``); return its folder.
 
         Args:
             waits: the folder is there when this returns. Otherwise it is written while training goes on, and

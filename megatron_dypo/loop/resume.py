@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.requests import Stream
 from megatron_dypo.mcore.checkpoints import folder
+from megatron_dypo.mcore.checkpoints.prune import SCORES, scores_for
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.processes.watchdog import mark
 
@@ -43,10 +45,13 @@ class Checkpointer:
     timings: Timings
 
 
-def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
+def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping[str, float]) -> None:
     """Save a checkpoint if the config asks for it, unless the last update was skipped. Collective over the world.
 
     Before that, publish the one that was written meanwhile. The time it takes is in the metrics of the next step.
+
+    Args:
+        metrics: of the step, for ``checkpoint.keep_best``.
     """
     if checkpointer.cfg.async_save:
         with checkpointer.timings.measure("save_checkpoint"):
@@ -56,7 +61,8 @@ def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
     if is_due and progress.bad_steps == 0:
         mark("saving a checkpoint")
         with checkpointer.timings.measure("save_checkpoint"):
-            save_checkpoint(checkpointer, progress, waits=is_last or not checkpointer.cfg.async_save)
+            waits = is_last or not checkpointer.cfg.async_save
+            save_checkpoint(checkpointer, progress, metrics, waits=waits)
 
 
 def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
@@ -67,7 +73,13 @@ def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
         save_checkpoint(checkpointer, progress)
 
 
-def save_checkpoint(checkpointer: Checkpointer, progress: Progress, *, waits: bool = True) -> Path:
+def save_checkpoint(
+    checkpointer: Checkpointer,
+    progress: Progress,
+    metrics: Mapping[str, float] = MappingProxyType({}),
+    *,
+    waits: bool = True,
+) -> Path:
     """Write everything that resuming needs; return the checkpoint's folder. Collective over the world.
 
     Args:
@@ -85,10 +97,11 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress, *, waits: bo
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
             "inputs": replica.inputs,
+            SCORES: scores_for(metrics, checkpointer.cfg, progress.step),
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
-        keep=checkpointer.cfg.keep,
+        cfg=checkpointer.cfg,
         waits=waits,
     )
 

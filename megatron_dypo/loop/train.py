@@ -52,8 +52,8 @@ def train_run(run: Run) -> None:
         while progress.step < run.config.run.steps:
             if run.ranks.any_rank(is_requested()):
                 raise RunEnded(Cause.STOPPED, f"stopped on request; what was done is in {checkpointer.folder}")
-            train_step(progress, run.collector, run.updater, run.evaluator, run.prober, recorder)
-            save_if_due(checkpointer, progress)
+            metrics = train_step(progress, run.collector, run.updater, run.evaluator, run.prober, recorder)
+            save_if_due(checkpointer, progress, metrics)
         require_last_update(progress)
     except RunEnded as end:
         recorder.write_unfinished(progress)
@@ -88,8 +88,8 @@ def train_step(
     evaluator: Evaluator,
     prober: Prober,
     recorder: Recorder,
-) -> None:
-    """Make one optimizer step, evaluate, probe and refresh the reference if due, and write the step's metrics.
+) -> dict[str, float]:
+    """Make one optimizer step, evaluate, probe and refresh the reference if due; write and return the step's metrics.
 
     The first step of a rollout batch collects the batch. The servers get the weights after its last step, and for an
     evaluation or a probe.
@@ -137,6 +137,7 @@ def train_step(
         metrics |= probe_weights(updater, prober, progress)
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     recorder.write(progress.step, metrics)
+    return metrics
 
 
 def probe_weights(updater: Updater, prober: Prober, progress: Progress) -> dict[str, float]:

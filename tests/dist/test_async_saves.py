@@ -14,6 +14,7 @@ from tests.support.hf_models import make_hf_model
 def rank_save(path: str, root: str, max_file_bytes: int) -> dict[str, Any]:
     """Save step 1, begin step 2 and step 3 without waiting, and fail to write step 4 on a file system that is full."""
     from megatron_dypo.config.model import ParallelConfig
+    from megatron_dypo.config.run import CheckpointConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.checkpoints.saving import PendingSave, Saver
     from megatron_dypo.mcore.start import start_megatron
@@ -26,7 +27,7 @@ def rank_save(path: str, root: str, max_file_bytes: int) -> dict[str, Any]:
 
     def begin(step: int) -> PendingSave:
         state = {"chunks": session.chunks, "optimizer": session.optimizer, "layout": layout}
-        return checkpoint.begin_save(root, step, **state, trainer_state={}, keep=2)
+        return checkpoint.begin_save(root, step, **state, trainer_state={}, cfg=CheckpointConfig(keep=2))
 
     def folders() -> list[str]:
         return sorted(path.name for path in Path(root).glob("step_*"))

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from megatron_dypo.mcore.checkpoints.choose import newest_whole
+from megatron_dypo.mcore.checkpoints.convert import hf_to_mcore, mcore_to_hf
+from megatron_dypo.mcore.checkpoints.export_run import export_run
 from megatron_dypo.mcore.checkpoints.folder import TRACKER, candidates
 from megatron_dypo.mcore.checkpoints.manifest import MANIFEST
 from megatron_dypo.mcore.checkpoints.verify import ALONE, Verify, find_damage
+from megatron_dypo.parallel.mesh import Mesh
 from tests.support.dist.saved import rank_resume, rank_save
 from tests.support.dist.spawn import run_ranks
 from tests.support.hf_models import make_hf_model
@@ -159,8 +162,34 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_with_one_warning(
     replace(checkpoint / "trainer_state.json", json.dumps(state).encode())
     assert newest_whole(candidates(root), "full", ALONE) == checkpoint
     assert [record.getMessage() for record in caplog.records] == [
-        f"{checkpoint}: has no manifest.json, since an earlier version wrote it: its files are not verified"
+        f"{checkpoint}: an earlier version wrote it, without manifest.json: its files are not verified"
     ]
+
+
+def test_an_export_takes_the_older_checkpoint_and_refuses_a_damaged_one_that_is_named(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flip(root / "step_000002" / "mcore" / "__0_1.distcp", 1_000_003)
+    expected = f"{root}/step_000002/mcore/__0_1.distcp: bytes 0 to "
+    out = tmp_path / "exports" / "step_000001"
+    assert export_run(tmp_path, show_progress=False) == out
+    assert [record.getMessage()[: len(expected) + 20] for record in caplog.records] == [f"DAMAGED CHECKPOINT: {expected}"]
+    for action in (
+        lambda: export_run(tmp_path, step=2, show_progress=False),
+        lambda: mcore_to_hf(root / "step_000002", tmp_path / "out", show_progress=False),
+        lambda: mcore_to_hf(root / "step_000002" / "mcore", tmp_path / "out", show_progress=False),
+    ):
+        with pytest.raises(ValueError, match=f"^{expected}"):
+            action()
+    assert [path.name for path in (tmp_path / "exports").iterdir()] == ["step_000001"]
+
+
+def test_a_converted_checkpoint_has_a_manifest_that_its_readers_compare(model: Path, tmp_path: Path) -> None:
+    hf_to_mcore(model, tmp_path / "mcore", mesh=Mesh(tensor=2), show_progress=False)
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", show_progress=False)
+    flip(tmp_path / "mcore" / "__1_0.distcp", 100_003)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/mcore/__1_0.distcp: bytes 0 to "):
+        mcore_to_hf(tmp_path / "mcore", tmp_path / "again", show_progress=False)
 
 
 def test_damage_in_any_ranks_share_makes_all_ranks_take_the_older_one(

@@ -19,7 +19,7 @@ from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.run import CheckpointConfig, RunConfig
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
@@ -261,7 +261,7 @@ class FakePolicy:
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
         waits: bool = True,
     ) -> Path:
         self.finish_save(waits=True)
@@ -514,8 +514,8 @@ def collect_groups(run: Run) -> None:
 
 def make_step(run: Run) -> None:
     """Make one step of the loop, with the checkpoint that is due after it."""
-    train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
-    save_if_due(run.checkpointer, run.progress)
+    metrics = train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
+    save_if_due(run.checkpointer, run.progress, metrics)
 
 
 def leader_of(run: Run) -> Leader:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.mcore.checkpoints import rng
 from megatron_dypo.mcore.checkpoints.folder import (
     STATE,
@@ -40,16 +41,18 @@ from megatron_dypo.mcore.checkpoints.folder import (
 from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
 from megatron_dypo.mcore.checkpoints.parts import leader_states, load_parts, read_header
+from megatron_dypo.mcore.checkpoints.prune import prune
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
 from megatron_dypo.mcore.checkpoints.saving import PendingSave, stage
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
 from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
-from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
+from megatron_dypo.mcore.checkpoints.weights import fill, model_state, read_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.parallel.groups import MeshRank
 
+KEEP_ALL = CheckpointConfig(keep=0)
 _WEIGHTS, _REFERENCE = "mcore", "reference"
 
 
@@ -61,36 +64,6 @@ class Restored:
     trainer_state: dict[str, Any]
     leader_states: list[bytes]
     """One for each ``dp_rank`` of the run that wrote the checkpoint, however many replicas this run has."""
-
-
-def save(
-    root: str | Path,
-    step: int,
-    *,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: PolicyOptimizer,
-    layout: MeshRank,
-    trainer_state: Mapping[str, object],
-    leader_state: bytes = b"",
-    reference: ReferencePolicy | None = None,
-    hf_path: str | Path | None = None,
-    stop_ids: Sequence[int] = (),
-    keep: int = 0,
-) -> Path:
-    """Write ``root/step_<step>`` and point the tracker at it; return it. As :func:`begin_save`, and finished."""
-    return begin_save(
-        root,
-        step,
-        chunks=chunks,
-        optimizer=optimizer,
-        layout=layout,
-        trainer_state=trainer_state,
-        leader_state=leader_state,
-        reference=reference,
-        hf_path=hf_path,
-        stop_ids=stop_ids,
-        keep=keep,
-    ).finish()
 
 
 def begin_save(
@@ -105,7 +78,7 @@ def begin_save(
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,
     stop_ids: Sequence[int] = (),
-    keep: int = 0,
+    cfg: CheckpointConfig = KEEP_ALL,
 ) -> PendingSave:
     """Copy the state into host memory, and begin to write ``root/step_<step>`` from it. Collective over the world.
 
@@ -118,7 +91,7 @@ def begin_save(
         hf_path: HF folder whose configuration and tokenizer are copied into the checkpoint, which then converts without
             that folder.
         stop_ids: ids at which the policy stops, for the copied generation_config.json.
-        keep: checkpoints to keep, this one included; 0: all.
+        cfg: rules by which older checkpoints stay; the others are removed.
 
     Raises:
         OSError: the file system is full. Nothing is left of this checkpoint, and older ones are unchanged.
@@ -140,7 +113,12 @@ def begin_save(
         if isinstance(error, CheckpointException):
             raise save_failure(error, final) from error
         raise
-    return PendingSave(final, layout, requests, lambda: publish(final, keep=keep))
+    return PendingSave(final, layout, requests, lambda: _publish_and_prune(final, cfg))
+
+
+def _publish_and_prune(final: Path, cfg: CheckpointConfig) -> None:
+    publish(final)
+    prune(final, cfg)
 
 
 def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes) -> None:
@@ -191,7 +169,7 @@ def load(
             "keep model.dtype and optimizer.distributed as they were"
         )
     if reference is not None and (path / _REFERENCE).is_dir():
-        load_weights(path / _REFERENCE, chunks)
+        read_weights(path / _REFERENCE, chunks)
         reference.capture()
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)

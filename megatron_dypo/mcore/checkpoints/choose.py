@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dypo.mcore.checkpoints.folder import set_aside, track
+from megatron_dypo.mcore.checkpoints.manifest import MANIFEST
 from megatron_dypo.mcore.checkpoints.verify import Readers, Verify, find_damage
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ def newest_whole(checkpoints: Sequence[Path], verify: Verify, readers: Readers) 
         if damage is None:
             if damaged:
                 _take_older(checkpoint, damaged, readers)
+            if readers.is_first and not (checkpoint / MANIFEST).is_file():
+                log.warning(
+                    "%s: an earlier version wrote it, without %s: its files are not verified", checkpoint, MANIFEST
+                )
             return checkpoint
         damaged[checkpoint] = damage
     if damaged:

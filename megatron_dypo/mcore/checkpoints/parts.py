@@ -8,20 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore.checkpoints.folder import STATE
+from megatron_dypo.mcore.compat.restricted_pickle import load_metadata
+from megatron_dypo.mcore.compat.restricted_reading import RestrictedCommon, restricted_reading
 
 _RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read ``trainer_state.json``. Raises ValueError if it is missing."""
+    """Read ``trainer_state.json``. Raises ValueError if it is missing or damaged."""
     if not (path / STATE).is_file():
         raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
-    header: dict[str, Any] = json.loads((path / STATE).read_text())
-    return header
+    return _read_json(path / STATE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {str(error)[:200]}: {_RESTORE}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is no mapping: {_RESTORE}")
+    return found
 
 
 def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
@@ -37,10 +49,18 @@ def load_parts(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read Megatron's part of a checkpoint, which is in ``folder``, into ``state``. Collective over the world.
 
     Raises:
-        ValueError: a file is damaged or missing.
+        ValueError: a file is damaged or missing, or a pickle in it would run code. None is run.
     """
+    _read_json(folder / CONFIG_FNAME)
+    metadata = load_metadata(folder / ".metadata")
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+        with restricted_reading(metadata):
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                state,
+                str(folder),
+                sharded_strategy=TorchDistLoadShardedStrategy(),
+                common_strategy=RestrictedCommon(),
+            )
     except (
         CheckpointException,
         CheckpointingException,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from megatron_dypo.mcore.checkpoints.folder import STATE
 from megatron_dypo.mcore.checkpoints.manifest import (
     MANIFEST,
+    Block,
     DamageError,
     blocks_of,
     read_manifest,
@@ -25,7 +25,6 @@ Verify = Literal["manifest", "full"]
 """``manifest``: names and sizes of all files, and checksums of all but the tensor files. ``full``: all checksums."""
 HAS_MANIFEST = "has_manifest"
 """Key of ``trainer_state.json`` in a checkpoint that was written with a manifest."""
-log = logging.getLogger(__name__)
 
 _TENSORS = ".distcp"
 _READ = re.compile(r"(leader_[^/]*\.bin|.*/(?!\.nfs)[^/]*)")
@@ -51,19 +50,58 @@ ALONE = Readers()
 
 
 def find_damage(
-    checkpoint: Path, verify: Verify, readers: Readers = ALONE, *, show_progress: bool = False
+    checkpoint: Path,
+    verify: Verify,
+    readers: Readers = ALONE,
+    *,
+    wanted: Callable[[Block], bool] | None = None,
+    show_progress: bool = False,
 ) -> str | None:
     """Compare a checkpoint with its manifest; return the damaged file and the reason, None if there is none.
 
     Collective over ``readers``: each reads its share of the files, and all return the same. A checkpoint of a version
-    that wrote no manifest has none to be compared with; a warning says so.
+    that wrote no manifest has nothing to be compared with.
+
+    Args:
+        wanted: the blocks whose checksums are compared, instead of those that ``verify`` chooses.
     """
     outer = _look_from_outside(checkpoint) if readers.is_first else _Outside()
     found: _Outside = readers.gather(outer)[0]
     if found.damage is not None or not found.has_manifest:
         return found.damage
-    own = _damage(lambda: _require_share(checkpoint, verify, readers, show_progress))
+    if wanted is None:
+        wanted = _is_any if verify == "full" else _is_small
+    own = _damage(lambda: _require_share(checkpoint, wanted, readers, show_progress))
     return next((one for one in readers.gather(own) if one is not None), None)
+
+
+def find_damage_of_weights(
+    weights: Path, readers: Readers = ALONE, wanted: Callable[[Block], bool] | None = None
+) -> str | None:
+    """Return the path of the damaged file and the reason, None if the weights in a folder are whole. Collective.
+
+    A folder that another program wrote, without a manifest, is not compared with anything.
+
+    Args:
+        weights: folder of the tensors: ``mcore`` or ``reference`` of a run's checkpoint, or a converted checkpoint.
+        wanted: the blocks whose checksums are compared. None: all of the folder.
+    """
+    is_of_run = any((weights.parent / name).is_file() for name in (STATE, MANIFEST))
+    checkpoint, prefix = (weights.parent, f"{weights.name}/") if is_of_run else (weights, "")
+    if not is_of_run and not (weights / MANIFEST).is_file():
+        return None
+    damage = find_damage(
+        checkpoint, "full", readers, wanted=wanted or (lambda block: block.name.startswith(prefix)), show_progress=True
+    )
+    return damage and f"{checkpoint}/{damage}"
+
+
+def _is_any(block: Block) -> bool:
+    return True
+
+
+def _is_small(block: Block) -> bool:
+    return not block.name.endswith(_TENSORS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +131,6 @@ def _require_outside(checkpoint: Path, has_manifest: bool) -> None:
         require_files(checkpoint, read_manifest(checkpoint), lambda name: _READ.fullmatch(name) is not None)
     elif _read_state(checkpoint).get(HAS_MANIFEST):
         raise DamageError(f"{MANIFEST}: is missing")
-    else:
-        log.warning(
-            "%s: has no %s, since an earlier version wrote it: its files are not verified", checkpoint, MANIFEST
-        )
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -111,11 +145,10 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _require_share(checkpoint: Path, verify: Verify, readers: Readers, show_progress: bool) -> None:
+def _require_share(checkpoint: Path, wanted: Callable[[Block], bool], readers: Readers, show_progress: bool) -> None:
     """Require the checksums of this rank's share."""
     records = read_manifest(checkpoint)
-    blocks = [block for block in blocks_of(records) if verify == "full" or not block.name.endswith(_TENSORS)]
-    own = blocks[readers.rank :: readers.count]
+    own = list(filter(wanted, blocks_of(records)))[readers.rank :: readers.count]
     total, shown = sum(block.length for block in own), show_progress and readers.is_first
     with progress(total, f"verify {checkpoint.name}", "bytes", enabled=shown) as bar:
         require_blocks(checkpoint, own, bar.update)

@@ -23,7 +23,7 @@ def rank_save(path: str, root: str, steps: tuple[int, ...]) -> None:
     reference = ReferencePolicy(session.chunks)
     for step in steps:
         session.train(step, step)
-        checkpoint.save(
+        checkpoint.begin_save(
             root,
             step,
             chunks=session.chunks,
@@ -33,7 +33,7 @@ def rank_save(path: str, root: str, steps: tuple[int, ...]) -> None:
             leader_state=b"queue of replica %d" % layout.dp_rank,
             reference=reference,
             hf_path=Path(path),
-        )
+        ).finish()
     close(layout)
 
 

@@ -40,7 +40,7 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
 
 
 def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path: Path) -> None:
-    from megatron_dypo.loop.setup.build import prepare_folder
+    from megatron_dypo.loop.setup.run_folder import prepare_folder
     from megatron_dypo.mcore.checkpoints.verify import ALONE
 
     folder = tmp_path / "checkpoints" / "step_000003"
