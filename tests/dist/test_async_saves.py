@@ -13,6 +13,8 @@ from tests.support.hf_models import make_hf_model
 
 def rank_save(path: str, root: str, max_file_bytes: int) -> dict[str, Any]:
     """Save step 1, begin step 2 and step 3 without waiting, and fail to write step 4 on a file system that is full."""
+    import torch.distributed as dist
+
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.config.run import CheckpointConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
@@ -30,7 +32,10 @@ def rank_save(path: str, root: str, max_file_bytes: int) -> dict[str, Any]:
         return checkpoint.begin_save(root, step, **state, trainer_state={}, cfg=CheckpointConfig(keep=2))
 
     def folders() -> list[str]:
-        return sorted(path.name for path in Path(root).glob("step_*"))
+        dist.barrier()
+        names = sorted(path.name for path in Path(root).glob("step_*"))
+        dist.barrier()  # before a rank goes on and changes them
+        return names
 
     session.train(1, 1)
     saver.begin(lambda: begin(1), waits=True)
@@ -53,8 +58,8 @@ def rank_save(path: str, root: str, max_file_bytes: int) -> dict[str, Any]:
         found["error"] = str(error)
     except RuntimeError as error:
         found["error"] = f"on another rank: {error}"
-    close(layout)
     found["failed"] = folders()
+    close(layout)
     found["files"] = {
         rank: len(list(Path(root).glob(f"step_000003/mcore/__{rank}_*.distcp"))) for rank in range(layout.world_size)
     }
