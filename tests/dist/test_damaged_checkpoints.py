@@ -207,9 +207,12 @@ def test_damage_in_any_ranks_share_makes_all_ranks_take_the_older_one(
     for number, (name, damage) in enumerate(damages.items()):
         roots.append(copied(original, tmp_path / str(number)))
         damage(roots[-1] / "step_000002" / name)
-    results = run_ranks(2, rank_resume, str(model), [*map(str, roots), str(original)])
+    damaged = roots[0] / "step_000002.damaged" / "mcore"
+    results = run_ranks(2, rank_resume, str(model), [*map(str, roots), str(original)], str(damaged))
     leaders = [b"queue of replica 0", b"queue of replica 1"]
     expected = [(1, {"cursor": 1}, leaders)] * len(damages) + [(2, {"cursor": 2}, leaders)]
-    assert results == [expected, expected]
+    assert [found for found, _ in results] == [expected, expected]
+    for _, error in results:
+        assert error.startswith(f"{damaged}/__0_1.distcp: bytes 0 to "), error
     for root in roots:
         assert (root / "step_000002.damaged").is_dir()

@@ -21,7 +21,8 @@ from megatron_dypo.fs import durable_file
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 64 * 2**20
-"""Bytes under one checksum. 5 TB have 80,000 blocks, whose manifest has 1 MB."""
+"""Bytes under one checksum. 5 TB have 80,000 blocks, whose manifest has about 2 MB. A manifest with another size of
+blocks counts as damaged: whoever changes this has to read ``block_bytes`` from the file."""
 _PIECE_BYTES = 2**20
 _THREADS = 4
 """Readers of one rank. CRC-32 releases the interpreter's lock and runs at about 1.5 GB/s."""

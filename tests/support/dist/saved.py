@@ -37,13 +37,15 @@ def rank_save(path: str, root: str, steps: tuple[int, ...]) -> None:
     close(layout)
 
 
-def rank_resume(path: str, roots: list[str]) -> list[tuple[int, dict[str, Any], list[bytes]]]:
-    """Return the step and the states that each folder of checkpoints brings back."""
+def rank_resume(path: str, roots: list[str], weights: str) -> tuple[list[tuple[int, dict[str, Any], list[bytes]]], str]:
+    """Return the step and the states that each folder of checkpoints brings back, and the error of initial ``weights``
+    that are read after that."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.checkpoints.choose import newest_whole
     from megatron_dypo.mcore.checkpoints.folder import candidates
     from megatron_dypo.mcore.checkpoints.verify import Readers
+    from megatron_dypo.mcore.checkpoints.weights import load_weights
     from megatron_dypo.mcore.reference import ReferencePolicy
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.collectives import gather_world
@@ -61,5 +63,10 @@ def rank_resume(path: str, roots: list[str]) -> list[tuple[int, dict[str, Any], 
             chosen, chunks=session.chunks, optimizer=session.optimizer, layout=layout, reference=reference
         )
         found.append((restored.step, restored.trainer_state, restored.leader_states))
+    error = ""
+    try:
+        load_weights(weights, session.chunks)
+    except ValueError as refused:
+        error = str(refused)
     close(layout)
-    return found
+    return found, error
