@@ -93,6 +93,10 @@ class Meeting:
         self._barrier.wait()
         return values
 
+    def abort(self) -> None:
+        """End every wait here, now and later: a rank is dead."""
+        self._barrier.abort()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ThreadRanks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ def load_rollouts(payload: bytes, decode: Decode) -> tuple[Rollout, ...]:
                 version_spans=tuple((version, first) for version, first in head["version_spans"]),
                 num_forced_tokens=head["num_forced_tokens"],
             )
-            for head, start, end in zip(heads, ends, ends[1:], strict=True)
+            for head, (start, end) in zip(heads, itertools.pairwise(ends), strict=True)
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"an unknown record of a journal: {error}") from error
