@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from megatron_dypo.parallel.collectives import gather_world
@@ -22,11 +23,13 @@ def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     Args:
         named: this rank's parameters.
     """
-    own = hashlib.sha256()
-    # A transfer for each parameter would wait for the device each time.
-    sums = [(name, tuple(value.shape), checksum(value.contiguous())) for name, value in named]
-    for name, shape, found in sums:
-        own.update(f"{name} {shape} {found.tolist()}\n".encode())
+    own, heads, sums = hashlib.sha256(), list[str](), list[Tensor]()
+    for name, value in named:
+        heads.append(f"{name} {value.dtype} {tuple(value.shape)}")
+        sums.append(checksum(value.contiguous()))
+    # One transfer: each would wait for the device.
+    for head, found in zip(heads, torch.stack(sums).tolist(), strict=True):
+        own.update(f"{head} {found}\n".encode())
     return hashlib.sha256("".join(sorted(set(gather_world(own.hexdigest())))).encode()).hexdigest()[:32]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dypo.loop.journal.segment import Ending, Place, append, read, scan
 
-PAYLOADS = [b"", b"J{}", bytes(range(200, 232)), b"\0" * 20, b"last record"]
+PAYLOADS = [b"", b"J{}", bytes(range(240, 256)), b"\0" * 9, b"last"]
 
 
 def written(path: Path) -> list[int]:
