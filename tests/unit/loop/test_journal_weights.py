@@ -31,7 +31,7 @@ def test_any_change_of_a_weight_changes_the_digest_and_a_copy_does_not(dtype: to
     found = {weights_digest(parameters(dtype).items())}
     assert weights_digest({name: value.clone() for name, value in parameters(dtype).items()}.items()) in found
     for name, value in parameters(dtype).items():
-        for place in range(0, value.numel(), 7):
+        for place in range(0, value.numel(), 41):
             changed = parameters(dtype)
             bits = changed[name].view(-1)[place : place + 1].view(torch.uint8)
             bits[0] ^= 1
