@@ -48,13 +48,13 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
     target = 2 * batch if goes_on else batch
     admitted = list[Admitted]()
     try:
-        looks = repeat_collection(collector, step, admitted)
-        if looks and collector.journal.lists_after(step) and look_around(collector).waiting >= batch:
-            return collector.replica.queues  # groups that would be sampled meanwhile are those of the next collection
+        repeated = repeat_collection(collector, step, admitted)
+        if repeated.is_over and look_around(collector).waiting >= (1 if repeated.looks else batch):
+            return collector.replica.queues
         if unfinished := collector.replica.unfinished():
             stream.postpone(unfinished)
             collector.replica.end_round()
-        look = _fill(collector, step, target, admitted, looks)
+        look = _fill(collector, step, target, admitted, repeated.looks)
     finally:
         collector.replica.write_samples(step + 1, admitted)
     warn_of_losses(collector, look, step)

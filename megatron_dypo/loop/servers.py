@@ -116,6 +116,7 @@ class Servers:
         self.requests.accept(recent)
         with self.timings.measure("refit"):
             self.weights.note(version)  # before a server can sample with them
+            self.journal.serve(version)
             report = self.refitter.refit(version)
         if self.ranks.is_global_leader:
             tally_refit(self.tally, report)

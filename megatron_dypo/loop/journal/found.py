@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_dypo.loop.journal.records import Judged, Logged, Passed, Record, Start, Taken, Void, load
+from megatron_dypo.loop.journal.records import Judged, Logged, Passed, Record, Served, Start, Taken, Void, load
 from megatron_dypo.loop.journal.segment import Ending, Place, scan
 
 log = logging.getLogger("megatron_dypo")
@@ -48,6 +48,8 @@ class Found:
     """Step → what its collection took from the stream, in order."""
     passed: dict[int, list[int]] = field(default_factory=dict)
     """Step → looks of its collection after which log-probs were computed."""
+    served: int = -1
+    """The newest version that servers were about to get."""
 
     def enter(self, record: Record, place: Place, *, replica: int, replicas: int) -> None:
         """Enter a record, of which only the draws of ``replica`` count."""
@@ -59,6 +61,8 @@ class Found:
             self.taken.setdefault(record.step, []).append(replace(record, orders=own))
         elif isinstance(record, Passed):
             self.passed.setdefault(record.step, []).append(record.look)
+        elif isinstance(record, Served):
+            self.served = max(self.served, record.version)
         elif isinstance(record, Void):
             self.forget_collections(record.step)
 
@@ -66,6 +70,7 @@ class Found:
         """Forget the collections from ``step`` on."""
         self.taken = {number: taken for number, taken in self.taken.items() if number < step}
         self.passed = {number: looks for number, looks in self.passed.items() if number < step}
+        self.served = min(self.served, step)
 
     def since(self, step: int, entries: Mapping[int, Entry]) -> Found:
         """Return what counts after a checkpoint of ``step``, with its groups at the places of ``entries``."""
@@ -73,12 +78,14 @@ class Found:
             entries={order: entries[order] for order in self.entries if order in entries},
             taken={number: taken for number, taken in self.taken.items() if number >= step},
             passed={number: looks for number, looks in self.passed.items() if number >= step},
+            served=self.served,
         )
 
-    def collections(self) -> list[Taken | Passed]:
+    def collections(self) -> list[Taken | Passed | Served]:
         """Return the records of all collections."""
         taken = [record for records in self.taken.values() for record in records]
-        return [*taken, *(Passed(step=step, look=look) for step, looks in self.passed.items() for look in looks)]
+        passed = [Passed(step=step, look=look) for step, looks in self.passed.items() for look in looks]
+        return [*taken, *passed, Served(version=self.served)]
 
     def _enter_group(self, record: Logged | Judged, place: Place) -> None:
         if isinstance(record, Logged):

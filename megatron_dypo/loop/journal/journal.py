@@ -40,6 +40,7 @@ from megatron_dypo.loop.journal.records import (
     Judged,
     Logged,
     Passed,
+    Served,
     Taken,
     Void,
     as_group,
@@ -125,9 +126,8 @@ class Journal:
 
     def forget_collections(self, step: int) -> None:
         """Let no collection from ``step`` on be repeated from what was written so far."""
-        if any(number >= step for number in (*self.found.taken, *self.found.passed)):
-            self.found.forget_collections(step)
-            self.writer.append(dump(Void(step=step)))
+        self.found.forget_collections(step)
+        self.writer.append(dump(Void(step=step)))
 
     def recall(self, prompt: Prompt, *, version: int | None = None) -> RolloutGroup | GradedGroup | None:
         """Return the group of a draw, if the rule above lets it stand for a request.
@@ -153,9 +153,13 @@ class Journal:
             entry is not None and entry.logged.is_graded and self._may_stand(entry.logged, None) for entry in entries
         )
 
-    def lists_after(self, step: int) -> bool:
-        """Return whether a collection after that of ``step`` may be repeated."""
-        return any(number > step for number in self.found.taken)
+    def serve(self, version: int) -> None:
+        """Write that servers are about to get these weights."""
+        self.writer.append(dump(Served(version=version)))
+
+    def is_over(self, step: int) -> bool:
+        """Return whether the run before ended the collection of ``step``, and went on with later weights."""
+        return self.found.served > step
 
     def count_reused(self) -> int:
         """Return the number of groups that were taken from the journal since the last call."""

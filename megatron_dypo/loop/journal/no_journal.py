@@ -30,7 +30,9 @@ class NoJournal:
     def may_recall(self, orders: Collection[int]) -> bool:
         return not orders
 
-    def lists_after(self, step: int) -> bool:
+    def serve(self, version: int) -> None: ...
+
+    def is_over(self, step: int) -> bool:
         return False
 
     def count_reused(self) -> int:

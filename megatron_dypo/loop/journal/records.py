@@ -87,16 +87,23 @@ class Passed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """Says that servers are about to get weights, so that all collections by earlier weights are over."""
+
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Void:
-    """Says that every :class:`Taken` and :class:`Passed` before it counts no longer, from this step on."""
+    """Says that the records of collections before it count no longer, from this step on."""
 
     step: int
 
 
-Record: TypeAlias = "Start | Logged | Judged | Taken | Passed | Void"
-_KINDS: Mapping[str, type[Start | Judged | Taken | Passed | Void]] = {
-    kind.__name__: kind for kind in (Start, Judged, Taken, Passed, Void)
-}
+Plain: TypeAlias = "Start | Judged | Taken | Passed | Served | Void"
+"""A record without arrays."""
+Record: TypeAlias = "Logged | Plain"
+_KINDS: Mapping[str, type[Plain]] = {kind.__name__: kind for kind in (Start, Judged, Taken, Passed, Served, Void)}
 
 
 def prompt_digest(tokens: Tokens) -> str:
@@ -109,7 +116,7 @@ def versions_of(rollouts: Sequence[Rollout]) -> set[int]:
     return {version for one in rollouts for version in (one.policy_version, *(v for v, _ in one.version_spans))}
 
 
-def dump(record: Start | Judged | Taken | Passed | Void) -> bytes:
+def dump(record: Plain) -> bytes:
     """Return a record without arrays as bytes."""
     return _JSON + json.dumps({"kind": type(record).__name__, **vars(record)}, default=_plain).encode()
 

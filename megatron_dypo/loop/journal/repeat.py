@@ -24,6 +24,8 @@ log = logging.getLogger("megatron_dypo")
 class Lists:
     """What one leader's journal lists of a collection."""
 
+    is_over: bool = False
+    """Whether the collection ended then, and the run went on with later weights."""
     is_whole: bool = True
     """Whether all listed groups are there, and were collected by the weights of now."""
     looks: tuple[int, ...] = ()
@@ -32,28 +34,36 @@ class Lists:
     """Looks after which log-probs of all waiting groups were computed."""
 
 
-def repeat_collection(collector: Collector, step: int, admitted: list[Admitted]) -> int:
-    """Admit the groups that the journals list for ``step``; return the number of looks repeated. Collective."""
+@dataclass(frozen=True, kw_only=True)
+class Repeated:
+    """How far a collection was repeated; the same on every rank."""
+
+    looks: int = 0
+    is_over: bool = False
+    """Whether it ended there. No stream starts then: it would sample draws again that later weights have sampled."""
+
+
+def repeat_collection(collector: Collector, step: int, admitted: list[Admitted]) -> Repeated:
+    """Admit the groups that the journals list for ``step``. Collective over the world."""
     journal, taken = collector.journal, list[Taken]()
     mine = Lists()
     if isinstance(journal, Journal) and isinstance(collector.replica, Leader):
         mine, taken = _lists_of(journal, collector.replica, step)
     lists = collector.ranks.of_leaders(mine)
     looks = {look for one in lists for look in (*one.looks, *one.passed)}
-    if not looks:
-        return 0
     if not all(one.is_whole for one in lists):
         log.info("step %d: the collection of the run before cannot be repeated, it is made anew", step)
         journal.forget_collections(step)
-        return 0
+        return Repeated()
     passed = sorted({look for one in lists for look in one.passed})
     for look in passed:
         _admit(collector, step, [one for one in taken if one.look <= look], admitted)
         taken = [one for one in taken if one.look > look]
         queues = collector.replica.queues
         queues.replace(collector.logprobs.complete(queues.groups(), step))
-    _admit(collector, step, taken, admitted)
-    return max(looks) + 1
+    if looks:
+        _admit(collector, step, taken, admitted)
+    return Repeated(looks=max(looks, default=-1) + 1, is_over=any(one.is_over for one in lists))
 
 
 def _lists_of(journal: Journal, leader: Leader, step: int) -> tuple[Lists, list[Taken]]:
@@ -65,7 +75,8 @@ def _lists_of(journal: Journal, leader: Leader, step: int) -> tuple[Lists, list[
         and leader.draws.are_open(orders)
         and journal.may_recall(orders)
     )
-    return Lists(is_whole=is_whole, looks=tuple(one.look for one in taken), passed=tuple(passed)), taken
+    looks = tuple(one.look for one in taken)
+    return Lists(is_over=journal.is_over(step), is_whole=is_whole, looks=looks, passed=tuple(passed)), taken
 
 
 def _admit(collector: Collector, step: int, taken: Sequence[Taken], admitted: list[Admitted]) -> None:
