@@ -114,7 +114,7 @@ def _requests(
         vocab_size=base.policy.arch.vocab_size,
     )
     trace_text = judged_trace_text(base.objective, decode, config.run.seed)
-    journal = open_journal(config, base.ranks, weights, decode, opened.leader.data_identity)
+    journal = open_journal(config, base.ranks, weights, decode, opened.leader.inputs)
     stream = open_stream(
         make_client(),
         opened.leader.draws,

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_dypo import __version__
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.journal.found import Found, folder_of, folders, number_of_folder, read_journals
 from megatron_dypo.loop.journal.journal import Journal
@@ -27,20 +26,19 @@ log = logging.getLogger("megatron_dypo")
 FOLDER = "journal"
 """Folder of a run that holds the journals of its replicas."""
 _SAMPLING = ("group_size", "max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids")
-_SPEED = ("workers", "batch_size")
-"""Keys of ``grading`` that change no verdict."""
 
 
-def setting_of(config: Config, data_identity: Mapping[str, Any]) -> str:
-    """Return a digest of everything in the configuration and the data that decides a group."""
-    rollout, grading = asdict(config.rollout), asdict(config.grading)
+def setting_of(config: Config, inputs: Mapping[str, Any]) -> str:
+    """Return a digest of everything in the configuration and its inputs that decides a group.
+
+    Args:
+        inputs: those that a resume compares; see :func:`megatron_dypo.loop.setup.inputs.describe_inputs`.
+    """
+    rollout = asdict(config.rollout)
     decides = {
-        "code": __version__,
-        "model": config.model.hf_path,
-        "data": data_identity,
-        "tokenising": asdict(config.data),
+        "inputs": {name: part for name, part in inputs.items() if name != "reference"},
+        "data": {name: value for name, value in asdict(config.data).items() if name != "prompts"},
         "sampling": {name: rollout[name] for name in _SAMPLING},
-        "grading": {name: value for name, value in grading.items() if name not in _SPEED},
         "objective": asdict(config.objective),
         "seed": config.run.seed,
     }
@@ -66,7 +64,7 @@ def open_weights(config: Config, policy: Policy, restored: Restored | None) -> W
 
 
 def open_journal(
-    config: Config, ranks: Ranks, weights: Weights | NoWeights, decode: Decode, data_identity: Mapping[str, Any]
+    config: Config, ranks: Ranks, weights: Weights | NoWeights, decode: Decode, inputs: Mapping[str, Any]
 ) -> Journal | NoJournal:
     """Read the journals in the run folder, and begin a new file of this replica's.
 
@@ -74,7 +72,7 @@ def open_journal(
     """
     if isinstance(weights, NoWeights):
         return NoJournal()
-    root, setting = Path(config.run.dir) / FOLDER, setting_of(config, data_identity)
+    root, setting = Path(config.run.dir) / FOLDER, setting_of(config, inputs)
     surplus = [folder for folder in folders(root) if number_of_folder(folder) >= ranks.replicas]
     found = Found()
     if config.run.resume:
