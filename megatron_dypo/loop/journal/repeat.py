@@ -22,7 +22,7 @@ log = logging.getLogger("megatron_dypo")
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """What one leader's journal lists of a collection."""
+    """The records of one leader's journal about a collection."""
 
     is_over: bool = False
     """Whether the collection ended then, and the run went on with later weights."""
