@@ -29,9 +29,16 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"rollout": {}, "objective": ObjectiveConfig(name="sft")},
 }
 WORLDS = {"one replica": (1, 1), "two replicas": (2, 1), "two replicas of two ranks": (4, 2)}
+NUM_FAST = 2
+"""Seeds of each case that are always run; the others are slow together."""
 MOMENTS = [
-    *((case, "one replica", seed) for case in CASES for seed in range(5)),
-    *((case, world, seed) for case in ("sync", "async", "oversampled") for world in WORLDS for seed in (10, 11)),
+    *(
+        pytest.param(case, "one replica", seed, marks=() if seed < NUM_FAST else pytest.mark.slow)
+        for case in CASES
+        for seed in range(5)
+    ),
+    *((case, world, seed) for case in ("sync", "async", "oversampled") for world in WORLDS for seed in (10,)),
+    *(pytest.param(case, world, 11, marks=pytest.mark.slow) for case in ("sync", "async") for world in WORLDS),
 ]
 """Each is a run that is killed up to three times."""
 
@@ -105,3 +112,21 @@ def test_weights_that_came_out_otherwise_take_no_group_of_the_lost_ones(tmp_path
     first = {order for order in finished if order < ROUND}
     assert not first & set(resumed.asked)
     assert finished - first <= set(resumed.asked)
+
+
+@pytest.mark.parametrize("case", ["async", "oversampled", "sync, two rounds"])
+def test_weights_that_came_out_otherwise_lose_and_double_no_draw(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    config = config_of(case, tmp_path)
+    killed = Attempt(config=config, kill_at=75).make()
+    assert killed.is_killed
+    resumed = Attempt(config=config, stored=killed.checkpoint, drift=0.5).make()
+    first = killed.checkpoint.step if killed.checkpoint else 0
+    assert sorted(resumed.learned) == list(range(first + 1, STEPS + 1))
+    learned = [*(killed.learned[step] for step in range(1, first + 1)), *resumed.learned.values()]
+    entered = [order for orders in learned for order in orders]
+    assert len(entered) == len(set(entered))
+    assert "does not balance" not in caplog.text
+    assert resumed.checkpoint is not None
+    assert Ledger.from_json(resumed.checkpoint.trainer_state["ledger"]).trained.total() == len(entered)
