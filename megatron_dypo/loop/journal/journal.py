@@ -143,6 +143,8 @@ class Journal:
         with self._lock:
             self.reused += group is not None
             self.refused += group is None
+            if group is None:
+                self._written.pop(prompt.order, None)  # later verdicts are on the group that is made now
         return group
 
     def may_recall(self, orders: Collection[int]) -> bool:
