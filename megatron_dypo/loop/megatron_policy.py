@@ -15,6 +15,7 @@ from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.journal.weights import weights_digest
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.checkpoints.folder import folder_of
@@ -63,8 +64,7 @@ class MegatronPolicy:
         return self.replica_logprobs(self._of_leader(samples))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        if self.reference is None:
-            raise RuntimeError("this run keeps no reference")
+        assert self.reference is not None, "this run keeps no reference"
         with self.reference.swapped_in():
             return self.logprobs(samples)
 
@@ -136,6 +136,9 @@ class MegatronPolicy:
     def bad_gradient(self) -> str | None:
         return self._first_not_finite(main_grad)
 
+    def weights_digest(self) -> str:
+        return weights_digest(named_values(self.chunks))
+
     def save(
         self,
         root: Path,
@@ -146,6 +149,7 @@ class MegatronPolicy:
         stop_ids: Sequence[int],
         cfg: CheckpointConfig,
         waits: bool = True,
+        on_publish: Callable[[], object] = lambda: None,
     ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
         begin = functools.partial(
@@ -162,7 +166,7 @@ class MegatronPolicy:
             stop_ids=stop_ids,
             cfg=cfg,
         )
-        self.saver.begin(begin, waits=waits)
+        self.saver.begin(begin, waits=waits, on_publish=on_publish)
         return folder_of(root, step)
 
     def finish_save(self, *, waits: bool) -> None:
@@ -204,10 +208,7 @@ class MegatronPolicy:
         return found or []
 
     def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
-        """Pack the samples into microbatches of roughly equal work. Every replica gets the same number.
-
-        Each is padded only to the alignment of the layout.
-        """
+        """Pack the samples into microbatches of roughly equal work, as many on every replica."""
         layout, budget = self.layout, self.config.batching.tokens_per_microbatch
         lengths = padded_lengths(samples, sequence_alignment(layout.context))
         count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)

@@ -7,7 +7,7 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -74,6 +74,9 @@ class Policy(Protocol):
         """Return the name of the first parameter whose last gradient is not finite, on any rank; None if there is
         none."""
 
+    def weights_digest(self) -> str:
+        """Return a digest that is equal for equal weights; see :mod:`megatron_dypo.loop.journal.weights`."""
+
     def save(
         self,
         root: Path,
@@ -84,12 +87,14 @@ class Policy(Protocol):
         stop_ids: Sequence[int],
         cfg: CheckpointConfig,
         waits: bool = True,
+        on_publish: Callable[[], object] = lambda: None,
     ) -> Path:
         """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.begin_save``); return its folder.
 
         Args:
             waits: the folder is there when this returns. Otherwise it is written while training goes on, and
                 :meth:`finish_save` must be called.
+            on_publish: called on every rank once the folder is there.
         """
 
     def finish_save(self, *, waits: bool) -> None:

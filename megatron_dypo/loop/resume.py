@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
+from megatron_dypo.loop.journal.weights import NoWeights, Weights
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
@@ -39,6 +43,8 @@ class Checkpointer:
     policy: Policy
     replica: Replica
     stream: Stream
+    journal: Journal | NoJournal
+    weights: Weights | NoWeights
     ranks: Ranks
     cfg: CheckpointConfig
     total_steps: int
@@ -88,21 +94,26 @@ def save_checkpoint(
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
     kept = [sample for group in groups for sample in group]
+    drawn = drawn_state(replica, checkpointer.stream, checkpointer.ranks)
     return checkpointer.policy.save(
         checkpointer.folder,
         progress.step,
         trainer_state={
-            **drawn_state(replica, checkpointer.stream, checkpointer.ranks),
+            **drawn,
             "batches": progress.batches,
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
             "inputs": replica.inputs,
             SCORES: scores_for(metrics, checkpointer.cfg, progress.step),
+            "weights": checkpointer.weights.as_json(),
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
         cfg=checkpointer.cfg,
         waits=waits,
+        on_publish=functools.partial(
+            checkpointer.journal.begin_anew, progress.step, drawn["unfinished"], drawn["cursor"]
+        ),
     )
 
 

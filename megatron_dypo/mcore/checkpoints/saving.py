@@ -141,11 +141,18 @@ class Saver:
 
     def __init__(self) -> None:
         self._pending: PendingSave | None = None
+        self._on_publish: Callable[[], object] = lambda: None
 
-    def begin(self, make: Callable[[], PendingSave], *, waits: bool) -> None:
-        """Begin a save, after the one before is finished; with ``waits`` finish it too. Collective over the world."""
+    def begin(
+        self, make: Callable[[], PendingSave], *, waits: bool, on_publish: Callable[[], object] = lambda: None
+    ) -> None:
+        """Begin a save, after the one before is finished; with ``waits`` finish it too. Collective over the world.
+
+        Args:
+            on_publish: called on every rank once the checkpoint is published.
+        """
         self.finish()
-        self._pending = make()
+        self._pending, self._on_publish = make(), on_publish
         if waits:
             self.finish()
 
@@ -159,3 +166,4 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.finish()
+            self._on_publish()
