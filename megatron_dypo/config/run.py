@@ -27,8 +27,9 @@ class RunConfig:
     check_memory: bool = True
     """On GPUs, refuse a run that does not fit into memory according to ``megatron-dypo plan``."""
     watchdog_s: float = 1800.0
-    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
-    other ranks, or for rollouts that still arrive, does not count as hung."""
+    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely, without warnings. A rank
+    that waits for other ranks, or for rollouts that still arrive, does not count as hung. Long before, within three
+    usual steps and a minute, a warning names a rank or a server that stalls."""
     allow_changed: tuple[Literal["data"], ...] = ()
     """Parts of the config that may differ from the run that is resumed. ``data``: the prompt files, their order or
     ``run.seed``. The position in the data that the checkpoint stores then points at other rows; a warning says so."""

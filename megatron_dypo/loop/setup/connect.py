@@ -71,7 +71,8 @@ def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool 
     base.stack.enter_context(contextlib.closing(refitter))
     if pool is not None and config.run.watchdog_s:
         watched = [*urls, *filter(None, [router])]
-        base.stack.enter_context(ServerWatch(watched, api_key, functools.partial(warn, base.run_dir)))
+        say = functools.partial(warn, base.run_dir)
+        base.stack.enter_context(ServerWatch(watched, api_key, say, find_stopped=pool.find_stopped))
     return Servers(
         refitter=refitter,
         requests=requests,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
 
@@ -30,11 +30,16 @@ class ServerWatch:
         api_key: str | None,
         warn: Callable[[str], None],
         *,
+        find_stopped: Callable[[], Mapping[str, str]] = dict,
         every_s: float = EVERY_S,
         silence_s: float = SILENCE_S,
     ) -> None:
-        """Watch the servers at ``urls`` from now on, and pass each warning to ``warn``."""
-        self._urls, self._api_key, self._warn = tuple(urls), api_key, warn
+        """Watch the servers at ``urls`` from now on, and pass each warning to ``warn``.
+
+        Args:
+            find_stopped: returns URL → process for servers of which a process is stopped, even if another one answers.
+        """
+        self._urls, self._api_key, self._warn, self._find_stopped = tuple(urls), api_key, warn, find_stopped
         self._every_s, self._silence_s = every_s, silence_s
         now = time.monotonic()
         self._heard_at, self._silent = dict.fromkeys(self._urls, now), set[str]()
@@ -66,27 +71,26 @@ class ServerWatch:
                 if gap_s > _GAP * self._every_s:
                     self.excuse(gap_s)
                 answers = await asyncio.gather(*(_answers(session, url) for url in self._urls))
-                self.judge(answers, time.monotonic())
+                self.judge(answers, time.monotonic(), self._find_stopped())
 
     def excuse(self, seconds: float) -> None:
         """Leave out ``seconds`` in which this process itself was stopped."""
         self._heard_at = {url: heard_at + seconds for url, heard_at in self._heard_at.items()}
 
-    def judge(self, answers: Sequence[bool], now: float) -> None:
-        """Warn once of each server that did not answer for too long, and once when it answers again."""
+    def judge(self, answers: Sequence[bool], now: float, stopped: Mapping[str, str]) -> None:
+        """Warn once of each server that did not answer, or was ``stopped``, for too long, and once when that ends."""
         for url, has_answered in zip(self._urls, answers, strict=True):
             silence_s = now - self._heard_at[url]
-            if has_answered:
+            if has_answered and url not in stopped:
                 self._heard_at[url] = now
                 if url in self._silent:
                     self._silent.remove(url)
-                    self._warn(f"stall over: the server {url} answers again after {silence_s:.0f} s")
+                    self._warn(f"stall over: the server {url} answers again, after {silence_s:.0f} s")
             elif silence_s >= self._silence_s and url not in self._silent:
                 self._silent.add(url)
-                self._warn(
-                    f"stall: the server {url} has not answered GET /health for {silence_s:.0f} s, and accepts "
-                    "connections or drops them: its process is stopped or hangs, or its host is gone"
-                )
+                hangs = f"has not answered for {silence_s:.0f} s: its process hangs, or its host is gone"
+                rests = f"has stood still for {silence_s:.0f} s: {stopped.get(url)} is stopped"
+                self._warn(f"stall: the server {url} {rests if url in stopped else hangs}")
 
 
 async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
