@@ -62,7 +62,7 @@ class ServerProcess:
         """Return name and number of a process of the server that a signal has stopped; None if all run."""
         if self._guard is None or self._guard.poll() is not None:
             return None
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends meanwhile is not stopped
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended by now is not stopped
             for process in psutil.Process(self._guard.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if process.status() == psutil.STATUS_STOPPED:
