@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -32,7 +32,7 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
 
     layout = start_megatron(ParallelConfig(**axes))
     config = config_of(path, folder, axes, "exact")
-    policy_of_bad_steps = "stop" if where == "logprob" else "skip"
+    policy_of_bad_steps: Literal["skip", "stop"] = "stop" if where == "logprob" else "skip"
     config = dataclasses.replace(
         config,
         checkpoint=dataclasses.replace(config.checkpoint, every=1),
