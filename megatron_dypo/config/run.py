@@ -27,8 +27,9 @@ class RunConfig:
     check_memory: bool = True
     """On GPUs, refuse a run that does not fit into memory according to ``megatron-dypo plan``."""
     watchdog_s: float = 1800.0
-    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
-    other ranks, or for rollouts that still arrive, does not count as hung."""
+    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely, without warnings. A rank
+    that waits for other ranks, or for rollouts that still arrive, does not count as hung. Long before, within three
+    usual steps and a minute, a warning names a rank or a server that stalls."""
     allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier"], ...] = ()
     """Inputs that may differ from those of the run that is resumed; a warning then names each difference. ``data``: the
     prompt files, their content or order; positions in the data then mean other rows. ``seed``: ``run.seed``.

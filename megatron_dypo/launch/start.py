@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.launch.probe_target import ProbeTarget
+from megatron_dypo.launch.replay_target import ReplayTarget
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
 """Environment variable of a launcher: the command that became the launcher has checked the inputs."""
@@ -71,6 +72,13 @@ def probe_rank(config: Config, target: ProbeTarget) -> None:
     from megatron_dypo.loop.probe_checkpoint import probe_checkpoint
 
     probe_checkpoint(config, target.checkpoint, target.run_dir)
+
+
+def replay_rank(config: Config, target: ReplayTarget) -> None:
+    """Do the work of one rank of ``megatron-dypo replay``."""
+    from megatron_dypo.loop.bad_steps.replay import replay
+
+    replay(config, target.folder, target.dump, target.weights if target.is_checkpoint else None)
 
 
 def _become_local_ranks(count: int, command: Sequence[str]) -> NoReturn:

@@ -18,7 +18,7 @@ from megatron_dypo.types import Floats, Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpdateReport:
-    """The result of one update; only ``flops`` and ``samples`` differ between ranks."""
+    """The result of one update; only ``flops``, ``samples`` and ``bins`` differ between ranks."""
 
     is_applied: bool
     """False: the gradients were not finite, and the weights stay as they were."""
@@ -30,6 +30,12 @@ class UpdateReport:
     """Work of this replica (see ``models.flops``)."""
     samples: Sequence[Sample]
     """The samples that this replica learned from, on all of its ranks."""
+    bins: Sequence[Sequence[int]] = ()
+    """The samples of each microbatch, by their index in ``samples``."""
+    busy_s: Sequence[float] = ()
+    """Seconds of forward and backward, by rank, until the wait for other replicas."""
+    work: Sequence[float] = ()
+    """FLOPs of the replica of each rank."""
 
 
 class Policy(Protocol):
@@ -73,6 +79,10 @@ class Policy(Protocol):
     def bad_gradient(self) -> str | None:
         """Return the name of the first parameter whose last gradient is not finite, on any rank; None if there is
         none."""
+
+    def bad_microbatches(self, report: UpdateReport) -> list[int]:
+        """Run each microbatch of this replica alone; return those whose loss or gradient is not finite. The gradients
+        of the last update are lost."""
 
     def weights_digest(self) -> str:
         """Return a digest that is equal for equal weights; see :mod:`megatron_dypo.loop.journal.weights`."""

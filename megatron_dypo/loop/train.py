@@ -25,7 +25,7 @@ from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.update import open_batch
 from megatron_dypo.loop.updater import Updater, refresh_reference, update_policy
 from megatron_dypo.processes.stop_requests import is_requested
-from megatron_dypo.processes.watchdog import mark
+from megatron_dypo.processes.watchdog import begin_step, mark
 
 log = logging.getLogger("megatron_dypo")
 
@@ -98,6 +98,7 @@ def train_step(
         RunEnded: on all ranks: nothing can be learned from the collected groups, or updates are not finite.
     """
     refit: dict[str, float] = {}
+    begin_step()
     with recorder.timings.measure("step"):
         if progress.batch.is_used_up:
             mark("collecting rollouts")

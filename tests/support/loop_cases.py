@@ -267,6 +267,9 @@ class FakePolicy:
     def bad_gradient(self) -> str | None:
         return "w"
 
+    def bad_microbatches(self, report: UpdateReport) -> list[int]:
+        return []
+
     def save(
         self,
         root: Path,

@@ -20,11 +20,13 @@ from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.processes.stalls import warn
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from megatron_dypo.rollout.server.watch import ServerWatch
 from megatron_dypo.types import Tokens
 
 log = logging.getLogger("megatron_dypo")
@@ -77,6 +79,10 @@ def connect(
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
     )
     base.stack.enter_context(contextlib.closing(refitter))
+    if pool is not None and config.run.watchdog_s:
+        watched = [*urls, *filter(None, [router])]
+        say = functools.partial(warn, base.run_dir)
+        base.stack.enter_context(ServerWatch(watched, api_key, say, find_stopped=pool.find_stopped))
     return Servers(
         refitter=refitter,
         requests=requests,
