@@ -128,9 +128,10 @@ set_environment() {
   # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA, if the cluster needs them, come from sbatch's environment.
   [ -z "${DRY_RUN:-}" ] || return 0
   ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
-  # The key is in the environment only: job steps inherit it, and no command line and no file of the job shows it.
+  # The keys are in the environment only: job steps inherit them, and no command line and no file of the job shows them.
   DYPO_SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-  export DYPO_SGLANG_API_KEY
+  MEGATRON_DYPO_STORE_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # of the store on which trainer nodes meet
+  export DYPO_SGLANG_API_KEY MEGATRON_DYPO_STORE_KEY
 }
 
 set_value() {
