@@ -1,13 +1,14 @@
 """Compare the pins of requirements/ with a snapshot of known advisories: python tools/audit.py [--refresh CLONE]
 
-The snapshot, requirements/advisories.json, has the advisories of the Python Packaging Advisory Database for the packages that
-are pinned here, so that a check needs no network. ``--refresh CLONE`` writes it anew from a clone of
-https://github.com/pypa/advisory-database. A check knows nothing that became known after the snapshot: it prints the date.
-Advisories whose ranges are commits of a repository and not versions are left out.
+The snapshot, requirements/advisories.json, has the advisories of the Python Packaging Advisory Database for the
+packages that are pinned here, so that a check needs no network. ``--refresh CLONE`` writes it anew from a clone
+of https://github.com/pypa/advisory-database. A check knows nothing that became known after the snapshot, and says
+how old it is. Advisories whose ranges are commits of a repository and not versions are left out.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import subprocess
@@ -64,7 +65,9 @@ def main(
         SNAPSHOT.write_text(json.dumps(snapshot(refresh, found), indent=1) + "\n", encoding="utf-8")
     content = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
     lines = list(findings(found, read_advisories(content)))
-    print("\n".join([*lines, f"{len(lines)} advisories for {len(found)} pins by the snapshot of {content['date']}"]))
+    age = (datetime.date.today() - datetime.date.fromisoformat(content["date"])).days
+    known = f"by the snapshot of {content['date']}, {age} days old"
+    print("\n".join([*lines, f"{len(lines)} advisories for {len(found)} pins {known}"]))
     sys.exit(bool(lines))
 
 
@@ -117,7 +120,7 @@ def snapshot(clone: Path, found: Iterable[Pin]) -> dict[str, Any]:
 
 
 def from_osv(entry: Mapping[str, Any]) -> list[Advisory]:
-    """Return the advisories of one entry (https://ossf.github.io/osv-schema/), one for each package; none if withdrawn."""
+    """Return the advisories of an entry (https://ossf.github.io/osv-schema/), one for each package."""
     if entry.get("withdrawn"):
         return []
     found = []
@@ -138,10 +141,10 @@ def _is_inside(version: Version, events: Sequence[Mapping[str, str]]) -> bool:
         ((kind, bound),) = event.items()
         if kind == "introduced" and (bound == "0" or version >= _version(bound)):
             inside = True
-        elif (kind == "fixed" and version >= _version(bound)) or (
-            kind == "last_affected" and version > _version(bound)
-        ):
-            inside = False
+        elif kind == "fixed":
+            inside = inside and version < _version(bound)
+        elif kind == "last_affected":
+            inside = inside and version <= _version(bound)
     return inside
 
 

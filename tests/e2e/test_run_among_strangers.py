@@ -35,11 +35,11 @@ pytestmark = [
 
 def run_among_strangers(folder: Path, *overrides: str, **environment: str) -> dict[str, Any]:
     config = write_task(folder, run={"steps": 1000}, parallel={"pipeline": 2}, refit={"transport": "p2p"})
-    command = [*NAMESPACES, "sh", REPOSITORY / "tests/support/e2e/two_hosts.sh"]
-    command += [sys.executable, "-m", "tests.support.e2e.run_among_strangers", config, *overrides]
+    command = [*NAMESPACES, "sh", str(REPOSITORY / "tests/support/e2e/two_hosts.sh")]
+    command += [sys.executable, "-m", "tests.support.e2e.run_among_strangers", str(config), *overrides]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
     done = subprocess.run(
-        list(map(str, command)),
+        command,
         cwd=REPOSITORY,
         env=env,
         capture_output=True,
@@ -57,7 +57,7 @@ def test_a_run_on_one_host_listens_on_loopback_addresses_alone(tmp_path: Path) -
     found = run_among_strangers(tmp_path)
     assert len(found["listening"]) > 30
     assert {address for address, _ in found["listening"]} == {"127.0.0.1"}
-    assert {answer for answer in found["answers"].values()} == {None}
+    assert set(found["answers"].values()) == {None}
 
 
 def test_on_the_network_only_the_server_answers_and_it_asks_for_the_key(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Start a run, and let another host try all its ports: python -m tests.support.e2e.run_among_strangers CONFIG OVERRIDES…
+"""Start a run, and let another host try all its ports: ``python -m … CONFIG OVERRIDES…``, below two_hosts.sh.
 
-It runs below two_hosts.sh, and prints a JSON object: ``listening``, the [address, port] at which the processes of the
-run listen; ``answers``, port → the beginning of the answer that the other host got; ``witness``, the answer of a server
-that anybody may use.
+It prints a JSON object: ``listening``, the [address, port] at which the processes of the run listen; ``answers``, port
+→ the beginning of the answer that the other host got; ``witness``, the answer of a server that anybody may use.
 """
 
 from __future__ import annotations
