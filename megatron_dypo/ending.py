@@ -32,6 +32,8 @@ class Meaning:
     meaning: str
     advice: str
     """Advice to the user; empty where there is nothing to do."""
+    restart: bool = False
+    """Whether the run may be started again beside its servers, a limited number of times without a new checkpoint."""
 
 
 class Cause(enum.Enum):
@@ -110,12 +112,14 @@ class Cause(enum.Enum):
         False,
         "a rank did not answer for run.watchdog_s seconds",
         "look at the rank and the operation that are named; start the run again: it resumes",
+        restart=True,
     )
     RANK_LOST = Meaning(
         77,
         False,
         "a rank was killed from outside (often by the kernel, for memory) or its node was lost",
         "look at the node's kernel log; start the run again: it resumes",
+        restart=True,
     )
 
     INTERRUPTED = Meaning(
@@ -138,6 +142,10 @@ class Cause(enum.Enum):
     @property
     def requeue(self) -> bool:
         return self.value.requeue
+
+    @property
+    def restart(self) -> bool:
+        return self.value.restart
 
     @property
     def label(self) -> str:

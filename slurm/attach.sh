@@ -10,9 +10,10 @@ STATE=$(squeue --noheader --jobs "$JOB" --format %T 2>/dev/null) || STATE=
   exit 1
 }
 if [ $# = 1 ]; then
-  LOG_ROOT=${LOG_ROOT:-${DYPO_HOME:-$PWD}/runs/slurm}
-  NAME=$(squeue --noheader --jobs "$JOB" --format %j)
-  cat "$LOG_ROOT/$NAME/latest/roles"
+  # The job's output names the folder of each attempt.
+  OUTPUT=$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')
+  LOGS=$(sed -n 's/^dypo: job .*; logs in //p' "$OUTPUT" | tail -n 1)
+  cat "${LOGS:?attach.sh: $OUTPUT names no folder of logs}/roles"
   exit
 fi
 COMMAND=("${@:3}")

@@ -11,10 +11,13 @@
 #   GPUS_PER_NODE          8
 #   TRAIN_PER_NODE         ranks on each trainer node; GPUS_PER_NODE, or half of it when colocated
 #   LOG_ROOT               folder for logs, runs/slurm
+#   NODE_DOMAIN            added to the names of nodes in addresses, where the short names are not known everywhere
 #   ROUTER=1               put sglang-router in front of the servers, on the first rollout node; else the trainer sends to
 #                          the least loaded one
 #   GRACE_S                seconds for the trainer to finish its step and save, 270; must be below the lead of --signal
 #   MAX_REQUEUES           50
+#   MAX_RESTARTS           3; starts of a lost trainer in place, without a new checkpoint in between
+#   SPARE_NODES            0; nodes that wait to replace a lost trainer node; needs sbatch --no-kill
 
 declare -A PID=() # role → process of its srun
 
@@ -46,11 +49,17 @@ read_settings() {
   GPUS_PER_NODE=${GPUS_PER_NODE:-8}
   COLOCATED=${COLOCATED:-0}
   TRAIN_PER_NODE=${TRAIN_PER_NODE:-$((COLOCATED ? GPUS_PER_NODE / 2 : GPUS_PER_NODE))}
-  LOG_ROOT=${LOG_ROOT:-$DYPO_HOME/runs/slurm}
+  LOG_ROOT=$(realpath -m "${LOG_ROOT:-$DYPO_HOME/runs/slurm}") # containers mount it by its full name
   GRACE_S=${GRACE_S:-270}
+  MAX_RESTARTS=${MAX_RESTARTS:-3}
+  SPARE_NODES=${SPARE_NODES:-0} SPARE=()
   ATTEMPT=${SLURM_RESTART_COUNT:-0}
   JOB=${SLURM_JOB_ID:-JOBID}
   [ -n "${SLURM_JOB_ID:-}${DRY_RUN:-}" ] || fail "not in a Slurm job: submit with sbatch, or set DRY_RUN=1 to see what it would run"
+  # srun refuses more than one of these; --mem=0 of the scripts gives the last.
+  [ -z "${SLURM_MEM_PER_CPU:-}${SLURM_MEM_PER_GPU:-}" ] || unset SLURM_MEM_PER_NODE
+  [ "${SLURM_CPUS_ON_NODE:-$TRAIN_PER_NODE}" -ge "$TRAIN_PER_NODE" ] \
+    || say "warning: $SLURM_CPUS_ON_NODE CPUs for $TRAIN_PER_NODE ranks on a node: slow; give sbatch --exclusive or --cpus-per-task"
   [ "$ATTEMPT" -le "${MAX_REQUEUES:-50}" ] || fail "requeued $ATTEMPT times, more than MAX_REQUEUES=${MAX_REQUEUES:-50}"
   cd "$DYPO_HOME" || exit
   [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file in DYPO_HOME=$DYPO_HOME"
@@ -69,22 +78,24 @@ read_settings() {
   fi
 }
 
-# NODES: all nodes; TRAIN: nodes that train; ROLLOUT: nodes that serve.
+# NODES: all nodes; TRAIN: nodes that train; ROLLOUT: nodes that serve; SPARE: nodes that wait.
 divide_nodes() {
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   else
     mapfile -t NODES < <(seq -f 'node%g' "${SLURM_NNODES:-$DEFAULT_NODES}")
   fi
-  local count=${#NODES[@]}
+  local count=$((${#NODES[@]} - SPARE_NODES))
+  SPARE=("${NODES[@]:count > 0 ? count : 0}")
   if [ "$COLOCATED" = 1 ]; then
+    [ "$SPARE_NODES" = 0 ] || fail "SPARE_NODES=$SPARE_NODES: COLOCATED=1 loses servers with a trainer node; needs 0"
     [ "$ROLLOUT_NODES" -le "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES: the job has $count nodes"
     TRAIN=("${NODES[@]}")
     ROLLOUT=("${NODES[@]:0:ROLLOUT_NODES}")
   else
-    [ "$ROLLOUT_NODES" -lt "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES of $count nodes leaves none to train: give sbatch more --nodes"
+    [ "$ROLLOUT_NODES" -lt "$count" ] || fail "ROLLOUT_NODES=$ROLLOUT_NODES of ${#NODES[@]} nodes$([ "$SPARE_NODES" = 0 ] || echo " with SPARE_NODES=$SPARE_NODES") leaves none to train: give sbatch more --nodes"
     TRAIN=("${NODES[@]:0:count-ROLLOUT_NODES}")
-    ROLLOUT=("${NODES[@]:count-ROLLOUT_NODES}")
+    ROLLOUT=("${NODES[@]:count-ROLLOUT_NODES:ROLLOUT_NODES}")
   fi
   [ "${ROUTER:-0}:$ROLLOUT_NODES" != 1:0 ] || fail "ROUTER=1 needs ROLLOUT_NODES: servers of the run itself have none"
   OVERRIDES+=("parallel.num_processes=$((${#TRAIN[@]} * TRAIN_PER_NODE))")
@@ -103,7 +114,8 @@ make_log_folder() {
   echo "$JOB" >"$DYPO_LOGS/canary"
   printf '%s trainer\n' "${TRAIN[@]}" >"$DYPO_LOGS/roles"
   [ "${#ROLLOUT[@]}" = 0 ] || printf '%s rollout\n' "${ROLLOUT[@]}" >>"$DYPO_LOGS/roles"
-  say "job $JOB, attempt $ATTEMPT: ${#TRAIN[@]} trainer and ${#ROLLOUT[@]} rollout nodes; logs in $DYPO_LOGS"
+  [ "${#SPARE[@]}" = 0 ] || printf '%s spare\n' "${SPARE[@]}" >>"$DYPO_LOGS/roles"
+  say "job $JOB, attempt $ATTEMPT: ${#TRAIN[@]} trainer and ${#ROLLOUT[@]} rollout nodes$([ "$SPARE_NODES" = 0 ] || echo ", $SPARE_NODES spare"); logs in $DYPO_LOGS"
 }
 
 set_environment() {
@@ -124,20 +136,34 @@ set_environment() {
   set_default NCCL_NVLS_ENABLE 0
   set_default NVSHMEM_DISABLE_NCCL 1
   export PYTHONPATH=$DYPO_HOME${PYTHONPATH:+:$PYTHONPATH} no_proxy
-  no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost,$(join , "${NODES[@]}")
+  no_proxy=${no_proxy:+$no_proxy,}127.0.0.1,localhost,$(join , "${NODES[@]}")${NODE_DOMAIN:+,.$NODE_DOMAIN}
+  export NODE_DOMAIN=${NODE_DOMAIN:-}
   # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_IB_HCA, if the cluster needs them, come from sbatch's environment.
   [ -z "${DRY_RUN:-}" ] || return 0
-  ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
+  raise_limit -n 65536
+  raise_limit -l unlimited # pinned memory and RDMA
   # The keys are in the environment only: job steps inherit them, and no command line and no file of the job shows them.
   DYPO_SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
   MEGATRON_DYPO_STORE_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # of the store on which trainer nodes meet
   export DYPO_SGLANG_API_KEY MEGATRON_DYPO_STORE_KEY
 }
 
+# raise_limit OPTION VALUE: raise a soft limit to the value, or to the hard limit; never lower it.
+raise_limit() {
+  local now
+  now=$(ulimit -S "$1")
+  [ "$now" != unlimited ] || return 0
+  [ "$2" = unlimited ] || [ "$now" -lt "$2" ] || return 0
+  ulimit -S "$1" "$2" 2>/dev/null || ulimit -S "$1" "$(ulimit -H "$1")"
+}
+
 set_value() {
   export "$1=$2"
   [ -z "${DRY_RUN:-}" ] || printf 'export %s=%q\n' "$1" "$2"
 }
+
+# Print the name by which other nodes reach a node.
+address() { echo "$1${NODE_DOMAIN:+.$NODE_DOMAIN}"; }
 
 # set_default NAME VALUE: as set_value, unless the environment of sbatch has a value.
 set_default() { set_value "$1" "${!1:-$2}"; }
@@ -149,9 +175,10 @@ read_config() {
   [ "${#CONTAINER[@]}" = 0 ] || in_container=(srun --overlap --nodes=1 --ntasks=1 "--nodelist=${NODES[0]}" "${CONTAINER[@]}")
   local check=("${in_container[@]}" "$PYTHON" -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" --dry-run --strict)
   [ -z "${DRY_RUN:-}" ] || check=("${VENV:+$VENV/bin/}python3" -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}" --dry-run)
-  resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")"
+  resolved=$("${check[@]}" 2>"$errors") || fail "$(one_line <"$errors")$(explain_missing_module <"$errors")"
   [ ! -d "$DYPO_LOGS" ] || echo "$resolved" >"$DYPO_LOGS/config.yaml"
   rm "$errors"
+  RUN_DIR=$(awk '/^run:/ { inside = 1 } inside && $1 == "dir:" { sub(/^ *dir: */, ""); print; exit }' <<<"$resolved")
   SERVERS_PER_NODE=$(field per_node <<<"$resolved")
   local tensor_parallel nodes
   nodes=$(field nodes <<<"$resolved")
@@ -177,6 +204,12 @@ field() { awk -v key="$1:" '/^  servers:/ { inside = 1 } inside && $1 == key { p
 one_line() {
   awk '/^megatron-dypo: error: / { sub(/^megatron-dypo: error: /, ""); text = $0; ours = 1; next }
        ours { text = text "; " $0; next } { text = $0 } END { print text }'
+}
+
+# Say what a dry run needs, if the host's Python lacks the program's packages, as that of a login node does.
+explain_missing_module() {
+  [ -z "${DRY_RUN:-}" ] || ! grep -q 'No module named' \
+    || echo ': DRY_RUN=1 reads the config with the Python of this host: set VENV beside IMAGE, or run it in the image'
 }
 
 join() {
@@ -222,7 +255,7 @@ server_urls() {
   for index in "${!ROLLOUT[@]}"; do
     [ $((index % NODES_PER_SERVER)) = 0 ] || continue
     for ((server = 0; server < SERVERS_PER_NODE; server++)); do
-      echo "http://${ROLLOUT[index]}:$((DYPO_PORT + 20 + index * SERVERS_PER_NODE + server))"
+      echo "http://$(address "${ROLLOUT[index]}"):$((DYPO_PORT + 20 + index * SERVERS_PER_NODE + server))"
     done
   done
 }
@@ -236,13 +269,17 @@ start_rollouts() {
   mapfile -t urls < <(server_urls)
   OVERRIDES+=("rollout.servers.urls=[$(join , "${urls[@]}")]" "rollout.servers.urls_are_restarted=true")
   [ "${ROUTER:-0}" = 1 ] || return 0
-  OVERRIDES+=("rollout.servers.router=http://${ROLLOUT[0]}:$((DYPO_PORT + 1))")
+  OVERRIDES+=("rollout.servers.router=http://$(address "${ROLLOUT[0]}"):$((DYPO_PORT + 1))")
   start router "${ROLLOUT[0]}" -- "${CONTAINER[@]}" bash slurm/node.sh router "$PYTHON" -m megatron_dypo.cli route "$CONFIG" \
     "${OVERRIDES[@]}"
 }
 
 start_trainer() {
+  # Another port for each start: the last one may still be in use. The number also tells the run's lock who came first.
+  export DYPO_TRAINER_START=$TRAINER_STARTS
+  local port=$((DYPO_PORT + TRAINER_STARTS % 16 + (TRAINER_STARTS % 16 > 0 ? 3 : 0)))
+  count_start
   start trainer "${TRAIN[@]}" -- "${CONTAINER[@]}" bash slurm/node.sh trainer "$PYTHON" -m megatron_dypo.launch.torchrun \
-    --nnodes="${#TRAIN[@]}" --nproc-per-node="$TRAIN_PER_NODE" --master-addr="${TRAIN[0]}" --master-port="$DYPO_PORT" \
+    --nnodes="${#TRAIN[@]}" --nproc-per-node="$TRAIN_PER_NODE" --master-addr="$(address "${TRAIN[0]}")" --master-port="$port" \
     --max-restarts=0 -m megatron_dypo.cli train "$CONFIG" "${OVERRIDES[@]}"
 }

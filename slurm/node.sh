@@ -6,6 +6,13 @@ set -euo pipefail
 
 NODE=${SLURMD_NODENAME:-$(hostname -s)}
 
+# Compilers of kernels write many small files. Ranks of many nodes would lock each other out of them on a shared file system.
+CACHE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dypo-cache-$UID
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$CACHE/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$CACHE/inductor}
+export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$CACHE/flashinfer}
+(umask 077 && mkdir -p "$CACHE")
+
 # Print this node's index in a list of nodes; Slurm's own numbers may have another order.
 index_among() {
   local index=0 host
@@ -34,10 +41,11 @@ find_fault() {
   }
   local count
   count=$(wc -l <<<"$listed")
-  [ "$count" = "$GPUS_PER_NODE" ] || {
+  [ "$count" -ge "$GPUS_PER_NODE" ] || {
     echo "$count of $GPUS_PER_NODE GPUs answer"
     return
   }
+  [ "$count" = "$GPUS_PER_NODE" ] || echo "$NODE has $count GPUs, GPUS_PER_NODE=$GPUS_PER_NODE are used" >&2
   # The driver writes [N/A] or No for a value that it does not know.
   awk -F ', *' '$2 ~ /^[1-9]/ || $3 ~ /^(Yes|[1-9])/ || $4 ~ /^(Yes|[1-9])/ { print "GPU " $1 " has memory errors: " $0; exit }' \
     <<<"$listed"
@@ -77,14 +85,14 @@ serve() {
   index=$(index_among $DYPO_ROLLOUT_NODES)
   if [ "$NODES_PER_SERVER" -gt 1 ]; then
     read -ra hosts <<<"$DYPO_ROLLOUT_NODES"
-    local first=${hosts[index - index % NODES_PER_SERVER]}
+    local first=${hosts[index - index % NODES_PER_SERVER]}${NODE_DOMAIN:+.$NODE_DOMAIN}
     # The parts of such a server cannot start again one by one.
     spread=(rollout.servers.max_restarts=0 --server-args
       "--nnodes $NODES_PER_SERVER --node-rank $((index % NODES_PER_SERVER)) --dist-init-addr $first:$((DYPO_PORT + 2))")
   fi
   local status=0
   "$@" --log-dir "$DYPO_LOGS/rollout.$NODE" --first $((index * SERVERS_PER_NODE)) "${spread[@]}" \
-    "rollout.servers.host=$NODE" "rollout.servers.port=$((DYPO_PORT + 20 + index * SERVERS_PER_NODE))" || status=$?
+    "rollout.servers.host=$NODE${NODE_DOMAIN:+.$NODE_DOMAIN}" "rollout.servers.port=$((DYPO_PORT + 20 + index * SERVERS_PER_NODE))" || status=$?
   echo "$status" >"$DYPO_LOGS/ended/$NODE"
   exit "$status"
 }

@@ -12,6 +12,10 @@ terminated() {
   WANTS_STOP='the time limit is near, or the job is preempted'
 }
 
+TRAINER_STARTS=0      # how often this attempt has started its trainer
+STARTS_AT_CHECKPOINT=0 # … since the run's last checkpoint changed
+LAST_CHECKPOINT=''
+
 job_state() { squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }
 
 # Every node checks itself first. If some are bad, the job goes back to the queue, to run on other nodes.
@@ -101,12 +105,83 @@ role_ended() {
   elif [ -f "$DYPO_LOGS/stopped" ]; then
     conclude
   elif [ "$status" != 0 ]; then
-    fail "${FAILURE:+$FAILURE; }$(trainer_end "$status")"
+    local end
+    end=$(trainer_end "$status")
+    [ -z "${FAILURE:-}" ] || fail "$FAILURE; $end"
+    restart_trainer "$status" "$end"
   else
     stop_roles
     say "done; logs in $DYPO_LOGS"
     exit 0
   fi
+}
+
+# restart_trainer STATUS END: start a trainer that was lost again, beside the servers, which go on. Spare nodes replace lost
+# ones. The job fails instead if the end is not of that kind, or if the run got no further in MAX_RESTARTS starts.
+restart_trainer() {
+  local status=$1 end=$2 node lost=() spare=() train=()
+  mapfile -t lost < <(lost_nodes "${TRAIN[@]}")
+  [ -z "$STOP_AT$WANTS_STOP" ] || fail "$end"
+  was_lost "$status" "${#lost[@]}" || fail "$end"
+  mapfile -t spare < <(well_nodes "${SPARE[@]}")
+  if [ "${#lost[@]}" -gt "${#spare[@]}" ]; then
+    say "$end"
+    requeue "without $(join , "${lost[@]}")" "${lost[@]}"
+  fi
+  [ "$(last_checkpoint)" = "$LAST_CHECKPOINT" ] || STARTS_AT_CHECKPOINT=0
+  [ "$STARTS_AT_CHECKPOINT" -le "$MAX_RESTARTS" ] \
+    || fail "$end; started $STARTS_AT_CHECKPOINT times since the run's last checkpoint, more than 1 + MAX_RESTARTS=$MAX_RESTARTS"
+  for node in "${TRAIN[@]}"; do
+    if [[ " ${lost[*]} " = *" $node "* ]]; then
+      say "$node is lost; ${spare[0]} trains in its place"
+      node=${spare[0]}
+      spare=("${spare[@]:1}")
+    fi
+    train+=("$node")
+  done
+  TRAIN=("${train[@]}") SPARE=("${spare[@]}")
+  say "$end"
+  say "the trainer starts again in place"
+  mv "$DYPO_LOGS/ends" "$DYPO_LOGS/ends.$TRAINER_STARTS"
+  mkdir "$DYPO_LOGS/ends"
+  export DYPO_TRAIN_NODES="${TRAIN[*]}"
+  start_trainer
+}
+
+# Count a start of the trainer.
+count_start() {
+  TRAINER_STARTS=$((TRAINER_STARTS + 1)) STARTS_AT_CHECKPOINT=$((STARTS_AT_CHECKPOINT + 1))
+  LAST_CHECKPOINT=$(last_checkpoint)
+}
+
+# Print the step of the run's last checkpoint.
+last_checkpoint() { cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
+
+# was_lost STATUS NUM_LOST_NODES: tell whether the trainer ended because a rank hung (76) or was lost (77), or with its
+# node or launcher, which then says nothing. After any other end a new start would end alike; docs/exit_statuses.md.
+was_lost() {
+  local said number=0
+  while read -r said _; do
+    number=$((number + 1))
+    case $said in
+      0 | 75 | 76 | 77 | 143) ;;
+      *) return 1 ;;
+    esac
+  done < <(cat "$DYPO_LOGS/ends"/* 2>/dev/null)
+  [ "$number" -gt 0 ] || [ "$2" -gt 0 ] || [ "$1" -gt 128 ]
+}
+
+# Print those of the given nodes that Slurm has lost, and those that are well.
+lost_nodes() { nodes_in_state '\*|^(down|fail|drain|drng|error|unk|reboot)' "$@"; }
+well_nodes() { comm -23 <(printf '%s\n' "$@" | sort) <(lost_nodes "$@" | sort) | grep . || true; }
+
+# nodes_in_state PATTERN NODE...: print the nodes whose short state matches.
+nodes_in_state() {
+  local pattern=$1 node state
+  shift
+  [ $# -gt 0 ] || return 0
+  sinfo --noheader --Node --nodes="$(join , "$@")" --format='%N %t' | sort -u \
+    | while read -r node state; do [[ ! $state =~ $pattern ]] || echo "$node"; done
 }
 
 # The trainer has stopped on request, or its time is over: requeue the job, unless a role failed.

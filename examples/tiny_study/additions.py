@@ -23,8 +23,10 @@ WARMUP_PHRASED = {0: 1500, 1: 1500}
 """Number of carries → number of problems of three digits."""
 WARMUP_SHORT = {0: 600, 1: 600}
 """Number of carries → number of problems of two digits: the policy then knows that lengths differ."""
-LONGER = {0: 25, 1: 25, 2: 25, 3: 25}
-"""Number of carries → number of problems of four digits. No other set has more than three."""
+WARMUP_LONGER = {0: 6000}
+LONGER = {0: 50, 1: 50}
+"""Number of carries → number of problems of four digits. The policy sees four digits in the warm start alone, where no
+column has a carry."""
 
 
 def add_forgetfully(problem: Addition) -> str:
@@ -62,7 +64,8 @@ def draw_rows(seed: int) -> Mapping[str, Rows]:
     sets["longer"] = rows_of(draw(LONGER, num_digits=4))
     sets["phrasing"] = rows_of(draw(PHRASED), is_phrased=True)
     sets["train"] = rows_of(draw(TRAIN))
-    warmup = rows_of(draw(WARMUP)) + rows_of(draw(WARMUP_SHORT, num_digits=2))
+    warmup = rows_of(draw(WARMUP))
+    warmup += rows_of(draw(WARMUP_SHORT, num_digits=2)) + rows_of(draw(WARMUP_LONGER, num_digits=4))
     warmup += rows_of(draw(WARMUP_PHRASED), is_phrased=True)
     rng.shuffle(warmup)
     return {**sets, "warmup": warmup}

@@ -32,13 +32,15 @@ class Task:
     """Seed → the rows of each set."""
     teachers: tuple[str, ...]
     """The teachers that methods learn from."""
+    warmup_steps: int = 0
+    """Steps of the warm start."""
     is_pretrained: bool = False
     """The model is SmolLM2 instead of the quickstart's with a warm start."""
 
 
 TASKS: Mapping[str, Task] = {
-    "additions": Task(draw_rows=additions.draw_rows, teachers=("columns", "glance")),
-    "sorting": Task(draw_rows=sorting.draw_rows, teachers=("insertion", "ranks")),
+    "additions": Task(draw_rows=additions.draw_rows, teachers=("columns", "glance"), warmup_steps=1500),
+    "sorting": Task(draw_rows=sorting.draw_rows, teachers=("insertion", "ranks"), warmup_steps=900),
     "questions": Task(draw_rows=questions.draw_rows, teachers=("tens_and_ones", "two_steps"), is_pretrained=True),
 }
 
@@ -82,9 +84,10 @@ def make_inputs(out: Path, name: str, stages: Stages, seed: int, extra: tuple[st
 
 
 def warmup_overrides(folder: Path, task: Task, seed: int) -> list[str]:
-    """Return the overrides of the quickstart's warm start; its recipe stays."""
+    """Return the overrides of the quickstart's warm start; its optimizer and batches stay."""
     return [
         f"run.dir={folder}/warmup",
+        f"run.steps={task.warmup_steps}",
         f"run.seed={seed}",
         f"model.hf_path={folder}/model",
         f"data.prompts=[{data_path(folder, 'warmup')}]",

@@ -73,7 +73,7 @@ def _fixed(plan: Plan) -> Iterable[str]:
             "rollouts each used.",
             _tuning_words(plan, rates),
             f"- **Final runs**: seeds {', '.join(map(str, plan.seeds))}. The sets are `heldout` (the training "
-            "distribution), `longer` (longer numbers or words than any that was trained on) and `phrasing` (another "
+            "distribution), `longer` (longer numbers or words than those of training) and `phrasing` (another "
             "wording of the question). One response to each prompt, temperature "
             f"{config.eval.temperature:g}, after the last step. No set shares a problem with another.",
             f"- **Tests**: every method against `{plan.baseline}`, with p by Holm over the table; a difference of "

@@ -21,13 +21,14 @@ from typing import Annotated, Any
 import typer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from whole_job.stages import ROOT, Stages
+from whole_job.guarded import ROOT, run_to_the_end
+from whole_job.stages import Stages
 
 from megatron_dypo.study.compare import open_comparison
 from megatron_dypo.study.missing import reason
 from tiny_study.budget import budget_table
-from tiny_study.guarded import CLI, COMPARE_GRACE_S, kept_server, run_to_the_end
 from tiny_study.inputs import make_inputs
+from tiny_study.kept_server import CLI, kept_server
 from tiny_study.page import write_page
 from tiny_study.plan import Plan, read_plan
 from tiny_study.results import collect_results, read_results
@@ -42,6 +43,8 @@ from tiny_study.specs import (
 )
 
 STUDY = Path("examples/tiny_study/study.yaml")
+# A model of this size gains nothing from a second thread, and threads that wait for each other slow down all that runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def compare(plan: Plan, task: str, kind: str, content: dict[str, Any]) -> None:
@@ -56,7 +59,7 @@ def compare(plan: Plan, task: str, kind: str, content: dict[str, Any]) -> None:
         server = kept_server(plan.config, arm, ROOT / plan.out / "server", plan.server_port)
     print(f"\n$ megatron-dypo {shlex.join(words)}", flush=True)
     with server:
-        status = run_to_the_end([*CLI, *words], COMPARE_GRACE_S)
+        status = run_to_the_end([*CLI, *words])
     if status:
         _require_diverged(plan, task, kind, status)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.fs import replace_file
-
-ROOT = Path(__file__).resolve().parents[2]
+from whole_job.guarded import ROOT as ROOT
+from whole_job.guarded import run_to_the_end
 
 
 class Stages:
@@ -61,9 +60,9 @@ def script(*arguments: str) -> None:
 
 def _run(name: str, arguments: tuple[str, ...], program: list[str]) -> None:
     print(f"$ {name} {shlex.join(arguments)}", flush=True)
-    finished = subprocess.run([*program, *arguments], cwd=ROOT, check=False)
-    if finished.returncode:
-        sys.exit(f"{name} {arguments[0]} ended with status {finished.returncode}; run the same command again to go on")
+    status = run_to_the_end([*program, *arguments])
+    if status:
+        sys.exit(f"{name} {arguments[0]} ended with status {status}; run the same command again to go on")
 
 
 def write_json(path: Path, content: object) -> None:

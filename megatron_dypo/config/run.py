@@ -29,9 +29,11 @@ class RunConfig:
     watchdog_s: float = 1800.0
     """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
     other ranks, or for rollouts that still arrive, does not count as hung."""
-    allow_changed: tuple[Literal["data"], ...] = ()
-    """Parts of the config that may differ from the run that is resumed. ``data``: the prompt files, their order or
-    ``run.seed``. The position in the data that the checkpoint stores then points at other rows; a warning says so."""
+    allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier"], ...] = ()
+    """Inputs that may differ from those of the run that is resumed; a warning then names each difference. ``data``: the
+    prompt files, their content or order; positions in the data then mean other rows. ``seed``: ``run.seed``.
+    ``tokenizer``: its files, template and stop ids. ``model``: config.json. ``reference``: the weights of a frozen
+    π_ref. ``verifier``: the section ``grading`` and the files of your own verifiers."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps")

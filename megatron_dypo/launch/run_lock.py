@@ -24,6 +24,8 @@ from megatron_dypo.fs import make_exclusively, passing
 from megatron_dypo.processes.identity import ProcessIdentity, own_identity
 
 NAME = "run.lock"
+TRAINER_START_VARIABLE = "DYPO_TRAINER_START"
+"""Environment variable: the number of starts of the trainer in this attempt of the job; slurm/common.sh sets it."""
 BEAT_S = 30.0
 STALE_S = 180.0
 """Longer than a beat plus the minute for which an NFS client may cache an old time of a file."""
@@ -38,12 +40,12 @@ class Holder:
     process: ProcessIdentity
     since: str
     job: str
-    """Slurm's job and attempt, ``1234.2``; empty outside of Slurm."""
+    """Slurm's job, its attempt and the start of the trainer in it, ``1234.2.0``; empty outside of Slurm."""
 
     def is_before(self, job: str) -> bool:
-        """Return whether Slurm has ended the holder's attempt and then started that of ``job``."""
-        mine, theirs = job.rpartition("."), self.job.rpartition(".")
-        return bool(job and self.job) and mine[0] == theirs[0] and int(theirs[2]) < int(mine[2])
+        """Return whether Slurm has ended the holder's attempt or step and then started that of ``job``."""
+        (mine, *start), (theirs, *earlier) = job.split("."), self.job.split(".")
+        return bool(job) and mine == theirs and [int(number) for number in earlier] < [int(number) for number in start]
 
 
 class RunLock:
@@ -181,7 +183,8 @@ def _age(path: Path) -> float | None:
 
 def _slurm_job() -> str:
     job = os.environ.get("SLURM_JOB_ID")
-    return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+    attempt, start = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", TRAINER_START_VARIABLE))
+    return f"{job}.{attempt}.{start}" if job else ""
 
 
 def _now() -> str:

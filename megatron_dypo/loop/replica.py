@@ -65,8 +65,8 @@ class Leader:
     run_dir: Path
     books: Books
     queues: Queues = field(default_factory=Queues)
-    data_identity: dict[str, Any] = field(default_factory=dict)
-    """Identifies the data: in a resumed run a position must mean the same prompt; see ``open_data.data_identity``."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Everything that a resumed run must have again; see :mod:`megatron_dypo.loop.setup.inputs`."""
     stop_ids: tuple[int, ...] = ()
     """Ids of the tokens that end a response."""
 
@@ -132,7 +132,7 @@ class Follower:
     queues: Queues = field(default_factory=Queues)
     books: Books = field(default_factory=Books)
     num_prompts: int = 0
-    data_identity: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
 
     def id_of(self, order: int) -> str:

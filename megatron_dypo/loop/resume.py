@@ -24,7 +24,7 @@ from megatron_dypo.mcore.checkpoints import folder
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.processes.watchdog import mark
 
-_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "data"}
+_STATE_KEYS = {"cursor", "unfinished", "ledger", "batches", "batch", "inputs"}
 """Keys of the trainer's state in a checkpoint that resuming reads (:func:`save_checkpoint` writes them)."""
 
 
@@ -76,7 +76,7 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
             "batches": progress.batches,
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
-            "data": replica.data_identity,
+            "inputs": replica.inputs,
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,

@@ -45,7 +45,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 class JsonlSink:
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] < resume_step] if path.exists() else []
+        found = read_metrics(path) if path.exists() else []
+        kept = [record for record in found if record["step"] < resume_step]
+        self.removed = [record for record in found if record["step"] >= resume_step]
+        """Records of an earlier attempt for steps that this one makes again."""
         self.last_step: int = kept[-1]["step"] if kept else resume_step - 1
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")

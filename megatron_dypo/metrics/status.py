@@ -25,6 +25,7 @@ from typing import Any, Literal
 import megatron_dypo
 from megatron_dypo.ending import Cause
 from megatron_dypo.fs import make_exclusively, replace_file
+from megatron_dypo.metrics.attempts import note
 from megatron_dypo.metrics.repeats import warn_often
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class RunStatus:
         """Start the record of this attempt. Only the holder of the run's lock may call it."""
         self._claim.unlink(missing_ok=True)
         write_record(self._path, Record(attempt=self.attempt, rank=self._rank))
+        note(self._path.parent, "start", attempt=self.attempt)
 
     def report(self, step: int, steps: int, counts: Mapping[str, int | float]) -> None:
         """Note the progress of the run. The first rank writes it, at most once a second."""
@@ -148,6 +150,7 @@ class RunStatus:
         )
         if not make_exclusively(self._claim, _text(last)):
             return None
+        note(self._path.parent, "end", attempt=self.attempt, cause=cause.label)
         self.settle()
         return last
 

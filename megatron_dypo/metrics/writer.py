@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_dypo.config.run import LoggingConfig
+from megatron_dypo.metrics.attempts import note_redone
 from megatron_dypo.metrics.declared import write_declared
 from megatron_dypo.metrics.names import Metric, lookup
 from megatron_dypo.metrics.sinks import METRICS_FILE, TENSORBOARD_DIR, JsonlSink, Sink, TensorBoardSink, WandbSink
@@ -47,6 +48,7 @@ class MetricsWriter:
         self._sinks: list[Sink] = [WandbSink(run_dir, cfg.wandb_project, config)] if cfg.wandb else []
         jsonl = JsonlSink(run_dir / METRICS_FILE, resume_step)
         self._sinks.append(jsonl)
+        note_redone(run_dir, jsonl.removed)
         if cfg.tensorboard:
             self._sinks.append(TensorBoardSink(run_dir / TENSORBOARD_DIR, resume_step))
         self._last_step = jsonl.last_step

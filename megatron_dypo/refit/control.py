@@ -7,6 +7,7 @@ can run at the same time. Every error names the server, the call and the answer.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -14,15 +15,20 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.refit.answers import Answer, ServerError, ServerInfo, UnansweredError, checked, joined, read
 from megatron_dypo.refit.deadline import Deadline
+from megatron_dypo.rollout.ask import BUSY
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 PauseMode = Literal["retract", "abort"]
 
 # If one server of a collective call fails, the others fail as a consequence. This is the wait for all to report.
 _GRACE_S = 2.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.25, 5.0
+"""Pauses before a busy server is asked again."""
 
 
 class SGLangControl:
@@ -203,17 +209,26 @@ class SGLangControl:
     async def call(self, method: str, url: str, path: str, body: Answer | None, timeout_s: float) -> Answer:
         """Make one call to one server. Runs in the control's event loop.
 
-        Redirects are not followed, since they would send the key to another host.
+        A server that takes no request now (HTTP 429 or 503) is asked again until the time is over. Redirects are not
+        followed, since they would send the key to another host.
 
         Raises:
             ServerError: no answer, a refusal, a redirect, or an answer of more than ``MAX_ANSWER_BYTES``.
         """
-        where = f"{method} {url}{path}"
-        options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=timeout_s), "allow_redirects": False}
+        where, deadline, pause_s = f"{method} {url}{path}", Deadline(timeout_s), _FIRST_PAUSE_S
         try:
-            async with self._session.request(method, url + path, json=body, **options) as response:
-                status, text = response.status, await read(response, where, url)
-        except asyncio.TimeoutError as error:
+            while True:
+                limit = aiohttp.ClientTimeout(total=deadline.remaining())
+                async with self._session.request(
+                    method, url + path, json=body, timeout=limit, allow_redirects=False
+                ) as response:
+                    status, text = response.status, await read(response, where, url)
+                if status not in BUSY or deadline.left() <= pause_s:
+                    break
+                warn_often(_log, "a server takes no request now; asking again: %s", f"{where}: HTTP {status}")
+                await asyncio.sleep(pause_s)
+                pause_s = min(2.0 * pause_s, _MAX_PAUSE_S)
+        except (asyncio.TimeoutError, TimeoutError) as error:
             raise UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}", url, is_silent=True) from error

@@ -18,14 +18,18 @@ class Deadline:
         Raises:
             TimeoutError: the deadline has passed.
         """
-        left = self._end - time.monotonic()
-        if left <= 0:
+        left = self.left()
+        if not left:
             raise TimeoutError(f"the time limit of {self.seconds:g} s has passed")
         return left
+
+    def left(self) -> float:
+        """Return the seconds left; 0 if the deadline has passed."""
+        return max(self._end - time.monotonic(), 0.0)
 
     def split(self) -> Deadline:
         """Return a deadline after half of the time left, so that the other half remains after it.
 
         If this deadline has passed, so has the new one.
         """
-        return Deadline(max(self._end - time.monotonic(), 0.0) / 2)
+        return Deadline(self.left() / 2)

@@ -24,7 +24,8 @@ _CONNECT_S = 10.0
 _REFUSALS = (400, 413, 422)
 """Statuses that say that the request itself is at fault: the same one would be refused again."""
 _KEY_REFUSALS = (401, 403)
-_BUSY = (429, 503)
+BUSY = (429, 503)
+"""Statuses that say that the request was not taken, and may be sent again."""
 _OWN_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}
 """Errors of a host without descriptors, buffers, memory or ports. The server is not at fault."""
 _GONE = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN}
@@ -44,7 +45,7 @@ class KeyRefusedError(AttemptError):
 
 
 class BusyError(AskError):
-    """The server asks for a pause: HTTP 429, or 503, with ``Retry-After``."""
+    """The server takes no request now (HTTP 429 or 503). ``retry_after_s``: the pause that it asks for, or 0."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -95,7 +96,7 @@ async def ask(
 
     Raises:
         AttemptError: no answer in time, one of a failing server or of something else than SGLang, or a too long one.
-        BusyError: the server says after how many seconds to ask again.
+        BusyError: the server takes no request now.
         LostServerError: nothing listens there, or the router has no server.
         RefusedError: the server refuses the request for good.
         OwnLackError: this host has no descriptor or port left for a connection.
@@ -120,8 +121,8 @@ async def ask(
         raise RefusedError(message)
     if response.status in _KEY_REFUSALS:
         raise KeyRefusedError(message)
-    if response.status in _BUSY and (wait_s := _retry_after_s(response.headers.get("Retry-After"))) is not None:
-        raise BusyError(message, wait_s)
+    if response.status in BUSY:
+        raise BusyError(message, _retry_after_s(response.headers.get("Retry-After")))
     if not is_good:
         raise AttemptError(message)
     if not is_whole:
@@ -132,16 +133,16 @@ async def ask(
         raise AttemptError(f"{url}: HTTP 200, and no JSON ({type(error).__name__}): {beginning}") from error
 
 
-def _retry_after_s(value: str | None) -> float | None:
-    """Return the seconds of a header ``Retry-After``, which has a number or a date; None where it has neither."""
+def _retry_after_s(value: str | None) -> float:
+    """Return the seconds of a header ``Retry-After``, which has a number or a date; 0 where it has neither."""
     if value is None:
-        return None
+        return 0.0
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value.strip()):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, OverflowError):
-        return None
+        return 0.0
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[bytes, bool]:

@@ -40,6 +40,8 @@ class Attempts:
     """Name of the requested thing, for messages."""
     failures: int = 0
     """Attempts that count against ``retries``."""
+    waits: int = 0
+    """Attempts that a busy server did not take."""
     lacks: int = 0
     """Attempts that this host could not even begin."""
     last_failure: str = "none, no answer came"
@@ -60,7 +62,8 @@ class Attempts:
         """Note a failed attempt, and return the seconds to wait before the next.
 
         A lost server costs no attempt: the next one goes elsewhere at once. Nor does a lack of this host's: other
-        requests end and leave room. Nor does a server that says when to ask again: the next attempt waits that long.
+        requests end and leave room. Nor does a server that takes no request now, even for minutes: the next attempt
+        waits as long as it asks for, and longer each time.
 
         Raises:
             GroupDroppedError: there is no next attempt.
@@ -75,11 +78,15 @@ class Attempts:
         if isinstance(error, LostServerError):
             return 0.0
         if isinstance(error, BusyError):
-            return max(error.retry_after_s, self.backoff_s) * random.uniform(1.0, 1.1)
+            self.waits += 1
+            return max(error.retry_after_s, self._doubled(self.waits)) * random.uniform(1.0, 1.1)
         if isinstance(error, OwnLackError):
             self.lacks = min(self.lacks + 1, 30)
             return min(_FIRST_LACK_S * 2.0 ** (self.lacks - 1), _MAX_LACK_S) * random.uniform(0.5, 1.0)
         self.failures += 1
         if self.failures > self.retries:
             raise GroupDroppedError(f"{counted(self.failures, 'attempt')} failed, the last: {error}") from error
-        return min(self.backoff_s * 2.0 ** min(self.failures - 1, 30), _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+        return self._doubled(self.failures) * random.uniform(0.5, 1.0)
+
+    def _doubled(self, number: int) -> float:
+        return min(self.backoff_s * 2.0 ** min(number - 1, 30), _MAX_BACKOFF_S)

@@ -206,6 +206,58 @@ def test_a_job_that_loses_a_trainer_node_goes_on_with_another_as_if_it_had_not(s
 
 
 @pytest.mark.slow
+def test_a_trainer_that_loses_a_rank_goes_on_in_place_as_if_it_had_not(slurm, task, tmp_path):
+    overrides = ["objective.name=sft", "checkpoint.every=2", "run.steps=24"]
+    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
+    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+
+    folder = tmp_path / "parts"
+    job = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
+    job.wait_until(lambda: 3 in steps_of(folder), "step 3", DEADLINE_S)
+    rank_process(job, 3).kill()
+    job.wait_until(lambda: 9 in steps_of(folder), "step 9", DEADLINE_S)
+    job_process(job, "-m", "megatron_dypo.launch.torchrun").kill()  # now a launcher, which says nothing
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert job.output().count("dypo: the trainer starts again in place") == 2, job.everything()
+    assert "rank 3 was killed by SIGKILL" in job.output()
+    assert job.show()["Restarts"] == "0"
+    assert_same_steps(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
+def test_servers_stay_up_while_the_trainer_starts_again(slurm, task, tmp_path):
+    job = submit(slurm, task, tmp_path, "run.steps=8", nodes=3, rollout_nodes=1)
+    job.wait_until(lambda: 2 in steps_of(tmp_path), "step 2", DEADLINE_S)
+    (before,) = servers(job, "node3")
+    rank_process(job, 0).kill()
+    job.wait_until(lambda: "starts again in place" in job.output(), "a new start", DEADLINE_S)
+    job.wait_until(lambda: 5 in steps_of(tmp_path), "step 5", DEADLINE_S)
+    assert servers(job, "node3") == [before], "the same process"
+    assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    assert sorted(steps_of(tmp_path)) == list(range(1, 9))
+    assert "starting it again" not in (job.logs / "latest" / "rollout.node3.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_spare_node_trains_in_place_of_one_that_is_lost(slurm, task, tmp_path):
+    overrides = ["objective.name=sft", "checkpoint.every=2", "run.steps=24"]
+    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
+    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+
+    folder, spare = tmp_path / "parts", {"options": ["--no-kill"], "SPARE_NODES": "1"}
+    job = submit(slurm, task, folder, *overrides, nodes=3, rollout_nodes=0, **spare)
+    job.wait_until(lambda: 3 in steps_of(folder), "step 3", DEADLINE_S)
+    slurm.call("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    try:
+        assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
+    finally:
+        slurm.call("scontrol", "update", "NodeName=node2", "State=RESUME")
+    assert "dypo: node2 is lost; node3 trains in its place" in job.output(), job.everything()
+    assert job.show()["Restarts"] == "0"
+    assert_same_steps(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
 def test_a_rollout_server_that_is_killed_comes_back_and_the_run_goes_on(slurm, task, tmp_path):
     job = submit(slurm, task, tmp_path, "run.steps=8", nodes=3, rollout_nodes=1)
     job.wait_until(lambda: 1 in steps_of(tmp_path), "step 1", DEADLINE_S)
@@ -258,15 +310,29 @@ def job_process(job, *words):
     raise AssertionError(f"no process with {words}\n{job.everything()}")
 
 
+def rank_process(job, rank):
+    """Return the process of a rank of a running job."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "megatron_dypo.cli" in line and "train" in line and "torchrun" not in " ".join(line):
+            environment = process.environ()
+            if environment.get("RANK") == str(rank) and environment.get("SLURM_JOB_ID") == job.number:
+                return process
+    raise AssertionError(f"no rank {rank}\n{job.everything()}")
+
+
 def kill_server(job, node):
-    """Send SIGKILL to the SGLang process that a node's log names."""
+    """Send SIGKILL to the only server of a node."""
+    (server,) = servers(job, node)
+    server.kill()
+
+
+def servers(job, node):
+    """Return the SGLang processes that a node's log names."""
     log = (job.logs / "latest" / f"rollout.{node}.log").read_text()
     port = log.split(f"http://{node}:")[1].split(",")[0]
     found = [p for p in psutil.process_iter(["cmdline"]) if "sglang_cpu.py" in " ".join(p.info["cmdline"] or [])]
-    (server, *_) = [
-        p for p in found if port in p.info["cmdline"] and "processes.guard" not in " ".join(p.info["cmdline"])
-    ]
-    server.kill()
+    return [p for p in found if port in p.info["cmdline"] and "processes.guard" not in " ".join(p.info["cmdline"])][:1]
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,8 @@ A rank that gets SIGTERM from its launcher ends at once.
 
 A run holds `run.dir/run.lock`, which names host, process and time; it is touched every 30 s. A second `train` on the folder is refused
 with status 73 before it touches anything. The lock of a run that has ended without removing it is taken over: at once if its
-process was on this machine and is gone, or if it belongs to an earlier attempt of the same Slurm job; else once it was not
-touched for 180 s.
+process was on this machine and is gone, or if it belongs to an earlier attempt or start of the same Slurm job; else once it was
+not touched for 180 s.
 
 ## A rank that hangs
 
@@ -56,9 +56,13 @@ other ranks, or for rollouts that come one by one, is no hang.
 """
 
 
+def _started_again(cause: Cause) -> str:
+    return "requeued" if cause.requeue else "in place" if cause.restart else ""
+
+
 def render() -> str:
     rows = (
-        f"| {cause.status} | `{cause.label}` | {cause.value.meaning} | {cause.value.advice} | {'yes' if cause.requeue else ''} |"
+        f"| {cause.status} | `{cause.label}` | {cause.value.meaning} | {cause.value.advice} | {_started_again(cause)} |"
         for cause in Cause
     )
     return _HEAD + "\n".join(rows) + "\n" + _TAIL

@@ -16,10 +16,10 @@ import psutil
 WAIT_S = 1.0
 """Seconds for an answer. Servers of this host answer within milliseconds."""
 _KNOCKS = (
+    b"GET /model_info HTTP/1.1\r\nHost: here\r\nUser-Agent: " + b"stranger" * 10 + b"\r\nConnection: close\r\n\r\n",
     # A store's client: VALIDATE with its magic number, then PING with a number that comes back
     # (torch/csrc/distributed/c10d/TCPStoreBackend.hpp, TCPStore.cpp).
     struct.pack("=BIBI", 0, 0x3C85F7CE, 13, 77) + bytes(100),
-    b"GET /model_info HTTP/1.0\r\nAccept: application/json\r\nUser-Agent: " + b"stranger" * 10 + b"\r\n\r\n",
     b"x" * 4096,
 )
 """First bytes of a connection; at least as many as a key's proof has, so that nobody waits for more."""

@@ -25,6 +25,7 @@ from megatron_dypo.loop.setup.connect import connect, start_in_background
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
+from megatron_dypo.loop.setup.reference_files import hash_reference
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
@@ -66,6 +67,8 @@ def open_run(config: Config) -> Iterator[Run]:
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
         base = _lay(config, layout, objective, latest, stack, with_servers=with_servers)
+        if base.policy.keeps_reference and config.objective.reference.mode == "frozen":
+            base = replace(base, reference_files=hash_reference(config.model))
         opened, replica = _open_replica(base)
         servers = connect(base, opened, starting.result() if starting else None) if with_servers else NoServers()
         teacher = open_teacher(base, opened)

@@ -33,6 +33,8 @@ class Foundation:
     tally: Tally
     stack: contextlib.ExitStack
     """Closes the parts of the run in reverse order."""
+    reference_files: dict[str, str] | None = None
+    """File → SHA-256 of a frozen π_ref; None if the run has none."""
 
     @property
     def run_dir(self) -> Path:

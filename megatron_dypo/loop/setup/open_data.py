@@ -1,19 +1,17 @@
-"""The data of a run on a replica's leader: prompt files and evaluation sets, and their comparison at a resume."""
+"""The data of a run on a replica's leader: prompt files and evaluation sets."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_dypo.config.grading import BUILT_IN_VERIFIERS
 from megatron_dypo.config.tree import Config
-from megatron_dypo.data.fingerprints import compare_fingerprints
-from megatron_dypo.data.prompts import PromptDataset, PromptStream, open_prompts
+from megatron_dypo.data.prompts import PromptDataset, open_prompts
 from megatron_dypo.data.row_check.verdicts import TraceVerdicts, wrong_traces
 from megatron_dypo.data.teacher_table import teacher_table
 from megatron_dypo.data.tokenizer.open import Tokenizer, check_vocabulary, load_tokenizer
@@ -140,26 +138,3 @@ def _first_leader_first(leaders: dist.ProcessGroup) -> Iterator[None]:
     yield
     if leaders.rank() == 0:
         gather_objects(None, leaders)
-
-
-def data_identity(config: Config, stream: PromptStream) -> dict[str, Any]:
-    """Return everything that maps a position of the run to its row. A resumed run must have the same."""
-    return {"files": stream.fingerprint(), "shuffle": config.data.shuffle, "seed": config.run.seed}
-
-
-def require_same_data(stored: Mapping[str, Any], current: Mapping[str, Any], allow_changed: Sequence[str]) -> None:
-    """Compare the data of a checkpoint with those of this run.
-
-    Raises:
-        ValueError: they differ, and ``run.allow_changed`` does not name ``data``.
-    """
-    changes = compare_fingerprints(stored["files"], current["files"])
-    for key in ("shuffle", "seed"):
-        if stored[key] != current[key]:
-            changes.append(f"{key}: {stored[key]!r} → {current[key]!r}")
-    if not changes:
-        return
-    words = f"not the data of the run that is resumed, so that its positions mean other rows: {'; '.join(changes)}"
-    if "data" not in allow_changed:
-        raise ValueError(f"{words}. Restore the data, choose another run.dir, or set run.allow_changed=[data]")
-    log.warning("%s (allowed by run.allow_changed)", words)

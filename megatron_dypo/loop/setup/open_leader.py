@@ -15,14 +15,13 @@ from megatron_dypo.loop.draws import Draws
 from megatron_dypo.loop.replica import Books, Leader
 from megatron_dypo.loop.resume import restore_draws
 from megatron_dypo.loop.setup.foundation import Foundation
+from megatron_dypo.loop.setup.inputs import describe_inputs, require_same_inputs
 from megatron_dypo.loop.setup.open_data import (
     check_against_verifier,
-    data_identity,
     judge_traces,
     open_dataset,
     open_held_out,
     open_tokenizer,
-    require_same_data,
 )
 from megatron_dypo.metrics.samples import SampleLog
 
@@ -41,7 +40,7 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
     """Open and check the data of a replica. Collective over the ``leaders``.
 
     Raises:
-        ValueError: any input breaks a rule, or the data are not those of the checkpoint.
+        ValueError: any input breaks a rule, or the inputs are not those of the checkpoint.
     """
     config, ranks = base.config, base.ranks
     tokenizer = open_tokenizer(config, base.policy.arch.vocab_size)
@@ -56,10 +55,13 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
         check_sets(held_out, grading, verifier)
         verdicts = judge_traces(config, leaders, dataset, tokenizer, verifier)
     source = PromptStream(dataset, tokenizer, config.data, config.run.seed, verdicts=verdicts)
-    identity = data_identity(config, source)
+    inputs = describe_inputs(
+        config, stream=source, tokenizer=tokenizer, arch=base.policy.arch, reference=base.reference_files
+    )
     draws = Draws(source=source, ledger=Ledger(), replica=ranks.replica, replicas=ranks.replicas)
     if base.restored is not None:
-        require_same_data(base.restored.trainer_state["data"], identity, config.run.allow_changed)
+        stored = base.restored.trainer_state["inputs"]
+        require_same_inputs(base.run_dir, stored, inputs, config.run.allow_changed)
         restore_draws(draws, base.restored.trainer_state)
     shard = ranks.replica if ranks.replicas > 1 else None
     leader = Leader(
@@ -69,7 +71,7 @@ def open_leader(base: Foundation, leaders: dist.ProcessGroup) -> OpenedLeader:
         sample_log=SampleLog(base.run_dir, shard=shard, max_rows=config.logging.samples_per_step),
         run_dir=base.run_dir,
         books=Books(ledger=draws.ledger),
-        data_identity=identity,
+        inputs=inputs,
         stop_ids=tokenizer.eos_ids,
     )
     return OpenedLeader(leader=leader, tokenizer=tokenizer, verifier=verifier)

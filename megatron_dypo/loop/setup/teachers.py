@@ -93,15 +93,19 @@ def verifier_key(cfg: GradingConfig) -> str:
     The text is empty, and no verdict is kept, if the file of a verifier is not found. Modules that a verifier's module
     imports are not included: after a change of one, remove ``data_check`` in the run folder.
     """
-    files = {}
-    for _, name in cfg.named_verifiers():
-        if name in BUILT_IN_VERIFIERS:
-            continue
-        file = _file_of(name.partition(":")[0])
-        if file is None:
-            return ""
-        files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    files = files_of_verifiers(cfg)
+    if None in files.values():
+        return ""
     return json.dumps({"version": __version__, "grading": asdict(cfg), "files": files}, sort_keys=True, default=repr)
+
+
+def files_of_verifiers(cfg: GradingConfig) -> dict[str, str | None]:
+    """Return import path → SHA-256 of its file for the verifiers that are not ours; None if the file is not found."""
+    names = [name for _, name in cfg.named_verifiers() if name not in BUILT_IN_VERIFIERS]
+    files = {name: _file_of(name.partition(":")[0]) for name in names}
+    return {
+        name: None if file is None else hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()
+    }
 
 
 def _file_of(module: str) -> Path | None:

@@ -14,10 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.declared import read_declared
+from megatron_dypo.metrics.goodput import measure_goodput
 from megatron_dypo.metrics.report.plots import Plot, build_plots
 from megatron_dypo.metrics.report.probes import probe_plots, read_probes, verdict_rows
 from megatron_dypo.metrics.report.sample_table import select_samples
-from megatron_dypo.metrics.report.tiles import build_tiles, duration
+from megatron_dypo.metrics.report.tiles import build_tiles, duration, goodput_tiles
 from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_dypo.metrics.versions import VERSIONS_FILE
 
@@ -31,7 +32,7 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
     """Write the report of a run, all of it or nothing, and return its path.
 
     Reads ``metrics.jsonl`` and, where they exist, ``samples/``, ``probe/``, ``summary.json``, ``config.yaml``,
-    ``versions.json`` and ``status.json``.
+    ``versions.json``, ``status.json`` and ``attempts.jsonl``.
 
     Args:
         out: the page; None: ``run_dir/report.html``.
@@ -41,7 +42,7 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
         ValueError: the folder is not a run's, or one of these files is damaged.
     """
     records, probes = read_records(run_dir), read_probes(run_dir)
-    ending = read_status_text(run_dir)
+    ending, goodput = read_status_text(run_dir), measure_goodput(run_dir)
     page = render_template(
         "page.html.j2",
         title=run_dir.resolve().name,
@@ -52,7 +53,8 @@ def render_report(run_dir: Path, *, out: Path | None = None, reload_s: int | Non
             *([f"live: reloads every {reload_s} s"] if reload_s else []),
         ],
         reload_s=reload_s,
-        tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records),
+        tiles=build_tiles(_read_json(run_dir / SUMMARY_FILE), records) + goodput_tiles(goodput),
+        goodput=goodput,
         versions=_read_json(run_dir / VERSIONS_FILE),
         config=_read_text(run_dir / CONFIG_FILE),
         plots=[*build_plots(records, read_declared(run_dir)), *probe_plots(probes)],
@@ -94,6 +96,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["script_json"] = script_json
+    environment.filters["duration"] = duration
     environment.filters["figures"] = _figures
     return environment
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from megatron_dypo.metrics.goodput import Goodput
 from megatron_dypo.metrics.intervals import wilson_interval
 from megatron_dypo.metrics.report.plots import Records
 
@@ -33,6 +34,11 @@ def build_tiles(summary: Mapping[str, Any], records: Records) -> list[Tile]:
         for key, value in summary.items()
         if key not in intervals
     ]
+
+
+def goodput_tiles(goodput: Goodput | None) -> list[Tile]:
+    """Return the tile of a run's goodput; none if it is not known."""
+    return [Tile("goodput", f"{goodput.ratio:.1%}", f"of {duration(goodput.wall_s)}")] if goodput else []
 
 
 def duration(seconds: float) -> str:

@@ -55,6 +55,15 @@ class SafetensorsFiles:
         return self._opened[self.file_of[name]].get_slice(name)
 
 
+def files_of_weights(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the weights of an HF folder, in the order of their names.
+
+    Raises:
+        ValueError: they are not whole; see :class:`SafetensorsFiles`.
+    """
+    return sorted(folder / file for file in set(SafetensorsFiles(folder).file_of.values()))
+
+
 def read_weight_map(index: Path) -> dict[str, str]:
     """Return tensor → file of an index.
 

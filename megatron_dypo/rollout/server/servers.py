@@ -22,11 +22,14 @@ from megatron_dypo.rollout.server.command import (
     server_command,
     server_environment,
 )
+from megatron_dypo.rollout.server.names import require_known_hosts
 from megatron_dypo.rollout.server.probe import HEALTH_EVERY_S, http_status, log_probs_are_untempered
 from megatron_dypo.rollout.server.process import ServerProcess
 from megatron_dypo.rollout.server.supervise import Supervised, Supervisor
 
 _log = logging.getLogger(__name__)
+_TELL_EVERY_S = 60.0
+"""Seconds between two lines that name the server that is waited for."""
 
 
 class NotHealthyError(TimeoutError):
@@ -133,13 +136,17 @@ class ServerPool:
             _log.info("starting %s at %s, log %s", process.name, url, process.log_path)
 
     def _wait_healthy(self, deadline_s: float, key_name: str) -> None:
-        deadline = time.monotonic() + deadline_s
+        start = time.monotonic()
+        told = start
         for url in self.urls:
             while (status := http_status(f"{url}/health", self.api_key)) != 200:
                 self.check()
-                if time.monotonic() > deadline:
-                    said = "no answer" if status is None else f"/health answers HTTP {status}"
+                now, said = time.monotonic(), "no answer" if status is None else f"/health answers HTTP {status}"
+                if now - start > deadline_s:
                     raise NotHealthyError(f"SGLang server {url} is not healthy after {deadline_s:g} s: {said}")
+                if now - told > _TELL_EVERY_S:
+                    told = now
+                    _log.info("waiting for SGLang server %s for %.0f of %g s: %s", url, now - start, deadline_s, said)
                 time.sleep(HEALTH_EVERY_S)
             status = http_status(f"{url}/model_info", self.api_key)
             if status in (401, 403):
@@ -199,8 +206,9 @@ def start_servers(
     Raises:
         ServerDiedError: a server ended while it started.
         NotHealthyError: a server is not healthy after ``cfg.start_deadline_s``.
-        ValueError: a server of ``cfg.urls`` refuses the API key, or its log-probs depend on the temperature; ``dtype``,
-            ``cfg.port`` or the key breaks a rule; or ``cfg.nodes`` is above 1 without ``cfg.urls``.
+        ValueError: a server of ``cfg.urls`` has a name that this host does not know, refuses the API key, or gives
+            log-probs that depend on the temperature; ``dtype``, ``cfg.port`` or the key breaks a rule; or ``cfg.nodes``
+            is above 1 without ``cfg.urls``.
     """
     if not cfg.urls and cfg.nodes > 1:
         raise ValueError(
@@ -215,6 +223,7 @@ def start_servers(
     )
     with contextlib.ExitStack() as undo:
         undo.callback(pool.stop)
+        require_known_hosts(cfg.urls)
         if not cfg.urls:
             log_dir.mkdir(parents=True, exist_ok=True)
             pool._start(cfg, model_path.resolve(), dtype, log_dir.resolve(), seed, device)

@@ -103,13 +103,17 @@ def test_a_reboot_is_another_machine(tmp_path):
     assert_refused(tmp_path)
 
 
-@pytest.mark.parametrize(("mine", "is_free"), [("12.1", True), ("12.0", False), ("13.1", False), (None, False)])
-def test_a_requeued_job_takes_the_lock_of_its_earlier_attempt_at_once(tmp_path, monkeypatch, mine, is_free):
-    for name, value in zip(("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), (mine or "").split("."), strict=False):
+@pytest.mark.parametrize(
+    ("mine", "is_free"),
+    [("12.1.0", True), ("12.0.2", True), ("12.0.1", False), ("12.0.0", False), ("13.1.0", False), (None, False)],
+)
+def test_a_job_takes_the_lock_of_its_earlier_attempt_or_trainer_at_once(tmp_path, monkeypatch, mine, is_free):
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "DYPO_TRAINER_START")
+    for name, value in zip(names, (mine or "").split("."), strict=False):
         monkeypatch.setenv(name, value)
     if mine is None:
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    left_by(tmp_path, job="12.0")
+    left_by(tmp_path, job="12.0.1")
     if is_free:
         make_lock(tmp_path).acquire()
     else:

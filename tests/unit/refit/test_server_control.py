@@ -176,3 +176,25 @@ def test_closing_ends_the_calls_that_are_under_way(servers):
         answer.result(timeout=0)
     control.close()
     release.set()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_takes_no_request_is_asked_again_until_it_does(servers, control, status):
+    asked = []
+
+    def recover(path):
+        asked.append(path)
+        if len(asked) == 3:
+            servers[1].answers.clear()
+
+    servers[1].answers["/pause_generation"] = (status, "drained")
+    servers[1].on_call = recover
+    control.pause("retract", Deadline(60))
+    assert len(servers[1].posts) == 3
+    assert servers[0].posts == ["/pause_generation"], "a call that was taken is not made again"
+
+
+def test_a_server_that_takes_no_request_to_the_end_is_named_with_its_answer(servers, control):
+    servers[1].answers["/pause_generation"] = (503, "drained")
+    with pytest.raises(ServerError, match=f"{servers[1].url}/pause_generation: status 503: drained"):
+        control.pause("retract", Deadline(1))

@@ -38,9 +38,15 @@ def test_one_failed_attempt_is_singular() -> None:
 
 def test_a_pause_that_the_server_asks_for_costs_no_attempt_and_is_never_shorter() -> None:
     some = attempts(retries=0)
-    assert all(3.0 <= some.pause_after(BusyError("HTTP 429", 3.0)) <= 3.3 for _ in range(20))
-    assert some.pause_after(BusyError("HTTP 429", 0.0)) >= 0.5
+    assert 3.0 <= some.pause_after(BusyError("HTTP 429", 3.0)) <= 3.3
     assert some.failures == 0
+
+
+def test_pauses_before_a_busy_server_is_asked_again_double_up_to_half_a_minute() -> None:
+    some = attempts(retries=0)
+    pauses = [some.pause_after(BusyError("HTTP 503", 0.0)) for _ in range(20)]
+    expected = [min(0.5 * 2**number, 30.0) for number in range(20)]
+    assert all(low <= pause <= 1.1 * low for pause, low in zip(pauses, expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", [LostServerError, OwnLackError])

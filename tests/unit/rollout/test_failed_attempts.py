@@ -98,7 +98,7 @@ def dropped(url: str, **fields: Any) -> GroupDroppedError:
     return asyncio.run(one(make_client([url], **fields)))
 
 
-@pytest.mark.parametrize("name", ["HTML", "404", "503", "no log-probs"])
+@pytest.mark.parametrize("name", ["HTML", "404", "no log-probs"])
 def test_a_group_that_fails_to_the_end_is_incomplete_with_its_last_reason(name: str) -> None:
     reply, _ = FAILURES[name]
     with FakeSGLang(lambda index, body: reply) as fake:
@@ -106,6 +106,24 @@ def test_a_group_that_fails_to_the_end_is_incomplete_with_its_last_reason(name: 
     assert error.reason is DropReason.INCOMPLETE
     assert str(error).startswith("2 attempts failed, the last: ")
     assert fake.url in str(error)
+
+
+@pytest.mark.parametrize("name", ["429", "503"])
+def test_servers_that_take_no_request_for_a_while_cost_no_attempt(name: str) -> None:
+    reply, _ = FAILURES[name]
+    with FakeSGLang(lambda index, body: reply if index < 9 else "ok") as fake:
+        client = make_client([fake.url], retries=0)
+        groups, stats = collect(make_prompts(3), client, group_size=2, progress=False)
+    assert (len(groups), len(stats.dropped)) == (3, 0)
+    assert len(fake.requests) == 12
+
+
+def test_a_server_that_takes_no_request_to_the_deadline_says_so() -> None:
+    with FakeSGLang(lambda index, body: text("drained", 503)) as fake:
+        error = dropped(fake.url, request_deadline_s=0.5, retries=0)
+    assert error.reason is DropReason.INCOMPLETE
+    assert str(error).startswith("no complete group after request_deadline_s=0.5; last failure: ")
+    assert "HTTP 503: drained" in str(error)
 
 
 def test_a_refused_prompt_says_that_it_is() -> None:

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,36 +9,6 @@ import pytest
 from megatron_dypo.ending import Cause
 
 REPOSITORY = Path(__file__).parents[3]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job: ``job(SCRIPT)`` sources supervise.sh with stand-ins for Slurm's commands; it returns the output."""
-
-    logs: Path
-
-    def __call__(self, script: str, **environment: str) -> tuple[int, str]:
-        stand_ins = 'scontrol() { echo "scontrol $*"; }; squeue() { echo "${STATE:-RUNNING}"; }; stop_roles() { :; }\n'
-        source = f"set -euo pipefail; declare -A PID=(); source {REPOSITORY}/slurm/common.sh\n"
-        settings = {"DYPO_HOME": str(REPOSITORY), "DYPO_LOGS": str(self.logs), "LOG_ROOT": str(self.logs.parents[1])}
-        settings |= {"ATTEMPT": "1", "SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "dypo", "JOB": "12"}
-        done = subprocess.run(
-            ["bash", "-c", source + stand_ins + script],
-            env={**os.environ, **settings, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    logs = tmp_path / "dypo" / "12.1"
-    for folder in ("ends", "ended", "bad", "well"):
-        (logs / folder).mkdir(parents=True)
-    return Job(logs=logs)
 
 
 def end(job, node, line, age=0):
@@ -151,3 +119,73 @@ def test_nodes_that_are_well_pass_and_bad_ones_are_left_out(job):
     _, said = job(PREFLIGHT, MARKS_S="0", SECOND="bad")
     assert "dypo: bad node node2: 7 of 8 GPUs" in said
     assert "scontrol requeue 12" in said
+
+
+STARTS_AGAIN = """
+sinfo() { printf '%s\\n' ${SINFO:-}; }
+start_trainer() { count_start; echo "start on ${TRAIN[*]}, spare: ${SPARE[*]}"; }
+MAX_RESTARTS=2 RUN_DIR=$LOG_ROOT/run TRAIN=(node1 node2) SPARE=(${SPARE_LIST:-})
+reach() { mkdir -p "$RUN_DIR/checkpoints"; echo "$1" >"$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt"; }
+start_trainer
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "starts"),
+    [
+        (["77 3 rank_lost: rank 3 was killed by SIGKILL", "77 3 rank_lost: Connection closed by peer"], 77, True),
+        (["76 3 rank_hung: rank 3", "143 ? terminated: asked"], 76, True),
+        ([], 137, True),  # launchers that were killed
+        ([], 127, False),  # a command that is not there
+        (["77 3 rank_lost: Connection closed by peer", "13 3 not_finite: weights"], 77, False),
+        (["65 ? bad_input: a key"], 65, False),
+        (["70 3 bug: 'absent'"], 70, False),
+    ],
+)
+def test_a_trainer_starts_again_in_place_only_if_it_was_lost(job, ends, status, starts):
+    for number, line in enumerate(ends):
+        end(job, f"node{number + 1}", line)
+    code, said = job(f"{STARTS_AGAIN}restart_trainer {status} 'how it ended'")
+    assert said.count("start on node1 node2") == 1 + starts
+    assert (code == 0) is starts
+    assert ("dypo: error: how it ended" in said) is not starts
+    if starts:
+        assert "dypo: how it ended" in said
+        assert sorted(path.name for path in (job.logs / "ends.1").iterdir()) == [
+            f"node{n + 1}" for n in range(len(ends))
+        ]
+
+
+def test_the_statuses_of_a_lost_trainer_are_those_whose_cause_says_that_it_may_be_started_again():
+    (cases,) = re.findall(r"case \$said in\s+([\d |]+)\)", (REPOSITORY / "slurm" / "supervise.sh").read_text())
+    assert {int(status) for status in cases.split("|")} - {0, 75, 143} == {c.status for c in Cause if c.restart}
+
+
+def test_starts_without_a_new_checkpoint_are_limited_and_a_checkpoint_begins_a_new_count(job):
+    end(job, "node1", "77 3 rank_lost: rank 3 was killed by SIGKILL")
+    again = "end=$DYPO_LOGS/ends/node1; lose() { echo '77 1 rank_lost: x' >$end; restart_trainer 77 lost; }; "
+    code, said = job(f"{STARTS_AGAIN}{again} lose; lose; reach 5; lose; lose; lose; lose; echo never")
+    assert said.count("start on node1 node2") == 1 + 5
+    assert code == 1
+    assert said.endswith(
+        "dypo: error: lost; started 3 times since the run's last checkpoint, more than 1 + MAX_RESTARTS=2\n"
+    )
+
+
+def test_a_spare_node_trains_in_place_of_a_lost_one(job):
+    script = STARTS_AGAIN.replace(
+        "printf '%s\\n' ${SINFO:-}",
+        'case "$*" in *node1*) echo "node1 alloc"; echo "node2 down*" ;; *) echo "node3 drng"; echo "node4 idle"; esac',
+    )
+    code, said = job(f"{script}restart_trainer 143 lost", SPARE_LIST="node3 node4")
+    assert code == 0
+    assert "dypo: node2 is lost; node4 trains in its place" in said
+    assert "start on node1 node4, spare: \n" in said
+
+
+def test_without_a_spare_node_a_job_with_a_lost_node_is_requeued_without_it(job):
+    script = STARTS_AGAIN.replace("printf '%s\\n' ${SINFO:-}", 'echo "node1 alloc"; echo "node2 down*"')
+    code, said = job(f"{script}restart_trainer 143 lost")
+    assert code == 0
+    assert "scontrol requeue 12\n" in said
+    assert "ExcNodeList=node2" in said

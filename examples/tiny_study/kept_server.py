@@ -1,4 +1,4 @@
-"""Commands that never outlive this program, and one SGLang server for all cells of a study.
+"""One SGLang server for all cells of a study.
 
 With one server not every cell waits for its own to start. Each run brings it the run's weights before it asks for
 anything, and every cell's model has the same shape.
@@ -9,60 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from whole_job.stages import ROOT
+from whole_job.guarded import start
 
 from megatron_dypo.config.reading.load import flow_yaml
-from megatron_dypo.ending import Cause
-from megatron_dypo.processes.children import program
 
 KEY = "DYPO_SGLANG_API_KEY"
 CLI = (sys.executable, "-m", "megatron_dypo.cli")
 _READY = b"serving at "
 """The words of ``megatron-dypo serve`` that follow the start of its servers."""
 _LOOK_EVERY_S = 0.2
-SERVER_GRACE_S, COMPARE_GRACE_S = 30.0, 900.0
-"""Seconds between SIGTERM and SIGKILL. A comparison that is asked to stop saves a checkpoint."""
-
-
-def start(command: Sequence[str], grace_s: float, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Start a command under a guard, which ends it if this process is killed."""
-    guard = program("megatron_dypo.processes.guard:main", os.getpid(), grace_s, *command)
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then stops the command in order.
-    return subprocess.Popen(
-        guard, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-    )
-
-
-def run_to_the_end(command: Sequence[str], grace_s: float) -> int:
-    """Run a command and return its exit status.
-
-    SIGTERM and Ctrl-C ask the command to stop, and end this program with the status of a run that was stopped.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        asked.append(number)
-        process.terminate()
-
-    process = start(command, grace_s)
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:
-        print("stopped on request; run the same command again to go on", file=sys.stderr)
-        sys.exit(Cause.STOPPED.status)
-    return status
+_GRACE_S = 30.0
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 @contextlib.contextmanager
@@ -83,7 +47,7 @@ def kept_server(config: str, arm: Mapping[str, Any], log_dir: Path, port: int) -
     path = log_dir / "serve.log"
     with path.open("ab") as log:
         begin = log.tell()
-        process = start([*CLI, "serve", config, *words, "--log-dir", str(log_dir)], SERVER_GRACE_S, log)
+        process = start([*CLI, "serve", config, *words, "--log-dir", str(log_dir)], _GRACE_S, log)
     try:
         _await_ready(process, path, begin)
         yield

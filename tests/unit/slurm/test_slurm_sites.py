@@ -1,0 +1,90 @@
+"""What differs between clusters: names of nodes, limits, memory options, GPUs of a node, caches, the login node."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.slurm_job import REPOSITORY, Job
+
+NODE = REPOSITORY / "slurm" / "node.sh"
+
+
+@pytest.mark.parametrize(("domain", "name"), [("", "node3"), ("hpc.example.org", "node3.hpc.example.org")])
+def test_addresses_have_the_domain_of_the_nodes(job: Job, domain: str, name: str) -> None:
+    script = "ROLLOUT=(node3) NODES_PER_SERVER=1 SERVERS_PER_NODE=1 DYPO_PORT=10000; server_urls"
+    assert job(script, NODE_DOMAIN=domain) == (0, f"http://{name}:10020\n")
+
+
+@pytest.mark.parametrize(("soft", "hard", "after"), [(100, 400, 400), (100, 900, 600), (700, 900, 700)])
+def test_limits_are_raised_and_never_lowered(job: Job, soft: int, hard: int, after: int) -> None:
+    script = f"ulimit -S -n {soft}; ulimit -H -n {hard}; raise_limit -n 600; ulimit -S -n"
+    assert job(script) == (0, f"{after}\n")
+
+
+def test_an_unlimited_limit_is_asked_for_and_the_hard_one_taken(job: Job) -> None:
+    script = "ulimit -S -l 64; ulimit -H -l 128; raise_limit -l unlimited; ulimit -S -l"
+    assert job(script) == (0, "128\n")
+
+
+@pytest.mark.parametrize("given", ["SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"])
+def test_memory_by_cpu_or_gpu_takes_the_place_of_the_scripts_memory_by_node(job: Job, given: str) -> None:
+    script = 'read_settings; echo "${SLURM_MEM_PER_NODE:-none}"'
+    settings = {"CONFIG": "examples/llama3_70b/config.yaml", "IMAGE": "registry#dypo:1", "SLURM_MEM_PER_NODE": "0"}
+    assert job(script, **settings) == (0, "0\n")
+    assert job(script, **settings, **{given: "1000"}) == (0, "none\n")
+
+
+def test_fewer_cpus_than_ranks_are_told(job: Job) -> None:
+    settings = {"CONFIG": "examples/llama3_70b/config.yaml", "IMAGE": "registry#dypo:1", "SLURM_CPUS_ON_NODE": "1"}
+    assert "warning: 1 CPUs for 8 ranks on a node" in job("read_settings", **settings)[1]
+
+
+def test_the_folder_of_logs_has_its_full_name(job: Job) -> None:
+    settings = {"CONFIG": "examples/llama3_70b/config.yaml", "IMAGE": "registry#dypo:1", "LOG_ROOT": "logs/../here"}
+    done = job('cd /; read_settings; echo "$LOG_ROOT"', **settings)
+    assert done == (0, "/here\n")
+
+
+def test_a_dry_run_without_the_packages_says_which_python_it_used(job: Job) -> None:
+    said = "ModuleNotFoundError: No module named 'typer'"
+    assert job(f'explain_missing_module <<<"{said}"')[1] == ""
+    assert "with the Python of this host: set VENV" in job(f'explain_missing_module <<<"{said}"', DRY_RUN="1")[1]
+    assert job('explain_missing_module <<<"a key"', DRY_RUN="1")[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "answer"), [(1, "1 of 2 GPUs answer"), (2, "node1 is well"), (3, "node1 is well")], ids=str
+)
+def test_a_node_with_more_gpus_than_are_used_is_well(job: Job, tmp_path: Path, gpus: int, answer: str) -> None:
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\n" + "".join(f'echo "{index}, 0, No, No"\n' for index in range(gpus)))
+    driver.chmod(0o755)
+    (job.logs / "canary").write_text("12\n")
+    settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "2"}
+    environment = {**os.environ, **settings, "PATH": f"{driver.parent}:{os.environ['PATH']}"}
+    done = subprocess.run([NODE, "preflight"], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == answer + "\n"
+    assert ("has 3 GPUs, GPUS_PER_NODE=2 are used" in done.stderr) is (gpus == 3)
+    mark = job.logs / ("bad" if gpus < 2 else "well") / "node1"
+    assert mark.is_file()
+
+
+def test_compilers_of_kernels_write_to_a_private_folder_of_the_node(job: Job, tmp_path: Path) -> None:
+    (job.logs / "canary").write_text("12\n")
+    settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "2"}
+    settings |= {"SLURM_TMPDIR": str(tmp_path), "DYPO_TRAIN_NODES": "node1", "TORCHINDUCTOR_CACHE_DIR": "/mine"}
+    command = [str(NODE), "trainer", "env"]
+    done = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60, check=True
+    )
+    values = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    cache = tmp_path / f"dypo-cache-{os.getuid()}"
+    assert values["TRITON_CACHE_DIR"] == f"{cache}/triton"
+    assert values["FLASHINFER_WORKSPACE_BASE"] == f"{cache}/flashinfer"
+    assert values["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    assert cache.stat().st_mode & 0o777 == 0o700
