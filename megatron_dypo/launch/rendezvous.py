@@ -36,8 +36,8 @@ KEY_VARIABLE = "MEGATRON_DYPO_STORE_KEY"
 _BACKEND = "megatron_dypo"
 _DEFAULT_PORT = 29500
 """torchrun's default of --master-port."""
-_PATIENCE = datetime.timedelta(seconds=600)
-"""Longest wait of a node for the others; torchrun's default."""
+_TIMEOUT_S = 600
+"""torchrun's default of timeout in --rdzv-conf: longest wait of a node for the others, in seconds."""
 _KEY = re.compile(r"[!-~]{16,}")
 
 
@@ -88,7 +88,8 @@ def _with_ours(args: argparse.Namespace, endpoint: str, rank: int, key: str) -> 
     """Return torchrun's arguments with our rendezvous."""
     _register()
     _keys[endpoint] = key
-    ours = {"standalone": False, "rdzv_backend": _BACKEND, "rdzv_endpoint": endpoint, "rdzv_conf": f"rank={rank}"}
+    conf = f"{args.rdzv_conf},rank={rank}".strip(",")
+    ours = {"standalone": False, "rdzv_backend": _BACKEND, "rdzv_endpoint": endpoint, "rdzv_conf": conf}
     return argparse.Namespace(**{**vars(args), **ours})
 
 
@@ -108,14 +109,18 @@ def _make(parameters: RendezvousParameters) -> RendezvousHandler:
         rank=int(parameters.config["rank"]),
         num_nodes=parameters.max_nodes,
         run_id=parameters.run_id,
+        timeout=datetime.timedelta(seconds=int(parameters.config.get("timeout", _TIMEOUT_S))),
     )
 
 
 class _Rendezvous(RendezvousHandler):
     """The meeting of a fixed number of launchers, whose numbers are given."""
 
-    def __init__(self, address: StoreAddress, *, rank: int, num_nodes: int, run_id: str) -> None:
+    def __init__(
+        self, address: StoreAddress, *, rank: int, num_nodes: int, run_id: str, timeout: datetime.timedelta
+    ) -> None:
         self._address, self._rank, self._num_nodes, self._run_id = address, rank, num_nodes, run_id
+        self._timeout = timeout
         self._store: Store | None = None
         self._port = 0
         self._served: ServedStore | None = None
@@ -159,15 +164,15 @@ class _Rendezvous(RendezvousHandler):
     def _serve(self) -> Store:
         address = self._address
         host = _own_address(address.host) if address.key else LOOPBACK
-        self._served = ServedStore(host, _PATIENCE, port=address.port, key=address.key)
+        self._served = ServedStore(host, self._timeout, port=address.port, key=address.key)
         self._port = self._served.store.port
         return self._served.store
 
     def _reach(self) -> Store:
         address = self._address
-        self._tunnel = Tunnel(address.host, address.port, address.key, patience_s=_PATIENCE.total_seconds())
+        self._tunnel = Tunnel(address.host, address.port, address.key, patience_s=self._timeout.total_seconds())
         self._port = self._tunnel.port
-        return reach_store(StoreAddress(host=LOOPBACK, port=self._port), _PATIENCE)
+        return reach_store(StoreAddress(host=LOOPBACK, port=self._port), self._timeout)
 
 
 def _own_address(name: str) -> str:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _NUMBER_BYTES = 32
 _PROOF_BYTES = 32
 _PROOF_WAIT_S = 10.0
-"""Longest time for a proof that the other end knows the key."""
+"""Longest time for a connection, and for a proof that the other end knows the key."""
 _RETRY_S = 0.2
 """Seconds between two attempts to reach a door, since its host does not announce that it has opened it."""
 _CHUNK_BYTES = 2**16
@@ -122,7 +122,10 @@ async def _enter(host: str, port: int, key: bytes) -> _Streams:
         KeyRefusedError: the door closed the connection, or does not know the key itself.
         OSError: nothing listens there.
     """
-    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), _PROOF_WAIT_S)
+    except asyncio.TimeoutError as error:
+        raise TimeoutError(f"no connection in {_PROOF_WAIT_S:g} s") from error
     ours = secrets.token_bytes(_NUMBER_BYTES)
     try:
         writer.write(ours + _proof(key, b"knocks", ours))

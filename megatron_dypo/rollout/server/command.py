@@ -21,8 +21,10 @@ _CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
 _CPU_MAX_TOTAL_TOKENS = 20_000
 _MAX_TMPDIR = 60
 _DTYPES = ("float32", "bfloat16")
-_HIDDEN = re.compile(r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|.*_API_KEY")
-"""Variables that a server must not see: torchrun's, and API keys."""
+_HIDDEN = re.compile(
+    r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|.*_(API|STORE)_KEY"
+)
+"""Variables that a server must not see: torchrun's, and keys."""
 _NETWORK_STORE_FLAGS = ("--dist-init-addr", "--nnodes", "--nccl-port", "--dp-size", "--data-parallel-size")
 """Flags of servers whose process groups do not all meet on one store of this host."""
 

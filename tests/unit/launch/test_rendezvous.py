@@ -33,11 +33,11 @@ def test_all_nodes_give_a_start_the_same_name_and_the_first_has_rank_0(monkeypat
     found = []
     for rank in range(2):
         monkeypatch.setenv(KEY_VARIABLE, KEY)
-        found.append(read_meeting([*NODES[:3], f"--node-rank={rank}", *PROGRAM]))
+        found.append(read_meeting([*NODES[:3], f"--node-rank={rank}", "--rdzv-conf=timeout=7", *PROGRAM]))
     assert found[0].attempt == found[1].attempt
     assert [meeting.has_first_rank for meeting in found] == [True, False]
     assert [meeting.arguments.rdzv_endpoint for meeting in found] == ["node1:10000"] * 2
-    assert [meeting.arguments.rdzv_conf for meeting in found] == ["rank=0", "rank=1"]
+    assert [meeting.arguments.rdzv_conf for meeting in found] == ["timeout=7,rank=0", "timeout=7,rank=1"]
 
 
 def test_ranks_do_not_inherit_the_key(monkeypatch):

@@ -83,8 +83,8 @@ def test_a_server_does_not_see_torchruns_variables() -> None:
     assert {"LOCAL_SCRATCH", "HOME"} <= env.keys()
 
 
-def test_a_server_sees_no_api_key_in_its_environment() -> None:
-    inherited = {"DYPO_SGLANG_API_KEY": "k", "OPENAI_API_KEY": "k", "HF_TOKEN": "t"}
+def test_a_server_sees_no_key_in_its_environment() -> None:
+    inherited = {"DYPO_SGLANG_API_KEY": "k", "OPENAI_API_KEY": "k", "MEGATRON_DYPO_STORE_KEY": "k", "HF_TOKEN": "t"}
     env = server_environment(inherited, 1, "cpu", [0], PACKAGE, host="127.0.0.1")
     assert "k" not in env.values()
     assert env["HF_TOKEN"] == "t"
