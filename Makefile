@@ -130,12 +130,13 @@ test: setup setup-test-data  ## Run the tests that need no GPU and are not marke
 test-all: setup setup-test-data  ## Run every test that needs no GPU.
 	@$(BIN)/python -m pytest -m "not gpu"
 
-lint: setup  ## Check style, formatting, types, the direction of imports and the words.
+lint: setup  ## Check style, formatting, types, the direction of imports, the words and the pins.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/check_words.py
+	$(BIN)/python tools/audit.py
 
 format: setup  ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix .

@@ -142,9 +142,10 @@ set_environment() {
   [ -z "${DRY_RUN:-}" ] || return 0
   raise_limit -n 65536
   raise_limit -l unlimited # pinned memory and RDMA
-  # The key is in the environment only: job steps inherit it, and no command line and no file of the job shows it.
+  # The keys are in the environment only: job steps inherit them, and no command line and no file of the job shows them.
   DYPO_SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-  export DYPO_SGLANG_API_KEY
+  MEGATRON_DYPO_STORE_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # of the store on which trainer nodes meet
+  export DYPO_SGLANG_API_KEY MEGATRON_DYPO_STORE_KEY
 }
 
 # raise_limit OPTION VALUE: raise a soft limit to the value, or to the hard limit; never lower it.

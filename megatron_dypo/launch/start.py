@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.urls import url_host
 from megatron_dypo.launch.probe_target import ProbeTarget
 from megatron_dypo.launch.replay_target import ReplayTarget
+from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
 """Environment variable of a launcher: the command that became the launcher has checked the inputs."""
@@ -45,6 +47,8 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if _is_on_one_host(config):
+        stay_on_this_host(os.environ)  # ranks and servers inherit it
     if "RANK" not in os.environ and config.parallel.local_ranks > 1:
         _become_local_ranks(config.parallel.local_ranks, command)
     from megatron_dypo.launch.attempt import run_rank
@@ -79,6 +83,12 @@ def replay_rank(config: Config, target: ReplayTarget) -> None:
     from megatron_dypo.loop.bad_steps.replay import replay
 
     replay(config, target.folder, target.dump, target.weights if target.is_checkpoint else None)
+
+
+def _is_on_one_host(config: Config) -> bool:
+    """Return whether all ranks and all servers with which they make groups are certainly on this host."""
+    ranks_are = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")  # both are unset before torchrun
+    return ranks_are and all(is_loopback(url_host(url)) for url in config.rollout.servers.urls)
 
 
 def _become_local_ranks(count: int, command: Sequence[str]) -> NoReturn:

@@ -9,6 +9,7 @@ a mistake there is reported once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -16,10 +17,10 @@ import platform
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dypo.ending import Cause, cause_of
 from megatron_dypo.launch.attempt import end_of, last_line, stop_before_start, terminal_line
@@ -28,6 +29,9 @@ from megatron_dypo.launch.run_lock import remove_dead, require_free
 from megatron_dypo.metrics.logs import append_line
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
 from megatron_dypo.processes import stop_requests
+
+if TYPE_CHECKING:
+    from megatron_dypo.launch.rendezvous import Meeting
 
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _AGAIN_S = 2.0
@@ -42,7 +46,10 @@ def main() -> int:
     stop_requests.hold_requests()
     stop_before_start()
     try:
-        launcher = _prepare(sys.argv[1:])
+        from megatron_dypo.launch.rendezvous import read_meeting  # imports torch
+
+        meeting = read_meeting(sys.argv[1:])
+        launcher = _prepare(sys.argv[1:], meeting)
     except SystemExit:  # torchrun's own arguments
         raise
     except BaseException as error:  # noqa: BLE001 (every end of the launcher passes here, and is told)
@@ -50,7 +57,7 @@ def main() -> int:
         _write_end_file(status, None, f"{cause_of(error).label}: {error}")
         return status
     stop_requests.listen(launcher.answers())
-    return launcher.run()
+    return launcher.run(meeting.arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +71,8 @@ class Launcher:
     has_first_rank: bool = False
     """Whether this launcher certainly starts rank 0 of the run."""
 
-    def run(self) -> int:
-        """Start the ranks and wait for them; return the exit status."""
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Start the ranks by torchrun's ``arguments`` and wait for them; return the exit status."""
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -73,7 +80,7 @@ class Launcher:
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.")]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
-            run.main()
+            run.run(arguments)
         except ChildFailedError as error:
             return self.conclude({rank: failure.exitcode for rank, failure in error.failures.items()})
         except SystemExit:  # its own arguments
@@ -143,7 +150,7 @@ class Launcher:
         return status
 
 
-def _prepare(arguments: Sequence[str]) -> Launcher:
+def _prepare(arguments: Sequence[str], meeting: Meeting) -> Launcher:
     """Read the command that the ranks will run, and check its config and inputs.
 
     Raises:
@@ -164,11 +171,12 @@ def _prepare(arguments: Sequence[str]) -> Launcher:
         config = probe_target(Path(subject), initial="--initial" in arguments).config(overrides)
     if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):
         raise ValueError("\n".join(notes))
-    run_dir, attempt, has_first_rank = Path(config.run.dir), _attempt_name(arguments), _has_first_rank(arguments)
-    if has_first_rank:
+    run_dir = Path(config.run.dir)
+    if meeting.has_first_rank:
         require_free(make_run_folder(run_dir))
-    os.environ[ATTEMPT_VARIABLE] = attempt
-    return Launcher(status=RunStatus(run_dir, attempt, rank=-1), run_dir=run_dir, has_first_rank=has_first_rank)
+    os.environ[ATTEMPT_VARIABLE] = meeting.attempt
+    status = RunStatus(run_dir, meeting.attempt, rank=-1)
+    return Launcher(status=status, run_dir=run_dir, has_first_rank=meeting.has_first_rank)
 
 
 def run_command(arguments: Sequence[str]) -> list[str] | None:
@@ -179,26 +187,6 @@ def run_command(arguments: Sequence[str]) -> list[str] | None:
             found = [w for w in words[index + 1 :] if not w.startswith("--")]
             return found if len(found) > 1 else None
     return None
-
-
-def _attempt_name(arguments: Sequence[str]) -> str:
-    """Return the name of this start of the run, the same on all nodes."""
-    from torch.distributed.run import parse_args
-
-    args = parse_args(list(arguments))
-    if args.standalone or args.nnodes in ("1", "1:1"):
-        return uuid.uuid4().hex
-    slurm = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '')}"
-    return f"{args.rdzv_endpoint or f'{args.master_addr}:{args.master_port}'}/{args.rdzv_id} {slurm}".strip(" .")
-
-
-def _has_first_rank(arguments: Sequence[str]) -> bool:
-    """Return whether this launcher certainly starts rank 0: it is the first of numbered nodes, or the only node."""
-    from torch.distributed.run import parse_args
-
-    args = parse_args(list(arguments))
-    is_alone = args.standalone or args.nnodes in ("1", "1:1")
-    return bool(is_alone or (args.rdzv_backend == "static" and args.node_rank == 0))
 
 
 def _pass_on() -> None:

@@ -16,7 +16,7 @@ import base64
 import dataclasses
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from torch import Tensor
 from megatron_dypo.models.architecture import Architecture, Experts
 from megatron_dypo.models.hf.rope_scaling import rope_scaling_from_data
 from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.parallel.stores import StoreAddress
 from megatron_dypo.refit.checksums import Verify
 from megatron_dypo.refit.plan.refit_plan import Mesh, RefitPlan, ServerMesh, make_plan
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Number of the protocol: this message, and the data on the store and the links. Both sides must have the same."""
 
 GO = "go"
@@ -62,6 +63,8 @@ class ControlMessage:
     transport: str
     store_host: str
     store_port: int
+    store_key: str = field(default="", repr=False)
+    """Key of the door in front of the store; empty if trainer and servers share a host."""
     connection: str
     """Name of the connection; its links stay open between refits."""
     slot_bytes: int
@@ -71,6 +74,11 @@ class ControlMessage:
     version: int
     verify: Verify
     timeout_s: float
+
+    @property
+    def store_address(self) -> StoreAddress:
+        """The place of the trainer's store."""
+        return StoreAddress(host=self.store_host, port=self.store_port, key=self.store_key)
 
     def to_json(self) -> str:
         """Return the message as text."""

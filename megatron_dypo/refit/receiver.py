@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dypo.parallel import device
+from megatron_dypo.parallel.stores import reach_store
 from megatron_dypo.refit.control_message import (
     GO,
     ControlMessage,
@@ -143,8 +144,7 @@ class _Held:
         if message.connection not in self._stores:
             self.forget()
             timeout = datetime.timedelta(seconds=message.timeout_s)
-            store = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
-            self._stores = {message.connection: store}
+            self._stores = {message.connection: reach_store(message.store_address, timeout)}
         return self._stores[message.connection]
 
     def obey(self, model: torch.nn.Module, message: ControlMessage, store: dist.Store) -> int:

@@ -100,8 +100,9 @@ class TemplateProcess:
     def _start(self) -> Connection:
         ours, theirs = multiprocessing.Pipe()
         command = program("megatron_dypo.data.tokenizer.template_worker:main", theirs.fileno())
+        env = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
         with theirs, blocked():
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
         self._connection = ours
         return ours
 

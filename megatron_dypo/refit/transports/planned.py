@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
-import torch.distributed as dist
-
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.quantized.names import Quantization
+from megatron_dypo.parallel.stores import ServedStore, reach_store
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import ControlMessage, PlanInputs
 from megatron_dypo.refit.deadline import Deadline
@@ -111,14 +110,15 @@ def _meet(
     plan = inputs.make_plan()
     host = address_towards(control.urls)
     timeout = datetime.timedelta(seconds=deadline.seconds)
-    store = dist.TCPStore(host, 0, None, True, timeout=timeout, wait_for_workers=False)
+    served = ServedStore(host, timeout)
     message = ControlMessage(
         plan=inputs,
         server=0,
         server_rank=0,
         transport=kind,
-        store_host=host,
-        store_port=store.port,
+        store_host=served.address.host,
+        store_port=served.address.port,
+        store_key=served.address.key,
         connection=uuid.uuid4().hex,
         slot_bytes=slot_bytes(plan, config.bucket_mib * 2**20),
         refit=0,
@@ -126,14 +126,14 @@ def _meet(
         verify=config.verify,
         timeout_s=deadline.seconds,
     )
-    return ServerRanks(control, store, plan, message)
+    return ServerRanks(control, served, plan, message)
 
 
 def _prepare(source: Source, offer: Offer, config: RefitConfig, deadline: Deadline) -> TrainerRank:
     """Compute this rank's part of the plan."""
     message = offer.message
     timeout = datetime.timedelta(seconds=deadline.seconds)
-    store = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
+    store = reach_store(message.store_address, timeout)
     return TrainerRank(
         message.plan.make_plan(),
         source.layout.rank,

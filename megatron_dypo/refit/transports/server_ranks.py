@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dypo.parallel.doors import LOOPBACK
+from megatron_dypo.parallel.stores import ServedStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.control_message import GO, ControlMessage, inventory_key, report_key, to_payload
@@ -57,15 +59,16 @@ def server_mesh(info: ServerInfo) -> ServerMesh:
 class ServerRanks:
     """All ranks of the servers of one connection, and the store on which they meet the trainer's ranks."""
 
-    def __init__(self, control: SGLangControl, store: dist.TCPStore, plan: RefitPlan, message: ControlMessage) -> None:
-        """``store`` is the master of the store. With its last reference, server ranks that still wait on it fail."""
+    def __init__(self, control: SGLangControl, served: ServedStore, plan: RefitPlan, message: ControlMessage) -> None:
+        """``served`` is the master of the store. With its last reference, server ranks that still wait on it fail."""
         self._control = control
-        self._store = store
+        self._served = served
+        self._store = served.store
         self._plan = plan
         self.offer = Offer(urls=control.urls, message=message)
         # A second client, since a wait on the first one would block writes of the control's thread.
         timeout = datetime.timedelta(seconds=message.timeout_s)
-        self._notes = dist.TCPStore(message.store_host, message.store_port, None, False, timeout=timeout)
+        self._notes = dist.TCPStore(LOOPBACK, served.store.port, None, False, timeout=timeout)
         self._answers: list[Future[dict[str, Any]]] = []
 
     def ask_to_connect(self, deadline: Deadline) -> None:
@@ -132,7 +135,7 @@ class ServerRanks:
         """Stop waiting for answers, and drop the store. No call may follow."""
         for answer in self._answers:
             answer.cancel()
-        del self._store, self._notes
+        del self._served, self._store, self._notes
 
     def _inventory(self, server: int, server_rank: int, deadline: Deadline) -> dict[str, Any]:
         key = inventory_key(server, server_rank)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_dypo.mcore.compat.groups import join_as_rank_0
 from megatron_dypo.parallel import device
+from megatron_dypo.parallel.stores import OpenStore
 from megatron_dypo.refit.answers import ServerError, ServerInfo
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
@@ -48,17 +49,18 @@ class UpdateGroup:
         name = f"dypo-{uuid.uuid4().hex}"
         host, world_size = address_towards(control.urls), 1 + sum(info.tensor_parallel for info in infos)
         timeout = datetime.timedelta(seconds=deadline.seconds)
-        store = dist.TCPStore(host, 0, world_size, True, timeout=timeout, wait_for_workers=False)
-        common = {"master_address": host, "master_port": store.port, "world_size": world_size}
+        opened = OpenStore(host, world_size, timeout)  # SGLang's end of it has no key
+        common = {"master_address": host, "master_port": opened.store.port, "world_size": world_size}
         bodies, offset = [], 1
         for info in infos:
             bodies.append({**common, "rank_offset": offset, "group_name": name, "backend": backend})
             offset += info.tensor_parallel
         joined = control.start_init_group(bodies, deadline)
-        join = functools.partial(join_as_rank_0, store, world_size, name, backend, timeout)
+        join = functools.partial(join_as_rank_0, opened.store, world_size, name, backend, timeout)
         group = _await(_in_daemon_thread(join), joined, deadline)
         joined.result()
-        return cls(control, name, store, group)
+        opened.lock()
+        return cls(control, name, opened.store, group)
 
     def send(self, bucket: Bucket, deadline: Deadline) -> None:
         """Broadcast one bucket; return when every server has loaded it.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import megatron_dypo
 from megatron_dypo.config.rollout import ServersConfig
+from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 from megatron_dypo.rollout.proxies import direct_hosts
 
 WEIGHT_LOADER = "megatron_dypo.refit.receiver.load"
@@ -20,7 +21,12 @@ _CPU_LAUNCHER = Path(__file__).with_name("sglang_cpu.py")
 _CPU_MAX_TOTAL_TOKENS = 20_000
 _MAX_TMPDIR = 60
 _DTYPES = ("float32", "bfloat16")
-_TORCHRUN = re.compile(r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)")
+_HIDDEN = re.compile(
+    r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|.*_(API|STORE)_KEY"
+)
+"""Variables that a server must not see: torchrun's, and keys."""
+_NETWORK_STORE_FLAGS = ("--dist-init-addr", "--nnodes", "--nccl-port", "--dp-size", "--data-parallel-size")
+"""Flags of servers whose process groups do not all meet on one store of this host."""
 
 
 class PortLease:
@@ -124,21 +130,24 @@ def server_environment(
     *,
     host: str,
 ) -> dict[str, str]:
-    """Return the environment of a server: the trainer's without torchrun's variables, plus the variables that rollouts
-    and refits need.
+    """Return the environment of a server: the trainer's without torchrun's variables and API keys (a server reads its
+    own from a file), plus the variables that rollouts and refits need.
 
     Args:
         inherited: the trainer's environment. Its values (``OMP_NUM_THREADS``, …) stay, unless correctness depends on
             the variable.
         cores: CPU cores to split among tensor-parallel ranks.
         python_path: see :func:`link_package`.
-        host: address of the server. No proxy may be used for it: SGLang warms up by a request to itself.
+        host: address of the server. No proxy may be used for it: SGLang warms up by a request to itself. If it is a
+            loopback address, so are those of the server's process groups.
     """
-    env = {name: value for name, value in inherited.items() if not _TORCHRUN.fullmatch(name)}
+    env = {name: value for name, value in inherited.items() if not _HIDDEN.fullmatch(name)}
     if len(env.get("TMPDIR", "")) > _MAX_TMPDIR:
         # SGLang puts its sockets there, and the address of a Unix socket has at most 107 characters.
         env["TMPDIR"] = "/tmp"
     env |= direct_hosts(env, [host])
+    if is_loopback(host):
+        stay_on_this_host(env)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(python_path), env.get("PYTHONPATH")]))
     # Log-probs at temperature 1, for any sampling temperature.
     env["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
@@ -151,6 +160,18 @@ def server_environment(
         if tensor_parallel > 1:
             env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tensor_parallel))
     return env
+
+
+def store_environment(command: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the variables with which a server's processes meet in a file. Only this user may enter ``folder``.
+
+    Otherwise SGLang opens a TCP store, which listens on all addresses and asks for no key. For a server on several
+    nodes, or with data parallelism, there is no way around it.
+    """
+    flags = [re.split("[= ]", argument, maxsplit=1)[0] for argument in command]
+    if any(len(flag) > 3 and name.startswith(flag) for flag in flags for name in _NETWORK_STORE_FLAGS):
+        return {}
+    return {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder / 'store'}"}
 
 
 def _bind(cores: Sequence[int], ranks: int) -> str:

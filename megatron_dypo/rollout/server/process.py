@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.processes.children import program, wait_for_end
+from megatron_dypo.rollout.server.command import store_environment
 
 _TAIL_LINES = 30
 
@@ -32,6 +35,7 @@ class ServerProcess:
         self._grace_s = grace_s
         self._guard: subprocess.Popen[bytes] | None = None
         self._api_key = ""
+        self._folder: Path | None = None
 
     def start(self, command: Sequence[str], env: Mapping[str, str], api_key: str) -> None:
         """Start ``command``. It reads the API key from ``key_file`` (SGLang's ``--config``), not from its arguments.
@@ -42,13 +46,15 @@ class ServerProcess:
         _write_private(self.key_file, f"api-key: {json.dumps(api_key)}\n")
         if self._guard is None:
             _write_private(self.log_path, "")
+        folder = self._new_folder()
         with self.log_path.open("ab") as log:
             self._guard = subprocess.Popen(
                 program("megatron_dypo.processes.guard:main", os.getpid(), self._grace_s, *command, isolated=True),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=dict(env),
+                env={**store_environment(command, folder), **env},
+                umask=0o077,  # SGLang makes Unix sockets in the temporary folder
                 start_new_session=True,  # Ctrl-C reaches only the trainer, which then stops its servers in order
             )
 
@@ -102,6 +108,18 @@ class ServerProcess:
         if self._guard is not None:
             self._guard.wait()
         self.key_file.unlink(missing_ok=True)
+        self._remove_folder()
+
+    def _new_folder(self) -> Path:
+        """Make a folder that only this user may enter, for one start of the server."""
+        self._remove_folder()
+        self._folder = Path(tempfile.mkdtemp(prefix="megatron-dypo-"))
+        return self._folder
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
 
 def _write_private(path: Path, text: str) -> None:

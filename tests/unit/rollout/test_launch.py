@@ -19,6 +19,7 @@ from megatron_dypo.rollout.server.command import (
     link_package,
     server_command,
     server_environment,
+    store_environment,
 )
 
 PACKAGE = Path("/run/python_path")
@@ -80,6 +81,40 @@ def test_a_server_does_not_see_torchruns_variables() -> None:
     env = server_environment(inherited, 1, "cpu", [0], PACKAGE, host="127.0.0.1")
     assert not env.keys() & torchrun
     assert {"LOCAL_SCRATCH", "HOME"} <= env.keys()
+
+
+def test_a_server_sees_no_key_in_its_environment() -> None:
+    inherited = {"DYPO_SGLANG_API_KEY": "k", "OPENAI_API_KEY": "k", "MEGATRON_DYPO_STORE_KEY": "k", "HF_TOKEN": "t"}
+    env = server_environment(inherited, 1, "cpu", [0], PACKAGE, host="127.0.0.1")
+    assert "k" not in env.values()
+    assert env["HF_TOKEN"] == "t"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_the_groups_of_a_server_at_a_loopback_address_stay_on_the_host(host: str) -> None:
+    env = server_environment({}, 1, "gpu", [0], PACKAGE, host=host)
+    assert (env["GLOO_SOCKET_IFNAME"], env["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
+    chosen = server_environment({"GLOO_SOCKET_IFNAME": "eth1"}, 1, "gpu", [0], PACKAGE, host=host)
+    assert chosen["GLOO_SOCKET_IFNAME"] == "eth1", "the user's choice stays"
+
+
+def test_a_server_for_other_hosts_makes_groups_with_them() -> None:
+    env = server_environment({}, 1, "gpu", [0], PACKAGE, host="node1")
+    assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & env.keys()
+
+
+def test_the_processes_of_a_server_meet_in_a_file() -> None:
+    name = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+    assert store_environment(command("gpu"), Path("/private")) == {name: "file:///private/store"}
+    assert store_environment([*command("gpu"), "--decode-log-interval", "9"], Path("/private")) != {}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--nnodes", "2", "--dist-init-addr", "node1:5"], ["--dp-size=2"], ["--dp", "2"], ["--data-parallel", "2"]],
+)
+def test_a_server_whose_processes_cannot_meet_in_one_file_keeps_sglangs_store(flags: list[str]) -> None:
+    assert store_environment([*command("gpu"), *flags], Path("/private")) == {}
 
 
 def test_log_probs_are_untempered_whatever_the_trainers_environment_says() -> None:

@@ -62,6 +62,16 @@ def test_the_key_is_neither_in_arguments_nor_readable_in_files(python: str, tmp_
         assert [path.name for path in log.parent.iterdir() if path.is_file()] == ["sglang_0.log"]
 
 
+def test_sockets_and_store_of_a_server_are_this_users_alone(python: str, tmp_path: Path) -> None:
+    with start_pool(python, tmp_path):
+        server = alive(tmp_path)[-1]
+        store = server.environ()["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"]
+        folder = Path(store.removeprefix("file://")).parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert "Umask:\t0077" in Path(f"/proc/{server.pid}/status").read_text().splitlines()
+    assert not folder.exists()
+
+
 def test_a_key_of_the_environment_is_used(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYPO_SGLANG_API_KEY", "mine")
     with start_pool(python, tmp_path) as pool:
