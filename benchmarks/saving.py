@@ -1,4 +1,4 @@
-"""Compare the time of training steps with a checkpoint every 10 steps, written at once or meanwhile, and with none.
+"""Compare the time of training steps with one checkpoint in 10 steps, written at once or during the steps, and without.
 
     python benchmarks/saving.py
 

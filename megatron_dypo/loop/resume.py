@@ -54,7 +54,7 @@ class Checkpointer:
 def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping[str, float]) -> None:
     """Save a checkpoint if the config asks for it, unless the last update was skipped. Collective over the world.
 
-    Before that, publish the one that was written meanwhile. The time it takes is in the metrics of the next step.
+    Before that, publish the one that has been written since. The time it takes is in the metrics of the next step.
 
     Args:
         metrics: of the step, for ``checkpoint.keep_best``.

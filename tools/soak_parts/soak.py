@@ -81,7 +81,7 @@ class Soak:
         self.story = Story()
 
     def run(self, deadline_s: float) -> Story:
-        """Start the run again and again until it is done or the time is over, and do faults to it meanwhile."""
+        """Start the run again and again until it is done or the time is over, and do faults to it."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             self._damage()
