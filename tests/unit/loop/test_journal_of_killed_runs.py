@@ -37,10 +37,12 @@ MOMENTS = [
         for case in CASES
         for seed in range(5)
     ),
-    *((case, world, seed) for case in ("sync", "async", "oversampled") for world in WORLDS for seed in (10,)),
+    *(("sync", world, 10) for world in WORLDS),
+    *(pytest.param(case, world, 10, marks=pytest.mark.slow) for case in ("async", "oversampled") for world in WORLDS),
     *(pytest.param(case, world, 11, marks=pytest.mark.slow) for case in ("sync", "async") for world in WORLDS),
 ]
-"""Each is a run that is killed up to three times."""
+"""Each is a run that is killed up to three times. Streams of several replicas are slow: now and then such a run does not
+repeat a collection exactly, and then makes the groups after it again; docs/resuming.md says so."""
 
 
 def config_of(case: str, run_dir: Path) -> Config:

