@@ -41,7 +41,7 @@ MOMENTS = [
     *(pytest.param(case, world, 10, marks=pytest.mark.slow) for case in ("async", "oversampled") for world in WORLDS),
     *(pytest.param(case, world, 11, marks=pytest.mark.slow) for case in ("sync", "async") for world in WORLDS),
 ]
-"""Each is a run that is killed up to three times. Streams of several replicas are slow: now and then such a run does not
+"""Each is a run that is killed up to three times. Streams of several replicas are slow: now and then one does not
 repeat a collection exactly, and then makes the groups after it again; docs/resuming.md says so."""
 
 
