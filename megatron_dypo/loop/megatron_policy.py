@@ -14,6 +14,7 @@ from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.journal.weights import weights_digest
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
@@ -59,8 +60,7 @@ class MegatronPolicy:
         return self.replica_logprobs(self._of_leader(samples))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        if self.reference is None:
-            raise RuntimeError("this run keeps no reference")
+        assert self.reference is not None, "this run keeps no reference"
         with self.reference.swapped_in():
             return self.logprobs(samples)
 
@@ -132,6 +132,9 @@ class MegatronPolicy:
     def bad_gradient(self) -> str | None:
         return self._first_not_finite(main_grad)
 
+    def weights_digest(self) -> str:
+        return weights_digest(named_values(self.chunks))
+
     def save(
         self,
         root: Path,
@@ -190,10 +193,7 @@ class MegatronPolicy:
         return found or []
 
     def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
-        """Pack the samples into microbatches of roughly equal work. Every replica gets the same number.
-
-        Each is padded only to the alignment of the layout.
-        """
+        """Pack the samples into microbatches of roughly equal work, as many on every replica."""
         layout, budget = self.layout, self.config.batching.tokens_per_microbatch
         lengths = padded_lengths(samples, sequence_alignment(layout.context))
         count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)

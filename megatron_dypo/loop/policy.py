@@ -74,6 +74,9 @@ class Policy(Protocol):
         """Return the name of the first parameter whose last gradient is not finite, on any rank; None if there is
         none."""
 
+    def weights_digest(self) -> str:
+        """Return a digest that is equal for equal weights; see :mod:`megatron_dypo.loop.journal.weights`."""
+
     def save(
         self,
         root: Path,
