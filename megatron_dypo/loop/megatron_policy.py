@@ -13,6 +13,7 @@ from megatron_dypo.batching.pack import padding_ratio
 from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.journal.weights import weights_digest
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
 from megatron_dypo.mcore.chunks import main_grad
@@ -60,8 +61,7 @@ class MegatronPolicy:
         return self.replica_logprobs(self._of_leader(samples))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        if self.reference is None:
-            raise RuntimeError("this run keeps no reference")
+        assert self.reference is not None, "this run keeps no reference"
         with self.reference.swapped_in():
             return self.logprobs(samples)
 
@@ -155,6 +155,9 @@ class MegatronPolicy:
 
     def bad_gradient(self) -> str | None:
         return first_not_finite(self.chunks, main_grad)
+
+    def weights_digest(self) -> str:
+        return weights_digest(named_values(self.chunks))
 
     def save(
         self,

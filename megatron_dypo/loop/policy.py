@@ -83,6 +83,9 @@ class Policy(Protocol):
         """Run each microbatch of this replica alone; return those whose loss or gradient is not finite. The gradients
         of the last update are lost."""
 
+    def weights_digest(self) -> str:
+        """Return a digest that is equal for equal weights; see :mod:`megatron_dypo.loop.journal.weights`."""
+
     def save(
         self,
         root: Path,

@@ -15,6 +15,9 @@ from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
+from megatron_dypo.loop.journal.weights import NoWeights, Weights
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
@@ -37,6 +40,8 @@ class Checkpointer:
     policy: Policy
     replica: Replica
     stream: Stream
+    journal: Journal | NoJournal
+    weights: Weights | NoWeights
     ranks: Ranks
     cfg: CheckpointConfig
     total_steps: int
@@ -68,20 +73,24 @@ def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
     kept = [sample for group in groups for sample in group]
-    return checkpointer.policy.save(
+    drawn = drawn_state(replica, checkpointer.stream, checkpointer.ranks)
+    saved = checkpointer.policy.save(
         checkpointer.folder,
         progress.step,
         trainer_state={
-            **drawn_state(replica, checkpointer.stream, checkpointer.ranks),
+            **drawn,
             "batches": progress.batches,
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
             "inputs": replica.inputs,
+            "weights": checkpointer.weights.as_json(),
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
         keep=checkpointer.cfg.keep,
     )
+    checkpointer.journal.begin_anew(progress.step, drawn["unfinished"], drawn["cursor"])
+    return saved
 
 
 class RestoredState(Protocol):

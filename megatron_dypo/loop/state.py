@@ -97,6 +97,7 @@ class Run:
             tally=self.tally,
             timings=self.timings,
             teacher=self.teacher,
+            journal=self.servers.journal,
         )
 
     @property
@@ -170,6 +171,8 @@ class Run:
             policy=self.policy,
             replica=self.replica,
             stream=self.servers.stream,
+            journal=self.servers.journal,
+            weights=self.servers.weights,
             ranks=self.ranks,
             cfg=self.config.checkpoint,
             total_steps=self.config.run.steps,

@@ -56,6 +56,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/num_prompts", "prompts", "prompts whose group is complete"),
     Metric("rollout/num_rollouts", "rollouts", "rollouts of complete groups"),
     Metric("rollout/num_tokens", "tokens", "sampled tokens"),
+    Metric("rollout/num_from_journal", "prompts", "prompts whose group a resumed run took from the journal"),
     Metric("rollout/num_rounds", "rounds", "rounds of collection until the queues held an update"),
     Metric("rollout/retries", "requests", "requests sent again after an error"),
     Metric("rollout/incomplete_groups", "prompts", "prompts dropped because their group stayed incomplete"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_dypo.batching.wire import dump_samples
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.model import ModelConfig
@@ -36,6 +38,7 @@ from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.resume import save_if_due
 from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.setup.background import open_stream
+from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.train import train_step
@@ -89,6 +92,10 @@ class Meeting:
         values = list(self._values)
         self._barrier.wait()
         return values
+
+    def abort(self) -> None:
+        """End every wait here, now and later: a rank is dead."""
+        self._barrier.abort()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +201,8 @@ class FakePolicy:
     def __init__(self, *, keeps_reference: bool = False, is_leader: bool = True) -> None:
         self.keeps_reference, self._is_leader = keeps_reference, is_leader
         self.version = 0
+        self.history = ""
+        """Digest of all updates."""
         self.asked: list[tuple[int, list[int]]] = []
         """(Version, draws) of each pass for log-probs."""
         self.updates: list[list[Sample]] = []
@@ -230,6 +239,7 @@ class FakePolicy:
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         assert self._is_leader or not weighted, "a follower holds no samples"
         is_applied = len(self.updates) not in self.bad_updates
+        self.history = hashlib.sha256(self.history.encode() + dump_samples(weighted)).hexdigest()
         self.updates.append(list(weighted))
         self.version += 1
         return UpdateReport(
@@ -242,6 +252,10 @@ class FakePolicy:
 
     def refresh_reference(self) -> None:
         self.refreshed.append(self.version)
+
+    def weights_digest(self) -> str:
+        """Return what stands for the weights: all samples that were learned from, and their token weights."""
+        return self.history
 
     def bad_weight(self) -> str | None:
         return None
@@ -437,10 +451,12 @@ def make_run(
     refitter: Any = None,
     policy: Any = None,
     check: Callable[[], None] | None = None,
+    restored: Any = None,
 ) -> Run:
     """Make the run of one rank of ``ranks``, which leads a replica unless ``ranks`` says otherwise.
 
-    ``check`` raises when the servers are lost for good.
+    ``check`` raises when the servers are lost for good. ``restored`` is the checkpoint whose weights' digests and
+    journal count.
     """
     ranks = ranks or OneRank()
     is_leader = getattr(ranks, "is_leader", True)
@@ -448,10 +464,13 @@ def make_run(
     objective = build_objective(config.objective)
     replica: Leader | Follower = Follower()
     requests: LeaderRequests | FollowerRequests = FollowerRequests()
+    policy = policy or FakePolicy(is_leader=is_leader)
+    weights = open_weights(config, policy, restored)
     if is_leader:
         replica = make_leader(config, ranks, prompts or Prompts())
         verifier: Any = Oracle(judge)
         trace_text = judged_trace_text(objective, lambda tokens: " ".join(map(str, tokens)), config.run.seed)
+        journal = open_journal(config, ranks, weights, lambda tokens: Words().decode(tokens.tolist()), {})
         stream = open_stream(
             make_client(urls, config, check),
             replica.draws,
@@ -460,6 +479,7 @@ def make_run(
             config,
             current_step=lambda: progress.step,
             trace_text=trace_text,
+            journal=journal,
         )
         requests = LeaderRequests(
             client=make_client(urls, config, check),
@@ -468,6 +488,7 @@ def make_run(
             fail_truncated=config.grading.fail_truncated,
             trace_text=trace_text,
             show_progress=ranks.is_global_leader,
+            journal=journal,
         )
     servers = Servers(
         refitter=refitter or Refits(urls),
@@ -476,11 +497,12 @@ def make_run(
         ranks=ranks,
         tally=tally,
         timings=timings,
+        weights=weights,
     )
     return Run(
         config=config,
         ranks=ranks,
-        policy=policy or FakePolicy(is_leader=is_leader),
+        policy=policy,
         objective=objective,
         replica=replica,
         servers=servers,

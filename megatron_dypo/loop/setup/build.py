@@ -111,7 +111,7 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
             policy=base.policy,
             objective=objective,
             replica=replica,
-            servers=connect(base, opened, starting.result() if starting else None),
+            servers=connect(base, opened, starting.result() if starting else None, keeps_journal=False),
             writer=NoWriter(),
             progress=base.progress,
             timings=base.timings,
