@@ -16,8 +16,8 @@ from megatron_dypo.config.cli import init, show_config
 from megatron_dypo.eval.cli import evaluate
 from megatron_dypo.grading.cli import grade
 from megatron_dypo.launch.attempt import end_of
-from megatron_dypo.launch.cli import probe, route, serve, train
-from megatron_dypo.mcore.cli import export
+from megatron_dypo.launch.cli import probe, replay, route, serve, train
+from megatron_dypo.mcore.cli import checkpoints, export
 from megatron_dypo.metrics.report.cli import report
 from megatron_dypo.planning.cli import plan, plan_refit
 from megatron_dypo.study.cli import compare
@@ -45,9 +45,11 @@ app.command("config")(show_config)
 app.command()(check)
 app.command()(train)
 app.command()(probe)
+app.command()(replay)
 app.command()(report)
 app.command()(compare)
 app.command()(export)
+app.command()(checkpoints)
 app.command("eval")(evaluate)
 app.command()(grade)
 app.command()(plan)

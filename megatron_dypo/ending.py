@@ -63,7 +63,8 @@ class Cause(enum.Enum):
         13,
         False,
         "gradients or weights were not finite for optimizer.max_bad_steps steps in a row",
-        "look at the parameter and the samples that are named; lower optimizer.lr, or resume from an older checkpoint",
+        "look at the parameter and the samples that are named, and run `megatron-dypo replay` on the dump; lower "
+        "optimizer.lr, or resume from an older checkpoint",
     )
     BAD_INPUT = Meaning(
         65,

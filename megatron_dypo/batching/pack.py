@@ -81,6 +81,12 @@ def microbatch_length(lengths: Sequence[int], bins: Sequence[Sequence[int]], ali
     return max(-(-fullest // alignment), 1) * alignment
 
 
+def padding_ratio(microbatches: Sequence[Microbatch]) -> float:
+    """Return the share of positions that are padding."""
+    padding = sum(int((microbatch.sample_T < 0).sum()) for microbatch in microbatches)
+    return padding / sum(len(microbatch.sample_T) for microbatch in microbatches)
+
+
 def pack(
     samples: Sequence[Sample],
     members: Sequence[int],

@@ -52,16 +52,17 @@ def room_needed(config: Config, arch: Architecture) -> tuple[float, str]:
     """Return the most bytes that checkpoints and HF export of a run take, and a description of them.
 
     A checkpoint holds each parameter, Adam's moments and, in bf16, the main weight. While one is written, there is one
-    more than ``checkpoint.keep``.
+    more than ``checkpoint.keep``, ``keep_every`` and ``keep_best`` keep.
     """
     count = whole_model(arch).total
     size = config.model.element_size
     each = count * (size + _MOMENTS + (_MAIN if size < _MAIN else 0))
     if config.objective.reference.mode == "refreshed":
         each += count * size
-    every, keep = config.checkpoint.every, config.checkpoint.keep
+    every, cfg = config.checkpoint.every, config.checkpoint
     written = 1 if every == 0 else -(-config.run.steps // every)
-    kept = min(written, keep + 1) if keep else written
+    more = (config.run.steps // cfg.keep_every if cfg.keep_every else 0) + (cfg.keep_best.metric is not None)
+    kept = min(written, cfg.keep + 1 + more) if cfg.keep else written
     exported = count * size if config.export.hf else 0
     words = f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / _GIB:,.1f} GiB"
     return kept * each + exported, words + (f" and hf/ of {exported / _GIB:,.1f} GiB" if exported else "")

@@ -175,6 +175,13 @@ class RolloutConfig:
     """Give up a request after this many seconds, and try it again."""
     retries: int = 3
     """Further attempts after the first one, for a request and for a group that stays incomplete."""
+    journal: bool = True
+    """Write each finished group into ``<run.dir>/journal``, so that a run that resumes samples only the groups that
+    were in flight, and not again all since the checkpoint. It uses a group only for weights that are bit for bit those
+    that sampled it."""
+    journal_mib: int = 4096
+    """Largest journal of one data-parallel rank in MiB. It begins anew at each checkpoint; above this size groups are
+    no longer added to it."""
     servers: ServersConfig = field(default_factory=ServersConfig)
     stop_token_ids: tuple[int, ...] = ()
     """More token ids that end a response. These always do: the end of a turn in the chat template, ``eos_token``, and
@@ -189,7 +196,7 @@ class RolloutConfig:
         require(self.group_size >= 2, f"group_size={self.group_size}", "a group needs at least 2 rollouts")
         is_factor = 1 <= self.oversample < math.inf
         require(is_factor, f"oversample={self.oversample}", "must be at least 1, and finite")
-        require_positive(self, "prompts_per_round", "max_new_tokens", "max_in_flight")
+        require_positive(self, "prompts_per_round", "max_new_tokens", "max_in_flight", "journal_mib")
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}", "must be positive and finite")
         _require_deadlines(self, "request_deadline_s")
         require(self.top_k == -1 or self.top_k >= 1, f"top_k={self.top_k}", "must be at least 1, or -1 for all tokens")

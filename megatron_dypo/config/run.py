@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_dypo.checks import require, require_not_negative, require_positive
@@ -27,8 +27,9 @@ class RunConfig:
     check_memory: bool = True
     """On GPUs, refuse a run that does not fit into memory according to ``megatron-dypo plan``."""
     watchdog_s: float = 1800.0
-    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely. A rank that waits for
-    other ranks, or for rollouts that still arrive, does not count as hung."""
+    """End the run when a rank makes no progress for this many seconds. 0: wait indefinitely, without warnings. A rank
+    that waits for other ranks, or for rollouts that still arrive, does not count as hung. Long before, within three
+    usual steps and a minute, a warning names a rank or a server that stalls."""
     allow_changed: tuple[Literal["data", "seed", "tokenizer", "model", "reference", "verifier"], ...] = ()
     """Inputs that may differ from those of the run that is resumed; a warning then names each difference. ``data``: the
     prompt files, their content or order; positions in the data then mean other rows. ``seed``: ``run.seed``.
@@ -43,16 +44,40 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepBestConfig:
+    """The one checkpoint that stays because it is the best by a metric."""
+
+    metric: str | None = None
+    """A metric of the run, such as ``eval/aime/accuracy``. Only checkpoints of steps that measured it are compared; of
+    equal ones the newest counts. ``null``: none stays for being the best."""
+    mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best."""
+
+    def __post_init__(self) -> None:
+        require(self.metric is None or bool(self.metric.strip()), f"metric={self.metric!r}", "must name a metric")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are saved and how many stay. The format is Megatron's dist_checkpointing."""
 
     every: int = 50
     """Steps between checkpoints. 0: only the last step, which always saves."""
     keep: int = 2
-    """Newest checkpoints to keep. 0: all."""
+    """Newest checkpoints to keep. 0: all. ``keep_every`` and ``keep_best`` keep more."""
+    keep_every: int = 0
+    """Checkpoints of steps that this number divides stay. 0: no step stays for its number."""
+    keep_best: KeepBestConfig = field(default_factory=KeepBestConfig)
+    async_save: bool = False
+    """Write checkpoints while training goes on: a save copies the state into host memory and returns. The next save
+    waits for it. After a crash in between, the checkpoint before counts."""
+    verify: Literal["manifest", "full"] = "full"
+    """Comparison of a checkpoint with its manifest before a resume. ``manifest``: names and sizes of all files, and
+    checksums of all but the tensor files. ``full``: the checksums of all files; each rank reads its share, at about
+    1.5 GB/s a core. A damaged checkpoint is set aside, and an older one taken."""
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "every", "keep")
+        require_not_negative(self, "every", "keep", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,9 @@ class OptimizerConfig:
     """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
     max_bad_steps: int = 3
     """An update whose gradients are not finite is skipped. This many of them in a row end the run."""
+    on_bad_step: Literal["skip", "stop"] = "skip"
+    """The policy for such an update. ``skip``: as ``max_bad_steps`` says. ``stop``: the first ends the run. A weight
+    that is not finite ends it in any case. The microbatches behind it are dumped for ``megatron-dypo replay``."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "eps", "max_bad_steps")

@@ -1,4 +1,4 @@
-"""The commands that are long-lived processes: ``megatron-dypo train``, ``serve`` and ``route``."""
+"""The commands that start ranks (``train``, ``probe``, ``replay``) or are long-lived (``serve``, ``route``)."""
 
 from __future__ import annotations
 
@@ -80,6 +80,35 @@ def probe(
         raise ValueError("\n".join(missing))
     flags = ["--initial"] if initial else []
     launch(config, ["probe", str(run), *flags, *(overrides or [])], functools.partial(probe_rank, target=target))
+
+
+def replay(
+    dump: Annotated[
+        Path, typer.Argument(metavar="DUMP", help="RUN/bad_steps/step_N, or the folder of a replica in it.")
+    ],
+    overrides: Overrides = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Checkpoint or HF folder, in place of the one that the dump names.")
+    ] = None,
+) -> None:
+    """Run the microbatches of a bad step alone, and report where the first value that is not finite arises.
+
+    A run dumps the microbatches behind an update whose gradients are not finite. The report names weights, inputs of
+    the loss, activations by module, log-probs, terms of the loss and gradients, and the samples and tokens. It is
+    printed and written to `DUMP/replay/report.json`. docs/troubleshooting.md.
+
+    The command starts as many local ranks as one replica needs; under torchrun it is one rank.
+    """
+    hold_requests()
+    if "RANK" not in os.environ:
+        stop_before_start()
+    from megatron_dypo.launch.replay_target import replay_target
+    from megatron_dypo.launch.start import launch, replay_rank
+
+    target = replay_target(dump, weights=weights)
+    config = target.config(overrides or [])
+    flags = [] if weights is None else ["--weights", str(weights)]
+    launch(config, ["replay", str(dump), *flags, *(overrides or [])], functools.partial(replay_rank, target=target))
 
 
 def serve(

@@ -11,6 +11,7 @@ from typing import NoReturn
 from megatron_dypo.config.tree import Config
 from megatron_dypo.config.urls import url_host
 from megatron_dypo.launch.probe_target import ProbeTarget
+from megatron_dypo.launch.replay_target import ReplayTarget
 from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
@@ -75,6 +76,13 @@ def probe_rank(config: Config, target: ProbeTarget) -> None:
     from megatron_dypo.loop.probe_checkpoint import probe_checkpoint
 
     probe_checkpoint(config, target.checkpoint, target.run_dir)
+
+
+def replay_rank(config: Config, target: ReplayTarget) -> None:
+    """Do the work of one rank of ``megatron-dypo replay``."""
+    from megatron_dypo.loop.bad_steps.replay import replay
+
+    replay(config, target.folder, target.dump, target.weights if target.is_checkpoint else None)
 
 
 def _is_on_one_host(config: Config) -> bool:

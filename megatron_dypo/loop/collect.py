@@ -6,7 +6,6 @@ with something to learn from, or with the end of the run: see :mod:`megatron_dyp
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,18 +25,20 @@ from megatron_dypo.loop.books.outcomes import (
     end_without_verdicts,
 )
 from megatron_dypo.loop.books.tally import Tally
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
+from megatron_dypo.loop.journal.rounds import sample_round
 from megatron_dypo.loop.logprobs import Logprobs, without_logprobs
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
-from megatron_dypo.loop.requests import planner_of
-from megatron_dypo.loop.servers import NoServers, Sampled, Servers
+from megatron_dypo.loop.servers import NoServers, Servers
 from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.processes.stop_requests import STOP, StopFlag
 from megatron_dypo.processes.watchdog import mark
-from megatron_dypo.rollout.collect import DroppedGroup, collect
+from megatron_dypo.rollout.collect import DroppedGroup
 from megatron_dypo.types import DropReason, GradedGroup
 
 log = logging.getLogger("megatron_dypo")
@@ -65,6 +66,7 @@ class Collector:
     tally: Tally
     timings: Timings
     teacher: Teacher | NoTeacher = field(default_factory=NoTeacher)
+    journal: Journal | NoJournal = field(default_factory=NoJournal)
     stop: StopFlag = STOP
     """Ends a collection when it is set. Unfinished prompts are then in flight for the run that resumes."""
 
@@ -117,7 +119,7 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             server is left, every prompt is too long, or the run was asked to stop. The samples of the collection are
             written in any case.
     """
-    replica, servers, batching, rounds = collector.replica, collector.servers, collector.batching, 0
+    replica, batching, rounds = collector.replica, collector.batching, 0
     begin_collection(collector, step)
     admitted, look = list[Admitted](), look_around(collector)
     try:
@@ -127,17 +129,11 @@ def collect_in_rounds(collector: Collector, step: int) -> Queues:
             mark("collecting rollouts")
             prompts = replica.begin_round(collector.rollout.prompts_per_round)
             if collector.objective.needs_rollouts(step):
-                objective, k = collector.objective, collector.rollout.group_size
-                planner = planner_of(objective, k, step=lambda: step, seed=collector.seed, judge=servers.judge)
-                size = objective.num_rollouts(k)
-                ask = functools.partial(collect, group_size=size, planner=planner, stop=collector.stop)
-                sampled = servers.sample(prompts, step, "gen", ask)
-                with collector.timings.measure("reward"):
-                    graded = servers.grade(sampled.groups)
+                graded, dropped = sample_round(collector, prompts, step)
             else:
-                sampled = Sampled()
                 graded = [GradedGroup(prompt=prompt, rollouts=(), verdicts=(), tier=None) for prompt in prompts]
-            admitted.append(admit_groups(collector, step, graded, sampled.dropped))
+                dropped = ()
+            admitted.append(admit_groups(collector, step, graded, dropped))
             replica.end_round()
             rounds += 1
             before, look = look, look_around(collector)
@@ -174,6 +170,7 @@ def admit_groups(
         max_version_lag=collector.max_version_lag,
     )
     tally_admitted(collector.tally, graded, admitted)
+    collector.tally.add("from_journal", collector.journal.count_reused())
     enter_left_out(collector.replica, collector.tally)
     enter(collector.replica, graded, admitted, fail_truncated=collector.fail_truncated)
     ask_teacher(collector.replica, collector.teacher, collector.tally, collector.timings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
 from megatron_dypo.batching.queues import Queues
@@ -20,6 +21,7 @@ from megatron_dypo.loop.collect import (
     looks_further,
     warn_of_losses,
 )
+from megatron_dypo.loop.journal.repeat import repeat_collection
 from megatron_dypo.loop.ranks import own_part
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.processes.watchdog import mark
@@ -41,33 +43,41 @@ def collect_from_stream(collector: Collector, step: int) -> Queues:
     """
     stream, batch = collector.servers.stream, collector.batching.prompts_per_batch
     begin_collection(collector, step)
-    if unfinished := collector.replica.unfinished():
-        stream.postpone(unfinished)
-        collector.replica.end_round()
     goes_on = collector.rollout.mode == "async" and not _is_last_batch(collector, step)
     # Groups of the next batch start before this one is full. Otherwise the last groups would be sampled one by one.
     target = 2 * batch if goes_on else batch
     admitted = list[Admitted]()
     try:
-        look = _fill(collector, step, target, admitted)
+        repeated = repeat_collection(collector, step, admitted)
+        if repeated.is_over and look_around(collector).waiting >= (1 if repeated.looks else batch):
+            return collector.replica.queues
+        if unfinished := collector.replica.unfinished():
+            stream.postpone(unfinished)
+            collector.replica.end_round()
+        look = _fill(collector, step, target, admitted, repeated.looks)
     finally:
         collector.replica.write_samples(step + 1, admitted)
     warn_of_losses(collector, look, step)
     if goes_on:
         stream.want(own_part(max(0, target - look.waiting), collector.ranks))
+        stream.start()
     else:
         stream.stop()
     return collector.replica.queues
 
 
-def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted]) -> Look:
-    """Admit groups until a rollout batch waits, or the limit is reached, while the streams sample up to ``target``."""
+def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted], looks: int) -> Look:
+    """Admit groups until a rollout batch waits, or the limit is reached, while the streams sample up to ``target``.
+
+    Args:
+        looks: number of looks of this collection that were repeated before.
+    """
     stream, ranks, batch = collector.servers.stream, collector.ranks, collector.batching.prompts_per_batch
     judged, taught, shown = Outcomes(), Outcomes(), 0
     with progress(batch, "rollouts", "prompts to learn from", enabled=ranks.is_global_leader) as bar:
-        while True:
+        for number in itertools.count(looks):
             mark("collecting rollouts")
-            look = look_around(collector, _admit_finished(collector, step, admitted))
+            look = look_around(collector, _admit_finished(collector, step, number, admitted))
             bar.update(min(look.waiting, batch) - shown)
             shown = min(look.waiting, batch)
             is_at_limit = look.outcomes.seen >= collector.max_prompts
@@ -81,13 +91,16 @@ def _fill(collector: Collector, step: int, target: int, admitted: list[Admitted]
                 collector.servers.refit(step)
             stream.want(own_part(target - look.waiting, ranks))
             stream.start()
-            _use_the_wait(collector, step, look)
+            if _use_the_wait(collector, step, look):
+                collector.journal.compute_logprobs(step, number)
+        raise AssertionError("counting has no end")
 
 
-def _admit_finished(collector: Collector, step: int, admitted: list[Admitted]) -> RunEnded | None:
+def _admit_finished(collector: Collector, step: int, number: int, admitted: list[Admitted]) -> RunEnded | None:
     """Admit the finished groups of the stream; return the end of the run, if the stream has failed."""
     stream = collector.servers.stream
     graded, counts = stream.take()
+    collector.journal.take(step, number, [group.prompt.order for group in graded])
     tally_client(collector.tally, counts.client)
     collector.replica.leave_out(counts.left_out)
     admitted.append(admit_groups(collector, step, graded, counts.dropped))
@@ -98,8 +111,8 @@ def _admit_finished(collector: Collector, step: int, admitted: list[Admitted]) -
     return None
 
 
-def _use_the_wait(collector: Collector, step: int, look: Look) -> None:
-    """Compute log-probs of new groups if they are worth a forward pass; else wait for more groups."""
+def _use_the_wait(collector: Collector, step: int, look: Look) -> bool:
+    """Compute log-probs of new groups if they are worth a forward pass, and return True; else wait for more groups."""
     batch, ranks = collector.batching.prompts_per_batch, collector.ranks
     missing = batch - look.waiting
     if collector.logprobs.are_of_one_version:
@@ -108,12 +121,13 @@ def _use_the_wait(collector: Collector, step: int, look: Look) -> None:
         # The weights will not change until the batch is full.
         queues = collector.replica.queues
         queues.replace(collector.logprobs.complete(queues.groups(), step))
-        return
+        return True
     # If the stream has failed, all ranks learn of it at the next look.
     with collector.timings.measure("gen"), contextlib.suppress(ServerDiedError):
         collector.servers.stream.wait(
             _LOOK_EVERY_S, own_part(missing, ranks), resolved=own_part(collector.max_prompts, ranks)
         )
+    return False
 
 
 def _is_last_batch(collector: Collector, step: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,6 +64,23 @@ class Draws:
         """
         self.unfinished = [*self.unfinished, *self.take(count)]
         return self.unfinished
+
+    def are_open(self, orders: Collection[int]) -> bool:
+        """Return whether each of this replica's draws is either unfinished or not made yet."""
+        known = {prompt.order for prompt in self.unfinished}
+        return all(order >= self.cursor or order in known for order in orders)
+
+    def begin_listed(self, orders: Collection[int]) -> list[Prompt]:
+        """Draw as far as these open draws of this replica; return their prompts. All are unfinished from now on."""
+        if orders and max(orders) >= self.cursor:
+            self.begin_round(max(orders) + 1 - self.cursor)
+        wanted = set(orders)
+        return [prompt for prompt in self.unfinished if prompt.order in wanted]
+
+    def end_listed(self, orders: Collection[int]) -> None:
+        """Forget these unfinished prompts: each is on an account."""
+        ended = set(orders)
+        self.unfinished = [prompt for prompt in self.unfinished if prompt.order not in ended]
 
     def end_round(self) -> None:
         """Forget the unfinished prompts: each is on an account, or a stream has taken them over."""

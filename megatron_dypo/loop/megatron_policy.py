@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from megatron_dypo.batching.exchange import balance, broadcast_samples
-from megatron_dypo.batching.pack import num_microbatches, padded_lengths, plan_microbatches, sequence_alignment
+from megatron_dypo.batching.pack import padding_ratio
 from megatron_dypo.batching.wire import without_arrays
 from megatron_dypo.batching.zigzag import shard
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.journal.weights import weights_digest
 from megatron_dypo.loop.policy import UpdateReport
 from megatron_dypo.mcore.checkpoints import checkpoint
-from megatron_dypo.mcore.chunks import main_grad, named_global_parameters
+from megatron_dypo.mcore.checkpoints.folder import folder_of
+from megatron_dypo.mcore.checkpoints.saving import Saver
+from megatron_dypo.mcore.chunks import main_grad
+from megatron_dypo.mcore.finite import Lone, bad_microbatches, first_not_finite
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
-from megatron_dypo.mcore.logprobs import largest_count, pack_microbatches, round_up_microbatches, sequence_logprobs
+from megatron_dypo.mcore.logprobs import pack_microbatches, plan_update, sequence_logprobs
 from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.moe_router import balance_metrics
 from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
+from megatron_dypo.mcore.reduction import until_reduction
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
@@ -31,9 +38,9 @@ from megatron_dypo.models.export import export_hf
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
 from megatron_dypo.objective.recipes.base import Objective
-from megatron_dypo.parallel.collectives import gather_objects, gather_world
+from megatron_dypo.parallel.collectives import gather_floats, gather_objects
 from megatron_dypo.parallel.groups import MeshRank
-from megatron_dypo.types import Floats, Microbatch, Sample
+from megatron_dypo.types import Floats, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,7 @@ class MegatronPolicy:
     reference: ReferencePolicy | None
     """None if the objective reads no reference, or uses π_old as the reference."""
     timings: Timings
+    saver: Saver = field(default_factory=Saver)
 
     @property
     def keeps_reference(self) -> bool:
@@ -58,8 +66,7 @@ class MegatronPolicy:
         return self.replica_logprobs(self._of_leader(samples))
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Floats]:
-        if self.reference is None:
-            raise RuntimeError("this run keeps no reference")
+        assert self.reference is not None, "this run keeps no reference"
         with self.reference.swapped_in():
             return self.logprobs(samples)
 
@@ -98,19 +105,26 @@ class MegatronPolicy:
             balance(weighted, leaders, cost.of) if leaders is not None else None, layout.replica_group
         )
         costs = [cost.of(sample) for sample in samples]
-        microbatches = self._pack(samples, costs)
+        bins = plan_update(samples, costs, layout, budget=self.config.batching.tokens_per_microbatch)
+        microbatches = pack_microbatches(
+            samples, bins, layout, token_multiple=self.config.token_multiple, streams=self.objective.streams
+        )
         parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in microbatches]
         with self.timings.measure("update_actor"):
             self.optimizer.zero_grad()
-            with progress(len(parts), "update", "microbatches", enabled=layout.is_global_leader) as bar:
+            with (
+                progress(len(parts), "update", "microbatches", enabled=layout.is_global_leader) as bar,
+                until_reduction(self.chunks) as busy,
+            ):
                 sums = loss_pass(self.chunks, parts, objective=self.objective, context_group=layout.cp_group, bar=bar)
             applied = self.optimizer.step()
+        paces = gather_floats([busy.seconds, sum(costs)])
         metrics = {
             "train/grad_norm": applied.grad_norm,
             "train/lr": applied.lr,
             "train/skipped": float(not applied.ok),
             "train/num_microbatches": len(microbatches),
-            "train/padding_ratio": _padding_ratio(microbatches),
+            "train/padding_ratio": padding_ratio(microbatches),
             **balance_metrics(self.chunks),
         }
         return UpdateReport(
@@ -119,6 +133,22 @@ class MegatronPolicy:
             metrics=metrics,
             flops=sum(costs),
             samples=samples,
+            bins=bins,
+            busy_s=[seconds for seconds, _ in paces],
+            work=[flops for _, flops in paces],
+        )
+
+    def bad_microbatches(self, report: UpdateReport) -> list[int]:
+        return bad_microbatches(self.lone, report.samples, report.bins)
+
+    @property
+    def lone(self) -> Lone:
+        """The parts that run one microbatch alone."""
+        return Lone(
+            chunks=self.chunks,
+            objective=self.objective,
+            layout=self.layout,
+            token_multiple=self.config.token_multiple,
         )
 
     def refresh_reference(self) -> None:
@@ -126,10 +156,13 @@ class MegatronPolicy:
             self.reference.capture()
 
     def bad_weight(self) -> str | None:
-        return self._first_not_finite(values)
+        return first_not_finite(self.chunks, values)
 
     def bad_gradient(self) -> str | None:
-        return self._first_not_finite(main_grad)
+        return first_not_finite(self.chunks, main_grad)
+
+    def weights_digest(self) -> str:
+        return weights_digest(named_values(self.chunks))
 
     def save(
         self,
@@ -139,10 +172,13 @@ class MegatronPolicy:
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
+        waits: bool = True,
+        on_publish: Callable[[], object] = lambda: None,
     ) -> Path:
         is_refreshed = self.config.objective.reference.mode == "refreshed"
-        return checkpoint.save(
+        begin = functools.partial(
+            checkpoint.begin_save,
             root,
             step,
             chunks=self.chunks,
@@ -153,8 +189,16 @@ class MegatronPolicy:
             reference=self.reference if is_refreshed else None,
             hf_path=self.config.model.hf_path,
             stop_ids=stop_ids,
-            keep=keep,
+            cfg=cfg,
         )
+        self.saver.begin(begin, waits=waits, on_publish=on_publish)
+        return folder_of(root, step)
+
+    def finish_save(self, *, waits: bool) -> None:
+        if waits:
+            self.saver.finish()
+        else:
+            self.saver.poll()
 
     def load(self, path: Path) -> checkpoint.Restored:
         """Bring weights, optimizer, RNG states and reference back from a checkpoint; return the rest of it."""
@@ -188,28 +232,6 @@ class MegatronPolicy:
         )
         return found or []
 
-    def _pack(self, samples: Sequence[Sample], costs: Sequence[float]) -> list[Microbatch]:
-        """Pack the samples into microbatches of roughly equal work. Every replica gets the same number.
-
-        Each is padded only to the alignment of the layout.
-        """
-        layout, budget = self.layout, self.config.batching.tokens_per_microbatch
-        lengths = padded_lengths(samples, sequence_alignment(layout.context))
-        count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)
-        bins = plan_microbatches(lengths, budget=budget, count=count, costs=costs)
-        return pack_microbatches(
-            samples,
-            bins,
-            layout,
-            token_multiple=self.config.token_multiple,
-            streams=self.objective.streams,
-        )
-
-    def _first_not_finite(self, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> str | None:
-        named = named_global_parameters(self.chunks)
-        own = next((name for name, parameter in named if not bool(torch.isfinite(read(parameter)).all())), None)
-        return next((name for name in gather_world(own) if name is not None), None)
-
 
 def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timings: Timings) -> MegatronPolicy:
     """Build the model with its initial weights, the optimizer and, if the objective reads one, the reference.
@@ -241,8 +263,3 @@ def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timi
         reference=ReferencePolicy(chunks, rewrite=rewrite) if keeps_reference else None,
         timings=timings,
     )
-
-
-def _padding_ratio(microbatches: Sequence[Microbatch]) -> float:
-    padding = sum(int((microbatch.sample_T < 0).sum()) for microbatch in microbatches)
-    return padding / sum(len(microbatch.sample_T) for microbatch in microbatches)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-
-import numpy as np
+from dataclasses import dataclass
+from typing import Literal
 
 from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.bad_steps.dumper import Dumper
+from megatron_dypo.loop.bad_steps.places import Place, bad_inputs, bad_logprobs, shown
 from megatron_dypo.loop.policy import Policy, UpdateReport
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Replica
-from megatron_dypo.types import Sample
+from megatron_dypo.objective.streams import Stream
 
 log = logging.getLogger("megatron_dypo")
 
-_SHOWN = 3
+
+@dataclass(frozen=True, kw_only=True)
+class BadSteps:
+    """The rules for updates that are not finite."""
+
+    policy: Literal["skip", "stop"]
+    """See ``optimizer.on_bad_step``."""
+    most_in_a_row: int
+    """See ``optimizer.max_bad_steps``."""
+    dumper: Dumper
+    streams: Sequence[Stream]
+    """The objective's, which the loss reads."""
 
 
 def require_finite_weights(policy: Policy, place: str) -> None:
@@ -26,28 +39,35 @@ def require_finite_weights(policy: Policy, place: str) -> None:
 
 
 def count_update(
-    progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, max_bad_steps: int
+    progress: Progress, report: UpdateReport, policy: Policy, replica: Replica, ranks: Ranks, rules: BadSteps
 ) -> RunEnded | None:
-    """Count an update; return the end of the run if too many in a row were skipped or a weight is not finite."""
+    """Count an update; return the end of the run if the rules ask for it or a weight is not finite.
+
+    The microbatches behind a skipped update are dumped.
+    """
     if report.is_applied:
         progress.count_update(None)
         return None
-    problem, has_bad_weights = explain_bad_update(policy, replica, ranks, report.samples)
+    problem, has_bad_weights = explain_bad_update(policy, replica, ranks, report, rules.streams)
+    step = progress.step + 1
+    dumped = rules.dumper.dump(step, report, policy, replica, ranks, problem=problem, has_bad_weights=has_bad_weights)
+    problem = f"{problem}; {dumped}"
     progress.count_update(problem)
     if ranks.is_global_leader:
         norm = report.metrics["train/grad_norm"]
         log.warning("step %d: gradient norm %s; update skipped: %s", progress.step, norm, problem)
-    if not has_bad_weights and progress.bad_steps < max_bad_steps:
+    allowed = rules.most_in_a_row if rules.policy == "skip" else 1
+    if not has_bad_weights and progress.bad_steps < allowed:
         return None
     skipped = "an update was" if progress.bad_steps == 1 else f"{progress.bad_steps} updates in a row were"
     return RunEnded(Cause.NOT_FINITE, f"step {progress.step}: {skipped} skipped: {problem}")
 
 
-def explain_bad_update(policy: Policy, replica: Replica, ranks: Ranks, samples: Sequence[Sample]) -> tuple[str, bool]:
-    """Name the first weight or gradient, and the first samples, that are not finite. Collective over the world.
-
-    Args:
-        samples: those of this replica's update, the same on each of its ranks.
+def explain_bad_update(
+    policy: Policy, replica: Replica, ranks: Ranks, report: UpdateReport, streams: Sequence[Stream]
+) -> tuple[str, bool]:
+    """Name the first weight or gradient, and the first samples and tokens, that are not finite. Collective over the
+    world.
 
     Returns:
         The reason in words, and whether a weight itself is not finite.
@@ -58,19 +78,31 @@ def explain_bad_update(policy: Policy, replica: Replica, ranks: Ranks, samples: 
         where = f"weight {weight}" if weight else f"gradient of {gradient}"
     else:
         where = "only the norm of all gradients together"
-    return f"the first that is not finite: {where}; {_bad_samples(policy, replica, ranks, samples)}", weight is not None
+    # A bad weight spoils the log-probs that the loss reads, too.
+    samples = _bad_samples(policy, replica, ranks, report, () if weight else streams)
+    return f"the first that is not finite: {where}; {samples}", weight is not None
 
 
-def _bad_samples(policy: Policy, replica: Replica, ranks: Ranks, samples: Sequence[Sample]) -> str:
-    logprobs = policy.replica_logprobs(samples)
-    bad = {s.order for s, logp_R in zip(samples, logprobs, strict=False) if not np.isfinite(logp_R).all()}
-    found = ranks.of_leaders(
-        ([(order, replica.id_of(order)) for order in sorted(bad)], len({s.order for s in samples}))
-    )
-    total = sum(count for _, count in found)
-    names = dict(sorted(pair for pairs, _ in found for pair in pairs))
-    if not names:
+def _bad_samples(
+    policy: Policy, replica: Replica, ranks: Ranks, report: UpdateReport, streams: Sequence[Stream]
+) -> str:
+    logprobs = bad_logprobs(report.samples, policy.replica_logprobs(report.samples))
+    inputs = bad_inputs(report.samples, streams)
+    orders = {place.order for places in (logprobs, *inputs.values()) for place in places}
+    names = {order: replica.id_of(order) for order in orders}
+    # The samples of a prompt may be on several replicas, which share the work.
+    found = ranks.of_leaders((logprobs, inputs, names, {sample.order for sample in report.samples}))
+    prompts = {order: name for _, _, own, _ in found for order, name in own.items()}
+    total = len(set().union(*(own for _, _, _, own in found)))
+    words = [_of_logprobs(sorted(place for own, _, _, _ in found for place in own), prompts, total)]
+    for stream in streams:
+        if places := sorted(place for _, own, _, _ in found for place in own.get(stream.name, [])):
+            words.append(f"{stream.name}, which the loss reads, is not finite for {shown(places, prompts)}")
+    return "; ".join(words)
+
+
+def _of_logprobs(places: Sequence[Place], prompts: dict[int, str], total: int) -> str:
+    if not places:
         return f"the log-probs of all {total} prompts of the update are finite"
-    shown = ", ".join(list(names.values())[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"log-probs are not finite for {len(names)} of {total} prompts: {shown}{more}"
+    count = len({place.order for place in places})
+    return f"log-probs are not finite for {count} of {total} prompts: {shown(places, prompts)}"

@@ -7,17 +7,18 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.types import Floats, Sample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UpdateReport:
-    """The result of one update; only ``flops`` and ``samples`` differ between ranks."""
+    """The result of one update; only ``flops``, ``samples`` and ``bins`` differ between ranks."""
 
     is_applied: bool
     """False: the gradients were not finite, and the weights stay as they were."""
@@ -29,6 +30,12 @@ class UpdateReport:
     """Work of this replica (see ``models.flops``)."""
     samples: Sequence[Sample]
     """The samples that this replica learned from, on all of its ranks."""
+    bins: Sequence[Sequence[int]] = ()
+    """The samples of each microbatch, by their index in ``samples``."""
+    busy_s: Sequence[float] = ()
+    """Seconds of forward and backward, by rank, until the wait for other replicas."""
+    work: Sequence[float] = ()
+    """FLOPs of the replica of each rank."""
 
 
 class Policy(Protocol):
@@ -73,6 +80,13 @@ class Policy(Protocol):
         """Return the name of the first parameter whose last gradient is not finite, on any rank; None if there is
         none."""
 
+    def bad_microbatches(self, report: UpdateReport) -> list[int]:
+        """Run each microbatch of this replica alone; return those whose loss or gradient is not finite. The gradients
+        of the last update are lost."""
+
+    def weights_digest(self) -> str:
+        """Return a digest that is equal for equal weights; see :mod:`megatron_dypo.loop.journal.weights`."""
+
     def save(
         self,
         root: Path,
@@ -81,9 +95,24 @@ class Policy(Protocol):
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
+        waits: bool = True,
+        on_publish: Callable[[], object] = lambda: None,
     ) -> Path:
-        """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.save``); return its folder."""
+        """Write a checkpoint of step ``step`` (see ``mcore.checkpoints.checkpoint.begin_save``); return its folder.
+
+        Args:
+            waits: the folder is there when this returns. Otherwise it is written while training goes on, and
+                :meth:`finish_save` must be called.
+            on_publish: called on every rank once the folder is there.
+        """
+
+    def finish_save(self, *, waits: bool) -> None:
+        """Publish the checkpoint that is being written, if it is written or with ``waits``. Collective over the world.
+
+        Raises:
+            OSError: the file system is full. Nothing is left of that checkpoint.
+        """
 
     def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         """Write the weights as a Hugging Face model folder, whose generation ends at ``stop_ids``."""

@@ -6,7 +6,7 @@ groups and nothing to write.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -87,6 +87,14 @@ class Leader:
         """Forget the prompts of the round; see :meth:`Draws.end_round`."""
         self.draws.end_round()
 
+    def begin_listed(self, orders: Collection[int]) -> list[Prompt]:
+        """Return the prompts of these draws; see :meth:`Draws.begin_listed`."""
+        return self.draws.begin_listed(orders)
+
+    def end_listed(self, orders: Collection[int]) -> None:
+        """Forget these prompts; see :meth:`Draws.end_listed`."""
+        self.draws.end_listed(orders)
+
     def unfinished(self) -> list[Prompt]:
         """Return the prompts that are drawn but not finished, without those that a stream keeps."""
         return self.draws.unfinished
@@ -142,6 +150,11 @@ class Follower:
         return []
 
     def end_round(self) -> None: ...
+
+    def begin_listed(self, orders: Collection[int]) -> list[Prompt]:
+        return []
+
+    def end_listed(self, orders: Collection[int]) -> None: ...
 
     def unfinished(self) -> list[Prompt]:
         return []

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_dypo.grading.verify import Verifier, grade
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.groups import Planner
@@ -78,6 +80,8 @@ class LeaderRequests:
     trace_text: Callable[[Prompt], str | None] | None
     """Returns the trace that the verifier judges beside the rollouts of a prompt."""
     show_progress: bool
+    journal: Journal | NoJournal = field(default_factory=NoJournal)
+    """Holds the groups that are finished, for a resume."""
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         """Give each group its verdicts and its tier."""
@@ -109,6 +113,7 @@ class FollowerRequests:
     """The requests of any other rank: none."""
 
     stream: NoStream = field(default_factory=NoStream)
+    journal: NoJournal = field(default_factory=NoJournal)
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[GradedGroup]:
         return []

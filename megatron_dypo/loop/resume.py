@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
@@ -15,12 +17,16 @@ from megatron_dypo.batching.wire import dump_samples, load_samples
 from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.loop.books.ledger import Ledger
 from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
+from megatron_dypo.loop.journal.weights import NoWeights, Weights
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.requests import Stream
 from megatron_dypo.mcore.checkpoints import folder
+from megatron_dypo.mcore.checkpoints.prune import SCORES, scores_for
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.processes.watchdog import mark
 
@@ -37,50 +43,77 @@ class Checkpointer:
     policy: Policy
     replica: Replica
     stream: Stream
+    journal: Journal | NoJournal
+    weights: Weights | NoWeights
     ranks: Ranks
     cfg: CheckpointConfig
     total_steps: int
     timings: Timings
 
 
-def save_if_due(checkpointer: Checkpointer, progress: Progress) -> None:
+def save_if_due(checkpointer: Checkpointer, progress: Progress, metrics: Mapping[str, float]) -> None:
     """Save a checkpoint if the config asks for it, unless the last update was skipped. Collective over the world.
 
-    The time it takes is in the metrics of the next step.
+    Before that, publish the one that has been written since. The time it takes is in the metrics of the next step.
+
+    Args:
+        metrics: of the step, for ``checkpoint.keep_best``.
     """
+    if checkpointer.cfg.async_save:
+        with checkpointer.timings.measure("save_checkpoint"):
+            checkpointer.policy.finish_save(waits=False)
     every, is_last = checkpointer.cfg.every, progress.step == checkpointer.total_steps
     is_due = is_last or (every > 0 and progress.step % every == 0)
     if is_due and progress.bad_steps == 0:
         mark("saving a checkpoint")
         with checkpointer.timings.measure("save_checkpoint"):
-            save_checkpoint(checkpointer, progress)
+            waits = is_last or not checkpointer.cfg.async_save
+            save_checkpoint(checkpointer, progress, metrics, waits=waits)
 
 
 def save_unless_saved(checkpointer: Checkpointer, progress: Progress) -> None:
     """Save a checkpoint of this step, if there is none. Collective over the world."""
+    checkpointer.policy.finish_save(waits=True)
     latest = folder.find_latest(checkpointer.folder)
     if latest is None or folder.step_of(latest) != progress.step:
         save_checkpoint(checkpointer, progress)
 
 
-def save_checkpoint(checkpointer: Checkpointer, progress: Progress) -> Path:
-    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world."""
+def save_checkpoint(
+    checkpointer: Checkpointer,
+    progress: Progress,
+    metrics: Mapping[str, float] = MappingProxyType({}),
+    *,
+    waits: bool = True,
+) -> Path:
+    """Write everything that resuming needs; return the checkpoint's folder. Collective over the world.
+
+    Args:
+        waits: the folder is there when this returns; see :meth:`megatron_dypo.loop.policy.Policy.save`.
+    """
     replica, batch = checkpointer.replica, progress.batch
     groups = (*batch.groups, *replica.queues.groups(), *batch.buffered, *replica.queues.buffer)
     kept = [sample for group in groups for sample in group]
+    drawn = drawn_state(replica, checkpointer.stream, checkpointer.ranks)
     return checkpointer.policy.save(
         checkpointer.folder,
         progress.step,
         trainer_state={
-            **drawn_state(replica, checkpointer.stream, checkpointer.ranks),
+            **drawn,
             "batches": progress.batches,
             "batch": batch.as_json(),
             "moments": progress.moments and progress.moments.as_json(),
             "inputs": replica.inputs,
+            SCORES: scores_for(metrics, checkpointer.cfg, progress.step),
+            "weights": checkpointer.weights.as_json(),
         },
         leader_state=dump_samples(kept),
         stop_ids=replica.stop_ids,
-        keep=checkpointer.cfg.keep,
+        cfg=checkpointer.cfg,
+        waits=waits,
+        on_publish=functools.partial(
+            checkpointer.journal.begin_anew, progress.step, drawn["unfinished"], drawn["cursor"]
+        ),
     )
 
 

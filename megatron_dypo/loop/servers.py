@@ -16,6 +16,9 @@ from typing import Protocol
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.books.outcomes import end_on_request
 from megatron_dypo.loop.books.tally import Tally, tally_client, tally_refit
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
+from megatron_dypo.loop.journal.weights import NoWeights, Weights
 from megatron_dypo.loop.ranks import Ranks
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests, NoStream, Stream
 from megatron_dypo.metrics.writer import Timings
@@ -88,6 +91,7 @@ class Servers:
     ranks: Ranks
     tally: Tally
     timings: Timings
+    weights: Weights | NoWeights = field(default_factory=NoWeights)
     versions: tuple[int, ...] = ()
     """Versions that servers may hold during a refit, ascending: that of the last refit, and the different version
     before it."""
@@ -96,6 +100,11 @@ class Servers:
     def stream(self) -> Stream:
         """Return this replica's groups in the background."""
         return self.requests.stream
+
+    @property
+    def journal(self) -> Journal | NoJournal:
+        """Return the journal of this replica's finished groups."""
+        return self.requests.journal
 
     def refit(self, version: int) -> dict[str, float]:
         """Bring the current weights, ``version``, to the servers; send requests only to servers that have them. Return
@@ -106,6 +115,8 @@ class Servers:
         recent = range(before[0], version + 1, version - before[0]) if before else range(version, version + 1)
         self.requests.accept(recent)
         with self.timings.measure("refit"):
+            self.weights.note(version)  # before a server can sample with them
+            self.journal.serve(version)
             report = self.refitter.refit(version)
         if self.ranks.is_global_leader:
             tally_refit(self.tally, report)
@@ -186,6 +197,8 @@ class NoServers:
     """The servers of a run that asks none: no remaining step needs rollouts, and nothing is evaluated."""
 
     stream = NoStream()
+    journal = NoJournal()
+    weights = NoWeights()
 
     def sample(self, prompts: Sequence[Prompt], version: int, part: str, ask: Ask) -> Sampled:
         """Raise RuntimeError: this call is a bug."""

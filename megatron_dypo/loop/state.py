@@ -7,12 +7,15 @@ from pathlib import Path
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.eval.judging import grading_of_sets
+from megatron_dypo.loop.bad_steps.dumper import Dumper
 from megatron_dypo.loop.books.accounts import Accounts
 from megatron_dypo.loop.books.recorder import Recorder, Writer
+from megatron_dypo.loop.books.slow_ranks import SlowRanks
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import Collector
 from megatron_dypo.loop.evaluate import Evaluator
 from megatron_dypo.loop.logprobs import Logprobs
+from megatron_dypo.loop.not_finite import BadSteps
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.probe import Prober
 from megatron_dypo.loop.progress import Progress
@@ -40,6 +43,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     timings: Timings
     tally: Tally
+    slow_ranks: SlowRanks = field(default_factory=SlowRanks)
     teacher: Teacher | NoTeacher = field(default_factory=NoTeacher)
 
     @property
@@ -93,6 +97,7 @@ class Run:
             tally=self.tally,
             timings=self.timings,
             teacher=self.teacher,
+            journal=self.servers.journal,
         )
 
     @property
@@ -134,7 +139,12 @@ class Run:
             ranks=self.ranks,
             reference=self.config.objective.reference,
             auto_alpha=self.config.objective.auto_alpha,
-            max_bad_steps=self.config.optimizer.max_bad_steps,
+            bad_steps=BadSteps(
+                policy=self.config.optimizer.on_bad_step,
+                most_in_a_row=self.config.optimizer.max_bad_steps,
+                dumper=Dumper(config=self.config),
+                streams=self.objective.streams,
+            ),
             old_is_rollout=self.config.old_logp.source == "server",
             tally=self.tally,
         )
@@ -149,6 +159,8 @@ class Run:
             declared=self.objective.metrics,
             total_steps=self.config.run.steps,
             summary_every=self.config.logging.summary_every,
+            slow_ranks=self.slow_ranks,
+            run_dir=self.dir,
         )
 
     @property
@@ -159,6 +171,8 @@ class Run:
             policy=self.policy,
             replica=self.replica,
             stream=self.servers.stream,
+            journal=self.servers.journal,
+            weights=self.servers.weights,
             ranks=self.ranks,
             cfg=self.config.checkpoint,
             total_steps=self.config.run.steps,

@@ -25,7 +25,7 @@ from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.update import open_batch
 from megatron_dypo.loop.updater import Updater, refresh_reference, update_policy
 from megatron_dypo.processes.stop_requests import is_requested
-from megatron_dypo.processes.watchdog import mark
+from megatron_dypo.processes.watchdog import begin_step, mark
 
 log = logging.getLogger("megatron_dypo")
 
@@ -52,8 +52,8 @@ def train_run(run: Run) -> None:
         while progress.step < run.config.run.steps:
             if run.ranks.any_rank(is_requested()):
                 raise RunEnded(Cause.STOPPED, f"stopped on request; what was done is in {checkpointer.folder}")
-            train_step(progress, run.collector, run.updater, run.evaluator, run.prober, recorder)
-            save_if_due(checkpointer, progress)
+            metrics = train_step(progress, run.collector, run.updater, run.evaluator, run.prober, recorder)
+            save_if_due(checkpointer, progress, metrics)
         require_last_update(progress)
     except RunEnded as end:
         recorder.write_unfinished(progress)
@@ -88,8 +88,8 @@ def train_step(
     evaluator: Evaluator,
     prober: Prober,
     recorder: Recorder,
-) -> None:
-    """Make one optimizer step, evaluate, probe and refresh the reference if due, and write the step's metrics.
+) -> dict[str, float]:
+    """Make one optimizer step, evaluate, probe and refresh the reference if due; write and return the step's metrics.
 
     The first step of a rollout batch collects the batch. The servers get the weights after its last step, and for an
     evaluation or a probe.
@@ -98,6 +98,7 @@ def train_step(
         RunEnded: on all ranks: nothing can be learned from the collected groups, or updates are not finite.
     """
     refit: dict[str, float] = {}
+    begin_step()
     with recorder.timings.measure("step"):
         if progress.batch.is_used_up:
             mark("collecting rollouts")
@@ -137,6 +138,7 @@ def train_step(
         metrics |= probe_weights(updater, prober, progress)
     # Before the checkpoint: a run that resumes from it finds the step's metrics written.
     recorder.write(progress.step, metrics)
+    return metrics
 
 
 def probe_weights(updater: Updater, prober: Prober, progress: Progress) -> dict[str, float]:
@@ -176,6 +178,7 @@ def save_and_export(
     if it made all its steps (``end`` is None) or nothing was left to learn from.
     """
     if end is not None and (progress.step == 0 or end.cause is Cause.NOT_FINITE):
+        checkpointer.policy.finish_save(waits=True)
         return
     is_trained = end is None or end.cause is Cause.NOTHING_LEFT
     if is_trained:

@@ -10,7 +10,7 @@ from megatron_dypo.ending import RunEnded
 from megatron_dypo.loop.books.accounts import enter_minibatch
 from megatron_dypo.loop.books.tally import Tally, tally_update, tally_work
 from megatron_dypo.loop.logprobs import Logprobs
-from megatron_dypo.loop.not_finite import count_update
+from megatron_dypo.loop.not_finite import BadSteps, count_update
 from megatron_dypo.loop.policy import Policy, UpdateReport
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks
@@ -32,8 +32,7 @@ class Updater:
     ranks: Ranks
     reference: ReferenceConfig
     auto_alpha: AutoAlphaConfig
-    max_bad_steps: int
-    """See ``optimizer.max_bad_steps``."""
+    bad_steps: BadSteps
     old_is_rollout: bool
     """Whether log π_old is the servers' (``old_logp.source``)."""
     tally: Tally
@@ -64,7 +63,7 @@ def update_policy(updater: Updater, minibatch: Minibatch, progress: Progress) ->
     tally_update(tally, weighted, progress.step, old_is_rollout=updater.old_is_rollout)
     report = updater.policy.update(weighted)
     tally_work(tally, report.flops)
-    end = count_update(progress, report, updater.policy, updater.replica, updater.ranks, updater.max_bad_steps)
+    end = count_update(progress, report, updater.policy, updater.replica, updater.ranks, updater.bad_steps)
     return Update(totals=totals, report=report, end=end)
 
 

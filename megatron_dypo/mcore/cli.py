@@ -1,4 +1,4 @@
-"""``megatron-dypo export``."""
+"""``megatron-dypo export`` and ``megatron-dypo checkpoints``."""
 
 from __future__ import annotations
 
@@ -30,3 +30,23 @@ def export(
 
     log_to_terminal()
     typer.echo(export_run(run_dir, step=step, out_dir=out, overwrite=overwrite, quantization=quantize.value))
+
+
+def checkpoints(
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of `megatron-dypo train`.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare all checksums.")] = False,
+) -> None:
+    """List the checkpoints of a run: step, size, age, the rules that keep each, and whether it is whole.
+
+    Without --verify names, sizes and the small files are compared with the manifest. `megatron-dypo export RUN_DIR
+    --step N` writes one as an HF folder. Exit status 65: a checkpoint is damaged.
+    """
+    from megatron_dypo.ending import Cause
+    from megatron_dypo.mcore.checkpoints.listing import list_checkpoints, table
+    from megatron_dypo.metrics.logs import log_to_terminal
+
+    log_to_terminal()
+    found = list_checkpoints(run_dir, "full" if verify else "manifest", show_progress=verify)
+    typer.echo(table(found))
+    if any(one.is_damaged for one in found):
+        raise typer.Exit(Cause.BAD_INPUT.status)

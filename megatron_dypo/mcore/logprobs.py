@@ -32,6 +32,18 @@ def round_up_microbatches(count: int, layout: MeshRank) -> int:
     return -(-max(count, 1) // step) * step
 
 
+def plan_update(samples: Sequence[Sample], costs: Sequence[float], layout: MeshRank, *, budget: int) -> list[list[int]]:
+    """Plan an update's microbatches of roughly equal work. Every replica gets the same number. Collective.
+
+    Args:
+        costs: work of each sample.
+        budget: tokens in one microbatch.
+    """
+    lengths = padded_lengths(samples, sequence_alignment(layout.context))
+    count = round_up_microbatches(largest_count(num_microbatches(lengths, budget=budget, costs=costs)), layout)
+    return plan_microbatches(lengths, budget=budget, count=count, costs=costs)
+
+
 def pack_microbatches(
     samples: Sequence[Sample],
     bins: Sequence[Sequence[int]],

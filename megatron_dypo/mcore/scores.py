@@ -8,7 +8,6 @@ the stages wait for each other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, unwra
 from megatron_dypo.mcore.forward_step import score_pass
 from megatron_dypo.mcore.logprobs import pack_microbatches, round_up_microbatches
 from megatron_dypo.mcore.moe_router import leave_out_balance
+from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import match
@@ -47,9 +47,9 @@ def sequence_scores(
     in DDP's buffers are lost.
     """
     projector, held = ShardProjector(gradient_map, arch), _counted(chunks, arch, layout)
-    with _local_gradients(chunks), leave_out_balance(chunks):
+    with local_gradients(chunks), leave_out_balance(chunks):
         for sample in samples:
-            _zero(chunks)
+            zero_gradients(chunks)
             bins: list[list[int]] = [[0], *([] for _ in range(round_up_microbatches(1, layout) - 1))]
             packed = pack_microbatches([sample], bins, layout, token_multiple=token_multiple, streams=())
             score_pass(chunks, [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed])
@@ -57,7 +57,7 @@ def sequence_scores(
             if bar is not None:
                 bar.update(1)
             yield score_d.to(torch.float32).numpy()
-    _zero(chunks)
+    zero_gradients(chunks)
 
 
 def _summed(part_d: torch.Tensor, layout: MeshRank) -> torch.Tensor:
@@ -69,29 +69,6 @@ def _summed(part_d: torch.Tensor, layout: MeshRank) -> torch.Tensor:
         dist.all_reduce(part_d, group=layout.leaders_group)
         part_d /= layout.data
     return part_d
-
-
-@contextmanager
-def _local_gradients(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Keep the gradients of this rank alone in DDP's buffers: nothing is summed over ranks or replicas."""
-    config, settings = unwrap(chunks[0]).config, [chunk.ddp_config for chunk in chunks]
-    finalize, overlaps = config.finalize_model_grads_func, [setting.overlap_grad_reduce for setting in settings]  # type: ignore[union-attr]
-    config.finalize_model_grads_func = None
-    for setting in settings:
-        setting.overlap_grad_reduce = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        config.finalize_model_grads_func = finalize
-        for setting, overlap in zip(settings, overlaps, strict=True):
-            setting.overlap_grad_reduce = overlap  # type: ignore[union-attr]
-
-
-def _zero(chunks: Sequence[torch.nn.Module]) -> None:
-    for chunk in chunks:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
-        for parameter in chunk.parameters():
-            parameter.grad = None  # an fp32 optimizer leaves it as another name of the buffer, which would count twice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 
 NAME = "attempts.jsonl"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -41,11 +42,19 @@ def write_crashes(run_dir: str | Path, rank: int) -> None:
     faulthandler.enable(path.open("a", encoding="utf-8"))  # open for as long as the process lives
 
 
-def append_line(run_dir: str | Path, rank: int, text: str) -> None:
+def append_line(run_dir: str | Path, rank: int, text: str, *, level: int = logging.INFO) -> None:
     """Append a line to a rank's log from any process of the run, without handlers. Raises OSError."""
-    record = logging.LogRecord("megatron_dypo", logging.INFO, "", 0, text.rstrip("\n"), None, None)
+    record = logging.LogRecord("megatron_dypo", level, "", 0, text.rstrip("\n"), None, None)
     with log_path(run_dir, rank).open("a", encoding="utf-8") as file:
         file.write(_formatter().format(record) + "\n")
+
+
+def write_stacks(run_dir: str | Path, rank: int, why: str) -> None:
+    """Append the stacks of all threads of this process to a rank's log, if the disk takes them."""
+    with contextlib.suppress(OSError), log_path(run_dir, rank).open("a", encoding="utf-8") as file:
+        file.write(f"{why}; the stacks of this rank's threads:\n")
+        file.flush()
+        faulthandler.dump_traceback(file)
 
 
 def log_to_terminal() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_dypo.fs import replace_file
+from megatron_dypo.metrics.records import METRICS_FILE as METRICS_FILE
+from megatron_dypo.metrics.records import read_metrics as read_metrics
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 WANDB_ID_FILE = "wandb_run_id"
 
@@ -23,24 +24,6 @@ class Sink(Protocol):
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a ``metrics.jsonl``: ``step``, ``time`` (seconds since the epoch), then the metrics (None
-    if not finite).
-
-    An unfinished last line of a killed run is ignored. ValueError (file, line) for any other bad line.
-    """
-    records = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from error
-    return records
 
 
 class JsonlSink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +18,15 @@ def any_rank(mine: bool) -> bool:
     flag = torch.tensor([float(mine)], device=device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def gather_floats(mine: Sequence[float]) -> list[list[float]]:
+    """Return the numbers of every rank of the world, in rank order. Collective; each rank passes equally many."""
+    own = torch.tensor(mine, dtype=torch.float64, device=device())
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    values: list[list[float]] = torch.stack(found).tolist()
+    return values
 
 
 def gather_world(value: T) -> list[T]:

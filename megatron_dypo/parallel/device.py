@@ -67,6 +67,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def synchronize_stream() -> None:
+    """Wait until the GPU has done the work of the current stream; reductions on other streams may go on."""
+    if on_gpu():
+        torch.cuda.current_stream().synchronize()
+
+
 def get_rng_state() -> torch.Tensor:
     """Return the GPU's RNG state, as a CPU tensor of bytes."""
     return torch.cuda.get_rng_state()

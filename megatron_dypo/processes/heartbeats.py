@@ -14,7 +14,10 @@ from types import FrameType
 from megatron_dypo.processes.identity import ProcessIdentity
 
 FOLDER = "heartbeats"
-_BYTES = 1024
+_BYTES = 2048
+_MAX_FRAMES = 8
+_MAX_STACK = 1000
+"""Characters of a stack, so that a heartbeat fits into its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,12 @@ class Heartbeat:
     where: str
     """Innermost function of the main thread, with file and line."""
     is_in_collective: bool
+    stack: str
+    """Innermost functions of the main thread, the innermost first."""
     idle_s: float
     """Seconds since the main thread last moved."""
+    part_s: float = 0.0
+    """Seconds of the main thread in ``part``, within its step."""
     is_last: bool = False
     """Whether the rank has ended normally."""
 
@@ -71,6 +78,15 @@ def where(frame: FrameType | None) -> str:
         return "its end"
     code = frame.f_code
     return f"{code.co_name} ({'/'.join(Path(code.co_filename).parts[-3:])}:{frame.f_lineno})"
+
+
+def stack_of(frame: FrameType | None) -> str:
+    """Return the innermost functions with file and line, on one line."""
+    found: list[str] = []
+    while frame is not None and len(found) < _MAX_FRAMES:
+        found.append(where(frame))
+        frame = frame.f_back
+    return " < ".join(found)[:_MAX_STACK]
 
 
 def is_in_collective(frame: FrameType | None) -> bool:

@@ -1,39 +1,41 @@
-"""Notices a rank that hangs, names it and its activity, and ends the run.
+"""Notices a rank that stalls, warns and names it with its activity, and ends the run if it hangs.
 
-Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` several times within ``run.watchdog_s``: the
-activity of the main thread (:func:`mark`), its place in the code, and how long it has not moved. There are two rules,
-both by the clock of the rank that reads:
+Each rank has a thread that writes ``run.dir/heartbeats/rank_00003.json`` every few seconds: the activity of the main
+thread (:func:`mark`), its stack, and how long it has not moved. The rules compare times of the monotonic clock of the
+rank that reads, so a step of the time of day changes nothing:
 
-1. Each rank reads the heartbeat of the next rank (the last reads the first's). If it does not change for
-   ``run.watchdog_s``, the process is stopped or its host is gone.
-2. If the main thread of the first rank has not moved for that long, it reads all heartbeats. If no rank has moved, they
-   all wait for a rank that hangs: the one that is not in a collective.
+1. Each rank reads the heartbeat of the next rank (the last reads the first's). If it does not change, the process is
+   stopped or its host is gone. There is a warning after three usual steps and :data:`.pace.SLACK_S`, and the run ends
+   after ``run.watchdog_s``.
+2. If the main thread of the first rank has not moved for ``run.watchdog_s``, it reads all heartbeats. If no rank has
+   moved, they all wait for a rank that hangs: the one that is not in a collective. The run ends.
+3. If the first rank's part of a step takes much longer than usual (:mod:`.pace`), it reads all heartbeats twice and
+   warns of the ranks that give no sign of life, else of those for which the others wait. Each rank then writes the
+   stacks of its own threads to its log.
 
 A main thread moves when it calls :func:`mark`, or when its stack changes between two looks. So a rank that waits for
-others does not move, but is not blamed as long as any rank moves. The second rule applies after the first mark, since
-servers may take long to start.
+others does not move, but is not blamed as long as any rank moves. Rules 2 and 3 apply after the first mark, since
+servers may take long to start. As long as a usual time is not known, the warning comes when no rank has moved for half
+of ``run.watchdog_s``. A thread that was itself stopped excuses the others for that time.
 
 If a run has ended with an error, its remaining ranks end too, also on a node whose launcher has not noticed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import os
 import platform
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from megatron_dypo.config.words import counted
 from megatron_dypo.ending import Cause
-from megatron_dypo.metrics.logs import log_path
+from megatron_dypo.metrics.logs import write_stacks
 from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes.heartbeats import (
     FOLDER,
@@ -42,15 +44,20 @@ from megatron_dypo.processes.heartbeats import (
     heartbeat_path,
     is_in_collective,
     read_heartbeat,
+    stack_of,
     stack_signature,
     where,
     write_heartbeat,
 )
-from megatron_dypo.processes.identity import ProcessIdentity, own_identity
+from megatron_dypo.processes.identity import own_identity
+from megatron_dypo.processes.pace import Pace
+from megatron_dypo.processes.stalls import PartWatch, forget_stalls, make_dump, warn_of_recovery, warn_of_silence
 
 _LOOKS = 10
 """Number of looks within ``run.watchdog_s``."""
-_MAX_INTERVAL_S = 30.0
+_MAX_INTERVAL_S = 10.0
+_GAP = 3.0
+"""Looks that a thread may miss. If it misses more, it was stopped itself, or its file system did not answer."""
 START_S = 300.0
 """Longest time until a rank's first heartbeat."""
 _NOT_SHARED = "it did not start, or its node has another file system at run.dir"
@@ -62,8 +69,8 @@ AFTER_END_S = 20.0
 class Work:
     """The activity of the main thread: a part of a step."""
 
-    part: str = "starting"
     marks: int = 0
+    pace: Pace = field(default_factory=Pace)
 
 
 WORK = Work()  # of this process, as the main thread is
@@ -75,8 +82,13 @@ def mark(part: str) -> None:
     Call it at the beginning of each part of a step, and in each turn of a loop that waits for rollouts or servers. It
     costs almost nothing.
     """
-    WORK.part = part
+    WORK.pace.enter(part, time.monotonic())
     WORK.marks += 1
+
+
+def begin_step() -> None:
+    """Record that a step begins, so that the usual time of a step is known."""
+    WORK.pace.begin_step(time.monotonic())
 
 
 class Leave(Protocol):
@@ -94,6 +106,8 @@ def start(run_dir: Path, run_status: RunStatus, *, patience_s: float, leave: Lea
     if not patience_s:
         return
     (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        forget_stalls(run_dir)
     global _current
     _current = Watchdog(run_dir, run_status, patience_s=patience_s, leave=leave)
     threading.Thread(target=_current.run, name="watchdog", daemon=True).start()
@@ -121,12 +135,25 @@ class Watchdog:
         self._ended_at: float | None = None
         self._last_look: object = None
         self._next: Heartbeat | None = None
+        self._is_next_stalled = self._has_warned = False
+        self._interval_s = min(_MAX_INTERVAL_S, patience_s / _LOOKS)
+        self._part_watch = PartWatch(run_dir, self._rank, interval_s=self._interval_s, ends_s=patience_s)
 
     def run(self) -> None:
         """Look several times within ``run.watchdog_s``, until :meth:`finish`. This is the body of the thread."""
-        interval = min(_MAX_INTERVAL_S, self._patience_s / _LOOKS)
-        while not self._is_over.wait(interval):
-            self.look(time.monotonic())
+        looked_at = time.monotonic()
+        while not self._is_over.wait(self._interval_s):
+            now = time.monotonic()
+            if now - looked_at > _GAP * self._interval_s:
+                self.excuse(now - looked_at)
+            looked_at = now
+            self.look(now)
+
+    def excuse(self, seconds: float) -> None:
+        """Leave out ``seconds`` in which this thread could not look: they say nothing about others."""
+        self._moved_at += seconds
+        self._next_seen_at += seconds
+        WORK.pace.excuse(seconds)
 
     def finish(self) -> None:
         """Write a last heartbeat, and stop looking."""
@@ -138,6 +165,9 @@ class Watchdog:
         own = self._own(now)
         write_heartbeat(self._run_dir, own)
         self._end_with_run(now)
+        if WORK.marks:
+            limit_s = WORK.pace.part_limit_s(self._patience_s / 2)
+            self._part_watch.look(own, WORK.pace, now, limit_s=limit_s, read_all=lambda: self._all(own))
         if self._world == 1:
             if own.idle_s >= self._patience_s and WORK.marks:
                 self._end([own], f"{own.name()} has not moved for {own.idle_s:.0f} s: {own.place()}")
@@ -158,10 +188,12 @@ class Watchdog:
             host=platform.node(),
             process=self._identity,
             beats=self._beats,
-            part=WORK.part,
+            part=WORK.pace.part,
             where=where(frame),
+            stack=stack_of(frame),
             is_in_collective=is_in_collective(frame),
             idle_s=now - self._moved_at,
+            part_s=WORK.pace.seconds_in_part(now),
         )
 
     def _end_with_run(self, now: float) -> None:
@@ -170,26 +202,38 @@ class Watchdog:
             return
         self._ended_at = self._ended_at or now
         if now - self._ended_at >= AFTER_END_S:
-            self._dump_stacks("the run has ended; this rank has not")
+            write_stacks(self._run_dir, self._rank, "the run has ended; this rank has not")
             self._leave(Cause.RANK_LOST, "the run has ended")
 
     def _look_at_next(self, now: float) -> None:
-        rank = (self._rank + 1) % self._world
+        rank, limit_s = (self._rank + 1) % self._world, WORK.pace.silence_limit_s(self._patience_s / 2)
         found = self._read(rank)
         silence = now - self._next_seen_at
         if found is not None and (self._next is None or found.beats != self._next.beats or found.is_last):
             self._next, self._next_seen_at = found, now
+            if self._has_warned:
+                warn_of_recovery(self._run_dir, found)
+            self._is_next_stalled = self._has_warned = False
         elif self._next is not None and silence >= self._patience_s:
             last = self._next
             self._end([last], f"{last.name()} has given no sign of life for {silence:.0f} s; it was {last.place()}")
+        elif self._next is not None and silence >= limit_s and not self._is_next_stalled:
+            self._is_next_stalled, usual_s = True, WORK.pace.usual_step_s()
+            self._has_warned = warn_of_silence(
+                self._run_dir, self._next, silence, usual_s=usual_s, ends_s=self._patience_s
+            )
         elif self._next is None and silence >= max(self._patience_s, START_S):
             self._end(
                 [], f"rank {rank} has given no sign of life in {heartbeat_path(self._run_dir, rank)}: {_NOT_SHARED}"
             )
 
+    def _all(self, own: Heartbeat) -> list[Heartbeat]:
+        """Return the heartbeats of all ranks that have not ended, on the first rank; else this rank's own."""
+        others = [self._read(rank) for rank in range(1, self._world)] if self._rank == 0 else []
+        return [own, *(beat for beat in others if beat is not None and not beat.is_last)]
+
     def _look_at_all(self, own: Heartbeat) -> None:
-        others = [self._read(rank) for rank in range(1, self._world)]
-        beats = [own, *(beat for beat in others if beat is not None and not beat.is_last)]
+        beats = self._all(own)
         if min(beat.idle_s for beat in beats) < self._patience_s:
             return
         hung = blame(beats)
@@ -198,23 +242,9 @@ class Watchdog:
         self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {first.place()}")
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
-        self._dump_stacks(message)
+        write_stacks(self._run_dir, self._rank, message)
         self._leave(Cause.RANK_HUNG, message, lambda: make_dump(hung, self._identity))
-
-    def _dump_stacks(self, why: str) -> None:
-        with contextlib.suppress(OSError), log_path(self._run_dir, self._rank).open("a", encoding="utf-8") as file:
-            file.write(f"{why}; the stacks of this rank's threads:\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
 
     def _read(self, rank: int) -> Heartbeat | None:
         beat = read_heartbeat(self._run_dir, rank)
         return beat if beat is not None and beat.attempt == self._status.attempt else None
-
-
-def make_dump(hung: Sequence[Heartbeat], own: ProcessIdentity) -> None:
-    """Make hung ranks of this machine, also stopped ones, write their stacks (faulthandler, on SIGABRT) and end."""
-    for beat in hung:
-        if beat.process != own and beat.process.is_on_this_machine() and beat.process.is_alive():
-            os.kill(beat.process.pid, signal.SIGABRT)
-            os.kill(beat.process.pid, signal.SIGCONT)

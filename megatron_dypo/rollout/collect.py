@@ -23,10 +23,8 @@ from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.counts import ClientCounts
 from megatron_dypo.rollout.groups import Planner, sample_group
 from megatron_dypo.rollout.sampling import Sampling
-from megatron_dypo.types import DropReason, Prompt, Rollout, RolloutGroup
+from megatron_dypo.types import DropReason, Prompt, RolloutGroup
 
-Asked: TypeAlias = "RolloutGroup | tuple[Rollout, ...]"
-"""A group that was sampled as its plan says, or the rollouts of one request."""
 Outcome: TypeAlias = "RolloutGroup | DroppedGroup | NoServerError | None"
 """The outcome for one prompt. None: the group was not done when the collection stopped."""
 
@@ -92,6 +90,7 @@ def collect(
     progress: bool = True,
     desc: str = "rollouts",
     stop: StopFlag | None = None,
+    on_group: Callable[[RolloutGroup], None] | None = None,
 ) -> tuple[list[RolloutGroup], CollectStats]:
     """Sample ``group_size`` rollouts of each prompt, many prompts at once, in the order of ``prompts``.
 
@@ -99,7 +98,8 @@ def collect(
     ``max_new_tokens`` override the client's configuration (evaluation); ``seed_of`` gives the seed of a prompt's one
     rollout; ``planner`` the parts of a group, without which one request samples it. When no server is left, it returns
     the groups that it has. So it does when ``stop`` is set: it aborts the requests that are open, and
-    ``stats.unfinished`` holds their prompts. An interrupt aborts them too.
+    ``stats.unfinished`` holds their prompts. An interrupt aborts them too. ``on_group`` gets each
+    group as soon as it is complete.
 
     Raises:
         ServerDiedError: the run has lost its servers for good (from the client's ``check``).
@@ -110,10 +110,11 @@ def collect(
     judging = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judging")
     with judging, progress_bar(len(prompts) * group_size, desc, "responses", enabled=progress) as bar:
 
-        def ask(prompt: Prompt, own: Sampling) -> Awaitable[Asked]:
-            if planner is None:
-                return client.generate(prompt.tokens, own)
-            return sample_group(client, prompt, own, planner=planner, worker=judging)
+        async def ask(prompt: Prompt, own: Sampling) -> RolloutGroup:
+            group = await sample_group(client, prompt, own, planner=planner, worker=judging)
+            if on_group is not None:
+                on_group(group)
+            return group
 
         outcomes = asyncio.run(_collect(prompts, client, sampling, seed_of, ask, bar, stop))
     groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
@@ -150,7 +151,7 @@ async def _collect(
     client: SGLangClient,
     sampling: Sampling,
     seed_of: Callable[[Prompt], int] | None,
-    ask: Callable[[Prompt, Sampling], Awaitable[Asked]],
+    ask: Callable[[Prompt, Sampling], Awaitable[RolloutGroup]],
     bar: Progress,
     stop: StopFlag | None,
 ) -> list[Outcome]:
@@ -191,16 +192,13 @@ class _Outcomes:
         if not prompts:
             self.over.set()
 
-    def note(self, place: int, group: asyncio.Future[Asked]) -> None:
+    def note(self, place: int, group: asyncio.Future[RolloutGroup]) -> None:
         """Enter the outcome of the prompt at ``place``."""
         if group.cancelled():
             return
         error, prompt = group.exception(), self._prompts[place]
         if error is None:
-            asked = group.result()
-            if not isinstance(asked, RolloutGroup):
-                asked = RolloutGroup(prompt=prompt, rollouts=asked)
-            self._outcomes[place] = asked
+            self._outcomes[place] = group.result()
         elif isinstance(error, GroupDroppedError):
             self._outcomes[place] = dropped_group(prompt, error)
         elif isinstance(error, NoServerError):

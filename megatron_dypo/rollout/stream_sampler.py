@@ -44,6 +44,9 @@ class StreamWork(Generic[T]):
     """Whether a finished group counts towards what is wanted."""
     planner: Planner | None = None
     """Gives the parts of each group; None: one request samples it."""
+    recall: Callable[[Prompt], Callable[[], T | None] | None] | None = None
+    """Returns a function that reads a group that was finished before, for a worker thread; None: there is none. It must
+    be quick, and what it returns may find that the group does not count any more (None)."""
 
 
 class StreamSampler(Generic[T]):
@@ -164,8 +167,9 @@ class StreamSampler(Generic[T]):
         finished: T | None = None
         dropped: DroppedGroup | None = None
         try:
-            group = await sample_group(self._client, prompt, self._sampling, planner=self._work.planner, worker=grader)
-            finished = await asyncio.get_running_loop().run_in_executor(grader, self._work.finish, group)
+            finished = await self._recalled(prompt, grader)
+            if finished is None:
+                finished = await self._sampled(prompt, grader)
         except GroupDroppedError as error:
             dropped = dropped_group(prompt, error)
         except NoServerError as error:
@@ -180,6 +184,14 @@ class StreamSampler(Generic[T]):
                 state.done.append((prompt.order, finished))
                 state.useful += self._work.is_useful(finished)
             self._changed.notify_all()
+
+    async def _recalled(self, prompt: Prompt, grader: ThreadPoolExecutor) -> T | None:
+        recall = self._work.recall(prompt) if self._work.recall is not None else None
+        return None if recall is None else await asyncio.get_running_loop().run_in_executor(grader, recall)
+
+    async def _sampled(self, prompt: Prompt, grader: ThreadPoolExecutor) -> T:
+        group = await sample_group(self._client, prompt, self._sampling, planner=self._work.planner, worker=grader)
+        return await asyncio.get_running_loop().run_in_executor(grader, self._work.finish, group)
 
     def _postpone_unserved(self, prompt: Prompt, error: NoServerError) -> None:
         with self._changed:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.support.hf_models import make_hf_model
 
 BAD = "decoder.layers.3.mlp.linear_fc2.weight"
 """A weight of the last layer: with two stages the second rank has it."""
+SPOILT = (3, 0)
+"""Draw and member of the sample whose last log-prob, of three, is spoilt."""
 
 
 def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict[str, Any]:
@@ -22,17 +25,22 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
     from megatron_dypo.loop.not_finite import require_finite_weights
-    from tests.support.loop_cases import make_step
     from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
-    from megatron_dypo.parallel.groups import close
     from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
+    from tests.support.loop_cases import make_step
 
     layout = start_megatron(ParallelConfig(**axes))
     config = config_of(path, folder, axes, "exact")
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1))
+    policy_of_bad_steps: Literal["skip", "stop"] = "stop" if where == "logprob" else "skip"
+    config = dataclasses.replace(
+        config,
+        checkpoint=dataclasses.replace(config.checkpoint, every=1),
+        optimizer=dataclasses.replace(config.optimizer, on_bad_step=policy_of_bad_steps),
+    )
     run, recorder, policy = make_run(config, layout)
-    if where == "weight":
-        _spoil_weight(policy.chunks)
+    if where == "logprob":
+        _spoil_logprob(policy)
     result: dict[str, Any] = {"start": None, "end": None}
     try:
         require_finite_weights(policy, "here")
@@ -50,6 +58,44 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
     saved = find_latest(Path(folder) / "checkpoints")
     close(layout)
     return result | {"refitted": recorder.refitted, "saved": saved is not None, "metrics": recorder.metrics}
+
+
+def rank_replay(folder: str) -> tuple[list[Any], list[str]]:
+    """Replay the dump of the first step of a run; return the findings, and what was first in each microbatch."""
+    from megatron_dypo.launch.replay_target import replay_target
+    from megatron_dypo.loop.bad_steps.replay import replay
+
+    target = replay_target(Path(folder) / "bad_steps" / "step_000001")
+    config = target.config([])
+    Path(config.run.dir).mkdir(exist_ok=True)
+    found = replay(config, target.folder, target.dump, target.weights if target.is_checkpoint else None)
+    return [dataclasses.asdict(one) for one in found], [one.first() for one in found]
+
+
+def spoil_file(path: Path) -> None:
+    """Put a NaN into one weight of an HF folder."""
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.3.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _spoil_logprob(policy: Any) -> None:
+    """Put a NaN into one log-prob of the updates' samples."""
+    update = policy.update
+
+    def spoilt(weighted: Any) -> Any:
+        weighted = list(weighted)
+        for index, sample in enumerate(weighted):
+            if (sample.order, sample.member) == SPOILT:
+                old_logp = sample.old_logp.copy()
+                old_logp[2] = math.nan
+                weighted[index] = dataclasses.replace(sample, old_logp=old_logp)
+        return update(weighted)
+
+    policy.update = spoilt
 
 
 def _spoil_weight(chunks: Any) -> None:
@@ -71,17 +117,51 @@ def _spoilt(groups: list[list[Any]]) -> list[list[Any]]:
 def test_a_weight_that_is_not_finite_ends_the_run_on_all_ranks_by_its_name(
     tmp_path: Path, axes: dict[str, Any]
 ) -> None:
-    path = str(make_hf_model("qwen2", tmp_path / "hf"))
-    results = run_ranks(axes.get("pipeline", 1), rank_spoil, path, str(tmp_path / "run"), axes, "weight")
+    path = make_hf_model("qwen2", tmp_path / "hf")
+    spoil_file(path)
+    run, ranks = str(tmp_path / "run"), axes.get("pipeline", 1)
+    results = run_ranks(ranks, rank_spoil, str(path), run, axes, "weight")
     for result in results:
         assert f"weight {BAD} holds a value that is not finite" in result["start"]
         step, label, message = result["end"]
         assert (step, label) == (1, "not_finite")
         assert f"the first that is not finite: weight {BAD}" in message
-        assert "log-probs are not finite for 4 of 4 prompts" in message
+        assert "log-probs are not finite for 4 of 4 prompts: p0 (member 0, token 0 of the response), p1 (" in message
+        assert f"dumped for `megatron-dypo replay {run}/bad_steps/step_000001`" in message
         assert result["refitted"] == []
         assert not result["saved"]
     assert results[0]["metrics"][1]["train/skipped"] == 1.0
+    if ranks == 1:
+        return  # the replay of two stages shows the same
+    for (finding,), (first,) in run_ranks(ranks, rank_replay, run):
+        assert first == f"weight {BAD}"
+        assert finding["weights"] == [BAD]
+        assert "old_logp" in finding["inputs"], "the same weights computed it"
+        assert finding["activation"].startswith("decoder.layers.3.mlp.linear_fc2 at token 0 of p")
+        assert finding["logprobs"].startswith("p")
+        assert finding["gradients"]
+
+
+def test_a_log_prob_that_is_not_finite_is_named_and_its_microbatch_alone_is_dumped(tmp_path: Path) -> None:
+    path, run = str(make_hf_model("qwen2", tmp_path / "hf")), tmp_path / "run"
+    results = run_ranks(2, rank_spoil, path, str(run), {}, "logprob")
+    place = "old_logp, which the loss reads, is not finite for p3 (member 0, token 2 of the response)"
+    for result in results:
+        step, label, message = result["end"]
+        assert (step, label) == (1, "not_finite"), "optimizer.on_bad_step is stop"
+        assert message.startswith("step 1: an update was skipped: the first that is not finite: gradient of ")
+        assert "the log-probs of all 4 prompts of the update are finite; " + place in message
+    (dumped,) = (run / "bad_steps" / "step_000001").iterdir()
+    assert dumped.name.startswith("replica_"), "the other replica has no bad microbatch"
+    (one,) = json.loads((dumped / "dump.json").read_text())["microbatches"]
+    samples = list(zip(one["prompts"], one["members"], strict=True))
+    assert ("p3", 0) in samples
+    assert len(samples) < 10, "the update has ten samples, two of them traces"
+    ((finding,), (first,)) = run_ranks(1, rank_replay, str(run))[0]
+    assert first == "old_logp, which the loss reads, of p3 (member 0, token 2 of the response)"
+    assert (finding["weights"], finding["activation"], finding["logprobs"]) == ([], "", "")
+    assert "objective" in finding["sums"]
+    assert "decoder.layers.3.mlp.linear_fc2.weight" in finding["gradients"]
 
 
 def test_the_servers_get_no_weights_that_are_not_finite_at_the_end_of_a_batch(tmp_path: Path) -> None:

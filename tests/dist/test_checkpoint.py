@@ -18,7 +18,10 @@ STATE = {"cursor": 17, "policy_version": 2}
 
 
 def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ...]:
-    """Return weights after 4 uninterrupted updates, saved after 2, and those of a run resumed from that checkpoint."""
+    """Return weights after 4 uninterrupted updates, saved after 2, and those of a run resumed from that checkpoint.
+
+    The checkpoint is written during the last two updates, which must not change it.
+    """
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.mcore.checkpoints import checkpoint
     from megatron_dypo.mcore.reference import ReferencePolicy
@@ -32,7 +35,7 @@ def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ..
     reference = ReferencePolicy(session.chunks)
     at_capture = session.weights()
     session.train(2, 2)
-    folder = checkpoint.save(
+    pending = checkpoint.begin_save(
         root,
         2,
         chunks=session.chunks,
@@ -43,6 +46,7 @@ def rank_write(path: str, axes: dict, options: dict, root: str) -> tuple[Any, ..
         reference=reference,
     )
     uninterrupted = session.train(3, 4), session.weights()
+    folder = pending.finish()
     resumed = _resume(path, layout, parallel, options, folder)
     close(layout)
     return uninterrupted, at_capture, resumed

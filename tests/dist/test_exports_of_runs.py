@@ -63,7 +63,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
     for step in (1, 2):
         session.train(step, step)
         export(f"step_{step:06d}")
-        checkpoint.save(
+        checkpoint.begin_save(
             f"{run_dir}/checkpoints",
             step,
             chunks=session.chunks,
@@ -73,7 +73,7 @@ def rank_run(path: str, axes: dict, options: dict, run_dir: str) -> None:
             reference=reference,
             hf_path=path,
             stop_ids=STOP_IDS,
-        )
+        ).finish()
     export("cut", max_file_bytes=SMALL)
     close(layout)
 

@@ -29,9 +29,9 @@ def rank_resume(path: str, root: str, options: dict[str, Any]) -> dict[str, Any]
     session = start(path, layout, parallel, **OLD, **options)
     session.train(1, 2)
     saved = session.weights()
-    folder = checkpoint.save(
+    folder = checkpoint.begin_save(
         root, 2, chunks=session.chunks, optimizer=session.optimizer, layout=layout, trainer_state={}
-    )
+    ).finish()
     again = start(path, layout, parallel, **NEW, **options)
     fresh = [_settings(group) for group in again.optimizer.megatron.param_groups]
     checkpoint.load(folder, chunks=again.chunks, optimizer=again.optimizer, layout=layout)

@@ -107,7 +107,7 @@ def _resume(new: Any, other: Any, root: str, layout: Any) -> Any:
     session = new()
     session.train(1, 1)
     kept = {"chunks": session.chunks, "optimizer": session.optimizer, "layout": layout}
-    folder = checkpoint.save(root, 1, **kept, trainer_state={})
+    folder = checkpoint.begin_save(root, 1, **kept, trainer_state={}).finish()
     uninterrupted = session.train(2, 3), session.weights()
     session = new()
     checkpoint.load(folder, chunks=session.chunks, optimizer=session.optimizer, layout=layout)

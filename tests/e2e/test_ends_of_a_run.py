@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -114,6 +115,7 @@ def test_a_rank_that_stands_still_is_named_with_what_it_was_doing(task):
     line = rf"error: rank_hung \(status 76\): rank 1 on \S+ \(process {stopped.pid}\) has given no sign of life "
     line += r"for 2\d s; "
     assert re.search(line, output)
+    assert output.count(f"warning: stall: rank 1 on {platform.node()} (process {stopped.pid}) has given no") == 1
     stacks = (task.parent / "run" / "logs" / "rank_00001.log").read_text()
     assert "Fatal Python error: Aborted" in stacks
     assert "megatron_dypo/loop/train.py" in stacks

@@ -49,10 +49,30 @@ not touched for 180 s.
 
 ## A rank that hangs
 
-Each rank writes `run.dir/heartbeats/rank_00003.json`: what its main thread is at, where in the code, and for how long it has not moved.
-After `run.watchdog_s` (1800; 0: never) without a sign of life from a rank, or in which no rank moves, the run ends with 76. The message
-names the rank, its host and process, and what it was doing; the stacks of all its threads are in the ranks' logs. Waiting for
-other ranks, or for rollouts that come one by one, is no hang.
+Each rank writes `run.dir/heartbeats/rank_00003.json` every 10 s: what its main thread is at, its stack, and for how long it has not moved.
+
+A run learns how long its steps, and each part of a step, usually take (medians of the last 32 steps, from the third on). A rank without a
+sign of life for three usual steps and 25 s is named at once, in one line of `logs/rank_00000.log` and on the terminal:
+
+    stall: rank 5 on node01 (process 4711) has given no sign of life for 34 s (a step usually takes 2.1 s); it was updating at step (…) < …
+
+So is a part of a step that takes three times as long as usual (or 1.5 times as long as the second longest of the last 32), and 25 s: the
+line names the rank that is in no collective, for which the others wait, and each rank writes the stacks of its threads to its own log. A
+part without a usual time, as the first step, the first evaluations, saving and exporting, is named only if no rank moves for half of
+`run.watchdog_s`. If [py-spy](https://github.com/benfred/py-spy) is installed, the stacks of the named rank, even of a stopped process, are
+in the log as well. A line `stall over: …` follows when the rank goes on.
+
+After `run.watchdog_s` (1800; 0: never, and no warnings) without a sign of life from a rank, or in which no rank moves, the run ends with
+76, to be started again. The message names the rank, its host and process, and what it was doing; the stacks of all its threads are in the
+ranks' logs. Waiting for other ranks, or for rollouts that come one by one, is no hang. Only monotonic clocks count, so a step of the time of
+day fires nothing; neither does the suspension of the whole job.
+
+## A server that hangs
+
+The first rank asks each server and the router for `/health` every 10 s. A server that accepts connections but gives no answer for 30 s (it
+is stopped, or its event loop hangs) or whose host does not answer is named in a line `stall: the server http://…`; `stall over: …` follows
+if it answers again. Its requests go to other servers after `rollout.request_deadline_s`, and a refit leaves it out after
+`refit.deadline_s`.
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_dypo.batching.wire import dump_samples
 from megatron_dypo.config.data import DataConfig
 from megatron_dypo.config.evaluation import EvalConfig, EvalSetConfig
 from megatron_dypo.config.model import ModelConfig
 from megatron_dypo.config.objective import ObjectiveConfig, OldLogpConfig
 from megatron_dypo.config.rollout import RolloutConfig
-from megatron_dypo.config.run import RunConfig
+from megatron_dypo.config.run import CheckpointConfig, RunConfig
 from megatron_dypo.config.training import BatchingConfig
 from megatron_dypo.config.tree import Config
 from megatron_dypo.data.prompts import DropCounts
@@ -36,6 +39,7 @@ from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.resume import save_if_due
 from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.setup.background import open_stream
+from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.train import train_step
@@ -89,6 +93,10 @@ class Meeting:
         values = list(self._values)
         self._barrier.wait()
         return values
+
+    def abort(self) -> None:
+        """End every wait here, now and later: a rank is dead."""
+        self._barrier.abort()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +202,15 @@ class FakePolicy:
     def __init__(self, *, keeps_reference: bool = False, is_leader: bool = True) -> None:
         self.keeps_reference, self._is_leader = keeps_reference, is_leader
         self.version = 0
+        self.history = ""
+        """Digest of all updates."""
         self.asked: list[tuple[int, list[int]]] = []
         """(Version, draws) of each pass for log-probs."""
         self.updates: list[list[Sample]] = []
         self.saved: dict[int, dict[str, Any]] = {}
+        self.pending: Callable[[], object] | None = None
+        self.published: list[tuple[int, int]] = []
+        """(Step of a checkpoint, version of the weights when it was published)."""
         self.exported: list[Path] = []
         self.refreshed: list[int] = []
         self.bad_updates: set[int] = set()
@@ -230,6 +243,7 @@ class FakePolicy:
     def update(self, weighted: Sequence[Sample]) -> UpdateReport:
         assert self._is_leader or not weighted, "a follower holds no samples"
         is_applied = len(self.updates) not in self.bad_updates
+        self.history = hashlib.sha256(self.history.encode() + dump_samples(weighted)).hexdigest()
         self.updates.append(list(weighted))
         self.version += 1
         return UpdateReport(
@@ -243,11 +257,18 @@ class FakePolicy:
     def refresh_reference(self) -> None:
         self.refreshed.append(self.version)
 
+    def weights_digest(self) -> str:
+        """Return what stands for the weights: all samples that were learned from, and their token weights."""
+        return self.history
+
     def bad_weight(self) -> str | None:
         return None
 
     def bad_gradient(self) -> str | None:
         return "w"
+
+    def bad_microbatches(self, report: UpdateReport) -> list[int]:
+        return []
 
     def save(
         self,
@@ -257,16 +278,32 @@ class FakePolicy:
         trainer_state: Mapping[str, object],
         leader_state: bytes,
         stop_ids: Sequence[int],
-        keep: int,
+        cfg: CheckpointConfig,
+        waits: bool = True,
+        on_publish: Callable[[], object] = lambda: None,
     ) -> Path:
-        self.saved[step] = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
+        self.finish_save(waits=True)
+        state = {"trainer_state": json.loads(json.dumps(trainer_state)), "leader_states": [leader_state]}
         folder = root / f"step_{step:06d}"
+        self.pending = functools.partial(self._publish, folder, step, state, on_publish)
+        if waits:
+            self.finish_save(waits=True)
+        return folder
+
+    def finish_save(self, *, waits: bool) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending()
+
+    def _publish(self, folder: Path, step: int, state: dict[str, Any], on_publish: Callable[[], object]) -> None:
+        self.saved[step] = state
+        self.published.append((step, self.version))
         # Each rank writes it, since there is no barrier as in a real run; atomically, since other ranks read it.
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{id(self)}.tmp"
         temporary.write_text("{}")
         temporary.replace(folder / "trainer_state.json")
-        return folder
+        on_publish()
 
     def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         self.exported.append(out_dir)
@@ -434,10 +471,12 @@ def make_run(
     refitter: Any = None,
     policy: Any = None,
     check: Callable[[], None] | None = None,
+    restored: Any = None,
 ) -> Run:
     """Make the run of one rank of ``ranks``, which leads a replica unless ``ranks`` says otherwise.
 
-    ``check`` raises when the servers are lost for good.
+    ``check`` raises when the servers are lost for good. ``restored`` is the checkpoint whose weights' digests and
+    journal count.
     """
     ranks = ranks or OneRank()
     is_leader = getattr(ranks, "is_leader", True)
@@ -445,10 +484,13 @@ def make_run(
     objective = build_objective(config.objective)
     replica: Leader | Follower = Follower()
     requests: LeaderRequests | FollowerRequests = FollowerRequests()
+    policy = policy or FakePolicy(is_leader=is_leader)
+    weights = open_weights(config, policy, restored)
     if is_leader:
         replica = make_leader(config, ranks, prompts or Prompts())
         verifier: Any = Oracle(judge)
         trace_text = judged_trace_text(objective, lambda tokens: " ".join(map(str, tokens)), config.run.seed)
+        journal = open_journal(config, ranks, weights, lambda tokens: Words().decode(tokens.tolist()), {})
         stream = open_stream(
             make_client(urls, config, check),
             replica.draws,
@@ -457,6 +499,7 @@ def make_run(
             config,
             current_step=lambda: progress.step,
             trace_text=trace_text,
+            journal=journal,
         )
         requests = LeaderRequests(
             client=make_client(urls, config, check),
@@ -465,6 +508,7 @@ def make_run(
             fail_truncated=config.grading.fail_truncated,
             trace_text=trace_text,
             show_progress=ranks.is_global_leader,
+            journal=journal,
         )
     servers = Servers(
         refitter=refitter or Refits(urls),
@@ -473,11 +517,12 @@ def make_run(
         ranks=ranks,
         tally=tally,
         timings=timings,
+        weights=weights,
     )
     return Run(
         config=config,
         ranks=ranks,
-        policy=policy or FakePolicy(is_leader=is_leader),
+        policy=policy,
         objective=objective,
         replica=replica,
         servers=servers,
@@ -496,8 +541,8 @@ def collect_groups(run: Run) -> None:
 
 def make_step(run: Run) -> None:
     """Make one step of the loop, with the checkpoint that is due after it."""
-    train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
-    save_if_due(run.checkpointer, run.progress)
+    metrics = train_step(run.progress, run.collector, run.updater, run.evaluator, run.prober, run.recorder)
+    save_if_due(run.checkpointer, run.progress, metrics)
 
 
 def leader_of(run: Run) -> Leader:

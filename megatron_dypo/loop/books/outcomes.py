@@ -54,7 +54,9 @@ class Outcomes:
 
 def end_on_request() -> RunEnded:
     """Return the end of a run that was asked to stop while it collected."""
-    return RunEnded(Cause.STOPPED, "stopped on request while rollouts were collected; they are sampled again")
+    return RunEnded(
+        Cause.STOPPED, "stopped on request while rollouts were collected; what was in flight is sampled again"
+    )
 
 
 def count_verdicts(groups: Iterable[GradedGroup], fail_truncated: bool) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from megatron_dypo.loop.books.accounts import Accounts
+from megatron_dypo.loop.books.slow_ranks import SlowRanks
 from megatron_dypo.loop.books.step_metrics import rollout_metrics, step_metrics
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.updater import Update
 from megatron_dypo.metrics.writer import Timings, summary_line
 from megatron_dypo.objective.metrics import SumMetric
+from megatron_dypo.processes.heartbeats import read_heartbeat
 
 log = logging.getLogger("megatron_dypo")
 
@@ -41,6 +44,8 @@ class Recorder:
     total_steps: int
     summary_every: int
     """Steps from one summary line to the next; see ``LoggingConfig``."""
+    slow_ranks: SlowRanks
+    run_dir: Path
 
     def report(self, progress: Progress) -> dict[str, float]:
         """Write the progress of the run to ``status.json``; return the metrics of the books. Collective over the
@@ -51,7 +56,15 @@ class Recorder:
         """Return the counts and times of the step of ``update``, and reset them. Collective over the world."""
         tally, timings, world_size = self.accounts.take_tally(), self.timings.take(), self.accounts.ranks.world_size
         metrics = step_metrics(tally, timings, update.totals, update.report.sums, self.declared, world_size)
+        metrics |= self.slow_ranks.look(update.report.busy_s, update.report.work)
+        if self.accounts.ranks.is_global_leader:
+            self.slow_ranks.warn(progress.step, metrics, self._name_of)
         return metrics | self.report(progress)
+
+    def _name_of(self, rank: int) -> str:
+        """Return a rank with its host and process, which its heartbeat has."""
+        beat = read_heartbeat(self.run_dir, rank)
+        return f"rank {rank}" if beat is None else beat.name()
 
     def summarize(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the summary line of ``step``, if one is due."""

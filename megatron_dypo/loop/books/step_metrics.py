@@ -51,6 +51,7 @@ def _collection_metrics(tally: Tally) -> dict[str, float | None]:
         "rollout/num_prompts": tally["groups"],
         "rollout/num_rollouts": tally["rollouts"],
         "rollout/num_tokens": tally["sampled_tokens"],
+        "rollout/num_from_journal": tally["from_journal"],
         "rollout/num_rounds": tally["max:rounds"],
         "rollout/retries": tally["retries"],
         "rollout/incomplete_groups": tally["dropped/incomplete"],

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from megatron_dypo.config.tree import Config
 from megatron_dypo.grading.verify import Verifier, grade
 from megatron_dypo.loop.draws import Draws
+from megatron_dypo.loop.journal.journal import Journal
+from megatron_dypo.loop.journal.no_journal import NoJournal
 from megatron_dypo.loop.requests import judge_rollouts, planner_of
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.objective.route import will_learn_from
@@ -28,6 +30,7 @@ def open_stream(
     *,
     current_step: Callable[[], int],
     trace_text: Callable[[Prompt], str | None] | None = None,
+    journal: Journal | NoJournal | None = None,
 ) -> RolloutStream[GradedGroup]:
     """Return a stream that samples and grades this replica's draws once it is started.
 
@@ -35,7 +38,9 @@ def open_stream(
         client: a client that only the stream uses.
         current_step: returns the optimizer steps done; whether a group is useful may depend on it.
         trace_text: returns the trace that the verifier judges beside the rollouts of a prompt.
+        journal: holds the groups that are finished.
     """
+    logged = journal or NoJournal()
     cfg, batching, replicas = config.rollout, config.batching, draws.replicas
 
     fail_truncated = config.grading.fail_truncated
@@ -43,6 +48,17 @@ def open_stream(
 
     def graded(group: RolloutGroup) -> GradedGroup:
         return grade([group], verifier, fail_truncated, trace_text=trace_text, show_progress=False)[0]
+
+    def finished(group: RolloutGroup) -> GradedGroup:
+        logged.add(found := graded(group))
+        return found
+
+    def recalled(prompt: Prompt) -> GradedGroup | None:
+        found = logged.recall(prompt)
+        return graded(found) if isinstance(found, RolloutGroup) else found
+
+    def recall(prompt: Prompt) -> Callable[[], GradedGroup | None] | None:
+        return functools.partial(recalled, prompt) if prompt.order in logged.found.entries else None
 
     # All that a collection may look at, and two batches in flight.
     max_unread = max(
@@ -54,7 +70,8 @@ def open_stream(
         StreamWork(
             claim=lambda count: draws.claim(count * replicas),
             load=draws.source.at,
-            finish=graded,
+            finish=finished,
+            recall=recall,
             is_useful=lambda group: will_learn_from(group, objective, current_step()),
             planner=planner_of(objective, cfg.group_size, step=current_step, seed=config.run.seed, judge=judged),
         ),

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_dypo.config.reading.load import changed_lines, dump_config
+from megatron_dypo.config.reading.load import dump_config
 from megatron_dypo.config.tree import Config
-from megatron_dypo.fs import replace_file
 from megatron_dypo.loop.books.recorder import NoWriter, Writer
 from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.megatron_policy import build_policy
@@ -26,13 +25,13 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
 from megatron_dypo.loop.setup.reference_files import hash_reference
+from megatron_dypo.loop.setup.run_folder import all_ranks, prepare_folder, require_whole, write_config
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
-from megatron_dypo.mcore.checkpoints.folder import find_latest, step_of
+from megatron_dypo.mcore.checkpoints.folder import step_of
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
-from megatron_dypo.metrics.versions import write_versions
 from megatron_dypo.metrics.writer import MetricsWriter, Timings
 from megatron_dypo.objective.auto_alpha import GradientMoments
 from megatron_dypo.objective.recipes.base import Objective
@@ -40,6 +39,7 @@ from megatron_dypo.objective.recipes.registry import build_objective
 from megatron_dypo.parallel.device import compute_capability, memory_bytes
 from megatron_dypo.parallel.groups import MeshRank, close
 from megatron_dypo.planning.fit import check_memory
+from megatron_dypo.processes.watchdog import mark
 
 log = logging.getLogger("megatron_dypo")
 
@@ -62,7 +62,8 @@ def open_run(config: Config) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         objective = build_objective(config.objective)
         layout = _join(config, objective, stack)
-        latest = prepare_folder(config, is_global_leader=layout.is_global_leader)
+        mark("verifying the checkpoint")
+        latest = prepare_folder(config, all_ranks())
         require_logprob_sources(config, objective)
         with_servers = uses_servers(config, objective, step_of(latest) if latest else 0)
         starting = start_in_background(config, stack) if with_servers and layout.is_global_leader else None
@@ -74,7 +75,7 @@ def open_run(config: Config) -> Iterator[Run]:
         teacher = open_teacher(base, opened)
         writer: Writer = NoWriter()
         if layout.is_global_leader:
-            _write_config(config)  # only now: if a resume is refused, the config of the run stays
+            write_config(config)  # only now: if a resume is refused, the config of the run stays
             writer = _open_writer(config, objective, base.progress.step + bool(latest), stack)
         if base.restored is not None and latest is not None:
             base.progress.batch = restore_batch(base.restored, replica, latest)
@@ -102,6 +103,7 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         objective = build_objective(config.objective)
         layout = _join(config, objective, stack)
+        require_whole(checkpoint, config)
         starting = start_in_background(config, stack) if layout.is_global_leader else None
         base = replace(_lay(config, layout, objective, checkpoint, stack, with_servers=True), restored=None)
         opened, replica = _open_replica(base)
@@ -111,7 +113,7 @@ def open_probe(config: Config, checkpoint: Path | None) -> Iterator[Run]:
             policy=base.policy,
             objective=objective,
             replica=replica,
-            servers=connect(base, opened, starting.result() if starting else None),
+            servers=connect(base, opened, starting.result() if starting else None, keeps_journal=False),
             writer=NoWriter(),
             progress=base.progress,
             timings=base.timings,
@@ -187,43 +189,6 @@ def _join(config: Config, objective: Objective, stack: contextlib.ExitStack) -> 
     if layout.is_global_leader:
         log.info("%s", found)
     return layout
-
-
-def prepare_folder(config: Config, *, is_global_leader: bool) -> Path | None:
-    """Make the run folder; return the checkpoint to resume from, if it holds one.
-
-    Raises:
-        ValueError: there is a checkpoint, and ``run.resume`` is false or ``run.steps`` is below its step.
-    """
-    folder = Path(config.run.dir)
-    found = find_latest(folder / "checkpoints")
-    if found and not config.run.resume:
-        raise ValueError(f"run.resume=false: {found} exists; choose another run.dir or allow resuming")
-    if found and step_of(found) > config.run.steps:
-        raise ValueError(f"run.steps={config.run.steps}: is below the {step_of(found)} steps done in {found}")
-    if is_global_leader:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = folder / "config.yaml"
-        if found and written.is_file():
-            _warn_of_changes(written, config)
-        else:
-            _write_config(config)
-        write_versions(folder)
-    return found
-
-
-def _warn_of_changes(written: Path, config: Config) -> None:
-    try:
-        changes = changed_lines(written.read_text(encoding="utf-8"), dump_config(config))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        log.warning("%s cannot be read, so what changed since is not known: %s", written, error)
-        return
-    for line in changes:
-        log.warning("resuming with another configuration: %s", line)
-
-
-def _write_config(config: Config) -> None:
-    replace_file(Path(config.run.dir) / "config.yaml", dump_config(config))
 
 
 def _open_writer(config: Config, objective: Objective, first_step: int, stack: contextlib.ExitStack) -> Writer:

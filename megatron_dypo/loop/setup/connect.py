@@ -9,20 +9,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.journal.weights import NoWeights, Weights
 from megatron_dypo.loop.replica import Follower
 from megatron_dypo.loop.requests import FollowerRequests, LeaderRequests
 from megatron_dypo.loop.servers import NoRouter, Servers
 from megatron_dypo.loop.setup.background import open_stream
 from megatron_dypo.loop.setup.foundation import Foundation
+from megatron_dypo.loop.setup.open_journal import open_journal, open_weights
 from megatron_dypo.loop.setup.open_leader import OpenedLeader
 from megatron_dypo.loop.setup.teachers import judged_trace_text
 from megatron_dypo.mcore.fp8 import named_values
 from megatron_dypo.parallel.device import device_kind
+from megatron_dypo.processes.stalls import warn
 from megatron_dypo.refit.refitter import Refitter
 from megatron_dypo.refit.servers import Watch
 from megatron_dypo.rollout.client import SGLangClient
 from megatron_dypo.rollout.router import Router
 from megatron_dypo.rollout.server.servers import ServerPool, start_servers
+from megatron_dypo.rollout.server.watch import ServerWatch
 from megatron_dypo.types import Tokens
 
 log = logging.getLogger("megatron_dypo")
@@ -46,13 +50,21 @@ def start_in_background(config: Config, stack: contextlib.ExitStack) -> Future[S
     return future
 
 
-def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool | None) -> Servers:
-    """Return the connected servers of a run; only the global leader has the ``pool``. Collective over the world."""
+def connect(
+    base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool | None, *, keeps_journal: bool = True
+) -> Servers:
+    """Return the connected servers of a run; only the global leader has the ``pool``. Collective over the world.
+
+    Args:
+        keeps_journal: whether finished groups are written down, if the config asks for it.
+    """
     config, ranks, policy = base.config, base.ranks, base.policy
     urls, api_key = ranks.of_leaders((pool.urls, pool.api_key) if pool else ((), None))[0]
     requests: LeaderRequests | FollowerRequests = FollowerRequests()
+    weights = open_weights(config, policy, base.restored) if keeps_journal else NoWeights()
     if isinstance(opened, OpenedLeader):
-        requests = _requests(base, opened, urls, api_key, pool)
+        requests = _requests(base, opened, urls, api_key, pool, weights)
+        base.stack.callback(requests.journal.close)
         base.stack.callback(requests.stream.stop)
     router = config.rollout.servers.router if ranks.is_global_leader else None
     refitter = Refitter(
@@ -67,6 +79,10 @@ def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool 
         watch=Watch(take_lost=pool.take_lost, may_return=pool.may_return) if pool else None,
     )
     base.stack.enter_context(contextlib.closing(refitter))
+    if pool is not None and config.run.watchdog_s:
+        watched = [*urls, *filter(None, [router])]
+        say = functools.partial(warn, base.run_dir)
+        base.stack.enter_context(ServerWatch(watched, api_key, say, find_stopped=pool.find_stopped))
     return Servers(
         refitter=refitter,
         requests=requests,
@@ -74,11 +90,17 @@ def connect(base: Foundation, opened: OpenedLeader | Follower, pool: ServerPool 
         ranks=ranks,
         tally=base.tally,
         timings=base.timings,
+        weights=weights,
     )
 
 
 def _requests(
-    base: Foundation, opened: OpenedLeader, urls: tuple[str, ...], api_key: str | None, pool: ServerPool | None
+    base: Foundation,
+    opened: OpenedLeader,
+    urls: tuple[str, ...],
+    api_key: str | None,
+    pool: ServerPool | None,
+    weights: Weights | NoWeights,
 ) -> LeaderRequests:
     """Return a client and a rollout stream for the same servers."""
     config, tokenizer, progress = base.config, opened.tokenizer, base.progress
@@ -98,6 +120,7 @@ def _requests(
         vocab_size=base.policy.arch.vocab_size,
     )
     trace_text = judged_trace_text(base.objective, decode, config.run.seed)
+    journal = open_journal(config, base.ranks, weights, decode, opened.leader.inputs)
     stream = open_stream(
         make_client(),
         opened.leader.draws,
@@ -106,6 +129,7 @@ def _requests(
         config,
         current_step=lambda: progress.step,
         trace_text=trace_text,
+        journal=journal,
     )
     return LeaderRequests(
         client=make_client(),
@@ -114,4 +138,5 @@ def _requests(
         fail_truncated=config.grading.fail_truncated,
         trace_text=trace_text,
         show_progress=base.ranks.is_global_leader,
+        journal=journal,
     )

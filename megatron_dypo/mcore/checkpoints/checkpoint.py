@@ -9,6 +9,7 @@ One checkpoint is a folder that appears whole or not at all::
         reference/                          the same for π_ref, if the run refreshes it
         trainer_state.json                  the state of the loop
         leader_00000.bin, …                 the state of each replica's leader (its queues)
+        manifest.json                       size and checksums of all these files, written last
 
 It is written as ``step_000010.tmp``, synced and renamed. All ranks share the file system.
 """
@@ -16,8 +17,6 @@ It is written as ``step_000010.tmp``, synced and renamed. All ranks share the fi
 from __future__ import annotations
 
 import json
-import pickle
-import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,10 @@ from typing import Any
 import psutil  # noqa: F401, Megatron's writer needs it without saying so, and hangs where it is missing
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.mcore.checkpoints import rng
 from megatron_dypo.mcore.checkpoints.folder import (
     STATE,
@@ -41,17 +40,20 @@ from megatron_dypo.mcore.checkpoints.folder import (
 )
 from megatron_dypo.mcore.checkpoints.folder import find_latest as find_latest
 from megatron_dypo.mcore.checkpoints.folder import step_of as step_of
+from megatron_dypo.mcore.checkpoints.parts import leader_states, load_parts, read_header
+from megatron_dypo.mcore.checkpoints.prune import prune
 from megatron_dypo.mcore.checkpoints.save_failure import save_failure
+from megatron_dypo.mcore.checkpoints.saving import PendingSave, stage
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
-from megatron_dypo.mcore.checkpoints.weights import fill, load_weights, model_state
-from megatron_dypo.mcore.compat.results_queue import use_results_queue
+from megatron_dypo.mcore.checkpoints.verify import HAS_MANIFEST
+from megatron_dypo.mcore.checkpoints.weights import fill, model_state, read_weights
 from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.models.hf.write import copy_beside
 from megatron_dypo.parallel.groups import MeshRank
 
+KEEP_ALL = CheckpointConfig(keep=0)
 _WEIGHTS, _REFERENCE = "mcore", "reference"
-_RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Restored:
     """One for each ``dp_rank`` of the run that wrote the checkpoint, however many replicas this run has."""
 
 
-def save(
+def begin_save(
     root: str | Path,
     step: int,
     *,
@@ -76,9 +78,11 @@ def save(
     reference: ReferencePolicy | None = None,
     hf_path: str | Path | None = None,
     stop_ids: Sequence[int] = (),
-    keep: int = 0,
-) -> Path:
-    """Write ``root/step_<step>`` and point the tracker at it. Collective over the world.
+    cfg: CheckpointConfig = KEEP_ALL,
+) -> PendingSave:
+    """Copy the state into host memory, and begin to write ``root/step_<step>`` from it. Collective over the world.
+
+    When this returns, training may go on. The caller must call :meth:`PendingSave.finish` on all ranks.
 
     Args:
         trainer_state: JSON values. Those of the global leader are stored.
@@ -87,7 +91,7 @@ def save(
         hf_path: HF folder whose configuration and tokenizer are copied into the checkpoint, which then converts without
             that folder.
         stop_ids: ids at which the policy stops, for the copied generation_config.json.
-        keep: checkpoints to keep, this one included; 0: all.
+        cfg: rules by which older checkpoints stay; the others are removed.
 
     Raises:
         OSError: the file system is full. Nothing is left of this checkpoint, and older ones are unchanged.
@@ -96,21 +100,25 @@ def save(
     parts = (_WEIGHTS,) if reference is None else (_WEIGHTS, _REFERENCE)
     try:
         _on_leader(layout, lambda: make_partial(final, parts))
-        _write_weights(partial_of(final), chunks, optimizer, layout, reference)
+        requests = _stage_weights(partial_of(final), chunks, optimizer, layout, reference)
         header = _header(step, optimizer, layout) | {"trainer": trainer_state}
         _write_state(partial_of(final), layout, header, leader_state)
         if layout.is_global_leader and hf_path is not None:
             (partial_of(final) / _WEIGHTS / HF_FOLDER).mkdir()
             copy_beside(Path(hf_path), partial_of(final) / _WEIGHTS / HF_FOLDER, stop_ids=stop_ids)
         dist.barrier()
-        _on_leader(layout, lambda: publish(final, keep=keep))
     except (CheckpointException, OSError) as error:
         if layout.is_global_leader:
             discard_partial(final)
         if isinstance(error, CheckpointException):
             raise save_failure(error, final) from error
         raise
-    return final
+    return PendingSave(final, layout, requests, lambda: _publish_and_prune(final, cfg))
+
+
+def _publish_and_prune(final: Path, cfg: CheckpointConfig) -> None:
+    publish(final)
+    prune(final, cfg)
 
 
 def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader_state: bytes) -> None:
@@ -120,19 +128,18 @@ def _write_state(partial: Path, layout: MeshRank, header: dict[str, Any], leader
         (partial / STATE).write_text(json.dumps(header, indent=1))
 
 
-def _write_weights(
+def _stage_weights(
     partial: Path,
     chunks: Sequence[torch.nn.Module],
     optimizer: PolicyOptimizer,
     layout: MeshRank,
     reference: ReferencePolicy | None,
-) -> None:
-    state = _whole_state(chunks, optimizer, layout, is_loading=False)
-    use_results_queue(queue.SimpleQueue())
-    dist_checkpointing.save(state, str(partial / _WEIGHTS))
+) -> list[AsyncRequest]:
+    requests = [stage(_whole_state(chunks, optimizer, layout, is_loading=False), partial / _WEIGHTS, layout)]
     if reference is not None:
         with reference.swapped_in():
-            dist_checkpointing.save(model_state(chunks), str(partial / _REFERENCE))
+            requests.append(stage(model_state(chunks), partial / _REFERENCE, layout))
+    return requests
 
 
 def load(
@@ -154,7 +161,7 @@ def load(
         ValueError: the checkpoint is not whole, or is of another kind of optimizer.
     """
     path = Path(path)
-    header = _read_header(path)
+    header = read_header(path)
     leaders = leader_states(path, header)
     if header["optimizer"] != optimizer.kind:
         raise ValueError(
@@ -162,44 +169,17 @@ def load(
             "keep model.dtype and optimizer.distributed as they were"
         )
     if reference is not None and (path / _REFERENCE).is_dir():
-        load_weights(path / _REFERENCE, chunks)
+        read_weights(path / _REFERENCE, chunks)
         reference.capture()
     same_axes = (header["tensor"], header["pipeline"]) == (layout.tensor, layout.pipeline)
     state = _whole_state(chunks, optimizer, layout, is_loading=True, with_rng=same_axes)
-    loaded = load_parts(state, path)
+    loaded = load_parts(state, path / _WEIGHTS)
     fill(chunks, loaded)
     optimizer.load_state(loaded["optimizer"])
     optimizer.num_updates = int(header["num_updates"])
     if same_axes:
         rng.restore(loaded["rng"])
     return Restored(step=int(header["step"]), trainer_state=header["trainer"], leader_states=leaders)
-
-
-def load_parts(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read Megatron's part of a checkpoint into ``state``. Raises ValueError if a file is damaged or missing."""
-    try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path / _WEIGHTS))
-    except (
-        CheckpointException,
-        CheckpointingException,
-        pickle.UnpicklingError,
-        EOFError,
-        json.JSONDecodeError,
-    ) as error:
-        # torch gives the reasons of all ranks only to the first one.
-        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-        reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
-        raise ValueError(f"{path}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
-    return loaded
-
-
-def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
-    """Read the state of each replica's leader. Raises ValueError if a file is missing."""
-    files = sorted(path.glob("leader_*.bin"))
-    expected = header.get("data", len(files))
-    if len(files) != expected:
-        raise ValueError(f"{path}: has {len(files)} files leader_*.bin of {expected}: {_RESTORE}")
-    return [file.read_bytes() for file in files]
 
 
 def _whole_state(
@@ -227,14 +207,8 @@ def _header(step: int, optimizer: PolicyOptimizer, layout: MeshRank) -> dict[str
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "data": layout.data,
+        HAS_MANIFEST: True,
     }
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    if not (path / STATE).is_file():
-        raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
-    header: dict[str, Any] = json.loads((path / STATE).read_text())
-    return header
 
 
 def _on_leader(layout: MeshRank, action: Callable[[], object]) -> None:

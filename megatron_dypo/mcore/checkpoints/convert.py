@@ -12,7 +12,10 @@ from torch import Tensor
 
 from megatron_dypo.checks import require
 from megatron_dypo.fs import new_folder
-from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader, MCoreWriter, StoredChunk
+from megatron_dypo.mcore.checkpoints.manifest import list_files, record_files, write_manifest
+from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER, WEIGHTS_FOLDER, MCoreReader
+from megatron_dypo.mcore.checkpoints.torch_dist_writer import MCoreWriter, StoredChunk
+from megatron_dypo.mcore.checkpoints.verify import find_damage_of_weights
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.architecture import Architecture, load_architecture
 from megatron_dypo.models.families.registry import family_rows, stacked_shape, state_keys, stored_key
@@ -59,6 +62,7 @@ def hf_to_mcore(hf_path: Path, mcore_path: Path, *, mesh: Mesh, show_progress: b
         writer.finish()
         (folder / HF_FOLDER).mkdir()
         copy_beside(hf_path, folder / HF_FOLDER)
+        write_manifest(folder, record_files(folder, list_files(folder)))
 
 
 def mcore_to_hf(
@@ -72,6 +76,7 @@ def mcore_to_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     show_progress: bool = True,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> None:
     """Write the weights of a ``torch_dist`` checkpoint as an HF folder that transformers and SGLang load.
 
@@ -83,10 +88,11 @@ def mcore_to_hf(
 
     Args:
         overwrite: replace the HF folder at ``hf_path``, once the new one is whole.
+        verify: compare what is read with the checkpoint's manifest, if it has one.
 
     Raises:
-        ValueError: a tensor is missing, unknown or misshapen; there is no reference; or ``hf_path`` is not vacant.
-            Nothing is written then.
+        ValueError: a tensor is missing, unknown or misshapen; a file is not as the manifest says; there is no
+            reference; or ``hf_path`` is not vacant. Nothing is written then.
     """
     reader = MCoreReader(mcore_path)
     reference = _reference(reader, hf_reference)
@@ -98,6 +104,8 @@ def mcore_to_hf(
         f"must be from 1 to num_hidden_layers={arch.num_layers}",
     )
     reader.check_complete(arch)
+    if verify and (damage := find_damage_of_weights(reader.path, wanted=reader.reads)):
+        raise ValueError(damage)
     parts = {
         stem: [(row, quantized_specs(_specs(row, reader, arch), quantization)) for row in rows]
         for stem, rows in _rows_by_part(reader, arch).items()

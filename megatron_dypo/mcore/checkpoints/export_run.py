@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dypo.fs import check_vacant
 from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
 from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS
-from megatron_dypo.mcore.checkpoints.torch_dist import RUN_STATE, WEIGHTS_FOLDER
+from megatron_dypo.mcore.checkpoints.torch_dist import RUN_STATE, WEIGHTS_FOLDER, MCoreReader
+from megatron_dypo.mcore.checkpoints.verify import find_damage
 from megatron_dypo.models.quantized.names import Quantization
 
 EXPORTS = "exports"
@@ -33,7 +35,7 @@ def export_run(
     """Write the policy of one checkpoint as an HF folder, byte for byte as the run itself exports that step.
 
     Args:
-        step: step of the checkpoint. None: the newest whole one.
+        step: step of the checkpoint. None: the newest whole one; a line names the damage of newer ones.
         out_dir: the HF folder; it appears when everything is written. None: ``run_dir/exports/step_<step>``.
         overwrite: replace an existing HF folder.
 
@@ -50,15 +52,35 @@ def export_run(
     found = whole_checkpoints(root)
     if not found:
         raise ValueError(f"{root}: no whole checkpoint there")
-    chosen = max(found) if step is None else step
+    chosen = _newest_whole(found) if step is None else step
     if chosen not in found:
         raise ValueError(f"step={step}: no whole checkpoint of it in {root}; there are {_listed(sorted(found))}")
     target = out_dir if out_dir is not None else run_dir / EXPORTS / f"step_{chosen:06d}"
     if root.resolve() in (target.resolve(), *target.resolve().parents):
         raise ValueError(f"{target}: must not be among the checkpoints of the run")
     _check_target(target, overwrite)
-    mcore_to_hf(found[chosen], target, overwrite=overwrite, quantization=quantization, show_progress=show_progress)
+    mcore_to_hf(
+        found[chosen],
+        target,
+        overwrite=overwrite,
+        quantization=quantization,
+        show_progress=show_progress,
+        verify=step is not None,
+    )
     return target
+
+
+def _newest_whole(found: Mapping[int, Path]) -> int:
+    """Return the newest step whose files are as they were written. Raises ValueError if there is none."""
+    for step in sorted(found, reverse=True):
+        damage = find_damage(found[step], "manifest")
+        if damage is None:
+            reader = MCoreReader(found[step])
+            damage = find_damage(found[step], "full", wanted=reader.reads, show_progress=True)
+        if damage is None:
+            return step
+        _log.error("DAMAGED CHECKPOINT: %s/%s: taking an older one", found[step], damage)
+    raise ValueError(f"{next(iter(found.values())).parent}: no checkpoint there is whole")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dypo.fs import commit_folder, remove, replace_file
+from megatron_dypo.fs import commit_folder, remove, replace_file, sync
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 STATE = "trainer_state.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+DAMAGED = ".damaged"
+"""Suffix of a checkpoint that was set aside."""
+DELETED = ".deleted"
+"""Suffix of a checkpoint while it is removed."""
+_REPLACED = ".replaced"
+"""Suffix of a checkpoint of the same step while :func:`megatron_dypo.fs.commit_folder` replaces it."""
+_REMAINS = ("step_*.tmp", f"step_*{DELETED}", f".step_*{_REPLACED}")
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{6,})")
@@ -36,13 +44,47 @@ def find_latest(root: str | Path) -> Path | None:
     tracker. A folder is whole if its ``trainer_state.json``, which is written after the weights, can be read.
     """
     root = Path(root)
-    steps = _steps(root)
+    steps = whole_folders(root)
     tracked = _tracked(root)
     if tracked in steps:
         return tracked
     if tracked is not None and steps:
         log.warning("%s: names no whole checkpoint; taking %s", root / TRACKER, steps[-1])
     return steps[-1] if steps else None
+
+
+def candidates(root: str | Path) -> list[Path]:
+    """Return the folders that may be the checkpoint to resume from, best first; whether they are whole is not known.
+
+    The tracker's is first, then older ones. Without a usable tracker all count, the newest first.
+    """
+    root = Path(root)
+    found = sorted(filter(Path.is_dir, _named(root)), key=step_of, reverse=True)
+    tracked = _tracked(root)
+    if tracked in found:
+        return found[found.index(tracked) :]
+    if tracked is not None and found:
+        log.warning("%s: names no checkpoint; beginning with %s", root / TRACKER, found[0])
+    return found
+
+
+def set_aside(damaged: Path) -> Path:
+    """Rename a damaged checkpoint to ``step_<step>.damaged``, so that it is neither counted nor overwritten or removed.
+
+    Return its new path.
+    """
+    number, path = 1, damaged.with_suffix(DAMAGED)
+    while os.path.lexists(path):
+        number += 1
+        path = damaged.with_suffix(f"{DAMAGED}-{number}")
+    damaged.rename(path)
+    sync(damaged.parent)
+    return path
+
+
+def track(checkpoint: Path) -> None:
+    """Point the tracker at a checkpoint."""
+    replace_file(checkpoint.parent / TRACKER, str(step_of(checkpoint)))
 
 
 def _tracked(root: Path) -> Path | None:
@@ -56,9 +98,14 @@ def _tracked(root: Path) -> Path | None:
 
 def remove_partials(root: str | Path) -> None:
     """Remove the remains of interrupted saves. The caller must hold the run's lock, so that no save is running."""
-    for partial in Path(root).glob("step_*.tmp"):
-        log.warning("removing %s, the remains of an interrupted save", partial)
-        remove(partial)
+    for partial in remains(root):
+        final = partial.with_name(partial.stem.removeprefix("."))
+        if partial.suffix == _REPLACED and not os.path.lexists(final):
+            log.warning("restoring %s, which an interrupted save was about to replace", final)
+            partial.rename(final)
+        else:
+            log.warning("removing %s, the remains of an interrupted save", partial)
+            remove(partial)
 
 
 def make_partial(final: Path, parts: Sequence[str]) -> Path:
@@ -80,25 +127,33 @@ def discard_partial(final: Path) -> None:
     remove(partial_of(final))
 
 
-def publish(final: Path, *, keep: int) -> None:
-    """Sync the partial folder to disk, give it its name, move the tracker, then prune.
-
-    Args:
-        keep: checkpoints to keep, this one included; 0: all. Remains of interrupted saves are removed too.
-    """
-    root, partial = final.parent, partial_of(final)
-    commit_folder(partial, final)
-    replace_file(root / TRACKER, str(step_of(final)))
-    others = [folder for folder in _steps(root) if folder != final]
-    surplus = others[: max(0, len(others) + 1 - keep)] if keep else []
-    for old in [*surplus, *root.glob("step_*.tmp")]:
-        remove(old)
+def publish(final: Path) -> None:
+    """Sync the partial folder to disk, give it its name, and move the tracker."""
+    commit_folder(partial_of(final), final)
+    track(final)
 
 
-def _steps(root: Path) -> list[Path]:
-    """List the whole checkpoints, by step."""
-    found = [folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name) and _is_whole(folder)]
-    return sorted(found, key=step_of)
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint. It loses its name first, so that a half-removed folder never looks like a checkpoint."""
+    doomed = checkpoint.with_suffix(DELETED)
+    remove(doomed)
+    checkpoint.rename(doomed)
+    sync(doomed.parent)
+    remove(doomed)
+
+
+def remains(root: str | Path) -> list[Path]:
+    """Return what interrupted saves and removals left behind."""
+    return [path for pattern in _REMAINS for path in Path(root).glob(pattern)]
+
+
+def whole_folders(root: Path) -> list[Path]:
+    """List the folders whose state can be read, by step. Their other files may be damaged."""
+    return sorted(filter(_is_whole, _named(root)), key=step_of)
+
+
+def _named(root: Path) -> list[Path]:
+    return [path for path in root.glob("step_*") if _STEP.fullmatch(path.name)]
 
 
 def _is_whole(folder: Path) -> bool:

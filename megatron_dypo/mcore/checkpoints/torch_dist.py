@@ -1,4 +1,4 @@
-"""Megatron's ``torch_dist`` checkpoints, chunk by chunk, without Megatron and without a process group.
+"""Reads Megatron's ``torch_dist`` checkpoints chunk by chunk, without Megatron and without a process group.
 
 The format is that of torch.distributed.checkpoint: ``.metadata`` lists the chunks of every whole tensor with their
 files (``*.distcp``) and positions. Megatron adds ``common.pt`` and ``metadata.json``. Whole tensors do not depend on
@@ -7,29 +7,22 @@ tensor or pipeline parallelism, except for the padding of the vocabulary.
 
 from __future__ import annotations
 
-import json
-import pickle
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_dypo.fs import durable_file
-from megatron_dypo.mcore.compat.checkpoint_files import file_view, storage_info
+from megatron_dypo.mcore.checkpoints.manifest import BLOCK_BYTES, Block
+from megatron_dypo.mcore.compat.checkpoint_files import file_view
+from megatron_dypo.mcore.compat.restricted_pickle import DAMAGED, load_metadata, reason
 from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.families.registry import family_rows, stacked_shape, stored_key
 from megatron_dypo.models.families.table import Row
@@ -47,75 +40,6 @@ _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng\.|rng_state")
 """Keys of optimizer and RNG states; ``rng_state`` is Megatron's own name for the latter."""
 _FILE = re.compile(r"__(\d+)_\d+\.distcp")
 """Name of a file: the rank that wrote it, and a number."""
-# Errors of an unpickler on damaged bytes.
-_DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-
-
-@dataclass(frozen=True)
-class StoredChunk:
-    """A part of a whole tensor, to be written."""
-
-    key: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    """Returns the part; its shape only needs the right number of elements."""
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.sizes).numel() * self.dtype.itemsize
-
-
-class MCoreWriter:
-    """Writes a checkpoint into ``folder``: :meth:`write_rank` for each rank's file, then :meth:`finish`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._metadata = Metadata({})
-        self._results: list[WriteResult] = []
-
-    def write_rank(self, rank: int, states: Iterable[str], chunks: Iterable[StoredChunk]) -> Iterator[int]:
-        """Write the file of one rank: empty states under the given keys, and chunks. Yield the bytes of each chunk."""
-        name = f"__{rank}_0.distcp"
-        with durable_file(self._folder / name) as stream:
-
-            def put(index: MetadataIndex, value: object) -> None:
-                start = stream.tell()
-                torch.save(value, stream)
-                info = storage_info(name, start, stream.tell() - start)
-                self._results.append(WriteResult(index, info.length, info))
-
-            for key in states:
-                self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
-                put(MetadataIndex(key), [None])
-            for chunk in chunks:
-                put(self._declare(chunk), _alone(chunk))
-                yield chunk.num_bytes
-
-    def _declare(self, chunk: StoredChunk) -> MetadataIndex:
-        whole = self._metadata.state_dict_metadata.setdefault(
-            chunk.key,
-            TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(chunk.shape), []),
-        )
-        assert isinstance(whole, TensorStorageMetadata)
-        whole.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-        return MetadataIndex(chunk.key, chunk.offsets, len(whole.chunks) - 1)
-
-    def finish(self) -> None:
-        """Write the files that belong to no rank. Without them the folder is no checkpoint."""
-        FileSystemWriter(self._folder).finish(self._metadata, [self._results])
-        with durable_file(self._folder / "common.pt") as stream:
-            torch.save({}, stream)
-        with durable_file(self._folder / "metadata.json") as stream:
-            stream.write(json.dumps(_FORMAT).encode())
 
 
 class MCoreReader:
@@ -136,15 +60,30 @@ class MCoreReader:
         self.is_of_run = (self.path.parent / RUN_STATE).is_file()
         """Whether a training run wrote it. Then each pipeline stage wrote its own files."""
         refuse_lfs_pointer(self.path / ".metadata", _beginning(self.path / ".metadata"))
-        try:
-            metadata = FileSystemReader(self.path).read_metadata()
-        except _DAMAGED as error:
-            raise ValueError(f"{self.path / '.metadata'}: damaged: {error}") from error
+        metadata = load_metadata(self.path / ".metadata")
         self._where: dict[MetadataIndex, Any] = metadata.storage_data
         self._wholes = {
             key: whole
             for key, whole in metadata.state_dict_metadata.items()
             if isinstance(whole, TensorStorageMetadata) and not _NOT_WEIGHTS.match(key)
+        }
+
+    def reads(self, block: Block) -> bool:
+        """Tell whether a block of the checkpoint's files holds anything that is read here: weights, or no tensors."""
+        name = block.name.rpartition("/")[2]
+        if not _FILE.fullmatch(name):
+            return True
+        is_here = not self.is_of_run or block.name == f"{self.path.name}/{name}"
+        return is_here and (name, block.start // BLOCK_BYTES) in self._blocks
+
+    @functools.cached_property
+    def _blocks(self) -> set[tuple[str, int]]:
+        """The blocks that hold weights, by file and number."""
+        weights = [info for index, info in self._where.items() if index.fqn in self._wholes]
+        return {
+            (info.relative_path, number)
+            for info in weights
+            for number in range(info.offset // BLOCK_BYTES, (info.offset + info.length - 1) // BLOCK_BYTES + 1)
         }
 
     def dtype(self, row: Row, arch: Architecture) -> torch.dtype:
@@ -216,21 +155,14 @@ class MCoreReader:
             view = file_view(stream, info.offset, info.length)
             try:
                 chunk_values: Tensor = torch.load(view, map_location="cpu", weights_only=True)
-            except (RuntimeError, *_DAMAGED) as error:
-                raise ValueError(f"{file}: damaged at {key}: {error}") from error
+            except (RuntimeError, *DAMAGED) as error:
+                raise ValueError(f"{file}: damaged at {key}: {reason(error)}") from error
         return chunk_values
 
 
 def _beginning(path: Path) -> bytes:
     with path.open("rb") as stream:
         return stream.read(100)
-
-
-def _alone(chunk: StoredChunk) -> Tensor:
-    """Return the tensor of a chunk in its own storage, since torch.save writes the whole storage of a view."""
-    tensor = chunk.read().reshape(chunk.sizes).contiguous()
-    assert tensor.dtype == chunk.dtype, chunk
-    return tensor if tensor.untyped_storage().nbytes() == chunk.num_bytes else tensor.clone()
 
 
 def _same_but_for_padding(shape: tuple[int, ...], expected: tuple[int, ...], arch: Architecture) -> bool:

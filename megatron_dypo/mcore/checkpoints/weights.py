@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
 
+from megatron_dypo.mcore.checkpoints.parts import load_parts
 from megatron_dypo.mcore.checkpoints.torch_dist import WEIGHTS_FOLDER
+from megatron_dypo.mcore.checkpoints.verify import Readers, find_damage_of_weights
 from megatron_dypo.mcore.chunks import unwrap
+from megatron_dypo.mcore.compat.restricted_pickle import require_plain_state
+from megatron_dypo.parallel.collectives import gather_world
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
@@ -19,12 +23,25 @@ def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
     Build the optimizer after this, or call its ``reload_weights``.
 
     Raises:
-        ValueError: no such folder inside ``path``.
+        ValueError: no such folder inside ``path``, a file of it is damaged, or a pickle in it would run code.
     """
     folders = [folder for folder in (Path(path), Path(path) / WEIGHTS_FOLDER) if (folder / "metadata.json").is_file()]
     if not folders:
         raise ValueError(f"{path}: not a Megatron dist_checkpointing folder: metadata.json is missing")
-    fill(chunks, dist_checkpointing.load(model_state(chunks), str(folders[0])))
+    readers = Readers(rank=dist.get_rank(), count=dist.get_world_size(), gather=gather_world)
+    damage = find_damage_of_weights(folders[0], readers)
+    if damage is not None:
+        raise ValueError(damage)
+    read_weights(folders[0], chunks)
+
+
+def read_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill the chunks from a dist_checkpointing folder that is not verified here. Collective over the world.
+
+    Raises:
+        ValueError: a file is damaged or missing, or a pickle in it would run code.
+    """
+    fill(chunks, load_parts(model_state(chunks), folder))
 
 
 def model_state(chunks: Sequence[torch.nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -43,5 +60,13 @@ def _chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
 
 
 def fill(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
+    """Put a loaded state into the chunks.
+
+    Raises:
+        ValueError: a module's extra state would run code when the module unpickles it.
+    """
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        for key, value in state[name].items():
+            if key.rpartition(".")[2].startswith("_extra_state"):
+                require_plain_state(key, value)
         unwrap(chunk).load_state_dict(state[name])

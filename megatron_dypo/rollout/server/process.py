@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 from megatron_dypo.ending import Cause
 from megatron_dypo.processes.children import program, wait_for_end
@@ -60,6 +63,17 @@ class ServerProcess:
         if self._guard is None or self._guard.poll() is None:
             return None
         return f"{self.name} ({self.url}) ended with status {self._guard.returncode}"
+
+    def stopped_process(self) -> str | None:
+        """Return name and number of a process of the server that a signal has stopped; None if all run."""
+        if self._guard is None or self._guard.poll() is not None:
+            return None
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended by now is not stopped
+            for process in psutil.Process(self._guard.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.status() == psutil.STATUS_STOPPED:
+                        return f"process {process.pid} ({process.name()})"
+        return None
 
     def check(self) -> None:
         """Raise ServerDiedError if the server has ended; the message quotes its log, without the key."""

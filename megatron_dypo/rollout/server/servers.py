@@ -82,6 +82,11 @@ class ServerPool:
         deaths = {server.process.url: server.take_death() for server in servers}
         return {url: death for url, death in deaths.items() if death is not None}
 
+    def find_stopped(self) -> dict[str, str]:
+        """Return URL → process for the started servers of which a signal has stopped a process."""
+        found = {process.url: process.stopped_process() for process in self._processes}
+        return {url: stopped for url, stopped in found.items() if stopped is not None}
+
     def may_return(self) -> bool:
         """Return whether a server that does not answer may come back on its own."""
         if self._supervisor is None:

@@ -18,6 +18,8 @@ from tests.support.check_cases import case
     [
         ({"run": {"steps": 100}, "checkpoint": {"every": 10, "keep": 2}}, 3, 4 + 8, 4),
         ({"run": {"steps": 100}, "checkpoint": {"every": 10, "keep": 0}}, 10, 4 + 8, 4),
+        ({"run": {"steps": 100}, "checkpoint": {"every": 10, "keep": 1, "keep_every": 50}}, 4, 4 + 8, 4),
+        ({"run": {"steps": 100}, "checkpoint": {"every": 10, "keep_best": {"metric": "m"}}}, 4, 4 + 8, 4),
         ({"run": {"steps": 5}, "checkpoint": {"every": 0}}, 1, 4 + 8, 4),
         ({"run": {"steps": 5}, "checkpoint": {"every": 2}, "export": {"hf": False}}, 3, 4 + 8, 0),
         ({"run": {"steps": 1}, "model": {"dtype": "bfloat16"}}, 1, 2 + 4 + 8, 2),

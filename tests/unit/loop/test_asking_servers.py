@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,12 @@ def _refitted(servers: Servers | NoServers) -> list[int]:
     assert isinstance(servers, Servers)
     assert isinstance(servers.refitter, NextServer)
     return servers.refitter.refitted
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a folder of the test's own, since a run writes its journal."""
+    monkeypatch.chdir(tmp_path)
 
 
 def of_urls(urls: Sequence[str], **rollout: Any) -> Servers:

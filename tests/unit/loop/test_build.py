@@ -40,7 +40,8 @@ def test_servers_start_only_where_a_step_that_is_left_asks_one() -> None:
 
 
 def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the_config(tmp_path: Path) -> None:
-    from megatron_dypo.loop.setup.build import prepare_folder
+    from megatron_dypo.loop.setup.run_folder import prepare_folder
+    from megatron_dypo.mcore.checkpoints.verify import ALONE
 
     folder = tmp_path / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)
@@ -50,7 +51,7 @@ def test_fewer_steps_than_are_done_are_refused_and_no_refused_start_rewrites_the
     def start(steps: int) -> Path | None:
         run = RunConfig(dir=str(tmp_path), steps=steps)
         model, data = ModelConfig(hf_path="m"), DataConfig(prompts=("p",))
-        return prepare_folder(Config(run=run, model=model, data=data), is_global_leader=True)
+        return prepare_folder(Config(run=run, model=model, data=data), ALONE)
 
     with pytest.raises(ValueError, match=r"run\.steps=2: is below the 3 steps done in .*step_000003"):
         start(2)

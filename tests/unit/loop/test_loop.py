@@ -256,6 +256,31 @@ def test_a_refit_in_the_middle_of_a_collection_brings_the_other_server_and_the_r
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize(("async_save", "published"), [(False, [2, 4, 5]), (True, [3, 5, 5])])
+def test_an_asynchronous_save_is_published_in_a_later_step_and_the_last_one_at_once(
+    tmp_path: Path, async_save: bool, published: list[int], world: tuple[int, int]
+) -> None:
+    checkpoint = CheckpointConfig(every=2, keep=9, async_save=async_save)
+    ranks = train(make_config(tmp_path, steps=5, checkpoint=checkpoint), world=world)
+    assert [ended.policy.published for ended in ranks] == [list(zip([2, 4, 5], published, strict=True))] * world[0]
+    for step, saved in ranks[0].policy.saved.items():
+        assert saved["trainer_state"]["batches"] == step, "the state of its own step"
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_run_that_ends_early_publishes_what_it_has_begun_to_save(tmp_path: Path, async_save: bool) -> None:
+    def policy(is_leader: bool) -> FakePolicy:
+        made = FakePolicy(is_leader=is_leader)
+        made.bad_updates = {1, 2, 3}
+        return made
+
+    checkpoint = CheckpointConfig(every=1, keep=9, async_save=async_save)
+    (ended,) = train(make_config(tmp_path, checkpoint=checkpoint), policy=policy)
+    assert ended.cause is Cause.NOT_FINITE
+    assert sorted(ended.policy.saved) == [1]
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_updates_that_are_skipped_end_the_run_on_all_ranks_when_they_are_too_many(
     tmp_path: Path, world: tuple[int, int]
 ) -> None:

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from megatron_dypo.config.run import CheckpointConfig
 from megatron_dypo.mcore.checkpoints import checkpoint, folder
+from megatron_dypo.mcore.checkpoints.prune import prune
 from megatron_dypo.mcore.checkpoints.weights import load_weights
 
 
@@ -12,7 +14,8 @@ def publish(root, step, keep=0):
     final = folder.folder_of(root, step)
     partial = folder.make_partial(final, ("mcore",))
     (partial / "trainer_state.json").write_text("{}")
-    folder.publish(final, keep=keep)
+    folder.publish(final)
+    prune(final, CheckpointConfig(keep=keep))
 
 
 def crash(root, step):

@@ -204,7 +204,7 @@ def test_an_interrupted_write_leaves_nothing(models, tmp_path):
     convert(models["llama"], damaged)
     file = damaged / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r"__0_0\.distcp: damaged"):
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: has \d+ bytes, \d+ were written"):
         back(damaged, tmp_path / "hf")
     assert [entry.name for entry in tmp_path.iterdir()] == ["mcore"]
 

@@ -4,20 +4,27 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.mcore.checkpoints import checkpoint
+from megatron_dypo.mcore.checkpoints import parts
 
 
-def test_weights_that_cannot_be_read_are_named_by_their_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "mcore").mkdir()
-    for name, content in (("metadata.json", b"{"), ("common.pt", b"no pickle")):
-        with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read, a file of it is damaged or missing"):
-            checkpoint.load_parts({}, tmp_path)
-        (tmp_path / "mcore" / name).write_bytes(content)
+def test_weights_that_cannot_be_read_are_named_by_their_file(tmp_path: Path) -> None:
+    def error() -> str:
+        with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+            parts.load_parts({}, tmp_path)
+        return str(caught.value)
+
+    assert error().startswith(f"{tmp_path}/metadata.json: cannot be read: ")
+    (tmp_path / "metadata.json").write_bytes(b"{")
+    assert error().startswith(f"{tmp_path}/metadata.json: cannot be read: ")
+    (tmp_path / "metadata.json").write_bytes(b"{}")
+    assert error().startswith(f"{tmp_path}/.metadata: cannot be read: ")
+    (tmp_path / ".metadata").write_bytes(b"no pickle")
+    assert error().startswith(f"{tmp_path}/.metadata: damaged: ")
 
 
 def test_a_checkpoint_without_a_leaders_file_is_not_resumed_with_fewer_samples(tmp_path: Path) -> None:
     (tmp_path / "leader_00001.bin").write_bytes(b"b")
     with pytest.raises(ValueError, match=rf"^{tmp_path}: has 1 files leader_\*\.bin of 2: restore it"):
-        checkpoint.leader_states(tmp_path, {"data": 2})
+        parts.leader_states(tmp_path, {"data": 2})
     (tmp_path / "leader_00000.bin").write_bytes(b"a")
-    assert checkpoint.leader_states(tmp_path, {"data": 2}) == [b"a", b"b"]
+    assert parts.leader_states(tmp_path, {"data": 2}) == [b"a", b"b"]

@@ -14,6 +14,7 @@ from megatron_dypo.metrics.status import RunStatus
 from megatron_dypo.processes import watchdog
 from megatron_dypo.processes.heartbeats import FOLDER, Heartbeat, blame, heartbeat_path, read_heartbeat, write_heartbeat
 from megatron_dypo.processes.identity import own_identity
+from megatron_dypo.processes.stalls import make_dump
 from megatron_dypo.processes.watchdog import Watchdog, mark
 from tests.support.present import present
 
@@ -31,8 +32,8 @@ def leave(cause, message, before_exit=lambda: None):
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """Give ``ranks(3)``: the watchdogs of three ranks of one attempt, at time 0."""
-    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
     monkeypatch.setattr("megatron_dypo.processes.watchdog.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr(watchdog, "WORK", watchdog.Work())
     (tmp_path / FOLDER).mkdir()
     (tmp_path / "logs").mkdir()
     RunStatus(tmp_path, "this", 0).open()
@@ -50,7 +51,8 @@ def ranks(tmp_path, monkeypatch):
 
 def beat(rank, **fields):
     given = {"attempt": "this", "rank": rank, "host": f"node{rank}", "process": own_identity(), "beats": 1}
-    given |= {"part": "update", "where": "step (a.py:1)", "is_in_collective": True, "idle_s": 0.0}
+    given |= {"part": "update", "where": "step (a.py:1)", "stack": "step (a.py:1) < train (b.py:2)"}
+    given |= {"is_in_collective": True, "idle_s": 0.0}
     return Heartbeat(**given | fields)
 
 
@@ -193,7 +195,7 @@ def test_a_heartbeat_is_overwritten_in_place_with_as_many_bytes(tmp_path):
     before = heartbeat_path(tmp_path, 3).stat()
     write_heartbeat(tmp_path, beat(3, part="short"))
     after = heartbeat_path(tmp_path, 3).stat()
-    assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size) == (after.st_ino, 1024)
+    assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size) == (after.st_ino, 2048)
 
 
 def test_a_stopped_rank_of_this_machine_leaves_its_stacks(tmp_path):
@@ -212,6 +214,6 @@ stuck_here()
     pid, birth = present(process.stdout).readline().split()
     process.send_signal(signal.SIGSTOP)
     identity = dataclasses.replace(own_identity(), pid=int(pid), birth=birth)
-    watchdog.make_dump([beat(1, process=identity)], own_identity())
+    make_dump([beat(1, process=identity)], own_identity())
     assert process.wait(timeout=30) == -signal.SIGABRT
     assert "in stuck_here" in (tmp_path / "logs" / "rank_00001.log").read_text()

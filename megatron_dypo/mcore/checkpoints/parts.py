@@ -1,0 +1,75 @@
+"""The parts of a checkpoint on their way back: header, leaders' states, and Megatron's tensors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_dypo.mcore.checkpoints.folder import STATE
+from megatron_dypo.mcore.compat.restricted_pickle import load_metadata
+from megatron_dypo.mcore.compat.restricted_reading import RestrictedCommon, restricted_reading
+
+_RESTORE = "restore it, or move the folder away to go on from an older checkpoint"
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read ``trainer_state.json``. Raises ValueError if it is missing or damaged."""
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path}: not a checkpoint: {STATE} is missing")
+    return _read_json(path / STATE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {str(error)[:200]}: {_RESTORE}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is no mapping: {_RESTORE}")
+    return found
+
+
+def leader_states(path: Path, header: dict[str, Any]) -> list[bytes]:
+    """Read the state of each replica's leader. Raises ValueError if a file is missing."""
+    files = sorted(path.glob("leader_*.bin"))
+    expected = header.get("data", len(files))
+    if len(files) != expected:
+        raise ValueError(f"{path}: has {len(files)} files leader_*.bin of {expected}: {_RESTORE}")
+    return [file.read_bytes() for file in files]
+
+
+def load_parts(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read Megatron's part of a checkpoint, which is in ``folder``, into ``state``. Collective over the world.
+
+    Raises:
+        ValueError: a file is damaged or missing, or a pickle in it would run code. None is run.
+    """
+    _read_json(folder / CONFIG_FNAME)
+    metadata = load_metadata(folder / ".metadata")
+    try:
+        with restricted_reading(metadata):
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                state,
+                str(folder),
+                sharded_strategy=TorchDistLoadShardedStrategy(),
+                common_strategy=RestrictedCommon(),
+            )
+    except (
+        CheckpointException,
+        CheckpointingException,
+        pickle.UnpicklingError,
+        EOFError,
+        json.JSONDecodeError,
+    ) as error:
+        # torch gives the reasons of all ranks only to the first one.
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        reason = "".join(f" ({str(why)[:200] or type(why).__name__})" for why, _ in list(failures)[:1])
+        raise ValueError(f"{folder}: cannot be read, a file of it is damaged or missing{reason}: {_RESTORE}") from error
+    return loaded

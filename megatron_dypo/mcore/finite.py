@@ -1,0 +1,166 @@
+"""The search for values that are not finite: in parameters and gradients, and in a microbatch that runs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dypo.batching.zigzag import shard
+from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, unwrap
+from megatron_dypo.mcore.forward_step import loss_pass
+from megatron_dypo.mcore.logprobs import pack_microbatches, round_up_microbatches
+from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.parallel.collectives import gather_world
+from megatron_dypo.parallel.device import device
+from megatron_dypo.parallel.groups import MeshRank
+from megatron_dypo.types import Sample
+
+Read = Callable[[torch.nn.Parameter], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lone:
+    """The parts of a policy that run one microbatch alone."""
+
+    chunks: Sequence[torch.nn.Module]
+    objective: Objective
+    layout: MeshRank
+    token_multiple: int
+    """``Config.token_multiple``."""
+
+
+@dataclass(kw_only=True)
+class Activations:
+    """The first output of a module of this rank that is not finite."""
+
+    first: str = ""
+    """The module, by its name in the whole model; empty if all outputs were finite."""
+    token: int = -1
+    """Index in the microbatch of the first such token; −1 if it is not known."""
+    sample: int = -1
+    """Index of the sample that has the token; −1: padding, or not known."""
+    position: int = -1
+    """Position of the token in its sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoneRun:
+    """The values of this rank that were not finite in one microbatch."""
+
+    sums: Sequence[str]
+    """Sums of the loss (on the last stage)."""
+    gradients: Sequence[str]
+    """Parameters."""
+    activations: Activations = field(default_factory=Activations)
+
+
+def names_not_finite(chunks: Sequence[torch.nn.Module], read: Read) -> list[str]:
+    """Return the names of this rank's parameters whose ``read`` value is not finite."""
+    named = named_global_parameters(chunks)
+    return [name for name, parameter in named if not bool(torch.isfinite(read(parameter)).all())]
+
+
+def first_not_finite(chunks: Sequence[torch.nn.Module], read: Read) -> str | None:
+    """Return the first parameter of the whole model whose ``read`` value is not finite. Collective over the world."""
+    return next((names[0] for names in gather_world(names_not_finite(chunks, read)[:1]) if names), None)
+
+
+def bad_microbatches(lone: Lone, samples: Sequence[Sample], bins: Sequence[Sequence[int]]) -> list[int]:
+    """Run each microbatch alone, and return the indices of those with a loss or a gradient that is not finite.
+
+    Collective over the world. All ranks of a replica pass the same samples, and return the same. The gradients in DDP's
+    buffers are lost.
+    """
+    bad = []
+    for index, members in enumerate(bins):
+        found = run_alone(lone, [samples[i] for i in members])
+        flag = torch.tensor([float(bool(found.sums or found.gradients))], device=device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=lone.layout.replica_group)
+        if flag.item():
+            bad.append(index)
+    zero_gradients(lone.chunks)
+    return bad
+
+
+def run_alone(lone: Lone, samples: Sequence[Sample], *, watches_activations: bool = False) -> LoneRun:
+    """Run one microbatch forward and backward, and return what was not finite. Collective over the replica."""
+    layout, chunks = lone.layout, lone.chunks
+    bins = [list(range(len(samples))), *([] for _ in range(round_up_microbatches(1, layout) - 1))]
+    packed = pack_microbatches(
+        samples, bins, layout, token_multiple=lone.token_multiple, streams=lone.objective.streams
+    )
+    parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
+    activations = Activations()
+    with ExitStack() as stack:
+        stack.enter_context(local_gradients(chunks))
+        if watches_activations:
+            stack.enter_context(_watching(chunks, activations, len(parts[0].tokens_T)))
+        zero_gradients(chunks)
+        sums = loss_pass(chunks, parts, objective=lone.objective, context_group=layout.cp_group)
+    if activations.token >= 0:
+        activations.sample = int(parts[0].sample_T[activations.token])
+        activations.position = int(parts[0].positions_T[activations.token])
+    return LoneRun(
+        sums=[name for name, value in sums.items() if not math.isfinite(value)],
+        gradients=names_not_finite(chunks, main_grad),
+        activations=activations,
+    )
+
+
+@contextmanager
+def _watching(chunks: Sequence[torch.nn.Module], found: Activations, num_tokens: int) -> Iterator[None]:
+    """Record the first output of a module that is not finite, in the order of the computation."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if not found.first and not bool(torch.isfinite(tensor).all()):
+                    found.first, found.token = name, _first_token(tensor, num_tokens)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(name)) for chunk in chunks for name, module in _named_modules(chunk)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _tensors(part)
+
+
+def _first_token(tensor: torch.Tensor, num_tokens: int) -> int:
+    """Return the first token of ``tensor`` that is not finite; −1 unless its first axis is the tokens."""
+    if not tensor.dim() or tensor.shape[0] != num_tokens:
+        return -1
+    bad_T = ~torch.isfinite(tensor).reshape(num_tokens, -1).all(dim=1)
+    return int(bad_T.nonzero()[0])
+
+
+def _named_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the modules of a chunk, whose names have the global index of their layer."""
+    model: Any = unwrap(chunk)
+    first = {str(index): str(layer.layer_number - 1) for index, layer in enumerate(model.decoder.layers)}
+    for name, module in model.named_modules():
+        head, separator, tail = name.partition("decoder.layers.")
+        if separator:
+            local, dot, rest = tail.partition(".")
+            name = f"{head}{separator}{first[local]}{dot}{rest}"
+        if name:
+            yield name, module

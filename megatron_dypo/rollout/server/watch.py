@@ -1,0 +1,105 @@
+"""Names a server that stops answering: its process is stopped, its host is gone, or its event loop hangs.
+
+A server that has ended refuses connections. That is no stall: its supervisor, the clients and the refits notice it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import aiohttp
+
+EVERY_S = 10.0
+"""Seconds between two questions to a server; it is also the longest wait for an answer."""
+SILENCE_S = 30.0
+"""Seconds without an answer after which a server is named."""
+_GAP = 3.0
+"""Intervals between two questions, the wait for an answer included, above which this process itself was stopped."""
+
+
+class ServerWatch:
+    """A thread that asks every server for its health, in the process of the first rank; a context manager."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        api_key: str | None,
+        warn: Callable[[str], None],
+        *,
+        find_stopped: Callable[[], Mapping[str, str]] = dict,
+        every_s: float = EVERY_S,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        """Watch the servers at ``urls`` from now on, and pass each warning to ``warn``.
+
+        Args:
+            find_stopped: returns URL → process for servers of which a process is stopped, even if another one answers.
+        """
+        self._urls, self._api_key, self._warn, self._find_stopped = tuple(urls), api_key, warn, find_stopped
+        self._every_s, self._silence_s = every_s, silence_s
+        now = time.monotonic()
+        self._heard_at, self._silent = dict.fromkeys(self._urls, now), set[str]()
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._watch())
+        self._thread = threading.Thread(target=self._run, name="server-watch", daemon=True)
+
+    def __enter__(self) -> ServerWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+        self._loop.close()
+
+    async def _watch(self) -> None:
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        limit = aiohttp.ClientTimeout(total=self._every_s)
+        async with aiohttp.ClientSession(headers=headers, timeout=limit, trust_env=False) as session:
+            asked_at = time.monotonic()
+            while True:
+                await asyncio.sleep(self._every_s)
+                gap_s, asked_at = time.monotonic() - asked_at, time.monotonic()
+                if gap_s > _GAP * self._every_s:
+                    self.excuse(gap_s)
+                answers = await asyncio.gather(*(_answers(session, url) for url in self._urls))
+                self.judge(answers, time.monotonic(), self._find_stopped())
+
+    def excuse(self, seconds: float) -> None:
+        """Leave out ``seconds`` in which this process itself was stopped."""
+        self._heard_at = {url: heard_at + seconds for url, heard_at in self._heard_at.items()}
+
+    def judge(self, answers: Sequence[bool], now: float, stopped: Mapping[str, str]) -> None:
+        """Warn once of each server that did not answer, or was ``stopped``, for too long, and once when that ends."""
+        for url, has_answered in zip(self._urls, answers, strict=True):
+            silence_s = now - self._heard_at[url]
+            if has_answered and url not in stopped:
+                self._heard_at[url] = now
+                if url in self._silent:
+                    self._silent.remove(url)
+                    self._warn(f"stall over: the server {url} answers again, after {silence_s:.0f} s")
+            elif silence_s >= self._silence_s and url not in self._silent:
+                self._silent.add(url)
+                hangs = f"has not answered for {silence_s:.0f} s: its process hangs, or its host is gone"
+                rests = f"has stood still for {silence_s:.0f} s: {stopped.get(url)} is stopped"
+                self._warn(f"stall: the server {url} {rests if url in stopped else hangs}")
+
+
+async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
+    """Return whether a server answers at all, with any status, or refuses at once."""
+    try:
+        async with session.get(f"{url}/health", allow_redirects=False) as response:
+            await response.release()
+    except asyncio.TimeoutError:
+        return False
+    except (aiohttp.ClientError, OSError):
+        return True
+    return True

@@ -1,0 +1,185 @@
+"""A run that suffers faults until it is done: it is started again after each end, and watched all the time."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_dypo.ending import Cause
+from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
+from tools.soak_parts.faults import DAMAGE, FAULTS, flip_a_bit
+from tools.soak_parts.invariants import Sample
+from tools.soak_parts.processes import RunProcesses, find_processes
+
+_LOOK_EVERY_S = 0.5
+_SAMPLE_EVERY_S = 5.0
+_LEAVE_S = 60.0
+"""Longest life of a run's processes after its command has ended."""
+_FINAL = {Cause.DONE.status, Cause.BAD_INPUT.status, Cause.NOT_FINITE.status, Cause.NOTHING_LEFT.status}
+"""Exit statuses after which the run is not started again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A fault that happened."""
+
+    kind: str
+    words: str
+    time: float
+    start: int
+    step: int
+    """The last step on record before it."""
+
+
+@dataclass(kw_only=True)
+class Story:
+    """All that happened."""
+
+    events: list[Event] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    """Exit status of each start."""
+    left_behind: list[str] = field(default_factory=list)
+    """Processes that outlived their run."""
+    back_s: dict[int, float] = field(default_factory=dict)
+    """Number of an event → seconds until the next step was on record."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "events": [{**asdict(event), "back_s": self.back_s.get(n)} for n, event in enumerate(self.events)],
+            "ends": self.ends,
+            "left_behind": self.left_behind,
+        }
+
+
+class Soak:
+    """One run under faults."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run_dir: Path,
+        *,
+        mean_gap_s: float,
+        max_faults: int,
+        seed: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._command, self._run_dir, self._say = list(command), run_dir, say
+        self._mean_gap_s, self._max_faults = mean_gap_s, max_faults
+        self._rng = random.Random(seed)
+        self.story = Story()
+
+    def run(self, deadline_s: float) -> Story:
+        """Start the run again and again until it is done or the time is over, and do faults to it."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            self._damage()
+            status = self._one_start(end)
+            self.story.ends.append(status)
+            self._say(f"start {len(self.story.ends)} ended with status {status}")
+            if status in _FINAL:
+                break
+        return self.story
+
+    def _one_start(self, end: float) -> int:
+        log = self._run_dir.with_name(f"{self._run_dir.name}.log")
+        with log.open("ab") as output:
+            process = subprocess.Popen(self._command, stdout=output, stderr=output, start_new_session=True)
+        stop = threading.Event()
+        injector = threading.Thread(target=self._do_faults, args=(psutil.Process(process.pid), stop), daemon=True)
+        injector.start()
+        known: dict[int, psutil.Process] = {}
+        sampled = 0.0
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(psutil.Error):
+                    found = find_processes(psutil.Process(process.pid))
+                    known |= {one.pid: one for one in found.all}
+                    if time.monotonic() - sampled >= _SAMPLE_EVERY_S:
+                        sampled = time.monotonic()
+                        self._sample(found)
+                self._note_steps()
+                time.sleep(_LOOK_EVERY_S)
+        finally:
+            stop.set()
+            injector.join()
+            if process.poll() is None:
+                process.terminate()
+        status = process.wait()
+        _, alive = psutil.wait_procs(list(known.values()), timeout=_LEAVE_S)
+        for one in alive:
+            with contextlib.suppress(psutil.Error):
+                self.story.left_behind.append(f"start {len(self.story.ends) + 1}: {' '.join(one.cmdline())[:200]}")
+                one.kill()
+        return status
+
+    def _do_faults(self, command: psutil.Process, stop: threading.Event) -> None:
+        while not stop.wait(self._rng.expovariate(1.0 / self._mean_gap_s)):
+            if len(self.story.events) >= self._max_faults:
+                return
+            kind = self._rng.choice(list(FAULTS))
+            step, moment = self._step(), time.time()
+            try:
+                words = FAULTS[kind].do(find_processes(command), self._rng, stop)
+            except psutil.NoSuchProcess:
+                return
+            if words is not None:
+                self._note(kind, words, moment, step)
+                if FAULTS[kind].outcome != "goes on":
+                    return
+
+    def _damage(self) -> None:
+        if self.story.ends and self._rng.random() < 0.25 and (words := flip_a_bit(self._run_dir, self._rng)):
+            self._note(DAMAGE, words, time.time(), self._step())
+
+    def _note(self, kind: str, words: str, moment: float, step: int) -> None:
+        event = Event(kind=kind, words=words, time=moment, start=len(self.story.ends) + 1, step=step)
+        self.story.events.append(event)
+        self._say(f"fault {len(self.story.events)}, step {step}: {kind}: {words}")
+
+    def _note_steps(self) -> None:
+        if len(self.story.back_s) == len(self.story.events):
+            return
+        records = read_metrics(self._run_dir / METRICS_FILE) if (self._run_dir / METRICS_FILE).is_file() else []
+        for number, event in enumerate(self.story.events):
+            later = [record["time"] for record in records if record["time"] > event.time]
+            if number not in self.story.back_s and later:
+                self.story.back_s[number] = min(later) - event.time
+
+    def _step(self) -> int:
+        path = self._run_dir / METRICS_FILE
+        records = read_metrics(path) if path.is_file() else []
+        return int(records[-1]["step"]) if records else 0
+
+    def _sample(self, found: RunProcesses) -> None:
+        roles = {"rank": found.ranks, "server": found.servers, "verifier": found.verifiers}
+        for role, processes in roles.items():
+            for one in processes:
+                with contextlib.suppress(psutil.Error), one.oneshot():
+                    self.story.samples.append(
+                        Sample(
+                            start=len(self.story.ends) + 1,
+                            role=role,
+                            pid=one.pid,
+                            time=time.time(),
+                            rss=one.memory_info().rss,
+                            descriptors=one.num_fds(),
+                            threads=one.num_threads(),
+                        )
+                    )
+
+
+def train_command(config: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the command that trains a config."""
+    return [sys.executable, "-m", "megatron_dypo.cli", "train", str(config), *overrides]
