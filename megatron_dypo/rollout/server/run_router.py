@@ -71,7 +71,6 @@ def router_options(cfg: RolloutConfig, url: str, api_key: str) -> dict[str, Any]
         "cb_success_threshold": 1,
         "retry_initial_backoff_ms": 200,
         "retry_jitter_factor": 0.0,
-        "prometheus_host": "127.0.0.1",  # its metrics need no key
         "prometheus_port": 0,  # any free port: another router on this host may use the default, 29000
     }
 
