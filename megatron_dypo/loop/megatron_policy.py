@@ -25,15 +25,14 @@ from megatron_dypo.mcore.finite import Lone, bad_microbatches, first_not_finite
 from megatron_dypo.mcore.forward_step import add_over_ranks, loss_pass
 from megatron_dypo.mcore.fp8 import named_values, values
 from megatron_dypo.mcore.logprobs import pack_microbatches, plan_update, sequence_logprobs
-from megatron_dypo.mcore.model import build_model, load_initial_weights
 from megatron_dypo.mcore.moe_router import balance_metrics
-from megatron_dypo.mcore.optimizer import PolicyOptimizer, build_optimizer
+from megatron_dypo.mcore.optimizer import PolicyOptimizer
 from megatron_dypo.mcore.reduction import until_reduction
 from megatron_dypo.mcore.reference import ReferencePolicy
 from megatron_dypo.mcore.scores import sequence_scores
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.metrics.writer import Timings
-from megatron_dypo.models.architecture import Architecture, load_architecture
+from megatron_dypo.models.architecture import Architecture
 from megatron_dypo.models.export import export_hf
 from megatron_dypo.models.flops import sequence_cost
 from megatron_dypo.models.gradient_projection import RandomProjection, WholeGradient
@@ -231,35 +230,3 @@ class MegatronPolicy:
             entropy=entropy,
         )
         return found or []
-
-
-def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timings: Timings) -> MegatronPolicy:
-    """Build the model with its initial weights, the optimizer and, if the objective reads one, the reference.
-
-    Collective over the world.
-    """
-    arch = load_architecture(config.model.hf_path)
-    chunks = build_model(
-        arch,
-        config.model,
-        config.parallel,
-        layout,
-        distributed_optimizer=config.optimizer.distributed,
-        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-    )
-    load_initial_weights(chunks, config.model, arch, layout)
-    optimizer = build_optimizer(
-        chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps, fp8=config.model.fp8
-    )
-    keeps_reference = objective.needs_reference() and config.objective.reference.keeps_weights()
-    rewrite = optimizer.rewrite_weights if config.model.fp8.param_gather else None
-    return MegatronPolicy(
-        config=config,
-        layout=layout,
-        arch=arch,
-        chunks=chunks,
-        optimizer=optimizer,
-        objective=objective,
-        reference=ReferencePolicy(chunks, rewrite=rewrite) if keeps_reference else None,
-        timings=timings,
-    )

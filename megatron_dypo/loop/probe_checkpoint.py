@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
-from megatron_dypo.loop.not_finite import require_finite_weights
+from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
 from megatron_dypo.loop.probe import probe
 from megatron_dypo.processes.watchdog import mark
 

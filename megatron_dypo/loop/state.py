@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_dypo.config.tree import Config
 from megatron_dypo.eval.judging import grading_of_sets
 from megatron_dypo.loop.bad_steps.dumper import Dumper
+from megatron_dypo.loop.bad_steps.not_finite import BadSteps
 from megatron_dypo.loop.books.accounts import Accounts
 from megatron_dypo.loop.books.recorder import Recorder, Writer
 from megatron_dypo.loop.books.slow_ranks import SlowRanks
@@ -15,7 +16,6 @@ from megatron_dypo.loop.books.tally import Tally
 from megatron_dypo.loop.collect import Collector
 from megatron_dypo.loop.evaluate import Evaluator
 from megatron_dypo.loop.logprobs import Logprobs
-from megatron_dypo.loop.not_finite import BadSteps
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.probe import Prober
 from megatron_dypo.loop.progress import Progress

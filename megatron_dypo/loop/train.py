@@ -12,11 +12,11 @@ from pathlib import Path
 
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
+from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
 from megatron_dypo.loop.books.recorder import Recorder
 from megatron_dypo.loop.collect import Collector, collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
 from megatron_dypo.loop.evaluate import Evaluator, evaluate
-from megatron_dypo.loop.not_finite import require_finite_weights
 from megatron_dypo.loop.policy import Policy
 from megatron_dypo.loop.probe import Prober, probe
 from megatron_dypo.loop.progress import Progress

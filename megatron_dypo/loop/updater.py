@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from megatron_dypo.batching.rollout_batch import Minibatch
 from megatron_dypo.config.objective import AutoAlphaConfig, ReferenceConfig
 from megatron_dypo.ending import RunEnded
+from megatron_dypo.loop.bad_steps.not_finite import BadSteps, count_update
 from megatron_dypo.loop.books.accounts import enter_minibatch
 from megatron_dypo.loop.books.tally import Tally, tally_update, tally_work
 from megatron_dypo.loop.logprobs import Logprobs
-from megatron_dypo.loop.not_finite import BadSteps, count_update
 from megatron_dypo.loop.policy import Policy, UpdateReport
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import Ranks

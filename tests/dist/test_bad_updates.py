@@ -24,7 +24,7 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
     """Make updates of a run with a NaN in one weight, from the start or later, or with infinite rewards."""
     from megatron_dypo.config.model import ParallelConfig
     from megatron_dypo.ending import RunEnded
-    from megatron_dypo.loop.not_finite import require_finite_weights
+    from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
     from megatron_dypo.mcore.checkpoints.checkpoint import find_latest
     from megatron_dypo.mcore.start import start_megatron
     from megatron_dypo.parallel.groups import close

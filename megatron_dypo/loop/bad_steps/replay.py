@@ -11,7 +11,8 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
 from megatron_dypo.loop.bad_steps.dump import Dump, DumpedMicrobatch, read_microbatch
 from megatron_dypo.loop.bad_steps.places import Place, bad_inputs, bad_logprobs, shown
-from megatron_dypo.loop.megatron_policy import MegatronPolicy, build_policy
+from megatron_dypo.loop.megatron_policy import MegatronPolicy
+from megatron_dypo.loop.setup.build_policy import build_policy
 from megatron_dypo.mcore.finite import LoneRun, names_not_finite, run_alone
 from megatron_dypo.mcore.fp8 import values
 from megatron_dypo.mcore.start import start_megatron

@@ -14,12 +14,12 @@ from megatron_dypo.config.reading.load import dump_config
 from megatron_dypo.config.tree import Config
 from megatron_dypo.loop.books.recorder import NoWriter, Writer
 from megatron_dypo.loop.books.tally import Tally
-from megatron_dypo.loop.megatron_policy import build_policy
 from megatron_dypo.loop.progress import Progress
 from megatron_dypo.loop.ranks import MeshRanks
 from megatron_dypo.loop.replica import Follower, Replica
 from megatron_dypo.loop.resume import require_known_state, restore_batch
 from megatron_dypo.loop.servers import NoServers
+from megatron_dypo.loop.setup.build_policy import build_policy
 from megatron_dypo.loop.setup.connect import connect, start_in_background
 from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader

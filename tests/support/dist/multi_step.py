@@ -169,7 +169,7 @@ def make_run(config: Config, layout: Any) -> tuple[Any, Recorder, Any]:
     """Make a run without servers and prompts; return it with its recorder and its policy."""
     from megatron_dypo.loop.draws import Draws
     from megatron_dypo.loop.books.ledger import Ledger
-    from megatron_dypo.loop.megatron_policy import build_policy
+    from megatron_dypo.loop.setup.build_policy import build_policy
     from megatron_dypo.loop.ranks import MeshRanks
     from megatron_dypo.loop.replica import Books, Follower, Leader
     from megatron_dypo.loop.requests import FollowerRequests

@@ -1,0 +1,45 @@
+"""How the policy of a run is built, with its initial weights."""
+
+from __future__ import annotations
+
+from megatron_dypo.config.tree import Config
+from megatron_dypo.loop.megatron_policy import MegatronPolicy
+from megatron_dypo.mcore.model import build_model, load_initial_weights
+from megatron_dypo.mcore.optimizer import build_optimizer
+from megatron_dypo.mcore.reference import ReferencePolicy
+from megatron_dypo.metrics.writer import Timings
+from megatron_dypo.models.architecture import load_architecture
+from megatron_dypo.objective.recipes.base import Objective
+from megatron_dypo.parallel.groups import MeshRank
+
+
+def build_policy(config: Config, layout: MeshRank, objective: Objective, *, timings: Timings) -> MegatronPolicy:
+    """Build the model with its initial weights, the optimizer and, if the objective reads one, the reference.
+
+    Collective over the world.
+    """
+    arch = load_architecture(config.model.hf_path)
+    chunks = build_model(
+        arch,
+        config.model,
+        config.parallel,
+        layout,
+        distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+    )
+    load_initial_weights(chunks, config.model, arch, layout)
+    optimizer = build_optimizer(
+        chunks, config.optimizer, dtype=config.model.dtype, total_steps=config.run.steps, fp8=config.model.fp8
+    )
+    keeps_reference = objective.needs_reference() and config.objective.reference.keeps_weights()
+    rewrite = optimizer.rewrite_weights if config.model.fp8.param_gather else None
+    return MegatronPolicy(
+        config=config,
+        layout=layout,
+        arch=arch,
+        chunks=chunks,
+        optimizer=optimizer,
+        objective=objective,
+        reference=ReferencePolicy(chunks, rewrite=rewrite) if keeps_reference else None,
+        timings=timings,
+    )
