@@ -31,6 +31,7 @@ from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
 from megatron_dypo.processes import stop_requests
 
 if TYPE_CHECKING:
+    from megatron_dypo.config.tree import Config
     from megatron_dypo.launch.rendezvous import Meeting
 
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
@@ -46,10 +47,11 @@ def main() -> int:
     stop_requests.hold_requests()
     stop_before_start()
     try:
-        from megatron_dypo.launch.rendezvous import read_meeting  # imports torch
+        config = _checked_config(sys.argv[1:])
+        from megatron_dypo.launch.rendezvous import read_meeting  # imports torch, for which a mistake should not wait
 
         meeting = read_meeting(sys.argv[1:])
-        launcher = _prepare(sys.argv[1:], meeting)
+        launcher = _prepare(config, meeting)
     except SystemExit:  # torchrun's own arguments
         raise
     except BaseException as error:  # noqa: BLE001 (every end of the launcher passes here, and is told)
@@ -150,16 +152,15 @@ class Launcher:
         return status
 
 
-def _prepare(arguments: Sequence[str], meeting: Meeting) -> Launcher:
-    """Read the command that the ranks will run, and check its config and inputs.
+def _checked_config(arguments: Sequence[str]) -> Config | None:
+    """Read the command that the ranks will run, and check its config and inputs; return None for another program.
 
     Raises:
         ValueError: the config or one of its inputs breaks a rule.
-        RunEnded: the run folder is in use.
     """
     command = run_command(arguments)
     if command is None:
-        return Launcher(status=None, run_dir=None)
+        return None
     from megatron_dypo.config.reading.load import load_config
     from megatron_dypo.launch.probe_target import probe_target
     from megatron_dypo.launch.start import CHECKED_VARIABLE, check_inputs
@@ -171,6 +172,13 @@ def _prepare(arguments: Sequence[str], meeting: Meeting) -> Launcher:
         config = probe_target(Path(subject), initial="--initial" in arguments).config(overrides)
     if CHECKED_VARIABLE not in os.environ and (notes := check_inputs(config)):
         raise ValueError("\n".join(notes))
+    return config
+
+
+def _prepare(config: Config | None, meeting: Meeting) -> Launcher:
+    """Make the run folder, and name this start of the run. Raises RunEnded if another run uses the folder."""
+    if config is None:
+        return Launcher(status=None, run_dir=None)
     run_dir = Path(config.run.dir)
     if meeting.has_first_rank:
         require_free(make_run_folder(run_dir))
