@@ -48,7 +48,7 @@ class KeepBestConfig:
     """The one checkpoint that stays because it is the best by a metric."""
 
     metric: str | None = None
-    """A metric of the run, such as ``eval/aime/accuracy``. Only checkpoints of steps that measured it are compared; of
+    """A metric of the run, such as ``eval/<set>/accuracy``. Only checkpoints of steps that measured it are compared; of
     equal ones the newest counts. ``null``: none stays for being the best."""
     mode: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value is the best."""

@@ -112,17 +112,24 @@ def _record(value: Any) -> FileRecord:
     return FileRecord(size=value["size"], crc32=tuple(value["crc32"]))
 
 
-def require_files(folder: Path, records: Mapping[str, FileRecord], is_read: Callable[[str], bool]) -> None:
+def require_files(
+    folder: Path,
+    records: Mapping[str, FileRecord],
+    is_read: Callable[[str], bool],
+    is_needed: Callable[[str], bool] = lambda _: True,
+) -> None:
     """Require every recorded file with its size, and no other file that would be read.
+
+    A file that is not needed may be missing.
 
     Raises:
         DamageError: it names the first wrong file.
     """
     found = list_files(folder)
     for name, one in records.items():
-        if name not in found:
+        if name not in found and is_needed(name):
             raise DamageError(f"{name}: is missing")
-        if found[name] != one.size:
+        if found.get(name, one.size) != one.size:
             raise DamageError(f"{name}: has {found[name]} bytes, {one.size} were written")
     stray = sorted(name for name in found if name not in records and name != MANIFEST and is_read(name))
     if stray:

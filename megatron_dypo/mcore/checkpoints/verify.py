@@ -19,6 +19,7 @@ from megatron_dypo.mcore.checkpoints.manifest import (
     require_blocks,
     require_files,
 )
+from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
 from megatron_dypo.metrics.progress import progress
 
 Verify = Literal["manifest", "full"]
@@ -55,6 +56,7 @@ def find_damage(
     readers: Readers = ALONE,
     *,
     wanted: Callable[[Block], bool] | None = None,
+    is_needed: Callable[[str], bool] = lambda _: True,
     show_progress: bool = False,
 ) -> str | None:
     """Compare a checkpoint with its manifest; return the damaged file and the reason, None if there is none.
@@ -64,8 +66,9 @@ def find_damage(
 
     Args:
         wanted: the blocks whose checksums are compared, instead of those that ``verify`` chooses.
+        is_needed: tells of a file's name whether it is damage if that file is missing.
     """
-    outer = _look_from_outside(checkpoint) if readers.is_first else _Outside()
+    outer = _look_from_outside(checkpoint, is_needed) if readers.is_first else _Outside()
     found: _Outside = readers.gather(outer)[0]
     if found.damage is not None or not found.has_manifest:
         return found.damage
@@ -80,7 +83,8 @@ def find_damage_of_weights(
 ) -> str | None:
     """Return the path of the damaged file and the reason, None if the weights in a folder are whole. Collective.
 
-    A folder that another program wrote, without a manifest, is not compared with anything.
+    A folder that another program wrote, without a manifest, is not compared with anything. Configuration and tokenizer,
+    which another folder can replace, may be missing.
 
     Args:
         weights: folder of the tensors: ``mcore`` or ``reference`` of a run's checkpoint, or a converted checkpoint.
@@ -90,9 +94,15 @@ def find_damage_of_weights(
     checkpoint, prefix = (weights.parent, f"{weights.name}/") if is_of_run else (weights, "")
     if not is_of_run and not (weights / MANIFEST).is_file():
         return None
-    damage = find_damage(
-        checkpoint, "full", readers, wanted=wanted or (lambda block: block.name.startswith(prefix)), show_progress=True
-    )
+
+    def is_needed(name: str) -> bool:
+        return not name.startswith(f"{prefix}{HF_FOLDER}/")
+
+    def is_compared(block: Block) -> bool:
+        is_there = is_needed(block.name) or (checkpoint / block.name).is_file()
+        return is_there and (block.name.startswith(prefix) if wanted is None else wanted(block))
+
+    damage = find_damage(checkpoint, "full", readers, wanted=is_compared, is_needed=is_needed, show_progress=True)
     return damage and f"{checkpoint}/{damage}"
 
 
@@ -112,9 +122,10 @@ class _Outside:
     damage: str | None = None
 
 
-def _look_from_outside(checkpoint: Path) -> _Outside:
+def _look_from_outside(checkpoint: Path, is_needed: Callable[[str], bool]) -> _Outside:
     has_manifest = (checkpoint / MANIFEST).is_file()
-    return _Outside(has_manifest=has_manifest, damage=_damage(lambda: _require_outside(checkpoint, has_manifest)))
+    damage = _damage(lambda: _require_outside(checkpoint, has_manifest, is_needed))
+    return _Outside(has_manifest=has_manifest, damage=damage)
 
 
 def _damage(check: Callable[[], None]) -> str | None:
@@ -125,10 +136,11 @@ def _damage(check: Callable[[], None]) -> str | None:
     return None
 
 
-def _require_outside(checkpoint: Path, has_manifest: bool) -> None:
+def _require_outside(checkpoint: Path, has_manifest: bool, is_needed: Callable[[str], bool]) -> None:
     """Require the manifest, and names and sizes of the files."""
     if has_manifest:
-        require_files(checkpoint, read_manifest(checkpoint), lambda name: _READ.fullmatch(name) is not None)
+        records = read_manifest(checkpoint)
+        require_files(checkpoint, records, lambda name: _READ.fullmatch(name) is not None, is_needed)
     elif _read_state(checkpoint).get(HAS_MANIFEST):
         raise DamageError(f"{MANIFEST}: is missing")
 
