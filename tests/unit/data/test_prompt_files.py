@@ -44,7 +44,7 @@ def _parquet(path: Path, rows: list, **options: object) -> Path:
         ("x.jsonl", b"", "is empty"),
         ("x.parquet", b"", "is empty"),
         ("x.jsonl", b"\n \n", "has no rows"),
-        ("x.jsonl", gzip.compress(_lines(GOOD)), "is compressed by gzip: unpack it first"),
+        ("x.jsonl", gzip.compress(_lines(GOOD), mtime=0), "is compressed by gzip: unpack it first"),
         ("x.jsonl", json.dumps(GOOD).encode("utf-16"), "is text in UTF-16: must be UTF-8"),
         ("x.jsonl", b"PAR1" + bytes(20), "is a Parquet file: its name must end in .parquet"),
         ("x.parquet", _lines(GOOD), "is not a Parquet file: "),
