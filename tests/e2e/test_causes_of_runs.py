@@ -75,8 +75,8 @@ def test_a_resumed_run_has_its_data_its_books_and_the_configs_learning_rate(tmp_
     data = tmp_path / "train.jsonl"
     data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
     output = train(config, status=Cause.BAD_INPUT.status)
-    assert "not the data of the run that is resumed" in output
-    assert "train.jsonl" in output
+    assert "this run has other inputs than the run that is resumed" in output
+    assert "train.jsonl: has the same number of rows (48) with another content" in output
     output = train(config, "optimizer.lr=1e-9", "run.allow_changed=[data]")
     assert "allowed by run.allow_changed" in output
     after = load_file(run_dir / "hf" / "model.safetensors")
