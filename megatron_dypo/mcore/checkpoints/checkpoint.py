@@ -135,10 +135,10 @@ def _stage_weights(
     layout: MeshRank,
     reference: ReferencePolicy | None,
 ) -> list[AsyncRequest]:
-    requests = [stage(_whole_state(chunks, optimizer, layout, is_loading=False), partial / _WEIGHTS, layout)]
+    requests = [stage(_whole_state(chunks, optimizer, layout, is_loading=False), partial / _WEIGHTS)]
     if reference is not None:
         with reference.swapped_in():
-            requests.append(stage(model_state(chunks), partial / _REFERENCE, layout))
+            requests.append(stage(model_state(chunks), partial / _REFERENCE))
     return requests
 
 

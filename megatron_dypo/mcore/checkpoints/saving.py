@@ -21,9 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dypo.mcore.checkpoints.folder import discard_partial, partial_of
@@ -35,16 +33,13 @@ from megatron_dypo.parallel.collectives import any_rank, gather_world
 from megatron_dypo.parallel.groups import MeshRank
 
 
-def stage(state: dict[str, Any], folder: Path, layout: MeshRank) -> AsyncRequest:
+def stage(state: dict[str, Any], folder: Path) -> AsyncRequest:
     """Plan the files of a sharded state in ``folder``, and copy its tensors into host memory.
 
-    Collective over the world. Tensors that several replicas hold are shared out among them, so that all write.
+    Collective over the world. Of tensors that several replicas hold, the first replica writes its own.
     """
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), layout.dp_group)
     use_results_queue(queue.SimpleQueue())
-    request: AsyncRequest = dist_checkpointing.save(
-        state, str(folder), sharded_strategy=strategy, async_sharded_save=True
-    )
+    request: AsyncRequest = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
     if request.preload_fn is None:
         return request
     rank, buckets, results = request.async_fn_args

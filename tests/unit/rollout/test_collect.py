@@ -343,7 +343,7 @@ def test_a_bug_in_one_group_ends_the_collection_at_once() -> None:
             collect(make_prompts(2), client, group_size=2, progress=False)
 
 
-def test_a_request_is_three_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_five_calls_away_from_the_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls are: generate, get an answer with retries, ask one server."""
     post, calls = aiohttp.ClientSession.post, []
 
@@ -355,4 +355,4 @@ def test_a_request_is_three_calls_away_from_the_collection(monkeypatch: pytest.M
     monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
     with FakeSGLang() as fake:
         collect(make_prompts(1), make_client([fake.url]), group_size=2, progress=False)
-    assert calls == [["ask", "exchange", "generate", "collect"]]
+    assert calls == [["ask", "exchange", "generate", "sample_group", "ask", "collect"]]
