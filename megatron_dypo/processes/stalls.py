@@ -110,11 +110,16 @@ def warn_of_silence(run_dir: Path, last: Heartbeat, silence_s: float, *, usual_s
 def warn_of_part(run_dir: Path, blamed: Sequence[Heartbeat], *, usual_s: float | None, ends_s: float) -> None:
     """Warn of a part of a step that takes much longer than usual, and name the ranks for which the others wait."""
     first = blamed[0]
-    more = f" (and {counted(len(blamed) - 1, 'more rank')} like it)" if len(blamed) > 1 else ""
     usual = "no usual time is known" if usual_s is None else f"usually {usual_s:.1f} s"
-    said = f"{first.name()}{more} has been {first.part} for {first.part_s:.0f} s ({usual}); it is at {first.stack}"
+    said = f"{name_of_all(blamed)} has been {first.part} for {first.part_s:.0f} s ({usual}); it is at {first.stack}"
     warn(run_dir, f"stall: {said}; {_end(ends_s)}")
     _write_stack(run_dir, first)
+
+
+def name_of_all(blamed: Sequence[Heartbeat]) -> str:
+    """Return the name of the first of some ranks, and the number of the others."""
+    more = f" (and {counted(len(blamed) - 1, 'more rank')} like it)" if len(blamed) > 1 else ""
+    return f"{blamed[0].name()}{more}"
 
 
 def warn_of_recovery(run_dir: Path, beat: Heartbeat) -> None:

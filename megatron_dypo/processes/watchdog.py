@@ -33,7 +33,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from megatron_dypo.config.words import counted
 from megatron_dypo.ending import Cause
 from megatron_dypo.metrics.logs import write_stacks
 from megatron_dypo.metrics.status import RunStatus
@@ -51,7 +50,14 @@ from megatron_dypo.processes.heartbeats import (
 )
 from megatron_dypo.processes.identity import own_identity
 from megatron_dypo.processes.pace import Pace
-from megatron_dypo.processes.stalls import PartWatch, forget_stalls, make_dump, warn_of_recovery, warn_of_silence
+from megatron_dypo.processes.stalls import (
+    PartWatch,
+    forget_stalls,
+    make_dump,
+    name_of_all,
+    warn_of_recovery,
+    warn_of_silence,
+)
 
 _LOOKS = 10
 """Number of looks within ``run.watchdog_s``."""
@@ -238,8 +244,7 @@ class Watchdog:
             return
         hung = blame(beats)
         first = hung[0]
-        more = f" (and {counted(len(hung) - 1, 'more rank')} like it)" if len(hung) > 1 else ""
-        self._end(hung, f"no rank moves: {first.name()}{more} has not for {first.idle_s:.0f} s, {first.place()}")
+        self._end(hung, f"no rank moves: {name_of_all(hung)} has not for {first.idle_s:.0f} s, {first.place()}")
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
         write_stacks(self._run_dir, self._rank, message)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_dypo.config.words import first_of
 from megatron_dypo.objective.streams import Stream
 from megatron_dypo.types import Floats, Sample, StreamValue
 
@@ -48,10 +49,7 @@ def bad_inputs(samples: Iterable[Sample], streams: Sequence[Stream]) -> dict[str
 def shown(places: Sequence[Place], prompts: Mapping[int, str]) -> str:
     """Return the first place of each of the first prompts in words; ``prompts`` has the id of each draw."""
     firsts = {place.order: place for place in reversed(places)}
-    orders = sorted(firsts)
-    words = [_words(firsts[order], prompts[order]) for order in orders[:_SHOWN]]
-    more = [f"{len(orders) - _SHOWN} more"] if len(orders) > _SHOWN else []
-    return ", ".join(words) + "".join(f" and {one}" for one in more)
+    return first_of([_words(firsts[order], prompts[order]) for order in sorted(firsts)], _SHOWN)
 
 
 def _words(place: Place, prompt: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dypo.config.tree import Config
+from megatron_dypo.config.words import first_of
 from megatron_dypo.fs import replace_file
 from megatron_dypo.loop.bad_steps.dump import Dump, DumpedMicrobatch, read_microbatch
 from megatron_dypo.loop.bad_steps.places import Place, bad_inputs, bad_logprobs, shown
@@ -130,12 +131,11 @@ def render(findings: Sequence[Finding], dump: Dump, weights: Path, weights_step:
     for one in findings:
         inputs = "; ".join(f"{name} of {places}" for name, places in one.inputs.items())
         lines += [f"{one.file}: the first value that is not finite: {one.first()}"]
-        parts = {"weights": _few(one.weights), "inputs": inputs, "activations": one.activation}
-        parts |= {"log-probs": one.logprobs, "loss": _few(one.sums), "gradients": _few(one.gradients)}
+        parts = {"weights": first_of(one.weights, _SHOWN), "inputs": inputs, "activations": one.activation}
+        parts |= {
+            "log-probs": one.logprobs,
+            "loss": first_of(one.sums, _SHOWN),
+            "gradients": first_of(one.gradients, _SHOWN),
+        }
         lines += [f"  {part:<12} {text or 'finite'}" for part, text in parts.items()]
     return "\n".join(lines)
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_dypo.config.words import first_of
+
 log = logging.getLogger("megatron_dypo")
 
 SLOW_FACTOR = 1.2
@@ -68,5 +70,4 @@ class SlowRanks:
 
 
 def _names(ranks: Sequence[int], name_of: Callable[[int], str]) -> str:
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return ", ".join(map(name_of, ranks[:_SHOWN])) + more
+    return first_of([name_of(rank) for rank in ranks], _SHOWN)

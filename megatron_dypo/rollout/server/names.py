@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import platform
 import socket
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
+
+from megatron_dypo.parallel.interfaces import is_loopback
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS, _PAUSE_S = 3, 2.0
@@ -29,8 +30,8 @@ def require_known_hosts(urls: Sequence[str]) -> None:
                 f"rollout.servers.urls: {url}: {platform.node()} knows no address for {host}: give an address, or a "
                 "name that all nodes know (slurm/: NODE_DOMAIN is added to the names of nodes)"
             )
-        is_here = all(ipaddress.ip_address(address).is_loopback for address in addresses)
-        if is_here and host not in ("localhost", platform.node(), socket.getfqdn()) and not _is_address(host):
+        is_here = all(map(is_loopback, addresses))
+        if is_here and not is_loopback(host) and host not in (platform.node(), socket.getfqdn()):
             _log.warning(
                 "%s: %s looks up %s as %s, which is this host itself: if the server runs on another host, correct "
                 "/etc/hosts or the URL",
@@ -50,11 +51,3 @@ def _addresses(host: str) -> list[str]:
         except UnicodeError:  # a label that no name can have
             return []
     return []
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
