@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_HASH_BYTES = 8 * 2**20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -144,6 +146,19 @@ def commit_folder(partial: Path, path: Path) -> None:
     else:
         partial.rename(path)
     sync(path.absolute().parent)
+
+
+def hash_file(handle: BinaryIO, update: Callable[[int], object] | None = None) -> str:
+    """Return the SHA-256 of an open file, in hexadecimal; ``update`` is told the bytes of each block as it is read."""
+    digest = hashlib.sha256()
+    offset = 0
+    # Read by offset, so that threads may share the handle.
+    while block := os.pread(handle.fileno(), _HASH_BYTES, offset):
+        digest.update(block)
+        offset += len(block)
+        if update is not None:
+            update(len(block))
+    return digest.hexdigest()
 
 
 def remove(path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,9 +13,8 @@ import numpy as np
 from megatron_dypo.data.files import RowFile, RowPart, open_rows
 from megatron_dypo.data.formats import Columns
 from megatron_dypo.data.rows import BadRow, PromptRow, parse_row
+from megatron_dypo.fs import hash_file
 from megatron_dypo.metrics.progress import progress
-
-_HASH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class RowSource:
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         total = sum(size for size, _ in self._stats)
         with progress(total, "hashing prompt files", "bytes", enabled=show_progress) as bar:
-            self.hashes = [_sha256(handle, bar.update) for handle in self._handles]
+            self.hashes = [hash_file(handle, bar.update) for handle in self._handles]
             """SHA-256 of each file, in hexadecimal."""
 
     def __len__(self) -> int:
@@ -123,7 +121,7 @@ class RowSource:
         if now == self._stats[number]:
             return
         # The time alone may change, by a copy or touch.
-        if now[0] != self._stats[number][0] or _sha256(self._handles[number]) != self.hashes[number]:
+        if now[0] != self._stats[number][0] or hash_file(self._handles[number]) != self.hashes[number]:
             raise ValueError(f"{place}: the file has changed since it was opened")
         self._stats[number] = now
 
@@ -153,15 +151,3 @@ def _require_once(files: list[Path]) -> None:
 def _stat(handle: BinaryIO) -> tuple[int, int]:
     stat = os.fstat(handle.fileno())
     return stat.st_size, stat.st_mtime_ns
-
-
-def _sha256(handle: BinaryIO, update: Callable[[int], object] | None = None) -> str:
-    digest = hashlib.sha256()
-    offset = 0
-    # Read by offset, so that threads may share the handle.
-    while block := os.pread(handle.fileno(), _HASH_BYTES, offset):
-        digest.update(block)
-        offset += len(block)
-        if update is not None:
-            update(len(block))
-    return digest.hexdigest()

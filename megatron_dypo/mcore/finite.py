@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, unwrap
 from megatron_dypo.mcore.forward_step import loss_pass
-from megatron_dypo.mcore.logprobs import pack_microbatches, round_up_microbatches
+from megatron_dypo.mcore.logprobs import pack_alone
 from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
 from megatron_dypo.objective.recipes.base import Objective
 from megatron_dypo.parallel.collectives import gather_world
@@ -92,11 +91,7 @@ def bad_microbatches(lone: Lone, samples: Sequence[Sample], bins: Sequence[Seque
 def run_alone(lone: Lone, samples: Sequence[Sample], *, watches_activations: bool = False) -> LoneRun:
     """Run one microbatch forward and backward, and return what was not finite. Collective over the replica."""
     layout, chunks = lone.layout, lone.chunks
-    bins = [list(range(len(samples))), *([] for _ in range(round_up_microbatches(1, layout) - 1))]
-    packed = pack_microbatches(
-        samples, bins, layout, token_multiple=lone.token_multiple, streams=lone.objective.streams
-    )
-    parts = [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
+    parts = pack_alone(samples, layout, token_multiple=lone.token_multiple, streams=lone.objective.streams)
     activations = Activations()
     with ExitStack() as stack:
         stack.enter_context(local_gradients(chunks))

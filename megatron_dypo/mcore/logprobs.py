@@ -67,6 +67,18 @@ def pack_microbatches(
     ]
 
 
+def pack_alone(
+    samples: Sequence[Sample], layout: MeshRank, *, token_multiple: int, streams: Sequence[Stream]
+) -> list[Microbatch]:
+    """Pack samples into one microbatch, with as many empty ones as the schedule needs; return this rank's part of each.
+
+    The arguments are those of :func:`pack_microbatches`.
+    """
+    bins = [list(range(len(samples))), *([] for _ in range(round_up_microbatches(1, layout) - 1))]
+    packed = pack_microbatches(samples, bins, layout, token_multiple=token_multiple, streams=streams)
+    return [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed]
+
+
 def sequence_logprobs(
     chunks: Sequence[torch.nn.Module],
     samples: Sequence[Sample],

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_dypo.batching.zigzag import shard
 from megatron_dypo.mcore.chunks import main_grad, named_global_parameters, unwrap
 from megatron_dypo.mcore.forward_step import score_pass
-from megatron_dypo.mcore.logprobs import pack_microbatches, round_up_microbatches
+from megatron_dypo.mcore.logprobs import pack_alone
 from megatron_dypo.mcore.moe_router import leave_out_balance
 from megatron_dypo.mcore.reduction import local_gradients, zero_gradients
 from megatron_dypo.metrics.progress import Progress
@@ -50,9 +49,7 @@ def sequence_scores(
     with local_gradients(chunks), leave_out_balance(chunks):
         for sample in samples:
             zero_gradients(chunks)
-            bins: list[list[int]] = [[0], *([] for _ in range(round_up_microbatches(1, layout) - 1))]
-            packed = pack_microbatches([sample], bins, layout, token_multiple=token_multiple, streams=())
-            score_pass(chunks, [shard(microbatch, layout.cp_rank, layout.context) for microbatch in packed])
+            score_pass(chunks, pack_alone([sample], layout, token_multiple=token_multiple, streams=()))
             score_d = _summed(_projected(held, projector), layout)
             if bar is not None:
                 bar.update(1)

@@ -70,4 +70,5 @@ class SlowRanks:
 
 
 def _names(ranks: Sequence[int], name_of: Callable[[int], str]) -> str:
-    return first_of([name_of(rank) for rank in ranks], _SHOWN)
+    # A name is read from a file, so only those that are shown are looked up.
+    return first_of([name_of(rank) if place < _SHOWN else "" for place, rank in enumerate(ranks)], _SHOWN)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_dypo.config.model import ModelConfig
+from megatron_dypo.fs import hash_file
 from megatron_dypo.metrics.progress import progress
 from megatron_dypo.models.hf.files import files_of_weights
 from megatron_dypo.parallel.collectives import gather_world
-
-_BLOCK_BYTES = 16 * 2**20
 
 
 def hash_reference(model: ModelConfig) -> dict[str, str]:
@@ -26,9 +24,9 @@ def hash_reference(model: ModelConfig) -> dict[str, str]:
     folder = Path(model.mcore_path or model.hf_path)
     files = _files(folder) if model.mcore_path is not None else files_of_weights(folder)
     mine = files[dist.get_rank() :: dist.get_world_size()]
-    mib = sum(path.stat().st_size for path in mine) // 2**20
-    with progress(mib, "checksums of the reference", "MiB", enabled=dist.get_rank() == 0) as bar:
-        hashes = {str(path.relative_to(folder)): _sha256(path, bar.update) for path in mine}
+    total = sum(path.stat().st_size for path in mine)
+    with progress(total, "checksums of the reference", "bytes", enabled=dist.get_rank() == 0) as bar:
+        hashes = {str(path.relative_to(folder)): _hash(path, bar.update) for path in mine}
     found = {name: digest for part in gather_world(hashes) for name, digest in part.items()}
     return dict(sorted(found.items()))
 
@@ -37,10 +35,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _sha256(path: Path, read: Callable[[int], object]) -> str:
-    digest = hashlib.sha256()
+def _hash(path: Path, update: Callable[[int], object]) -> str:
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            read(len(block) // 2**20)
-    return digest.hexdigest()
+        return hash_file(file, update)
