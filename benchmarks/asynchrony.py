@@ -21,7 +21,7 @@ from statistics import fmean, median
 import measure as measuring
 
 from megatron_dypo.metrics.intervals import wilson_interval
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"

@@ -23,7 +23,7 @@ _HOMES = {
     "load_config": "megatron_dypo.config.reading.load",
     "load_tokenizer": "megatron_dypo.data.tokenizer.open",
     "open_prompts": "megatron_dypo.data.dataset",
-    "read_metrics": "megatron_dypo.metrics.sinks",
+    "read_metrics": "megatron_dypo.metrics.records",
     "read_samples": "megatron_dypo.metrics.samples",
     "render_report": "megatron_dypo.metrics.report.page",
     "run_training": "megatron_dypo.launch.from_python",

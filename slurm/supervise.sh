@@ -171,18 +171,16 @@ was_lost() {
   [ "$number" -gt 0 ] || [ "$2" -gt 0 ] || [ "$1" -gt 128 ]
 }
 
-# Print those of the given nodes that Slurm has lost, and those that are well.
-lost_nodes() { nodes_in_state '\*|^(down|fail|drain|drng|error|unk|reboot)' "$@"; }
-well_nodes() { comm -23 <(printf '%s\n' "$@" | sort) <(lost_nodes "$@" | sort) | grep . || true; }
-
-# nodes_in_state PATTERN NODE...: print the nodes whose short state matches.
-nodes_in_state() {
-  local pattern=$1 node state
-  shift
+# Print those of the given nodes that Slurm has lost, by their short state.
+lost_nodes() {
+  local node state
   [ $# -gt 0 ] || return 0
   sinfo --noheader --Node --nodes="$(join , "$@")" --format='%N %t' | sort -u \
-    | while read -r node state; do [[ ! $state =~ $pattern ]] || echo "$node"; done
+    | while read -r node state; do [[ ! $state =~ \*|^(down|fail|drain|drng|error|unk|reboot) ]] || echo "$node"; done
 }
+
+# Print the other ones.
+well_nodes() { comm -23 <(printf '%s\n' "$@" | sort) <(lost_nodes "$@" | sort) | grep . || true; }
 
 # The trainer has stopped on request, or its time is over: requeue the job, unless a role failed.
 conclude() {

@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Exit code 0: every law held; 1: one did not."""
     from megatron_dypo.metrics.goodput import measure_goodput
-    from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
+    from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
     from tools.soak_parts.invariants import growth, violations
     from tools.soak_parts.soak import Soak, train_command
 

@@ -20,7 +20,7 @@ import typer
 import yaml
 
 from megatron_dypo.config.reading.load import flow_yaml, load_config
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = Path(__file__).resolve().parent / "ablation.yaml"

@@ -15,7 +15,7 @@ from typing import Any
 
 from whole_job.stages import ROOT
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.study.cells import Cell
 from megatron_dypo.study.compare import open_comparison
 from tiny_study.plan import SETS, Plan

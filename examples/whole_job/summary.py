@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_dypo.metrics.intervals import wilson_interval
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 
 TIERS = ("easy", "mid", "hard")
 NUM_EDGE_STEPS = 5

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dypo.metrics.attempts import read_attempts, step_seconds
-from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 
 TRAINING = "training"
 _INSIDE = {"timing_s/eval": "evaluation", "timing_s/probe": "probe", "timing_s/save_checkpoint": "saving"}

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron_dypo.fs import replace_file
-from megatron_dypo.metrics.records import METRICS_FILE as METRICS_FILE
-from megatron_dypo.metrics.records import read_metrics as read_metrics
+from megatron_dypo.metrics.records import read_metrics
 
 TENSORBOARD_DIR = "tensorboard"
 WANDB_ID_FILE = "wandb_run_id"

@@ -18,7 +18,8 @@ from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.attempts import note_redone
 from megatron_dypo.metrics.declared import write_declared
 from megatron_dypo.metrics.names import Metric, lookup
-from megatron_dypo.metrics.sinks import METRICS_FILE, TENSORBOARD_DIR, JsonlSink, Sink, TensorBoardSink, WandbSink
+from megatron_dypo.metrics.records import METRICS_FILE
+from megatron_dypo.metrics.sinks import TENSORBOARD_DIR, JsonlSink, Sink, TensorBoardSink, WandbSink
 
 log = logging.getLogger("megatron_dypo")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 from tests.support.e2e.commands import REPOSITORY, python
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.metrics.samples import read_samples
-from megatron_dypo.metrics.sinks import read_metrics
 from tests.support.e2e.parity_task import write_task
 
 REPOSITORY = Path(__file__).parents[2]

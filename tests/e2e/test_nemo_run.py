@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.rollout.server.command import lease_port
 from tests.slurm_host.host import Job, start_slurm
 from tests.support.e2e.commands import DEADLINE_S

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.rollout.server.probe import http_status
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
 from tests.support.e2e.parity_task import write_task
@@ -43,6 +43,12 @@ def submit(slurm, task, folder, *overrides, nodes, rollout_nodes, script="dypo_7
     settings = {"CONFIG": str(task), "ROLLOUT_NODES": str(rollout_nodes), **environment}
     run_dir = f"run.dir={folder / 'run'}"
     return slurm.submit(folder, script, run_dir, *overrides, nodes=nodes, options=options, **settings)
+
+
+def run_without_a_fault(slurm, task, folder, *overrides):
+    """Train on two nodes, to compare a run with it that something happens to."""
+    whole = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
+    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
 
 
 def steps_of(folder):
@@ -164,8 +170,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task,
     # Slurm checks limits every half minute: steps must be long, so that some remain at that time.
     size = ["rollout.prompts_per_round=768", "batching.prompts_per_update=768", "run.steps=40"]
     overrides = ["objective.name=sft", "checkpoint.every=0", *size]
-    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
-    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+    run_without_a_fault(slurm, task, tmp_path / "whole", *overrides)
 
     folder = tmp_path / "parts"
     job = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
@@ -185,8 +190,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_as_if_it_had_not(slurm, task,
 @pytest.mark.slow
 def test_a_job_that_loses_a_trainer_node_goes_on_with_another_as_if_it_had_not(slurm, task, tmp_path):
     overrides = ["objective.name=sft", "checkpoint.every=2", "run.steps=24"]
-    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
-    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+    run_without_a_fault(slurm, task, tmp_path / "whole", *overrides)
 
     folder = tmp_path / "parts"
     job = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
@@ -208,8 +212,7 @@ def test_a_job_that_loses_a_trainer_node_goes_on_with_another_as_if_it_had_not(s
 @pytest.mark.slow
 def test_a_trainer_that_loses_a_rank_goes_on_in_place_as_if_it_had_not(slurm, task, tmp_path):
     overrides = ["objective.name=sft", "checkpoint.every=2", "run.steps=24"]
-    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
-    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+    run_without_a_fault(slurm, task, tmp_path / "whole", *overrides)
 
     folder = tmp_path / "parts"
     job = submit(slurm, task, folder, *overrides, nodes=2, rollout_nodes=0)
@@ -241,8 +244,7 @@ def test_servers_stay_up_while_the_trainer_starts_again(slurm, task, tmp_path):
 @pytest.mark.slow
 def test_a_spare_node_trains_in_place_of_one_that_is_lost(slurm, task, tmp_path):
     overrides = ["objective.name=sft", "checkpoint.every=2", "run.steps=24"]
-    whole = submit(slurm, task, tmp_path / "whole", *overrides, nodes=2, rollout_nodes=0)
-    assert whole.wait(DEADLINE_S) == "COMPLETED", whole.everything()
+    run_without_a_fault(slurm, task, tmp_path / "whole", *overrides)
 
     folder, spare = tmp_path / "parts", {"options": ["--no-kill"], "SPARE_NODES": "1"}
     job = submit(slurm, task, folder, *overrides, nodes=3, rollout_nodes=0, **spare)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 from tests.support.e2e.commands import REPOSITORY, python
 
 DEADLINE_S = 3000.0

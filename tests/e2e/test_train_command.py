@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.metrics.samples import read_samples
-from megatron_dypo.metrics.sinks import read_metrics
 from tests.support.e2e.commands import COMMAND, DEADLINE_S, start, steps_of, train, wait_until
 from tests.support.e2e.parity_task import write_task
 from tests.support.hf_models import import_transformers

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from megatron_dypo.ending import Cause
-from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 from tools.soak_parts.faults import DAMAGE, FAULTS, flip_a_bit
 from tools.soak_parts.invariants import Sample
 from tools.soak_parts.processes import RunProcesses, find_processes

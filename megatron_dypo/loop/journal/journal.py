@@ -46,8 +46,8 @@ from megatron_dypo.loop.journal.records import (
     as_group,
     dump,
     dump_group,
-    load,
     load_rollouts,
+    logged_of,
     prompt_digest,
     versions_of,
 )
@@ -99,11 +99,10 @@ class Journal:
         """Write a finished group, graded or not."""
         if not (weights := self.weights.of(versions_of(group.rollouts))):
             return  # without rollouts, or of weights that this run has not brought to any server
-        payload = dump_group(group, weights)
+        logged = logged_of(group, weights)
+        payload = dump_group(logged, group.rollouts)
         with self._lock:
             if (place := self.writer.append(payload)) is not None:
-                logged = load(payload)
-                assert isinstance(logged, Logged)
                 self._written[logged.order] = Entry(logged=logged, place=place)
 
     def judge(self, groups: Sequence[GradedGroup]) -> None:

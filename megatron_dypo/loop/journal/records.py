@@ -121,17 +121,24 @@ def dump(record: Plain) -> bytes:
     return _JSON + json.dumps({"kind": type(record).__name__, **vars(record)}, default=_plain).encode()
 
 
-def dump_group(group: RolloutGroup | GradedGroup, weights: Mapping[int, str]) -> bytes:
-    """Return a finished group as bytes; ``weights`` has the digest of every version in it."""
+def logged_of(group: RolloutGroup | GradedGroup, weights: Mapping[int, str]) -> Logged:
+    """Return the record of a finished group; ``weights`` has the digest of every version in it."""
     graded = group if isinstance(group, GradedGroup) else None
+    return Logged(
+        order=group.prompt.order,
+        prompt=prompt_digest(group.prompt.tokens),
+        weights={version: weights[version] for version in sorted(versions_of(group.rollouts))},
+        verdicts=tuple(group.verdicts),
+        trace_verdict=graded.trace_verdict if graded else None,
+        tier=graded.tier if graded else None,
+        is_graded=graded is not None,
+    )
+
+
+def dump_group(logged: Logged, rollouts: Sequence[Rollout]) -> bytes:
+    """Return a finished group as bytes: its record, and the arrays of its rollouts."""
     header = {
-        "order": group.prompt.order,
-        "prompt": prompt_digest(group.prompt.tokens),
-        "weights": {version: weights[version] for version in sorted(versions_of(group.rollouts))},
-        "verdicts": [vars(verdict) for verdict in group.verdicts],
-        "trace_verdict": graded and graded.trace_verdict and vars(graded.trace_verdict),
-        "tier": graded and graded.tier and graded.tier.value,
-        "is_graded": graded is not None,
+        **vars(logged),
         "rollouts": [
             {
                 "length": len(one.tokens),
@@ -140,14 +147,14 @@ def dump_group(group: RolloutGroup | GradedGroup, weights: Mapping[int, str]) ->
                 "version_spans": one.version_spans,
                 "num_forced_tokens": one.num_forced_tokens,
             }
-            for one in group.rollouts
+            for one in rollouts
         ],
     }
     tensors = {
-        "tokens": np.concatenate([one.tokens for one in group.rollouts]).astype(np.int32),
-        "logp": np.concatenate([one.logp for one in group.rollouts]).astype(np.float32),
+        "tokens": np.concatenate([one.tokens for one in rollouts]).astype(np.int32),
+        "logp": np.concatenate([one.logp for one in rollouts]).astype(np.float32),
     }
-    return _GROUP + safetensors_numpy.save(tensors, metadata={"group": json.dumps(header)})
+    return _GROUP + safetensors_numpy.save(tensors, metadata={"group": json.dumps(header, default=_plain)})
 
 
 def load(payload: bytes) -> Record:

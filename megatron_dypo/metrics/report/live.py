@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_dypo.metrics.records import METRICS_FILE
 from megatron_dypo.metrics.report.comparison import render_comparison
 from megatron_dypo.metrics.report.page import render_report
-from megatron_dypo.metrics.sinks import METRICS_FILE
 from megatron_dypo.metrics.status import NAME as STATUS_FILE
 from megatron_dypo.metrics.status import read_status
 

@@ -15,11 +15,11 @@ from plotly.offline import get_plotlyjs
 from megatron_dypo.fs import replace_file
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.goodput import measure_goodput
+from megatron_dypo.metrics.records import METRICS_FILE, read_metrics
 from megatron_dypo.metrics.report.plots import Plot, build_plots
 from megatron_dypo.metrics.report.probes import probe_plots, read_probes, verdict_rows
 from megatron_dypo.metrics.report.sample_table import select_samples
 from megatron_dypo.metrics.report.tiles import build_tiles, duration, goodput_tiles
-from megatron_dypo.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_dypo.metrics.versions import VERSIONS_FILE
 
 REPORT_FILE = "report.html"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dypo.metrics.sinks import read_metrics
+from megatron_dypo.metrics.records import read_metrics
 
 REPOSITORY = Path(__file__).parents[3]
 COMMAND = (sys.executable, "-m", "megatron_dypo.cli")

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_dypo.config.run import LoggingConfig
 from megatron_dypo.metrics.declared import read_declared
 from megatron_dypo.metrics.names import METRICS, Metric, lookup, name_part
-from megatron_dypo.metrics.sinks import read_metrics, wandb_run_id
+from megatron_dypo.metrics.records import read_metrics
+from megatron_dypo.metrics.sinks import wandb_run_id
 from megatron_dypo.metrics.writer import MetricsWriter, Timings, summary_line
 from megatron_dypo.objective.metrics_page import all_metrics, markdown
 
