@@ -25,11 +25,12 @@ from megatron_dypo.loop.setup.foundation import Foundation
 from megatron_dypo.loop.setup.open_leader import OpenedLeader, open_leader
 from megatron_dypo.loop.setup.open_teacher import open_teacher
 from megatron_dypo.loop.setup.reference_files import hash_reference
-from megatron_dypo.loop.setup.run_folder import all_ranks, prepare_folder, require_whole, write_config
+from megatron_dypo.loop.setup.run_folder import prepare_folder, require_whole, write_config
 from megatron_dypo.loop.state import Run
 from megatron_dypo.loop.teacher import require_logprob_sources
 from megatron_dypo.mcore import features
 from megatron_dypo.mcore.checkpoints.folder import step_of
+from megatron_dypo.mcore.checkpoints.verify import all_ranks
 from megatron_dypo.mcore.start import start_megatron
 from megatron_dypo.metrics.samples import discard_samples
 from megatron_dypo.metrics.writer import MetricsWriter, Timings

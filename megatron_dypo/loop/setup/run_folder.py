@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch.distributed as dist
 import yaml
 
 from megatron_dypo.config.reading.load import changed_lines, dump_config
@@ -13,9 +12,8 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.fs import replace_file
 from megatron_dypo.mcore.checkpoints.choose import newest_whole
 from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, candidates, step_of
-from megatron_dypo.mcore.checkpoints.verify import Readers, find_damage
+from megatron_dypo.mcore.checkpoints.verify import Readers, all_ranks, find_damage
 from megatron_dypo.metrics.versions import write_versions
-from megatron_dypo.parallel.collectives import gather_world
 
 log = logging.getLogger("megatron_dypo")
 
@@ -65,8 +63,3 @@ def require_whole(checkpoint: Path | None, config: Config) -> None:
     damage = checkpoint and find_damage(checkpoint, config.checkpoint.verify, all_ranks(), show_progress=True)
     if damage:
         raise ValueError(f"{checkpoint}/{damage}")
-
-
-def all_ranks() -> Readers:
-    """Return the ranks of the world, which verify a checkpoint together."""
-    return Readers(rank=dist.get_rank(), count=dist.get_world_size(), gather=gather_world)

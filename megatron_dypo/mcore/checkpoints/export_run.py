@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_dypo.fs import check_vacant
 from megatron_dypo.mcore.checkpoints.convert import mcore_to_hf
-from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS
+from megatron_dypo.mcore.checkpoints.folder import checkpoints_of
 from megatron_dypo.mcore.checkpoints.torch_dist import RUN_STATE, WEIGHTS_FOLDER, MCoreReader
 from megatron_dypo.mcore.checkpoints.verify import find_damage
 from megatron_dypo.models.quantized.names import Quantization
@@ -46,9 +46,7 @@ def export_run(
         ValueError: ``run_dir`` is no run folder; there is no such checkpoint (the message names the existing ones), or
             it is damaged; or ``out_dir`` is not vacant or is inside the folder of checkpoints. Nothing is written then.
     """
-    root = run_dir / CHECKPOINTS
-    if not root.is_dir():
-        raise ValueError(f"{run_dir}: no folder {CHECKPOINTS} there; a run folder of `megatron-dypo train` is needed")
+    root = checkpoints_of(run_dir)
     found = whole_checkpoints(root)
     if not found:
         raise ValueError(f"{root}: no whole checkpoint there")

@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{6,})")
 
 
+def checkpoints_of(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints. Raises ValueError if ``run_dir`` has none."""
+    root = run_dir / CHECKPOINTS
+    if not root.is_dir():
+        raise ValueError(f"{run_dir}: no folder {CHECKPOINTS} there; a run folder of `megatron-dypo train` is needed")
+    return root
+
+
 def folder_of(root: str | Path, step: int) -> Path:
     """Return the folder of a step: ``root/step_000010``."""
     return Path(root) / f"step_{step:06d}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_dypo.config.reading.load import load_config
 from megatron_dypo.config.run import CheckpointConfig
-from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS, DAMAGED, candidates, whole_folders
+from megatron_dypo.mcore.checkpoints.folder import DAMAGED, candidates, checkpoints_of, step_of, whole_folders
 from megatron_dypo.mcore.checkpoints.manifest import MANIFEST, list_files
 from megatron_dypo.mcore.checkpoints.prune import kept_by, score_of
 from megatron_dypo.mcore.checkpoints.verify import Verify, find_damage
@@ -42,9 +42,7 @@ def list_checkpoints(run_dir: Path, verify: Verify, *, show_progress: bool = Fal
     Raises:
         ValueError: ``run_dir`` has no folder of checkpoints, or its config.yaml breaks a rule.
     """
-    root = run_dir / CHECKPOINTS
-    if not root.is_dir():
-        raise ValueError(f"{run_dir}: no folder {CHECKPOINTS} there; a run folder of `megatron-dypo train` is needed")
+    root = checkpoints_of(run_dir)
     written = run_dir / "config.yaml"
     cfg = load_config(written, []).checkpoint if written.is_file() else CheckpointConfig()
     kept = _kept(root, cfg)
@@ -54,11 +52,11 @@ def list_checkpoints(run_dir: Path, verify: Verify, *, show_progress: bool = Fal
 
 def _kept(root: Path, cfg: CheckpointConfig) -> dict[Path, list[str]]:
     """Return folder → rules that keep it. The tracker tells which one was saved last."""
-    folders = {int(folder.name.removeprefix("step_")): folder for folder in whole_folders(root)}
+    folders = {step_of(folder): folder for folder in whole_folders(root)}
     tracked = [folder for folder in candidates(root) if folder in folders.values()]
     if not tracked:
         return {}
-    newest = next(step for step, folder in folders.items() if folder == tracked[0])
+    newest = step_of(tracked[0])
     scores = {step: score_of(folder, cfg.keep_best.metric) for step, folder in folders.items()}
     return {folders[step]: rules for step, rules in kept_by(scores, cfg, newest=newest).items()}
 

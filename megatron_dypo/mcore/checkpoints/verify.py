@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
+
 from megatron_dypo.mcore.checkpoints.folder import STATE
 from megatron_dypo.mcore.checkpoints.manifest import (
     MANIFEST,
@@ -21,6 +23,7 @@ from megatron_dypo.mcore.checkpoints.manifest import (
 )
 from megatron_dypo.mcore.checkpoints.torch_dist import HF_FOLDER
 from megatron_dypo.metrics.progress import progress
+from megatron_dypo.parallel.collectives import gather_world
 
 Verify = Literal["manifest", "full"]
 """``manifest``: names and sizes of all files, and checksums of all but the tensor files. ``full``: all checksums."""
@@ -48,6 +51,11 @@ class Readers:
 
 ALONE = Readers()
 """A single process that reads everything."""
+
+
+def all_ranks() -> Readers:
+    """Return the ranks of the world, which verify a checkpoint together."""
+    return Readers(rank=dist.get_rank(), count=dist.get_world_size(), gather=gather_world)
 
 
 def find_damage(

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_dypo.mcore.checkpoints.parts import load_parts
 from megatron_dypo.mcore.checkpoints.torch_dist import WEIGHTS_FOLDER
-from megatron_dypo.mcore.checkpoints.verify import Readers, find_damage_of_weights
+from megatron_dypo.mcore.checkpoints.verify import all_ranks, find_damage_of_weights
 from megatron_dypo.mcore.chunks import unwrap
 from megatron_dypo.mcore.compat.restricted_pickle import require_plain_state
-from megatron_dypo.parallel.collectives import gather_world
 
 
 def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
@@ -28,8 +26,7 @@ def load_weights(path: str | Path, chunks: Sequence[torch.nn.Module]) -> None:
     folders = [folder for folder in (Path(path), Path(path) / WEIGHTS_FOLDER) if (folder / "metadata.json").is_file()]
     if not folders:
         raise ValueError(f"{path}: not a Megatron dist_checkpointing folder: metadata.json is missing")
-    readers = Readers(rank=dist.get_rank(), count=dist.get_world_size(), gather=gather_world)
-    damage = find_damage_of_weights(folders[0], readers)
+    damage = find_damage_of_weights(folders[0], all_ranks())
     if damage is not None:
         raise ValueError(damage)
     read_weights(folders[0], chunks)
