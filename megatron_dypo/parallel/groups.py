@@ -104,6 +104,14 @@ def join(mesh: Mesh, timeout: datetime.timedelta) -> MeshRank:
     )
 
 
+def wait_for_all(layout: MeshRank) -> None:
+    """Return once every rank has called this. Collective over the world, on the CPU's groups."""
+    dist.barrier(group=layout.replica_group)
+    if layout.leaders_group is not None:
+        dist.barrier(group=layout.leaders_group)
+    dist.barrier(group=layout.replica_group)
+
+
 def close(layout: MeshRank) -> None:
     """Leave all groups. Collective: every rank calls it after its last collective.
 
@@ -114,11 +122,8 @@ def close(layout: MeshRank) -> None:
 
     if sys.exc_info()[0] is not None:
         return
-    # Over the world, in three steps on the CPU's groups: gloo lets a rank go while its peers still make connections.
-    dist.barrier(group=layout.replica_group)
-    if layout.leaders_group is not None:
-        dist.barrier(group=layout.leaders_group)
-    dist.barrier(group=layout.replica_group)
+    # gloo lets a rank go while its peers still make connections.
+    wait_for_all(layout)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

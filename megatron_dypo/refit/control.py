@@ -216,6 +216,7 @@ class SGLangControl:
             ServerError: no answer, a refusal, a redirect, or an answer of more than ``MAX_ANSWER_BYTES``.
         """
         where, deadline, pause_s = f"{method} {url}{path}", Deadline(timeout_s), _FIRST_PAUSE_S
+        before = ""
         try:
             while True:
                 limit = aiohttp.ClientTimeout(total=deadline.remaining())
@@ -226,12 +227,13 @@ class SGLangControl:
                 if status not in BUSY or deadline.left() <= pause_s:
                     break
                 warn_often(_log, "a server takes no request now; asking again: %s", f"{where}: HTTP {status}")
+                before = f"status {status}: {text}, then "
                 await asyncio.sleep(pause_s)
                 pause_s = min(2.0 * pause_s, _MAX_PAUSE_S)
         except (asyncio.TimeoutError, TimeoutError) as error:
-            raise UnansweredError(f"{where}: no answer in {timeout_s:.1f} s", url, is_silent=True) from error
+            raise UnansweredError(f"{where}: {before}no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{where}: no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
+            raise ServerError(f"{where}: {before}no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
         return checked(where, url, status, text)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_dypo.config.refit import RefitConfig
 from megatron_dypo.models.architecture import Architecture
-from megatron_dypo.parallel.groups import MeshRank
+from megatron_dypo.parallel.groups import MeshRank, wait_for_all
 from megatron_dypo.refit.answers import ServerError
 from megatron_dypo.refit.control import SGLangControl
 from megatron_dypo.refit.deadline import Deadline
@@ -73,6 +73,8 @@ class Refitter:
         self._config = config
         self._in_session = config.transport != "disk"
         self._folder, self._hf_reference = run_dir / "refit", hf_reference
+        # A rank may come minutes after the others, and the group that is made next waits only as long as a refit may take.
+        wait_for_all(layout)
         self._lockstep = Lockstep(config.deadline_s + 2 * RECOVERY_S)
         leads = layout.is_global_leader or self._source.own_turn is not None
         self._control = SGLangControl(urls, api_key) if leads else None

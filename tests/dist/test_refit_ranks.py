@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,36 @@ def test_what_one_rank_finds_wrong_is_raised_on_all(tmp_path):
         assert "/pause_generation" not in servers[0].posts
     assert len({outcome for outcome, _ in results}) == 1
     assert results[0][0][0].startswith(f"rank {stage_1_of_first_replica}: decoder.layers.1.")
+
+
+def rank_that_may_be_late(model: str, late_s: float, deadline_s: float) -> bool:
+    from megatron_dypo.config.model import ParallelConfig
+    from megatron_dypo.config.refit import RefitConfig
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.models.architecture import load_architecture
+    from megatron_dypo.parallel.groups import close
+    from megatron_dypo.refit import refitter as module
+
+    layout = start_megatron(ParallelConfig())
+    module.RECOVERY_S = 0.0
+    if layout.rank == 0:
+        time.sleep(late_s)
+    refitter = module.Refitter(
+        layout,
+        load_architecture(model),
+        lambda: (),
+        urls=["http://127.0.0.1:1"],
+        api_key=KEY,
+        config=RefitConfig(transport="disk", deadline_s=deadline_s),
+        run_dir=Path(model),
+        hf_reference=Path(model),
+    )
+    refitter.close()
+    close(layout)
+    return True
+
+
+def test_a_rank_may_come_later_than_a_refits_deadline(tmp_path):
+    """Rank 0 may wait minutes for servers before it makes its refitter. A refit's deadline begins with the refit."""
+    model = make_hf_model("qwen2", tmp_path / "hf")
+    assert run_ranks(2, rank_that_may_be_late, str(model), 6.0, 2.0) == [True, True]

@@ -198,3 +198,18 @@ def test_a_server_that_takes_no_request_to_the_end_is_named_with_its_answer(serv
     servers[1].answers["/pause_generation"] = (503, "drained")
     with pytest.raises(ServerError, match=f"{servers[1].url}/pause_generation: status 503: drained"):
         control.pause("retract", Deadline(1))
+
+
+def test_a_server_that_takes_no_request_and_then_hangs_is_named_with_both(servers, control):
+    asked, end = [], threading.Event()
+
+    def hang(path):
+        asked.append(path)
+        if len(asked) > 1:
+            end.wait(60)
+
+    servers[1].answers["/pause_generation"] = (503, "drained")
+    servers[1].on_call = hang
+    with pytest.raises(ServerError, match="/pause_generation: status 503: drained, then no answer in"):
+        control.pause("retract", Deadline(4))
+    end.set()
