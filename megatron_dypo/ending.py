@@ -18,6 +18,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _SILENT = re.compile(r"timed out waiting \d+ ?ms for|watchdog caught collective operation timeout", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)
 _PACKAGE = str(Path(__file__).resolve().parent)
 
 
@@ -179,7 +180,7 @@ def cause_of(error: BaseException) -> Cause:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Cause):
         return cause
-    if isinstance(error, MemoryError) or _is_device_memory(error):
+    if _is_lack_of_memory(error):
         return Cause.OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Cause.DISK_FULL
@@ -190,10 +191,13 @@ def cause_of(error: BaseException) -> Cause:
     return Cause.BUG
 
 
-def _is_device_memory(error: BaseException) -> bool:
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether a device or the host had no memory left."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
     # By name: this module must not import torch.
     names = {kind.__name__ for kind in type(error).__mro__}
-    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def _of_lost_peer(error: BaseException) -> Cause | None:

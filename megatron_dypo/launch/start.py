@@ -12,6 +12,7 @@ from megatron_dypo.config.tree import Config
 from megatron_dypo.config.urls import url_host
 from megatron_dypo.launch.probe_target import ProbeTarget
 from megatron_dypo.launch.replay_target import ReplayTarget
+from megatron_dypo.metrics.terminal import survive_terminal
 from megatron_dypo.parallel.interfaces import is_loopback, stay_on_this_host
 
 CHECKED_VARIABLE = "MEGATRON_DYPO_CHECKED"
@@ -45,6 +46,7 @@ def launch(config: Config, command: Sequence[str], work: Callable[[Config], None
         command: of ``megatron-dypo``, with its arguments; the ranks run it again.
         work: the work of one rank.
     """
+    survive_terminal()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if _is_on_one_host(config):

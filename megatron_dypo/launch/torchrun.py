@@ -28,6 +28,7 @@ from megatron_dypo.launch.run_folder import make_run_folder
 from megatron_dypo.launch.run_lock import remove_dead, require_free
 from megatron_dypo.metrics.logs import append_line
 from megatron_dypo.metrics.status import ATTEMPT_VARIABLE, Record, RunStatus
+from megatron_dypo.metrics.terminal import survive_terminal
 from megatron_dypo.processes import stop_requests
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ sets it. STEPS counts the steps of this start; it is ``?`` if the loop did not r
 
 def main() -> int:
     """Check the inputs, start this node's ranks, wait for them, and return the exit status."""
+    survive_terminal()
     stop_requests.hold_requests()
     stop_before_start()
     try:

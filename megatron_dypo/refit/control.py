@@ -233,7 +233,9 @@ class SGLangControl:
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise UnansweredError(f"{where}: {before}no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{where}: {before}no answer: {type(error).__name__}: {error}", url, is_silent=True) from error
+            raise ServerError(
+                f"{where}: {before}no answer: {type(error).__name__}: {error}", url, is_silent=True
+            ) from error
         return checked(where, url, status, text)
 
 

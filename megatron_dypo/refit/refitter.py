@@ -73,7 +73,7 @@ class Refitter:
         self._config = config
         self._in_session = config.transport != "disk"
         self._folder, self._hf_reference = run_dir / "refit", hf_reference
-        # A rank may come minutes after the others, and the group that is made next waits only as long as a refit may take.
+        # A rank may come minutes after the others, and the next group waits only as long as a refit may take.
         wait_for_all(layout)
         self._lockstep = Lockstep(config.deadline_s + 2 * RECOVERY_S)
         leads = layout.is_global_leader or self._source.own_turn is not None

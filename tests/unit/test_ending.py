@@ -48,6 +48,8 @@ ERRORS = [
     (MemoryError(), Cause.OUT_OF_MEMORY),
     (OutOfMemoryError("x"), Cause.OUT_OF_MEMORY),
     (RuntimeError("CUDA error: out of memory"), Cause.OUT_OF_MEMORY),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), Cause.OUT_OF_MEMORY),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), Cause.OUT_OF_MEMORY),
     (OSError(errno.ENOSPC, "x"), Cause.DISK_FULL),
     (OSError(errno.EDQUOT, "x"), Cause.DISK_FULL),
     (OSError(errno.EFBIG, "x"), Cause.DISK_FULL),
