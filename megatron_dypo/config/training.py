@@ -74,12 +74,16 @@ class OptimizerConfig:
     """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
     max_bad_steps: int = 3
     """An update whose gradients are not finite is skipped. This many of them in a row end the run."""
-    on_bad_step: Literal["skip", "stop"] = "skip"
-    """The policy for such an update. ``skip``: as ``max_bad_steps`` says. ``stop``: the first ends the run. A weight
-    that is not finite ends it in any case. The microbatches behind it are dumped for ``megatron-dypo replay``."""
+    on_bad_step: Literal["skip", "stop", "roll_back"] = "skip"
+    """The policy for such an update. ``skip``: as ``max_bad_steps`` says; a weight that is not finite ends the run at
+    once. ``stop``: the first such update ends it. ``roll_back``: where ``skip`` would end the run, weights and
+    optimizer go back to the last checkpoint, and the run goes on with the data that come next. The microbatches behind
+    such an update are dumped for ``megatron-dypo replay``."""
+    max_rollbacks: int = 3
+    """With ``roll_back``: one start of the run goes back at most this many times; the next time ends it."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "lr", "eps", "max_bad_steps")
+        require_positive(self, "lr", "eps", "max_bad_steps", "max_rollbacks")
         require_not_negative(self, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
         require(self.min_lr <= self.lr, f"min_lr={self.min_lr}", f"must not exceed lr={self.lr}")
         for name in ("beta1", "beta2"):

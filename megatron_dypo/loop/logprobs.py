@@ -72,6 +72,11 @@ class Logprobs:
         """Return the groups with log π_old and log π_ref, computed again if π_old was of another version."""
         return self._compute(groups, of_other_versions(groups, version), version, checks_servers=False)
 
+    def again(self, groups: Sequence[Group], version: int) -> list[Group]:
+        """Return the groups; those with log π_old and log π_ref get them anew, by the weights of now."""
+        rollouts = [s for group in groups for s in group if s.kind is SampleKind.ROLLOUT and s.old_logp is not None]
+        return self._compute(groups, rollouts, version, checks_servers=False)
+
     def with_current(self, groups: Sequence[Group], version: int) -> list[Group]:
         """Return the groups; if the objective reads log π_θ, those whose π_old is older than the weights get it."""
         if not self.reads_current:

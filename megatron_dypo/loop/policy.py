@@ -114,5 +114,8 @@ class Policy(Protocol):
             OSError: the file system is full. Nothing is left of that checkpoint.
         """
 
+    def load(self, path: Path) -> object:
+        """Bring weights, optimizer, RNG states and a refreshed reference back from a checkpoint."""
+
     def export(self, out_dir: Path, *, stop_ids: Sequence[int]) -> None:
         """Write the weights as a Hugging Face model folder, whose generation ends at ``stop_ids``."""

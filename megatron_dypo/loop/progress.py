@@ -22,6 +22,8 @@ class Progress:
     """Updates in a row that were skipped because their gradients were not finite."""
     moments: GradientMoments | None = None
     """Running estimates of the probe, for ``objective.alpha: auto``; None before the first, and with any other α."""
+    rollbacks: int = 0
+    """Times that weights and optimizer went back to a checkpoint in this start of the run."""
     last_problem: str = ""
     """Why the last skipped update was skipped."""
 

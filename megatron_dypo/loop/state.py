@@ -25,6 +25,7 @@ from megatron_dypo.loop.resume import Checkpointer
 from megatron_dypo.loop.servers import NoServers, Servers
 from megatron_dypo.loop.teacher import NoTeacher, Teacher
 from megatron_dypo.loop.updater import Updater
+from megatron_dypo.mcore.checkpoints.folder import CHECKPOINTS
 from megatron_dypo.metrics.writer import Timings
 from megatron_dypo.objective.recipes.base import Objective
 
@@ -142,6 +143,8 @@ class Run:
             bad_steps=BadSteps(
                 policy=self.config.optimizer.on_bad_step,
                 most_in_a_row=self.config.optimizer.max_bad_steps,
+                max_rollbacks=self.config.optimizer.max_rollbacks,
+                checkpoints=self.dir / CHECKPOINTS,
                 dumper=Dumper(config=self.config),
                 streams=self.objective.streams,
             ),
@@ -167,7 +170,7 @@ class Run:
     def checkpointer(self) -> Checkpointer:
         """The parts of this run that a checkpoint needs."""
         return Checkpointer(
-            folder=self.dir / "checkpoints",
+            folder=self.dir / CHECKPOINTS,
             policy=self.policy,
             replica=self.replica,
             stream=self.servers.stream,

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_dypo.config.tree import Config
 from megatron_dypo.ending import Cause, RunEnded
 from megatron_dypo.loop.bad_steps.not_finite import require_finite_weights
+from megatron_dypo.loop.bad_steps.roll_back import roll_back_after
 from megatron_dypo.loop.books.recorder import Recorder
 from megatron_dypo.loop.collect import Collector, collect_in_rounds
 from megatron_dypo.loop.collect_from_stream import collect_from_stream
@@ -120,14 +121,15 @@ def train_step(
         minibatch, progress.batch = progress.batch.next_minibatch(collector.batching.prompts_per_update)
         mark("updating")
         update = update_policy(updater, minibatch, progress)
+        rolled_back, end = roll_back_after(update, updater, progress)
         is_evaluated, is_probed = evaluator.is_due(progress.step, recorder.total_steps), prober.is_due(progress.step)
-        if update.end is None and (minibatch.is_last or is_evaluated or is_probed):
+        if end is None and (minibatch.is_last or is_evaluated or is_probed or rolled_back):
             mark("refitting the servers")
             refit = collector.servers.refit(progress.step)
-    metrics = {**update.report.metrics, **refit, **recorder.gather(progress, update)}
-    if update.end is not None:
+    metrics = {**update.report.metrics, **rolled_back, **refit, **recorder.gather(progress, update)}
+    if end is not None:
         recorder.write(progress.step, metrics)
-        raise update.end
+        raise end
     refresh_reference(updater, progress.step)
     recorder.summarize(progress.step, metrics)
     if is_evaluated:

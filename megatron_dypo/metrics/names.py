@@ -27,6 +27,9 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     Metric("train/skipped", "", "1 where the update was skipped because its gradients were not finite, else 0"),
+    Metric(
+        "train/rolled_back_to", "step", "checkpoint to which weights and optimizer went back after the update, if any"
+    ),
     Metric("train/grad_norm", "", "global gradient norm before clipping"),
     Metric(
         "train/load_balancing_loss", "", "experts: mean over layers, 1 under perfect balance; without its coefficient"

@@ -60,6 +60,40 @@ def rank_spoil(path: str, folder: str, axes: dict[str, Any], where: str) -> dict
     return result | {"refitted": recorder.refitted, "saved": saved is not None, "metrics": recorder.metrics}
 
 
+def rank_roll_back(path: str, folder: str, axes: dict[str, Any], spoilt: list[int]) -> dict[str, Any]:
+    """Make updates of a run that goes back, with a NaN in one weight before each of the ``spoilt`` ones."""
+    from megatron_dypo.config.model import ParallelConfig
+    from megatron_dypo.ending import RunEnded
+    from megatron_dypo.mcore.start import start_megatron
+    from megatron_dypo.parallel.groups import close
+    from tests.support.loop_cases import make_step
+
+    layout = start_megatron(ParallelConfig(**axes))
+    config = config_of(path, folder, axes, "exact")
+    config = dataclasses.replace(
+        config,
+        checkpoint=dataclasses.replace(config.checkpoint, every=2),
+        optimizer=dataclasses.replace(config.optimizer, on_bad_step="roll_back"),
+    )
+    run, recorder, policy = make_run(config, layout)
+    digests, updates, end = [policy.weights_digest()], [0], None
+    try:
+        for step in range(6):
+            if run.progress.batch.is_used_up:
+                put(run, batch_of(step // 2))
+            if step + 1 in spoilt:
+                _spoil_weight(policy.chunks)
+            make_step(run)
+            digests.append(policy.weights_digest())
+            updates.append(policy.optimizer.num_updates)
+    except RunEnded as ended:
+        end = (run.progress.step, ended.cause.label, str(ended))
+    close(layout)
+    name = "train/rolled_back_to"
+    back = {step: found[name] for step, found in recorder.metrics.items() if name in found}
+    return {"digests": digests, "updates": updates, "end": end, "refitted": recorder.refitted, "back": back}
+
+
 def rank_replay(folder: str) -> tuple[list[Any], list[str]]:
     """Replay the dump of the first step of a run; return the findings, and what was first in each microbatch."""
     from megatron_dypo.launch.replay_target import replay_target
@@ -183,3 +217,35 @@ def test_gradients_that_are_not_finite_end_the_run_after_as_many_updates_as_the_
     assert "the log-probs of all 4 prompts of the update are finite" in message
     assert [result["metrics"][i]["train/skipped"] for i in (1, 2, 3)] == [1.0, 1.0, 1.0]
     assert not result["saved"], "no checkpoint while updates are skipped"
+
+
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=["one process", "two stages"])
+def test_a_run_that_rolls_back_goes_on_with_the_checkpoints_weights_and_the_next_data(
+    tmp_path: Path, axes: dict[str, Any]
+) -> None:
+    path = str(make_hf_model("qwen2", tmp_path / "hf"))
+    for result in run_ranks(axes.get("pipeline", 1), rank_roll_back, path, str(tmp_path / "run"), axes, [3]):
+        digests, updates = result["digests"], result["updates"]
+        assert result["end"] is None
+        assert digests[3] == digests[2] != digests[1], "the weights of the checkpoint of step 2"
+        assert len(set(digests)) == 6, "every other update changed them"
+        assert updates == [0, 1, 2, 2, 3, 4, 5], "and the optimizer's state"
+        assert result["refitted"] == [2, 3, 4, 6], "the servers get the weights at once, and at the end of each batch"
+        assert result["back"] in ({3: 2.0}, {})
+
+
+def test_a_run_rolls_back_to_one_checkpoint_only_so_often(tmp_path: Path) -> None:
+    path, run = str(make_hf_model("qwen2", tmp_path / "hf")), tmp_path / "run"
+    (result,) = run_ranks(1, rank_roll_back, path, str(run), {}, [3, 4, 5, 6])
+    step, label, message = result["end"]
+    assert (step, label) == (6, "not_finite")
+    assert message.endswith("; this run went back to a checkpoint 3 times already"), "optimizer.max_rollbacks is 3"
+    assert result["back"] == {3: 2.0, 4: 2.0, 5: 4.0}
+
+
+def test_a_run_without_a_checkpoint_cannot_roll_back(tmp_path: Path) -> None:
+    path = str(make_hf_model("qwen2", tmp_path / "hf"))
+    (result,) = run_ranks(1, rank_roll_back, path, str(tmp_path / "run"), {}, [1])
+    assert result["end"][:2] == (1, "not_finite")
+    assert result["end"][2].endswith("; there is no checkpoint to go back to")
+    assert result["refitted"] == []

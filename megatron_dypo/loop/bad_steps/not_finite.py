@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_dypo.ending import Cause, RunEnded
@@ -23,10 +24,14 @@ log = logging.getLogger("megatron_dypo")
 class BadSteps:
     """The rules for updates that are not finite."""
 
-    policy: Literal["skip", "stop"]
+    policy: Literal["skip", "stop", "roll_back"]
     """See ``optimizer.on_bad_step``."""
     most_in_a_row: int
     """See ``optimizer.max_bad_steps``."""
+    max_rollbacks: int
+    """See ``optimizer.max_rollbacks``."""
+    checkpoints: Path
+    """The folder of all checkpoints."""
     dumper: Dumper
     streams: Sequence[Stream]
     """The objective's, which the loss reads."""
@@ -56,7 +61,7 @@ def count_update(
     if ranks.is_global_leader:
         norm = report.metrics["train/grad_norm"]
         log.warning("step %d: gradient norm %s; update skipped: %s", progress.step, norm, problem)
-    allowed = rules.most_in_a_row if rules.policy == "skip" else 1
+    allowed = 1 if rules.policy == "stop" else rules.most_in_a_row
     if not has_bad_weights and progress.bad_steps < allowed:
         return None
     skipped = "an update was" if progress.bad_steps == 1 else f"{progress.bad_steps} updates in a row were"
