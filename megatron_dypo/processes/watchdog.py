@@ -148,6 +148,7 @@ class Watchdog:
     def run(self) -> None:
         """Look several times within ``run.watchdog_s``, until :meth:`finish`. This is the body of the thread."""
         looked_at = time.monotonic()
+        self.look(looked_at)  # at once: others can name a rank only by its heartbeat
         while not self._is_over.wait(self._interval_s):
             now = time.monotonic()
             if now - looked_at > _GAP * self._interval_s:
@@ -229,9 +230,7 @@ class Watchdog:
                 self._run_dir, self._next, silence, usual_s=usual_s, ends_s=self._patience_s
             )
         elif self._next is None and silence >= max(self._patience_s, START_S):
-            self._end(
-                [], f"rank {rank} has given no sign of life in {heartbeat_path(self._run_dir, rank)}: {_NOT_SHARED}"
-            )
+            self._end_without(rank)
 
     def _all(self, own: Heartbeat) -> list[Heartbeat]:
         """Return the heartbeats of all ranks that have not ended, on the first rank; else this rank's own."""
@@ -242,9 +241,16 @@ class Watchdog:
         beats = self._all(own)
         if min(beat.idle_s for beat in beats) < self._patience_s:
             return
+        if (missing := next((rank for rank in range(self._world) if self._read(rank) is None), None)) is not None:
+            self._end_without(missing)
+            return
         hung = blame(beats)
         first = hung[0]
         self._end(hung, f"no rank moves: {name_of_all(hung)} has not for {first.idle_s:.0f} s, {first.place()}")
+
+    def _end_without(self, rank: int) -> None:
+        path = heartbeat_path(self._run_dir, rank)
+        self._end([], f"rank {rank} has given no sign of life in {path}: {_NOT_SHARED}")
 
     def _end(self, hung: Sequence[Heartbeat], message: str) -> None:
         write_stacks(self._run_dir, self._rank, message)

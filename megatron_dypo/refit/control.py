@@ -27,8 +27,8 @@ PauseMode = Literal["retract", "abort"]
 
 # If one server of a collective call fails, the others fail as a consequence. This is the wait for all to report.
 _GRACE_S = 2.0
-_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.25, 5.0
-"""Pauses before a busy server is asked again."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S, _PAUSE_SHARE = 0.25, 5.0, 0.1
+"""Pauses before a busy server is asked again: they double, up to the longest or to a share of the time left."""
 
 
 class SGLangControl:
@@ -229,7 +229,7 @@ class SGLangControl:
                 warn_often(_log, "a server takes no request now; asking again: %s", f"{where}: HTTP {status}")
                 before = f"status {status}: {text}, then "
                 await asyncio.sleep(pause_s)
-                pause_s = min(2.0 * pause_s, _MAX_PAUSE_S)
+                pause_s = min(2.0 * pause_s, _MAX_PAUSE_S, max(_FIRST_PAUSE_S, _PAUSE_SHARE * deadline.left()))
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise UnansweredError(f"{where}: {before}no answer in {timeout_s:.1f} s", url, is_silent=True) from error
         except (aiohttp.ClientError, OSError) as error:

@@ -116,6 +116,22 @@ def test_no_rank_moves_for_the_one_outside_of_collectives(ranks, tmp_path):
     assert re.match(r"no rank moves: rank 0 on .* \(process \d+\) has not for \d+ s, update at ", left.value.args[1])
 
 
+def test_no_rank_moves_for_the_one_that_never_came(ranks, tmp_path):
+    mark("checking weights")
+    first, *_ = ranks(3)
+    write_heartbeat(tmp_path, beat(1, idle_s=101.0))
+    with pytest.raises(Left, match=r"rank 2 has given no sign of life in .*rank_00002.json"):
+        stand(first, tmp_path, 1)
+
+
+def test_the_first_heartbeat_is_written_at_once(ranks, tmp_path):
+    _, second = ranks(2)
+    second.finish()
+    heartbeat_path(tmp_path, 1).unlink()
+    second.run()
+    assert read_heartbeat(tmp_path, 1) is not None
+
+
 def test_a_rank_that_moves_excuses_all_that_wait_for_it(ranks, tmp_path):
     mark("waiting for rollouts")
     first, *_ = ranks(3)
