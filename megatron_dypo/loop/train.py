@@ -76,9 +76,12 @@ def begin(progress: Progress, policy: Policy, evaluator: Evaluator, recorder: Re
     mark("checking weights")
     require_finite_weights(policy, place)
     recorder.report(progress)
+    mark("refitting the servers")
     evaluator.servers.refit(progress.step)
-    if progress.step == 0 and (metrics := evaluate(evaluator, 0)):
-        recorder.writer.write(0, metrics)
+    if progress.step == 0:
+        mark("evaluating")
+        if metrics := evaluate(evaluator, 0):
+            recorder.writer.write(0, metrics)
     recorder.timings.take()
 
 

@@ -16,7 +16,7 @@ from megatron_dypo.metrics.logs import warn_often
 from megatron_dypo.metrics.progress import Progress
 from megatron_dypo.metrics.progress import progress as progress_bar
 from megatron_dypo.processes.stop_requests import StopFlag
-from megatron_dypo.processes.watchdog import mark
+from megatron_dypo.processes.watchdog import WORK, mark
 from megatron_dypo.rollout.attempts import GroupDroppedError
 from megatron_dypo.rollout.balance import NoServerError
 from megatron_dypo.rollout.client import SGLangClient
@@ -160,7 +160,7 @@ async def _collect(
         samplings = [_seeded(sampling, prompt, seed_of) for prompt in prompts]
         pairs = zip(prompts, samplings, strict=True)
         groups = [asyncio.ensure_future(ask(prompt, own)) for prompt, own in pairs]
-        watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(show_life("collecting rollouts"))
+        watch, life = asyncio.ensure_future(client.watch()), asyncio.ensure_future(show_life(WORK.pace.part))
         outcomes = _Outcomes(prompts, bar, sampling.n)
         for place, group in enumerate(groups):
             group.add_done_callback(functools.partial(outcomes.note, place))

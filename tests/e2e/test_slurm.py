@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
+from megatron_dypo.metrics.attempts import read_attempts
 from megatron_dypo.metrics.records import read_metrics
 from megatron_dypo.rollout.server.probe import http_status
 from tests.slurm_host.host import REPOSITORY, require, start_slurm
@@ -54,6 +56,20 @@ def run_without_a_fault(slurm, task, folder, *overrides):
 def steps_of(folder):
     path = folder / "run" / "metrics.jsonl"
     return {record["step"]: record for record in read_metrics(path) if record["step"]} if path.is_file() else {}
+
+
+def starts_of(folder):
+    return [line["time"] for line in read_attempts(folder / "run") if line["event"] == "start"]
+
+
+def num_starts(folder):
+    return len(starts_of(folder))
+
+
+def step_since_the_last_start(folder):
+    """Return the time of the first step that the last start of a run made; None if it made none yet."""
+    times = [record["time"] for record in steps_of(folder).values()]
+    return min((moment for moment in times if starts_of(folder) and moment > starts_of(folder)[-1]), default=None)
 
 
 def assert_same_steps(whole, parts):
@@ -239,6 +255,30 @@ def test_servers_stay_up_while_the_trainer_starts_again(slurm, task, tmp_path):
     assert job.wait(DEADLINE_S) == "COMPLETED", job.everything()
     assert sorted(steps_of(tmp_path)) == list(range(1, 9))
     assert "starting it again" not in (job.logs / "latest" / "rollout.node3.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_start_in_place_takes_at_most_half_of_the_time_of_a_requeue(slurm, task, tmp_path):
+    """The time from a fault to the next step, by turns in one job: the trainer is killed, the job is requeued."""
+    job = submit(slurm, task, tmp_path, "run.steps=100000", nodes=3, rollout_nodes=1)
+
+    def requeue():
+        slurm.call("scontrol", "requeue", job.number)
+        job.start_again_now()
+
+    faults = {"in place": lambda: rank_process(job, 0).kill(), "requeue": requeue}
+    took: dict[str, list[float]] = {name: [] for name in faults}
+    for _ in range(2):
+        for name, fault in faults.items():
+            job.wait_until(lambda: step_since_the_last_start(tmp_path), "a step", DEADLINE_S)
+            starts, began = num_starts(tmp_path), time.time()
+            fault()
+            job.wait_until(lambda: num_starts(tmp_path) > starts, "a new start", DEADLINE_S)  # noqa: B023
+            job.wait_until(lambda: step_since_the_last_start(tmp_path), "a step", DEADLINE_S)
+            took[name].append(step_since_the_last_start(tmp_path) - began)
+    slurm.call("scancel", job.number)
+    print(f"seconds until the next step: {took}")
+    assert sum(took["in place"]) <= 0.5 * sum(took["requeue"]), took
 
 
 @pytest.mark.slow

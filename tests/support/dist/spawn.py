@@ -48,7 +48,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadlin
         receiving, sending = context.Pipe(duplex=False)
         # Not daemonic: Megatron's checkpoint writer starts processes of its own.
         process = context.Process(
-            target=_run, args=(sending, _environment(rank, world_size, store.port), function, args)
+            target=_run, args=(sending, environment(rank, world_size, store.port), function, args)
         )
         process.start()
         sending.close()
@@ -122,7 +122,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """Return this process's environment with the variables that torchrun adds."""
     added = {
         "RANK": rank,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import megatron_dypo
+from tests.support.pins import pins_of
 from tools.pictures.__main__ import pictures
 from tools.pictures.charts import METRICS, source_of_run
 
@@ -41,9 +42,7 @@ def test_a_broken_link_is_an_error() -> None:
 
 
 def test_the_tools_of_the_site_are_pinned_and_cover_the_extra() -> None:
-    lines = (ROOT / "requirements" / "docs.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pins = pins_of(ROOT / "requirements" / "docs.txt")
     names = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
     assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"} <= names
 

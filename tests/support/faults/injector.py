@@ -1,0 +1,204 @@
+"""Faults that a rank does to itself, or causes, when it enters a given part of a step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PARTS: Mapping[str, str] = {
+    "start": "checking weights",
+    "rollouts": "collecting rollouts",
+    "scoring": "computing log-probs",
+    "update": "updating",
+    "refit": "refitting the servers",
+    "evaluation": "evaluating",
+    "save": "saving a checkpoint",
+    "export": "saving and exporting",
+}
+"""Phase → the activity that the watchdog is told when the phase begins."""
+SERVER_FAULT_S = 4.0
+"""Time for which a server fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injection:
+    """One fault of one rank."""
+
+    kind: str
+    phase: str
+    rank: int
+    after_step: int = 0
+    """Leave out the phase as long as the run has made fewer steps in this start."""
+    urls: tuple[str, ...] = ()
+    """Servers, for a fault of a server."""
+    witness: str
+    """File that gets a line when the fault happens: the proof that it did."""
+
+
+class Injector:
+    """It waits for the phases of its injections. One at a time; each happens once."""
+
+    def __init__(self, injections: list[Injection], key: str) -> None:
+        self._waiting = list(injections)
+        self._key = key
+        self._steps = 0
+        self.policy: Any = None
+        self.slow_writes = 0
+
+    def install(self) -> None:
+        """Listen to the parts of a step, and to the policy when it is built."""
+        from megatron_dypo.loop import megatron_policy
+        from megatron_dypo.processes.pace import Pace
+
+        enter, begin_step = Pace.enter, Pace.begin_step
+        build = megatron_policy.MegatronPolicy.__init__
+
+        def noticed_enter(pace: Pace, part: str, now: float) -> None:
+            enter(pace, part, now)
+            # A task that only shows the watchdog that this rank lives is no part of the loop.
+            if asyncio._get_running_loop() is None:
+                self._notice(part)
+
+        def noticed_step(pace: Pace, now: float) -> None:
+            begin_step(pace, now)
+            self._steps += 1
+
+        def noticed_build(policy: Any, *args: Any, **options: Any) -> None:
+            build(policy, *args, **options)
+            self.policy = policy
+
+        Pace.enter, Pace.begin_step = noticed_enter, noticed_step  # type: ignore[method-assign,assignment]
+        megatron_policy.MegatronPolicy.__init__ = noticed_build  # type: ignore[method-assign,assignment]
+
+    def _notice(self, part: str) -> None:
+        for injection in [one for one in self._waiting if PARTS[one.phase] == part]:
+            if self._steps < injection.after_step:
+                continue
+            self._waiting.remove(injection)
+            self._witness(injection)
+            FAULTS[injection.kind](self, injection)
+
+    def _witness(self, injection: Injection) -> None:
+        line = json.dumps({**asdict(injection), "pid": os.getpid(), "steps": self._steps, "time": time.time()}) + "\n"
+        with Path(injection.witness).open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def kill(self, injection: Injection) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def stop(self, injection: Injection) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def ask_to_stop(self, injection: Injection) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def leave(self, injection: Injection) -> None:
+        os._exit(9)
+
+    def quit(self, injection: Injection) -> None:
+        sys.exit(9)
+
+    def fail(self, injection: Injection) -> None:
+        raise RuntimeError("a fault of the matrix")
+
+    def fill_disk(self, injection: Injection) -> None:
+        """Make every write beyond a file's first bytes fail in this process, as on a full disk."""
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+
+    def slow_disk(self, injection: Injection) -> None:
+        sync = os.fsync
+
+        def slow_sync(descriptor: Any) -> None:
+            self.slow_writes += 1
+            time.sleep(0.2)
+            sync(descriptor)
+
+        os.fsync = slow_sync  # type: ignore[assignment]
+
+    def tear(self, injection: Injection) -> None:
+        """Leave half a line at the end of every file that grows, and die."""
+        run_dir = Path(injection.witness).parent / "run"
+        growing = [run_dir / "metrics.jsonl", *run_dir.glob("journal/**/*"), *run_dir.glob("samples/*.jsonl")]
+        for path in growing:
+            if path.is_file():
+                with path.open("ab") as file:
+                    file.write(b'{"step": 1')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def set_clock(self, injection: Injection) -> None:
+        """Set the time of day of this process back by a day, and from the next look on ahead by one."""
+        real, looks = time.time, [0]
+
+        def wrong() -> float:
+            looks[0] += 1
+            return real() + (86400.0 if looks[0] > 1 else -86400.0)
+
+        time.time = wrong
+
+    def run_out_of_memory(self, injection: Injection) -> None:
+        import torch
+
+        torch.empty(2**55)
+
+    def spoil_weight(self, injection: Injection) -> None:
+        import torch
+
+        with torch.no_grad():
+            parameter = next(p for chunk in self.policy.chunks for p in chunk.parameters() if p.dim() == 2)
+            parameter[0, 0] = float("nan")
+
+    def kill_verifiers(self, injection: Injection) -> None:
+        killed = 0
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if "megatron_dypo.grading.workers" in line and "guard" not in line:
+                    process.kill()
+                    killed += 1
+        assert killed, "no verifier was there to be killed"
+
+    def fail_servers(self, injection: Injection) -> None:
+        kind = injection.kind.removeprefix("a server ").removeprefix("is ")
+        kind = {"answers 503": "busy"}.get(kind, kind)
+        for url in injection.urls:
+            body = json.dumps({"kind": kind, "seconds": SERVER_FAULT_S}).encode()
+            headers = {"Authorization": f"Bearer {self._key}"}
+            urllib.request.urlopen(urllib.request.Request(f"{url}/fault", body, headers), timeout=30).close()
+
+
+FAULTS: Mapping[str, Callable[[Injector, Injection], None]] = {
+    "SIGKILL": Injector.kill,
+    "SIGSTOP": Injector.stop,
+    "SIGTERM": Injector.ask_to_stop,
+    "exit": Injector.leave,
+    "sys.exit": Injector.quit,
+    "an error": Injector.fail,
+    "out of memory": Injector.run_out_of_memory,
+    "disk full": Injector.fill_disk,
+    "slow disk": Injector.slow_disk,
+    "torn write": Injector.tear,
+    "clock step": Injector.set_clock,
+    "NaN in a weight": Injector.spoil_weight,
+    "verifiers killed": Injector.kill_verifiers,
+    "a server answers 503": Injector.fail_servers,
+    "a server is slow": Injector.fail_servers,
+    "a server hangs": Injector.fail_servers,
+    "a server is gone": Injector.fail_servers,
+}
+"""Name of a fault → the function that does it."""
