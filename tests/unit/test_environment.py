@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.support import published_files
+from tests.support.pins import pins_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -17,17 +18,26 @@ def test_model_classes_of_transformers_can_be_imported():
 
 
 def test_the_environment_has_no_torchvision_and_its_setup_imports_a_model_class():
-    pins = (REPOSITORY / "requirements" / "cpu.txt").read_text()
-    assert not re.search(r"^torchvision", pins, re.MULTILINE)
+    pins = [pin for name in ("torch", "cpu") for pin in pins_of(REPOSITORY / "requirements" / f"{name}.txt")]
+    assert not any(pin.startswith("torchvision") for pin in pins)
     setup = (REPOSITORY / "Makefile").read_text().partition("$(STAMP):")[2].partition("setup-nemo-run")[0]
     assert "from transformers import Qwen2ForCausalLM" in setup
     assert "uninstall --quiet --yes torchvision" in setup
 
 
 def test_packages_of_published_files_are_pinned_and_on_no_import_path():
-    lines = (REPOSITORY / "requirements" / "test_data.txt").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", pin) for pin in pins)
+    pins = pins_of(REPOSITORY / "requirements" / "test_data.txt")
     assert published_files.FOLDER not in [Path(entry) for entry in sys.path]
     for name, version in (pin.split("==") for pin in pins):
         assert published_files.version_of(name) == version
+
+
+def test_every_file_of_pins_but_torch_is_installed_with_hashes():
+    setup = (REPOSITORY / "Makefile").read_text()
+    for file in (REPOSITORY / "requirements").glob("*.txt"):
+        assert pins_of(file)
+        (variable,) = re.findall(rf"^(\w+) := requirements/{file.name}$", setup, re.MULTILINE)
+        is_hashed = f"-r $({variable})" in setup
+        assert is_hashed == (file.name != "torch.txt")
+        for line in setup.splitlines():
+            assert f"-r $({variable})" not in line or "--require-hashes" in line
