@@ -125,6 +125,8 @@ set_environment() {
   set_value DYPO_ROLLOUT_NODES "${ROLLOUT[*]}"
   set_value DYPO_LOGS "$DYPO_LOGS"
   set_value GPUS_PER_NODE "$GPUS_PER_NODE"
+  set_value DYPO_PYTHON "$PYTHON"
+  set_default PREFLIGHT full # quick: ask only the driver
   set_value SLURM_EXPORT_ENV ALL # job steps see this environment even if sbatch was told --export=NONE
   set_default PYTHONUNBUFFERED 1
   set_default OMP_NUM_THREADS 1

@@ -47,8 +47,17 @@ find_fault() {
   }
   [ "$count" = "$GPUS_PER_NODE" ] || echo "$NODE has $count GPUs, GPUS_PER_NODE=$GPUS_PER_NODE are used" >&2
   # The driver writes [N/A] or No for a value that it does not know.
-  awk -F ', *' '$2 ~ /^[1-9]/ || $3 ~ /^(Yes|[1-9])/ || $4 ~ /^(Yes|[1-9])/ { print "GPU " $1 " has memory errors: " $0; exit }' \
-    <<<"$listed"
+  local errors
+  errors=$(awk -F ', *' '$2 ~ /^[1-9]/ || $3 ~ /^(Yes|[1-9])/ || $4 ~ /^(Yes|[1-9])/ { print "GPU " $1 " has memory errors: " $0; exit }' \
+    <<<"$listed")
+  [ -z "$errors" ] || {
+    echo "$errors"
+    return
+  }
+  # Products of matrices on each GPU, and a sum over all of them.
+  [ "$PREFLIGHT" = full ] || return 0
+  timeout 180 "$DYPO_PYTHON" -m megatron_dypo.launch.preflight --devices "$GPUS_PER_NODE" \
+    || echo "the check of its GPUs ended with status $?; see $DYPO_LOGS/preflight.$NODE.log"
 }
 
 preflight() {

@@ -66,11 +66,38 @@ def test_a_node_with_more_gpus_than_are_used_is_well(job: Job, tmp_path: Path, g
     driver.chmod(0o755)
     (job.logs / "canary").write_text("12\n")
     settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "2"}
+    settings["PREFLIGHT"] = "quick"
     environment = {**os.environ, **settings, "PATH": f"{driver.parent}:{os.environ['PATH']}"}
     done = subprocess.run([NODE, "preflight"], env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == answer + "\n"
     assert ("has 3 GPUs, GPUS_PER_NODE=2 are used" in done.stderr) is (gpus == 3)
     mark = job.logs / ("bad" if gpus < 2 else "well") / "node1"
+    assert mark.is_file()
+
+
+@pytest.mark.parametrize(
+    ("program", "answer"),
+    [
+        ("exit 0", "node1 is well"),
+        ("echo device 1 computes another product", "device 1 computes another product"),
+        ("exit 3", "the check of its GPUs ended with status 3; see "),
+    ],
+    ids=["well", "sick", "failed"],
+)
+def test_a_node_computes_before_it_is_well(job: Job, tmp_path: Path, program: str, answer: str) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("nvidia-smi", "echo '0, 0, No, No'"), ("python", f'echo "$@" >{tmp_path}/asked; {program}')):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    (job.logs / "canary").write_text("12\n")
+    settings = {"DYPO_LOGS": str(job.logs), "SLURM_JOB_ID": "12", "SLURMD_NODENAME": "node1", "GPUS_PER_NODE": "1"}
+    settings |= {"PREFLIGHT": "full", "DYPO_PYTHON": str(folder / "python")}
+    environment = {**os.environ, **settings, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run([NODE, "preflight"], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(answer)
+    assert (tmp_path / "asked").read_text() == "-m megatron_dypo.launch.preflight --devices 1\n"
+    mark = job.logs / ("well" if answer.endswith("well") else "bad") / "node1"
     assert mark.is_file()
 
 
